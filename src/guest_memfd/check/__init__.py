@@ -1,0 +1,1 @@
+"""Exploring designs: the engines, the suite of scenarios, traces and their replay."""

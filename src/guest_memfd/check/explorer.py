@@ -1,0 +1,576 @@
+"""The tabulating explorer: every interleaving, breadth first, each local step executed once.
+
+A procedure talks to the world through primitives only, so where it stands is a function of the results it has been
+sent. Two tables follow from that:
+
+* the *automaton* of a party: (local, result) -> local, filled by re-running the generator along a recorded path;
+* the *host table*: (party, primitive, shared state) -> outcomes, filled by asking the host once.
+
+Both outlive a scenario, so a suite of hundreds pays for each entry once. A product state is one integer, shared state
+in the low bits and one field per party above; exploring is table look-up and set arithmetic on those integers.
+docs/explorer.md says what a verdict means.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from guest_memfd.check.outcome import STAY, Outcome
+from guest_memfd.errors import BadInput, DesignRaised, InternalError, NotAPrimitive
+from guest_memfd.hosts.host import PRIMITIVES, SILENT, Primitive
+
+SHARED_BITS, LOCAL_BITS = 26, 16
+SHARED_MASK, LOCAL_MASK = (1 << SHARED_BITS) - 1, (1 << LOCAL_BITS) - 1
+
+
+class Machine(Protocol):
+    """What is explored: a host whose whole state is a bytes object."""
+
+    def outcomes(self, shared: bytes, party: int, primitive: Primitive) -> Sequence[Outcome]:
+        """All ways *primitive* can end now; none when *party* has to wait."""
+
+    def halted(self, shared: bytes) -> bool:
+        """Whether the machine has stopped for ever (panic): nothing moves, and that is no deadlock."""
+
+
+class Law(Protocol):
+    """A law as the explorer sees it (laws.py defines them)."""
+
+    @property
+    def name(self) -> str:
+        """What the law is called."""
+
+    def in_state(self, shared: bytes) -> str | None:
+        """Evidence that *shared* breaks the law, in words; None when it keeps it."""
+
+    def on_note(self, note: Any) -> str | None:
+        """Evidence that the fact *note* breaks the law."""
+
+    def at_end(self, shared: bytes) -> str | None:
+        """Evidence that *shared* breaks the law once every party is done and the world is torn down."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A party: its number (the same in every scenario), its name, and how to start its procedure."""
+
+    number: int
+    name: str
+    start: Callable[[], Generator[Primitive, Any, Any]]
+
+
+class Step(NamedTuple):
+    """One line of a trace."""
+
+    party: str
+    choices: tuple[str, ...]
+    primitive: Primitive | None
+    result: Any
+    failed: bool
+    shared: bytes
+    notes: tuple[Any, ...]
+
+
+@dataclass
+class Finding:
+    """A law that broke: the evidence, and the shortest way there."""
+
+    law: str
+    evidence: str
+    steps: list[Step] = field(default_factory=list)
+    initial: bytes = b""
+
+
+@dataclass
+class Result:
+    """What an exploration saw. `limit` names the limit that was reached, if one was: then nothing is proved."""
+
+    states: int
+    transitions: int
+    findings: list[Finding]
+    limit: str | None = None
+    finals: int = 0
+    depth: int = 0
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """``refuted``, ``undetermined`` or ``holds``."""
+        return "refuted" if self.findings else "undetermined" if self.limit else "holds"
+
+
+def local_key(generator: Generator[Any, Any, Any]) -> Any:
+    """Where a procedure stands: bytecode offset and locals of every nested frame, ``done`` at its end.
+
+    Loop iterators live on the value stack and cannot be seen; procedures loop over distinct values, so the loop
+    variable tells. `Automaton` checks that two ways to one key agree on what comes next.
+    """
+    frames = []
+    inner: Any = generator
+    while inner is not None and inspect.isgenerator(inner):
+        frame = inner.gi_frame
+        if frame is None:
+            return "done"
+        values = tuple(_freeze(v) for v in frame.f_locals.values())
+        frames.append((id(frame.f_code), frame.f_lasti, values))
+        inner = inner.gi_yieldfrom
+    return tuple(frames)
+
+
+def _freeze(value: Any) -> Any:
+    # True == 1 and 0 == False as dictionary keys, so the type goes along.
+    if isinstance(value, list):
+        return ("list", *map(_freeze, value))
+    if isinstance(value, dict):
+        return ("dict", *((k, _freeze(v)) for k, v in value.items()))
+    if isinstance(value, set):
+        return ("set", *sorted(map(repr, value)))
+    if isinstance(value, tuple):
+        return tuple(map(_freeze, value))
+    if isinstance(value, Iterator):
+        return "iterator"                               # see local_key
+    return (type(value), value)
+
+
+def check_primitive(program: Program, primitive: object, generator: Generator[Any, Any, Any]) -> Primitive:
+    """Return *primitive* if it is one; raises `NotAPrimitive` naming the line that yielded something else."""
+    if isinstance(primitive, Primitive) and primitive.name in PRIMITIVES:
+        return primitive
+    raise NotAPrimitive(
+        f"party {program.name!r} yielded {primitive!r} at {where(generator)}; "
+        "a procedure may only 'yield from' the primitives of its host (hosts/host.py)"
+    )
+
+
+def where(generator: Generator[Any, Any, Any]) -> str:
+    """``file:line in function`` of the innermost frame of a suspended procedure."""
+    inner: Any = generator
+    place = "its end"
+    while inner is not None and inspect.isgenerator(inner) and inner.gi_frame is not None:
+        frame = inner.gi_frame
+        place = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+        inner = inner.gi_yieldfrom
+    return place
+
+
+def resume(program: Program, path: Sequence[Any]) -> tuple[Generator[Primitive, Any, Any], Primitive | None]:
+    """Start *program* and send it *path*: the generator, and the primitive it waits on (None: done).
+
+    Raises DesignRaised when the procedure raises, NotAPrimitive when it yields something else.
+    """
+    generator = program.start()
+    try:
+        primitive = check_primitive(program, next(generator), generator)
+        for result in path:
+            primitive = check_primitive(program, generator.send(result), generator)
+    except StopIteration:
+        return generator, None
+    except BadInput:
+        raise
+    except Exception as error:
+        raise DesignRaised(f"party {program.name!r} raised {describe(error)}") from error
+    return generator, primitive
+
+
+def describe(error: Exception) -> str:
+    """``TypeError: message (file:line in function)`` of the innermost frame."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = ""
+    if trace is not None:
+        code = trace.tb_frame.f_code
+        place = f" ({code.co_filename.rpartition('/')[2]}:{trace.tb_lineno} in {code.co_qualname})"
+    return f"{type(error).__name__}: {error}{place}"
+
+
+class Automaton:
+    """All places where one party can stand, discovered as results arrive. Local 0 is its start."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.ids: dict[Any, int] = {}
+        self.paths: list[tuple[Any, ...]] = []
+        self.waits_on: list[Primitive | None] = []
+        self.moves: dict[tuple[int, Any], int] = {}
+        generator, primitive = resume(program, ())
+        self._intern(local_key(generator) if primitive else "done", (), primitive)
+
+    def _intern(self, key: Any, path: tuple[Any, ...], primitive: Primitive | None) -> int:
+        known = self.ids.get(key)
+        if known is None:
+            known = self.ids[key] = len(self.paths)
+            if known > LOCAL_MASK:
+                raise InternalError(f"party {self.program.name!r} has more than {LOCAL_MASK} places to stand")
+            self.paths.append(path)
+            self.waits_on.append(primitive)
+        elif self.waits_on[known] != primitive:
+            raise InternalError(
+                f"party {self.program.name!r}: two histories share a local state but continue with "
+                f"{self.waits_on[known]} and {primitive}; keep loop state in local variables"
+            )
+        return known
+
+    def after(self, local: int, result: Any) -> int:
+        """The local state that *result* leads to from *local*."""
+        memo = (local, _freeze(result))
+        known = self.moves.get(memo)
+        if known is None:
+            path = (*self.paths[local], result)
+            generator, primitive = resume(self.program, path)
+            known = self.moves[memo] = self._intern(local_key(generator) if primitive else "done", path, primitive)
+        return known
+
+    def cyclic(self) -> bool:
+        """Whether some place can be reached again from itself (so that running it might never end)."""
+        follow: dict[int, set[int]] = {}
+        for (local, _), to in self.moves.items():
+            follow.setdefault(local, set()).add(to)
+        done: set[int] = set()
+        path: set[int] = set()
+        stack: list[tuple[int, bool]] = [(0, False)]
+        while stack:
+            node, leaving = stack.pop()
+            if leaving:
+                path.discard(node)
+                done.add(node)
+            elif node in path:
+                return True
+            elif node not in done:
+                path.add(node)
+                stack.append((node, True))
+                stack.extend((n, False) for n in follow.get(node, ()) if n not in done)
+        return False
+
+
+class Move(NamedTuple):
+    """One expanded transition of a party out of (local, shared)."""
+
+    local: int
+    shared: int
+    choices: tuple[str, ...]
+    primitive: Primitive | None
+    result: Any
+    failed: bool
+    notes: tuple[Any, ...]
+
+
+class Tables:
+    """The tables of one machine under one set of laws; kept from scenario to scenario."""
+
+    def __init__(self, machine: Machine, laws: Sequence[Law]) -> None:
+        self.machine, self.laws = machine, laws
+        self.shared_ids: dict[bytes, int] = {}
+        self.shared: list[bytes] = []
+        self.broken: list[tuple[tuple[str, str], ...]] = []      # per shared state: (law, evidence) it breaks
+        self.halted: list[bool] = []
+        self.automata: dict[int, Automaton] = {}
+        self.host: dict[tuple[int, Primitive], dict[int, tuple[Outcome, ...]]] = {}
+        self.steps: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
+        self.flagged: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
+        self.ends: dict[int, list[tuple[str, str, list[Step]]]] = {}
+
+    def intern(self, saved: bytes) -> int:
+        """The number of shared state *saved*; state laws are judged once, here."""
+        known = self.shared_ids.get(saved)
+        if known is None:
+            known = self.shared_ids[saved] = len(self.shared)
+            if known > SHARED_MASK:
+                raise InternalError(f"more than {SHARED_MASK} host states")
+            self.shared.append(saved)
+            self.halted.append(self.machine.halted(saved))
+            self.broken.append(tuple(
+                (law.name, evidence) for law in self.laws if (evidence := law.in_state(saved)) is not None
+            ))
+        return known
+
+    def automaton(self, program: Program) -> Automaton:
+        """The automaton of *program*, made at first use."""
+        known = self.automata.get(program.number)
+        if known is None or known.program is not program:
+            known = self.automata[program.number] = Automaton(program)
+            for key in [k for k in self.steps if k[0] == program.number]:
+                del self.steps[key], self.flagged[key]
+        return known
+
+    def outcomes(self, party: int, primitive: Primitive, shared: int) -> tuple[Outcome, ...]:
+        """The host table."""
+        row = self.host.setdefault((party, primitive), {})
+        known = row.get(shared)
+        if known is None:
+            known = row[shared] = tuple(self.machine.outcomes(self.shared[shared], party, primitive))
+        return known
+
+    def moves(self, automaton: Automaton, local: int, shared: int) -> Iterator[Move]:
+        """Every transition of one party from here, silent primitives fused with the step that follows them."""
+        primitive = automaton.waits_on[local]
+        if primitive is not None and not self.halted[shared]:
+            yield from self._moves(automaton, local, shared, (), ())
+
+    def _moves(
+        self, automaton: Automaton, local: int, shared: int, choices: tuple[str, ...], notes: tuple[Any, ...]
+    ) -> Iterator[Move]:
+        primitive = automaton.waits_on[local]
+        if primitive is None:
+            yield Move(local, shared, choices, None, None, False, notes)
+        elif primitive.name == "choose":
+            what, *options = primitive.args
+            for option in options:
+                to = automaton.after(local, option)
+                yield from self._moves(automaton, to, shared, (*choices, f"{what} {_word(option)}"), notes)
+        else:
+            for outcome in self.outcomes(automaton.program.number, primitive, shared):
+                to = local if outcome.result is STAY else automaton.after(local, outcome.result)
+                after = self.intern(outcome.shared)
+                seen = notes + outcome.notes
+                if primitive.name in SILENT:
+                    yield from self._moves(automaton, to, after, choices, seen)
+                else:
+                    yield Move(to, after, choices, primitive, outcome.result, outcome.failed, seen)
+
+    def judge(self, move: Move) -> list[tuple[str, str]]:
+        """(law, evidence) of every law that *move* breaks, by a fact or by the state it leads to."""
+        return [
+            (law.name, evidence)
+            for note in move.notes for law in self.laws if (evidence := law.on_note(note)) is not None
+        ] + list(self.broken[move.shared])
+
+
+def _word(option: Any) -> str:
+    return " ".join(map(str, option)) if isinstance(option, tuple) and not hasattr(option, "_fields") else str(option)
+
+
+class Explorer:
+    """One scenario: some parties on one machine, from one initial state."""
+
+    def __init__(
+        self, tables: Tables, programs: Sequence[Program], initial: bytes, teardown: Program | None = None
+    ) -> None:
+        self.tables, self.programs, self.initial, self.teardown = tables, list(programs), initial, teardown
+        self.automata = [tables.automaton(p) for p in programs]
+        self.shifts = [SHARED_BITS + LOCAL_BITS * i for i in range(len(programs))]
+        self.levels: list[list[int]] = []
+        self.findings: dict[tuple[str, str], tuple[int, int, int, Move]] = {}
+
+    def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9) -> Result:
+        """Explore all of it, or up to a limit."""
+        began = time.perf_counter()
+        tables = self.tables
+        rows = []
+        whole = (1 << (SHARED_BITS + LOCAL_BITS * len(self.programs))) - 1
+        for i, (program, shift) in enumerate(zip(self.programs, self.shifts, strict=True)):
+            keep = SHARED_MASK | LOCAL_MASK << shift
+            table = tables.steps.setdefault((program.number, i), {})
+            tables.flagged.setdefault((program.number, i), {})
+            rows.append((keep, whole ^ keep, table, table.get, i))
+        first = tables.intern(self.initial)
+        visited, frontier, transitions, limit = {first}, [first], 0, None
+        self.levels = [frontier]
+        ends: list[tuple[int, int]] = []
+        while frontier:
+            found: list[int] = []
+            append, extend = found.append, found.extend
+            for code in frontier:
+                before = len(found)
+                for keep, others, table, get, i in rows:
+                    key = code & keep
+                    to = get(key)
+                    if to is None:
+                        to = self._fill(i, key, code, table)
+                    if to:
+                        rest = code & others
+                        if len(to) == 1:
+                            append(rest | to[0])
+                        else:
+                            extend([rest | t for t in to])
+                if len(found) == before:
+                    ends.append((len(self.levels) - 1, code))
+            transitions += len(found)
+            fresh = set(found)
+            fresh -= visited
+            visited |= fresh
+            if len(visited) > max_states:
+                limit = f"more than {max_states} states"
+            elif time.perf_counter() - began > max_seconds:
+                limit = f"more than {max_seconds:g} seconds"
+            if limit:
+                break
+            frontier = list(fresh)
+            if frontier:
+                self.levels.append(frontier)
+        findings = [self._finding(*key, *at) for key, at in self.findings.items()]
+        findings += self._at_ends(ends)
+        if not limit and any(a.cyclic() for a in self.automata):
+            findings += self._never_ending(visited)
+        unique: dict[tuple[str, str], Finding] = {}
+        for finding in sorted(findings, key=lambda f: len(f.steps)):
+            unique.setdefault((finding.law, finding.evidence), finding)
+        return Result(
+            len(visited), transitions, list(unique.values()), limit, len(ends), len(self.levels) - 1,
+            time.perf_counter() - began,
+        )
+
+    # A missing entry: expand the moves. Entries that break a law are kept apart, so that every scenario that takes
+    # them comes here and is told, and the others never pay for the question.
+    def _fill(self, i: int, key: int, code: int, table: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
+        tables = self.tables
+        flagged = tables.flagged[self.programs[i].number, i]
+        shift = self.shifts[i]
+        local, shared = key >> shift, key & SHARED_MASK
+        known = flagged.get(key)
+        if known is not None:
+            self._record(i, local, shared, code)
+            return known
+        moves = list(self._try_moves(i, local, shared, code))
+        to = tuple(dict.fromkeys(move.shared | move.local << shift for move in moves))
+        if any(map(tables.judge, moves)):
+            flagged[key] = to
+            self._record(i, local, shared, code)
+        else:
+            table[key] = to
+        return to
+
+    def _try_moves(self, i: int, local: int, shared: int, code: int) -> Iterator[Move]:
+        try:
+            yield from self.tables.moves(self.automata[i], local, shared)
+        except DesignRaised as error:
+            lines = [str(step_line(s)) for s in self.trace(len(self.levels) - 1, code)]
+            shown = "\n".join(f"  {n + 1}. {line}" for n, line in enumerate(lines)) or "  (at once)"
+            raise DesignRaised(f"{error}, after\n{shown}") from error
+
+    def _record(self, i: int, local: int, shared: int, code: int) -> None:
+        for move in self.tables.moves(self.automata[i], local, shared):
+            for law, evidence in self.tables.judge(move):
+                self.findings.setdefault((law, evidence), (len(self.levels) - 1, code, i, move))
+
+    def _finding(self, law: str, evidence: str, level: int, code: int, i: int, move: Move) -> Finding:
+        steps = self.trace(level, code)
+        steps.append(self._step(i, move))
+        return Finding(law, evidence, steps, self.initial)
+
+    def _step(self, i: int, move: Move) -> Step:
+        return Step(
+            self.programs[i].name, move.choices, move.primitive, move.result, move.failed,
+            self.tables.shared[move.shared], move.notes,
+        )
+
+    def trace(self, level: int, code: int) -> list[Step]:
+        """A shortest run to product state *code*, which lies on *level*."""
+        steps: list[Step] = []
+        for states in reversed(self.levels[:level]):
+            code, i, move = self._into(states, code)
+            steps.append(self._step(i, move))
+        steps.reverse()
+        return steps
+
+    def _into(self, states: Sequence[int], target: int) -> tuple[int, int, Move]:
+        # Only states that agree with the target in all parties but one can lead to it.
+        for code in states:
+            for i, shift in enumerate(self.shifts):
+                others = ~(SHARED_MASK | LOCAL_MASK << shift)
+                if (code ^ target) & others:
+                    continue
+                for move in self.tables.moves(self.automata[i], code >> shift & LOCAL_MASK, code & SHARED_MASK):
+                    if code & others | move.shared | move.local << shift == target:
+                        return code, i, move
+        raise InternalError("no predecessor: the levels of the exploration do not fit together")
+
+    # States from which nobody moves: all done (then the world is torn down and judged), a panic, or a deadlock.
+    def _at_ends(self, ends: Sequence[tuple[int, int]]) -> list[Finding]:
+        tables = self.tables
+        seen: set[tuple[str, str]] = set()
+        torn: set[int] = set()
+        findings = []
+        for level, code in ends:
+            shared = code & SHARED_MASK
+            if tables.halted[shared]:
+                continue
+            waiting = [
+                (p.name, a.waits_on[code >> s & LOCAL_MASK])
+                for p, a, s in zip(self.programs, self.automata, self.shifts, strict=True)
+            ]
+            stuck = sorted(f"{name} in {what.name}({what.args[0] if what.args else ''})"
+                           for name, what in waiting if what is not None)
+            if stuck:
+                verdicts = [("progress", f"deadlock: {', '.join(stuck)}", [])]
+            elif shared in torn:
+                continue
+            else:
+                torn.add(shared)
+                verdicts = self._tear_down(shared)
+            for law, evidence, more in verdicts:
+                if (law, evidence) not in seen:
+                    seen.add((law, evidence))
+                    findings.append(Finding(law, evidence, self.trace(level, code) + more, self.initial))
+        return findings
+
+    def _tear_down(self, shared: int) -> list[tuple[str, str, list[Step]]]:
+        known = self.tables.ends.get(shared)
+        if known is None:
+            known = self.tables.ends[shared] = list(self._judge_end(shared))
+        return known
+
+    def _judge_end(self, shared: int) -> Iterator[tuple[str, str, list[Step]]]:
+        tables, steps, local = self.tables, [], 0
+        if self.teardown is not None:
+            automaton = tables.automaton(self.teardown)
+            while automaton.waits_on[local] is not None and not tables.halted[shared]:
+                move = next((m for m in tables.moves(automaton, local, shared) if not m.failed), None)
+                if move is None:
+                    what = automaton.waits_on[local]
+                    yield "progress", f"teardown waits for ever in {what}", steps
+                    return
+                if len(steps) > 1000:
+                    yield "progress", "teardown does not end", steps
+                    return
+                steps.append(Step(self.teardown.name, move.choices, move.primitive, move.result, move.failed,
+                                  tables.shared[move.shared], move.notes))
+                yield from ((law, evidence, steps[:]) for law, evidence in tables.judge(move))
+                local, shared = move.local, move.shared
+        if not tables.halted[shared]:
+            for law in tables.laws:
+                if (evidence := law.at_end(tables.shared[shared])) is not None:
+                    yield law.name, evidence, steps
+
+    # Some procedure contains a loop. Every state must still be able to reach an end.
+    def _never_ending(self, visited: set[int]) -> list[Finding]:
+        back: dict[int, list[int]] = {}
+        alive: list[int] = []
+        for code in visited:
+            successors = list(self._successors(code))
+            if not successors:
+                alive.append(code)
+            for to in successors:
+                back.setdefault(to, []).append(code)
+        ending = set(alive)
+        while alive:
+            for code in back.get(alive.pop(), ()):
+                if code not in ending:
+                    ending.add(code)
+                    alive.append(code)
+        for level, states in enumerate(self.levels):
+            for code in states:
+                if code not in ending:
+                    return [Finding("progress", "from here on no operation ever ends", self.trace(level, code),
+                                    self.initial)]
+        return []
+
+    def _successors(self, code: int) -> Iterator[int]:
+        for i, shift in enumerate(self.shifts):
+            rest = code & ~(SHARED_MASK | LOCAL_MASK << shift)
+            for move in self.tables.moves(self.automata[i], code >> shift & LOCAL_MASK, code & SHARED_MASK):
+                yield rest | move.shared | move.local << shift
+
+
+def step_line(step: Step) -> str:
+    """``party: [choices] primitive -> result`` of one step."""
+    chosen = f"[{', '.join(step.choices)}] " if step.choices else ""
+    if step.primitive is None:
+        return f"{step.party}: {chosen}done"
+    failed = " (injected failure)" if step.failed else ""
+    result = "" if step.result is None else f" -> {step.result}"
+    return f"{step.party}: {chosen}{step.primitive}{result}{failed}"

@@ -1,0 +1,23 @@
+"""What a machine answers to a primitive."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class _Stay:
+    def __repr__(self) -> str:
+        return "waits"
+
+
+STAY = _Stay()
+"""Result of a step that changed the host but leaves the party where it is (a writer that queues)."""
+
+
+class Outcome(NamedTuple):
+    """One way a primitive can end: its result, the host afterwards, what the laws should know, was it a failure."""
+
+    result: Any
+    shared: bytes
+    notes: tuple[Any, ...] = ()
+    failed: bool = False

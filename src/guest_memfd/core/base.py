@@ -1,0 +1,23 @@
+"""What all parts of the library hold: the host's primitives and the hypervisor's operations."""
+
+from __future__ import annotations
+
+from guest_memfd.core.ops import GuestMemfdOps
+from guest_memfd.hosts.host import Host
+
+SHARED_PAGE, PRIVATE_PAGE = 1, 2
+"""Entries of the attribute tree. 0 is a hole and must not be read as either."""
+
+PAGE_SIZE = 4096
+"""Bytes per page; offsets in errors are multiples of it."""
+
+
+class Parts:
+    """Base of the library's parts. *size* is the file's length in pages, *order* the folio order it asks for."""
+
+    order = 0
+
+    def __init__(self, ops: GuestMemfdOps, size: int) -> None:
+        self.host = Host("library")
+        self.ops = ops
+        self.size = size

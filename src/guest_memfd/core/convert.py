@@ -1,0 +1,152 @@
+"""Conversion in place: accessible to the host <-> the guest's alone, all of a range or nothing of it.
+
+What is left behind after a refusal: no page has changed its attribute. Pages may have left the host's and the guest's
+page tables (both fault them in again), and may be out of the direct map while shared (the next host access restores
+them). The page index of the first page that refused is returned beside the error, never one before the range.
+
+Source: the in-place conversion series (v8-v13, 2026), steps in facts/kvm.md 3.6 of the project's notes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.core.folio import Folios, Held
+from guest_memfd.hosts.host import EAGAIN, Folio, Steps
+
+CACHE_AND_LOOKUP = 2
+"""References a folio of order 0 has when nobody but the page cache and we know it; in general nr pages + 1."""
+
+
+class Conversion(NamedTuple):
+    """0, or -errno and the page index that refused (None when no page did)."""
+
+    ret: int
+    error_index: int | None = None
+
+
+class Converts(Folios):
+    """make_private, make_shared: the attribute ioctl of a guest_memfd."""
+
+    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
+        """Take [start, start+nr) from the host.
+
+        -EAGAIN with the page index while somebody holds an unexpected reference, or hibernation is being prepared;
+        -ENOMEM; -EBUSY if the hypervisor refuses.
+        """
+        yield from self.host.begin_op("to_private", start, nr)
+        yield from self.host.down_write("invalidate")
+        result = yield from self._make_private(start, nr)
+        yield from self.host.end_op(result.ret, result.error_index)
+        yield from self.host.up_write("invalidate")
+        return result
+
+    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
+        host = self.host
+        attributes = yield from host.xa_load("attributes", start, nr)
+        if all(a == PRIVATE_PAGE for a in attributes):
+            return Conversion(0)
+        yield from host.unmap_mapping_pages(start, nr)
+        yield from host.mmu_invalidate_begin(start, nr)
+        folios = yield from self.present(start, nr)
+        result = yield from self._check_and_commit_private(start, nr, folios)
+        yield from self.put_all(folios)
+        yield from host.mmu_invalidate_end()
+        return result
+
+    def _check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
+        host = self.host
+        busy = yield from self.unexpected_refs(folios)
+        if busy is not None:
+            return Conversion(-EAGAIN, max(busy, start))
+        ret, index = yield from self.invalidate_guest(folios, "to_private")
+        if ret:
+            return Conversion(ret, max(index, start))
+        ret = yield from host.xa_reserve("attributes", start, nr)
+        if ret:
+            return Conversion(ret)
+        ret = yield from self._zap_all(folios)
+        if ret:
+            yield from host.xa_release("attributes")
+            return Conversion(ret)
+        yield from host.xa_store_reserved("attributes", start, (PRIVATE_PAGE,) * nr)
+        for held in folios:
+            if held.gfn is not None:
+                yield from self.ops.make_private(held.gfn, held.folio)
+        return Conversion(0)
+
+    def unexpected_refs(self, folios: tuple[Held, ...]) -> Steps[int | None]:
+        """Page index of the first folio that somebody else still refers to; lru_add batches are drained once."""
+        drained = False
+        for held in folios:
+            expected = held.folio.nr - 1 + CACHE_AND_LOOKUP
+            refs = yield from self.host.folio_ref_count(held.folio)
+            if refs > expected and not drained:
+                yield from self.host.lru_add_drain_all()
+                drained = True
+                refs = yield from self.host.folio_ref_count(held.folio)
+            if refs > expected:
+                return held.index
+        return None
+
+    # One flush for all, before anything becomes private.
+    def _zap_all(self, folios: tuple[Held, ...]) -> Steps[int]:
+        host = self.host
+        zapped: tuple[Folio, ...] = ()
+        ret = 0
+        for held in folios:
+            locked = yield from host.lock_folio(held.folio)
+            if not locked.private:
+                ret = yield from self.zap_noflush(held.folio)
+                if not ret:
+                    zapped += (held.folio,)
+            yield from host.unlock_folio(held.folio)
+            if ret:
+                break
+        if zapped:
+            yield from self.flush(zapped)
+        return ret
+
+    def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
+        """Give [start, start+nr) to the host with its contents.
+
+        -EBUSY with the page index while the guest holds on to a page; -ENOMEM, -EAGAIN. References never matter. The
+        direct map is restored by the first host access, so a page that goes to and fro costs no flush.
+        """
+        yield from self.host.begin_op("to_shared", start, nr)
+        yield from self.host.down_write("invalidate")
+        result = yield from self._make_shared(start, nr)
+        yield from self.host.end_op(result.ret, result.error_index)
+        yield from self.host.up_write("invalidate")
+        return result
+
+    def _make_shared(self, start: int, nr: int) -> Steps[Conversion]:
+        host = self.host
+        attributes = yield from host.xa_load("attributes", start, nr)
+        if all(a == SHARED_PAGE for a in attributes):
+            return Conversion(0)
+        ret = yield from host.xa_reserve("attributes", start, nr)
+        if ret:
+            return Conversion(ret)
+        yield from host.mmu_invalidate_begin(start, nr)
+        folios = yield from self.present(start, nr)
+        result = yield from self._give_to_host(start, folios)
+        yield from self.put_all(folios)
+        if result.ret:
+            yield from host.xa_release("attributes")
+        else:
+            yield from host.xa_store_reserved("attributes", start, (SHARED_PAGE,) * nr)
+        yield from host.mmu_invalidate_end()
+        return result
+
+    def _give_to_host(self, start: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
+        ret, index = yield from self.invalidate_guest(folios, "to_shared")
+        if ret:
+            return Conversion(ret, max(index, start))
+        for held in folios:
+            if held.gfn is not None and held.private:
+                ret = yield from self.ops.make_shared(held.gfn, held.folio)
+                if ret:
+                    return Conversion(ret, max(held.index, start))
+        return Conversion(0)

@@ -1,0 +1,89 @@
+"""Faults: how a page gets into the guest, and into the VMM's page table.
+
+Both run under the invalidate lock, shared: conversion, hole punching, bind and unbind are excluded until the mapping
+is made, so there is no sequence to recheck. (KVM's own path drops the lock before it maps and retries instead.)
+"""
+
+from __future__ import annotations
+
+from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.core.folio import Folios, Grabbed
+from guest_memfd.hosts.host import EFAULT, Steps
+
+
+class Faults(Folios):
+    """guest_fault (kvm_gmem_get_pfn() and the map that follows), user_fault (kvm_gmem_fault_user_mapping()), allocate."""
+
+    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
+        """Give the guest page *index* at *gfn*; 0, -EFAULT (not bound so), -ENOMEM, -EHWPOISON, -EAGAIN, the hypervisor's."""
+        host = self.host
+        yield from host.begin_op("fault", index, 1)
+        yield from host.down_read("invalidate")
+        (bound,) = yield from host.xa_load("bindings", index, 1)
+        ret = (yield from self._fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
+        yield from host.end_op(ret)
+        yield from host.up_read("invalidate")
+        return ret
+
+    def _fault_bound(self, gfn: int, index: int) -> Steps[int]:
+        (attribute,) = yield from self.host.xa_load("attributes", index, 1)
+        grabbed = yield from self.grab_folio(index)
+        if isinstance(grabbed, int):
+            return grabbed
+        if attribute == PRIVATE_PAGE:
+            ret = yield from self.give_private(gfn, grabbed)
+        else:
+            ret = yield from self.ops.prepare_shared(gfn, grabbed.folio)
+        yield from self.unlock_and_put(grabbed.folio)
+        return ret
+
+    def give_private(self, gfn: int, grabbed: Grabbed) -> Steps[int]:
+        """The host lets go first - direct map, then TLBs - and only then the guest gets the page."""
+        if not grabbed.private:
+            ret = yield from self.zap(grabbed.folio)
+            if ret:
+                return ret
+        return (yield from self.ops.prepare_private(gfn, grabbed.folio))
+
+    def user_fault(self, index: int) -> Steps[str]:
+        """Map page *index* into the VMM; ``ok``, ``retry`` (the VMA went) or ``SIGBUS`` (private, poisoned, no memory)."""
+        host = self.host
+        if index >= self.size:
+            return "SIGBUS"
+        yield from host.down_read("invalidate")
+        answer = yield from self._fault_shared(index)
+        yield from host.up_read("invalidate")
+        return answer
+
+    # Ask first: a private page is never grabbed, let alone zeroed, for the host.
+    def _fault_shared(self, index: int) -> Steps[str]:
+        (attribute,) = yield from self.host.xa_load("attributes", index, 1)
+        if attribute != SHARED_PAGE:
+            return "SIGBUS"
+        grabbed = yield from self.grab_folio(index)
+        if isinstance(grabbed, int):
+            return "SIGBUS"
+        if grabbed.private and (yield from self.restore(grabbed.folio)):
+            answer = "SIGBUS"
+        else:
+            mapped = yield from self.host.vmf_insert_folio(index, grabbed.folio)
+            answer = "ok" if mapped else "retry"
+        yield from self.unlock_and_put(grabbed.folio)
+        return answer
+
+    def allocate(self, start: int, nr: int) -> Steps[int]:
+        """fallocate(KEEP_SIZE): have the pages of [start, start+nr); on -ENOMEM those already allocated stay."""
+        host = self.host
+        yield from host.begin_op("allocate", start, nr)
+        yield from host.down_read("invalidate")
+        ret, index = 0, start
+        while not ret and index < start + nr:
+            grabbed = yield from self.grab_folio(index)
+            if isinstance(grabbed, int):
+                ret = grabbed
+            else:
+                yield from self.unlock_and_put(grabbed.folio)
+                index = grabbed.index + grabbed.folio.nr
+        yield from host.end_op(ret, index if ret else None)
+        yield from host.up_read("invalidate")
+        return ret

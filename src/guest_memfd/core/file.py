@@ -1,0 +1,127 @@
+"""Life of a guest_memfd: the file, the inode behind it, bindings to an address space, and the module that serves it.
+
+A binding holds the file, the file and each VMA hold the inode, the inode holds the module. Pins hold folios only: a
+folio that outlives the inode has been taken back and detached, so its last put needs nobody's code.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.core.convert import Conversion
+from guest_memfd.core.invalidate import Removes
+from guest_memfd.core.ops import Reason
+from guest_memfd.hosts.host import EEXIST, EINVAL, ENODEV, ENOENT, Steps
+
+
+class Files(Removes):
+    """create, bind, unbind, mmap, munmap, close, vm_teardown."""
+
+    def create(self, size: int, shared: tuple[int, ...] = ()) -> Steps[int]:
+        """A file of *size* pages, private but for the page indexes in *shared*; -EINVAL, -ENODEV, -ENOMEM."""
+        host = self.host
+        if size <= 0 or any(not 0 <= i < size for i in shared):
+            return -EINVAL
+        if not (yield from host.try_module_get()):
+            return -ENODEV
+        ret = yield from host.alloc_inode()
+        if ret:
+            yield from host.module_put()
+            return ret
+        attributes = tuple(SHARED_PAGE if i in shared else PRIVATE_PAGE for i in range(size))
+        ret = yield from host.xa_store("attributes", 0, attributes)
+        if ret:
+            yield from self.close()
+        return ret
+
+    def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
+        """Let *gfn* on be pages [start, start+nr); -EINVAL outside the file, -EEXIST if bound already, -ENOMEM."""
+        host = self.host
+        if start < 0 or nr <= 0 or start + nr > self.size:
+            return -EINVAL
+        if not (yield from host.get_file()):
+            return -EINVAL
+        yield from host.down_write("invalidate")
+        bound = yield from host.xa_load("bindings", start, nr)
+        if any(bound):
+            ret = -EEXIST
+        else:
+            ret = yield from host.xa_store("bindings", start, tuple(range(gfn + 1, gfn + 1 + nr)))
+        yield from host.up_write("invalidate")
+        if ret:
+            yield from self.close()
+        return ret
+
+    def unbind(self, start: int, nr: int) -> Steps[Conversion]:
+        """Take the binding of [start, start+nr) away; -EBUSY with the page index if the guest holds on to a page.
+
+        Pages stay in the file, the host's again, with their contents where the hypervisor preserves them.
+        """
+        yield from self.host.begin_op("unbind", start, nr)
+        yield from self.host.down_write("invalidate")
+        result, last = yield from self._unbind(start, nr, "unbind")
+        yield from self.host.end_op(result.ret, result.error_index)
+        yield from self.host.up_write("invalidate")
+        if last:
+            yield from self.close()
+        return result
+
+    def vm_teardown(self) -> Steps[int]:
+        """The VM is dying and its vCPUs are out: everything bound comes back, then the VM may go.
+
+        -EBUSY when the hypervisor keeps a page even now: the binding, and with it the file, stay until another try.
+        """
+        yield from self.host.begin_op("teardown", 0, self.size)
+        yield from self.host.down_write("invalidate")
+        result, last = yield from self._unbind(0, self.size, "teardown")
+        yield from self.host.end_op(result.ret, result.error_index)
+        yield from self.host.up_write("invalidate")
+        if result.ret:
+            yield from self.host.warn(f"page {result.error_index} stays with the hypervisor")
+            return result.ret
+        yield from self.ops.release()
+        if last:
+            yield from self.close()
+        return 0
+
+    def _unbind(self, start: int, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
+        host = self.host
+        bound = yield from host.xa_load("bindings", 0, self.size)
+        if not any(bound[start:start + nr]):
+            return Conversion(0 if reason == "teardown" else -ENOENT), False
+        yield from host.mmu_invalidate_begin(start, nr)
+        folios = yield from self.present(start, nr)
+        ret, index = yield from self.invalidate_guest(folios, reason)
+        for held in folios:
+            if not ret:
+                yield from host.lock_folio(held.folio)
+                ret, index = (yield from self.take_back(held)), held.index
+                yield from host.unlock_folio(held.folio)
+        yield from self.put_all(folios)
+        if not ret:
+            yield from host.xa_store_reserved("bindings", start, (0,) * nr)
+        yield from host.mmu_invalidate_end()
+        if ret:
+            return Conversion(ret, index), False
+        return Conversion(0), not any(bound[:start] + bound[start + nr:])
+
+    def mmap(self) -> Steps[int]:
+        """Map the file into the VMM; 0 or -ENOMEM. Private pages may be mapped: touching them is SIGBUS."""
+        return (yield from self.host.mmap())
+
+    def munmap(self) -> Steps[None]:
+        """Unmap; the last reference on the inode may go with it."""
+        if (yield from self.host.munmap()):
+            yield from self.evict()
+
+    def close(self) -> Steps[None]:
+        """Drop a reference on the file: close(2), or a binding that ends."""
+        if (yield from self.host.fput()) and (yield from self.host.iput()):
+            yield from self.evict()
+
+    # The inode has no reference left: nobody can look a page up any more, nothing is bound.
+    def evict(self) -> Steps[None]:
+        """Give every page back and let the module go."""
+        yield from self.host.down_write("invalidate")
+        yield from self.remove_range(0, self.size, "punch")
+        yield from self.host.up_write("invalidate")
+        yield from self.host.module_put()

@@ -1,0 +1,135 @@
+"""Folios: look up or allocate, zero exactly once per life, prepare for the guest, and take out of the file for good."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from guest_memfd.core.base import PRIVATE_PAGE
+from guest_memfd.core.direct_map import HostMapping
+from guest_memfd.core.ops import Reason
+from guest_memfd.hosts.host import EAGAIN, EEXIST, EHWPOISON, Folio, Steps
+
+LOOKUPS = 3
+"""Attempts to look a folio up while others add and remove it, before -EAGAIN."""
+
+
+class Grabbed(NamedTuple):
+    """A locked, referenced, zeroed folio, its mark, and the page index of its head."""
+
+    folio: Folio
+    index: int
+    private: bool
+
+
+class Held(NamedTuple):
+    """A referenced, unlocked folio of a range under the exclusive lock, with what the trees say of it."""
+
+    folio: Folio
+    index: int
+    gfn: int | None
+    private: bool
+
+
+class Folios(HostMapping):
+    """Callers hold the invalidate lock, shared or exclusive."""
+
+    def grab_folio(self, index: int) -> Steps[Grabbed | int]:
+        """Find or allocate the folio at *index*, locked and zeroed; -ENOMEM, -EHWPOISON, -EAGAIN.
+
+        PG_uptodate means "zeroed in this life" and nothing else; whether the guest has it is the hypervisor's record.
+        """
+        host = self.host
+        for _attempt in range(LOOKUPS):
+            hit = yield from host.filemap_get_folio(index)
+            if hit is None:
+                new = yield from host.filemap_add_folio(index, self.order)
+                if isinstance(new, int):
+                    if new == -EEXIST:
+                        continue
+                    return new
+                yield from self.zero(new.folio)
+                return Grabbed(new.folio, new.index, False)
+            locked = yield from host.lock_folio(hit.folio)
+            if locked.index == hit.index and not locked.hwpoison:
+                if not locked.uptodate:
+                    yield from self.zero(hit.folio)
+                return Grabbed(hit.folio, hit.index, locked.private)
+            yield from self.unlock_and_put(hit.folio)
+            if locked.hwpoison:
+                return -EHWPOISON
+        return -EAGAIN
+
+    def zero(self, folio: Folio) -> Steps[None]:
+        """First use in this life: the page is still the host's and in the direct map."""
+        yield from self.host.clear_folio(folio)
+        yield from self.host.folio_mark_uptodate(folio)
+
+    def unlock_and_put(self, folio: Folio) -> Steps[None]:
+        """Let go of a grabbed folio."""
+        yield from self.host.unlock_folio(folio)
+        yield from self.host.folio_put(folio)
+
+    def present(self, start: int, nr: int) -> Steps[tuple[Held, ...]]:
+        """All folios of [start, start+nr) that exist, referenced; gfn is None where nothing is bound."""
+        bound = yield from self.host.xa_load("bindings", start, nr)
+        attributes = yield from self.host.xa_load("attributes", start, nr)
+        found: tuple[Held, ...] = ()
+        index = start
+        while index < start + nr:
+            hit = yield from self.host.filemap_get_folio(index)
+            if hit is None:
+                index += 1
+            else:
+                at = index - start
+                gfn = bound[at] - 1 if bound[at] else None
+                found += (Held(hit.folio, hit.index, gfn, attributes[at] == PRIVATE_PAGE),)
+                index = hit.index + hit.folio.nr
+        return found
+
+    def put_all(self, folios: tuple[Held, ...]) -> Steps[None]:
+        """Drop the references that `present` took."""
+        for held in folios:
+            yield from self.host.folio_put(held.folio)
+
+    def invalidate_guest(self, folios: tuple[Held, ...], reason: Reason) -> Steps[tuple[int, int]]:
+        """Ask the hypervisor for every bound folio; (0, 0), or the first refusal and its page index.
+
+        Folios before the refused one may have left the guest's page tables: the guest faults them in again.
+        """
+        for held in folios:
+            if held.gfn is not None:
+                ret = yield from self.ops.invalidate(held.gfn, held.folio, held.private, reason)
+                if ret:
+                    return ret, held.index
+        return 0, 0
+
+    def remove_folio(self, held: Held) -> Steps[int]:
+        """Take an invalidated folio back from the hypervisor and out of the file; -errno if the former fails.
+
+        The page is the host's, in the direct map and without the guest's data before anybody else can have it. One
+        that cannot be put back into the direct map is kept for ever rather than freed with a hole.
+        """
+        host, folio = self.host, held.folio
+        locked = yield from host.lock_folio(folio)
+        if locked.private:
+            ret = yield from self.take_back(held)
+            if ret:
+                yield from host.unlock_folio(folio)
+                return ret
+            if not self.ops.scrubs:
+                yield from host.clear_folio_local(folio)
+            if (yield from self.restore(folio)):
+                yield from host.warn(f"{folio} cannot be put back into the direct map and is kept")
+                yield from host.folio_get(folio, "kept")
+        yield from host.filemap_remove_folio(folio)
+        yield from self.unlock_and_put(folio)
+        return 0
+
+    def take_back(self, held: Held) -> Steps[int]:
+        """`ops.reclaim`, tried again once: what can fail there is want of memory, or a hypervisor that is busy."""
+        if held.gfn is None or not held.private:
+            return 0
+        ret = yield from self.ops.reclaim(held.gfn, held.folio)
+        if ret:
+            ret = yield from self.ops.reclaim(held.gfn, held.folio)
+        return ret

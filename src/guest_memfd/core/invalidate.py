@@ -1,0 +1,65 @@
+"""Removal: punch a hole, lose a page to a memory error, empty the file. Every removal is between begin and end.
+
+A punch is refused as a whole: every page is asked for before the first is removed. If the hypervisor then fails to
+give one back, the pages before the returned index are gone and the others are as they were.
+
+Source: kvm_gmem_punch_hole(), kvm_gmem_error_folio() (virt/kvm/guest_memfd.c).
+"""
+
+from __future__ import annotations
+
+from guest_memfd.core.base import PRIVATE_PAGE
+from guest_memfd.core.convert import Conversion, Converts
+from guest_memfd.core.folio import Held
+from guest_memfd.core.ops import Reason
+from guest_memfd.hosts.host import Folio, Steps
+
+
+class Removes(Converts):
+    """punch_hole, error_folio, truncate."""
+
+    def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
+        """Free the pages of [start, start+nr); -EBUSY with the page index if the guest holds on to one."""
+        yield from self.host.begin_op("punch", start, nr)
+        yield from self.host.down_write("invalidate")
+        result = yield from self.remove_range(start, nr, "punch")
+        yield from self.host.end_op(result.ret, result.error_index)
+        yield from self.host.up_write("invalidate")
+        return result
+
+    def remove_range(self, start: int, nr: int, reason: Reason) -> Steps[Conversion]:
+        """Take the folios of the range from user space, from the guest, and out of the file. Lock held exclusively."""
+        host = self.host
+        yield from host.mmu_invalidate_begin(start, nr)
+        yield from host.unmap_mapping_pages(start, nr)
+        folios = yield from self.present(start, nr)
+        ret, index = yield from self.invalidate_guest(folios, reason)
+        removed = 0
+        while not ret and removed < len(folios):
+            ret = yield from self.remove_folio(folios[removed])
+            if ret:
+                index = folios[removed].index
+            else:
+                removed += 1
+        yield from self.put_all(folios[removed:])
+        yield from host.mmu_invalidate_end()
+        return Conversion(ret, index) if ret else Conversion(0)
+
+    def error_folio(self, folio: Folio) -> Steps[str]:
+        """memory_failure() found *folio* broken: the guest loses it, the file keeps it; ``delayed`` or ``failed``."""
+        host = self.host
+        yield from host.down_read("invalidate")
+        locked = yield from host.lock_folio(folio)
+        answer = "failed"
+        if locked.index is not None:
+            yield from host.mmu_invalidate_begin(locked.index, folio.nr)
+            yield from host.unmap_mapping_pages(locked.index, folio.nr)
+            (bound,) = yield from host.xa_load("bindings", locked.index, 1)
+            (attribute,) = yield from host.xa_load("attributes", locked.index, 1)
+            held = Held(folio, locked.index, bound - 1 if bound else None, attribute == PRIVATE_PAGE)
+            ret, _ = yield from self.invalidate_guest((held,), "error")
+            yield from host.mmu_invalidate_end()
+            answer = "failed" if ret else "delayed"
+        yield from host.unlock_folio(folio)
+        yield from host.up_read("invalidate")
+        return answer

@@ -1,0 +1,67 @@
+"""The operations table a hypervisor supplies to the library, and what each entry promises.
+
+The set is chosen so that the objections to the posted tables do not apply (docs/laws.md names them):
+
+* conversion and teardown are different calls: `make_shared` preserves contents, `reclaim` need not;
+* only `invalidate` may refuse, it is asked for every page before anything is changed, and never during teardown;
+* there is no invalidate_end: the library pairs mmu_invalidate_begin and _end itself, whoever refuses in between;
+* nothing is called after `release`, and the library holds the module until the inode has gone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from guest_memfd.hosts.host import Folio, Host, Steps
+
+Reason = Literal["to_private", "to_shared", "punch", "unbind", "error", "teardown"]
+"""Why a page is taken from the guest. Under ``teardown`` the VM is dying and `invalidate` may not refuse."""
+
+
+class GuestMemfdOps(ABC):
+    """What the library asks of a hypervisor's driver. All pages are locked folios; all calls may sleep.
+
+    Every procedure returns 0 or -errno. An entry that fails leaves the page as it was, or in a state from which the
+    same entry can be called again.
+    """
+
+    module: str
+    """Name of the module this code lives in; the library holds it while a file exists."""
+
+    scrubs: bool = False
+    """Whether `reclaim` leaves zeros, so that the library need not write them."""
+
+    def __init__(self) -> None:
+        self.host = Host(self.module)
+
+    @abstractmethod
+    def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Make *folio* the guest's alone and map it at *gfn*; repeatable if the page is the guest's already."""
+
+    @abstractmethod
+    def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Map *folio* at *gfn* for guest and host together."""
+
+    @abstractmethod
+    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+        """See to it that the guest cannot reach *folio*; -EBUSY if the guest holds on to it (not under teardown).
+
+        A shared folio (*private* False) is wholly the host's afterwards; a private one is still the guest's.
+        """
+
+    @abstractmethod
+    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Give an invalidated private *folio* back to the host with its contents."""
+
+    @abstractmethod
+    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+        """The library calls *folio* private from now on; cannot fail. For guests that kept it mapped while shared."""
+
+    @abstractmethod
+    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Give an invalidated *folio* back to the host for good; contents need not survive."""
+
+    @abstractmethod
+    def release(self) -> Steps[None]:
+        """The library will not call again for this VM."""

@@ -1,0 +1,38 @@
+"""Power: guest memory and hibernation. Two ways to protect it, as options, so that they can be compared.
+
+``count``     as secretmem does: refuse while a file is open, looked at once when hibernation starts
+              (secretmem_active(), kernel/power/hibernate.c). Simple, and blind to what comes later.
+``notifier``  a PM notifier: at PM_HIBERNATION_PREPARE refuse while a page is away from the host, else let none leave
+              until PM_POST_HIBERNATION; counting and closing the door are one atomic operation.
+``none``      look away, as the posted designs do.
+
+Suspend to RAM keeps the tables of both stages, so nothing is vetoed there.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from guest_memfd.core.base import Parts
+from guest_memfd.hosts.host import EPERM, Steps
+
+PowerPolicy = Literal["count", "notifier", "none"]
+
+
+class Power(Parts):
+    """hibernation_available and the PM notifier."""
+
+    power: PowerPolicy = "notifier"
+
+    def hibernate_prepare(self) -> Steps[int]:
+        """Hibernation is announced; 0, -EPERM (``count``) or -EBUSY (``notifier``)."""
+        if self.power == "count":
+            return -EPERM if (yield from self.host.open_files()) else 0
+        if self.power == "notifier":
+            return (yield from self.host.pm_prepare("hibernate"))
+        return 0
+
+    def hibernate_post(self) -> Steps[None]:
+        """Hibernation is over, or was given up after this notifier had agreed."""
+        if self.power == "notifier":
+            yield from self.host.pm_post()

@@ -1,0 +1,1 @@
+"""The designs: what was posted, one file per series, and ours."""

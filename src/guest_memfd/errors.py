@@ -1,0 +1,63 @@
+"""Every error that leaves this package, and nothing else.
+
+    GuestMemfdError
+    +-- BadInput               you asked for something that cannot be: exit code 4
+    |   +-- UnknownName        no design, hypervisor, party or law of that name
+    |   +-- PluginError          a third-party hypervisor or design does not load or lacks an operation
+    |   +-- NotAPrimitive      a procedure yielded something that no host can perform
+    |   +-- DesignRaised       a design (or a party) raised while it was explored
+    |   +-- TraceError         a trace file that cannot be read or does not fit
+    +-- HostUnavailable        the host asked for is not on this machine: exit code 5
+    +-- InternalError          our own bug, please report it: exit code 1
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class GuestMemfdError(Exception):
+    """Root of all errors of this package; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class BadInput(GuestMemfdError):
+    """The request cannot be carried out as written; the message names the thing and says what would be right."""
+
+    exit_code = 4
+
+
+class UnknownName(BadInput):
+    """No *kind* is called *name*; suggests the nearest of *known*."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+class PluginError(BadInput):
+    """A registered third-party hypervisor or design does not load, or lacks an operation."""
+
+
+class NotAPrimitive(BadInput):
+    """A procedure yielded something that is no primitive of `hosts/host.py`."""
+
+
+class DesignRaised(BadInput):
+    """A design, hypervisor or party raised an exception while it was explored; carries where, and the trace to it."""
+
+
+class TraceError(BadInput):
+    """A trace file is truncated, not JSON, of another version, or does not fit this program."""
+
+
+class HostUnavailable(GuestMemfdError):
+    """The host asked for is not available here; the message says what is missing and how to get it."""
+
+    exit_code = 5
+
+
+class InternalError(GuestMemfdError):
+    """A contradiction inside this package: a bug of ours."""

@@ -1,0 +1,249 @@
+"""Who can reach a frame on the abstract host: the direct map and its stale copies, user mappings, pins - and aborts.
+
+An access of the kernel passes two gates, stage 1 and stage 2, as in arch.md 4.2-4.5 of the project's facts: a stage-1
+translation fault goes through the exception table; a stage-2 abort is injected by the hypervisor as the kind it
+chooses, and only some kinds consult the table.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.abstract.base import Base
+from guest_memfd.hosts.host import EBADF, Folio
+
+SEA = "synchronous external abort"
+TRANSLATION = "translation fault with S1PTW"
+
+
+class Mappings(Base):
+    """clear_folio ... unpin, and `kernel_access`, the one way the kernel touches memory."""
+
+    # -- accesses ------------------------------------------------------------------------------------------------
+
+    def note_access(self, frame: st.Frame, who: str, what: str, via: str, write: bool) -> None:
+        """Record that *who* reached the contents."""
+        index = frame.slot - 1 if frame.slot else None
+        expect = self.state.page(index).expect if index is not None else st.ANY
+        self.notes.append(notes.Access(
+            who, what, via, frame.number, write, st.CONTENTS[frame.content], self.guests(frame),
+            bool(frame.gmap) or frame.owner == st.GUEST, index,
+            None if expect == st.ANY else st.CONTENTS[expect]))
+
+    def kernel_access(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
+        """One access through the direct map: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
+        if not frame.s1 and not frame.stale:
+            self.notes.append(notes.Abort(
+                what, 1, frame.number, "translation fault", fixup,
+                "a stage-1 fault goes through the exception table" if fixup else "no exception-table entry: oops"))
+            return "fixed" if fixup else self.panic()
+        if not frame.s2:
+            return self._stage2_abort(frame, who, what, write=write, fixup=fixup)
+        self.note_access(frame, who, what, "direct map" if frame.s1 else "stale TLB entry", write)
+        return "ok"
+
+    def _stage2_abort(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
+        kind = self.hypervisor.abort
+        if kind == SEA:
+            survived = fixup and self.sea_fixup
+            why = ("do_sea() consults the exception table in this design" if survived else
+                   "do_sea() does not look at exception tables" if not self.sea_fixup else
+                   "this access has no exception-table entry")
+            self.notes.append(notes.Abort(what, 2, frame.number, SEA, survived, why))
+            return "fixed" if survived else self.panic()
+        if fixup:
+            self.notes.append(notes.Abort(
+                what, 2, frame.number, kind, True, "a translation fault goes through the exception table"))
+            return "fixed"
+        if not self.hypervisor.force_reclaim(self, frame.number):
+            self.notes.append(notes.Abort(what, 2, frame.number, kind, False, "no exception-table entry: oops"))
+            self.panic()
+        self.notes.append(notes.Abort(what, 2, frame.number, kind, True, "the page is reclaimed by force"))
+        self.note_access(frame, who, what, "direct map", write)
+        return "ok"
+
+    def load_unaligned_zeropad(self, pfn: int) -> str:
+        """A word load that runs into *pfn*: it has an exception-table entry."""
+        return self.kernel_access(self.state.frame(pfn), "kernel", "load_unaligned_zeropad", write=False, fixup=True)
+
+    def copy_from_kernel_nofault(self, pfn: int) -> str:
+        """/proc/kcore: it has an exception-table entry; poisoned pages are skipped."""
+        frame = self.state.frame(pfn)
+        if frame.poison:
+            return "skipped"
+        return self.kernel_access(frame, "kernel", "copy_from_kernel_nofault", write=False, fixup=True)
+
+    def clear_folio(self, folio: Folio) -> None:
+        """A plain write through the direct map."""
+        frame = self.state.frame(folio.pfn)
+        self.kernel_access(frame, "library", "clear_folio", write=True, fixup=False)
+        frame.content = st.ZERO
+        self._expect(frame, st.ZERO)
+
+    def clear_folio_local(self, folio: Folio) -> None:
+        """A write through a private mapping of this CPU: stage 2 still has a say."""
+        frame = self.state.frame(folio.pfn)
+        if not frame.s2:
+            self._stage2_abort(frame, "library", "clear_folio_local", write=True, fixup=False)
+        self.note_access(frame, "library", "clear_folio_local", "local mapping", True)
+        frame.content = st.ZERO
+        self._expect(frame, st.ZERO)
+
+    def image_copy(self, pfn: int) -> str:
+        """safe_copy_page(): map a hole for the moment, copy plainly, make the hole again (kernel/power/snapshot.c)."""
+        frame = self.state.frame(pfn)
+        if not frame.allocated or frame.poison:
+            return "skipped"
+        hole = not frame.s1
+        if hole:
+            frame.s1 = 1
+        self.kernel_access(frame, "image", "safe_copy_page", write=False, fixup=False)
+        if hole:
+            frame.s1 = 0
+        return "copied"
+
+    def _expect(self, frame: st.Frame, content: int) -> None:
+        if frame.slot:
+            self.state.page(frame.slot - 1).expect = content
+
+    def _written(self, frame: st.Frame) -> None:
+        frame.content = st.DATA
+        self._expect(frame, st.DATA)
+
+    # -- the last reference --------------------------------------------------------------------------------
+
+    def free_if_unused(self, frame: st.Frame) -> None:
+        """free_pages_prepare(): debug options write to the page, and whoever gets it next finds what it holds."""
+        if frame.refs() or frame.allocated != st.ALLOCATED:
+            return
+        if frame.poison:
+            frame.allocated = st.KEPT
+            return
+        self.notes.append(notes.Freed(
+            frame.number, st.OWNERS[frame.owner], st.CONTENTS[frame.content], bool(frame.gmap or frame.gstale)))
+        if frame.lock:
+            self.die(f"pfn{frame.number} is freed while locked")
+        self.kernel_access(frame, "allocator", "free-time poisoning", write=True, fixup=False)
+        frame.allocated = st.FREE
+        frame.content = st.JUNK
+        frame.uptodate = frame.private = 0
+
+    # -- direct map ----------------------------------------------------------------------------------------------
+
+    def set_direct_map_invalid_noflush(self, folio: Folio) -> int:
+        """The entry goes, TLBs keep it."""
+        frame = self.state.frame(folio.pfn)
+        self.notes.append(notes.DirectMapChange(self.caller, frame.number, True))
+        if frame.s1:
+            frame.s1, frame.stale = 0, 1
+        return 0
+
+    def set_direct_map_default_noflush(self, folio: Folio) -> int:
+        """Invalid to valid: nothing stale can be left."""
+        frame = self.state.frame(folio.pfn)
+        self.notes.append(notes.DirectMapChange(self.caller, frame.number, False))
+        frame.s1, frame.stale = 1, 0
+        return 0
+
+    def flush_tlb_kernel_range(self, folios: tuple[Folio, ...]) -> None:
+        """All CPUs."""
+        for folio in folios:
+            self.state.frame(folio.pfn).stale = 0
+
+    # -- user mappings -------------------------------------------------------------------------------------------
+
+    def mmap(self) -> int:
+        """Over the whole file, through the VMM's descriptor."""
+        if not self.state.fd:
+            return -EBADF
+        self.state.vma += 1
+        self.state.inodes += 1
+        return 0
+
+    def munmap(self) -> bool:
+        """The VMA's inode reference goes with it; entries are shared by all VMAs and go with the last."""
+        self.state.vma -= 1
+        if not self.state.vma:
+            self.unmap_mapping_pages(0, st.PAGES)
+        self.state.inodes -= 1
+        return not self.state.inodes
+
+    def user_access(self, index: int, write: bool) -> str:
+        """Through the VMM's page table; stage 2 answers with a signal, not a panic, at EL0."""
+        if not self.state.vma:
+            return "SIGSEGV"
+        page = self.state.page(index)
+        frame = next((f for f in self.state.frames() if f.user and f.slot == index + 1), None)
+        if frame is None or not page.cached:
+            return "fault"
+        if not frame.s2:
+            return "SIGBUS"
+        self.note_access(frame, "VMM", "user access", "user mapping", write)
+        if write:
+            self._written(frame)
+        return "ok"
+
+    def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
+        """Under the page-table lock: only while the VMA is there."""
+        if not self.state.vma:
+            return False
+        self.state.frame(folio.pfn).user = 1
+        return True
+
+    def vma_covers(self, start: int, nr: int) -> bool:
+        """A VMA covers every page."""
+        return bool(self.state.vma) and start < st.PAGES and nr > 0
+
+    def unmap_mapping_pages(self, start: int, nr: int) -> None:
+        """Entries and user TLBs together."""
+        for frame in self.state.frames():
+            if frame.user and start < frame.slot <= start + nr:
+                frame.user = 0
+
+    # -- GUP -----------------------------------------------------------------------------------------------------
+
+    def gup_read_pte(self, index: int) -> Folio | None:
+        """Look, hold nothing."""
+        frame = next((f for f in self.state.frames() if f.user and f.slot == index + 1), None)
+        return Folio(frame.number) if frame else None
+
+    def gup_try_get(self, folio: Folio) -> bool:
+        """Fails only when the count is zero: the frame may be another folio by now."""
+        frame = self.state.frame(folio.pfn)
+        if not frame.refs():
+            return False
+        frame.spec += 1
+        return True
+
+    def gup_recheck(self, index: int, folio: Folio, foll_pin: bool) -> bool:
+        """Keep or drop the speculative reference."""
+        frame = self.state.frame(folio.pfn)
+        frame.spec -= 1
+        if not frame.user or frame.slot != index + 1:
+            self.free_if_unused(frame)
+            return False
+        if foll_pin:
+            frame.pin += 1
+        else:
+            frame.get += 1
+        return True
+
+    def pin_access(self, folio: Folio, write: bool, dma: bool) -> str:
+        """A device reaches the frame whatever the tables say (no IOMMU in between); the kernel uses the direct map."""
+        frame = self.state.frame(folio.pfn)
+        if dma:
+            self.note_access(frame, "device", "DMA", "DMA", write)
+        elif self.kernel_access(frame, "kernel", "copy through a GUP reference", write=write, fixup=False) != "ok":
+            return "fault"
+        if write:
+            self._written(frame)
+        return "ok"
+
+    def unpin(self, folio: Folio, foll_pin: bool) -> None:
+        """The reference goes; perhaps the last."""
+        frame = self.state.frame(folio.pfn)
+        if foll_pin:
+            frame.pin -= 1
+        else:
+            frame.get -= 1
+        self.free_if_unused(frame)

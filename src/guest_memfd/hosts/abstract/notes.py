@@ -1,0 +1,120 @@
+"""The facts a step leaves for the laws: who touched what, what became of an abort, what an operation returned.
+
+A note says what happened, never whether that was right: judging is the job of laws.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Access(NamedTuple):
+    """Somebody reached the contents of a frame."""
+
+    who: str                    # guest, VMM, kernel, device, image, allocator, library
+    what: str                   # the primitive, in words
+    via: str                    # direct map, stale TLB entry, user mapping, DMA, guest mapping, ...
+    pfn: int
+    write: bool
+    content: str                # before the access
+    guests: bool                # the frame was private to the guest
+    held: bool                  # the guest could still reach it, or owned it
+    index: int | None           # page index at which the file holds it
+    expect: str | None          # what a reader there must find; None: nobody can say
+
+
+class Abort(NamedTuple):
+    """An access of the kernel did not get through."""
+
+    what: str
+    stage: int
+    pfn: int
+    kind: str                   # translation fault, synchronous external abort, ...
+    survived: bool
+    why: str
+
+
+class DirectMapChange(NamedTuple):
+    """A direct-map entry was written by the code of *caller*."""
+
+    caller: str
+    pfn: int
+    invalid: bool
+
+
+class MadePrivate(NamedTuple):
+    """A frame has just become private to the guest: by the library's word, or by the hypervisor's."""
+
+    how: str
+    pfn: int
+    pins: int                   # references through which somebody may still touch it
+    user: bool
+    cached_mapping: bool        # a gfn_to_pfn_cache still maps it
+
+
+class StrayGuest(NamedTuple):
+    """The guest reached a frame that is not its own any more."""
+
+    pfn: int
+    via: str
+
+
+class Refused(NamedTuple):
+    """The hypervisor refused a request as a rule, not as a failure."""
+
+    call: str
+    errno: int
+
+
+class OutOfScope(NamedTuple):
+    """An operation did something to a page outside its range."""
+
+    op: str
+    what: str
+    index: int
+
+
+class Ended(NamedTuple):
+    """An operation returned."""
+
+    op: str
+    ret: int
+    error_index: int | None
+    scope: tuple[int, ...]
+    toggled: tuple[int, ...]            # pages whose attribute is not what it was before
+    removed: tuple[int, ...]            # pages it took out of the page cache
+    left: tuple[int, ...]               # pages of the range that are in the page cache now
+    attrs: tuple[int, ...]              # attributes of the range now
+    cause: tuple[str, ...]              # what could justify a refusal, page by page
+
+
+class Freed(NamedTuple):
+    """The last reference of a frame went."""
+
+    pfn: int
+    owner: str
+    content: str
+    guest_reaches: bool
+
+
+class Destroyed(NamedTuple):
+    """Contents that somebody relied on were lost without being asked for."""
+
+    pfn: int
+    how: str
+
+
+class Broken(NamedTuple):
+    """The kernel stopped for a reason that is no abort: BUG_ON, a wild pointer, code that is gone."""
+
+    what: str
+
+
+class Warned(NamedTuple):
+    """WARN_ON()."""
+
+    what: str
+
+
+Note = (Access | Abort | DirectMapChange | MadePrivate | StrayGuest | Refused | OutOfScope | Ended | Freed | Destroyed
+        | Broken | Warned)

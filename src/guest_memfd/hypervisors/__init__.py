@@ -1,0 +1,13 @@
+"""The hypervisors, and how third parties add theirs: an entry point in the group ``guest_memfd.hypervisors``."""
+
+from __future__ import annotations
+
+from guest_memfd.hypervisors.gunyah.client import GUNYAH
+from guest_memfd.hypervisors.hypervisor import Hypervisor
+from guest_memfd.hypervisors.kvm.default import KVM
+from guest_memfd.hypervisors.kvm.pkvm import PKVM
+from guest_memfd.plugins import Registry
+
+HYPERVISORS: Registry[Hypervisor] = Registry(
+    "hypervisor", "guest_memfd.hypervisors", {h.name: h for h in (KVM, PKVM, GUNYAH)}
+)

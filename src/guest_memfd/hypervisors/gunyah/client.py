@@ -1,0 +1,83 @@
+"""Gunyah as a client of the library: lend is donate + private map, share is donate to the sibling + VMMIO map.
+
+A -EINVAL from a donate means "not the owner": the page is where it should be already, so every entry can be repeated.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.core.ops import GuestMemfdOps, Reason
+from guest_memfd.hosts.host import EAGAIN, EINVAL, ENOMEM, Folio, Steps
+from guest_memfd.hypervisors.gunyah import el2
+from guest_memfd.hypervisors.hypervisor import SEA, Hypervisor
+
+
+class GunyahOps(GuestMemfdOps):
+    """Reclaiming after an unmap is synchronised: no NOSYNC on this path."""
+
+    module = "gunyah"
+    scrubs = True
+
+    def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Lend. A map that fails leaves the page donated; the next attempt maps it, `reclaim` takes it back."""
+        ret = yield from self.host.hypercall("donate_to_protected", folio)
+        if ret not in (0, -EINVAL):
+            return ret
+        return (yield from self.host.hypercall("map_private", gfn, folio))
+
+    def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Share. As above."""
+        ret = yield from self.host.hypercall("donate_to_sibling", folio)
+        if ret not in (0, -EINVAL):
+            return ret
+        return (yield from self.host.hypercall("map_vmmio", gfn, folio))
+
+    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+        """Unmap; the hypervisor refuses with -EBUSY while the guest has the page locked."""
+        kind = "unmap_private" if private else "unmap_vmmio"
+        ret = yield from self.host.hypercall(kind, gfn, folio, True)
+        if ret == -EAGAIN:
+            ret = yield from self.host.hypercall(kind, gfn, folio, True)
+        if ret not in (0, -EINVAL) or private:
+            return 0 if ret == -EINVAL else ret
+        ret = yield from self.host.hypercall("donate_from_sibling", folio)
+        return 0 if ret == -EINVAL else ret
+
+    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Take it back; the contents are what the guest left when it relinquished the page."""
+        return (yield from self.reclaim(gfn, folio))
+
+    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+        """The next guest access lends it."""
+        yield from ()
+
+    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Donate it back to the host."""
+        ret = yield from self.host.hypercall("donate_from_protected", folio)
+        return 0 if ret == -EINVAL else ret
+
+    def release(self) -> Steps[None]:
+        """VM_RESET follows."""
+        yield from ()
+
+
+GUNYAH = Hypervisor(
+    name="gunyah",
+    title="Gunyah (arm64): lend, share, reclaim; a locked page refuses; injects an external abort",
+    module="gunyah",
+    ops=GunyahOps,
+    hypercalls={
+        "donate_to_protected": el2.donate_to_protected, "donate_from_protected": el2.donate_from_protected,
+        "donate_to_sibling": el2.donate_to_sibling, "donate_from_sibling": el2.donate_from_sibling,
+        "map_private": el2.map_private, "map_vmmio": el2.map_vmmio,
+        "unmap_private": el2.unmap_private, "unmap_vmmio": el2.unmap_vmmio,
+    },
+    fallible={
+        "donate_to_protected": -ENOMEM, "donate_to_sibling": -ENOMEM, "map_private": -ENOMEM, "map_vmmio": -ENOMEM,
+        "unmap_private": -EAGAIN, "unmap_vmmio": -EAGAIN, "donate_from_protected": -EAGAIN,
+    },
+    abort=SEA,
+    tracks_owner=True,
+    consents="relinquish",
+    guest_consents=el2.unlock_pages,
+    guest_touches=el2.guest_touches,
+)

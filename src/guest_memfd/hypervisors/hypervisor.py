@@ -1,0 +1,101 @@
+"""What a hypervisor is to this project: its driver's half (core/ops.py) and its own half, the code behind hypercalls.
+
+The own half is a table of plain functions over `Stage2`, the little that any machine's EL2 code can do to a page. So it
+is written once and runs on every host that offers `Stage2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from guest_memfd.core.ops import GuestMemfdOps
+
+Owner = Literal["host", "guest", "shared", "borrowed"]
+
+SEA = "synchronous external abort"
+DATA_ABORT = "translation fault with S1PTW"
+
+
+class Stage2(Protocol):
+    """The hypervisor's records and page tables. Each call of a hypercall's code is one atomic step of the machine."""
+
+    def owner(self, pfn: int) -> str:
+        """host; guest (donated); shared (the host's, both may use it); borrowed (the guest's, the host may use it)."""
+
+    def set_owner(self, pfn: int, owner: Owner) -> None:
+        """Change the record."""
+
+    def host_maps(self, pfn: int, allowed: bool) -> None:
+        """Let the host's stage 2 map the page, or not; TLBs included."""
+
+    def guest_map(self, gfn: int, pfn: int) -> None:
+        """Map the page into the guest."""
+
+    def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
+        """Unmap it; False if gfn did not map it. Without *flush* (NOSYNC) TLBs may keep the entry."""
+
+    def guest_maps(self, pfn: int) -> int | None:
+        """The gfn that maps the page."""
+
+    def scrub(self, pfn: int) -> None:
+        """Write zeros."""
+
+    def destroy(self, pfn: int, gfn: int, how: str) -> None:
+        """Scrub a living guest's page without its consent and mark its entry POISONED."""
+
+    def locked_in(self, pfn: int) -> bool:
+        """Whether the guest holds on to the page."""
+
+    def set_locked_in(self, pfn: int, locked: bool) -> None:
+        """Record that the guest holds on, or lets go."""
+
+    def declassify(self, pfn: int) -> None:
+        """The guest agrees that the host reads the page."""
+
+    def forget(self, pfn: int) -> None:
+        """The guest no longer relies on the contents."""
+
+    def vm_alive(self) -> bool:
+        """Whether the VM runs (not dying)."""
+
+    def refuse(self, call: str, errno: int) -> int:
+        """Return -errno: refused by rule."""
+
+
+Hypercall = Callable[..., int]
+
+
+def _nothing(_stage2: Stage2, _pfn: int) -> None:
+    return None
+
+
+def _never(_stage2: Stage2, _pfn: int) -> bool:
+    return False
+
+
+@dataclass(frozen=True, eq=False)
+class Hypervisor:
+    """A hypervisor as scenarios use it.
+
+    abort: the kind it injects for a host access to a page that stage 2 withholds, None if there is no host stage 2.
+    hypercalls: name -> code(stage2, *args) -> 0 or -errno. fallible: name -> -errno of an injected failure.
+    tracks_owner: whether it keeps ownership at all (plain KVM does not).
+    consents: in words, what `guest_consents` is to this guest; None if its guests cannot give a page up.
+    """
+
+    name: str
+    title: str
+    module: str
+    ops: Callable[[], GuestMemfdOps]
+    hypercalls: Mapping[str, Hypercall]
+    fallible: Mapping[str, int]
+    abort: str | None
+    tracks_owner: bool
+    consents: str | None = None
+    guest_consents: Callable[[Stage2, int], None] = _nothing
+    guest_touches: Callable[[Stage2, int], None] = _nothing
+    force_reclaim: Callable[[Any, int], bool] = _never
+    pfn_cache: bool = False
+    notes: tuple[str, ...] = field(default=())

@@ -1,0 +1,1 @@
+"""KVM: default.py without, pkvm.py with a host stage 2."""

@@ -1,0 +1,72 @@
+"""KVM without a host stage 2: a default VM. Nobody withholds pages from the host but the library.
+
+Private here means: the library's word, and a hole in the direct map (hardening against stray and speculative reads).
+Sources: virt/kvm/guest_memfd.c, arch/x86/kvm/mmu; facts/kvm.md 3.3-3.6.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.core.ops import GuestMemfdOps, Reason
+from guest_memfd.hosts.host import ENOMEM, Folio, Steps
+from guest_memfd.hypervisors.hypervisor import Hypervisor, Stage2
+
+
+def mmu_map(stage2: Stage2, gfn: int, folio: Folio) -> int:
+    """kvm_mmu_map_tdp_page() under mmu_lock."""
+    stage2.guest_map(gfn, folio.pfn)
+    return 0
+
+
+def mmu_unmap(stage2: Stage2, gfn: int, folio: Folio) -> int:
+    """kvm_mmu_unmap_gfn_range() and the remote TLB flush."""
+    stage2.guest_unmap(gfn, folio.pfn)
+    return 0
+
+
+class KvmOps(GuestMemfdOps):
+    """The driver's half: a map, an unmap, and no ownership to change."""
+
+    module = "kvm"
+
+    def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Map it."""
+        return (yield from self.host.hypercall("mmu_map", gfn, folio))
+
+    def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Map it."""
+        return (yield from self.host.hypercall("mmu_map", gfn, folio))
+
+    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+        """Unmap it; never refuses."""
+        return (yield from self.host.hypercall("mmu_unmap", gfn, folio))
+
+    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Nothing to change."""
+        yield from ()
+        return 0
+
+    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+        """Nothing to change."""
+        yield from ()
+
+    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Nothing to change; the library scrubs."""
+        yield from ()
+        return 0
+
+    def release(self) -> Steps[None]:
+        """Nothing left."""
+        yield from ()
+
+
+KVM = Hypervisor(
+    name="kvm",
+    title="KVM, default VM: the host keeps all pages; direct-map removal is hardening",
+    module="kvm",
+    ops=KvmOps,
+    hypercalls={"mmu_map": mmu_map, "mmu_unmap": mmu_unmap},
+    fallible={"mmu_map": -ENOMEM},
+    abort=None,
+    tracks_owner=False,
+    pfn_cache=True,
+)

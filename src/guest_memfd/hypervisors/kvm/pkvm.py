@@ -1,0 +1,168 @@
+"""Protected KVM on arm64: EL2 owns the host's stage 2, pages are donated to a guest, shared by it, reclaimed from it.
+
+Sources: arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3), transitions and return codes in facts/arch.md 7; the injected
+abort and force reclaim in 4.4-4.5. Differs from what is upstream in two places, both needed for conversion in place:
+a protected guest may also borrow host pages (share_guest), and a guest's MEM_UNSHARE completes only when the host has
+let go (`unshare`, called by `make_private`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from guest_memfd.core.ops import GuestMemfdOps, Reason
+from guest_memfd.hosts.host import EAGAIN, EBUSY, ENOENT, ENOMEM, EPERM, Folio, Steps
+from guest_memfd.hypervisors.hypervisor import DATA_ABORT, Hypervisor, Stage2
+
+# -- EL2 -----------------------------------------------------------------------------------------------------------
+
+
+def donate_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
+    """host OWNED -> guest OWNED, mapped RWX; -EPERM otherwise."""
+    if stage2.owner(folio.pfn) != "host":
+        return -EPERM
+    stage2.set_owner(folio.pfn, "guest")
+    stage2.host_maps(folio.pfn, False)
+    stage2.guest_map(gfn, folio.pfn)
+    stage2.set_locked_in(folio.pfn, True)
+    return 0
+
+
+def share_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
+    """host OWNED -> SHARED_OWNED, guest SHARED_BORROWED; -EPERM otherwise."""
+    if stage2.owner(folio.pfn) != "host":
+        return -EPERM
+    stage2.set_owner(folio.pfn, "shared")
+    stage2.guest_map(gfn, folio.pfn)
+    return 0
+
+
+def unshare_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
+    """The host's page leaves the guest; -ENOENT when the guest had not borrowed it."""
+    if stage2.owner(folio.pfn) != "shared":
+        return -ENOENT
+    stage2.guest_unmap(gfn, folio.pfn)
+    stage2.set_owner(folio.pfn, "host")
+    return 0
+
+
+def unshare(stage2: Stage2, gfn: int, folio: Folio) -> int:
+    """Complete the guest's MEM_UNSHARE: what the host borrowed is the guest's alone again; -EPERM otherwise."""
+    if stage2.owner(folio.pfn) != "borrowed":
+        return -EPERM
+    stage2.set_owner(folio.pfn, "guest")
+    stage2.host_maps(folio.pfn, False)
+    stage2.set_locked_in(folio.pfn, True)
+    return 0
+
+
+def check_consent(stage2: Stage2, gfn: int, folio: Folio, converting: bool) -> int:
+    """-EBUSY: a conversion needs the guest's MEM_SHARE, dying or not; everything else needs its death."""
+    owner = stage2.owner(folio.pfn)
+    free = owner == "borrowed" if converting else not stage2.vm_alive()
+    if owner in ("guest", "borrowed") and not free:
+        return stage2.refuse("check_consent", EBUSY)
+    return 0
+
+
+def reclaim_dying_guest_page(stage2: Stage2, gfn: int, folio: Folio) -> int:
+    """Zero, unmap, give back; -EPERM for a living guest, 0 when the host owns it already."""
+    if stage2.owner(folio.pfn) == "host":
+        return 0
+    if stage2.vm_alive():
+        return stage2.refuse("reclaim_dying_guest_page", EPERM)
+    stage2.guest_unmap(gfn, folio.pfn)
+    stage2.scrub(folio.pfn)
+    stage2.forget(folio.pfn)
+    stage2.set_locked_in(folio.pfn, False)
+    stage2.set_owner(folio.pfn, "host")
+    stage2.host_maps(folio.pfn, True)
+    return 0
+
+
+def guest_share_host(stage2: Stage2, pfn: int) -> None:
+    """HVC MEM_SHARE: the guest lets the host use its page."""
+    if stage2.owner(pfn) == "guest":
+        stage2.set_owner(pfn, "borrowed")
+        stage2.set_locked_in(pfn, False)
+        stage2.host_maps(pfn, True)
+        stage2.declassify(pfn)
+
+
+def force_reclaim(stage2: Any, pfn: int) -> bool:
+    """__pkvm_force_reclaim_guest_page(): poison the guest's entry, zero the page, give it to the host."""
+    gfn = stage2.guest_maps(pfn)
+    if stage2.owner(pfn) != "guest" or gfn is None:
+        return False
+    stage2.guest_unmap(gfn, pfn)
+    stage2.destroy(pfn, gfn, "reclaimed by force because the host touched it")
+    stage2.set_locked_in(pfn, False)
+    stage2.set_owner(pfn, "host")
+    stage2.host_maps(pfn, True)
+    return True
+
+
+# -- the driver's half ---------------------------------------------------------------------------------------------
+
+
+class PkvmOps(GuestMemfdOps):
+    """One hypercall each; the guest's consent is its MEM_SHARE."""
+
+    module = "kvm"
+    scrubs = True
+
+    def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Donate; -EPERM means that the guest has it already."""
+        ret = yield from self.host.hypercall("donate_guest", gfn, folio)
+        return 0 if ret == -EPERM else ret
+
+    def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Lend it to both; -EPERM means that both have it already."""
+        ret = yield from self.host.hypercall("share_guest", gfn, folio)
+        return 0 if ret == -EPERM else ret
+
+    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+        """Unshare a shared page; a private one needs the guest's consent or its death."""
+        if not private:
+            ret = yield from self.host.hypercall("unshare_guest", gfn, folio)
+            if ret != -ENOENT or reason == "to_private":
+                return 0 if ret == -ENOENT else ret
+        if reason == "teardown":
+            return 0 if private else (yield from self.reclaim(gfn, folio))
+        return (yield from self.host.hypercall("check_consent", gfn, folio, reason == "to_shared"))
+
+    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+        """The guest has shared it: EL2 lets the host in already."""
+        yield from ()
+        return 0
+
+    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+        """The host has let go: the guest's MEM_UNSHARE may complete (-EPERM: it had none under way)."""
+        yield from self.host.hypercall("unshare", gfn, folio)
+
+    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
+        """Only a dying guest gives pages back."""
+        return (yield from self.host.hypercall("reclaim_dying_guest_page", gfn, folio))
+
+    def release(self) -> Steps[None]:
+        """The VM's EL2 state goes with the VM."""
+        yield from ()
+
+
+PKVM = Hypervisor(
+    name="pkvm",
+    title="protected KVM (arm64): donate, share, reclaim; injects a data abort that the kernel can fix up",
+    module="kvm",
+    ops=PkvmOps,
+    hypercalls={
+        "donate_guest": donate_guest, "share_guest": share_guest, "unshare_guest": unshare_guest, "unshare": unshare,
+        "check_consent": check_consent, "reclaim_dying_guest_page": reclaim_dying_guest_page,
+    },
+    fallible={"donate_guest": -ENOMEM, "share_guest": -ENOMEM, "reclaim_dying_guest_page": -EAGAIN},
+    abort=DATA_ABORT,
+    tracks_owner=True,
+    consents="MEM_SHARE",
+    guest_consents=guest_share_host,
+    force_reclaim=force_reclaim,
+    pfn_cache=True,
+)

@@ -1,0 +1,70 @@
+"""Names to things, built in or registered by third parties through an entry point; every failure names the plugin."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any, Generic, TypeVar
+
+from guest_memfd.errors import PluginError, UnknownName
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Things of one *kind* by name. Entry points of *group* are looked at once, when a name is asked for."""
+
+    def __init__(self, kind: str, group: str, builtin: dict[str, T], check: Callable[[T], str | None] | None = None):
+        self.kind, self.group, self._known, self._check = kind, group, dict(builtin), check
+        self._broken: dict[str, str] = {}
+        self._looked = False
+
+    def _look(self) -> None:
+        if self._looked:
+            return
+        self._looked = True
+        for entry in metadata.entry_points(group=self.group):
+            try:
+                self.add(entry.name, entry.load())
+            except PluginError as error:
+                self._broken[entry.name] = str(error)
+            except Exception as error:
+                self._broken[entry.name] = (
+                    f"{self.kind} plugin {entry.name!r} ({entry.value}) does not import: {type(error).__name__}: {error}"
+                )
+
+    def add(self, name: str, thing: Any) -> None:
+        """Register *thing*; raises PluginError saying what it lacks."""
+        lacks = missing_operations(thing) or (self._check(thing) if self._check else None)
+        if lacks:
+            raise PluginError(f"{self.kind} plugin {name!r}: {lacks}")
+        self._known[name] = thing
+
+    def __getitem__(self, name: str) -> T:
+        """The thing called *name*; UnknownName with the nearest name, PluginError if it is there and does not load."""
+        if name not in self._known:
+            self._look()
+        if name in self._broken:
+            raise PluginError(self._broken[name])
+        if name not in self._known:
+            raise UnknownName(self.kind, name, self._known)
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._look()
+        return iter(self._known)
+
+    def broken(self) -> dict[str, str]:
+        """Name -> what is wrong, of the plugins that do not load."""
+        self._look()
+        return dict(self._broken)
+
+
+def missing_operations(thing: Any) -> str | None:
+    """Say which abstract operations *thing*, or the driver's half of a hypervisor, lacks."""
+    for part in (thing, getattr(thing, "ops", None)):
+        if inspect.isclass(part) and inspect.isabstract(part):
+            lacking = ", ".join(sorted(part.__abstractmethods__))
+            return f"{part.__qualname__} lacks the operation(s) {lacking}; core/ops.py says what each must do"
+    return None

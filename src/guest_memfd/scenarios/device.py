@@ -1,0 +1,42 @@
+"""Hazard: a reference that outlives the mapping it was taken through (vfio, io_uring, vmsplice, O_DIRECT)."""
+
+from __future__ import annotations
+
+from guest_memfd.designs.design import Design
+from guest_memfd.hosts.host import Folio, Host, Steps
+from guest_memfd.hypervisors.hypervisor import Hypervisor
+from guest_memfd.scenarios.party import Party
+
+MM = Host("mm")
+
+
+def gup_fast(index: int, foll_pin: bool) -> Steps[Folio | None]:
+    """gup_fast(): read the entry, take a reference blindly, look again."""
+    folio = yield from MM.gup_read_pte(index)
+    if folio is None:
+        return None
+    if not (yield from MM.gup_try_get(folio)):
+        return None
+    kept = yield from MM.gup_recheck(index, folio, foll_pin)
+    return folio if kept else None
+
+
+def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """Map, fault the page in, pin it, unmap - and only then use it and let go."""
+    if (yield from design.mmap()):
+        return
+    index = yield from MM.choose("page", 0, 1)
+    seen = yield from design.user_fault(index)
+    folio: Folio | None = None
+    foll_pin = True
+    if seen == "ok":
+        foll_pin = yield from MM.choose("FOLL_PIN", True, False)
+        folio = yield from gup_fast(index, foll_pin)
+    yield from design.munmap()
+    if folio is not None:
+        yield from MM.pin_access(folio, True, foll_pin)
+        yield from MM.unpin(folio, foll_pin)
+
+
+DEVICE = Party("device", "a device (pin, DMA) or a kernel user (get, copy) that keeps a page across munmap", device,
+               task=False)

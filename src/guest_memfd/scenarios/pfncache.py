@@ -1,0 +1,38 @@
+"""Hazard: the hypervisor's driver keeps a kernel mapping of a guest page and no reference (gfn_to_pfn_cache)."""
+
+from __future__ import annotations
+
+from guest_memfd.designs.design import Design
+from guest_memfd.hosts.host import Host, Steps
+from guest_memfd.hypervisors.hypervisor import Hypervisor
+from guest_memfd.scenarios.device import gup_fast
+from guest_memfd.scenarios.party import Party
+
+MM = Host("mm")
+
+
+def pfn_cache(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """Refresh the cache through the VMM's mapping, use it under its lock, drop it."""
+    if (yield from design.mmap()):
+        return
+    yield from MM.gpc_begin(1)
+    if (yield from design.user_fault(1)) == "ok":
+        folio = yield from gup_fast(1, False)
+        if folio is not None:
+            valid = yield from MM.gpc_commit(folio)
+            yield from MM.unpin(folio, False)
+            if valid:
+                yield from use()
+    yield from design.munmap()
+
+
+def use() -> Steps[None]:
+    """read_lock, gpc_check, write, read_unlock."""
+    if (yield from MM.gpc_read_lock()):
+        yield from MM.gpc_access(True)
+        yield from MM.gpc_read_unlock()
+    yield from MM.gpc_drop()
+
+
+PFN_CACHE = Party("pfn-cache", "a user of a kernel mapping of a guest page (gfn_to_pfn_cache)", pfn_cache,
+                  exists=lambda design, hypervisor: hypervisor.pfn_cache)

@@ -1,0 +1,25 @@
+"""Hazard: hibernation copies every page there is, mapping those that are not."""
+
+from __future__ import annotations
+
+from guest_memfd.designs.design import Design
+from guest_memfd.hosts.host import Host, Steps
+from guest_memfd.hypervisors.hypervisor import Hypervisor
+from guest_memfd.scenarios.party import Party
+from guest_memfd.scenarios.readers import FRAMES
+
+MM = Host("mm")
+
+
+def hibernate(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """hibernate(): availability and notifiers, freeze, copy the image, go on as after a resume."""
+    if (yield from design.hibernate_prepare()):
+        return
+    yield from MM.freeze_processes()
+    for pfn in FRAMES:
+        yield from MM.image_copy(pfn)
+    yield from MM.thaw_processes()
+    yield from design.hibernate_post()
+
+
+POWER = Party("power", "the power manager: hibernation, image copy, resume", hibernate, task=False)
