@@ -10,14 +10,14 @@ for guest_memfd" v12; the flush belongs to removal (Mike Rapoport on the first l
 
 from __future__ import annotations
 
-from guest_memfd.core.base import Parts
+from guest_memfd.core.power import Power
 from guest_memfd.hosts.host import Folio, Steps
 
 ATTEMPTS = 2
 """How often an entry is put back before the page is given up: the failure is want of memory, which passes."""
 
 
-class HostMapping(Parts):
+class HostMapping(Power):
     """Zap and restore."""
 
     def zap(self, folio: Folio) -> Steps[int]:
@@ -30,14 +30,14 @@ class HostMapping(Parts):
     def zap_noflush(self, folio: Folio) -> Steps[int]:
         """As `zap`, for a batch: the caller calls `flush` before anybody may rely on it."""
         host = self.host
-        ret = yield from host.pm_account(folio.nr)
+        ret = yield from self.account(folio.nr)
         if ret:
             return ret
         yield from host.folio_set_private(folio, True)
         ret = yield from host.set_direct_map_invalid_noflush(folio)
         if ret:
             yield from host.folio_set_private(folio, False)
-            yield from host.pm_account(-folio.nr)
+            yield from self.account(-folio.nr)
         return ret
 
     def flush(self, folios: tuple[Folio, ...]) -> Steps[None]:
@@ -51,6 +51,6 @@ class HostMapping(Parts):
             ret = yield from host.set_direct_map_default_noflush(folio)
             if not ret:
                 yield from host.folio_set_private(folio, False)
-                yield from host.pm_account(-folio.nr)
+                yield from self.account(-folio.nr)
                 return 0
         return ret

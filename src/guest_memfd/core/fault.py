@@ -63,13 +63,17 @@ class Faults(Folios):
         grabbed = yield from self.grab_folio(index)
         if isinstance(grabbed, int):
             return "SIGBUS"
-        if grabbed.private and (yield from self.restore(grabbed.folio)):
+        if (yield from self.make_accessible(grabbed)):
             answer = "SIGBUS"
         else:
             mapped = yield from self.host.vmf_insert_folio(index, grabbed.folio)
             answer = "ok" if mapped else "retry"
         yield from self.unlock_and_put(grabbed.folio)
         return answer
+
+    def make_accessible(self, grabbed: Grabbed) -> Steps[int]:
+        """A shared page is in the direct map before the host may use it; 0 or -ENOMEM."""
+        return (yield from self.restore(grabbed.folio)) if grabbed.private else 0
 
     def allocate(self, start: int, nr: int) -> Steps[int]:
         """fallocate(KEEP_SIZE): have the pages of [start, start+nr); on -ENOMEM those already allocated stay."""

@@ -111,19 +111,23 @@ class Folios(HostMapping):
         """
         host, folio = self.host, held.folio
         locked = yield from host.lock_folio(folio)
-        if locked.private:
-            ret = yield from self.take_back(held)
-            if ret:
-                yield from host.unlock_folio(folio)
-                return ret
-            if not self.ops.scrubs:
-                yield from host.clear_folio_local(folio)
-            if (yield from self.restore(folio)):
-                yield from host.warn(f"{folio} cannot be put back into the direct map and is kept")
-                yield from host.folio_get(folio, "kept")
+        ret = yield from self.take_back(held)
+        if ret:
+            yield from host.unlock_folio(folio)
+            return ret
+        yield from self.return_to_kernel(held, locked.private)
         yield from host.filemap_remove_folio(folio)
         yield from self.unlock_and_put(folio)
         return 0
+
+    def return_to_kernel(self, held: Held, marked: bool) -> Steps[None]:
+        """Scrub what may hold the guest's data before any mapping of the kernel shows it, then restore the mapping."""
+        host, folio = self.host, held.folio
+        if held.private and not self.ops.scrubs:
+            yield from host.clear_folio_local(folio)
+        if marked and (yield from self.restore(folio)):
+            yield from host.warn(f"{folio} cannot be put back into the direct map and is kept")
+            yield from host.folio_get(folio, "kept")
 
     def take_back(self, held: Held) -> Steps[int]:
         """`ops.reclaim`, tried again once: what can fail there is want of memory, or a hypervisor that is busy."""

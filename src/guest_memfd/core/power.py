@@ -24,6 +24,12 @@ class Power(Parts):
 
     power: PowerPolicy = "notifier"
 
+    def account(self, pages: int) -> Steps[int]:
+        """Pages leave the host (+) or come back (-); -EAGAIN if they may not leave now."""
+        if self.power != "notifier":
+            return 0
+        return (yield from self.host.pm_account(pages))
+
     def hibernate_prepare(self) -> Steps[int]:
         """Hibernation is announced; 0, -EPERM (``count``) or -EBUSY (``notifier``)."""
         if self.power == "count":

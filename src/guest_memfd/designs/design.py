@@ -15,6 +15,8 @@ class Design(Library):
     source: ClassVar[str]
     sea_fixup: ClassVar[bool] = False
     """Whether this design's kernel lets do_sea() consult the exception table."""
+    gup: ClassVar[bool] = True
+    """Whether pages the VMM has mapped may be taken by GUP at all (secretmem refuses)."""
     hypervisors: ClassVar[tuple[str, ...] | None] = None
     """Names of the hypervisors it was posted for; None: any."""
     born_shared: ClassVar[tuple[int, ...]] = (1,)

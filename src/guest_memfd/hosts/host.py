@@ -5,8 +5,9 @@ hypercall, one access), named after the kernel function it stands for. Procedure
 step is taken by whoever drives the procedure - the explorer, the emulated machine - when the primitive *yields*, so
 between two primitives any other CPU may run.
 
-Three kinds of primitive take no step of their own: ``choose`` (a party's free will) and the ghosts ``begin_op`` and
-``end_op`` (tracepoints that only the laws read). They act together with the real primitive that follows.
+Four primitives take no step of their own but act together with the one that follows: ``choose`` (a party's free
+will), the ghosts ``begin_op`` and ``end_op`` (tracepoints that only the laws read), and ``xa_load``. The last is sound
+because a load commutes with everything but a store into the same tree, and no primitive but ``xa_store`` looks there.
 """
 
 from __future__ import annotations
@@ -430,7 +431,7 @@ class Host:
         return self._do("vm_destroyed")
 
 
-SILENT = frozenset({"choose", "begin_op", "end_op"})
+SILENT = frozenset({"choose", "begin_op", "end_op", "xa_load"})
 """Primitives that take no step of their own."""
 
 PRIMITIVES = frozenset(

@@ -28,7 +28,7 @@ class Stage2(Protocol):
         """Change the record."""
 
     def host_maps(self, pfn: int, allowed: bool) -> None:
-        """Let the host's stage 2 map the page, or not; TLBs included."""
+        """Let the host's stage 2 map the page, or not; taking it away flushes the host's TLBs of both stages."""
 
     def guest_map(self, gfn: int, pfn: int) -> None:
         """Map the page into the guest."""

@@ -10,8 +10,10 @@ from guest_memfd.scenarios.party import Party
 MM = Host("mm")
 
 
-def gup_fast(index: int, foll_pin: bool) -> Steps[Folio | None]:
-    """gup_fast(): read the entry, take a reference blindly, look again."""
+def gup_fast(design: Design, index: int, foll_pin: bool) -> Steps[Folio | None]:
+    """gup_fast(): read the entry, take a reference blindly, look again; None: -EFAULT."""
+    if not design.gup:
+        return None
     folio = yield from MM.gup_read_pte(index)
     if folio is None:
         return None
@@ -31,7 +33,7 @@ def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     foll_pin = True
     if seen == "ok":
         foll_pin = yield from MM.choose("FOLL_PIN", True, False)
-        folio = yield from gup_fast(index, foll_pin)
+        folio = yield from gup_fast(design, index, foll_pin)
     yield from design.munmap()
     if folio is not None:
         yield from MM.pin_access(folio, True, foll_pin)

@@ -17,7 +17,7 @@ def pfn_cache(design: Design, hypervisor: Hypervisor) -> Steps[None]:
         return
     yield from MM.gpc_begin(1)
     if (yield from design.user_fault(1)) == "ok":
-        folio = yield from gup_fast(1, False)
+        folio = yield from gup_fast(design, 1, False)
         if folio is not None:
             valid = yield from MM.gpc_commit(folio)
             yield from MM.unpin(folio, False)

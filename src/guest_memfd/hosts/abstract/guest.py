@@ -25,8 +25,11 @@ class GuestSide(Mappings):
             self.note_private(frame, "donated")
 
     def host_maps(self, pfn: int, allowed: bool) -> None:
-        """Host stage 2, TLBs included."""
+        """Host stage 2. Taking a page away ends in TLBI VMALLE1IS, which empties the host's stage-1 TLBs as well."""
         self.state.frame(pfn).s2 = int(allowed)
+        if not allowed:
+            for frame in self.state.frames():
+                frame.stale = 0
 
     def guest_map(self, gfn: int, pfn: int) -> None:
         """Guest stage 2: gfn -> pfn."""

@@ -1,0 +1,36 @@
+"""`none`: stage 1 is left alone, as in the Gunyah series up to v16. And `fixup`, which is `none` on another kernel.
+
+Differs from our library only in that nothing touches the direct map and nothing vetoes hibernation.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.designs.design import Design
+from guest_memfd.hosts.host import Folio, Steps
+
+
+class NoDesign(Design):
+    """Leave the direct map alone."""
+
+    name = "none"
+    title = "stage 1 is left alone"
+    source = "Gunyah series v1-v16; facts/gunyah.md 8 item 1"
+    power = "none"
+
+    def zap_noflush(self, folio: Folio) -> Steps[int]:
+        """Nothing."""
+        yield from ()
+        return 0
+
+    def flush(self, folios: tuple[Folio, ...]) -> Steps[None]:
+        """Nothing."""
+        yield from ()
+
+
+class Fixup(NoDesign):
+    """Let stage-2 aborts go through the exception tables instead: do_sea() calls fixup_exception()."""
+
+    name = "fixup"
+    title = "stage-2 aborts are fixed up through the exception tables"
+    source = "Elliot Berman, 23 Feb 2024 (19/35 thread): what he would prefer; facts/arch.md 4.4 (i)"
+    sea_fixup = True

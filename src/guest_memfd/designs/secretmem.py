@@ -1,0 +1,45 @@
+"""`secretmem`: memfd_secret's discipline for guest memory - zap at allocation, restore at free, veto hibernation by count.
+
+Differs from our library: a page is out of the direct map for its whole life, shared or not; GUP is refused (as for every
+secretmem VMA); the page is restored first and zeroed then, and the result of restoring is not looked at. Conversion and
+the hypervisor's part are our library's, because memfd_secret has neither. Source: mm/secretmem.c (7.3).
+"""
+
+from __future__ import annotations
+
+from guest_memfd.core.folio import Grabbed, Held
+from guest_memfd.designs.design import Design
+from guest_memfd.hosts.host import Steps
+
+
+class Secretmem(Design):
+    """Never in the direct map while allocated."""
+
+    name = "secretmem"
+    title = "zap at allocation, restore at free (memfd_secret)"
+    source = "mm/secretmem.c secretmem_fault(), secretmem_free_folio()"
+    power = "count"
+    gup = False
+
+    def grab_folio(self, index: int) -> Steps[Grabbed | int]:
+        """A new page leaves the direct map at once; if that fails it is given up again."""
+        grabbed = yield from super().grab_folio(index)
+        if isinstance(grabbed, int) or grabbed.private:
+            return grabbed
+        ret = yield from self.zap(grabbed.folio)
+        if ret:
+            yield from self.host.filemap_remove_folio(grabbed.folio)
+            yield from self.unlock_and_put(grabbed.folio)
+            return ret
+        return grabbed._replace(private=True)
+
+    def make_accessible(self, grabbed: Grabbed) -> Steps[int]:
+        """The VMM uses its own mapping; the kernel's stays away."""
+        yield from ()
+        return 0
+
+    def return_to_kernel(self, held: Held, marked: bool) -> Steps[None]:
+        """Restore, then zero."""
+        yield from self.host.set_direct_map_default_noflush(held.folio)
+        yield from self.host.folio_set_private(held.folio, False)
+        yield from self.host.clear_folio(held.folio)
