@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from guest_memfd.check.explorer import Explorer, Program, Tables, resume
@@ -10,6 +10,7 @@ from guest_memfd.designs.design import Design
 from guest_memfd.errors import DesignRaised, InternalError
 from guest_memfd.hosts.abstract import AbstractHost
 from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.host import Primitive
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.laws import LAWS, Law
 from guest_memfd.scenarios import TEARDOWN, Party
@@ -55,10 +56,16 @@ class World:
         return Explorer(tables or self.tables, [self.programs[n] for n in names], self.initial, self.teardown)
 
 
-def run_alone(machine: AbstractHost, program: Program, shared: bytes) -> tuple[bytes, Any]:
-    """Drive one procedure to its end with nobody else around and no failures: the state, and what it returned."""
+def run_alone(
+    machine: AbstractHost, program: Program, shared: bytes, seen: Callable[[Primitive], None] = lambda _: None
+) -> tuple[bytes, Any]:
+    """Drive one procedure to its end with nobody else around and no failures: the state, and what it returned.
+
+    *seen* is told of every primitive.
+    """
     generator, primitive = resume(program, ())
     while primitive is not None:
+        seen(primitive)
         outcomes = machine.outcomes(shared, program.number, primitive)
         if not outcomes:
             raise DesignRaised(f"{program.name} waits for ever in {primitive}")

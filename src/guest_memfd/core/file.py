@@ -27,11 +27,15 @@ class Files(Removes):
         if ret:
             yield from host.module_put()
             return ret
-        attributes = tuple(SHARED_PAGE if i in shared else PRIVATE_PAGE for i in range(size))
-        ret = yield from host.xa_store("attributes", 0, attributes)
+        ret = yield from self.init_attributes(size, shared)
         if ret:
             yield from self.close()
         return ret
+
+    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
+        """Cover every page: a hole in the tree would have to be read as something."""
+        attributes = tuple(SHARED_PAGE if i in shared else PRIVATE_PAGE for i in range(size))
+        return (yield from self.host.xa_store("attributes", 0, attributes))
 
     def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
         """Let *gfn* on be pages [start, start+nr); -EINVAL outside the file, -EEXIST if bound already, -ENOMEM."""

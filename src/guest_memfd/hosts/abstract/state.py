@@ -104,7 +104,7 @@ GLOBALS = {
     "failures": "failures that may still happen",
     "panic": "the kernel has stopped",
 }
-OPS = ("fault", "user_fault", "allocate", "punch", "to_private", "to_shared", "bind", "unbind", "error", "teardown")
+OPS = ("fault", "user_fault", "mmap", "allocate", "punch", "to_private", "to_shared", "bind", "unbind", "teardown")
 
 _FRAME_SIZE, _PAGE_SIZE, _PARTY_SIZE = len(FRAME_FIELDS), len(PAGE_FIELDS), len(PARTY_FIELDS)
 _PAGES_AT = FRAMES * _FRAME_SIZE

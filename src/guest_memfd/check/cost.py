@@ -1,0 +1,50 @@
+"""What a design costs: operations counted while one folio is lent to the guest and taken back, nobody else around.
+
+The stated bound (law bounded-cost): at most two direct-map writes and one kernel TLB flush per folio, one split per
+large leaf that a folio is the first to leave (leaves are never merged again: facts/arch.md 3.5), four hypercalls.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from guest_memfd.check.scenario import World, run_alone
+from guest_memfd.designs import Design
+from guest_memfd.hosts.host import Primitive
+from guest_memfd.hypervisors.hypervisor import Hypervisor
+from guest_memfd.scenarios import PARTIES
+
+BOUND = {"direct_map_writes": 2, "flushes": 1, "splits": 1, "hypercalls": 4}
+"""Operations per folio that bounded-cost allows."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations per folio of order 0, lent and taken back by teardown; splits are those of a folio alone in its leaf."""
+
+    direct_map_writes: int
+    flushes: int
+    splits: int
+    hypercalls: int
+
+    @property
+    def bounded(self) -> bool:
+        """Whether every count is within `BOUND`."""
+        return all(getattr(self, what) <= most for what, most in BOUND.items())
+
+
+def cost(design: type[Design], hypervisor: Hypervisor) -> Cost | None:
+    """Count; None where the design was not posted for this hypervisor."""
+    if design.hypervisors is not None and hypervisor.name not in design.hypervisors:
+        return None
+    world = World(design, hypervisor, [PARTIES["vcpu2"]], failures=0)
+    counted: Counter[str] = Counter()
+
+    def count(primitive: Primitive) -> None:
+        counted[primitive.name] += 1
+
+    lent, _ = run_alone(world.machine, world.programs["vcpu2"], world.initial, count)
+    run_alone(world.machine, world.teardown, lent, count)
+    writes = counted["set_direct_map_invalid_noflush"] + counted["set_direct_map_default_noflush"]
+    return Cost(writes, counted["flush_tlb_kernel_range"], int(writes > 0), counted["hypercall"])

@@ -1,0 +1,307 @@
+"""`gunyah-v17`: the driver that calls the exported setters itself ("Drivers for Gunyah hypervisor" v17, 22 Feb 2024).
+
+Differs from our library in nearly everything, so this file is a driver of its own: bindings per VM, a tree of provided
+pages, PG_private for what is lent, an rw-semaphore around the bindings, "launder" to take a page back. Mistakes are kept
+as posted and marked with their number (S: facts/gunyah.md 7, R: 8). Patches 19, 20, 23, 24, 28/35.
+
+Left out: huge folios, parcels and the DTB, platform hooks, RM calls; start of the VM. Page 0 is bound FORCE_LEND, page 1
+FORCE_SHARE, each by a binding of its own. Lending and sharing are this hypervisor's hypercalls.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.core.convert import Conversion
+from guest_memfd.core.folio import Grabbed
+from guest_memfd.designs.design import Design
+from guest_memfd.hosts.host import (
+    EAGAIN,
+    EBUSY,
+    EINVAL,
+    ENOENT,
+    EOPNOTSUPP,
+    EPERM,
+    Folio,
+    Host,
+    Steps,
+)
+
+LENT = 1
+"""Low bit of an entry of the provided tree: this page is lent, not shared."""
+
+
+class GunyahV17(Design):
+    """drivers/virt/gunyah/{guest_memfd,vm_mgr_mem}.c as posted."""
+
+    name = "gunyah-v17"
+    title = "the driver unmaps lent pages itself, through exported setters"
+    source = "[PATCH v17 19,20,23,24,28/35], 20240222-gunyah-v17-*-1e9da6763d38@quicinc.com"
+    hypervisors = ("gunyah",)
+    power = "none"
+    born_shared = (1,)
+
+    @property
+    def driver(self) -> Host:
+        """The host as the module sees it: what it calls, a module calls."""
+        return self.ops.host
+
+    # -- file and bindings (23, 24/35) ---------------------------------------------------------------------------
+
+    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
+        """There is no attribute tree: lend or share belongs to the binding."""
+        yield from ()
+        return 0
+
+    def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
+        """MAP_MEM, once per page here; each binding keeps a reference on the file."""
+        for index in range(start, start + nr):
+            yield from self.driver.get_file()
+            yield from self.driver.xa_store("bindings", index, (gfn + index - start + 1,))
+        return 0
+
+    def lends(self, index: int) -> bool:
+        """Whether the binding of page *index* is FORCE_LEND."""
+        return index not in self.born_shared
+
+    def unbind(self, start: int, nr: int) -> Steps[Conversion]:
+        """MAP_MEM with UNMAP: invalidate_lock, then bindings_lock; the whole binding or -ENOENT."""
+        host = self.driver
+        yield from host.begin_op("unbind", start, nr)
+        yield from host.get_file()                          # fget() of the ioctl's argument
+        yield from host.down_write("invalidate")
+        yield from host.down_write("bindings")
+        (bound,) = yield from host.xa_load("bindings", start, 1)
+        ret = 0 if bound and nr == 1 else -ENOENT
+        if not ret:
+            ret = yield from self.reclaim_range(bound - 1, nr)
+        if not ret:
+            yield from host.xa_store_reserved("bindings", start, (0,))
+            yield from host.fput()                          # the binding's; the ioctl's own is forgotten (S12)
+        yield from host.end_op(ret, start if ret == -EBUSY else None)
+        yield from host.up_write("bindings")
+        yield from host.up_write("invalidate")
+        if ret:
+            yield from self.close()
+        return Conversion(ret)
+
+    # -- the guest faults (20, 28/35) ----------------------------------------------------------------------------
+
+    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
+        """gunyah_gmem_demand_page(): bindings_lock, then folio lock, then (in provide) invalidate_lock (S14)."""
+        host = self.driver
+        yield from host.begin_op("fault", index, 1)
+        yield from host.down_read("bindings")
+        (bound,) = yield from host.xa_load("bindings", index, 1)
+        ret = (yield from self._demand(gfn, index)) if bound == gfn + 1 else -ENOENT
+        yield from host.end_op(0)
+        yield from host.up_read("bindings")
+        return ret
+
+    def _demand(self, gfn: int, index: int) -> Steps[int]:
+        grabbed = yield from self.grab_folio(index)
+        if isinstance(grabbed, int):
+            return grabbed
+        ret = yield from self.provide_folio(gfn, grabbed, self.lends(index))
+        yield from self.unlock_and_put(grabbed.folio)
+        return ret
+
+    def provide_folio(self, gfn: int, grabbed: Grabbed, lend: bool) -> Steps[int]:
+        """gunyah_vm_provide_folio(): tree entry, safe to lend?, donate, map, reference, PG_private."""
+        host, folio = self.driver, grabbed.folio
+        (there,) = yield from host.xa_load("provided", gfn, 1)
+        if there:
+            return -EAGAIN
+        ret = yield from host.xa_store("provided", gfn, (2 * folio.pfn + 1 + (LENT if lend else 0),))
+        if ret:
+            return ret
+        ret = (yield from self.lend_safe(grabbed)) if lend else 0
+        if not ret:
+            ret = yield from self._donate_and_map(gfn, folio, lend)
+            if ret:
+                yield from host.set_direct_map_default_noflush(folio)
+        if ret:
+            yield from host.xa_store_reserved("provided", gfn, (0,))
+            return ret
+        yield from host.folio_get(folio, "provided")
+        if lend:
+            yield from host.folio_set_private(folio, True)
+        return 0
+
+    def lend_safe(self, grabbed: Grabbed) -> Steps[int]:
+        """gunyah_folio_lend_safe(): mapped or mappable is refused, references are not looked at (R5)."""
+        host = self.driver
+        yield from host.down_read("invalidate")
+        mapped = (yield from host.folio_mapped(grabbed.folio)) or (
+            yield from host.vma_covers(grabbed.index, grabbed.folio.nr))
+        yield from host.up_read("invalidate")
+        if mapped:
+            return -EPERM
+        yield from host.set_direct_map_invalid_noflush(grabbed.folio)      # result ignored (S19)
+        return 0
+
+    def _donate_and_map(self, gfn: int, folio: Folio, lend: bool) -> Steps[int]:
+        host = self.driver
+        ret = yield from host.hypercall("donate_to_protected" if lend else "donate_to_sibling", folio)
+        if ret:
+            return ret
+        ret = yield from host.hypercall("map_private" if lend else "map_vmmio", gfn, folio)
+        if ret:
+            yield from host.hypercall("donate_from_protected" if lend else "donate_from_sibling", folio)
+        return ret
+
+    # -- taking back (20, 24/35) ---------------------------------------------------------------------------------
+
+    def reclaim_folio(self, gfn: int, folio: Folio, private: bool, sync: bool) -> Steps[int]:
+        """gunyah_vm_reclaim_folio(), folio locked: a failure at any step leaves the entry, and what was done."""
+        host = self.driver
+        (entry,) = yield from host.xa_load("provided", gfn, 1)
+        if not entry:
+            return 0
+        lent = (entry - 1) % 2 == LENT
+        ret = yield from host.hypercall("unmap_private" if lent else "unmap_vmmio", gfn, folio, sync)
+        if not ret:
+            ret = yield from host.hypercall("donate_from_protected" if lent else "donate_from_sibling", folio)
+        if ret:
+            return ret
+        yield from host.xa_store_reserved("provided", gfn, (0,))
+        if private:
+            yield from host.set_direct_map_default_noflush(folio)          # result ignored (S19)
+            yield from host.folio_set_private(folio, False)
+        yield from host.folio_put(folio, "provided")
+        return 0
+
+    def reclaim_range(self, gfn: int, nr: int) -> Steps[int]:
+        """gunyah_vm_reclaim_range(): one page too many (S5), and the last unmap is not synchronised (S6)."""
+        host = self.driver
+        ret = 0
+        last = gfn + nr                                                     # S5: inclusive
+        entries = yield from host.xa_load("provided", gfn, nr + 1)
+        for at in range(gfn, last + 1):
+            if not entries[at - gfn]:
+                continue
+            folio = Folio((entries[at - gfn] - 1) // 2)
+            sync = any(entries[at - gfn + 1:])                              # S6
+            locked = yield from host.lock_folio(folio)
+            failed = yield from self.reclaim_folio(at, folio, locked.private, sync)
+            yield from host.unlock_folio(folio)
+            ret = failed or ret
+        return ret
+
+    def launder(self, index: int, folio: Folio) -> Steps[int]:
+        """Take the locked *folio* back from whoever was given it."""
+        (bound,) = yield from self.driver.xa_load("bindings", index, 1)
+        return (yield from self.reclaim_folio(bound - 1, folio, True, True)) if bound else 0
+
+    # -- the host's side (24/35) ---------------------------------------------------------------------------------
+
+    def mmap(self) -> Steps[int]:
+        """mmap of lent memory takes it back first; share bindings are ignored."""
+        host = self.driver
+        lent = tuple(i for i in range(self.size) if self.lends(i))
+        yield from host.begin_op("mmap", lent[0], len(lent))
+        yield from host.down_read("invalidate")
+        ret = yield from self.reclaim_range(lent[0], len(lent))
+        yield from host.end_op(0)
+        yield from host.up_read("invalidate")
+        return ret or (yield from host.mmap())
+
+    def user_fault(self, index: int) -> Steps[str]:
+        """gunyah_gmem_fault(): a lent page is laundered on the way; folio lock, then invalidate_lock."""
+        grabbed = yield from self.grab_folio(index)
+        if isinstance(grabbed, int):
+            return "SIGBUS"
+        answer = "ok"
+        if grabbed.private:
+            yield from self.driver.down_read("invalidate")
+            if (yield from self.launder(index, grabbed.folio)):
+                answer = "SIGBUS"
+            yield from self.driver.up_read("invalidate")
+        if answer == "ok" and not (yield from self.driver.vmf_insert_folio(index, grabbed.folio)):
+            answer = "retry"
+        yield from self.unlock_and_put(grabbed.folio)
+        return answer
+
+    def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
+        """invalidate_inode_pages2_range() with byte offsets where page indexes belong (S4)."""
+        host = self.driver
+        yield from host.begin_op("punch", start, nr)
+        yield from host.down_write("invalidate")
+        ret = yield from self.invalidate_pages2(start * 4096, (start + nr) * 4096 - 1)
+        yield from host.end_op(ret, start if ret else None)
+        yield from host.up_write("invalidate")
+        return Conversion(ret, start if ret else None)
+
+    def invalidate_pages2(self, first: int, last: int) -> Steps[int]:
+        """mm/truncate.c: unmap, launder and drop each folio of page indexes [first, last]; -EBUSY for those that stay."""
+        host = self.driver
+        ret = 0
+        for index in range(first, min(last + 1, self.size)):
+            hit = yield from host.filemap_get_folio(index)
+            if hit is None:
+                continue
+            locked = yield from host.lock_folio(hit.folio)
+            yield from host.unmap_mapping_pages(index, 1)
+            if (yield from self.launder_if_provided(index, hit.folio, locked.private)):
+                ret = -EBUSY
+            else:
+                yield from host.filemap_remove_folio(hit.folio)
+            yield from self.unlock_and_put(hit.folio)
+        return ret
+
+    def launder_if_provided(self, index: int, folio: Folio, private: bool) -> Steps[int]:
+        """release_folio / launder_folio: shared pages are taken back as well, without touching the direct map."""
+        (bound,) = yield from self.driver.xa_load("bindings", index, 1)
+        return (yield from self.reclaim_folio(bound - 1, folio, private, True)) if bound else 0
+
+    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
+        """There is no conversion: lend or share is for the life of a binding."""
+        yield from ()
+        return Conversion(-EOPNOTSUPP)
+
+    def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
+        """As `make_private`."""
+        yield from ()
+        return Conversion(-EOPNOTSUPP)
+
+    def error_folio(self, folio: Folio) -> Steps[str]:
+        """error_remove_folio: launder."""
+        host = self.driver
+        yield from host.down_read("invalidate")
+        locked = yield from host.lock_folio(folio)
+        ret = -EINVAL
+        if locked.index is not None:
+            yield from host.unmap_mapping_pages(locked.index, folio.nr)
+            ret = yield from self.launder_if_provided(locked.index, folio, locked.private)
+        yield from host.unlock_folio(folio)
+        yield from host.up_read("invalidate")
+        return "failed" if ret else "delayed"
+
+    # -- the end (20/35, vm_mgr.c) -------------------------------------------------------------------------------
+
+    def vm_teardown(self) -> Steps[int]:
+        """Each binding: reclaim (a failure only warns), drop its file reference; then what is left in the tree."""
+        host = self.driver
+        yield from host.begin_op("teardown", 0, self.size)
+        for index in range(self.size):
+            (bound,) = yield from host.xa_load("bindings", index, 1)
+            if bound:
+                yield from host.down_write("bindings")
+                if (yield from self.reclaim_range(bound - 1, 1)):
+                    yield from host.warn(f"page {index} is not reclaimed")
+                yield from host.xa_store_reserved("bindings", index, (0,))
+                yield from host.up_write("bindings")
+                yield from self.close()
+        if (yield from self.reclaim_range(0, self.size - 1)):
+            yield from host.warn("guest memory is lost")
+        yield from host.end_op(0)
+        return 0
+
+    def evict(self) -> Steps[None]:
+        """The inode goes: truncate_inode_pages() drops what is cached, whoever owns it."""
+        host = self.driver
+        for index in range(self.size):
+            hit = yield from host.filemap_get_folio(index)
+            if hit is not None:
+                yield from host.lock_folio(hit.folio)
+                yield from host.filemap_remove_folio(hit.folio)
+                yield from self.unlock_and_put(hit.folio)
+        yield from host.module_put()

@@ -1,0 +1,148 @@
+"""The abstract host's state in words: every number of `state` under the name that a kernel developer gives it.
+
+Rule of this file: it only reads. A field it does not know is shown as it is stored, so a new one can never hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from guest_memfd.hosts.abstract import state as st
+
+Names = Mapping[int, str]
+"""Party number -> name, for lock holders."""
+
+LABELS = {
+    "s1": "direct map", "s2": "host stage 2", "stale": "stale TLB entry", "gmap": "guest maps it at",
+    "gstale": "stale guest TLB entry", "locked_in": "guest holds on", "user": "VMM maps it", "slot": "in the file",
+    "cached": "page cache", "attr": "attribute", "binding": "bound to", "gpoison": "guest entry poisoned",
+    "expect": "reader expects", "lock": "folio lock", "private": "marked private", "poison": "hwpoison",
+    "fd": "file descriptor", "vma": "VMAs", "vm": "VM", "inodes": "inode references", "files": "file references",
+    "module": "module references", "unloaded": "module unloaded", "progress": "mmu_invalidate_in_progress",
+    "gpc": "pfn cache", "gpc_fresh": "pfn cache fresh", "gpc_readers": "pfn cache in use", "away": "pages counted away",
+    "preparing": "hibernation announced", "frozen": "tasks frozen", "reserved": "nodes preallocated",
+    "failures": "failures left", "panic": "kernel stopped",
+    "invalidate_w": "invalidate_lock writer", "invalidate_r": "invalidate_lock readers",
+    "invalidate_q": "invalidate_lock queue", "bindings_w": "bindings_lock writer",
+    "bindings_r": "bindings_lock readers", "bindings_q": "bindings_lock queue",
+}
+"""Field -> what it is called in reports; a field that is not here goes by its own name."""
+
+_ENUMS: dict[str, tuple[str, ...]] = {
+    "allocated": ("free", "allocated", "kept"), "owner": st.OWNERS, "content": st.CONTENTS, "vm": st.VM_STATES,
+    "s1": ("zapped", "mapped"), "s2": ("withheld", "mapped"), "attr": ("hole", "shared", "private"),
+    "fd": ("closed", "open"),
+}
+_FLAGS = frozenset({
+    "stale", "locked_in", "user", "uptodate", "private", "poison", "gpoison", "unloaded", "gpc_fresh", "gpc_readers",
+    "preparing", "frozen", "reserved", "panic",
+})
+_HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q"})
+_PLUS_ONE = {"gmap": "gfn", "gstale": "gfn", "binding": "gfn", "slot": "page ", "cached": "pfn", "gpc": "pfn"}
+
+
+def value(field: str, number: int, names: Names = {}) -> str:  # noqa: B006 - never written to
+    """The *number* stored in *field* (``pfn0.owner`` or ``owner``) in words."""
+    name = field.rpartition(".")[2]
+    if name == "provided" and field.startswith("page"):
+        return f"pfn{(number - 1) // 2} {'lent' if (number - 1) % 2 else 'shared'}" if number else "none"
+    if name == "expect":
+        return "anything" if number == st.ANY else _pick(st.CONTENTS, number)
+    if name in _ENUMS:
+        return _pick(_ENUMS[name], number)
+    if name in _FLAGS:
+        return _pick(("no", "yes"), number)
+    if name in _HOLDERS:
+        return names.get(number - 1, f"party {number - 1}") if number else "free"
+    if name in _PLUS_ONE:
+        return f"{_PLUS_ONE[name]}{number - 1}" if number else "none"
+    return str(number)
+
+
+def _pick(words: tuple[str, ...], number: int) -> str:
+    return words[number] if number < len(words) else str(number)
+
+
+def label(field: str) -> str:
+    """``direct map`` for ``pfn0.s1``: what a field is called in reports."""
+    name = field.rpartition(".")[2]
+    if name == "provided" and field.startswith("page"):
+        return "given to the guest"
+    return LABELS.get(name, name)
+
+
+def fields_of(state: bytes) -> dict[str, int]:
+    """Field name -> number of every byte of *state*, in the order of the layout."""
+    return {st.field_name(at): number for at, number in enumerate(state)}
+
+
+def ghost(field: str) -> bool:
+    """Whether *field* is there for the laws only and nothing of the machine."""
+    return field.startswith("party")
+
+
+def changed(before: bytes, after: bytes, names: Names = {}) -> list[str]:  # noqa: B006
+    """``pfn0: owner host -> guest, host stage 2 mapped -> withheld``: one string per thing that changed, no ghosts."""
+    things: dict[str, list[str]] = {}
+    for field, old, new in st.changes(before, after):
+        if not ghost(field):
+            thing = field.rpartition(".")[0]
+            words = f"{label(field)} {value(field, old, names)} -> {value(field, new, names)}"
+            things.setdefault(thing, []).append(words)
+    return [f"{thing}: {', '.join(words)}" if thing else ", ".join(words) for thing, words in things.items()]
+
+
+def overview(state: bytes) -> list[str]:
+    """Three lines on a state in which nothing has happened yet: pages, frames, and what is around them."""
+    fields = fields_of(state)
+    pages = _alike("page", st.PAGES, lambda n: ", ".join(
+        f"{label(f)} {value(f, fields[f])}" for f in (f"page{n}.attr", f"page{n}.binding", f"page{n}.cached")))
+    frames = _alike("pfn", st.FRAMES, lambda n: frame(fields, n, frozenset(), lambda words: words))
+    around = [f"{label(f)} {value(f, fields[f])}" for f in st.GLOBALS if fields[f]]
+    return [f"pages   {'; '.join(pages)}", f"frames  {'; '.join(frames)}", f"around  {', '.join(around)}"]
+
+
+# ``pfn0-pfn2 free, ...`` when all are alike.
+def _alike(thing: str, count: int, describe: Callable[[int], str]) -> list[str]:
+    described = [describe(n) for n in range(count)]
+    if len(set(described)) == 1 and count > 1:
+        return [f"{thing}0-{thing}{count - 1} {described[0]}"]
+    return [f"{thing}{n} {words}" for n, words in enumerate(described)]
+
+
+_ALWAYS = ("allocated", "owner", "s1", "s2", "content")
+"""Fields of a frame that are said even when they are as usual."""
+
+
+def frame(fields: Mapping[str, int], pfn: int, marked: Iterable[str], mark: Callable[[str], str]) -> str:
+    """One line on frame *pfn*: what it is, and everything about it that is not zero; *mark* goes round the *marked*."""
+    marked = set(marked)
+    return _listed((f"pfn{pfn}.{name}" for name in st.FRAME_FIELDS), fields, marked, mark, _ALWAYS)
+
+
+def page(fields: Mapping[str, int], index: int, marked: Iterable[str], mark: Callable[[str], str]) -> str:
+    """One line on page *index* of the file, as `frame`."""
+    return _listed((f"page{index}.{name}" for name in st.PAGE_FIELDS), fields, set(marked), mark, ("attr", "cached"))
+
+
+def around(
+    fields: Mapping[str, int], usual: Mapping[str, int], marked: Iterable[str], mark: Callable[[str], str],
+    names: Names = {},  # noqa: B006
+) -> str:
+    """One line on everything else that is not as *usual*, as `frame`."""
+    marked = set(marked)
+    told = [f for f in st.GLOBALS if fields[f] != usual[f] or f in marked]
+    words = [(f, f"{label(f)} {value(f, fields[f], names)}") for f in told]
+    return ", ".join(mark(w) if f in marked else w for f, w in words)
+
+
+def _listed(
+    of: Iterable[str], fields: Mapping[str, int], marked: set[str], mark: Callable[[str], str], always: tuple[str, ...]
+) -> str:
+    told = []
+    for field in of:
+        name = field.rpartition(".")[2]
+        if fields[field] or field in marked or name in always:
+            words = value(field, fields[field]) if name == "allocated" else f"{label(field)} {value(field, fields[field])}"
+            told.append(mark(words) if field in marked else words)
+    return ", ".join(told)
