@@ -332,6 +332,21 @@ class Tables:
                 else:
                     yield Move(to, after, choices, primitive, outcome.result, outcome.failed, seen)
 
+    def waits(self, automaton: Automaton, local: int, shared: int) -> set[str]:
+        """What a party that cannot move waits in: the primitive and, for a semaphore, its name; empty when it is done."""
+        primitive = automaton.waits_on[local]
+        if primitive is None:
+            return set()
+        if primitive.name == "choose":
+            ways = [(automaton.after(local, option), shared) for option in primitive.args[1:]]
+        elif primitive.name in SILENT:
+            ways = [(automaton.after(local, o.result), self.intern(o.shared))
+                    for o in self.outcomes(automaton.program.number, primitive, shared)]
+        else:
+            which = f" {primitive.args[0]}" if primitive.args and isinstance(primitive.args[0], str) else ""
+            return {primitive.name + which}
+        return {wait for way in ways for wait in self.waits(automaton, *way)}
+
     def judge(self, move: Move) -> list[tuple[str, str]]:
         """(law, evidence) of every law that *move* breaks, by a fact or by the state it leads to."""
         return [
@@ -489,14 +504,12 @@ class Explorer:
             shared = code & SHARED_MASK
             if tables.halted[shared]:
                 continue
-            waiting = [
-                (p.name, a.waits_on[code >> s & LOCAL_MASK])
-                for p, a, s in zip(self.programs, self.automata, self.shifts, strict=True)
-            ]
-            stuck = sorted(f"{name} in {what.name}({what.args[0] if what.args else ''})"
-                           for name, what in waiting if what is not None)
+            stuck = {
+                wait for automaton, shift in zip(self.automata, self.shifts, strict=True)
+                for wait in tables.waits(automaton, code >> shift & LOCAL_MASK, shared)
+            }
             if stuck:
-                verdicts = [("progress", f"deadlock: {', '.join(stuck)}", [])]
+                verdicts = [("progress", f"deadlock: {', '.join(sorted(stuck))}", [])]
             elif shared in torn:
                 continue
             else:

@@ -37,7 +37,9 @@ _FLAGS = frozenset({
     "stale", "locked_in", "user", "uptodate", "private", "poison", "gpoison", "unloaded", "gpc_fresh", "gpc_readers",
     "preparing", "frozen", "reserved", "panic",
 })
-_HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q"})
+HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q"})
+"""Fields that hold a party number + 1, 0 for nobody."""
+
 _PLUS_ONE = {"gmap": "gfn", "gstale": "gfn", "binding": "gfn", "slot": "page ", "cached": "pfn", "gpc": "pfn"}
 
 
@@ -52,7 +54,7 @@ def value(field: str, number: int, names: Names = {}) -> str:  # noqa: B006 - ne
         return _pick(_ENUMS[name], number)
     if name in _FLAGS:
         return _pick(("no", "yes"), number)
-    if name in _HOLDERS:
+    if name in HOLDERS:
         return names.get(number - 1, f"party {number - 1}") if number else "free"
     if name in _PLUS_ONE:
         return f"{_PLUS_ONE[name]}{number - 1}" if number else "none"
