@@ -217,6 +217,9 @@ def _converted(note: notes.Ended) -> Evidence:
         return f"{note.op} returns 0 and a page has not been converted"
     if note.ret == -EBUSY and note.error_index is None:
         return f"{note.op} is refused and does not say where"
+    if note.ret == -EAGAIN and note.error_index is not None and (
+            "batched" in note.cause[note.scope.index(note.error_index)]):
+        return f"{note.op} is refused for a reference that draining the lru_add batches would have dropped"
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from guest_memfd.check.outcome import Outcome
 from guest_memfd.check.scenario import World, run_alone
 from guest_memfd.designs import Design
 from guest_memfd.hosts.host import Primitive
@@ -41,7 +42,7 @@ def cost(design: type[Design], hypervisor: Hypervisor) -> Cost | None:
     world = World(design, hypervisor, [PARTIES["vcpu2"]], failures=0)
     counted: Counter[str] = Counter()
 
-    def count(primitive: Primitive) -> None:
+    def count(primitive: Primitive, _outcome: Outcome) -> None:
         counted[primitive.name] += 1
 
     lent, _ = run_alone(world.machine, world.programs["vcpu2"], world.initial, count)

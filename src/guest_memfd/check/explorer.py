@@ -26,6 +26,9 @@ from guest_memfd.hosts.host import PRIMITIVES, SILENT, Primitive
 SHARED_BITS, LOCAL_BITS = 26, 16
 SHARED_MASK, LOCAL_MASK = (1 << SHARED_BITS) - 1, (1 << LOCAL_BITS) - 1
 
+NEVER_ENDS = "from here on no operation ever ends"
+"""Evidence of a livelock."""
+
 
 class Machine(Protocol):
     """What is explored: a host whose whole state is a bytes object."""
@@ -176,6 +179,16 @@ def resume(program: Program, path: Sequence[Any]) -> tuple[Generator[Primitive, 
     return generator, primitive
 
 
+def perform(machine: Machine, shared: bytes, party: int, primitive: Primitive) -> tuple[Outcome, ...]:
+    """The outcomes of *primitive*; raises DesignRaised when carrying it out raises (wrong arguments, a hypercall)."""
+    try:
+        return tuple(machine.outcomes(shared, party, primitive))
+    except BadInput:
+        raise
+    except Exception as error:
+        raise DesignRaised(f"{primitive}, asked for by {primitive.caller}, raised {describe(error)}") from error
+
+
 def describe(error: Exception) -> str:
     """``TypeError: message (file:line in function)`` of the innermost frame."""
     trace = error.__traceback__
@@ -302,7 +315,7 @@ class Tables:
         row = self.host.setdefault((party, primitive), {})
         known = row.get(shared)
         if known is None:
-            known = row[shared] = tuple(self.machine.outcomes(self.shared[shared], party, primitive))
+            known = row[shared] = perform(self.machine, self.shared[shared], party, primitive)
         return known
 
     def moves(self, automaton: Automaton, local: int, shared: int) -> Iterator[Move]:
@@ -321,7 +334,7 @@ class Tables:
             what, *options = primitive.args
             for option in options:
                 to = automaton.after(local, option)
-                yield from self._moves(automaton, to, shared, (*choices, f"{what} {_word(option)}"), notes)
+                yield from self._moves(automaton, to, shared, (*choices, f"{what} {word(option)}"), notes)
         else:
             for outcome in self.outcomes(automaton.program.number, primitive, shared):
                 to = local if outcome.result is STAY else automaton.after(local, outcome.result)
@@ -355,7 +368,8 @@ class Tables:
         ] + list(self.broken[move.shared])
 
 
-def _word(option: Any) -> str:
+def word(option: Any) -> str:
+    """How a choice is called in a trace."""
     return " ".join(map(str, option)) if isinstance(option, tuple) and not hasattr(option, "_fields") else str(option)
 
 
@@ -363,16 +377,18 @@ class Explorer:
     """One scenario: some parties on one machine, from one initial state."""
 
     def __init__(
-        self, tables: Tables, programs: Sequence[Program], initial: bytes, teardown: Program | None = None
+        self, tables: Tables, programs: Sequence[Program], initial: bytes, teardown: Program | None = None,
+        broken_before: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.tables, self.programs, self.initial, self.teardown = tables, list(programs), initial, teardown
+        self.broken_before = broken_before              # (law, evidence) on the way to the initial state
         self.automata = [tables.automaton(p) for p in programs]
         self.shifts = [SHARED_BITS + LOCAL_BITS * i for i in range(len(programs))]
         self.levels: list[list[int]] = []
         self.findings: dict[tuple[str, str], tuple[int, int, int, Move]] = {}
 
-    def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9) -> Result:
-        """Explore all of it, or up to a limit."""
+    def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40) -> Result:
+        """Explore all of it, or up to a limit; whatever breaks within *max_steps* is found, and more is not looked for."""
         began = time.perf_counter()
         tables = self.tables
         rows = []
@@ -412,12 +428,15 @@ class Explorer:
                 limit = f"more than {max_states} states"
             elif time.perf_counter() - began > max_seconds:
                 limit = f"more than {max_seconds:g} seconds"
+            elif len(self.levels) > max_steps:
+                limit = f"more than {max_steps} steps"
             if limit:
                 break
             frontier = list(fresh)
             if frontier:
                 self.levels.append(frontier)
-        findings = [self._finding(*key, *at) for key, at in self.findings.items()]
+        findings = [Finding(*broken, [], self.initial) for broken in (*self.broken_before, *tables.broken[first])]
+        findings += [self._finding(*key, *at) for key, at in self.findings.items()]
         findings += self._at_ends(ends)
         if not limit and any(a.cyclic() for a in self.automata):
             findings += self._never_ending(visited)
@@ -453,9 +472,12 @@ class Explorer:
         try:
             yield from self.tables.moves(self.automata[i], local, shared)
         except DesignRaised as error:
-            lines = [str(step_line(s)) for s in self.trace(len(self.levels) - 1, code)]
-            shown = "\n".join(f"  {n + 1}. {line}" for n, line in enumerate(lines)) or "  (at once)"
-            raise DesignRaised(f"{error}, after\n{shown}") from error
+            raise self._after(error, len(self.levels) - 1, code) from error
+
+    def _after(self, error: DesignRaised, level: int, code: int) -> DesignRaised:
+        lines = [step_line(step) for step in self.trace(level, code)]
+        shown = "\n".join(f"  {n}. {line}" for n, line in enumerate(lines, 1)) or "  (at once)"
+        return DesignRaised(f"{error}, after\n{shown}")
 
     def _record(self, i: int, local: int, shared: int, code: int) -> None:
         for move in self.tables.moves(self.automata[i], local, shared):
@@ -496,30 +518,36 @@ class Explorer:
 
     # States from which nobody moves: all done (then the world is torn down and judged), a panic, or a deadlock.
     def _at_ends(self, ends: Sequence[tuple[int, int]]) -> list[Finding]:
-        tables = self.tables
-        seen: set[tuple[str, str]] = set()
+        shortest: dict[tuple[str, str], tuple[int, int, int, list[Step]]] = {}
         torn: set[int] = set()
-        findings = []
         for level, code in ends:
-            shared = code & SHARED_MASK
-            if tables.halted[shared]:
-                continue
-            stuck = {
-                wait for automaton, shift in zip(self.automata, self.shifts, strict=True)
-                for wait in tables.waits(automaton, code >> shift & LOCAL_MASK, shared)
-            }
-            if stuck:
-                verdicts = [("progress", f"deadlock: {', '.join(sorted(stuck))}", [])]
-            elif shared in torn:
-                continue
-            else:
-                torn.add(shared)
-                verdicts = self._tear_down(shared)
-            for law, evidence, more in verdicts:
-                if (law, evidence) not in seen:
-                    seen.add((law, evidence))
-                    findings.append(Finding(law, evidence, self.trace(level, code) + more, self.initial))
-        return findings
+            for law, evidence, more in self._at_end(level, code, torn):
+                length = level + len(more)
+                known = shortest.get((law, evidence))
+                if known is None or length < known[0]:
+                    shortest[law, evidence] = (length, level, code, more)
+        return [
+            Finding(law, evidence, self.trace(level, code) + more, self.initial)
+            for (law, evidence), (_, level, code, more) in shortest.items()
+        ]
+
+    def _at_end(self, level: int, code: int, torn: set[int]) -> list[tuple[str, str, list[Step]]]:
+        shared = code & SHARED_MASK
+        if self.tables.halted[shared]:
+            return []
+        stuck = {
+            wait for automaton, shift in zip(self.automata, self.shifts, strict=True)
+            for wait in self.tables.waits(automaton, code >> shift & LOCAL_MASK, shared)
+        }
+        if stuck:
+            return [("progress", f"deadlock: {', '.join(sorted(stuck))}", [])]
+        if shared in torn:                              # a shorter way to the same end has been judged
+            return []
+        torn.add(shared)
+        try:
+            return self._tear_down(shared)
+        except DesignRaised as error:
+            raise self._after(error, level, code) from error
 
     def _tear_down(self, shared: int) -> list[tuple[str, str, list[Step]]]:
         known = self.tables.ends.get(shared)
@@ -534,8 +562,7 @@ class Explorer:
             while automaton.waits_on[local] is not None and not tables.halted[shared]:
                 move = next((m for m in tables.moves(automaton, local, shared) if not m.failed), None)
                 if move is None:
-                    what = automaton.waits_on[local]
-                    yield "progress", f"teardown waits for ever in {what}", steps
+                    yield "progress", f"teardown waits for ever in {automaton.waits_on[local]}", steps
                     return
                 if len(steps) > 1000:
                     yield "progress", "teardown does not end", steps
@@ -568,9 +595,33 @@ class Explorer:
         for level, states in enumerate(self.levels):
             for code in states:
                 if code not in ending:
-                    return [Finding("progress", "from here on no operation ever ends", self.trace(level, code),
-                                    self.initial)]
+                    return [Finding("progress", NEVER_ENDS, self.trace(level, code), self.initial)]
         return []
+
+    def breaks_at(self, paths: Sequence[Sequence[Any]], shared: bytes) -> list[tuple[str, str, list[Step]]]:
+        """What breaks, by nobody's doing, where the parties have come to by the results *paths*, in *shared*.
+
+        (law, evidence, steps of the teardown) if nobody can move there, a livelock if no end can be reached.
+        """
+        code = self.tables.intern(shared)
+        for automaton, shift, path in zip(self.automata, self.shifts, paths, strict=True):
+            local = 0
+            for result in path:
+                local = automaton.after(local, result)
+            code |= local << shift
+        if next(self._successors(code), None) is None:
+            return self._at_end(0, code, set())
+        return [] if self._can_end(code) else [("progress", NEVER_ENDS, [])]
+
+    def _can_end(self, code: int) -> bool:
+        seen, waiting = {code}, [code]
+        while waiting:
+            successors = set(self._successors(waiting.pop()))
+            if not successors:
+                return True
+            waiting.extend(successors - seen)
+            seen |= successors
+        return False
 
     def _successors(self, code: int) -> Iterator[int]:
         for i, shift in enumerate(self.shifts):

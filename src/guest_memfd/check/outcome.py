@@ -9,6 +9,9 @@ class _Stay:
     def __repr__(self) -> str:
         return "waits"
 
+    def __reduce__(self) -> str:                        # one object, in every process
+        return "STAY"
+
 
 STAY = _Stay()
 """Result of a step that changed the host but leaves the party where it is (a writer that queues)."""

@@ -33,11 +33,17 @@ def offending(finding: Finding) -> frozenset[str]:
         if law.on_note(note) == finding.evidence:
             blamed.update(_of_note(note))
     if blamed:
-        return frozenset(blamed)
+        return frozenset(field for field in blamed if _says_something(field, last.shared))
     for judge in (law.in_state, law.at_end):
         if judge(last.shared) == finding.evidence:
             return frozenset(_of_state(last.shared, finding.initial, judge))
     return frozenset(_held(last.shared)) if finding.law == "progress" else frozenset()
+
+
+# A flag or a count that is zero is no part of the trouble; an owner or a mapping of 0 may be.
+def _says_something(field: str, last: bytes) -> bool:
+    number = next(number for at, number in enumerate(last) if st.field_name(at) == field)
+    return bool(number) or field.rpartition(".")[2] in ("owner", "content", "s1", "s2", "cached", "slot")
 
 
 def _of_note(note: Any) -> Iterator[str]:
@@ -49,6 +55,7 @@ def _of_note(note: Any) -> Iterator[str]:
     elif isinstance(note, notes.Broken):
         yield "panic"
     else:
+        yield from ("gpc",) if isinstance(note, notes.MadePrivate) and note.cached_mapping else ()
         yield from (f"pfn{note.pfn}.{name}" for name in _of_frame(note))
 
 

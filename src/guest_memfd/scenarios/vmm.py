@@ -22,26 +22,28 @@ def user_touch(design: Design, index: int) -> Steps[str]:
 
 
 def vmm(design: Design, hypervisor: Hypervisor) -> Steps[None]:
-    """One thing at a time, and now and then two: a touched mapping stays while something else is done."""
+    """Two things one after the other: change pages and touch them then, or touch them first and change them mapped."""
     what = yield from USER.choose("VMM", "map", "punch", "to_private", "to_shared", "unbind", "close")
     if what == "map":
-        yield from mapping(design)
+        index = yield from USER.choose("page", 0, 1)
+        yield from mapping(design, index, "munmap", "punch", "to_private")
     elif what == "close":
         if (yield from USER.fd_close()):
             yield from design.close()
     else:
         start, nr = yield from USER.choose("range", *RANGES)
         yield from change(design, what, start, nr)
+        if (yield from USER.choose("then", "stop", "map")) == "map":
+            yield from mapping(design, start, "munmap")
 
 
-def mapping(design: Design) -> Steps[None]:
-    """mmap, touch, perhaps convert or punch under the mapping, munmap."""
+def mapping(design: Design, index: int, *then: str) -> Steps[None]:
+    """mmap, touch page *index*, perhaps convert or punch it under the mapping, munmap."""
     if (yield from design.mmap()):
         return
-    index = yield from USER.choose("page", 0, 1)
     seen = yield from user_touch(design, index)
     if seen == "ok":
-        what = yield from USER.choose("then", "munmap", "punch", "to_private")
+        what = yield from USER.choose("then", *then)
         if what != "munmap":
             yield from change(design, what, index, 1)
     yield from design.munmap()

@@ -5,20 +5,23 @@ Rule of this file: it only reads. A field it does not know is shown as it is sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 
 from guest_memfd.hosts.abstract import state as st
 
 Names = Mapping[int, str]
 """Party number -> name, for lock holders."""
 
+NOBODY: Names = MappingProxyType({})
+
 LABELS = {
     "s1": "direct map", "s2": "host stage 2", "stale": "stale TLB entry", "gmap": "guest maps it at",
     "gstale": "stale guest TLB entry", "locked_in": "guest holds on", "user": "VMM maps it", "slot": "in the file",
     "cached": "page cache", "attr": "attribute", "binding": "bound to", "gpoison": "guest entry poisoned",
     "expect": "reader expects", "lock": "folio lock", "private": "marked private", "poison": "hwpoison",
-    "fd": "file descriptor", "vma": "VMAs", "vm": "VM", "inodes": "inode references", "files": "file references",
-    "module": "module references", "unloaded": "module unloaded", "progress": "mmu_invalidate_in_progress",
+    "vma": "VMAs", "vm": "VM", "inodes": "inode refs", "files": "file refs", "module": "module refs",
+    "unloaded": "module unloaded", "progress": "mmu_invalidate_in_progress",
     "gpc": "pfn cache", "gpc_fresh": "pfn cache fresh", "gpc_readers": "pfn cache in use", "away": "pages counted away",
     "preparing": "hibernation announced", "frozen": "tasks frozen", "reserved": "nodes preallocated",
     "failures": "failures left", "panic": "kernel stopped",
@@ -30,7 +33,7 @@ LABELS = {
 
 _ENUMS: dict[str, tuple[str, ...]] = {
     "allocated": ("free", "allocated", "kept"), "owner": st.OWNERS, "content": st.CONTENTS, "vm": st.VM_STATES,
-    "s1": ("zapped", "mapped"), "s2": ("withheld", "mapped"), "attr": ("hole", "shared", "private"),
+    "s1": ("zapped", "mapped"), "s2": ("withheld", "mapped"), "attr": ("none", "shared", "private"),
     "fd": ("closed", "open"),
 }
 _FLAGS = frozenset({
@@ -43,7 +46,7 @@ HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bind
 _PLUS_ONE = {"gmap": "gfn", "gstale": "gfn", "binding": "gfn", "slot": "page ", "cached": "pfn", "gpc": "pfn"}
 
 
-def value(field: str, number: int, names: Names = {}) -> str:  # noqa: B006 - never written to
+def value(field: str, number: int, names: Names = NOBODY) -> str:
     """The *number* stored in *field* (``pfn0.owner`` or ``owner``) in words."""
     name = field.rpartition(".")[2]
     if name == "provided" and field.startswith("page"):
@@ -83,7 +86,7 @@ def ghost(field: str) -> bool:
     return field.startswith("party")
 
 
-def changed(before: bytes, after: bytes, names: Names = {}) -> list[str]:  # noqa: B006
+def changed(before: bytes, after: bytes, names: Names = NOBODY) -> list[str]:
     """``pfn0: owner host -> guest, host stage 2 mapped -> withheld``: one string per thing that changed, no ghosts."""
     things: dict[str, list[str]] = {}
     for field, old, new in st.changes(before, after):
@@ -97,11 +100,16 @@ def changed(before: bytes, after: bytes, names: Names = {}) -> list[str]:  # noq
 def overview(state: bytes) -> list[str]:
     """Three lines on a state in which nothing has happened yet: pages, frames, and what is around them."""
     fields = fields_of(state)
-    pages = _alike("page", st.PAGES, lambda n: ", ".join(
-        f"{label(f)} {value(f, fields[f])}" for f in (f"page{n}.attr", f"page{n}.binding", f"page{n}.cached")))
-    frames = _alike("pfn", st.FRAMES, lambda n: frame(fields, n, frozenset(), lambda words: words))
+    pages = _alike("page", st.PAGES, lambda n: _page_in_short(fields, n))
+    frames = _alike("pfn", st.FRAMES, lambda n: frame(fields, n))
     around = [f"{label(f)} {value(f, fields[f])}" for f in st.GLOBALS if fields[f]]
     return [f"pages   {'; '.join(pages)}", f"frames  {'; '.join(frames)}", f"around  {', '.join(around)}"]
+
+
+def _page_in_short(fields: Mapping[str, int], index: int) -> str:
+    attr, binding, cached = (value(name, fields[f"page{index}.{name}"]) for name in ("attr", "binding", "cached"))
+    where = "not allocated" if cached == "none" else cached
+    return f"{'' if attr == 'none' else f'{attr}, '}{'unbound' if binding == 'none' else f'bound to {binding}'}, {where}"
 
 
 # ``pfn0-pfn2 free, ...`` when all are alike.
@@ -112,39 +120,45 @@ def _alike(thing: str, count: int, describe: Callable[[int], str]) -> list[str]:
     return [f"{thing}{n} {words}" for n, words in enumerate(described)]
 
 
-_ALWAYS = ("allocated", "owner", "s1", "s2", "content")
-"""Fields of a frame that are said even when they are as usual."""
+Mark = Callable[[str], str]
+"""Goes round the words of a field that is to be marked."""
 
 
-def frame(fields: Mapping[str, int], pfn: int, marked: Iterable[str], mark: Callable[[str], str]) -> str:
-    """One line on frame *pfn*: what it is, and everything about it that is not zero; *mark* goes round the *marked*."""
-    marked = set(marked)
-    return _listed((f"pfn{pfn}.{name}" for name in st.FRAME_FIELDS), fields, marked, mark, _ALWAYS)
+def _plain(words: str) -> str:
+    return words
 
 
-def page(fields: Mapping[str, int], index: int, marked: Iterable[str], mark: Callable[[str], str]) -> str:
+def frame(
+    fields: Mapping[str, int], pfn: int, marked: Collection[str] = (), mark: Mark = _plain, names: Names = NOBODY
+) -> str:
+    """One line on frame *pfn*: what it is, and everything about it that is not zero."""
+    always = ("allocated", "owner", "s1", "s2", "content")
+    told = [f for name in st.FRAME_FIELDS if fields[f := f"pfn{pfn}.{name}"] or f in marked or name in always]
+    return _listed(told, fields, marked, mark, names)
+
+
+def page(fields: Mapping[str, int], index: int, marked: Collection[str] = (), mark: Mark = _plain) -> str:
     """One line on page *index* of the file, as `frame`."""
-    return _listed((f"page{index}.{name}" for name in st.PAGE_FIELDS), fields, set(marked), mark, ("attr", "cached"))
+    told = [f for name in st.PAGE_FIELDS if fields[f := f"page{index}.{name}"] or f in marked or name == "cached"]
+    return _listed(told, fields, marked, mark, NOBODY)
 
 
 def around(
-    fields: Mapping[str, int], usual: Mapping[str, int], marked: Iterable[str], mark: Callable[[str], str],
-    names: Names = {},  # noqa: B006
+    fields: Mapping[str, int], usual: Mapping[str, int], marked: Collection[str] = (), mark: Mark = _plain,
+    names: Names = NOBODY,
 ) -> str:
     """One line on everything else that is not as *usual*, as `frame`."""
-    marked = set(marked)
     told = [f for f in st.GLOBALS if fields[f] != usual[f] or f in marked]
-    words = [(f, f"{label(f)} {value(f, fields[f], names)}") for f in told]
-    return ", ".join(mark(w) if f in marked else w for f, w in words)
+    return _listed(told, fields, marked, mark, names)
 
 
 def _listed(
-    of: Iterable[str], fields: Mapping[str, int], marked: set[str], mark: Callable[[str], str], always: tuple[str, ...]
+    told: Iterable[str], fields: Mapping[str, int], marked: Collection[str], mark: Mark, names: Names
 ) -> str:
-    told = []
-    for field in of:
-        name = field.rpartition(".")[2]
-        if fields[field] or field in marked or name in always:
-            words = value(field, fields[field]) if name == "allocated" else f"{label(field)} {value(field, fields[field])}"
-            told.append(mark(words) if field in marked else words)
-    return ", ".join(told)
+    words = []
+    for field in told:
+        said = value(field, fields[field], names)
+        if not field.endswith(".allocated"):
+            said = f"{label(field)} {said}"
+        words.append(mark(said) if field in marked else said)
+    return ", ".join(words)
