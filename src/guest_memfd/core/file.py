@@ -30,7 +30,9 @@ class Files(Removes):
         ret = yield from self.init_attributes(size, shared)
         if ret:
             yield from self.close()
-        return ret
+            return ret
+        yield from host.fd_install()
+        return 0
 
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         """Cover every page: a hole in the tree would have to be read as something."""

@@ -308,6 +308,10 @@ class Host:
         """Allocate the guest_memfd inode and its file; 0 or -ENOMEM."""
         return self._do("alloc_inode")
 
+    def fd_install(self) -> Steps[None]:
+        """Put the file into the VMM's descriptor table: from here on user space sees it."""
+        return self._do("fd_install")
+
     def fd_close(self) -> Steps[bool]:
         """close(2), or exit(2): take the file out of the descriptor table; False when it was not there."""
         return self._do("fd_close")

@@ -57,7 +57,7 @@ class AbstractHost(Locks, World):
 
     def halted(self, shared: bytes) -> bool:
         """Whether the kernel has panicked."""
-        return bool(st.State(shared).panic)
+        return bool(shared[st.PANIC_AT])
 
     def outcomes(self, shared: bytes, party: int, primitive: Primitive) -> list[Outcome]:
         """All ways *primitive*, asked for by *party*, can end; none when it has to wait."""
@@ -68,18 +68,22 @@ class AbstractHost(Locks, World):
             return []
         ends = self._perform(perform, shared, party, primitive)
         errno = self._errno(primitive)
-        if ends and errno and st.State(shared).failures:
+        if ends and errno and self.open(shared).failures:
             ends.append(self._fail(shared, errno))
         return ends
 
+    def open(self, shared: bytes) -> st.State:
+        """The state a primitive works on."""
+        return st.State(shared)
+
     # A frozen task does not run; freezing waited until it held nothing.
     def _is_frozen(self, shared: bytes, party: int) -> bool:
-        return bool(st.State(shared).frozen) and party in self.tasks
+        return party in self.tasks and bool(self.open(shared).frozen)
 
     def _perform(
         self, perform: Callable[..., Any], shared: bytes, party: int, primitive: Primitive
     ) -> list[Outcome]:
-        self.state, self.notes, self.who, self.caller = st.State(shared), [], party, primitive.caller
+        self.state, self.notes, self.who, self.caller = self.open(shared), [], party, primitive.caller
         try:
             if self.state.unloaded and primitive.caller == self.hypervisor.module:
                 self.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
@@ -97,6 +101,6 @@ class AbstractHost(Locks, World):
         return FALLIBLE.get(primitive.name, 0)
 
     def _fail(self, shared: bytes, errno: int) -> Outcome:
-        state = st.State(shared)
+        state = self.open(shared)
         state.failures -= 1
         return Outcome(errno, state.save(), (), failed=True)

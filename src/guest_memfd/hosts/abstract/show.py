@@ -108,8 +108,9 @@ def overview(state: bytes) -> list[str]:
 
 def _page_in_short(fields: Mapping[str, int], index: int) -> str:
     attr, binding, cached = (value(name, fields[f"page{index}.{name}"]) for name in ("attr", "binding", "cached"))
-    where = "not allocated" if cached == "none" else cached
-    return f"{'' if attr == 'none' else f'{attr}, '}{'unbound' if binding == 'none' else f'bound to {binding}'}, {where}"
+    said = [] if attr == "none" else [attr]
+    said += ["unbound" if binding == "none" else f"bound to {binding}", "not allocated" if cached == "none" else cached]
+    return ", ".join(said)
 
 
 # ``pfn0-pfn2 free, ...`` when all are alike.

@@ -111,6 +111,8 @@ _PAGES_AT = FRAMES * _FRAME_SIZE
 _PARTIES_AT = _PAGES_AT + PAGES * _PAGE_SIZE
 _GLOBALS_AT = _PARTIES_AT + PARTIES * _PARTY_SIZE
 SIZE: Final = _GLOBALS_AT + len(GLOBALS)
+PANIC_AT: Final = _GLOBALS_AT + list(GLOBALS).index("panic")
+"""Where the byte `panic` is."""
 
 
 def _byte(offset: int) -> property:

@@ -101,8 +101,12 @@ class World(PageCache, GuestSide):
 
     def alloc_inode(self) -> int:
         """One file, one inode."""
-        self.state.fd = self.state.files = self.state.inodes = 1
+        self.state.files = self.state.inodes = 1
         return 0
+
+    def fd_install(self) -> None:
+        """User space sees it."""
+        self.state.fd = 1
 
     def fd_close(self) -> bool:
         """The descriptor goes; its file reference is the caller's to drop."""

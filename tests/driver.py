@@ -1,0 +1,69 @@
+"""Drive one procedure alone on the abstract host, making the n-th thing that can fail fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from guest_memfd.designs import Design
+from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.hosts.abstract import AbstractHost
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.host import Primitive, Steps
+from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.laws import LAWS
+
+
+class Bench:
+    """A library on an abstract host under one hypervisor, its state, and every note since the beginning."""
+
+    def __init__(self, hypervisor: str, design: type[Design] = OurLibrary, *, opened: bool = True) -> None:
+        self.hypervisor = HYPERVISORS[hypervisor]
+        self.library = design(self.hypervisor.ops(), st.PAGES)
+        self.machine = AbstractHost(self.hypervisor)
+        self.shared = self.machine.initial()
+        self.notes: list[Any] = []
+        self.fail_at = -1
+        self.failed = ""
+        if opened:
+            assert self.do(lambda lib: lib.create(st.PAGES, (1,))) == 0
+            assert self.do(lambda lib: lib.bind(0, 0, st.PAGES)) == 0
+
+    @property
+    def state(self) -> st.State:
+        return st.State(self.shared)
+
+    def do(self, procedure: Callable[[Design], Steps[Any]]) -> Any:
+        """Run to the end; AssertionError when it would wait, or the kernel panics."""
+        generator = procedure(self.library)
+        result: Any = None
+        while True:
+            try:
+                primitive = generator.send(result)
+            except StopIteration as stop:
+                return stop.value
+            result = self._perform(primitive)
+            assert not self.machine.halted(self.shared), f"panic in {primitive}: {self.notes[-1]}"
+
+    def _perform(self, primitive: Primitive) -> Any:
+        state = self.state
+        state.failures = 1
+        outcomes = self.machine.outcomes(state.save(), 0, primitive)
+        assert outcomes, f"{primitive} waits for ever"
+        outcome = outcomes[0]
+        if len(outcomes) > 1:
+            if self.fail_at == 0:
+                outcome, self.failed = outcomes[1], str(primitive)
+            self.fail_at -= 1
+        self.shared = outcome.shared
+        self.notes += outcome.notes
+        return outcome.result
+
+    def evidence(self) -> list[str]:
+        """What the laws say of everything that has happened, and of the state now."""
+        found = [f"{law.name}: {e}" for law in LAWS.values() for note in self.notes if (e := law.on_note(note))]
+        return found + [f"{law.name}: {e}" for law in LAWS.values() if (e := law.in_state(self.shared))]
+
+    def at_end(self) -> list[str]:
+        """What the laws say of the state as the end of the world."""
+        return [f"{law.name}: {e}" for law in LAWS.values() if (e := law.at_end(self.shared))]
