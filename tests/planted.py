@@ -103,7 +103,7 @@ class OnlyPinsCounted(OurLibrary):
     def unexpected_refs(self, folios: tuple[Held, ...]) -> Steps[int | None]:
         for held in folios:
             if (yield from self.host.folio_maybe_dma_pinned(held.folio)):
-                return held.index
+                return held.pgoff
         return None
 
 
@@ -112,7 +112,7 @@ class OneReferenceTooMany(OurLibrary):
         yield from self.host.lru_add_drain_all()
         for held in folios:
             if (yield from self.host.folio_ref_count(held.folio)) > CACHE_AND_LOOKUP + 1:
-                return held.index
+                return held.pgoff
         return None
 
 
@@ -120,7 +120,7 @@ class NoDrain(OurLibrary):
     def unexpected_refs(self, folios: tuple[Held, ...]) -> Steps[int | None]:
         for held in folios:
             if (yield from self.host.folio_ref_count(held.folio)) > CACHE_AND_LOOKUP:
-                return held.index
+                return held.pgoff
         return None
 
 

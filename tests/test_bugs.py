@@ -74,5 +74,6 @@ def test_library_does_not_have_it(bug: Bug) -> None:
 def test_documented() -> None:
     page = (Path(__file__).parent.parent / "docs" / "bugs.md").read_text()
     for bug in BUGS:
-        row = f"| {bug.number} | {bug.design} | {bug.hypervisor} | {bug.parties.replace(' ', ' + ')} | {bug.law} | {bug.steps} |"
+        parties = bug.parties.replace(" ", " + ")
+        row = f"| {bug.number} | {bug.design} | {bug.hypervisor} | {parties} | {bug.law} | {bug.steps} |"
         assert row in page, f"docs/bugs.md lacks the row {row}"

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from driver import Bench
 
-from guest_memfd.designs import Design
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.ops import GuestMemfdOps
+from guest_memfd.designs import Design
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import EAGAIN, EBUSY, EEXIST, EFAULT, EHWPOISON, EINVAL, ENODEV, ENOENT, ENOMEM, Host, Steps
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import TEARDOWN
-from driver import Bench
 
 ALL = pytest.mark.parametrize("hypervisor", ["kvm", "pkvm", "gunyah"])
 GUEST, USER, MM = Host("guest"), Host("user"), Host("mm")

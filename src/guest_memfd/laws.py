@@ -12,7 +12,7 @@ from typing import Any
 
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import EAGAIN, EBUSY, EEXIST, EFAULT, EHWPOISON, EINVAL, ENODEV, ENOENT, ENOMEM, EOPNOTSUPP
+from guest_memfd.hosts.host import EAGAIN, EBUSY, EFAULT, EHWPOISON, ENOENT, ENOMEM
 
 Evidence = str | None
 
@@ -176,11 +176,10 @@ DOCUMENTED: dict[str, tuple[int, ...]] = {
     "fault": (EFAULT, ENOMEM, EHWPOISON, EAGAIN),
     "allocate": (ENOMEM, EHWPOISON, EAGAIN),
     "punch": (EBUSY, EAGAIN),
-    "to_private": (EAGAIN, ENOMEM, EBUSY, EOPNOTSUPP, EINVAL),
-    "to_shared": (EBUSY, ENOMEM, EAGAIN, EOPNOTSUPP, EINVAL),
+    "to_private": (EAGAIN, ENOMEM, EBUSY),
+    "to_shared": (EBUSY, ENOMEM, EAGAIN),
     "unbind": (EBUSY, EAGAIN, ENOENT),
     "teardown": (EAGAIN,),
-    "bind": (EINVAL, EEXIST, ENOMEM, ENODEV),
 }
 """Operation -> errno values its documentation names."""
 
@@ -217,7 +216,8 @@ def _converted(note: notes.Ended) -> Evidence:
         return f"{note.op} returns 0 and a page has not been converted"
     if note.ret == -EBUSY and note.error_index is None:
         return f"{note.op} is refused and does not say where"
-    if note.ret == -EAGAIN and note.error_index is not None and (
+    # Only this way are references counted; -EAGAIN on the way back is the hypervisor's.
+    if note.op == "to_private" and note.ret == -EAGAIN and note.error_index is not None and (
             "batched" in note.cause[note.scope.index(note.error_index)]):
         return f"{note.op} is refused for a reference that draining the lru_add batches would have dropped"
     return None

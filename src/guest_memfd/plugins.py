@@ -65,6 +65,6 @@ def missing_operations(thing: Any) -> str | None:
     """Say which abstract operations *thing*, or the driver's half of a hypervisor, lacks."""
     for part in (thing, getattr(thing, "ops", None)):
         if inspect.isclass(part) and inspect.isabstract(part):
-            lacking = ", ".join(sorted(part.__abstractmethods__))
+            lacking = ", ".join(sorted(getattr(part, "__abstractmethods__", ())))
             return f"{part.__qualname__} lacks the operation(s) {lacking}; core/ops.py says what each must do"
     return None

@@ -1,7 +1,7 @@
 """What a design costs: operations counted while one folio is lent to the guest and taken back, nobody else around.
 
 The stated bound (law bounded-cost): at most two direct-map writes and one kernel TLB flush per folio, one split per
-large leaf that a folio is the first to leave (leaves are never merged again: facts/arch.md 3.5), four hypercalls.
+large leaf that a folio is the first to leave (nobody merges leaves again), four hypercalls.
 """
 
 from __future__ import annotations

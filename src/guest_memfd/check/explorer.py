@@ -13,12 +13,15 @@ docs/explorer.md says what a verdict means.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import CellType, CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple, Protocol
 
+from guest_memfd.check.footprint import Watched, grow
 from guest_memfd.check.outcome import STAY, Outcome
 from guest_memfd.errors import BadInput, DesignRaised, InternalError, NotAPrimitive
 from guest_memfd.hosts.host import PRIMITIVES, SILENT, Primitive
@@ -31,7 +34,12 @@ NEVER_ENDS = "from here on no operation ever ends"
 
 
 class Machine(Protocol):
-    """What is explored: a host whose whole state is a bytes object."""
+    """What is explored: a host whose whole state is a bytes object.
+
+    A machine with a true attribute `footprints` promises that its outcomes depend on nothing but the bytes it reads,
+    one by one, as ``state[at]``, and that all its states are of one length. Then it may be handed a `Watched` state,
+    and has to return watched ones; each step is worked out once for all states that agree in what was read.
+    """
 
     def outcomes(self, shared: bytes, party: int, primitive: Primitive) -> Sequence[Outcome]:
         """All ways *primitive* can end now; none when *party* has to wait."""
@@ -107,10 +115,9 @@ class Result:
 
 
 def local_key(generator: Generator[Any, Any, Any]) -> Any:
-    """Where a procedure stands: bytecode offset and locals of every nested frame, ``done`` at its end.
+    """Where a procedure stands: bytecode offset, locals and value stack of every nested frame, ``done`` at its end.
 
-    Loop iterators live on the value stack and cannot be seen; procedures loop over distinct values, so the loop
-    variable tells. `Automaton` checks that two ways to one key agree on what comes next.
+    The value stack holds what has no name: the iterator of a loop, operands of a half-evaluated expression.
     """
     frames = []
     inner: Any = generator
@@ -118,10 +125,23 @@ def local_key(generator: Generator[Any, Any, Any]) -> Any:
         frame = inner.gi_frame
         if frame is None:
             return "done"
-        values = tuple(_freeze(v) for v in frame.f_locals.values())
-        frames.append((id(frame.f_code), frame.f_lasti, values))
+        named = frame.f_locals
+        values = tuple((name, _freeze(value)) for name, value in named.items())
+        frames.append((id(frame.f_code), frame.f_lasti, values, _stack(inner, named)))
         inner = inner.gi_yieldfrom
     return tuple(frames)
+
+
+# A generator refers to its locals (again), its stack and some machinery, and only the garbage collector can tell.
+def _stack(generator: Generator[Any, Any, Any], named: dict[str, Any]) -> tuple[Any, ...]:
+    inner = generator.gi_yieldfrom
+    return tuple(
+        _freeze(value) for value in gc.get_referents(generator)
+        if value is not named and value is not inner and not isinstance(value, _MACHINERY)
+    )
+
+
+_MACHINERY = (FrameType, CodeType, FunctionType, CellType)
 
 
 def _freeze(value: Any) -> Any:
@@ -134,9 +154,20 @@ def _freeze(value: Any) -> Any:
         return ("set", *sorted(map(repr, value)))
     if isinstance(value, tuple):
         return tuple(map(_freeze, value))
+    if inspect.isgenerator(value):
+        return local_key(value)
     if isinstance(value, Iterator):
-        return "iterator"                               # see local_key
+        return _freeze_iterator(value)
     return (type(value), value)
+
+
+# How it would be pickled says where it is. What cannot be pickled is not seen; see Automaton._intern.
+def _freeze_iterator(value: Iterator[Any]) -> Any:
+    try:
+        reduced: Any = value.__reduce__()
+    except TypeError:
+        return type(value)
+    return (type(value), *map(_freeze, reduced[1:]))
 
 
 def check_primitive(program: Program, primitive: object, generator: Generator[Any, Any, Any]) -> Primitive:
@@ -165,18 +196,30 @@ def resume(program: Program, path: Sequence[Any]) -> tuple[Generator[Primitive, 
 
     Raises DesignRaised when the procedure raises, NotAPrimitive when it yields something else.
     """
-    generator = program.start()
     try:
-        primitive = check_primitive(program, next(generator), generator)
+        generator = program.start()
+    except Exception as error:
+        raise DesignRaised(f"party {program.name!r} raised {describe(error)}") from error
+    try:
+        primitive = send(program, generator, None)
         for result in path:
-            primitive = check_primitive(program, generator.send(result), generator)
+            primitive = send(program, generator, result)
     except StopIteration:
         return generator, None
-    except BadInput:
+    return generator, primitive
+
+
+def send(program: Program, generator: Generator[Primitive, Any, Any], result: Any) -> Primitive:
+    """Let the procedure of *program* go on with *result*: what it waits on next; StopIteration at its end.
+
+    Raises DesignRaised when the procedure raises, NotAPrimitive when it yields something else.
+    """
+    try:
+        return check_primitive(program, generator.send(result), generator)
+    except (StopIteration, BadInput):
         raise
     except Exception as error:
         raise DesignRaised(f"party {program.name!r} raised {describe(error)}") from error
-    return generator, primitive
 
 
 def perform(machine: Machine, shared: bytes, party: int, primitive: Primitive) -> tuple[Outcome, ...]:
@@ -209,6 +252,7 @@ class Automaton:
         self.ids: dict[Any, int] = {}
         self.paths: list[tuple[Any, ...]] = []
         self.waits_on: list[Primitive | None] = []
+        self.ways: list[Any] = []                                # per place: the tree of what was worked out (Tables)
         self.moves: dict[tuple[int, Any], int] = {}
         generator, primitive = resume(program, ())
         self._intern(local_key(generator) if primitive else "done", (), primitive)
@@ -221,6 +265,7 @@ class Automaton:
                 raise InternalError(f"party {self.program.name!r} has more than {LOCAL_MASK} places to stand")
             self.paths.append(path)
             self.waits_on.append(primitive)
+            self.ways.append(None)
         elif self.waits_on[known] != primitive:
             raise InternalError(
                 f"party {self.program.name!r}: two histories share a local state but continue with "
@@ -260,6 +305,23 @@ class Automaton:
         return False
 
 
+class Way(NamedTuple):
+    """One end of a step, for every host state that agrees in the bytes the step looks at.
+
+    change: (offset, value) of the bytes that become others; or the whole state, if the machine keeps no footprints.
+    broken: (law, evidence) by the facts noted on the way.
+    """
+
+    local: int
+    change: bytes | tuple[tuple[int, int], ...]
+    choices: tuple[str, ...]
+    primitive: Primitive | None
+    result: Any
+    failed: bool
+    notes: tuple[Any, ...]
+    broken: tuple[tuple[str, str], ...] = ()
+
+
 class Move(NamedTuple):
     """One expanded transition of a party out of (local, shared)."""
 
@@ -277,12 +339,13 @@ class Tables:
 
     def __init__(self, machine: Machine, laws: Sequence[Law]) -> None:
         self.machine, self.laws = machine, laws
+        self.footprints = getattr(machine, "footprints", False)
         self.shared_ids: dict[bytes, int] = {}
         self.shared: list[bytes] = []
         self.broken: list[tuple[tuple[str, str], ...]] = []      # per shared state: (law, evidence) it breaks
         self.halted: list[bool] = []
         self.automata: dict[int, Automaton] = {}
-        self.host: dict[tuple[int, Primitive], dict[int, tuple[Outcome, ...]]] = {}
+        self.facts: dict[tuple[int, Any], None] = {}             # (party, note), all that were ever noted
         self.steps: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
         self.flagged: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
         self.ends: dict[int, list[tuple[str, str, list[Step]]]] = {}
@@ -310,43 +373,73 @@ class Tables:
                 del self.steps[key], self.flagged[key]
         return known
 
-    def outcomes(self, party: int, primitive: Primitive, shared: int) -> tuple[Outcome, ...]:
-        """The host table."""
-        row = self.host.setdefault((party, primitive), {})
-        known = row.get(shared)
-        if known is None:
-            known = row[shared] = perform(self.machine, self.shared[shared], party, primitive)
-        return known
-
     def moves(self, automaton: Automaton, local: int, shared: int) -> Iterator[Move]:
         """Every transition of one party from here, silent primitives fused with the step that follows them."""
-        primitive = automaton.waits_on[local]
-        if primitive is not None and not self.halted[shared]:
-            yield from self._moves(automaton, local, shared, (), ())
+        for way in self.ways(automaton, local, shared):
+            yield Move(way.local, self.arrive(shared, way), *way[2:7])
 
-    def _moves(
-        self, automaton: Automaton, local: int, shared: int, choices: tuple[str, ...], notes: tuple[Any, ...]
-    ) -> Iterator[Move]:
+    def ways(self, automaton: Automaton, local: int, shared: int) -> Sequence[Way]:
+        """The same, as far as it does not depend on the bytes of *shared* that nobody looks at."""
+        if automaton.waits_on[local] is None or self.halted[shared]:
+            return ()
+        state = self.shared[shared]
+        node = automaton.ways[local]
+        while type(node) is tuple:
+            at, below = node
+            node = below.get(state[at])
+        if node is None:
+            return self._work_out(automaton, local, state)
+        known: list[Way] = node
+        return known
+
+    def arrive(self, shared: int, way: Way) -> int:
+        """The shared state that *way* leads to."""
+        change = way.change
+        if type(change) is bytes:
+            return self.intern(change)
+        if not change:
+            return shared
+        raw = bytearray(self.shared[shared])
+        for at, value in change:
+            raw[at] = value
+        return self.intern(bytes(raw))
+
+    def _work_out(self, automaton: Automaton, local: int, state: bytes) -> list[Way]:
+        seen: dict[int, int] = {}
+        start: Any = Watched(state, seen) if self.footprints else state
+        ways = list(self._expand(automaton, local, start, (), ()))
+        for i, way in enumerate(ways):
+            after = bytes(way.change)
+            change = tuple((at, after[at]) for at, old in seen.items() if after[at] != old) if self.footprints else after
+            ways[i] = way._replace(change=change, broken=tuple(self._judge(way.notes)))
+            self.facts.update(((automaton.program.number, note), None) for note in way.notes)
+        if self.footprints:
+            automaton.ways[local] = grow(automaton.ways[local], seen, ways)
+        return ways
+
+    # The ways of one step, with the whole state they lead to.
+    def _expand(
+        self, automaton: Automaton, local: int, state: bytes, choices: tuple[str, ...], notes: tuple[Any, ...]
+    ) -> Iterator[Way]:
         primitive = automaton.waits_on[local]
         if primitive is None:
-            yield Move(local, shared, choices, None, None, False, notes)
+            yield Way(local, state, choices, None, None, False, notes)
         elif primitive.name == "choose":
             what, *options = primitive.args
             for option in options:
                 to = automaton.after(local, option)
-                yield from self._moves(automaton, to, shared, (*choices, f"{what} {word(option)}"), notes)
+                yield from self._expand(automaton, to, state, (*choices, f"{what} {word(option)}"), notes)
         else:
-            for outcome in self.outcomes(automaton.program.number, primitive, shared):
+            for outcome in perform(self.machine, state, automaton.program.number, primitive):
                 to = local if outcome.result is STAY else automaton.after(local, outcome.result)
-                after = self.intern(outcome.shared)
                 seen = notes + outcome.notes
                 if primitive.name in SILENT:
-                    yield from self._moves(automaton, to, after, choices, seen)
+                    yield from self._expand(automaton, to, outcome.shared, choices, seen)
                 else:
-                    yield Move(to, after, choices, primitive, outcome.result, outcome.failed, seen)
+                    yield Way(to, outcome.shared, choices, primitive, outcome.result, outcome.failed, seen)
 
     def waits(self, automaton: Automaton, local: int, shared: int) -> set[str]:
-        """What a party that cannot move waits in: the primitive and, for a semaphore, its name; empty when it is done."""
+        """What a party that cannot move waits in: the primitive and, for a semaphore, its name; empty if it is done."""
         primitive = automaton.waits_on[local]
         if primitive is None:
             return set()
@@ -354,7 +447,7 @@ class Tables:
             ways = [(automaton.after(local, option), shared) for option in primitive.args[1:]]
         elif primitive.name in SILENT:
             ways = [(automaton.after(local, o.result), self.intern(o.shared))
-                    for o in self.outcomes(automaton.program.number, primitive, shared)]
+                    for o in perform(self.machine, self.shared[shared], automaton.program.number, primitive)]
         else:
             which = f" {primitive.args[0]}" if primitive.args and isinstance(primitive.args[0], str) else ""
             return {primitive.name + which}
@@ -362,10 +455,13 @@ class Tables:
 
     def judge(self, move: Move) -> list[tuple[str, str]]:
         """(law, evidence) of every law that *move* breaks, by a fact or by the state it leads to."""
-        return [
-            (law.name, evidence)
-            for note in move.notes for law in self.laws if (evidence := law.on_note(note)) is not None
-        ] + list(self.broken[move.shared])
+        return [*self._judge(move.notes), *self.broken[move.shared]]
+
+    def _judge(self, notes: Sequence[Any]) -> Iterator[tuple[str, str]]:
+        for note in notes:
+            for law in self.laws:
+                if (evidence := law.on_note(note)) is not None:
+                    yield law.name, evidence
 
 
 def word(option: Any) -> str:
@@ -388,7 +484,7 @@ class Explorer:
         self.findings: dict[tuple[str, str], tuple[int, int, int, Move]] = {}
 
     def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40) -> Result:
-        """Explore all of it, or up to a limit; whatever breaks within *max_steps* is found, and more is not looked for."""
+        """Explore all of it, or up to a limit; what breaks within *max_steps* is found, the rest is not looked for."""
         began = time.perf_counter()
         tables = self.tables
         rows = []
@@ -436,7 +532,7 @@ class Explorer:
             if frontier:
                 self.levels.append(frontier)
         findings = [Finding(*broken, [], self.initial) for broken in (*self.broken_before, *tables.broken[first])]
-        findings += [self._finding(*key, *at) for key, at in self.findings.items()]
+        findings += [self._finding(broken, *at) for broken, at in self.findings.items()]
         findings += self._at_ends(ends)
         if not limit and any(a.cyclic() for a in self.automata):
             findings += self._never_ending(visited)
@@ -459,20 +555,18 @@ class Explorer:
         if known is not None:
             self._record(i, local, shared, code)
             return known
-        moves = list(self._try_moves(i, local, shared, code))
-        to = tuple(dict.fromkeys(move.shared | move.local << shift for move in moves))
-        if any(map(tables.judge, moves)):
+        try:
+            ways = tables.ways(self.automata[i], local, shared)
+        except DesignRaised as error:
+            raise self._after(error, len(self.levels) - 1, code) from error
+        ends = [(tables.arrive(shared, way), way) for way in ways]
+        to = tuple(dict.fromkeys(after | way.local << shift for after, way in ends))
+        if any(way.broken or tables.broken[after] for after, way in ends):
             flagged[key] = to
             self._record(i, local, shared, code)
         else:
             table[key] = to
         return to
-
-    def _try_moves(self, i: int, local: int, shared: int, code: int) -> Iterator[Move]:
-        try:
-            yield from self.tables.moves(self.automata[i], local, shared)
-        except DesignRaised as error:
-            raise self._after(error, len(self.levels) - 1, code) from error
 
     def _after(self, error: DesignRaised, level: int, code: int) -> DesignRaised:
         lines = [step_line(step) for step in self.trace(level, code)]
@@ -484,10 +578,10 @@ class Explorer:
             for law, evidence in self.tables.judge(move):
                 self.findings.setdefault((law, evidence), (len(self.levels) - 1, code, i, move))
 
-    def _finding(self, law: str, evidence: str, level: int, code: int, i: int, move: Move) -> Finding:
+    def _finding(self, broken: tuple[str, str], level: int, code: int, i: int, move: Move) -> Finding:
         steps = self.trace(level, code)
         steps.append(self._step(i, move))
-        return Finding(law, evidence, steps, self.initial)
+        return Finding(*broken, steps, self.initial)
 
     def _step(self, i: int, move: Move) -> Step:
         return Step(
@@ -556,7 +650,8 @@ class Explorer:
         return known
 
     def _judge_end(self, shared: int) -> Iterator[tuple[str, str, list[Step]]]:
-        tables, steps, local = self.tables, [], 0
+        tables, local = self.tables, 0
+        steps: list[Step] = []
         if self.teardown is not None:
             automaton = tables.automaton(self.teardown)
             while automaton.waits_on[local] is not None and not tables.halted[shared]:

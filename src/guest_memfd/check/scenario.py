@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from guest_memfd.check.explorer import Explorer, Program, Tables, perform, resume
+from guest_memfd.check.explorer import Explorer, Program, Tables, perform, resume, send
 from guest_memfd.check.outcome import Outcome
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, DesignRaised, InternalError
@@ -60,6 +60,17 @@ class World:
             evidence = [law.in_state(outcome.shared), *map(law.on_note, outcome.notes)]
             self.broken_before += [(law.name, words) for words in evidence if words is not None]
 
+    def must_have(self, names: Sequence[str]) -> None:
+        """Raise BadInput unless *names* can be a scenario here: at least one, none twice, all of them there."""
+        if not names:
+            raise BadInput("a scenario needs at least one party")
+        for name in names:
+            if name not in self.programs:
+                raise BadInput(f"party {PARTIES[name].name!r} cannot exist with design {self.design.name!r} "
+                               f"under {self.hypervisor.name!r}")
+        if len(set(names)) < len(names):
+            raise BadInput(f"a party can be in a scenario only once, not as in {', '.join(names)}")
+
     def explorer(self, names: Sequence[str], tables: Tables | None = None) -> Explorer:
         """The scenario of the parties *names*; fresh *tables* make its result independent of what ran before."""
         programs = [self.programs[n] for n in names]
@@ -103,7 +114,7 @@ def run_alone(
         if machine.halted(shared):
             raise DesignRaised(f"the kernel panics in {program.name}: {outcomes[0].notes}")
         try:
-            primitive = generator.send(outcomes[0].result)
+            primitive = send(program, generator, outcomes[0].result)
         except StopIteration as stop:
             return shared, stop.value
     return shared, None

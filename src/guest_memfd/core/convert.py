@@ -4,7 +4,7 @@ What is left behind after a refusal: no page has changed its attribute. Pages ma
 page tables (both fault them in again), and may be out of the direct map while shared (the next host access restores
 them). The page index of the first page that refused is returned beside the error, never one before the range.
 
-Source: the in-place conversion series (v8-v13, 2026), steps in facts/kvm.md 3.6 of the project's notes.
+Source: "guest_memfd: In-place conversion" v8-v13, 2026: order of the steps.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Converts(Folios):
                 drained = True
                 refs = yield from self.host.folio_ref_count(held.folio)
             if refs > expected:
-                return held.index
+                return held.pgoff
         return None
 
     # One flush for all, before anything becomes private.
@@ -148,5 +148,5 @@ class Converts(Folios):
             if held.gfn is not None and held.private:
                 ret = yield from self.ops.make_shared(held.gfn, held.folio)
                 if ret:
-                    return Conversion(ret, max(held.index, start))
+                    return Conversion(ret, max(held.pgoff, start))
         return Conversion(0)

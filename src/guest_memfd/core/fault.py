@@ -15,7 +15,7 @@ class Faults(Folios):
     """guest_fault (kvm_gmem_get_pfn() and the map that follows), user_fault (kvm_gmem_fault_user_mapping()), allocate."""
 
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
-        """Give the guest page *index* at *gfn*; 0, -EFAULT (not bound so), -ENOMEM, -EHWPOISON, -EAGAIN, the hypervisor's."""
+        """Give the guest page *index* at *gfn*; 0, -EFAULT (not bound so), or what refused it."""
         host = self.host
         yield from host.begin_op("fault", index, 1)
         yield from host.down_read("invalidate")
@@ -87,7 +87,7 @@ class Faults(Folios):
                 ret = grabbed
             else:
                 yield from self.unlock_and_put(grabbed.folio)
-                index = grabbed.index + grabbed.folio.nr
+                index = grabbed.pgoff + grabbed.folio.nr
         yield from host.end_op(ret, index if ret else None)
         yield from host.up_read("invalidate")
         return ret

@@ -100,7 +100,7 @@ class Files(Removes):
         for held in folios:
             if not ret:
                 yield from host.lock_folio(held.folio)
-                ret, index = (yield from self.take_back(held)), held.index
+                ret, index = (yield from self.take_back(held)), held.pgoff
                 yield from host.unlock_folio(held.folio)
         yield from self.put_all(folios)
         if not ret:

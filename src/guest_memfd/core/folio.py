@@ -17,7 +17,7 @@ class Grabbed(NamedTuple):
     """A locked, referenced, zeroed folio, its mark, and the page index of its head."""
 
     folio: Folio
-    index: int
+    pgoff: int
     private: bool
 
 
@@ -25,7 +25,7 @@ class Held(NamedTuple):
     """A referenced, unlocked folio of a range under the exclusive lock, with what the trees say of it."""
 
     folio: Folio
-    index: int
+    pgoff: int
     gfn: int | None
     private: bool
 
@@ -48,12 +48,12 @@ class Folios(HostMapping):
                         continue
                     return new
                 yield from self.zero(new.folio)
-                return Grabbed(new.folio, new.index, False)
+                return Grabbed(new.folio, new.pgoff, False)
             locked = yield from host.lock_folio(hit.folio)
-            if locked.index == hit.index and not locked.hwpoison:
+            if locked.pgoff == hit.pgoff and not locked.hwpoison:
                 if not locked.uptodate:
                     yield from self.zero(hit.folio)
-                return Grabbed(hit.folio, hit.index, locked.private)
+                return Grabbed(hit.folio, hit.pgoff, locked.private)
             yield from self.unlock_and_put(hit.folio)
             if locked.hwpoison:
                 return -EHWPOISON
@@ -82,8 +82,8 @@ class Folios(HostMapping):
             else:
                 at = index - start
                 gfn = bound[at] - 1 if bound[at] else None
-                found += (Held(hit.folio, hit.index, gfn, attributes[at] == PRIVATE_PAGE),)
-                index = hit.index + hit.folio.nr
+                found += (Held(hit.folio, hit.pgoff, gfn, attributes[at] == PRIVATE_PAGE),)
+                index = hit.pgoff + hit.folio.nr
         return found
 
     def put_all(self, folios: tuple[Held, ...]) -> Steps[None]:
@@ -100,7 +100,7 @@ class Folios(HostMapping):
             if held.gfn is not None:
                 ret = yield from self.ops.invalidate(held.gfn, held.folio, held.private, reason)
                 if ret:
-                    return ret, held.index
+                    return ret, held.pgoff
         return 0, 0
 
     def remove_folio(self, held: Held) -> Steps[int]:

@@ -38,7 +38,7 @@ class Removes(Converts):
         while not ret and removed < len(folios):
             ret = yield from self.remove_folio(folios[removed])
             if ret:
-                index = folios[removed].index
+                index = folios[removed].pgoff
             else:
                 removed += 1
         yield from self.put_all(folios[removed:])
@@ -51,12 +51,12 @@ class Removes(Converts):
         yield from host.down_read("invalidate")
         locked = yield from host.lock_folio(folio)
         answer = "failed"
-        if locked.index is not None:
-            yield from host.mmu_invalidate_begin(locked.index, folio.nr)
-            yield from host.unmap_mapping_pages(locked.index, folio.nr)
-            (bound,) = yield from host.xa_load("bindings", locked.index, 1)
-            (attribute,) = yield from host.xa_load("attributes", locked.index, 1)
-            held = Held(folio, locked.index, bound - 1 if bound else None, attribute == PRIVATE_PAGE)
+        if locked.pgoff is not None:
+            yield from host.mmu_invalidate_begin(locked.pgoff, folio.nr)
+            yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
+            (bound,) = yield from host.xa_load("bindings", locked.pgoff, 1)
+            (attribute,) = yield from host.xa_load("attributes", locked.pgoff, 1)
+            held = Held(folio, locked.pgoff, bound - 1 if bound else None, attribute == PRIVATE_PAGE)
             ret, _ = yield from self.invalidate_guest((held,), "error")
             yield from host.mmu_invalidate_end()
             answer = "failed" if ret else "delayed"

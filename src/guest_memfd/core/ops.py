@@ -1,6 +1,6 @@
 """The operations table a hypervisor supplies to the library, and what each entry promises.
 
-The set is chosen so that the objections to the posted tables do not apply (docs/laws.md names them):
+The set is chosen so that the objections to the posted tables do not apply (docs/library.md names them):
 
 * conversion and teardown are different calls: `make_shared` preserves contents, `reclaim` need not;
 * only `invalidate` may refuse, it is asked for every page before anything is changed, and never during teardown;
@@ -20,8 +20,9 @@ Reason = Literal["to_private", "to_shared", "punch", "unbind", "error", "teardow
 
 
 class GuestMemfdOps(ABC):
-    """What the library asks of a hypervisor's driver. All pages are locked folios; all calls may sleep.
+    """What the library asks of a hypervisor's driver. All calls may sleep.
 
+    A folio is referenced, and either locked or in a range for which the invalidate lock is held exclusively.
     Every procedure returns 0 or -errno. An entry that fails leaves the page as it was, or in a state from which the
     same entry can be called again.
     """

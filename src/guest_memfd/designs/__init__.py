@@ -10,8 +10,16 @@ from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.designs.secretmem import Secretmem
 from guest_memfd.plugins import Registry
 
+
+def _lacks(thing: object) -> str | None:
+    if not (isinstance(thing, type) and issubclass(thing, Design)):
+        return f"{thing!r} is no subclass of guest_memfd.designs.Design"
+    missing = [what for what in ("name", "title", "source") if not hasattr(thing, what)]
+    return f"{thing.__qualname__} lacks {', '.join(missing)}" if missing else None
+
+
 DESIGNS: Registry[type[Design]] = Registry("design", "guest_memfd.designs", {
     d.name: d for d in (NoDesign, GunyahV17, Fixup, Secretmem, GuestmemRfc1, OurLibrary)
-})
+}, _lacks)
 
 __all__ = ["DESIGNS", "Design"]

@@ -38,7 +38,7 @@ class GuestmemRfc1(Design):
     def present(self, start: int, nr: int) -> Steps[tuple[Held, ...]]:
         """What is private is what the binding lends."""
         folios = yield from super().present(start, nr)
-        return tuple(held._replace(private=self.lends(held.index)) for held in folios)
+        return tuple(held._replace(private=self.lends(held.pgoff)) for held in folios)
 
     # -- grab ----------------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class GuestmemRfc1(Design):
         """CLO ->accessible: take the folio back if it is lent; the offset inside the folio serves as file offset (S51)."""
         if not grabbed.private:
             return 0
-        yield from self.host.begin_op("user_fault", grabbed.index, 1)
+        yield from self.host.begin_op("user_fault", grabbed.pgoff, 1)
         ret = yield from self.take_back_at(0, grabbed.folio)
         yield from self.host.end_op(0)
         return ret

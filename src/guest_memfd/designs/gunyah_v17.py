@@ -2,7 +2,7 @@
 
 Differs from our library in nearly everything, so this file is a driver of its own: bindings per VM, a tree of provided
 pages, PG_private for what is lent, an rw-semaphore around the bindings, "launder" to take a page back. Mistakes are kept
-as posted and marked with their number (S: facts/gunyah.md 7, R: 8). Patches 19, 20, 23, 24, 28/35.
+as posted and marked with the numbers of docs/bugs.md. Patches 19, 20, 23, 24, 28/35.
 
 Left out: huge folios, parcels and the DTB, platform hooks, RM calls; start of the VM. Page 0 is bound FORCE_LEND, page 1
 FORCE_SHARE, each by a binding of its own. Lending and sharing are this hypervisor's hypercalls.
@@ -131,7 +131,7 @@ class GunyahV17(Design):
         host = self.driver
         yield from host.down_read("invalidate")
         mapped = (yield from host.folio_mapped(grabbed.folio)) or (
-            yield from host.vma_covers(grabbed.index, grabbed.folio.nr))
+            yield from host.vma_covers(grabbed.pgoff, grabbed.folio.nr))
         yield from host.up_read("invalidate")
         if mapped:
             return -EPERM
@@ -268,9 +268,9 @@ class GunyahV17(Design):
         yield from host.down_read("invalidate")
         locked = yield from host.lock_folio(folio)
         ret = -EINVAL
-        if locked.index is not None:
-            yield from host.unmap_mapping_pages(locked.index, folio.nr)
-            ret = yield from self.launder_if_provided(locked.index, folio, locked.private)
+        if locked.pgoff is not None:
+            yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
+            ret = yield from self.launder_if_provided(locked.pgoff, folio, locked.private)
         yield from host.unlock_folio(folio)
         yield from host.up_read("invalidate")
         return "failed" if ret else "delayed"

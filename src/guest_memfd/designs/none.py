@@ -14,7 +14,7 @@ class NoDesign(Design):
 
     name = "none"
     title = "stage 1 is left alone"
-    source = "Gunyah series v1-v16; facts/gunyah.md 8 item 1"
+    source = "Gunyah series v1-v16; Elliot Berman, 23 Feb 2024"
     power = "none"
 
     def zap_noflush(self, folio: Folio) -> Steps[int]:
@@ -32,5 +32,5 @@ class Fixup(NoDesign):
 
     name = "fixup"
     title = "stage-2 aborts are fixed up through the exception tables"
-    source = "Elliot Berman, 23 Feb 2024 (19/35 thread): what he would prefer; facts/arch.md 4.4 (i)"
+    source = "Elliot Berman, 23 Feb 2024 (19/35 thread): what he would prefer"
     sea_fixup = True

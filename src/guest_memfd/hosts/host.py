@@ -61,10 +61,10 @@ class Folio(NamedTuple):
 class Locked(NamedTuple):
     """What the folio lock protects, as read by the one who has just taken it.
 
-    index is the folio's page index in the file, None once it has left the page cache (truncated).
+    pgoff is the folio's page index in the file, None once it has left the page cache (truncated).
     """
 
-    index: int | None
+    pgoff: int | None
     uptodate: bool
     private: bool
     hwpoison: bool
@@ -74,7 +74,7 @@ class Lookup(NamedTuple):
     """A page-cache hit: the folio (with a reference) and the page index of its head."""
 
     folio: Folio
-    index: int
+    pgoff: int
 
 
 RefKind = Literal["lookup", "provided", "kept"]
@@ -104,15 +104,16 @@ class Host:
 
     def choose(self, what: str, *options: T) -> Steps[T]:
         """Return any of *options*; every one is explored. For parties, never for the library."""
-        return (yield Primitive("choose", (what, *options), self.caller))
+        chosen: T = yield Primitive("choose", (what, *options), self.caller)
+        return chosen
 
     def begin_op(self, op: str, start: int, nr: int) -> Steps[None]:
         """Tracepoint: this party starts *op* on pages [start, start+nr)."""
-        return (yield Primitive("begin_op", (op, start, nr), self.caller))
+        return self._do("begin_op", op, start, nr)
 
     def end_op(self, ret: int, error_index: int | None = None) -> Steps[None]:
         """Tracepoint: the operation is about to return *ret* (the failing page index beside it, if it names one)."""
-        return (yield Primitive("end_op", (ret, error_index), self.caller))
+        return self._do("end_op", ret, error_index)
 
     # -- locks ---------------------------------------------------------------------------------------------------
 
@@ -355,10 +356,6 @@ class Host:
     def bug(self, what: str) -> Steps[None]:
         """BUG_ON(), or the dereference of an error pointer: the kernel stops."""
         return self._do("bug", what)
-
-    def sleep(self) -> Steps[None]:
-        """schedule_timeout(): let the others run before a retry."""
-        return self._do("sleep")
 
     # -- what the other parties do ---------------------------------------------------------------------------------
 

@@ -8,6 +8,11 @@ from guest_memfd.hypervisors.kvm.default import KVM
 from guest_memfd.hypervisors.kvm.pkvm import PKVM
 from guest_memfd.plugins import Registry
 
+
+def _lacks(thing: object) -> str | None:
+    return None if isinstance(thing, Hypervisor) else f"{thing!r} is no guest_memfd.hypervisors.hypervisor.Hypervisor"
+
+
 HYPERVISORS: Registry[Hypervisor] = Registry(
-    "hypervisor", "guest_memfd.hypervisors", {h.name: h for h in (KVM, PKVM, GUNYAH)}
+    "hypervisor", "guest_memfd.hypervisors", {h.name: h for h in (KVM, PKVM, GUNYAH)}, _lacks
 )

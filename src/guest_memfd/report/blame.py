@@ -48,7 +48,7 @@ def _says_something(field: str, last: bytes) -> bool:
 
 def _of_note(note: Any) -> Iterator[str]:
     if isinstance(note, notes.OutOfScope):
-        yield from (f"page{note.index}.attr", f"page{note.index}.cached")
+        yield from (f"page{note.pgoff}.attr", f"page{note.pgoff}.cached")
     elif isinstance(note, notes.Ended):
         yield from (f"page{i}.attr" for i in note.toggled or note.scope)
         yield from (f"page{i}.cached" for i in (*note.removed, *note.left))

@@ -13,8 +13,13 @@ from guest_memfd.scenarios.readers import KCORE, ZEROPAD
 from guest_memfd.scenarios.vcpu import VCPU, VCPU2
 from guest_memfd.scenarios.vmm import VMM
 
+
+def _lacks(thing: object) -> str | None:
+    return None if isinstance(thing, Party) else f"{thing!r} is no guest_memfd.scenarios.Party"
+
+
 PARTIES: Registry[Party] = Registry("party", "guest_memfd.parties", {p.name: p for p in (
     VCPU, VCPU2, VMM, DEVICE, ZEROPAD, KCORE, MEMORY_FAILURE, PFN_CACHE, POWER, UNLOADER, STOP,
-)})
+)}, _lacks)
 
 __all__ = ["PARTIES", "TEARDOWN", "Party"]

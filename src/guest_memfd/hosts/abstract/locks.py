@@ -67,6 +67,3 @@ class Locks(Base):
         if frame.lock != self.who + 1:
             self.die(f"folio_unlock of {folio}, which this task has not locked")
         frame.lock = 0
-
-    def sleep(self) -> None:
-        """Let the others run."""

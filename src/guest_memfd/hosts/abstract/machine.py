@@ -39,6 +39,8 @@ class AbstractHost(Locks, World):
     tasks: numbers of the parties that are tasks and can be frozen.
     """
 
+    footprints = True
+
     def __init__(
         self, hypervisor: Hypervisor, *, sea_fixup: bool = False, tasks: frozenset[int] = frozenset()
     ) -> None:
@@ -68,22 +70,18 @@ class AbstractHost(Locks, World):
             return []
         ends = self._perform(perform, shared, party, primitive)
         errno = self._errno(primitive)
-        if ends and errno and self.open(shared).failures:
+        if ends and errno and st.State(shared).failures:
             ends.append(self._fail(shared, errno))
         return ends
 
-    def open(self, shared: bytes) -> st.State:
-        """The state a primitive works on."""
-        return st.State(shared)
-
     # A frozen task does not run; freezing waited until it held nothing.
     def _is_frozen(self, shared: bytes, party: int) -> bool:
-        return party in self.tasks and bool(self.open(shared).frozen)
+        return party in self.tasks and bool(st.State(shared).frozen)
 
     def _perform(
         self, perform: Callable[..., Any], shared: bytes, party: int, primitive: Primitive
     ) -> list[Outcome]:
-        self.state, self.notes, self.who, self.caller = self.open(shared), [], party, primitive.caller
+        self.state, self.notes, self.who, self.caller = st.State(shared), [], party, primitive.caller
         try:
             if self.state.unloaded and primitive.caller == self.hypervisor.module:
                 self.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
@@ -101,6 +99,6 @@ class AbstractHost(Locks, World):
         return FALLIBLE.get(primitive.name, 0)
 
     def _fail(self, shared: bytes, errno: int) -> Outcome:
-        state = self.open(shared)
+        state = st.State(shared)
         state.failures -= 1
         return Outcome(errno, state.save(), (), failed=True)

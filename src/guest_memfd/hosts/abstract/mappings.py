@@ -1,6 +1,6 @@
 """Who can reach a frame on the abstract host: the direct map and its stale copies, user mappings, pins - and aborts.
 
-An access of the kernel passes two gates, stage 1 and stage 2, as in arch.md 4.2-4.5 of the project's facts: a stage-1
+An access of the kernel passes two gates, stage 1 and stage 2, as arch/arm64/mm/fault.c has it: a stage-1
 translation fault goes through the exception table; a stage-2 abort is injected by the hypervisor as the kind it
 chooses, and only some kinds consult the table.
 """
@@ -11,9 +11,7 @@ from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.base import Base
 from guest_memfd.hosts.host import EBADF, Folio
-
-SEA = "synchronous external abort"
-TRANSLATION = "translation fault with S1PTW"
+from guest_memfd.hypervisors.hypervisor import DATA_ABORT, SEA
 
 
 class Mappings(Base):
@@ -43,7 +41,7 @@ class Mappings(Base):
         return "ok"
 
     def _stage2_abort(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
-        kind = self.hypervisor.abort
+        kind = self.hypervisor.abort or DATA_ABORT
         if kind == SEA:
             survived = fixup and self.sea_fixup
             why = ("do_sea() consults the exception table in this design" if survived else

@@ -19,7 +19,7 @@ class Access(NamedTuple):
     content: str                # before the access
     guests: bool                # the frame was private to the guest
     held: bool                  # the guest could still reach it, or owned it
-    index: int | None           # page index at which the file holds it
+    pgoff: int | None           # page index at which the file holds it
     expect: str | None          # what a reader there must find; None: nobody can say
 
 
@@ -71,7 +71,7 @@ class OutOfScope(NamedTuple):
 
     op: str
     what: str
-    index: int
+    pgoff: int
 
 
 class Ended(NamedTuple):

@@ -1,7 +1,7 @@
 """The layout of the abstract host's state: which byte means what, and the small enumerations in them.
 
 A state is one bytes object, so that it hashes and copies at C speed. Records are views on it with one property per
-byte. Every field is read by a law or decides what a primitive does; tests/test_state_fields.py removes them in turn.
+byte. Every field is read by a law or decides what a primitive does; tests/test_state_fields.py sees each change.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ GLOBALS = {
     "failures": "failures that may still happen",
     "panic": "the kernel has stopped",
 }
-OPS = ("fault", "user_fault", "mmap", "allocate", "punch", "to_private", "to_shared", "bind", "unbind", "teardown")
+OPS = ("fault", "user_fault", "mmap", "allocate", "punch", "to_private", "to_shared", "unbind", "teardown")
 
 _FRAME_SIZE, _PAGE_SIZE, _PARTY_SIZE = len(FRAME_FIELDS), len(PAGE_FIELDS), len(PARTY_FIELDS)
 _PAGES_AT = FRAMES * _FRAME_SIZE
@@ -162,16 +162,17 @@ class State:
 
     __slots__ = ("raw",)
 
-    def __init__(self, saved: bytes | None = None) -> None:
-        self.raw = bytearray(saved) if saved is not None else bytearray(SIZE)
+    def __init__(self, saved: bytes | bytearray | None = None) -> None:
+        # A bytearray that is handed in wants to know what is read (check/footprint.py): its own copy does.
+        self.raw = saved.copy() if isinstance(saved, bytearray) else bytearray(saved or SIZE)
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> int: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 
     def save(self) -> bytes:
-        """The state as an immutable, hashable value."""
-        return bytes(self.raw)
+        """The state as an immutable, hashable value (a watched state stays one)."""
+        return bytes(self.raw) if type(self.raw) is bytearray else self.raw     # type: ignore[return-value]
 
     def frame(self, pfn: int) -> Frame:
         """Frame *pfn*."""

@@ -1,7 +1,7 @@
 """Gunyah's own half: memory extents and address spaces, as far as the library's driver uses them.
 
 One host extent and two guest extents are collapsed into the owner record: `host`, `guest` (lent: private, protected)
-and `shared`. Source: facts/gunyah.md 3.2-3.4 (HYP-new), errors as Linux maps them (1.4).
+and `shared`. Source: docs/api/gunyah_api.md of the Gunyah hypervisor (2024), errors as the Linux driver maps them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def map_vmmio(stage2: Stage2, gfn: int, folio: Folio) -> int:
 def unmap_private(stage2: Stage2, gfn: int, folio: Folio, sync: bool) -> int:
     """ADDRSPACE_UNMAP PRIVATE: -EBUSY while locked in a living VM; zeroes what the guest has not relinquished.
 
-    A stopped VM holds on to nothing (its address space can no longer run; taken to follow from facts 2.5, where
+    A stopped VM holds on to nothing (its address space can no longer run; taken to follow from the driver, where
     memory is reclaimed after VM_STOP and before VM_RESET). Without *sync* (NOSYNC) TLBs may keep the entry.
     """
     if stage2.guest_maps(folio.pfn) != gfn or stage2.owner(folio.pfn) != "guest":

@@ -1,7 +1,7 @@
 """Protected KVM on arm64: EL2 owns the host's stage 2, pages are donated to a guest, shared by it, reclaimed from it.
 
-Sources: arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3), transitions and return codes in facts/arch.md 7; the injected
-abort and force reclaim in 4.4-4.5. Differs from what is upstream in two places, both needed for conversion in place:
+Sources: arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3): transitions and return codes; host_inject_mem_abort() for
+the abort, arch/arm64/mm/fault.c for force reclaim. Differs from upstream in two places, both needed for conversion in place:
 a protected guest may also borrow host pages (share_guest), and a guest's MEM_UNSHARE completes only when the host has
 let go (`unshare`, called by `make_private`).
 """

@@ -1,0 +1,43 @@
+# make compare   set up .venv and print the table: which design keeps the host alive
+# make test      set up, then style, types and the quick tests
+# make test-long the tests that take minutes
+# make bench     how fast the explorer is
+# Needs python3 (3.11 or later, with venv), and for the benchmark gcc and spin. Nothing is written outside of this folder.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: compare test test-long lint bench clean
+
+compare: .venv/installed
+	$(BIN)/gmem compare
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not long"
+
+test-long: .venv/dev
+	$(BIN)/python -m pytest -q -m long
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python bench/run.py
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamps: made anew when what is to be installed changes, not when the code does (the install is editable).
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.x")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(PIP) install -e .
+	touch $@
+
+.venv/dev: pyproject.toml | .venv/bin/python
+	$(PIP) install -e '.[dev]'
+	touch $@ .venv/installed

@@ -1,0 +1,207 @@
+"""Doing the tasks of a suite in several processes, all of them busy until the end.
+
+Rule of this file: it decides who does what when, and nothing else; what comes out is the same for any number of jobs.
+A process stays with one world as long as there is work in it, because it keeps that world's tables; then it opens the
+world with most work left, and at the end helps where most is left. Within a world the biggest scenario comes first.
+
+Processes are forked, so that they inherit the worlds (procedures are closures, and cannot be sent). Where there is no
+fork everything is done here.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import NamedTuple
+
+from guest_memfd.check.work import Answer, Bench, Task
+from guest_memfd.errors import BadInput, InternalError
+
+OnDone = Callable[[Task, Answer], None]
+
+
+class Failed(NamedTuple):
+    """A task raised; in words."""
+
+    what: str
+
+
+class Schedule:
+    """What is still to be done. *weights* says how much work a task is thought to be."""
+
+    def __init__(self, tasks: Sequence[Task], weights: Mapping[Task, float]) -> None:
+        self.waiting: dict[int, list[Task]] = {}
+        self.left: dict[int, float] = {}
+        self.opened: set[int] = set()
+        self.weights = weights
+        for task in sorted(tasks, key=lambda t: (weights[t], -t.order)):
+            self.waiting.setdefault(task.world, []).append(task)
+            self.left[task.world] = self.left.get(task.world, 0) + weights[task]
+
+    def next(self, last: int | None) -> Task | None:
+        """A task for a process that has worked on world *last*; None when there is none."""
+        world = last if last is not None and self.waiting.get(last) else self._heaviest()
+        if world is None:
+            return None
+        self.opened.add(world)
+        task = self.waiting[world].pop()
+        self.left[world] -= self.weights[task]
+        return task
+
+    def _heaviest(self) -> int | None:
+        open_ = [world for world, tasks in self.waiting.items() if tasks]
+        untouched = [world for world in open_ if world not in self.opened]
+        return max(untouched or open_, key=lambda world: (self.left[world], -world), default=None)
+
+    def drop_after(self, order: int) -> None:
+        """Forget the tasks that come after number *order*: one before them has failed."""
+        for world, tasks in self.waiting.items():
+            self.waiting[world] = [task for task in tasks if task.order < order]
+
+
+class Pool:
+    """*jobs* processes at *bench*; one: this one. A context manager: the processes end with it, whatever happens."""
+
+    def __init__(self, bench: Bench, jobs: int) -> None:
+        self.bench = bench
+        self.jobs = jobs if "fork" in multiprocessing.get_all_start_methods() else 1
+        self._workers: dict[Connection, BaseProcess] = {}
+
+    def __enter__(self) -> Pool:
+        if self.jobs > 1:
+            fork = multiprocessing.get_context("fork")
+            for _ in range(self.jobs):
+                ours, theirs = fork.Pipe()
+                process = fork.Process(target=_serve, args=(theirs, [*self._workers, ours], self.bench), daemon=True)
+                process.start()
+                theirs.close()
+                self._workers[ours] = process
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._workers.values():
+            process.terminate()
+        for ours, process in self._workers.items():
+            process.join()
+            ours.close()
+        self._workers.clear()
+
+    def run(self, schedule: Schedule, on_done: OnDone) -> dict[Task, Answer]:
+        """Do all tasks; raises what the first of them (in their order, not in time) raises.
+
+        InternalError when a process dies, or when what failed there does not fail here.
+        """
+        answers: dict[Task, Answer] = {}
+        failed: dict[Task, Failed] = {}
+        for task, answer in self.attempt(schedule):
+            if isinstance(answer, Failed):
+                failed[task] = answer
+                schedule.drop_after(task.order)
+            else:
+                answers[task] = answer
+                on_done(task, answer)
+        if failed:
+            first = min(failed, key=lambda task: task.order)
+            self._again(first, failed[first])
+        return answers
+
+    def attempt(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
+        """Do all tasks, whatever fails; in the order in which they end."""
+        if self._workers:
+            yield from self._spread(schedule)
+            return
+        last = None
+        with _without_gc():
+            while (task := schedule.next(last)) is not None:
+                last = task.world
+                yield task, _attempt(self.bench, task)
+
+    def _spread(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
+        busy: dict[Connection, Task] = {}
+        last: dict[Connection, int | None] = dict.fromkeys(self._workers)
+        idle = list(self._workers)
+        while True:
+            for ours in idle:
+                task = schedule.next(last[ours])
+                if task is not None:
+                    busy[ours], last[ours] = task, task.world
+                    ours.send(task)
+            if not busy:
+                return
+            idle = [ours for ours in connection.wait(list(busy)) if isinstance(ours, Connection)]
+            for ours in idle:
+                task = busy.pop(ours)
+                yield task, self._receive(ours, task)
+
+    def _receive(self, ours: Connection, task: Task) -> Answer | Failed:
+        try:
+            answer: Answer | Failed = ours.recv()
+        except (EOFError, ConnectionResetError):
+            process = self._workers[ours]
+            process.join()
+            raise InternalError(
+                f"the process that explored {', '.join(task.parties)} has died ({_ending(process)}); "
+                "fewer jobs, or a limit of states, need less memory"
+            ) from None
+        return answer
+
+    # On new tables and in this process, so that the error has its class and cause, and the trace in it is the same
+    # however the work was split.
+    def _again(self, task: Task, failed: Failed) -> None:
+        self.bench.deadline = None
+        self.bench.do(Task(task.order, task.world, task.parties, apart=True))
+        raise InternalError(f"exploring {', '.join(task.parties)} raised {failed.what}, and does not when repeated")
+
+
+def _attempt(bench: Bench, task: Task) -> Answer | Failed:
+    try:
+        return bench.do(task)
+    except Exception as error:
+        return Failed(f"{type(error).__name__}: {error}")
+
+
+def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # ^C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for other in others:                                # so that the end of the parent ends us
+        other.close()
+    gc.disable()
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            theirs.send(_attempt(bench, theirs.recv()))
+
+
+def _ending(process: BaseProcess) -> str:
+    code = process.exitcode or 0
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+# Tables hold millions of small tuples and no cycles: looking for cycles costs a quarter of the time and finds none.
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def jobs_for(jobs: int | None) -> int:
+    """How many processes to use: *jobs*, or (None) one for every CPU this process may run on; BadInput below 1."""
+    if jobs is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs < 1:
+        raise BadInput(f"the number of jobs must be at least 1, not {jobs}")
+    return jobs

@@ -1,0 +1,242 @@
+"""A counterexample in a file: small, self-contained, of a named version, and readable without this program.
+
+    {"schema": "guest-memfd-trace/1", "version": ..., "design": ..., "hypervisor": ..., "failures": ...,
+     "parties": [...], "law": ..., "sentence": ..., "evidence": ..., "steps": [
+      {"party": ..., "choices": [...], "primitive": ..., "caller": ..., "args": [...], "result": ..., "failed": ...}]}
+
+Host states are not in it: whoever replays it rebuilds the first one and finds the others. Arguments and results are
+JSON's null, booleans, integers and strings, and objects of one key for what JSON has not (VALUES).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from guest_memfd.check.explorer import Step
+from guest_memfd.check.outcome import STAY
+from guest_memfd.check.verdict import MOST_FAILURES, Found, LawReport, Report
+from guest_memfd.errors import BadInput, TraceError
+from guest_memfd.hosts.host import Folio, Locked, Lookup, Primitive
+from guest_memfd.laws import LAWS
+
+SCHEMA = "guest-memfd-trace/1"
+"""Name and version; the version changes when a field goes, or changes its meaning."""
+
+VALUES: dict[str, tuple[type, Callable[..., Any]]] = {
+    "folio": (Folio, Folio),
+    "lookup": (Lookup, Lookup),
+    "locked": (Locked, Locked),
+    "tuple": (tuple, lambda *members: members),
+    "waits": (type(STAY), lambda: STAY),
+}
+"""Key of an object -> the type it stands for, and how to make one of the members in its list."""
+
+
+@dataclass(frozen=True)
+class TraceStep:
+    """One recorded step; `primitive` is None when the party only made its last choices and ended."""
+
+    party: str
+    choices: tuple[str, ...]
+    primitive: Primitive | None
+    result: Any
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a trace file says."""
+
+    design: str
+    hypervisor: str
+    failures: int
+    parties: tuple[str, ...]
+    law: str
+    evidence: str
+    steps: tuple[TraceStep, ...]
+    version: str
+
+
+def version() -> str:
+    """The version of this package, ``unknown`` if it is not installed."""
+    try:
+        return metadata.version("guest-memfd")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def trace_of(report: Report, found: Found | LawReport) -> Trace:
+    """The trace of a finding, or of the law, *found* of *report*; raises BadInput when the law did not break."""
+    finding, parties = found.finding, found.parties
+    if finding is None or parties is None:
+        raise BadInput(f"there is no trace: {report.design!r} does not break law {found.law!r}")
+    steps = tuple(TraceStep(s.party, s.choices, s.primitive, s.result, s.failed) for s in finding.steps)
+    return Trace(report.design, report.hypervisor, report.failures, parties, found.law, finding.evidence, steps,
+                 version())
+
+
+def save(report: Report, found: Found | LawReport, path: str | os.PathLike[str]) -> None:
+    """Write the trace of *found* to *path*, all of it or nothing; raises BadInput when that cannot be."""
+    write(trace_of(report, found), path)
+
+
+def write(trace: Trace, path: str | os.PathLike[str]) -> None:
+    """Write *trace* to *path*, all of it or nothing; raises BadInput when that cannot be."""
+    beside = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    try:
+        try:
+            beside.write_text(dumps(trace), encoding="utf-8")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot write trace {os.fspath(path)!r}: {error.strerror}") from error
+
+
+def dumps(trace: Trace) -> str:
+    """*trace* as JSON text, one step a line."""
+    head = {
+        "schema": SCHEMA, "version": trace.version, "design": trace.design, "hypervisor": trace.hypervisor,
+        "failures": trace.failures, "parties": list(trace.parties), "law": trace.law,
+        "sentence": LAWS[trace.law].sentence, "evidence": trace.evidence,
+    }
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    steps = ",\n".join(f"  {json.dumps(_encode_step(step))}" for step in trace.steps)
+    return "{\n" + ",\n".join(lines) + ',\n "steps": [' + (f"\n{steps}\n " if steps else "") + "]\n}\n"
+
+
+def load(path: str | os.PathLike[str]) -> Trace:
+    """Read the trace file *path*; raises TraceError when it is unreadable, no JSON, of another schema or incomplete."""
+    name = os.fspath(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise TraceError(f"cannot read trace {name!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TraceError(f"trace {name!r} is no text: {error.reason} at byte {error.start}") from error
+    try:
+        return loads(text)
+    except TraceError as error:
+        raise TraceError(f"trace {name!r} {error}") from error
+
+
+def loads(text: str) -> Trace:
+    """The trace in *text*; raises TraceError whose words continue "trace X ..."."""
+    try:
+        top = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if text[:1] == "{" and isinstance(error, json.JSONDecodeError) and _at_the_end(text, error):
+            raise TraceError(f"is truncated: it ends in line {error.lineno}, in the middle of an object") from error
+        raise TraceError(f"is not JSON: {error}") from error
+    if not isinstance(top, dict) or not isinstance(top.get("schema"), str):
+        raise TraceError(f"is no trace: an object with \"schema\": {SCHEMA!r} is wanted")
+    if top["schema"] != SCHEMA:
+        raise TraceError(f"is of schema {top['schema']!r}; this program reads {SCHEMA!r}")
+    whole = _Fields(top, "")
+    law = whole.text("law")
+    if law not in LAWS:
+        raise TraceError(f"names a law there is not: {law!r}")
+    return Trace(
+        whole.text("design"), whole.text("hypervisor"), whole.count("failures"), whole.texts("parties"),
+        law, whole.text("evidence"),
+        tuple(_decode_step(_Fields(step, f" of step {n}")) for n, step in enumerate(whole.list("steps"), 1)),
+        whole.text("version"),
+    )
+
+
+# A string or a word (true, null) that the end of the file cuts in two is reported where it starts.
+def _at_the_end(text: str, error: json.JSONDecodeError) -> bool:
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip().rstrip("aeflnrstu")) - 1
+
+
+class _Fields:
+    # The members of an object, with their types looked at.
+
+    def __init__(self, members: Any, place: str) -> None:
+        if not isinstance(members, Mapping):
+            raise TraceError(f"has something else than an object for all{place}")
+        self.members, self.place = members, place
+
+    def get(self, key: str, wanted: type, words: str) -> Any:
+        if key not in self.members:
+            raise TraceError(f"lacks field {key!r}{self.place}")
+        value = self.members[key]
+        if type(value) is not wanted:
+            raise TraceError(f"has a field {key!r}{self.place} that is not {words}")
+        return value
+
+    def text(self, key: str) -> str:
+        return str(self.get(key, str, "a string"))
+
+    def list(self, key: str) -> list[Any]:
+        return list(self.get(key, list, "a list"))
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        members = self.list(key)
+        if not all(isinstance(member, str) for member in members):
+            raise TraceError(f"has a field {key!r}{self.place} that is not a list of strings")
+        return tuple(members)
+
+    def flag(self, key: str) -> bool:
+        return bool(self.get(key, bool, "true or false"))
+
+    def count(self, key: str) -> int:
+        number = int(self.get(key, int, "an integer"))
+        if not 0 <= number <= MOST_FAILURES:
+            raise TraceError(f"has a field {key!r}{self.place} that is not 0 to {MOST_FAILURES}")
+        return number
+
+    def value(self, key: str) -> Any:
+        if key not in self.members:
+            raise TraceError(f"lacks field {key!r}{self.place}")
+        return _decode(self.members[key], f"{key!r}{self.place}")
+
+
+def _encode_step(step: Step | TraceStep) -> dict[str, Any]:
+    primitive = step.primitive
+    return {
+        "party": step.party, "choices": list(step.choices),
+        "primitive": primitive and primitive.name, "caller": primitive and primitive.caller,
+        "args": [_encode(arg) for arg in primitive.args] if primitive else [],
+        "result": _encode(step.result), "failed": step.failed,
+    }
+
+
+def _decode_step(fields: _Fields) -> TraceStep:
+    name, caller, args = fields.value("primitive"), fields.value("caller"), fields.list("args")
+    primitive = None
+    if name is not None:
+        values = tuple(_decode(arg, f"'args'{fields.place}") for arg in args)
+        primitive = Primitive(fields.text("primitive"), values, fields.text("caller"))
+    elif caller is not None or args:
+        raise TraceError(f"has a caller or arguments{fields.place}, which has no primitive")
+    return TraceStep(fields.text("party"), fields.texts("choices"), primitive, fields.value("result"),
+                     fields.flag("failed"))
+
+
+def _encode(value: Any) -> Any:
+    if value is None or type(value) in (bool, int, str):
+        return value
+    for key, (kind, _) in VALUES.items():
+        if type(value) is kind:
+            return {key: [_encode(member) for member in value] if isinstance(value, tuple) else []}
+    raise TraceError(f"{value!r} ({type(value).__name__}) cannot be written to a trace; use integers, strings, tuples")
+
+
+def _decode(value: Any, place: str) -> Any:
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if isinstance(value, dict) and len(value) == 1:
+        key, members = next(iter(value.items()))
+        if key in VALUES and isinstance(members, list):
+            try:
+                return VALUES[key][1](*(_decode(member, place) for member in members))
+            except TypeError:
+                pass                                    # a wrong number of members: said below
+    raise TraceError(f"has a value in {place} that means nothing: {json.dumps(value)}")

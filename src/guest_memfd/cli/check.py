@@ -1,0 +1,88 @@
+"""`gmem check DESIGN`: explore one design, say which laws hold, show the shortest way to break one that does not."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import combinations
+
+from guest_memfd.check.suite import NAMED
+from guest_memfd.check.survived import Survived, survived
+from guest_memfd.check.trace import save
+from guest_memfd.check.verdict import Report
+from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
+from guest_memfd.cli.output import Output, TraceFolder
+from guest_memfd.errors import BadInput
+from guest_memfd.report import json, terminal
+from guest_memfd.report.ktap import ktap
+from guest_memfd.report.progress import Progress
+from guest_memfd.scenarios import PARTIES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this verb."""
+    parser.add_argument("design", metavar="DESIGN", help="which design (gmem list designs)")
+    add_scope(parser)
+    add_output(parser)
+    parser.add_argument("--pairs", action="store_true", help="only every pair of parties, for a quick look")
+    parser.add_argument("--ktap", action="store_true", help="for test harnesses, as the kernel's tests report")
+    parser.add_argument("--save-traces", metavar="DIR", help="save the shortest trace to each broken law there")
+    parser.add_argument("-q", "--quiet", action="store_true", help="verdicts only, no progress")
+    parser.add_argument("-v", "--verbose", action="store_true", help="the way to every finding, not to the first only")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Explore, print, save; returns the exit code of the worst verdict."""
+    if arguments.json and arguments.ktap:
+        raise BadInput("--json and --ktap exclude each other")
+    scope = scope_of(arguments, triples=not arguments.pairs)
+    pairs = [(arguments.design, hypervisor) for hypervisor in scope.hypervisors_of(arguments.design)]
+    with ExitStack() as stack:
+        out = stack.enter_context(Output(arguments.output))
+        folder = None
+        if arguments.save_traces is not None:
+            folder = stack.enter_context(TraceFolder(arguments.save_traces))
+        reports = scope.explore(pairs, Progress(quiet=arguments.quiet))
+        out.write(_text(arguments, scope, reports, out))
+        if folder is not None:
+            _save(reports, folder)
+    return exit_code(reports)
+
+
+def exit_code(reports: Sequence[Report]) -> int:
+    """2 when anything is refuted, else 3 when anything is undetermined, else 0."""
+    verdicts = {report.verdict for report in reports}
+    return next((code for verdict, code in (("refuted", 2), ("undetermined", 3)) if verdict in verdicts), 0)
+
+
+def _text(arguments: argparse.Namespace, scope: Scope, reports: Sequence[Report], out: Output) -> str:
+    if arguments.ktap:
+        return "\n".join(ktap(reports))
+    if arguments.quiet and not arguments.json:
+        return "\n".join(terminal.headline(report, out.style) for report in reports)
+    survivals = [_survivals(report, scope) for report in reports]
+    if arguments.json:
+        objects = [json.check(report, seen, scope.words()) for report, seen in zip(reports, survivals, strict=True)]
+        return json.dump(objects if len(objects) > 1 else objects[0])
+    screens = [
+        "\n".join(terminal.check(report, seen, out.style, explored=scope.words(), folder=arguments.save_traces,
+                                 verbose=arguments.verbose))
+        for report, seen in zip(reports, survivals, strict=True)
+    ]
+    return "\n\n".join(screens)
+
+
+# Pairs meet every kind of abort there is; where a limit was reached nobody wants to wait for more.
+def _survivals(report: Report, scope: Scope) -> list[Survived]:
+    if report.verdict == "undetermined":
+        return []
+    one = scope.parties or (NAMED[scope.scenario] if scope.scenario else None)
+    return survived(report.design, report.hypervisor, [one] if one else list(combinations(PARTIES, 2)))
+
+
+def _save(reports: Sequence[Report], folder: TraceFolder) -> None:
+    for report in reports:
+        shortest = {found.law: found for found in reversed(report.findings)}
+        for law, found in shortest.items():
+            save(report, found, folder.file(report.design, report.hypervisor, law))

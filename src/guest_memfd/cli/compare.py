@@ -1,0 +1,85 @@
+"""`gmem compare`: every design under every hypervisor it was posted for: one table, then a sentence and a cost each."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+
+from guest_memfd.check.cost import Cost, cost
+from guest_memfd.check.verdict import Report
+from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
+from guest_memfd.cli.output import Output
+from guest_memfd.designs import DESIGNS
+from guest_memfd.errors import BadInput
+from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.report import json, terminal
+from guest_memfd.report.counterexample import wrap
+from guest_memfd.report.progress import Progress
+from guest_memfd.report.sentence import sentence
+from guest_memfd.report.style import Style
+from guest_memfd.report.table import costs, tables
+
+Costs = dict[tuple[str, str], Cost | None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this verb."""
+    parser.add_argument("designs", metavar="DESIGN", nargs="*", help="which designs (default: all)")
+    add_scope(parser)
+    add_output(parser)
+    parser.add_argument("--triples", action="store_true",
+                        help="every triple of parties, too, as gmem check does; takes minutes")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.epilog = ("A comparison is a report and not a test: broken laws are what it is for, so it exits 0 when the\n"
+                     f"table is complete and 3 when a limit was reached.\n\n{parser.epilog}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Explore all, print the table."""
+    began = time.perf_counter()
+    scope = scope_of(arguments, triples=arguments.triples)
+    pairs = _pairs(arguments.designs or list(DESIGNS), scope, chosen=bool(arguments.designs))
+    with Output(arguments.output) as out:
+        reports = scope.explore(pairs, Progress(quiet=arguments.quiet))
+        counted = {pair: cost(DESIGNS[pair[0]], HYPERVISORS[pair[1]]) for pair in pairs}
+        sentences = {
+            design: sentence(design, DESIGNS[design].title, [r for r in reports if r.design == design],
+                             scope.words())
+            for design in dict.fromkeys(design for design, _ in pairs)
+        }
+        if arguments.json:
+            out.write(json.dump(json.compare(reports, counted, sentences, scope.words())))
+        else:
+            out.write("\n".join(_lines(reports, counted, sentences, scope.words(), out.style)))
+            out.write(f"time: {time.perf_counter() - began:.1f} s")
+    return 3 if any(report.limits for report in reports) else 0
+
+
+# Asked for by name, a design that was not posted for the hypervisor is a mistake; otherwise it is left out.
+def _pairs(designs: Sequence[str], scope: Scope, *, chosen: bool) -> list[tuple[str, str]]:
+    pairs = []
+    for design in dict.fromkeys(designs):
+        posted = DESIGNS[design].hypervisors
+        if not chosen and scope.hypervisors is not None and posted is not None:
+            pairs += [(design, name) for name in scope.hypervisors if name in posted]
+        else:
+            pairs += [(design, name) for name in scope.hypervisors_of(design)]
+    if not pairs:
+        raise BadInput(f"no design was posted for {', '.join(scope.hypervisors or ())}")
+    return pairs
+
+
+def _lines(
+    reports: Sequence[Report], counted: Costs, sentences: dict[str, str], words: str, style: Style
+) -> Iterator[str]:
+    titles = {report.hypervisor: HYPERVISORS[report.hypervisor].title for report in reports}
+    yield from tables(reports, titles, words, style)
+    yield ""
+    for text in sentences.values():
+        yield from wrap(text, "- ")
+    yield ""
+    yield from costs(counted, style)
+    yield ""
+    yield "how a law breaks, step by step: gmem check DESIGN --hypervisor NAME --law LAW"
+    yield from terminal.amount(reports, words)

@@ -1,0 +1,92 @@
+"""`gmem list`: what there is to compare, check and combine; plugins that do not load are named with the reason."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from guest_memfd.check.suite import NAMED
+from guest_memfd.cli.options import add_output
+from guest_memfd.cli.output import Output
+from guest_memfd.designs import DESIGNS
+from guest_memfd.errors import UnknownName
+from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.laws import LAWS
+from guest_memfd.plugins import Registry
+from guest_memfd.report import json
+from guest_memfd.report.counterexample import wrap
+from guest_memfd.report.style import Style
+from guest_memfd.scenarios import PARTIES
+
+Entry = dict[str, Any]
+
+
+def _designs() -> Iterator[Entry]:
+    for name in DESIGNS:
+        design = DESIGNS[name]
+        posted = list(design.hypervisors or HYPERVISORS)
+        yield {"name": name, "title": design.title, "source": design.source, "hypervisors": posted}
+
+
+def _hypervisors() -> Iterator[Entry]:
+    for name in HYPERVISORS:
+        hypervisor = HYPERVISORS[name]
+        yield {"name": name, "title": hypervisor.title, "abort": hypervisor.abort or "none: there is no host stage 2"}
+
+
+def _parties() -> Iterator[Entry]:
+    for name in PARTIES:
+        yield {"name": name, "title": PARTIES[name].title}
+
+
+def _laws() -> Iterator[Entry]:
+    for law in LAWS.values():
+        yield {"name": law.name, "title": law.sentence, "checked": law.when, "source": law.source}
+
+
+def _scenarios() -> Iterator[Entry]:
+    for name, parties in NAMED.items():
+        yield {"name": name, "parties": list(parties)}
+
+
+KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
+    "designs": _designs, "hypervisors": _hypervisors, "parties": _parties, "laws": _laws, "scenarios": _scenarios,
+}
+REGISTRIES: dict[str, Registry[Any]] = {"designs": DESIGNS, "hypervisors": HYPERVISORS, "parties": PARTIES}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this verb."""
+    parser.add_argument("kind", metavar="KIND", nargs="?", help=f"one of {', '.join(KINDS)}")
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the names and what they stand for."""
+    if arguments.kind is not None and arguments.kind not in KINDS:
+        raise UnknownName("kind of thing", arguments.kind, KINDS)
+    kinds = [arguments.kind] if arguments.kind else [*KINDS]
+    with Output(arguments.output) as out:
+        if arguments.json:
+            broken = {kind: REGISTRIES[kind].broken() for kind in kinds if kind in REGISTRIES}
+            entries = {kind: [*KINDS[kind]()] for kind in kinds}
+            out.write(json.dump({"schema": json.LIST, **entries, "broken": broken}))
+        else:
+            out.write("\n\n".join("\n".join(_lines(kind, out.style)) for kind in kinds))
+    return 0
+
+
+def _lines(kind: str, style: Style) -> Iterator[str]:
+    yield style.head(kind)
+    entries = [*KINDS[kind]()]
+    indent = " " * (max(len(entry["name"]) for entry in entries) + 4)
+    for entry in entries:
+        first = f"  {entry.pop('name')}".ljust(len(indent))
+        for what, words in entry.items():
+            said = ", ".join(words) if isinstance(words, list) else words
+            yield from wrap(said if what in ("title", "parties") else f"{what}: {said}", first, indent)
+            first = indent
+    if kind in REGISTRIES:
+        for reason in REGISTRIES[kind].broken().values():
+            yield from wrap(reason, "  does not load: ")

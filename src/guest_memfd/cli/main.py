@@ -1,0 +1,131 @@
+"""`gmem`: find the verb, run it, and turn whatever happens into one line and an exit code.
+
+Rule of this file: nothing heavy is imported before the verb is known, so that help and mistakes answer at once.
+
+Exit codes: 0 holds, 1 our own failure, 2 refuted, 3 undetermined (or a replay that diverges), 4 bad input, 5 the host
+asked for is not available.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NoReturn
+
+from guest_memfd.errors import BadInput, GuestMemfdError, InternalError, UnknownName
+
+VERBS = {
+    "compare": "the table: designs x hypervisors x laws, what breaks in how many steps, and what each design costs",
+    "check": "explore one design; a law that breaks comes with the shortest way there",
+    "explain": "a saved trace as text",
+    "replay": "run a saved trace again: the same verdict, or where it diverges and why",
+    "list": "what there is: designs, hypervisors, parties, laws, scenarios",
+}
+
+EXIT_CODES = """\
+exit codes: 0 holds, 1 failure of gmem itself, 2 refuted, 3 undetermined (a limit was reached, or a replay
+diverges), 4 bad input, 5 host not available.  NO_COLOR is obeyed; GMEM_DEBUG=1 shows tracebacks."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors that go where all others go."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise BadInput instead of exiting."""
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
+class Version(argparse.Action):
+    """--version, which looks the version up only when asked."""
+
+    def __call__(self, *_: Any) -> NoReturn:
+        """Print and exit."""
+        from importlib import metadata
+
+        try:
+            print(f"gmem {metadata.version('guest-memfd')}")
+        except metadata.PackageNotFoundError:
+            print("gmem (not installed)")
+        sys.exit(0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line *argv* (default: sys.argv) and return its exit code."""
+    try:
+        code = run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except InternalError as error:
+        return _crash(error)
+    except GuestMemfdError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read us has seen enough; without this the interpreter would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        return _crash(error)
+    return code
+
+
+def _crash(error: Exception) -> int:
+    if os.environ.get("GMEM_DEBUG"):
+        raise error
+    first = str(error).partition("\n")[0]
+    return _fail(f"internal error: {type(error).__name__}: {first}; please report (GMEM_DEBUG=1 shows where)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"gmem: {message}", file=sys.stderr)
+    return code
+
+
+def run(argv: list[str]) -> int:
+    """Parse *argv*, import its verb, run it; raises what the verb raises."""
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        raise UnknownName("verb", verb, VERBS)
+    module = import_module(f"guest_memfd.cli.{verb}") if verb else None
+    top, own = _parsers(verb, module)
+    arguments, extra = top.parse_known_args(argv)
+    if module is None or own is None:
+        _reject(extra, top)
+        raise BadInput(f"no verb given: {', '.join(VERBS)}; see gmem --help")
+    _reject(extra, own)
+    return int(module.run(arguments))
+
+
+def _parsers(verb: str | None, module: ModuleType | None) -> tuple[Parser, Parser | None]:
+    top = Parser(
+        prog="gmem", epilog=EXIT_CODES,
+        description="Which design of guest_memfd keeps the host alive? Explore it, and see what breaks it.")
+    top.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
+    verbs = top.add_subparsers(metavar="VERB", parser_class=Parser)
+    parsers = {
+        name: verbs.add_parser(name, help=line, description=line, epilog=EXIT_CODES) for name, line in VERBS.items()
+    }
+    if verb is None or module is None:
+        return top, None
+    module.add_arguments(parsers[verb])
+    return top, parsers[verb]
+
+
+def _reject(extra: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    for word in extra:
+        if word.startswith("-"):
+            known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", parser.format_help()))
+            raise UnknownName("option", word.partition("=")[0], known)
+        raise BadInput(f"unexpected argument {word!r}; see {parser.prog} --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

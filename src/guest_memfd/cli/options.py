@@ -1,0 +1,116 @@
+"""The options that verbs share, and what they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from guest_memfd.check.suite import NAMED, PAIRS, PAIRS_AND_TRIPLES, check_many
+from guest_memfd.check.verdict import Limits, Report
+from guest_memfd.designs import DESIGNS
+from guest_memfd.errors import BadInput
+from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.report.progress import Progress
+from guest_memfd.report.sentence import listed
+
+
+def add_scope(parser: argparse.ArgumentParser) -> None:
+    """What to explore, and how far."""
+    group = parser.add_argument_group("what to explore")
+    group.add_argument("--hypervisor", action="append", metavar="NAME",
+                       help="under which hypervisor (repeat, or a,b); default: all the design was posted for")
+    group.add_argument("--parties", metavar="A,B,...", help="one scenario of these parties instead of the whole suite")
+    group.add_argument("--scenario", metavar="NAME", help="one named scenario (gmem list scenarios)")
+    group.add_argument("--law", action="append", metavar="NAME", help="judge by this law only (repeat, or a,b)")
+    group.add_argument("--failures", type=whole, default=1, metavar="N",
+                       help="failures that may be injected in one run; 0: nothing fails (default 1)")
+    group = parser.add_argument_group("limits: reaching one makes the verdict 'undetermined'")
+    group.add_argument("--max-states", type=whole, metavar="N", help="states per scenario")
+    group.add_argument("--max-seconds", type=seconds, metavar="S", help="seconds for everything")
+    group.add_argument("-j", "--jobs", type=whole, metavar="N", help="processes (default: one per CPU)")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """How to say it."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="for programs")
+    group.add_argument("-o", "--output", metavar="FILE", help="write there instead of standard output")
+
+
+def whole(text: str) -> int:
+    """An argparse type: a whole number; whether it makes sense is checked where it is used."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def seconds(text: str) -> float:
+    """An argparse type: seconds, as a number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if number != number:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return number
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the options of `add_scope` say; names are looked up by whoever explores."""
+
+    hypervisors: tuple[str, ...] | None
+    parties: tuple[str, ...] | None
+    scenario: str | None
+    laws: tuple[str, ...] | None
+    limits: Limits
+    jobs: int | None
+    sizes: tuple[int, ...]
+
+    def hypervisors_of(self, design: str) -> tuple[str, ...]:
+        """The hypervisors to explore *design* under: those asked for, else those it was posted for, else all."""
+        return self.hypervisors or DESIGNS[design].hypervisors or tuple(HYPERVISORS)
+
+    def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress) -> list[Report]:
+        """`check_many` of (design, hypervisor) *pairs*."""
+        with progress:
+            return check_many(pairs, parties=self.parties, scenario=self.scenario, laws=self.laws, limits=self.limits,
+                              sizes=self.sizes, jobs=self.jobs, progress=progress)
+
+    def words(self) -> str:
+        """Which scenarios are explored: ``every pair of parties``, ``vcpu and zeropad``."""
+        if self.parties is not None:
+            return listed(self.parties)
+        if self.scenario is not None:
+            return f"{self.scenario} ({listed(NAMED[self.scenario])})"
+        return "every pair of parties" if self.sizes == PAIRS else "every pair and every triple of parties"
+
+
+def scope_of(arguments: argparse.Namespace, *, triples: bool) -> Scope:
+    """Read the options of `add_scope`; the suite has *triples* or has not.
+
+    Raises BadInput for a limit that cannot be and for a list that names nothing.
+    """
+    return Scope(
+        _names(arguments.hypervisor, "--hypervisor"),
+        _names(None if arguments.parties is None else [arguments.parties], "--parties"),
+        arguments.scenario,
+        _names(arguments.law, "--law"),
+        Limits(states=arguments.max_states, seconds=arguments.max_seconds, failures=arguments.failures),
+        arguments.jobs,
+        PAIRS_AND_TRIPLES if triples else PAIRS,
+    )
+
+
+def _names(given: Sequence[str] | None, option: str) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    names = tuple(name.strip() for text in given for name in text.split(","))
+    if "" in names:
+        raise BadInput(f"{option} names nothing; it wants names with commas between them")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise BadInput(f"{option} names {twice!r} twice")
+    return names

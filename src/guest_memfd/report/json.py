@@ -1,0 +1,102 @@
+"""Results for programs. Every object says its schema; `seconds` is the only thing that differs from run to run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from guest_memfd.check.cost import Cost
+from guest_memfd.check.explorer import Finding, Step
+from guest_memfd.check.replay import Replay
+from guest_memfd.check.survived import Survived
+from guest_memfd.check.verdict import Found, Report
+from guest_memfd.hosts.abstract import show
+from guest_memfd.report.blame import offending
+from guest_memfd.report.steps import call, lock_holders, result
+
+CHECK, COMPARE, EXPLAIN, REPLAY, LIST = (
+    f"guest-memfd-{what}/1" for what in ("check", "compare", "explain", "replay", "list"))
+"""Names and versions of what is written here; a version changes when a field goes or changes its meaning."""
+
+
+def dump(thing: Any) -> str:
+    """*thing* as JSON text, keys in the order they were put."""
+    return json.dumps(thing, indent=1, ensure_ascii=True)
+
+
+def check(report: Report, survived: Sequence[Survived], explored: str) -> dict[str, Any]:
+    """One design under one hypervisor, with the trace of every law that broke. *explored*: what, in words."""
+    return {
+        "schema": CHECK, "design": report.design, "hypervisor": report.hypervisor, "verdict": report.verdict,
+        "explored": explored, "failures": report.failures, "laws": _laws(report, traces=True),
+        "findings": [_found(found) for found in report.findings],
+        "survived": [event._asdict() for event in survived],
+        "scenarios": report.scenarios, "states": report.states, "transitions": report.transitions,
+        "limits": list(report.limits), "seconds": round(report.seconds, 3),
+    }
+
+
+def compare(
+    reports: Sequence[Report], costs: Mapping[tuple[str, str], Cost | None], sentences: Mapping[str, str],
+    explored: str,
+) -> dict[str, Any]:
+    """The whole table, without the traces."""
+    rows = [
+        {"design": r.design, "hypervisor": r.hypervisor, "verdict": r.verdict, "laws": _laws(r, traces=False),
+         "cost": _cost(costs.get((r.design, r.hypervisor))), "scenarios": r.scenarios, "states": r.states,
+         "transitions": r.transitions, "limits": list(r.limits), "seconds": round(r.seconds, 3)}
+        for r in reports
+    ]
+    return {"schema": COMPARE, "explored": explored, "failures": reports[0].failures, "table": rows,
+            "sentences": dict(sentences)}
+
+
+def _cost(cost: Cost | None) -> dict[str, int] | None:
+    return None if cost is None else dict(vars(cost))
+
+
+def _laws(report: Report, *, traces: bool) -> dict[str, Any]:
+    laws: dict[str, Any] = {}
+    for name, law in report.laws.items():
+        laws[name] = {
+            "verdict": law.verdict, "steps": law.steps, "parties": law.parties and list(law.parties),
+            "evidence": law.evidence,
+        }
+        if traces:
+            laws[name]["trace"] = trace(law.finding) if law.finding else None
+    return laws
+
+
+def replayed(again: Replay, schema: str) -> dict[str, Any]:
+    """A trace that was run again: the same verdict, or where it diverges."""
+    trace, parted = again.trace, again.divergence
+    return {
+        "schema": schema, "design": trace.design, "hypervisor": trace.hypervisor, "parties": list(trace.parties),
+        "law": trace.law, "evidence": trace.evidence, "same": again.same,
+        "divergence": None if parted is None else {"step": parted.step, "why": parted.why},
+    }
+
+
+def _found(found: Found) -> dict[str, Any]:
+    return {"law": found.law, "evidence": found.evidence, "parties": list(found.parties),
+            "steps": len(found.finding.steps)}
+
+
+def trace(finding: Finding) -> dict[str, Any]:
+    """A way to a broken law: what everybody does, what it changes, which fields of the last state are to blame."""
+    names = lock_holders(finding.steps, finding.initial)
+    steps = []
+    before = finding.initial
+    for number, step in enumerate(finding.steps, 1):
+        steps.append({"step": number, **_step(step), "changed": show.changed(before, step.shared, names)})
+        before = step.shared
+    return {"initial": show.overview(finding.initial), "steps": steps, "blamed": sorted(offending(finding))}
+
+
+def _step(step: Step) -> dict[str, Any]:
+    return {
+        "party": step.party, "choices": list(step.choices),
+        "primitive": None if step.primitive is None else call(step.primitive),
+        "result": result(step.result), "failed": step.failed,
+    }

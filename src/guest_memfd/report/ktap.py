@@ -1,0 +1,33 @@
+"""Results as KTAP, the kernel's test output (Documentation/dev-tools/ktap.rst): one test per law."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from guest_memfd.check.verdict import LawReport, Report
+
+
+def ktap(reports: Sequence[Report]) -> Iterator[str]:
+    """The lines. What is undetermined is `not ok`: a search that stopped early is no pass."""
+    tests = [(report, law) for report in reports for law in report.laws.values()]
+    yield "KTAP version 1"
+    yield f"1..{len(tests)}"
+    for number, (report, law) in enumerate(tests, 1):
+        name = f"{report.design}.{report.hypervisor}.{law.law}"
+        yield from (f"# {line}" for line in _diagnostics(report, law))
+        yield f"{'ok' if law.verdict in ('holds', 'reported') else 'not ok'} {number} {name}{_directive(law)}"
+    verdicts = [law.verdict for _, law in tests]
+    skipped = verdicts.count("reported")
+    passed = verdicts.count("holds")
+    yield f"# Totals: pass:{passed} fail:{len(tests) - passed - skipped} xfail:0 xpass:0 skip:{skipped} error:0"
+
+
+def _directive(law: LawReport) -> str:
+    return {"reported": " # SKIP counted, not judged", "undetermined": " # undetermined"}.get(law.verdict, "")
+
+
+def _diagnostics(report: Report, law: LawReport) -> Iterator[str]:
+    if law.verdict == "refuted":
+        yield f"{law.steps} steps of {', '.join(law.parties or ())}: {law.evidence}"
+    elif law.verdict == "undetermined":
+        yield from report.limits

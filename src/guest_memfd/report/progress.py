@@ -1,0 +1,104 @@
+"""How far the work is and how long it will take: on standard error, for a person who waits, and for nobody else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TextIO
+
+PATIENCE = 1.0
+"""Seconds before anything is shown: what takes less needs no bar."""
+
+
+class Progress:
+    """A callback `(done, total, what)` that draws a bar; rich's if it is installed, else one line that is rewritten.
+
+    Nothing is drawn when *stream* is no terminal, when *quiet*, or in the first second.
+    """
+
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self.stream = stream if stream is not None else sys.stderr
+        self.shown = not quiet and self.stream.isatty()
+        self._began = time.monotonic()
+        self._bar: _Line | _Rich | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Show that *done* of *total* is finished, *what* last."""
+        spent = time.monotonic() - self._began
+        if not self.shown or spent < PATIENCE:
+            return
+        if self._bar is None:
+            self._bar = _bar(self.stream)
+        self._bar.show(done, total, f"{what}  {left(done, total, spent)}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+
+
+def left(done: int, total: int, spent: float) -> str:
+    """``1:05 left``: what *spent* seconds on *done* of *total* lets one expect; empty before the first is done."""
+    if not done:
+        return ""
+    seconds = round(spent * (total - done) / done)
+    return f"{seconds // 60}:{seconds % 60:02d} left"
+
+
+class _Line:
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def show(self, done: int, total: int, words: str) -> None:
+        """Rewrite the line."""
+        bar = "#" * (20 * done // max(total, 1))
+        self.stream.write(f"\r[{bar:<20}] {100 * done // max(total, 1)}% {words}"[:100] + "\033[K")
+        self.stream.flush()
+
+    def clear(self) -> None:
+        """Leave nothing behind."""
+        self.stream.write("\r\033[K")
+        self.stream.flush()
+
+
+class _Rich:
+    def __init__(self, progress: Any) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=None)
+        progress.start()
+
+    def show(self, done: int, total: int, words: str) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=done, total=total, description=words, refresh=True)
+
+    def clear(self) -> None:
+        """Leave nothing behind."""
+        self.progress.stop()
+
+
+def _bar(stream: TextIO) -> _Line | _Rich:
+    make = _rich_bar()
+    return make(stream) if make else _Line(stream)
+
+
+# rich costs some 50 ms to import and is optional, so it is asked for only when a bar is wanted.
+def _rich_bar() -> Callable[[TextIO], _Rich] | None:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+    except ImportError:
+        return None
+
+    def make(stream: TextIO) -> _Rich:
+        columns = (BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.description}", markup=False))
+        # Refreshed by hand: its own thread and the explorer's forks do not go together.
+        return _Rich(RichProgress(*columns, console=Console(file=stream), transient=True, auto_refresh=False))
+
+    return make

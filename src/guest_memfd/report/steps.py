@@ -1,0 +1,132 @@
+"""A trace as text: one numbered line per step, what it changed behind it, what became of it below."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import textwrap
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from guest_memfd.check.explorer import Step
+from guest_memfd.hosts.abstract import notes, show
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.host import Folio, Host, Primitive
+from guest_memfd.report.style import WIDTH
+
+
+def lines(steps: Sequence[Step], initial: bytes) -> Iterator[str]:
+    """All steps from *initial* on, each wrapped to the width of a report."""
+    names = lock_holders(steps, initial)
+    before = initial
+    for number, step in enumerate(steps, 1):
+        head = f"{number:>3}. {step.party}: {action(step)}"
+        told = "; ".join(show.changed(before, step.shared, names))
+        if told and len(head) + len(told) + 4 <= WIDTH:
+            yield f"{head}  | {told}"
+        else:
+            yield from _wrapped(head, "     ")
+            yield from _wrapped(f"     | {told}", "     | ") if told else ()
+        for fact in facts(step, before):
+            yield from _wrapped(f"     ~ {fact}", "       ")
+        before = step.shared
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def action(step: Step) -> str:
+    """``[gfn 0] guest_access(gfn=0, write) -> fault`` of one step."""
+    chosen = f"[{', '.join(step.choices)}] " if step.choices else ""
+    if step.primitive is None:
+        return f"{chosen}done"
+    answer = "none" if step.result is None and _may_be_none(step.primitive.name) else result(step.result)
+    failed = "  (injected failure)" if step.failed else ""
+    return f"{chosen}{call(step.primitive)}{f' -> {answer}' if answer else ''}{failed}"
+
+
+def call(primitive: Primitive) -> str:
+    """A primitive with the names of those arguments that are bare numbers or flags."""
+    names = _parameters(primitive.name)
+    told = []
+    for at, arg in enumerate(primitive.args):
+        name = names[at] if at < len(names) else ""
+        if isinstance(arg, bool):
+            told.append(f"{name}={'yes' if arg else 'no'}" if name else str(arg))
+        elif isinstance(arg, int) and name:
+            told.append(f"{name}={arg}")
+        elif isinstance(arg, tuple) and not isinstance(arg, Folio):
+            told.append(f"[{', '.join(map(str, arg))}]")
+        else:
+            told.append(str(arg))
+    return f"{primitive.name}({', '.join(told)})"
+
+
+@cache
+def _parameters(primitive: str) -> tuple[str, ...]:
+    parameters = list(inspect.signature(getattr(Host, primitive)).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+# ``-> none`` says something only where something else could have come back.
+@cache
+def _may_be_none(primitive: str) -> bool:
+    return "| None" in str(inspect.signature(getattr(Host, primitive)).return_annotation)
+
+
+def result(value: Any) -> str:
+    """What a primitive returned: errno by name, records without what is false or absent, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"-{errno.errorcode.get(-value, -value)}" if value < 0 else str(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, Folio):
+        items = zip(value._fields, value, strict=True)
+        return " ".join(name if item is True else f"{name}={item}" for name, item in items
+                        if item is not None and item is not False)
+    if isinstance(value, tuple) and not isinstance(value, Folio):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value)
+
+
+def facts(step: Step, before: bytes) -> Iterator[str]:
+    """What a step was about beyond its result: operations that begin and end, aborts, refusals, losses."""
+    for field, old, new in st.changes(before, step.shared):
+        if show.ghost(field) and field.endswith(".op") and new and not old:
+            yield f"{st.OPS[new - 1]} begins"
+    for note in step.notes:
+        words = _fact(note)
+        if words:
+            yield words
+
+
+def _fact(note: Any) -> str | None:
+    if isinstance(note, notes.Abort):
+        end = "survived" if note.survived else "the kernel stops"
+        return f"stage-{note.stage} abort on pfn{note.pfn}, {note.kind}; {end}: {note.why}"
+    if isinstance(note, notes.Refused):
+        return f"{note.call} refuses by rule: {result(-note.errno)}"
+    if isinstance(note, notes.Ended):
+        where = "" if note.error_index is None else f" at page {note.error_index}"
+        return f"{note.op} returns {result(note.ret)}{where}"
+    if isinstance(note, notes.Destroyed):
+        return f"what pfn{note.pfn} held is lost: {note.how}"
+    if isinstance(note, notes.Broken):
+        return f"the kernel stops: {note.what}"
+    return f"WARN_ON: {note.what}" if isinstance(note, notes.Warned) else None
+
+
+def lock_holders(steps: Sequence[Step], initial: bytes) -> dict[int, str]:
+    """Party number -> name, of those who take a lock or begin an operation in *steps*."""
+    names: dict[int, str] = {}
+    before = initial
+    for step in steps:
+        for field, old, new in st.changes(before, step.shared):
+            if field.rpartition(".")[2] in show.HOLDERS and new and not old:
+                names.setdefault(new - 1, step.party)
+        before = step.shared
+    return names

@@ -1,0 +1,97 @@
+"""What `gmem compare` prints for people: designs x hypervisors x laws, a sentence on each design, what each costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from guest_memfd.check.cost import BOUND, Cost
+from guest_memfd.check.verdict import LawReport, Report
+from guest_memfd.report.counterexample import wrap
+from guest_memfd.report.style import WIDTH, Style
+
+LETTERS = {
+    "vcpu": "V", "vcpu2": "W", "vmm": "M", "device": "D", "zeropad": "Z", "kcore": "K", "memory-failure": "F",
+    "pfn-cache": "C", "power": "P", "unloader": "U", "stop": "S",
+}
+"""Party -> the letter that stands for it in the table; parties of third parties get one that is free."""
+
+LAW_WIDTH, COST_WIDTH = 17, 37
+COST_HEADS = {"direct_map_writes": "direct-map writes", "flushes": "TLB flushes", "splits": "leaf splits",
+              "hypercalls": "hypervisor calls"}
+
+
+def tables(reports: Sequence[Report], titles: Mapping[str, str], explored: str, style: Style) -> Iterator[str]:
+    """One block per hypervisor: a row per law, a column per design.
+
+    titles: what each hypervisor is, explored: which scenarios, in words.
+    """
+    letters = letters_for(reports)
+    for hypervisor in dict.fromkeys(report.hypervisor for report in reports):
+        block = [report for report in reports if report.hypervisor == hypervisor]
+        yield from wrap(titles[hypervisor], f"{hypervisor}: ", "    ")
+        widths = [max(len(r.design), *(len(cell(law, letters)) for law in r.laws.values())) + 2 for r in block]
+        for columns in _fitting(widths):
+            yield from _block([(block[i], widths[i]) for i in columns], letters, style)
+            yield ""
+    yield from wrap(f"kept: in every interleaving of {explored}.  12 V+M: broken in 12 steps by V and M together, "
+                    "there is no shorter way.  ?: a limit was reached, nothing is proved.", "")
+    if letters:
+        yield from wrap(", ".join(f"{letter} {party}" for party, letter in letters.items()) + ".", "")
+
+
+def letters_for(reports: Sequence[Report]) -> dict[str, str]:
+    """Party -> letter, of the parties that break a law in *reports*."""
+    there = {party for report in reports for law in report.laws.values() for party in law.parties or ()}
+    letters = {party: letter for party, letter in LETTERS.items() if party in there}
+    free = iter(c for c in "ABEGHIJLNOQRTXYZabcdefghijklmnopqrstuvwxyz" if c not in LETTERS.values())
+    return letters | {party: next(free, party) for party in sorted(there - letters.keys())}
+
+
+def cell(law: LawReport, letters: Mapping[str, str]) -> str:
+    """``kept``, ``12 V+M``, ``?``, ``counted``."""
+    if law.verdict == "refuted":
+        return f"{law.steps} {'+'.join(letters[party] for party in law.parties or ())}"
+    return {"holds": "kept", "reported": "counted"}.get(law.verdict, "?")
+
+
+# Columns of one block, as many as fit; the rest goes below.
+def _fitting(widths: Sequence[int]) -> Iterator[list[int]]:
+    columns: list[int] = []
+    for i in range(len(widths)):
+        if columns and LAW_WIDTH + sum(widths[j] for j in columns) + widths[i] > WIDTH:
+            yield columns
+            columns = []
+        columns.append(i)
+    yield columns
+
+
+def _block(columns: Sequence[tuple[Report, int]], letters: Mapping[str, str], style: Style) -> Iterator[str]:
+    yield style.head(" " * LAW_WIDTH + "".join(f"{report.design:<{width}}" for report, width in columns).rstrip())
+    for name in columns[0][0].laws:
+        cells = []
+        for report, width in columns:
+            law = report.laws[name]
+            colour = {"refuted": style.bad, "holds": style.good}.get(law.verdict, style.doubt)
+            words = cell(law, letters)
+            cells.append(colour(words) + " " * (width - len(words)))
+        yield f"{name:<{LAW_WIDTH}}{''.join(cells)}".rstrip()
+
+
+def costs(counted: Mapping[tuple[str, str], Cost | None], style: Style) -> Iterator[str]:
+    """One line per design and hypervisor, alike hypervisors together: operations per folio lent and taken back."""
+    heads = "".join(f"{head:>{len(head) + 2}}" for head in COST_HEADS.values())
+    yield style.head("cost per folio of order 0, lent to the guest and taken back (operations; !: over the bound)")
+    yield f"{'':<{COST_WIDTH}}{heads}"
+    alike: dict[tuple[str, Cost], list[str]] = {}
+    for (design, hypervisor), cost in counted.items():
+        if cost is not None:
+            alike.setdefault((design, cost), []).append(hypervisor)
+    for (design, cost), hypervisors in alike.items():
+        yield f"{design + ' on ' + ', '.join(hypervisors):<{COST_WIDTH}}{_counts(vars(cost))}"
+    yield f"{'bound stated by the library':<{COST_WIDTH}}{_counts(BOUND)}"
+
+
+# A count over the bound gets a mark.
+def _counts(counts: Mapping[str, int]) -> str:
+    marked = {what: f"{'!' if counts[what] > BOUND[what] else ''}{counts[what]}" for what in COST_HEADS}
+    return "".join(f"{marked[what]:>{len(head) + 2}}" for what, head in COST_HEADS.items())

@@ -1,0 +1,536 @@
+"""The command line as a user meets it: verdicts as exit codes, output for people and programs, and every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from guest_memfd.cli.main import main
+
+LOAD = ["--parties", "vcpu,zeropad"]
+"""The smallest scenario there is to see something in; each test that only needs some result uses it."""
+
+
+def gmem(*argv: str) -> int:
+    return main(list(argv))
+
+
+def run(*argv: str, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """gmem as a process of its own, with *path* before all other places to import from."""
+    places = [str(path)] if path else []
+    places += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    return subprocess.run(
+        [sys.executable, "-m", "guest_memfd.cli.main", *argv], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places), **env}, check=False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that *argv* is refused with; nothing may be on standard output."""
+    assert gmem(*argv) == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gmem: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_holds_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("check", "library", "--hypervisor", "gunyah", *LOAD) == 0
+    assert "library on gunyah: holds" in capsys.readouterr().out
+
+
+def test_what_is_refuted_exits_2_and_ends_in_the_load(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("check", "none", "--hypervisor", "gunyah", *LOAD) == 2
+    out = capsys.readouterr().out
+    assert "host-survives    broken in 8 steps of vcpu, zeropad" in out
+    assert re.search(r"^  8\. zeropad: .*load_unaligned_zeropad", out, re.MULTILINE)
+
+
+def test_what_is_undetermined_exits_3_and_is_no_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("check", "library", "--hypervisor", "gunyah", *LOAD, "--max-states", "3") == 3
+    out = capsys.readouterr().out
+    assert "undetermined, nothing is proved: more than 3 states" in out
+    assert "kept" not in out
+
+
+def test_why_a_load_is_survived_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("check", "none", "--hypervisor", "pkvm", *LOAD) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "zeropad's load_unaligned_zeropad" in out
+    assert "goes through the exception table" in out
+
+
+def test_one_refuted_among_several_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("check", "none", "--hypervisor", "pkvm,gunyah", *LOAD, "-q") == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "none on pkvm: holds, 9 laws kept", "none on gunyah: refuted, 1 of 9 laws broken"]
+
+
+def test_hypervisors_default_to_those_a_design_was_posted_for(capsys: pytest.CaptureFixture[str]) -> None:
+    gmem("check", "gunyah-v17", *LOAD, "-q")
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["gunyah-v17 on gunyah"]
+
+
+def test_one_law_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("check", "none", "--hypervisor", "gunyah", *LOAD, "--law", "progress,library-alone", "-q") == 0
+    assert capsys.readouterr().out == "none on gunyah: holds, 2 laws kept\n"
+
+
+def test_no_failures_at_all_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("check", "library", "--hypervisor", "kvm", *LOAD, "--failures", "0") == 0
+    assert "no injected failure" in capsys.readouterr().out
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def test_json_of_one_hypervisor_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("check", "none", "--hypervisor", "gunyah", *LOAD, "--json") == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["schema"] == "guest-memfd-check/1"
+    assert (report["design"], report["hypervisor"], report["verdict"]) == ("none", "gunyah", "refuted")
+    assert {"states", "transitions", "seconds", "limits", "scenarios", "survived"} <= report.keys()
+    law = report["laws"]["host-survives"]
+    assert (law["verdict"], law["steps"], law["parties"]) == ("refuted", 8, ["vcpu", "zeropad"])
+    assert len(law["trace"]["steps"]) == 8
+    assert "pfn0.s1" in law["trace"]["blamed"]
+    assert report["laws"]["progress"]["trace"] is None
+
+
+def test_json_of_several_hypervisors_is_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    gmem("check", "none", "--hypervisor", "gunyah", "--hypervisor", "pkvm", *LOAD, "--json")
+    assert [r["hypervisor"] for r in json.loads(capsys.readouterr().out)] == ["gunyah", "pkvm"]
+
+
+def test_json_differs_from_run_to_run_in_seconds_only() -> None:
+    argv = ["check", "none", "--hypervisor", "gunyah,pkvm", "--parties", "vcpu,zeropad,stop", "--json"]
+    outputs = {
+        re.sub(r'"seconds": [\d.]+', "", run(*argv, "-j", jobs, PYTHONHASHSEED=seed).stdout)
+        for seed, jobs in (("0", "1"), ("1", "2"), ("2", "1"))
+    }
+    assert len(outputs) == 1
+
+
+def test_ktap_has_a_plan_and_a_line_per_law(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("check", "none", "--hypervisor", "gunyah", *LOAD, "--ktap") == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["KTAP version 1", "1..10"]
+    results = [line for line in lines if line.startswith(("ok", "not ok"))]
+    assert len(results) == 10
+    assert results[0] == "not ok 1 none.gunyah.host-survives"
+    assert results[1] == "ok 2 none.gunyah.guest-private"
+    assert results[9].endswith("# SKIP counted, not judged")
+
+
+def test_ktap_does_not_pass_what_is_undetermined(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("check", "library", "--hypervisor", "kvm", *LOAD, "--max-states", "3", "--ktap") == 3
+    results = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not ok")]
+    assert len(results) == 9
+    assert all(line.endswith("# undetermined") for line in results)
+
+
+def on_a_terminal(*argv: str, **env: str) -> bytes:
+    """What gmem writes when its standard output is a terminal."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-m", "guest_memfd.cli.main", *argv], stdout=theirs,
+                          stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm", **env}) as process:
+        os.close(theirs)
+        out = b""
+        try:
+            while chunk := os.read(ours, 65536):
+                out += chunk
+        except OSError:             # Linux's way to say that the other side has closed
+            pass
+        process.wait(timeout=60)
+    os.close(ours)
+    return out
+
+
+def test_colours_are_for_terminals_and_no_color_is_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["check", "none", "--hypervisor", "gunyah", *LOAD]
+    assert b"\033[" in on_a_terminal(*argv, NO_COLOR="")
+    assert b"\033[" not in on_a_terminal(*argv, NO_COLOR="1")
+    gmem(*argv)
+    assert "\033[" not in capsys.readouterr().out
+
+
+def test_compare_prints_the_table_sentences_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("compare", "none", "library", *LOAD) == 0
+    out = capsys.readouterr().out
+    assert "8 V+Z" in out
+    assert "\n- none (stage 1 is left alone) " in out
+    assert "\n- library (" in out
+    assert "direct-map writes" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.long
+def test_the_whole_comparison_answers_the_question(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("compare", "--json") == 0
+    table = json.loads(capsys.readouterr().out)
+    verdicts = {(row["design"], row["hypervisor"]): row["verdict"] for row in table["table"]}
+    assert verdicts["none", "gunyah"] == verdicts["gunyah-v17", "gunyah"] == "refuted"
+    assert all(verdicts["library", hypervisor] == "holds" for hypervisor in ("kvm", "pkvm", "gunyah"))
+    assert ("gunyah-v17", "kvm") not in verdicts
+
+
+@pytest.mark.long
+def test_the_shortest_way_to_a_panic_is_found_without_being_told_where_to_look(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gmem("check", "none", "--hypervisor", "gunyah", "--pairs", "--json") == 2
+    report = json.loads(capsys.readouterr().out)
+    law = report["laws"]["host-survives"]
+    assert law["steps"] <= 8
+    assert "load_unaligned_zeropad" in law["trace"]["steps"][-1]["primitive"]
+    assert report["explored"] == "every pair of parties"
+
+
+def test_compare_as_json_holds_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("compare", "--json", *LOAD) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["schema"] == "guest-memfd-compare/1"
+    assert {row["design"] for row in table["table"]} == table["sentences"].keys()
+    row = next(r for r in table["table"] if (r["design"], r["hypervisor"]) == ("none", "gunyah"))
+    assert row["laws"]["host-survives"]["verdict"] == "refuted"
+    assert row["cost"]["direct_map_writes"] == 0
+
+
+def test_compare_with_a_limit_reached_exits_3(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("compare", "library", "--hypervisor", "kvm", *LOAD, "--max-states", "3") == 3
+    assert "?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["designs", "hypervisors", "parties", "laws", "scenarios"])
+def test_list_names_what_there_is(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    assert gmem("list", kind, "--json") == 0
+    entries = json.loads(capsys.readouterr().out)[kind]
+    assert gmem("list", kind) == 0
+    out = capsys.readouterr().out
+    assert entries
+    assert all(f"\n  {entry['name']} " in out for entry in entries)
+
+
+def test_help_starts_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        done = run("--help")
+        took.append(time.perf_counter() - began)
+    assert done.returncode == 0
+    assert "compare" in done.stdout
+    with capsys.disabled():
+        print(f"\ngmem --help: {1000 * min(took):.0f} ms")
+    assert min(took) < 0.3          # 0.04 s on an idle machine; the bound allows for a busy one
+
+
+def test_help_imports_neither_engine_nor_rich() -> None:
+    done = run("--help", PYTHONPROFILEIMPORTTIME="1")
+    assert "argparse" in done.stderr
+    assert not re.search(r"guest_memfd\.(check|hosts|designs)|\brich\b|multiprocessing", done.stderr)
+
+
+def test_a_reader_who_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m guest_memfd.cli.main list | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_output_goes_to_a_file_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out.json"
+    assert gmem("check", "none", "--hypervisor", "pkvm", *LOAD, "--json", "-o", str(file)) == 0
+    assert capsys.readouterr().out == ""
+    assert json.loads(file.read_text())["verdict"] == "holds"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_an_unwritable_output_is_found_out_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guest_memfd.cli.options.check_many", lambda *_, **__: pytest.fail("explored before looking"))
+    (tmp_path / "file").touch()
+    for where in (tmp_path / "missing" / "out", tmp_path, tmp_path / "file" / "out"):
+        assert str(where) in refused(capsys, "check", "none", "-o", str(where))
+        assert str(where) in refused(capsys, "compare", "-o", str(where))
+    assert "for traces" in refused(capsys, "check", "none", "--save-traces", str(tmp_path / "file" / "traces"))
+
+
+def test_a_refused_request_leaves_no_folder_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, "check", "none", "--parties", "nobody", "--save-traces", str(tmp_path / "traces"))
+    assert not (tmp_path / "traces").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o555)
+    assert "Permission denied" in refused(capsys, "check", "none", "-o", str(tmp_path / "out"))
+    assert "Permission denied" in refused(capsys, "check", "none", "--save-traces", str(tmp_path))
+
+
+def test_a_full_device_is_one_line() -> None:
+    done = run("list", "-o", "/dev/full")
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+    assert "No space left on device" in done.stderr
+
+
+def test_a_refused_request_leaves_the_old_output_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out"
+    file.write_text("old")
+    refused(capsys, "check", "none", "--parties", "nobody", "-o", str(file))
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    ("", "no verb given: compare, check, explain, replay, list"),
+    ("chek", "unknown verb 'chek'; did you mean 'check'?"),
+    ("check", "DESIGN"),
+    ("check libary", "unknown design 'libary'; did you mean 'library'?"),
+    ("check none --hypervisor gunya", "unknown hypervisor 'gunya'; did you mean 'gunyah'?"),
+    ("check none --parties vcpu,zeropat", "unknown party 'zeropat'; did you mean 'zeropad'?"),
+    ("check none --law host-survive", "unknown law 'host-survive'; did you mean 'host-survives'?"),
+    ("check none --scenario hibernat", "unknown scenario 'hibernat'; did you mean 'hibernate'?"),
+    ("check none --scenario hibernate --parties vcpu", "not both"),
+    ("check gunyah-v17 --hypervisor kvm", "was posted for gunyah only"),
+    ("check library --hypervisor gunyah --parties pfn-cache", "'pfn-cache' cannot exist"),
+    ("check none --parties vcpu,vcpu", "--parties names 'vcpu' twice"),
+    ("check none --parties ,", "--parties names nothing"),
+    ("check none --max-states 0", "must be at least 1, not 0"),
+    ("check none --max-states -5", "must be at least 1, not -5"),
+    ("check none --max-states many", "'many' is not a whole number"),
+    ("check none --max-seconds 0", "must be more than 0, not 0"),
+    ("check none --max-seconds nan", "'nan' is not a number of seconds"),
+    ("check none --failures -1", "not -1"),
+    ("check none --failures 1000", "not 1000"),
+    ("check none --jobs 0", "must be at least 1, not 0"),
+    ("check none --law bounded-cost", "counted, not judged"),
+    ("check none --jsn", "unknown option '--jsn'; did you mean '--json'?"),
+    ("check none --json --ktap", "exclude each other"),
+    ("check none library", "unexpected argument 'library'"),
+    ("compare nome", "unknown design 'nome'; did you mean 'none'?"),
+    ("list desings", "'desings'; did you mean 'designs'?"),
+    ("replay", "FILE"),
+])
+def test_bad_input_is_one_line_that_says_what_would_be_right(
+    capsys: pytest.CaptureFixture[str], argv: str, says: str
+) -> None:
+    assert says in refused(capsys, *argv.split())
+
+
+def test_our_own_failure_exits_1_and_asks_for_a_report(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.delenv("GMEM_DEBUG", raising=False)
+    monkeypatch.setattr("guest_memfd.cli.options.check_many", fail)
+    assert gmem("check", "none") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("gmem: internal error: ZeroDivisionError: two")
+    assert "please report" in err
+    assert err.count("\n") == 1
+
+
+def test_an_interrupt_is_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("guest_memfd.cli.options.check_many", interrupt)
+    assert gmem("check", "none") == 130
+    assert capsys.readouterr() == ("", "")
+
+
+# -- traces ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A saved trace."""
+    assert gmem("check", "none", "--hypervisor", "gunyah", *LOAD, "--save-traces", str(tmp_path / "traces")) == 2
+    out = capsys.readouterr().out
+    (file,) = (tmp_path / "traces").iterdir()
+    assert file.name == "none-gunyah-host-survives.json"
+    assert f"gmem replay {file}" in out
+    return file
+
+
+def test_replay_gives_the_same_verdict(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("replay", str(saved)) == 2
+    assert capsys.readouterr().out.startswith("the same verdict: host-survives is broken, none on gunyah, 8 steps")
+
+
+def test_replay_says_where_it_diverges_and_why(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = json.loads(saved.read_text())
+    trace["steps"][4]["primitive"] = "lock_folio"
+    saved.write_text(json.dumps(trace))
+    for verb in ("replay", "explain"):
+        assert gmem(verb, str(saved)) == 3
+        out = " ".join(capsys.readouterr().out.split())
+        assert "diverges at step 5 of 8 expected vcpu to do lock_folio(pfn0), it does clear_folio(pfn0)" in out
+
+
+def test_explain_shows_the_same_screen_as_check(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("explain", str(saved)) == 0
+    explained = capsys.readouterr().out
+    gmem("check", "none", "--hypervisor", "gunyah", *LOAD)
+    checked = capsys.readouterr().out
+    screen = explained[:explained.index("again\n")]
+    assert screen.startswith("host-survives is broken: none on gunyah, 8 steps of vcpu, zeropad\n")
+    assert screen in checked
+
+
+def test_explain_and_replay_as_json(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem("replay", str(saved), "--json") == 2
+    again = json.loads(capsys.readouterr().out)
+    assert (again["schema"], again["same"], again["divergence"]) == ("guest-memfd-replay/1", True, None)
+    assert gmem("explain", str(saved), "--json") == 0
+    trace = json.loads(capsys.readouterr().out)
+    assert trace["schema"] == "guest-memfd-explain/1"
+    assert trace["trace"]["steps"][6]["changed"] == ["pfn0: owner host -> guest, host stage 2 mapped -> withheld"]
+
+
+@pytest.mark.parametrize("verb", ["explain", "replay"])
+def test_a_file_that_is_no_trace_is_refused(saved: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    whole = saved.read_text()
+    for text, says in [
+        *((whole[:length], "is truncated") for length in range(1, len(whole) - 2, 61)),
+        ("all is well", "is not JSON"),
+        ("[1, 2]", "is no trace"),
+        ("{}", "is no trace"),
+        (whole.replace("guest-memfd-trace/1", "guest-memfd-trace/9"), "is of schema 'guest-memfd-trace/9'"),
+        (whole.replace('"steps"', '"stairs"'), "lacks field 'steps'"),
+        (whole.replace('"none"', '"nome"'), "unknown design 'nome'; did you mean 'none'?"),
+    ]:
+        saved.write_text(text)
+        assert says in refused(capsys, verb, str(saved))
+    saved.write_bytes(b"\xff\xfe")
+    assert "is no text" in refused(capsys, verb, str(saved))
+    assert "No such file" in refused(capsys, verb, str(saved.with_name("missing")))
+
+
+# -- plugins -----------------------------------------------------------------------------------------------------------
+
+PLUGIN = '''
+from dataclasses import replace
+
+from guest_memfd.designs import Design
+from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.hypervisors.kvm.default import KVM, KvmOps
+from guest_memfd.core.ops import GuestMemfdOps
+from guest_memfd.scenarios.party import Party
+
+
+class Good(OurLibrary):
+    name, title, source = "good", "a third party's design", "a list"
+
+
+class Raises(OurLibrary):
+    name = "raises"
+
+    def guest_fault(self, gfn, index):
+        yield from self.host.down_read("invalidate")
+        raise TypeError("oops")
+
+
+class Junk(OurLibrary):
+    name = "junk"
+
+    def guest_fault(self, gfn, index):
+        yield "not a primitive"
+
+
+class Nameless(Design):
+    pass
+
+
+class HalfOps(GuestMemfdOps):
+    module = "kvm"
+
+
+half = replace(KVM, name="half", ops=HalfOps)
+number = 42
+'''
+ENTRIES = """
+[guest_memfd.designs]
+good = gmem_test_plugin:Good
+raises = gmem_test_plugin:Raises
+junk = gmem_test_plugin:Junk
+nameless = gmem_test_plugin:Nameless
+number = gmem_test_plugin:number
+absent = gmem_test_plugin:Absent
+gone = gmem_test_no_such_module:Gone
+
+[guest_memfd.hypervisors]
+half = gmem_test_plugin:half
+
+[guest_memfd.parties]
+nobody = gmem_test_plugin:number
+"""
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like an installed distribution with good and bad plugins in it."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "gmem_test_plugin.py").write_text(PLUGIN)
+    info = folder / "gmem_test_plugin-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gmem-test-plugin\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(ENTRIES)
+    return folder
+
+
+def test_a_good_plugin_is_one_more_design(plugins: Path) -> None:
+    done = run("check", "good", "--hypervisor", "kvm", *LOAD, path=plugins)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "good on kvm: holds" in done.stdout
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    ("check gone", "design plugin 'gone' (gmem_test_no_such_module:Gone) does not import: ModuleNotFoundError"),
+    ("check absent", "does not import: AttributeError"),
+    ("check number", "design plugin 'number': 42 is no subclass of guest_memfd.designs.Design"),
+    ("check nameless", "design plugin 'nameless': Nameless lacks name, title, source"),
+    ("check library --hypervisor half", "hypervisor plugin 'half': HalfOps lacks the operation(s) invalidate"),
+    ("check library --hypervisor kvm --parties nobody", "party plugin 'nobody'"),
+    ("check junk --hypervisor kvm", "yielded 'not a primitive' at gmem_test_plugin.py:"),
+])
+def test_a_bad_plugin_is_named_with_what_is_wrong(plugins: Path, argv: str, says: str) -> None:
+    done = run(*argv.split(), *([] if "--parties" in argv else LOAD), path=plugins)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_design_that_raises_is_shown_with_the_way_there(plugins: Path) -> None:
+    done = run("check", "raises", "--hypervisor", "kvm", *LOAD, path=plugins)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "TypeError: oops (gmem_test_plugin.py:" in done.stderr
+    assert "in Raises.guest_fault), after" in done.stderr
+    assert re.search(r"^  1\. vcpu: .*guest_access", done.stderr, re.MULTILINE)
+
+
+def test_list_says_which_plugins_do_not_load(plugins: Path) -> None:
+    done = run("list", path=plugins)
+    assert done.returncode == 0
+    assert "does not load: design plugin 'gone'" in done.stdout
+    assert "\n  good " in done.stdout
