@@ -360,3 +360,12 @@ class UnmapWithoutSync(GunyahOps):
 class NotUnmapped(KvmOps):
     def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         return (yield from nothing())
+
+
+class ReadThenLocked(OurLibrary):
+    def user_fault(self, index: int) -> Steps[str]:
+        (attribute,) = yield from self.host.xa_load("attributes", index, 1)
+        yield from self.host.down_read("invalidate")
+        answer = "SIGBUS" if attribute == 2 else (yield from AttributeNotAsked(self.ops, self.size)._fault_shared(index))
+        yield from self.host.up_read("invalidate")
+        return answer

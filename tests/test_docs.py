@@ -89,7 +89,7 @@ def test_operations_table_is_that_of_the_code() -> None:
 
 OPERATIONS = {
     "fault": "guest_fault", "allocate": "allocate", "punch": "punch_hole", "to_private": "make_private",
-    "to_shared": "make_shared", "unbind": "unbind", "teardown": "vm_teardown", "bind": "bind",
+    "to_shared": "make_shared", "unbind": "unbind", "teardown": "vm_teardown",
 }
 """As the laws call it -> as the library does."""
 

@@ -60,6 +60,7 @@ CAUGHT = {
     "NotUnmapped": ("kvm", "vcpu vmm", "one-owner"),
     "WrongPageNamed": ("kvm", "vmm device", "all-or-nothing"),
     "NotRestoredForHost": ("kvm", "vcpu vmm device", "host-survives"),
+    "ReadThenLocked": ("kvm", "vmm device", "one-owner"),
     "RestoredBeforeScrub": ("kvm", "vcpu vmm zeropad", "guest-private"),
 }
 """Mistake -> (hypervisor, parties, law)."""

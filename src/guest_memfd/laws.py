@@ -217,8 +217,7 @@ def _converted(note: notes.Ended) -> Evidence:
     if note.ret == -EBUSY and note.error_index is None:
         return f"{note.op} is refused and does not say where"
     # Only this way are references counted; -EAGAIN on the way back is the hypervisor's.
-    if note.op == "to_private" and note.ret == -EAGAIN and note.error_index is not None and (
-            "batched" in note.cause[note.scope.index(note.error_index)]):
+    if note.op == "to_private" and note.ret == -EAGAIN and note.error_index in note.batched:
         return f"{note.op} is refused for a reference that draining the lru_add batches would have dropped"
     return None
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 from guest_memfd.check.footprint import Watched, grow
 from guest_memfd.check.outcome import STAY, Outcome
 from guest_memfd.errors import BadInput, DesignRaised, InternalError, NotAPrimitive
-from guest_memfd.hosts.host import PRIMITIVES, SILENT, Primitive
+from guest_memfd.hosts.host import LOADS, PRIMITIVES, SILENT, Primitive
 
 SHARED_BITS, LOCAL_BITS = 26, 16
 SHARED_MASK, LOCAL_MASK = (1 << SHARED_BITS) - 1, (1 << LOCAL_BITS) - 1
@@ -334,6 +334,23 @@ class Move(NamedTuple):
     notes: tuple[Any, ...]
 
 
+class Steps(dict[int, tuple[int, ...]]):
+    """Where one party stands, and the shared state -> what each of its steps adds to the code of a product state.
+
+    Steps that break a law are kept apart, with what they break: whoever takes one comes to `fill` and is told, and the
+    others never pay for the question.
+    """
+
+    fill: Callable[[int], tuple[int, ...]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flagged: dict[int, tuple[tuple[int, ...], tuple[tuple[tuple[str, str], Move], ...]]] = {}
+
+    def __missing__(self, key: int) -> tuple[int, ...]:
+        return self.fill(key)
+
+
 class Tables:
     """The tables of one machine under one set of laws; kept from scenario to scenario."""
 
@@ -346,8 +363,7 @@ class Tables:
         self.halted: list[bool] = []
         self.automata: dict[int, Automaton] = {}
         self.facts: dict[tuple[int, Any], None] = {}             # (party, note), all that were ever noted
-        self.steps: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
-        self.flagged: dict[tuple[int, int], dict[int, tuple[int, ...]]] = {}
+        self.steps: dict[tuple[int, int], Steps] = {}            # by party number, and its place among the parties
         self.ends: dict[int, list[tuple[str, str, list[Step]]]] = {}
 
     def intern(self, saved: bytes) -> int:
@@ -370,7 +386,7 @@ class Tables:
         if known is None or known.program is not program:
             known = self.automata[program.number] = Automaton(program)
             for key in [k for k in self.steps if k[0] == program.number]:
-                del self.steps[key], self.flagged[key]
+                del self.steps[key]
         return known
 
     def moves(self, automaton: Automaton, local: int, shared: int) -> Iterator[Move]:
@@ -435,7 +451,7 @@ class Tables:
                 seen = notes + outcome.notes
                 if primitive.name in SILENT:
                     yield from self._expand(automaton, to, outcome.shared, choices, seen)
-                else:
+                if primitive.name not in SILENT or primitive.name in LOADS:
                     yield Way(to, outcome.shared, choices, primitive, outcome.result, outcome.failed, seen)
 
     def waits(self, automaton: Automaton, local: int, shared: int) -> set[str]:
@@ -487,38 +503,20 @@ class Explorer:
         """Explore all of it, or up to a limit; what breaks within *max_steps* is found, the rest is not looked for."""
         began = time.perf_counter()
         tables = self.tables
-        rows = []
-        whole = (1 << (SHARED_BITS + LOCAL_BITS * len(self.programs))) - 1
-        for i, (program, shift) in enumerate(zip(self.programs, self.shifts, strict=True)):
-            keep = SHARED_MASK | LOCAL_MASK << shift
-            table = tables.steps.setdefault((program.number, i), {})
-            tables.flagged.setdefault((program.number, i), {})
-            rows.append((keep, whole ^ keep, table, table.get, i))
+        rows = [self._row(i) for i in range(len(self.programs))]
         first = tables.intern(self.initial)
         visited, frontier, transitions, limit = {first}, [first], 0, None
         self.levels = [frontier]
         ends: list[tuple[int, int]] = []
         while frontier:
             found: list[int] = []
-            append, extend = found.append, found.extend
-            for code in frontier:
-                before = len(found)
-                for keep, others, table, get, i in rows:
-                    key = code & keep
-                    to = get(key)
-                    if to is None:
-                        to = self._fill(i, key, code, table)
-                    if to:
-                        rest = code & others
-                        if len(to) == 1:
-                            append(rest | to[0])
-                        else:
-                            extend([rest | t for t in to])
-                if len(found) == before:
-                    ends.append((len(self.levels) - 1, code))
+            idle = frontier
+            for keep, steps in rows:
+                found += [code + step for code in frontier for step in steps[code & keep]]
+                idle = [code for code in idle if not steps[code & keep]]
+            ends += ((len(self.levels) - 1, code) for code in idle)
             transitions += len(found)
-            fresh = set(found)
-            fresh -= visited
+            fresh = set(found) - visited
             visited |= fresh
             if len(visited) > max_states:
                 limit = f"more than {max_states} states"
@@ -544,39 +542,48 @@ class Explorer:
             time.perf_counter() - began,
         )
 
-    # A missing entry: expand the moves. Entries that break a law are kept apart, so that every scenario that takes
-    # them comes here and is told, and the others never pay for the question.
-    def _fill(self, i: int, key: int, code: int, table: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
-        tables = self.tables
-        flagged = tables.flagged[self.programs[i].number, i]
-        shift = self.shifts[i]
-        local, shared = key >> shift, key & SHARED_MASK
-        known = flagged.get(key)
-        if known is not None:
-            self._record(i, local, shared, code)
-            return known
-        try:
-            ways = tables.ways(self.automata[i], local, shared)
-        except DesignRaised as error:
-            raise self._after(error, len(self.levels) - 1, code) from error
-        ends = [(tables.arrive(shared, way), way) for way in ways]
-        to = tuple(dict.fromkeys(after | way.local << shift for after, way in ends))
-        if any(way.broken or tables.broken[after] for after, way in ends):
-            flagged[key] = to
-            self._record(i, local, shared, code)
-        else:
-            table[key] = to
-        return to
+    # What a party's step depends on, as a mask, and the table of its steps.
+    def _row(self, i: int) -> tuple[int, Steps]:
+        steps = self.tables.steps.setdefault((self.programs[i].number, i), Steps())
+        steps.fill = lambda key: self._fill(i, key, steps)
+        return SHARED_MASK | LOCAL_MASK << self.shifts[i], steps
+
+    def _fill(self, i: int, key: int, steps: Steps) -> tuple[int, ...]:
+        known = steps.flagged.get(key)
+        if known is None:
+            tables, automaton, shift = self.tables, self.automata[i], self.shifts[i]
+            local, shared = key >> shift, key & SHARED_MASK
+            try:
+                ways = tables.ways(automaton, local, shared)
+            except DesignRaised as error:
+                raise self._after(error, len(self.levels) - 1, self._first(i, key)) from error
+            to: list[int] = []
+            flagged = False
+            for way in ways:
+                after = tables.arrive(shared, way)
+                flagged = flagged or bool(way.broken or tables.broken[after])
+                step = (after | way.local << shift) - key
+                if step not in to:
+                    to.append(step)
+            if not flagged:
+                steps[key] = added = tuple(to)
+                return added
+            moves = tables.moves(automaton, local, shared)
+            known = steps.flagged[key] = tuple(to), tuple((broken, m) for m in moves for broken in tables.judge(m))
+        for broken, move in known[1]:
+            if broken not in self.findings:
+                self.findings[broken] = len(self.levels) - 1, self._first(i, key), i, move
+        return known[0]
+
+    # The first state of the last level in which party *i* and the shared state are as *key* says.
+    def _first(self, i: int, key: int) -> int:
+        keep = SHARED_MASK | LOCAL_MASK << self.shifts[i]
+        return next(code for code in self.levels[-1] if code & keep == key)
 
     def _after(self, error: DesignRaised, level: int, code: int) -> DesignRaised:
         lines = [step_line(step) for step in self.trace(level, code)]
         shown = "\n".join(f"  {n}. {line}" for n, line in enumerate(lines, 1)) or "  (at once)"
         return DesignRaised(f"{error}, after\n{shown}")
-
-    def _record(self, i: int, local: int, shared: int, code: int) -> None:
-        for move in self.tables.moves(self.automata[i], local, shared):
-            for law, evidence in self.tables.judge(move):
-                self.findings.setdefault((law, evidence), (len(self.levels) - 1, code, i, move))
 
     def _finding(self, broken: tuple[str, str], level: int, code: int, i: int, move: Move) -> Finding:
         steps = self.trace(level, code)

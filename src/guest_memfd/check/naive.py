@@ -10,7 +10,7 @@ from typing import Any
 
 from guest_memfd.check.explorer import Machine, Program, local_key, resume
 from guest_memfd.check.outcome import STAY
-from guest_memfd.hosts.host import SILENT
+from guest_memfd.hosts.host import LOADS, SILENT
 
 Paths = tuple[tuple[Any, ...], ...]
 
@@ -74,5 +74,5 @@ def _steps(
             longer = path if outcome.result is STAY else (*path, outcome.result)
             if primitive.name in SILENT:
                 yield from _steps(machine, program, outcome.shared, longer)
-            else:
+            if primitive.name not in SILENT or primitive.name in LOADS:
                 yield outcome.shared, longer

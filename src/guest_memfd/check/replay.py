@@ -145,10 +145,12 @@ class _Run:
             raise _Diverged(f"expected {name} to do {recorded.primitive or 'a last choice'}, but it is done")
         return self.parties[name]
 
-    # Choices and ghosts first, which take no step of their own, then the one primitive of the step.
+    # Choices, ghosts and loads first, as far as they took no step of their own, then the one primitive of the step.
     def _take(self, party: _Party, recorded: TraceStep) -> Step:
         choices, notes = list(recorded.choices), list[Any]()
         while (primitive := party.waits_on) is not None and primitive.name in SILENT:
+            if primitive == recorded.primitive and not choices:
+                break                                   # a load that took a step of its own
             if primitive.name == "choose":
                 party.go_on(_chosen(party.name, primitive, choices))
             else:

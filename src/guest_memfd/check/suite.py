@@ -46,12 +46,12 @@ PERCENT = 100
 NO_LIMITS = Limits()
 
 
-PAIRS, PAIRS_AND_TRIPLES = (2,), (2, 3)
 
-
-def suite(names: Sequence[str], sizes: Sequence[int] = PAIRS_AND_TRIPLES) -> list[Scenario]:
-    """Every pair and then every triple (or as *sizes* says) of *names*, in their order."""
-    return [parties for size in sizes for parties in itertools.combinations(names, size)]
+def suite(names: Sequence[str], *, full: bool = True) -> list[Scenario]:
+    """Every pair and then every triple of *names*, in their order; of the triples the NAMED ones only if not *full*."""
+    named = [set(parties) for parties in NAMED.values()]
+    triples = (parties for parties in itertools.combinations(names, 3) if full or set(parties) in named)
+    return [*itertools.combinations(names, 2), *triples]
 
 
 def check(
@@ -72,12 +72,12 @@ def check(
 
 def check_many(
     pairs: Sequence[Question], *, parties: Sequence[str] | None = None, scenario: str | None = None,
-    laws: Sequence[str] | None = None, limits: Limits = NO_LIMITS, sizes: Sequence[int] = PAIRS_AND_TRIPLES,
+    laws: Sequence[str] | None = None, limits: Limits = NO_LIMITS, full: bool = True,
     jobs: int | None = None, progress: Progress | None = None,
 ) -> list[Report]:
     """`check` for many designs and hypervisors at once, which share the processes; reports in the order of *pairs*.
 
-    sizes: of the scenarios that the suite consists of.
+    full: the whole suite; else every pair and the named triples, which is enough for a first look.
     """
     jobs = jobs_for(jobs)
     judged = _judged(laws)
@@ -85,7 +85,7 @@ def check_many(
     cases = []
     for design, hypervisor in pairs:
         built = world(design, hypervisor, failures=limits.failures, laws=judged)
-        cases.append(Case(built, _scenarios(built, parties, sizes), judged))
+        cases.append(Case(built, _scenarios(built, parties, full=full), judged))
     put = [(number, asked) for number, case in enumerate(cases) for asked in case.scenarios]
     tasks = [Task(order, *where) for order, where in enumerate(put)]
     deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
@@ -119,9 +119,9 @@ def _parties(parties: Sequence[str] | None, scenario: str | None) -> Sequence[st
     return NAMED[scenario]
 
 
-def _scenarios(built: World, parties: Sequence[str] | None, sizes: Sequence[int]) -> list[Scenario]:
+def _scenarios(built: World, parties: Sequence[str] | None, *, full: bool) -> list[Scenario]:
     if parties is None:
-        return suite(list(built.programs), sizes)
+        return suite(list(built.programs), full=full)
     built.must_have(parties)
     return [tuple(name for name in built.programs if name in parties)]
 

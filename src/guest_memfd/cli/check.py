@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("design", metavar="DESIGN", help="which design (gmem list designs)")
     add_scope(parser)
     add_output(parser)
-    parser.add_argument("--pairs", action="store_true", help="only every pair of parties, for a quick look")
+    parser.add_argument("--quick", action="store_true",
+                        help="every pair of parties, but of the triples the named ones only")
     parser.add_argument("--ktap", action="store_true", help="for test harnesses, as the kernel's tests report")
     parser.add_argument("--save-traces", metavar="DIR", help="save the shortest trace to each broken law there")
     parser.add_argument("-q", "--quiet", action="store_true", help="verdicts only, no progress")
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Explore, print, save; returns the exit code of the worst verdict."""
     if arguments.json and arguments.ktap:
         raise BadInput("--json and --ktap exclude each other")
-    scope = scope_of(arguments, triples=not arguments.pairs)
+    scope = scope_of(arguments, full=not arguments.quick)
     pairs = [(arguments.design, hypervisor) for hypervisor in scope.hypervisors_of(arguments.design)]
     with ExitStack() as stack:
         out = stack.enter_context(Output(arguments.output))

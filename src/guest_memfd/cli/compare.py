@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("designs", metavar="DESIGN", nargs="*", help="which designs (default: all)")
     add_scope(parser)
     add_output(parser)
-    parser.add_argument("--triples", action="store_true",
-                        help="every triple of parties, too, as gmem check does; takes minutes")
+    parser.add_argument("--full", action="store_true",
+                        help="every triple of parties, as gmem check does, and not the named ones only; takes minutes")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.epilog = ("A comparison is a report and not a test: broken laws are what it is for, so it exits 0 when the\n"
                      f"table is complete and 3 when a limit was reached.\n\n{parser.epilog}")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Explore all, print the table."""
     began = time.perf_counter()
-    scope = scope_of(arguments, triples=arguments.triples)
+    scope = scope_of(arguments, full=arguments.full)
     pairs = _pairs(arguments.designs or list(DESIGNS), scope, chosen=bool(arguments.designs))
     with Output(arguments.output) as out:
         reports = scope.explore(pairs, Progress(quiet=arguments.quiet))

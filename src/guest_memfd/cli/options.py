@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guest_memfd.check.suite import NAMED, PAIRS, PAIRS_AND_TRIPLES, check_many
+from guest_memfd.check.suite import NAMED, check_many
 from guest_memfd.check.verdict import Limits, Report
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
@@ -67,7 +67,7 @@ class Scope:
     laws: tuple[str, ...] | None
     limits: Limits
     jobs: int | None
-    sizes: tuple[int, ...]
+    full: bool
 
     def hypervisors_of(self, design: str) -> tuple[str, ...]:
         """The hypervisors to explore *design* under: those asked for, else those it was posted for, else all."""
@@ -77,7 +77,7 @@ class Scope:
         """`check_many` of (design, hypervisor) *pairs*."""
         with progress:
             return check_many(pairs, parties=self.parties, scenario=self.scenario, laws=self.laws, limits=self.limits,
-                              sizes=self.sizes, jobs=self.jobs, progress=progress)
+                              full=self.full, jobs=self.jobs, progress=progress)
 
     def words(self) -> str:
         """Which scenarios are explored: ``every pair of parties``, ``vcpu and zeropad``."""
@@ -85,11 +85,11 @@ class Scope:
             return listed(self.parties)
         if self.scenario is not None:
             return f"{self.scenario} ({listed(NAMED[self.scenario])})"
-        return "every pair of parties" if self.sizes == PAIRS else "every pair and every triple of parties"
+        return f"every pair and {'every triple' if self.full else 'the named triples'} of parties"
 
 
-def scope_of(arguments: argparse.Namespace, *, triples: bool) -> Scope:
-    """Read the options of `add_scope`; the suite has *triples* or has not.
+def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
+    """Read the options of `add_scope`; *full*: explore the whole suite, where no scenario is asked for.
 
     Raises BadInput for a limit that cannot be and for a list that names nothing.
     """
@@ -100,7 +100,7 @@ def scope_of(arguments: argparse.Namespace, *, triples: bool) -> Scope:
         _names(arguments.law, "--law"),
         Limits(states=arguments.max_states, seconds=arguments.max_seconds, failures=arguments.failures),
         arguments.jobs,
-        PAIRS_AND_TRIPLES if triples else PAIRS,
+        full,
     )
 
 

@@ -107,7 +107,7 @@ class GuestSide(Mappings):
     def note_private(self, frame: st.Frame, how: str) -> None:
         """A frame is the guest's alone from now on."""
         cached = bool(self.state.gpc) and self.state.gpc - 1 == frame.number
-        self.notes.append(notes.MadePrivate(how, frame.number, frame.pin + frame.get, bool(frame.user), cached))
+        self.notes.append(notes.MadePrivate(how, frame.number, frame.pin + frame.get, cached))
 
     def guest_access(self, gfn: int, write: bool) -> str:
         """Through guest stage 2, or a TLB entry that should be gone."""

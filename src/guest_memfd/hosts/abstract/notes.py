@@ -48,7 +48,6 @@ class MadePrivate(NamedTuple):
     how: str
     pfn: int
     pins: int                   # references through which somebody may still touch it
-    user: bool
     cached_mapping: bool        # a gfn_to_pfn_cache still maps it
 
 
@@ -85,7 +84,7 @@ class Ended(NamedTuple):
     removed: tuple[int, ...]            # pages it took out of the page cache
     left: tuple[int, ...]               # pages of the range that are in the page cache now
     attrs: tuple[int, ...]              # attributes of the range now
-    cause: tuple[str, ...]              # what could justify a refusal, page by page
+    batched: tuple[int, ...]            # pages of the range that sit in an lru_add batch
 
 
 class Freed(NamedTuple):

@@ -33,18 +33,8 @@ class World(PageCache, GuestSide):
         self.notes.append(notes.Ended(
             st.OPS[ghost.op - 1], ret, error_index, scope, _members(ghost.toggled), _members(ghost.removed),
             tuple(p.number for p in pages if p.cached), tuple(p.attr for p in pages),
-            tuple(map(self._cause, pages))))
+            tuple(p.number for p in pages if p.cached and self.state.frame(p.cached - 1).lru)))
         ghost.op = ghost.scope = ghost.toggled = ghost.removed = 0
-
-    def _cause(self, page: st.Page) -> str:
-        if not page.cached:
-            return ""
-        frame = self.state.frame(page.cached - 1)
-        causes = {
-            "referenced": frame.pin + frame.get + frame.spec + (frame.lookup - 1 if frame.lookup else 0),
-            "batched": frame.lru, "mapped": frame.user or self.state.vma, "held by the guest": frame.locked_in,
-        }
-        return ", ".join(name for name, there in causes.items() if there)
 
     # -- trees ---------------------------------------------------------------------------------------------------
 
