@@ -18,7 +18,7 @@ import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import CellType, CodeType, FrameType, FunctionType
+from types import CellType, CodeType, FrameType, FunctionType, GeneratorType
 from typing import Any, NamedTuple, Protocol
 
 from guest_memfd.check.footprint import Watched, grow
@@ -133,7 +133,7 @@ def local_key(generator: Generator[Any, Any, Any]) -> Any:
 
 
 # A generator refers to its locals (again), its stack and some machinery, and only the garbage collector can tell.
-def _stack(generator: Generator[Any, Any, Any], named: dict[str, Any]) -> tuple[Any, ...]:
+def _stack(generator: GeneratorType[Any, Any, Any], named: dict[str, Any]) -> tuple[Any, ...]:
     inner = generator.gi_yieldfrom
     return tuple(
         _freeze(value) for value in gc.get_referents(generator)
@@ -158,6 +158,8 @@ def _freeze(value: Any) -> Any:
         return local_key(value)
     if isinstance(value, Iterator):
         return _freeze_iterator(value)
+    if isinstance(value, FunctionType):                 # a closure that is made anew in every run is the same one
+        return (id(value.__code__), *(_freeze(cell.cell_contents) for cell in value.__closure__ or ()))
     return (type(value), value)
 
 
@@ -258,16 +260,21 @@ class Automaton:
         self._intern(local_key(generator) if primitive else "done", (), primitive)
 
     def _intern(self, key: Any, path: tuple[Any, ...], primitive: Primitive | None) -> int:
-        known = self.ids.get(key)
+        try:
+            known = self.ids.get(key)
+        except TypeError as error:
+            raise DesignRaised(f"party {self.program.name!r} keeps what has no hash in a local variable ({error}); "
+                               "use tuples, numbers and strings") from error
         if known is None:
             known = self.ids[key] = len(self.paths)
             if known > LOCAL_MASK:
-                raise InternalError(f"party {self.program.name!r} has more than {LOCAL_MASK} places to stand")
+                raise DesignRaised(f"party {self.program.name!r} has more than {LOCAL_MASK} places to stand; does it "
+                                   "count without end, or keep objects that equal nothing but themselves?")
             self.paths.append(path)
             self.waits_on.append(primitive)
             self.ways.append(None)
         elif self.waits_on[known] != primitive:
-            raise InternalError(
+            raise DesignRaised(
                 f"party {self.program.name!r}: two histories share a local state but continue with "
                 f"{self.waits_on[known]} and {primitive}; keep loop state in local variables"
             )

@@ -46,7 +46,6 @@ PERCENT = 100
 NO_LIMITS = Limits()
 
 
-
 def suite(names: Sequence[str], *, full: bool = True) -> list[Scenario]:
     """Every pair and then every triple of *names*, in their order; of the triples the NAMED ones only if not *full*."""
     named = [set(parties) for parties in NAMED.values()]

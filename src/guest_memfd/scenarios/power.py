@@ -12,7 +12,11 @@ MM = Host("mm")
 
 
 def hibernate(design: Design, hypervisor: Hypervisor) -> Steps[None]:
-    """hibernate(): availability and notifiers, freeze, copy the image, go on as after a resume."""
+    """hibernate(): availability and notifiers, freeze, copy the image, go on as after a resume; or suspend to RAM."""
+    if (yield from MM.choose("to", "disk", "RAM")) == "RAM":
+        yield from MM.freeze_processes()
+        yield from MM.thaw_processes()
+        return
     if (yield from design.hibernate_prepare()):
         return
     yield from MM.freeze_processes()
@@ -22,4 +26,4 @@ def hibernate(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     yield from design.hibernate_post()
 
 
-POWER = Party("power", "the power manager: hibernation, image copy, resume", hibernate, task=False)
+POWER = Party("power", "the power manager: hibernation, image copy, resume; suspend to RAM", hibernate, task=False)

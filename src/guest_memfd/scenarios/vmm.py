@@ -23,7 +23,7 @@ def user_touch(design: Design, index: int) -> Steps[str]:
 
 def vmm(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Two things one after the other: change pages and touch them then, or touch them first and change them mapped."""
-    what = yield from USER.choose("VMM", "map", "punch", "to_private", "to_shared", "unbind", "close")
+    what = yield from USER.choose("VMM", "map", "allocate", "punch", "to_private", "to_shared", "unbind", "close")
     if what == "map":
         index = yield from USER.choose("page", 0, 1)
         yield from mapping(design, index, "munmap", "punch", "to_private")
@@ -51,7 +51,9 @@ def mapping(design: Design, index: int, *then: str) -> Steps[None]:
 
 def change(design: Design, what: str, start: int, nr: int) -> Steps[None]:
     """One ioctl or fallocate; the result is the VMM's to know."""
-    if what == "punch":
+    if what == "allocate":
+        yield from design.allocate(start, nr)
+    elif what == "punch":
         yield from design.punch_hole(start, nr)
     elif what == "to_private":
         yield from design.make_private(start, nr)
@@ -61,4 +63,4 @@ def change(design: Design, what: str, start: int, nr: int) -> Steps[None]:
         yield from design.unbind(start, nr)
 
 
-VMM = Party("vmm", "a VMM thread that maps, touches, unmaps, punches, converts, unbinds, closes", vmm)
+VMM = Party("vmm", "a VMM thread that maps, touches, unmaps, allocates, punches, converts, unbinds, closes", vmm)
