@@ -24,7 +24,7 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/engine.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from guest_memfd.check.explorer import Program
 from guest_memfd.check.outcome import Outcome
 from guest_memfd.hosts.host import Folio, Host, Locked, Lookup, Primitive, Steps
 
@@ -251,3 +252,15 @@ class HostSurvives:
     def at_end(self, shared: bytes) -> str | None:
         """Nothing is asked at the end."""
         return None
+
+
+def parties(small: bool, vcpu_rounds: int, stray_rounds: int) -> list[Program]:
+    """The parties of a scenario, in the order of conversion.pml: four around page 0, and three more if not *small*."""
+    starts = {
+        "to_private 0": lambda: to_private(0), "gup 0": lambda: gup(0), "vcpu 0": lambda: vcpu(0, vcpu_rounds),
+        "stray 0": lambda: stray(0, stray_rounds),
+    }
+    if not small:
+        starts |= {"to_shared 0": lambda: to_shared(0), "to_private 1": lambda: to_private(1),
+                   "vcpu 1": lambda: vcpu(1, vcpu_rounds)}
+    return [Program(number, name, start) for number, (name, start) in enumerate(starts.items())]

@@ -1,0 +1,120 @@
+"""How fast the explorer is: against its naive twin, and against Spin on the same scenario with the same states.
+
+Run it with the Python that has guest_memfd installed (`make bench`). Without spin or gcc the comparison is left out and
+said so. Nothing is judged by time: a count that differs is an error, a slow machine is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from conversion import HostSurvives, Pages, parties
+
+from guest_memfd.check.explorer import Explorer, Tables
+from guest_memfd.check.naive import explore
+
+PAGES = 2
+MODEL = Path(__file__).with_name("conversion.pml")
+
+
+class Size(NamedTuple):
+    """How much of the scenario: which parties, and how many rounds the vCPUs and the stray loads go."""
+
+    small: bool
+    vcpu_rounds: int
+    stray_rounds: int
+
+    @property
+    def defines(self) -> list[str]:
+        """The same for the Promela model."""
+        return [f"-DVCPU_ROUNDS={self.vcpu_rounds}", f"-DSTRAY_ROUNDS={self.stray_rounds}", *["-DSMALL"][:self.small]]
+
+
+SMALL, BIG = Size(True, 1, 2), Size(False, 6, 8)
+
+
+class Count(NamedTuple):
+    """What an engine saw, and the CPU seconds of the exploration itself."""
+
+    states: int
+    transitions: int
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = f"{self.states / self.seconds:>11,.0f} states/s" if self.seconds > 0.05 else ""
+        return f"{self.states:>11,} states {self.transitions:>12,} transitions {self.seconds:8.2f} s {rate}"
+
+
+def tabulated(size: Size) -> Count:
+    """The explorer of this project, tables empty at the beginning."""
+    machine, programs = Pages(PAGES), parties(*size)
+    gc.disable()
+    began = time.process_time()
+    result = Explorer(Tables(machine, [HostSurvives()]), programs, machine.initial()).run()
+    seconds = time.process_time() - began
+    gc.enable()
+    return Count(result.states, result.transitions, seconds)
+
+
+def naive(size: Size) -> Count:
+    """Its naive twin."""
+    machine, programs = Pages(PAGES), parties(*size)
+    began = time.process_time()
+    states, transitions = explore(machine, programs, machine.initial())
+    return Count(states, transitions, time.process_time() - began)
+
+
+def spin_is_here() -> bool:
+    """Whether there is what the comparison with Spin needs."""
+    return bool(shutil.which("spin") and shutil.which("gcc"))
+
+
+def spin(size: Size) -> Count:
+    """Spin, exhaustive, depth first, without partial-order reduction (the explorer has none; here it gains nothing).
+
+    Spin counts the initial state as a transition, too; that one is taken off.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = {"cwd": folder, "check": True, "capture_output": True, "text": True}
+        subprocess.run(["spin", "-a", "-o3", *size.defines, str(MODEL)], **run)     # type: ignore[call-overload]
+        compile_ = ["gcc", "-O2", "-DSAFETY", "-DNOREDUCE", "-o", "pan", "pan.c"]
+        subprocess.run(compile_, **run)                                             # type: ignore[call-overload]
+        out = subprocess.run(["./pan", "-m1000000", "-w24"], **run).stdout          # type: ignore[call-overload]
+    if "errors: 0" not in out:
+        raise RuntimeError(f"spin finds an error where the explorer finds none:\n{out}")
+    states, transitions, seconds = (
+        re.findall(pattern, out)[0] for pattern in (r"(\d+) states, stored", r"(\d+) transitions", r"elapsed time ([\d.]+)"))
+    return Count(int(states), int(transitions) - 1, float(seconds))
+
+
+def main() -> int:
+    """Print the comparison; 1 when two engines disagree."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    small, slow = tabulated(SMALL), naive(SMALL)
+    print(f"small   naive       {slow}\n        tabulated   {small}")
+    big = tabulated(BIG)
+    print(f"big     tabulated   {big}")
+    agree = small[:2] == slow[:2]
+    if spin_is_here():
+        theirs = spin(BIG)
+        print(f"        Spin        {theirs}")
+        ratio = big.states / big.seconds / theirs.states * theirs.seconds
+        print(f"ratio   tabulated / Spin, states per second: {ratio:.2f}")
+        agree = agree and spin(SMALL)[:2] == small[:2] and theirs[:2] == big[:2]
+    else:
+        print("        Spin        left out: it needs the commands spin and gcc (Debian: apt install spin gcc)")
+    print("counts  " + ("agree" if agree else "DISAGREE"))
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
