@@ -62,7 +62,7 @@ def guest_private(note: Any) -> Evidence:
     if not broken:
         return None
     verb = "writes" if note.write else "reads"
-    return f"{note.what} {verb} a page that is private to the guest, through {_a(note.via)}"
+    return f"{note.what} {verb} a page that is private to the guest, through {_through(note.via)}"
 
 
 def no_stale_data(note: Any) -> Evidence:
@@ -81,7 +81,7 @@ def no_stale_data(note: Any) -> Evidence:
 def one_owner_note(note: Any) -> Evidence:
     """The guest reaches only what is its own."""
     if isinstance(note, notes.StrayGuest):
-        return f"the guest reaches a page that it no longer owns, through {_a(note.via)}"
+        return f"the guest reaches a page that it no longer owns, through {_through(note.via)}"
     return None
 
 
@@ -234,8 +234,8 @@ def library_alone(note: Any) -> Evidence:
     return None
 
 
-def _a(noun: str) -> str:
-    return noun if noun == "DMA" else f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+def _through(via: str) -> str:
+    return {"direct map": "the direct map", "DMA": "DMA"}.get(via, f"a {via}")
 
 
 LAWS: dict[str, Law] = {law.name: law for law in (

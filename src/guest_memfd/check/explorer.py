@@ -418,7 +418,7 @@ class Tables:
     def arrive(self, shared: int, way: Way) -> int:
         """The shared state that *way* leads to."""
         change = way.change
-        if type(change) is bytes:
+        if isinstance(change, bytes):
             return self.intern(change)
         if not change:
             return shared
@@ -432,7 +432,8 @@ class Tables:
         start: Any = Watched(state, seen) if self.footprints else state
         ways = list(self._expand(automaton, local, start, (), ()))
         for i, way in enumerate(ways):
-            after = bytes(way.change)
+            whole: Any = way.change
+            after = bytes(whole)
             change = tuple((at, after[at]) for at, old in seen.items() if after[at] != old) if self.footprints else after
             ways[i] = way._replace(change=change, broken=tuple(self._judge(way.notes)))
             self.facts.update(((automaton.program.number, note), None) for note in way.notes)

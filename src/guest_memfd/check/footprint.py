@@ -6,6 +6,7 @@ first are treated alike by the same code; most states differ elsewhere, so some 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 
@@ -31,7 +32,7 @@ class Watched(bytearray):
 
     def copy(self) -> Watched:
         """Another state of the same step."""
-        return Watched(self, self.seen)
+        return Watched(bytes(self), self.seen)
 
 
 Node = tuple[int, dict[int, Any]]
@@ -47,7 +48,7 @@ def grow(root: Node | None, seen: dict[int, int], learned: Any) -> Any:
     if not path:
         return learned
     node = root = root or (path[0][0], {})
-    for (_, value), (following, _) in zip(path, path[1:], strict=False):
+    for (_, value), (following, _) in itertools.pairwise(path):
         node = node[1].setdefault(value, (following, {}))
     node[1][path[-1][1]] = learned
     return root

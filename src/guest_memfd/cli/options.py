@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guest_memfd.check.suite import NAMED, check_many
+from guest_memfd.check.suite import NAMED, QUICK, check_many
 from guest_memfd.check.verdict import Limits, Report
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
@@ -85,7 +85,7 @@ class Scope:
             return listed(self.parties)
         if self.scenario is not None:
             return f"{self.scenario} ({listed(NAMED[self.scenario])})"
-        return f"every pair and {'every triple' if self.full else 'the named triples'} of parties"
+        return f"every pair and {'every triple' if self.full else f'{len(QUICK)} named triples'} of parties"
 
 
 def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:

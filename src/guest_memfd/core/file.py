@@ -74,7 +74,7 @@ class Files(Removes):
     def vm_teardown(self) -> Steps[int]:
         """The VM is dying and its vCPUs are out: everything bound comes back, then the VM may go.
 
-        -EAGAIN when the hypervisor fails to give a page back, twice: the bindings, and with them the file, stay for another try.
+        -EAGAIN when the hypervisor fails twice to give a page back: the bindings, and the file, stay for another try.
         """
         yield from self.host.begin_op("teardown", 0, self.size)
         yield from self.host.down_write("invalidate")
