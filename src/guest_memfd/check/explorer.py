@@ -537,6 +537,8 @@ class Explorer:
             frontier = list(fresh)
             if frontier:
                 self.levels.append(frontier)
+        for _, steps in rows:
+            del steps.fill                              # it holds us, and all levels: tables outlive a scenario
         findings = [Finding(*broken, [], self.initial) for broken in (*self.broken_before, *tables.broken[first])]
         findings += [self._finding(broken, *at) for broken, at in self.findings.items()]
         findings += self._at_ends(ends)
