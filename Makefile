@@ -14,10 +14,10 @@ compare: .venv/installed
 	$(BIN)/gmem compare
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not long"
+	$(BIN)/python -m pytest -q -n 2 -m "not long"
 
 test-long: .venv/dev
-	$(BIN)/python -m pytest -q -m long
+	$(BIN)/python -m pytest -q -n 2 -m long
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -37,6 +37,9 @@ class Registry(Generic[T]):
     def add(self, name: str, thing: Any) -> None:
         """Register *thing*; raises PluginError saying what it lacks."""
         lacks = missing_operations(thing) or (self._check(thing) if self._check else None)
+        named = getattr(thing, "name", name)
+        if not lacks and named != name:
+            lacks = f"it calls itself {named!r}; the entry point and the name must be the same"
         if lacks:
             raise PluginError(f"{self.kind} plugin {name!r}: {lacks}")
         self._known[name] = thing

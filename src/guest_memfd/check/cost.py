@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from guest_memfd.check.outcome import Outcome
 from guest_memfd.check.scenario import World, run_alone
 from guest_memfd.designs import Design
+from guest_memfd.errors import DesignRaised
 from guest_memfd.hosts.host import Primitive
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios import PARTIES
@@ -36,7 +37,7 @@ class Cost:
 
 
 def cost(design: type[Design], hypervisor: Hypervisor) -> Cost | None:
-    """Count; None where the design was not posted for this hypervisor."""
+    """Count; None where the design was not posted for this hypervisor, or does not survive being alone."""
     if design.hypervisors is not None and hypervisor.name not in design.hypervisors:
         return None
     world = World(design, hypervisor, [PARTIES["vcpu2"]], failures=0)
@@ -45,7 +46,10 @@ def cost(design: type[Design], hypervisor: Hypervisor) -> Cost | None:
     def count(primitive: Primitive, _outcome: Outcome) -> None:
         counted[primitive.name] += 1
 
-    lent, _ = run_alone(world.machine, world.programs["vcpu2"], world.initial, count)
-    run_alone(world.machine, world.teardown, lent, count)
+    try:
+        lent, _ = run_alone(world.machine, world.programs["vcpu2"], world.initial, count)
+        run_alone(world.machine, world.teardown, lent, count)
+    except DesignRaised:
+        return None
     writes = counted["set_direct_map_invalid_noflush"] + counted["set_direct_map_default_noflush"]
     return Cost(writes, counted["flush_tlb_kernel_range"], int(writes > 0), counted["hypercall"])

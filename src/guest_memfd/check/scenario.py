@@ -8,7 +8,7 @@ from typing import Any
 from guest_memfd.check.explorer import Explorer, Program, Tables, perform, resume, send
 from guest_memfd.check.outcome import Outcome
 from guest_memfd.designs import DESIGNS, Design
-from guest_memfd.errors import BadInput, DesignRaised, InternalError
+from guest_memfd.errors import BadInput, DesignRaised
 from guest_memfd.hosts.abstract import AbstractHost
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import Primitive
@@ -29,7 +29,8 @@ class World:
         self.library = design(hypervisor.ops(), st.PAGES)
         self.parties = [p for p in parties if p.exists(self.library, hypervisor)]
         if len(self.parties) >= st.PARTIES:
-            raise InternalError(f"the abstract host has room for {st.PARTIES - 1} parties")
+            raise BadInput(f"{len(self.parties)} parties are registered, and the abstract host has room for "
+                           f"{st.PARTIES - 1}; uninstall a plugin")
         self.programs = {p.name: self._program(i, p) for i, p in enumerate(self.parties)}
         self.teardown = self._program(st.PARTIES - 1, TEARDOWN)
         tasks = frozenset(i for i, p in enumerate(self.parties) if p.task)
