@@ -158,9 +158,20 @@ def _freeze(value: Any) -> Any:
         return local_key(value)
     if isinstance(value, Iterator):
         return _freeze_iterator(value)
-    if isinstance(value, FunctionType):                 # a closure that is made anew in every run is the same one
-        return (id(value.__code__), *(_freeze(cell.cell_contents) for cell in value.__closure__ or ()))
+    if isinstance(value, FunctionType):
+        return _freeze_function(value, ())
     return (type(value), value)
+
+
+# A closure that is made anew in every run is the same one. It may refer to itself, or to what refers to it.
+def _freeze_function(function: FunctionType, above: tuple[FunctionType, ...]) -> Any:
+    above = (*above, function)
+    holds = [cell.cell_contents for cell in function.__closure__ or ()]
+    return (id(function.__code__), *(
+        _freeze(value) if not isinstance(value, FunctionType)
+        else above.index(value) if value in above else _freeze_function(value, above)
+        for value in holds
+    ))
 
 
 # How it would be pickled says where it is. What cannot be pickled is not seen; see Automaton._intern.
