@@ -20,7 +20,7 @@ class Bench:
     def __init__(self, hypervisor: str, design: type[Design] = OurLibrary, *, opened: bool = True) -> None:
         self.hypervisor = HYPERVISORS[hypervisor]
         self.library = design(self.hypervisor.ops(), st.PAGES)
-        self.machine = AbstractHost(self.hypervisor)
+        self.machine = AbstractHost(self.hypervisor, merges_leaves=True)
         self.shared = self.machine.initial()
         self.notes: list[Any] = []
         self.fail_at = -1

@@ -397,3 +397,12 @@ def test_a_local_variable_without_a_hash_is_refused() -> None:
 
     with pytest.raises(DesignRaised, match="party 'p0' keeps what has no hash"):
         explorer(COUNTER, keeps).run()
+
+
+def test_a_loop_that_takes_no_step_is_refused() -> None:
+    def reads() -> Steps[None]:
+        while (yield from US.xa_load("attributes", 0, 1)) == (0,):
+            pass
+
+    with pytest.raises(DesignRaised, match=r"'p0' goes round and round .* from xa_load\(attributes, 0, 1\) on"):
+        explorer(Toy(xa_load=lambda byte, party, args: [end((0,), byte)]), reads).run()

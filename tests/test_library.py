@@ -155,7 +155,9 @@ def test_poisoned_page_is_not_given_out(hypervisor: str) -> None:
     bench = Bench(hypervisor)
     bench.do(touch(1))
     folio = bench.do(lambda lib: MM.hwpoison(1))
-    assert bench.do(lambda lib: lib.error_folio(folio)) == "delayed"
+    locked = bench.do(lambda lib: MM.lock_folio(folio))
+    assert bench.do(lambda lib: lib.error_folio(folio, locked)) == "delayed"
+    bench.do(lambda lib: MM.unlock_folio(folio))
     bench.do(lambda lib: MM.folio_put(folio))
     assert bench.do(lambda lib: lib.guest_fault(1, 1)) == -EHWPOISON
     end(bench)

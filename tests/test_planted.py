@@ -75,14 +75,16 @@ def test_caught(name: str) -> None:
     else:
         design = mistake
     names = parties.split()
-    found = World(design, hypervisor, [PARTIES[n] for n in names]).explorer(names).run().findings
+    # Restoring can fail only where leaves are merged again, and the library is to be ready for that, too.
+    world = World(design, hypervisor, [PARTIES[n] for n in names], merges_leaves=name == "RestoredOnce")
+    found = world.explorer(names).run().findings
     assert law in {finding.law for finding in found}
 
 
 @pytest.mark.parametrize(("hypervisor", "parties"), sorted({(h, p) for h, p, _ in CAUGHT.values()}))
 def test_library_holds_where_mistakes_are_caught(hypervisor: str, parties: str) -> None:
     names = parties.split()
-    world = World(OurLibrary, HYPERVISORS[hypervisor], [PARTIES[n] for n in names])
+    world = World(OurLibrary, HYPERVISORS[hypervisor], [PARTIES[n] for n in names], merges_leaves=True)
     assert world.explorer(names).run().findings == []
 
 

@@ -111,7 +111,7 @@ def test_a_counterexample_fits_on_one_screen(load: Finding) -> None:
 def test_the_fields_that_break_the_law_are_marked(load: Finding) -> None:
     assert offending(load) == {"pfn0.owner", "pfn0.s1", "pfn0.s2"}
     text = " ".join(" ".join(screen(load)).split())
-    assert "!owner guest, !direct map mapped, !host stage 2 withheld" in text
+    assert "*owner guest, *direct map mapped, *host stage 2 withheld" in text
 
 
 def test_colours_add_nothing_but_colours(load: Finding) -> None:

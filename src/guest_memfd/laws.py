@@ -141,6 +141,7 @@ def nothing_lost(state: st.State) -> Evidence:
     left = {
         "the inode": state.inodes, "the file": state.files, "the module": state.module,
         "a page is still counted as away, and so": state.away, "an invalidation": state.progress,
+        "the door that hibernation closes": state.preparing,
     }
     for what, count in left.items():
         if count:
@@ -222,8 +223,16 @@ def _converted(note: notes.Ended) -> Evidence:
     return None
 
 
+def _allocated(note: notes.Ended) -> Evidence:
+    return "allocate returns 0 and a page is not there" if note.ret == 0 and note.left != note.scope else None
+
+
+def _unbound(note: notes.Ended) -> Evidence:
+    return f"{note.op} returns 0 and a page is still bound" if note.ret == 0 and note.bound else None
+
+
 _ENDINGS: dict[str, Callable[[notes.Ended], Evidence]] = {
-    "punch": _punched, "to_private": _converted, "to_shared": _converted,
+    "punch": _punched, "to_private": _converted, "to_shared": _converted, "allocate": _allocated, "unbind": _unbound,
 }
 
 

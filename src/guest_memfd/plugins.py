@@ -25,6 +25,9 @@ class Registry(Generic[T]):
             return
         self._looked = True
         for entry in metadata.entry_points(group=self.group):
+            if entry.name in self._known:
+                self._broken[entry.name] = f"{self.kind} plugin {entry.name!r} ({entry.value}): the name is taken"
+                continue
             try:
                 self.add(entry.name, entry.load())
             except PluginError as error:
@@ -48,7 +51,7 @@ class Registry(Generic[T]):
         """The thing called *name*; UnknownName with the nearest name, PluginError if it is there and does not load."""
         if name not in self._known:
             self._look()
-        if name in self._broken:
+        if name not in self._known and name in self._broken:
             raise PluginError(self._broken[name])
         if name not in self._known:
             raise UnknownName(self.kind, name, self._known)

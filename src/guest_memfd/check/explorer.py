@@ -231,7 +231,7 @@ def send(program: Program, generator: Generator[Primitive, Any, Any], result: An
         return check_primitive(program, generator.send(result), generator)
     except (StopIteration, BadInput):
         raise
-    except Exception as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise DesignRaised(f"party {program.name!r} raised {describe(error)}") from error
 
 
@@ -245,7 +245,7 @@ def perform(machine: Machine, shared: bytes, party: int, primitive: Primitive) -
         raise DesignRaised(f"{primitive}, asked for by {primitive.caller}, raised {describe(error)}") from error
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """``TypeError: message (file:line in function)`` of the innermost frame."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -254,7 +254,7 @@ def describe(error: Exception) -> str:
     if trace is not None:
         code = trace.tb_frame.f_code
         place = f" ({code.co_filename.rpartition('/')[2]}:{trace.tb_lineno} in {code.co_qualname})"
-    return f"{type(error).__name__}: {error}{place}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 class Automaton:
@@ -441,7 +441,11 @@ class Tables:
     def _work_out(self, automaton: Automaton, local: int, state: bytes) -> list[Way]:
         seen: dict[int, int] = {}
         start: Any = Watched(state, seen) if self.footprints else state
-        ways = list(self._expand(automaton, local, start, (), ()))
+        try:
+            ways = list(self._expand(automaton, local, start, (), ()))
+        except RecursionError as error:
+            raise DesignRaised(f"party {automaton.program.name!r} goes round and round without a step that others can "
+                               f"see, from {automaton.waits_on[local]} on") from error
         for i, way in enumerate(ways):
             whole: Any = way.change
             after = bytes(whole)

@@ -135,7 +135,8 @@ class Pool:
                 task = schedule.next(last[ours])
                 if task is not None:
                     busy[ours], last[ours] = task, task.world
-                    ours.send(task)
+                    with suppress(BrokenPipeError, ConnectionResetError):   # it has died: said when it is waited for
+                        ours.send(task)
             if not busy:
                 return
             idle = [ours for ours in connection.wait(list(busy)) if isinstance(ours, Connection)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from guest_memfd.check.explorer import Explorer, Program, Tables, perform, resume, send
+from guest_memfd.check.explorer import Explorer, Program, Tables, describe, perform, resume, send
 from guest_memfd.check.outcome import Outcome
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, DesignRaised
@@ -23,10 +23,13 @@ class World:
 
     def __init__(
         self, design: type[Design], hypervisor: Hypervisor, parties: Sequence[Party], *, failures: int = 1,
-        laws: Sequence[Law] = tuple(LAWS.values()),
+        laws: Sequence[Law] = tuple(LAWS.values()), merges_leaves: bool = False,
     ) -> None:
         self.design, self.hypervisor = design, hypervisor
-        self.library = design(hypervisor.ops(), st.PAGES)
+        try:
+            self.library = design(hypervisor.ops(), st.PAGES)
+        except Exception as error:
+            raise DesignRaised(f"design {design.name!r} cannot be made: {describe(error)}") from error
         self.parties = [p for p in parties if p.exists(self.library, hypervisor)]
         if len(self.parties) >= st.PARTIES:
             raise BadInput(f"{len(self.parties)} parties are registered, and the abstract host has room for "
@@ -34,7 +37,7 @@ class World:
         self.programs = {p.name: self._program(i, p) for i, p in enumerate(self.parties)}
         self.teardown = self._program(st.PARTIES - 1, TEARDOWN)
         tasks = frozenset(i for i, p in enumerate(self.parties) if p.task)
-        self.machine = AbstractHost(hypervisor, sea_fixup=design.sea_fixup, tasks=tasks)
+        self.machine = AbstractHost(hypervisor, sea_fixup=design.sea_fixup, tasks=tasks, merges_leaves=merges_leaves)
         self.laws = laws
         self.broken_before: list[tuple[str, str]] = []
         self.initial = self._initial(failures)

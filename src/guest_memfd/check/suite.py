@@ -50,10 +50,10 @@ NO_LIMITS = Limits()
 
 
 def suite(names: Sequence[str], *, full: bool = True) -> list[Scenario]:
-    """Every pair and then every triple of *names*, in their order; of the triples the QUICK ones only if not *full*."""
+    """Each of *names* alone, every pair, and every triple, in their order; only the QUICK triples if not *full*."""
     quick = [set(NAMED[name]) for name in QUICK]
     triples = (parties for parties in itertools.combinations(names, 3) if full or set(parties) in quick)
-    return [*itertools.combinations(names, 2), *triples]
+    return [*((name,) for name in names), *itertools.combinations(names, 2), *triples]
 
 
 def check(

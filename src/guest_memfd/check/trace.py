@@ -130,7 +130,7 @@ def loads(text: str) -> Trace:
     """The trace in *text*; raises TraceError whose words continue "trace X ..."."""
     try:
         top = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if text[:1] == "{" and isinstance(error, json.JSONDecodeError) and _at_the_end(text, error):
             raise TraceError(f"is truncated: it ends in line {error.lineno}, in the middle of an object") from error
         raise TraceError(f"is not JSON: {error}") from error

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_scope(parser)
     add_output(parser)
     parser.add_argument("--quick", action="store_true",
-                        help="every pair of parties, but of the triples the named ones only")
+                        help="all but most of the triples, as compare does")
     parser.add_argument("--ktap", action="store_true", help="for test harnesses, as the kernel's tests report")
     parser.add_argument("--save-traces", metavar="DIR", help="save the shortest trace to each broken law there")
     parser.add_argument("-q", "--quiet", action="store_true", help="verdicts only, no progress")

@@ -80,12 +80,13 @@ class Scope:
                               full=self.full, jobs=self.jobs, progress=progress)
 
     def words(self) -> str:
-        """Which scenarios are explored: ``every pair of parties``, ``vcpu and zeropad``."""
+        """Which scenarios are explored: ``every party alone, every pair and every triple``, ``vcpu and zeropad``."""
         if self.parties is not None:
             return listed(self.parties)
         if self.scenario is not None:
             return f"{self.scenario} ({listed(NAMED[self.scenario])})"
-        return f"every pair and {'every triple' if self.full else f'{len(QUICK)} named triples'} of parties"
+        triples = "every triple" if self.full else f"the triples {', '.join(QUICK)}"
+        return f"every party alone, every pair and {triples}"
 
 
 def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:

@@ -21,3 +21,7 @@ class Parts:
         self.host = Host("library")
         self.ops = ops
         self.size = size
+
+    def has(self, start: int, nr: int) -> bool:
+        """Whether [start, start+nr) is a range of the file."""
+        return start >= 0 and nr > 0 and start + nr <= self.size

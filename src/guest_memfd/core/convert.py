@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.core.folio import Folios, Held
-from guest_memfd.hosts.host import EAGAIN, Folio, Steps
+from guest_memfd.hosts.host import EAGAIN, EINVAL, Folio, Steps
 
 CACHE_AND_LOOKUP = 2
 """References a folio of order 0 has when nobody but the page cache and we know it; in general nr pages + 1."""
@@ -35,6 +35,8 @@ class Converts(Folios):
         -EAGAIN with the page index while somebody holds an unexpected reference, or hibernation is being prepared;
         -ENOMEM; -EBUSY if the hypervisor refuses.
         """
+        if not self.has(start, nr):
+            return Conversion(-EINVAL)
         yield from self.host.begin_op("to_private", start, nr)
         yield from self.host.down_write("invalidate")
         result = yield from self._make_private(start, nr)
@@ -114,6 +116,8 @@ class Converts(Folios):
         -EBUSY with the page index while the guest holds on to a page; -ENOMEM, -EAGAIN. References never matter. The
         direct map is restored by the first host access, so a page that goes to and fro costs no flush.
         """
+        if not self.has(start, nr):
+            return Conversion(-EINVAL)
         yield from self.host.begin_op("to_shared", start, nr)
         yield from self.host.down_write("invalidate")
         result = yield from self._make_shared(start, nr)

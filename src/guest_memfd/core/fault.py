@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.core.folio import Folios, Grabbed
-from guest_memfd.hosts.host import EFAULT, Steps
+from guest_memfd.hosts.host import EFAULT, EINVAL, Steps
 
 
 class Faults(Folios):
@@ -78,6 +78,8 @@ class Faults(Folios):
     def allocate(self, start: int, nr: int) -> Steps[int]:
         """fallocate(KEEP_SIZE): have the pages of [start, start+nr); on -ENOMEM those already allocated stay."""
         host = self.host
+        if not self.has(start, nr):
+            return -EINVAL
         yield from host.begin_op("allocate", start, nr)
         yield from host.down_read("invalidate")
         ret, index = 0, start

@@ -42,18 +42,18 @@ class Files(Removes):
     def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
         """Let *gfn* on be pages [start, start+nr); -EINVAL outside the file, -EEXIST if bound already, -ENOMEM."""
         host = self.host
-        if start < 0 or nr <= 0 or start + nr > self.size:
+        if not self.has(start, nr):
             return -EINVAL
         if not (yield from host.get_file()):
             return -EINVAL
         yield from host.down_write("invalidate")
-        bound = yield from host.xa_load("bindings", start, nr)
-        if any(bound):
+        bound = yield from host.xa_load("bindings", 0, self.size)
+        if any(bound[start:start + nr]):
             ret = -EEXIST
         else:
             ret = yield from host.xa_store("bindings", start, tuple(range(gfn + 1, gfn + 1 + nr)))
         yield from host.up_write("invalidate")
-        if ret:
+        if ret or any(bound):                       # one reference for all bindings, taken by the first
             yield from self.close()
         return ret
 
@@ -62,6 +62,8 @@ class Files(Removes):
 
         Pages stay in the file, the host's again, with their contents where the hypervisor preserves them.
         """
+        if not self.has(start, nr):
+            return Conversion(-EINVAL)
         yield from self.host.begin_op("unbind", start, nr)
         yield from self.host.down_write("invalidate")
         result, last = yield from self._unbind(start, nr, "unbind")

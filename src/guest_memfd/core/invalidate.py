@@ -12,14 +12,20 @@ from guest_memfd.core.base import PRIVATE_PAGE
 from guest_memfd.core.convert import Conversion, Converts
 from guest_memfd.core.folio import Held
 from guest_memfd.core.ops import Reason
-from guest_memfd.hosts.host import Folio, Steps
+from guest_memfd.hosts.host import EINVAL, Folio, Locked, Steps
 
 
 class Removes(Converts):
     """punch_hole, error_folio, truncate."""
 
     def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
-        """Free the pages of [start, start+nr); -EBUSY with the page index if the guest holds on to one."""
+        """Free the pages of [start, start+nr); -EBUSY with the page index if the guest holds on to one.
+
+        What lies past the end of the file is left out, as fallocate() does; -EINVAL for a range that is none.
+        """
+        if start < 0 or nr <= 0:
+            return Conversion(-EINVAL)
+        nr = max(min(nr, self.size - start), 0)
         yield from self.host.begin_op("punch", start, nr)
         yield from self.host.down_write("invalidate")
         result = yield from self.remove_range(start, nr, "punch")
@@ -45,21 +51,21 @@ class Removes(Converts):
         yield from host.mmu_invalidate_end()
         return Conversion(ret, index) if ret else Conversion(0)
 
-    def error_folio(self, folio: Folio) -> Steps[str]:
-        """memory_failure() found *folio* broken: the guest loses it, the file keeps it; ``delayed`` or ``failed``."""
+    def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
+        """memory_failure() found the locked *folio* broken: the guest loses it, the file keeps it.
+
+        ``delayed``, or ``failed`` if the hypervisor refuses or somebody is just changing the file. Removal takes the
+        invalidate lock and then folio locks, so waiting for it here, under one, could wait for ever.
+        """
         host = self.host
-        yield from host.down_read("invalidate")
-        locked = yield from host.lock_folio(folio)
-        answer = "failed"
-        if locked.pgoff is not None:
-            yield from host.mmu_invalidate_begin(locked.pgoff, folio.nr)
-            yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
-            (bound,) = yield from host.xa_load("bindings", locked.pgoff, 1)
-            (attribute,) = yield from host.xa_load("attributes", locked.pgoff, 1)
-            held = Held(folio, locked.pgoff, bound - 1 if bound else None, attribute == PRIVATE_PAGE)
-            ret, _ = yield from self.invalidate_guest((held,), "error")
-            yield from host.mmu_invalidate_end()
-            answer = "failed" if ret else "delayed"
-        yield from host.unlock_folio(folio)
+        if locked.pgoff is None or not (yield from host.down_read_trylock("invalidate")):
+            return "failed"
+        yield from host.mmu_invalidate_begin(locked.pgoff, folio.nr)
+        yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
+        (bound,) = yield from host.xa_load("bindings", locked.pgoff, 1)
+        (attribute,) = yield from host.xa_load("attributes", locked.pgoff, 1)
+        held = Held(folio, locked.pgoff, bound - 1 if bound else None, attribute == PRIVATE_PAGE)
+        ret, _ = yield from self.invalidate_guest((held,), "error")
+        yield from host.mmu_invalidate_end()
         yield from host.up_read("invalidate")
-        return answer
+        return "failed" if ret else "delayed"

@@ -16,12 +16,12 @@ from guest_memfd.designs.design import Design
 from guest_memfd.hosts.host import (
     EAGAIN,
     EBUSY,
-    EINVAL,
     ENOENT,
     EOPNOTSUPP,
     EPERM,
     Folio,
     Host,
+    Locked,
     Steps,
 )
 
@@ -262,16 +262,14 @@ class GunyahV17(Design):
         yield from ()
         return Conversion(-EOPNOTSUPP)
 
-    def error_folio(self, folio: Folio) -> Steps[str]:
-        """error_remove_folio: launder."""
+    def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
+        """error_remove_folio: launder; folio lock, then invalidate_lock."""
         host = self.driver
+        if locked.pgoff is None:
+            return "failed"
         yield from host.down_read("invalidate")
-        locked = yield from host.lock_folio(folio)
-        ret = -EINVAL
-        if locked.pgoff is not None:
-            yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
-            ret = yield from self.launder_if_provided(locked.pgoff, folio, locked.private)
-        yield from host.unlock_folio(folio)
+        yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
+        ret = yield from self.launder_if_provided(locked.pgoff, folio, locked.private)
         yield from host.up_read("invalidate")
         return "failed" if ret else "delayed"
 

@@ -121,6 +121,10 @@ class Host:
         """Take *sem* shared; waits while a writer holds it or is queued (include/linux/rwsem.h)."""
         return self._do("down_read", sem)
 
+    def down_read_trylock(self, sem: Sem) -> Steps[bool]:
+        """Take *sem* shared if that needs no waiting."""
+        return self._do("down_read_trylock", sem)
+
     def up_read(self, sem: Sem) -> Steps[None]:
         """Drop a shared hold."""
         return self._do("up_read", sem)

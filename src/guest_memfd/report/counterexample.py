@@ -43,7 +43,7 @@ def screen(example: Counterexample, style: Style) -> Iterator[str]:
         yield from wrap(line, "  ", "          ")
     yield style.head("then")
     yield from steps.lines(finding.steps, finding.initial)
-    yield style.head("finally") + " (! marks what breaks the law)"
+    yield style.head("finally") + " (* marks what breaks the law)"
     yield from _final(finding, style)
     if example.commands:
         yield style.head("again")
@@ -70,7 +70,7 @@ def _final(finding: Finding, style: Style) -> Iterator[str]:
 
 
 def _mark(words: str) -> str:
-    return f"{_ON}!{words}{_OFF}"
+    return f"{_ON}*{words}{_OFF}"
 
 
 # A mark that wrapping has torn apart is not coloured; its '!' is there all the same.

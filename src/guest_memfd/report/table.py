@@ -33,8 +33,9 @@ def tables(reports: Sequence[Report], titles: Mapping[str, str], explored: str, 
         for columns in _fitting(widths):
             yield from _block([(block[i], widths[i]) for i in columns], letters, style)
             yield ""
-    yield from wrap(f"kept: in every interleaving of {explored}.  12 V+M: broken in 12 steps by V and M together, "
-                    "there is no shorter way.  ?: a limit was reached, nothing is proved.", "")
+    yield from wrap(f"kept: in every interleaving of {explored}.  12 V+M: broken in 12 steps with V and M there, "
+                    "and in no fewer.  *: one of them is an injected failure.  ?: a limit was reached, nothing is "
+                    "proved.", "")
     if letters:
         yield from wrap(", ".join(f"{letter} {party}" for party, letter in letters.items()) + ".", "")
 
@@ -48,9 +49,10 @@ def letters_for(reports: Sequence[Report]) -> dict[str, str]:
 
 
 def cell(law: LawReport, letters: Mapping[str, str]) -> str:
-    """``kept``, ``12 V+M``, ``?``, ``counted``."""
+    """``kept``, ``12 V+M``, ``12 V+M*``, ``?``, ``counted``."""
     if law.verdict == "refuted":
-        return f"{law.steps} {'+'.join(letters[party] for party in law.parties or ())}"
+        failed = law.finding is not None and any(step.failed for step in law.finding.steps)
+        return f"{law.steps} {'+'.join(letters[party] for party in law.parties or ())}{'*' * failed}"
     return {"holds": "kept", "reported": "counted"}.get(law.verdict, "?")
 
 
@@ -89,6 +91,9 @@ def costs(counted: Mapping[tuple[str, str], Cost | None], style: Style) -> Itera
     for (design, cost), hypervisors in alike.items():
         yield f"{design + ' on ' + ', '.join(hypervisors):<{COST_WIDTH}}{_counts(vars(cost))}"
     yield f"{'bound stated by the library':<{COST_WIDTH}}{_counts(BOUND)}"
+    trusting = {design for design, cost in alike if cost.direct_map_writes and not cost.flushes}
+    if trusting:
+        yield f"no flush of its own, and so safe only where the hypervisor flushes: {', '.join(sorted(trusting))}"
 
 
 # A count over the bound gets a mark.

@@ -11,11 +11,13 @@ MM = Host("mm")
 
 
 def memory_failure(design: Design, hypervisor: Hypervisor) -> Steps[None]:
-    """memory_failure() on a page of the file."""
+    """memory_failure() on a page of the file: error_remove_folio is called with the folio locked."""
     index = yield from MM.choose("page", 0, 1)
     folio = yield from MM.hwpoison(index)
     if folio is not None:
-        yield from design.error_folio(folio)
+        locked = yield from MM.lock_folio(folio)
+        yield from design.error_folio(folio, locked)
+        yield from MM.unlock_folio(folio)
         yield from MM.folio_put(folio)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.mappings import Mappings
-from guest_memfd.hosts.host import EINVAL, Folio
+from guest_memfd.hosts.host import Folio
 
 
 class GuestSide(Mappings):
@@ -102,7 +102,12 @@ class GuestSide(Mappings):
     def hypercall(self, name: str, *args: object) -> int:
         """Run the hypervisor's own code."""
         code = self.hypervisor.hypercalls.get(name)
-        return -EINVAL if code is None else code(self, *args)
+        if code is None:
+            raise LookupError(f"hypervisor {self.hypervisor.name!r} has no hypercall {name!r}")
+        ret = code(self, *args)
+        if not isinstance(ret, int):
+            raise TypeError(f"hypercall {name!r} of {self.hypervisor.name!r} returned {ret!r}, not 0 or -errno")
+        return ret
 
     def note_private(self, frame: st.Frame, how: str) -> None:
         """A frame is the guest's alone from now on."""

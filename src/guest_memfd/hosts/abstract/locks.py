@@ -21,6 +21,14 @@ class Locks(Base):
             self.wait()
         setattr(self.state, f"{sem}_r", readers + 1)
 
+    def down_read_trylock(self, sem: str) -> bool:
+        """Now or not at all."""
+        writer, readers, queued = self._sem(sem)
+        if writer or queued:
+            return False
+        setattr(self.state, f"{sem}_r", readers + 1)
+        return True
+
     def up_read(self, sem: str) -> None:
         """Drop a shared hold."""
         _, readers, _ = self._sem(sem)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 FALLIBLE = {
     "filemap_add_folio": -ENOMEM,
     "set_direct_map_invalid_noflush": -ENOMEM,
-    "set_direct_map_default_noflush": -ENOMEM,
     "xa_store": -ENOMEM,
     "xa_reserve": -ENOMEM,
     "mmap": -ENOMEM,
@@ -37,15 +36,21 @@ class AbstractHost(Locks, World):
 
     sea_fixup: whether do_sea() consults the exception table (the design `fixup` changes that).
     tasks: numbers of the parties that are tasks and can be frozen.
+    merges_leaves: whether this kernel makes large direct-map leaves of small ones again, so that restoring a page may
+    have to split one. None does (arch/arm64/mm/mmu.c, arch/x86/mm/pat/set_memory.c), so by default restoring what was
+    zapped cannot fail.
     """
 
     footprints = True
 
     def __init__(
-        self, hypervisor: Hypervisor, *, sea_fixup: bool = False, tasks: frozenset[int] = frozenset()
+        self, hypervisor: Hypervisor, *, sea_fixup: bool = False, tasks: frozenset[int] = frozenset(),
+        merges_leaves: bool = False,
     ) -> None:
         super().__init__()
         self.hypervisor, self.sea_fixup, self.tasks = hypervisor, sea_fixup, tasks
+        restore = {"set_direct_map_default_noflush": -ENOMEM} if merges_leaves else {}
+        self.fallible = FALLIBLE | restore
 
     def initial(self, failures: int = 0) -> bytes:
         """A host with free frames, a running VM whose fd holds the module, and no file yet."""
@@ -96,7 +101,7 @@ class AbstractHost(Locks, World):
     def _errno(self, primitive: Primitive) -> int:
         if primitive.name == "hypercall":
             return self.hypervisor.fallible.get(primitive.args[0], 0)
-        return FALLIBLE.get(primitive.name, 0)
+        return self.fallible.get(primitive.name, 0)
 
     def _fail(self, shared: bytes, errno: int) -> Outcome:
         state = st.State(shared)

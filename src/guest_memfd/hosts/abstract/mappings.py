@@ -76,7 +76,6 @@ class Mappings(Base):
         frame = self.state.frame(folio.pfn)
         self.kernel_access(frame, "library", "clear_folio", write=True, fixup=False)
         frame.content = st.ZERO
-        self._expect(frame, st.ZERO)
 
     def clear_folio_local(self, folio: Folio) -> None:
         """A write through a private mapping of this CPU: stage 2 still has a say."""
@@ -85,7 +84,6 @@ class Mappings(Base):
             self._stage2_abort(frame, "library", "clear_folio_local", write=True, fixup=False)
         self.note_access(frame, "library", "clear_folio_local", "local mapping", True)
         frame.content = st.ZERO
-        self._expect(frame, st.ZERO)
 
     def image_copy(self, pfn: int) -> str:
         """safe_copy_page(): map a hole for the moment, copy plainly, make the hole again (kernel/power/snapshot.c)."""

@@ -84,6 +84,7 @@ class Ended(NamedTuple):
     removed: tuple[int, ...]            # pages it took out of the page cache
     left: tuple[int, ...]               # pages of the range that are in the page cache now
     attrs: tuple[int, ...]              # attributes of the range now
+    bound: tuple[int, ...]              # pages of the range that are bound now
     batched: tuple[int, ...]            # pages of the range that sit in an lru_add batch
 
 

@@ -175,11 +175,15 @@ class State:
         return bytes(self.raw) if type(self.raw) is bytearray else self.raw     # type: ignore[return-value]
 
     def frame(self, pfn: int) -> Frame:
-        """Frame *pfn*."""
+        """Frame *pfn*; IndexError where there is none."""
+        if not 0 <= pfn < FRAMES:
+            raise IndexError(f"there is no pfn {pfn} on this host of {FRAMES} frames")
         return Frame(self.raw, pfn * _FRAME_SIZE, pfn)
 
     def page(self, index: int) -> Page:
-        """Page *index* of the file."""
+        """Page *index* of the file; IndexError where there is none."""
+        if not 0 <= index < PAGES:
+            raise IndexError(f"there is no page {index} in this file of {PAGES} pages")
         return Page(self.raw, _PAGES_AT + index * _PAGE_SIZE, index)
 
     def ghost(self, party: int) -> PartyGhost:

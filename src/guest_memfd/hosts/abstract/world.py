@@ -33,6 +33,7 @@ class World(PageCache, GuestSide):
         self.notes.append(notes.Ended(
             st.OPS[ghost.op - 1], ret, error_index, scope, _members(ghost.toggled), _members(ghost.removed),
             tuple(p.number for p in pages if p.cached), tuple(p.attr for p in pages),
+            tuple(p.number for p in pages if p.binding),
             tuple(p.number for p in pages if p.cached and self.state.frame(p.cached - 1).lru)))
         ghost.op = ghost.scope = ghost.toggled = ghost.removed = 0
 

@@ -61,7 +61,7 @@ class KvmOps(GuestMemfdOps):
 
 KVM = Hypervisor(
     name="kvm",
-    title="KVM, default VM: the host keeps all pages; direct-map removal is hardening",
+    title="KVM, default VM: no stage 2 guards a page, so private is what the library and the direct map make it",
     module="kvm",
     ops=KvmOps,
     hypercalls={"mmu_map": mmu_map, "mmu_unmap": mmu_unmap},
