@@ -10,7 +10,7 @@ from guest_memfd.core.convert import CACHE_AND_LOOKUP, Conversion
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.host import EAGAIN, Folio, Steps
+from guest_memfd.hosts.host import EAGAIN, Folio, Locked, Steps
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
 from guest_memfd.hypervisors.kvm.default import KvmOps
 
@@ -369,3 +369,28 @@ class ReadThenLocked(OurLibrary):
         answer = "SIGBUS" if attribute == 2 else (yield from AttributeNotAsked(self.ops, self.size)._fault_shared(index))
         yield from self.host.up_read("invalidate")
         return answer
+
+
+class WaitsUnderFolioLock(OurLibrary):
+    def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
+        yield from self.host.down_read("invalidate")
+        yield from self.host.up_read("invalidate")
+        return (yield from super().error_folio(folio, locked))
+
+
+class PostForgotten(OurLibrary):
+    def hibernate_post(self) -> Steps[None]:
+        yield from nothing()
+
+
+class WipesOnTheWayBack(OurLibrary):
+    def make_accessible(self, grabbed: Grabbed) -> Steps[int]:
+        ret = yield from super().make_accessible(grabbed)
+        yield from self.host.clear_folio(grabbed.folio)
+        return ret
+
+
+class ReferencePerBinding(OurLibrary):
+    def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
+        yield from self.host.get_file()
+        return (yield from super().bind(gfn, start, nr))

@@ -61,6 +61,10 @@ CAUGHT = {
     "WrongPageNamed": ("kvm", "vmm device", "all-or-nothing"),
     "NotRestoredForHost": ("kvm", "vcpu vmm device", "host-survives"),
     "ReadThenLocked": ("kvm", "vmm device", "one-owner"),
+    "WaitsUnderFolioLock": ("kvm", "vmm memory-failure", "progress"),
+    "PostForgotten": ("kvm", "power", "nothing-lost"),
+    "WipesOnTheWayBack": ("kvm", "vcpu vmm", "no-stale-data"),
+    "ReferencePerBinding": ("kvm", "stop", "nothing-lost"),
     "RestoredBeforeScrub": ("kvm", "vcpu vmm zeropad", "guest-private"),
 }
 """Mistake -> (hypervisor, parties, law)."""
