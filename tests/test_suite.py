@@ -325,7 +325,9 @@ def test_without_fork_everything_is_done_here(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_interrupting_ends_all_processes_at_once() -> None:
-    code = "from guest_memfd.check.suite import check\nprint('go', flush=True)\ncheck('library', 'kvm', jobs=2)"
+    # A shell that runs us in the background has ^C ignored, and children inherit that.
+    code = ("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "from guest_memfd.check.suite import check\nprint('go', flush=True)\ncheck('library', 'kvm', jobs=2)")
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
