@@ -10,7 +10,7 @@ from guest_memfd.core.convert import CACHE_AND_LOOKUP, Conversion
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.host import EAGAIN, Folio, Locked, Steps
+from guest_memfd.hosts.host import EAGAIN, Entries, Folio, Locked, Steps
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
 from guest_memfd.hypervisors.kvm.default import KvmOps
 
@@ -176,7 +176,7 @@ class ConvertedInName(OurLibrary):
 
 class AttributeFirst(OurLibrary):
     def _check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
-        ret = yield from self.host.xa_store("attributes", start, (2,) * nr)
+        ret = yield from self.host.xa_store("attributes", start, Entries(2, nr))
         if ret:
             return Conversion(ret)
         return (yield from super()._check_and_commit_private(start, nr, folios))
@@ -189,7 +189,7 @@ class StoredWithoutReserve(OurLibrary):
         result = yield from self._give_to_host(start, folios)
         yield from self.put_all(folios)
         if not result.ret:
-            yield from self.host.xa_store_reserved("attributes", start, (1,) * nr)
+            yield from self.host.xa_store_reserved("attributes", start, Entries(1, nr))
         yield from self.host.mmu_invalidate_end()
         return result
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from guest_memfd.check.suite import QUICK
+from guest_memfd.check.trace import SCHEMA
 from guest_memfd.cli.main import main
 
 LOAD = ["--parties", "vcpu,zeropad"]
@@ -419,7 +420,7 @@ def test_a_file_that_is_no_trace_is_refused(saved: Path, capsys: pytest.CaptureF
         ("all is well", "is not JSON"),
         ("[1, 2]", "is no trace"),
         ("{}", "is no trace"),
-        (whole.replace("guest-memfd-trace/1", "guest-memfd-trace/9"), "is of schema 'guest-memfd-trace/9'"),
+        (whole.replace(SCHEMA, "guest-memfd-trace/9"), "is of schema 'guest-memfd-trace/9'"),
         (whole.replace('"steps"', '"stairs"'), "lacks field 'steps'"),
         (whole.replace('"none"', '"nome"'), "unknown design 'nome'; did you mean 'none'?"),
     ]:

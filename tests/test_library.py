@@ -12,6 +12,7 @@ from guest_memfd.core.convert import Conversion
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.designs import Design
 from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.abstract.notes import StrayGuest
 from guest_memfd.hosts.host import EAGAIN, EBUSY, EEXIST, EFAULT, EHWPOISON, EINVAL, ENODEV, ENOENT, ENOMEM, Host, Steps
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import TEARDOWN
@@ -76,6 +77,15 @@ def test_shared_page_serves_both(hypervisor: str) -> None:
     assert (frame.s1, frame.s2, frame.user, frame.gmap, frame.private) == (1, 1, 1, 2, 0)
     bench.do(lambda lib: lib.munmap())
     end(bench)
+
+
+def test_a_stale_tlb_entry_is_hit_before_the_table_is_walked() -> None:
+    bench = Bench("gunyah")
+    state = bench.state
+    state.frame(0).gmap = state.frame(1).gstale = 1
+    bench.shared = state.save()
+    bench.do(lambda lib: GUEST.guest_access(0, True))
+    assert [note.pfn for note in bench.notes if isinstance(note, StrayGuest)] == [1]
 
 
 @ALL
@@ -222,7 +232,7 @@ def test_every_failure_of_creation(hypervisor: str, what: str) -> None:
         if what == "bind":
             bench.do(lambda lib: lib.create(2))
         bench.fail_at = nth
-        ret = bench.do((lambda lib: lib.create(2)) if what == "create" else (lambda lib: lib.bind(0, 0, 2)))
+        ret = bench.do((lambda lib: lib.create(2, (1,))) if what == "create" else (lambda lib: lib.bind(0, 0, 2)))
         bench.fail_at = -1
         assert (ret == -ENOMEM) == bool(bench.failed)
         if what == "create" and ret:
@@ -230,6 +240,7 @@ def test_every_failure_of_creation(hypervisor: str, what: str) -> None:
             assert (state.inodes, state.module) == (0, 1)
         end(bench)
         if not bench.failed:
+            assert nth == {"create": 3, "bind": 1}[what]    # inode, attributes, those of the shared page; bindings
             return
 
 

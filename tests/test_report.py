@@ -14,7 +14,7 @@ from guest_memfd.check.survived import survived
 from guest_memfd.check.verdict import LawReport, Report
 from guest_memfd.hosts.abstract import show
 from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import EAGAIN, Folio, Locked, Primitive
+from guest_memfd.hosts.host import EAGAIN, Entries, Folio, Locked, Primitive
 from guest_memfd.laws import LAWS
 from guest_memfd.report import counterexample, ktap, progress, steps, table
 from guest_memfd.report.blame import offending
@@ -75,6 +75,8 @@ def test_a_beginning_fits_on_three_lines(load: Finding) -> None:
 def test_bare_numbers_and_flags_are_named() -> None:
     assert steps.call(Primitive("guest_access", (1, True), "guest")) == "guest_access(gfn=1, write=yes)"
     assert steps.call(Primitive("hypercall", ("mmu_map", 0, Folio(2)), "kvm")) == "hypercall(mmu_map, 0, pfn2)"
+    assert steps.call(Primitive("xa_store", ("attributes", 0, Entries(2, 2)), "library")) == (
+        "xa_store(attributes, start=0, [2 x 2])")
     assert steps.call(Primitive("flush_tlb_kernel_range", ((Folio(0), Folio(1)),), "mm")) == (
         "flush_tlb_kernel_range([pfn0, pfn1])")
 

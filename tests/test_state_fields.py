@@ -14,7 +14,7 @@ from guest_memfd.check.scenario import World, run_alone
 from guest_memfd.designs import DESIGNS
 from guest_memfd.hosts.abstract import AbstractHost
 from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import PRIMITIVES
+from guest_memfd.hosts.host import PRIMITIVES, Entries
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import PARTIES
 
@@ -98,7 +98,7 @@ def test_the_library_uses_its_trees_under_the_invalidate_lock(hypervisor: str, m
             bare.add(("load", tree))
         return load(host, tree, start, nr)
 
-    def stores(host: AbstractHost, tree: str, start: int, values: tuple[int, ...]) -> int:
+    def stores(host: AbstractHost, tree: str, start: int, values: Entries) -> int:
         if not host.state.invalidate_w:
             bare.add(("store", tree))
         return store(host, tree, start, values)

@@ -18,7 +18,7 @@ from guest_memfd.check.trace import SCHEMA, Trace, TraceStep, dumps, load, loads
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, TraceError, UnknownName
-from guest_memfd.hosts.host import Folio, Host, Locked, Lookup, Primitive, Steps
+from guest_memfd.hosts.host import Entries, Folio, Host, Locked, Lookup, Primitive, Steps
 
 Json = dict[str, Any]
 
@@ -135,7 +135,7 @@ def test_the_kinds_of_broken_progress_are_those_that_were_meant() -> None:
 
 @pytest.mark.parametrize("value", [
     None, True, False, 0, 1, -12, "ok", "", Folio(2), Folio(0, 9), Lookup(Folio(1), 0), Locked(None, True, False, True),
-    (), (1, "a", None), ((Folio(0), Folio(1)), 3), STAY,
+    (), (1, "a", None), ((Folio(0), Folio(1)), 3), STAY, Entries(2, 1 << 28), Entries(3, 2, 1),
 ])
 def test_values_survive_json(trace: Trace, value: Any) -> None:
     there = changed(trace, 1, result=value, primitive=Primitive("xa_store", ("provided", value), "user"))
@@ -297,8 +297,8 @@ BAD: list[tuple[Callable[[str], str], str]] = [
     (lambda text: "[" * 100_000, "is not JSON: "),
     (lambda text: "[]", f'is no trace: an object with "schema": {SCHEMA!r} is wanted'),
     (lambda text: "{}", f'is no trace: an object with "schema": {SCHEMA!r} is wanted'),
-    (lambda text: text.replace(SCHEMA, "guest-memfd-trace/2"),
-     f"is of schema 'guest-memfd-trace/2'; this program reads {SCHEMA!r}"),
+    (lambda text: text.replace(SCHEMA, "guest-memfd-trace/1"),
+     f"is of schema 'guest-memfd-trace/1'; this program reads {SCHEMA!r}"),
     (broken(lambda top: top.pop("steps")), "lacks field 'steps'"),
     (broken(lambda top: top.pop("evidence")), "lacks field 'evidence'"),
     (broken(lambda top: top.update(design=7)), "has a field 'design' that is not a string"),
@@ -314,6 +314,8 @@ BAD: list[tuple[Callable[[str], str], str]] = [
      "has a caller or arguments of step 1, which has no primitive"),
     (broken(lambda top: top["steps"][0].update(args=[{"folio": [1, 2, 3]}])),
      "has a value in 'args' of step 1 that means nothing: {\"folio\": [1, 2, 3]}"),
+    (broken(lambda top: top["steps"][0].update(args=[{"entries": [1, "2", 0]}])),
+     "has a value in 'args' of step 1 that means nothing: {\"entries\": [1, \"2\", 0]}"),
     (broken(lambda top: top["steps"][0].update(result=1.5)), "has a value in 'result' of step 1 that means nothing: 1.5"),
 ]
 

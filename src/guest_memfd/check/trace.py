@@ -1,6 +1,6 @@
 """A counterexample in a file: small, self-contained, of a named version, and readable without this program.
 
-    {"schema": "guest-memfd-trace/1", "version": ..., "design": ..., "hypervisor": ..., "failures": ...,
+    {"schema": "guest-memfd-trace/2", "version": ..., "design": ..., "hypervisor": ..., "failures": ...,
      "parties": [...], "law": ..., "sentence": ..., "evidence": ..., "steps": [
       {"party": ..., "choices": [...], "primitive": ..., "caller": ..., "args": [...], "result": ..., "failed": ...}]}
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,28 @@ from guest_memfd.check.explorer import Step
 from guest_memfd.check.outcome import STAY
 from guest_memfd.check.verdict import MOST_FAILURES, Found, LawReport, Report
 from guest_memfd.errors import BadInput, TraceError
-from guest_memfd.hosts.host import Folio, Locked, Lookup, Primitive
+from guest_memfd.hosts.host import Entries, Folio, Locked, Lookup, Primitive
 from guest_memfd.laws import LAWS
 
-SCHEMA = "guest-memfd-trace/1"
+SCHEMA = "guest-memfd-trace/2"
 """Name and version; the version changes when a field goes, or changes its meaning."""
 
-VALUES: dict[str, tuple[type, Callable[..., Any]]] = {
-    "folio": (Folio, Folio),
-    "lookup": (Lookup, Lookup),
-    "locked": (Locked, Locked),
-    "tuple": (tuple, lambda *members: members),
-    "waits": (type(STAY), lambda: STAY),
+
+def _entries(*numbers: Any) -> Entries:
+    if not all(type(number) is int for number in numbers):
+        raise TypeError("entries are integers")
+    return Entries(*numbers)
+
+
+VALUES: dict[str, tuple[type, Callable[..., Any], Callable[[Any], Iterable[Any]]]] = {
+    "folio": (Folio, Folio, tuple),
+    "lookup": (Lookup, Lookup, tuple),
+    "locked": (Locked, Locked, tuple),
+    "entries": (Entries, _entries, astuple),
+    "tuple": (tuple, lambda *members: members, tuple),
+    "waits": (type(STAY), lambda: STAY, lambda _: ()),
 }
-"""Key of an object -> the type it stands for, and how to make one of the members in its list."""
+"""Key of an object -> the type it stands for, how to make one of the members in its list, and how to list them."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +231,9 @@ def _decode_step(fields: _Fields) -> TraceStep:
 def _encode(value: Any) -> Any:
     if value is None or type(value) in (bool, int, str):
         return value
-    for key, (kind, _) in VALUES.items():
+    for key, (kind, _, members) in VALUES.items():
         if type(value) is kind:
-            return {key: [_encode(member) for member in value] if isinstance(value, tuple) else []}
+            return {key: [_encode(member) for member in members(value)]}
     raise TraceError(f"{value!r} ({type(value).__name__}) cannot be written to a trace; use integers, strings, tuples")
 
 

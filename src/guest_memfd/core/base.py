@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.hosts.host import Host
 
@@ -12,8 +14,13 @@ PAGE_SIZE = 4096
 """Bytes per page; offsets in errors are multiples of it."""
 
 
+def filled(entries: Sequence[int]) -> int:
+    """How many of *entries* are no holes."""
+    return len(entries) - entries.count(0)
+
+
 class Parts:
-    """Base of the library's parts. *size* is the file's length in pages, *order* the folio order it asks for."""
+    """Base of the library's parts. *size* is the file's length in pages, *order* that of all its folios."""
 
     order = 0
 
@@ -25,3 +32,7 @@ class Parts:
     def has(self, start: int, nr: int) -> bool:
         """Whether [start, start+nr) is a range of the file."""
         return start >= 0 and nr > 0 and start + nr <= self.size
+
+    def whole(self, *numbers: int) -> bool:
+        """Whether all *numbers* (page indexes, lengths, gfns) are multiples of a folio's size."""
+        return not any(number % (1 << self.order) for number in numbers)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.core.folio import Folios, Held
-from guest_memfd.hosts.host import EAGAIN, EINVAL, Folio, Steps
+from guest_memfd.hosts.host import EAGAIN, EINVAL, Entries, Folio, Steps
 
 CACHE_AND_LOOKUP = 2
 """References a folio of order 0 has when nobody but the page cache and we know it; in general nr pages + 1."""
@@ -33,9 +33,9 @@ class Converts(Folios):
         """Take [start, start+nr) from the host.
 
         -EAGAIN with the page index while somebody holds an unexpected reference, or hibernation is being prepared;
-        -ENOMEM; -EBUSY if the hypervisor refuses.
+        -ENOMEM; -EBUSY if the hypervisor refuses; -EINVAL for a range outside of the file, or that cuts a folio.
         """
-        if not self.has(start, nr):
+        if not self.has(start, nr) or not self.whole(start, nr):
             return Conversion(-EINVAL)
         yield from self.host.begin_op("to_private", start, nr)
         yield from self.host.down_write("invalidate")
@@ -47,7 +47,7 @@ class Converts(Folios):
     def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
         host = self.host
         attributes = yield from host.xa_load("attributes", start, nr)
-        if all(a == PRIVATE_PAGE for a in attributes):
+        if attributes.count(PRIVATE_PAGE) == nr:
             return Conversion(0)
         yield from host.unmap_mapping_pages(start, nr)
         yield from host.mmu_invalidate_begin(start, nr)
@@ -72,7 +72,7 @@ class Converts(Folios):
         if ret:
             yield from host.xa_release("attributes")
             return Conversion(ret)
-        yield from host.xa_store_reserved("attributes", start, (PRIVATE_PAGE,) * nr)
+        yield from host.xa_store_reserved("attributes", start, Entries(PRIVATE_PAGE, nr))
         for held in folios:
             if held.gfn is not None:
                 yield from self.ops.make_private(held.gfn, held.folio)
@@ -95,28 +95,29 @@ class Converts(Folios):
     # One flush for all, before anything becomes private.
     def _zap_all(self, folios: tuple[Held, ...]) -> Steps[int]:
         host = self.host
-        zapped: tuple[Folio, ...] = ()
+        zapped: list[Folio] = []
         ret = 0
         for held in folios:
             locked = yield from host.lock_folio(held.folio)
             if not locked.private:
                 ret = yield from self.zap_noflush(held.folio)
                 if not ret:
-                    zapped += (held.folio,)
+                    zapped.append(held.folio)
             yield from host.unlock_folio(held.folio)
             if ret:
                 break
         if zapped:
-            yield from self.flush(zapped)
+            yield from self.flush(tuple(zapped))
         return ret
 
     def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
         """Give [start, start+nr) to the host with its contents.
 
-        -EBUSY with the page index while the guest holds on to a page; -ENOMEM, -EAGAIN. References never matter. The
-        direct map is restored by the first host access, so a page that goes to and fro costs no flush.
+        -EBUSY with the page index while the guest holds on to a page; -ENOMEM, -EAGAIN; -EINVAL as `make_private`.
+        References never matter. The direct map is restored by the first host access, so a page that goes to and fro
+        costs no flush.
         """
-        if not self.has(start, nr):
+        if not self.has(start, nr) or not self.whole(start, nr):
             return Conversion(-EINVAL)
         yield from self.host.begin_op("to_shared", start, nr)
         yield from self.host.down_write("invalidate")
@@ -128,7 +129,7 @@ class Converts(Folios):
     def _make_shared(self, start: int, nr: int) -> Steps[Conversion]:
         host = self.host
         attributes = yield from host.xa_load("attributes", start, nr)
-        if all(a == SHARED_PAGE for a in attributes):
+        if attributes.count(SHARED_PAGE) == nr:
             return Conversion(0)
         ret = yield from host.xa_reserve("attributes", start, nr)
         if ret:
@@ -140,7 +141,7 @@ class Converts(Folios):
         if result.ret:
             yield from host.xa_release("attributes")
         else:
-            yield from host.xa_store_reserved("attributes", start, (SHARED_PAGE,) * nr)
+            yield from host.xa_store_reserved("attributes", start, Entries(SHARED_PAGE, nr))
         yield from host.mmu_invalidate_end()
         return result
 

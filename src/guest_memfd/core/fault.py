@@ -15,7 +15,7 @@ class Faults(Folios):
     """guest_fault (kvm_gmem_get_pfn() and the map that follows), user_fault (kvm_gmem_fault_user_mapping()), allocate."""
 
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
-        """Give the guest page *index* at *gfn*; 0, -EFAULT (not bound so), or what refused it."""
+        """Give the guest page *index* at *gfn*, with the folio it lies in; 0, -EFAULT (not bound so), or a refusal."""
         host = self.host
         yield from host.begin_op("fault", index, 1)
         yield from host.down_read("invalidate")
@@ -30,10 +30,11 @@ class Faults(Folios):
         grabbed = yield from self.grab_folio(index)
         if isinstance(grabbed, int):
             return grabbed
+        head = gfn - (index - grabbed.pgoff)
         if attribute == PRIVATE_PAGE:
-            ret = yield from self.give_private(gfn, grabbed)
+            ret = yield from self.give_private(head, grabbed)
         else:
-            ret = yield from self.ops.prepare_shared(gfn, grabbed.folio)
+            ret = yield from self.ops.prepare_shared(head, grabbed.folio)
         yield from self.unlock_and_put(grabbed.folio)
         return ret
 

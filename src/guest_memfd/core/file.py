@@ -6,20 +6,38 @@ folio that outlives the inode has been taken back and detached, so its last put 
 
 from __future__ import annotations
 
-from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
+from itertools import chain
+
+from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE, filled
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.invalidate import Removes
 from guest_memfd.core.ops import Reason
-from guest_memfd.hosts.host import EEXIST, EINVAL, ENODEV, ENOENT, Steps
+from guest_memfd.hosts.host import EEXIST, EINVAL, ENODEV, ENOENT, Entries, Steps
+
+
+def runs(pages: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The runs of consecutive page indexes in *pages*: (first, length) each, in order."""
+    found: list[tuple[int, int]] = []
+    for page in sorted(set(pages)):
+        if found and sum(found[-1]) == page:
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((page, 1))
+    return found
 
 
 class Files(Removes):
     """create, bind, unbind, mmap, munmap, close, vm_teardown."""
 
     def create(self, size: int, shared: tuple[int, ...] = ()) -> Steps[int]:
-        """A file of *size* pages, private but for the page indexes in *shared*; -EINVAL, -ENODEV, -ENOMEM."""
+        """A file of *size* pages, private but for the page indexes in *shared*; -EINVAL, -ENODEV, -ENOMEM.
+
+        -EINVAL also for a file or a run of shared pages that would end inside a folio.
+        """
         host = self.host
         if size <= 0 or any(not 0 <= i < size for i in shared):
+            return -EINVAL
+        if not self.whole(size, *chain.from_iterable(runs(shared))):
             return -EINVAL
         if not (yield from host.try_module_get()):
             return -ENODEV
@@ -36,33 +54,41 @@ class Files(Removes):
 
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         """Cover every page: a hole in the tree would have to be read as something."""
-        attributes = tuple(SHARED_PAGE if i in shared else PRIVATE_PAGE for i in range(size))
-        return (yield from self.host.xa_store("attributes", 0, attributes))
+        host = self.host
+        ret = yield from host.xa_store("attributes", 0, Entries(PRIVATE_PAGE, size))
+        for start, nr in runs(shared):
+            if not ret:
+                ret = yield from host.xa_store("attributes", start, Entries(SHARED_PAGE, nr))
+        return ret
 
     def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
-        """Let *gfn* on be pages [start, start+nr); -EINVAL outside the file, -EEXIST if bound already, -ENOMEM."""
+        """Let *gfn* on be pages [start, start+nr); -EEXIST if bound already, -ENOMEM.
+
+        -EINVAL outside of the file, for a range that cuts a folio, and for a gfn that is no multiple of a folio's size.
+        """
         host = self.host
-        if not self.has(start, nr):
+        if not self.has(start, nr) or not self.whole(gfn, start, nr):
             return -EINVAL
         if not (yield from host.get_file()):
             return -EINVAL
         yield from host.down_write("invalidate")
         bound = yield from host.xa_load("bindings", 0, self.size)
-        if any(bound[start:start + nr]):
+        if filled(bound[start:start + nr]):
             ret = -EEXIST
         else:
-            ret = yield from host.xa_store("bindings", start, tuple(range(gfn + 1, gfn + 1 + nr)))
+            ret = yield from host.xa_store("bindings", start, Entries(gfn + 1, nr, 1))
         yield from host.up_write("invalidate")
-        if ret or any(bound):                       # one reference for all bindings, taken by the first
+        if ret or filled(bound):                       # one reference for all bindings, taken by the first
             yield from self.close()
         return ret
 
     def unbind(self, start: int, nr: int) -> Steps[Conversion]:
         """Take the binding of [start, start+nr) away; -EBUSY with the page index if the guest holds on to a page.
 
-        Pages stay in the file, the host's again, with their contents where the hypervisor preserves them.
+        Pages stay in the file, the host's again, with their contents where the hypervisor preserves them. -EINVAL
+        outside of the file, and for a range that cuts a folio.
         """
-        if not self.has(start, nr):
+        if not self.has(start, nr) or not self.whole(start, nr):
             return Conversion(-EINVAL)
         yield from self.host.begin_op("unbind", start, nr)
         yield from self.host.down_write("invalidate")
@@ -94,7 +120,7 @@ class Files(Removes):
     def _unbind(self, start: int, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
         host = self.host
         bound = yield from host.xa_load("bindings", 0, self.size)
-        if not any(bound[start:start + nr]):
+        if not filled(bound[start:start + nr]):
             return Conversion(0 if reason == "teardown" else -ENOENT), False
         yield from host.mmu_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
@@ -106,11 +132,11 @@ class Files(Removes):
                 yield from host.unlock_folio(held.folio)
         yield from self.put_all(folios)
         if not ret:
-            yield from host.xa_store_reserved("bindings", start, (0,) * nr)
+            yield from host.xa_store_reserved("bindings", start, Entries(0, nr))
         yield from host.mmu_invalidate_end()
         if ret:
             return Conversion(ret, index), False
-        return Conversion(0), not any(bound[:start] + bound[start + nr:])
+        return Conversion(0), filled(bound) == filled(bound[start:start + nr])
 
     def mmap(self) -> Steps[int]:
         """Map the file into the VMM; 0 or -ENOMEM. Private pages may be mapped: touching them is SIGBUS."""

@@ -22,7 +22,10 @@ class Grabbed(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A referenced, unlocked folio of a range under the exclusive lock, with what the trees say of it."""
+    """A referenced, unlocked folio of a range under the exclusive lock, with what the trees say of it.
+
+    pgoff and gfn are those of its head.
+    """
 
     folio: Folio
     pgoff: int
@@ -73,7 +76,7 @@ class Folios(HostMapping):
         """All folios of [start, start+nr) that exist, referenced; gfn is None where nothing is bound."""
         bound = yield from self.host.xa_load("bindings", start, nr)
         attributes = yield from self.host.xa_load("attributes", start, nr)
-        found: tuple[Held, ...] = ()
+        found: list[Held] = []
         index = start
         while index < start + nr:
             hit = yield from self.host.filemap_get_folio(index)
@@ -81,10 +84,10 @@ class Folios(HostMapping):
                 index += 1
             else:
                 at = index - start
-                gfn = bound[at] - 1 if bound[at] else None
-                found += (Held(hit.folio, hit.pgoff, gfn, attributes[at] == PRIVATE_PAGE),)
+                gfn = bound[at] - 1 - (index - hit.pgoff) if bound[at] else None
+                found.append(Held(hit.folio, hit.pgoff, gfn, attributes[at] == PRIVATE_PAGE))
                 index = hit.pgoff + hit.folio.nr
-        return found
+        return tuple(found)
 
     def put_all(self, folios: tuple[Held, ...]) -> Steps[None]:
         """Drop the references that `present` took."""

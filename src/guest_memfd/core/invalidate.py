@@ -21,11 +21,14 @@ class Removes(Converts):
     def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
         """Free the pages of [start, start+nr); -EBUSY with the page index if the guest holds on to one.
 
-        What lies past the end of the file is left out, as fallocate() does; -EINVAL for a range that is none.
+        What lies past the end of the file is left out, as fallocate() does; -EINVAL for a range that is none, or that
+        cuts a folio.
         """
         if start < 0 or nr <= 0:
             return Conversion(-EINVAL)
         nr = max(min(nr, self.size - start), 0)
+        if not self.whole(start, nr):
+            return Conversion(-EINVAL)
         yield from self.host.begin_op("punch", start, nr)
         yield from self.host.down_write("invalidate")
         result = yield from self.remove_range(start, nr, "punch")

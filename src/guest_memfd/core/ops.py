@@ -22,7 +22,8 @@ Reason = Literal["to_private", "to_shared", "punch", "unbind", "error", "teardow
 class GuestMemfdOps(ABC):
     """What the library asks of a hypervisor's driver. All calls may sleep.
 
-    A folio is referenced, and either locked or in a range for which the invalidate lock is held exclusively.
+    A folio is referenced, and either locked or in a range for which the invalidate lock is held exclusively; *gfn* is
+    that of its first page, a multiple of its size, and all of it has one attribute.
     Every procedure returns 0 or -errno. An entry that fails leaves the page as it was, or in a state from which the
     same entry can be called again.
     """

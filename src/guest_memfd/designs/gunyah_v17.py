@@ -10,6 +10,7 @@ FORCE_SHARE, each by a binding of its own. Lending and sharing are this hypervis
 
 from __future__ import annotations
 
+from guest_memfd.core.base import filled
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import Grabbed
 from guest_memfd.designs.design import Design
@@ -19,6 +20,7 @@ from guest_memfd.hosts.host import (
     ENOENT,
     EOPNOTSUPP,
     EPERM,
+    Entries,
     Folio,
     Host,
     Locked,
@@ -55,7 +57,7 @@ class GunyahV17(Design):
         """MAP_MEM, once per page here; each binding keeps a reference on the file."""
         for index in range(start, start + nr):
             yield from self.driver.get_file()
-            yield from self.driver.xa_store("bindings", index, (gfn + index - start + 1,))
+            yield from self.driver.xa_store("bindings", index, Entries(gfn + index - start + 1, 1))
         return 0
 
     def lends(self, index: int) -> bool:
@@ -74,7 +76,7 @@ class GunyahV17(Design):
         if not ret:
             ret = yield from self.reclaim_range(bound - 1, nr)
         if not ret:
-            yield from host.xa_store_reserved("bindings", start, (0,))
+            yield from host.xa_store_reserved("bindings", start, Entries(0, 1))
             yield from host.fput()                          # the binding's; the ioctl's own is forgotten (S12)
         yield from host.end_op(ret, start if ret == -EBUSY else None)
         yield from host.up_write("bindings")
@@ -110,7 +112,7 @@ class GunyahV17(Design):
         (there,) = yield from host.xa_load("provided", gfn, 1)
         if there:
             return -EAGAIN
-        ret = yield from host.xa_store("provided", gfn, (2 * folio.pfn + 1 + (LENT if lend else 0),))
+        ret = yield from host.xa_store("provided", gfn, Entries(2 * folio.pfn + 1 + (LENT if lend else 0), 1))
         if ret:
             return ret
         ret = (yield from self.lend_safe(grabbed)) if lend else 0
@@ -119,7 +121,7 @@ class GunyahV17(Design):
             if ret:
                 yield from host.set_direct_map_default_noflush(folio)
         if ret:
-            yield from host.xa_store_reserved("provided", gfn, (0,))
+            yield from host.xa_store_reserved("provided", gfn, Entries(0, 1))
             return ret
         yield from host.folio_get(folio, "provided")
         if lend:
@@ -162,7 +164,7 @@ class GunyahV17(Design):
             ret = yield from host.hypercall("donate_from_protected" if lent else "donate_from_sibling", folio)
         if ret:
             return ret
-        yield from host.xa_store_reserved("provided", gfn, (0,))
+        yield from host.xa_store_reserved("provided", gfn, Entries(0, 1))
         if private:
             yield from host.set_direct_map_default_noflush(folio)          # result ignored (S19)
             yield from host.folio_set_private(folio, False)
@@ -179,7 +181,7 @@ class GunyahV17(Design):
             if not entries[at - gfn]:
                 continue
             folio = Folio((entries[at - gfn] - 1) // 2)
-            sync = any(entries[at - gfn + 1:])                              # S6
+            sync = filled(entries[at - gfn + 1:]) > 0                       # S6
             locked = yield from host.lock_folio(folio)
             failed = yield from self.reclaim_folio(at, folio, locked.private, sync)
             yield from host.unlock_folio(folio)
@@ -285,7 +287,7 @@ class GunyahV17(Design):
                 yield from host.down_write("bindings")
                 if (yield from self.reclaim_range(bound - 1, 1)):
                     yield from host.warn(f"page {index} is not reclaimed")
-                yield from host.xa_store_reserved("bindings", index, (0,))
+                yield from host.xa_store_reserved("bindings", index, Entries(0, 1))
                 yield from host.up_write("bindings")
                 yield from self.close()
         if (yield from self.reclaim_range(0, self.size - 1)):

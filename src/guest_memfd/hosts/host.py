@@ -12,7 +12,8 @@ either: both are explored, so traces are short where the lock is held and "read,
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -75,6 +76,32 @@ class Lookup(NamedTuple):
 
     folio: Folio
     pgoff: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """nr entries of a tree: first, first + step, ...; costs the same for one page and for a file of 2^28."""
+
+    first: int
+    nr: int
+    step: int = 0
+
+    def __len__(self) -> int:
+        return self.nr
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.first + self.step * at for at in range(self.nr))
+
+    def __getitem__(self, at: int) -> int:
+        if not -self.nr <= at < self.nr:
+            raise IndexError(f"entry {at} of {self.nr}")
+        return self.first + self.step * (at % self.nr)
+
+    def __str__(self) -> str:
+        if self.nr > 1 and not self.step:
+            return f"{self.first} x {self.nr}"
+        shown = [str(self[at]) for at in range(min(self.nr, 2))]
+        return ",".join(shown) if self.nr <= 2 else f"{','.join(shown)}..{self[-1]}"
 
 
 RefKind = Literal["lookup", "provided", "kept"]
@@ -279,15 +306,15 @@ class Host:
 
     # -- the library's own memory --------------------------------------------------------------------------------
 
-    def xa_load(self, tree: Tree, start: int, nr: int) -> Steps[tuple[int, ...]]:
-        """Read the entries of [start, start+nr)."""
+    def xa_load(self, tree: Tree, start: int, nr: int) -> Steps[Sequence[int]]:
+        """Read the entries of [start, start+nr): count(), an index and a slice are cheap, going through all may not be."""
         return self._do("xa_load", tree, start, nr)
 
-    def xa_store(self, tree: Tree, start: int, values: tuple[int, ...]) -> Steps[int]:
+    def xa_store(self, tree: Tree, start: int, values: Entries) -> Steps[int]:
         """Write entries from *start* on; 0, or -ENOMEM with nothing written."""
         return self._do("xa_store", tree, start, values)
 
-    def xa_store_reserved(self, tree: Tree, start: int, values: tuple[int, ...]) -> Steps[None]:
+    def xa_store_reserved(self, tree: Tree, start: int, values: Entries) -> Steps[None]:
         """Write entries for which `xa_reserve` has the memory (or erase: writing 0 needs none)."""
         return self._do("xa_store_reserved", tree, start, values)
 

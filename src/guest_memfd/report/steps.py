@@ -12,7 +12,7 @@ from typing import Any
 from guest_memfd.check.explorer import Step
 from guest_memfd.hosts.abstract import notes, show
 from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import Folio, Host, Primitive
+from guest_memfd.hosts.host import Entries, Folio, Host, Primitive
 from guest_memfd.report.style import WIDTH
 
 
@@ -59,6 +59,8 @@ def call(primitive: Primitive) -> str:
             told.append(f"{name}={arg}")
         elif isinstance(arg, tuple) and not isinstance(arg, Folio):
             told.append(f"[{', '.join(map(str, arg))}]")
+        elif isinstance(arg, Entries):
+            told.append(f"[{arg}]")
         else:
             told.append(str(arg))
     return f"{primitive.name}({', '.join(told)})"

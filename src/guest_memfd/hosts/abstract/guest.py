@@ -32,8 +32,11 @@ class GuestSide(Mappings):
                 frame.stale = 0
 
     def guest_map(self, gfn: int, pfn: int) -> None:
-        """Guest stage 2: gfn -> pfn."""
-        self.state.frame(pfn).gmap = gfn + 1
+        """Guest stage 2: gfn -> pfn. A TLB entry that says the same has outlived nothing any more."""
+        frame = self.state.frame(pfn)
+        frame.gmap = gfn + 1
+        if frame.gstale == gfn + 1:
+            frame.gstale = 0
         self.state.page(gfn).gpoison = 0
 
     def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
@@ -115,11 +118,12 @@ class GuestSide(Mappings):
         self.notes.append(notes.MadePrivate(how, frame.number, frame.pin + frame.get, cached))
 
     def guest_access(self, gfn: int, write: bool) -> str:
-        """Through guest stage 2, or a TLB entry that should be gone."""
+        """Through a TLB entry that should be gone if there is one, as a hit comes before a walk; else guest stage 2."""
         state = self.state
         if state.vm != st.RUNNING:
             return "stopped"
-        frame = next((f for f in state.frames() if gfn + 1 in (f.gmap, f.gstale)), None)
+        reached = (f for f in state.frames() if gfn + 1 in (f.gmap, f.gstale))
+        frame = min(reached, key=lambda f: f.gstale != gfn + 1, default=None)
         if frame is None:
             return "poisoned" if state.page(gfn).gpoison else "fault"
         via = "guest mapping" if frame.gmap == gfn + 1 else "stale guest TLB entry"
@@ -127,7 +131,8 @@ class GuestSide(Mappings):
             self.notes.append(notes.StrayGuest(frame.number, via))
             return "ok"
         self.note_access(frame, "guest", "guest access", via, write)
-        self.hypervisor.guest_touches(self, frame.number)
+        if frame.gmap == gfn + 1:                       # a TLB hit is nothing the hypervisor sees
+            self.hypervisor.guest_touches(self, frame.number)
         if write:
             private = frame.owner == st.GUEST or (frame.owner == st.HOST and state.private(frame))
             frame.content = st.SECRET if private else st.DATA

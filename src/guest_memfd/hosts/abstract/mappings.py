@@ -165,7 +165,7 @@ class Mappings(Base):
         return not self.state.inodes
 
     def user_access(self, index: int, write: bool) -> str:
-        """Through the VMM's page table; stage 2 answers with a signal, not a panic, at EL0."""
+        """Through the VMM's page table; at EL0 an abort of stage 2 is a signal (arch/arm64/mm/fault.c)."""
         if not self.state.vma:
             return "SIGSEGV"
         page = self.state.page(index)
@@ -173,7 +173,7 @@ class Mappings(Base):
         if frame is None or not page.cached:
             return "fault"
         if not frame.s2:
-            return "SIGBUS"
+            return "SIGSEGV" if self.hypervisor.abort == DATA_ABORT else "SIGBUS"
         self.note_access(frame, "VMM", "user access", "user mapping", write)
         if write:
             self._written(frame)

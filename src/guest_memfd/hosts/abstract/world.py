@@ -6,7 +6,7 @@ from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.guest import GuestSide
 from guest_memfd.hosts.abstract.pagecache import PageCache
-from guest_memfd.hosts.host import EAGAIN, EBUSY, Folio
+from guest_memfd.hosts.host import EAGAIN, EBUSY, Entries, Folio
 
 TREES = {"attributes": "attr", "bindings": "binding", "provided": "provided"}
 
@@ -44,7 +44,7 @@ class World(PageCache, GuestSide):
         field = TREES[tree]
         return tuple(getattr(self.state.page(i), field) if i < st.PAGES else 0 for i in range(start, start + nr))
 
-    def xa_store(self, tree: str, start: int, values: tuple[int, ...]) -> int:
+    def xa_store(self, tree: str, start: int, values: Entries) -> int:
         """Stores past the end of the file go nowhere on this host of two pages."""
         field = TREES[tree]
         for i, value in enumerate(values, start):
@@ -71,7 +71,7 @@ class World(PageCache, GuestSide):
         else:
             self.declassify(frame.number)
 
-    def xa_store_reserved(self, tree: str, start: int, values: tuple[int, ...]) -> None:
+    def xa_store_reserved(self, tree: str, start: int, values: Entries) -> None:
         """A store that changes the attribute tree needs its reservation."""
         if tree == "attributes":
             if not self.state.reserved:
