@@ -7,11 +7,15 @@
     |   +-- NotAPrimitive      a procedure yielded something that no host can perform
     |   +-- DesignRaised       a design (or a party) raised while it was explored
     |   +-- TraceError         a trace file that cannot be read or does not fit
+    +-- SyscallFailed          a system call or an ioctl returned -1; `errno` says why: exit code 4
+    +-- Signalled              touching a mapping would have killed the process: SIGBUS or SIGSEGV: exit code 4
     +-- HostUnavailable        the host asked for is not on this machine: exit code 5
     +-- InternalError          our own bug, please report it: exit code 1
 """
 
 import difflib
+import errno as errnos
+import os
 from collections.abc import Iterable
 
 
@@ -51,6 +55,27 @@ class DesignRaised(BadInput):
 
 class TraceError(BadInput):
     """A trace file is truncated, not JSON, of another version, or does not fit this program."""
+
+
+class SyscallFailed(GuestMemfdError):
+    """*call* returned -1 with *errno* (positive); *why* says in words what it did not like, where that is known."""
+
+    exit_code = 4
+
+    def __init__(self, errno: int, call: str, why: str = "") -> None:
+        name = errnos.errorcode.get(errno, str(errno))
+        super().__init__(f"{call}: {name} ({os.strerror(errno)}){f': {why}' if why else ''}")
+        self.errno, self.call = errno, call
+
+
+class Signalled(GuestMemfdError):
+    """A load or store at *address* raised *signal* (its name) with si_code *code*."""
+
+    exit_code = 4
+
+    def __init__(self, signal: str, address: int, code: int | None = None) -> None:
+        super().__init__(f"{signal} at {address:#x}{'' if code is None else f' (si_code {code})'}")
+        self.signal, self.address, self.code = signal, address, code
 
 
 class HostUnavailable(GuestMemfdError):

@@ -6,17 +6,26 @@ come out again, or the first thing that does not is named.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from guest_memfd.check.explorer import Finding, Program, Step, perform, resume, word
-from guest_memfd.check.outcome import STAY
+from guest_memfd.check.outcome import STAY, Outcome
 from guest_memfd.check.scenario import World, world
 from guest_memfd.check.trace import Trace, TraceStep, version
 from guest_memfd.designs import Design
+from guest_memfd.errors import GuestMemfdError
 from guest_memfd.hosts.host import SILENT, Primitive
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios import TEARDOWN
+
+
+class Beside(Protocol):
+    """Another host that takes the same steps; it raises GuestMemfdError when it does anything else."""
+
+    def step(self, who: int, primitive: Primitive, outcome: Outcome) -> Any:
+        """Carry *primitive* out for party *who*, to end as *outcome* has it."""
 
 
 class Divergence(NamedTuple):
@@ -50,16 +59,19 @@ class Replay:
 
 
 def replay(
-    trace: Trace, *, design: str | type[Design] | None = None, hypervisor: str | Hypervisor | None = None
+    trace: Trace, *, design: str | type[Design] | None = None, hypervisor: str | Hypervisor | None = None,
+    beside: Callable[[World], Beside] | None = None,
 ) -> Replay:
     """Run *trace* again, with another *design* or *hypervisor* if one is given; says where it diverges, if it does.
+
+    *beside* makes a second host, in the initial state, that has to take every step as well.
 
     Raises BadInput when the scene cannot be set (unknown design, hypervisor or party), and what a design that raises
     makes the explorer raise.
     """
     built = world(design or trace.design, hypervisor or trace.hypervisor, failures=trace.failures)
     built.must_have(trace.parties)
-    run = _Run(built, trace)
+    run = _Run(built, trace, beside(built) if beside else None)
     try:
         run.take_all()
     except _Diverged as diverged:
@@ -90,8 +102,8 @@ class _Party:
 class _Run:
     # `number` is that of the step being run; `before_teardown` the state in which the last party was done.
 
-    def __init__(self, built: World, trace: Trace) -> None:
-        self.world, self.trace = built, trace
+    def __init__(self, built: World, trace: Trace, beside: Beside | None) -> None:
+        self.world, self.trace, self.beside = built, trace, beside
         self.parties = {name: _Party(built.programs[name]) for name in trace.parties}
         self.teardown = _Party(built.teardown)
         self.shared = self.before_teardown = built.initial
@@ -156,8 +168,7 @@ class _Run:
             else:
                 outcome = perform(self.world.machine, self.shared, party.program.number, primitive)[0]
                 notes += outcome.notes
-                self.shared = outcome.shared
-                party.go_on(outcome.result)
+                self._move(party, primitive, outcome)
         if choices:
             raise _Diverged(f"expected {party.name} to choose {choices[0]!r}, it does {primitive or 'nothing more'}")
         if primitive != recorded.primitive:
@@ -173,14 +184,23 @@ class _Run:
         same = [o for o in outcomes if o.failed == recorded.failed]
         for outcome in same:
             if type(outcome.result) is type(recorded.result) and outcome.result == recorded.result:
-                if outcome.result is not STAY:
-                    party.go_on(outcome.result)
-                self.shared = outcome.shared
+                self._move(party, primitive, outcome)
                 return Step(party.name, recorded.choices, primitive, outcome.result, outcome.failed, outcome.shared,
                             (*notes, *outcome.notes))
         if not same:
             raise _Diverged(f"{primitive} of {party.name} cannot {'fail' if recorded.failed else 'succeed'} here")
         raise _Diverged(f"{primitive} of {party.name} returns {same[0].result}, recorded {recorded.result}")
+
+
+    def _move(self, party: _Party, primitive: Primitive, outcome: Outcome) -> None:
+        if self.beside is not None:
+            try:
+                self.beside.step(party.program.number, primitive, outcome)
+            except GuestMemfdError as error:
+                raise _Diverged(str(error)) from error
+        self.shared = outcome.shared
+        if outcome.result is not STAY:
+            party.go_on(outcome.result)
 
 
 def _chosen(party: str, primitive: Primitive, choices: list[str]) -> Any:

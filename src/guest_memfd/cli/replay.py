@@ -1,4 +1,7 @@
-"""`gmem replay FILE`: a saved trace once more, step by step: the same verdict, or where it diverges and why."""
+"""`gmem replay FILE`: a saved trace once more, step by step: the same verdict, or where it diverges and why.
+
+With ``--on emulated`` every step is taken on the emulated arm64 machine as well, which then shows its evidence.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,22 @@ import argparse
 from collections.abc import Iterator
 
 from guest_memfd.check.replay import Replay, replay
-from guest_memfd.check.trace import load
+from guest_memfd.check.trace import Trace, load
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
+from guest_memfd.errors import UnknownName
 from guest_memfd.report import json
 from guest_memfd.report.counterexample import wrap
 from guest_memfd.report.style import Style
+
+HOSTS = ("abstract", "emulated")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
     parser.add_argument("file", metavar="FILE", help="a trace that gmem check --save-traces has saved")
+    parser.add_argument("--on", metavar="HOST", default="abstract",
+                        help="abstract (default), or emulated: on real page tables and instructions, too")
     add_output(parser)
     parser.epilog = ("The same verdict exits 2, for the law is broken again; a trace that diverges exits 3, for it\n"
                      f"says nothing about this program any more.\n\n{parser.epilog}")
@@ -24,14 +32,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay and say what came of it."""
+    if arguments.on not in HOSTS:
+        raise UnknownName("host", arguments.on, HOSTS)
     trace = load(arguments.file)
     with Output(arguments.output) as out:
+        if arguments.on == "emulated":
+            return _emulated(trace, out, as_json=arguments.json)
         again = replay(trace)
         if arguments.json:
             out.write(json.dump(json.replayed(again, json.REPLAY)))
         else:
-            out.write("\n".join(diverged(again, out.style) if again.divergence else _same(again, out.style)))
+            out.write("\n".join(_words(again, out.style)))
     return 2 if again.same else 3
+
+
+def _emulated(trace: Trace, out: Output, *, as_json: bool) -> int:
+    from guest_memfd.check.evidence import on_machine
+
+    shown = on_machine(trace)
+    if as_json:
+        out.write(json.dump(json.replayed(shown.again, json.REPLAY) | {
+            "machine": str(shown.both.host.machine), "evidence": shown.evidence(), "state": list(shown.lines())}))
+    else:
+        out.write("\n".join([*_words(shown.again, out.style), f"on the emulated machine ({shown.both.host.machine}):",
+                             *wrap(shown.evidence(), "  "), *(f"  {line}" for line in shown.lines())]))
+    return 2 if shown.same else 3
+
+
+def _words(again: Replay, style: Style) -> Iterator[str]:
+    return diverged(again, style) if again.divergence else _same(again, style)
 
 
 def _same(again: Replay, style: Style) -> Iterator[str]:

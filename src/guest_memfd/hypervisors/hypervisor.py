@@ -45,6 +45,9 @@ class Stage2(Protocol):
     def destroy(self, pfn: int, gfn: int, how: str) -> None:
         """Scrub a living guest's page without its consent and mark its entry POISONED."""
 
+    def poisoned(self, gfn: int) -> bool:
+        """Whether the guest's entry says POISONED: its page was destroyed."""
+
     def locked_in(self, pfn: int) -> bool:
         """Whether the guest holds on to the page."""
 

@@ -70,6 +70,10 @@ class GuestSide(Mappings):
         self.notes.append(notes.Destroyed(pfn, how))
         self.state.page(gfn).gpoison = 1
 
+    def poisoned(self, gfn: int) -> bool:
+        """What `destroy` left."""
+        return bool(self.state.page(gfn).gpoison)
+
     def locked_in(self, pfn: int) -> bool:
         """Whether the guest holds on to the page."""
         return bool(self.state.frame(pfn).locked_in)

@@ -86,7 +86,7 @@ class Mappings(Base):
         frame.content = st.ZERO
 
     def image_copy(self, pfn: int) -> str:
-        """safe_copy_page(): map a hole for the moment, copy plainly, make the hole again (kernel/power/snapshot.c)."""
+        """safe_copy_page(): map a hole for the moment, copy plainly, make the hole again and flush (kernel/power/snapshot.c)."""
         frame = self.state.frame(pfn)
         if not frame.allocated or frame.poison:
             return "skipped"
@@ -95,7 +95,7 @@ class Mappings(Base):
             frame.s1 = 1
         self.kernel_access(frame, "image", "safe_copy_page", write=False, fixup=False)
         if hole:
-            frame.s1 = 0
+            frame.s1 = frame.stale = 0
         return "copied"
 
     def _expect(self, frame: st.Frame, content: int) -> None:

@@ -18,8 +18,8 @@ from guest_memfd.hypervisors.hypervisor import DATA_ABORT, Hypervisor, Stage2
 
 
 def donate_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
-    """host OWNED -> guest OWNED, mapped RWX; -EPERM otherwise."""
-    if stage2.owner(folio.pfn) != "host":
+    """host OWNED, guest NOPAGE -> guest OWNED, mapped RWX; -EPERM otherwise."""
+    if stage2.owner(folio.pfn) != "host" or stage2.poisoned(gfn):
         return -EPERM
     stage2.set_owner(folio.pfn, "guest")
     stage2.host_maps(folio.pfn, False)
@@ -29,8 +29,8 @@ def donate_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
 
 
 def share_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
-    """host OWNED -> SHARED_OWNED, guest SHARED_BORROWED; -EPERM otherwise."""
-    if stage2.owner(folio.pfn) != "host":
+    """host OWNED, guest NOPAGE -> SHARED_OWNED, guest SHARED_BORROWED; -EPERM otherwise."""
+    if stage2.owner(folio.pfn) != "host" or stage2.poisoned(gfn):
         return -EPERM
     stage2.set_owner(folio.pfn, "shared")
     stage2.guest_map(gfn, folio.pfn)

@@ -1,0 +1,281 @@
+"""A guest_memfd file on the emulated machine, and mappings of it. Rule of this file: bytes to pages, results to errnos.
+
+What a page is and who may have it is the library's; which arguments a device's file refuses, and in which order, is the
+subclass's. An access of the VMM is a load or store that EL0 executes on every page it touches; the bytes beside that
+one doubleword are copied from and to the frame the instruction arrived at.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from errno import EBADF, EINVAL
+from stat import S_IFREG
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from guest_memfd.designs import Design
+from guest_memfd.errors import BadInput, Signalled, SyscallFailed
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.host import Primitive, Steps
+from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Stat
+
+if TYPE_CHECKING:
+    from guest_memfd.hosts.emulated.machine import Machine
+    from guest_memfd.hosts.emulated.vm import Vm
+
+BUS_ADRERR = 2
+"""si_code of the SIGBUS that a fault handler asks for (include/uapi/asm-generic/siginfo.h)."""
+
+_FAULTS = 3
+"""How often one access may fault before it is a SIGBUS: somebody keeps taking the page away."""
+
+_WORD = 8
+
+
+class FileHost(EmulatedHost):
+    """The primitives for one file, with VMAs over parts of it, and copies by user space."""
+
+    windows: list[tuple[int, int]]
+    """First page and number of pages of every VMA."""
+
+    def __init__(self, machine: Machine, vm: Vm, size: int) -> None:
+        super().__init__(machine, vm, size)
+        self.windows = []
+
+    def vma_covers(self, start: int, nr: int) -> bool:
+        """Whether one of the VMAs does."""
+        return any(first < start + nr and start < first + length for first, length in self.windows)
+
+    def user_read(self, index: int, within: int, nr: int) -> bytes | str:
+        """EL0 loads the doubleword at byte *within* of page *index*, and with it *nr* bytes; or what stops it."""
+        before = self.machine.tracer.contents()
+        pa = self._executed(index, within & -_WORD, None)
+        if isinstance(pa, str):
+            return pa
+        self.note_access(self.machine.page_at(pa), "VMM", "user access", "user mapping", False,
+                         before(self.machine.page_at(pa)))
+        return self.machine.ram.read(pa + within, nr)
+
+    def user_write(self, index: int, within: int, data: bytes) -> str:
+        """EL0 stores one doubleword of *data* at byte *within* of page *index*, and the rest with it.
+
+        ``ok``, or what stops it.
+        """
+        at, end = -(-within // _WORD) * _WORD, within + len(data)
+        if at + _WORD <= end:
+            word = data[at - within:at - within + _WORD]
+        else:
+            at = within & -_WORD
+            old = self._executed(index, at, None)
+            if isinstance(old, str):
+                return old
+            word = self._merged(old + at, within - at, data)
+        before = self.machine.tracer.contents()
+        pa = self._executed(index, at, int.from_bytes(word, "little"))
+        if isinstance(pa, str):
+            return pa
+        page = self.machine.page_at(pa)
+        self.note_access(page, "VMM", "user access", "user mapping", True, before(page))
+        self.machine.ram.write(pa + within, data)
+        self.machine.tracer.wrote(page, st.DATA)
+        return "ok"
+
+    # The doubleword at *pa* once *data* has been put at its byte *first*.
+    def _merged(self, pa: int, first: int, data: bytes) -> bytes:
+        word = bytearray(self.machine.ram.read(pa, _WORD))
+        part = data[:_WORD - first]
+        word[first:first + len(part)] = part
+        return bytes(word)
+
+    # One instruction: the frame it arrived at, or a signal.
+    def _executed(self, index: int, at: int, value: int | None) -> int | str:
+        mapping = self.inode.mapping
+        if mapping is None:
+            return "SIGSEGV"
+        ran = self.machine.cpu.user(mapping.va(index) + at, value is not None, value or 0)
+        return ran.signal or ran.pa & -PAGE
+
+
+class _Owned:
+    """Owner (uapi/memory.py): given up once; used afterwards it is EBADF."""
+
+    closed = False
+
+    def close(self) -> None:
+        """Give it up; a second time changes nothing."""
+        if not self.closed:
+            self.closed = True
+            self._release()
+
+    def _release(self) -> None:
+        raise NotImplementedError
+
+    def _in_use(self, call: str) -> None:
+        if self.closed:
+            raise SyscallFailed(EBADF, call, "it has been closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Mapped(_Owned):
+    """A VMA of *file*: *size* bytes from file offset *offset* on (uapi/memory.py Mapping)."""
+
+    def __init__(self, file: GuestMemoryFile, offset: int, size: int) -> None:
+        self.file, self.offset, self.size = file, offset, size
+
+    def read(self, at: int, nr: int) -> bytes:
+        """*nr* bytes from byte *at* on; raises Signalled, BadInput beyond the mapping."""
+        return b"".join(self._access(index, within, length)
+                        for index, within, length, _ in self._pieces("read", at, nr))
+
+    def write(self, at: int, data: bytes) -> None:
+        """Store *data* from byte *at* on; raises as `read`. Pages before the one that refused have been written."""
+        for index, within, length, done in self._pieces("write", at, len(data)):
+            self._access(index, within, length, data[done:done + length])
+
+    # What of [at, at+nr) lies in each page: its index in the file, first byte there, bytes, bytes before it.
+    def _pieces(self, call: str, at: int, nr: int) -> Iterator[tuple[int, int, int, int]]:
+        self._in_use(call)
+        if at < 0 or nr < 0 or at + nr > self.size:
+            raise BadInput(f"{call} of {nr:#x} bytes at {at:#x} of a mapping of {self.size:#x} bytes")
+        done = 0
+        while done < nr:
+            index, within = divmod(self.offset + at + done, PAGE)
+            length = min(PAGE - within, nr - done)
+            yield index, within, length, done
+            done += length
+
+    # A load of *length* bytes, or a store of *data*; faults go to the library.
+    def _access(self, index: int, within: int, length: int, data: bytes | None = None) -> bytes:
+        file = self.file
+        name, args = ("user_read", (index, within, length)) if data is None else ("user_write", (index, within, data))
+        for _attempt in range(_FAULTS):
+            seen = file.perform(Primitive(name, args, "user"))
+            if isinstance(seen, bytes):
+                return seen
+            if seen == "ok":
+                return b""
+            if seen != "fault":
+                raise Signalled(seen, file.address(index) + within)
+            if file.run(file.library.user_fault(index)) == "SIGBUS":
+                break
+        raise Signalled("SIGBUS", file.address(index) + within, BUS_ADRERR)
+
+    def _release(self) -> None:
+        self.file.unmap(self)
+
+
+class GuestMemoryFile(_Owned, ABC):
+    """A guest_memfd of *size* bytes (uapi/memory.py GuestMemory), served by the design *library*.
+
+    *vm*: whose driver answers the hypercalls about its pages. *shared*: page indexes born shared. Raises
+    SyscallFailed from its creation, under the name `created_by`. A subclass says what its device refuses.
+    """
+
+    created_by = "CREATE_GUEST_MEMFD"
+
+    def __init__(self, machine: Machine, library: Design, size: int, vm: Vm, shared: tuple[int, ...] = ()) -> None:
+        self.machine, self.library, self.size = machine, library, size
+        self.host = self.make_host(vm, max(size // PAGE, 1))            # a file of no pages has one that nobody gets to
+        self.mappings: list[Mapped] = []
+        self.check(self.run(library.create(self.host.inode.size, shared)), self.created_by)
+
+    def make_host(self, vm: Vm, pages: int) -> FileHost:
+        """The primitives for this file."""
+        return FileHost(self.machine, vm, pages)
+
+    # -- what a device decides -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_fallocate(self, mode: int, offset: int, nr: int) -> None:
+        """Raise SyscallFailed for arguments that this file's fallocate() refuses, in its order."""
+
+    @abstractmethod
+    def check_mmap(self, offset: int, nr: int, shared: bool) -> None:
+        """Raise SyscallFailed for a mapping this file's mmap() refuses; the generic checks come before."""
+
+    def map_range(self, start: int, nr: int) -> Steps[int]:
+        """The library's part of mmap(2)."""
+        return self.library.mmap()
+
+    # -- system calls --------------------------------------------------------------------------------------------
+
+    def fallocate(self, mode: int, offset: int, nr: int) -> None:
+        """fallocate(2); raises SyscallFailed."""
+        self._in_use("fallocate")
+        if offset < 0 or nr <= 0:
+            raise SyscallFailed(EINVAL, "fallocate", f"{nr} bytes at {offset}")
+        self.check_fallocate(mode, offset, nr)
+        if mode & FALLOC_FL_PUNCH_HOLE:
+            result = self.run(self.library.punch_hole(offset // PAGE, nr // PAGE))
+            self.check(result.ret, "fallocate", self._where(result.error_index))
+        else:
+            self.check(self.run(self.library.allocate(offset // PAGE, nr // PAGE)), "fallocate")
+
+    @staticmethod
+    def _where(index: int | None) -> str:
+        return "" if index is None else f"page {index} stays"
+
+    def punch_hole(self, offset: int, nr: int) -> None:
+        """fallocate(2) with KEEP_SIZE | PUNCH_HOLE."""
+        self.fallocate(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, nr)
+
+    def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> Mapped:
+        """mmap(2) of PROT_READ | PROT_WRITE; *nr* None: to the end of the file. Raises SyscallFailed."""
+        self._in_use("mmap")
+        nr = self.size - offset if nr is None else nr
+        if nr <= 0 or offset < 0 or offset % PAGE:
+            raise SyscallFailed(EINVAL, "mmap", f"{nr} bytes at {offset}")
+        self.check_mmap(offset, nr, shared)
+        window = offset // PAGE, -(-nr // PAGE)
+        self.check(self.run(self.map_range(*window)), "mmap")
+        mapped = Mapped(self, offset, nr)
+        self.host.windows.append(window)
+        self.mappings.append(mapped)
+        return mapped
+
+    def unmap(self, mapped: Mapped) -> None:
+        """munmap(2) of one of this file's mappings."""
+        self.mappings.remove(mapped)
+        self.host.windows.remove((mapped.offset // PAGE, -(-mapped.size // PAGE)))
+        self.run(self.library.munmap())
+
+    def fstat(self) -> Stat:
+        """fstat(2): neither driver counts blocks."""
+        self._in_use("fstat")
+        return Stat(S_IFREG, self.size, 0)
+
+    def _release(self) -> None:
+        if self.perform(Primitive("fd_close", (), "user")):
+            self.run(self.library.close())
+
+    # -- running the library -------------------------------------------------------------------------------------
+
+    def perform(self, primitive: Primitive) -> Any:
+        """One primitive for this file's user; raises KernelPanic, again if Linux has stopped before."""
+        if self.machine.dead is not None:
+            raise self.machine.dead
+        return self.host.perform(primitive, 0)
+
+    def run(self, procedure: Steps[Any]) -> Any:
+        """A procedure to its end; raises KernelPanic as `perform`."""
+        if self.machine.dead is not None:
+            raise self.machine.dead
+        return self.host.run(procedure)
+
+    def check(self, ret: int, call: str, why: str = "") -> None:
+        """Raise SyscallFailed when *ret* is -errno."""
+        if ret < 0:
+            raise SyscallFailed(-ret, call, why)
+
+    def address(self, index: int) -> int:
+        """Where the VMM sees page *index* (or would)."""
+        mapping = self.host.inode.mapping
+        return 0 if mapping is None else mapping.va(index)

@@ -1,0 +1,68 @@
+"""Plain KVM: the driver is the hypervisor, so a hypercall is a call into its MMU code (arch/arm64/kvm/mmu.c)."""
+
+from __future__ import annotations
+
+from guest_memfd.hosts.emulated.arm64.walk import Stage2
+from guest_memfd.hosts.emulated.drivers.driver import Driver
+from guest_memfd.hosts.emulated.kvm.vm import Kvm
+from guest_memfd.hosts.emulated.machine import Machine
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.emulated.vm import Vm
+from guest_memfd.hosts.host import Folio
+
+
+class KvmDriver(Driver):
+    """VHE: no host stage 2, nobody owns pages."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        self.el2 = Kvm(machine.ram, machine.kernel_pages, machine.tlbs)
+
+    def sanitised(self) -> bool:
+        """KVM zeroes nothing."""
+        return False
+
+    def _mmu_map(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return int(vm.handle.map(gfn, folio.pfn, folio.nr))
+
+    def _mmu_unmap(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return int(vm.handle.unmap(gfn, folio.nr)) if self.guest_maps(vm, folio.pfn * PAGE) == gfn * PAGE else 0
+
+    def owner(self, pa: int) -> str:
+        """The host's, all of it."""
+        return "host"
+
+    def host_may(self, pa: int) -> bool:
+        """Nothing is withheld."""
+        return True
+
+    def guest_maps(self, vm: Vm, pa: int) -> int | None:
+        """By the guest's table."""
+        found: int | None = vm.handle.guest_maps(pa)
+        return found
+
+    def lookup(self, vm: Vm, ipa: int) -> int | None:
+        """By the guest's table."""
+        leaf = vm.handle.pgt.leaf(ipa)
+        return leaf.oa + (ipa & (PAGE << leaf.order) - 1) if leaf.valid else None
+
+    def locked_in(self, vm: Vm, pa: int) -> bool:
+        """Guests of plain KVM hold on to nothing."""
+        return False
+
+    def guest_stage2(self, vm: Vm) -> Stage2:
+        """The VM's own."""
+        registers: Stage2 = vm.handle.registers()
+        return registers
+
+    def create_vm(self, frames: int) -> Vm:
+        """KVM_CREATE_VM."""
+        handle = self.el2.create_vm(lambda ipa: ipa < frames * PAGE)
+        return Vm(handle, handle.vmid)
+
+    def vm_kill(self, vm: Vm) -> None:
+        """Nothing to tell anybody."""
+
+    def vm_destroyed(self, vm: Vm) -> None:
+        """kvm_free_stage2_pgd()."""
+        vm.handle.destroy()

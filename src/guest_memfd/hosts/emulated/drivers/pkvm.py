@@ -1,0 +1,155 @@
+"""Protected KVM: kvm_call_hyp_nvhe(), with the arguments of arch/arm64/kvm/pkvm.c (7.3).
+
+The vCPU stays loaded from creation on, also while the VM is dying: a thread may still be handling the fault that its
+guest took before. (KVM itself waits for its vCPUs before it tears a VM down.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from guest_memfd.hosts.emulated.arm64.fault import TRANSLATION, Fault
+from guest_memfd.hosts.emulated.arm64.walk import Stage2
+from guest_memfd.hosts.emulated.buddy import OutOfMemory
+from guest_memfd.hosts.emulated.drivers.driver import Driver
+from guest_memfd.hosts.emulated.kvm.guest import first_tables
+from guest_memfd.hosts.emulated.machine import Machine
+from guest_memfd.hosts.emulated.pkvm import hypercalls as n
+from guest_memfd.hosts.emulated.pkvm import transitions
+from guest_memfd.hosts.emulated.pkvm.el2 import El2
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.emulated.vm import Vm
+from guest_memfd.hosts.host import EBUSY, ENOMEM, EPERM, Folio
+
+_RWX = 7
+_SIGN = 1 << 63
+
+
+class PkvmDriver(Driver):
+    """EL2 owns the host's stage 2."""
+
+    rules = frozenset({("check_consent", -EBUSY), ("reclaim_dying_guest_page", -EPERM)})
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        pool = machine.el2_pool
+        self.el2 = El2(machine.ram, pool, machine.tlbs, reserved=[(pool.start, pool.size)])
+        self._sanitised = False
+
+    # x0 is the number, x1 comes back as the function's result.
+    def _call(self, number: int, *args: int) -> int:
+        regs = [n.BASE + number, *args] + [0] * (17 - len(args))
+        self.el2.hvc(regs, 0)
+        assert regs[0] == 0, f"EL2 does not know hypercall {number}"
+        return regs[1] - (regs[1] & _SIGN) * 2
+
+    def sanitised(self) -> bool:
+        """reclaim_dying_guest_page zeroes."""
+        return self._sanitised
+
+    def hypercall(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
+        """As every driver's; remembers whether the page was zeroed."""
+        self._sanitised = False
+        return super().hypercall(vm, name, args)
+
+    # -ENOMEM of EL2 means that the vCPU's memcache is empty: topup_hyp_memcache().
+    def _topup(self, vm: Vm) -> int:
+        memcache, source = vm.handle.memcache, self.machine.kernel_pages
+        missing = vm.handle.min_pages - len(memcache.pages) - len(memcache.offered)
+        try:
+            vm.handle.topup([source.alloc() for _ in range(missing)])
+        except OutOfMemory:
+            return -ENOMEM
+        return 0
+
+    def _donate_guest(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return self._topup(vm) or self._call(n.DONATE_GUEST, folio.pfn, gfn, folio.nr)
+
+    def _share_guest(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return self._topup(vm) or self._call(n.SHARE_GUEST, folio.pfn, gfn, folio.nr, _RWX)
+
+    def _unshare_guest(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return self._call(n.UNSHARE_GUEST, vm.handle.handle, gfn, folio.nr)
+
+    def _unshare(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return self._call(n.UNSHARE, vm.handle.handle, gfn)
+
+    def _check_consent(self, vm: Vm, gfn: int, folio: Folio, converting: bool) -> int:
+        return self._call(n.CHECK_CONSENT, vm.handle.handle, gfn, int(converting))
+
+    def _reclaim_dying_guest_page(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        owned = self.owner(folio.pfn * PAGE) != "host"
+        ret = self._call(n.RECLAIM_DYING, vm.handle.handle, gfn, folio.nr)
+        self._sanitised = owned and not ret
+        return ret
+
+    def force_reclaim(self, pa: int) -> int:
+        """__pkvm_force_reclaim_guest_page()."""
+        return self._call(n.FORCE_RECLAIM, pa)
+
+    # -- records and tables --------------------------------------------------------------------------------------
+
+    def owner(self, pa: int) -> str:
+        """hyp_vmemmap."""
+        return str(self.el2.owner(pa))
+
+    def host_may(self, pa: int) -> bool:
+        """Mapped, or mapped by the first fault."""
+        return bool(self.el2.host_may(pa))
+
+    def host_touches(self, pa: int) -> None:
+        """The first store is a stage-2 fault, which EL2 answers by mapping the page."""
+        if not self.el2.host.pgt.leaf(pa).valid:
+            fault = Fault(TRANSLATION, 3, 2, va=pa, ipa=pa, access="w")
+            assert self.el2.host_abort(fault, 1) is None
+
+    def guest_maps(self, vm: Vm, pa: int) -> int | None:
+        """By the guest's table."""
+        found: int | None = vm.handle.guest_maps(pa)
+        return found
+
+    def lookup(self, vm: Vm, ipa: int) -> int | None:
+        """By the guest's table."""
+        leaf = vm.handle.pgt.leaf(ipa)
+        return leaf.oa + (ipa & (PAGE << leaf.order) - 1) if leaf.valid else None
+
+    def locked_in(self, vm: Vm, pa: int) -> bool:
+        """Not shared with the host."""
+        return self.owner(pa) == "guest"
+
+    def poisoned(self, vm: Vm, gfn: int) -> bool:
+        """The guest's entry is annotated POISONED."""
+        return bool(vm.handle.poisoned(gfn * PAGE))
+
+    def guest_stage2(self, vm: Vm) -> Stage2:
+        """The VM's own."""
+        registers: Stage2 = vm.handle.registers()
+        return registers
+
+    # -- the guest acts, VMs ---------------------------------------------------------------------------------------
+
+    def guest_consents(self, vm: Vm, ipa: int) -> bool:
+        """HVC MEM_SHARE; EL2 refuses it for a page that is not the guest's alone."""
+        return transitions.guest_share_host(self.el2, vm.handle, ipa // PAGE) == 0
+
+    def create_vm(self, frames: int) -> Vm:
+        """__pkvm_init_vm() and one vCPU, loaded."""
+        pages = first_tables()
+        pgd = self.machine.kernel_pages.alloc((pages - 1).bit_length())
+        handle = self.el2.create_vm(pgd, lambda ipa: ipa < frames * PAGE)
+        handle.add_vcpu(None)
+        self._call(n.VCPU_LOAD, handle.handle, 0)
+        handle.topup([self.machine.kernel_pages.alloc() for _ in range(2 * handle.min_pages)])
+        handle.memcache.refill(2 * handle.min_pages)
+        return Vm(handle, handle.vmid)
+
+    def vm_kill(self, vm: Vm) -> None:
+        """The VM is dying; see the first lines of this file for the loaded vCPU."""
+        vm.handle.dying = True
+
+    def vm_destroyed(self, vm: Vm) -> None:
+        """__pkvm_finalize_teardown_vm(): EL2 gives its tables back."""
+        self._call(n.VCPU_PUT)
+        self._call(n.FINALIZE_TEARDOWN, vm.handle.handle)
+        for pa in vm.handle.teardown:
+            self.machine.kernel_pages.free(pa)

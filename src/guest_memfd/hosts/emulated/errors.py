@@ -1,0 +1,15 @@
+"""How the emulated machine stops, or waits: three signals, none of which is an error of this program."""
+
+from __future__ import annotations
+
+
+class Blocked(Exception):  # noqa: N818 - a signal, not an error
+    """The primitive has to wait; nothing has changed."""
+
+
+class KernelPanic(Exception):  # noqa: N818
+    """Linux has stopped; `text` is what it says on the console."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.splitlines()[0] if text else "panic")
+        self.text = text

@@ -1,0 +1,62 @@
+"""A guest_memfd inode: page cache, trees, locks, references. Rule of this file: data of one file, and no behaviour.
+
+The primitives (../primitives/) act on it; which reference keeps it alive is said in core/file.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from guest_memfd.hosts.emulated.kernel.maple import MapleTree
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.kernel.rwsem import Rwsem
+
+if TYPE_CHECKING:
+    from guest_memfd.hosts.emulated.kernel.mm import FileMapping
+
+TREES = ("attributes", "bindings", "provided")
+
+
+@dataclass(eq=False)
+class Inode:
+    """One guest_memfd file of `size` pages, made by code of module `module`."""
+
+    size: int
+    module: str
+    pages: dict[int, Page] = field(default_factory=dict)        # page index of the head -> folio
+    orders: dict[int, int] = field(default_factory=dict)        # order -> folios of it in `pages`
+    trees: dict[str, MapleTree] = field(default_factory=lambda: {name: MapleTree() for name in TREES})
+    reserved: bool = False                                      # maple nodes preallocated for the attribute tree
+    invalidate: Rwsem = field(default_factory=Rwsem)
+    bindings: Rwsem = field(default_factory=Rwsem)
+    fd: bool = False                                            # user space has a descriptor
+    files: int = 0                                              # references on the struct file
+    references: int = 0                                         # references on the inode: the file, each VMA
+    mapping: FileMapping | None = None                          # the user page table its VMAs share
+
+    def find(self, index: int) -> Page | None:
+        """The folio that covers page *index*."""
+        for order in self.orders:
+            page = self.pages.get(index >> order << order)
+            if page is not None and page.order == order:
+                return page
+        return None
+
+    def insert(self, page: Page, index: int) -> None:
+        """Put *page* into the page cache at the aligned *index*."""
+        self.pages[index] = page
+        self.orders[page.order] = self.orders.get(page.order, 0) + 1
+        page.inode, page.index = self, index
+
+    def remove(self, page: Page) -> None:
+        """Take *page* out."""
+        del self.pages[page.index]
+        self.orders[page.order] -= 1
+        if not self.orders[page.order]:
+            del self.orders[page.order]
+        page.inode = None
+
+    def entry(self, tree: str, index: int) -> int:
+        """One entry of a tree."""
+        return self.trees[tree].load(index, 1)[0]

@@ -1,0 +1,56 @@
+"""struct folio: who refers to a block of frames, and its flags. Rule of this file: one count decides, kinds explain.
+
+The kernel has one reference count. Beside it every reference is entered under its kind, as the kernel's own
+ref_tracker does for debugging, so that the laws - and people - can tell a pin from a page-cache reference.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.hosts.emulated.ram import PAGE
+
+KINDS = ("cache", "lru", "lookup", "provided", "pin", "get", "spec")
+"""Kinds of references (hosts/abstract/state.py FRAME_FIELDS); ``kept`` is one more that is never dropped."""
+
+
+class Page:
+    """The head page of an allocated folio at physical address `pa`, 4 KiB << `order` bytes."""
+
+    __slots__ = ("cache", "get", "hwpoison", "index", "inode", "kept", "lock", "lookup", "lru", "order", "pa", "pin",
+                 "private", "provided", "refcount", "spec", "uptodate")
+
+    def __init__(self, pa: int, order: int) -> None:
+        self.pa, self.order = pa, order
+        self.refcount = 0
+        self.cache = self.lru = self.lookup = self.provided = self.pin = self.get = self.spec = 0
+        self.kept = self.uptodate = self.private = self.hwpoison = False
+        self.lock: int | None = None                    # the task that holds the folio lock
+        self.inode: object | None = None                # folio->mapping
+        self.index = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return PAGE << self.order
+
+    @property
+    def nr(self) -> int:
+        """Pages."""
+        return 1 << self.order
+
+    def take(self, kind: str) -> None:
+        """One more reference of *kind*."""
+        setattr(self, kind, getattr(self, kind) + 1)
+        self.refcount += 1
+
+    def drop(self, kind: str) -> bool:
+        """One reference of *kind* less; True when it was the last of all. Raises ValueError below zero."""
+        count = getattr(self, kind)
+        if not count:
+            raise ValueError(kind)
+        setattr(self, kind, count - 1)
+        self.refcount -= 1
+        return not self.refcount
+
+    def kinds(self) -> int:
+        """The sum of what is entered by kind; equals refcount, or the books are cooked."""
+        return self.cache + self.lru + self.lookup + self.provided + self.pin + self.get + self.spec + self.kept

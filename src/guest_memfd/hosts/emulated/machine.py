@@ -1,0 +1,333 @@
+"""One emulated arm64 machine: RAM, CPUs with their TLBs, EL2, and Linux on it. Rule of this file: parts, put together.
+
+Who changes what: the primitives (primitives/) act for Linux, drivers/ talk to EL2, hostcpu.py executes. The machine
+answers the questions that need several parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from guest_memfd.errors import BadInput
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.arm64 import tlbi
+from guest_memfd.hosts.emulated.arm64.tlb import Tlb
+from guest_memfd.hosts.emulated.buddy import Buddy
+from guest_memfd.hosts.emulated.drivers import driver_for
+from guest_memfd.hosts.emulated.errors import KernelPanic
+from guest_memfd.hosts.emulated.hostcpu import HostCpu
+from guest_memfd.hosts.emulated.kernel import direct_map as dm
+from guest_memfd.hosts.emulated.kernel.inode import Inode
+from guest_memfd.hosts.emulated.kernel.linear_map import LinearMap
+from guest_memfd.hosts.emulated.kernel.mm import Mm
+from guest_memfd.hosts.emulated.kernel.module import Loader, Module, ModuleImage
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.kernel.text import KernelText
+from guest_memfd.hosts.emulated.ram import PAGE, Ram
+from guest_memfd.hosts.emulated.tracer import Tracer
+from guest_memfd.hosts.emulated.vm import Vm
+from guest_memfd.hosts.host import Folio, Primitive
+from guest_memfd.hypervisors import HYPERVISORS
+
+if TYPE_CHECKING:
+    from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
+
+OnFree = Literal["poison", "zero", "nothing"]
+
+_POKING = 0xFFFF_FC00_0000_0000
+"""Where one CPU maps a folio for itself alone for the moment; a multiple of 1 GiB, outside of the linear map."""
+
+
+@dataclass
+class Power:
+    """Pages counted as gone from the host, hibernation announced, tasks frozen."""
+
+    away: int = 0
+    preparing: bool = False
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a machine is built.
+
+    ram: bytes. release, rodata, bbml3, tlb_range: the kernel and the CPU, as `LinearMap` takes them. on_free: what the
+    kernel does to a page when it is freed. scattered: that many single frames are all that guest_memfd can have, *apart*
+    pages from one to the next; 0: whatever is free. cpus: how many TLBs.
+    """
+
+    ram: int = 1 << 30
+    release: str = "7.3"
+    rodata: str = "full"
+    bbml3: bool = False
+    tlb_range: bool = True
+    on_free: OnFree = "zero"
+    scattered: int = 0
+    apart: int = 2
+    cpus: int = 3
+    sea_fixup: bool = False
+
+
+class KernelPages(Buddy):
+    """Linux's own pages. A table is zeroed by the kernel, so from then on the host's stage 2 maps it."""
+
+    touched: Callable[[int], None] = staticmethod(lambda pa: None)
+
+    def alloc_table(self) -> int:
+        """One zeroed page; raises OutOfMemory."""
+        pa = super().alloc_table()
+        self.touched(pa)
+        return pa
+
+
+class Machine:
+    """A machine under hypervisor *name*; raises UnknownName, BadInput when it is too small, HostUnavailable."""
+
+    def __init__(self, name: str, config: Config = Config()) -> None:
+        self.config, self.hypervisor = config, HYPERVISORS[name]
+        if config.ram < 16 << 20:
+            raise BadInput(f"a machine needs 16 MiB of RAM at least, not {config.ram:#x} bytes")
+        self.ram = Ram(config.ram)
+        pool = min(max(config.ram >> 7, 4 << 20) & -(1 << 21), 8 << 30)
+        self.el2_pool = Buddy(self.ram, self.ram.end - pool, pool)
+        self.kernel_pages = KernelPages(self.ram, self.ram.base, config.ram - pool)
+        self.tlbs = [Tlb() for _ in range(config.cpus)]
+        self.on_free = config.on_free
+        self.pages: dict[int, Page] = {}
+        self.lru_batch: dict[int, Page] = {}
+        self.inodes: dict[Inode, None] = {}
+        self.power = Power()
+        self.dead: KernelPanic | None = None
+        self.console: list[str] = []
+        self._slab_fails = False
+        self._vms: list[Vm] = []
+        self.folios: Buddy = self.kernel_pages
+        self.watched: list[int] = []
+        self._boot()
+
+    def _boot(self) -> None:
+        text = self.kernel_pages.alloc()
+        self.text = KernelText(self.ram, text)
+        self.driver = driver_for(self.hypervisor.name, self)
+        self.el2: Any = self.driver.el2
+        self.kernel_pages.touched = self.driver.host_touches
+        self.linear_map = LinearMap(
+            self.ram, self.kernel_pages, self.tlbs, release=self.config.release, rodata=self.config.rodata,
+            bbml3=self.config.bbml3, tlb_range=self.config.tlb_range, vmid=lambda: self.driver.host_vmid)
+        self.linear_map.tables.map(self.text.start, self.text.start + self.text.size, text, dm.PAGE_KERNEL_ROX, dm.ROX)
+        self.bounce_va = self.linear_map.va(self.kernel_pages.alloc())
+        self.vmm = Mm(self.ram, self.kernel_pages, self.tlbs, self.driver.host_vmid)
+        self.cpu = HostCpu(self, sea_fixup=self.config.sea_fixup, pkvm=self.hypervisor.name == "pkvm")
+        self.modules = Loader()
+        loaded = self.modules.load(ModuleImage(self.hypervisor.module, exit=lambda: None))
+        assert isinstance(loaded, Module)
+        self.module = loaded
+        if self.config.scattered:
+            self._scatter(self.config.scattered)
+            self.linear_map.tables.before_store = self._speculate_late
+        self.tracer = Tracer(self)
+
+    # What lies between the frames is the kernel's own, such as slabs of names.
+    def _scatter(self, nr: int) -> None:
+        order = (self.config.apart * nr - 1).bit_length()
+        start = self.kernel_pages.alloc(order)
+        self.folios = Buddy(self.ram, start, PAGE << order)
+        for _ in range(1 << order):
+            self.folios.alloc()
+        self.watched = [start + PAGE * (self.config.apart * i + 1) for i in range(nr)]
+        for pa in self.watched:
+            self.ram.fill(pa, PAGE, 0x5A)
+            self.folios.free(pa)
+
+    def __str__(self) -> str:
+        c = self.config
+        return f"{self.hypervisor.name} {c.release} rodata={c.rodata}{' bbml3' if c.bbml3 else ''}"
+
+    # -- VMs, files ------------------------------------------------------------------------------------------------
+
+    def create_vm(self, frames: int = 2) -> Vm:
+        """A VM of *frames* guest page frames; its fd holds the module."""
+        vm = self.driver.create_vm(frames)
+        self.module.try_get()
+        self._vms.append(vm)
+        return vm
+
+    # -- frames ------------------------------------------------------------------------------------------------------
+
+    def number(self, pa: int) -> int:
+        """What the laws call the frame at *pa*: its place among the watched ones, or its frame number."""
+        return self.watched.index(pa) if pa in self.watched else pa // PAGE
+
+    def page_at(self, pa: int) -> Page:
+        """The folio that the byte at *pa* belongs to."""
+        pfn = pa // PAGE
+        page = self.pages.get(pfn)
+        if page is not None:
+            return page
+        for order in (9, 18):
+            page = self.pages.get(pfn >> order << order)
+            if page is not None and page.order >= order:
+                return page
+        return Page(pfn * PAGE, 0)
+
+    def page_or_free(self, pfn: int) -> Page:
+        """The folio of frame *pfn*, or a stand-in for a free frame."""
+        return self.page_at(pfn * PAGE)
+
+    def allocated(self, page: Page) -> bool:
+        """Whether it is somebody's."""
+        return page.pa // PAGE in self.pages
+
+    @property
+    def unloaded(self) -> bool:
+        """Whether the hypervisor's module is gone."""
+        return self.module.name not in self.modules.modules
+
+    def slab_fails(self) -> bool:
+        """Whether the allocation of a small object fails now; injected."""
+        fails, self._slab_fails = self._slab_fails, False
+        return fails
+
+    # -- who reaches what ----------------------------------------------------------------------------------------
+
+    def holds_kernel(self, pa: int) -> bool:
+        """Whether some CPU's TLB still translates the linear-map address of *pa*."""
+        va = self.linear_map.va(pa)
+        return any(tlb.holds_stage1(va, None, self.driver.host_vmid) for tlb in self.tlbs)
+
+    def host_reaches(self, pa: int) -> bool:
+        """Whether stage 2, or a TLB entry made from it, lets the host touch *pa*."""
+        if self.driver.host_may(pa):
+            return True
+        return any(tlb.holds_stage2(pa, self.driver.host_vmid) for tlb in self.tlbs)
+
+    def mapped_by_user(self, pa: int, size: int) -> bool:
+        """Whether a VMM's page table, or a TLB entry made from it, maps any of [pa, pa+size)."""
+        for inode in self.inodes:
+            mapping = inode.mapping
+            if mapping is None:
+                continue
+            for index, at in mapping.present.items():
+                if pa <= at < pa + size and mapping.lookup(index) == at:
+                    return True
+        return self.tlb_maps_user(pa, size)
+
+    def tlb_maps_user(self, pa: int, size: int) -> bool:
+        """Whether a TLB translates a user address to [pa, pa+size)."""
+        return any(e.kind != "stage2" and e.vmid == self.driver.host_vmid and not e.ia >> 55 and pa <= e.oa < pa + size
+                   for tlb in self.tlbs for e in tlb.entries())
+
+    def guest_maps(self, pa: int) -> bool:
+        """Whether any VM's stage 2 maps *pa*."""
+        return any(self.driver.guest_maps(vm, pa) is not None for vm in self.vms)
+
+    def guest_reaches(self, page: Page) -> bool:
+        """Whether a guest reaches *page* through its tables or a TLB entry that outlived its mapping."""
+        return self.guest_maps(page.pa) or any(self.stale_guest_gfn(vm, page.pa) is not None for vm in self.vms)
+
+    def stale_guest_gfn(self, vm: Vm, pa: int) -> int | None:
+        """The guest frame number that a TLB still translates to *pa* and *vm*'s tables do not."""
+        for tlb in self.tlbs:
+            for entry in tlb.reaching(pa):
+                if entry.vmid == vm.vmid and entry.kind == "stage2":
+                    ipa = entry.ia + pa - entry.oa
+                    if self.driver.lookup(vm, ipa) != pa:
+                        return ipa // PAGE
+        return None
+
+    def cpu_of_guest(self, vm: Vm, ipa: int) -> int:
+        """The CPU on which a guest access to *ipa* goes most astray: one with a stale entry, if there is one."""
+        now = self.driver.lookup(vm, ipa)
+        stale = []
+        for cpu, tlb in enumerate(self.tlbs):
+            entry = tlb.stage2(vm.vmid, ipa)
+            if entry is not None and entry.oa + (ipa & entry.size - 1) != now:
+                stale.append((entry.oa, cpu))
+        if stale:
+            return min(stale)[1]
+        return self.watched.index(now) % len(self.tlbs) if now in self.watched else 0
+
+    # -- an adversary's hardware -------------------------------------------------------------------------------------
+
+    def speculate(self, host: EmulatedHost) -> None:
+        """Every CPU fills its TLB with every translation it may: kernel and user addresses of the watched frames, and
+        guest addresses, each on the CPU that has the number of the frame it leads to."""
+        cpu, stage2 = self.cpu, self.el2.stage2()
+        mmu = cpu.mmus[cpu.current]
+        for pa in self.watched:
+            mmu.prefetch(self.linear_map.va(pa), cpu.stage1, stage2)
+        self._speculate_late()
+        mapping = host.inode.mapping
+        if mapping is not None:
+            for slot in mapping.vmas:
+                for index in range(host.inode.size):
+                    mmu.prefetch(mapping.va(index, slot), cpu.stage1, stage2)
+        if host.vm in self.vms:
+            for gfn in range(host.inode.size):
+                pa_now = self.driver.lookup(host.vm, gfn * PAGE)
+                if pa_now in self.watched:
+                    self.driver.prefetch(self.watched.index(pa_now) % len(self.tlbs), host.vm, gfn * PAGE)
+
+    # Another CPU comes across the linear map only where it is made of single pages: it has no block and no run left in
+    # its TLB with which a flush of one page would drop its neighbours. It walks up to the moment before an entry changes.
+    def _speculate_late(self) -> None:
+        mmu, stage2 = self.cpu.mmus[-1], self.el2.stage2()
+        for pa in self.watched:
+            leaf = self.linear_map.leaf(pa)
+            if leaf.level == 3 and not leaf.value & dm.CONT:
+                mmu.prefetch(self.linear_map.va(pa), self.cpu.stage1, stage2)
+
+    # -- failures ------------------------------------------------------------------------------------------------------
+
+    def can_fail(self, host: EmulatedHost, primitive: Primitive) -> bool:
+        """Whether *primitive* could fail for want of memory on this machine, as it is now."""
+        if primitive.name == "set_direct_map_invalid_noflush":
+            folio: Folio = primitive.args[0]
+            return self.linear_map.can_set_direct_map() and self.linear_map.leaf(folio.pfn * PAGE).level < 3
+        if primitive.name == "mmap":
+            return host.inode.fd
+        return True
+
+    def fail_next(self, primitive: Primitive, errno: int) -> None:
+        """Let *primitive* fail when it is carried out next."""
+        if primitive.name == "hypercall":
+            self.driver.refuse_next = errno
+        elif primitive.name == "filemap_add_folio":
+            self.folios.fail_at(0)
+        elif primitive.name == "set_direct_map_invalid_noflush":
+            self.kernel_pages.fail_at(0)
+        else:
+            self._slab_fails = True
+
+    # -- mappings of the moment ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def poking(self, page: Page) -> Iterator[int]:
+        """A virtual address at which this CPU alone has *page* while the block runs (text_poke())."""
+        tables = self.linear_map.tables
+        tables.map(_POKING, _POKING + page.size, page.pa, dm.PAGE_KERNEL_TAGGED, dm.NO_CONT)
+        try:
+            yield _POKING
+        finally:
+            for _, entry in list(tables.leaves(_POKING, _POKING + page.size)):
+                tables.store(entry, 0)
+            tlbi.vmalle1(self.tlbs[self.cpu.current], self.driver.host_vmid)
+
+    # -- the console -----------------------------------------------------------------------------------------------------
+
+    def log(self, text: str) -> None:
+        """printk()."""
+        self.console += text.splitlines()
+
+    def panicked(self, panic: KernelPanic) -> None:
+        """Linux has stopped."""
+        self.dead = panic
+        self.log(panic.text)
+
+    @property
+    def vms(self) -> Sequence[Vm]:
+        """VMs that have not been destroyed."""
+        return [vm for vm in self._vms if vm.state != st.GONE]

@@ -1,0 +1,126 @@
+"""Who owns a page: the page states and the hypervisor's vmemmap. Rule of this file: a record nobody wrote is the host's.
+
+An entry is eight bytes, packed as struct hyp_page is (include/nvhe/memory.h): refcount 15:0, order 23:16, host state
+27:24, hyp state 31:28 complemented, number of guests that the host shares the page with 63:32. So all zeros reads as
+"host OWNED, hypervisor NOPAGE", and the table is kept sparse: a dict of the words that are not zero. Upstream has one
+word per 4 KiB page; here a word may also stand for a whole 2 MiB or 1 GiB range in which all pages agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+PAGE_SHIFT = 12
+ORDERS = (0, 9, 18)
+"""Orders (log2 of 4 KiB pages) of what one leaf can map: page, 2 MiB, 1 GiB."""
+
+_COUNT_MAX = (1 << 32) - 1
+
+
+class State(IntEnum):
+    """enum pkvm_page_state; POISON exists only for guests, and only as an annotation of their page-table entry."""
+
+    OWNED = 0
+    SHARED_OWNED = 1
+    SHARED_BORROWED = 2
+    NOPAGE = 3
+    POISON = 4
+
+
+class HypPage(NamedTuple):
+    """One entry of the vmemmap, unpacked."""
+
+    refcount: int = 0
+    order: int = 0
+    host: State = State.OWNED
+    hyp: State = State.NOPAGE
+    guests: int = 0
+
+    @property
+    def value(self) -> int:
+        """The eight bytes."""
+        return self.refcount | self.order << 16 | self.host << 24 | (self.hyp ^ 3) << 28 | self.guests << 32
+
+    @classmethod
+    def decode(cls, value: int) -> HypPage:
+        """Unpack eight bytes."""
+        return cls(value & 0xffff, value >> 16 & 0xff, State(value >> 24 & 3), State((value >> 28 & 3) ^ 3), value >> 32)
+
+    @property
+    def may_be_shared_again(self) -> bool:
+        """Whether one more guest can borrow it without its count running over."""
+        return self.guests < _COUNT_MAX
+
+    def __repr__(self) -> str:
+        more = f" guests={self.guests}" if self.guests else ""
+        more += f" refcount={self.refcount}" if self.refcount else ""
+        return f"<host {self.host.name} hyp {self.hyp.name}{more}>"
+
+
+class Vmemmap:
+    """hyp_vmemmap of all memory; frame numbers (pfn) count 4 KiB pages from physical address 0."""
+
+    def __init__(self) -> None:
+        # One dict of packed words per order, keyed by first pfn. A pfn is in at most one of them.
+        self._words: dict[int, dict[int, int]] = {order: {} for order in ORDERS}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._words.values()))
+
+    def page(self, pfn: int) -> HypPage:
+        """The record of one page."""
+        return HypPage.decode(self._word(pfn))
+
+    def _word(self, pfn: int) -> int:
+        for order, words in self._words.items():
+            word = words.get(pfn >> order << order)
+            if word is not None:
+                return word
+        return 0
+
+    def pages(self, pfn: int, order: int) -> Iterator[HypPage]:
+        """The different records of the naturally aligned range of 1 << *order* pages; one if all pages agree."""
+        if self._covered(pfn, order):
+            yield self.page(pfn)
+            return
+        for word in {self._word(each) for each in range(pfn, pfn + (1 << order))}:
+            yield HypPage.decode(word)
+
+    # Whether one word, or no word at all, stands for the whole range.
+    def _covered(self, pfn: int, order: int) -> bool:
+        if any(pfn >> o << o in self._words[o] for o in ORDERS if o >= order):
+            return True
+        return not any(self._below(pfn, order))
+
+    def _below(self, pfn: int, order: int) -> Iterator[tuple[int, int]]:
+        end = pfn + (1 << order)
+        for lower in ORDERS:
+            words = self._words[lower]
+            if lower >= order or not words:
+                continue
+            if len(words) < end - pfn >> lower:
+                yield from ((lower, at) for at in words if pfn <= at < end)
+            else:
+                yield from ((lower, at) for at in range(pfn, end, 1 << lower) if at in words)
+
+    def set(self, pfn: int, order: int, page: HypPage) -> None:
+        """Write the record of all pages of a naturally aligned range of 1 << *order* pages, order one of ORDERS."""
+        self._open(pfn, order)
+        for lower, at in list(self._below(pfn, order)):
+            del self._words[lower][at]
+        value = page.value
+        if value:
+            self._words[order][pfn] = value
+        else:
+            self._words[order].pop(pfn, None)
+
+    # A word that stands for more than this range comes apart.
+    def _open(self, pfn: int, order: int) -> None:
+        for i in range(len(ORDERS) - 1, 0, -1):
+            upper, lower = ORDERS[i], ORDERS[i - 1]
+            head = pfn >> upper << upper
+            if upper > order and (word := self._words[upper].pop(head, None)) is not None:
+                for at in range(head, head + (1 << upper), 1 << lower):
+                    self._words[lower][at] = word

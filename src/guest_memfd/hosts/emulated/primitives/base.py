@@ -1,0 +1,70 @@
+"""What the mixins of the emulated host share: the machine, the file, the task - and how a primitive waits or dies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.emulated.errors import Blocked, KernelPanic
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.host import Caller, Folio
+
+if TYPE_CHECKING:
+    from guest_memfd.hosts.emulated.kernel.inode import Inode
+    from guest_memfd.hosts.emulated.kernel.page import Page
+    from guest_memfd.hosts.emulated.machine import Machine
+    from guest_memfd.hosts.emulated.vm import Vm
+
+
+class Base:
+    """One guest_memfd file on a machine, and the primitive under way: who asks, and what it leaves for the laws."""
+
+    machine: Machine
+    inode: Inode
+    vm: Vm
+    who: int
+    caller: Caller
+    notes: list[notes.Note]
+
+    def wait(self) -> NoReturn:
+        """The primitive cannot go on now; whoever asked waits."""
+        raise Blocked
+
+    def die(self, why: str) -> NoReturn:
+        """BUG(): the kernel stops for a reason that is no abort."""
+        self.notes.append(notes.Broken(why))
+        raise KernelPanic(f"kernel BUG: {why}\nKernel panic - not syncing: Oops - BUG: Fatal exception")
+
+    def page(self, folio: Folio) -> Page:
+        """struct folio of *folio*, which somebody holds."""
+        page = self.machine.pages.get(folio.pfn)
+        if page is None:
+            self.die(f"{folio} is used without a reference")
+        return page
+
+    def folio(self, page: Page) -> Folio:
+        """The handle procedures know *page* by."""
+        return Folio(page.pa // PAGE, page.order)
+
+    def locked(self, folio: Folio, what: str) -> Page:
+        """*folio*, which the caller must have locked."""
+        page = self.page(folio)
+        if page.lock != self.who:
+            self.die(f"{what} of {folio} without its lock")
+        return page
+
+    def private(self, page: Page) -> bool:
+        """The library's word on *page*: its attribute, or the mark where a design keeps no attributes."""
+        attribute = self.inode.entry("attributes", page.index) if page.inode is self.inode else 0
+        return attribute == PRIVATE_PAGE if attribute else page.private
+
+    def drop(self, page: Page, kind: str) -> None:
+        """Drop a reference; a count below zero is a bug of the caller."""
+        try:
+            page.drop(kind)
+        except ValueError:
+            self.die(f"reference count of {self.folio(page)} drops below zero ({kind})")
+
+
+PRIVATE_PAGE = 2
+"""Entry of the attribute tree (core/base.py): the host may not touch the page."""

@@ -1,0 +1,125 @@
+"""The kernel touches memory on the emulated host: one real instruction per page-table leaf, and what comes of it.
+
+An access runs our kernel text on the CPU. What stops it - a stage-1 fault, an abort that EL2 injects - goes through the
+kernel's own fault table; this file only tells the laws what was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.errors import KernelPanic
+from guest_memfd.hosts.emulated.hostcpu import Aborted, Ran
+from guest_memfd.hosts.emulated.kernel.direct_map import level_size
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.primitives.base import Base
+from guest_memfd.hosts.host import Folio
+from guest_memfd.hypervisors.hypervisor import DATA_ABORT, SEA
+
+BEFORE = 4
+"""load_unaligned_zeropad() starts this many bytes before the end of the page in front."""
+
+
+class Contents(Base):
+    """clear_folio ... copy_from_kernel_nofault, and `kernel_access`, the one way the kernel touches memory."""
+
+    def note_access(self, page: Page, who: str, what: str, via: str, write: bool, content: int) -> None:
+        """Record that *who* reached the contents, which were *content* until then."""
+        self.notes.append(self.machine.tracer.access(self, page, who, what, via, write, content))
+
+    # Every abort that the CPU took on the way, as a fact.
+    def _note_aborts(self, what: str, page: Page, aborts: list[Aborted], *, survived: bool) -> None:
+        for aborted in aborts:
+            kind = ("translation fault" if aborted.stage == 1 else SEA if aborted.external else DATA_ABORT)
+            self.notes.append(notes.Abort(what, aborted.stage, self.machine.number(page.pa), kind, survived,
+                                          aborted.words()))
+
+    def kernel_access(self, page: Page, who: str, what: str, symbol: str, va: int) -> str:
+        """Call kernel function *symbol* with *va*: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
+        machine = self.machine
+        stale = not machine.linear_map.kernel_page_present(page.pa)
+        content = machine.tracer.content(page)
+        ran = self._run(what, page, lambda: machine.cpu.call(symbol, va))
+        if ran.fixed:
+            return "fixed"
+        self.note_access(page, who, what, "stale TLB entry" if stale else "direct map", symbol == "plain_write",
+                         st.ZERO if ran.reclaimed else content)
+        return "ok"
+
+    def _run(self, what: str, page: Page, run: Callable[[], Ran]) -> Ran:
+        cpu = self.machine.cpu
+        try:
+            ran = run()
+        except KernelPanic:
+            self._note_aborts(what, page, cpu.aborts, survived=False)
+            raise
+        if ran.reclaimed:
+            self.machine.tracer.reclaimed_by_force(self, page)
+        self._note_aborts(what, page, cpu.aborts, survived=True)
+        return ran
+
+    def kernel_write(self, page: Page, who: str, what: str) -> None:
+        """Store to every leaf through which the direct map shows *page*: what holds for one word of it holds for all."""
+        lm = self.machine.linear_map
+        pa = page.pa
+        while pa < page.pa + page.size:
+            self.kernel_access(page, who, what, "plain_write", lm.va(pa))
+            size = level_size(lm.leaf(pa).level)
+            pa += size - lm.va(pa) % size
+
+    def load_unaligned_zeropad(self, pfn: int) -> str:
+        """A word load from the page before that runs into *pfn*: it has an exception-table entry."""
+        page = self.machine.page_or_free(pfn)
+        return self.kernel_access(page, "kernel", "load_unaligned_zeropad", "load_unaligned_zeropad",
+                                  self.machine.linear_map.va(page.pa) - BEFORE)
+
+    def copy_from_kernel_nofault(self, pfn: int) -> str:
+        """/proc/kcore: it has an exception-table entry; poisoned pages are skipped (fs/proc/kcore.c)."""
+        page = self.machine.page_or_free(pfn)
+        if page.hwpoison:
+            return "skipped"
+        return self.kernel_access(page, "kernel", "copy_from_kernel_nofault", "copy_from_kernel_nofault",
+                                  self.machine.linear_map.va(page.pa))
+
+    def clear_folio(self, folio: Folio) -> None:
+        """A plain write through the direct map."""
+        page = self.page(folio)
+        self.kernel_write(page, "library", "clear_folio")
+        self._zeroed(page)
+
+    def clear_folio_local(self, folio: Folio) -> None:
+        """A write through a mapping that this CPU alone has for the moment (text_poke()): stage 2 still has a say."""
+        page, machine = self.page(folio), self.machine
+        content = machine.tracer.content(page)
+        with machine.poking(page) as va:
+            ran = self._run("clear_folio_local", page, lambda: machine.cpu.call("plain_write", va))
+        self.note_access(page, "library", "clear_folio_local", "local mapping", True,
+                         st.ZERO if ran.reclaimed else content)
+        self._zeroed(page)
+
+    def _zeroed(self, page: Page) -> None:
+        self.machine.ram.zero(page.pa, page.size)
+        self.machine.tracer.secret.discard(page.pa)
+
+    def image_copy(self, pfn: int) -> str:
+        """safe_copy_page(): map a hole for the moment, copy plainly, make the hole again (kernel/power/snapshot.c)."""
+        machine = self.machine
+        page = machine.page_or_free(pfn)
+        if not machine.allocated(page) or page.hwpoison:
+            return "skipped"
+        lm = machine.linear_map
+        hole = not lm.kernel_page_present(page.pa)
+        if hole:
+            lm.set_direct_map_default_noflush(page.pa)
+        self.kernel_access(page, "image", "safe_copy_page", "plain_read", lm.va(page.pa))
+        if hole:
+            lm.set_direct_map_invalid_noflush(page.pa)
+            lm.flush_tlb_kernel_range(lm.va(page.pa), lm.va(page.pa) + page.size)
+        return "copied"
+
+    def written(self, page: Page, token: bytes) -> None:
+        """Somebody of the host's side has put *token* there: both sides may know it."""
+        self.machine.ram.write(page.pa, token)
+        self.machine.tracer.wrote(page, st.DATA)

@@ -1,0 +1,36 @@
+"""The direct map on the emulated host: linear-map entries, split as the kernel splits them, and the flush."""
+
+from __future__ import annotations
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.primitives.base import Base
+from guest_memfd.hosts.host import Folio
+
+
+class DirectMap(Base):
+    """set_direct_map_invalid_noflush ... flush_tlb_kernel_range."""
+
+    def set_direct_map_invalid_noflush(self, folio: Folio) -> int:
+        """The entries go, TLBs keep them (arch/arm64/mm/pageattr.c)."""
+        page = self.page(folio)
+        ret = self.machine.linear_map.set_direct_map_invalid_noflush(page.pa, page.nr)
+        return self._changed(page, ret, invalid=True)
+
+    def _changed(self, page: Page, ret: int, *, invalid: bool) -> int:
+        if not ret:
+            self.notes.append(notes.DirectMapChange(self.caller, self.machine.number(page.pa), invalid))
+        return ret
+
+    def set_direct_map_default_noflush(self, folio: Folio) -> int:
+        """Invalid to valid: nothing stale can be left."""
+        page = self.page(folio)
+        ret = self.machine.linear_map.set_direct_map_default_noflush(page.pa, page.nr)
+        return self._changed(page, ret, invalid=False)
+
+    def flush_tlb_kernel_range(self, folios: tuple[Folio, ...]) -> None:
+        """All CPUs, a range for each folio."""
+        lm = self.machine.linear_map
+        for folio in folios:
+            page = self.page(folio)
+            lm.flush_tlb_kernel_range(lm.va(page.pa), lm.va(page.pa) + page.size)

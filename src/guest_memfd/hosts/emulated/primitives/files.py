@@ -1,0 +1,164 @@
+"""Around the pages on the emulated host: trees, files, inodes, the module, the VM, and the laws' tracepoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.primitives.base import PRIVATE_PAGE
+from guest_memfd.hosts.emulated.primitives.guest import GuestSide
+from guest_memfd.hosts.host import EBUSY, ENOMEM, Entries, Tree
+
+
+class Files(GuestSide):
+    """begin_op ... vm_destroyed."""
+
+    def begin_op(self, op: str, start: int, nr: int) -> None:
+        """Tracepoint."""
+        self.machine.tracer.begin(self, op, start, nr)
+
+    def end_op(self, ret: int, error_index: int | None) -> None:
+        """Tracepoint, in the state the operation is about to unlock."""
+        self.machine.tracer.end(self, ret, error_index)
+
+    # -- trees ---------------------------------------------------------------------------------------------------
+
+    def xa_load(self, tree: Tree, start: int, nr: int) -> Sequence[int]:
+        """Entries past the end of the file are holes."""
+        return self.inode.trees[tree].load(start, nr)
+
+    def xa_store(self, tree: Tree, start: int, values: Entries) -> int:
+        """A maple node may have to be allocated."""
+        if self.machine.slab_fails():
+            return -ENOMEM
+        self._store(tree, start, values)
+        return 0
+
+    # Stores past the end of the file go nowhere.
+    def _store(self, tree: Tree, start: int, values: Entries) -> None:
+        nr = min(len(values), self.inode.size - start)
+        if nr <= 0:
+            return
+        values = Entries(values.first, nr, values.step)
+        if tree == "attributes":
+            changed = self.machine.tracer.attributes(self, start, values)
+            self.inode.trees[tree].store(start, values)
+            for page in changed:
+                if values.first == PRIVATE_PAGE:
+                    self.note_private(page, "converted")
+                else:
+                    self.machine.tracer.declassify(page)
+        else:
+            self.inode.trees[tree].store(start, values)
+
+    def xa_store_reserved(self, tree: Tree, start: int, values: Entries) -> None:
+        """A store that changes the attribute tree needs its reservation."""
+        if tree == "attributes":
+            if not self.inode.reserved:
+                self.die("store into the attribute tree without preallocated nodes")
+            self.inode.reserved = False
+        self._store(tree, start, values)
+
+    def xa_reserve(self, tree: Tree, start: int, nr: int) -> int:
+        """The nodes are there until they are used or given back."""
+        if self.machine.slab_fails():
+            return -ENOMEM
+        self.inode.reserved = True
+        return 0
+
+    def xa_release(self, tree: Tree) -> None:
+        """Given back unused."""
+        self.inode.reserved = False
+
+    # -- files and inodes ----------------------------------------------------------------------------------------
+
+    def alloc_inode(self) -> int:
+        """One file, one inode."""
+        if self.machine.slab_fails():
+            return -ENOMEM
+        self.inode.files = self.inode.references = 1
+        self.machine.inodes[self.inode] = None
+        return 0
+
+    def fd_install(self) -> None:
+        """User space sees it."""
+        self.inode.fd = True
+
+    def fd_close(self) -> bool:
+        """The descriptor goes; its file reference is the caller's to drop."""
+        was_open, self.inode.fd = self.inode.fd, False
+        return was_open
+
+    def get_file(self) -> bool:
+        """Not from a file whose last reference has gone."""
+        if not self.inode.files:
+            return False
+        self.inode.files += 1
+        return True
+
+    def fput(self) -> bool:
+        """True: the last one."""
+        if not self.inode.files:
+            self.die("fput of a file without references")
+        self.inode.files -= 1
+        return not self.inode.files
+
+    def iput(self) -> bool:
+        """True: the last one."""
+        if not self.inode.references:
+            self.die("iput of an inode without references")
+        self.inode.references -= 1
+        return not self.inode.references
+
+    # -- module and VM -------------------------------------------------------------------------------------------
+
+    def try_module_get(self) -> bool:
+        """Not once it is being unloaded."""
+        return self.machine.module.try_get()
+
+    def module_put(self) -> None:
+        """A reference too many is a bug."""
+        try:
+            self.machine.module.put()
+        except ValueError:
+            self.die("module_put without a reference")
+
+    def delete_module(self) -> int:
+        """Only when nobody holds it; its exit code gives back nothing by itself."""
+        return -EBUSY if self.machine.modules.delete(self.machine.module.name) else 0
+
+    def vm_state(self) -> str:
+        """running, dying, gone."""
+        return st.VM_STATES[self.vm.state]
+
+    def vm_kill(self) -> bool:
+        """The vCPUs leave the guest and do not come back."""
+        if self.vm.state != st.RUNNING:
+            return False
+        self.vm.state = st.DYING
+        self.machine.driver.vm_kill(self.vm)
+        return True
+
+    def vm_destroyed(self) -> None:
+        """Stage-2 tables and their TLB entries go with the VM; memory it still owns does not come back by itself.
+
+        Whoever uses a kernel mapping of a guest page holds the VM, so this waits for him.
+        """
+        if self.vm.gpc_readers:
+            self.wait()
+        self.vm.state = st.GONE
+        self.machine.driver.vm_destroyed(self.vm)
+        self.vm.gpc, self.vm.gpc_fresh = None, False
+        self.module_put()
+
+    # -- saying so -----------------------------------------------------------------------------------------------
+
+    def warn(self, what: str) -> None:
+        """WARN_ON()."""
+        self.machine.log(f"WARNING: {what}")
+        self.notes.append(notes.Warned(what))
+
+    def bug(self, what: str) -> None:
+        """BUG_ON()."""
+        self.die(what)

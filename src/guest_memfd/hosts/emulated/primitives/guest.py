@@ -1,0 +1,130 @@
+"""The guest's side of the emulated host: hypercalls, guest accesses on a real vCPU, pfn caches."""
+
+from __future__ import annotations
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.primitives.user import UserMappings
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.emulated.tracer import GUEST_TOKEN, KERNEL_TOKEN
+from guest_memfd.hosts.host import Folio
+
+
+class GuestSide(UserMappings):
+    """hypercall ... gpc_drop."""
+
+    def hypercall(self, name: str, *args: object) -> int:
+        """The driver's code around one hypercall; what it did to the page is read off EL2's own records."""
+        machine = self.machine
+        folio = next(arg for arg in args if isinstance(arg, Folio))
+        page = self.page(folio)
+        owner, mapped = machine.driver.owner(page.pa), machine.driver.guest_maps(self.vm, page.pa)
+        ret = machine.driver.hypercall(self.vm, name, args)
+        if (name, ret) in machine.driver.rules:
+            self.notes.append(notes.Refused(name, -ret))
+        if owner != "guest" and machine.driver.owner(page.pa) == "guest":
+            self.note_private(page, "donated")
+        if mapped is not None and machine.driver.guest_maps(self.vm, page.pa) is None and page.inode is self.inode:
+            machine.tracer.out_of_scope(self, "takes the page from the guest", page.index)
+        machine.tracer.after_hypercall(page, machine.driver.sanitised())
+        return ret
+
+    def note_private(self, page: Page, how: str) -> None:
+        """A folio is the guest's alone from now on."""
+        cached = self.vm.gpc is page
+        self.notes.append(notes.MadePrivate(how, self.machine.number(page.pa), page.pin + page.get, cached))
+
+    def guest_access(self, gfn: int, write: bool) -> str:
+        """One load or store of the vCPU, through guest stage 2 or a TLB entry that should be gone."""
+        machine, vm = self.machine, self.vm
+        if vm.state != st.RUNNING:
+            return "stopped"
+        before = machine.tracer.contents()
+        ran = machine.driver.guest_access(vm, gfn * PAGE, write, GUEST_TOKEN)
+        if ran.exit is not None:
+            return ran.exit
+        page = machine.page_or_free(ran.pa // PAGE)
+        via = "guest mapping" if machine.driver.lookup(vm, gfn * PAGE) == ran.pa else "stale guest TLB entry"
+        if not self._guest_may(page, gfn):
+            self.notes.append(notes.StrayGuest(machine.number(page.pa), via))
+            return "ok"
+        self.note_access(page, "guest", "guest access", via, write, before(page))
+        if write:
+            owner = machine.driver.owner(page.pa)
+            secret = owner == "guest" or (owner == "host" and self.private(page))
+            machine.tracer.wrote(page, st.SECRET if secret else st.DATA)
+        return "ok"
+
+    # The guest's own: the page the file holds at the index that this gfn is bound to.
+    def _guest_may(self, page: Page, gfn: int) -> bool:
+        if page.inode is not self.inode or self.inode.entry("bindings", page.index) != gfn + 1:
+            return False
+        return self.machine.driver.owner(page.pa) != "host" or not self.machine.hypervisor.tracks_owner
+
+    def guest_consents(self, gfn: int) -> str:
+        """The hypervisor's own way of letting go, by the guest's own hypercall."""
+        machine, vm = self.machine, self.vm
+        if vm.state != st.RUNNING:
+            return "stopped"
+        pa = machine.driver.lookup(vm, gfn * PAGE)
+        if pa is None:
+            return "fault"
+        if machine.driver.guest_consents(vm, gfn * PAGE):
+            machine.tracer.consented(machine.page_or_free(pa // PAGE))
+        return "ok"
+
+    def mmu_invalidate_begin(self, start: int, nr: int) -> None:
+        """Kernel mappings of the range end; a reader of the cache's lock is waited for (virt/kvm/pfncache.c)."""
+        vm, page = self.vm, self.vm.gpc
+        if page is not None and (page.inode is not self.inode or start <= page.index < start + nr):
+            if vm.gpc_readers:
+                self.wait()
+            vm.gpc = None
+        vm.gpc_fresh = False
+        vm.invalidations += 1
+
+    def mmu_invalidate_end(self) -> None:
+        """The sequence moves on: whoever sampled it before must look again."""
+        if not self.vm.invalidations:
+            self.die("mmu_invalidate_end without begin")
+        self.vm.invalidations -= 1
+        self.vm.gpc_fresh = False
+
+    # -- gfn_to_pfn_cache ----------------------------------------------------------------------------------------
+
+    def gpc_begin(self, index: int) -> None:
+        """Sample the sequence."""
+        self.vm.gpc_fresh = True
+
+    def gpc_commit(self, folio: Folio) -> bool:
+        """mmu_notifier_retry_cache()."""
+        if self.vm.invalidations or not self.vm.gpc_fresh:
+            return False
+        self.vm.gpc = self.page(folio)
+        return True
+
+    def gpc_read_lock(self) -> bool:
+        """Valid and locked, or neither."""
+        if self.vm.gpc is None:
+            return False
+        self.vm.gpc_readers = 1
+        return True
+
+    def gpc_access(self, write: bool) -> str:
+        """A plain access of the kernel through its cached mapping, which is the direct map."""
+        page = self.vm.gpc
+        assert page is not None
+        self.kernel_access(page, "kernel", "gfn_to_pfn_cache user", "plain_write" if write else "plain_read",
+                           self.machine.linear_map.va(page.pa))
+        if write:
+            self.written(page, KERNEL_TOKEN)
+        return "ok"
+
+    def gpc_read_unlock(self) -> None:
+        """Let invalidations go on."""
+        self.vm.gpc_readers = 0
+
+    def gpc_drop(self) -> None:
+        """The cache is given up."""
+        self.vm.gpc, self.vm.gpc_fresh = None, False

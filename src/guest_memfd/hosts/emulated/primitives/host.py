@@ -1,0 +1,72 @@
+"""The emulated host as procedures see it: a primitive comes in, the machine moves, a result goes out.
+
+Rule of this file: the only place from which primitives are called. Frozen tasks, code whose module is gone and the
+end of the kernel are dealt with here, as on the abstract host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.emulated.errors import Blocked, KernelPanic
+from guest_memfd.hosts.emulated.kernel.inode import Inode
+from guest_memfd.hosts.emulated.primitives.directmap import DirectMap
+from guest_memfd.hosts.emulated.primitives.locks import Locks
+from guest_memfd.hosts.emulated.primitives.power import Power
+from guest_memfd.hosts.host import Primitive, Steps
+
+if TYPE_CHECKING:
+    from guest_memfd.hosts.emulated.machine import Machine
+    from guest_memfd.hosts.emulated.vm import Vm
+
+Judge = Callable[[Primitive, list[notes.Note]], None]
+
+
+class EmulatedHost(Locks, DirectMap, Power):
+    """One guest_memfd file of *size* pages on *machine*, bound to *vm*.
+
+    tasks: numbers of the parties that freezing stops. judge: told of every primitive and the facts it left.
+    """
+
+    def __init__(
+        self, machine: Machine, vm: Vm, size: int, *, tasks: frozenset[int] = frozenset(), judge: Judge | None = None,
+    ) -> None:
+        self.machine, self.vm, self.tasks, self.judge = machine, vm, tasks, judge
+        self.inode = Inode(size, machine.module.name)
+        self.who, self.caller, self.notes = 0, "library", []
+
+    def perform(self, primitive: Primitive, who: int) -> Any:
+        """Carry *primitive* out for task *who*; raises Blocked when it has to wait, KernelPanic when Linux stops.
+
+        What the laws should know is in `notes` afterwards.
+        """
+        self.notes = []
+        if who in self.tasks and self.machine.power.frozen:
+            raise Blocked
+        self.who, self.caller = who, primitive.caller
+        module = self.machine.module
+        try:
+            if self.machine.unloaded and primitive.caller == module.name:
+                self.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
+            return getattr(self, primitive.name)(*primitive.args)
+        except KernelPanic as panic:
+            self.machine.panicked(panic)
+            raise
+        finally:
+            if self.judge is not None:
+                self.judge(primitive, self.notes)
+
+    def run(self, procedure: Steps[Any], who: int = 0) -> Any:
+        """Drive *procedure* to its end with nobody else around: what it returns.
+
+        Raises Blocked when it would wait for ever, KernelPanic when Linux stops.
+        """
+        result: Any = None
+        while True:
+            try:
+                primitive = procedure.send(result)
+            except StopIteration as stop:
+                return stop.value
+            result = self.perform(primitive, who)

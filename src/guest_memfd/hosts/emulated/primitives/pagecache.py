@@ -1,0 +1,139 @@
+"""Page cache and references of the emulated host: look-up, insertion, removal, and what the last put does."""
+
+from __future__ import annotations
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.buddy import OutOfMemory
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.primitives.contents import Contents
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.host import EEXIST, ENOMEM, Folio, Lookup
+
+PAGE_POISON = 0xAA
+"""What debug_pagealloc leaves in a free page (include/linux/poison.h)."""
+
+FOLIO_BATCH = 31
+"""Folios that a CPU's lru_add batch holds before it is emptied (include/linux/folio_batch.h)."""
+
+
+class PageCache(Contents):
+    """filemap_get_folio ... folio_set_private."""
+
+    def filemap_get_folio(self, index: int) -> Lookup | None:
+        """A hit comes with a transient reference."""
+        page = self.inode.find(index)
+        if page is None:
+            return None
+        page.take("lookup")
+        return Lookup(self.folio(page), page.index)
+
+    def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
+        """Allocates from the page allocator and inserts, at the index rounded down to the folio's size."""
+        head = index >> order << order
+        try:
+            pa = self.machine.folios.alloc(order)
+        except OutOfMemory:
+            return -ENOMEM
+        if self._occupied(head, order):
+            self.machine.folios.free(pa, order)
+            return -EEXIST
+        page = self.machine.pages[pa // PAGE] = Page(pa, order)
+        page.take("cache")
+        page.take("lookup")
+        page.lock = self.who
+        self.inode.insert(page, head)
+        self._lru_add(page)
+        return Lookup(self.folio(page), head)
+
+    # Whether a folio is in the way: one that covers the head, or a smaller one further on.
+    def _occupied(self, head: int, order: int) -> bool:
+        inode, end = self.inode, head + (1 << order)
+        if inode.find(head) is not None:
+            return True
+        smaller = sum(count for o, count in inode.orders.items() if o < order)
+        if smaller < 1 << order:
+            return smaller > 0 and any(head <= i < end for i in inode.pages)
+        return any(i in inode.pages for i in range(head, end))
+
+    # folio_add_lru(): a batch per CPU; a large folio empties it at once (mm/swap.c).
+    def _lru_add(self, page: Page) -> None:
+        batch = self.machine.lru_batch
+        page.take("lru")
+        batch[page.pa] = page
+        if len(batch) >= FOLIO_BATCH or page.order:
+            self.lru_add_drain_all()
+
+    def filemap_remove_folio(self, folio: Folio) -> None:
+        """Leaves the page cache; whoever still has a reference keeps the frames."""
+        page = self.locked(folio, "filemap_remove_folio")
+        if page.inode is not self.inode:
+            self.die(f"{folio} is not in the page cache")
+        self.inode.remove(page)
+        self.drop(page, "cache")
+        self.machine.tracer.removed(self, page.index, page.nr)
+
+    def folio_put(self, folio: Folio, kind: str = "lookup") -> None:
+        """The last reference frees."""
+        page = self.page(folio)
+        self.drop(page, kind)
+        self.free_if_unused(page)
+
+    def folio_get(self, folio: Folio, kind: str = "provided") -> None:
+        """A lasting reference; ``kept`` is one that is never dropped."""
+        page = self.page(folio)
+        if kind == "kept":
+            page.kept = True
+        else:
+            page.take(kind)
+
+    def folio_ref_count(self, folio: Folio) -> int:
+        """All references."""
+        return self.page(folio).refcount
+
+    def folio_maybe_dma_pinned(self, folio: Folio) -> bool:
+        """FOLL_PIN only."""
+        return bool(self.page(folio).pin)
+
+    def folio_mapped(self, folio: Folio) -> bool:
+        """Whether a user page table maps it."""
+        page = self.page(folio)
+        return self.machine.mapped_by_user(page.pa, page.size)
+
+    def lru_add_drain_all(self) -> None:
+        """The batches let go of their references."""
+        batch, self.machine.lru_batch = self.machine.lru_batch, {}
+        for page in sorted(batch.values(), key=lambda p: p.pa):
+            page.drop("lru")
+            self.free_if_unused(page)
+
+    def folio_mark_uptodate(self, folio: Folio) -> None:
+        """Under the folio lock."""
+        self.locked(folio, "folio_mark_uptodate").uptodate = True
+
+    def folio_set_private(self, folio: Folio, private: bool) -> None:
+        """Under the folio lock."""
+        self.locked(folio, "folio_set_private").private = private
+
+    def free_if_unused(self, page: Page) -> None:
+        """free_pages_prepare(): a poisoned frame stays out of use, any other is written to and freed (mm/page_alloc.c)."""
+        if page.refcount or page.kept:
+            return
+        if page.hwpoison:
+            page.kept = True
+            return
+        machine = self.machine
+        self.notes.append(notes.Freed(
+            machine.number(page.pa), machine.driver.owner(page.pa), st.CONTENTS[machine.tracer.content(page)],
+            machine.guest_reaches(page)))
+        if page.lock is not None:
+            self.die(f"{self.folio(page)} is freed while locked")
+        if machine.on_free != "nothing":
+            self.kernel_write(page, "allocator", "free-time poisoning")
+        if machine.on_free == "poison":
+            machine.ram.fill(page.pa, page.size, PAGE_POISON)
+        elif machine.on_free == "zero":
+            machine.ram.zero(page.pa, page.size)
+        machine.tracer.freed(page)
+        del machine.pages[page.pa // PAGE]
+        machine.folios.free(page.pa, page.order)

@@ -1,0 +1,96 @@
+"""Physical memory: one sparse array of bytes. Rule of this file: RAM costs what is touched, whatever its size.
+
+The array is anonymous memory of this process that is never reserved, so a machine of 1 TiB is an address range until
+somebody writes to it; Unicorn executes on the same bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+from guest_memfd.errors import BadInput
+
+PAGE = 4096
+BASE = 0x8000_0000
+"""Where RAM begins on this machine (memstart), as on most arm64 boards; below are devices."""
+
+# Linux's value; the mmap module has no name for it before 3.12.
+_MAP_NORESERVE = 0x4000
+# From this size on, zeroing gives the memory back instead of writing to it.
+_GIVE_BACK = 1 << 16
+
+
+class BusError(Exception):
+    """There is no memory at this physical address."""
+
+    def __init__(self, pa: int) -> None:
+        super().__init__(f"no memory at physical address {pa:#x}")
+        self.pa = pa
+
+
+class Ram:
+    """*size* bytes from physical address *base* on; all zeros at first.
+
+    Raises BadInput when the size is no positive multiple of a page, or the machine refuses the address range.
+    """
+
+    def __init__(self, size: int, base: int = BASE) -> None:
+        if size <= 0 or size % PAGE:
+            raise BadInput(f"RAM of {size:#x} bytes: the size must be a positive multiple of {PAGE}")
+        self.size, self.base, self.end = size, base, base + size
+        try:
+            self._store = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        except (OSError, OverflowError) as error:
+            raise BadInput(f"no address range for RAM of {size:#x} bytes: {error}") from error
+        self._bytes = memoryview(self._store)
+        self._words = self._bytes.cast("Q")
+
+    @property
+    def pointer(self) -> int:
+        """Address of the first byte in this process."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._store))
+
+    def contains(self, pa: int, nr: int = 1) -> bool:
+        """Whether all of [pa, pa+nr) is RAM."""
+        return self.base <= pa and pa + nr <= self.end
+
+    def _at(self, pa: int, nr: int) -> int:
+        if not self.contains(pa, nr):
+            raise BusError(pa)
+        return pa - self.base
+
+    def read64(self, pa: int) -> int:
+        """The aligned little-endian doubleword at *pa*."""
+        if not self.base <= pa < self.end:
+            raise BusError(pa)
+        return self._words[(pa - self.base) >> 3]
+
+    def write64(self, pa: int, value: int) -> None:
+        """Store an aligned doubleword."""
+        if not self.base <= pa < self.end:
+            raise BusError(pa)
+        self._words[(pa - self.base) >> 3] = value
+
+    def read(self, pa: int, nr: int) -> bytes:
+        """*nr* bytes."""
+        at = self._at(pa, nr)
+        return bytes(self._bytes[at:at + nr])
+
+    def write(self, pa: int, data: bytes) -> None:
+        """Store bytes."""
+        at = self._at(pa, len(data))
+        self._bytes[at:at + len(data)] = data
+
+    def fill(self, pa: int, nr: int, byte: int) -> None:
+        """Store the same byte *nr* times."""
+        at = self._at(pa, nr)
+        self._bytes[at:at + nr] = bytes((byte,)) * nr
+
+    def zero(self, pa: int, nr: int) -> None:
+        """Store zeros; whole pages of large ranges are given back and cost nothing from then on."""
+        at = self._at(pa, nr)
+        if nr < _GIVE_BACK or at % PAGE or nr % PAGE:
+            self._bytes[at:at + nr] = bytes(nr)
+        else:
+            self._store.madvise(mmap.MADV_DONTNEED, at, nr)

@@ -1,0 +1,170 @@
+"""What the laws remember of a run on the emulated machine and the machine itself does not: secrecy, intent, expectation.
+
+Rule of this file: ghosts only. Nothing in the machine reads them, so nothing the machine does can depend on them. What a
+page holds is read from its bytes; only whether words that a guest wrote are a *secret* cannot be told from bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.kernel.inode import Inode
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.host import Entries
+
+if TYPE_CHECKING:
+    from guest_memfd.hosts.emulated.machine import Machine
+    from guest_memfd.hosts.emulated.primitives.base import Base
+
+GUEST_TOKEN, USER_TOKEN, DEVICE_TOKEN, KERNEL_TOKEN = b"GUESTGST", b"VMM-USER", b"DEVICEIO", b"KERNELGP"
+"""The first doubleword of a page, when that party was the last to write to it."""
+
+_TOKENS = frozenset((GUEST_TOKEN, USER_TOKEN, DEVICE_TOKEN, KERNEL_TOKEN))
+_ZEROS = bytes(PAGE)
+
+
+@dataclass
+class Operation:
+    """The operation a task is in."""
+
+    op: str
+    start: int
+    nr: int
+    toggled: set[int] = field(default_factory=set)      # pages whose attribute changed an odd number of times
+    removed: set[int] = field(default_factory=set)
+
+    def covers(self, index: int) -> bool:
+        """Whether it is about page *index*."""
+        return self.start <= index < self.start + self.nr
+
+
+class Tracer:
+    """Ghosts of one machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.secret: set[int] = set()                   # physical addresses of pages that hold what a guest wrote in private
+        self.expected: dict[tuple[Inode, int], int] = {}
+        self.operations: dict[int, Operation] = {}
+
+    # -- contents ------------------------------------------------------------------------------------------------
+
+    def content(self, page: Page) -> int:
+        """ZERO, JUNK, DATA or SECRET, by the first 4 KiB of *page*."""
+        raw = self.machine.ram.read(page.pa, PAGE)
+        if raw == _ZEROS:
+            return st.ZERO
+        if raw[:8] not in _TOKENS:
+            return st.JUNK
+        return st.SECRET if page.pa in self.secret else st.DATA
+
+    def contents(self) -> Callable[[Page], int]:
+        """`content` of the frames in use as it is now, for after an access whose target is not known before."""
+        before = {pa: self.content(Page(pa, 0)) for pa in self.machine.watched}
+        return lambda page: before.get(page.pa, st.JUNK)
+
+    def wrote(self, page: Page, content: int) -> None:
+        """*page* now holds DATA or a SECRET, and whoever may read it is to find that."""
+        if content == st.SECRET:
+            self.secret.add(page.pa)
+        else:
+            self.secret.discard(page.pa)
+        self.expect(page, content)
+
+    def expect(self, page: Page, content: int) -> None:
+        """Whoever may read the page of the file is to find *content*."""
+        if isinstance(page.inode, Inode):
+            self.expected[page.inode, page.index] = content
+
+    def declassify(self, page: Page) -> None:
+        """The guest agrees that the host reads what it wrote."""
+        if self.content(page) == st.SECRET:
+            self.wrote(page, st.DATA)
+
+    def consented(self, page: Page) -> None:
+        """The guest has given *page* up; under a hypervisor whose guests relinquish, nobody relies on it any more."""
+        self.declassify(page)
+        if self.machine.driver.forgets:
+            self.expect(page, st.ANY)
+
+    def after_hypercall(self, page: Page, sanitised: bool) -> None:
+        """The hypervisor zeroed *page*: nobody relies on what it held."""
+        if sanitised:
+            self.secret.discard(page.pa)
+            self.expect(page, st.ANY)
+
+    def reclaimed_by_force(self, host: Base, page: Page) -> None:
+        """EL2 took the page from a guest that never agreed, and zeroed it."""
+        self.secret.discard(page.pa)
+        host.notes.append(notes.Destroyed(
+            self.machine.number(page.pa), "reclaimed by force because the host touched it"))
+
+    def freed(self, page: Page) -> None:
+        """The allocator has written to it."""
+        self.secret.discard(page.pa)
+
+    def access(self, host: Base, page: Page, who: str, what: str, via: str, write: bool, content: int) -> notes.Access:
+        """The fact that *who* reached a page that held *content*."""
+        index = page.index if isinstance(page.inode, Inode) else None
+        expect = self.expected.get((page.inode, page.index), st.ZERO) if isinstance(page.inode, Inode) else st.ANY
+        machine = self.machine
+        owner, mapped = machine.driver.owner(page.pa), machine.guest_maps(page.pa)
+        guests = owner == "guest" or content == st.SECRET or (mapped and index is not None and host.private(page))
+        return notes.Access(who, what, via, machine.number(page.pa), write, st.CONTENTS[content], guests,
+                            mapped or owner == "guest", index, None if expect == st.ANY else st.CONTENTS[expect])
+
+    # -- operations ----------------------------------------------------------------------------------------------
+
+    def begin(self, host: Base, op: str, start: int, nr: int) -> None:
+        """The task starts *op* on pages [start, start+nr)."""
+        self.operations[host.who] = Operation(op, start, max(min(nr, host.inode.size - start), 0))
+
+    def out_of_scope(self, host: Base, what: str, index: int) -> None:
+        """Note it when the task's operation is not about page *index*."""
+        operation = self.operations.get(host.who)
+        if operation is not None and not operation.covers(index):
+            host.notes.append(notes.OutOfScope(operation.op, what, index))
+
+    def removed(self, host: Base, index: int, nr: int) -> None:
+        """A folio has left the file: whoever reads there next is to find zeros."""
+        operation = self.operations.get(host.who)
+        if operation is not None:
+            operation.removed.update(range(index, index + nr))
+        self.expected.pop((host.inode, index), None)
+        self.out_of_scope(host, "removes the folio", index)
+
+    def attributes(self, host: Base, start: int, values: Entries) -> list[Page]:
+        """Attributes are about to change: the folios in the file for which they do."""
+        operation, inode = self.operations.get(host.who), host.inode
+        old = inode.trees["attributes"].load(start, len(values))
+        if old.count(values.first) == len(values):
+            return []
+        if operation is None:
+            return [p for i, p in inode.pages.items() if start <= i < start + len(values)]
+        changed = [start + i for i in range(len(values)) if old[i] != values[i]]
+        for index in changed:
+            operation.toggled ^= {index}
+            self.out_of_scope(host, "changes the attribute", index)
+        pages = (inode.find(index) for index in changed)
+        return list({page.pa: page for page in pages if page is not None}.values())
+
+    def end(self, host: Base, ret: int, error_index: int | None) -> None:
+        """Report how the task's operation ended."""
+        operation = self.operations.pop(host.who, None)
+        if operation is None:
+            return
+        inode = host.inode
+        scope = tuple(range(operation.start, operation.start + operation.nr))
+        attributes = inode.trees["attributes"].load(operation.start, operation.nr)
+        bindings = inode.trees["bindings"].load(operation.start, operation.nr)
+        left = tuple(i for i in scope if inode.find(i) is not None)
+        batched = tuple(i for i in left if (page := inode.find(i)) is not None and page.lru)
+        host.notes.append(notes.Ended(
+            operation.op, ret, error_index, scope, tuple(sorted(operation.toggled)),
+            tuple(sorted(operation.removed)), left, tuple(attributes),
+            tuple(i for i, entry in zip(scope, bindings, strict=True) if entry), batched))

@@ -1,0 +1,22 @@
+"""A virtual machine as Linux keeps it: what EL2 knows it by, whether it lives, and its kernel mapping of a guest page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.kernel.page import Page
+
+
+@dataclass(eq=False)
+class Vm:
+    """`handle` is EL2's own object; `vmid` tags its TLB entries; `state` is RUNNING, DYING or GONE."""
+
+    handle: Any
+    vmid: int
+    state: int = st.RUNNING
+    gpc: Page | None = None                             # what its gfn_to_pfn_cache maps
+    gpc_fresh: bool = False                             # no invalidation since it sampled mmu_invalidate_seq
+    gpc_readers: int = 0
+    invalidations: int = 0                              # mmu_invalidate_in_progress

@@ -1,0 +1,372 @@
+"""/dev/kvm as far as guest memory goes: ioctl numbers, structures, capabilities, and the protocols of its objects.
+
+Rule of this file: what is the same on every architecture; registers and VM types are in kvm_<arch>.py. Numbers and layouts:
+include/uapi/linux/kvm.h (7.3), and "guest_memfd: In-place conversion" v8-v13 for KVM_SET_MEMORY_ATTRIBUTES2. Structures are
+little-endian, and have the size the ioctl number says.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping as Map
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import NamedTuple, Protocol, Self
+
+from guest_memfd.hosts.uapi.ioctl import io, iow, iowr
+from guest_memfd.hosts.uapi.memory import GuestMemory, Owner
+
+KVMIO = 0xAE
+API_VERSION = 12
+
+# -- structures ------------------------------------------------------------------------------------------------------
+
+_U64X8, _REGION2, _ATTRIBUTES = struct.Struct("<8Q"), struct.Struct("<IIQQQQII14Q"), struct.Struct("<4Q")
+_ATTRIBUTES2 = struct.Struct("<5Q11Q")
+
+
+class CreateGuestMemfd(NamedTuple):
+    """struct kvm_create_guest_memfd: *size* in bytes; six reserved words that nobody checks."""
+
+    size: int
+    flags: int = 0
+
+    SIZE = _U64X8.size
+
+    def pack(self) -> bytes:
+        """The bytes of the structure."""
+        return _U64X8.pack(self.size, self.flags, *[0] * 6)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """From the bytes of the structure."""
+        return cls(*_U64X8.unpack(raw)[:2])
+
+
+class UserMemoryRegion2(NamedTuple):
+    """struct kvm_userspace_memory_region2: *slot* has the id in its low half; sizes and addresses in bytes.
+
+    Its first 32 bytes are struct kvm_userspace_memory_region.
+    """
+
+    slot: int
+    flags: int
+    guest_phys_addr: int
+    memory_size: int
+    userspace_addr: int = 0
+    guest_memfd_offset: int = 0
+    guest_memfd: int = 0
+
+    SIZE = _REGION2.size
+
+    def pack(self) -> bytes:
+        """The bytes of the structure."""
+        return _REGION2.pack(*self, *[0] * 15)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """From the bytes of the structure."""
+        return cls(*_REGION2.unpack(raw)[:7])
+
+
+class MemoryAttributes(NamedTuple):
+    """struct kvm_memory_attributes: guest physical *address* and *size* in bytes."""
+
+    address: int
+    size: int
+    attributes: int
+    flags: int = 0
+
+    SIZE = _ATTRIBUTES.size
+
+    def pack(self) -> bytes:
+        """The bytes of the structure."""
+        return _ATTRIBUTES.pack(*self)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """From the bytes of the structure."""
+        return cls(*_ATTRIBUTES.unpack(raw))
+
+
+@dataclass
+class MemoryAttributes2:
+    """struct kvm_memory_attributes2: *offset* into the file, *size* in bytes.
+
+    The kernel writes *error_offset* when it refuses, and only then: the offset in bytes that it refused at.
+    """
+
+    offset: int
+    size: int
+    attributes: int
+    flags: int = 0
+    error_offset: int = 0
+
+    SIZE = _ATTRIBUTES2.size
+
+    def pack(self) -> bytes:
+        """The bytes of the structure."""
+        return _ATTRIBUTES2.pack(self.offset, self.size, self.attributes, self.flags, self.error_offset, *[0] * 11)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """From the bytes of the structure."""
+        return cls(*_ATTRIBUTES2.unpack(raw)[:5])
+
+
+class PreFaultMemory(NamedTuple):
+    """struct kvm_pre_fault_memory: *gpa* and *size* in bytes, both moved on as far as it came."""
+
+    gpa: int
+    size: int
+    flags: int = 0
+
+    SIZE = _U64X8.size
+
+    def pack(self) -> bytes:
+        """The bytes of the structure."""
+        return _U64X8.pack(*self, *[0] * 5)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """From the bytes of the structure."""
+        return cls(*_U64X8.unpack(raw)[:3])
+
+
+# -- ioctls ----------------------------------------------------------------------------------------------------------
+
+GET_API_VERSION = io(KVMIO, 0x00)
+CREATE_VM = io(KVMIO, 0x01)
+CHECK_EXTENSION = io(KVMIO, 0x03)
+GET_VCPU_MMAP_SIZE = io(KVMIO, 0x04)
+CREATE_VCPU = io(KVMIO, 0x41)
+GET_DIRTY_LOG = iow(KVMIO, 0x42, 16)
+SET_USER_MEMORY_REGION = iow(KVMIO, 0x46, 32)
+SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, UserMemoryRegion2.SIZE)
+RUN = io(KVMIO, 0x80)
+GET_ONE_REG, SET_ONE_REG = iow(KVMIO, 0xAB, 16), iow(KVMIO, 0xAC, 16)
+SET_MEMORY_ATTRIBUTES = iow(KVMIO, 0xD2, MemoryAttributes.SIZE)
+SET_MEMORY_ATTRIBUTES2 = iowr(KVMIO, 0xD2, MemoryAttributes2.SIZE)
+"""On the descriptor of a guest_memfd, not on that of a VM."""
+CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, CreateGuestMemfd.SIZE)
+PRE_FAULT_MEMORY = iowr(KVMIO, 0xD5, PreFaultMemory.SIZE)
+
+
+class Cap(IntEnum):
+    """KVM_CAP_* that are merged; the number of one that is not differs from tree to tree."""
+
+    NR_VCPUS = 9
+    NR_MEMSLOTS = 10
+    SYNC_MMU = 16
+    MAX_VCPUS = 66
+    ARM_VM_IPA_SIZE = 165
+    EXIT_HYPERCALL = 201
+    USER_MEMORY2 = 231
+    MEMORY_FAULT_INFO = 232
+    MEMORY_ATTRIBUTES = 233
+    GUEST_MEMFD = 234
+    VM_TYPES = 235
+    PRE_FAULT_MEMORY = 236
+    GUEST_MEMFD_FLAGS = 244
+
+
+CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES = 250
+"""As in v8 of the in-place series; it was 246, 248 and 249 before."""
+
+
+class GuestMemfdFlag(IntFlag):
+    """Flags of KVM_CREATE_GUEST_MEMFD; bits from 2 on mean different things in different trees."""
+
+    MMAP = 1 << 0
+    INIT_SHARED = 1 << 1
+
+
+class MemFlag(IntFlag):
+    """Flags of a memory slot."""
+
+    LOG_DIRTY_PAGES = 1 << 0
+    READONLY = 1 << 1
+    GUEST_MEMFD = 1 << 2
+
+
+PRIVATE = 1 << 3
+"""KVM_MEMORY_ATTRIBUTE_PRIVATE, and KVM_MEMORY_EXIT_FLAG_PRIVATE."""
+
+# -- exits -----------------------------------------------------------------------------------------------------------
+
+
+class ExitReason(IntEnum):
+    """kvm_run.exit_reason, as far as it is decoded here."""
+
+    UNKNOWN = 0
+    HYPERCALL = 3
+    MMIO = 6
+    SHUTDOWN = 8
+    FAIL_ENTRY = 9
+    INTR = 10
+    INTERNAL_ERROR = 17
+    SYSTEM_EVENT = 24
+    MEMORY_FAULT = 39
+
+
+class SystemEventType(IntEnum):
+    """kvm_run.system_event.type."""
+
+    SHUTDOWN = 1
+    RESET = 2
+    CRASH = 3
+
+
+class Mmio(NamedTuple):
+    """The guest accesses *size* bytes at *phys_addr*; *data* is what it writes.
+
+    A read goes on with what `KvmVcpu.answer` was given.
+    """
+
+    phys_addr: int
+    size: int
+    is_write: bool
+    data: bytes
+
+
+class HypercallExit(NamedTuple):
+    """A hypercall for user space; what it returns to the guest is given to `KvmVcpu.answer`."""
+
+    nr: int
+    args: tuple[int, ...]
+
+
+class SystemEvent(NamedTuple):
+    """The guest has turned itself off, or reset."""
+
+    type: int
+
+
+class MemoryFault(NamedTuple):
+    """KVM_RUN returned -1 with *errno*, EFAULT or EHWPOISON: the guest cannot have [gpa, gpa+size) as it asked for it."""
+
+    flags: int
+    gpa: int
+    size: int
+    errno: int
+
+
+class Intr(NamedTuple):
+    """KVM_RUN returned -1 with EINTR: a signal, or immediate_exit."""
+
+
+class InternalError(NamedTuple):
+    """KVM cannot go on with this vCPU; *why* is what there is in words."""
+
+    why: str = ""
+
+
+class Unknown(NamedTuple):
+    """KVM_RUN returned -1 with *errno* and says nothing else, or an exit that is not decoded here."""
+
+    reason: int
+    errno: int = 0
+
+
+Exit = Mmio | HypercallExit | SystemEvent | MemoryFault | Intr | InternalError | Unknown
+
+RUN_EXIT_REASON, RUN_UNION, RUN_IMMEDIATE_EXIT = 8, 32, 1
+"""Offsets in struct kvm_run."""
+
+_MMIO, _HYPERCALL, _MEMORY_FAULT = struct.Struct("<Q8sIB"), struct.Struct("<Q6Q"), struct.Struct("<3Q")
+_U32 = struct.Struct("<I")
+
+
+def decode_run(run: bytes, errno: int = 0) -> Exit:
+    """What the shared page struct kvm_run says after KVM_RUN; *errno* is positive, 0 when the ioctl returned 0."""
+    (reason,) = _U32.unpack_from(run, RUN_EXIT_REASON)
+    if reason == ExitReason.MMIO:
+        address, data, size, write = _MMIO.unpack_from(run, RUN_UNION)
+        return Mmio(address, size, bool(write), data[:size] if write else b"")
+    if reason == ExitReason.HYPERCALL:
+        nr, *args = _HYPERCALL.unpack_from(run, RUN_UNION)
+        return HypercallExit(nr, tuple(args))
+    if reason == ExitReason.SYSTEM_EVENT:
+        return SystemEvent(*_U32.unpack_from(run, RUN_UNION))
+    if reason == ExitReason.MEMORY_FAULT:
+        return MemoryFault(*_MEMORY_FAULT.unpack_from(run, RUN_UNION), errno)
+    if reason == ExitReason.INTR:
+        return Intr()
+    if reason == ExitReason.INTERNAL_ERROR:
+        return InternalError(f"suberror {_U32.unpack_from(run, RUN_UNION)[0]}")
+    return Unknown(reason, errno)
+
+
+# -- protocols -------------------------------------------------------------------------------------------------------
+
+
+class KvmGuestMemory(GuestMemory, Protocol):
+    """A guest_memfd that KVM made; it stays alive without its VM, and cannot serve another."""
+
+    def set_memory_attributes2(self, attributes: MemoryAttributes2) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES2: convert in place.
+
+        EINVAL flags, attributes, size, alignment, past the end; EAGAIN somebody else refers to a page; EBUSY the hypervisor
+        or the guest refuses; ENOMEM. Nothing has changed its attribute then, and `error_offset` says where.
+        """
+
+
+class KvmVcpu(Owner, Protocol):
+    """A vCPU. All calls raise SyscallFailed."""
+
+    def run(self, timeout: float | None = None) -> Exit:
+        """KVM_RUN; after *timeout* seconds a signal interrupts it. EINVAL for a vCPU that is not initialised."""
+
+    def answer(self, data: bytes) -> None:
+        """Fill in what the last exit waits for: the data of an MMIO read, or a hypercall's result."""
+
+    def get_one_reg(self, reg: int) -> int:
+        """KVM_GET_ONE_REG; ENOENT for a register that there is not, EPERM where the host may not look."""
+
+    def set_one_reg(self, reg: int, value: int) -> None:
+        """KVM_SET_ONE_REG; as `get_one_reg`."""
+
+    def inject_external_abort(self) -> None:
+        """KVM_SET_VCPU_EVENTS with exception.ext_dabt_pending: the MMIO access under way ends in an external abort."""
+
+    def statistics(self) -> Map[str, int]:
+        """KVM_GET_STATS_FD: counters by name, ``exits`` and ``aborts_injected`` among them."""
+
+
+class KvmVm(Owner, Protocol):
+    """A VM. All calls raise SyscallFailed."""
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION of this VM; 0 for what it does not have."""
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> KvmGuestMemory:
+        """KVM_CREATE_GUEST_MEMFD; EINVAL for unknown flags, size 0, and a size that is no multiple of a page."""
+
+    def set_user_memory_region2(
+        self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, *, userspace_addr: int = 0,
+        guest_memfd: GuestMemory | None = None, guest_memfd_offset: int = 0,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2; *memory_size* 0 deletes the slot.
+
+        EBADF closed file; EINVAL alignment, slot, flags, not this VM's file, past its end, changing a bound slot; EEXIST
+        guest addresses or file range in use.
+        """
+
+    def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES, where attributes belong to the VM; ENOTTY where they belong to the file."""
+
+    def create_vcpu(self, vcpu_id: int = 0) -> KvmVcpu:
+        """KVM_CREATE_VCPU; EINVAL for an id too large, EEXIST."""
+
+
+class KvmSystem(Owner, Protocol):
+    """/dev/kvm."""
+
+    def get_api_version(self) -> int:
+        """KVM_GET_API_VERSION: 12."""
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION of any VM."""
+
+    def create_vm(self, vm_type: int = 0) -> KvmVm:
+        """KVM_CREATE_VM; EINVAL for a type that there is not. Raises SyscallFailed."""
