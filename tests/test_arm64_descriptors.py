@@ -160,6 +160,13 @@ def test_observed_syndromes() -> None:
     assert Syndrome(injected.ec + 1, iss=injected.iss | 1 << 7).value == 0x97c18087
 
 
+def test_fnv_only_for_an_external_abort_of_the_access_itself() -> None:
+    assert Fault(EXTERNAL_ABORT, None, 1).esr_el1(far_valid=False) == 0x96000410
+    assert Fault(EXTERNAL_ABORT, None, 1, el=0).esr_el2(far_valid=False) == 0x92000410
+    assert Fault(EXTERNAL_ABORT, 2, 1).esr_el1(far_valid=False) == 0x96000016
+    assert Fault(TRANSLATION, 3, 1).esr_el1(far_valid=False) == 0x96000007
+
+
 def test_exception_class_by_el_and_access() -> None:
     for el, access, ec1, ec2 in ((0, "r", 0x24, 0x24), (1, "r", 0x25, 0x24), (0, "x", 0x20, 0x20), (1, "x", 0x21, 0x20)):
         fault = Fault(TRANSLATION, 2, 2, access=access, el=el)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 from oracle import format as fmt
@@ -102,30 +103,30 @@ def test_a_broken_geometry_is_noticed(machine: tuple[Ram, UnicornMmu], monkeypat
 # -- real accesses: ESR, FAR and HPFAR as well --------------------------------------------------------------------------
 
 
-def _expected(scene: Scene, va: int, access: str) -> Fault | int:
+def _expected(scene: Scene, va: int, access: str, el: int = 1) -> Fault | int:
     try:
-        return walker.walk(scene.ram, va, access, 1, scene.s1, scene.s2).pa  # type: ignore[arg-type]
+        return walker.walk(scene.ram, va, access, el, scene.s1, scene.s2).pa  # type: ignore[arg-type]
     except Fault as fault:
         return fault
 
 
-def test_loads_stores_and_fetches_at_el1(machine: tuple[Ram, UnicornMmu]) -> None:
+def test_loads_stores_and_fetches(machine: tuple[Ram, UnicornMmu]) -> None:
     ram, other = machine
     ram.write(TABLES_END, NOP * ((RAM - TABLES_END) // 4))
-    codes, done = set(), 0
+    codes, fetched, done = set(), {0: 0, 1: 0}, 0
     for seed in range(3000, 3100):
         scene = make(seed, ram, code=True)
         if _expected(scene, CODE, "x") != CODE:
             continue                        # the load or store itself cannot be fetched
         other.load(scene.registers())
-        other.enter_el1()
+        other.enter(1)
         if not codes:
             other.calibrate(0xfff0_0000_0000_0000)
-        for va in scene.vas(24):
-            if not va >> 55 & 1:
-                continue
-            for access in "rwx":
-                ours = _expected(scene, va, access)
+        vas = [va for va in scene.vas(40) if va >> 55 & 1]
+        for el, accesses in ((1, "rwx"), (0, "x")):
+            other.enter(el)
+            for va, access in product(vas, accesses):
+                ours = _expected(scene, va, access, el)
                 if isinstance(ours, int) and not TABLES_END <= ours < RAM:
                     continue                # it would store into a table, or execute one
                 if isinstance(ours, Fault) and ours.kind == ADDRESS_SIZE:
@@ -134,6 +135,7 @@ def test_loads_stores_and_fetches_at_el1(machine: tuple[Ram, UnicornMmu]) -> Non
                 done += 1
                 if isinstance(ours, int):
                     assert theirs is None, (hex(va), access, ours, theirs)
+                    fetched[el] += access == "x"
                     continue
                 assert theirs is not None, (hex(va), access, ours)
                 code = ours.esr_el1() if ours.stage == 1 else ours.esr_el2(LoadStore(1))
@@ -144,8 +146,10 @@ def test_loads_stores_and_fetches_at_el1(machine: tuple[Ram, UnicornMmu]) -> Non
                 if ours.hpfar is not None:
                     assert theirs.hpfar == ours.hpfar, (ours, theirs)
                 codes.add((code >> 26, code & 63 | ignored, ours.s1ptw))
-    assert done > 1500
-    assert len(codes) > 15
+    assert done > 3000
+    assert len(codes) > 20
+    assert fetched[0] > 50
+    assert fetched[1] > 50
 
 
 # -- the MMU with its TLB answers as the walker does, while nothing changes -----------------------------------------------
@@ -205,6 +209,27 @@ def _solve(file: fmt.Probes) -> list[fmt.Answer]:
         except Fault as fault:
             found.append(fmt.Refused(fault.fsc, fault.stage, fault.s1ptw))
     return found
+
+
+def test_another_implementation_answers_the_file(machine: tuple[Ram, UnicornMmu]) -> None:
+    """Registers and words are all it needs."""
+    ram, other = machine
+    scene = make(31, ram, stage2=True)
+    file = fmt.read(fmt.write(to_probes(scene, scene.vas(200), TABLES, scene.free)))
+    ram.zero(TABLES, TABLES_END - TABLES)
+    for address, value in file.words.items():
+        ram.write64(address, value)
+    other.load(file.registers)
+    ok = 0
+    for probe, answer in zip(file.probes, file.answers, strict=True):
+        (par,) = other.translate([probe.va], probe.access, probe.el)
+        if isinstance(answer, fmt.Ok):
+            assert (par & 1, par & (1 << 48) - 4096) == (0, answer.pa & -4096), probe
+            ok += 1
+        elif answer.fsc > 3:
+            assert (par & 1, bool(par >> 8 & 1), 1 + (par >> 9 & 1)) == (1, answer.s1ptw, answer.stage), probe
+            assert answer.s1ptw or par >> 1 & 63 == answer.fsc, probe
+    assert ok > 30
 
 
 @pytest.mark.parametrize(("text", "line"), [

@@ -11,6 +11,7 @@ import pytest
 from guest_memfd.errors import BadInput
 from guest_memfd.hosts.emulated.arm64 import descriptor as d
 from guest_memfd.hosts.emulated.arm64 import tlbi
+from guest_memfd.hosts.emulated.arm64 import tlbi_instruction as ins
 from guest_memfd.hosts.emulated.arm64.fault import Fault
 from guest_memfd.hosts.emulated.arm64.mmu import Mmu
 from guest_memfd.hosts.emulated.arm64.registers import Tcr, Vtcr
@@ -318,6 +319,28 @@ def test_pan_is_looked_at_when_an_entry_is_used(world: World) -> None:
     assert world.mmus[0].translate(PAGES, "r", 1, pan, world.s2()).writable
 
 
+def test_at_asks_stage1_alone_and_leaves_nothing_that_goes_around_stage2(world: World) -> None:
+    mmu, s1, s2 = world.mmus[0], world.s1(), world.s2()
+    world.clear2(MEM)
+    assert mmu.at_s1(PAGES | 8, "r", 1, s1, s2).pa == MEM | 8
+    assert world.gone(PAGES)                                    # a hole of stage 2 still is one
+    with pytest.raises(Fault) as caught:
+        mmu.at_s1(HIGH, "r", 1, s1, s2)
+    assert (caught.value.kind, caught.value.stage) == ("translation", 1)
+    entry = world.t1.lookup(USER)
+    world.ram.write64(entry.address, entry.value | d.AP_RO | d.AP_EL0)
+    pan = Stage1(Tcr(), world.t1.root | 1 << 48, world.t1.root, pan=True)
+    assert mmu.at_s1(USER, "r", 1, pan, s2).pa == MEM
+    with pytest.raises(Fault):
+        mmu.at_s1(USER, "w", 1, pan, s2)
+    off = Stage1(Tcr(), 0, 0, enabled=False)
+    assert mmu.at_s1(0x1234, "w", 0, off, s2).pa == 0x1234
+    world.clear2(world.t1.lookup(PAGES).address)
+    with pytest.raises(Fault) as caught:
+        world.mmus[1].at_s1(PAGES, "r", 1, s1, s2)
+    assert caught.value.s1ptw
+
+
 def test_last_level_operations_leave_table_descriptors(world: World) -> None:
     """The table below an entry that became a block: without the form that is not last-level, walks still go through it."""
     entry = world.t1.path(PAGES)[2]
@@ -403,22 +426,70 @@ def test_overlapping_entries_that_agree_are_no_conflict() -> None:
 
 def test_operands_by_address() -> None:
     value = 0x1234 << 48 | (PAGES >> 12 & (1 << 44) - 1)
-    assert tlbi.va_operand(value) == (PAGES, 4096, None, 0x1234)
-    assert tlbi.va_operand(value | (1 << 2 | 3) << 44).level == 3
-    assert tlbi.va_operand(value | 2 << 44).level is None       # no granule, no hint
-    assert tlbi.va_operand(0x1_2345).start == 0x1_2345_000
-    assert tlbi.ipa_operand(1 << 63 | 6 << 44 | 0x8_8000) == (0x8800_0000, 4096, 2, 0)
+    assert ins.va_operand(value) == (PAGES, 4096, None, 0x1234)
+    assert ins.va_operand(value | (1 << 2 | 3) << 44).level == 3
+    assert ins.va_operand(value | 2 << 44).level is None       # no granule, no hint
+    assert ins.va_operand(0x1_2345).start == 0x1_2345_000
+    assert ins.ipa_operand(1 << 63 | 6 << 44 | 0x8_8000) == (0x8800_0000, 4096, 2, 0)
 
 
 @pytest.mark.parametrize(("tg", "shift"), [(1, 12), (2, 14), (3, 16)])
 @pytest.mark.parametrize(("scale", "num", "pages"), [(0, 0, 2), (0, 31, 64), (1, 0, 64), (2, 4, 5 << 11), (3, 31, 32 << 16)])
 def test_range_operands(tg: int, shift: int, scale: int, num: int, pages: int) -> None:
     value = 0x55 << 48 | tg << 46 | scale << 44 | num << 39 | 3 << 37 | 0x12345
-    assert tlbi.range_operand(value) == (0x12345 << shift, pages << shift, 3, 0x55)
-    top = tlbi.range_operand(value | 1 << 36)
+    assert ins.range_operand(value) == (0x12345 << shift, pages << shift, 3, 0x55)
+    top = ins.range_operand(value | 1 << 36)
     assert top is not None
     assert top.start == (1 << 64) - (1 << 36 + shift) + (0x12345 << shift)
-    assert tlbi.range_operand(value & ~(3 << 46)) is None
+    assert ins.range_operand(value & ~(3 << 46)) is None
+
+
+def test_a_range_of_ipas_has_no_sign() -> None:
+    found = ins.range_operand(1 << 46 | 1 << 36, signed=False)
+    assert found is not None
+    assert found.start == 1 << 48
+
+
+# name: (register, what goes, as in OPERATIONS)
+_U, _P, _B = (at >> 12 & (1 << 44) - 1 for at in (USER, PAGES, BLOCK))
+INSTRUCTIONS = {
+    "VAE1IS": (1 << 48 | _U, "asid1"), "VALE1IS": (2 << 48 | _U, "asid2"), "VAAE1IS": (_U, "asid1 asid2"),
+    "VAALE1IS": (_P, "global"), "ASIDE1IS": (2 << 48, "asid2"), "VMALLE1IS": (0, "global asid1 asid2 neighbour block"),
+    "VMALLS12E1IS": (0, "global asid1 asid2 neighbour block"), "ALLE1IS": (0, "global asid1 asid2 neighbour block vmid8"),
+    "IPAS2E1IS": (MEM >> 12, ""), "IPAS2LE1IS": (MEM >> 12, ""),
+    "RVAE1IS": (1 << 48 | 1 << 46 | _P & (1 << 37) - 1, "global neighbour"),
+    "RVALE1IS": (1 << 48 | 1 << 46 | _U & (1 << 37) - 1, "asid1"),
+    "RVAAE1IS": (1 << 46 | _U & (1 << 37) - 1, "asid1 asid2"),
+    "RVAALE1IS": (1 << 46 | 2 << 44 | 31 << 39 | _B & (1 << 37) - 1, "block"),
+    "RIPAS2E1IS": (1 << 46 | MEM >> 12, ""), "RIPAS2LE1IS": (MEM >> 12, ""),
+}
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_instructions(world: World, name: str) -> None:
+    value, goes = INSTRUCTIONS[name]
+    for va, asid, vmid in PLACES.values():
+        world.touch(va, asid, vmid)
+    for va in (PAGES, USER, PAGES + 4096, BLOCK):
+        world.clear1(va)
+    ins.execute(name, value, world.tlbs[0], world.tlbs, 7)
+    for cpu in (0, 1):
+        assert {place for place, (va, asid, vmid) in PLACES.items() if world.gone(va, asid, vmid, cpu)} == set(goes.split())
+
+
+def test_instructions_of_stage2_and_of_one_cpu(world: World) -> None:
+    for name, value in (("IPAS2E1IS", MEM >> 12), ("IPAS2LE1IS", MEM >> 12), ("RIPAS2E1IS", 1 << 46 | MEM >> 12),
+                        ("RIPAS2LE1IS", 1 << 46 | MEM >> 12)):
+        world = World()
+        world.touch(PAGES)
+        assert any(entry.kind == "stage2" and entry.ia == MEM for entry in world.tlbs[1].entries())
+        ins.execute(name, value, world.tlbs[0], world.tlbs, 7)
+        assert not any(entry.kind == "stage2" and entry.ia == MEM for tlb in world.tlbs for entry in tlb.entries())
+    world.clear1(PAGES)
+    ins.execute("VAALE1", _P, world.tlbs[1], world.tlbs, 7)
+    assert (world.gone(PAGES, cpu=0), world.gone(PAGES, cpu=1)) == (False, True)
+    with pytest.raises(BadInput, match="TLBI VAE2IS"):
+        ins.execute("VAE2IS", 0, world.tlbs[0], world.tlbs, 7)
 
 
 def test_a_range_that_no_operation_has() -> None:

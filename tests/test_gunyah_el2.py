@@ -11,11 +11,11 @@ import pytest
 
 from guest_memfd.errors import InternalError
 from guest_memfd.hosts.emulated.arm64.access import Transfer
-from guest_memfd.hosts.emulated.arm64.cpu import Abort, Breakpoint, Bus, Expired, Hvc, Smc, Stop, Svc, Undefined, Wfi
 from guest_memfd.hosts.emulated.arm64.descriptor import ADDRESS, VALID
 from guest_memfd.hosts.emulated.arm64.fault import Fault
 from guest_memfd.hosts.emulated.arm64.mmu import Mmu
 from guest_memfd.hosts.emulated.arm64.registers import Tcr
+from guest_memfd.hosts.emulated.arm64.stop import Abort, Breakpoint, Bus, Expired, Hvc, Smc, Stop, Svc, Undefined, Wfi
 from guest_memfd.hosts.emulated.arm64.tables import PageTable
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
 from guest_memfd.hosts.emulated.arm64.walk import Stage1, walk
@@ -635,6 +635,19 @@ def test_a_map_over_a_quiet_unmap_is_not_served_by_the_old_entry(m: Machine, pa:
     m.check()
 
 
+def test_a_table_that_makes_room_for_a_block_is_forgotten_by_the_walker(m: Machine, pa: int) -> None:
+    m.lend(LENT, pa)
+    assert m.unlock(LENT) == 0
+    assert m.unmap(LENT, pa) == 0
+    assert m.guest_walk(LENT) is None           # leaves the way to the empty table in the walk cache
+    free = m.pool.free_pages
+    assert m.to_protected(pa + 2 * MIB, 2 * MIB) == 0
+    assert m.map(LENT, pa + 2 * MIB, 2 * MIB) == 0
+    assert m.guest_walk(LENT + PAGE) == pa + 2 * MIB + PAGE
+    assert m.pool.free_pages == free + 1
+    m.check()
+
+
 # -- locked pages ------------------------------------------------------------------------------------------------------
 
 
@@ -722,6 +735,8 @@ def test_what_locks_an_unlocked_page_again(relock: private.Relock, access: str, 
     m.lend(LENT, pa)
     assert m.guest_walk(LENT, access) == pa                     # in the TLB
     assert m.unlock(LENT) == 0
+    if relock == "write":
+        assert m.guest_walk(LENT) == pa                         # in the TLB, without the right to write
     stop = guest_access(m, LENT + 8, access)
     script = Script([stop] if stop else [])
     cap = m.vm.add_vcpu(script)
@@ -814,7 +829,7 @@ def configure(m: Machine, op: int, base: int, size: int) -> int:
 
 
 @pytest.mark.parametrize(("op", "base", "size", "error"), [
-    (RangeOp.ADD_PRIVATE, 65 * GIB, GIB, 0),
+    (RangeOp.ADD_PRIVATE, 66 * GIB, GIB, 0),
     (RangeOp.ADD_PRIVATE, 2 * GIB, GIB, E.BUSY),
     (RangeOp.ADD_PRIVATE, 64 * GIB, 2 * GIB, E.ARG_INVAL),
     (RangeOp.ADD_VMMIO, 2 * GIB, GIB, E.ARG_INVAL),
@@ -833,13 +848,24 @@ def test_configure_range_errors(m: Machine, op: int, base: int, size: int, error
     assert len(m.vm.space.ranges) == 2 + (error == 0)
 
 
+def test_neighbours_are_one_range(m: Machine) -> None:
+    for at in (67, 65, 66):
+        assert configure(m, RangeOp.ADD_PRIVATE, at * GIB, GIB) == 0
+    assert sorted(m.vm.space.ranges) == [(0, GIB, "vmmio"), (GIB, 68 * GIB, "private")]
+    assert configure(m, RangeOp.ADD_VMMIO, 68 * GIB, GIB) == 0
+    assert m.vm.space.ranges.kind(67 * GIB, 69 * GIB) is None
+    assert m.vm.space.ranges.kind(2 * GIB, 68 * GIB) == "private"
+    assert len(m.vm.space.ranges) == 3
+
+
 def test_no_more_than_128_ranges(m: Machine) -> None:
     for n in range(MAX_RANGES - 2):
         assert configure(m, RangeOp.ADD_PRIVATE, (100 + 2 * n) * GIB, GIB) == 0
-    assert configure(m, RangeOp.ADD_PRIVATE, 99 * GIB, PAGE) == E.NORESOURCES
+    assert configure(m, RangeOp.ADD_PRIVATE, 98 * GIB, PAGE) == E.NORESOURCES
+    assert configure(m, RangeOp.ADD_PRIVATE, 101 * GIB, PAGE) == 0         # beside one that is there
     assert configure(m, RangeOp.REMOVE_PRIVATE, 100 * GIB + PAGE, PAGE) == E.NORESOURCES
-    assert configure(m, RangeOp.REMOVE_PRIVATE, 100 * GIB, GIB) == 0
-    assert configure(m, RangeOp.ADD_PRIVATE, 99 * GIB, PAGE) == 0
+    assert configure(m, RangeOp.REMOVE_PRIVATE, 100 * GIB, GIB + PAGE) == 0
+    assert configure(m, RangeOp.ADD_PRIVATE, 98 * GIB, PAGE) == 0
 
 
 def test_configure_needs_its_right(m: Machine) -> None:
@@ -948,20 +974,23 @@ def test_a_destroyed_vm_leaves_nothing(m: Machine, pa: int) -> None:
 
 
 def test_destroying_without_memory_can_be_repeated(m: Machine, pa: int) -> None:
+    other = m.el2.create_vm("other")
     assert m.to_protected(pa, GIB) == 0
-    assert m.from_protected(pa + PAGE, GIB - PAGE) == 0
-    # The last page of a block whose table is full needs none; take the table away by a whole block.
-    assert m.to_protected(pa + GIB, GIB) == 0
-    assert m.from_protected(pa + GIB, PAGE) == 0
-    need = m.el2.hlos.tables_for_mapping(m.el2.host_extent.mappings[0], 0, list(m.el2.memdb.ranges(m.vm.guest_private)))
-    for n in range(need):
+    assert m.donate(Donation.TO_SIBLING, m.vm.caps.guest_private, other.caps.guest_private, pa + PAGE) == 0
+    m.lend(LENT, pa + GIB)
+    m.ram.write64(pa + GIB, 7)
+    # The host has no tables for the rest of the gibibyte.
+    for n in range(2):
         m.pool.fail_at(n)
         with pytest.raises(Refused, match="NOMEM"):
             m.vm.destroy()
         assert m.el2.owner(pa) == ("guest", m.vm)
+        assert m.vm.guest_maps(pa + GIB) == LENT
     m.vm.destroy()
     assert m.el2.owner(pa) == "host"
-    assert m.host_reads(pa)
+    assert m.el2.owner(pa + PAGE) == ("guest", other)
+    assert [m.host_reads(pa + at) for at in (0, PAGE, 2 * PAGE, GIB)] == [True, False, True, True]
+    assert m.ram.read64(pa + GIB) == 0
 
 
 def test_vmids_run_out(m: Machine) -> None:
@@ -1210,6 +1239,9 @@ class Model:
 
     def destroy(self, pfn: int, gfn: int, how: str) -> None:
         raise AssertionError("Gunyah takes nothing by force")
+
+    def poisoned(self, gfn: int) -> bool:
+        return False
 
     def locked_in(self, pfn: int) -> bool:
         return self.lock[pfn]

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from guest_memfd.hosts.emulated.arm64.mmu import Mmu
+from guest_memfd.hosts.emulated.arm64.registers import Tcr
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
+from guest_memfd.hosts.emulated.arm64.walk import Stage1
 from guest_memfd.hosts.emulated.buddy import Buddy
 from guest_memfd.hosts.emulated.gunyah.el2 import FIRST_VMID, HLOS_VMID, LAST_VMID, Gunyah
 from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, Refused
@@ -485,6 +488,19 @@ def test_lend_and_share(m: Machine) -> None:
     assert m.linux.mem_reclaim(shared) == 0
     assert all(m.el2.owner(at + n) == "host" and m.el2.host_may(at + n) for n in (0, 2 * MIB, 4 * MIB))
     assert m.el2.hlos.table.pages.violations == []
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_nothing_of_a_lent_parcel_stays_in_a_tlb(m: Machine, share: bool) -> None:
+    vmid, at = m.linux.alloc_vmid(), m.ram.base + 64 * MIB
+    assert m.lend(vmid, Sgl(at, PAGE))[0] == 0              # the block is in pieces from here on
+    tlb = m.el2.tlbs[0]
+    off = Stage1(Tcr(), 0, 0, enabled=False)
+    assert Mmu(m.ram, tlb).translate(at + PAGE, "r", 1, off, m.el2.stage2()).pa == at + PAGE
+    assert tlb.holds_stage2(at + PAGE, HLOS_VMID)
+    assert (m.share if share else m.lend)(vmid, Sgl(at + PAGE, PAGE))[0] == 0
+    assert m.el2.host_may(at + PAGE) == share
+    assert not tlb.holds_stage2(at + PAGE, HLOS_VMID)
 
 
 SMALL = (Sgl(0x8100_0000, PAGE),)

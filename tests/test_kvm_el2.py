@@ -215,10 +215,33 @@ def test_what_has_no_syndrome_is_no_mmio(machine: Machine, word: int) -> None:
     assert isinstance(vcpu.run(), exits.InternalError)
 
 
-def test_a_stage_1_walk_or_a_fetch_without_memory(machine: Machine) -> None:
-    vcpu = machine.vm.add_vcpu(Script(abort(0x900_0000, s1ptw=True), abort(0x900_0000, "x"), words={0x1000: LDR_X1_X0}))
-    assert isinstance(vcpu.run(), exits.InternalError)
-    assert isinstance(vcpu.run(), exits.InternalError)
+def test_a_stage_1_walk_or_a_fetch_without_memory_is_aborted(machine: Machine) -> None:
+    cpu = Script(abort(0x900_0000, s1ptw=True), abort(0x900_0000, "x"), stops.Wfi(), words={0x1000: LDR_X1_X0})
+    vcpu = machine.vm.add_vcpu(cpu)
+    assert vcpu.run() == exits.Wfi()
+    assert [esr for esr, _far in cpu.exceptions] == [0x96000010, 0x86000010]
+    assert vcpu.aborts_injected == 2
+
+
+@pytest.mark.parametrize("access", "rw")
+def test_an_mmio_access_may_be_aborted(machine: Machine, access: str) -> None:
+    word = {"r": LDR_X1_X0, "w": 0xf9000001}[access]
+    cpu = Script(abort(0x900_0000, access), stops.Wfi(), words={0x1000: word})
+    vcpu = machine.vm.add_vcpu(cpu)
+    assert isinstance(vcpu.run(), exits.Mmio)
+    vcpu.abort_mmio()
+    assert (cpu.pc, [esr for esr, _far in cpu.exceptions]) == (0x1000, [0x96000010])
+    assert vcpu.run() == exits.Wfi()
+    with pytest.raises(ValueError, match="no MMIO access"):
+        vcpu.abort_mmio()
+
+
+def test_a_guest_that_only_faults_is_interrupted(machine: Machine) -> None:
+    class Forever(Script):
+        def run(self, timeout: float | None = None, instructions: int | None = None) -> stops.Stop:
+            return abort(0x900_0000, "x")
+
+    assert machine.vm.add_vcpu(Forever()).run(timeout=0.05) == exits.Expired()
 
 
 def test_psci(machine: Machine) -> None:

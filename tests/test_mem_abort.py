@@ -211,6 +211,10 @@ def test_entries_are_twelve_bytes_relative_to_themselves() -> None:
     (0x29, "do_bad", SIGKILL, SI_KERNEL, "level -1 address size fault"),
     (0x2B, "do_translation_fault", SIGSEGV, SEGV_MAPERR, "level -1 translation fault"),
     (0x30, "do_bad", SIGKILL, SI_KERNEL, "TLB conflict abort"),
+    (0x31, "do_bad", SIGKILL, SI_KERNEL, "Unsupported atomic hardware update fault"),
+    (0x34, "do_bad", SIGKILL, SI_KERNEL, "implementation fault (lockdown abort)"),
+    (0x3D, "do_bad", SIGKILL, SI_KERNEL, "section domain fault"),
+    (0x3E, "do_bad", SIGKILL, SI_KERNEL, "page domain fault"),
     (0x35, "do_bad", SIGBUS, BUS_OBJERR, "implementation fault (unsupported exclusive)"),
     (0x3F, "do_bad", SIGKILL, SI_KERNEL, "unknown 63"),
 ])
@@ -417,6 +421,21 @@ def test_the_first_line_of_an_oops(esr: int, far: int, kernel: FakeKernel, messa
     outcome = do_mem_abort(esr, far, Regs(), kernel)
     assert isinstance(outcome, Oops)
     assert outcome.text.splitlines()[0] == f"Unable to handle kernel {message} at virtual address {far:016x}"
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_permission_faults_of_every_level_say_so(level: int) -> None:
+    outcome = do_mem_abort(DABT | 0x0C + level, VA, Regs(), FakeKernel())
+    assert "Unable to handle kernel read from unreadable memory" in outcome.text  # type: ignore[union-attr]
+    assert "paging request" in do_mem_abort(DABT | 0x08 + level, VA, Regs(), FakeKernel()).text  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("far", "asked"), [((1 << 48) - 1, True), (1 << 48, False)])
+@pytest.mark.parametrize("fsc", [7, 0xB])
+def test_user_addresses_end_at_task_size(fsc: int, far: int, asked: bool) -> None:
+    kernel = FakeKernel(UACCESS, mm_fault=MmFault.BADMAP)
+    assert do_mem_abort(DABT | fsc, far, Regs(), kernel) == Fixed(PC + 8)
+    assert bool(kernel.asked) is asked
 
 
 @pytest.mark.parametrize(("options", "last"), [
@@ -717,12 +736,12 @@ def test_every_field_of_a_syndrome_is_printed() -> None:
 
     nothing = lines(DABT | 7)
     assert "  FSC = 0x07: level 3 translation fault" in nothing
-    for bit, field in ((11, "SET = 1"), (12, "SET = 2"), (10, "FnV = 1"), (9, "EA = 1"), (7, "S1PTW = 1"), (8, "CM = 1"),
+    for bit, shown in ((11, "SET = 1"), (12, "SET = 2"), (10, "FnV = 1"), (9, "EA = 1"), (7, "S1PTW = 1"), (8, "CM = 1"),
                        (6, "WnR = 1"), (42, "TnD = 1"), (41, "TagAccess = 1"), (40, "GCS = 1"), (38, "Overlay = 1"),
                        (37, "DirtyBit = 1"), (32, "Xs = 1"), (36, "Xs = 16")):
         one = lines(DABT | 7 | 1 << bit)
-        assert any(field in line for line in one)
-        assert not any(field in line for line in nothing)
+        assert any(shown in line for line in one)
+        assert not any(shown in line for line in nothing)
     assert "  EC = 0x25: DABT (current EL), IL = 16 bits" in lines(DABT & ~(1 << 25) | 7)
     assert "  EC = 0x21: IABT (current EL), IL = 32 bits" in lines(IABT | 7)
     assert not any("Data abort info" in line for line in lines(IABT | 7))
@@ -733,6 +752,9 @@ def test_registers_are_printed_from_x29_down() -> None:
     regs.pstate = 1 << 30 | 1 << 28 | 1 << 9 | 1 << 7 | 1 << 22 | 1 << 24 | 5
     lines = do_mem_abort(DABT | 0x10, VA, regs, FakeKernel()).text.splitlines()  # type: ignore[union-attr]
     assert lines[3] == "pstate: 51400285 (nZcV DaIf +PAN -UAO -TCO +DIT -SSBS BTYPE=--)"
+    regs.pstate = 0b1010 << 28 | 1 << 23 | 1 << 25 | 1 << 12 | 1 << 8 | 1 << 6 | 5
+    other = do_mem_abort(DABT | 0x10, VA, regs, FakeKernel()).text.splitlines()  # type: ignore[union-attr]
+    assert other[3] == "pstate: a2801145 (NzCv dAiF -PAN +UAO +TCO -DIT +SSBS BTYPE=--)"
     assert lines[4:8] == [f"pc : {PC:#x}", "lr : 0x1e", f"sp : {regs.sp:016x}",
                           "x29: 000000000000001d x28: 000000000000001c x27: 000000000000001b"]
     assert lines[16] == "x2 : 0000000000000002 x1 : 0000000000000001 x0 : 0000000000000000"

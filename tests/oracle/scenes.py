@@ -54,9 +54,10 @@ class Scene:
     marks: bool = True
 
     def registers(self) -> dict[str, int]:
+        """SCTLR_EL1 has nTWI: Unicorn ends a run with a WFI of its own, which must not trap at EL0."""
         s2 = self.s2
         return {"TCR_EL1": self.s1.tcr.value, "TTBR0_EL1": self.s1.ttbr0, "TTBR1_EL1": self.s1.ttbr1,
-                "MAIR_EL1": self.s1.mair, "SCTLR_EL1": 0x30d00800 | self.s1.enabled | self.s1.wxn << 19,
+                "MAIR_EL1": self.s1.mair, "SCTLR_EL1": 0x30d50800 | self.s1.enabled | self.s1.wxn << 19,
                 "VTCR_EL2": s2.vtcr.value if s2 else 0, "VTTBR_EL2": s2.vttbr if s2 else 0,
                 "HCR_EL2": 1 << 31 | (s2 is not None)}
 

@@ -1,4 +1,4 @@
-"""Unicorn's AArch64 MMU as the one that answers: AT S12E* at EL2 in a loop over an array, and real accesses at EL1.
+"""Unicorn's AArch64 MMU as the one that answers: AT S12E* at EL2 over an array, real accesses at EL1, fetches at EL0.
 
 UC_TLB_CPU with SCR_EL3.NS and HCR_EL2.VM; the memory is the Ram of the other side. Its core is QEMU 5.0: no address size
 faults, and a stage-2 fault on a stage-1 walk carries a translation code with stage 1's level.
@@ -26,7 +26,7 @@ SYSREG = {
     "SCTLR_EL1": (3, 0, 1, 0, 0), "TTBR0_EL1": (3, 0, 2, 0, 0), "TTBR1_EL1": (3, 0, 2, 0, 1), "TCR_EL1": (3, 0, 2, 0, 2),
     "PAR_EL1": (3, 0, 7, 4, 0), "MAIR_EL1": (3, 0, 10, 2, 0), "HCR_EL2": (3, 4, 1, 1, 0), "VTTBR_EL2": (3, 4, 2, 1, 0),
     "VTCR_EL2": (3, 4, 2, 1, 2), "HPFAR_EL2": (3, 4, 6, 0, 4), "SCR_EL3": (3, 6, 1, 1, 0)}
-EL1H, EL2H = 0x3c5, 0x3c9
+EL0T, EL1H, EL2H = 0x3c0, 0x3c5, 0x3c9
 # AT S12E1R, S12E1W, S12E0R, S12E0W of x3.
 AT = {("r", 1): 0xd50c7883, ("w", 1): 0xd50c78a3, ("r", 0): 0xd50c78c3, ("w", 0): 0xd50c78e3}
 NOP, ISB = 0xd503201f, 0xd5033fdf
@@ -104,11 +104,12 @@ class UnicornMmu:
 
     # -- real accesses -------------------------------------------------------------------------------------------------
 
-    def enter_el1(self) -> None:
-        self._enter(EL1H)
+    def enter(self, el: int) -> None:
+        """EL1 or EL0; from EL0 only fetches can be asked for."""
+        self._enter(EL1H if el else EL0T)
 
     def access(self, va: int, access: str) -> Abort | None:
-        """A load or store of x1 at [va], or a fetch from *va*, at EL1; None: done."""
+        """A load or store of x1 at [va], or a fetch from *va*; None: done."""
         if access == "x":
             return self._outcome(va, 1)
         self.uc.reg_write(UC_ARM64_REG_X0, va)

@@ -145,11 +145,15 @@ def _comparable(facts: Sequence[Any]) -> list[str]:
 
 @dataclass
 class Runner:
-    """A party on its way: its number, its procedure, and the primitive it wants next (None: it has ended)."""
+    """A party on its way: its number, its procedure, and the primitive it wants next (None: it has ended).
+
+    pace: how fast it is beside the others; without differences, short parties would always be over early.
+    """
 
     number: int
     procedure: Steps[Any]
     pending: Primitive | None = None
+    pace: float = 1.0
 
     def resume(self, result: Any, choose: Callable[[Sequence[Any]], Any]) -> None:
         """Let it go on with *result* up to its next primitive."""
@@ -194,6 +198,7 @@ def run(both: Pair, names: Sequence[str], rng: random.Random) -> int:
     world = both.world
     runners = [Runner(world.programs[n].number, world.programs[n].start()) for n in names]
     for runner in runners:
+        runner.pace = 10 ** rng.uniform(-2, 0)
         runner.resume(None, rng.choice)
     while not both.ended and _turn(both, [r for r in runners if r.pending is not None], rng):
         pass
@@ -209,8 +214,7 @@ def run(both: Pair, names: Sequence[str], rng: random.Random) -> int:
 
 # One step of a party that can move, silent primitives and all; False when nobody can.
 def _turn(both: Pair, runners: list[Runner], rng: random.Random) -> bool:
-    rng.shuffle(runners)
-    for runner in runners:
+    for runner in sorted(runners, key=lambda r: rng.expovariate(r.pace)):
         moved = False
         while runner.pending is not None and not both.ended:
             primitive = runner.pending

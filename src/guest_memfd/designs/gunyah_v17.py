@@ -4,11 +4,14 @@ Differs from our library in nearly everything, so this file is a driver of its o
 pages, PG_private for what is lent, an rw-semaphore around the bindings, "launder" to take a page back. Mistakes are kept
 as posted and marked with the numbers of docs/bugs.md. Patches 19, 20, 23, 24, 28/35.
 
-Left out: huge folios, parcels and the DTB, platform hooks, RM calls; start of the VM. Page 0 is bound FORCE_LEND, page 1
-FORCE_SHARE, each by a binding of its own. Lending and sharing are this hypervisor's hypercalls.
+Left out: platform hooks, RM calls. In scenarios page 0 is bound FORCE_LEND, page 1 FORCE_SHARE, each by a binding of its
+own; files behind /dev/gunyah have any bindings, and parcels (gunyah_v17_files.py). Lending and sharing are this
+hypervisor's hypercalls.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 from guest_memfd.core.base import filled
 from guest_memfd.core.convert import Conversion
@@ -29,6 +32,30 @@ from guest_memfd.hosts.host import (
 
 LENT = 1
 """Low bit of an entry of the provided tree: this page is lent, not shared."""
+
+ORDER_SHIFT = 56
+"""Where such an entry has the folio's order."""
+
+
+def entry_of(folio: Folio, lend: bool) -> int:
+    """The entry of the provided tree for all gfns of *folio*."""
+    return (2 * folio.pfn + 1 + (LENT if lend else 0)) | folio.order << ORDER_SHIFT
+
+
+def folio_of(entry: int) -> Folio:
+    """The folio of such an entry."""
+    return Folio(((entry & (1 << ORDER_SHIFT) - 1) - 1) // 2, entry >> ORDER_SHIFT)
+
+
+def places(entries: Sequence[int], at: int = 0) -> Iterator[int]:
+    """Indexes of what is no hole, in order; costs follow their number."""
+    if filled(entries):
+        if len(entries) == 1:
+            yield at
+        else:
+            half = len(entries) // 2
+            yield from places(entries[:half], at)
+            yield from places(entries[half:], at + half)
 
 
 class GunyahV17(Design):
@@ -102,17 +129,16 @@ class GunyahV17(Design):
         grabbed = yield from self.grab_folio(index)
         if isinstance(grabbed, int):
             return grabbed
-        ret = yield from self.provide_folio(gfn, grabbed, self.lends(index))
+        ret = yield from self.provide_folio(gfn - (index - grabbed.pgoff), grabbed, self.lends(index))
         yield from self.unlock_and_put(grabbed.folio)
         return ret
 
     def provide_folio(self, gfn: int, grabbed: Grabbed, lend: bool) -> Steps[int]:
         """gunyah_vm_provide_folio(): tree entry, safe to lend?, donate, map, reference, PG_private."""
         host, folio = self.driver, grabbed.folio
-        (there,) = yield from host.xa_load("provided", gfn, 1)
-        if there:
+        if filled((yield from host.xa_load("provided", gfn, folio.nr))):
             return -EAGAIN
-        ret = yield from host.xa_store("provided", gfn, Entries(2 * folio.pfn + 1 + (LENT if lend else 0), 1))
+        ret = yield from host.xa_store("provided", gfn, Entries(entry_of(folio, lend), folio.nr))
         if ret:
             return ret
         ret = (yield from self.lend_safe(grabbed)) if lend else 0
@@ -121,7 +147,7 @@ class GunyahV17(Design):
             if ret:
                 yield from host.set_direct_map_default_noflush(folio)
         if ret:
-            yield from host.xa_store_reserved("provided", gfn, Entries(0, 1))
+            yield from host.xa_store_reserved("provided", gfn, Entries(0, folio.nr))
             return ret
         yield from host.folio_get(folio, "provided")
         if lend:
@@ -158,13 +184,13 @@ class GunyahV17(Design):
         (entry,) = yield from host.xa_load("provided", gfn, 1)
         if not entry:
             return 0
-        lent = (entry - 1) % 2 == LENT
+        lent = not entry % 2
         ret = yield from host.hypercall("unmap_private" if lent else "unmap_vmmio", gfn, folio, sync)
         if not ret:
             ret = yield from host.hypercall("donate_from_protected" if lent else "donate_from_sibling", folio)
         if ret:
             return ret
-        yield from host.xa_store_reserved("provided", gfn, Entries(0, 1))
+        yield from host.xa_store_reserved("provided", gfn, Entries(0, folio.nr))
         if private:
             yield from host.set_direct_map_default_noflush(folio)          # result ignored (S19)
             yield from host.folio_set_private(folio, False)
@@ -174,16 +200,17 @@ class GunyahV17(Design):
     def reclaim_range(self, gfn: int, nr: int) -> Steps[int]:
         """gunyah_vm_reclaim_range(): one page too many (S5), and the last unmap is not synchronised (S6)."""
         host = self.driver
-        ret = 0
-        last = gfn + nr                                                     # S5: inclusive
-        entries = yield from host.xa_load("provided", gfn, nr + 1)
-        for at in range(gfn, last + 1):
-            if not entries[at - gfn]:
+        ret = done = 0
+        entries = yield from host.xa_load("provided", gfn, nr + 1)          # S5: inclusive
+        for at in places(entries):
+            if at < done:
                 continue
-            folio = Folio((entries[at - gfn] - 1) // 2)
-            sync = filled(entries[at - gfn + 1:]) > 0                       # S6
+            folio = folio_of(entries[at])
+            head = (gfn + at) & -folio.nr
+            done = head + folio.nr - gfn
+            sync = filled(entries[done:]) > 0                               # S6
             locked = yield from host.lock_folio(folio)
-            failed = yield from self.reclaim_folio(at, folio, locked.private, sync)
+            failed = yield from self.reclaim_folio(head, folio, locked.private, sync)
             yield from host.unlock_folio(folio)
             ret = failed or ret
         return ret
@@ -191,7 +218,7 @@ class GunyahV17(Design):
     def launder(self, index: int, folio: Folio) -> Steps[int]:
         """Take the locked *folio* back from whoever was given it."""
         (bound,) = yield from self.driver.xa_load("bindings", index, 1)
-        return (yield from self.reclaim_folio(bound - 1, folio, True, True)) if bound else 0
+        return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, True, True)) if bound else 0
 
     # -- the host's side (24/35) ---------------------------------------------------------------------------------
 
@@ -235,24 +262,26 @@ class GunyahV17(Design):
     def invalidate_pages2(self, first: int, last: int) -> Steps[int]:
         """mm/truncate.c: unmap, launder and drop each folio of page indexes [first, last]; -EBUSY for those that stay."""
         host = self.driver
-        ret = 0
-        for index in range(first, min(last + 1, self.size)):
+        ret, index = 0, first
+        while index <= min(last, self.size - 1):
             hit = yield from host.filemap_get_folio(index)
             if hit is None:
+                index += 1
                 continue
             locked = yield from host.lock_folio(hit.folio)
-            yield from host.unmap_mapping_pages(index, 1)
+            yield from host.unmap_mapping_pages(hit.pgoff, hit.folio.nr)
             if (yield from self.launder_if_provided(index, hit.folio, locked.private)):
                 ret = -EBUSY
             else:
                 yield from host.filemap_remove_folio(hit.folio)
             yield from self.unlock_and_put(hit.folio)
+            index = hit.pgoff + hit.folio.nr
         return ret
 
     def launder_if_provided(self, index: int, folio: Folio, private: bool) -> Steps[int]:
         """release_folio / launder_folio: shared pages are taken back as well, without touching the direct map."""
         (bound,) = yield from self.driver.xa_load("bindings", index, 1)
-        return (yield from self.reclaim_folio(bound - 1, folio, private, True)) if bound else 0
+        return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, private, True)) if bound else 0
 
     def make_private(self, start: int, nr: int) -> Steps[Conversion]:
         """There is no conversion: lend or share is for the life of a binding."""

@@ -32,7 +32,7 @@ def abstraction(host: EmulatedHost, failures: int = 0) -> bytes:
 def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     machine, driver, vm = host.machine, host.machine.driver, host.vm
     frame.owner = st.OWNERS.index(driver.owner(pa))
-    frame.s1 = machine.linear_map.kernel_page_present(pa)
+    frame.s1 = machine.kernel_maps(pa)
     frame.stale = not frame.s1 and machine.holds_kernel(pa)
     frame.s2 = machine.host_reaches(pa)
     if vm.state != st.GONE:

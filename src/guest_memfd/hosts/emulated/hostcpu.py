@@ -59,14 +59,15 @@ class Aborted:
 class Ran:
     """How a call ended: x0, whether the exception table stepped in, whether a page was reclaimed by force on the way.
 
-    `signal`: what the task at EL0 gets, ``fault`` for the fault handler of its VMA. `pa`: where the access arrived.
+    `signal`: what the task at EL0 gets, ``fault`` for the fault handler of its VMA. `reached`: the physical addresses at
+    which data accesses arrived, in order.
     """
 
     x0: int
     fixed: bool = False
     reclaimed: bool = False
     signal: str | None = None
-    pa: int = 0
+    reached: tuple[int, ...] = ()
 
 
 class HostCpu:
@@ -90,7 +91,7 @@ class HostCpu:
         self.mmus = [Mmu(machine.ram, tlb) for tlb in machine.tlbs]
         self.stage1 = Stage1(Tcr(), machine.vmm.ttbr0, machine.linear_map.root)
         self.core = c.Cpu(machine.ram, self._translate)
-        self._reached = 0
+        self._reached: list[int] = []
         self._reclaimed = False
 
     # Unicorn asks for every page that an instruction touches.
@@ -99,14 +100,14 @@ class HostCpu:
             raise Fault(TRANSLATION, 0, 1, va=va, access=access, el=el)
         found = self.mmus[self.current].translate(va, access, el, self.stage1, self.machine.el2.stage2())
         if access != "x":
-            self._reached = found.pa
+            self._reached.append(found.pa)
         return found.pa, found.size, found.readable, found.writable, found.executable
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
     def call(self, symbol: str, va: int) -> Ran:
         """Call kernel function *symbol* on the doubleword at *va*; raises KernelPanic when an abort ends the kernel."""
-        self.aborts = []
+        self.aborts, self._reached = [], []
         core = self.core
         core.pstate = _EL1H
         arguments = (self.machine.bounce_va, va, 8) if symbol == "copy_from_kernel_nofault" else (va, 0, 0)
@@ -115,18 +116,18 @@ class HostCpu:
         core.set_x(30, RETURN)
         core.pc = self.machine.text.va(symbol)
         fixed = self._run()
-        return Ran(core.x(0), fixed, self._reclaimed, None, self._reached)
+        return Ran(core.x(0), fixed, self._reclaimed, None, tuple(self._reached))
 
     def user(self, va: int, write: bool, value: int = 0) -> Ran:
         """One load or store of the VMM at *va*; what stops it is in `signal`."""
-        self.aborts = []
+        self.aborts, self._reached = [], []
         core = self.core
         core.pstate = _EL0T
         core.set_x(0, va)
         core.set_x(1, value)
         core.pc = STORE if write else LOAD
         signal = self._run_user()
-        return Ran(core.x(1), signal=signal, pa=self._reached)
+        return Ran(core.x(1), signal=signal, reached=tuple(self._reached))
 
     # To the return address; True when the exception table was used on the way.
     def _run(self) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from guest_memfd.errors import BadInput
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.arm64 import tlbi
+from guest_memfd.hosts.emulated.arm64.descriptor import output_address
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
 from guest_memfd.hosts.emulated.buddy import Buddy
 from guest_memfd.hosts.emulated.drivers import driver_for
@@ -192,6 +193,12 @@ class Machine:
         return fails
 
     # -- who reaches what ----------------------------------------------------------------------------------------
+
+    def kernel_maps(self, pa: int) -> bool:
+        """Whether the linear map has *pa*, at its own address."""
+        entry = self.linear_map.leaf(pa)
+        offset = self.linear_map.va(pa) % dm.level_size(entry.level)
+        return self.linear_map.kernel_page_present(pa) and output_address(entry.value, entry.level) + offset == pa
 
     def holds_kernel(self, pa: int) -> bool:
         """Whether some CPU's TLB still translates the linear-map address of *pa*."""

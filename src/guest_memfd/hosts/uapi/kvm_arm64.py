@@ -18,7 +18,7 @@ _CORE, _SYSTEM = 0x6030_0000_0010_0000, 0x6030_0000_0013_0000
 
 
 def core_reg(n: int) -> int:
-    """KVM_REG_ARM_CORE of the 64-bit register at doubleword *n* of struct kvm_regs: x0..x30, sp, pc, pstate."""
+    """KVM_REG_ARM_CORE of the 64-bit register at doubleword *n* of struct kvm_regs: x0..x30, SP_EL0, pc, pstate, SP_EL1, ELR_EL1."""
     return _CORE | 2 * n
 
 
@@ -28,6 +28,5 @@ def sys_reg(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
 
 
 X = tuple(core_reg(n) for n in range(31))
-SP, PC, PSTATE = core_reg(31), core_reg(32), core_reg(33)
+SP_EL0, PC, PSTATE, SP_EL1, ELR_EL1 = (core_reg(n) for n in range(31, 36))
 ESR_EL1, FAR_EL1, VBAR_EL1 = sys_reg(3, 0, 5, 2, 0), sys_reg(3, 0, 6, 0, 0), sys_reg(3, 0, 12, 0, 0)
-ELR_EL1 = core_reg(35)

@@ -10,12 +10,15 @@
     walk.py         one translation, straight from memory
     entry.py        what one TLB entry knows
     tlb.py          every entry a TLB may keep, until the operation that has to remove it
-    tlbi.py         TLB maintenance with the scope the architecture gives it
+    tlbi.py         TLB maintenance with the scope the architecture gives it; tlbi_instruction.py: as a name and a register
     mmu.py          TLB first, then a walk that fills it
     tables.py       building, splitting and freeing tables; break-before-make is watched where descriptors are stored
     filling.py      where blocks fit, and which runs are contiguous
     pages.py        where table pages come from
     bbm.py          which change of a descriptor needs break-before-make
+    sysreg.py       system registers by name
+    cpu.py, stop.py one CPU: Unicorn executes, the tables above translate; access.py decodes a load or store for ISV
+    asm.py          an assembler for guests and stubs: operand.py, encode*.py
 
 Left out: FEAT_LPA2 (TCR.DS), level -1, FEAT_HAFDBS (AF=0 always faults), FEAT_XS, permission indirection and overlays,
 memory attributes and with them the alignment fault of Device memory, NS, RME.

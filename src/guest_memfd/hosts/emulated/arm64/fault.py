@@ -61,29 +61,27 @@ class Fault(Exception):  # noqa: N818 - named after what it is
             return _BY_LEVEL[self.kind] + self.level
         return _WITHOUT[self.kind]
 
-    # FnV: of the faults here only an external abort of the access itself leaves FAR without a meaning on some
-    # implementations; ours always writes it, as do those that Linux reports a physical address for.
-    def _esr(self, base: int, write: int, rest: int) -> int:
+    # WnR says what the access was, on a stage-1 walk too (AArch64.FaultSyndrome); IABT has no such bit.
+    def _esr(self, same_el: int, far_valid: bool, rest: int = 0) -> int:
         ec = _EC_IABT if self.access == "x" else _EC_DABT
-        return (ec | base) << 26 | 1 << 25 | rest | self.s1ptw << 7 | write << 6 | self.fsc
+        fnv = self.kind == EXTERNAL_ABORT and self.level is None and not far_valid
+        return ((ec | same_el) << 26 | 1 << 25 | rest | fnv << 10 | self.s1ptw << 7 | (self.access == "w") << 6 | self.fsc)
 
-    # WnR says what the access was, on a stage-1 walk too (AArch64.FaultSyndrome). IABT has no such bit.
-    @property
-    def _write(self) -> int:
-        return int(self.access == "w")
+    def esr_el1(self, far_valid: bool = True) -> int:
+        """ESR_EL1 when taken to EL1: EC says lower EL for EL0 and same EL for EL1; ISV is never set.
 
-    def esr_el1(self) -> int:
-        """ESR_EL1 when taken to EL1: EC says lower EL for EL0 and same EL for EL1; ISV is never set."""
-        return self._esr(1 if self.el else 0, self._write, 0)
+        *far_valid*: whether the implementation writes FAR for an external abort of the access itself; if not, FnV is set.
+        """
+        return self._esr(1 if self.el else 0, far_valid)
 
-    def esr_el2(self, instruction: LoadStore | None = None) -> int:
+    def esr_el2(self, instruction: LoadStore | None = None, far_valid: bool = True) -> int:
         """ESR_EL2 when taken to EL2; ISV..AR only for a stage-2 fault of a simple load or store, not on a stage-1 walk."""
         rest = 0
         if instruction is not None and self.stage == 2 and not self.s1ptw and self.access != "x" \
                 and self.kind != EXTERNAL_ABORT:
             rest = 1 << 24 | _SIZES[instruction.size] << 22 | instruction.sign_extend << 21 | instruction.register << 16 \
                 | instruction.sixty_four << 15 | instruction.acquire_release << 14
-        return self._esr(0, self._write, rest)
+        return self._esr(0, far_valid, rest)
 
     @property
     def far(self) -> int:

@@ -76,6 +76,19 @@ class Mmu:
         except Fault:
             pass
 
+    def at_s1(self, va: int, access: Access, el: int, s1: Stage1, s2: Stage2 | None = None) -> Translation:
+        """AT S1E1R, S1E1W, S1E0R and S1E0W: stage 1 alone, so that *pa* is an IPA; PSTATE.PAN does not count.
+
+        *s2* still translates the addresses of the tables. Raises Fault.
+        """
+        who: Who = (1, False, va, None, access, el)
+        if not s1.enabled:
+            return Translation(stage1_off(va, s1, who), None, None, 48, permission.ALL, el)
+        entry = self._stage1(va, select(s1, va, who), s1, s2, who)
+        assert entry.s1 is not None
+        check_stage1(entry.may, entry.s1.level, False, who)
+        return Translation(entry.oa + (va & VA_MASK) - entry.ia, entry.s1, None, entry.shift, entry.may, el)
+
     # -- a combined entry answers ----------------------------------------------------------------------------------
 
     def _combined(self, va: int, s1: Stage1, s2: Stage2 | None, who: Who) -> TlbEntry | None:

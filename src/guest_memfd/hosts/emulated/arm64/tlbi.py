@@ -2,29 +2,19 @@
 
 The functions are named after the operations; those that end in ``is`` are broadcast to the inner shareable domain and
 take the TLBs of all its CPUs, those without take the one of the CPU that executes them. Addresses and sizes are bytes,
-not operands; `va_operand`, `ipa_operand` and `range_operand` take the register apart. *level* is the TTL hint: only
-leaves of that level go, so that a wrong one removes nothing. Operations whose name has an L leave table descriptors alone.
+not operands; tlbi_instruction.py takes the register apart. *level* is the TTL hint: only leaves of that level go, so that
+a wrong one removes nothing. Operations whose name has an L leave table descriptors alone.
 Arm ARM C5.5 (TLB maintenance instructions); arch/arm64/include/asm/tlbflush.h.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from guest_memfd.errors import BadInput
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
 
 PAGE = 4096
-
-
-class Operand(NamedTuple):
-    """The register of an operation by address: *start* and *size* in bytes, the TTL's *level* (None: no hint), the ASID."""
-
-    start: int
-    size: int
-    level: int | None
-    asid: int
 
 
 # -- by VA ------------------------------------------------------------------------------------------------------------
@@ -192,39 +182,3 @@ def ripas2le1is(tlbs: Iterable[Tlb], start: int, size: int, vmid: int, level: in
     _check(size)
     for tlb in tlbs:
         tlb.drop_ipa(vmid, start, size, level, last_only=True)
-
-
-# -- operands ---------------------------------------------------------------------------------------------------------
-
-
-# TTL[3:2] is the granule, 0: no hint. With 16K pages level 0 and with 4K and 64K level 0 are no hint either.
-def _ttl(ttl: int) -> int | None:
-    return ttl & 3 or None if ttl >> 2 else None
-
-
-def va_operand(value: int) -> Operand:
-    """VAE1 and its kin: VA[55:12] in 43:0 (sign-extended here), TTL in 47:44, the ASID in 63:48."""
-    va = (value & (1 << 44) - 1) << 12
-    return Operand(va | (0xff << 56 if va >> 55 else 0), PAGE, _ttl(value >> 44 & 15), value >> 48)
-
-
-def ipa_operand(value: int) -> Operand:
-    """IPAS2E1 and its kin: IPA[51:12] in 39:0, TTL in 47:44; the address space bit 63 is ignored."""
-    return Operand((value & (1 << 40) - 1) << 12, PAGE, _ttl(value >> 44 & 15), 0)
-
-
-def range_operand(value: int) -> Operand | None:
-    """The range forms: BADDR 36:0, TTL 38:37, NUM 43:39, SCALE 45:44, TG 47:46, ASID 63:48; None when TG is reserved.
-
-    Covers (NUM + 1) << (5 * SCALE + 1) pages of the granule TG names, BADDR in units of it. With a VA, bits from
-    the sign of BADDR on are copies of it; an IPA's caller masks them off.
-    """
-    granule = value >> 46 & 3
-    if not granule:
-        return None
-    shift = (12, 14, 16)[granule - 1]
-    base = (value & (1 << 37) - 1) << shift
-    if value >> 36 & 1:
-        base |= (1 << 64) - (1 << 37 + shift)
-    size = ((value >> 39 & 31) + 1) << 5 * (value >> 44 & 3) + 1 + shift
-    return Operand(base, size, value >> 37 & 3 or None, value >> 48)

@@ -200,8 +200,9 @@ def walk(memory: Memory, va: int, access: Access, el: int, s1: Stage1, s2: Stage
         plan = select(s1, va, who)
 
         def locate(ipa: int) -> int:
+            assert s2 is not None
             walker: Who = (2, True, va, ipa, access, el)
-            leaf = walk_stage2(read, s2, ipa, walker)  # type: ignore[arg-type]
+            leaf = walk_stage2(read, s2, ipa, walker)
             check_stage2(leaf, walker)
             return leaf.oa
 

@@ -96,7 +96,7 @@ class FileHost(EmulatedHost):
         if mapping is None:
             return "SIGSEGV"
         ran = self.machine.cpu.user(mapping.va(index) + at, value is not None, value or 0)
-        return ran.signal or ran.pa & -PAGE
+        return ran.signal or ran.reached[-1] & -PAGE
 
 
 class _Owned:

@@ -35,7 +35,7 @@ class ConfiguredRange(NamedTuple):
 
 
 class ConfiguredRanges:
-    """The ranges of one address space; they never overlap."""
+    """The ranges of one address space; they never overlap, and neighbours of the same kind are one range."""
 
     def __init__(self) -> None:
         self._ranges: list[ConfiguredRange] = []
@@ -64,9 +64,13 @@ class ConfiguredRanges:
             raise Refused(GunyahError.BUSY, f"{new} is configured already")
         if touched:
             raise Refused(GunyahError.ARG_INVAL, f"{new} runs into {touched[0]}")
-        if len(self._ranges) == MAX_RANGES:
+        beside = [r for r in self._ranges if r.kind == new.kind and (r.end == new.start or new.end == r.start)]
+        if len(self._ranges) - len(beside) == MAX_RANGES:
             raise Refused(GunyahError.NORESOURCES, f"{MAX_RANGES} ranges are configured")
-        self._ranges.append(new)
+        for found in beside:
+            self._ranges.remove(found)
+        self._ranges.append(ConfiguredRange(
+            min(r.start for r in (new, *beside)), max(r.end for r in (new, *beside)), new.kind))
 
     def _remove(self, gone: ConfiguredRange, touched: list[ConfiguredRange]) -> None:
         if not touched:
@@ -83,8 +87,4 @@ class ConfiguredRanges:
 
     def kind(self, start: int, end: int) -> Kind | None:
         """What all of [start, end) is configured as; None when that is nothing, or not one thing."""
-        at, kind = start, None
-        for found in sorted(self._ranges):
-            if found.start <= at < found.end and kind in (None, found.kind):
-                at, kind = found.end, found.kind
-        return kind if at >= end else None
+        return next((found.kind for found in self._ranges if found.start <= start and end <= found.end), None)

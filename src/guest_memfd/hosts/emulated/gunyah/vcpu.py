@@ -10,8 +10,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from guest_memfd.hosts.emulated.arm64.access import Transfer
-from guest_memfd.hosts.emulated.arm64.cpu import Abort, Breakpoint, Bus, Hvc, Smc, Stop, Svc, Undefined, Wfi
-from guest_memfd.hosts.emulated.arm64.fault import ACCESS_FLAG, PERMISSION, TRANSLATION, Fault
+from guest_memfd.hosts.emulated.arm64.fault import ACCESS_FLAG, EXTERNAL_ABORT, PERMISSION, TRANSLATION, Fault
+from guest_memfd.hosts.emulated.arm64.stop import Abort, Breakpoint, Bus, Hvc, Smc, Stop, Svc, Undefined, Wfi
 from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, Refused
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Vcpu:
             case Breakpoint(imm):
                 self._deliver(_EC_BRK << 26 | _IL | imm)
             case Bus(_, _, va, access):
-                self._fault = Fault("external abort", None, 2, va=va, access=access, el=self.cpu.el)
+                self._fault = Fault(EXTERNAL_ABORT, None, 2, va=va, access=access, el=self.cpu.el)
                 self._abort_guest()
             case _:
                 return Run(VcpuState.READY)

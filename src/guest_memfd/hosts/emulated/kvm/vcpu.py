@@ -6,6 +6,7 @@ stage-2 faults, HVC and SMC are the hypervisor's. Sources: arch/arm64/kvm/{handl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -31,6 +32,8 @@ NOT_SUPPORTED, INVALID_PARAMETER = -1, -3
 
 PSCI_VERSION, PSCI_SYSTEM_OFF, PSCI_SYSTEM_RESET = 0x8400_0000, 0x8400_0008, 0x8400_0009
 _PSCI_1_1 = 1 << 16 | 1
+
+_SEA = 0x10        # DFSC of a synchronous external abort that is not on a walk
 
 # ESR_EL1 of what the CPU does not report as a fault: EC and IL; the immediate goes below.
 _ESR = {Svc: 0x15 << 26 | 1 << 25, Breakpoint: 0x3c << 26 | 1 << 25, Undefined: 1 << 25}
@@ -111,15 +114,20 @@ class Vcpu:
     def __init__(self, cpu: GuestCpu, bound: Callable[[int], bool]) -> None:
         self.cpu, self.bound = cpu, bound
         self._load: Transfer | None = None      # of the MMIO read that user space has not answered yet
+        self._fault: tuple[Fault, int] | None = None    # the MMIO access that user space was told of last, and its PC
+        self.aborts_injected = 0
 
     def run(self, timeout: float | None = None, instructions: int | None = None) -> Exit:
-        """KVM_RUN: execute until an exit. *timeout* (seconds) and *instructions* hold between two stops of the CPU."""
+        """KVM_RUN: execute until an exit, for *timeout* seconds; *instructions* hold between two stops of the CPU."""
         if self._load is not None:
             raise ValueError("an MMIO read waits for its data: complete_mmio()")
+        end = None if timeout is None else time.monotonic() + timeout
         while True:
             out = self._handle(self.cpu.run(timeout, instructions))
             if out is not None:
                 return out
+            if end is not None and time.monotonic() >= end:
+                return Expired()
 
     def complete_mmio(self, data: int) -> None:
         """The device's answer to an MMIO read, little-endian; the guest goes on behind the load."""
@@ -129,6 +137,19 @@ class Vcpu:
         if load.register < 31:
             self.cpu.set_x(load.register, load.extend(data))
         self.cpu.pc += 4
+
+    def abort_mmio(self) -> None:
+        """kvm_inject_sea_dabt() for the access that the last `Mmio` was about; it is not carried out."""
+        if self._fault is None:
+            raise ValueError("no MMIO access to abort")
+        fault, self.cpu.pc = self._fault
+        self._fault = self._load = None
+        self._inject_sea(fault)
+
+    # inject_abt64(): the guest sees a synchronous external abort at the address it used.
+    def _inject_sea(self, fault: Fault) -> None:
+        self.aborts_injected += 1
+        self.cpu.take_exception(fault.esr_el1() & ~0xff | _SEA, fault.va)
 
     # None: the guest goes on.
     def _handle(self, stop: Stop) -> Exit | None:
@@ -148,11 +169,15 @@ class Vcpu:
         self.cpu.take_exception(_ESR[type(stop)] | (0 if isinstance(stop, Undefined) else stop.imm))
         return None
 
-    def _stage2_fault(self, fault: Fault, pc: int) -> Exit:
+    def _stage2_fault(self, fault: Fault, pc: int) -> Exit | None:
         assert fault.ipa is not None
         if self.bound(fault.ipa):
             return MemoryFault(fault.ipa, fault.access == "w", fault.access == "x")
-        transfer = self._transfer(pc) if fault.access != "x" and not fault.s1ptw else None
+        # Instructions or page tables where no memory is: user space could do nothing about it (kvm_handle_guest_abort()).
+        if fault.access == "x" or fault.s1ptw:
+            self._inject_sea(fault)
+            return None
+        transfer = self._transfer(pc)
         if transfer is None:
             return InternalError(f"no memory at IPA {fault.ipa:#x}, and no syndrome to emulate a device with: {fault}")
         data = 0
@@ -161,6 +186,7 @@ class Vcpu:
             self.cpu.pc = pc + 4
         else:
             self._load = transfer
+        self._fault = fault, pc
         return Mmio(fault.ipa, transfer.size, transfer.write, data, transfer.register)
 
     # What ESR_EL2.ISV would describe.

@@ -44,6 +44,8 @@ class Contents(Base):
         ran = self._run(what, page, lambda: machine.cpu.call(symbol, va))
         if ran.fixed:
             return "fixed"
+        if not any(page.pa <= pa < page.pa + page.size for pa in ran.reached):
+            self.die(f"{what} reaches {ran.reached[-1]:#x} and not {page.pa:#x}: the direct map leads astray")
         self.note_access(page, who, what, "stale TLB entry" if stale else "direct map", symbol == "plain_write",
                          st.ZERO if ran.reclaimed else content)
         return "ok"

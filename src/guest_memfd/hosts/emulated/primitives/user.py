@@ -38,7 +38,7 @@ class UserMappings(PageCache):
         ran = machine.cpu.user(mapping.va(index), write)
         if ran.signal is not None:
             return ran.signal
-        page = machine.page_at(ran.pa)
+        page = machine.page_at(ran.reached[-1])
         self.note_access(page, "VMM", "user access", "user mapping", write, before(page))
         if write:
             self.written(page, USER_TOKEN)

@@ -1,0 +1,178 @@
+"""A vCPU of /dev/kvm: KVM_RUN. Rule of this file: a guest's fault is the library's when a slot covers it, else user space's.
+
+arch/arm64/kvm/arm.c kvm_arch_vcpu_ioctl_run(), arch/arm64/kvm/mmu.c gmem_abort(). Nobody sends interrupts, so a vCPU that
+waits for one waits until a signal comes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from errno import EFAULT, EIO, ENOENT, EPERM
+from typing import TYPE_CHECKING
+
+from guest_memfd.errors import SyscallFailed
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.arm64 import sysreg
+from guest_memfd.hosts.emulated.dev.file import _Owned
+from guest_memfd.hosts.emulated.guestcore import GuestCore
+from guest_memfd.hosts.emulated.kvm import vcpu as exits
+from guest_memfd.hosts.emulated.pkvm import hypercalls as pkvm
+from guest_memfd.hosts.emulated.primitives.base import PRIVATE_PAGE
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.host import EAGAIN
+from guest_memfd.hosts.uapi import kvm as uapi
+from guest_memfd.hosts.uapi import kvm_arm64 as regs
+
+if TYPE_CHECKING:
+    from guest_memfd.hosts.emulated.dev.kvm.vm import Vm
+
+CALL = "KVM_RUN"
+_EVENTS = {"shutdown": uapi.SystemEventType.SHUTDOWN, "reset": uapi.SystemEventType.RESET}
+_SYSREGS = {regs.sys_reg(*encoding): name for name, encoding in sysreg.ENCODINGS.items()} | {regs.ELR_EL1: "ELR_EL1"}
+_FIELDS = {regs.PC: "pc", regs.PSTATE: "pstate", regs.SP_EL1: "sp"}
+_SAME_FAULT = 1000
+"""How often a page that has been mapped may fault again at the same instruction before it is a bug of ours."""
+
+
+class Vcpu(_Owned):
+    """uapi/kvm.py KvmVcpu; *inner* is the hypervisor's, number *index* of its VM, and *core* executes it."""
+
+    def __init__(self, vm: Vm, inner: exits.Vcpu, index: int, core: GuestCore) -> None:
+        self.vm, self.inner, self.index, self.core = vm, inner, index, core
+        self.immediate_exit = False
+        self._waits: uapi.Exit | None = None            # the exit that `answer` is about
+        self._answer = b""
+        self._counts = {"exits": 0, "faults": 0, "mmio_exit_user": 0}
+        self._has_run = False
+        self._again: tuple[tuple[int, int], int] = ((-1, -1), 0)
+
+    # -- KVM_RUN -------------------------------------------------------------------------------------------------
+
+    def run(self, timeout: float | None = None) -> uapi.Exit:
+        """KVM_RUN until an exit, or for *timeout* seconds; raises SyscallFailed(EIO) once the VM is dead, KernelPanic."""
+        self._in_use(CALL)
+        if self.vm.machine.dead is not None:
+            raise self.vm.machine.dead
+        if self.vm.vm.state != st.RUNNING:
+            raise SyscallFailed(EIO, CALL, "the VM is dead")
+        self._complete()
+        self._load()
+        self._has_run = True
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.immediate_exit and (end is None or time.monotonic() < end):
+            out = self.inner.run(None if end is None else max(end - time.monotonic(), 0))
+            self._counts["exits"] += 1
+            told = self._translate(out, end)
+            if told is not None:
+                self._waits = told
+                return told
+        return uapi.Intr()
+
+    # What user space gets to see; None: the guest goes on.
+    def _translate(self, out: exits.Exit, end: float | None) -> uapi.Exit | None:
+        match out:
+            case exits.MemoryFault(ipa, _, _):
+                return self._fault(ipa)
+            case exits.Mmio(ipa, size, write, data, _):
+                self._counts["mmio_exit_user"] += 1
+                return uapi.Mmio(ipa, size, write, data.to_bytes(8, "little")[:size] if write else b"")
+            case exits.Hypercall(number, argument):
+                return uapi.HypercallExit(number, (argument,))
+            case exits.SystemEvent(what):
+                return uapi.SystemEvent(_EVENTS[what])
+            case exits.InternalError(why):
+                return uapi.InternalError(why)
+            case exits.Wfi():
+                if end is not None:
+                    time.sleep(max(end - time.monotonic(), 0))
+                return uapi.Intr()
+            case _:
+                return uapi.Intr()
+
+    def _fault(self, ipa: int) -> uapi.Exit | None:
+        vm, gfn = self.vm, ipa // PAGE
+        slot = vm.slots.find(gfn)
+        assert slot is not None, "the hypervisor has asked"
+        self._counts["faults"] += 1
+        index, file = slot.index(gfn), slot.file
+        if vm.machine.driver.poisoned(vm.vm, gfn):
+            ret = -EFAULT
+        else:
+            ret = file.run(file.library.guest_fault(gfn, index))
+        if ret in (0, -EAGAIN):
+            return self._stuck(ipa) if not ret else None
+        private = file.host.inode.entry("attributes", index) == PRIVATE_PAGE
+        return uapi.MemoryFault(uapi.PRIVATE if private else 0, gfn * PAGE, PAGE, -ret)
+
+    def _stuck(self, ipa: int) -> uapi.Exit | None:
+        where, times = self._again
+        here = ipa, self.core.pc
+        self._again = here, times + 1 if here == where else 0
+        if self._again[1] < _SAME_FAULT:
+            return None
+        return uapi.InternalError(f"the page at {ipa:#x} is mapped and faults again at PC {here[1]:#x}")
+
+    # On the way in: what user space said about the last exit.
+    def _complete(self) -> None:
+        waits, self._waits = self._waits, None
+        if isinstance(waits, uapi.Mmio) and not waits.is_write:
+            self.inner.complete_mmio(int.from_bytes(self._answer[:waits.size], "little"))
+        elif isinstance(waits, uapi.HypercallExit) and self._answer:
+            self.core.set_x(0, int.from_bytes(self._answer, "little"))
+        self._answer = b""
+
+    # kvm_arch_vcpu_load(): hypercalls about a VM's pages go by the vCPU that EL2 has loaded.
+    def _load(self) -> None:
+        machine, handle = self.vm.machine, self.vm.vm.handle
+        if machine.hypervisor.name != "pkvm" or machine.el2.loaded.get(0) is self.inner:
+            return
+        for call in ((pkvm.VCPU_PUT,), (pkvm.VCPU_LOAD, handle.handle, self.index)):
+            machine.el2.hvc([pkvm.BASE + call[0], *call[1:]] + [0] * (18 - len(call)), 0)
+
+    def answer(self, data: bytes) -> None:
+        """The data of the MMIO read that `run` came back with, or the hypercall's result; little-endian."""
+        self._in_use(CALL)
+        self._answer = data
+
+    def inject_external_abort(self) -> None:
+        """KVM_SET_VCPU_EVENTS: the access that `run` came back with ends in an external abort, wherever it was to go."""
+        self._in_use("KVM_SET_VCPU_EVENTS")
+        if isinstance(self._waits, uapi.Mmio):
+            self.inner.abort_mmio()
+            self._waits = None
+
+    # -- registers, statistics -------------------------------------------------------------------------------------
+
+    def get_one_reg(self, reg: int) -> int:
+        """KVM_GET_ONE_REG: ENOENT; EPERM for a protected guest that has run."""
+        self._may_look("KVM_GET_ONE_REG", reg)
+        if reg in regs.X:
+            return self.core.x(regs.X.index(reg))
+        if reg in _FIELDS:
+            return int(getattr(self.core, _FIELDS[reg]))
+        return self.core.sysreg(_SYSREGS[reg])
+
+    def set_one_reg(self, reg: int, value: int) -> None:
+        """KVM_SET_ONE_REG; as `get_one_reg`."""
+        self._may_look("KVM_SET_ONE_REG", reg)
+        if reg in regs.X:
+            self.core.set_x(regs.X.index(reg), value)
+        elif reg in _FIELDS:
+            setattr(self.core, _FIELDS[reg], value)
+        else:
+            self.core.set_sysreg(_SYSREGS[reg], value)
+
+    def _may_look(self, call: str, reg: int) -> None:
+        self._in_use(call)
+        if reg not in regs.X and reg not in _FIELDS and reg not in _SYSREGS:
+            raise SyscallFailed(ENOENT, call, f"register {reg:#x}")
+        if self.vm.protected and self._has_run:
+            raise SyscallFailed(EPERM, call, "the guest is protected")
+
+    def statistics(self) -> Mapping[str, int]:
+        """Counters: exits (to KVM), faults (given to the library), mmio_exit_user, aborts_injected."""
+        return {**self._counts, "aborts_injected": self.inner.aborts_injected}
+
+    def _release(self) -> None:
+        self.vm.put()
