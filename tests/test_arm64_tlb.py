@@ -341,6 +341,18 @@ def test_at_asks_stage1_alone_and_leaves_nothing_that_goes_around_stage2(world: 
     assert caught.value.s1ptw
 
 
+def test_epd_and_a_wrong_base_do_not_matter_to_what_is_kept(world: World) -> None:
+    world.touch(PAGES, cpu=0)
+    root = world.t1.root
+    for s1 in (Stage1(Tcr(epd1=1), root | 1 << 48, root), Stage1(Tcr(ips=0), root | 1 << 48, root | 1 << 40)):
+        assert world.mmus[0].translate(PAGES, "r", 1, s1, world.s2()).pa == MEM
+        with pytest.raises(Fault) as caught:
+            world.mmus[0].translate(PAGES + 4096, "r", 1, s1, world.s2())
+        assert caught.value.level == 0
+        with pytest.raises(Fault):
+            world.mmus[1].translate(PAGES, "r", 1, s1, world.s2())
+
+
 def test_last_level_operations_leave_table_descriptors(world: World) -> None:
     """The table below an entry that became a block: without the form that is not last-level, walks still go through it."""
     entry = world.t1.path(PAGES)[2]

@@ -11,6 +11,7 @@ import pytest
 
 from guest_memfd.errors import InternalError
 from guest_memfd.hosts.emulated.arm64.access import Transfer
+from guest_memfd.hosts.emulated.arm64.asm import assemble
 from guest_memfd.hosts.emulated.arm64.descriptor import ADDRESS, VALID
 from guest_memfd.hosts.emulated.arm64.fault import Fault
 from guest_memfd.hosts.emulated.arm64.mmu import Mmu
@@ -20,6 +21,7 @@ from guest_memfd.hosts.emulated.arm64.tables import PageTable
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
 from guest_memfd.hosts.emulated.arm64.walk import Stage1, walk
 from guest_memfd.hosts.emulated.buddy import Buddy
+from guest_memfd.hosts.emulated.guestcore import GuestCore
 from guest_memfd.hosts.emulated.gunyah import hypercalls as hc
 from guest_memfd.hosts.emulated.gunyah import private
 from guest_memfd.hosts.emulated.gunyah.addrspace import AddressSpace, MapFlag
@@ -374,6 +376,21 @@ def test_a_quiet_donation_leaves_what_the_tlb_has_but_to_protected_never_does(m:
     assert not m.host_reads(pa + GIB + 3 * PAGE)
 
 
+def test_what_a_quiet_donation_left_is_gone_when_the_page_comes_back_to_another_place(m: Machine, pa: int) -> None:
+    """Two windows of one extent: the page leaves quietly, another is mapped at its old address."""
+    window = Extent("window", parent=m.el2.root_extent)
+    cap = m.el2.cspace.grant(window, ExtentRight.MAP | ExtentRight.DONATE)
+    assert m.hvc(hc.ADDRSPACE_MAP, m.vm.caps.addrspace, cap, 1 << 40, RWX, 0, 0, 0) == 0
+    assert m.donate(Donation.TO_SIBLING, m.vm.caps.host_shared, cap, pa) == 0
+    assert m.guest_walk((1 << 40) + pa) == pa
+    assert m.donate(Donation.TO_SIBLING | NOSYNC, cap, m.vm.caps.host_shared, pa) == 0
+    assert m.guest_walk((1 << 40) + pa) == pa                   # the TLB's
+    assert m.donate(Donation.TO_SIBLING, m.vm.caps.host_shared, m.vm.caps.guest_shared, pa + PAGE) == 0
+    assert m.map((1 << 40) + pa, pa + PAGE, PAGE, RWX, PARTIAL) == 0
+    assert m.guest_walk((1 << 40) + pa) == pa + PAGE
+    m.check()
+
+
 @pytest.mark.parametrize("call", [
     (hc.ADDRSPACE_MAP, 8), (hc.ADDRSPACE_UNMAP, 7), (hc.MEMEXTENT_DONATE, 6), (hc.ADDRSPACE_LOOKUP, 5),
     (hc.ADDRSPACE_CONFIGURE_RANGE, 5)])
@@ -529,6 +546,20 @@ def test_mapping_over_a_locked_page_is_refused_and_over_a_relinquished_one_zeroe
     assert m.ram.read64(pa) == 0
     assert m.vm.guest_maps(pa) is None
     assert m.guest_walk(LENT) == pa + PAGE
+    m.check()
+
+
+def test_a_range_that_changes_its_kind_does_not_lose_a_locked_page(m: Machine, pa: int) -> None:
+    m.lend(LENT, pa)
+    m.ram.write64(pa, 5)
+    m.share(DEVICE, pa + PAGE)
+    assert configure(m, RangeOp.REMOVE_PRIVATE, LENT, PAGE) == 0
+    assert configure(m, RangeOp.ADD_VMMIO, LENT, PAGE) == 0
+    assert m.map(LENT, pa + PAGE, PAGE, RW, VMMIO) == E.BUSY
+    assert m.unlock(LENT, flags=3) == 0
+    assert m.map(LENT, pa + PAGE, PAGE, RW, VMMIO) == 0
+    assert m.guest_walk(LENT) == pa + PAGE
+    assert m.ram.read64(pa) == 0
     m.check()
 
 
@@ -1197,6 +1228,57 @@ def test_a_run_of_a_vcpu_reports_its_last_state(m: Machine) -> None:
     one = m.vm.vcpus[0]
     assert one.run() == Run(VcpuState.FAULT, (70 * GIB, 0, 0))
     assert one.run() == Run(VcpuState.FAULT, (70 * GIB, 0, 0))
+
+
+GUEST_PROGRAM = """
+        ldr     x9, =0xa0000000
+        ldr     x10, =0xfeedface
+        str     x10, [x9, #16]          // lent on demand
+        ldr     x11, =0x80000
+        mov     w12, #0x55
+        str     w12, [x11, #8]          // a device
+        ldrh    w13, [x11, #10]
+        ldr     x0, =0xc6008069         // ADDRSPACE_MODIFY_PAGES: unlock
+        mov     x1, #0
+        mov     x2, x9
+        mov     x3, #0x1000
+        mov     x4, #1
+        hvc     #0
+        mov     x14, x0
+        wfi
+        ldr     x15, [x9, #16]          // locks again
+        ldr     x0, =0x84000008         // SYSTEM_OFF
+        hvc     #0
+"""
+
+
+def test_a_guest_that_runs(m: Machine, pa: int) -> None:
+    pytest.importorskip("unicorn")
+    code, data = pa, pa + PAGE
+    m.ram.write(code, assemble(GUEST_PROGRAM, LENT).data)
+    m.lend(LENT, code)
+    core = GuestCore(m.ram, m.tlbs, 1, lambda: m.vm.space.table.registers)
+    core.pc = LENT
+    cap = m.vm.add_vcpu(core, budget=5)
+
+    def run(*resume: int) -> list[int]:
+        return m.hvc_all(hc.VCPU_RUN, cap, *resume)[:5]
+
+    assert run() == [0, VcpuState.PAGE_FAULT, 0xA000_0000, 1, 0]
+    m.lend(0xA000_0000, data)
+    assert run() == [0, VcpuState.VMMIO_WRITE, DEVICE + 8, 4, 0x55]
+    assert m.ram.read64(data + 16) == 0xFEED_FACE
+    assert run(0, Action.EMULATE) == [0, VcpuState.VMMIO_READ, DEVICE + 10, 2, 0]
+    assert run(0x1_1234, Action.EMULATE)[1] == VcpuState.EXPECTS_WAKEUP
+    assert (core.x(13), core.x(14)) == (0x1234, 0)
+    assert not m.vm.locked(0xA000_0000)
+    assert run()[1] == VcpuState.POWERED_OFF
+    assert core.x(15) == 0xFEED_FACE
+    assert m.vm.locked(0xA000_0000)
+    assert m.vm.exit == Exit.PLATFORM_OFF
+    assert m.unmap(0xA000_0000, data) == 0
+    assert m.ram.read64(data + 16) == 0
+    m.check()
 
 
 # -- the same answers as the model the laws are proved on --------------------------------------------------------------

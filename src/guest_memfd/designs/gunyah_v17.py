@@ -5,8 +5,8 @@ pages, PG_private for what is lent, an rw-semaphore around the bindings, "launde
 as posted and marked with the numbers of docs/bugs.md. Patches 19, 20, 23, 24, 28/35.
 
 Left out: platform hooks, RM calls. In scenarios page 0 is bound FORCE_LEND, page 1 FORCE_SHARE, each by a binding of its
-own; files behind /dev/gunyah have any bindings, and parcels (gunyah_v17_files.py). Lending and sharing are this
-hypervisor's hypercalls.
+own; files behind /dev/gunyah have any bindings, and parcels (hosts/emulated/dev/gunyah/posted.py). Lending and sharing
+are this hypervisor's hypercalls.
 """
 
 from __future__ import annotations

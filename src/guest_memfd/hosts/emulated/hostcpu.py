@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 RETURN = 0xFFFF_FFFF_FFFF_F000
 """Link register of a call: nothing is mapped there, and being fetched from there is how a call ends."""
 
+TLB_SIZE = 2048
+"""Fills after which a CPU has nothing of what it had before."""
+
 _EL1H, _EL0T = 0x3C5, 0x3C0
 _DFSC_EXTERNAL = 0x10
 _SIGNALS = {7: "SIGBUS", 11: "SIGSEGV", 9: "SIGKILL"}
@@ -92,27 +95,34 @@ class HostCpu:
         self.stage1 = Stage1(Tcr(), machine.vmm.ttbr0, machine.linear_map.root)
         self.core = c.Cpu(machine.ram, self._translate)
         self._reached: list[int] = []
+        self._fills = 0
         self._reclaimed = False
 
     # Unicorn asks for every page that an instruction touches.
     def _translate(self, va: int, access: Access, el: int) -> tuple[int, int, bool, bool, bool]:
         if va == RETURN:
             raise Fault(TRANSLATION, 0, 1, va=va, access=access, el=el)
+        self._evict()
         found = self.mmus[self.current].translate(va, access, el, self.stage1, self.machine.el2.stage2())
         if access != "x":
             self._reached.append(found.pa)
         return found.pa, found.size, found.readable, found.writable, found.executable
 
+    # A TLB that forgets nothing is for lock step; a machine that runs has one of a size.
+    def _evict(self) -> None:
+        self._fills += 1
+        if not self.machine.watched and self._fills % TLB_SIZE == 0:
+            self.machine.tlbs[self.current].clear()
+
     # -- calls ---------------------------------------------------------------------------------------------------
 
-    def call(self, symbol: str, va: int) -> Ran:
-        """Call kernel function *symbol* on the doubleword at *va*; raises KernelPanic when an abort ends the kernel."""
+    def call(self, symbol: str, *arguments: int) -> Ran:
+        """Call kernel function *symbol* (kernel/text.py); raises KernelPanic when an abort ends the kernel."""
         self.aborts, self._reached = [], []
         core = self.core
         core.pstate = _EL1H
-        arguments = (self.machine.bounce_va, va, 8) if symbol == "copy_from_kernel_nofault" else (va, 0, 0)
-        for n, value in enumerate(arguments):
-            core.set_x(n, value)
+        for n in range(3):
+            core.set_x(n, arguments[n] if n < len(arguments) else 0)
         core.set_x(30, RETURN)
         core.pc = self.machine.text.va(symbol)
         fixed = self._run()
@@ -203,9 +213,9 @@ class HostCpu:
         return word
 
     def at_s1e1r(self, va: int) -> int | None:
-        """AT S1E1R: stage 1 alone, through the TLB."""
+        """AT S1E1R: stage 1 alone."""
         try:
-            return self.mmus[self.current].translate(va, "r", 1, self.stage1, None).pa
+            return self.mmus[self.current].at_s1(va, "r", 1, self.stage1, self.machine.el2.stage2()).pa
         except Fault:
             return None
 

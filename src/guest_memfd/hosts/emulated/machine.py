@@ -103,7 +103,7 @@ class Machine:
         self.power = Power()
         self.dead: KernelPanic | None = None
         self.console: list[str] = []
-        self._slab_fails = False
+        self._slab_in: int | None = None
         self._vms: list[Vm] = []
         self.folios: Buddy = self.kernel_pages
         self.watched: list[int] = []
@@ -156,6 +156,25 @@ class Machine:
         self._vms.append(vm)
         return vm
 
+    def add_vm(self, vm: Vm) -> None:
+        """A VM that a device has made."""
+        self._vms.append(vm)
+
+    def open(self, path: str, design: str = "library") -> Any:
+        """open(2) of a device; what is behind it is served by *design*. Raises SyscallFailed(ENOENT), UnknownName.
+
+        The device exists where its hypervisor runs: dev/gunyah implements uapi/gunyah.py, dev/kvm uapi/kvm.py.
+        """
+        from guest_memfd.hosts.emulated.dev import open_device
+
+        return open_device(self, path, design)
+
+    def audit(self) -> list[str]:
+        """What has not come back, now that every VM and file is gone: see audit.py."""
+        from guest_memfd.hosts.emulated.audit import audit
+
+        return audit(self)
+
     # -- frames ------------------------------------------------------------------------------------------------------
 
     def number(self, pa: int) -> int:
@@ -189,8 +208,17 @@ class Machine:
 
     def slab_fails(self) -> bool:
         """Whether the allocation of a small object fails now; injected."""
-        fails, self._slab_fails = self._slab_fails, False
-        return fails
+        if self._slab_in is None:
+            return False
+        self._slab_in -= 1
+        if self._slab_in >= 0:
+            return False
+        self._slab_in = None
+        return True
+
+    def fail_slab_at(self, n: int | None) -> None:
+        """Let the *n*-th small allocation from now on (0: the next) fail once; None: none."""
+        self._slab_in = n
 
     # -- who reaches what ----------------------------------------------------------------------------------------
 
@@ -238,8 +266,8 @@ class Machine:
     def stale_guest_gfn(self, vm: Vm, pa: int) -> int | None:
         """The guest frame number that a TLB still translates to *pa* and *vm*'s tables do not."""
         for tlb in self.tlbs:
-            for entry in tlb.reaching(pa):
-                if entry.vmid == vm.vmid and entry.kind == "stage2":
+            for entry in tlb.of_stage2(vm.vmid):
+                if entry.oa <= pa < entry.oa + entry.size:
                     ipa = entry.ia + pa - entry.oa
                     if self.driver.lookup(vm, ipa) != pa:
                         return ipa // PAGE
@@ -307,7 +335,7 @@ class Machine:
         elif primitive.name == "set_direct_map_invalid_noflush":
             self.kernel_pages.fail_at(0)
         else:
-            self._slab_fails = True
+            self._slab_in = 0
 
     # -- mappings of the moment ----------------------------------------------------------------------------------------
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 GUEST_TOKEN, USER_TOKEN, DEVICE_TOKEN, KERNEL_TOKEN = b"GUESTGST", b"VMM-USER", b"DEVICEIO", b"KERNELGP"
 """The first doubleword of a page, when that party was the last to write to it."""
 
+JUDGED = 1 << 16
+"""Operations on more pages than this are not reported to the laws, page by page as the facts are."""
+
 _TOKENS = frozenset((GUEST_TOKEN, USER_TOKEN, DEVICE_TOKEN, KERNEL_TOKEN))
 _ZEROS = bytes(PAGE)
 
@@ -133,7 +136,7 @@ class Tracer:
     def removed(self, host: Base, index: int, nr: int) -> None:
         """A folio has left the file: whoever reads there next is to find zeros."""
         operation = self.operations.get(host.who)
-        if operation is not None:
+        if operation is not None and operation.nr <= JUDGED:
             operation.removed.update(range(index, index + nr))
         self.expected.pop((host.inode, index), None)
         self.out_of_scope(host, "removes the folio", index)
@@ -145,6 +148,8 @@ class Tracer:
         if old.count(values.first) == len(values):
             return []
         if operation is None:
+            return [p for i, p in inode.pages.items() if start <= i < start + len(values)]
+        if len(values) > JUDGED:
             return [p for i, p in inode.pages.items() if start <= i < start + len(values)]
         changed = [start + i for i in range(len(values)) if old[i] != values[i]]
         for index in changed:
@@ -159,6 +164,8 @@ class Tracer:
         if operation is None:
             return
         inode = host.inode
+        if operation.nr > JUDGED:
+            return
         scope = tuple(range(operation.start, operation.start + operation.nr))
         attributes = inode.trees["attributes"].load(operation.start, operation.nr)
         bindings = inode.trees["bindings"].load(operation.start, operation.nr)

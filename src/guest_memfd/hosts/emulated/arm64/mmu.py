@@ -17,6 +17,7 @@ from guest_memfd.hosts.emulated.arm64.walk import (
     Passed,
     Translation,
     Who,
+    begin,
     check_stage1,
     descend,
     effective,
@@ -125,6 +126,7 @@ class Mmu:
         known = tlb.stage1(vmid, asid, key)
         if known is not None:
             return known
+        begin(plan, who)
         access, el = who[4], who[5]
 
         def locate(ipa: int) -> int:

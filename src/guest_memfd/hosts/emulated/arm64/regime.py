@@ -170,6 +170,3 @@ class Stage2:
         return Plan(granule, ia_bits, _steps(granule, ia_bits, start, features.pa_bits), base, limit,
                     granule is K64 and features.pa_bits >= 52, (1 << 48) - granule.size,
                     (ADDRESS_SIZE, 0) if base >= limit else None)
-
-
-__all__ = ["K4", "K16", "K64", "Plan", "Stage1", "Stage2", "Step"]

@@ -134,6 +134,11 @@ class Tlb:
             entry.s2 is not None and ipa >> entry.shift == entry.ipa >> entry.shift
             for lane in context.combined.values() for entry in _all(lane))
 
+    def of_stage2(self, vmid: int) -> Iterator[TlbEntry]:
+        """The stage-2-only entries of one VMID."""
+        context = self._contexts.get(vmid)
+        return iter(()) if context is None else _all(context.stage2)
+
     def reaching(self, pa: int) -> list[TlbEntry]:
         """The entries that lead to physical address *pa*: combined ones and stage-2-only ones."""
         return [entry for entry in self.entries() if entry.kind != "stage1" and entry.oa <= pa < entry.oa + entry.size]

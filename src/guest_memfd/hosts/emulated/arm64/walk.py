@@ -162,13 +162,19 @@ def check_stage2(leaf: Leaf, who: Who) -> None:
 
 
 def select(s1: Stage1, va: int, who: Who) -> Plan:
-    """The plan of the half that *va* is in; raises the faults of level 0 that need no walk."""
+    """The plan of the half that *va* is in; raises the fault of an address outside, before any TLB is asked."""
     plan = s1.high if va >> 55 & 1 else s1.low
-    if va & plan.tag_mask != plan.tag_value or plan.epd or (plan.e0pd and not who[5]):
+    if va & plan.tag_mask != plan.tag_value or (plan.e0pd and not who[5]):
+        raise Fault(TRANSLATION, 0, *who)
+    return plan
+
+
+def begin(plan: Plan, who: Who) -> None:
+    """Raise what keeps a walk of stage 1 from beginning: EPD, TxSZ, the base. A TLB that holds an answer is asked before."""
+    if plan.epd:
         raise Fault(TRANSLATION, 0, *who)
     if plan.wrong is not None:
         raise Fault(plan.wrong[0], plan.wrong[1], *who)
-    return plan
 
 
 def check_stage1(may: int, level: int, pan: bool, who: Who) -> None:
@@ -198,6 +204,7 @@ def walk(memory: Memory, va: int, access: Access, el: int, s1: Stage1, s2: Stage
     entry1, may, shift = None, permission.ALL, 48
     if s1.enabled:
         plan = select(s1, va, who)
+        begin(plan, who)
 
         def locate(ipa: int) -> int:
             assert s2 is not None

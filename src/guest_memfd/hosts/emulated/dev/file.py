@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.buddy import OutOfMemory
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.host import Primitive, Steps
+from guest_memfd.hosts.host import ENOMEM, Folio, Primitive, Steps
 from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Stat
 
 if TYPE_CHECKING:
@@ -48,6 +49,20 @@ class FileHost(EmulatedHost):
     def vma_covers(self, start: int, nr: int) -> bool:
         """Whether one of the VMAs does."""
         return any(first < start + nr and start < first + length for first, length in self.windows)
+
+    def mmap(self) -> int:
+        """A VMA, for which there may be no page table."""
+        try:
+            return super().mmap()
+        except OutOfMemory:
+            return -ENOMEM
+
+    def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
+        """VM_FAULT_OOM is the same to the caller as a VMA that went: the access is tried again."""
+        try:
+            return super().vmf_insert_folio(index, folio)
+        except OutOfMemory:
+            return False
 
     def user_read(self, index: int, within: int, nr: int) -> bytes | str:
         """EL0 loads the doubleword at byte *within* of page *index*, and with it *nr* bytes; or what stops it."""

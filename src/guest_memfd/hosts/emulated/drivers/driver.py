@@ -6,6 +6,7 @@ Rule of this file: a guest access is an instruction on a CPU, translated by that
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,17 @@ class Driver(ABC):
     @abstractmethod
     def host_may(self, pa: int) -> bool:
         """Whether the host's stage 2 lets the host touch the page."""
+
+    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+        """Ranges of RAM that are not wholly the host's, [start, end) each, and how; EL2's own pool left out."""
+        for pa in range(self.machine.ram.base, self.machine.el2_pool.start, PAGE):
+            owner = self.owner(pa)
+            if owner != "host":
+                yield pa, pa + PAGE, f"is {owner} by EL2's record"
+
+    def leftovers(self) -> Iterator[str]:
+        """What EL2 should have forgotten, in words."""
+        yield from ()
 
     def host_touches(self, pa: int) -> None:
         """The host stores to its page: a stage 2 that is filled by faults maps it."""

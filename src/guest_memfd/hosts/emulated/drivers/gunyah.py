@@ -6,6 +6,8 @@ range to change its kind while the VM runs; here the driver has RM do that whene
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from guest_memfd.hosts.emulated.arm64.fault import ACCESS_FLAG, PERMISSION, Fault
@@ -18,12 +20,16 @@ from guest_memfd.hosts.emulated.gunyah.donate import NOSYNC, Donation
 from guest_memfd.hosts.emulated.gunyah.el2 import HLOS_VMID, Gunyah
 from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, remap
 from guest_memfd.hosts.emulated.gunyah.memextent import RWX, Access, Attributes
+from guest_memfd.hosts.emulated.gunyah.rm.client import RmClient
+from guest_memfd.hosts.emulated.gunyah.rm.server import ResourceManager
 from guest_memfd.hosts.emulated.machine import Machine
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.emulated.vm import Vm
 from guest_memfd.hosts.host import EBUSY, EINVAL, Folio
 
 RW = Attributes(Access.RW, Access.RW)
+RX = Attributes(Access.RX, Access.RX)
+READ = Attributes(Access.R, Access.R)
 
 _SIGN = 1 << 63
 _UNLOCK = 1
@@ -31,6 +37,18 @@ _UNLOCK = 1
 
 # "It is not yours, or not there": to the driver these are one answer, whatever the hypervisor calls it.
 _NOT_THERE = (GunyahError.DENIED, GunyahError.ADDR_INVAL, GunyahError.MEMDB_NOT_OWNER)
+
+
+@dataclass(eq=False)
+class DeviceVm(Vm):
+    """A VM of /dev/gunyah: made by the Resource Manager, `handle` None before and after that.
+
+    posted: as series v17 has it, the Resource Manager configures guest addresses at START and never again, and errors of
+    the hypervisor are not interpreted. writable: whether the binding of a gfn lets the guest write.
+    """
+
+    posted: bool = False
+    writable: Callable[[int], bool] = lambda gfn: True
 
 
 class GunyahDriver(Driver):
@@ -44,12 +62,33 @@ class GunyahDriver(Driver):
         super().__init__(machine)
         pool = machine.el2_pool
         self.el2 = Gunyah(machine.ram, pool, machine.tlbs, reserved=[(pool.start, pool.size)])
-        self._sanitised = False
+        self._sanitised = self._plain = False
+        self._rm: tuple[ResourceManager, RmClient] | None = None
+
+    @property
+    def rm(self) -> ResourceManager:
+        """The Resource Manager of this machine."""
+        return self._manager()[0]
+
+    @property
+    def rm_client(self) -> RmClient:
+        """Linux's end of its channel."""
+        return self._manager()[1]
+
+    def _manager(self) -> tuple[ResourceManager, RmClient]:
+        if self._rm is None:
+            server = ResourceManager(self.el2)
+            self._rm = server, RmClient(server.channels[HLOS_VMID], server.serve)
+        return self._rm
 
     def hypercall(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
         """As every driver's; remembers whether the page was zeroed."""
         self._sanitised = False
-        return super().hypercall(vm, name, args)
+        self._plain = isinstance(vm, DeviceVm) and vm.posted
+        try:
+            return super().hypercall(vm, name, args)
+        except Refused as refused:                      # by the Resource Manager, for a range it cannot configure
+            return remap(refused.error)
 
     def sanitised(self) -> bool:
         """Unmapping a private page that the guest has not relinquished zeroes it."""
@@ -59,7 +98,7 @@ class GunyahDriver(Driver):
         regs = [function, *args] + [0] * (17 - len(args))
         self.el2.hvc(regs)
         error = regs[0] - (regs[0] & _SIGN) * 2
-        return -EINVAL if error in _NOT_THERE else remap(error)
+        return -EINVAL if error in _NOT_THERE and not self._plain else remap(error)
 
     # -- donate and map --------------------------------------------------------------------------------------------
 
@@ -92,11 +131,17 @@ class GunyahDriver(Driver):
 
     def _map_private(self, vm: Vm, gfn: int, folio: Folio) -> int:
         self._configure(vm, gfn, folio.nr, "private")
-        return self._map(vm, gfn, folio, vm.handle.caps.guest_private, RWX, MapFlag.PRIVATE)
+        attributes = RWX if self._writable(vm, gfn) else RX
+        return self._map(vm, gfn, folio, vm.handle.caps.guest_private, attributes, MapFlag.PRIVATE)
 
     def _map_vmmio(self, vm: Vm, gfn: int, folio: Folio) -> int:
         self._configure(vm, gfn, folio.nr, "vmmio")
-        return self._map(vm, gfn, folio, vm.handle.caps.guest_shared, RW, MapFlag.VMMIO)
+        attributes = RW if self._writable(vm, gfn) else READ
+        return self._map(vm, gfn, folio, vm.handle.caps.guest_shared, attributes, MapFlag.VMMIO)
+
+    @staticmethod
+    def _writable(vm: Vm, gfn: int) -> bool:
+        return vm.writable(gfn) if isinstance(vm, DeviceVm) else True
 
     def _unmap_private(self, vm: Vm, gfn: int, folio: Folio, sync: bool) -> int:
         held = self.locked_in(vm, folio.pfn * PAGE)
@@ -107,8 +152,18 @@ class GunyahDriver(Driver):
     def _unmap_vmmio(self, vm: Vm, gfn: int, folio: Folio, sync: bool) -> int:
         return self._unmap(vm, gfn, folio, vm.handle.caps.guest_shared, MapFlag.VMMIO | (0 if sync else NOSYNC))
 
+    def configure(self, vm: Vm, gfn: int, nr: int, kind: str) -> int:
+        """Have the Resource Manager make guest pages ``private`` or ``vmmio``; 0 or -errno."""
+        try:
+            self._configure(vm, gfn, nr, kind)
+        except Refused as refused:
+            return remap(refused.error)
+        return 0
+
     # RM's part: VM_SET_DEMAND_PAGING and what it leaves as VMMIO.
     def _configure(self, vm: Vm, gfn: int, nr: int, kind: str) -> None:
+        if isinstance(vm, DeviceVm) and vm.posted:
+            return
         space, start, size = vm.handle.space, gfn * PAGE, nr * PAGE
         now = space.ranges.kind(start, start + size)
         if now == kind:
@@ -123,6 +178,26 @@ class GunyahDriver(Driver):
         """The memory database: whose extent."""
         found = self.el2.owner(pa)
         return str(found[0] if isinstance(found, tuple) else found)
+
+    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+        """From the memory database, and from the host's table."""
+        memdb, ram = self.el2.memdb, self.machine.ram
+        end = self.machine.el2_pool.start
+        at = ram.base
+        for low, high in [*memdb.ranges(self.el2.host_extent, ram.base, end), (end, end)]:
+            if at < low:
+                yield at, low, f"belongs to {memdb.owner(at)!r}"
+            at = high
+        for leaf in self.el2.hlos.table.leaves(ram.base, end):
+            if not leaf.valid:
+                yield leaf.ipa, leaf.ipa + leaf.size, "is not in the host's stage 2"
+
+    def leftovers(self) -> Iterator[str]:
+        """VMs and memory parcels that the hypervisor and the Resource Manager still know."""
+        yield from (f"{vm!r} exists" for vm in self.el2.vms.values())
+        if self._rm is not None:
+            yield from (f"the Resource Manager keeps VM {vmid:#x}" for vmid in self.rm.vms)
+            yield from (f"the Resource Manager keeps parcel {handle:#x}" for handle in self.rm.parcels.parcels)
 
     def host_may(self, pa: int) -> bool:
         """By the host's stage 2."""

@@ -4,6 +4,7 @@
     hypercalls.py   SMCCC numbers, registers, capabilities
     donate.py       memory changes hands
     addrspace.py    map, unmap, lookup, configure_range, modify_pages
+    mappings.py     what a stage-2 table maps, forwards and backwards
     config.py       which guest addresses are for private pages, which for devices
     private.py      locked, unlocked, to be zeroed: software bits of a stage-2 entry
     stage2.py       a stage-2 table as ranges of leaves

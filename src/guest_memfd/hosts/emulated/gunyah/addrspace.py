@@ -7,20 +7,18 @@ a part of itself behind in the hypervisor, ours leaves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import IntFlag
-from functools import partial
 
 from guest_memfd.hosts.emulated.arm64.descriptor import VALID
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.buddy import OutOfMemory
 from guest_memfd.hosts.emulated.gunyah import private
 from guest_memfd.hosts.emulated.gunyah.config import ConfiguredRanges, RangeOp
 from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, Refused
+from guest_memfd.hosts.emulated.gunyah.mappings import VISIBLE, Mappings
 from guest_memfd.hosts.emulated.gunyah.memdb import MemDb
 from guest_memfd.hosts.emulated.gunyah.memextent import Access, Attributes, Extent, Mapping
-from guest_memfd.hosts.emulated.gunyah.rangemap import RangeMap
-from guest_memfd.hosts.emulated.gunyah.stage2 import IA_BITS, Leaf, PageSource, Stage2Table, Stock
+from guest_memfd.hosts.emulated.gunyah.stage2 import IA_BITS, Leaf, PageSource, Stock
 from guest_memfd.hosts.emulated.ram import PAGE, Ram
 
 _LIMIT = 1 << 48
@@ -53,47 +51,23 @@ def check_range(start: int, size: int, limit: int, outside: GunyahError = Gunyah
     return start + size
 
 
-class AddressSpace:
+class AddressSpace(Mappings):
     """The stage 2 of one VM. *alive*: whether its vCPUs may still run, for then locked pages stay."""
 
     def __init__(self, ram: Ram, memdb: MemDb, source: PageSource, tlbs: list[Tlb], vmid: int, name: str,
                  alive: Callable[[], bool], relock: private.Relock = "access",
                  layout: private.Layout = "2024-12") -> None:
-        self.ram, self.memdb, self.source, self.name = ram, memdb, source, name
-        self.relock, self.layout = relock, layout
+        super().__init__(ram, source, tlbs, vmid, name)
+        self.memdb, self.relock, self.layout = memdb, relock, layout
         self._alive = alive
-        try:
-            self.table = Stage2Table(ram, source, tlbs, vmid)
-        except OutOfMemory:
-            raise Refused(GunyahError.NOMEM, f"no table for {name}") from None
         self.ranges = ConfiguredRanges()
-        # Physical address -> distances at which guest addresses map it. A cache of the table: tests compare the two.
-        self._places: RangeMap[tuple[int, ...]] = RangeMap(())
-        # Guest addresses unmapped with NOSYNC: TLBs may still have them.
-        self._unsynced: RangeMap[bool] = RangeMap(False)
-
-    def __repr__(self) -> str:
-        return f"<address space of {self.name}>"
 
     # -- questions -----------------------------------------------------------------------------------------------
-
-    def maps(self, pa: int) -> int | None:
-        """The lowest address that maps the page at *pa*, if any."""
-        places = self._places.get(pa)
-        return (pa & -PAGE) + places[0] if places else None
-
-    def maps_any(self, start: int, end: int) -> bool:
-        """Whether any page of physical [start, end) is mapped."""
-        return not self._places.only(start, end, ())
 
     def locked(self, ipa: int) -> bool:
         """Whether *ipa* is a private page that the guest holds on to."""
         value = self.table.leaf(ipa & -PAGE).value
         return bool(value & VALID and value & private.LOCKED)
-
-    def mappings(self) -> Iterator[Leaf]:
-        """Every valid leaf, in order of addresses."""
-        return (leaf for leaf in self.table.leaves(0, 1 << IA_BITS) if leaf.valid)
 
     # -- map -----------------------------------------------------------------------------------------------------
 
@@ -120,7 +94,7 @@ class AddressSpace:
             self._check_owner(extent, start, end)
             if any(leaf.valid for leaf in self.table.leaves(vbase, vbase + size)):
                 raise Refused(GunyahError.EXISTING_MAPPING, f"{self!r} maps something in {vbase:#x}+{size:#x}")
-            self._place(vbase, start, end, private.encode(attributes))
+            self.place(vbase, start, end, private.encode(attributes))
 
     @staticmethod
     def _kind(flags: int) -> str:
@@ -156,62 +130,21 @@ class AddressSpace:
         bits = private.encode(attributes) | private.PRIVATE | private.LOCKED | private.WRITABLE
         if any(places not in ((), (vbase - start,)) for _, _, places in self._places.runs(start, end)):
             raise Refused(GunyahError.EXISTING_MAPPING, f"[{start:#x}, {end:#x}) is mapped elsewhere in {self!r}")
-        replaced = self._others(vbase, start, end)
-        if self._alive() and any(value & private.LOCKED for _, _, value in replaced):
-            raise Refused(GunyahError.BUSY, f"{self!r} holds on to what it has in {vbase:#x}+{end - start:#x}")
-        self._place(vbase, start, end, bits)
-        self._sanitise(replaced)
+        self._check_free(vbase, start, end)
+        self.place(vbase, start, end, bits)
 
     def _map_vmmio(self, extent: Extent, vbase: int, attributes: Attributes, start: int, end: int) -> None:
         if (attributes.user | attributes.kernel) & Access.X:
             raise Refused(GunyahError.ARG_INVAL, "device memory is not executable")
         self._check_configured("vmmio", vbase, end - start)
         self._check_owner(extent, start, end)
-        self._place(vbase, start, end, private.encode(attributes))
+        self._check_free(vbase, start, end)
+        self.place(vbase, start, end, private.encode(attributes))
 
-    # What [vbase, ...) maps now other than the pages of [start, end) in their order: (pa, end, descriptor).
-    def _others(self, vbase: int, start: int, end: int) -> list[tuple[int, int, int]]:
-        found = []
-        for leaf in self.table.leaves(vbase, vbase + end - start):
-            if leaf.valid and leaf.oa - leaf.ipa != start - vbase:
-                low, high = max(leaf.ipa, vbase), min(leaf.ipa + leaf.size, vbase + end - start)
-                found.append((leaf.oa + low - leaf.ipa, leaf.oa + high - leaf.ipa, leaf.value))
-        return found
-
-    # Zero what leaves the guest, unless it said otherwise.
-    def _sanitise(self, gone: list[tuple[int, int, int]]) -> None:
-        for start, end, value in gone:
-            if value & private.PRIVATE and not value & private.NO_SANITISE:
-                self.ram.zero(start, end - start)
-
-    # Replaces whatever is there. Entries that say so already stay, which is how a page is only locked again.
-    def _place(self, vbase: int, start: int, end: int, bits: int) -> None:
-        stop = vbase + end - start
-        found = list(self.table.leaves(vbase, stop))
-        if all(leaf.valid and leaf.oa - leaf.ipa == start - vbase and vbase <= leaf.ipa and leaf.ipa + leaf.size <= stop
-               and not (leaf.value ^ bits) & _LIVE for leaf in found):
-            for leaf in found:
-                self.table.rewrite(leaf, leaf.value & ~_CHANGING | bits & _CHANGING)
-            return
-        need = self.table.tables_for_cut(vbase, stop) + self.table.tables_for_fill(vbase, stop, start)
-        with Stock(self.source, need) as stock:
-            self.table.cut(vbase, stop, stock)
-            if not self._unsynced.only(vbase, stop, False):
-                self.table.sync(vbase, stop)
-                self._unsynced.set(vbase, stop, False)
-            self._forget(vbase, stop)
-            self.table.fill(vbase, stop, start, bits, stock)
-        self._remember(start, end, vbase - start)
-
-    def _remember(self, start: int, end: int, distance: int) -> None:
-        self._places.update(start, end, lambda places: tuple(sorted({*places, distance})))
-
-    def _forget(self, vbase: int, stop: int) -> None:
-        for leaf in self.table.leaves(vbase, stop):
-            if leaf.valid:
-                distance = leaf.ipa - leaf.oa
-                low, high = max(leaf.ipa, vbase) - distance, min(leaf.ipa + leaf.size, stop) - distance
-                self._places.update(low, high, partial(_without, distance))
+    # What the guest holds on to is not replaced, silently or otherwise.
+    def _check_free(self, vbase: int, start: int, end: int) -> None:
+        if self._alive() and any(value & private.LOCKED for _, _, value in self.others(vbase, start, end)):
+            raise Refused(GunyahError.BUSY, f"{self!r} holds on to what it has in {vbase:#x}+{end - start:#x}")
 
     # -- the whole of an extent ----------------------------------------------------------------------------------
 
@@ -223,28 +156,6 @@ class AddressSpace:
         with Stock(self.source, self.tables_for_mapping(mapping, extent.base, owned)) as stock:
             extent.record(mapping)
             self.apply(mapping, extent.base, owned, stock)
-
-    def tables_for_mapping(self, mapping: Mapping, base: int, ranges: list[tuple[int, int]]) -> int:
-        """How many tables `apply` takes at most."""
-        away = mapping.vbase - base
-        table = self.table
-        return sum(table.tables_for_cut(low + away, high + away) + table.tables_for_fill(low + away, high + away, low)
-                   for low, high in ranges)
-
-    def apply(self, mapping: Mapping, base: int, ranges: list[tuple[int, int]], stock: Stock) -> None:
-        """Map physical *ranges* of an extent that begins at *base* where *mapping* says."""
-        away, bits = mapping.vbase - base, private.encode(mapping.attributes)
-        for low, high in ranges:
-            self.table.cut(low + away, high + away, stock)
-            self._forget(low + away, high + away)
-            self.table.fill(low + away, high + away, low, bits, stock)
-            self._remember(low, high, away)
-
-    def withdraw(self, mapping: Mapping, base: int, start: int, end: int, stock: Stock) -> None:
-        """Unmap physical [start, end) from where *mapping* of an extent that begins at *base* has it; no TLBI."""
-        vbase, stop = start - base + mapping.vbase, end - base + mapping.vbase
-        self.table.cut(vbase, stop, stock)
-        self._remove([leaf for leaf in self.table.leaves(vbase, stop) if leaf.valid and leaf.oa - leaf.ipa == start - vbase])
 
     def unmap_whole(self, extent: Extent, vbase: int) -> None:
         """Forget a recorded mapping and unmap what it maps; raises Refused(ADDR_INVAL) when it is not recorded."""
@@ -259,7 +170,7 @@ class AddressSpace:
         except Refused:
             extent.mappings.append(mapping)
             raise
-        self.table.sync_all()
+        self.sync_all()
 
     # -- unmap ---------------------------------------------------------------------------------------------------
 
@@ -297,38 +208,23 @@ class AddressSpace:
             self._check_given_up(found)
         elif not found:
             if sync:
-                self._sync(vbase, stop)
+                self.sync(vbase, stop)
             raise Refused(GunyahError.ADDR_INVAL, f"nothing of {extent!r} is mapped at {vbase:#x}")
         with Stock(self.source, self.table.tables_for_cut(vbase, stop)) as stock:
             self.table.cut(vbase, stop, stock)
-        gone = self._remove([leaf for leaf in self.table.leaves(vbase, stop)
+        gone = self.remove([leaf for leaf in self.table.leaves(vbase, stop)
                              if leaf.valid and leaf.oa - leaf.ipa == start - vbase])
         if sync:
-            self._sync(vbase, stop)
+            self.sync(vbase, stop)
         else:
-            self._unsynced.set(vbase, stop, True)
-        self._sanitise(gone)
+            self.leave_stale(vbase, stop)
+        self.sanitise(gone)
 
     def _check_given_up(self, found: list[Leaf]) -> None:
         if not all(leaf.value & private.PRIVATE for leaf in found):
             raise Refused(GunyahError.BUSY, "not a private page")
         if self._alive() and any(leaf.value & private.LOCKED for leaf in found):
             raise Refused(GunyahError.BUSY, "the guest holds on to the page")
-
-    def _remove(self, found: list[Leaf]) -> list[tuple[int, int, int]]:
-        for leaf in found:
-            self._forget(leaf.ipa, leaf.ipa + leaf.size)
-            self.table.rewrite(leaf, 0)
-        return [(leaf.oa, leaf.oa + leaf.size, leaf.value) for leaf in found]
-
-    def _sync(self, start: int, end: int) -> None:
-        self.table.sync(start, end)
-        self._unsynced.set(start, end, False)
-
-    def sync_all(self) -> None:
-        """What a series of NOSYNC calls ends with."""
-        self.table.sync_all()
-        self._unsynced = RangeMap(False)
 
     # -- the rest ------------------------------------------------------------------------------------------------
 
@@ -352,7 +248,7 @@ class AddressSpace:
         self._check_owner(extent, start, start + PAGE)
         stop = vbase
         for leaf in self.table.leaves(vbase, end):
-            if not leaf.valid or leaf.oa - leaf.ipa != start - vbase or (leaf.value ^ first.value) & _LIVE:
+            if not leaf.valid or leaf.oa - leaf.ipa != start - vbase or (leaf.value ^ first.value) & VISIBLE:
                 break
             stop = min(end, leaf.ipa + leaf.size)
         owned = next(self.memdb.ranges(extent, start, start + stop - vbase))
@@ -386,7 +282,10 @@ class AddressSpace:
             self.table.sync(vbase, end)
 
     def touch(self, ipa: int, access: str) -> bool:
-        """A guest access was refused; True if only because the page is unlocked: it is locked again now."""
+        """A guest access was refused; True if only because the page is unlocked: it is locked again now.
+
+        With it all that the same entry maps, as the access flag is one for all of a block.
+        """
         leaf = self.table.leaf(ipa & -PAGE)
         relocks = self.relock == "access" or (self.relock == "write" and access == "w" and leaf.value & private.WRITABLE)
         if not relocks or not leaf.valid or not leaf.value & private.PRIVATE or leaf.value & private.LOCKED:
@@ -395,19 +294,3 @@ class AddressSpace:
         if self.relock == "write":
             self.table.sync(leaf.ipa, leaf.ipa + leaf.size)
         return True
-
-    def destroy(self) -> None:
-        """Unmap everything, sanitise what was private, and give the tables back."""
-        gone = [(leaf.oa, leaf.oa + leaf.size, leaf.value) for leaf in self.mappings()]
-        self.table.destroy()
-        self._places = RangeMap(())
-        self._sanitise(gone)
-
-
-def _without(gone: int, places: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(distance for distance in places if distance != gone)
-
-
-# Bits whose change is live (software bits, access flag), and what must agree for a rewrite to do.
-_CHANGING = private.PRIVATE | private.LOCKED | private.NO_SANITISE | private.WRITABLE | 1 << 10
-_LIVE = 0x3FC | 3 << 53

@@ -73,19 +73,19 @@ class GuestCpu(Protocol):
     def el(self) -> int:
         """Exception level."""
 
-    def run(self, budget: float | None) -> Stop:
+    def run(self, budget: float | None, /) -> Stop:
         """Execute for up to *budget* seconds (None: no limit) and say what stopped it."""
 
-    def x(self, n: int) -> int:
+    def x(self, n: int, /) -> int:
         """General register."""
 
-    def set_x(self, n: int, value: int) -> None:
+    def set_x(self, n: int, value: int, /) -> None:
         """Write it."""
 
     def transfer(self) -> Transfer | None:
         """What the syndrome of the abort just reported says of the access; None when ISV would be 0."""
 
-    def take_exception(self, esr: int, far: int | None = None) -> None:
+    def take_exception(self, esr: int, far: int | None = None, /) -> None:
         """Deliver an exception to EL1."""
 
 

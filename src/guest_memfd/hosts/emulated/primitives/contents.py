@@ -14,10 +14,14 @@ from guest_memfd.hosts.emulated.errors import KernelPanic
 from guest_memfd.hosts.emulated.hostcpu import Aborted, Ran
 from guest_memfd.hosts.emulated.kernel.direct_map import level_size
 from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.kernel.snapshot import safe_copy_page
 from guest_memfd.hosts.emulated.primitives.base import Base
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.emulated.services import Services
 from guest_memfd.hosts.host import Folio
 from guest_memfd.hypervisors.hypervisor import DATA_ABORT, SEA
 
+WORD = 8
 BEFORE = 4
 """load_unaligned_zeropad() starts this many bytes before the end of the page in front."""
 
@@ -36,12 +40,12 @@ class Contents(Base):
             self.notes.append(notes.Abort(what, aborted.stage, self.machine.number(page.pa), kind, survived,
                                           aborted.words()))
 
-    def kernel_access(self, page: Page, who: str, what: str, symbol: str, va: int) -> str:
-        """Call kernel function *symbol* with *va*: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
+    def kernel_access(self, page: Page, who: str, what: str, symbol: str, *arguments: int) -> str:
+        """Call kernel function *symbol*: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
         machine = self.machine
         stale = not machine.linear_map.kernel_page_present(page.pa)
         content = machine.tracer.content(page)
-        ran = self._run(what, page, lambda: machine.cpu.call(symbol, va))
+        ran = self._run(what, page, lambda: machine.cpu.call(symbol, *arguments))
         if ran.fixed:
             return "fixed"
         if not any(page.pa <= pa < page.pa + page.size for pa in ran.reached):
@@ -83,7 +87,7 @@ class Contents(Base):
         if page.hwpoison:
             return "skipped"
         return self.kernel_access(page, "kernel", "copy_from_kernel_nofault", "copy_from_kernel_nofault",
-                                  self.machine.linear_map.va(page.pa))
+                                  self.machine.bounce_va, self.machine.linear_map.va(page.pa), WORD)
 
     def clear_folio(self, folio: Folio) -> None:
         """A plain write through the direct map."""
@@ -111,14 +115,12 @@ class Contents(Base):
         page = machine.page_or_free(pfn)
         if not machine.allocated(page) or page.hwpoison:
             return "skipped"
-        lm = machine.linear_map
-        hole = not lm.kernel_page_present(page.pa)
-        if hole:
-            lm.set_direct_map_default_noflush(page.pa)
-        self.kernel_access(page, "image", "safe_copy_page", "plain_read", lm.va(page.pa))
-        if hole:
-            lm.set_direct_map_invalid_noflush(page.pa)
-            lm.flush_tlb_kernel_range(lm.va(page.pa), lm.va(page.pa) + page.size)
+
+        def read(pa: int) -> bytes:
+            self.kernel_access(page, "image", "safe_copy_page", "plain_read", machine.linear_map.va(pa))
+            return machine.ram.read(pa, PAGE)
+
+        safe_copy_page(Services(machine, read), page.pa)
         return "copied"
 
     def written(self, page: Page, token: bytes) -> None:

@@ -35,9 +35,9 @@ class Files(GuestSide):
         self._store(tree, start, values)
         return 0
 
-    # Stores past the end of the file go nowhere.
+    # Stores past the end of the file go nowhere. What is provided is kept by gfn.
     def _store(self, tree: Tree, start: int, values: Entries) -> None:
-        nr = min(len(values), self.inode.size - start)
+        nr = len(values) if tree == "provided" else min(len(values), self.inode.size - start)
         if nr <= 0:
             return
         values = Entries(values.first, nr, values.step)

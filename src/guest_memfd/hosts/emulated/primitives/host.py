@@ -15,7 +15,7 @@ from guest_memfd.hosts.emulated.kernel.inode import Inode
 from guest_memfd.hosts.emulated.primitives.directmap import DirectMap
 from guest_memfd.hosts.emulated.primitives.locks import Locks
 from guest_memfd.hosts.emulated.primitives.power import Power
-from guest_memfd.hosts.host import Primitive, Steps
+from guest_memfd.hosts.host import Caller, Primitive, Steps
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.machine import Machine
@@ -57,6 +57,10 @@ class EmulatedHost(Locks, DirectMap, Power):
         finally:
             if self.judge is not None:
                 self.judge(primitive, self.notes)
+
+    def perform_by_name(self, name: str, *args: Any, caller: Caller = "user") -> Any:
+        """Carry out one primitive that belongs to no procedure, such as a system call's own."""
+        return self.perform(Primitive(name, args, caller), 0)
 
     def run(self, procedure: Steps[Any], who: int = 0) -> Any:
         """Drive *procedure* to its end with nobody else around: what it returns.

@@ -1,0 +1,175 @@
+"""What it costs to lend guest memory and to take it back on the emulated machine, counted and timed.
+
+Run it with the Python that has guest_memfd[emu] installed (`make bench-emulated`). Counts do not depend on the machine it
+runs on; seconds do, and ratios are taken within one run. Nothing is judged by time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from typing import NamedTuple
+
+from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.hosts.emulated.arm64.asm import assemble
+from guest_memfd.hosts.emulated.guestcore import GuestCore
+from guest_memfd.hosts.emulated.machine import Config, Machine
+from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hypervisors import HYPERVISORS
+
+GIB = 1 << 30
+NAMES = {0: "4K", 9: "2M", 18: "1G"}
+
+
+class Cost(NamedTuple):
+    """Folios lent and taken back; seconds of each; what the kernel and the hypervisor did for it."""
+
+    folios: int
+    lend: float
+    back: float
+    leaf_splits: int
+    flushes: int
+    table_pages: int
+
+    @property
+    def per_folio(self) -> float:
+        """Microseconds for a folio to go and come back."""
+        return (self.lend + self.back) / self.folios * 1e6
+
+
+class Guest:
+    """A guest_memfd of *pages* pages, all bound, on a machine of its own with room for it."""
+
+    def __init__(self, hypervisor: str, pages: int, order: int, *, bbml3: bool) -> None:
+        ram = max(pages * PAGE * 17 // 16 + (256 << 20), 1 << 30) + GIB - 1 & -GIB
+        self.machine = Machine(hypervisor, Config(ram=ram, on_free="zero", bbml3=bbml3))
+        self.library = OurLibrary(HYPERVISORS[hypervisor].ops(), pages)
+        self.library.order = order
+        self.host = EmulatedHost(self.machine, self.machine.create_vm(pages), pages)
+        self.pages, self.order = pages, order
+        assert self.host.run(self.library.create(pages)) == 0
+        assert self.host.run(self.library.bind(0, 0, pages)) == 0
+
+    def lend(self) -> float:
+        """Every folio into the guest, by a guest fault on it; seconds."""
+        start, host, library = time.perf_counter(), self.host, self.library
+        for index in range(0, self.pages, 1 << self.order):
+            ret = host.run(library.guest_fault(index, index))
+            assert ret == 0, ret
+        return time.perf_counter() - start
+
+    def take_back(self) -> float:
+        """Kill the VM, tear it down, close the file; seconds. AssertionError when anything is left behind."""
+        start, host = time.perf_counter(), self.host
+        host.perform_by_name("vm_kill")
+        assert host.run(self.library.vm_teardown()) == 0
+        host.perform_by_name("vm_destroyed")
+        host.perform_by_name("fd_close")
+        host.run(self.library.close())
+        host.perform_by_name("lru_add_drain_all")
+        assert not self.machine.pages and not self.machine.power.away
+        return time.perf_counter() - start
+
+
+def cost(hypervisor: str, pages: int, order: int, *, bbml3: bool) -> Cost:
+    """Lend *pages* pages in folios of *order* and take them back."""
+    guest = Guest(hypervisor, pages, order, bbml3=bbml3)
+    lm = guest.machine.linear_map
+    splits, flushes, tables = sum(lm.splits.values()), sum(lm.flushes.values()), lm.table_pages
+    lent = guest.lend()
+    back = guest.take_back()
+    return Cost(pages >> order, lent, back, sum(lm.splits.values()) - splits, sum(lm.flushes.values()) - flushes,
+                lm.table_pages - tables)
+
+
+def one_gib(hypervisor: str) -> None:
+    """1 GiB in folios of each size, on a linear map of pages and on one of blocks."""
+    print(f"1 GiB lent and taken back, {hypervisor}, library")
+    print("  linear map   folios         number     lend s     back s   us/folio   ratio to 4K   splits  flushes  new tables")
+    for bbml3, name in ((False, "pages"), (True, "blocks")):
+        whole = 0.0
+        for order in (0, 9, 18):
+            c = cost(hypervisor, GIB // PAGE, order, bbml3=bbml3)
+            whole = whole or c.lend + c.back
+            print(f"  {name:<12} {NAMES[order]:<6} {c.folios:>12,} {c.lend:>10.3f} {c.back:>10.3f} {c.per_folio:>10.1f}"
+                  f" {(c.lend + c.back) / whole:>13.4f} {c.leaf_splits:>8,} {c.flushes:>8,} {c.table_pages:>11,}")
+
+
+def one_tib(hypervisor: str) -> None:
+    """1 TiB as 1024 blocks."""
+    start = time.perf_counter()
+    guest = Guest(hypervisor, (1 << 40) // PAGE, 18, bbml3=True)
+    built = time.perf_counter() - start
+    lent, back = guest.lend(), guest.take_back()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"1 TiB lent as 1,024 blocks of 1G, {hypervisor}: machine built in {built:.2f} s, lent in {lent:.3f} s, taken back in "
+          f"{back:.3f} s, {peak:.0f} MB at most in this process")
+
+
+def curve(hypervisor: str, most: int) -> None:
+    """Microseconds per folio of 4K from 10^3 folios on."""
+    print(f"time per folio of 4K, {hypervisor}")
+    first, number = 0.0, 1000
+    while number <= most:
+        c = cost(hypervisor, number, 0, bbml3=False)
+        first = first or c.per_folio
+        print(f"  {number:>10,} folios {c.per_folio:>8.1f} us/folio   {c.per_folio / first:.2f} of the first")
+        number *= 10
+
+
+LOOP = """
+        mov x0, #0x10000000
+loop:   subs x0, x0, #1
+        b.ne loop
+        hvc #0
+"""
+SWEEP = """
+        ldr x0, =0x80100000
+        mov x1, #4096
+next:   ldr x2, [x0]
+        add x0, x0, #4096
+        subs x1, x1, #1
+        b.ne next
+        hvc #0
+"""
+
+
+def execution() -> None:
+    """Guest instructions per second, and translations per second through walker and TLB."""
+    guest = Guest("pkvm", (64 << 20) // PAGE, 0, bbml3=False)
+    guest.lend()
+    machine, vm = guest.machine, guest.host.vm
+    core = GuestCore(machine.ram, machine.tlbs, 0, lambda: machine.driver.guest_stage2(vm))
+    code = machine.driver.lookup(vm, 0)
+    assert code is not None
+    for name, source, unit in (("hot loop", LOOP, 2 << 28), ("4,096 pages, one load each", SWEEP, 0)):
+        program = assemble(source.replace("0x80100000", "0x100000"), 0)
+        machine.ram.write(code, program.data)
+        for again in ("cold", "warm") if not unit else ("",):
+            if again == "cold":
+                machine.tlbs[0].clear()
+            core.pc, core.fills = 0, 0
+            start = time.perf_counter()
+            core.run()
+            seconds = time.perf_counter() - start
+            rate = f"{unit / seconds / 1e6:,.0f} M instructions/s" if unit else f"{core.fills / seconds / 1e3:,.0f} k fills/s ({again} TLB)"
+            print(f"  {name}: {rate}")
+
+
+def main() -> None:
+    """All of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hypervisor", default="gunyah", choices=("kvm", "pkvm", "gunyah"))
+    parser.add_argument("--most", type=int, default=1_000_000, help="folios at the end of the curve")
+    arguments = parser.parse_args()
+    one_tib(arguments.hypervisor)
+    one_gib(arguments.hypervisor)
+    curve(arguments.hypervisor, arguments.most)
+    print("execution of guest code")
+    execution()
+
+
+if __name__ == "__main__":
+    main()

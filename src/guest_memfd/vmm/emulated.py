@@ -1,0 +1,193 @@
+"""One run of one guest on an emulated machine. Rule of this file: whatever happens, everything is closed and accounted for.
+
+The order is that of life: boot, load, run, let the host kernel read something if asked to, close, audit. A host that has
+panicked gives nothing back; there is nothing to close then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from guest_memfd.designs import DESIGNS, Design
+from guest_memfd.errors import BadInput, GuestMemfdError, Signalled, SyscallFailed
+from guest_memfd.guests.loader import Image
+from guest_memfd.hosts.emulated.buddy import OutOfMemory
+from guest_memfd.hosts.emulated.errors import KernelPanic
+from guest_memfd.hosts.emulated.machine import Config, Machine
+from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
+from guest_memfd.hosts.host import Primitive
+from guest_memfd.vmm import readers
+from guest_memfd.vmm.devices import Console
+from guest_memfd.vmm.ghosts import ProgramTracer
+from guest_memfd.vmm.gunyah import GunyahGuest
+from guest_memfd.vmm.kvm import KvmGuest
+from guest_memfd.vmm.layout import PAGE, Layout
+from guest_memfd.vmm.loop import Ended, drive
+from guest_memfd.vmm.readers import Read
+from guest_memfd.vmm.watch import Broken, Watch
+
+Where = Literal["kernel", "el2"]
+"""Whose allocator is made to fail: Linux's, or the hypervisor's."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to run, and how. ram: bytes. timeout: seconds. reader: one of readers.READERS. fail: (whose, which allocation)."""
+
+    image: Image
+    hypervisor: str
+    design: str = "library"
+    layout: Layout = Layout()           # noqa: RUF009 - frozen
+    ram: int = 1 << 30
+    timeout: float = 10.0
+    reader: str | None = None
+    verbose: int = 0
+    fail: tuple[Where, int] | None = None
+
+
+@dataclass
+class Report:
+    """What came of it. *failed*: why it did not come to the guest's end; *lost*: what the audit found."""
+
+    ended: Ended | None = None
+    failed: GuestMemfdError | None = None
+    console: str = ""
+    panic: str = ""
+    read: Read | None = None
+    window: bytes | None = None
+    broken: list[Broken] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    exits: int = 0
+    faults: int = 0
+    folios: int = 0
+    instructions: int = 0
+    seconds: float = 0.0
+    primitives: Mapping[str, int] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+
+
+def design_of(name: str, hypervisor: str, folio: int) -> type[Design]:
+    """The design called *name*, asking for folios of *folio* bytes; raises UnknownName, BadInput where it was not posted."""
+    found = DESIGNS[name]
+    if found.hypervisors is not None and hypervisor not in found.hypervisors:
+        raise BadInput(f"design {name!r} was posted for {', '.join(found.hypervisors)} only, not for {hypervisor!r}")
+    order = (folio // PAGE).bit_length() - 1
+    return type(found.__name__, (found,), {"order": order}) if order else found
+
+
+class Run:
+    """One run; *say* gets what the guest says, as it says it, and *log* what `-v` shows. Raises BadInput, UnknownName."""
+
+    def __init__(self, order: Order, say: Callable[[str], None], log: Callable[[str], None]) -> None:
+        self.order, self.log = order, log
+        self.design = design_of(order.design, order.hypervisor, order.layout.folio)
+        self.watch = Watch(order.verbose, log)
+        self.machine = Machine(order.hypervisor, Config(ram=order.ram, sea_fixup=self.design.sea_fixup))
+        free = self.machine.kernel_pages.free_pages * PAGE
+        if order.layout.private + order.layout.shared > free:
+            raise BadInput(f"--memory {order.layout.private:#x}: the machine has {free:#x} bytes free of --ram {order.ram:#x}")
+        order.layout.boot_info(order.image)
+        self.machine.tracer = ProgramTracer(self.machine)
+        self.console = Console(say)
+        self.report = Report()
+        self.guest: KvmGuest | GunyahGuest | None = None
+
+    def run(self) -> Report:
+        """From boot to audit."""
+        report, machine = self.report, self.machine
+        names = readers.Names(machine) if self.order.reader else None
+        try:
+            with ExitStack() as stack:
+                self._inside(stack)
+        except KernelPanic:
+            pass
+        except OutOfMemory as error:
+            report.failed = SyscallFailed(12, "the machine", str(error))
+        except GuestMemfdError as error:
+            report.failed = error
+        machine.kernel_pages.fail_at(None)
+        machine.el2_pool.fail_at(None)
+        report.console = self.console.text
+        if machine.dead is not None:
+            report.panic = machine.dead.text
+            report.ended = Ended("panic", report.panic.splitlines()[0])
+        else:
+            if names is not None:
+                names.free()
+            self._audit()
+        report.broken = list(self.watch.broken.values())
+        report.primitives = self.watch.counts
+        report.log = machine.console
+        return report
+
+    def _inside(self, stack: ExitStack) -> None:
+        order, report, machine = self.order, self.report, self.machine
+        if order.fail is not None:
+            (machine.kernel_pages if order.fail[0] == "kernel" else machine.el2_pool).fail_at(order.fail[1])
+        device = stack.enter_context(self._open())
+        kind, arguments = (GunyahGuest, ()) if order.hypervisor == "gunyah" else (KvmGuest, (order.hypervisor == "pkvm",))
+        self.guest = guest = kind(device, order.layout, order.image, self.console, stack, *arguments, self.registers, self._exit)
+        began = time.perf_counter()
+        try:
+            report.ended = drive(guest, order.timeout)
+        finally:
+            report.seconds = time.perf_counter() - began
+            self._count()
+        report.window = self._window()
+        if order.reader:
+            report.read = readers.read(order.reader, machine, self._kernel())
+
+    def _open(self) -> Any:
+        device = self.machine.open("/dev/gunyah" if self.order.hypervisor == "gunyah" else "/dev/kvm", self.order.design)
+        device.design, device.judge = self.design, self.watch
+        return device
+
+    def _kernel(self) -> EmulatedHost:
+        return EmulatedHost(self.machine, self.machine.vms[0], 1, judge=self.watch)
+
+    def _window(self) -> bytes | None:
+        try:
+            return self.guest.window() if self.guest is not None else None
+        except Signalled:
+            return None
+
+    # -- looking at the guest as a debugger of the emulator does -----------------------------------------------------
+
+    def _core(self) -> Any:
+        return self.machine.vms[0].handle.vcpus[-1].cpu
+
+    def registers(self) -> Mapping[str, int]:
+        """The vCPU's, whatever a hypervisor would let the host see."""
+        core = self._core()
+        named = {name.lower(): core.sysreg(name) for name in ("ELR_EL1", "ESR_EL1", "FAR_EL1", "VBAR_EL1", "SCTLR_EL1")}
+        return {"pc": core.pc, "sp": core.sp, "pstate": core.pstate, **named, **{f"x{n}": core.x(n) for n in range(31)}}
+
+    def _exit(self, words: str) -> None:
+        if self.order.verbose:
+            self.log(words)
+
+    def _count(self) -> None:
+        machine, report = self.machine, self.report
+        report.folios = sum(len(inode.pages) for inode in machine.inodes)
+        report.faults = self.watch.counts["begin_op"] and self.faults()
+        core = self._core()
+        report.exits, report.instructions = core.stops, core.instructions
+
+    def faults(self) -> int:
+        """How many faults of the guest the library was asked to handle."""
+        return self.watch.faults
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _audit(self) -> None:
+        machine = self.machine
+        if machine.lru_batch:
+            machine_host = EmulatedHost(machine, machine.create_vm(0), 1) if not machine.vms else self._kernel()
+            machine_host.perform(Primitive("lru_add_drain_all", (), "mm"), 0)
+        self.report.lost = machine.audit()
+        for words in self.report.lost:
+            self.watch.breaks("nothing-lost", words, "audit after everything was closed")

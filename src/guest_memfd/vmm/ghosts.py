@@ -1,0 +1,53 @@
+"""What the laws remember of guests that are real programs. Rule of this file: contents are told by who could write, not by marks.
+
+In a scenario every party writes a mark of its own, so bytes say who was there. A program writes what it likes. Here a page
+that a guest has as its own holds a secret as soon as it is not all zeros; whatever a page held before the kernel cleared it
+is somebody else's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.kernel.inode import Inode
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.primitives.base import PRIVATE_PAGE, Base
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.emulated.tracer import Tracer
+
+_ZEROS = bytes(PAGE)
+
+
+class ProgramTracer(Tracer):
+    """The ghosts of a machine whose guests run programs."""
+
+    def content(self, page: Page) -> int:
+        """ZERO; SECRET; DATA for a page that has been cleared in this life; JUNK for any other."""
+        if self.machine.ram.read(page.pa, PAGE) == _ZEROS:
+            return st.ZERO
+        if page.pa in self.secret:
+            return st.SECRET
+        return st.DATA if page.uptodate else st.JUNK
+
+    def contents(self) -> Callable[[Page], int]:
+        """`content`, asked afterwards: no write makes a page other than it was in a way that a law would miss."""
+        return self.content
+
+    def access(self, host: Base, page: Page, who: str, what: str, via: str, write: bool, content: int) -> notes.Access:
+        """As for every tracer; a write finds nothing that could be expected."""
+        fact = super().access(host, page, who, what, via, write, content)
+        return fact._replace(expect=None) if write else fact
+
+    def after_hypercall(self, page: Page, sanitised: bool) -> None:
+        """A page that a guest maps may hold anything from now on, and what it has alone is its secret."""
+        super().after_hypercall(page, sanitised)
+        machine = self.machine
+        owned = machine.driver.owner(page.pa) == "guest"
+        if machine.guest_maps(page.pa):
+            self.expect(page, st.ANY)
+            if owned or (isinstance(page.inode, Inode) and page.inode.entry("attributes", page.index) == PRIVATE_PAGE):
+                self.secret.add(page.pa)
+        elif owned and not sanitised and machine.driver.forgets:
+            self.secret.discard(page.pa)                # unlocked before: the guest has agreed

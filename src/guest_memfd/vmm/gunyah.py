@@ -1,0 +1,122 @@
+"""A guest by way of /dev/gunyah. Rule of this file: private memory is written while it is the host's, and lent then."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from errno import EINTR, ENOMEM
+
+from guest_memfd.errors import SyscallFailed
+from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
+from guest_memfd.guests.bootinfo import Hypervisor
+from guest_memfd.guests.loader import Image
+from guest_memfd.hosts.uapi import gunyah
+from guest_memfd.hosts.uapi.gunyah import GunyahDevice, GunyahVcpu, GunyahVm, MapFlag, MemFlag, RegisterSet, ResumeAction
+from guest_memfd.hosts.uapi.memory import GuestMemory
+from guest_memfd.vmm.devices import Console
+from guest_memfd.vmm.layout import PAGE, Layout
+from guest_memfd.vmm.loop import Ended
+
+_HUGE = 2 << 20
+_EXITS = {0: "off", 1: "off", 2: "reset", 3: "reset"}
+"""Types of VM_EXITED that are the guest's own wish: exit, PSCI off, resets."""
+
+
+class GunyahGuest:
+    """*image* in a VM of *device*, up to its first instruction; leaving *stack* gives everything back.
+
+    The driver wants a device tree; the page of the boot info stands for it. *log* is told of exits in words. Raises
+    SyscallFailed, BadInput.
+    """
+
+    def __init__(self, device: GunyahDevice, layout: Layout, image: Image, console: Console, stack: ExitStack,
+                 registers: Callable[[], Mapping[str, int]], log: Callable[[str], None]) -> None:
+        self.layout, self.console, self.log, self.registers = layout, console, log, registers
+        self.aborts = 0
+        self.vm: GunyahVm = stack.enter_context(device.create_vm())
+        flags = MemFlag.CLOEXEC | (MemFlag.ALLOW_HUGEPAGE if layout.folio >= _HUGE else 0)
+        self.memory: GuestMemory = stack.enter_context(device.create_guest_mem(layout.private, flags))
+        self._load(image)
+        self.vm.map_mem(self.memory, PRIVATE_BASE, 0, layout.private, MapFlag.FORCE_LEND | MapFlag.ALLOW_RWX)
+        self.shared: GuestMemory | None = None
+        if layout.shared:
+            self.shared = stack.enter_context(device.create_guest_mem(layout.shared, flags))
+            access = MapFlag.FORCE_SHARE | MapFlag.ALLOW_READ | MapFlag.ALLOW_WRITE
+            self.vm.map_mem(self.shared, SHARED_BASE, 0, layout.shared, access)
+        boot_info = layout.boot_info(image)
+        self.vm.set_dtb_config(boot_info & -layout.folio, max(layout.folio, PAGE))
+        self.vm.set_boot_context(gunyah.boot_register(RegisterSet.PC, 0), image.entry)
+        self.vm.set_boot_context(gunyah.boot_register(RegisterSet.X, 0), boot_info)
+        self.vcpu: GunyahVcpu = stack.enter_context(self.vm.add_vcpu(0))
+        self._timer: threading.Timer | None = None
+        stack.callback(self._disarm)
+        self.vm.start()
+
+    # Unmapped again before it is lent: a page that the VMM could touch is not.
+    def _load(self, image: Image) -> None:
+        with self.memory.mmap() as mapping:
+            for offset, data in self.layout.contents(image, Hypervisor.GUNYAH):
+                mapping.write(offset, data)
+
+    # One timer at a time, whatever number of exits comes before it goes off: it is the signal that interrupts VCPU_RUN.
+    def _arm(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = threading.Timer(seconds, setattr, (self.vcpu.page, "immediate_exit", 1))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+            self._timer = None
+        self.vcpu.page.immediate_exit = 0
+
+    def step(self, seconds: float) -> Ended | None:
+        """VCPU_RUN once, and whatever the guest wants of us."""
+        self._arm(seconds)
+        try:
+            out = self.vcpu.run()
+        except SyscallFailed as error:
+            if error.errno != EINTR:
+                raise
+            self._disarm()
+            return None
+        match out:
+            case gunyah.MmioExit():
+                self._mmio(out)
+            case gunyah.StatusExit(status, kind, _):
+                self.log(f"exit STATUS {status.name}, type {kind}")
+                return self._status(status, kind)
+            case gunyah.PageFaultExit(address, attempt):
+                self.log(f"exit PAGE_FAULT {address:#x}, errno {-attempt}")
+                if attempt == -ENOMEM:
+                    raise SyscallFailed(ENOMEM, "VCPU_RUN", f"the guest's page at {address:#x}")
+                self.aborts += 1
+        return None
+
+    def _status(self, status: gunyah.VmStatus, kind: int) -> Ended:
+        if status == gunyah.VmStatus.EXITED and kind in _EXITS:
+            return Ended("off" if _EXITS[kind] == "off" else "reset")
+        return Ended("crash", f"the VM has {status.name}, type {kind}", self.registers())
+
+    def _mmio(self, out: gunyah.MmioExit) -> None:
+        page = self.vcpu.page
+        if not self.console.has(out.phys_addr):
+            self.log(f"exit MMIO {'write' if out.is_write else 'read'} at {out.phys_addr:#x}: nothing there, abort")
+            page.resume_action = ResumeAction.FAULT
+            self.aborts += 1
+            return
+        page.resume_action = ResumeAction.HANDLED
+        if out.is_write:
+            self.console.put(out.data)
+        else:
+            page.data = bytes(8)
+
+    def window(self) -> bytes | None:
+        """The shared window's beginning as the host reads it; None without one."""
+        if self.shared is None:
+            return None
+        with self.shared.mmap() as mapping:
+            return mapping.read(0, 64)

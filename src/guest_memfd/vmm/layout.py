@@ -1,0 +1,67 @@
+"""The guest's address space. Rule of this file: what is where before the guest starts, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from guest_memfd.errors import BadInput
+from guest_memfd.guests import CONSOLE, PRIVATE_BASE, SHARED_BASE
+from guest_memfd.guests.bootinfo import SIZE, BootInfo, Hypervisor
+from guest_memfd.guests.loader import Image, fits
+
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Layout:
+    """*private* and *shared* bytes at the usual places; *folio* bytes is the unit in which memory changes hands."""
+
+    private: int = 16 << 20
+    shared: int = 64 << 10
+    folio: int = PAGE
+
+    def __post_init__(self) -> None:
+        for name, size in (("--memory", self.private), ("--shared", self.shared)):
+            if size % self.folio:
+                raise BadInput(f"{name} {size:#x}: no multiple of the folio size, {self.folio:#x}")
+        if not self.private:
+            raise BadInput("--memory 0: a guest needs private memory for its image")
+        if self.shared and SHARED_BASE % self.folio:
+            raise BadInput(f"--shared {self.shared:#x}: the window at {SHARED_BASE:#x} cannot be made of folios of "
+                           f"{self.folio:#x} bytes; --shared 0 leaves it out")
+        if SHARED_BASE + self.shared > CONSOLE:
+            raise BadInput(f"--shared {self.shared:#x}: the window would reach the console at {CONSOLE:#x}")
+
+    @property
+    def end(self) -> int:
+        """The first IPA behind the private memory."""
+        return PRIVATE_BASE + self.private
+
+    def boot_info(self, image: Image) -> int:
+        """IPA of the boot info: a page of its own behind *image*. Raises BadInput when they do not fit together."""
+        fits(image, [(PRIVATE_BASE, self.private)])
+        where = -(-image.end // PAGE) * PAGE
+        if where + PAGE > self.end:
+            raise BadInput(f"{image.name}: no page is left behind the image for the boot info; it ends at {image.end:#x}, and "
+                           f"private memory at {self.end:#x}")
+        return where
+
+    def contents(self, image: Image, hypervisor: Hypervisor) -> list[tuple[int, bytes]]:
+        """(offset into the private memory, bytes) of all that is there at the start; the rest is zeros."""
+        info = BootInfo(hypervisor, PRIVATE_BASE, self.private, SHARED_BASE if self.shared else 0, self.shared)
+        pieces = [*image.segments, (self.boot_info(image), info.pack())]
+        return [(ipa - PRIVATE_BASE, data) for ipa, data in pieces]
+
+    def folios(self, contents: list[tuple[int, bytes]]) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) of the runs of whole folios that *contents* touch, lowest first."""
+        touched = sorted({at for offset, data in contents
+                          for at in range(offset // self.folio, -(-(offset + len(data)) // self.folio))})
+        start = 0
+        for i, at in enumerate(touched):
+            if i + 1 == len(touched) or touched[i + 1] != at + 1:
+                yield touched[start] * self.folio, (i + 1 - start) * self.folio
+                start = i + 1
+
+
+assert SIZE <= PAGE

@@ -1,0 +1,67 @@
+"""Running a guest to its end. Rule of this file: it always ends, by the clock if by nothing else.
+
+A guest that never gives the CPU back is interrupted by the clock. One that only faults is told from one that works by two
+signs: many aborts have been delivered to it, and it is still at the same instruction.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+SLICE = 0.2
+"""Seconds after which a guest is interrupted for a look at it."""
+SAME_ABORT = 500
+"""Aborts delivered to a guest at one and the same instruction before it is said to fault for ever."""
+
+End = Literal["off", "reset", "timeout", "crash", "faults for ever", "panic"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a guest ended, with the reason in words where there is one, and its registers where they say something."""
+
+    how: End
+    why: str = ""
+    registers: Mapping[str, int] = field(default_factory=dict)
+
+
+class Guest(Protocol):
+    """A guest that is ready to run."""
+
+    aborts: int
+    """How many external aborts have been delivered to it, by the VMM or by the hypervisor."""
+
+    def step(self, seconds: float) -> Ended | None:
+        """Run it up to the next exit, or for *seconds*; None: it can go on."""
+
+    def registers(self) -> Mapping[str, int]:
+        """pc, sp, x0..x30 and what the last exception left, as a debugger of the emulator sees them."""
+
+
+def drive(guest: Guest, timeout: float) -> Ended:
+    """Run *guest* for *timeout* seconds at most; raises what its host raises."""
+    end = time.monotonic() + timeout
+    pc, aborts = -1, 0
+    while (left := end - time.monotonic()) > 0:
+        ended = guest.step(min(left, SLICE))
+        if ended is not None:
+            return ended
+        if guest.aborts == aborts:
+            continue
+        seen = guest.registers()
+        if seen["pc"] != pc:
+            pc, aborts = seen["pc"], guest.aborts
+        elif guest.aborts - aborts >= SAME_ABORT:
+            return Ended("faults for ever", _forever(seen), seen)
+    seen = guest.registers()
+    return Ended("timeout", f"{timeout:g} s are over, and the guest is at PC {seen['pc']:#x}", seen)
+
+
+def _forever(seen: Mapping[str, int]) -> str:
+    if seen["pc"] & ~0x7FF == seen["vbar_el1"]:
+        return (f"its exception vectors at {seen['vbar_el1']:#x} fault themselves: ESR_EL1 {seen['esr_el1']:#x}, "
+                f"FAR_EL1 {seen['far_el1']:#x}")
+    return f"PC {seen['pc']:#x}, ESR_EL1 {seen['esr_el1']:#x}, FAR_EL1 {seen['far_el1']:#x}"

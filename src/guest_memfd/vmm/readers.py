@@ -1,0 +1,93 @@
+"""The host kernel reads what it should not. Rule of this file: real instructions of the kernel's text, at real addresses.
+
+    zeropad   load_unaligned_zeropad() 4 bytes before a page that the guest owns, as a path name's comparison would do it
+              when the name ends where the page before ends
+    kcore     copy_from_kernel_nofault() of every page that the guest owns, as a read of /proc/kcore
+    plain     one load of a page that the guest owns, by code that has no exception-table entry: a bug of the kernel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from guest_memfd.errors import BadInput
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.machine import Machine
+from guest_memfd.hosts.emulated.primitives.base import PRIVATE_PAGE
+from guest_memfd.hosts.emulated.primitives.contents import BEFORE
+from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.host import Primitive
+
+READERS = ("zeropad", "kcore", "plain")
+NAME = b"/boot/initrd.img"
+"""A path name whose last byte is the last of its page."""
+
+
+class Read(NamedTuple):
+    """What a reader saw: at *address* (of the linear map), the doubleword *word*, and how it went, in words."""
+
+    reader: str
+    address: int
+    word: int
+    how: str
+
+
+class Names:
+    """A page of the kernel's own, with `NAME` at its end, and free memory behind it: the next folio comes to lie there."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.pa = machine.kernel_pages.alloc(1)
+        machine.kernel_pages.free(self.pa + PAGE)
+        machine.ram.write(self.pa + PAGE - len(NAME), NAME)
+
+    def free(self) -> None:
+        """Give the page back."""
+        self.machine.ram.zero(self.pa, PAGE)
+        self.machine.kernel_pages.free(self.pa)
+
+
+def read(reader: str, machine: Machine, host: EmulatedHost) -> Read:
+    """Let the kernel read as *reader* says; raises KernelPanic, and BadInput when the guest owns no page for that."""
+    owned = list(_owned(machine))
+    if reader == "zeropad":
+        owned = [page for page in owned if _hosts(machine, page.pa - PAGE, owned)]
+    if not owned:
+        raise BadInput(f"--reader {reader}: the guest owns no page" + " behind one of the host's" * (reader == "zeropad"))
+    if reader == "kcore":
+        return _kcore(machine, host, owned)
+    page, va = owned[0], machine.linear_map.va(owned[0].pa)
+    if reader == "zeropad":
+        how = host.perform(Primitive("load_unaligned_zeropad", (page.pa // PAGE,), "kernel"), 0)
+        return Read(reader, va - BEFORE, machine.cpu.core.x(0), _words(how))
+    how = host.perform(Primitive("kernel_access", (page, "kernel", "a stray load", "plain_read", va), "kernel"), 0)
+    return Read(reader, va, machine.cpu.core.x(0), _words(how))
+
+
+def _kcore(machine: Machine, host: EmulatedHost, owned: list[Page]) -> Read:
+    how = [host.perform(Primitive("copy_from_kernel_nofault", (page.pa // PAGE,), "kernel"), 0) for page in owned]
+    copied = sum(one == "ok" for one in how)
+    words = f"{len(how)} pages, {copied} copied, {len(how) - copied} read as zeros"
+    word = machine.ram.read64(machine.bounce_va - machine.linear_map.va(machine.ram.base) + machine.ram.base) if copied else 0
+    return Read("kcore", machine.linear_map.va(owned[-1].pa), word, words)
+
+
+def _words(how: str) -> str:
+    return "the exception table stepped in, missing bytes are zeros" if how == "fixed" else "it went through"
+
+
+# Pages that are some guest's alone: by EL2's record, or where nobody keeps one, by the library's word.
+def _owned(machine: Machine) -> Iterator[Page]:
+    for inode in machine.inodes:
+        for page in sorted(inode.pages.values(), key=lambda p: p.pa):
+            private = inode.entry("attributes", page.index) == PRIVATE_PAGE and machine.guest_maps(page.pa)
+            if machine.driver.owner(page.pa) == "guest" or (private and not machine.hypervisor.tracks_owner):
+                yield page
+
+
+# Whether the page at *pa* is the host's, and readable.
+def _hosts(machine: Machine, pa: int, owned: list[Page]) -> bool:
+    return (machine.ram.contains(pa) and machine.driver.owner(pa) == "host" and machine.driver.host_may(pa)
+            and machine.linear_map.kernel_page_present(pa) and not any(page.pa == pa for page in owned))

@@ -1,0 +1,53 @@
+"""Judging while it runs. Rule of this file: every primitive is seen once, with the facts it left; nothing is forgiven.
+
+The same primitives are what `-v` shows: those that move a folio or change a table; all of them with `-vv`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.host import Primitive
+from guest_memfd.laws import LAWS
+
+MOVES = frozenset({
+    "filemap_add_folio", "filemap_remove_folio", "set_direct_map_invalid_noflush", "set_direct_map_default_noflush",
+    "flush_tlb_kernel_range", "hypercall", "unmap_mapping_pages", "vmf_insert_folio", "xa_store_reserved", "vm_kill",
+    "vm_destroyed", "load_unaligned_zeropad", "copy_from_kernel_nofault", "clear_folio", "clear_folio_local",
+})
+"""Primitives that move a folio, change a table, or are a reader of the host."""
+
+
+class Broken(NamedTuple):
+    """A law that broke first, the evidence, and the primitive that showed it."""
+
+    law: str
+    evidence: str
+    where: str
+
+
+class Watch:
+    """Told of every primitive on a machine. *level* 1: `MOVES` go to *log*; 2: all."""
+
+    def __init__(self, level: int, log: Callable[[str], None]) -> None:
+        self.level, self.log = level, log
+        self.counts: Counter[str] = Counter()
+        self.broken: dict[str, Broken] = {}
+
+    def __call__(self, primitive: Primitive, facts: Sequence[notes.Note]) -> None:
+        """Judge *facts*."""
+        self.counts[primitive.name] += 1
+        if self.level > 1 or (self.level and primitive.name in MOVES):
+            self.log(f"  {primitive.caller:8} {primitive}")
+        for fact in facts:
+            for law in LAWS.values():
+                evidence = law.on_note(fact)
+                if evidence is not None:
+                    self.breaks(law.name, evidence, str(primitive))
+
+    def breaks(self, law: str, evidence: str, where: str) -> None:
+        """*law* is broken; its first evidence is kept."""
+        self.broken.setdefault(law, Broken(law, evidence, where))
