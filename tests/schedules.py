@@ -42,11 +42,13 @@ def schedule(hypervisor: str, design: str, seed: int, parties: tuple[str, ...] |
     return both
 
 
-def steps(hypervisor: str, design: str, seeds: Iterable[int]) -> tuple[int, dict[str, str]]:
+def steps(
+    hypervisor: str, design: str, seeds: Iterable[int], parties: tuple[str, ...] | None = None,
+) -> tuple[int, dict[str, str]]:
     """How many steps the schedules of *seeds* took together, and the laws that broke on the machine."""
     taken, broken = 0, {}
     for seed in seeds:
-        both = schedule(hypervisor, design, seed)
+        both = schedule(hypervisor, design, seed, parties)
         taken += len(both.steps)
         broken |= {law: f"seed {seed}: {words}" for law, words in both.broken.items()}
     return taken, broken

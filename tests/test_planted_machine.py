@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from schedules import schedule
+from schedules import steps
 
 from guest_memfd.check.refine import Diverged
 from guest_memfd.hosts.emulated.arm64 import descriptor as d
@@ -295,8 +295,7 @@ def test_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hypervisor, design, parties, plant = MISTAKES[name]
     plant(monkeypatch)
     with pytest.raises(Diverged):
-        for seed in range(SCHEDULES):
-            schedule(hypervisor, design, seed, parties or None)
+        steps(hypervisor, design, range(SCHEDULES), parties or None)
 
 
 def test_there_are_enough_of_them() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from schedules import PAIRS, schedule, steps
+from schedules import PAIRS, steps
 
 from guest_memfd.check.refine import Diverged
 from guest_memfd.hosts.emulated.kernel.kernel_flush import KernelFlush
@@ -36,5 +36,4 @@ def test_a_hundred_thousand_steps(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_divergence_names_the_seed_the_step_and_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KernelFlush, "__call__", lambda self, start, end: None)
     with pytest.raises(Diverged, match=r"seed \d+, parties .*flush_tlb_kernel_range.*\n.*stale: abstract 0, emulated 1"):
-        for seed in range(50):
-            schedule("kvm", "library", seed, ("vcpu", "vmm"))
+        steps("kvm", "library", range(50), ("vcpu", "vmm"))

@@ -11,6 +11,7 @@ from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import UnknownName
+from guest_memfd.guests import GUESTS
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.plugins import Registry
@@ -45,6 +46,11 @@ def _laws() -> Iterator[Entry]:
         yield {"name": law.name, "title": law.sentence, "checked": law.when, "source": law.source}
 
 
+def _guests() -> Iterator[Entry]:
+    for guest in GUESTS.values():
+        yield {"name": guest.name, "title": guest.title}
+
+
 def _scenarios() -> Iterator[Entry]:
     for name, parties in NAMED.items():
         yield {"name": name, "parties": list(parties)}
@@ -52,6 +58,7 @@ def _scenarios() -> Iterator[Entry]:
 
 KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "designs": _designs, "hypervisors": _hypervisors, "parties": _parties, "laws": _laws, "scenarios": _scenarios,
+    "guests": _guests,
 }
 REGISTRIES: dict[str, Registry[Any]] = {"designs": DESIGNS, "hypervisors": HYPERVISORS, "parties": PARTIES}
 

@@ -21,6 +21,8 @@ class Hypervisor(IntEnum):
 
     GUNYAH = 1
     PKVM = 2
+    KVM = 3
+    """Plain KVM: none, and the host has set the shared window up."""
 
 
 class BootInfo(NamedTuple):

@@ -1,7 +1,7 @@
 // What every guest needs; assembled behind the guest's own text.
 //
 // Registers after `enter`, for the rest of the guest's life:
-//   x20 hypervisor (1 Gunyah, 2 pKVM)   x21 private base   x22 private size   x23 shared base   x24 shared size
+//   x20 hypervisor (1 Gunyah, 2 pKVM, 3 plain KVM)   x21 private base   x22 private size   x23 shared base   x24 shared size
 //   x25 address of the console: an IPA while the MMU is off, and a VA once it is on
 // The routines below change x0..x15 and nothing else.
 

@@ -15,10 +15,12 @@ from typing import Any, Literal
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, GuestMemfdError, Signalled, SyscallFailed
 from guest_memfd.guests.loader import Image
+from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
 from guest_memfd.hosts.emulated.errors import KernelPanic
 from guest_memfd.hosts.emulated.machine import Config, Machine
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
+from guest_memfd.hosts.emulated.vm import Vm
 from guest_memfd.hosts.host import Primitive
 from guest_memfd.vmm import readers
 from guest_memfd.vmm.devices import Console
@@ -131,6 +133,7 @@ class Run:
         device = stack.enter_context(self._open())
         kind, arguments = (GunyahGuest, ()) if order.hypervisor == "gunyah" else (KvmGuest, (order.hypervisor == "pkvm",))
         self.guest = guest = kind(device, order.layout, order.image, self.console, stack, *arguments, self.registers, self._exit)
+        self._core().count()
         began = time.perf_counter()
         try:
             report.ended = drive(guest, order.timeout)
@@ -146,8 +149,9 @@ class Run:
         device.design, device.judge = self.design, self.watch
         return device
 
+    # The kernel itself: no file and no VM is involved.
     def _kernel(self) -> EmulatedHost:
-        return EmulatedHost(self.machine, self.machine.vms[0], 1, judge=self.watch)
+        return EmulatedHost(self.machine, Vm(None, 0, st.GONE), 1, judge=self.watch)
 
     def _window(self) -> bytes | None:
         try:
@@ -171,23 +175,16 @@ class Run:
             self.log(words)
 
     def _count(self) -> None:
-        machine, report = self.machine, self.report
-        report.folios = sum(len(inode.pages) for inode in machine.inodes)
-        report.faults = self.watch.counts["begin_op"] and self.faults()
-        core = self._core()
-        report.exits, report.instructions = core.stops, core.instructions
-
-    def faults(self) -> int:
-        """How many faults of the guest the library was asked to handle."""
-        return self.watch.faults
+        report, core = self.report, self._core()
+        report.folios = sum(len(inode.pages) for inode in self.machine.inodes)
+        report.exits = 0 if self.guest is None else self.guest.exits
+        report.faults, report.instructions = self.watch.faults, core.instructions
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _audit(self) -> None:
         machine = self.machine
-        if machine.lru_batch:
-            machine_host = EmulatedHost(machine, machine.create_vm(0), 1) if not machine.vms else self._kernel()
-            machine_host.perform(Primitive("lru_add_drain_all", (), "mm"), 0)
+        self._kernel().perform(Primitive("lru_add_drain_all", (), "mm"), 0)
         self.report.lost = machine.audit()
         for words in self.report.lost:
             self.watch.breaks("nothing-lost", words, "audit after everything was closed")

@@ -33,7 +33,7 @@ class GunyahGuest:
     def __init__(self, device: GunyahDevice, layout: Layout, image: Image, console: Console, stack: ExitStack,
                  registers: Callable[[], Mapping[str, int]], log: Callable[[str], None]) -> None:
         self.layout, self.console, self.log, self.registers = layout, console, log, registers
-        self.aborts = 0
+        self.aborts = self.exits = 0
         self.vm: GunyahVm = stack.enter_context(device.create_vm())
         flags = MemFlag.CLOEXEC | (MemFlag.ALLOW_HUGEPAGE if layout.folio >= _HUGE else 0)
         self.memory: GuestMemory = stack.enter_context(device.create_guest_mem(layout.private, flags))
@@ -76,6 +76,7 @@ class GunyahGuest:
     def step(self, seconds: float) -> Ended | None:
         """VCPU_RUN once, and whatever the guest wants of us."""
         self._arm(seconds)
+        self.exits += 1
         try:
             out = self.vcpu.run()
         except SyscallFailed as error:

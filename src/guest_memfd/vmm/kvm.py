@@ -43,7 +43,7 @@ class KvmGuest:
         self.vcpu: KvmVcpu = stack.enter_context(self.vm.create_vcpu())
         self.vcpu.set_one_reg(kvm_arm64.PC, image.entry)
         self.vcpu.set_one_reg(kvm_arm64.X[0], layout.boot_info(image))
-        self._refused = 0
+        self.exits = 0
 
     def _slot(self, stack: ExitStack, number: int, base: int, size: int, flags: int) -> KvmGuestMemory:
         file = stack.enter_context(self.vm.create_guest_memfd(size, flags))
@@ -69,6 +69,7 @@ class KvmGuest:
     def step(self, seconds: float) -> Ended | None:
         """KVM_RUN once, and whatever the guest wants of us."""
         out = self.vcpu.run(seconds)
+        self.exits += 1
         match out:
             case kvm.Mmio():
                 self._mmio(out)

@@ -34,6 +34,9 @@ class Guest(Protocol):
     aborts: int
     """How many external aborts have been delivered to it, by the VMM or by the hypervisor."""
 
+    exits: int
+    """How often it has come out to the VMM."""
+
     def step(self, seconds: float) -> Ended | None:
         """Run it up to the next exit, or for *seconds*; None: it can go on."""
 

@@ -35,11 +35,14 @@ class Watch:
     def __init__(self, level: int, log: Callable[[str], None]) -> None:
         self.level, self.log = level, log
         self.counts: Counter[str] = Counter()
+        self.faults = 0
+        """Faults that the library was asked to handle for the guest."""
         self.broken: dict[str, Broken] = {}
 
     def __call__(self, primitive: Primitive, facts: Sequence[notes.Note]) -> None:
         """Judge *facts*."""
         self.counts[primitive.name] += 1
+        self.faults += primitive.name == "begin_op" and primitive.args[0] == "fault"
         if self.level > 1 or (self.level and primitive.name in MOVES):
             self.log(f"  {primitive.caller:8} {primitive}")
         for fact in facts:

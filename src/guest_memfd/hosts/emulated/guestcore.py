@@ -16,6 +16,7 @@ from guest_memfd.hosts.emulated.arm64.fault import Fault
 from guest_memfd.hosts.emulated.arm64.mmu import Mmu
 from guest_memfd.hosts.emulated.arm64.permission import Access
 from guest_memfd.hosts.emulated.arm64.registers import Tcr
+from guest_memfd.hosts.emulated.arm64.stop import Counted, Stop
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
 from guest_memfd.hosts.emulated.arm64.tlbi_instruction import execute
 from guest_memfd.hosts.emulated.arm64.walk import Stage1, Stage2

@@ -70,6 +70,7 @@ class Config:
     apart: int = 2
     cpus: int = 3
     sea_fixup: bool = False
+    slice: float = 5.0
 
 
 class KernelPages(Buddy):

@@ -7,7 +7,7 @@ range to change its kind while the VM runs; here the driver has RM do that whene
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from guest_memfd.hosts.emulated.arm64.fault import ACCESS_FLAG, PERMISSION, Fault
@@ -22,6 +22,7 @@ from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, remap
 from guest_memfd.hosts.emulated.gunyah.memextent import RWX, Access, Attributes
 from guest_memfd.hosts.emulated.gunyah.rm.client import RmClient
 from guest_memfd.hosts.emulated.gunyah.rm.server import ResourceManager
+from guest_memfd.hosts.emulated.kernel.maple import MapleTree
 from guest_memfd.hosts.emulated.machine import Machine
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.emulated.vm import Vm
@@ -49,6 +50,7 @@ class DeviceVm(Vm):
 
     posted: bool = False
     writable: Callable[[int], bool] = lambda gfn: True
+    provided: MapleTree = field(default_factory=MapleTree)          # v17's vm->mm
 
 
 class GunyahDriver(Driver):

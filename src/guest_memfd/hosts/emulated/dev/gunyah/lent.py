@@ -146,7 +146,7 @@ class LentFile(MemoryFile):
 
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:
         """Nothing else to do, the library puts them back into the direct map when somebody wants them."""
-        self.parcelled -= {folio.pfn * PAGE for folio in parcel.folios}
+        self.parcel_has_started(parcel)
         if ret:
             for folio in parcel.folios:
                 self.perform(Primitive("folio_get", (folio, "kept"), "library"))

@@ -135,6 +135,10 @@ class MemoryFile(GuestMemoryFile):
     def parcel_is_paged(self, binding: Binding, parcel: Parcelled) -> int:
         """The VM is about to start: the parcel's folios become ordinary pages of the guest."""
 
+    def parcel_has_started(self, parcel: Parcelled) -> None:
+        """The VM runs: the folios are ordinary pages of the guest now."""
+        self.parcelled -= {folio.pfn * PAGE for folio in parcel.folios}
+
     @abstractmethod
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:
         """The Resource Manager has given the folios back, or refused with *ret*: then they are kept for ever."""
