@@ -1,14 +1,14 @@
 # make compare   set up .venv and print the table: which design keeps the host alive
 # make test      set up, then style, types and the quick tests
 # make test-long the tests that take minutes
-# make bench     how fast the explorer is
+# make bench     how fast the explorer is; make bench-emulated: what lending costs on the emulated machine
 # Needs python3 (3.11 or later, with venv), and for the benchmark gcc and spin. Nothing is written outside of this folder.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: compare test test-long lint bench clean
+.PHONY: compare test test-long lint bench bench-emulated clean
 
 compare: .venv/installed
 	$(BIN)/gmem compare
@@ -26,6 +26,9 @@ lint: .venv/dev
 bench: .venv/installed
 	$(BIN)/python bench/engine.py
 
+bench-emulated: .venv/installed
+	$(BIN)/python bench/emulated.py
+
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -34,8 +37,9 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.x")'
 	$(PYTHON) -m venv .venv
 
+# Unicorn has no wheel for every platform, and only the emulated host needs it.
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(PIP) install -e .
+	$(PIP) install -e '.[emu]' || $(PIP) install -e .
 	touch $@
 
 .venv/dev: pyproject.toml | .venv/bin/python

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", default="16M", help="private memory of the guest, at 0x80000000 (16M)")
     parser.add_argument("--shared", metavar="SIZE", help="its window onto the host, at 0x80000 (64K; none with large folios)")
     parser.add_argument("--folio", metavar="SIZE", default="4K", help="folios to ask for: 4K, 2M or 1G (4K)")
-    parser.add_argument("--ram", metavar="SIZE", default="1G", help="RAM of the machine (1G)")
+    parser.add_argument("--ram", metavar="SIZE", default="256M", help="RAM of the machine (256M)")
     parser.add_argument("--timeout", metavar="S", type=seconds, default=10.0, help="seconds that the guest may take (10)")
     parser.add_argument("--reader", metavar="NAME", help="what the host kernel reads when the guest has ended, before its "
                         "memory is given back: zeropad (a word load 4 bytes before a page of the guest's), kcore "

@@ -5,22 +5,10 @@ from __future__ import annotations
 from guest_memfd.designs.design import Design
 from guest_memfd.hosts.host import Folio, Host, Steps
 from guest_memfd.hypervisors.hypervisor import Hypervisor
+from guest_memfd.scenarios.gup import gup_fast
 from guest_memfd.scenarios.party import Party
 
 MM = Host("mm")
-
-
-def gup_fast(design: Design, index: int, foll_pin: bool) -> Steps[Folio | None]:
-    """gup_fast(): read the entry, take a reference blindly, look again; None: -EFAULT."""
-    if not design.gup:
-        return None
-    folio = yield from MM.gup_read_pte(index)
-    if folio is None:
-        return None
-    if not (yield from MM.gup_try_get(folio)):
-        return None
-    kept = yield from MM.gup_recheck(index, folio, foll_pin)
-    return folio if kept else None
 
 
 def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:

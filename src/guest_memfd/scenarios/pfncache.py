@@ -5,7 +5,7 @@ from __future__ import annotations
 from guest_memfd.designs.design import Design
 from guest_memfd.hosts.host import Host, Steps
 from guest_memfd.hypervisors.hypervisor import Hypervisor
-from guest_memfd.scenarios.device import gup_fast
+from guest_memfd.scenarios.gup import gup_fast
 from guest_memfd.scenarios.party import Party
 
 MM = Host("mm")

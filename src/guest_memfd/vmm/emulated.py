@@ -44,7 +44,7 @@ class Order:
     hypervisor: str
     design: str = "library"
     layout: Layout = Layout()           # noqa: RUF009 - frozen
-    ram: int = 1 << 30
+    ram: int = 256 << 20
     timeout: float = 10.0
     reader: str | None = None
     verbose: int = 0
@@ -101,7 +101,6 @@ class Run:
     def run(self) -> Report:
         """From boot to audit."""
         report, machine = self.report, self.machine
-        names = readers.Names(machine) if self.order.reader else None
         try:
             with ExitStack() as stack:
                 self._inside(stack)
@@ -118,8 +117,6 @@ class Run:
             report.panic = machine.dead.text
             report.ended = Ended("panic", report.panic.splitlines()[0])
         else:
-            if names is not None:
-                names.free()
             self._audit()
         report.broken = list(self.watch.broken.values())
         report.primitives = self.watch.counts
@@ -133,6 +130,9 @@ class Run:
         device = stack.enter_context(self._open())
         kind, arguments = (GunyahGuest, ()) if order.hypervisor == "gunyah" else (KvmGuest, (order.hypervisor == "pkvm",))
         self.guest = guest = kind(device, order.layout, order.image, self.console, stack, *arguments, self.registers, self._exit)
+        names = readers.Names(machine) if order.reader else None
+        if names is not None:
+            stack.callback(names.free)
         self._core().count()
         began = time.perf_counter()
         try:
@@ -141,8 +141,8 @@ class Run:
             report.seconds = time.perf_counter() - began
             self._count()
         report.window = self._window()
-        if order.reader:
-            report.read = readers.read(order.reader, machine, self._kernel())
+        if order.reader and names is not None:
+            report.read = readers.read(order.reader, machine, self._kernel(), names)
 
     def _open(self) -> Any:
         device = self.machine.open("/dev/gunyah" if self.order.hypervisor == "gunyah" else "/dev/kvm", self.order.design)

@@ -35,6 +35,11 @@ class ProgramTracer(Tracer):
         """`content`, asked afterwards: no write makes a page other than it was in a way that a law would miss."""
         return self.content
 
+    def declassify(self, page: Page) -> None:
+        """The guest agrees that the host reads the page, whatever it holds by now."""
+        self.secret.discard(page.pa)
+        self.expect(page, st.ANY)
+
     def access(self, host: Base, page: Page, who: str, what: str, via: str, write: bool, content: int) -> notes.Access:
         """As for every tracer; a write finds nothing that could be expected."""
         fact = super().access(host, page, who, what, via, write, content)

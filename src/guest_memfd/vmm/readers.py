@@ -23,6 +23,7 @@ from guest_memfd.hosts.host import Primitive
 READERS = ("zeropad", "kcore", "plain")
 NAME = b"/boot/initrd.img"
 """A path name whose last byte is the last of its page."""
+_PAIRS = 8
 
 
 class Read(NamedTuple):
@@ -35,25 +36,39 @@ class Read(NamedTuple):
 
 
 class Names:
-    """A page of the kernel's own, with `NAME` at its end, and free memory behind it: the next folio comes to lie there."""
+    """Some pages of the kernel's own, each with `NAME` at its end; what is allocated next comes to lie behind them."""
 
     def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.pa = machine.kernel_pages.alloc(1)
-        machine.kernel_pages.free(self.pa + PAGE)
-        machine.ram.write(self.pa + PAGE - len(NAME), NAME)
+        self.machine, self.pages = machine, set[int]()
+        self._held, behind = [machine.kernel_pages.alloc()], []
+        while len(behind) < _PAIRS:
+            now, before = machine.kernel_pages.alloc(), self._held[-1]
+            if now == before + PAGE and not before % (2 * PAGE):
+                self.pages.add(before)
+                behind.append(now)
+                machine.ram.write(now - len(NAME), NAME)
+            else:
+                self._held.append(now)
+        # Lowest first, and their buddies are not free: the next single pages to be had.
+        for pa in behind:
+            machine.kernel_pages.free(pa)
 
     def free(self) -> None:
-        """Give the page back."""
-        self.machine.ram.zero(self.pa, PAGE)
-        self.machine.kernel_pages.free(self.pa)
+        """Give everything back."""
+        for pa in self._held:
+            self.machine.ram.zero(pa, PAGE)
+            self.machine.kernel_pages.free(pa)
 
 
-def read(reader: str, machine: Machine, host: EmulatedHost) -> Read:
-    """Let the kernel read as *reader* says; raises KernelPanic, and BadInput when the guest owns no page for that."""
+def read(reader: str, machine: Machine, host: EmulatedHost, names: Names) -> Read:
+    """Let the kernel read as *reader* says, preferably behind one of *names*.
+
+    Raises KernelPanic, and BadInput when the guest owns no page for that.
+    """
     owned = list(_owned(machine))
     if reader == "zeropad":
         owned = [page for page in owned if _hosts(machine, page.pa - PAGE, owned)]
+        owned.sort(key=lambda page: page.pa - PAGE not in names.pages)
     if not owned:
         raise BadInput(f"--reader {reader}: the guest owns no page" + " behind one of the host's" * (reader == "zeropad"))
     if reader == "kcore":

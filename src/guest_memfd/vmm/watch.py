@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from guest_memfd.hosts.abstract import notes
-from guest_memfd.hosts.host import Primitive
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.host import Folio, Primitive
 from guest_memfd.laws import LAWS
 
 MOVES = frozenset({
@@ -19,6 +21,21 @@ MOVES = frozenset({
     "vm_destroyed", "load_unaligned_zeropad", "copy_from_kernel_nofault", "clear_folio", "clear_folio_local",
 })
 """Primitives that move a folio, change a table, or are a reader of the host."""
+
+
+def shown(primitive: Primitive) -> str:
+    """*primitive* in a line: folios by their frame, bytes by how many there are."""
+    return f"{primitive.name}({', '.join(map(_shown, primitive.args))})"
+
+
+def _shown(arg: object) -> str:
+    if isinstance(arg, Folio):
+        return str(arg)
+    if isinstance(arg, Page):
+        return f"pfn{arg.pa // PAGE}"
+    if isinstance(arg, bytes):
+        return f"{len(arg)} bytes"
+    return f"[{' '.join(map(_shown, arg))}]" if type(arg) is tuple else str(arg)
 
 
 class Broken(NamedTuple):
@@ -44,12 +61,12 @@ class Watch:
         self.counts[primitive.name] += 1
         self.faults += primitive.name == "begin_op" and primitive.args[0] == "fault"
         if self.level > 1 or (self.level and primitive.name in MOVES):
-            self.log(f"  {primitive.caller:8} {primitive}")
+            self.log(f"  {primitive.caller:8} {shown(primitive)}")
         for fact in facts:
             for law in LAWS.values():
                 evidence = law.on_note(fact)
                 if evidence is not None:
-                    self.breaks(law.name, evidence, str(primitive))
+                    self.breaks(law.name, evidence, shown(primitive))
 
     def breaks(self, law: str, evidence: str, where: str) -> None:
         """*law* is broken; its first evidence is kept."""

@@ -18,7 +18,7 @@ from guest_memfd.hosts.emulated.gunyah.addrspace import MapFlag
 from guest_memfd.hosts.emulated.gunyah.config import RangeOp
 from guest_memfd.hosts.emulated.gunyah.donate import NOSYNC, Donation
 from guest_memfd.hosts.emulated.gunyah.el2 import HLOS_VMID, Gunyah
-from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, remap
+from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, Refused, remap
 from guest_memfd.hosts.emulated.gunyah.memextent import RWX, Access, Attributes
 from guest_memfd.hosts.emulated.gunyah.rm.client import RmClient
 from guest_memfd.hosts.emulated.gunyah.rm.server import ResourceManager

@@ -119,6 +119,10 @@ class MemoryFile(GuestMemoryFile):
     def bind(self, binding: Binding) -> int:
         """Let a VM have a part of it."""
 
+    def announce(self, binding: Binding) -> int:
+        """Have the hypervisor report faults on guest addresses of *binding*."""
+        return 0
+
     @abstractmethod
     def unbind(self, binding: Binding, gfn: int, nr: int) -> int:
         """Take [gfn, gfn+nr) of *binding* back: all of it, or an edge. A failure leaves the binding."""
@@ -134,6 +138,10 @@ class MemoryFile(GuestMemoryFile):
     @abstractmethod
     def parcel_is_paged(self, binding: Binding, parcel: Parcelled) -> int:
         """The VM is about to start: the parcel's folios become ordinary pages of the guest."""
+
+    def parcel_is_not_paged(self, parcel: Parcelled) -> None:
+        """The VM did not start after all."""
+        return
 
     def parcel_has_started(self, parcel: Parcelled) -> None:
         """The VM runs: the folios are ordinary pages of the guest now."""

@@ -224,6 +224,10 @@ class PostedFile(MemoryFile):
         """As posted."""
         return int(self.run(self.library.parcel_to_paged(parcel, binding.lend)))
 
+    def parcel_is_not_paged(self, parcel: Parcelled) -> None:
+        """As posted."""
+        self.run(self.library.forget_paged(parcel, parcel.nr))
+
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:
         """As posted: refused, the references stay for ever."""
         if not ret:

@@ -1,10 +1,11 @@
 """START, through the Resource Manager. Rule of this file: the steps in their order, and where a failure leaves the VM.
 
-A failed START is final: the status stays what it was when a step failed, every later START is -ENODEV, and memory comes back
-with the last descriptor. Source: gunyah_vm_start() (drivers/virt/gunyah/vm_mgr.c, series v17, patches 10, 12, 25 to 28, 30).
+A failed START is final: the status stays what it was when a step failed, every later START is -ENODEV, and memory comes
+back with the last descriptor. Source: gunyah_vm_start() (drivers/virt/gunyah/vm_mgr.c, series v17, patches 10, 12, 25 to
+28, 30).
 
-vCPUs are made by the Resource Manager: one for every vCPU function there is at START and one at least; vCPU 0 runs first, the
-others are powered off. A vCPU function added later finds its vCPU if the VM has that many.
+vCPUs are made by the Resource Manager: one for every vCPU function there is at START and one at least; vCPU 0 runs first,
+the others are powered off. A vCPU function added later finds its vCPU if the VM has that many.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.emulated.dev.gunyah.memory import Parcelled
 from guest_memfd.hosts.emulated.dev.gunyah.vcpu import VcpuFile
+from guest_memfd.hosts.emulated.guestcore import GuestCore
 from guest_memfd.hosts.emulated.gunyah.el2 import HLOS_VMID
 from guest_memfd.hosts.emulated.gunyah.errors import Refused, remap
 from guest_memfd.hosts.emulated.gunyah.rm.lifecycle import Auth, VmState
 from guest_memfd.hosts.emulated.gunyah.rm.payloads import Acl, Id, Sgl
 from guest_memfd.hosts.emulated.gunyah.vcpu import Run, VcpuState
-from guest_memfd.hosts.emulated.guestcore import GuestCore
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.uapi.gunyah import FnType, MapFlag, RegisterSet
 
@@ -58,8 +59,8 @@ def start(vm: VmFile) -> None:
             populate(vm, function)
     _check(binding.file.parcel_is_paged(binding, parcel), "parcel to paged")
     ret = vm.rm.vm_call(Id.VM_START, vmid)
-    if ret and vm.posted:
-        binding.file.run(binding.file.library.forget_paged(parcel, parcel.nr))
+    if ret:
+        binding.file.parcel_is_not_paged(parcel)
     _check(ret, "VM_START")
     binding.file.parcel_has_started(parcel)
     vm.status = VmState.RUNNING

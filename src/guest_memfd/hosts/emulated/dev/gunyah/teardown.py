@@ -1,8 +1,8 @@
 """The end of a VM: its last descriptor has gone. Rule of this file: memory comes back before the VM is reset.
 
-In the driver's order: stop; a parcel that never became ordinary memory; functions; bindings; what is left in the tree; reset;
-VMID. Where the posted driver loses what the Resource Manager refuses, a library-served VM resets first and asks again.
-Source: _gunyah_vm_put() (drivers/virt/gunyah/vm_mgr.c, series v17, patches 10, 12, 20 and 25).
+In the driver's order: stop; a parcel that never became ordinary memory; functions; bindings; what is left in the tree;
+reset; VMID. Where the posted driver loses what the Resource Manager refuses, a library-served VM resets first and asks
+again. Source: _gunyah_vm_put() (drivers/virt/gunyah/vm_mgr.c, series v17, patches 10, 12, 20 and 25).
 """
 
 from __future__ import annotations

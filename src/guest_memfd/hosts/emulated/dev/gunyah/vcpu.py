@@ -117,7 +117,7 @@ class VcpuFile(_Owned):
             self.vm.machine.log(f"Unknown vCPU state: {state:#x}")
             raise SyscallFailed(EINTR, "VCPU_RUN", f"the guest touched {data[0]:#x}, which is nothing; it never goes on")
         if state == VcpuState.READY:
-            self._again(-1)
+            raise SyscallFailed(EINTR, "VCPU_RUN", "a time slice is over, and a signal comes")
         return False
 
     # The guest is entered again; -EINTR when that has led nowhere for long.
