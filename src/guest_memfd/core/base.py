@@ -23,6 +23,8 @@ class Parts:
     """Base of the library's parts. *size* is the file's length in pages, *order* that of all its folios."""
 
     order = 0
+    splits = False
+    """Whether folios may be split, and smaller ones be used where one of `order` cannot be had."""
 
     def __init__(self, ops: GuestMemfdOps, size: int) -> None:
         self.host = Host("library")

@@ -41,13 +41,14 @@ class Folios(HostMapping):
 
         PG_uptodate means "zeroed in this life" and nothing else; whether the guest has it is the hypervisor's record.
         """
-        host = self.host
+        host, order = self.host, self.order
         for _attempt in range(LOOKUPS):
             hit = yield from host.filemap_get_folio(index)
             if hit is None:
-                new = yield from host.filemap_add_folio(index, self.order)
+                new = yield from host.filemap_add_folio(index, order)
                 if isinstance(new, int):
-                    if new == -EEXIST:
+                    smaller, order = self.splits and order, 0 if self.splits else order
+                    if new == -EEXIST or smaller:
                         continue
                     return new
                 yield from self.zero(new.folio)

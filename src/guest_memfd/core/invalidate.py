@@ -15,6 +15,10 @@ from guest_memfd.core.ops import Reason
 from guest_memfd.hosts.host import EINVAL, Folio, Locked, Steps
 
 
+def _cut(held: Held, start: int, nr: int) -> bool:
+    return held.pgoff < start or held.pgoff + held.folio.nr > start + nr
+
+
 class Removes(Converts):
     """punch_hole, error_folio, truncate."""
 
@@ -22,12 +26,12 @@ class Removes(Converts):
         """Free the pages of [start, start+nr); -EBUSY with the page index if the guest holds on to one.
 
         What lies past the end of the file is left out, as fallocate() does; -EINVAL for a range that is none, or that
-        cuts a folio.
+        cuts a folio where folios cannot be split.
         """
         if start < 0 or nr <= 0:
             return Conversion(-EINVAL)
         nr = max(min(nr, self.size - start), 0)
-        if not self.whole(start, nr):
+        if not self.splits and not self.whole(start, nr):
             return Conversion(-EINVAL)
         yield from self.host.begin_op("punch", start, nr)
         yield from self.host.down_write("invalidate")
@@ -43,6 +47,10 @@ class Removes(Converts):
         yield from host.unmap_mapping_pages(start, nr)
         folios = yield from self.present(start, nr)
         ret, index = yield from self.invalidate_guest(folios, reason)
+        if not ret and any(_cut(held, start, nr) for held in folios):
+            ret, index = yield from self.split(start, nr, folios)
+            yield from self.put_all(folios)
+            folios = () if ret else (yield from self.present(start, nr))
         removed = 0
         while not ret and removed < len(folios):
             ret = yield from self.remove_folio(folios[removed])
@@ -53,6 +61,23 @@ class Removes(Converts):
         yield from self.put_all(folios[removed:])
         yield from host.mmu_invalidate_end()
         return Conversion(ret, index) if ret else Conversion(0)
+
+    def split(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[tuple[int, int]]:
+        """Take the folios that [start, start+nr) cuts back from the hypervisor, and make single pages of them.
+
+        (0, 0), or -errno and a page index: -EBUSY while somebody refers to a part. The guest faults the rest in again.
+        """
+        host = self.host
+        for held in folios:
+            if _cut(held, start, nr):
+                yield from host.lock_folio(held.folio)
+                ret = yield from self.take_back(held)
+                if not ret:
+                    ret = yield from host.split_folio(held.folio)
+                yield from host.unlock_folio(held.folio._replace(order=0) if not ret else held.folio)
+                if ret:
+                    return ret, held.pgoff
+        return 0, 0
 
     def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
         """memory_failure() found the locked *folio* broken: the guest loses it, the file keeps it.

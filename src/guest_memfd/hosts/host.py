@@ -189,6 +189,13 @@ class Host:
         """Take the locked *folio* out of the page cache and drop the cache's reference."""
         return self._do("filemap_remove_folio", folio)
 
+    def split_folio(self, folio: Folio) -> Steps[int]:
+        """Make single pages of the locked *folio*, which no page table maps: the first stays locked and referenced.
+
+        0, or -EBUSY while anybody but the page cache and the caller refers to it (mm/huge_memory.c).
+        """
+        return self._do("split_folio", folio)
+
     def folio_put(self, folio: Folio, kind: RefKind = "lookup") -> Steps[None]:
         """Drop a reference; the last one frees the folio, and the allocator may write to it (init_on_free).
 

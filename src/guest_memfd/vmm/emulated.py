@@ -18,6 +18,7 @@ from guest_memfd.guests.loader import Image
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
 from guest_memfd.hosts.emulated.errors import KernelPanic
+from guest_memfd.hosts.emulated.gunyah.vcpu import VcpuState
 from guest_memfd.hosts.emulated.machine import Config, Machine
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.emulated.vm import Vm
@@ -94,6 +95,8 @@ class Run:
             raise BadInput(f"--memory {order.layout.private:#x}: the machine has {free:#x} bytes free of --ram {order.ram:#x}")
         order.layout.boot_info(order.image)
         self.machine.tracer = ProgramTracer(self.machine)
+        self.machine.judge = self.watch
+        self._free = self.machine.kernel_pages.free_pages
         self.console = Console(say)
         self.report = Report()
         self.guest: KvmGuest | GunyahGuest | None = None
@@ -129,7 +132,7 @@ class Run:
             (machine.kernel_pages if order.fail[0] == "kernel" else machine.el2_pool).fail_at(order.fail[1])
         device = stack.enter_context(self._open())
         kind, arguments = (GunyahGuest, ()) if order.hypervisor == "gunyah" else (KvmGuest, (order.hypervisor == "pkvm",))
-        self.guest = guest = kind(device, order.layout, order.image, self.console, stack, *arguments, self.registers, self._exit)
+        self.guest = guest = kind(device, order.layout, order.image, self.console, stack, *arguments, self, self._exit)
         names = readers.Names(machine) if order.reader else None
         if names is not None:
             stack.callback(names.free)
@@ -146,17 +149,17 @@ class Run:
 
     def _open(self) -> Any:
         device = self.machine.open("/dev/gunyah" if self.order.hypervisor == "gunyah" else "/dev/kvm", self.order.design)
-        device.design, device.judge = self.design, self.watch
+        device.design = self.design
         return device
 
     # The kernel itself: no file and no VM is involved.
     def _kernel(self) -> EmulatedHost:
-        return EmulatedHost(self.machine, Vm(None, 0, st.GONE), 1, judge=self.watch)
+        return EmulatedHost(self.machine, Vm(None, 0, st.GONE), 1)
 
     def _window(self) -> bytes | None:
         try:
             return self.guest.window() if self.guest is not None else None
-        except Signalled:
+        except (Signalled, SyscallFailed):
             return None
 
     # -- looking at the guest as a debugger of the emulator does -----------------------------------------------------
@@ -169,6 +172,13 @@ class Run:
         core = self._core()
         named = {name.lower(): core.sysreg(name) for name in ("ELR_EL1", "ESR_EL1", "FAR_EL1", "VBAR_EL1", "SCTLR_EL1")}
         return {"pc": core.pc, "sp": core.sp, "pstate": core.pstate, **named, **{f"x{n}": core.x(n) for n in range(31)}}
+
+    def stopped(self) -> str | None:
+        """Gunyah's vCPU state FAULT: Linux logs it, and enters the guest again."""
+        last = getattr(self.machine.vms[0].handle.vcpus[-1], "last", None)
+        if last is None or last.state != VcpuState.FAULT:
+            return None
+        return f"it touched {last.data[0]:#x}, where it has nothing, and the hypervisor has stopped it"
 
     def _exit(self, words: str) -> None:
         if self.order.verbose:
@@ -186,5 +196,8 @@ class Run:
         machine = self.machine
         self._kernel().perform(Primitive("lru_add_drain_all", (), "mm"), 0)
         self.report.lost = machine.audit()
+        missing = self._free - machine.kernel_pages.free_pages
+        if missing:
+            self.report.lost.append(f"{missing} pages of the kernel are not free again")
         for words in self.report.lost:
             self.watch.breaks("nothing-lost", words, "audit after everything was closed")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from errno import EINTR, ENOMEM
 
@@ -16,9 +17,11 @@ from guest_memfd.hosts.uapi.gunyah import GunyahDevice, GunyahVcpu, GunyahVm, Ma
 from guest_memfd.hosts.uapi.memory import GuestMemory
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import PAGE, Layout
-from guest_memfd.vmm.loop import Ended
+from guest_memfd.vmm.loop import Debugger, Ended
 
 _HUGE = 2 << 20
+_NAP = 0.01
+"""Seconds between two tries to run a vCPU that waits."""
 _EXITS = {0: "off", 1: "off", 2: "reset", 3: "reset"}
 """Types of VM_EXITED that are the guest's own wish: exit, PSCI off, resets."""
 
@@ -31,8 +34,8 @@ class GunyahGuest:
     """
 
     def __init__(self, device: GunyahDevice, layout: Layout, image: Image, console: Console, stack: ExitStack,
-                 registers: Callable[[], Mapping[str, int]], log: Callable[[str], None]) -> None:
-        self.layout, self.console, self.log, self.registers = layout, console, log, registers
+                 debugger: Debugger, log: Callable[[str], None]) -> None:
+        self.layout, self.console, self.log, self.debugger = layout, console, log, debugger
         self.aborts = self.exits = 0
         self.vm: GunyahVm = stack.enter_context(device.create_vm())
         flags = MemFlag.CLOEXEC | (MemFlag.ALLOW_HUGEPAGE if layout.folio >= _HUGE else 0)
@@ -73,6 +76,17 @@ class GunyahGuest:
             self._timer = None
         self.vcpu.page.immediate_exit = 0
 
+    # By our own timer, or because the vCPU has nothing to do: then nobody will wake it.
+    def _interrupted(self) -> Ended | None:
+        if self.vcpu.page.immediate_exit:
+            self._disarm()
+            return None
+        why = self.debugger.stopped()
+        if why is not None:
+            return Ended("crash", why, self.debugger.registers())
+        time.sleep(_NAP)
+        return None
+
     def step(self, seconds: float) -> Ended | None:
         """VCPU_RUN once, and whatever the guest wants of us."""
         self._arm(seconds)
@@ -82,8 +96,7 @@ class GunyahGuest:
         except SyscallFailed as error:
             if error.errno != EINTR:
                 raise
-            self._disarm()
-            return None
+            return self._interrupted()
         match out:
             case gunyah.MmioExit():
                 self._mmio(out)
@@ -100,7 +113,7 @@ class GunyahGuest:
     def _status(self, status: gunyah.VmStatus, kind: int) -> Ended:
         if status == gunyah.VmStatus.EXITED and kind in _EXITS:
             return Ended("off" if _EXITS[kind] == "off" else "reset")
-        return Ended("crash", f"the VM has {status.name}, type {kind}", self.registers())
+        return Ended("crash", f"the VM has {status.name}, type {kind}", self.debugger.registers())
 
     def _mmio(self, out: gunyah.MmioExit) -> None:
         page = self.vcpu.page

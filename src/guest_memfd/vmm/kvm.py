@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from errno import ENOMEM
 
@@ -14,7 +14,7 @@ from guest_memfd.hosts.uapi import kvm, kvm_arm64
 from guest_memfd.hosts.uapi.kvm import GuestMemfdFlag, KvmGuestMemory, KvmSystem, KvmVcpu, KvmVm, MemFlag, MemoryAttributes2
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import Layout
-from guest_memfd.vmm.loop import Ended
+from guest_memfd.vmm.loop import Debugger, Ended
 
 MEM_SHARE, MEM_UNSHARE = 0xC600_0003, 0xC600_0004
 """ARM_SMCCC_VENDOR_HYP_KVM_MEM_SHARE_FUNC_ID and its opposite (include/linux/arm-smccc.h)."""
@@ -30,8 +30,8 @@ class KvmGuest:
     """
 
     def __init__(self, system: KvmSystem, layout: Layout, image: Image, console: Console, stack: ExitStack,
-                 protected: bool, registers: Callable[[], Mapping[str, int]], log: Callable[[str], None]) -> None:
-        self.layout, self.console, self.log, self.registers = layout, console, log, registers
+                 protected: bool, debugger: Debugger, log: Callable[[str], None]) -> None:
+        self.layout, self.console, self.log, self.debugger = layout, console, log, debugger
         self.vm: KvmVm = stack.enter_context(system.create_vm(kvm_arm64.VM_TYPE_PROTECTED if protected else 0))
         self.memory = self._slot(stack, _PRIVATE, PRIVATE_BASE, layout.private, GuestMemfdFlag.MMAP)
         self.files = {PRIVATE_BASE: self.memory}
@@ -83,11 +83,11 @@ class KvmGuest:
                 self.log(f"exit MEMORY_FAULT {gpa:#x}, {size:#x} bytes, errno {errno}")
                 if errno == ENOMEM:
                     raise SyscallFailed(errno, "KVM_RUN", f"the guest's page at {gpa:#x}")
-                return Ended("crash", f"{SyscallFailed(errno, 'KVM_RUN')}: the guest's page at {gpa:#x} is gone", self.registers())
+                return Ended("crash", f"{SyscallFailed(errno, 'KVM_RUN')}: the guest's page at {gpa:#x} is gone", self.debugger.registers())
             case kvm.InternalError(why):
-                return Ended("crash", why, self.registers())
+                return Ended("crash", why, self.debugger.registers())
             case kvm.Unknown(reason, errno):
-                return Ended("crash", f"KVM_RUN ends with reason {reason}, errno {errno}", self.registers())
+                return Ended("crash", f"KVM_RUN ends with reason {reason}, errno {errno}", self.debugger.registers())
         return None
 
     def _mmio(self, out: kvm.Mmio) -> None:

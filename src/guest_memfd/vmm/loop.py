@@ -28,6 +28,16 @@ class Ended:
     registers: Mapping[str, int] = field(default_factory=dict)
 
 
+class Debugger(Protocol):
+    """What an emulator knows of its vCPU, whatever the hypervisor lets the host see."""
+
+    def registers(self) -> Mapping[str, int]:
+        """pc, sp, x0..x30 and what the last exception left."""
+
+    def stopped(self) -> str | None:
+        """Why the hypervisor will never run it again, although it says nothing; None: it will."""
+
+
 class Guest(Protocol):
     """A guest that is ready to run."""
 
@@ -40,8 +50,7 @@ class Guest(Protocol):
     def step(self, seconds: float) -> Ended | None:
         """Run it up to the next exit, or for *seconds*; None: it can go on."""
 
-    def registers(self) -> Mapping[str, int]:
-        """pc, sp, x0..x30 and what the last exception left, as a debugger of the emulator sees them."""
+    debugger: Debugger
 
 
 def drive(guest: Guest, timeout: float) -> Ended:
@@ -54,12 +63,12 @@ def drive(guest: Guest, timeout: float) -> Ended:
             return ended
         if guest.aborts == aborts:
             continue
-        seen = guest.registers()
+        seen = guest.debugger.registers()
         if seen["pc"] != pc:
             pc, aborts = seen["pc"], guest.aborts
         elif guest.aborts - aborts >= SAME_ABORT:
             return Ended("faults for ever", _forever(seen), seen)
-    seen = guest.registers()
+    seen = guest.debugger.registers()
     return Ended("timeout", f"{timeout:g} s are over, and the guest is at PC {seen['pc']:#x}", seen)
 
 

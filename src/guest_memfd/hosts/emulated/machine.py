@@ -34,7 +34,7 @@ from guest_memfd.hosts.host import Folio, Primitive
 from guest_memfd.hypervisors import HYPERVISORS
 
 if TYPE_CHECKING:
-    from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
+    from guest_memfd.hosts.emulated.primitives.host import EmulatedHost, Judge
 
 OnFree = Literal["poison", "zero", "nothing"]
 
@@ -108,6 +108,7 @@ class Machine:
         self._vms: list[Vm] = []
         self.folios: Buddy = self.kernel_pages
         self.watched: list[int] = []
+        self.judge: Judge | None = None                         # of every host that has none of its own
         self._boot()
 
     def _boot(self) -> None:
@@ -123,6 +124,8 @@ class Machine:
         self.bounce_va = self.linear_map.va(self.kernel_pages.alloc())
         self.vmm = Mm(self.ram, self.kernel_pages, self.tlbs, self.driver.host_vmid)
         self.cpu = HostCpu(self, sea_fixup=self.config.sea_fixup, pkvm=self.hypervisor.name == "pkvm")
+        with self.poking(Page(text, 0)):                        # poking_init(): tables that a mapping of the moment needs
+            pass
         self.modules = Loader()
         loaded = self.modules.load(ModuleImage(self.hypervisor.module, exit=lambda: None))
         assert isinstance(loaded, Module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from guest_memfd.hosts.emulated.arm64.walk import Stage2
 from guest_memfd.hosts.emulated.drivers.driver import Driver
+from guest_memfd.hosts.emulated.kvm.guest import first_tables
 from guest_memfd.hosts.emulated.kvm.vm import Kvm
 from guest_memfd.hosts.emulated.machine import Machine
 from guest_memfd.hosts.emulated.ram import PAGE
@@ -66,3 +67,4 @@ class KvmDriver(Driver):
     def vm_destroyed(self, vm: Vm) -> None:
         """kvm_free_stage2_pgd()."""
         vm.handle.destroy()
+        self.machine.kernel_pages.free(vm.handle.pgt.root, (first_tables() - 1).bit_length())

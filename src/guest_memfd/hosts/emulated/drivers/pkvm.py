@@ -133,23 +133,30 @@ class PkvmDriver(Driver):
         return transitions.guest_share_host(self.el2, vm.handle, ipa // PAGE) == 0
 
     def create_vm(self, frames: int) -> Vm:
-        """__pkvm_init_vm() and one vCPU, loaded."""
+        """__pkvm_init_vm() and one vCPU, loaded; raises OutOfMemory, and nothing is left."""
         pages = first_tables()
         pgd = self.machine.kernel_pages.alloc((pages - 1).bit_length())
         handle = self.el2.create_vm(pgd, lambda ipa: ipa < frames * PAGE)
         handle.add_vcpu(None)
         self._call(n.VCPU_LOAD, handle.handle, 0)
-        handle.topup([self.machine.kernel_pages.alloc() for _ in range(2 * handle.min_pages)])
+        vm = Vm(handle, handle.vmid)
+        try:
+            for _ in range(2 * handle.min_pages):
+                handle.topup([self.machine.kernel_pages.alloc()])
+        except OutOfMemory:
+            self.vm_kill(vm)
+            self.vm_destroyed(vm)
+            raise
         handle.memcache.refill(2 * handle.min_pages)
-        return Vm(handle, handle.vmid)
+        return vm
 
     def vm_kill(self, vm: Vm) -> None:
         """The VM is dying; see the first lines of this file for the loaded vCPU."""
         vm.handle.dying = True
 
     def vm_destroyed(self, vm: Vm) -> None:
-        """__pkvm_finalize_teardown_vm(): EL2 gives its tables back."""
+        """__pkvm_finalize_teardown_vm(): EL2 gives its tables back; what it never took was the host's all along."""
         self._call(n.VCPU_PUT)
         self._call(n.FINALIZE_TEARDOWN, vm.handle.handle)
-        for pa in vm.handle.teardown:
+        for pa in (*vm.handle.teardown, *vm.handle.memcache.offered):
             self.machine.kernel_pages.free(pa)

@@ -37,18 +37,18 @@ class Page:
         """Pages."""
         return 1 << self.order
 
-    def take(self, kind: str) -> None:
-        """One more reference of *kind*."""
-        setattr(self, kind, getattr(self, kind) + 1)
-        self.refcount += 1
+    def take(self, kind: str, nr: int = 1) -> None:
+        """*nr* more references of *kind*."""
+        setattr(self, kind, getattr(self, kind) + nr)
+        self.refcount += nr
 
-    def drop(self, kind: str) -> bool:
-        """One reference of *kind* less; True when it was the last of all. Raises ValueError below zero."""
+    def drop(self, kind: str, nr: int = 1) -> bool:
+        """*nr* references of *kind* less; True when they were the last of all. Raises ValueError below zero."""
         count = getattr(self, kind)
-        if not count:
+        if count < nr:
             raise ValueError(kind)
-        setattr(self, kind, count - 1)
-        self.refcount -= 1
+        setattr(self, kind, count - nr)
+        self.refcount -= nr
         return not self.refcount
 
     def kinds(self) -> int:

@@ -58,10 +58,10 @@ class Base:
         attribute = self.inode.entry("attributes", page.index) if page.inode is self.inode else 0
         return attribute == PRIVATE_PAGE if attribute else page.private
 
-    def drop(self, page: Page, kind: str) -> None:
-        """Drop a reference; a count below zero is a bug of the caller."""
+    def drop(self, page: Page, kind: str, nr: int = 1) -> None:
+        """Drop *nr* references; a count below zero is a bug of the caller."""
         try:
-            page.drop(kind)
+            page.drop(kind, nr)
         except ValueError:
             self.die(f"reference count of {self.folio(page)} drops below zero ({kind})")
 

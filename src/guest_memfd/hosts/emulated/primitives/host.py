@@ -27,7 +27,7 @@ Judge = Callable[[Primitive, list[notes.Note]], None]
 class EmulatedHost(Locks, DirectMap, Power):
     """One guest_memfd file of *size* pages on *machine*, bound to *vm*.
 
-    tasks: numbers of the parties that freezing stops. judge: told of every primitive and the facts it left.
+    tasks: numbers of the parties that freezing stops. judge: told of every primitive and the facts it left (default: the machine's).
     """
 
     def __init__(
@@ -55,8 +55,9 @@ class EmulatedHost(Locks, DirectMap, Power):
             self.machine.panicked(panic)
             raise
         finally:
-            if self.judge is not None:
-                self.judge(primitive, self.notes)
+            judge = self.judge or self.machine.judge
+            if judge is not None:
+                judge(primitive, self.notes)
 
     def perform_by_name(self, name: str, *args: Any, caller: Caller = "user") -> Any:
         """Carry out one primitive that belongs to no procedure, such as a system call's own."""

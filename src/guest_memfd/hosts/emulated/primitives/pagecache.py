@@ -8,7 +8,7 @@ from guest_memfd.hosts.emulated.buddy import OutOfMemory
 from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.primitives.contents import Contents
 from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.host import EEXIST, ENOMEM, Folio, Lookup
+from guest_memfd.hosts.host import EBUSY, EEXIST, ENOMEM, Folio, Lookup
 
 PAGE_POISON = 0xAA
 """What debug_pagealloc leaves in a free page (include/linux/poison.h)."""
@@ -39,7 +39,7 @@ class PageCache(Contents):
             self.machine.folios.free(pa, order)
             return -EEXIST
         page = self.machine.pages[pa // PAGE] = Page(pa, order)
-        page.take("cache")
+        page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
         page.take("lookup")
         page.lock = self.who
         self.inode.insert(page, head)
@@ -70,8 +70,27 @@ class PageCache(Contents):
         if page.inode is not self.inode:
             self.die(f"{folio} is not in the page cache")
         self.inode.remove(page)
-        self.drop(page, "cache")
+        self.drop(page, "cache", page.nr)
         self.machine.tracer.removed(self, page.index, page.nr)
+
+    def split_folio(self, folio: Folio) -> int:
+        """Flags and the page cache's references are those of every page; the caller keeps the first, locked."""
+        page = self.locked(folio, "split_folio")
+        if page.refcount != page.nr + 1 or not page.order:
+            return -EBUSY
+        inode, head = self.inode, page.index
+        if page.inode is not inode:
+            self.die(f"{folio} is not in the page cache")
+        inode.remove(page)
+        for at in range(page.nr):
+            small = self.machine.pages[page.pa // PAGE + at] = Page(page.pa + at * PAGE, 0)
+            small.take("cache")
+            small.uptodate, small.private, small.hwpoison = page.uptodate, page.private, page.hwpoison
+            inode.insert(small, head + at)
+        first = self.machine.pages[page.pa // PAGE]
+        first.take("lookup")
+        first.lock = page.lock
+        return 0
 
     def folio_put(self, folio: Folio, kind: str = "lookup") -> None:
         """The last reference frees."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from guest_memfd.hosts.emulated.buddy import OutOfMemory
 from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.primitives.pagecache import PageCache
 from guest_memfd.hosts.emulated.ram import PAGE
@@ -45,11 +46,14 @@ class UserMappings(PageCache):
         return "ok"
 
     def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
-        """Under the page-table lock: only while the VMA is there."""
+        """Under the page-table lock: only while the VMA is there, and there is memory for a table (VM_FAULT_OOM)."""
         mapping, page = self.inode.mapping, self.page(folio)
         if mapping is None or not mapping.vmas:
             return False
-        mapping.insert(index, page.pa + (index - page.index) * PAGE)
+        try:
+            mapping.insert(index, page.pa + (index - page.index) * PAGE)
+        except OutOfMemory:
+            return False
         return True
 
     def vma_covers(self, start: int, nr: int) -> bool:

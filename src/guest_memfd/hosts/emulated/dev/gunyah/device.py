@@ -45,7 +45,7 @@ class Device(_Owned):
         self._in_use("CREATE_GUEST_MEM")
         if size % PAGE or size < 0:
             raise SyscallFailed(EINVAL, "CREATE_GUEST_MEM", f"{size:#x} bytes are no whole pages")
-        if flags & ~(MemFlag.CLOEXEC | MemFlag.ALLOW_HUGEPAGE):
+        if flags & ~int(MemFlag.CLOEXEC | MemFlag.ALLOW_HUGEPAGE):
             raise SyscallFailed(EINVAL, "CREATE_GUEST_MEM", f"flags {flags:#x}")
         ops, pages = self.machine.hypervisor.ops(), max(size // PAGE, 1)
         if self.posted:

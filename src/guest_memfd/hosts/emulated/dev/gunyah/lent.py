@@ -33,7 +33,7 @@ class LentFile(MemoryFile):
 
     def __init__(self, machine: Machine, library: Design, size: int, flags: MemFlag) -> None:
         if flags & MemFlag.ALLOW_HUGEPAGE and size and not size % (PAGE << PMD_ORDER):
-            library.order = PMD_ORDER
+            library.order, library.splits = PMD_ORDER, True
         super().__init__(machine, library, size, flags)
         # Nothing is lent yet, and there is no page whose state could differ from its attribute.
         shared = Primitive("xa_store", ("attributes", 0, Entries(SHARED_PAGE, self.host.inode.size)), "library")

@@ -38,7 +38,7 @@ from guest_memfd.hosts.uapi.gunyah import (
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.dev.gunyah.device import Device
 
-_KNOWN = MapFlag.ALLOW_RWX | MapFlag.UNMAP | ACCESS_MASK
+_KNOWN = int(MapFlag.ALLOW_RWX | MapFlag.UNMAP) | ACCESS_MASK
 _OVER = (VmState.EXITED, VmState.RESETTING, VmState.RESET)
 
 

@@ -9,14 +9,13 @@ from errno import EINVAL, ENODEV, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from guest_memfd.errors import SyscallFailed
-from guest_memfd.hosts.emulated.dev.file import FileHost, GuestMemoryFile
+from guest_memfd.hosts.emulated.dev.file import GuestMemoryFile
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.uapi.kvm import PRIVATE, GuestMemfdFlag, MemoryAttributes2
 from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.dev.kvm.vm import Vm
-    from guest_memfd.hosts.emulated.vm import Vm as MachineVm
 
 CREATE = "KVM_CREATE_GUEST_MEMFD"
 ATTRIBUTES = "KVM_SET_MEMORY_ATTRIBUTES2"
@@ -40,12 +39,6 @@ class GuestMemfd(GuestMemoryFile):
         shared = tuple(range(pages)) if flags & GuestMemfdFlag.INIT_SHARED else ()
         machine = vm.machine
         super().__init__(machine, vm.design(machine.hypervisor.ops(), pages), size, vm.vm, shared)
-
-    def make_host(self, vm: MachineVm, pages: int) -> FileHost:
-        """The primitives for this file, watched as the VM is."""
-        host = super().make_host(vm, pages)
-        host.judge = self.owner.judge
-        return host
 
     def check_fallocate(self, mode: int, offset: int, nr: int) -> None:
         """Allocating and punching, both with KEEP_SIZE; nothing else."""

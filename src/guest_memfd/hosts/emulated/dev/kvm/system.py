@@ -12,7 +12,6 @@ from guest_memfd.hosts.emulated.dev.file import _Owned
 from guest_memfd.hosts.emulated.dev.kvm.slots import NR_SLOTS
 from guest_memfd.hosts.emulated.dev.kvm.vm import NR_VCPUS, Vm
 from guest_memfd.hosts.emulated.kvm.guest import IPA_BITS
-from guest_memfd.hosts.emulated.primitives.host import Judge
 from guest_memfd.hosts.uapi.kvm import API_VERSION, CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, PRIVATE, Cap, GuestMemfdFlag
 from guest_memfd.hosts.uapi.kvm_arm64 import VM_TYPE_IPA_SIZE, VM_TYPE_PROTECTED
 
@@ -29,15 +28,12 @@ _CAPS = {
 
 
 class System(_Owned):
-    """/dev/kvm (uapi/kvm.py KvmSystem); *design* serves the files of its VMs, *judge* is told of every primitive.
+    """/dev/kvm (uapi/kvm.py KvmSystem); *design* serves the files of its VMs. Raises BadInput where there is no KVM."""
 
-    Raises BadInput where there is no KVM.
-    """
-
-    def __init__(self, machine: Machine, design: type[Design], judge: Judge | None = None) -> None:
+    def __init__(self, machine: Machine, design: type[Design]) -> None:
         if machine.hypervisor.module != "kvm":
             raise BadInput(f"a machine under {machine.hypervisor.name} has no /dev/kvm")
-        self.machine, self.design, self.judge = machine, design, judge
+        self.machine, self.design = machine, design
 
     def get_api_version(self) -> int:
         """KVM_GET_API_VERSION."""

@@ -32,7 +32,7 @@ class Vm(_Owned):
     """uapi/kvm.py KvmVm. *protected*: EL2 keeps the host out of its private memory. Raises OutOfMemory."""
 
     def __init__(self, system: System, protected: bool) -> None:
-        self.system, self.machine, self.design, self.judge = system, system.machine, system.design, system.judge
+        self.system, self.machine, self.design = system, system.machine, system.design
         self.protected = protected
         self.slots = Slots(lambda file: isinstance(file, GuestMemfd) and file.owner is self)
         self.vm = self.machine.create_vm(0)
@@ -41,7 +41,7 @@ class Vm(_Owned):
         if self.machine.hypervisor.name == "pkvm":
             handle.protected = protected
         # Primitives about the VM itself, for which no file is needed.
-        self.host = EmulatedHost(self.machine, self.vm, 1, judge=self.judge)
+        self.host = EmulatedHost(self.machine, self.vm, 1)
         self.vcpus: dict[int, Vcpu] = {}
         self._users = 1
 

@@ -1,0 +1,164 @@
+"""Parts of the emulated machine against naive twins: RAM, buddy allocator, maple tree, user page tables."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as given_by
+
+from guest_memfd.errors import BadInput
+from guest_memfd.hosts.emulated.arm64.tlb import Tlb
+from guest_memfd.hosts.emulated.buddy import Buddy, OutOfMemory
+from guest_memfd.hosts.emulated.kernel.inode import Inode
+from guest_memfd.hosts.emulated.kernel.maple import MapleTree
+from guest_memfd.hosts.emulated.kernel.mm import SLOT, Mm
+from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.machine import Config, Machine
+from guest_memfd.hosts.emulated.ram import PAGE, BusError, Ram
+from guest_memfd.hosts.host import Entries
+
+MIB = 1 << 20
+
+
+# -- RAM -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_terabyte_costs_what_is_touched() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ram = Ram(1 << 40)
+    for at in range(0, 1 << 40, 1 << 36):
+        ram.write64(ram.base + at, at | 1)
+    assert [ram.read64(ram.base + at) for at in (0, 1 << 36, 5 << 36)] == [1, 1 << 36 | 1, 5 << 36 | 1]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10 * 1024
+
+
+def test_zeroing_gives_back_and_reads_zero() -> None:
+    ram = Ram(64 * MIB)
+    for size in (1, PAGE, 3 * PAGE + 5, 4 * MIB):
+        ram.fill(ram.base, 8 * MIB, 0xEE)
+        ram.zero(ram.base + PAGE, size)
+        assert ram.read(ram.base + PAGE, size) == bytes(size)
+        assert ram.read(ram.base + PAGE + size, 1) == b"\xee"
+        assert ram.read(ram.base + PAGE - 1, 1) == b"\xee"
+
+
+def test_there_is_nothing_outside() -> None:
+    ram = Ram(16 * MIB)
+    for pa in (ram.base - 8, ram.end, 0):
+        with pytest.raises(BusError, match=hex(pa)):
+            ram.read64(pa)
+    with pytest.raises(BusError):
+        ram.write(ram.end - 4, bytes(8))
+    for size in (0, -PAGE, PAGE + 1):
+        with pytest.raises(BadInput, match="multiple"):
+            Ram(size)
+
+
+# -- buddy ---------------------------------------------------------------------------------------------------------
+
+
+@given(given_by.lists(given_by.tuples(given_by.booleans(), given_by.integers(0, 6)), max_size=60))
+@settings(deadline=None)
+def test_blocks_never_overlap_and_all_come_back(calls: list[tuple[bool, int]]) -> None:
+    ram = Ram(4 * MIB)
+    buddy = Buddy(ram, ram.base + PAGE, ram.size - PAGE)                # no power of two
+    total, held = buddy.free_pages, list[tuple[int, int]]()
+    for free, order in calls:
+        if free and held:
+            buddy.free(*held.pop(order % len(held)))
+            continue
+        try:
+            pa = buddy.alloc(order)
+        except OutOfMemory:
+            continue
+        assert not pa % (PAGE << order)
+        assert all(pa + (PAGE << order) <= other or other + (PAGE << o) <= pa for other, o in held)
+        held.append((pa, order))
+    assert buddy.free_pages == total - sum(1 << order for _, order in held)
+    for block in held:
+        buddy.free(*block)
+    assert buddy.free_pages == total
+    assert buddy.alloc(9) == ram.base + 2 * MIB                         # everything has merged again
+
+
+def test_the_nth_allocation_fails_once() -> None:
+    ram = Ram(MIB)
+    buddy = Buddy(ram, ram.base, ram.size)
+    buddy.fail_at(1)
+    buddy.alloc()
+    with pytest.raises(OutOfMemory, match="injected"):
+        buddy.alloc()
+    buddy.alloc()
+    with pytest.raises(OutOfMemory, match="no free block of order 18"):
+        buddy.alloc(18)
+    with pytest.raises(ValueError, match="no block"):
+        buddy.free(ram.base + PAGE, 1)
+
+
+# -- maple tree ----------------------------------------------------------------------------------------------------
+
+STORES = given_by.lists(given_by.tuples(
+    given_by.integers(0, 40), given_by.integers(1, 15), given_by.integers(0, 3), given_by.integers(0, 1)), max_size=25)
+
+
+@given(STORES, given_by.integers(0, 50), given_by.integers(0, 30))
+@settings(deadline=None)
+def test_the_tree_is_a_dictionary(stores: list[tuple[int, int, int, int]], start: int, nr: int) -> None:
+    tree, naive = MapleTree(), dict[int, int]()
+    for at, length, value, step in stores:
+        entries = Entries(value, length, step if value else 0)
+        tree.store(at, entries)
+        naive |= dict(enumerate(entries, at))
+    expected = [naive.get(i, 0) for i in range(start, start + nr)]
+    loaded = tree.load(start, nr)
+    assert list(loaded) == expected
+    assert [loaded[i] for i in range(nr)] == expected
+    assert all(loaded.count(v) == expected.count(v) for v in range(20))
+    assert list(loaded[1:4]) == expected[1:4]
+    assert loaded == expected
+
+
+def test_a_terabyte_of_entries_is_one_range() -> None:
+    tree, pages = MapleTree(), 1 << 28
+    tree.store(0, Entries(2, pages))
+    for index in range(0, pages, 1 << 18):
+        tree.store(index, Entries(1, 1 << 18))
+    assert tree.nodes() == 1
+    assert tree.load(0, pages).count(1) == pages
+
+
+# -- folios and user page tables -------------------------------------------------------------------------------------
+
+
+def test_a_reference_dropped_twice_is_an_error() -> None:
+    page = Page(0, 0)
+    page.take("cache")
+    assert page.drop("cache")
+    with pytest.raises(ValueError, match="cache"):
+        page.drop("cache")
+
+
+def test_vmas_share_entries_and_lose_them_with_the_last() -> None:
+    ram = Ram(32 * MIB)
+    source = Buddy(ram, ram.base, ram.size)
+    mm = Mm(ram, source, [Tlb()], vmid=0)
+    free, inode = source.free_pages, Inode(4, "kvm")
+    mm.mmap(inode)
+    mm.mmap(inode)
+    assert inode.mapping is not None
+    inode.mapping.insert(2, ram.base + 5 * PAGE)
+    assert inode.mapping.lookup(2) == ram.base + 5 * PAGE
+    assert [slot * SLOT for slot in inode.mapping.vmas] == [SLOT, 2 * SLOT]
+    mm.munmap(inode)
+    assert inode.mapping.lookup(2) == ram.base + 5 * PAGE
+    mm.munmap(inode)
+    assert inode.mapping is None
+    assert source.free_pages == free
+
+
+@pytest.mark.parametrize("hypervisor", ["kvm", "pkvm", "gunyah"])
+def test_a_machine_that_is_too_small_says_so(hypervisor: str) -> None:
+    with pytest.raises(BadInput, match="16 MiB"):
+        Machine(hypervisor, Config(ram=8 * MIB))
