@@ -17,7 +17,7 @@ from guest_memfd.hosts.emulated.kernel.snapshot import (
     safe_copy_page,
 )
 from guest_memfd.hosts.emulated.kernel.trans_pgd import trans_pgd_create_copy
-from guest_memfd.hosts.emulated.machine import Config, Machine
+from guest_memfd.hosts.emulated.machine import Config, InjectKind, Machine
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.emulated.services import Services
@@ -30,8 +30,8 @@ SECRET = b"GUESTGST"
 class Lent:
     """A machine with page 0 of a file lent to a guest that has written a secret into it."""
 
-    def __init__(self, hypervisor: str, design: str) -> None:
-        self.machine = Machine(hypervisor, Config(ram=16 << 20, sea_fixup=DESIGNS[design].sea_fixup))
+    def __init__(self, hypervisor: str, design: str, inject: InjectKind = "sea") -> None:
+        self.machine = Machine(hypervisor, Config(ram=16 << 20, sea_fixup=DESIGNS[design].sea_fixup, inject=inject))
         self.library = DESIGNS[design](HYPERVISORS[hypervisor].ops(), 2)
         self.host = EmulatedHost(self.machine, self.machine.create_vm(2), 2)
         assert self.host.run(self.library.create(2)) == 0
@@ -60,6 +60,11 @@ def test_kcore_beside_a_lent_page(hypervisor: str, design: str, outcome: str) ->
     data = read_kcore(lent.services, lent.pa, PAGE)
     assert data[:8] == (SECRET if outcome == "secret" else bytes(8))
     assert len(data) == PAGE
+
+
+def test_a_hypervisor_that_injects_a_fixable_abort_spares_the_host() -> None:
+    lent = Lent("gunyah", "none", inject="fixable")
+    assert read_kcore(lent.services, lent.pa, 8) == bytes(8)
 
 
 def test_kcore_skips_poisoned_pages_and_what_is_no_ram() -> None:

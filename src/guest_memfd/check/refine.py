@@ -62,7 +62,7 @@ class Pair:
     def outcomes(self, who: int, primitive: Primitive) -> list[Outcome]:
         """What the abstract host allows and the emulated machine can do."""
         allowed = self.world.machine.outcomes(self.shared, who, primitive)
-        if len(allowed) > 1 and not self.host.machine.can_fail(self.host, self._out(primitive)):
+        if len(allowed) > 1 and not self.host.machine.adversary.can_fail(self.host, self._out(primitive)):
             return allowed[:1]
         return allowed
 
@@ -70,11 +70,11 @@ class Pair:
         """Carry *primitive* out on both, as *outcome* has it; the result. Raises Diverged."""
         machine = self.host.machine
         self.steps.append(f"{who} {primitive}{' fails' if outcome.failed else ''}")
-        machine.speculate(self.host)
+        machine.adversary.speculate(self.host)
         if outcome.failed:
-            if not machine.can_fail(self.host, self._out(primitive)):
+            if not machine.adversary.can_fail(self.host, self._out(primitive)):
                 raise self._diverged(who, primitive, "cannot fail on the emulated machine as it is now")
-            machine.fail_next(primitive, outcome.result)
+            machine.adversary.fail_next(primitive, outcome.result)
         try:
             result = self._in(self.host.perform(self._out(primitive), who))
         except Blocked:

@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
     parser.add_argument("guest", metavar="GUEST", help="a built-in guest (gmem list guests), a flat binary, assembly (.s), "
                                                        "or a static ELF")
-    parser.add_argument("--on", metavar="HOST", default=PLACES[0], help=f"{', '.join(PLACES)}, or kvm (default: {PLACES[0]})")
+    parser.add_argument("--on", metavar="HOST", default=PLACES[0], help=f"{', '.join(PLACES)}, or kvm ({PLACES[0]})")
     parser.add_argument("--design", metavar="NAME", default="library", help="which design (gmem list designs)")
     parser.add_argument("--memory", metavar="SIZE", default="16M", help="private memory of the guest, at 0x80000000 (16M)")
-    parser.add_argument("--shared", metavar="SIZE", help="its window onto the host, at 0x80000 (64K; none with large folios)")
+    parser.add_argument("--shared", metavar="SIZE", help="its window onto the host, at 0x80000 (64K; 0 with large folios)")
     parser.add_argument("--folio", metavar="SIZE", default="4K", help="folios to ask for: 4K, 2M or 1G (4K)")
     parser.add_argument("--ram", metavar="SIZE", default="256M", help="RAM of the machine (256M)")
     parser.add_argument("--timeout", metavar="S", type=seconds, default=10.0, help="seconds that the guest may take (10)")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "memory is given back: zeropad (a word load 4 bytes before a page of the guest's), kcore "
                         "(all of them), plain (one, by code that expects no fault)")
     parser.add_argument("--zeropad", action="store_true", help="the same as --reader zeropad")
-    parser.add_argument("--fail", metavar="WHO:N", help="let the N-th allocation (from 0) of the kernel or of el2 fail, once")
+    parser.add_argument("--fail", metavar="WHO:N", help="let allocation N (from 0) of the kernel or of el2 fail, once")
     parser.add_argument("-v", "--verbose", action="count", default=0,
                         help="exits, faults and what moves a folio or changes a table; -vv: every primitive")
     add_output(parser)

@@ -39,7 +39,7 @@ Where = Literal["kernel", "el2"]
 
 @dataclass(frozen=True)
 class Order:
-    """What to run, and how. ram: bytes. timeout: seconds. reader: one of readers.READERS. fail: (whose, which allocation)."""
+    """What to run, and how. ram: bytes. timeout: seconds. reader: of readers.READERS. fail: (whose, which allocation)."""
 
     image: Image
     hypervisor: str
@@ -92,7 +92,7 @@ class Run:
         self.machine = Machine(order.hypervisor, Config(ram=order.ram, sea_fixup=self.design.sea_fixup))
         free = self.machine.kernel_pages.free_pages * PAGE
         if order.layout.private + order.layout.shared > free:
-            raise BadInput(f"--memory {order.layout.private:#x}: the machine has {free:#x} bytes free of --ram {order.ram:#x}")
+            raise BadInput(f"--memory {order.layout.private:#x}: of --ram {order.ram:#x}, {free:#x} bytes are free")
         order.layout.boot_info(order.image)
         self.machine.tracer = ProgramTracer(self.machine)
         self.machine.judge = self.watch
@@ -131,15 +131,18 @@ class Run:
         if order.fail is not None:
             (machine.kernel_pages if order.fail[0] == "kernel" else machine.el2_pool).fail_at(order.fail[1])
         device = stack.enter_context(self._open())
-        kind, arguments = (GunyahGuest, ()) if order.hypervisor == "gunyah" else (KvmGuest, (order.hypervisor == "pkvm",))
-        self.guest = guest = kind(device, order.layout, order.image, self.console, stack, *arguments, self, self._exit)
+        if order.hypervisor == "gunyah":
+            self.guest = GunyahGuest(device, order.layout, order.image, self.console, stack, self, self._exit)
+        else:
+            protected = order.hypervisor == "pkvm"
+            self.guest = KvmGuest(device, order.layout, order.image, self.console, stack, protected, self, self._exit)
         names = readers.Names(machine) if order.reader else None
         if names is not None:
             stack.callback(names.free)
         self._core().count()
         began = time.perf_counter()
         try:
-            report.ended = drive(guest, order.timeout)
+            report.ended = drive(self.guest, order.timeout)
         finally:
             report.seconds = time.perf_counter() - began
             self._count()

@@ -1,4 +1,4 @@
-"""A guest by way of /dev/kvm on arm64. Rule of this file: private memory is written while it is shared, and converted then."""
+"""A guest by way of /dev/kvm on arm64. Rule of this file: private memory is written while it is shared, then converted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from guest_memfd.errors import SyscallFailed
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import Hypervisor
 from guest_memfd.guests.loader import Image
-from guest_memfd.hosts.uapi import kvm, kvm_arm64
+from guest_memfd.hosts.uapi import kvm, kvm_arm64, kvm_run
 from guest_memfd.hosts.uapi.kvm import GuestMemfdFlag, KvmGuestMemory, KvmSystem, KvmVcpu, KvmVm, MemFlag, MemoryAttributes2
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import Layout
@@ -71,28 +71,29 @@ class KvmGuest:
         out = self.vcpu.run(seconds)
         self.exits += 1
         match out:
-            case kvm.Mmio():
+            case kvm_run.Mmio():
                 self._mmio(out)
-            case kvm.HypercallExit(nr, args):
+            case kvm_run.HypercallExit(nr, args):
                 self.log(f"exit HYPERCALL {nr:#x} {args[0]:#x}")
                 self._convert(nr, args[0])
-            case kvm.SystemEvent(kind):
+            case kvm_run.SystemEvent(kind):
                 self.log(f"exit SYSTEM_EVENT {kind}")
-                return Ended("off" if kind == kvm.SystemEventType.SHUTDOWN else "reset")
-            case kvm.MemoryFault(_, gpa, size, errno):
+                return Ended("off" if kind == kvm_run.SystemEventType.SHUTDOWN else "reset")
+            case kvm_run.MemoryFault(_, gpa, size, errno):
                 self.log(f"exit MEMORY_FAULT {gpa:#x}, {size:#x} bytes, errno {errno}")
                 if errno == ENOMEM:
                     raise SyscallFailed(errno, "KVM_RUN", f"the guest's page at {gpa:#x}")
-                return Ended("crash", f"{SyscallFailed(errno, 'KVM_RUN')}: the guest's page at {gpa:#x} is gone", self.debugger.registers())
-            case kvm.InternalError(why):
+                why = SyscallFailed(errno, "KVM_RUN", f"the guest's page at {gpa:#x} is gone")
+                return Ended("crash", str(why), self.debugger.registers())
+            case kvm_run.InternalError(why):
                 return Ended("crash", why, self.debugger.registers())
-            case kvm.Unknown(reason, errno):
+            case kvm_run.Unknown(reason, errno):
                 return Ended("crash", f"KVM_RUN ends with reason {reason}, errno {errno}", self.debugger.registers())
         return None
 
-    def _mmio(self, out: kvm.Mmio) -> None:
+    def _mmio(self, out: kvm_run.Mmio) -> None:
         if not self.console.has(out.phys_addr):
-            self.log(f"exit MMIO {'write' if out.is_write else 'read'} {out.size} at {out.phys_addr:#x}: nothing there, abort")
+            self.log(f"exit MMIO {'write' if out.is_write else 'read'} at {out.phys_addr:#x}: nothing there, abort")
             self.vcpu.inject_external_abort()
         elif out.is_write:
             self.console.put(out.data)

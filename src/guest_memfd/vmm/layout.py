@@ -43,8 +43,8 @@ class Layout:
         fits(image, [(PRIVATE_BASE, self.private)])
         where = -(-image.end // PAGE) * PAGE
         if where + PAGE > self.end:
-            raise BadInput(f"{image.name}: no page is left behind the image for the boot info; it ends at {image.end:#x}, and "
-                           f"private memory at {self.end:#x}")
+            raise BadInput(f"{image.name}: no page is left behind the image for the boot info; it ends at {image.end:#x}, "
+                           f"and private memory at {self.end:#x}")
         return where
 
     def contents(self, image: Image, hypervisor: Hypervisor) -> list[tuple[int, bytes]]:

@@ -41,16 +41,14 @@ class Debugger(Protocol):
 class Guest(Protocol):
     """A guest that is ready to run."""
 
-    aborts: int
-    """How many external aborts have been delivered to it, by the VMM or by the hypervisor."""
+    debugger: Debugger
 
-    exits: int
-    """How often it has come out to the VMM."""
+    @property
+    def aborts(self) -> int:
+        """How many external aborts have been delivered to it, by the VMM or by the hypervisor."""
 
     def step(self, seconds: float) -> Ended | None:
         """Run it up to the next exit, or for *seconds*; None: it can go on."""
-
-    debugger: Debugger
 
 
 def drive(guest: Guest, timeout: float) -> Ended:

@@ -40,7 +40,8 @@ class Names:
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.pages = machine, set[int]()
-        self._held, behind = [machine.kernel_pages.alloc()], []
+        self._held = [machine.kernel_pages.alloc()]
+        behind: list[int] = []
         while len(behind) < _PAIRS:
             now, before = machine.kernel_pages.alloc(), self._held[-1]
             if now == before + PAGE and not before % (2 * PAGE):
@@ -85,7 +86,8 @@ def _kcore(machine: Machine, host: EmulatedHost, owned: list[Page]) -> Read:
     how = [host.perform(Primitive("copy_from_kernel_nofault", (page.pa // PAGE,), "kernel"), 0) for page in owned]
     copied = sum(one == "ok" for one in how)
     words = f"{len(how)} pages, {copied} copied, {len(how) - copied} read as zeros"
-    word = machine.ram.read64(machine.bounce_va - machine.linear_map.va(machine.ram.base) + machine.ram.base) if copied else 0
+    bounce = machine.bounce_va - machine.linear_map.va(machine.ram.base) + machine.ram.base
+    word = machine.ram.read64(bounce) if copied else 0
     return Read("kcore", machine.linear_map.va(owned[-1].pa), word, words)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from guest_memfd.errors import BadInput
 from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.adversary import Adversary
 from guest_memfd.hosts.emulated.arm64 import tlbi
 from guest_memfd.hosts.emulated.arm64.descriptor import output_address
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
@@ -30,13 +31,13 @@ from guest_memfd.hosts.emulated.kernel.text import KernelText
 from guest_memfd.hosts.emulated.ram import PAGE, Ram
 from guest_memfd.hosts.emulated.tracer import Tracer
 from guest_memfd.hosts.emulated.vm import Vm
-from guest_memfd.hosts.host import Folio, Primitive
 from guest_memfd.hypervisors import HYPERVISORS
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.primitives.host import EmulatedHost, Judge
 
 OnFree = Literal["poison", "zero", "nothing"]
+InjectKind = Literal["sea", "fixable"]
 
 _POKING = 0xFFFF_FC00_0000_0000
 """Where one CPU maps a folio for itself alone for the moment; a multiple of 1 GiB, outside of the linear map."""
@@ -57,7 +58,8 @@ class Config:
 
     ram: bytes. release, rodata, bbml3, tlb_range: the kernel and the CPU, as `LinearMap` takes them. on_free: what the
     kernel does to a page when it is freed. scattered: that many single frames are all that guest_memfd can have, *apart*
-    pages from one to the next; 0: whatever is free. cpus: how many TLBs.
+    pages from one to the next; 0: whatever is free. cpus: how many TLBs. inject: what Gunyah makes of a host access to a
+    page it withholds, ``sea`` or, as some reviewers asked for, ``fixable``.
     """
 
     ram: int = 1 << 30
@@ -70,6 +72,7 @@ class Config:
     apart: int = 2
     cpus: int = 3
     sea_fixup: bool = False
+    inject: InjectKind = "sea"
     slice: float = 5.0
 
 
@@ -130,9 +133,10 @@ class Machine:
         loaded = self.modules.load(ModuleImage(self.hypervisor.module, exit=lambda: None))
         assert isinstance(loaded, Module)
         self.module = loaded
+        self.adversary = Adversary(self)
         if self.config.scattered:
             self._scatter(self.config.scattered)
-            self.linear_map.tables.before_store = self._speculate_late
+            self.linear_map.tables.before_store = self.adversary.walk_late
         self.tracer = Tracer(self)
 
     # What lies between the frames is the kernel's own, such as slabs of names.
@@ -276,70 +280,6 @@ class Machine:
                     if self.driver.lookup(vm, ipa) != pa:
                         return ipa // PAGE
         return None
-
-    def cpu_of_guest(self, vm: Vm, ipa: int) -> int:
-        """The CPU on which a guest access to *ipa* goes most astray: one with a stale entry, if there is one."""
-        now = self.driver.lookup(vm, ipa)
-        stale = []
-        for cpu, tlb in enumerate(self.tlbs):
-            entry = tlb.stage2(vm.vmid, ipa)
-            if entry is not None and entry.oa + (ipa & entry.size - 1) != now:
-                stale.append((entry.oa, cpu))
-        if stale:
-            return min(stale)[1]
-        return self.watched.index(now) % len(self.tlbs) if now in self.watched else 0
-
-    # -- an adversary's hardware -------------------------------------------------------------------------------------
-
-    def speculate(self, host: EmulatedHost) -> None:
-        """Every CPU fills its TLB with every translation it may: kernel and user addresses of the watched frames, and
-        guest addresses, each on the CPU that has the number of the frame it leads to."""
-        cpu, stage2 = self.cpu, self.el2.stage2()
-        mmu = cpu.mmus[cpu.current]
-        for pa in self.watched:
-            mmu.prefetch(self.linear_map.va(pa), cpu.stage1, stage2)
-        self._speculate_late()
-        mapping = host.inode.mapping
-        if mapping is not None:
-            for slot in mapping.vmas:
-                for index in range(host.inode.size):
-                    mmu.prefetch(mapping.va(index, slot), cpu.stage1, stage2)
-        if host.vm in self.vms:
-            for gfn in range(host.inode.size):
-                pa_now = self.driver.lookup(host.vm, gfn * PAGE)
-                if pa_now in self.watched:
-                    self.driver.prefetch(self.watched.index(pa_now) % len(self.tlbs), host.vm, gfn * PAGE)
-
-    # Another CPU comes across the linear map only where it is made of single pages: it has no block and no run left in
-    # its TLB with which a flush of one page would drop its neighbours. It walks up to the moment before an entry changes.
-    def _speculate_late(self) -> None:
-        mmu, stage2 = self.cpu.mmus[-1], self.el2.stage2()
-        for pa in self.watched:
-            leaf = self.linear_map.leaf(pa)
-            if leaf.level == 3 and not leaf.value & dm.CONT:
-                mmu.prefetch(self.linear_map.va(pa), self.cpu.stage1, stage2)
-
-    # -- failures ------------------------------------------------------------------------------------------------------
-
-    def can_fail(self, host: EmulatedHost, primitive: Primitive) -> bool:
-        """Whether *primitive* could fail for want of memory on this machine, as it is now."""
-        if primitive.name == "set_direct_map_invalid_noflush":
-            folio: Folio = primitive.args[0]
-            return self.linear_map.can_set_direct_map() and self.linear_map.leaf(folio.pfn * PAGE).level < 3
-        if primitive.name == "mmap":
-            return host.inode.fd
-        return True
-
-    def fail_next(self, primitive: Primitive, errno: int) -> None:
-        """Let *primitive* fail when it is carried out next."""
-        if primitive.name == "hypercall":
-            self.driver.refuse_next = errno
-        elif primitive.name == "filemap_add_folio":
-            self.folios.fail_at(0)
-        elif primitive.name == "set_direct_map_invalid_noflush":
-            self.kernel_pages.fail_at(0)
-        else:
-            self._slab_in = 0
 
     # -- mappings of the moment ----------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """/dev/kvm as far as guest memory goes: ioctl numbers, structures, capabilities, and the protocols of its objects.
 
-Rule of this file: what is the same on every architecture; registers and VM types are in kvm_<arch>.py. Numbers and layouts:
-include/uapi/linux/kvm.h (7.3), and "guest_memfd: In-place conversion" v8-v13 for KVM_SET_MEMORY_ATTRIBUTES2. Structures are
+Rule of this file: what is the same on every architecture; registers and VM types are in kvm_<arch>.py, exits in
+kvm_run.py. Numbers and layouts: include/uapi/linux/kvm.h (7.3), and "guest_memfd: In-place conversion" v8-v13 for KVM_SET_MEMORY_ATTRIBUTES2. Structures are
 little-endian, and have the size the ioctl number says.
 """
 
@@ -14,6 +14,7 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple, Protocol, Self
 
 from guest_memfd.hosts.uapi.ioctl import io, iow, iowr
+from guest_memfd.hosts.uapi.kvm_run import Exit
 from guest_memfd.hosts.uapi.memory import GuestMemory, Owner
 
 KVMIO = 0xAE
@@ -31,7 +32,6 @@ class CreateGuestMemfd(NamedTuple):
     size: int
     flags: int = 0
 
-    SIZE = _U64X8.size
 
     def pack(self) -> bytes:
         """The bytes of the structure."""
@@ -40,7 +40,8 @@ class CreateGuestMemfd(NamedTuple):
     @classmethod
     def unpack(cls, raw: bytes) -> Self:
         """From the bytes of the structure."""
-        return cls(*_U64X8.unpack(raw)[:2])
+        size, flags, *_ = _U64X8.unpack(raw)
+        return cls(size, flags)
 
 
 class UserMemoryRegion2(NamedTuple):
@@ -57,7 +58,6 @@ class UserMemoryRegion2(NamedTuple):
     guest_memfd_offset: int = 0
     guest_memfd: int = 0
 
-    SIZE = _REGION2.size
 
     def pack(self) -> bytes:
         """The bytes of the structure."""
@@ -77,7 +77,6 @@ class MemoryAttributes(NamedTuple):
     attributes: int
     flags: int = 0
 
-    SIZE = _ATTRIBUTES.size
 
     def pack(self) -> bytes:
         """The bytes of the structure."""
@@ -102,7 +101,6 @@ class MemoryAttributes2:
     flags: int = 0
     error_offset: int = 0
 
-    SIZE = _ATTRIBUTES2.size
 
     def pack(self) -> bytes:
         """The bytes of the structure."""
@@ -121,7 +119,6 @@ class PreFaultMemory(NamedTuple):
     size: int
     flags: int = 0
 
-    SIZE = _U64X8.size
 
     def pack(self) -> bytes:
         """The bytes of the structure."""
@@ -142,14 +139,14 @@ GET_VCPU_MMAP_SIZE = io(KVMIO, 0x04)
 CREATE_VCPU = io(KVMIO, 0x41)
 GET_DIRTY_LOG = iow(KVMIO, 0x42, 16)
 SET_USER_MEMORY_REGION = iow(KVMIO, 0x46, 32)
-SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, UserMemoryRegion2.SIZE)
+SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, _REGION2.size)
 RUN = io(KVMIO, 0x80)
 GET_ONE_REG, SET_ONE_REG = iow(KVMIO, 0xAB, 16), iow(KVMIO, 0xAC, 16)
-SET_MEMORY_ATTRIBUTES = iow(KVMIO, 0xD2, MemoryAttributes.SIZE)
-SET_MEMORY_ATTRIBUTES2 = iowr(KVMIO, 0xD2, MemoryAttributes2.SIZE)
+SET_MEMORY_ATTRIBUTES = iow(KVMIO, 0xD2, _ATTRIBUTES.size)
+SET_MEMORY_ATTRIBUTES2 = iowr(KVMIO, 0xD2, _ATTRIBUTES2.size)
 """On the descriptor of a guest_memfd, not on that of a VM."""
-CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, CreateGuestMemfd.SIZE)
-PRE_FAULT_MEMORY = iowr(KVMIO, 0xD5, PreFaultMemory.SIZE)
+CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, _U64X8.size)
+PRE_FAULT_MEMORY = iowr(KVMIO, 0xD5, _U64X8.size)
 
 
 class Cap(IntEnum):
@@ -191,111 +188,6 @@ class MemFlag(IntFlag):
 
 PRIVATE = 1 << 3
 """KVM_MEMORY_ATTRIBUTE_PRIVATE, and KVM_MEMORY_EXIT_FLAG_PRIVATE."""
-
-# -- exits -----------------------------------------------------------------------------------------------------------
-
-
-class ExitReason(IntEnum):
-    """kvm_run.exit_reason, as far as it is decoded here."""
-
-    UNKNOWN = 0
-    HYPERCALL = 3
-    MMIO = 6
-    SHUTDOWN = 8
-    FAIL_ENTRY = 9
-    INTR = 10
-    INTERNAL_ERROR = 17
-    SYSTEM_EVENT = 24
-    MEMORY_FAULT = 39
-
-
-class SystemEventType(IntEnum):
-    """kvm_run.system_event.type."""
-
-    SHUTDOWN = 1
-    RESET = 2
-    CRASH = 3
-
-
-class Mmio(NamedTuple):
-    """The guest accesses *size* bytes at *phys_addr*; *data* is what it writes.
-
-    A read goes on with what `KvmVcpu.answer` was given.
-    """
-
-    phys_addr: int
-    size: int
-    is_write: bool
-    data: bytes
-
-
-class HypercallExit(NamedTuple):
-    """A hypercall for user space; what it returns to the guest is given to `KvmVcpu.answer`."""
-
-    nr: int
-    args: tuple[int, ...]
-
-
-class SystemEvent(NamedTuple):
-    """The guest has turned itself off, or reset."""
-
-    type: int
-
-
-class MemoryFault(NamedTuple):
-    """KVM_RUN returned -1 with *errno*, EFAULT or EHWPOISON: the guest cannot have [gpa, gpa+size) as it asked for it."""
-
-    flags: int
-    gpa: int
-    size: int
-    errno: int
-
-
-class Intr(NamedTuple):
-    """KVM_RUN returned -1 with EINTR: a signal, or immediate_exit."""
-
-
-class InternalError(NamedTuple):
-    """KVM cannot go on with this vCPU; *why* is what there is in words."""
-
-    why: str = ""
-
-
-class Unknown(NamedTuple):
-    """KVM_RUN returned -1 with *errno* and says nothing else, or an exit that is not decoded here."""
-
-    reason: int
-    errno: int = 0
-
-
-Exit = Mmio | HypercallExit | SystemEvent | MemoryFault | Intr | InternalError | Unknown
-
-RUN_EXIT_REASON, RUN_UNION, RUN_IMMEDIATE_EXIT = 8, 32, 1
-"""Offsets in struct kvm_run."""
-
-_MMIO, _HYPERCALL, _MEMORY_FAULT = struct.Struct("<Q8sIB"), struct.Struct("<Q6Q"), struct.Struct("<3Q")
-_U32 = struct.Struct("<I")
-
-
-def decode_run(run: bytes, errno: int = 0) -> Exit:
-    """What the shared page struct kvm_run says after KVM_RUN; *errno* is positive, 0 when the ioctl returned 0."""
-    (reason,) = _U32.unpack_from(run, RUN_EXIT_REASON)
-    if reason == ExitReason.MMIO:
-        address, data, size, write = _MMIO.unpack_from(run, RUN_UNION)
-        return Mmio(address, size, bool(write), data[:size] if write else b"")
-    if reason == ExitReason.HYPERCALL:
-        nr, *args = _HYPERCALL.unpack_from(run, RUN_UNION)
-        return HypercallExit(nr, tuple(args))
-    if reason == ExitReason.SYSTEM_EVENT:
-        return SystemEvent(*_U32.unpack_from(run, RUN_UNION))
-    if reason == ExitReason.MEMORY_FAULT:
-        return MemoryFault(*_MEMORY_FAULT.unpack_from(run, RUN_UNION), errno)
-    if reason == ExitReason.INTR:
-        return Intr()
-    if reason == ExitReason.INTERNAL_ERROR:
-        return InternalError(f"suberror {_U32.unpack_from(run, RUN_UNION)[0]}")
-    return Unknown(reason, errno)
-
 
 # -- protocols -------------------------------------------------------------------------------------------------------
 

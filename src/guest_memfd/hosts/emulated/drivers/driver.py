@@ -161,7 +161,7 @@ class Driver(ABC):
     def guest_access(self, vm: Vm, ipa: int, write: bool, token: bytes) -> GuestRan:
         """One load or store of the guest, on the CPU where a TLB entry may mislead it, if there is one."""
         accessor = self.accessor()
-        cpu = self.machine.cpu_of_guest(vm, ipa)
+        cpu = self.machine.adversary.cpu_of_guest(vm, ipa)
         while True:
             reached = accessor.access(cpu, self.guest_stage2(vm), ipa, write, token)
             if not isinstance(reached, Fault):

@@ -63,7 +63,8 @@ class GunyahDriver(Driver):
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
         pool = machine.el2_pool
-        self.el2 = Gunyah(machine.ram, pool, machine.tlbs, reserved=[(pool.start, pool.size)])
+        self.el2 = Gunyah(machine.ram, pool, machine.tlbs, reserved=[(pool.start, pool.size)],
+                          inject=machine.config.inject)
         self._sanitised = self._plain = False
         self._rm: tuple[ResourceManager, RmClient] | None = None
 

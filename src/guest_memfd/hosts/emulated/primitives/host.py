@@ -27,7 +27,8 @@ Judge = Callable[[Primitive, list[notes.Note]], None]
 class EmulatedHost(Locks, DirectMap, Power):
     """One guest_memfd file of *size* pages on *machine*, bound to *vm*.
 
-    tasks: numbers of the parties that freezing stops. judge: told of every primitive and the facts it left (default: the machine's).
+    tasks: numbers of the parties that freezing stops. judge: told of every primitive and the facts it left;
+    default: the machine's.
     """
 
     def __init__(

@@ -7,8 +7,9 @@ kvm_gmem_bind(). The process has no memory but guest_memfd, so a slot without a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from errno import EBADF, EEXIST, EFAULT, EINVAL
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.emulated.kvm.guest import IPA_BITS
@@ -25,7 +26,8 @@ _MAX_PAGES = (1 << 31) - 1
 _USER = 1 << 48
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """Guest frames [gfn, gfn+nr) are pages from *start* on of *file*."""
 
     gfn: int
@@ -33,7 +35,7 @@ class Slot(NamedTuple):
     file: GuestMemfd
     start: int
 
-    def index(self, gfn: int) -> int:
+    def page(self, gfn: int) -> int:
         """The page of the file that *gfn* is."""
         return gfn - self.gfn + self.start
 

@@ -21,8 +21,9 @@ from guest_memfd.hosts.emulated.pkvm import hypercalls as pkvm
 from guest_memfd.hosts.emulated.primitives.base import PRIVATE_PAGE
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.host import EAGAIN
-from guest_memfd.hosts.uapi import kvm as uapi
 from guest_memfd.hosts.uapi import kvm_arm64 as regs
+from guest_memfd.hosts.uapi import kvm_run as uapi
+from guest_memfd.hosts.uapi.kvm import PRIVATE
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.dev.kvm.vm import Vm
@@ -95,7 +96,7 @@ class Vcpu(_Owned):
         slot = vm.slots.find(gfn)
         assert slot is not None, "the hypervisor has asked"
         self._counts["faults"] += 1
-        index, file = slot.index(gfn), slot.file
+        index, file = slot.page(gfn), slot.file
         if vm.machine.driver.poisoned(vm.vm, gfn):
             ret = -EFAULT
         else:
@@ -103,7 +104,7 @@ class Vcpu(_Owned):
         if ret in (0, -EAGAIN):
             return self._stuck(ipa) if not ret else None
         private = file.host.inode.entry("attributes", index) == PRIVATE_PAGE
-        return uapi.MemoryFault(uapi.PRIVATE if private else 0, gfn * PAGE, PAGE, -ret)
+        return uapi.MemoryFault(PRIVATE if private else 0, gfn * PAGE, PAGE, -ret)
 
     def _stuck(self, ipa: int) -> uapi.Exit | None:
         where, times = self._again

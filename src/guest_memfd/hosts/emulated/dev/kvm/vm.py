@@ -23,7 +23,10 @@ from guest_memfd.hosts.uapi.kvm import UserMemoryRegion2
 from guest_memfd.hosts.uapi.memory import GuestMemory
 
 if TYPE_CHECKING:
+    from guest_memfd.designs import Design
     from guest_memfd.hosts.emulated.dev.kvm.system import System
+    from guest_memfd.hosts.emulated.machine import Machine
+    from guest_memfd.hosts.emulated.vm import Vm as MachineVm
 
 NR_VCPUS = 512
 
@@ -32,10 +35,12 @@ class Vm(_Owned):
     """uapi/kvm.py KvmVm. *protected*: EL2 keeps the host out of its private memory. Raises OutOfMemory."""
 
     def __init__(self, system: System, protected: bool) -> None:
-        self.system, self.machine, self.design = system, system.machine, system.design
+        self.system = system
+        self.machine: Machine = system.machine
+        self.design: type[Design] = system.design
         self.protected = protected
         self.slots = Slots(lambda file: isinstance(file, GuestMemfd) and file.owner is self)
-        self.vm = self.machine.create_vm(0)
+        self.vm: MachineVm = self.machine.create_vm(0)
         handle = self.vm.handle
         handle.bound = self.slots.covers
         if self.machine.hypervisor.name == "pkvm":

@@ -1,0 +1,113 @@
+"""struct kvm_run: why KVM_RUN came back, decoded. Rule of this file: what the shared page says, and nothing that it does not.
+
+Offsets and numbers: include/uapi/linux/kvm.h (7.3), the same on every architecture.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class ExitReason(IntEnum):
+    """kvm_run.exit_reason, as far as it is decoded here."""
+
+    UNKNOWN = 0
+    HYPERCALL = 3
+    MMIO = 6
+    SHUTDOWN = 8
+    FAIL_ENTRY = 9
+    INTR = 10
+    INTERNAL_ERROR = 17
+    SYSTEM_EVENT = 24
+    MEMORY_FAULT = 39
+
+
+class SystemEventType(IntEnum):
+    """kvm_run.system_event.type."""
+
+    SHUTDOWN = 1
+    RESET = 2
+    CRASH = 3
+
+
+class Mmio(NamedTuple):
+    """The guest accesses *size* bytes at *phys_addr*; *data* is what it writes.
+
+    A read goes on with what `KvmVcpu.answer` was given.
+    """
+
+    phys_addr: int
+    size: int
+    is_write: bool
+    data: bytes
+
+
+class HypercallExit(NamedTuple):
+    """A hypercall for user space; what it returns to the guest is given to `KvmVcpu.answer`."""
+
+    nr: int
+    args: tuple[int, ...]
+
+
+class SystemEvent(NamedTuple):
+    """The guest has turned itself off, or reset."""
+
+    type: int
+
+
+class MemoryFault(NamedTuple):
+    """KVM_RUN returned -1 with *errno*, EFAULT or EHWPOISON: the guest cannot have [gpa, gpa+size) as it asked for it."""
+
+    flags: int
+    gpa: int
+    size: int
+    errno: int
+
+
+class Intr(NamedTuple):
+    """KVM_RUN returned -1 with EINTR: a signal, or immediate_exit."""
+
+
+class InternalError(NamedTuple):
+    """KVM cannot go on with this vCPU; *why* is what there is in words."""
+
+    why: str = ""
+
+
+class Unknown(NamedTuple):
+    """KVM_RUN returned -1 with *errno* and says nothing else, or an exit that is not decoded here."""
+
+    reason: int
+    errno: int = 0
+
+
+Exit = Mmio | HypercallExit | SystemEvent | MemoryFault | Intr | InternalError | Unknown
+
+RUN_EXIT_REASON, RUN_UNION, RUN_IMMEDIATE_EXIT = 8, 32, 1
+"""Offsets in struct kvm_run."""
+
+_MMIO, _HYPERCALL, _MEMORY_FAULT = struct.Struct("<Q8sIB"), struct.Struct("<Q6Q"), struct.Struct("<3Q")
+_U32 = struct.Struct("<I")
+
+
+def decode_run(run: bytes, errno: int = 0) -> Exit:
+    """What the shared page struct kvm_run says after KVM_RUN; *errno* is positive, 0 when the ioctl returned 0."""
+    (reason,) = _U32.unpack_from(run, RUN_EXIT_REASON)
+    if reason == ExitReason.MMIO:
+        address, data, size, write = _MMIO.unpack_from(run, RUN_UNION)
+        return Mmio(address, size, bool(write), data[:size] if write else b"")
+    if reason == ExitReason.HYPERCALL:
+        nr, *args = _HYPERCALL.unpack_from(run, RUN_UNION)
+        return HypercallExit(nr, tuple(args))
+    if reason == ExitReason.SYSTEM_EVENT:
+        return SystemEvent(*_U32.unpack_from(run, RUN_UNION))
+    if reason == ExitReason.MEMORY_FAULT:
+        flags, gpa, size = _MEMORY_FAULT.unpack_from(run, RUN_UNION)
+        return MemoryFault(flags, gpa, size, errno)
+    if reason == ExitReason.INTR:
+        return Intr()
+    if reason == ExitReason.INTERNAL_ERROR:
+        return InternalError(f"suberror {_U32.unpack_from(run, RUN_UNION)[0]}")
+    return Unknown(reason, errno)
