@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from guest_memfd.errors import BadInput
 from guest_memfd.hosts.abstract import state as st
@@ -34,7 +34,7 @@ from guest_memfd.hosts.emulated.vm import Vm
 from guest_memfd.hypervisors import HYPERVISORS
 
 if TYPE_CHECKING:
-    from guest_memfd.hosts.emulated.primitives.host import EmulatedHost, Judge
+    from guest_memfd.hosts.emulated.primitives.host import Judge
 
 OnFree = Literal["poison", "zero", "nothing"]
 InjectKind = Literal["sea", "fixable"]
