@@ -1,7 +1,7 @@
 """What Qualcomm's own test VMM requires of /dev/gunyah, with real guests, under our library and under the posted driver.
 
-Tests are named as in quic/gunyah-test-vmm (vmm/tests/holding_cell/memory.rs, misc.rs). Where the posted driver is known to do
-something else, DEVIATES says what, and that is asserted.
+Tests are named as in quic/gunyah-test-vmm (vmm/tests/holding_cell/memory.rs, misc.rs). Where the posted driver is known to
+do something else, DEVIATES says what, and that is asserted. Under the library every law is judged on the way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from gunyah_guest import (
 
 from guest_memfd.errors import Signalled, SyscallFailed
 from guest_memfd.hosts.emulated.errors import KernelPanic
+from guest_memfd.hosts.emulated.gunyah.rm.payloads import Id
 from guest_memfd.hosts.uapi import gunyah as u
+from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE
+from guest_memfd.laws import LAWS
 
 LENT, SHARED, HUGE = 0xA000_0000, 0x8_0000, 2 << 20
 MAGIC, OTHER = 0x0123_4567_89AB_CDEF, 0xFEED_FACE_CAFE_F00D
@@ -54,8 +57,14 @@ def design(request: pytest.FixtureRequest) -> str:
 def scene(design: str) -> Iterator[Scene]:
     """A started VM is the test's to make; nothing may be lost at its end."""
     made = Scene(design)
+    broken: list[str] = []
+    if design == "library":
+        made.machine.judge = lambda primitive, facts: broken.extend(
+            f"{law.name}: {words} ({primitive.name})"
+            for fact in facts for law in LAWS.values() if (words := law.on_note(fact)))
     yield made
     made.close()
+    assert broken == []
     assert made.machine.audit() == []
     assert made.machine.console == []
 
@@ -278,30 +287,32 @@ def test_share_reclaim_race_10sec(design: str) -> None:
     assert scene.machine.audit() == []
 
 
-# -- the kernel beside lent memory -------------------------------------------------------------------------------------------
+# -- the kernel beside lent memory -----------------------------------------------------------------------------------
 
 
-def beside(scene: Scene) -> tuple[int, int]:
-    """Lend a page that lies behind one with all ones; the linear-map address 4 bytes before it, and that of its frame."""
-    file = scene.bound(LENT, 2 * PAGE, LEND | RW)
-    poke(file, (1 << 64) - 1, PAGE - 8)
-    poke(file, MAGIC, PAGE)
+def beside(scene: Scene) -> int:
+    """Lend a page that lies behind one with all ones; the linear-map address 4 bytes before it."""
+    file = scene.memory(8 * PAGE)
+    file.fallocate(FALLOC_FL_KEEP_SIZE, 0, 8 * PAGE)
+    frames = [file.host.inode.find(index).pa for index in range(8)]
+    first = next(index for index in range(7) if frames[index + 1] == frames[index] + PAGE)
+    poke(file, (1 << 64) - 1, (first + 1) * PAGE - 8)
+    poke(file, MAGIC, (first + 1) * PAGE)
+    scene.vm.map_mem(file, LENT, first * PAGE, 2 * PAGE, LEND | RW)
     scene.vm.start()
     assert scene.read(LENT + PAGE) == MAGIC
-    before, lent = (file.host.inode.find(index).pa for index in (0, 1))
-    assert lent == before + PAGE, "the allocator hands out neighbours"
-    return scene.machine.linear_map.va(lent) - 4, lent
+    return int(scene.machine.linear_map.va(frames[first + 1])) - 4
 
 
 def test_adjacent_unaligned_access_ok(scene: Scene) -> None:
-    va, _ = beside(scene)
+    va = beside(scene)
     ran = scene.machine.cpu.call("load_unaligned_zeropad", va)
     assert ran.fixed
     assert ran.x0 == 0xFFFF_FFFF                # the page before, padded with zeros
 
 
 def test_adjacent_unaligned_access_panics_without_direct_map_removal() -> None:
-    va, _ = beside(scene := Scene("none"))
+    va = beside(scene := Scene("none"))
     with pytest.raises(KernelPanic) as panic:
         scene.machine.cpu.call("load_unaligned_zeropad", va)
     assert "0000000096000010" in panic.value.text
@@ -331,7 +342,21 @@ def test_add_and_remove_vcpu(scene: Scene) -> None:
             scene.vm.remove_function(u.FnType.VCPU, u.FnVcpuArg(0).pack())
 
 
-def test_every_deviation_is_asserted_somewhere() -> None:
+@pytest.mark.parametrize("message", [Id.MEM_LEND, Id.VM_INIT, Id.VM_START])
+def test_vm_start_fails(design: str, message: Id, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step is in test_gunyah_device.py; here, what comes back of the device tree's page."""
+    scene = Scene(design)
+    client = scene.vm.rm
+    call = client.call
+    monkeypatch.setattr(client, "call", lambda number, body: (-ENOMEM, b"") if number == message else call(number, body))
+    assert errno_of(scene.vm.start) == ENOMEM
+    monkeypatch.undo()
+    scene.close()
+    kept = any("is never freed" in line for line in scene.machine.audit())
+    assert kept == ("vm_start_fails" in DEVIATES[design] and message != Id.MEM_LEND)
+
+
+def test_every_deviation_is_asserted() -> None:
     here = globals()
     for names in DEVIATES.values():
         assert all(any(test.startswith(f"test_{name}") for test in here) for name in names)

@@ -534,13 +534,12 @@ def test_prot_of_a_shared_page() -> None:
 
 
 @pytest.mark.parametrize("call", ["donate_guest", "share_guest"])
-def test_a_poisoned_entry_is_filled_again_only_on_request(call: str) -> None:
-    for refills, expected in ((False, -EPERM), (True, 0)):
-        machine = Machine(refills_poisoned=refills)
-        assert t.donate_guest(machine.el2, machine.vm, machine.page(), GFN) == 0
-        assert t.force_reclaim_guest_page(machine.el2, machine.vm.pgt.leaf(GFN * PAGE).oa) == 0
-        assert CALLS[call](machine, machine.page()) == expected
-        assert machine.vm.poisoned(GFN * PAGE) is not refills
+def test_a_poisoned_entry_is_not_filled_again(call: str) -> None:
+    machine = Machine()
+    assert t.donate_guest(machine.el2, machine.vm, machine.page(), GFN) == 0
+    assert t.force_reclaim_guest_page(machine.el2, machine.vm.pgt.leaf(GFN * PAGE).oa) == 0
+    assert CALLS[call](machine, machine.page()) == -EPERM
+    assert machine.vm.poisoned(GFN * PAGE)
 
 
 # -- the abstract host -----------------------------------------------------------------------------------------------
@@ -553,7 +552,7 @@ class Both:
         self.abstract = AbstractHost(HYPERVISORS["pkvm"])
         self.abstract.state = st.State(self.abstract.initial())
         self.abstract.notes = []
-        self.machine = Machine(refills_poisoned=True)
+        self.machine = Machine()
         block = self.machine.page(9)
         self.frames = [block + 3 * i for i in range(st.FRAMES)]
         self.held = [0, 1]

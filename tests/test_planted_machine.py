@@ -216,7 +216,7 @@ def unlocking_leaves_the_page_locked(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("gunyah", "vcpu", "stop")
 def a_page_of_a_dead_guest_is_not_sanitised(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(AddressSpace, "_sanitise", lambda self, gone: None)
+    patch.setattr(AddressSpace, "sanitise", lambda self, gone: None)
 
 
 @mistake("gunyah", "vcpu", "vmm")
@@ -249,7 +249,7 @@ def a_donation_is_one_page_too_long(patch: pytest.MonkeyPatch) -> None:
 @mistake("kvm", "device", "vmm")
 def a_speculative_reference_is_kept(patch: pytest.MonkeyPatch) -> None:
     right = Page.drop
-    patch.setattr(Page, "drop", lambda self, kind: False if kind == "spec" else right(self, kind))
+    patch.setattr(Page, "drop", lambda self, kind, nr=1: False if kind == "spec" else right(self, kind, nr))
 
 
 @mistake("kvm", "vmm", "vcpu")

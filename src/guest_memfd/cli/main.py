@@ -24,6 +24,7 @@ VERBS = {
     "check": "explore one design; a law that breaks comes with the shortest way there",
     "explain": "a saved trace as text",
     "replay": "run a saved trace again: the same verdict, or where it diverges and why",
+    "probe": "ask this kernel: what its guest_memfd and memfd_secret offer, do, and get wrong",
     "run": "a real guest program on an emulated machine: its memory from guest_memfd, the laws judged all the way",
     "list": "what there is: guests, designs, hypervisors, parties, laws, scenarios",
 }

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "memory is given back: zeropad (a word load 4 bytes before a page of the guest's), kcore "
                         "(all of them), plain (one, by code that expects no fault)")
     parser.add_argument("--zeropad", action="store_true", help="the same as --reader zeropad")
-    parser.add_argument("--fail", metavar="WHO:N", help="let allocation N (from 0) of the kernel or of el2 fail, once")
+    parser.add_argument("--fail", metavar="WHO:N", help="let allocation N (from 0) of kernel, slab or el2 fail, once")
     parser.add_argument("-v", "--verbose", action="count", default=0,
                         help="exits, faults and what moves a folio or changes a table; -vv: every primitive")
     add_output(parser)
@@ -131,8 +131,8 @@ def _fail(text: str | None) -> Any:
     if text is None:
         return None
     who, _, number = text.partition(":")
-    if who not in ("kernel", "el2") or not number.isdecimal():
-        raise BadInput(f"--fail {text}: kernel:N or el2:N, N counts allocations from 0")
+    if who not in ("kernel", "el2", "slab") or not number.isdecimal():
+        raise BadInput(f"--fail {text}: kernel:N (pages), slab:N (small objects) or el2:N; N counts allocations from 0")
     return who, int(number)
 
 

@@ -76,27 +76,28 @@ class GunyahGuest:
             self._timer = None
         self.vcpu.page.immediate_exit = 0
 
-    # By our own timer, or because the vCPU has nothing to do: then nobody will wake it.
-    def _interrupted(self) -> Ended | None:
+    # By our own timer, by the host's, or because the vCPU has nothing to do: then nobody will wake it.
+    def _interrupted(self, ran: float) -> Ended | None:
         if self.vcpu.page.immediate_exit:
             self._disarm()
             return None
         why = self.debugger.stopped()
         if why is not None:
             return Ended("crash", why, self.debugger.registers())
-        time.sleep(_NAP)
+        time.sleep(max(_NAP - ran, 0))
         return None
 
     def step(self, seconds: float) -> Ended | None:
         """VCPU_RUN once, and whatever the guest wants of us."""
         self._arm(seconds)
         self.exits += 1
+        began = time.monotonic()
         try:
             out = self.vcpu.run()
         except SyscallFailed as error:
             if error.errno != EINTR:
                 raise
-            return self._interrupted()
+            return self._interrupted(time.monotonic() - began)
         match out:
             case gunyah.MmioExit():
                 self._mmio(out)

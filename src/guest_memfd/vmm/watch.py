@@ -1,6 +1,6 @@
 """Judging while it runs. Rule of this file: every primitive is seen once, with the facts it left; nothing is forgiven.
 
-The same primitives are what `-v` shows: those that move a folio or change a table; all of them with `-vv`.
+The same primitives are what `-v` shows: the guest's faults, and what moves a folio or changes a table; all with `-vv`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOVES = frozenset({
 
 
 def shown(primitive: Primitive) -> str:
-    """*primitive* in a line: folios by their frame, bytes by how many there are."""
+    """*primitive* in a line: folios by their frame, addresses in hexadecimal, bytes by how many there are."""
     return f"{primitive.name}({', '.join(map(_shown, primitive.args))})"
 
 
@@ -35,6 +35,8 @@ def _shown(arg: object) -> str:
         return f"pfn{arg.pa // PAGE}"
     if isinstance(arg, bytes):
         return f"{len(arg)} bytes"
+    if isinstance(arg, int) and arg >= 1 << 32:
+        return hex(arg)
     return f"[{' '.join(map(_shown, arg))}]" if type(arg) is tuple else str(arg)
 
 
@@ -59,8 +61,9 @@ class Watch:
     def __call__(self, primitive: Primitive, facts: Sequence[notes.Note]) -> None:
         """Judge *facts*."""
         self.counts[primitive.name] += 1
-        self.faults += primitive.name == "begin_op" and primitive.args[0] == "fault"
-        if self.level > 1 or (self.level and primitive.name in MOVES):
+        fault = primitive.name == "begin_op" and primitive.args[0] == "fault"
+        self.faults += fault
+        if self.level > 1 or (self.level and (fault or primitive.name in MOVES)):
             self.log(f"  {primitive.caller:8} {shown(primitive)}")
         for fact in facts:
             for law in LAWS.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.mappings import Mappings
-from guest_memfd.hosts.host import EEXIST, ENOMEM, Folio, Lookup
+from guest_memfd.hosts.host import EBUSY, EEXIST, ENOMEM, Folio, Lookup
 
 
 class PageCache(Mappings):
@@ -46,6 +46,11 @@ class PageCache(Mappings):
         if ghost.op:
             ghost.removed |= 1 << index
         self.out_of_scope("removes the folio", index)
+
+    def split_folio(self, folio: Folio) -> int:
+        """Every folio is a single page here."""
+        self._locked(folio, "split_folio")
+        return -EBUSY
 
     def folio_put(self, folio: Folio, kind: str = "lookup") -> None:
         """The last reference frees."""

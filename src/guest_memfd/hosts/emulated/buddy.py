@@ -44,6 +44,11 @@ class Buddy:
         """Let the *n*-th allocation from now on (0: the next) fail once; None: none."""
         self._fail_in = n
 
+    @property
+    def pending(self) -> bool:
+        """Whether an allocation is still to fail."""
+        return self._fail_in is not None
+
     def _injected(self) -> bool:
         self.allocations += 1
         if self._fail_in is None:

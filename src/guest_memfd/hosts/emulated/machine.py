@@ -224,6 +224,11 @@ class Machine:
         self._slab_in = None
         return True
 
+    @property
+    def slab_pending(self) -> bool:
+        """Whether a small allocation is still to fail."""
+        return self._slab_in is not None
+
     def fail_slab_at(self, n: int | None) -> None:
         """Let the *n*-th small allocation from now on (0: the next) fail once; None: none."""
         self._slab_in = n

@@ -2,7 +2,7 @@
 
     ioctl.py   command numbers, computed as the kernel's _IOC() does
     memory.py  a guest_memfd file, and a mapping of it
-    kvm.py     /dev/kvm
+    kvm.py     /dev/kvm; kvm_run.py its exits, kvm_arm64.py what is arm64's
     gunyah.py  /dev/gunyah (series v17)
 
 Rule of this package: names, numbers, layouts and promises; no implementation. Errors are `errors.SyscallFailed` with the

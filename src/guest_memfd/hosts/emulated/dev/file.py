@@ -66,13 +66,18 @@ class FileHost(EmulatedHost):
 
     def user_read(self, index: int, within: int, nr: int) -> bytes | str:
         """EL0 loads the doubleword at byte *within* of page *index*, and with it *nr* bytes; or what stops it."""
-        before = self.machine.tracer.contents()
         pa = self._executed(index, within & -_WORD, None)
         if isinstance(pa, str):
             return pa
-        self.note_access(self.machine.page_at(pa), "VMM", "user access", "user mapping", False,
-                         before(self.machine.page_at(pa)))
+        self._saw(pa, write=False)
         return self.machine.ram.read(pa + within, nr)
+
+    # For the laws. What these bytes should be nobody has recorded; that the page was zeroed before its use, the file has.
+    def _saw(self, pa: int, *, write: bool) -> None:
+        page, tracer = self.machine.page_at(pa), self.machine.tracer
+        tracer.expect(page, st.ANY)
+        content = st.SECRET if page.pa in tracer.secret else st.DATA if page.uptodate else tracer.content(page)
+        self.note_access(page, "VMM", "user access", "user mapping", write, content)
 
     def user_write(self, index: int, within: int, data: bytes) -> str:
         """EL0 stores one doubleword of *data* at byte *within* of page *index*, and the rest with it.
@@ -88,14 +93,12 @@ class FileHost(EmulatedHost):
             if isinstance(old, str):
                 return old
             word = self._merged(old + at, within - at, data)
-        before = self.machine.tracer.contents()
         pa = self._executed(index, at, int.from_bytes(word, "little"))
         if isinstance(pa, str):
             return pa
-        page = self.machine.page_at(pa)
-        self.note_access(page, "VMM", "user access", "user mapping", True, before(page))
+        self._saw(pa, write=True)
         self.machine.ram.write(pa + within, data)
-        self.machine.tracer.wrote(page, st.DATA)
+        self.machine.tracer.secret.discard(self.machine.page_at(pa).pa)
         return "ok"
 
     # The doubleword at *pa* once *data* has been put at its byte *first*.
@@ -184,7 +187,8 @@ class Mapped(_Owned):
         raise Signalled("SIGBUS", file.address(index) + within, BUS_ADRERR)
 
     def _release(self) -> None:
-        self.file.unmap(self)
+        if self.file.machine.dead is None:
+            self.file.unmap(self)
 
 
 class GuestMemoryFile(_Owned, ABC):
@@ -267,8 +271,9 @@ class GuestMemoryFile(_Owned, ABC):
         self._in_use("fstat")
         return Stat(S_IFREG, self.size, 0)
 
+    # Nobody is left to close anything for once Linux has stopped.
     def _release(self) -> None:
-        if self.perform(Primitive("fd_close", (), "user")):
+        if self.machine.dead is None and self.perform(Primitive("fd_close", (), "user")):
             self.run(self.library.close())
 
     # -- running the library -------------------------------------------------------------------------------------

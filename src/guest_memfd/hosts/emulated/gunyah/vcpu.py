@@ -6,6 +6,7 @@ docs/api/gunyah_api.md of the hypervisor, vcpu_run and the vCPU states; psci of 
 
 from __future__ import annotations
 
+import time
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -109,9 +110,13 @@ class Vcpu:
         if not self.vm.running:
             return Run(VcpuState.BLOCKED)
         self._resume(resume)
+        end = None if self.budget is None else time.monotonic() + self.budget
         for _ in range(_EXITS_PER_RUN):
             run = self._handle(self.cpu.run(self.budget))
             if run is not None:
+                break
+            if end is not None and time.monotonic() >= end:
+                run = Run(VcpuState.READY)
                 break
         else:
             run = Run(VcpuState.READY)

@@ -70,12 +70,9 @@ def valid_guest_leaf(vm: Vm, gfn: int, order: int) -> tuple[int, Leaf]:
     return (0 if entry.order == order else -E2BIG), entry
 
 
-def guest_is_empty(el2: El2, vm: Vm, gfn: int, order: int) -> bool:
-    """Whether the guest is at NOPAGE there. ADDITION, if `El2.refills_poisoned`: or at POISON, in one entry of this size."""
-    if vm.pgt.empty(gfn << PAGE_SHIFT, order):
-        return True
-    entry = vm.pgt.leaf(gfn << PAGE_SHIFT)
-    return el2.refills_poisoned and guest_page_state(entry) is State.POISON and entry.order == order
+def guest_is_empty(vm: Vm, gfn: int, order: int) -> bool:
+    """Whether the guest is at NOPAGE there; POISON is not."""
+    return vm.pgt.empty(gfn << PAGE_SHIFT, order)
 
 
 def may_share(page: HypPage, protected: bool) -> bool:

@@ -29,14 +29,12 @@ class El2:
 
     *regions* are the memblocks (default: all of RAM is one). *reserved*, (address, bytes) pairs, is EL2's own memory
     from the start, the pool among it. *release* decides the format of annotations and whether the host survives an
-    access to a page it has given away. *refills_poisoned*: whether a guest may get a new page where one was reclaimed by
-    force; the abstract host allows it, upstream says -EPERM.
+    access to a page it has given away.
     """
 
     def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb], regions: Sequence[Region] = (),
-                 reserved: Sequence[tuple[int, int]] = (), pa_bits: int = 48, release: Release = "7.3", *,
-                 refills_poisoned: bool = False) -> None:
-        self.ram, self.release, self.refills_poisoned = ram, release, refills_poisoned
+                 reserved: Sequence[tuple[int, int]] = (), pa_bits: int = 48, release: Release = "7.3") -> None:
+        self.ram, self.release = ram, release
         self.vmemmap = Vmemmap()
         self.host = HostStage2(ram, source, tlbs, regions or [Region(ram.base, ram.size)], pa_bits, release)
         self.vms: dict[int, Vm] = {}

@@ -161,7 +161,7 @@ def donate_guest(el2: El2, vm: Vm, pfn: int, gfn: int, nr: int = 1) -> int:
         return ret
     if not vm.in_range(gfn, nr):
         return -EINVAL
-    if not checks.guest_is_empty(el2, vm, gfn, order):
+    if not checks.guest_is_empty(vm, gfn, order):
         return -EPERM
     if not vm.memcache_ready():
         return -ENOMEM
@@ -187,7 +187,7 @@ def share_guest(el2: El2, vm: Vm, pfn: int, gfn: int, nr: int = 1, prot: str = "
     pages = list(el2.vmemmap.pages(pfn, order))
     if not all(checks.may_share(page, vm.protected) for page in pages):
         return -EPERM
-    if not checks.guest_is_empty(el2, vm, gfn, order):
+    if not checks.guest_is_empty(vm, gfn, order):
         return -EPERM
     if not all(page.may_be_shared_again for page in pages):
         return -EBUSY

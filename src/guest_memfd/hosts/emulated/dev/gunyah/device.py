@@ -6,8 +6,9 @@ from errno import EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
 from guest_memfd.designs import Design
+from guest_memfd.designs.guestmem_rfc1 import GuestmemRfc1
 from guest_memfd.designs.gunyah_v17 import GunyahV17
-from guest_memfd.errors import SyscallFailed
+from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.hosts.emulated.dev.file import _Owned
 from guest_memfd.hosts.emulated.dev.gunyah.lent import LentFile
 from guest_memfd.hosts.emulated.dev.gunyah.memory import MemoryFile
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 
 class Device(_Owned):
-    """uapi/gunyah.py GunyahDevice; *design* serves its files."""
+    """uapi/gunyah.py GunyahDevice; *design* serves its files. Raises BadInput for one that cannot convert in place."""
 
     def __init__(self, machine: Machine, design: type[Design]) -> None:
+        if issubclass(design, GuestmemRfc1):
+            raise BadInput(f"design {design.name!r} has no conversion, so it cannot lend and take back for /dev/gunyah")
         self.machine, self.design = machine, design
 
     @property

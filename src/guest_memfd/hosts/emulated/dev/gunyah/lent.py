@@ -98,8 +98,10 @@ class LentFile(MemoryFile):
     # -- the guest -------------------------------------------------------------------------------------------------
 
     def demand(self, binding: Binding, gfn: int) -> int:
-        """-EPERM what the VMM maps, -EBUSY what somebody refers to, -ENOMEM, or what the hypervisor says."""
+        """-EPERM what the VMM maps, -EBUSY what somebody refers to, -EINVAL lent for reading only, -ENOMEM."""
         index = binding.index(gfn)
+        if binding.lend and not binding.writable:
+            return -EINVAL                                  # the hypervisor has no read-only private pages
         ret = self._make_private(index, 1) if binding.lend else 0
         if not ret:
             ret = int(self.run(self.library.guest_fault(gfn, index)))

@@ -165,8 +165,8 @@ class PostedDriver(GunyahV17):
         return 0
 
     def forget_paged(self, parcel: Parcelled, nr: int) -> Steps[None]:
-        """The rollback, which is one page short (S31)."""
-        yield from self.driver.xa_store_reserved("provided", parcel.gfn, Entries(0, nr - 1))
+        """The rollback: one page short, and without an end where there was nothing to roll back (S31)."""
+        yield from self.driver.xa_store_reserved("provided", parcel.gfn, Entries(0, nr - 1 if nr else _ALL))
 
 
 class PostedFile(MemoryFile):

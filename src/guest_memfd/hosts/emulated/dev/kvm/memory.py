@@ -69,4 +69,5 @@ class GuestMemfd(GuestMemoryFile):
         if result.ret:
             index = start // PAGE if result.error_index is None else result.error_index
             attributes.error_offset = index * PAGE
-            raise SyscallFailed(-result.ret, ATTRIBUTES, f"the page at {index * PAGE:#x}")
+            why = f"design {self.library.name!r} has none" if result.ret == -EOPNOTSUPP else f"the page at {index * PAGE:#x}"
+            raise SyscallFailed(-result.ret, ATTRIBUTES, why)

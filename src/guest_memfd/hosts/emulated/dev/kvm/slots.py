@@ -82,7 +82,7 @@ class Slots:
     def _check_numbers(region: UserMemoryRegion2) -> None:
         flags, size = region.flags, region.memory_size
         valid = MemFlag.GUEST_MEMFD if flags & MemFlag.GUEST_MEMFD else MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY
-        if flags & ~valid:
+        if flags & ~int(valid):
             refuse(EINVAL, f"flags {flags:#x}")
         if (size | region.guest_phys_addr | region.userspace_addr) % PAGE or region.userspace_addr + size > _USER:
             refuse(EINVAL, "an address or the size is no multiple of a page")

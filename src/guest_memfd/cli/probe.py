@@ -1,0 +1,62 @@
+"""`gmem probe`: what this kernel's guest_memfd and memfd_secret offer, how they behave, which known bugs they have."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from guest_memfd.cli.options import add_output
+from guest_memfd.cli.output import Output
+from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
+from guest_memfd.hosts.linux.abi.kvm import PATH
+from guest_memfd.probe import report
+from guest_memfd.probe.survey import PARTS, Survey, survey
+from guest_memfd.report import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this verb."""
+    group = parser.add_argument_group("what to probe")
+    group.add_argument("--part", metavar="A,B,...", help=f"some of {','.join(PARTS)}; default: all")
+    group.add_argument("--row", metavar="GLOB", help="rows of the behaviour table whose id matches")
+    group.add_argument("--kvm", metavar="PATH", default=PATH, help=f"the device node of KVM (default {PATH})")
+    add_output(parser)
+    parser.add_argument("--ktap", action="store_true", help="for test harnesses, as the kernel's tests report")
+    parser.add_argument("-v", "--verbose", action="store_true", help="every row, and all there is to say about every bug")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Probe and print; 2 when a row differs from what is expected of this kernel, 5 when there is nothing to probe."""
+    if arguments.json and arguments.ktap:
+        raise BadInput("--json and --ktap exclude each other")
+    if not sys.platform.startswith("linux"):
+        raise HostUnavailable(f"gmem probe asks a Linux kernel; this is {sys.platform}")
+    parts = _parts(arguments.part, arguments.row)
+    with Output(arguments.output) as out:
+        found = survey(arguments.kvm, parts=parts, glob=arguments.row or "*")
+        out.write(_text(arguments, found, out))
+    if found.absent:
+        why = found.offers.features
+        raise HostUnavailable(f"neither KVM nor memfd_secret is here: {why.why('kvm')}; {why.why('secretmem')}")
+    return 2 if found.differing else 0
+
+
+# To ask for rows is to ask for the behaviour table.
+def _parts(given: str | None, glob: str | None) -> tuple[str, ...]:
+    if given is None:
+        return PARTS if glob is None else ("behaviour",)
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in PARTS:
+            raise UnknownName("part", name, PARTS)
+    if glob is not None and "behaviour" not in names:
+        raise BadInput("--row is for the part behaviour, which --part leaves out")
+    return tuple(part for part in PARTS if part in names)
+
+
+def _text(arguments: argparse.Namespace, found: Survey, out: Output) -> str:
+    if arguments.json:
+        return json.dump(report.as_json(found))
+    if arguments.ktap:
+        return "\n".join(report.as_ktap(found))
+    return "\n".join(report.as_text(found, out.style, verbose=arguments.verbose))

@@ -1,0 +1,20 @@
+"""The Linux host: guest memory on the kernel this process runs on, by its own system calls.
+
+    abi/            tables: commands, structures, flags, one file per device; nothing there calls anything
+    syscall.py      the one place that enters the kernel
+    fd.py           what owns a descriptor
+    mapping.py      a mapping that may be touched safely
+    system.py       /dev/kvm
+    vm.py           a VM: memory slots, guest_memfd files, vCPUs
+    vcpu.py         a vCPU: KVM_RUN and what it came back with
+    kick.py         how a thread in KVM_RUN is made to come back
+    stats.py        the counters of a VM or vCPU
+    vcpu_x86.py     its registers, and guests at CPL 3 and in real mode
+    vcpu_arm64.py   its registers
+    guest_x86.py    a VM with one small program at CPL 3 in it
+    guest_memfd.py  KVM's guest_memfd
+    secret.py       memfd_secret(2)
+    gunyah.py       /dev/gunyah
+
+Everything here fails with `errors.SyscallFailed`, `Signalled` or `HostUnavailable`; nothing is emulated.
+"""

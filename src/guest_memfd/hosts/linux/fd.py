@@ -1,0 +1,72 @@
+"""What owns a file descriptor. Rules of this file: closed once, EBADF afterwards, and never inherited by an exec."""
+
+from __future__ import annotations
+
+import os
+from errno import EBADF
+from types import TracebackType
+from typing import Self
+
+from guest_memfd.errors import BadInput, SyscallFailed
+
+
+class Owned:
+    """Owner (uapi/memory.py): `close` gives it up, once; so do a with block's end and the garbage collector.
+
+    A subclass says in `_release` what giving up is.
+    """
+
+    closed = True                   # until there is something to close: a constructor may raise
+
+    def close(self) -> None:
+        """Give it up; a second time changes nothing."""
+        if not self.closed:
+            self.closed = True
+            self._release()
+
+    def _release(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Descriptor(Owned):
+    """Owner of *fd*, which is called *name* in messages. The kernel opens most of these without O_CLOEXEC; it is set here.
+
+    Another thread's fork and exec in between still inherits it: nothing can be done about that from outside the kernel.
+    """
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd, self.name, self.closed = fd, name, False
+        os.set_inheritable(fd, False)
+
+    def fileno(self) -> int:
+        """The descriptor; raises SyscallFailed(EBADF) once closed."""
+        if self.closed:
+            raise SyscallFailed(EBADF, self.name, "it has been closed")
+        return self._fd
+
+    def _release(self) -> None:
+        os.close(self._fd)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}, {'closed' if self.closed else f'fd {self._fd}'}>"
+
+
+def number_of(owner: object) -> int:
+    """The descriptor of something the kernel is told about; -1, which it refuses, once closed or for None.
+
+    Raises BadInput for what was never a descriptor of this host.
+    """
+    if owner is None:
+        return -1
+    if not isinstance(owner, Descriptor):
+        raise BadInput(f"{owner!r} is no file of the Linux host")
+    return -1 if owner.closed else owner.fileno()

@@ -1,0 +1,63 @@
+"""What a run leaves behind: descriptors, children, mappings of this process, and the direct map that it has split.
+
+Rule of this file: it counts and does not clean up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from guest_memfd.probe.offers import direct_map
+
+_OURS = ("kvm-", "secretmem", "kvm_gmem", "guest_memfd")
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of this process: open descriptors, children, mappings of guest memory; and kilobytes of the direct map by leaf size."""
+
+    descriptors: int
+    children: int
+    mappings: int
+    direct_map: Mapping[str, int]
+
+
+def count() -> Count:
+    """Now."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        children = " ".join((task / "children").read_text() for task in Path("/proc/self/task").iterdir()).split()
+        return Count(len(os.listdir("/proc/self/fd")), len(children), sum(any(name in line for name in _OURS) for line in maps),
+                     direct_map())
+    except OSError:
+        # No /proc, or no descriptor to read it with: then nothing is said to be left either.
+        return Count(0, 0, 0, {})
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is there now and was not before; *split*: kilobytes of the direct map that changed, by leaf size.
+
+    The direct map is the whole machine's: others may have split it meanwhile.
+    """
+
+    descriptors: int
+    children: int
+    mappings: int
+    split: Mapping[str, int]
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing is left of what a process owns."""
+        return self.descriptors <= 0 and self.children <= 0 and self.mappings <= 0
+
+
+def since(before: Count) -> Left:
+    """What has come since *before*."""
+    now = count()
+    changed = {size: kb - before.direct_map.get(size, kb) for size, kb in now.direct_map.items()}
+    return Left(now.descriptors - before.descriptors, now.children - before.children, now.mappings - before.mappings,
+                {size: kb for size, kb in changed.items() if kb})

@@ -1,0 +1,72 @@
+"""One run of the probe: ask, try every row, look for every bug, count what is left. Rule of this file: one thing after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from guest_memfd.errors import UnknownName
+from guest_memfd.hosts.linux.abi.kvm import PATH
+from guest_memfd.probe.bugs import BUGS, Bug, Found, find
+from guest_memfd.probe.child import TIMEOUT, Slate, perform
+from guest_memfd.probe.here import Here
+from guest_memfd.probe.left import Left, count, since
+from guest_memfd.probe.offers import Offers, look
+from guest_memfd.probe.row import Features, Judged, Outcome, Row, judge, missing
+from guest_memfd.probe.rows import ROWS
+
+PARTS = ("offers", "behaviour", "bugs")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found; *behaviour* and *bugs* are empty where they were not asked for. *seconds*: of it all."""
+
+    parts: tuple[str, ...]
+    offers: Offers
+    behaviour: tuple[Judged, ...]
+    bugs: tuple[Found, ...]
+    left: Left
+    seconds: float
+
+    @property
+    def absent(self) -> bool:
+        """Neither KVM nor memfd_secret is there."""
+        return "kvm" not in self.offers.features and "secretmem" not in self.offers.features
+
+    @property
+    def differing(self) -> bool:
+        """Whether a row differs."""
+        return any(judged.verdict == "differs" for judged in self.behaviour)
+
+
+def survey(
+    path: str = PATH, *, parts: Sequence[str] = PARTS, glob: str = "*", rows: Sequence[Row] = ROWS, bugs: Sequence[Bug] = BUGS,
+    timeout: float = TIMEOUT,
+) -> Survey:
+    """Probe this kernel; *path*: KVM's device node; *glob*: which rows; *timeout*: seconds per row.
+
+    Raises UnknownName when *glob* matches no row.
+    """
+    chosen = [row for row in rows if fnmatchcase(row.id, glob)]
+    if not chosen:
+        raise UnknownName("row", glob, [row.id for row in rows])
+    start, before = time.monotonic(), count()
+    slate = Slate()
+    try:
+        offers = look(path, slate)
+        todo = chosen if "behaviour" in parts else []
+        judged = [judge(row, _try(row, slate, path, offers.features, timeout), offers.features) for row in todo]
+        found = [find(bug, slate, path, offers.features) for bug in bugs] if "bugs" in parts else []
+    finally:
+        slate.close()
+    return Survey(tuple(parts), offers, tuple(judged), tuple(found), since(before), time.monotonic() - start)
+
+
+def _try(row: Row, slate: Slate, path: str, features: Features, timeout: float) -> Outcome:
+    why = missing(row, features)
+    if why:
+        return Outcome(unfit=why)
+    return perform(lambda page: row.act(Here(page, path, features), *row.given), slate, timeout)

@@ -1,0 +1,486 @@
+"""/dev/kvm: numbers and layouts against the kernel's header, and the emulated device against what the kernel does."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import struct
+import time
+from typing import Any
+
+import pytest
+
+from guest_memfd.designs import DESIGNS
+from guest_memfd.errors import BadInput, Signalled, SyscallFailed
+from guest_memfd.hosts.emulated.arm64.asm import assemble
+from guest_memfd.hosts.emulated.dev.kvm import System
+from guest_memfd.hosts.emulated.machine import Config, Machine
+from guest_memfd.hosts.uapi import kvm, kvm_arm64, kvm_run
+from guest_memfd.hosts.uapi.kvm import PRIVATE, GuestMemfdFlag, MemFlag, MemoryAttributes2
+
+pytest.importorskip("unicorn")
+
+PAGE, MIB = 4096, 1 << 20
+MMAP, SHARED = GuestMemfdFlag.MMAP, GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
+BASE = 0x8000_0000
+
+# -- numbers and layouts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "number"), [
+    ("GET_API_VERSION", 0xAE00), ("CREATE_VM", 0xAE01), ("CHECK_EXTENSION", 0xAE03), ("GET_VCPU_MMAP_SIZE", 0xAE04),
+    ("CREATE_VCPU", 0xAE41), ("RUN", 0xAE80), ("SET_USER_MEMORY_REGION", 0x4020AE46), ("GET_DIRTY_LOG", 0x4010AE42),
+    ("SET_USER_MEMORY_REGION2", 0x40A0AE49), ("SET_MEMORY_ATTRIBUTES", 0x4020AED2), ("SET_MEMORY_ATTRIBUTES2", 0xC080AED2),
+    ("CREATE_GUEST_MEMFD", 0xC040AED4), ("PRE_FAULT_MEMORY", 0xC040AED5), ("GET_ONE_REG", 0x4010AEAB),
+])
+def test_ioctl_numbers(name: str, number: int) -> None:
+    assert getattr(kvm, name) == number
+
+
+def test_arm64_numbers() -> None:
+    assert (kvm_arm64.VCPU_INIT, kvm_arm64.PREFERRED_TARGET) == (0x4020AEAE, 0x8020AEAF)
+    assert (kvm_arm64.X[3], kvm_arm64.PC) == (0x6030_0000_0010_0006, 0x6030_0000_0010_0040)
+    assert kvm_arm64.VBAR_EL1 == 0x6030_0000_0013_C600
+
+
+@pytest.mark.parametrize(("thing", "size", "fields"), [
+    (kvm.CreateGuestMemfd(1, 2), 64, {0: 1, 8: 2}),
+    (kvm.UserMemoryRegion2(1 | 2 << 32 - 16, 4, 5, 6, 7, 8, 9), 160, {8: 5, 16: 6, 24: 7, 32: 8, 40: 9}),
+    (kvm.MemoryAttributes(1, 2, 3, 4), 32, {0: 1, 8: 2, 16: 3, 24: 4}),
+    (MemoryAttributes2(1, 2, 3, 4, 5), 128, {0: 1, 8: 2, 16: 3, 24: 4, 32: 5}),
+    (kvm.PreFaultMemory(1, 2, 3), 64, {0: 1, 8: 2, 16: 3}),
+], ids=lambda thing: type(thing).__name__)
+def test_structures(thing: Any, size: int, fields: dict[int, int]) -> None:
+    raw = thing.pack()
+    assert len(raw) == size
+    assert {at: struct.unpack_from("<Q", raw, at)[0] for at in fields} == fields
+    assert type(thing).unpack(raw) == thing
+
+
+def test_the_first_half_of_a_region_is_the_old_structure() -> None:
+    raw = kvm.UserMemoryRegion2(3, 4, 5 * PAGE, 6 * PAGE, 7 * PAGE, 8, 9).pack()
+    assert struct.unpack_from("<IIQQQ", raw) == (3, 4, 5 * PAGE, 6 * PAGE, 7 * PAGE)
+    assert kvm.MemoryAttributes(1, 2, 3, 4).pack() == MemoryAttributes2(1, 2, 3, 4).pack()[:32]
+
+
+def page(reason: int, *union: tuple[str, int, Any]) -> bytes:
+    raw = bytearray(4096)
+    struct.pack_into("<I", raw, 8, reason)
+    for form, at, value in union:
+        struct.pack_into(form, raw, at, value)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize(("raw", "number", "said"), [
+    (page(6, ("<Q", 32, 0x900_0000), ("8s", 40, b"hello..."), ("<I", 48, 4), ("B", 52, 1)), 0,
+     kvm_run.Mmio(0x900_0000, 4, True, b"hell")),
+    (page(6, ("<Q", 32, 0x900_0000), ("8s", 40, b"hello..."), ("<I", 48, 4)), 0, kvm_run.Mmio(0x900_0000, 4, False, b"")),
+    (page(39, ("<Q", 32, 8), ("<Q", 40, BASE), ("<Q", 48, PAGE)), 14, kvm_run.MemoryFault(PRIVATE, BASE, PAGE, 14)),
+    (page(24, ("<I", 32, 1)), 0, kvm_run.SystemEvent(1)),
+    (page(3, ("<Q", 32, 12), ("<Q", 40, BASE)), 0, kvm_run.HypercallExit(12, (BASE, 0, 0, 0, 0, 0))),
+    (page(10), 4, kvm_run.Intr()), (page(17, ("<I", 32, 3)), 0, kvm_run.InternalError("suberror 3")),
+    (page(0), 14, kvm_run.Unknown(0, 14)), (page(5), 0, kvm_run.Unknown(5)),
+])
+def test_exits_are_decoded(raw: bytes, number: int, said: kvm_run.Exit) -> None:
+    assert kvm_run.decode_run(raw, number) == said
+
+
+# -- the device ----------------------------------------------------------------------------------------------------------
+
+
+class Opened:
+    """A machine with /dev/kvm and one VM."""
+
+    def __init__(self, hypervisor: str, design: str = "library", protected: bool | None = None) -> None:
+        self.machine = Machine(hypervisor, Config(ram=32 * MIB))
+        self.free = self.machine.kernel_pages.free_pages
+        self.system = System(self.machine, DESIGNS[design])
+        self.protected = hypervisor == "pkvm" if protected is None else protected
+        self.vm = self.system.create_vm(kvm_arm64.VM_TYPE_PROTECTED if self.protected else 0)
+
+    def bind(self, file: Any, size: int, gpa: int = BASE, slot: int = 0, offset: int = 0, flags: int = 4) -> None:
+        self.vm.set_user_memory_region2(slot, flags, gpa, size, guest_memfd=file, guest_memfd_offset=offset)
+
+    def load(self, source: str, pages: int = 8) -> Any:
+        """A private file at BASE with a program, and the vCPU that is to run it."""
+        self.file = self.vm.create_guest_memfd(pages * PAGE, MMAP)
+        self.bind(self.file, pages * PAGE)
+        self.file.set_memory_attributes2(MemoryAttributes2(0, PAGE, 0))
+        with self.file.mmap() as mapping:
+            mapping.write(0, assemble(source, BASE, "test").data)
+        self.file.set_memory_attributes2(MemoryAttributes2(0, PAGE, PRIVATE))
+        vcpu = self.vm.create_vcpu()
+        vcpu.set_one_reg(kvm_arm64.PC, BASE)
+        return vcpu
+
+    def ends(self) -> None:
+        """Nothing may be left once everything is closed."""
+        assert self.machine.audit() == []
+        assert self.machine.kernel_pages.free_pages == self.free
+
+
+@pytest.fixture(params=["kvm", "pkvm"])
+def opened(request: pytest.FixtureRequest) -> Opened:
+    return Opened(request.param)
+
+
+def refused(code: int, call: Any, *args: Any, **more: Any) -> SyscallFailed:
+    with pytest.raises(SyscallFailed) as failed:
+        call(*args, **more)
+    assert errno.errorcode[failed.value.errno] == errno.errorcode[code], failed.value
+    return failed.value
+
+
+def test_the_system(opened: Opened) -> None:
+    system = opened.system
+    assert system.get_api_version() == 12
+    caps = kvm.Cap.GUEST_MEMFD, kvm.Cap.GUEST_MEMFD_FLAGS, kvm.Cap.USER_MEMORY2
+    assert [system.check_extension(cap) for cap in caps] == [1, 3, 1]
+    assert opened.vm.check_extension(kvm.Cap.MEMORY_ATTRIBUTES) == 0
+    assert system.check_extension(kvm.CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES) == PRIVATE
+    for kind in (1 << 8, 1 << 40, 48):
+        refused(errno.EINVAL, system.create_vm, kind)
+    system.close()
+    refused(errno.EBADF, system.create_vm)
+
+
+def test_protected_vms_need_protected_mode() -> None:
+    refused(errno.EINVAL, Opened("kvm").system.create_vm, kvm_arm64.VM_TYPE_PROTECTED)
+    with pytest.raises(BadInput, match="gunyah has no /dev/kvm"):
+        System(Machine("gunyah", Config(ram=16 * MIB)), DESIGNS["library"])
+
+
+def test_an_unprotected_vm_under_pkvm_has_no_private_memory() -> None:
+    opened = Opened("pkvm", protected=False)
+    refused(errno.EINVAL, opened.vm.create_guest_memfd, PAGE, MMAP)
+    file = opened.vm.create_guest_memfd(PAGE, SHARED)
+    refused(errno.EINVAL, file.set_memory_attributes2, MemoryAttributes2(0, PAGE, PRIVATE))
+    opened.bind(file, PAGE)
+    with file.mmap() as mapping:
+        mapping.write(0, assemble("_start: mov x0, #7\n str x0, [x1]\n hvc #0\n", BASE, "test").data)
+    vcpu = opened.vm.create_vcpu()
+    for reg, value in ((kvm_arm64.PC, BASE), (kvm_arm64.X[1], BASE + 64)):
+        vcpu.set_one_reg(reg, value)
+    assert vcpu.run(0.05) == kvm_run.Intr()
+    with file.mmap() as mapping:
+        assert mapping.read(64, 8) == (7).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(("size", "flags"), [
+    (0, 0), (1, 0), (PAGE - 1, 0), (PAGE + 1, 0), (-PAGE, 0), (1 << 63, 0), (PAGE, 4), (PAGE, 1 << 63),
+])
+def test_files_that_are_refused(opened: Opened, size: int, flags: int) -> None:
+    refused(errno.EINVAL, opened.vm.create_guest_memfd, size, flags)
+
+
+def test_a_file_is_no_file(opened: Opened) -> None:
+    file = opened.vm.create_guest_memfd(4 * PAGE, 0)
+    refused(errno.ENODEV, file.mmap)
+    for mode in (0, 2, 0x10, 0x08, 0x20, 0x40, 0x80):
+        refused(errno.EOPNOTSUPP, file.fallocate, mode, 0, PAGE)
+    refused(errno.EINVAL, file.fallocate, 1, 0, 5 * PAGE)
+    refused(errno.EINVAL, file.fallocate, 1, 1, PAGE)
+    refused(errno.EINVAL, file.fallocate, 3, 0, 0)
+    file.fallocate(1, 0, 2 * PAGE)
+    file.punch_hole(0, 100 * PAGE)
+    mapped = opened.vm.create_guest_memfd(PAGE, SHARED)
+    refused(errno.EINVAL, mapped.mmap, shared=False)
+    refused(errno.EINVAL, mapped.mmap, 1)
+    with mapped.mmap(0, 2 * PAGE) as mapping:
+        mapping.write(PAGE - 4, b"last")
+        with pytest.raises(Signalled, match="SIGBUS"):
+            mapping.read(PAGE, 1)
+
+
+def test_private_memory_is_sigbus(opened: Opened) -> None:
+    with opened.vm.create_guest_memfd(2 * PAGE, MMAP) as file, file.mmap() as mapping:
+        with pytest.raises(Signalled, match="SIGBUS"):
+            mapping.write(0, b"x")
+        file.set_memory_attributes2(MemoryAttributes2(PAGE, PAGE, 0))
+        mapping.write(PAGE, b"x")
+        with pytest.raises(Signalled, match="SIGBUS"):
+            mapping.write(PAGE - 1, b"xx")
+        file.set_memory_attributes2(MemoryAttributes2(0, PAGE, 0))
+        assert mapping.read(PAGE - 1, 2) == b"\0x"
+
+
+@pytest.mark.parametrize(("what", "code"), [
+    ({"flags": 4 | 1}, errno.EINVAL), ({"flags": 4 | 2}, errno.EINVAL), ({"flags": 4 | 8}, errno.EINVAL),
+    ({"flags": 4 | 1 << 16}, errno.EINVAL), ({"flags": 0}, errno.EINVAL), ({"slot": 32767}, errno.EINVAL),
+    ({"slot": 1 << 16}, errno.EINVAL), ({"gpa": BASE + 1}, errno.EINVAL), ({"size": PAGE + 1}, errno.EINVAL),
+    ({"size": 0, "slot": 9}, errno.EINVAL), ({"offset": 1}, errno.EINVAL), ({"offset": -PAGE}, errno.EINVAL),
+    ({"offset": PAGE}, errno.EINVAL), ({"size": 5 * PAGE}, errno.EINVAL), ({"offset": (1 << 63) - PAGE}, errno.EINVAL),
+    ({"offset": (1 << 64) - PAGE}, errno.EINVAL), ({"gpa": (1 << 64) - PAGE}, errno.EINVAL),
+    ({"gpa": 1 << 40}, errno.EFAULT), ({"size": (1 << 31) * PAGE}, errno.EINVAL), ({"file": None}, errno.EBADF),
+])
+def test_slots_that_are_refused(opened: Opened, what: dict[str, Any], code: int) -> None:
+    file = opened.vm.create_guest_memfd(4 * PAGE, MMAP)
+    refused(code, opened.bind, **{"file": file, "size": 4 * PAGE, **what})
+    opened.bind(file, 4 * PAGE)
+
+
+def test_whose_file_and_where(opened: Opened) -> None:
+    file, other = (opened.vm.create_guest_memfd(4 * PAGE, MMAP) for _ in range(2))
+    strange = opened.system.create_vm().create_guest_memfd(4 * PAGE, SHARED)
+    refused(errno.EINVAL, opened.bind, strange, 4 * PAGE)
+    opened.bind(file, 2 * PAGE)
+    refused(errno.EINVAL, opened.bind, file, 2 * PAGE)                          # never changed, not even to what it is
+    refused(errno.EEXIST, opened.bind, other, 2 * PAGE, slot=1, gpa=BASE + PAGE)
+    refused(errno.EEXIST, opened.bind, file, 2 * PAGE, slot=1, gpa=BASE + MIB)
+    refused(errno.EEXIST, opened.bind, file, 2 * PAGE, slot=1, gpa=BASE + MIB, offset=PAGE)
+    opened.bind(file, 2 * PAGE, slot=1, gpa=BASE + MIB, offset=2 * PAGE)
+    opened.bind(file, 0)                                                        # delete
+    refused(errno.EINVAL, opened.bind, file, 0)
+    opened.bind(file, 2 * PAGE, slot=2, gpa=BASE + 2 * MIB)
+    other.close()
+    refused(errno.EBADF, opened.bind, other, 2 * PAGE, slot=3, gpa=BASE + 3 * MIB)
+
+
+@pytest.mark.parametrize("arguments", [
+    (0, 0, 0), (0, PAGE + 1, 0), (1, PAGE, 0), (0, 5 * PAGE, 0), (4 * PAGE, PAGE, 0), (0, PAGE, 1), (0, PAGE, 16),
+    (-PAGE, PAGE, 0), (0, PAGE, 0, 1),
+])
+def test_conversions_that_are_refused(opened: Opened, arguments: tuple[int, ...]) -> None:
+    file = opened.vm.create_guest_memfd(4 * PAGE, MMAP)
+    refused(errno.EINVAL, file.set_memory_attributes2, MemoryAttributes2(*arguments))
+    refused(errno.ENOTTY, opened.vm.set_memory_attributes, BASE, PAGE, PRIVATE)
+
+
+def test_a_pin_refuses_the_conversion_and_says_where(opened: Opened) -> None:
+    file = opened.vm.create_guest_memfd(8 * PAGE, SHARED)
+    with file.mmap() as mapping:
+        mapping.write(3 * PAGE, b"data")
+        found = file.host.inode.find(3)
+        assert found is not None
+        found.take("pin")
+        request = MemoryAttributes2(PAGE, 6 * PAGE, PRIVATE)
+        refused(errno.EAGAIN, file.set_memory_attributes2, request)
+        assert request.error_offset == 3 * PAGE
+        assert mapping.read(3 * PAGE, 4) == b"data"
+        found.drop("pin")
+        file.set_memory_attributes2(request)
+        with pytest.raises(Signalled):
+            mapping.read(3 * PAGE, 4)
+
+
+def test_want_of_memory_refuses_the_conversion(opened: Opened) -> None:
+    file = opened.vm.create_guest_memfd(8 * PAGE, SHARED)
+    opened.machine.fail_slab_at(0)
+    request = MemoryAttributes2(2 * PAGE, PAGE, PRIVATE)
+    refused(errno.ENOMEM, file.set_memory_attributes2, request)
+    assert request.error_offset == 2 * PAGE
+
+
+# -- vCPUs ---------------------------------------------------------------------------------------------------------------
+
+OFF = "_start: ldr x0, =0x84000008\n hvc #0\n b _start\n"
+
+
+def test_a_guest_turns_itself_off(opened: Opened) -> None:
+    vcpu = opened.load(OFF)
+    assert vcpu.run(5) == kvm_run.SystemEvent(kvm_run.SystemEventType.SHUTDOWN)
+    assert vcpu.statistics()["faults"] == 1
+
+
+def test_mmio(opened: Opened) -> None:
+    vcpu = opened.load("_start: ldr x1, =0x09000000\n ldrh w2, [x1, #6]\n str w2, [x1]\n str w2, [x1, #8]\n b _start\n"
+                       "  .balign 2048\nvectors: b vectors\n")
+    assert vcpu.run(5) == kvm_run.Mmio(0x900_0006, 2, False, b"")
+    vcpu.answer(b"\x34\x12")
+    assert vcpu.run(5) == kvm_run.Mmio(0x900_0000, 4, True, b"\x34\x12\0\0")
+    assert vcpu.run(5) == kvm_run.Mmio(0x900_0008, 4, True, b"\x34\x12\0\0")
+    if not opened.protected:
+        vcpu.set_one_reg(kvm_arm64.VBAR_EL1, BASE + 0x800 - 0x200)
+        vcpu.inject_external_abort()
+        assert vcpu.run(0.05) == kvm_run.Intr()
+        assert [vcpu.get_one_reg(reg) for reg in (kvm_arm64.ESR_EL1, kvm_arm64.FAR_EL1)] == [0x96000010, 0x900_0008]
+
+
+def test_a_read_that_is_not_answered_finds_zeros(opened: Opened) -> None:
+    vcpu = opened.load("_start: ldr x1, =0x09000000\n mov x2, #-1\n ldr x2, [x1]\n str x2, [x1]\n b _start\n")
+    vcpu.run(5)
+    assert vcpu.run(5) == kvm_run.Mmio(0x900_0000, 8, True, bytes(8))
+
+
+@pytest.mark.parametrize("source", ["_start: b _start", "_start: wfi\n b _start", "_start: mov x0, #0x7000000000\n br x0"])
+def test_the_clock_ends_everything(opened: Opened, source: str) -> None:
+    vcpu = opened.load(source)
+    began = time.monotonic()
+    assert vcpu.run(0.1) == kvm_run.Intr()
+    assert 0.09 < time.monotonic() - began < 2
+
+
+def test_immediate_exit(opened: Opened) -> None:
+    vcpu = opened.load("_start: b _start")
+    vcpu.immediate_exit = True
+    assert vcpu.run() == kvm_run.Intr()
+
+
+def test_registers(opened: Opened) -> None:
+    vcpu = opened.load(OFF)
+    vcpu.set_one_reg(kvm_arm64.X[5], 55)
+    assert vcpu.get_one_reg(kvm_arm64.X[5]) == 55
+    assert vcpu.get_one_reg(kvm_arm64.PC) == BASE
+    refused(errno.ENOENT, vcpu.get_one_reg, 0x1234)
+    vcpu.run(5)
+    if opened.protected:
+        refused(errno.EPERM, vcpu.get_one_reg, kvm_arm64.PC)
+    else:
+        assert vcpu.get_one_reg(kvm_arm64.X[0]) == 0x8400_0008
+
+
+def test_vcpu_numbers(opened: Opened) -> None:
+    opened.vm.create_vcpu(3)
+    refused(errno.EEXIST, opened.vm.create_vcpu, 3)
+    refused(errno.EINVAL, opened.vm.create_vcpu, 512)
+
+
+def test_a_second_vcpu_runs(opened: Opened) -> None:
+    first = opened.load("_start: b _start")
+    second = opened.vm.create_vcpu(1)
+    second.set_one_reg(kvm_arm64.PC, BASE)
+    assert [vcpu.run(0.05) for vcpu in (first, second, first)] == [kvm_run.Intr()] * 3
+
+
+def test_two_vms_at_a_time(opened: Opened) -> None:
+    one = opened.load("_start: ldr x1, =0x80007000\n str x1, [x1]\n b _start")
+    opened.vm, first = opened.system.create_vm(kvm_arm64.VM_TYPE_PROTECTED if opened.protected else 0), opened.vm
+    two = opened.load("_start: ldr x1, =0x80006000\n str x1, [x1]\n b _start")
+    assert [vcpu.run(0.05) for vcpu in (one, two, one)] == [kvm_run.Intr()] * 3
+    driver, machine = opened.machine.driver, opened.machine
+    maps = [[driver.lookup(vm.vm, ipa) is not None for ipa in (0x8000_7000, 0x8000_6000)] for vm in (first, opened.vm)]
+    assert maps == [[True, False], [False, True]]
+    two.close()
+    opened.vm.close()
+    assert one.run(0.05) == kvm_run.Intr()
+    assert len(machine.vms) == 1
+
+
+def test_memory_that_is_not_there_for_the_guest(opened: Opened) -> None:
+    vcpu = opened.load("_start: ldr x1, =0x80007000\n str x1, [x1]\n b _start")
+    opened.machine.folios.fail_at(0)
+    first = BASE if opened.machine.hypervisor.name == "kvm" else 0x8000_7000       # KVM's tables come from there as well
+    assert vcpu.run(5) == kvm_run.MemoryFault(PRIVATE, first, PAGE, errno.ENOMEM)
+    assert vcpu.run(0.05) == kvm_run.Intr()
+
+
+def test_a_page_taken_by_force_is_a_memory_fault() -> None:
+    opened = Opened("pkvm", "none")
+    vcpu = opened.load("_start: ldr x1, =0x80007000\nagain: str x1, [x1]\n b again")
+    vcpu.run(0.05)
+    pa = opened.machine.driver.lookup(opened.vm.vm, 0x8000_7000)
+    assert pa is not None
+    opened.machine.cpu.call("plain_read", opened.machine.linear_map.va(pa))
+    assert vcpu.run(5) == kvm_run.MemoryFault(PRIVATE, 0x8000_7000, PAGE, errno.EFAULT)
+
+
+SHARE = """
+_start: ldr     x19, =0x80002000
+        mov     x1, #0x5ec7
+        str     x1, [x19]
+        ldr     x0, =0xc6000003
+        mov     x1, x19
+        mov     x2, #0
+        mov     x3, #0
+        hvc     #0
+        mov     x20, x0
+        ldr     x0, =0xc6000004
+        mov     x1, x19
+        mov     x2, #0
+        mov     x3, #0
+        hvc     #0
+        ldr     x1, =0x09000000
+        str     w0, [x1]
+        ldr     w0, [x19]
+        str     w0, [x1]
+"""
+
+
+def test_a_protected_guest_shares_a_page_and_takes_it_back() -> None:
+    opened = Opened("pkvm")
+    vcpu = opened.load(SHARE)
+    assert vcpu.run(5) == kvm_run.HypercallExit(0xC600_0003, (BASE + 2 * PAGE,))
+    opened.file.set_memory_attributes2(MemoryAttributes2(2 * PAGE, PAGE, 0))
+    with opened.file.mmap() as mapping:
+        assert mapping.read(2 * PAGE, 8) == (0x5EC7).to_bytes(8, "little")
+    assert vcpu.run(5) == kvm_run.HypercallExit(0xC600_0004, (BASE + 2 * PAGE,))
+    opened.file.set_memory_attributes2(MemoryAttributes2(2 * PAGE, PAGE, PRIVATE))
+    assert vcpu.run(5) == kvm_run.Mmio(0x900_0000, 4, True, bytes(4))
+    assert vcpu.run(5) == kvm_run.Mmio(0x900_0000, 4, True, (0x5EC7).to_bytes(4, "little"))
+    with opened.file.mmap() as mapping, pytest.raises(Signalled):
+        mapping.read(2 * PAGE, 8)
+
+
+def test_a_protected_guest_must_agree() -> None:
+    opened = Opened("pkvm")
+    opened.load("_start: b _start").run(0.05)
+    request = MemoryAttributes2(0, 8 * PAGE, 0)
+    assert refused(errno.EBUSY, opened.file.set_memory_attributes2, request)
+    assert request.error_offset == 0
+    refused(errno.EBUSY, opened.file.punch_hole, 0, PAGE)
+    refused(errno.EBUSY, opened.bind, opened.file, 0)
+
+
+# -- the end -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+def test_closing_in_any_order(opened: Opened, order: tuple[int, ...]) -> None:
+    vcpu = opened.load("_start: ldr x1, =0x80007000\n str x1, [x1]\n b _start")
+    opened.file.set_memory_attributes2(MemoryAttributes2(PAGE, PAGE, 0))
+    mapping = opened.file.mmap()
+    mapping.write(PAGE, b"data")
+    vcpu.run(0.02)
+    things = [opened.vm, opened.file, vcpu, mapping]
+    for at in order:
+        things[at].close()
+        things[at].close()
+    opened.ends()
+    refused(errno.EBADF, vcpu.run)
+    refused(errno.EBADF, opened.vm.create_vcpu)
+    refused(errno.EBADF, opened.file.mmap)
+
+
+def test_a_file_outlives_its_vm(opened: Opened) -> None:
+    file = opened.vm.create_guest_memfd(2 * PAGE, SHARED)
+    opened.bind(file, 2 * PAGE)
+    mapping = file.mmap()
+    mapping.write(0, b"data")
+    opened.vm.close()
+    assert mapping.read(0, 4) == b"data"
+    file.punch_hole(0, PAGE)
+    assert mapping.read(0, 4) == bytes(4)
+    file.set_memory_attributes2(MemoryAttributes2(0, 2 * PAGE, PRIVATE))
+    mapping.close()
+    file.close()
+    opened.ends()
+
+
+def test_a_slot_outlives_the_descriptor_of_its_file(opened: Opened) -> None:
+    vcpu = opened.load("_start: ldr x1, =0x80007000\n str x1, [x1]\n b _start")
+    opened.file.close()
+    assert vcpu.run(0.05) == kvm_run.Intr()
+    vcpu.close()
+    opened.vm.close()
+    opened.ends()
+
+
+def test_each_allocation_of_create_vm_may_fail() -> None:
+    for hypervisor in ("kvm", "pkvm"):
+        opened, failures = Opened(hypervisor), 0
+        opened.vm.close()
+        opened.free = opened.machine.kernel_pages.free_pages
+        for n in range(20):
+            opened.machine.kernel_pages.fail_at(n)
+            try:
+                opened.system.create_vm(kvm_arm64.VM_TYPE_PROTECTED if opened.protected else 0).close()
+            except SyscallFailed as error:
+                failures += error.errno == errno.ENOMEM
+            opened.machine.kernel_pages.fail_at(None)
+            opened.ends()
+        assert failures == {"kvm": 1, "pkvm": 5}[hypervisor]
+
+
+def test_flags_are_bits() -> None:
+    assert int(SHARED) == 3
+    assert int(MemFlag.GUEST_MEMFD) == 4

@@ -1,0 +1,212 @@
+"""The tables of hosts/linux/abi against a C program made from this machine's headers, and against recorded numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from guest_memfd.hosts.linux.abi import gunyah, gunyah_android, kvm, kvm_arm64, kvm_x86, memfd_secret, memory
+from guest_memfd.hosts.linux.abi.table import Command
+from guest_memfd.hosts.uapi import kvm as uapi
+
+KNOWN = platform.machine() in ("x86_64", "aarch64")
+ALL = (*kvm.COMMANDS, *kvm_x86.COMMANDS, *kvm_arm64.COMMANDS, *gunyah.COMMANDS, *gunyah_android.COMMANDS)
+
+# Read off a kernel's headers by hand: include/uapi/linux/kvm.h (7.3) on x86-64, include/uapi/linux/gunyah.h (series v17)
+# and (GH_) Android's gunyah.h.
+NUMBERS = {
+    "KVM_GET_API_VERSION": 0xAE00, "KVM_CREATE_VM": 0xAE01, "KVM_CHECK_EXTENSION": 0xAE03, "KVM_GET_VCPU_MMAP_SIZE": 0xAE04,
+    "KVM_CREATE_VCPU": 0xAE41, "KVM_RUN": 0xAE80, "KVM_SET_USER_MEMORY_REGION": 0x4020AE46,
+    "KVM_SET_USER_MEMORY_REGION2": 0x40A0AE49, "KVM_GET_DIRTY_LOG": 0x4010AE42, "KVM_SET_MEMORY_ATTRIBUTES": 0x4020AED2,
+    "KVM_SET_MEMORY_ATTRIBUTES2": 0xC080AED2, "KVM_CREATE_GUEST_MEMFD": 0xC040AED4, "KVM_PRE_FAULT_MEMORY": 0xC040AED5,
+    "KVM_GET_REGS": 0x8090AE81, "KVM_SET_REGS": 0x4090AE82, "KVM_GET_SREGS": 0x8138AE83, "KVM_SET_SREGS": 0x4138AE84,
+    "KVM_SET_SIGNAL_MASK": 0x4004AE8B, "KVM_GET_STATS_FD": 0xAECE, "KVM_GET_ONE_REG": 0x4010AEAB,
+    "KVM_SET_ONE_REG": 0x4010AEAC, "KVM_ARM_PREFERRED_TARGET": 0x8020AEAF, "KVM_ARM_VCPU_INIT": 0x4020AEAE,
+    "KVM_GET_VCPU_EVENTS": 0x8040AE9F, "KVM_SET_VCPU_EVENTS": 0x4040AEA0,
+    "GUNYAH_CREATE_VM": 0x4700, "GUNYAH_CREATE_GUEST_MEM": 0x40404708, "GUNYAH_VM_SET_DTB_CONFIG": 0x40104702,
+    "GUNYAH_VM_START": 0x4703, "GUNYAH_VM_ADD_FUNCTION": 0x40104704, "GUNYAH_VM_REMOVE_FUNCTION": 0x40104707,
+    "GUNYAH_VM_MAP_MEM": 0x40204709, "GUNYAH_VM_SET_BOOT_CONTEXT": 0x4010470A, "GUNYAH_VCPU_RUN": 0x4705,
+    "GUNYAH_VCPU_MMAP_SIZE": 0x4706, "GH_VM_SET_USER_MEM_REGION": 0x40204701, "GH_ANDROID_TENTATIVE_UAPI": 0x4110,
+    "GH_VM_ANDROID_LEND_USER_MEM": 0x40204111, "GH_VM_ANDROID_SET_FW_CONFIG": 0x40104112,
+}
+
+# struct: (size, {field: offset}), for those that no installed header may have.
+LAYOUTS = {
+    kvm.CreateGuestMemfd: (64, {"size": 0, "flags": 8, "reserved": 16}),
+    kvm.UserspaceMemoryRegion2: (160, {"slot": 0, "flags": 4, "guest_phys_addr": 8, "memory_size": 16, "userspace_addr": 24,
+                                       "guest_memfd_offset": 32, "guest_memfd": 40, "pad1": 44, "pad2": 48}),
+    kvm.MemoryAttributes: (32, {"address": 0, "size": 8, "attributes": 16, "flags": 24}),
+    kvm.MemoryAttributes2: (128, {"address": 0, "offset": 0, "size": 8, "attributes": 16, "flags": 24, "error_offset": 32,
+                                  "reserved": 40}),
+    kvm.PreFaultMemory: (64, {"gpa": 0, "size": 8, "flags": 16, "padding": 24}),
+    kvm.RunMmio: (24, {"phys_addr": 0, "data": 8, "len": 16, "is_write": 20}),
+    kvm.RunMemoryFault: (24, {"flags": 0, "gpa": 8, "size": 16}),
+    kvm.Run: (2352, {"immediate_exit": 1, "exit_reason": 8, "exit": 32}),
+    gunyah.CreateMemArgs: (64, {"flags": 0, "size": 8, "reserved": 16}),
+    gunyah.MapMemArgs: (32, {"guest_addr": 0, "flags": 8, "guest_mem_fd": 12, "offset": 16, "size": 24}),
+    gunyah.VmDtbConfig: (16, {"guest_phys_addr": 0, "size": 8}),
+    gunyah.FnDesc: (16, {"type": 0, "arg_size": 4, "arg": 8}),
+    gunyah.VmBootContext: (16, {"reg": 0, "reserved": 4, "value": 8}),
+    gunyah.FnVcpuArg: (4, {"id": 0}),
+    gunyah.FnIrqfdArg: (16, {"fd": 0, "label": 4, "flags": 8, "padding": 12}),
+    gunyah.FnIoeventfdArg: (32, {"datamatch": 0, "addr": 8, "len": 16, "fd": 20, "flags": 24, "padding": 28}),
+    gunyah.VcpuRun: (40, {"immediate_exit": 0, "exit_reason": 8, "exit": 16}),
+    gunyah.RunMmio: (24, {"phys_addr": 0, "data": 8, "len": 16, "is_write": 20, "resume_action": 21}),
+    gunyah.RunStatus: (20, {"status": 0, "type": 4, "padding": 6, "reason_size": 8, "reason": 12}),
+    gunyah.RunPageFault: (16, {"phys_addr": 0, "attempt": 8, "resume_action": 12}),
+    gunyah_android.UserspaceMemoryRegion: (32, {"label": 0, "flags": 4, "guest_phys_addr": 8, "memory_size": 16,
+                                                "userspace_addr": 24}),
+    gunyah_android.FwConfig: (16, {"guest_phys_addr": 0, "size": 8}),
+    kvm_arm64.VcpuInit: (32, {"target": 0, "features": 4}),
+    kvm_arm64.VcpuEvents: (64, {"serror_pending": 0, "serror_has_esr": 1, "ext_dabt_pending": 2, "pad": 3, "serror_esr": 8,
+                                "reserved": 16}),
+}
+
+
+@pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
+def test_the_number_is_the_recorded_one_and_says_how_big_the_argument_is(row: Command) -> None:
+    assert row.number == NUMBERS[row.name]
+    if row.argument is not None:
+        assert row.size == ctypes.sizeof(row.argument)
+
+
+def test_no_two_rows_have_one_name_and_no_recorded_number_is_left_over() -> None:
+    assert sorted(row.name for row in ALL) == sorted(NUMBERS)
+
+
+@pytest.mark.parametrize("struct", LAYOUTS, ids=lambda struct: struct.__name__)
+def test_recorded_layout(struct: type[ctypes.Structure]) -> None:
+    size, offsets = LAYOUTS[struct]
+    assert ctypes.sizeof(struct) == size
+    assert {name: getattr(struct, name).offset for name in offsets} == offsets
+    named = sum(field.size for field in (getattr(struct, name) for name, *_ in struct._fields_))
+    if struct not in _WITH_TAIL:
+        assert named == size, "every byte has a name"
+
+
+# C pads these at the end, and kvm_run and gunyah_vcpu_run before their unions.
+_WITH_TAIL = {kvm.RunMmio, gunyah.RunMmio, gunyah.RunPageFault, gunyah.VcpuRun}
+
+
+# -- against this machine's headers ------------------------------------------------------------------------------------
+
+# struct: the C name, the macro that the header has if it has the struct ("" if it always has), fields called otherwise in C.
+KVM_STRUCTS = {
+    kvm.CreateGuestMemfd: ("struct kvm_create_guest_memfd", "KVM_CREATE_GUEST_MEMFD", {}),
+    kvm.UserspaceMemoryRegion: ("struct kvm_userspace_memory_region", "", {}),
+    kvm.UserspaceMemoryRegion2: ("struct kvm_userspace_memory_region2", "KVM_SET_USER_MEMORY_REGION2", {}),
+    kvm.MemoryAttributes: ("struct kvm_memory_attributes", "KVM_SET_MEMORY_ATTRIBUTES", {}),
+    kvm.MemoryAttributes2: ("struct kvm_memory_attributes2", "KVM_SET_MEMORY_ATTRIBUTES2", {"where": "address"}),
+    kvm.PreFaultMemory: ("struct kvm_pre_fault_memory", "KVM_PRE_FAULT_MEMORY", {}),
+    kvm.DirtyLog: ("struct kvm_dirty_log", "", {}),
+    kvm.OneReg: ("struct kvm_one_reg", "", {}),
+    kvm.StatsHeader: ("struct kvm_stats_header", "KVM_GET_STATS_FD", {}),
+    kvm.StatsDesc: ("struct kvm_stats_desc", "KVM_GET_STATS_FD", {}),
+    kvm.Run: ("struct kvm_run", "", {"exit": "padding", "sync_regs": "s"}),
+    kvm_x86.Regs: ("struct kvm_regs", "__x86_64__", {}),
+    kvm_x86.Segment: ("struct kvm_segment", "__x86_64__", {}),
+    kvm_x86.Dtable: ("struct kvm_dtable", "__x86_64__", {}),
+    kvm_x86.Sregs: ("struct kvm_sregs", "__x86_64__", {}),
+    kvm_arm64.VcpuInit: ("struct kvm_vcpu_init", "__aarch64__", {}),
+}
+MEMORY_STRUCTS = {
+    memory.CachestatRange: ("struct cachestat_range", "SYS_cachestat", {}),
+    memory.Cachestat: ("struct cachestat", "SYS_cachestat", {}),
+    memory.Iovec: ("struct iovec", "", {"base": "iov_base", "len": "iov_len"}),
+    memory.Itimerspec: ("struct itimerspec", "", {
+        "interval_sec": "it_interval.tv_sec", "interval_nsec": "it_interval.tv_nsec",
+        "sec": "it_value.tv_sec", "nsec": "it_value.tv_nsec"}),
+    memory.Sigevent: ("struct sigevent", "", {"value": "sigev_value", "signo": "sigev_signo", "notify": "sigev_notify",
+                                              "tid": "_sigev_un._tid", "pad": "_sigev_un._pad[1]"}),
+}
+STRUCTS = KVM_STRUCTS | MEMORY_STRUCTS
+# Members of the run page's union: offsets from its beginning.
+UNION = {
+    kvm.RunMmio: ("mmio", {}), kvm.RunHypercall: ("hypercall", {"flags": "longmode"}), kvm.RunInternal: ("internal", {}),
+    kvm.RunFailEntry: ("fail_entry", {}), kvm.RunSystemEvent: ("system_event", {}),
+    kvm.RunMemoryFault: ("memory_fault", {}),
+}
+NAMES = {
+    **{row.name: row.number for row in (*kvm.COMMANDS, *kvm_x86.COMMANDS)},
+    **{f"KVM_CAP_{cap.name}": int(cap) for cap in uapi.Cap},
+    **{f"KVM_MEM_{flag.name}": int(flag) for flag in uapi.MemFlag},
+    **{f"GUEST_MEMFD_FLAG_{flag.name}": int(flag) for flag in uapi.GuestMemfdFlag},
+    **{f"KVM_STATS_TYPE_{kind.name}": int(kind) for kind in kvm.StatsType},
+    "KVM_MEMORY_ATTRIBUTE_PRIVATE": uapi.PRIVATE, "KVM_MEMORY_EXIT_FLAG_PRIVATE": uapi.PRIVATE,
+    "KVM_EXIT_MMIO": 6, "KVM_EXIT_INTR": 10, "KVM_EXIT_MEMORY_FAULT": 39, "EHWPOISON": kvm.EHWPOISON,
+    **{f"KVM_X86_{kind.name}_VM": int(kind) for kind in kvm_x86.VmType},
+    **{f"MADV_{advice.name}": int(advice) for advice in memory.Advice},
+    **{f"SYS_{name}": number for name, number in (memory.numbers()._asdict().items() if KNOWN else ())},
+    "SECRETMEM_MAGIC": memfd_secret.SECRETMEM_MAGIC, "O_CLOEXEC": int(memfd_secret.SecretFlag.CLOEXEC),
+    "SIGEV_THREAD_ID": memory.SIGEV_THREAD_ID,
+}
+KVM_HEADER, GCC = Path("/usr/include/linux/kvm.h"), shutil.which("gcc")
+
+
+def _source() -> str:
+    lines = ["#define _GNU_SOURCE", "#include <stddef.h>", "#include <stdio.h>", "#include <errno.h>", "#include <fcntl.h>",
+             "#include <signal.h>", "#include <time.h>", "#include <sys/mman.h>", "#include <sys/syscall.h>",
+             "#include <sys/uio.h>", "#include <sys/ioctl.h>", "#include <linux/mman.h>", "#include <linux/magic.h>",
+             "#include <linux/kvm.h>", "int main(void) {"]
+
+    def row(key: str, value: str, guard: str) -> None:
+        lines.extend([f"#ifdef {guard}"] * bool(guard))
+        lines.append(f'printf("{key} %llu\\n", (unsigned long long)({value}));')
+        lines.extend(["#endif"] * bool(guard))
+
+    for struct, (c_name, guard, other) in STRUCTS.items():
+        row(struct.__name__, f"sizeof({c_name})", guard)
+        for name, *_ in struct._fields_:
+            field = other.get(name, name)
+            row(f"{struct.__name__}.{name}", f"offsetof({c_name}, {field})", guard)
+    for struct, (member, other) in UNION.items():
+        guard = "KVM_EXIT_MEMORY_FAULT" if struct is kvm.RunMemoryFault else ""
+        for name, *_ in struct._fields_:
+            row(f"{struct.__name__}.{name}", f"offsetof(struct kvm_run, {member}.{other.get(name, name)})", guard)
+    row("SignalMask.sigset", "offsetof(struct kvm_signal_mask, sigset)", "")
+    for name in NAMES:
+        row(name, name, name)
+    return "\n".join([*lines, "}"])
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    if GCC is None or not KVM_HEADER.exists():
+        pytest.skip("needs gcc" if GCC is None else f"needs {KVM_HEADER}")
+    folder = tmp_path_factory.mktemp("abi")
+    (folder / "rows.c").write_text(_source())
+    subprocess.run([GCC, "-o", folder / "rows", folder / "rows.c"], check=True, timeout=60)
+    out = subprocess.run([folder / "rows"], check=True, capture_output=True, text=True, timeout=10).stdout
+    return {name: int(value) for name, value in (line.split() for line in out.splitlines())}
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_layout_is_the_header_s(header: dict[str, int], struct: type[ctypes.Structure]) -> None:
+    if struct.__name__ not in header:
+        pytest.skip(f"{STRUCTS[struct][0]} is not in this machine's headers, which lack {STRUCTS[struct][1]}")
+    assert ctypes.sizeof(struct) == header[struct.__name__]
+    assert all(getattr(struct, name).offset == header[f"{struct.__name__}.{name}"] for name, *_ in struct._fields_)
+
+
+@pytest.mark.parametrize("struct", UNION, ids=lambda struct: struct.__name__)
+def test_exits_lie_where_the_header_has_them(header: dict[str, int], struct: type[ctypes.Structure]) -> None:
+    names = [f"{struct.__name__}.{name}" for name, *_ in struct._fields_]
+    if names[0] not in header:
+        pytest.skip(f"kvm_run.{UNION[struct][0]} is not in this machine's headers")
+    assert [kvm.Run.exit.offset + getattr(struct, name.split(".")[1]).offset for name in names] == [header[n] for n in names]
+
+
+def test_a_signal_mask_follows_its_length_at_once(header: dict[str, int]) -> None:
+    assert kvm.SignalMask.sigset.offset == header["SignalMask.sigset"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_constant_is_the_header_s(header: dict[str, int], name: str) -> None:
+    if name not in header:
+        pytest.skip(f"{name} is not in this machine's headers")
+    assert NAMES[name] == header[name]
