@@ -233,7 +233,7 @@ def kinds(guest: SmallGuest, pages: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--secret-pages", type=int, default=256, metavar="N", help="pages of each kind of memory (256)")
-    parser.add_argument("--rounds", type=int, default=7, help="of small calls; a third of it for the 1 GiB calls (7)")
+    parser.add_argument("--rounds", type=int, default=7, help="in which C and Python take turns (7)")
     parser.add_argument("--quick", action="store_true", help="no 1 GiB calls")
     options = parser.parse_args()
     with ExitStack() as stack:
@@ -244,7 +244,7 @@ def main() -> None:
         library = stack.enter_context(compiled())
         small(library, guest, options.rounds)
         if not options.quick:
-            large(library, guest, max(options.rounds // 2, 1))
+            large(library, guest, options.rounds)
         touches(library, guest, options.rounds)
         kinds(guest, options.secret_pages)
 

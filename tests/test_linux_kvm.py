@@ -25,6 +25,7 @@ from guest_memfd.hosts.linux import guest_x86, syscall
 from guest_memfd.hosts.linux.abi.memory import Advice
 from guest_memfd.hosts.linux.guest_memfd import GuestMemfd
 from guest_memfd.hosts.linux.guest_x86 import RESULT, SmallGuest
+from guest_memfd.hosts.linux.kick import this_thread
 from guest_memfd.hosts.linux.mapping import BUS_ADRERR, PAGE
 from guest_memfd.hosts.linux.system import System
 from guest_memfd.hosts.linux.vm import Vm
@@ -259,6 +260,17 @@ def test_a_touch_past_the_end_is_an_exception_at_the_exact_byte(vm: Vm) -> None:
         assert caught.value.address == mapping.address + 3 * PAGE + 9
 
 
+def test_a_copy_longer_than_one_call_takes(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(syscall, "MOST", 3 * PAGE)
+    data = os.urandom(SIZE)
+    with vm.create_guest_memfd(SIZE, SHARED) as memory, memory.mmap(0, 2 * SIZE) as mapping:
+        mapping.write(0, data)
+        assert mapping.read(0, SIZE) == data
+        with pytest.raises(Signalled) as caught:
+            mapping.read(7, 2 * SIZE - 7)
+        assert caught.value.address == mapping.address + SIZE
+
+
 def test_a_touch_of_private_memory_is_an_exception(vm: Vm) -> None:
     with vm.create_guest_memfd(SIZE, GuestMemfdFlag.MMAP) as memory, memory.mmap() as mapping:
         memory.allocate(0, SIZE)
@@ -491,6 +503,16 @@ def test_another_thread_kicks(guest: SmallGuest) -> None:
     assert guest.vcpu.run(0.01) == Intr()       # by this thread, whose timer is another
 
 
+def test_kicks_that_come_too_late_do_not_end_the_runs_after(guest: SmallGuest, bound: GuestMemfd) -> None:
+    guest.start(FOR_EVER)
+    guest.vcpu.run(0.01)
+    for _ in range(3):
+        this_thread().kick()
+    assert guest.vcpu.run() == Intr()
+    guest.start(STORE, rdi=GPA, rsi=RESULT)
+    assert isinstance(guest.vcpu.run(), Mmio)
+
+
 def test_a_python_signal_handler_runs(guest: SmallGuest) -> None:
     def stop(number: int, frame: object) -> None:
         raise InterruptedError
@@ -516,11 +538,14 @@ def test_statistics(guest: SmallGuest) -> None:
     assert "remote_tlb_flush" in guest.vm.statistics()
 
 
-def test_what_x86_does_not_have(guest: SmallGuest) -> None:
+def test_what_there_is_not(guest: SmallGuest) -> None:
     with fails(EOPNOTSUPP):
         guest.vcpu.inject_external_abort()
     with pytest.raises(SyscallFailed):
         guest.vcpu.get_one_reg(0)
+    if not guest.vm.check_extension(Cap.PRE_FAULT_MEMORY):
+        with fails(EOPNOTSUPP):
+            guest.vcpu.pre_fault_memory(GPA, PAGE)
     with fails(EINVAL):
         guest.vm.create_vcpu(1 << 20)
     with fails(EEXIST):

@@ -24,7 +24,7 @@ from guest_memfd.probe.row import Outcome
 TIMEOUT = 2.0
 """Seconds that a row may take."""
 
-SIGNAL_CODES = {
+SIGNAL_CODES: dict[tuple[int, int], str] = {
     (signal.SIGBUS, 1): "BUS_ADRALN", (signal.SIGBUS, 2): "BUS_ADRERR", (signal.SIGBUS, 3): "BUS_OBJERR",
     (signal.SIGBUS, 4): "BUS_MCEERR_AR", (signal.SIGSEGV, 1): "SEGV_MAPERR", (signal.SIGSEGV, 2): "SEGV_ACCERR",
 }
@@ -41,7 +41,7 @@ _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 
 
-class Unfit(Exception):
+class Unfit(Exception):         # noqa: N818 - it says it without the suffix
     """What a row builds on is not to be had here; the message says why."""
 
 

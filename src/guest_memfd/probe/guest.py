@@ -31,7 +31,7 @@ class Guest:
         here.adopt(self._small.vm.fileno())
 
     def load(self, gpa: int) -> str:
-        """Eight bytes at *gpa*, as text if they are text; what the exit says if there was one; ``mmio``: no slot is there."""
+        """Eight bytes at *gpa*, as text; or what the exit says, ``mmio`` where no slot is."""
         return self._run(_LOAD, gpa, 0)
 
     def store(self, gpa: int, text: bytes) -> str:

@@ -6,7 +6,6 @@ it calls itself.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import tempfile
 from collections.abc import Callable
@@ -48,7 +47,7 @@ class Here:
     def kvm(self) -> int:
         """/dev/kvm."""
         if self._kvm < 0:
-            self._kvm = _must("open " + self.path, lambda: os.open(self.path, os.O_RDWR | os.O_CLOEXEC))
+            self._kvm = self.open(self.path)
         return self._kvm
 
     @property
@@ -88,6 +87,10 @@ class Here:
     def file(self, which: int | str) -> int:
         """The file under test: a guest_memfd with flags *which*, or `SECRET`."""
         return self.gmem(int(which)) if which != SECRET else self.secret()
+
+    def open(self, path: str) -> int:
+        """A file that there is."""
+        return _must(f"open {path}", lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
     def temporary(self) -> int:
         """An ordinary file of `SIZE` bytes that has no name any more."""

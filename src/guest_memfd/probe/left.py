@@ -30,7 +30,8 @@ def count() -> Count:
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
         children = " ".join((task / "children").read_text() for task in Path("/proc/self/task").iterdir()).split()
-        return Count(len(os.listdir("/proc/self/fd")), len(children), sum(any(name in line for name in _OURS) for line in maps),
+        return Count(len(os.listdir("/proc/self/fd")), len(children),
+                     sum(any(name in line for name in _OURS) for line in maps),
                      direct_map())
     except OSError:
         # No /proc, or no descriptor to read it with: then nothing is said to be left either.

@@ -26,7 +26,8 @@ from guest_memfd.probe.row import SETTLED, Features
 from guest_memfd.probe.rows.slots import GMEM, GPA
 
 _PARAMETERS = {
-    "kvm": ("gmem_in_place_conversion", "guest_memfd_tlb_flush", "tdp_mmu", "nx_huge_pages", "mmio_caching", "eager_page_split",
+    "kvm": ("gmem_in_place_conversion", "guest_memfd_tlb_flush", "tdp_mmu", "nx_huge_pages", "mmio_caching",
+            "eager_page_split",
             "allow_unsafe_mappings", "enable_virt_at_load"),
     "kvm_intel": ("ept", "unrestricted_guest", "nested", "tdx"), "kvm_amd": ("npt", "nested", "sev", "sev_es", "sev_snp"),
     "kvm_pvm": ("pvm_native", "pvm_emul_batch"),
@@ -44,8 +45,9 @@ _MEMORY = 512 << 20
 SYS_MODULE = Path("/sys/module")
 EMULATED = "emulated at CPL 0, native at CPL 3"
 """The kind of vCPU that kvm_pvm has."""
-_TELLING = ("kvm", "vm", "gmem", "slots", "vcpu", "guest", "secretmem", "cachestat", "numa", "flag 1", "flag 2", "root", "ipc-lock",
-            "unfiltered", "ptrace", "memory 512M", "no memory failure", SETTLED)
+_TELLING = ("kvm", "vm", "gmem", "slots", "vcpu", "guest", "secretmem", "cachestat", "numa", "flag 1", "flag 2", "root",
+            "ipc-lock",
+            "unfiltered", "ptrace", "memory 512M", "enough memory", "no memory failure", SETTLED)
 # Features whose absence is worth a line: something is not tried, or not judged.
 
 
@@ -67,12 +69,13 @@ def look(path: str = PATH, slate: Slate | None = None) -> Offers:
     def feature(name: str, why: str = "") -> bool:
         if why:
             lacks[name] = why
+            has.discard(name)
         else:
             has.add(name)
         return not why
 
-    _about_process(feature, slate)
     _about_machine(feature)
+    _about_process(feature, slate)
     facts: dict[str, Any] = {"kernel": release, "machine": platform.machine()}
     facts["kvm"] = _kvm(path, feature)
     _about_release(release, feature, in_place=_parameter("kvm", "gmem_in_place_conversion") == "Y")
@@ -89,22 +92,24 @@ def look(path: str = PATH, slate: Slate | None = None) -> Offers:
         reason = why()
         return feature(name, f"{words}: {reason}" if reason and words else reason)
 
-    depends("vm", "kvm", lambda: attempt(lambda here: None if here.vm else None))
-    depends("gmem", "vm", lambda: attempt(lambda here: None if create(here.vm, PAGE, 0) else None), "KVM_CREATE_GUEST_MEMFD")
-    depends("slots", "gmem", lambda: attempt(lambda here: bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.gmem(0))),
+    depends("vm", "kvm", lambda: attempt(_vm_works))
+    depends("gmem", "vm", lambda: attempt(_file_works), "KVM_CREATE_GUEST_MEMFD")
+    depends("slots", "gmem", lambda: attempt(_slot_works),
             "a default VM takes no slot with a guest_memfd")
-    depends("vcpu", "vm", lambda: attempt(lambda here: None if here.vcpu() else None))
+    depends("vcpu", "vm", lambda: attempt(_vcpu_works))
     depends("guest", "vcpu", lambda: lacks.get("x86-64", "") or attempt(_guest_works))
-    secret = attempt(lambda here: None if here.secret() else None)
+    secret = attempt(_secret_works)
     feature("secretmem", secret)
     if "memfd_secret" in secret and "ENOSYS" in secret:
-        lacks["secretmem"] = ("memfd_secret: ENOSYS: not in this kernel, switched off (secretmem.enable=0), or the direct map "
+        lacks["secretmem"] = ("memfd_secret: ENOSYS: not in this kernel, switched off (secretmem.enable=0), or the direct "
+                              "map "
                               "cannot be changed")
     feature("cachestat", attempt(_cachestat_works))
-    feature("numa", attempt(lambda here: None if call("get_mempolicy", None, None, 0, 0, 0) == 0 else None))
+    feature("numa", attempt(_numa_works))
 
     facts["vcpu"] = _vcpu_kind(slate, path, Features(release, frozenset(has), lacks))
-    feature("cpl 0 emulated", "" if facts["vcpu"]["kind"] == EMULATED else "this KVM does not emulate a guest's kernel, or it is not known")
+    feature("cpl 0 emulated", "" if facts["vcpu"]["kind"] == EMULATED
+            else "this KVM does not emulate a guest's kernel, or it is not known")
     facts |= {
         "memfd_secret": lacks.get("secretmem", "present"),
         "page_sizes": _page_sizes(),
@@ -139,8 +144,8 @@ def _kvm(path: str, feature: Callable[..., bool]) -> dict[str, Any]:
     flags, types = caps.get("GUEST_MEMFD_FLAGS", 0), caps.get("VM_TYPES", 0)
     for bit in range(64):
         offered = caps and flags >> bit & 1
-        words = "KVM_CAP_GUEST_MEMFD_FLAGS does not have it" if caps else "no KVM"
-        feature(f"flag {1 << bit}", "" if offered else f"flag {1 << bit}: {words}")
+        words = f"KVM_CAP_GUEST_MEMFD_FLAGS does not have flag {1 << bit}" if caps else "no KVM"
+        feature(f"flag {1 << bit}", "" if offered else words)
         if caps and not offered:
             feature(f"no flag {1 << bit}")
     for kind in _VM_TYPES:
@@ -155,6 +160,26 @@ def _kvm(path: str, feature: Callable[..., bool]) -> dict[str, Any]:
             "vm_types": [kind for kind in range(64) if types >> kind & 1], "max_slots": caps["NR_MEMSLOTS"]}
 
 
+def _vm_works(here: Here) -> None:
+    os.fstat(here.vm)
+
+
+def _file_works(here: Here) -> None:
+    create(here.vm, PAGE, 0)
+
+
+def _slot_works(here: Here) -> None:
+    bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.gmem(0))
+
+
+def _vcpu_works(here: Here) -> None:
+    here.vcpu()
+
+
+def _secret_works(here: Here) -> None:
+    here.secret()
+
+
 def _guest_works(here: Here) -> None:
     guest = Guest(here)
     memory = here.memory()
@@ -163,6 +188,10 @@ def _guest_works(here: Here) -> None:
     said = guest.load(GPA)
     if said != "works":
         raise Unfit(f"a small guest does not run: {said}")
+
+
+def _numa_works(here: Here) -> None:
+    call("get_mempolicy", None, None, 0, 0, 0)
 
 
 def _cachestat_works(here: Here) -> None:
@@ -209,6 +238,9 @@ def _about_process(feature: Callable[..., bool], slate: Slate) -> None:
     feature("root", "" if root else "not privileged (no CAP_SYS_ADMIN)")
     feature("ipc-lock", "" if capabilities >> _CAP_IPC_LOCK & 1 else "no CAP_IPC_LOCK")
     feature("unfiltered", "a seccomp filter is in force" if filtered else "" if root else "not privileged")
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        feature("enough memory", f"RLIMIT_AS is {soft}")
     feature("ptrace", "" if ptrace_works(slate) else "a child cannot be traced here")
 
 
@@ -217,10 +249,13 @@ def _about_machine(feature: Callable[..., bool]) -> None:
     feature("x86-64", "" if machine == "x86_64" else f"for x86-64 only, this is {machine}")
     feature("arm64", "" if machine == "aarch64" else f"for arm64 only, this is {machine}")
     meminfo = _read("/proc/meminfo") or ""
-    feature("no memory failure", "MADV_HWPOISON would take a page out of use for good" if "HardwareCorrupted" in meminfo else "")
+    feature("no memory failure", "MADV_HWPOISON would take a page out of use for good" if "HardwareCorrupted" in meminfo
+            else "")
     available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.M)
     free = int(available[1]) << 10 if available else 0
     feature("memory 512M", "" if free >= _MEMORY else f"only {free >> 20} MiB of memory are available")
+    if free >= _MEMORY:
+        feature("enough memory")
     nodes = len([*Path("/sys/devices/system/node").glob("node[0-9]*")]) or 1
     feature("one node", "" if nodes == 1 else f"this machine has {nodes} nodes")
     feature("fewer than 64 nodes", "" if nodes < 64 else f"this machine has {nodes} nodes")

@@ -34,12 +34,14 @@ def as_json(found: Survey) -> dict[str, Any]:
 
 
 def _row(judged: Judged) -> dict[str, Any]:
-    return {"id": judged.row.id, "says": judged.row.says, "operation": judged.row.act.__name__, "input": [str(x) for x in judged.row.given],
+    return {"id": judged.row.id, "says": judged.row.says, "operation": judged.row.act.__name__,
+            "input": [str(x) for x in judged.row.given],
             "result": judged.result, "expected": judged.expected, "verdict": judged.verdict, "why": judged.why}
 
 
 def _bug(found: Found) -> dict[str, Any]:
-    return {"id": found.bug.id, "title": found.bug.title, "verdict": found.verdict, "seen": found.seen, "commit": found.bug.commit,
+    return {"id": found.bug.id, "title": found.bug.title, "verdict": found.verdict, "seen": found.seen,
+            "commit": found.bug.commit,
             "means": found.bug.means}
 
 
@@ -101,12 +103,14 @@ def _offers(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"memfd_secret: {facts['memfd_secret']}"
     yield f"page sizes: {_listed(facts['page_sizes'])}"
     yield "limits: " + ", ".join(f"{name} {soft} (hard {hard})" for name, (soft, hard) in facts["limits"].items())
-    yield "module parameters: " + (", ".join(f"{name}={value}" for name, value in facts["module_parameters"].items()) or "none visible")
+    yield "module parameters: " + (", ".join(f"{name}={value}" for name,
+                                             value in facts["module_parameters"].items()) or "none visible")
     yield "direct map, kB: " + (", ".join(f"{size} {kb}" for size, kb in facts["direct_map_kb"].items()) or "not shown")
     yield f"hibernation: {facts['hibernation']}"
     yield "huge pages: " + ", ".join(f"{name} {value}" for name, value in facts["transparent_hugepages"].items())
-    for name, why in facts["not_here"].items():
-        yield f"not here: {name}: {why}"
+    reasons = facts["not_here"]
+    for why in dict.fromkeys(reasons.values()):
+        yield f"not here: {', '.join(name for name in reasons if reasons[name] == why)}: {why}"
 
 
 def _listed(values: list[int]) -> str:
@@ -148,6 +152,7 @@ def _bug_lines(found: Found, style: Style, verbose: bool) -> Iterator[str]:
 
 def _left(found: Survey) -> str:
     left = found.left
-    owned = "nothing" if left.nothing else f"{left.descriptors} descriptors, {left.children} children, {left.mappings} mappings"
+    counts = f"{left.descriptors} descriptors, {left.children} children, {left.mappings} mappings"
+    owned = "nothing" if left.nothing else counts
     split = ", ".join(f"{size} {kb:+d} kB" for size, kb in left.split.items())
     return f"{owned}; direct map {split or 'as it was'}" + (" (never merged back)" if split else "")

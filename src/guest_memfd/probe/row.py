@@ -14,12 +14,12 @@ Act = Callable[..., object]
 """What a row does: takes a `Here` and the row's input; returns None for ``ok``, a value, or raises OSError."""
 
 SETTLED = "6.18 to 7.3"
-"""The feature of kernels for which the first column of expectations holds: release 6.18 up to the merge of in-place conversion."""
+"""The feature of kernels for which `Row.expect` holds: from 6.18 to the merge of in-place conversion."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What rows may need or be judged by: names that this machine *has*, and why it *lacks* others; *release* of the kernel."""
+    """What rows need and are judged by: names that this machine *has*, why it *lacks* others, *release* of its kernel."""
 
     release: str
     has: frozenset[str] = frozenset()
@@ -68,7 +68,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Judged:
-    """A row with its result. *verdict*: expected, differs, unknown, or skipped; *why*: of a row that was skipped, or more to say."""
+    """A row with its result. *verdict*: expected, differs, unknown or skipped; *why*: of what was skipped."""
 
     row: Row
     result: str | None
@@ -95,10 +95,15 @@ def judge(row: Row, outcome: Outcome, features: Features) -> Judged:
     return Judged(row, result, expected, "differs")
 
 
-# A filter in front of the kernel says nothing about the kernel. Without a filter EPERM is the kernel's own answer.
+# A filter in front of the kernel, and what this process may use up, say nothing about the kernel. Without a filter EPERM is
+# the kernel's own answer, and so is ENOMEM without a limit.
 def _refused(result: str, features: Features) -> str:
     if result == "ENOSYS":
         return "the system call is not there, or refused by a filter (ENOSYS)"
+    if result.startswith(("EMFILE", "ENFILE")):
+        return "no descriptor left"
+    if result.startswith("ENOMEM") and "enough memory" not in features:
+        return f"no memory: {features.why('enough memory')}"
     if result == "EPERM" and "unfiltered" not in features:
         return f"refused (EPERM): {features.why('unfiltered')}"
     return ""

@@ -1,4 +1,7 @@
-"""One run of the probe: ask, try every row, look for every bug, count what is left. Rule of this file: one thing after another."""
+"""One run of the probe: ask, try every row, look for every bug, count what is left.
+
+Rule of this file: one thing after another, so that what one does to the machine is not taken for another's.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ class Survey:
 
 
 def survey(
-    path: str = PATH, *, parts: Sequence[str] = PARTS, glob: str = "*", rows: Sequence[Row] = ROWS, bugs: Sequence[Bug] = BUGS,
+    path: str = PATH, *, parts: Sequence[str] = PARTS, glob: str = "*", rows: Sequence[Row] = ROWS,
+    bugs: Sequence[Bug] = BUGS,
     timeout: float = TIMEOUT,
 ) -> Survey:
     """Probe this kernel; *path*: KVM's device node; *glob*: which rows; *timeout*: seconds per row.

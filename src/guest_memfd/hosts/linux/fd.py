@@ -53,8 +53,10 @@ class Descriptor(Owned):
             raise SyscallFailed(EBADF, self.name, "it has been closed")
         return self._fd
 
+    # The kernel refuses -1, too: the shortest calls leave it to that instead of asking `fileno`.
     def _release(self) -> None:
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}, {'closed' if self.closed else f'fd {self._fd}'}>"
@@ -69,4 +71,4 @@ def number_of(owner: object) -> int:
         return -1
     if not isinstance(owner, Descriptor):
         raise BadInput(f"{owner!r} is no file of the Linux host")
-    return -1 if owner.closed else owner.fileno()
+    return owner._fd

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from errno import EINTR, EINVAL
+from errno import EINTR
 
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.linux import syscall
@@ -13,6 +13,8 @@ from guest_memfd.hosts.linux.fd import Descriptor
 from guest_memfd.hosts.linux.mapping import PAGE, Mapping
 from guest_memfd.hosts.uapi import kvm as uapi
 from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Stat
+
+_PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 
 
 class MemoryFile(Descriptor):
@@ -24,7 +26,7 @@ class MemoryFile(Descriptor):
 
     def fallocate(self, mode: int, offset: int, nr: int) -> None:
         """fallocate(2), bytes; raises SyscallFailed. After EINTR the pages allocated by then are still there."""
-        syscall.fallocate(self.fileno(), mode, offset, nr)
+        syscall.fallocate(self._fd, mode, offset, nr)
 
     def allocate(self, offset: int, nr: int) -> None:
         """fallocate(2) with KEEP_SIZE that goes on after a signal, from the first page that is missing.
@@ -54,15 +56,11 @@ class MemoryFile(Descriptor):
 
     def punch_hole(self, offset: int, nr: int) -> None:
         """fallocate(2) with KEEP_SIZE | PUNCH_HOLE; raises SyscallFailed."""
-        syscall.fallocate(self.fileno(), FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, nr)
+        syscall.fallocate(self._fd, _PUNCH, offset, nr)
 
     def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> Mapping:
         """mmap(2) of PROT_READ | PROT_WRITE, bytes; *nr* None: to the end of the file. Raises SyscallFailed."""
-        self.fileno()
-        nr = self.size - offset if nr is None else nr
-        if nr < 0:
-            raise SyscallFailed(EINVAL, "mmap", f"offset {offset:#x} of a file of {self.size:#x} bytes")
-        return Mapping(self, offset, nr, shared=shared)
+        return Mapping(self, offset, self.size - offset if nr is None else nr, shared=shared)
 
     def fstat(self) -> Stat:
         """fstat(2); KVM never counts blocks, `resident` does."""

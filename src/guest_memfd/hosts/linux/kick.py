@@ -45,12 +45,7 @@ class Thread:
     def disarm(self) -> None:
         """No signal any more, one that is on its way included."""
         self._settime(Itimerspec())
-        self.drain()
-
-    def drain(self) -> None:
-        """Take back what is pending."""
-        while signal.sigtimedwait(_SET, 0) is not None:
-            pass
+        drain()
 
     def _settime(self, when: Itimerspec) -> None:
         syscall.raw(numbers().timer_settime, self._timer, 0, when, 0, call="timer_settime")
@@ -62,6 +57,12 @@ class Thread:
     def __del__(self) -> None:
         if hasattr(self, "_timer") and self.process == os.getpid():
             syscall.libc.syscall(numbers().timer_delete, self._timer)
+
+
+def drain() -> None:
+    """Take back what is pending for this thread; else every run from now on would be over at once."""
+    while signal.sigtimedwait(_SET, 0) is not None:
+        pass
 
 
 _here = threading.local()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from errno import EBADF
+from errno import EBADF, EINVAL
 from mmap import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import Any
 
@@ -37,8 +37,11 @@ class Mapping(Owned):
     """
 
     def __init__(self, file: Descriptor, offset: int, nr: int, *, shared: bool = True, flags: int = 0) -> None:
+        fd = file.fileno()
+        if nr <= 0:
+            raise SyscallFailed(EINVAL, "mmap", f"{nr} bytes at {offset:#x} of {file.name}")
         self.offset, self.size, self.name = offset, nr, file.name
-        self.address = syscall.mmap(file.fileno(), offset, nr, PROT_READ | PROT_WRITE,
+        self.address = syscall.mmap(fd, offset, nr, PROT_READ | PROT_WRITE,
                                     flags | (MAP_SHARED if shared else MAP_PRIVATE))
         self.closed = False
 
@@ -50,7 +53,7 @@ class Mapping(Owned):
         return data
 
     def readinto(self, at: int, buffer: Any) -> None:
-        """`read` into a writable buffer, all of it; what came before a Signalled is in it."""
+        """`read` into a writable buffer of ordinary memory, all of it; what came before a Signalled is in it."""
         view = memoryview(buffer).cast("B")
         where = self._at("read", at, view.nbytes)
         if view.nbytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from ctypes import c_int, c_int64, c_long, c_size_t, c_ulong, c_void_p
+from ctypes import c_int, c_int64, c_long, c_size_t, c_uint64, c_ulong, c_void_p
 from errno import EFAULT, EINTR, ENOSYS
 from typing import Any, Final
 
@@ -20,15 +20,20 @@ libc: Any = ctypes.CDLL(None, use_errno=True)
 """The C library; tests put another object in its place."""
 
 libc.ioctl.argtypes, libc.ioctl.restype = (c_int, c_ulong, c_void_p), c_int
-libc.fallocate.argtypes, libc.fallocate.restype = (c_int, c_int, c_int64, c_int64), c_int
 libc.mmap.argtypes, libc.mmap.restype = (c_void_p, c_size_t, c_int, c_int, c_int, c_int64), c_void_p
 libc.munmap.argtypes, libc.munmap.restype = (c_void_p, c_size_t), c_int
 libc.madvise.argtypes, libc.madvise.restype = (c_void_p, c_size_t, c_int), c_int
-for _copy in (libc.process_vm_readv, libc.process_vm_writev):
-    _copy.argtypes, _copy.restype = (c_int, c_void_p, c_ulong, c_void_p, c_ulong, c_ulong), c_long
-libc.syscall.restype = c_long
+# Converting arguments by argtypes takes longer than the shortest of these calls; they get theirs converted.
+libc.fallocate.restype = c_int
+libc.process_vm_readv.restype = libc.process_vm_writev.restype = libc.syscall.restype = c_long
+
+MOST = 1 << 30
+"""Bytes copied by one call; the kernel stops short at MAX_RW_COUNT, 2 GiB less a page, which would look like a fault."""
 
 _MAP_FAILED: Final = c_void_p(-1).value
+_TwoIovecs = c_uint64 * 4
+_REMOTE: Final = ctypes.sizeof(Iovec)
+_ONE, _NONE = c_ulong(1), c_ulong(0)
 
 
 def failed(call: str, why: str = "") -> SyscallFailed:
@@ -72,7 +77,7 @@ def raw(number: int, *arguments: Any, call: str, why: str = "") -> int:
 
 def fallocate(fd: int, mode: int, offset: int, nr: int) -> None:
     """fallocate(2), bytes. EINTR: a guest_memfd keeps the pages that it had allocated by then."""
-    if libc.fallocate(fd, mode, offset, nr):
+    if libc.fallocate(fd, mode, c_int64(offset), c_int64(nr)):
         raise failed("fallocate", f"mode {mode:#x}, {nr:#x} bytes at {offset:#x}")
 
 
@@ -124,11 +129,17 @@ def copy_to(address: int, data: int, nr: int) -> int:
 
 
 def _copied(call: str, function: Any, suspect: int, ours: int, nr: int) -> int:
-    local, remote = Iovec(suspect, nr), Iovec(ours, nr)
-    ret = function(os.getpid(), ctypes.addressof(local), 1, ctypes.addressof(remote), 1, 0)
-    if ret >= 0:
-        return int(ret)
-    error = failed(call)
-    if error.errno != EFAULT:
-        raise error
-    return 0
+    done = 0
+    while done < nr:
+        asked = min(nr - done, MOST)
+        iovecs = _TwoIovecs(suspect + done, asked, ours + done, asked)          # local, remote
+        ret = function(os.getpid(), iovecs, _ONE, ctypes.byref(iovecs, _REMOTE), _ONE, _NONE)
+        if ret < 0:
+            error = failed(call)
+            if error.errno != EFAULT:
+                raise error
+            break
+        done += ret
+        if ret < asked:
+            break
+    return done

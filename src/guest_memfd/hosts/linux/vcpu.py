@@ -16,7 +16,7 @@ from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.linux import stats, syscall
 from guest_memfd.hosts.linux.abi import kvm as abi
 from guest_memfd.hosts.linux.fd import Descriptor
-from guest_memfd.hosts.linux.kick import Thread, let_in, this_thread
+from guest_memfd.hosts.linux.kick import Thread, drain, let_in, this_thread
 from guest_memfd.hosts.uapi import kvm as uapi
 from guest_memfd.hosts.uapi import kvm_run as exits
 
@@ -77,6 +77,7 @@ class Vcpu(Descriptor):
         errno = ctypes.get_errno() if ret < 0 else 0
         self._running = False
         if errno == EINTR:
+            drain()
             self._last = exits.Intr()
             return self._last
         if errno not in (0, EFAULT, abi.EHWPOISON):

@@ -12,5 +12,6 @@ from guest_memfd.probe.rows import create, fallocate, files, guest, lifetime, ma
 ROWS: tuple[Row, ...] = (
     *create.ROWS, *files.ROWS, *fallocate.ROWS, *mapping.ROWS, *memory.ROWS, *pins.ROWS, *slots.ROWS, *guest.ROWS,
     *lifetime.ROWS,
-    *secret.SECRET_ROWS, *files.SECRET_ROWS, *mapping.SECRET_ROWS, *memory.SECRET_ROWS, *pins.SECRET_ROWS, *guest.SECRET_ROWS,
+    *secret.SECRET_ROWS, *files.SECRET_ROWS, *mapping.SECRET_ROWS, *memory.SECRET_ROWS, *pins.SECRET_ROWS,
+    *guest.SECRET_ROWS,
 )

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 
 from guest_memfd.hosts.linux.abi import kvm as abi
-from guest_memfd.hosts.linux.abi.memory import Iovec
 from guest_memfd.hosts.linux.abi.memfd_secret import SECRETMEM_MAGIC
+from guest_memfd.hosts.linux.abi.memory import Iovec
 from guest_memfd.hosts.uapi import kvm
 from guest_memfd.probe.calls import AT_EMPTY_PATH, AT_FDCWD, KEEP_SIZE, call
 from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, resident
@@ -108,12 +108,15 @@ OPERATIONS: dict[str, tuple[str, Callable[[int, Here], object], str | None, str 
     "getflags": ("FS_IOC_GETFLAGS", lambda fd, _: call("ioctl", fd, _GETFLAGS, ctypes.c_long()), "ENOTTY", None),
     "ioctl-kvm": ("KVM_GET_API_VERSION", lambda fd, _: call("ioctl", fd, kvm.GET_API_VERSION, 0), "ENOTTY", None),
     "attributes2": ("KVM_SET_MEMORY_ATTRIBUTES2",
-                    lambda fd, _: call("ioctl", fd, kvm.SET_MEMORY_ATTRIBUTES2, abi.MemoryAttributes2(size=PAGE)), "ENOTTY", None),
+                    lambda fd, _: call("ioctl", fd, kvm.SET_MEMORY_ATTRIBUTES2, abi.MemoryAttributes2(size=PAGE)), "ENOTTY",
+                    None),
     "figetbsz": ("FIGETBSZ", lambda fd, _: call("ioctl", fd, _FIGETBSZ, ctypes.c_int()), "ok", None),
     "fioclex": ("FIOCLEX", lambda fd, _: call("ioctl", fd, _FIOCLEX, 0), "ok", None),
     "fallocate-0": ("fallocate(2) of mode 0", lambda fd, _: call("fallocate", fd, 0, 0, PAGE), "EOPNOTSUPP", "EOPNOTSUPP"),
-    "splice-out": ("splice(2) into a pipe", lambda fd, _: call("splice", fd, None, _pipe()[1], None, PAGE, 0), "EINVAL", "EINVAL"),
-    "splice-in": ("splice(2) from a pipe", lambda fd, _: call("splice", _pipe(True)[0], None, fd, None, PAGE, 0), "EINVAL", "EINVAL"),
+    "splice-out": ("splice(2) into a pipe", lambda fd, _: call("splice", fd, None, _pipe()[1], None, PAGE, 0), "EINVAL",
+                   "EINVAL"),
+    "splice-in": ("splice(2) from a pipe", lambda fd, _: call("splice", _pipe(True)[0], None, fd, None, PAGE, 0), "EINVAL",
+                  "EINVAL"),
     "sendfile-from": ("sendfile(2) from it, with an offset",
                       lambda fd, here: call("sendfile", here.temporary(), fd, ctypes.c_int64(), PAGE), "ESPIPE", "ESPIPE"),
     "sendfile-to": ("sendfile(2) to it", lambda fd, here: call("sendfile", fd, _rewound(here), None, PAGE), "EINVAL", None),
@@ -121,7 +124,8 @@ OPERATIONS: dict[str, tuple[str, Callable[[int, Here], object], str | None, str 
                   lambda fd, here: call("copy_file_range", fd, None, here.temporary(), None, PAGE, 0), "EXDEV", "EXDEV"),
     "copy-to": ("copy_file_range(2) from an ordinary file",
                 lambda fd, here: call("copy_file_range", _rewound(here), None, fd, None, PAGE, 0), "EXDEV", "EXDEV"),
-    "ficlone": ("FICLONE of an ordinary file", lambda fd, here: call("ioctl", fd, _FICLONE, here.temporary()), "EXDEV", None),
+    "ficlone": ("FICLONE of an ordinary file", lambda fd, here: call("ioctl", fd, _FICLONE, here.temporary()), "EXDEV",
+                None),
     "epoll": ("EPOLL_CTL_ADD", lambda fd, _: _epoll(fd), "EPERM", None),
     "poll": ("poll(2)", lambda fd, _: _poll(fd), "POLLIN+POLLOUT", None),
     "reopen-rw": ("open(2) of /proc/self/fd/N", lambda fd, _: _reopen(fd, os.O_RDWR), "ENXIO", "ENXIO"),
@@ -130,7 +134,8 @@ OPERATIONS: dict[str, tuple[str, Callable[[int, Here], object], str | None, str 
     "linkat": ("linkat(2)", lambda fd, _: _link(fd), "EXDEV", None),
     "truncate": ("truncate(2) of /proc/self/fd/N", lambda fd, _: call("truncate", _path(fd), PAGE), "EINVAL", None),
     "execveat": ("execveat(2)",
-                 lambda fd, _: call("execveat", fd, b"", ctypes.c_void_p(), ctypes.c_void_p(), AT_EMPTY_PATH), "EACCES", None),
+                 lambda fd, _: call("execveat", fd, b"", ctypes.c_void_p(), ctypes.c_void_p(), AT_EMPTY_PATH), "EACCES",
+                 None),
     "handle": ("name_to_handle_at(2)", lambda fd, _: _handle(fd), "EOPNOTSUPP", None),
     "fsync": ("fsync(2)", lambda fd, _: call("fsync", fd), None, "EINVAL"),
 }
@@ -219,18 +224,21 @@ GMEM = [
       for name, (words, _, expect, _) in OPERATIONS.items() if expect is not None for flags in range(4)),
     Row("file.copy-between", "copy_file_range(2) between two guest_memfd is refused", copy_between, (0,), "EINVAL"),
     *(Row(f"stat.{field}", f"fstat(2) of a guest_memfd: {STAT[field][0]}", status, (0, field), expect) for field, expect in (
-        ("mode", "0o100600"), ("size", str(SIZE)), ("block-size", str(PAGE)), ("blocks", "0"), ("links", "1"), ("owner", "creator"),
+        ("mode", "0o100600"), ("size", str(SIZE)), ("block-size", str(PAGE)), ("blocks", "0"), ("links", "1"), ("owner",
+                                                                                                                "creator"),
         ("regular", "regular"))),
     Row("stat.times", "fallocate(2) moves mtime and ctime: it ends in file_modified()", times_moved, (), "mtime ctime"),
     Row("stat.inode", "every guest_memfd has an inode of its own", own_inode, (), "two"),
     Row("stat.filesystem", "fstatfs(2): anon_inode before 6.19, a file system of its own since", fs_type, (0,),
         hex(ANON_INODE_FS_MAGIC), rules=(("6.19 on", None),)),
-    Row("stat.link", "/proc/self/fd/N of a guest_memfd", link_text, (0,), "anon_inode:[kvm-gmem]", rules=(("6.19 on", None),)),
+    Row("stat.link", "/proc/self/fd/N of a guest_memfd", link_text, (0,), "anon_inode:[kvm-gmem]", rules=(("6.19 on", None),
+                                                                                                          )),
     Row("stat.cachestat", "cachestat(2) counts the pages of a guest_memfd exactly", counted, (), "2 pages"),
 ]
 
 _SECRET = [
-    *(Row(f"secret.{name}", f"{words} of a memfd_secret {_NOTHING.get(expect, 'is refused')}", operation, (SECRET, name), expect)
+    *(Row(f"secret.{name}", f"{words} of a memfd_secret {_NOTHING.get(expect, 'is refused')}", operation, (SECRET, name),
+          expect)
       for name, (words, _, _, expect) in OPERATIONS.items() if expect is not None),
     Row("secret.mode", "fstat(2) of a memfd_secret: the mode, in octal", status, (SECRET, "mode"), "0o100600"),
     Row("secret.filesystem", "fstatfs(2) of a memfd_secret", fs_type, (SECRET,), hex(SECRETMEM_MAGIC)),

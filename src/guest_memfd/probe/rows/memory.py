@@ -134,11 +134,13 @@ def rss_kind(here: Here) -> str:
     return "+".join(name for name in after if after[name] - before[name] >= size >> 11) or "none"
 
 
-_KEPT = ("NORMAL RANDOM SEQUENTIAL WILLNEED DONTNEED DONTNEED_LOCKED DONTFORK DOFORK MERGEABLE UNMERGEABLE HUGEPAGE NOHUGEPAGE DONTDUMP "
-         "DODUMP KEEPONFORK COLD PAGEOUT POPULATE_READ POPULATE_WRITE GUARD_INSTALL GUARD_REMOVE").split()
-_REFUSED = "FREE WIPEONFORK COLLAPSE".split()
-_POISON = "HWPOISON SOFT_OFFLINE".split()
-_SECRET_REFUSED = ("DONTNEED FREE REMOVE WIPEONFORK COLD PAGEOUT POPULATE_READ POPULATE_WRITE COLLAPSE GUARD_INSTALL").split()
+_KEPT = ["NORMAL", "RANDOM", "SEQUENTIAL", "WILLNEED", "DONTNEED", "DONTNEED_LOCKED", "DONTFORK", "DOFORK", "MERGEABLE",
+         "UNMERGEABLE", "HUGEPAGE", "NOHUGEPAGE", "DONTDUMP", "DODUMP", "KEEPONFORK", "COLD", "PAGEOUT", "POPULATE_READ",
+         "POPULATE_WRITE", "GUARD_INSTALL", "GUARD_REMOVE"]
+_REFUSED = ["FREE", "WIPEONFORK", "COLLAPSE"]
+_POISON = ["HWPOISON", "SOFT_OFFLINE"]
+_SECRET_REFUSED = ["DONTNEED", "FREE", "REMOVE", "WIPEONFORK", "COLD", "PAGEOUT", "POPULATE_READ", "POPULATE_WRITE",
+                   "COLLAPSE", "GUARD_INSTALL"]
 # Built in or not: without the option the advice is unknown.
 _OPTIONAL = {"MERGEABLE", "UNMERGEABLE", "HUGEPAGE", "NOHUGEPAGE", "GUARD_INSTALL", "GUARD_REMOVE"}
 
@@ -148,7 +150,8 @@ ROWS = [
               "ok, kept | EINVAL" if name in _OPTIONAL else "ok, kept") for name in _KEPT),
         Row("madvise.REMOVE", "MADV_REMOVE punches: the data are gone", advises, (SHARED, "REMOVE"), "ok, zero"),
         *(Row(f"madvise.{name}", f"MADV_{name} is refused", advises, (SHARED, name), "EINVAL") for name in _REFUSED),
-        *(Row(f"madvise.{name}", f"MADV_{name}: a kernel without memory failure handling does not know it", advises, (SHARED, name),
+        *(Row(f"madvise.{name}", f"MADV_{name}: a kernel without memory failure handling does not know it", advises,
+              (SHARED, name),
               "EINVAL", ("no memory failure",)) for name in _POISON),
         *(Row(f"populate.{name}", f"MADV_{name} allocates", populates, (SHARED, name, SIZE), "ok, 4 pages", ("cachestat",))
           for name in ("POPULATE_READ", "POPULATE_WRITE")),
@@ -165,13 +168,16 @@ ROWS = [
         Row("status.rss", "resident pages count as those of files", rss_kind, (), "RssFile"),
     ]),
     *among(("gmem", "flag 1"), [
-        *(Row(f"populate.{name}.private", f"MADV_{name} of private pages is a fault", populates, (1, name, SIZE), "EFAULT, 0 pages",
+        *(Row(f"populate.{name}.private", f"MADV_{name} of private pages is a fault", populates, (1, name, SIZE),
+              "EFAULT, 0 pages",
               ("cachestat",)) for name in ("POPULATE_READ", "POPULATE_WRITE")),
         Row("mlock.private", "mlock(2) of private pages fails", locks, (1, "mlock"), "ENOMEM"),
     ]),
     *among(("gmem", "flag 1", "flag 2", "numa"), [
-        *(Row(f"mbind.{mode}", f"mbind(2) of {mode} is accepted, and the mapping shows it", policy_of, (mode,), mode) for mode in MODES),
-        Row("mbind.second-mapping", "policy belongs to the mapping before 6.19, to the file since", policy_elsewhere, (), "default",
+        *(Row(f"mbind.{mode}", f"mbind(2) of {mode} is accepted, and the mapping shows it", policy_of, (mode,),
+              mode) for mode in MODES),
+        Row("mbind.second-mapping", "policy belongs to the mapping before 6.19, to the file since", policy_elsewhere, (),
+            "default",
             rules=(("6.19 on", "bind"),)),
         Row("mbind.unknown-node", "a node that there is not is refused", binds_with, ("bind", 1 << 63, 0), "EINVAL",
             ("fewer than 64 nodes",)),
@@ -186,7 +192,8 @@ ROWS = [
 SECRET_ROWS = among(("secretmem",), [
     *(Row(f"secret.madvise-{name}", f"MADV_{name} of a memfd_secret is refused", advises, (SECRET, name), "EINVAL")
       for name in _SECRET_REFUSED),
-    Row("secret.madvise-DONTNEED_LOCKED", "MADV_DONTNEED_LOCKED of a memfd_secret is accepted, and takes no data away", advises,
+    Row("secret.madvise-DONTNEED_LOCKED", "MADV_DONTNEED_LOCKED of a memfd_secret is accepted, and takes no data away",
+        advises,
         (SECRET, "DONTNEED_LOCKED"), "ok, kept"),
     Row("secret.mlock", "mlock(2) of a memfd_secret fails: it is locked already", locks, (SECRET, "mlock"), "ENOMEM"),
     Row("secret.munlock", "munlock(2) of a memfd_secret is accepted", locks, (SECRET, "munlock")),

@@ -11,9 +11,9 @@ import struct
 from collections.abc import Callable
 
 from guest_memfd.hosts.linux.abi.memory import Iovec
-from guest_memfd.probe.calls import call, load, store
+from guest_memfd.probe.calls import attempt, call, load, store
 from guest_memfd.probe.child import Unfit
-from guest_memfd.probe.here import PAGE, SECRET, SHARED, SIZE, Here, attempt, punch
+from guest_memfd.probe.here import PAGE, SECRET, SHARED, SIZE, Here, punch
 from guest_memfd.probe.row import Row, among
 
 _TEXT = b"pinned page"
@@ -62,8 +62,9 @@ def _futex(address: int, flags: int) -> None:
 
 
 def _read_into(address: int) -> str:
-    fd = os.open("/dev/zero", os.O_RDONLY)
-    return f"{call('read', fd, address, PAGE)} bytes"
+    ours, theirs = os.pipe()
+    os.write(theirs, bytes(PAGE))
+    return f"{call('read', ours, address, PAGE)} bytes"
 
 
 def _write_from(address: int) -> str:
@@ -77,7 +78,8 @@ _WHOLE = f"{PAGE} bytes"
 # name: (in words, what is done to an address, result on shared pages, on private ones, on memfd_secret).
 USERS: dict[str, tuple[str, Callable[[Here, int], object], str, str | None, str | None]] = {
     "process-vm-readv": ("process_vm_readv(2)", lambda _, at: _vm_copy("process_vm_readv", at), _COPIED, "EFAULT", "EFAULT"),
-    "process-vm-writev": ("process_vm_writev(2)", lambda _, at: _vm_copy("process_vm_writev", at), _COPIED, "EFAULT", "EFAULT"),
+    "process-vm-writev": ("process_vm_writev(2)", lambda _, at: _vm_copy("process_vm_writev", at), _COPIED, "EFAULT",
+                          "EFAULT"),
     "proc-mem-read": ("read of /proc/self/mem", lambda _, at: _proc_mem(at, False), _COPIED, "EIO", "EIO"),
     "proc-mem-write": ("write to /proc/self/mem", lambda _, at: _proc_mem(at, True), _COPIED, "EIO", "EIO"),
     "direct-write": ("write(2) from it with O_DIRECT", lambda here, at: _direct(here, at, True), _WHOLE, "EFAULT", "EFAULT"),
@@ -162,6 +164,8 @@ ROWS = [
 
 SECRET_ROWS = among(("secretmem",), [
     *_rows("secret.gup", SECRET, "a memfd_secret", 4),
-    *(Row(f"secret.uffd-{mode}", f"userfaultfd cannot be registered on memfd_secret, mode {mode}", registers, (SECRET, mode), "EINVAL")
+    *(Row(f"secret.uffd-{mode}", f"userfaultfd cannot be registered on memfd_secret, mode {mode}", registers, (SECRET,
+                                                                                                               mode),
+          "EINVAL")
       for mode in UFFD_MODES),
 ])

@@ -7,6 +7,7 @@ import os
 import resource
 
 from guest_memfd.probe.calls import KEEP_SIZE, MAP_SHARED, PUNCH, RW, call, load
+from guest_memfd.probe.child import Unfit
 from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here
 from guest_memfd.probe.row import Row, among
 from guest_memfd.probe.rows.create import control, sent_over_a_socket
@@ -22,17 +23,9 @@ def opens(here: Here, flags: int) -> str:
 
 def no_descriptor_left(here: Here) -> None:
     """With RLIMIT_NOFILE reached."""
-    fd = os.dup(0) if _open(0) else os.open("/dev/null", os.O_RDONLY)
+    fd, _ = os.pipe()
     resource.setrlimit(resource.RLIMIT_NOFILE, (fd + 1, fd + 1))
     call("memfd_secret", 0)
-
-
-def _open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 def truncates(here: Here, *sizes: int) -> str:
@@ -59,7 +52,10 @@ def fallocates(here: Here, mode: int) -> None:
 def under_limit(here: Here, limit: int, *pages: int) -> str:
     """Map so many pages each, without privileges, under a limit of *limit* pages."""
     here.descend()
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit * PAGE, limit * PAGE))
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit * PAGE, limit * PAGE))
+    except ValueError as error:
+        raise Unfit(f"RLIMIT_MEMLOCK is below {limit} pages: {error}") from error
     fd = here.secret(16 * PAGE)
     for nr in pages:
         call("mmap", 0, nr * PAGE, RW, MAP_SHARED, fd, 0)
@@ -81,8 +77,11 @@ SECRET_ROWS = among(("secretmem",), [
     *(Row(f"secret.flag-{bit:#x}", f"flag {bit:#x} is refused", opens, (bit,), "EINVAL") for bit in _BITS),
     Row("secret.emfile", "without a free descriptor no file is made", no_descriptor_left, (), "EMFILE"),
     Row("secret.get-seals", "a memfd_secret has no seals", control, (SECRET, fcntl.F_GET_SEALS, 0), "EINVAL"),
-    Row("secret.add-seals", "a memfd_secret takes no seals", control, (SECRET, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW), "EINVAL"),
-    Row("secret.scm-rights", "a memfd_secret that arrives over a socket maps the same memory", sent_over_a_socket, (SECRET,), "sent"),
+    Row("secret.add-seals", "a memfd_secret takes no seals", control, (SECRET, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW),
+        "EINVAL"),
+    Row("secret.scm-rights", "a memfd_secret that arrives over a socket maps the same memory", sent_over_a_socket, (SECRET,
+                                                                                                                    ),
+        "sent"),
     *(Row(f"secret.size-{name}", f"ftruncate(2): {words}", truncates, sizes, expect) for name, words, sizes, expect in (
         ("none", "a new memfd_secret has size 0", (), "0x0"),
         ("0-again", "from 0 to 0, as often as one likes", (0, 0, 0), "0x0"),
@@ -95,10 +94,13 @@ SECRET_ROWS = among(("secretmem",), [
         ("shrink", "it does not shrink", (SIZE, 0), "EINVAL"))),
     Row("secret.mmap-empty", "a memfd_secret of size 0 can be mapped", maps_empty, (False,), "mapped"),
     Row("secret.load-empty", "and a load of it is SIGBUS", maps_empty, (True,), "SIGBUS BUS_ADRERR at offset 0x0"),
-    *(Row(f"secret.fallocate-{name}", f"fallocate(2) {name} of a memfd_secret is not supported", fallocates, (mode,), "EOPNOTSUPP")
+    *(Row(f"secret.fallocate-{name}", f"fallocate(2) {name} of a memfd_secret is not supported", fallocates, (mode,),
+          "EOPNOTSUPP")
       for name, mode in (("keep-size", KEEP_SIZE), ("punch", PUNCH), ("zero", 0x10))),
-    *(Row(f"secret.memlock-{limit}-{'-'.join(map(str, pages))}", f"a limit of {limit} pages, mappings of {' and '.join(map(str, pages))}: "
+    *(Row(f"secret.memlock-{limit}-{'-'.join(map(str, pages))}", f"a limit of {limit} pages, mappings of "
+                                                                 f"{' and '.join(map(str, pages))}: "
           f"every mapping counts with its length", under_limit, (limit, *pages), expect)
-      for limit, pages, expect in ((4, (4,), "mapped"), (4, (5,), "EAGAIN"), (4, (2, 2), "mapped"), (4, (2, 3), "EAGAIN"), (0, (1,), "EAGAIN"))),
+      for limit, pages, expect in ((4, (4,), "mapped"), (4, (5,), "EAGAIN"), (4, (2, 2), "mapped"), (4, (2, 3), "EAGAIN"),
+                                   (0, (1,), "EAGAIN"))),
     Row("secret.memlock-privileged", "CAP_IPC_LOCK is above the limit", privileged, (), "mapped", ("ipc-lock",)),
 ])

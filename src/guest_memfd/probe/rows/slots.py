@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 
 from guest_memfd.hosts.linux.abi import kvm as abi
 from guest_memfd.hosts.uapi import kvm
 from guest_memfd.hosts.uapi.kvm import MemFlag
-from guest_memfd.probe.calls import KEEP_SIZE, call, load, store
-from guest_memfd.probe.here import PAGE, SHARED, SIZE, Here, attempt, bind
+from guest_memfd.probe.calls import KEEP_SIZE, attempt, call, load, store
+from guest_memfd.probe.here import PAGE, SHARED, SIZE, Here, bind
 from guest_memfd.probe.row import Row, among
 
 GMEM = int(MemFlag.GUEST_MEMFD)
@@ -24,11 +25,6 @@ def binds(here: Here, *, slot: int = 0, flags: int = GMEM, gpa: int = GPA, size:
     bind(here.vm, slot, flags, gpa, size, uaddr, here.gmem(file), offset)
 
 
-def bound(here: Here, **fields: int) -> None:
-    """`binds`, as a row gives it."""
-    binds(here, **fields)
-
-
 def field(here: Here, name: str, value: int) -> None:
     """Bind with one field out of the ordinary."""
     binds(here, **{name: value})
@@ -36,7 +32,7 @@ def field(here: Here, name: str, value: int) -> None:
 
 def of_flags(here: Here, flags: int, where: str) -> None:
     """Bind a file with *flags*, and memory of the VMM's: none, mapped or not."""
-    uaddr = {"none": lambda: 0, "mapped": here.memory, "unmapped": here.hole}[where]()
+    uaddr = 0 if where == "none" else here.memory() if where == "mapped" else here.hole()
     binds(here, file=flags, uaddr=uaddr)
 
 
@@ -76,12 +72,12 @@ def descriptor(here: Here, what: str) -> None:
         os.close(other)
         return fd
 
-    fd = {
-        "closed": closed, "minus-1": lambda: -1, "dup": lambda: os.dup(own), "null": lambda: os.open("/dev/null", os.O_RDWR),
+    others: dict[str, Callable[[], int]] = {
+        "closed": closed, "minus-1": lambda: -1, "dup": lambda: os.dup(own), "null": lambda: here.open("/dev/null"),
         "vm": lambda: here.vm, "vcpu": here.vcpu, "another-vm": lambda: here.gmem(0, vm=here.another_vm()),
         "another-vm-closed": of_closed_vm, "memfd": lambda: call("memfd_create", b"m", 0), "secret": here.secret,
-    }[what]()
-    bind(here.vm, 0, GMEM, GPA, SIZE, 0, fd)
+    }
+    bind(here.vm, 0, GMEM, GPA, SIZE, 0, others[what]())
 
 
 def two(here: Here, gpa: int, offset: int, nr: int, dup: bool = False) -> None:
@@ -91,18 +87,14 @@ def two(here: Here, gpa: int, offset: int, nr: int, dup: bool = False) -> None:
     bind(here.vm, 1, GMEM, gpa, nr, 0, os.dup(fd) if dup else fd, offset)
 
 
-def again(here: Here, **change: int) -> None:
-    """Bind, then set the same slot again with something changed."""
+def changed(here: Here, name: str, value: int) -> None:
+    """Bind, then set the same slot again with *name* changed, if it has one; to *value*, of an address by it."""
     fd, uaddr = here.gmem(0), here.memory()
     fields = {"flags": GMEM, "gpa": GPA, "size": 2 * PAGE, "uaddr": uaddr, "offset": 0}
-    bind(here.vm, 0, fields["flags"], fields["gpa"], fields["size"], fields["uaddr"], fd, fields["offset"])
-    fields |= {name: uaddr + PAGE if name == "uaddr" else value for name, value in change.items()}
-    bind(here.vm, 0, fields["flags"], fields["gpa"], fields["size"], fields["uaddr"], fd, fields["offset"])
-
-
-def changed(here: Here, name: str, value: int) -> None:
-    """`again`, as a row gives it."""
-    again(here, **({name: value} if name else {}))
+    for _ in range(2):
+        bind(here.vm, 0, fields["flags"], fields["gpa"], fields["size"], fields["uaddr"], fd, fields["offset"])
+        if name:
+            fields[name] = uaddr + value if name == "uaddr" else value
 
 
 def plain_to_gmem(here: Here) -> None:
@@ -211,21 +203,27 @@ _FIELDS = [
 ]
 _TWICE = (("7.2 on", "EEXIST"),)
 _DESCRIPTORS = {
-    "closed": ("a closed descriptor", "EBADF"), "minus-1": ("descriptor -1", "EBADF"), "dup": ("a duplicate of the file's own", "ok"),
-    "null": ("/dev/null", "EINVAL"), "vm": ("the VM itself", "EINVAL"), "vcpu": ("a vCPU", "EINVAL"), "memfd": ("a memfd", "EINVAL"),
+    "closed": ("a closed descriptor", "EBADF"), "minus-1": ("descriptor -1", "EBADF"),
+    "dup": ("a duplicate of the file's own", "ok"),
+    "null": ("/dev/null", "EINVAL"), "vm": ("the VM itself", "EINVAL"), "vcpu": ("a vCPU", "EINVAL"), "memfd": ("a memfd",
+                                                                                                                "EINVAL"),
     "another-vm": ("another VM's guest_memfd", "EINVAL"),
     "another-vm-closed": ("another VM's guest_memfd, that VM's descriptor being closed", "EINVAL"),
     "secret": ("a memfd_secret", "EINVAL"),
 }
 
 ROWS = among(("slots",), [
-    *(Row(f"slot.flags-{flags}.{where}", f"a file with flags {flags} can be bound, userspace_addr {where}", of_flags, (flags, where), "ok",
-          tuple(f"flag {bit}" for bit in (1, 2) if flags & bit)) for flags in range(4) for where in ("none", "mapped", "unmapped")),
+    *(Row(f"slot.flags-{flags}.{where}", f"a file with flags {flags} can be bound, userspace_addr {where}", of_flags,
+          (flags, where), "ok",
+          tuple(f"flag {bit}" for bit in (1, 2) if flags & bit)) for flags in range(4) for where in ("none", "mapped",
+                                                                                                     "unmapped")),
     *(Row(f"slot.with-{name}", f"KVM_MEM_GUEST_MEMFD with {name} is refused", field, ("flags", GMEM | bit), "EINVAL")
       for name, bit in _FLAG_BITS.items()),
-    *(Row(f"slot.{name}", f"{words} is refused", field, (which, value), expect) for name, words, which, value, expect in _FIELDS),
+    *(Row(f"slot.{name}", f"{words} is refused", field, (which, value), expect) for name, words, which, value,
+      expect in _FIELDS),
     Row("slot.gpa-2-to-52", "a guest address of 2^52 is refused", field, ("gpa", 1 << 52), "EINVAL", ("x86-64",)),
-    Row("slot.address-space-1", "address space 1 is SMM's; a kernel without SMM has none", field, ("slot", 1 << 16), "EINVAL",
+    Row("slot.address-space-1", "address space 1 is SMM's; a kernel without SMM has none", field, ("slot", 1 << 16),
+        "EINVAL",
         ("one address space",)),
     Row("slot.offset-overflow", "an offset of 2^63 less a page: its end is negative as signed, and below the size", field,
         ("offset", BEYOND), "ok", rules=(("7.2 on", "EINVAL"),)),
@@ -235,31 +233,42 @@ ROWS = among(("slots",), [
     Row("slot.pads", "the padding of the argument is not looked at", pads),
     *(Row(f"slot.fd-{name}", f"{words} {'can be bound' if expect == 'ok' else 'is refused'}", descriptor, (name,), expect,
           {"vcpu": ("vcpu",), "secret": ("secretmem",)}.get(name, ())) for name, (words, expect) in _DESCRIPTORS.items()),
-    Row("slot.gpa-overlaps", "guest addresses in use by another slot are refused", two, (GPA + PAGE, 2 * PAGE, PAGE), "EEXIST"),
+    Row("slot.gpa-overlaps", "guest addresses in use by another slot are refused", two, (GPA + PAGE, 2 * PAGE, PAGE),
+        "EEXIST"),
     Row("slot.file-twice", "pages bound already are refused", two, (2 * GPA, 0, 2 * PAGE), "EINVAL", rules=_TWICE),
-    Row("slot.file-partly", "pages of which some are bound already are refused", two, (2 * GPA, PAGE, 2 * PAGE), "EINVAL", rules=_TWICE),
-    Row("slot.file-twice-dup", "a duplicate descriptor is the same file", two, (2 * GPA, 0, 2 * PAGE, True), "EINVAL", rules=_TWICE),
+    Row("slot.file-partly", "pages of which some are bound already are refused", two, (2 * GPA, PAGE, 2 * PAGE), "EINVAL",
+        rules=_TWICE),
+    Row("slot.file-twice-dup", "a duplicate descriptor is the same file", two, (2 * GPA, 0, 2 * PAGE, True), "EINVAL",
+        rules=_TWICE),
     Row("slot.file-rest", "the rest of the file can go into another slot", two, (2 * GPA, 2 * PAGE, 2 * PAGE)),
     Row("slot.many", "100 slots of one page each of one file", many, (100,)),
-    *(Row(f"slot.again-{name}", f"a slot with a guest_memfd is never changed: {words}", changed, given, "EINVAL") for name, words, given in (
-        ("same", "nothing changed", ("", 0)), ("moved", "another guest address", ("gpa", 2 * GPA)), ("smaller", "smaller", ("size", PAGE)),
-        ("larger", "larger", ("size", SIZE)), ("uaddr", "another user address", ("uaddr", 1)), ("offset", "another offset",
+    *(Row(f"slot.again-{name}", f"a slot with a guest_memfd is never changed: {words}", changed, given, "EINVAL") for name,
+      words, given in (
+        ("same", "nothing changed", ("", 0)), ("moved", "another guest address", ("gpa", 2 * GPA)), ("smaller", "smaller",
+                                                                                                     ("size", PAGE)),
+        ("larger", "larger", ("size", SIZE)), ("uaddr", "another user address", ("uaddr", PAGE)), ("offset",
+                                                                                                   "another offset",
                                                                                                 ("offset", PAGE)),
-        ("log-dirty", "with KVM_MEM_LOG_DIRTY_PAGES", ("flags", GMEM | 1)), ("readonly", "with KVM_MEM_READONLY", ("flags", GMEM | 2)),
+        ("log-dirty", "with KVM_MEM_LOG_DIRTY_PAGES", ("flags", GMEM | 1)), ("readonly", "with KVM_MEM_READONLY", ("flags",
+                                                                                                                   GMEM | 2)),
         ("plain", "without KVM_MEM_GUEST_MEMFD", ("flags", 0)))),
     Row("slot.plain-to-gmem", "a plain slot does not become one with a guest_memfd", plain_to_gmem, (), "EINVAL"),
     Row("slot.delete", "a slot is deleted by size 0", delete, (1,)),
-    Row("slot.delete-with-flag", "KVM_MEM_GUEST_MEMFD and a bad descriptor do not matter to a delete", delete, (1, GMEM, 0xFFFF)),
+    Row("slot.delete-with-flag", "KVM_MEM_GUEST_MEMFD and a bad descriptor do not matter to a delete", delete, (1, GMEM,
+                                                                                                                0xFFFF)),
     Row("slot.delete-twice", "a slot is deleted once", delete, (2,), "EINVAL"),
     Row("slot.delete-none", "a slot that never was cannot be deleted", delete_nothing, (), "EINVAL"),
-    Row("slot.rebind", "what was bound keeps its bytes, and can be bound elsewhere", rebind, (), "kept", ("flag 1", "flag 2")),
+    Row("slot.rebind", "what was bound keeps its bytes, and can be bound elsewhere", rebind, (), "kept", ("flag 1",
+                                                                                                          "flag 2")),
     Row("slot.rebind-in-part", "what was bound can be bound again in other pieces", rebind_in_part),
-    Row("slot.closed-then-bind", "the slot of a closed file still has its guest addresses", closed_while_bound, ("bind",), "EEXIST"),
+    Row("slot.closed-then-bind", "the slot of a closed file still has its guest addresses", closed_while_bound, ("bind",),
+        "EEXIST"),
     Row("slot.closed-then-delete", "the slot of a closed file can be deleted", closed_while_bound, ("delete",)),
     Row("slot.closed-delete-bind", "and then its guest addresses are free", closed_while_bound, ("delete-and-bind",)),
     Row("slot.dirty-log", "a slot with a guest_memfd has no dirty log", dirty_log, (), "ENOENT"),
     Row("slot.allocate-bound", "a file can be allocated while it is bound", fallocates_bound),
-    Row("slot.attributes", "KVM_SET_MEMORY_ATTRIBUTES is there iff KVM_CAP_MEMORY_ATTRIBUTES is", vm_attributes, (), "ENOTTY",
+    Row("slot.attributes", "KVM_SET_MEMORY_ATTRIBUTES is there iff KVM_CAP_MEMORY_ATTRIBUTES is", vm_attributes, (),
+        "ENOTTY",
         rules=(("attributes", "ok"),)),
     Row("slot.attributes2", "KVM_SET_MEMORY_ATTRIBUTES2 is no ioctl of a VM", vm_attributes2, (), "ENOTTY"),
     Row("slot.pre-fault", "KVM_PRE_FAULT_MEMORY needs two-dimensional paging", pre_fault, (), "EOPNOTSUPP", ("vcpu",),

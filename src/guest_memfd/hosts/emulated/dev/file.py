@@ -117,7 +117,7 @@ class FileHost(EmulatedHost):
         return ran.signal or ran.reached[-1] & -PAGE
 
 
-class _Owned:
+class Owned:
     """Owner (uapi/memory.py): given up once; used afterwards it is EBADF."""
 
     closed = False
@@ -142,7 +142,7 @@ class _Owned:
         self.close()
 
 
-class Mapped(_Owned):
+class Mapped(Owned):
     """A VMA of *file*: *size* bytes from file offset *offset* on (uapi/memory.py Mapping)."""
 
     def __init__(self, file: GuestMemoryFile, offset: int, size: int) -> None:
@@ -191,7 +191,7 @@ class Mapped(_Owned):
             self.file.unmap(self)
 
 
-class GuestMemoryFile(_Owned, ABC):
+class GuestMemoryFile(Owned, ABC):
     """A guest_memfd of *size* bytes (uapi/memory.py GuestMemory), served by the design *library*.
 
     *vm*: whose driver answers the hypercalls about its pages. *shared*: page indexes born shared. Raises

@@ -133,7 +133,7 @@ class Driver(ABC):
         """What EL2 should have forgotten, in words."""
         yield from ()
 
-    def host_touches(self, pa: int) -> None:
+    def host_touches(self, pa: int) -> None:  # noqa: B027 - most have nothing to do
         """The host stores to its page: a stage 2 that is filled by faults maps it."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ from guest_memfd.designs import Design
 from guest_memfd.designs.guestmem_rfc1 import GuestmemRfc1
 from guest_memfd.designs.gunyah_v17 import GunyahV17
 from guest_memfd.errors import BadInput, SyscallFailed
-from guest_memfd.hosts.emulated.dev.file import _Owned
+from guest_memfd.hosts.emulated.dev.file import Owned
 from guest_memfd.hosts.emulated.dev.gunyah.lent import LentFile
 from guest_memfd.hosts.emulated.dev.gunyah.memory import MemoryFile
 from guest_memfd.hosts.emulated.dev.gunyah.posted import PostedDriver, PostedFile
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.machine import Machine
 
 
-class Device(_Owned):
+class Device(Owned):
     """uapi/gunyah.py GunyahDevice; *design* serves its files. Raises BadInput for one that cannot convert in place."""
 
     def __init__(self, machine: Machine, design: type[Design]) -> None:

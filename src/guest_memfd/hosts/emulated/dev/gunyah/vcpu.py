@@ -10,7 +10,7 @@ from errno import EINTR, EINVAL, ENODEV
 from typing import TYPE_CHECKING
 
 from guest_memfd.errors import SyscallFailed
-from guest_memfd.hosts.emulated.dev.file import _Owned
+from guest_memfd.hosts.emulated.dev.file import Owned
 from guest_memfd.hosts.emulated.dev.gunyah.ioevent import Ioeventfd
 from guest_memfd.hosts.emulated.gunyah import hypercalls as n
 from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, remap
@@ -29,7 +29,7 @@ _STUCK = 64
 """Exits at one address, one after the other, until somebody sends a signal."""
 
 
-class VcpuFile(_Owned):
+class VcpuFile(Owned):
     """uapi/gunyah.py GunyahVcpu: vCPU number *index* of *vm*, which it holds.
 
     cap: what the hypervisor knows it by; None before START.

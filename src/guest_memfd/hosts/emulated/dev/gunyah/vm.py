@@ -10,7 +10,7 @@ from errno import EEXIST, EINVAL, ENOENT, ENOMEM
 from typing import TYPE_CHECKING, Any
 
 from guest_memfd.errors import SyscallFailed
-from guest_memfd.hosts.emulated.dev.file import _Owned
+from guest_memfd.hosts.emulated.dev.file import Owned
 from guest_memfd.hosts.emulated.dev.gunyah import start, teardown
 from guest_memfd.hosts.emulated.dev.gunyah.binding import Binding
 from guest_memfd.hosts.emulated.dev.gunyah.ioevent import Ioeventfd, Irqfd
@@ -42,7 +42,7 @@ _KNOWN = int(MapFlag.ALLOW_RWX | MapFlag.UNMAP) | ACCESS_MASK
 _OVER = (VmState.EXITED, VmState.RESETTING, VmState.RESET)
 
 
-class VmFile(_Owned):
+class VmFile(Owned):
     """uapi/gunyah.py GunyahVm. `references`: its descriptor, and one for every vCPU's."""
 
     def __init__(self, device: Device) -> None:

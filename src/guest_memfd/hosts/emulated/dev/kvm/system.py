@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
-from guest_memfd.hosts.emulated.dev.file import _Owned
+from guest_memfd.hosts.emulated.dev.file import Owned
 from guest_memfd.hosts.emulated.dev.kvm.slots import NR_SLOTS
 from guest_memfd.hosts.emulated.dev.kvm.vm import NR_VCPUS, Vm
 from guest_memfd.hosts.emulated.kvm.guest import IPA_BITS
@@ -27,7 +27,7 @@ _CAPS = {
 }
 
 
-class System(_Owned):
+class System(Owned):
     """/dev/kvm (uapi/kvm.py KvmSystem); *design* serves the files of its VMs. Raises BadInput where there is no KVM."""
 
     def __init__(self, machine: Machine, design: type[Design]) -> None:

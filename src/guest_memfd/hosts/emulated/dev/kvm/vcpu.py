@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.arm64 import sysreg
-from guest_memfd.hosts.emulated.dev.file import _Owned
+from guest_memfd.hosts.emulated.dev.file import Owned
 from guest_memfd.hosts.emulated.guestcore import GuestCore
 from guest_memfd.hosts.emulated.kvm import vcpu as exits
 from guest_memfd.hosts.emulated.pkvm import hypercalls as pkvm
@@ -36,7 +36,7 @@ _SAME_FAULT = 1000
 """How often a page that has been mapped may fault again at the same instruction before it is a bug of ours."""
 
 
-class Vcpu(_Owned):
+class Vcpu(Owned):
     """uapi/kvm.py KvmVcpu; *inner* is the hypervisor's, number *index* of its VM, and *core* executes it."""
 
     def __init__(self, vm: Vm, inner: exits.Vcpu, index: int, core: GuestCore) -> None:

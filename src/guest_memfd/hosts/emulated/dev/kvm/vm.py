@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.emulated.dev.file import _Owned
+from guest_memfd.hosts.emulated.dev.file import Owned
 from guest_memfd.hosts.emulated.dev.kvm.memory import GuestMemfd
 from guest_memfd.hosts.emulated.dev.kvm.slots import CALL, Slot, Slots
 from guest_memfd.hosts.emulated.dev.kvm.vcpu import Vcpu
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NR_VCPUS = 512
 
 
-class Vm(_Owned):
+class Vm(Owned):
     """uapi/kvm.py KvmVm. *protected*: EL2 keeps the host out of its private memory. Raises OutOfMemory."""
 
     def __init__(self, system: System, protected: bool) -> None:
