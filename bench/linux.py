@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from guest_memfd.errors import HostUnavailable
+from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.hosts.linux.abi.memory import Advice
 from guest_memfd.hosts.linux.fd import Descriptor
 from guest_memfd.hosts.linux.guest_x86 import RESULT, SmallGuest
@@ -239,7 +239,7 @@ def main() -> None:
     with ExitStack() as stack:
         try:
             guest = stack.enter_context(SmallGuest(stack.enter_context(System())))
-        except HostUnavailable as error:
+        except (HostUnavailable, BadInput) as error:
             sys.exit(str(error))
         library = stack.enter_context(compiled())
         small(library, guest, options.rounds)

@@ -14,11 +14,12 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EBADF, EEXIST, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOENT, ENOTTY, EOPNOTSUPP
 
 import pytest
+from linux_driver import errno_of, fails, in_child, limit, lowest_free
 
 from guest_memfd.errors import BadInput, HostUnavailable, Signalled, SyscallFailed
 from guest_memfd.hosts.linux import guest_x86, syscall
@@ -97,49 +98,6 @@ def bound(guest: SmallGuest) -> Iterator[GuestMemfd]:
     with guest.vm.create_guest_memfd(SIZE, SHARED) as memory:
         guest.vm.set_user_memory_region2(1, MemFlag.GUEST_MEMFD, GPA, SIZE, guest_memfd=memory)
         yield memory
-
-
-@contextmanager
-def fails(errno: int) -> Iterator[None]:
-    with pytest.raises(SyscallFailed) as caught:
-        yield
-    assert caught.value.errno == errno, caught.value
-
-
-@contextmanager
-def limit(which: int, soft: int) -> Iterator[None]:
-    old = resource.getrlimit(which)
-    resource.setrlimit(which, (soft, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(which, old)
-
-
-def in_child(action: Callable[[], int]) -> int:
-    """What *action* returns in a forked child, 0..255."""
-    pid = os.fork()
-    if not pid:
-        try:
-            os._exit(action())
-        finally:
-            os._exit(255)
-    for _ in range(1000):
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise AssertionError("the child does not end")
-
-
-def errno_of(action: Callable[[], object]) -> int:
-    try:
-        action()
-    except SyscallFailed as error:
-        return error.errno
-    return 0
 
 
 def run(guest: SmallGuest, code: bytes, **registers: int) -> int:
@@ -631,8 +589,9 @@ def test_close_in_every_order(system: System, order: tuple[str, ...]) -> None:
     guest.close()
 
 
+@pytest.mark.skipif(not enough_memory(), reason="needs 1 GiB of free memory")
 def test_memory_goes_with_the_last_file_or_mapping(vm: Vm) -> None:
-    size = 64 << 20
+    size = 256 << 20
     memory = vm.create_guest_memfd(size, SHARED)
     with memory.mmap() as mapping:
         mapping.advise(Advice.POPULATE_WRITE)
@@ -640,7 +599,7 @@ def test_memory_goes_with_the_last_file_or_mapping(vm: Vm) -> None:
         vm.close()
         mapping.write(size - 1, b"x")
         before = cached()
-    assert before - cached() > size * 3 // 4 // 1024
+    assert before - cached() > size // 2 // 1024, "others use the page cache, too"
 
 
 def test_used_after_close(system: System) -> None:
@@ -668,9 +627,7 @@ def test_what_is_dropped_is_closed(system: System) -> None:
 def test_no_more_descriptors(system: System) -> None:
     with SmallGuest(system) as guest:
         before = descriptors()
-        free = os.dup(0)
-        os.close(free)
-        with limit(resource.RLIMIT_NOFILE, free):
+        with limit(resource.RLIMIT_NOFILE, lowest_free()):
             codes = [errno_of(use) for use in (system.create_vm, lambda: guest.vm.create_guest_memfd(PAGE, SHARED),
                                                lambda: guest.vm.create_vcpu(1))]
         assert codes == [EMFILE] * 3

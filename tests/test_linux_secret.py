@@ -5,16 +5,15 @@ A touched page splits the direct map for good, so these tests touch as few as th
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import resource
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from errno import EAGAIN, EBADF, EFAULT, EINVAL, EMFILE, ENOSYS, EOPNOTSUPP
 from mmap import MAP_POPULATE
 
 import pytest
+from linux_driver import errno_of, fails, in_child, limit, lowest_free
 
 from guest_memfd.errors import HostUnavailable, Signalled, SyscallFailed
 from guest_memfd.hosts.linux import syscall
@@ -44,31 +43,6 @@ pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 def secret() -> Iterator[Secret]:
     with Secret(2 * PAGE) as secret:
         yield secret
-
-
-@contextlib.contextmanager
-def fails(errno: int) -> Iterator[None]:
-    with pytest.raises(SyscallFailed) as caught:
-        yield
-    assert caught.value.errno == errno, caught.value
-
-
-def in_child(action: Callable[[], int]) -> int:
-    pid = os.fork()
-    if not pid:
-        try:
-            os._exit(action())
-        finally:
-            os._exit(255)
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    raise AssertionError("the child does not end")
 
 
 def test_size_is_set_once(secret: Secret) -> None:
@@ -165,14 +139,8 @@ def test_a_mapping_counts_against_what_may_be_locked(secret: Secret) -> None:
             os.setresuid(65534, 65534, 65534)           # and with it CAP_IPC_LOCK goes
         with secret.mmap(0, 4 * PAGE):
             pass
-        codes = []
         with secret.mmap(0, 2 * PAGE), secret.mmap(0, 2 * PAGE):
-            for nr in (1, PAGE, 5 * PAGE):
-                try:
-                    secret.mmap(0, nr).close()
-                    codes.append(0)
-                except SyscallFailed as error:
-                    codes.append(error.errno)
+            codes = [errno_of(lambda nr=nr: secret.mmap(0, nr).close()) for nr in (1, PAGE, 5 * PAGE)]
         return 0 if codes == [EAGAIN] * 3 else 1
 
     assert in_child(maps) == 0
@@ -185,15 +153,8 @@ def test_a_child_shares_it(secret: Secret) -> None:
 
 
 def test_no_more_descriptors() -> None:
-    free = os.dup(0)
-    os.close(free)
-    old = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, old[1]))
-    try:
-        with fails(EMFILE):
-            Secret(PAGE)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, old)
+    with limit(resource.RLIMIT_NOFILE, lowest_free()), fails(EMFILE):
+        Secret(PAGE)
 
 
 def test_used_after_close(secret: Secret) -> None:

@@ -141,7 +141,7 @@ def _slot_of_closed(here: Here) -> str:
 
 def _unused(here: Here) -> str:
     shown = guest.beside_user_memory(here, 0)
-    return f"{'present' if shown.startswith('anon') else 'fixed'}: a guest's load, then its store as userspace_addr shows it: {shown}"
+    return f"{'present' if shown.startswith('anon') else 'fixed'}: a guest's load, its store seen at userspace_addr: {shown}"
 
 
 def _own_accesses(here: Here) -> str:
@@ -177,7 +177,7 @@ def _shared_invalidation(here: Here) -> str:
 def _implied_shared(here: Here) -> str:
     address = here.map(here.gmem(1))
     shown = attempt(lambda: call("write", os.pipe()[1], address, 1))
-    return f"{'fixed' if shown == 'EFAULT' else 'present'}: a host access to a file with MMAP and without INIT_SHARED: {shown}"
+    return f"{'fixed' if shown == 'EFAULT' else 'present'}: a host access to a file with MMAP but not INIT_SHARED: {shown}"
 
 
 def _by_flag(here: Here) -> str:
@@ -203,7 +203,7 @@ def _remains_split(here: Here) -> str:
     if small["touched"] <= 0:
         return "cannot tell: 4 pages of memfd_secret landed where the direct map is split already"
     verdict = "present" if small["freed"] >= small["touched"] else "fixed"
-    return f"{verdict}: 4 pages of memfd_secret moved {small['touched']} kB to 4k leaves; after free {small['freed']} kB are still there"
+    return f"{verdict}: 4 pages of memfd_secret moved {small['touched']} kB to 4k leaves; {small['freed']} kB after free"
 
 
 def _secret_cloexec(here: Here) -> str:
@@ -220,84 +220,112 @@ def _closed_slot_uaf(here: Here) -> str:
 BUGS: tuple[Bug, ...] = (
     Bug("bind-offset-overflow", "a slot's offset near 2^63 passes the check against the file's size",
         "fixed in 7.2: \"KVM: guest_memfd: Treat memslot binding offsets as unsigned\" (22 May 2026)",
-        "check offset + size against the file yourself before you bind", _offset_overflow, ("slots", "flag 1", "flag 2")),
+        "check offset + size against the file yourself before you bind",
+        _offset_overflow, ("slots", "flag 1", "flag 2")),
     Bug("bind-twice-errno", "pages that are bound already are refused with EINVAL instead of EEXIST",
         "fixed in 7.2: 7ea987a90585, selftest 772989854acd",
-        "do not tell overlap from bad input by the errno; accept both", _overlap_errno, ("slots",)),
-    Bug("mbind-ignored", "mbind(2) of a mapping does not reach the file, so guest faults follow the faulting task's policy",
+        "do not tell overlap from bad input by the errno; accept both",
+        _overlap_errno, ("slots",)),
+    Bug("mbind-ignored", "mbind(2) of a mapping does not reach the file: guest faults follow the faulting task's policy",
         "fixed in 6.19: shared policy in the inode (tag kvm-x86-gmem-6.19, 83e0e12219a4)",
-        "set the policy of the allocating thread, or allocate by fallocate(2) under it", _policy, ("gmem", "flag 1",
-                                                                                                   "flag 2", "numa")),
+        "set the policy of the allocating thread, or allocate by fallocate(2) under it",
+        _policy, ("gmem", "flag 1", "flag 2", "numa")),
     Bug("interleave-index", "interleaving counts a page's offset twice and skips every other node (6.19 to 7.1)",
-        "fixed in 7.2: 48dbe4732198", "look at numa_maps before you rely on MPOL_INTERLEAVE",
+        "fixed in 7.2: 48dbe4732198",
+        "look at numa_maps before you rely on MPOL_INTERLEAVE",
         lambda here: "cannot tell: this needs two nodes and a kernel from 6.19 on", ("6.19 on",)),
     Bug("huge-page-collapse", "khugepaged builds a huge page in a guest_memfd: a warning, and SIGBUS at the next touch",
-        "\"mm: thp: deny THP for files on anonymous inodes\" (14 Feb 2026), Fixes: 7fbb5e188248; syzbot 33a04338019ac7e43a44",
-        "no MADV_HUGEPAGE and no MADV_COLLAPSE on mappings of a guest_memfd", _thp),
-    Bug("read-only-slot", "a slot that is read-only and has a guest_memfd is accepted, and writes to it neither fault nor "
-                          "exit",
-        "6.8-rc (Sean Christopherson)", "never ask for both flags", _readonly, ("slots",)),
+        "\"mm: thp: deny THP for files on anonymous inodes\" (14 Feb 2026), Fixes: 7fbb5e188248; syzbot "
+        "33a04338019ac7e43a44",
+        "no MADV_HUGEPAGE and no MADV_COLLAPSE on mappings of a guest_memfd",
+        _thp),
+    Bug("read-only-slot", "a slot both read-only and with a guest_memfd is accepted; writes to it neither fault nor exit",
+        "6.8-rc (Sean Christopherson)",
+        "never ask for both flags",
+        _readonly, ("slots",)),
     Bug("shared-not-invalidated", "a punch of a shared file does not reach the guest's mapping",
         "6.18-rc (Sean Christopherson, Oct 2025)",
-        "on such a kernel delete the slot before you punch", _shared_invalidation, ("slots", "guest", "flag 1", "flag 2")),
+        "on such a kernel delete the slot before you punch",
+        _shared_invalidation, ("slots", "guest", "flag 1", "flag 2")),
     Bug("mmap-implies-shared", "a file that can be mapped counts as shared",
         "6.18-rc; INIT_SHARED was added before the release",
-        "say INIT_SHARED when you mean it", _implied_shared, ("gmem", "flag 1")),
+        "say INIT_SHARED when you mean it",
+        _implied_shared, ("gmem", "flag 1")),
     Bug("flags-not-by-bit", "one capability says mmap, and not which flags can be created",
         "6.18-rc; KVM_CAP_GUEST_MEMFD_FLAGS replaced it",
-        "ask for the bitmap, KVM_CAP_GUEST_MEMFD_FLAGS", _by_flag, ("kvm",)),
-    Bug("reserved-unchecked", "reserved words and padding of the arguments are not looked at", "none known",
-        "zero them: a later kernel may give them a meaning", _reserved, ("slots",)),
+        "ask for the bitmap, KVM_CAP_GUEST_MEMFD_FLAGS",
+        _by_flag, ("kvm",)),
+    Bug("reserved-unchecked", "reserved words and padding of the arguments are not looked at",
+        "none known",
+        "zero them: a later kernel may give them a meaning",
+        _reserved, ("slots",)),
     Bug("no-cloexec", "a guest_memfd is inherited by exec, and keeps VM and memory alive there",
         "none; the ioctl has no flag for it",
-        "set FD_CLOEXEC at once, and mind a fork in another thread", _cloexec, ("gmem",)),
-    Bug("secret-no-cloexec", "memfd_secret(2) is inherited by exec unless it is told otherwise", "as documented",
-        "pass O_CLOEXEC", _secret_cloexec, ("secretmem",)),
-    Bug("closed-file-keeps-slot", "the slot of a closed file goes on occupying its guest addresses", "none known",
-        "delete the slot before you close the file, or the guest loops on memory faults", _slot_of_closed, ("slots",)),
+        "set FD_CLOEXEC at once, and mind a fork in another thread",
+        _cloexec, ("gmem",)),
+    Bug("secret-no-cloexec", "memfd_secret(2) is inherited by exec unless it is told otherwise",
+        "as documented",
+        "pass O_CLOEXEC",
+        _secret_cloexec, ("secretmem",)),
+    Bug("closed-file-keeps-slot", "the slot of a closed file goes on occupying its guest addresses",
+        "none known",
+        "delete the slot before you close the file, or the guest loops on memory faults",
+        _slot_of_closed, ("slots",)),
     Bug("private-file-unused", "a default VM takes a file without MMAP for a slot, and uses userspace_addr instead",
-        "by design until in-place "
-        "conversion", "check that the VM type can have private memory; do not trust the bind", _unused,
-        ("slots", "guest", "cachestat")),
-    Bug("own-accesses", "KVM's own accesses go to userspace_addr even where the guest has the guest_memfd", "by design",
-        "map the same file there", _own_accesses, ("slots", "guest", "flag 1", "flag 2")),
+        "by design until in-place conversion",
+        "check that the VM type can have private memory; do not trust the bind",
+        _unused, ("slots", "guest", "cachestat")),
+    Bug("own-accesses", "KVM's own accesses go to userspace_addr even where the guest has the guest_memfd",
+        "by design",
+        "map the same file there",
+        _own_accesses, ("slots", "guest", "flag 1", "flag 2")),
     Bug("punch-under-pin", "a punch does not wait for a long-term pin: a device goes on writing to the old page",
-        "by design until in-place "
-        "conversion", "unregister and unmap from IOMMUs before you punch", _longterm, ("gmem", "flag 1", "flag 2")),
-    Bug("fallocate-eintr", "fallocate(2) that a signal interrupts fails and keeps what it has allocated", "by design",
-        "on EINTR go on, or punch what you asked for", _interrupted, ("gmem", "cachestat", "memory 512M")),
+        "by design until in-place conversion",
+        "unregister and unmap from IOMMUs before you punch",
+        _longterm, ("gmem", "flag 1", "flag 2")),
+    Bug("fallocate-eintr", "fallocate(2) that a signal interrupts fails and keeps what it has allocated",
+        "by design",
+        "on EINTR go on, or punch what you asked for",
+        _interrupted, ("gmem", "cachestat", "memory 512M")),
     Bug("direct-map-stays-split", "a leaf of the direct map that was split for memfd_secret is never merged again",
         "none known",
-        "take secret memory once, in one piece, early", _remains_split, ("secretmem",)),
+        "take secret memory once, in one piece, early",
+        _remains_split, ("secretmem",)),
     Bug("slot-of-closed-file-uaf", "deleting a slot while the last reference to its file goes uses freed memory",
-        "ae431059e75d (in 6.18, and in "
-        "6.12.y and 6.17.y of Nov 2025)", "on an older kernel delete every slot before you close its file",
+        "ae431059e75d (in 6.18, and in 6.12.y and 6.17.y of Nov 2025)",
+        "on an older kernel delete every slot before you close its file",
         _closed_slot_uaf),
-    Bug("unbound-index", "the result of the store that binds is ignored: without memory a slot's pages are not bound",
-        "checked in trees with "
-        "in-place conversion", "a guest's EIO on a fresh slot means this", None, (),
-        "it takes an allocation that fails inside the kernel"),
-    Bug("poison-leak", "every guest access to a poisoned page leaks a reference", "6.11 (Paolo Bonzini, 11 June 2024)",
-        "do not resume a guest on a poisoned page", None, (), "poisoning takes a page of this machine out of use for good"),
+    Bug("unbound-index", "the result of the store that binds is ignored: without memory a slot's pages stay unbound",
+        "checked in trees with in-place conversion",
+        "a guest's EIO on a fresh slot means this",
+        why="it takes an allocation that fails inside the kernel"),
+    Bug("poison-leak", "every guest access to a poisoned page leaks a reference",
+        "6.11 (Paolo Bonzini, 11 June 2024)",
+        "do not resume a guest on a poisoned page",
+        why="poisoning takes a page of this machine out of use for good"),
     Bug("grab-folio-error", "an error pointer of filemap_grab_folio() is taken for a page",
         "SNP series, 2024 (Michael Roth)",
-        "leave the host some memory", None, (), "it takes an allocation that fails, and then crashes the host"),
+        "leave the host some memory",
+        why="it takes an allocation that fails, and then crashes the host"),
     Bug("populate-deadlock", "populate takes mmap_lock under invalidate_lock, a user fault the other way round",
-        "7.0: tag kvm-x86-gmem-6.20, "
-        "2a62345b3052", "keep source pages resident while you populate", None, (),
-        "it hangs two threads of the host for good; and needs SNP or TDX"),
-    Bug("cpuid-page-write", "SNP's CPUID page is written back through a read-only pin", "f13e90059908, 97cd21d57e9b",
-        "give a source page that is writable and not shared", None, (), "it needs SNP"),
+        "7.0: tag kvm-x86-gmem-6.20, 2a62345b3052",
+        "keep source pages resident while you populate",
+        why="it hangs two threads of the host for good; and needs SNP or TDX"),
+    Bug("cpuid-page-write", "SNP's CPUID page is written back through a read-only pin",
+        "f13e90059908, 97cd21d57e9b",
+        "give a source page that is writable and not shared",
+        why="it needs SNP"),
     Bug("slot-move", "moving a slot with a guest_memfd, or changing its flags, would leave a stale binding",
         "hardened in 7.0, af62fe2494da",
-        "delete and create; every such change is EINVAL", None, (), "user space cannot reach it: KVM refuses before"),
-    Bug("conversion-half-done",
-        "a conversion refused with EAGAIN has already taken the pages out of the host's page tables", "by design "
-        "(in-place conversion)", "after EAGAIN expect faults again, not an untouched mapping", None, (),
-        "it takes a VM that "
-        "can have private memory, and pinned pages"),
+        "delete and create; every such change is EINVAL",
+        why="user space cannot reach it: KVM refuses before"),
+    Bug("conversion-half-done", "a conversion refused with EAGAIN has taken the pages out of the host's page tables",
+        "by design (in-place conversion)",
+        "after EAGAIN expect faults again, not an untouched mapping",
+        why="it takes a VM that can have private memory, and pinned pages"),
     Bug("secretmem-highmem", "memfd_secret on 32-bit kernels with high memory: a warning and SIGBUS",
-        "mainline 7.1 has it (Brendan Jackman, "
-        "June 2026)", "do not use it there", None, (), "it is for 32-bit kernels only, and ends in a warning"),
+        "mainline 7.1 has it (Brendan Jackman, June 2026)",
+        "do not use it there",
+        why="it is for 32-bit kernels only, and ends in a warning"),
 )
 """In the order in which they are shown."""

@@ -17,7 +17,7 @@ _OURS = ("kvm-", "secretmem", "kvm_gmem", "guest_memfd")
 
 @dataclass(frozen=True)
 class Count:
-    """Of this process: open descriptors, children, mappings of guest memory; and kilobytes of the direct map by leaf size."""
+    """Of this process: descriptors, children, mappings of guest memory; and kilobytes of the direct map by leaf."""
 
     descriptors: int
     children: int

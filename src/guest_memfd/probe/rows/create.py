@@ -140,19 +140,19 @@ BAD_SIZES = {"0": 0, "1": 1, "512": 512, "below-a-page": PAGE - 1, "above-a-page
 GOOD_SIZES = {"a-page": PAGE, "2M": 2 << 20, "1G-and-a-page": _GB + PAGE, "1T": 1 << 40, "largest": (1 << 63) - PAGE}
 
 CREATE = [
-    *(Row(f"create.size-{name}", f"a size of {size:#x} is no positive multiple of a page, and is refused", file_of, (size,
-                                                                                                                     0),
+    *(Row(f"create.size-{name}", f"a size of {size:#x} is no positive multiple of a page, and is refused", file_of,
+          (size, 0),
           "EINVAL") for name, size in BAD_SIZES.items()),
     *(Row(f"create.size-{name}", f"a file of {size:#x} bytes can be made, whatever memory there is", file_of, (size, 0),
           "ok")
       for name, size in GOOD_SIZES.items()),
     Row("create.costs-nothing", "a new file of 1 TiB has no page", costs_nothing, (1 << 40,), "0 pages"),
     Row("create.flags-0", "a file without flags can be made", file_of, (SIZE, 0)),
-    *(Row(f"create.flags-{flags}", f"flags {flags} are accepted iff KVM_CAP_GUEST_MEMFD_FLAGS has them", file_of, (SIZE,
-                                                                                                                   flags),
+    *(Row(f"create.flags-{flags}", f"flags {flags} are accepted iff KVM_CAP_GUEST_MEMFD_FLAGS has them", file_of,
+          (SIZE, flags),
           "ok", rules=_flag_rules(flags)) for flags in (1, 2, 3)),
-    *(Row(f"create.flag-{flag:#x}", f"flag {flag:#x} is refused unless KVM_CAP_GUEST_MEMFD_FLAGS has it", file_of, (SIZE,
-                                                                                                                    flag),
+    *(Row(f"create.flag-{flag:#x}", f"flag {flag:#x} is refused unless KVM_CAP_GUEST_MEMFD_FLAGS has it", file_of,
+          (SIZE, flag),
           "EINVAL", rules=_flag_rules(flag)) for flag in (4, 8, 16, 1 << 31, 1 << 32, 1 << 63)),
     Row("create.flags-all", "all flags at once are refused", file_of, (SIZE, (1 << 64) - 1), "EINVAL"),
     Row("create.reserved", "the six reserved words of the argument are not looked at", reserved_words),
@@ -189,8 +189,8 @@ DESCRIPTOR = [
 VM_TYPES = [
     Row(f"vm.type-{name}", f"VM type {name} is accepted iff KVM_CAP_VM_TYPES has it", vm_of_type, (kind,), expect,
         rules=((f"vm type {kind}", "ok"), ("x86-64", "EINVAL")) if kind < 6 else ())
-    for name, kind, expect in (("0", 0, "ok"), ("1", 1, "EINVAL"), ("6", 6, "EINVAL"), ("8", 8, "EINVAL"), ("256", 256,
-                                                                                                            "EINVAL"),
+    for name, kind, expect in (("0", 0, "ok"), ("1", 1, "EINVAL"), ("6", 6, "EINVAL"), ("8", 8, "EINVAL"),
+                               ("256", 256, "EINVAL"),
                                ("2-to-31", 1 << 31, "EINVAL"), ("2-to-40", 1 << 40, "EINVAL"))
 ]
 

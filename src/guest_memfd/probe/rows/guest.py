@@ -214,8 +214,8 @@ ROWS = among(("slots", "guest"), [
         Row("guest.plain-past-eof", "a mapping past the end does not", plain_slot, ("past-eof",), "EFAULT, exit 0"),
     ]),
     Row("guest.plain-unmapped", "nor does an address where nothing is", plain_slot, ("unmapped",), "EFAULT, exit 0"),
-    Row("guest.plain-private", "nor does a mapping of private pages", plain_slot, ("private",), "EFAULT, exit 0", ("flag 1",
-                                                                                                                   )),
+    Row("guest.plain-private", "nor does a mapping of private pages", plain_slot, ("private",), "EFAULT, exit 0",
+        ("flag 1",)),
     Row("guest.flags-1", "a file with MMAP and without INIT_SHARED serves the guest", private_file, (), "private",
         ("flag 1",)),
     Row("guest.flags-1.host", "and the host's load of it is SIGBUS", private_file_of_host, (),
@@ -223,8 +223,7 @@ ROWS = among(("slots", "guest"), [
         ("flag 1",)),
     *(Row(f"guest.flags-{flags}.user-memory", f"without the flag MMAP (flags {flags}) a default VM uses userspace_addr, "
                                               f"and the file stays "
-          "empty", beside_user_memory, (flags,), "anon, then guest, 0 pages", ("cachestat", *(("flag 2",
-                                                                                               ) if flags else ())),
+          "empty", beside_user_memory, (flags,), "anon, then guest, 0 pages", ("cachestat", *(("flag 2",) if flags else ())),
           _IN_PLACE)
       for flags in (0, 2)),
     Row("guest.flags-0.no-user-memory", "and without userspace_addr the guest faults, with no exit that says so",
@@ -233,8 +232,8 @@ ROWS = among(("slots", "guest"), [
 ])
 
 SECRET_ROWS = among(("slots", "guest", "secretmem"), [
-    Row("secret.guest", "KVM takes pages by get_user_pages(), so a guest cannot have a memfd_secret", plain_slot, ("secret",
-                                                                                                                   ),
+    Row("secret.guest", "KVM takes pages by get_user_pages(), so a guest cannot have a memfd_secret", plain_slot,
+        ("secret",),
         "EFAULT, exit 0"),
     Row("secret.guest-emulated", "an emulator only copies: a guest's kernel that is emulated can read a memfd_secret",
         emulated_secret, (),

@@ -164,8 +164,7 @@ ROWS = [
 
 SECRET_ROWS = among(("secretmem",), [
     *_rows("secret.gup", SECRET, "a memfd_secret", 4),
-    *(Row(f"secret.uffd-{mode}", f"userfaultfd cannot be registered on memfd_secret, mode {mode}", registers, (SECRET,
-                                                                                                               mode),
+    *(Row(f"secret.uffd-{mode}", f"userfaultfd cannot be registered on memfd_secret, mode {mode}", registers, (SECRET, mode),
           "EINVAL")
       for mode in UFFD_MODES),
 ])

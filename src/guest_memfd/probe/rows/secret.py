@@ -79,8 +79,7 @@ SECRET_ROWS = among(("secretmem",), [
     Row("secret.get-seals", "a memfd_secret has no seals", control, (SECRET, fcntl.F_GET_SEALS, 0), "EINVAL"),
     Row("secret.add-seals", "a memfd_secret takes no seals", control, (SECRET, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW),
         "EINVAL"),
-    Row("secret.scm-rights", "a memfd_secret that arrives over a socket maps the same memory", sent_over_a_socket, (SECRET,
-                                                                                                                    ),
+    Row("secret.scm-rights", "a memfd_secret that arrives over a socket maps the same memory", sent_over_a_socket, (SECRET,),
         "sent"),
     *(Row(f"secret.size-{name}", f"ftruncate(2): {words}", truncates, sizes, expect) for name, words, sizes, expect in (
         ("none", "a new memfd_secret has size 0", (), "0x0"),
