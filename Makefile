@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: compare test test-long lint bench bench-emulated clean
 
 compare: .venv/installed
-	$(BIN)/gmem compare
+	@echo "exploring every pair of parties under every design: a minute or two, more on a busy machine" >&2
+	@$(BIN)/gmem compare
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 -m "not long"

@@ -277,6 +277,11 @@ def test_relative_links_lead_somewhere(md: Path) -> None:
     assert [target for target in local if target and not (md.parent / target).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_no_page_has_holes_to_be_filled_in(page: Path) -> None:
+    assert re.findall(r"@[A-Z]+@|TODO|FIXME|XXX", page.read_text(encoding="utf-8")) == []
+
+
 def undocumented(path: Path) -> Iterator[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     if not ast.get_docstring(tree):

@@ -16,7 +16,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import EBADF, EEXIST, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOENT, ENOTTY, EOPNOTSUPP
+from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOENT, ENOTTY, EOPNOTSUPP
+from pathlib import Path
 
 import pytest
 from linux_driver import errno_of, fails, in_child, limit, lowest_free
@@ -26,7 +27,7 @@ from guest_memfd.hosts.linux import guest_x86, syscall
 from guest_memfd.hosts.linux.abi.memory import Advice
 from guest_memfd.hosts.linux.guest_memfd import GuestMemfd
 from guest_memfd.hosts.linux.guest_x86 import RESULT, SmallGuest
-from guest_memfd.hosts.linux.kick import this_thread
+from guest_memfd.hosts.linux.kick import KICK, this_thread
 from guest_memfd.hosts.linux.mapping import BUS_ADRERR, PAGE
 from guest_memfd.hosts.linux.system import System
 from guest_memfd.hosts.linux.vm import Vm
@@ -73,6 +74,7 @@ def nothing_leaks() -> Iterator[None]:
     before = descriptors()
     yield
     assert descriptors() == before
+    assert "kvm" not in Path("/proc/self/maps").read_text()
 
 
 @pytest.fixture
@@ -346,12 +348,14 @@ def test_a_device_read_is_answered_and_finished_before_registers_change(guest: S
     assert guest.vcpu.run(SECONDS) == Mmio(RESULT, 8, True, (0x12A).to_bytes(8, "little"))
     with fails(EINVAL):
         guest.vcpu.answer(b"")
-    # The same read, but the program is replaced while it waits: its answer must not end up in the new registers.
+    # The same read, but registers change while it waits: its answer must not end up in the new ones, nor move them.
     guest.start(READ_DEVICE, rdi=RESULT + PAGE, rsi=RESULT)
     guest.vcpu.run(SECONDS)
     guest.vcpu.answer(b"\xff" * 8)
-    assert run(guest, bytes.fromhex("488906ebfe"), rax=0x51) == 0x51
-    assert guest.vcpu.get_regs().rax == 0x51
+    regs = guest.vcpu.get_regs()
+    regs.rcx, regs.rip = 0x51, guest_x86.CODE + 5           # at the store of the result
+    guest.vcpu.set_regs(regs)
+    assert guest.vcpu.run(SECONDS) == Mmio(RESULT, 8, True, (0x51).to_bytes(8, "little"))
 
 
 def test_a_load_outside_of_every_slot_is_a_device_s(guest: SmallGuest, bound: GuestMemfd) -> None:
@@ -375,7 +379,7 @@ def test_a_file_that_is_gone_is_a_memory_fault(guest: SmallGuest) -> None:
     for page in (0, 1):                     # one it had, one it never touched
         guest.start(STORE, rdi=GPA + page * PAGE + 8, rsi=RESULT)
         for _ in range(2):
-            assert guest.vcpu.run(SECONDS) == MemoryFault(0, GPA + page * PAGE, PAGE, 14)
+            assert guest.vcpu.run(SECONDS) == MemoryFault(0, GPA + page * PAGE, PAGE, EFAULT)
     guest.vm.set_user_memory_region2(1, 0, 0, 0)
     with guest.vm.create_guest_memfd(SIZE, SHARED) as fresh:
         guest.vm.set_user_memory_region2(1, MemFlag.GUEST_MEMFD, GPA, SIZE, guest_memfd=fresh)
@@ -389,7 +393,7 @@ def test_memory_that_is_not_there_at_all_is_an_efault_without_more(guest: SmallG
     guest.start(LOAD, rdi=GPA, rsi=RESULT)
     out = guest.vcpu.run(SECONDS)
     assert isinstance(out, Unknown)
-    assert out.errno == 14
+    assert out.errno == EFAULT
 
 
 def test_real_mode_starts_where_it_is_told(guest: SmallGuest) -> None:
@@ -469,6 +473,27 @@ def test_kicks_that_come_too_late_do_not_end_the_runs_after(guest: SmallGuest, b
     assert guest.vcpu.run() == Intr()
     guest.start(STORE, rdi=GPA, rsi=RESULT)
     assert isinstance(guest.vcpu.run(), Mmio)
+
+
+def test_a_timer_that_ran_out_too_late_is_taken_back() -> None:
+    thread = this_thread()
+    thread.arm(0.001)
+    time.sleep(0.05)
+    assert KICK in signal.sigpending()
+    thread.disarm()
+    assert KICK not in signal.sigpending()
+
+
+def test_an_efault_that_says_no_more_is_not_the_exit_before(guest: SmallGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        def ioctl(self, fd: int, request: int, word: int) -> int:
+            ctypes.set_errno(EFAULT)
+            return -1
+
+    guest.start(STORE, rdi=RESULT + PAGE)
+    assert isinstance(guest.vcpu.run(SECONDS), Mmio)
+    monkeypatch.setattr(syscall, "libc", Libc())            # a kernel that leaves exit_reason as it was
+    assert guest.vcpu.run() == Unknown(6, EFAULT)
 
 
 def test_a_python_signal_handler_runs(guest: SmallGuest) -> None:

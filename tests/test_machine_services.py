@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from guest_memfd.designs import DESIGNS
+from guest_memfd.hosts.emulated import hostcpu
 from guest_memfd.hosts.emulated.errors import KernelPanic
 from guest_memfd.hosts.emulated.kernel.kcore import read_kcore
 from guest_memfd.hosts.emulated.kernel.page_poison import PageChecks
@@ -65,6 +66,14 @@ def test_kcore_beside_a_lent_page(hypervisor: str, design: str, outcome: str) ->
 def test_a_hypervisor_that_injects_a_fixable_abort_spares_the_host() -> None:
     lent = Lent("gunyah", "none", inject="fixable")
     assert read_kcore(lent.services, lent.pa, 8) == bytes(8)
+
+
+# Nobody takes the page back and nobody fixes the load up: the kernel would try for ever.
+def test_a_retry_without_end_ends_in_the_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostcpu, "LOCKUP", 50)
+    lent = Lent("gunyah", "none", inject="fixable")
+    with pytest.raises(KernelPanic, match="soft lockup"):
+        lent.machine.cpu.call("plain_read", lent.machine.linear_map.va(lent.pa))
 
 
 def test_kcore_skips_poisoned_pages_and_what_is_no_ram() -> None:

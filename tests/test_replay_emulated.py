@@ -68,6 +68,13 @@ def test_the_command_and_the_page_in_the_docs(tmp_path: Path, capsys: pytest.Cap
     assert [line for line in block if line not in printed] == []
 
 
+def test_the_machine_may_be_named_and_has_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(found("none", "gunyah", "vcpu,zeropad", "host-survives"), tmp_path / "t.json")
+    assert main(["replay", str(tmp_path / "t.json"), "--on", "emulated:arm64/gunyah"]) == 2
+    assert main(["replay", str(tmp_path / "t.json"), "--on", "emulated:arm64/pkvm"]) == 4
+    assert "the trace is of gunyah" in capsys.readouterr().err
+
+
 def test_an_unknown_host_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(tmp_path / "t.json"), "--on", "emulatde"]) == 4
     assert "did you mean 'emulated'" in capsys.readouterr().err

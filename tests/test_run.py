@@ -216,6 +216,15 @@ def test_an_undefined_instruction_without_vectors_is_a_crash(host: str, tmp_path
     assert re.search(r"pc +0000000000000200", said)
 
 
+@pytest.mark.parametrize("host", ["gunyah", "pkvm"])
+def test_a_console_store_that_has_no_syndrome_is_named(host: str, tmp_path: Path) -> None:
+    (tmp_path / "g.s").write_text("mov x1, #0x9000000\nstrb w0, [x1], #1\nhere: b here\n")
+    code, said = run(str(tmp_path / "g.s"), host, "--timeout", "5")
+    assert code == 2
+    assert "writeback" in said
+    assert "<" not in said
+
+
 def test_faulting_for_ever_is_noticed_at_once() -> None:
     began = time.monotonic()
     for host in HOSTS:
@@ -339,7 +348,7 @@ def test_without_unicorn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "unicorn", None)
     code, said = shell("run", "hello")
     assert code == 5
-    assert "pip install 'guest-memfd[emu]'" in said
+    assert "pip install -e '.[emu]'" in said
 
 
 # -- output ----------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,14 @@ from guest_memfd.probe import report
 from guest_memfd.probe.survey import PARTS, Survey, survey
 from guest_memfd.report import json
 
+EXIT_CODES = """\
+exit codes: 0 nothing differs (rows that were skipped, and bugs that are present, included), 2 a row differs from what
+is expected of this kernel, 1 failure of gmem itself, 4 bad input, 5 neither KVM nor memfd_secret is here."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
+    parser.epilog = EXIT_CODES
     group = parser.add_argument_group("what to probe")
     group.add_argument("--part", metavar="A,B,...", help=f"some of {','.join(PARTS)}; default: all")
     group.add_argument("--row", metavar="GLOB", help="rows of the behaviour table whose id matches")

@@ -12,7 +12,7 @@ from guest_memfd.check.replay import Replay, replay
 from guest_memfd.check.trace import Trace, load
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
-from guest_memfd.errors import UnknownName
+from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.report import json
 from guest_memfd.report.counterexample import wrap
 from guest_memfd.report.style import Style
@@ -32,11 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay and say what came of it."""
-    if arguments.on not in HOSTS:
-        raise UnknownName("host", arguments.on, HOSTS)
+    host, _, machine = arguments.on.partition(":")
+    if host not in HOSTS:
+        raise UnknownName("host", host, HOSTS)
     trace = load(arguments.file)
+    if machine and (host != "emulated" or machine != f"arm64/{trace.hypervisor}"):
+        raise BadInput(f"--on {arguments.on}: the trace is of {trace.hypervisor}, so it runs on "
+                       f"emulated:arm64/{trace.hypervisor}, or emulated for short")
     with Output(arguments.output) as out:
-        if arguments.on == "emulated":
+        if host == "emulated":
             return _emulated(trace, out, as_json=arguments.json)
         again = replay(trace)
         if arguments.json:

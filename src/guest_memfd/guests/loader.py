@@ -106,7 +106,7 @@ def _elf(data: bytes, path: Path, base: int) -> Image:
         construct = importlib.import_module("elftools.construct")
     except ImportError as error:
         raise HostUnavailable("an ELF file is read with pyelftools, which is not installed; "
-                              "pip install 'guest-memfd[emu]'") from error
+                              "pip install -e '.[emu]'") from error
     if len(data) < 64:
         raise BadInput(f"{path}: the ELF header is truncated: {len(data)} bytes of 64")
     if data[4] != 2 or data[5] != 1:

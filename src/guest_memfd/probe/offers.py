@@ -208,7 +208,7 @@ def _cpl_0(here: Here) -> str:
 
 
 def _vcpu_kind(slate: Slate, path: str, features: Features) -> dict[str, str]:
-    modules = ", ".join(sorted(entry.name for entry in SYS_MODULE.glob("kvm_*"))) or "none visible"
+    modules = ", ".join(sorted(entry.name for entry in _entries(SYS_MODULE, "kvm_*"))) or "none visible"
     told = f"modules: {modules}"
     if "guest" not in features or "slots" not in features:
         why = features.why("guest" if "guest" not in features else "slots")
@@ -256,7 +256,7 @@ def _about_machine(feature: Callable[..., bool]) -> None:
     feature("memory 512M", "" if free >= _MEMORY else f"only {free >> 20} MiB of memory are available")
     if free >= _MEMORY:
         feature("enough memory")
-    nodes = len([*Path("/sys/devices/system/node").glob("node[0-9]*")]) or 1
+    nodes = len(_entries(Path("/sys/devices/system/node"), "node[0-9]*")) or 1
     feature("one node", "" if nodes == 1 else f"this machine has {nodes} nodes")
     feature("fewer than 64 nodes", "" if nodes < 64 else f"this machine has {nodes} nodes")
 
@@ -284,7 +284,7 @@ def direct_map() -> dict[str, int]:
 
 def _page_sizes() -> list[int]:
     huge = [int(entry.name.removeprefix("hugepages-").removesuffix("kB")) << 10
-            for entry in Path("/sys/kernel/mm/hugepages").glob("hugepages-*kB")]
+            for entry in _entries(Path("/sys/kernel/mm/hugepages"), "hugepages-*kB")]
     return sorted([PAGE, *huge])
 
 
@@ -300,6 +300,13 @@ def _chosen(path: str) -> str:
     text = _read(path) or ""
     found = re.search(r"\[(\S+)\]", text)
     return found[1] if found else text or "not built in"
+
+
+def _entries(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return [*folder.glob(pattern)]
+    except OSError:
+        return []
 
 
 def _read(path: str) -> str | None:

@@ -86,8 +86,10 @@ def as_text(found: Survey, style: Style, *, verbose: bool = False) -> Iterator[s
         yield from _behaviour(found, style, verbose)
     if "bugs" in found.parts:
         yield style.head("known bugs")
+        said: set[str] = set()
         for bug in found.bugs:
-            yield from _bug_lines(bug, style, verbose)
+            yield from _bug_lines(bug, style, verbose, again=bug.seen in said)
+            said.add(bug.seen)
     yield style.head("left behind") + f": {_left(found)}; {found.seconds:.1f} seconds"
 
 
@@ -136,14 +138,16 @@ def _behaviour(found: Survey, style: Style, verbose: bool) -> Iterator[str]:
             yield from wrap(f"{number} rows: {why}", "  skipped  ")
 
 
-def _bug_lines(found: Found, style: Style, verbose: bool) -> Iterator[str]:
+# again: the same has been said of a bug before.
+def _bug_lines(found: Found, style: Style, verbose: bool, again: bool) -> Iterator[str]:
     colour = {"present": style.bad, "fixed": style.good}.get(found.verdict, style.doubt)
     width = max(map(len, VERDICTS))
     indent = " " * (width + 3)
     first, *rest = wrap(f"{found.bug.id}: {found.bug.title}", f"  {found.verdict:<{width}} ")
     yield first.replace(found.verdict, colour(found.verdict), 1)
     yield from rest
-    yield from wrap(found.seen, f"{indent}seen: ", indent)
+    label = "seen" if found.verdict in ("present", "fixed") else "why"
+    yield from wrap("as before" if again else found.seen, f"{indent}{label}: ", indent)
     if verbose or found.verdict == "present":
         yield from wrap(found.bug.means, f"{indent}for a VMM: ", indent)
     if verbose:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from errno import EINTR, ENOMEM
+from errno import EINTR, ENOMEM, errorcode
 
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
@@ -17,7 +17,7 @@ from guest_memfd.hosts.uapi.gunyah import GunyahDevice, GunyahVcpu, GunyahVm, Ma
 from guest_memfd.hosts.uapi.memory import GuestMemory
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import PAGE, Layout
-from guest_memfd.vmm.loop import Debugger, Ended
+from guest_memfd.vmm.loop import SAME_ABORT, Debugger, Ended
 
 _HUGE = 2 << 20
 _NAP = 0.01
@@ -37,6 +37,7 @@ class GunyahGuest:
                  debugger: Debugger, log: Callable[[str], None]) -> None:
         self.layout, self.console, self.log, self.debugger = layout, console, log, debugger
         self.aborts = self.exits = 0
+        self._address, self._unanswerable = -1, 0
         self.vm: GunyahVm = stack.enter_context(device.create_vm())
         flags = MemFlag.CLOEXEC | (MemFlag.ALLOW_HUGEPAGE if layout.folio >= _HUGE else 0)
         self.memory: GuestMemory = stack.enter_context(device.create_guest_mem(layout.private, flags))
@@ -108,8 +109,20 @@ class GunyahGuest:
                 self.log(f"exit PAGE_FAULT {address:#x}, errno {-attempt}")
                 if attempt == -ENOMEM:
                     raise SyscallFailed(ENOMEM, "VCPU_RUN", f"the guest's page at {address:#x}")
-                self.aborts += 1
+                return self._unanswered(address, attempt)
         return None
+
+    # User space has no way to answer a page fault: resume_action is never read back, so it comes for ever.
+    def _unanswered(self, address: int, attempt: int) -> Ended | None:
+        self._unanswerable = self._unanswerable + 1 if address == self._address else 1
+        self._address = address
+        if self._unanswerable < SAME_ABORT:
+            return None
+        what = errorcode.get(-attempt, str(-attempt))
+        why = (f"its access to IPA {address:#x} cannot be emulated: the syndrome describes plain loads and stores of one "
+               "register without writeback only") if self.console.has(address) else (
+               f"nothing can be mapped at IPA {address:#x} ({what})")
+        return Ended("crash", why, self.debugger.registers())
 
     def _status(self, status: gunyah.VmStatus, kind: int) -> Ended:
         if status == gunyah.VmStatus.EXITED and kind in _EXITS:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 RETURN = 0xFFFF_FFFF_FFFF_F000
 """Link register of a call: nothing is mapped there, and being fetched from there is how a call ends."""
 
+LOCKUP = 10_000
+"""Aborts of one call of kernel text, each of which is to be tried again, before the watchdog steps in."""
+
 TLB_SIZE = 2048
 """Fills after which a CPU has nothing of what it had before."""
 
@@ -142,7 +145,7 @@ class HostCpu:
     # To the return address; True when the exception table was used on the way.
     def _run(self) -> bool:
         fixed = self._reclaimed = False
-        while True:
+        for _ in range(LOCKUP):
             stop = self.core.run()
             if not isinstance(stop, c.Abort):
                 raise KernelPanic(f"kernel text stops with {stop!r} at {self.symbol_at(self.core.pc)}")
@@ -153,6 +156,8 @@ class HostCpu:
                 fixed = True
             elif isinstance(outcome, (Oops, Panic)):
                 raise KernelPanic(outcome.text)
+        raise KernelPanic(f"watchdog: BUG: soft lockup - CPU#{self.cpu} stuck for 26s! [{self.comm}:{self.pid}]\n"
+                          f"pc : {self.symbol_at(self.core.pc)}\nKernel panic - not syncing: softlockup: hung tasks")
 
     def _run_user(self) -> str | None:
         while True:

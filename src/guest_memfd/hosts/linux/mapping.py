@@ -2,7 +2,7 @@
 
 A page that is private, missing or past the end of the file answers a load with SIGBUS, and a process cannot survive that
 from Python. So the kernel touches it for us, where the same fault is an error code: `syscall.copy_from` and `copy_to`.
-Of the ways to do that, this one copies once, needs no pipe or helper file between, no lock, and works for memfd_secret and
+Of the ways to do that, this one copies once, needs no pipe or file between, no lock, and works for memfd_secret and
 memory without a direct map, too, which get_user_pages() refuses; asking first (mincore(2), MADV_POPULATE_READ) would be
 out of date by the time of the touch. It costs a system call: bench/linux.py compares it with memmove().
 """

@@ -30,7 +30,7 @@ _SAYS = abi.Run.exit.offset + ctypes.sizeof(abi.RunUnion)
 class Vcpu(Descriptor):
     """uapi/kvm.py KvmVcpu number *vcpu_id* of *vm*; a subclass per architecture has the registers.
 
-    `page`: the shared struct kvm_run. One thread at a time may run it.
+    `page`: the shared struct kvm_run. One thread at a time may run it, and none may while it is closed.
     """
 
     def __init__(self, vm: Vm, fd: int, vcpu_id: int) -> None:

@@ -141,19 +141,16 @@ GOOD_SIZES = {"a-page": PAGE, "2M": 2 << 20, "1G-and-a-page": _GB + PAGE, "1T": 
 
 CREATE = [
     *(Row(f"create.size-{name}", f"a size of {size:#x} is no positive multiple of a page, and is refused", file_of,
-          (size, 0),
-          "EINVAL") for name, size in BAD_SIZES.items()),
+          (size, 0), "EINVAL") for name, size in BAD_SIZES.items()),
     *(Row(f"create.size-{name}", f"a file of {size:#x} bytes can be made, whatever memory there is", file_of, (size, 0),
           "ok")
       for name, size in GOOD_SIZES.items()),
     Row("create.costs-nothing", "a new file of 1 TiB has no page", costs_nothing, (1 << 40,), "0 pages"),
     Row("create.flags-0", "a file without flags can be made", file_of, (SIZE, 0)),
     *(Row(f"create.flags-{flags}", f"flags {flags} are accepted iff KVM_CAP_GUEST_MEMFD_FLAGS has them", file_of,
-          (SIZE, flags),
-          "ok", rules=_flag_rules(flags)) for flags in (1, 2, 3)),
+          (SIZE, flags), "ok", rules=_flag_rules(flags)) for flags in (1, 2, 3)),
     *(Row(f"create.flag-{flag:#x}", f"flag {flag:#x} is refused unless KVM_CAP_GUEST_MEMFD_FLAGS has it", file_of,
-          (SIZE, flag),
-          "EINVAL", rules=_flag_rules(flag)) for flag in (4, 8, 16, 1 << 31, 1 << 32, 1 << 63)),
+          (SIZE, flag), "EINVAL", rules=_flag_rules(flag)) for flag in (4, 8, 16, 1 << 31, 1 << 32, 1 << 63)),
     Row("create.flags-all", "all flags at once are refused", file_of, (SIZE, (1 << 64) - 1), "EINVAL"),
     Row("create.reserved", "the six reserved words of the argument are not looked at", reserved_words),
     Row("create.null", "a null argument is a fault", no_argument, (), "EFAULT"),

@@ -224,9 +224,8 @@ GMEM = [
       for name, (words, _, expect, _) in OPERATIONS.items() if expect is not None for flags in range(4)),
     Row("file.copy-between", "copy_file_range(2) between two guest_memfd is refused", copy_between, (0,), "EINVAL"),
     *(Row(f"stat.{field}", f"fstat(2) of a guest_memfd: {STAT[field][0]}", status, (0, field), expect) for field, expect in (
-        ("mode", "0o100600"), ("size", str(SIZE)), ("block-size",
-                                                    str(PAGE)), ("blocks", "0"), ("links", "1"), ("owner", "creator"),
-        ("regular", "regular"))),
+        ("mode", "0o100600"), ("size", str(SIZE)), ("block-size", str(PAGE)), ("blocks", "0"), ("links", "1"),
+        ("owner", "creator"), ("regular", "regular"))),
     Row("stat.times", "fallocate(2) moves mtime and ctime: it ends in file_modified()", times_moved, (), "mtime ctime"),
     Row("stat.inode", "every guest_memfd has an inode of its own", own_inode, (), "two"),
     Row("stat.filesystem", "fstatfs(2): anon_inode before 6.19, a file system of its own since", fs_type, (0,),

@@ -190,20 +190,17 @@ ROWS = among(("slots", "guest"), [
         Row("guest.punched", "a punch under the guest: both sides see zero, and then the guest's next store", punched, (),
             "zero zero after"),
         Row("guest.flags-3.user-memory", "with the flag MMAP the guest has the file, whatever userspace_addr is",
-            beside_user_memory,
-            (SHARED,), "zero, then anon, 1 pages"),
+            beside_user_memory, (SHARED,), "zero, then anon, 1 pages"),
         Row("guest.flags-3.no-user-memory", "with the flag MMAP userspace_addr may be 0", without_user_memory, (SHARED,),
             "zero"),
         Row("guest.closed.touched", "the last reference closed: a memory fault on a page that the guest had", all_closed,
             (True, False), _GONE),
         Row("guest.closed.untouched", "the last reference closed: a memory fault on a page that it never had", all_closed,
-            (False, False),
-            _GONE),
+            (False, False), _GONE),
         Row("guest.closed.mapped", "a mapping is a reference: the guest goes on", all_closed, (True, True), "mapped"),
         Row("guest.replaced", "a new file in place of a closed one shows zero", replaced, (), "zero"),
         Row("guest.slot-deleted", "a slot deleted under the guest is an MMIO exit; the file keeps its bytes", slot_deleted,
-            (),
-            "mmio, then kept"),
+            (), "mmio, then kept"),
         Row("guest.past-slot", "past the end of the slot is an MMIO exit", past_slot, (), "mmio"),
         *(Row(f"guest.{how}", f"{how} of the host's mapping does not disturb the guest", host_lets_go, (how,), "kept")
           for how in ("munmap", "mprotect", "DONTNEED")),
@@ -219,23 +216,17 @@ ROWS = among(("slots", "guest"), [
     Row("guest.flags-1", "a file with MMAP and without INIT_SHARED serves the guest", private_file, (), "private",
         ("flag 1",)),
     Row("guest.flags-1.host", "and the host's load of it is SIGBUS", private_file_of_host, (),
-        "SIGBUS BUS_ADRERR at offset 0x0",
-        ("flag 1",)),
-    *(Row(f"guest.flags-{flags}.user-memory", f"without the flag MMAP (flags {flags}) a default VM uses userspace_addr, "
-                                              f"and the file stays "
-          "empty", beside_user_memory, (flags,), "anon, then guest, 0 pages", ("cachestat", *(("flag 2",) if flags else ())),
-          _IN_PLACE)
-      for flags in (0, 2)),
+        "SIGBUS BUS_ADRERR at offset 0x0", ("flag 1",)),
+    *(Row(f"guest.flags-{flags}.user-memory", f"without the flag MMAP (flags {flags}) a default VM uses userspace_addr, and "
+          "the file stays empty", beside_user_memory, (flags,), "anon, then guest, 0 pages",
+          ("cachestat", *(("flag 2",) if flags else ())), _IN_PLACE) for flags in (0, 2)),
     Row("guest.flags-0.no-user-memory", "and without userspace_addr the guest faults, with no exit that says so",
-        without_user_memory, (0,),
-        "EFAULT, exit 0", (), _IN_PLACE),
+        without_user_memory, (0,), "EFAULT, exit 0", (), _IN_PLACE),
 ])
 
 SECRET_ROWS = among(("slots", "guest", "secretmem"), [
     Row("secret.guest", "KVM takes pages by get_user_pages(), so a guest cannot have a memfd_secret", plain_slot,
-        ("secret",),
-        "EFAULT, exit 0"),
+        ("secret",), "EFAULT, exit 0"),
     Row("secret.guest-emulated", "an emulator only copies: a guest's kernel that is emulated can read a memfd_secret",
-        emulated_secret, (),
-        "host", ("cpl 0 emulated",)),
+        emulated_secret, (), "host", ("cpl 0 emulated",)),
 ])

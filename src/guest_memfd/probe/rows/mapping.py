@@ -113,8 +113,7 @@ def kept_by_mapping(here: Here) -> str:
 _PROTS = {"none": PROT_NONE, "r": PROT_READ, "w": PROT_WRITE, "rw": RW}
 _WITHOUT = [
     Row(f"mmap.flags-{flags}.{how}-{name}", f"without the flag MMAP there is no mmap(2): {how}, {name}", maps,
-        (flags, prot, value),
-        "ENODEV", ("flag 2",) if flags else ())
+        (flags, prot, value), "ENODEV", ("flag 2",) if flags else (), rules=(("no flag 1", "ENODEV"),))
     for flags in (0, 2) for how, value in (("shared", MAP_SHARED), ("private", MAP_PRIVATE)) for name, prot in _PROTS.items()
 ]
 _MAPS: list[tuple[str, str, int, int, int, int, str]] = [
@@ -143,16 +142,14 @@ _SHAREABLE = [
           ("cachestat",))
       for name, how, flag in (("populate", "MAP_POPULATE", calls.MAP_POPULATE), ("locked", "MAP_LOCKED", calls.MAP_LOCKED))),
     *(Row(f"mprotect.{name}", f"mprotect(2) to {name} {'works' if expect == 'ok' else 'is refused'}", protects,
-          (SHARED, prot),
-          expect)
+          (SHARED, prot), expect)
       for name, prot, expect in (("rw", RW, "ok"), ("none", PROT_NONE, "ok"), ("exec", PROT_READ | PROT_EXEC, "EACCES"))),
     Row("fault.load", "the first load of a page shows zero", touches, (SHARED, RW, 0, False), "zero"),
     Row("fault.store", "a page can be stored to", touches, (SHARED, RW, PAGE, True), "stored"),
     Row("fault.load-past-eof", "a load past the end is SIGBUS at the address", touches, (SHARED, RW, SIZE, False),
         f"{_BUS} at offset {SIZE:#x}"),
     Row("fault.store-past-eof", "a store past the end is SIGBUS at the address", touches,
-        (SHARED, RW, SIZE + PAGE + 8, True),
-        f"{_BUS} at offset {SIZE + PAGE + 8:#x}"),
+        (SHARED, RW, SIZE + PAGE + 8, True), f"{_BUS} at offset {SIZE + PAGE + 8:#x}"),
     Row("fault.store-read-only", "a store to a read-only mapping is SIGSEGV", touches, (SHARED, PROT_READ, 8, True),
         f"{_SEGV} at offset 0x8"),
     Row("fault.load-none", "a load of a mapping without access is SIGSEGV", touches, (SHARED, PROT_NONE, 8, False),
@@ -162,9 +159,11 @@ _SHAREABLE = [
     Row("fault.load-allocates", "a load allocates a page, and one only", after_load, (), "1 pages", ("cachestat",)),
     Row("fault.reused", "a page that comes back after a punch shows zero", reused, (), "zero"),
     *(Row(f"coherent.{other}", f"a store is seen {words}", seen_by, (SHARED, other), "same") for other, words in (
-        ("second", "through a second mapping"), ("dup",
-                                                 "through a mapping of a duplicate"), ("fork", "by the parent of a forked " "child"),
-        ("closed", "after the descriptor has been closed"), ("vm-closed", "after the VM's descriptor has been closed"))),
+        ("second", "through a second mapping"),
+        ("dup", "through a mapping of a duplicate"),
+        ("fork", "by the parent of a forked child"),
+        ("closed", "after the descriptor has been closed"),
+        ("vm-closed", "after the VM's descriptor has been closed"))),
     Row("coherent.mapping-only", "a mapping works on when descriptor and VM have been closed", kept_by_mapping, (),
         "keptmore"),
 ]
@@ -174,8 +173,8 @@ _PRIVATE = [
     Row("private.store", "and every store is SIGBUS", touches, (1, RW, 16, True), f"{_BUS} at offset 0x10"),
     Row("private.load-allocated", "allocating the pages does not make them shared: a load", touches, (1, RW, 0, False, True),
         f"{_BUS} at offset 0x0"),
-    Row("private.store-allocated", "allocating the pages does not make them shared: a store", touches, (1, RW, 0, True, True),
-        f"{_BUS} at offset 0x0"),
+    Row("private.store-allocated", "allocating the pages does not make them shared: a store", touches,
+        (1, RW, 0, True, True), f"{_BUS} at offset 0x0"),
 ]
 ROWS = [*among(("gmem",), [*_WITHOUT, Row("mmap.flags-0.exec", "PROT_EXEC is refused before the missing flag MMAP is", maps,
                                            (0, PROT_EXEC, MAP_SHARED), "EPERM")]),
@@ -187,8 +186,8 @@ SECRET_ROWS = among(("secretmem",), [
       for name, words, prot, flags, offset, nr, expect in _MAPS
       if name.startswith(("shared", "private", "exec")) and name != "exec-private"),
     Row("secret.load", "the first load of a page of memfd_secret shows zero", touches, (SECRET, RW, 0, False), "zero"),
-    Row("secret.load-past-eof", "a load past the end of a memfd_secret is SIGBUS at the address", touches, (SECRET, RW, SIZE, False),
-        f"{_BUS} at offset {SIZE:#x}"),
+    Row("secret.load-past-eof", "a load past the end of a memfd_secret is SIGBUS at the address", touches,
+        (SECRET, RW, SIZE, False), f"{_BUS} at offset {SIZE:#x}"),
     Row("secret.coherent-second", "a second mapping of a memfd_secret shows the same bytes", seen_by, (SECRET, "second"),
         "same"),
     Row("secret.coherent-fork", "a forked child shares a memfd_secret", seen_by, (SECRET, "fork"), "same"),

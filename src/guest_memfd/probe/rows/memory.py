@@ -151,9 +151,9 @@ ROWS = [
         Row("madvise.REMOVE", "MADV_REMOVE punches: the data are gone", advises, (SHARED, "REMOVE"), "ok, zero"),
         *(Row(f"madvise.{name}", f"MADV_{name} is refused", advises, (SHARED, name), "EINVAL") for name in _REFUSED),
         *(Row(f"madvise.{name}", f"MADV_{name}: a kernel without memory failure handling does not know it", advises,
-              (SHARED, name),
-              "EINVAL", ("no memory failure",)) for name in _POISON),
-        *(Row(f"populate.{name}", f"MADV_{name} allocates", populates, (SHARED, name, SIZE), "ok, 4 pages", ("cachestat",))
+              (SHARED, name), "EINVAL", ("no memory failure",)) for name in _POISON),
+        *(Row(f"populate.{name}", f"MADV_{name} allocates every page", populates, (SHARED, name, SIZE), "ok, 4 pages",
+              ("cachestat",))
           for name in ("POPULATE_READ", "POPULATE_WRITE")),
         *(Row(f"populate.{name}.past-eof", f"MADV_{name} past the end is a fault, and what came before stays", populates,
               (SHARED, name, 2 * SIZE), "EFAULT, 4 pages", ("cachestat",)) for name in ("POPULATE_READ", "POPULATE_WRITE")),
@@ -161,7 +161,7 @@ ROWS = [
             "SIGSEGV SEGV_MAPERR at offset 0x0"),
         Row("mlock", "mlock(2) of a shared file works", locks, (SHARED, "mlock")),
         Row("mlock2", "mlock2(2) MLOCK_ONFAULT works", locks, (SHARED, "mlock2", 1)),
-        Row("munlock", "munlock(2) works", locks, (SHARED, "munlock")),
+        Row("munlock", "munlock(2) of a shared file works", locks, (SHARED, "munlock")),
         Row("smaps.flags", "flags of the mapping", smaps, (SHARED, "VmFlags"), "rd wr sh mr mw ms"),
         Row("smaps.huge", "the mapping is not eligible for huge pages", smaps, (SHARED, "THPeligible"), "0"),
         Row("smaps.rss", "all pages of the mapping are resident", smaps, (SHARED, "Rss"), f"{SIZE >> 10} kB"),
@@ -169,23 +169,21 @@ ROWS = [
     ]),
     *among(("gmem", "flag 1"), [
         *(Row(f"populate.{name}.private", f"MADV_{name} of private pages is a fault", populates, (1, name, SIZE),
-              "EFAULT, 0 pages",
-              ("cachestat",)) for name in ("POPULATE_READ", "POPULATE_WRITE")),
+              "EFAULT, 0 pages", ("cachestat",)) for name in ("POPULATE_READ", "POPULATE_WRITE")),
         Row("mlock.private", "mlock(2) of private pages fails", locks, (1, "mlock"), "ENOMEM"),
     ]),
     *among(("gmem", "flag 1", "flag 2", "numa"), [
-        *(Row(f"mbind.{mode}", f"mbind(2) of {mode} is accepted, and the mapping shows it", policy_of, (mode,),
-              mode) for mode in MODES),
+        *(Row(f"mbind.{mode}", f"mbind(2) of {mode} is accepted, and the mapping shows it", policy_of, (mode,), mode)
+          for mode in MODES),
         Row("mbind.second-mapping", "policy belongs to the mapping before 6.19, to the file since", policy_elsewhere, (),
-            "default",
-            rules=(("6.19 on", "bind"),)),
+            "default", rules=(("6.19 on", "bind"),)),
         Row("mbind.unknown-node", "a node that there is not is refused", binds_with, ("bind", 1 << 63, 0), "EINVAL",
             ("fewer than 64 nodes",)),
         Row("mbind.move", "MPOL_MF_MOVE of populated pages is accepted", binds_with, ("bind", 1, _MOVE)),
         Row("mbind.move-all", "MPOL_MF_MOVE_ALL and MPOL_MF_STRICT are accepted on one node", binds_with,
             ("bind", 1, _MOVE_ALL | _STRICT), "ok", ("root", "one node")),
-        Row("move-pages.query", "move_pages(2) tells the node", moves, (True,), "node 0", ("one node",)),
-        Row("move-pages.move", "move_pages(2) to the node where the page is", moves, (False,), "node 0", ("one node",)),
+        Row("move.query", "move_pages(2) tells the node", moves, (True,), "node 0", ("one node",)),
+        Row("move.move", "move_pages(2) to the node where the page is", moves, (False,), "node 0", ("one node",)),
     ]),
 ]
 
@@ -193,8 +191,7 @@ SECRET_ROWS = among(("secretmem",), [
     *(Row(f"secret.madvise-{name}", f"MADV_{name} of a memfd_secret is refused", advises, (SECRET, name), "EINVAL")
       for name in _SECRET_REFUSED),
     Row("secret.madvise-DONTNEED_LOCKED", "MADV_DONTNEED_LOCKED of a memfd_secret is accepted, and takes no data away",
-        advises,
-        (SECRET, "DONTNEED_LOCKED"), "ok, kept"),
+        advises, (SECRET, "DONTNEED_LOCKED"), "ok, kept"),
     Row("secret.mlock", "mlock(2) of a memfd_secret fails: it is locked already", locks, (SECRET, "mlock"), "ENOMEM"),
     Row("secret.munlock", "munlock(2) of a memfd_secret is accepted", locks, (SECRET, "munlock")),
     Row("secret.smaps-flags", "a mapping of memfd_secret is locked and not dumped", smaps, (SECRET, "VmFlags"),

@@ -26,8 +26,8 @@ def _vm_copy(name: str, address: int) -> str:
     return f"{call(name, os.getpid(), local, 1, remote, 1, 0)} bytes"
 
 
-def _proc_mem(address: int, write: bool) -> str:
-    fd = os.open("/proc/self/mem", os.O_RDWR)
+def _proc_mem(here: Here, address: int, write: bool) -> str:
+    fd = here.open("/proc/self/mem")
     return f"{os.pwrite(fd, _TEXT, address) if write else len(os.pread(fd, len(_TEXT), address))} bytes"
 
 
@@ -80,8 +80,8 @@ USERS: dict[str, tuple[str, Callable[[Here, int], object], str, str | None, str 
     "process-vm-readv": ("process_vm_readv(2)", lambda _, at: _vm_copy("process_vm_readv", at), _COPIED, "EFAULT", "EFAULT"),
     "process-vm-writev": ("process_vm_writev(2)", lambda _, at: _vm_copy("process_vm_writev", at), _COPIED, "EFAULT",
                           "EFAULT"),
-    "proc-mem-read": ("read of /proc/self/mem", lambda _, at: _proc_mem(at, False), _COPIED, "EIO", "EIO"),
-    "proc-mem-write": ("write to /proc/self/mem", lambda _, at: _proc_mem(at, True), _COPIED, "EIO", "EIO"),
+    "proc-mem-read": ("read of /proc/self/mem", lambda here, at: _proc_mem(here, at, False), _COPIED, "EIO", "EIO"),
+    "proc-mem-write": ("write to /proc/self/mem", lambda here, at: _proc_mem(here, at, True), _COPIED, "EIO", "EIO"),
     "direct-write": ("write(2) from it with O_DIRECT", lambda here, at: _direct(here, at, True), _WHOLE, "EFAULT", "EFAULT"),
     "direct-read": ("read(2) into it with O_DIRECT", lambda here, at: _direct(here, at, False), _WHOLE, "EFAULT", "EFAULT"),
     "vmsplice": ("vmsplice(2)", lambda _, at: f"{_vmsplice(at)[1]} bytes", _WHOLE, "EFAULT", "EFAULT"),

@@ -96,9 +96,8 @@ SECRET_ROWS = among(("secretmem",), [
     *(Row(f"secret.fallocate-{name}", f"fallocate(2) {name} of a memfd_secret is not supported", fallocates, (mode,),
           "EOPNOTSUPP")
       for name, mode in (("keep-size", KEEP_SIZE), ("punch", PUNCH), ("zero", 0x10))),
-    *(Row(f"secret.memlock-{limit}-{'-'.join(map(str, pages))}", f"a limit of {limit} pages, mappings of "
-                                                                 f"{' and '.join(map(str, pages))}: "
-          f"every mapping counts with its length", under_limit, (limit, *pages), expect)
+    *(Row(f"secret.memlock-{limit}-{'-'.join(map(str, pages))}", f"every mapping counts with its length: a limit of {limit} "
+          f"pages, mappings of {' and '.join(map(str, pages))}", under_limit, (limit, *pages), expect)
       for limit, pages, expect in ((4, (4,), "mapped"), (4, (5,), "EAGAIN"), (4, (2, 2), "mapped"), (4, (2, 3), "EAGAIN"),
                                    (0, (1,), "EAGAIN"))),
     Row("secret.memlock-privileged", "CAP_IPC_LOCK is above the limit", privileged, (), "mapped", ("ipc-lock",)),

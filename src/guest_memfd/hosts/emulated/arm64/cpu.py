@@ -61,7 +61,7 @@ def _unicorn() -> tuple[Any, Any]:
         return importlib.import_module("unicorn"), importlib.import_module("unicorn.arm64_const")
     except ImportError as error:
         raise HostUnavailable("the emulated host executes on Unicorn, which is not installed; "
-                              "pip install 'guest-memfd[emu]'") from error
+                              "pip install -e '.[emu]'") from error
 
 
 class Cpu:

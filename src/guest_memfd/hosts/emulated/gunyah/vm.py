@@ -51,13 +51,14 @@ class HostCaps(NamedTuple):
 class Psci(IntEnum):
     """Function ids (Arm DEN 0022)."""
 
+    SMCCC_VERSION = 0x8000_0000
     VERSION = 0x8400_0000
     CPU_OFF = 0x8400_0002
     SYSTEM_OFF = 0x8400_0008
     SYSTEM_RESET = 0x8400_0009
 
 
-_PSCI_1_1 = 1 << 16 | 1
+_VERSION_1_1 = 1 << 16 | 1
 
 
 class Vm:
@@ -153,8 +154,8 @@ class Vm:
         if number == Psci.SYSTEM_RESET:
             self.kill(Exit.PLATFORM_RESET)
             return Run(VcpuState.PSCI_SYSTEM_RESET)
-        if number == Psci.VERSION:
-            regs[0] = _PSCI_1_1
+        if number in (Psci.VERSION, Psci.SMCCC_VERSION):
+            regs[0] = _VERSION_1_1
         else:
             self._el2.hypercalls.call(regs, self.cspace, self.space)
         return None

@@ -31,7 +31,8 @@ NOT_SUPPORTED, INVALID_PARAMETER = -1, -3
 """SMCCC and PSCI return codes."""
 
 PSCI_VERSION, PSCI_SYSTEM_OFF, PSCI_SYSTEM_RESET = 0x8400_0000, 0x8400_0008, 0x8400_0009
-_PSCI_1_1 = 1 << 16 | 1
+SMCCC_VERSION = 0x8000_0000
+_VERSIONS = {PSCI_VERSION: 1 << 16 | 1, SMCCC_VERSION: 1 << 16 | 1}
 
 _SEA = 0x10        # DFSC of a synchronous external abort that is not on a walk
 
@@ -179,7 +180,8 @@ class Vcpu:
             return None
         transfer = self._transfer(pc)
         if transfer is None:
-            return InternalError(f"no memory at IPA {fault.ipa:#x}, and no syndrome to emulate a device with: {fault}")
+            return InternalError(f"no memory at IPA {fault.ipa:#x}, and no syndrome to emulate a device with: only plain "
+                                 "loads and stores of one register without writeback have one")
         data = 0
         if transfer.write:
             data = self.cpu.x(transfer.register) & (1 << 8 * transfer.size) - 1 if transfer.register < 31 else 0
@@ -202,5 +204,5 @@ class Vcpu:
             return SystemEvent("shutdown")
         if number == PSCI_SYSTEM_RESET:
             return SystemEvent("reset")
-        self.cpu.set_x(0, _PSCI_1_1 if number == PSCI_VERSION else NOT_SUPPORTED)
+        self.cpu.set_x(0, _VERSIONS.get(number, NOT_SUPPORTED))
         return None

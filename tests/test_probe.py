@@ -1,0 +1,616 @@
+"""gmem probe: the table is well formed, what is confirmed comes out as expected, and nothing a row does gets out."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guest_memfd.cli.main import main
+from guest_memfd.probe import bugs, child, offers, report
+from guest_memfd.probe.bugs import BUGS, Bug, find
+from guest_memfd.probe.calls import call, load, name_of
+from guest_memfd.probe.child import Slate, Unfit, perform
+from guest_memfd.probe.here import PAGE, SIZE, Here
+from guest_memfd.probe.left import count, since
+from guest_memfd.probe.offers import look, version_of
+from guest_memfd.probe.row import SETTLED, Features, Outcome, Row, judge
+from guest_memfd.probe.rows import ROWS
+from guest_memfd.probe.survey import Survey, survey
+from guest_memfd.report.style import Style
+
+KVM = os.access("/dev/kvm", os.R_OK | os.W_OK)
+needs_kvm = pytest.mark.skipif(not KVM, reason="no usable /dev/kvm")
+NOWHERE = "/dev/kvm-that-is-not-there"
+
+
+def nothing(here: Here) -> None:
+    """Do nothing."""
+
+
+def hangs(here: Here) -> None:
+    """Never answer."""
+    while True:
+        time.sleep(1)
+
+
+def hangs_hard(here: Here) -> None:
+    """Never answer, whatever signal comes."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    hangs(here)
+
+
+def crashes(here: Here) -> None:
+    """Load from nowhere."""
+    load(0x1000)
+
+
+def row(act: Callable[..., object], expect: str | None = "ok", **more: Any) -> Row:
+    return Row(f"planted.{act.__name__}", "planted", act, expect=expect, **more)
+
+
+def probed(*rows: Row, path: str = NOWHERE, timeout: float = 2.0) -> Survey:
+    return survey(path, parts=("behaviour",), rows=rows, timeout=timeout)
+
+
+def gmem(*argv: str) -> int:
+    return main(["probe", *argv])
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_well_formed() -> None:
+    assert len(ROWS) >= 150
+    assert [name for name, number in Counter(row.id for row in ROWS).items() if number > 1] == []
+    for each in ROWS:
+        assert re.fullmatch(r"[\w.-]+", each.id), each.id
+        assert len(each.says.split()) >= 3, each.id
+        assert each.says == each.says.strip(), each.id
+        assert "  " not in each.says, each.id
+        assert each.act.__doc__, each.id
+        assert each.expect, each.id
+        assert each.expect != "", each.id
+
+
+def test_rows_say_results_as_results_are_said() -> None:
+    known = {*errno.errorcode.values(), "EOPNOTSUPP"}
+    for each in ROWS:
+        for value in (each.expect, *(value for _, value in each.rules)):
+            for word in re.findall(r"\bE[A-Z0-9]{3,}\b", value or ""):
+                assert word in known, (each.id, word)
+
+
+def test_needs_and_rules_name_features_that_there_are() -> None:
+    found = look(NOWHERE).features
+    names = found.has | set(found.lacks) | {f"no flag {1 << bit}" for bit in range(64)} | {SETTLED}
+    for each in ROWS:
+        assert {*each.needs, *(feature for feature, _ in each.rules)} <= names, each.id
+    for bug in BUGS:
+        assert {*bug.needs} <= names, bug.id
+
+
+def test_bugs_are_well_formed() -> None:
+    assert len({bug.id for bug in BUGS}) == len(BUGS) >= 20
+    for bug in BUGS:
+        assert bug.title, bug.id
+        assert bug.commit, bug.id
+        assert bug.means, bug.id
+        assert (bug.act is None) == bool(bug.why), bug.id
+
+
+def test_documentation_names_every_kind_of_row() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "probe.md").read_text(encoding="utf-8")
+    table = text.split("| ids | about |")[1].split("\n\n")[0]
+    told = re.findall(r"`([\w.]+)`", "\n".join(line.split("|")[1] for line in table.splitlines()[2:]))
+    assert [each.id for each in ROWS if not each.id.startswith(tuple(told))] == []
+    assert [prefix for prefix in told if not any(each.id.startswith(prefix) for each in ROWS)] == []
+    assert re.findall(r"(\d+) rows: \d+ expected", text) == [str(len(ROWS))]
+    for verdict in (*report.ROW_VERDICTS, *bugs.VERDICTS):
+        assert verdict in text
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def features(*has: str, **lacks: str) -> Features:
+    return Features("6.18.0", frozenset({SETTLED, "ptrace", "unfiltered", "enough memory", *has} - set(lacks)), lacks)
+
+
+@pytest.mark.parametrize(("result", "expect", "verdict"), [
+    ("ok", "ok", "expected"), ("EINVAL", "ok", "differs"), ("ok", "EINVAL", "differs"),
+    ("EEXIST", "EINVAL | EEXIST", "expected"),
+    ("EPERM", "ok", "differs"), ("ENOSYS", "ok", "skipped"), ("EMFILE", "ok", "skipped"), ("ENOMEM", "ok", "differs"),
+    ("EINVAL, 1 pages", "EINVAL, 0 pages", "differs"), ("SIGBUS", "SIGBUS BUS_ADRERR at offset 0x0", "differs"),
+])
+def test_verdict(result: str, expect: str, verdict: str) -> None:
+    assert judge(row(nothing, expect), Outcome(result), features()).verdict == verdict
+
+
+@pytest.mark.parametrize(("lacking", "result", "expect", "verdict"), [
+    ("unfiltered", "EPERM", "ok", "skipped"), ("unfiltered", "EPERM", "EPERM", "expected"),
+    ("enough memory", "ENOMEM", "ok", "skipped"), ("ptrace", "SIGBUS", "SIGBUS BUS_ADRERR at offset 0x0", "expected"),
+    ("ptrace", "SIGSEGV", "SIGBUS BUS_ADRERR at offset 0x0", "differs"), (SETTLED, "ok", "ok", "unknown"),
+])
+def test_verdict_where_something_is_in_the_way(lacking: str, result: str, expect: str, verdict: str) -> None:
+    judged = judge(row(nothing, expect), Outcome(result), features(**{lacking: "because"}))
+    assert judged.verdict == verdict
+    if verdict == "skipped":
+        assert "because" in judged.why
+
+
+def test_rules_come_before_releases() -> None:
+    ruled = row(nothing, "EINVAL", rules=(("new", "EEXIST"), ("newer", None)))
+    assert ruled.expected(features()) == "EINVAL"
+    assert ruled.expected(features("new", **{SETTLED: "too new"})) == "EEXIST"
+    assert ruled.expected(features("newer")) is None
+    assert ruled.expected(features(**{SETTLED: "too new"})) is None
+
+
+@pytest.mark.parametrize(("release", "version"), [
+    ("6.18.44-fc-v657", (6, 18)), ("7.2.0-rc4+", (7, 2)), ("10.0", (10, 0)), ("rolling", (0, 0))])
+def test_release_is_read(release: str, version: tuple[int, int]) -> None:
+    assert version_of(release) == version
+
+
+@pytest.mark.parametrize(("release", "in_place", "settled", "since"), [
+    ("6.17.9", False, False, set()), ("6.18.0", False, True, set()), ("6.19.1", False, True, {"6.19 on"}),
+    ("7.3.0", False, True, {"6.19 on", "7.0 on", "7.2 on"}), ("7.4.0", False, False, {"6.19 on", "7.0 on", "7.2 on"}),
+    ("7.3.0", True, False, {"6.19 on", "7.0 on", "7.2 on", "in-place"}),
+])
+def test_what_a_release_is_known_for(release: str, in_place: bool, settled: bool, since: set[str]) -> None:
+    seen: dict[str, str] = {}
+
+    def feature(name: str, why: str = "") -> bool:
+        seen[name] = why
+        return not why
+
+    offers._about_release(release, feature, in_place)
+    assert (seen[SETTLED] == "") == settled
+    assert {name for name in seen if not seen[name] and name != SETTLED} == since
+
+
+def test_7_2_is_expected_to_have_its_fixes() -> None:
+    by_id = {each.id: each for each in ROWS}
+    newer = features("7.2 on", "6.19 on")
+    assert by_id["slot.offset-overflow"].expected(newer) == "EINVAL"
+    assert by_id["slot.file-twice"].expected(newer) == "EEXIST"
+    assert by_id["mbind.second-mapping"].expected(newer) == "bind"
+    assert by_id["slot.offset-overflow"].expected(features()) == "ok"
+    assert by_id["create.flags-1"].expected(features("no flag 1")) == "EINVAL"
+    assert by_id["create.flag-0x4"].expected(features("flag 4")) == "ok"
+
+
+# -- a row in its child ------------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_hangs_is_a_result() -> None:
+    start = time.monotonic()
+    found = probed(row(hangs), row(hangs_hard), row(nothing), timeout=0.3)
+    assert [judged.result for judged in found.behaviour] == ["no answer in 0.3 s", "no answer in 0.3 s", "ok"]
+    assert [judged.verdict for judged in found.behaviour] == ["differs", "differs", "expected"]
+    assert time.monotonic() - start < 5
+
+
+def test_a_row_that_crashes_is_a_result(capfd: pytest.CaptureFixture[str]) -> None:
+    def aborts(here: Here) -> None:
+        os.abort()
+
+    def killed(here: Here) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    found = probed(row(crashes, "SIGSEGV SEGV_MAPERR elsewhere"), row(aborts), row(killed), row(nothing))
+    assert [judged.result for judged in found.behaviour] == ["SIGSEGV SEGV_MAPERR elsewhere", "SIGABRT", "SIGKILL", "ok"]
+    assert found.behaviour[0].verdict == "expected"
+    assert capfd.readouterr().err == ""
+
+
+def test_a_signal_tells_where() -> None:
+    def past_the_end(here: Here) -> None:
+        load(here.map(here.temporary(), 4 * SIZE) + 2 * SIZE + 24)
+
+    found = probed(row(past_the_end))
+    assert found.behaviour[0].result == f"SIGBUS BUS_ADRERR at offset {2 * SIZE + 24:#x}"
+
+
+def test_what_a_row_builds_on_and_our_own_mistakes_skip_it() -> None:
+    def unfit(here: Here) -> None:
+        raise Unfit("no such thing here")
+
+    def mistaken(here: Here) -> None:
+        raise ZeroDivisionError
+
+    found = probed(row(unfit), row(mistaken))
+    assert [(judged.verdict, judged.result) for judged in found.behaviour] == [("skipped", None)] * 2
+    assert found.behaviour[0].why == "no such thing here"
+    assert "ZeroDivisionError" in found.behaviour[1].why
+
+
+def test_errno_goes_by_name() -> None:
+    def refused(here: Here) -> None:
+        call("read", -1, 0, 0)
+
+    def too_long(here: Here) -> str:
+        return "x" * (1 << 17)
+
+    found = probed(row(refused), row(too_long))
+    assert found.behaviour[0].result == "EBADF"
+    assert set(found.behaviour[1].result or "") == {"x"}
+    assert name_of(OSError(95, "")) == "EOPNOTSUPP"
+
+
+def test_what_a_row_starts_ends_with_it(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+
+    def leaves_a_child(here: Here) -> None:
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        told.write_text(str(pid))
+
+    before = count()
+    probed(row(leaves_a_child))
+    pid = int(told.read_text())
+    for _ in range(100):
+        # It is a child of init by now, which may take its time to bury it.
+        with suppress(OSError):
+            if "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+                time.sleep(0.02)
+                continue
+        break
+    else:
+        pytest.fail(f"process {pid} is still there")
+    assert since(before).nothing
+
+
+def test_exec_in_a_row_is_no_answer_of_its_own() -> None:
+    def becomes_another(here: Here) -> None:
+        os.execv("/bin/sh", ["sh", "-c", "exit 0"])
+
+    assert probed(row(becomes_another)).behaviour[0].verdict == "skipped"
+
+
+def test_the_caller_is_left_as_it_was() -> None:
+    before, mask, limits = count(), signal.pthread_sigmask(signal.SIG_BLOCK, ()), resource.getrlimit(resource.RLIMIT_NOFILE)
+    handler = signal.getsignal(signal.SIGALRM)
+
+    def spoils_everything(here: Here) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5))
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        os.chdir("/")
+        for _ in range(10):
+            os.open("/proc", os.O_RDONLY)
+
+    where = os.getcwd()
+    assert probed(row(spoils_everything), row(crashes), row(nothing)).left.nothing
+    assert since(before).nothing
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask == set()
+    assert signal.getsignal(signal.SIGALRM) == handler
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+    assert os.getcwd() == where
+
+
+def test_what_is_left_is_counted() -> None:
+    before = count()
+    fd = os.dup(1)
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+    left = since(before)
+    os.close(fd)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert (left.descriptors, left.children, left.nothing) == (1, 1, False)
+
+
+# -- this kernel -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def here_and_now() -> Survey:
+    return survey()
+
+
+@needs_kvm
+def test_this_kernel_is_as_expected(here_and_now: Survey) -> None:
+    if SETTLED not in here_and_now.offers.features:
+        pytest.skip(here_and_now.offers.features.why(SETTLED))
+    differing = [(j.row.id, j.result, j.expected) for j in here_and_now.behaviour if j.verdict in ("differs", "unknown")]
+    assert differing == []
+    assert [j.why for j in here_and_now.behaviour if "our own failure" in j.why] == []
+    assert sum(j.verdict == "expected" for j in here_and_now.behaviour) >= 150
+    assert here_and_now.seconds < 60
+
+
+@needs_kvm
+def test_nothing_is_left_behind(here_and_now: Survey) -> None:
+    assert here_and_now.left.nothing
+
+
+@needs_kvm
+def test_bugs_have_verdicts(here_and_now: Survey) -> None:
+    found = {each.bug.id: each for each in here_and_now.bugs}
+    assert [*found] == [bug.id for bug in BUGS]
+    assert all(each.verdict in bugs.VERDICTS and each.seen for each in found.values())
+    assert [each.seen for each in found.values() if "unexpected" in each.seen or "our own failure" in each.seen] == []
+    overflow = next(j for j in here_and_now.behaviour if j.row.id == "slot.offset-overflow")
+    if overflow.result is not None:
+        assert found["bind-offset-overflow"].verdict == {"ok": "present", "EINVAL": "fixed"}[overflow.result]
+
+
+@needs_kvm
+def test_a_wrong_expectation_is_found() -> None:
+    chosen = [each for each in ROWS if each.id in ("create.size-0", "private.load", "create.null")]
+    wrong = {"create.size-0": "ok", "private.load": "SIGBUS BUS_ADRERR at offset 0x0"}
+    planted = tuple(replace(each, expect=wrong.get(each.id, each.expect)) for each in chosen)
+    found = survey(parts=("behaviour",), rows=planted)
+    if SETTLED not in found.offers.features:
+        pytest.skip(found.offers.features.why(SETTLED))
+    assert {judged.row.id for judged in found.behaviour if judged.verdict == "differs"} == {*wrong} - {
+        judged.row.id for judged in found.behaviour if judged.verdict == "skipped"}
+    assert found.differing
+    lines = [*report.as_ktap(found)]
+    assert "not ok 1 create.size-0" in lines
+
+
+@needs_kvm
+def test_a_bug_that_crashes_its_child_is_no_verdict() -> None:
+    def crash(here: Here) -> str:
+        load(0x1000)
+        return "fixed: never"
+
+    planted = Bug("planted", "planted", "none", "nothing", crash)
+    found = find(planted, Slate(), "/dev/kvm", features())
+    assert (found.verdict, found.seen) == ("cannot tell", "unexpected: SIGSEGV SEGV_MAPERR elsewhere")
+
+
+# -- without this and that ---------------------------------------------------------------------------------------------
+
+
+def test_without_kvm_the_rest_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    code = gmem("--kvm", NOWHERE, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert code in (0, 2, 5)
+    assert found["offers"]["kvm"] == {"path": NOWHERE, "usable": False}
+    verdicts = {each["id"]: each for each in found["behaviour"]}
+    assert verdicts["create.size-0"]["verdict"] == "skipped"
+    assert NOWHERE in verdicts["create.size-0"]["why"]
+    if found["offers"]["memfd_secret"] == "present":
+        assert verdicts["secret.flags-0"]["result"] == "inherited"
+        expected = sum(each["verdict"] == "expected" for each in found["behaviour"])
+        assert expected > 90 or SETTLED in found["offers"]["not_here"]
+    assert {each["verdict"] for each in found["known_bugs"]} <= {"present", "fixed", "cannot tell", "not tested"}
+
+
+def test_a_device_that_is_no_kvm_is_said_to_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    gmem("--kvm", "/dev/null", "--part", "offers")
+    assert "/dev/null is no KVM" in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_anything_exit_5(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_secret(here: Here, size: int = 0) -> int:
+        raise Unfit("memfd_secret: ENOSYS")
+
+    monkeypatch.setattr(Here, "secret", no_secret)
+    assert gmem("--kvm", NOWHERE, "--row", "secret.flag*") == 5
+    out, err = capsys.readouterr()
+    assert "differs" not in out.replace("0 differs", "")
+    assert err.startswith("gmem: neither KVM nor memfd_secret is here: ")
+    assert NOWHERE in err
+    assert "secretmem.enable=0" in err
+
+
+# The report of a child that does *prepare* before it tries the rows whose ids begin with one of *prefixes*.
+def in_a_child(prepare: Callable[[], None], *prefixes: str) -> dict[str, Any]:
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            prepare()
+            found = survey(parts=("offers", "behaviour"), rows=[each for each in ROWS if each.id.startswith(prefixes)])
+            text = json.dumps(report.as_json(found))
+        except BaseException as error:
+            text = json.dumps({"raised": repr(error)})
+        with os.fdopen(theirs, "w") as out:
+            out.write(text)
+        os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours) as answer:
+        found = json.loads(answer.read())
+    os.waitpid(pid, 0)
+    assert "raised" not in found, found
+    assert isinstance(found, dict)
+    return found
+
+
+def check_no_difference(found: dict[str, Any]) -> None:
+    differing = [each for each in found["behaviour"] if each["verdict"] == "differs"]
+    assert [(each["id"], each["result"], each["expected"]) for each in differing] == []
+    assert [each["why"] for each in found["behaviour"] if "our own failure" in each["why"]] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+def test_as_nobody() -> None:
+    found = in_a_child(lambda: os.setresuid(65534, 65534, 65534), "")
+    check_no_difference(found)
+    assert "root" in found["offers"]["not_here"]
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2, 3, 5])
+def test_with_few_descriptors_left(spare: int) -> None:
+    def prepare() -> None:
+        top = os.dup(1)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (top + spare, top + spare))
+        os.close(top)
+
+    check_no_difference(in_a_child(
+        prepare, "create.e", "fd.", "fork.", "gup.s", "slot.fd", "slot.file", "secret.flag", "secret.size", "close.file"))
+
+
+class Instruction(ctypes.Structure):
+    """struct sock_filter."""
+
+    _fields_ = [("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32)]
+
+
+class Program(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = [("len", ctypes.c_uint16), ("filter", ctypes.c_void_p)]
+
+
+def refuse(answers: dict[int, int]) -> None:
+    """Install a seccomp filter: system call number -> errno."""
+    load_nr, equal, answer, allow = (0x20, 0, 0, 0), (0x15, 0, 1), 0x00050000, (0x06, 0, 0, 0x7FFF0000)
+    code = [load_nr]
+    for number, error in answers.items():
+        code += [(*equal, number), (0x06, 0, 0, answer | error)]
+    instructions = (Instruction * (len(code) + 1))(*(Instruction(*each) for each in (*code, allow)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.prctl(22, 2, ctypes.byref(Program(len(instructions), ctypes.addressof(instructions))), 0, 0) == 0
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="system call numbers of x86-64")
+def test_behind_a_filter() -> None:
+    memfd_secret, process_vm_readv, ptrace, mlock, cachestat = 447, 310, 101, 149, 451
+    found = in_a_child(lambda: refuse({memfd_secret: errno.ENOSYS, process_vm_readv: errno.EPERM, ptrace: errno.EPERM,
+                                       mlock: errno.ENOSYS, cachestat: errno.EPERM}),
+                       "gup.", "mlock", "populate.", "fault.", "secret.")
+    check_no_difference(found)
+    assert found["offers"]["memfd_secret"].startswith("memfd_secret: ENOSYS")
+    verdicts = {each["id"]: each for each in found["behaviour"]}
+    assert verdicts["secret.flags-0"]["verdict"] == "skipped"
+    if KVM:
+        assert verdicts["gup.shared.process-vm-readv"]["why"] == "refused (EPERM): a seccomp filter is in force"
+        assert "ENOSYS" in verdicts["mlock"]["why"]
+        assert "cachestat" in verdicts["populate.POPULATE_READ"]["why"]
+        assert verdicts["fault.load-past-eof"]["result"] == "SIGBUS"
+
+
+def test_with_nothing_to_lock() -> None:
+    check_no_difference(in_a_child(
+        lambda: resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0)), "secret.mem", "mlock", "mmap.l"))
+
+
+def test_with_little_address_space() -> None:
+    def prepare() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
+
+    check_no_difference(in_a_child(prepare, "mmap.", "fault.", "populate.", "slot.again", "slot.many"))
+
+
+def test_without_a_dev(tmp_path: Path, python: Any) -> None:
+    argv = ["probe", "--row", "*[fg][lu][ap]*", "--ktap"]
+    code = f"import sys; from guest_memfd.cli.main import main; sys.exit(main({argv}))"
+    places = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev && exec "$0" -c "$1"', sys.executable, code],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": places})
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no mount namespace here: {done.stderr.strip()}")
+    assert done.returncode in (0, 5), done.stdout + done.stderr
+    assert "not ok" not in done.stdout
+
+
+def test_without_ptrace_signals_have_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def ptrace(self, *_: object) -> int:
+            ctypes.set_errno(errno.EPERM)
+            return -1
+
+    real = child._libc
+    monkeypatch.setattr(child, "_libc", Refusing())
+    assert perform(lambda _: load(0x1000), Slate()).result == "SIGSEGV"
+    found = survey(NOWHERE, parts=("behaviour",), rows=[row(crashes, "SIGSEGV SEGV_MAPERR elsewhere")])
+    assert found.behaviour[0].verdict == "expected"
+    assert "cannot be traced" in found.behaviour[0].why
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert gmem(*argv) == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gmem: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'behaviour'?" in refused(capsys, "--part", "behavior")
+    assert "unknown row" in refused(capsys, "--row", "no.such.row")
+    assert "exclude each other" in refused(capsys, "--json", "--ktap")
+    assert "--part leaves out" in refused(capsys, "--part", "offers", "--row", "fd.*")
+    assert "unknown part ''" in refused(capsys, "--part", "")
+    assert "unexpected argument" in refused(capsys, "everything")
+    assert "cannot write" in refused(capsys, "-o", "/no/such/folder/x")
+
+
+def test_parts_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    gmem("--kvm", NOWHERE, "--part", "offers", "--json")
+    assert [*json.loads(capsys.readouterr().out)] == ["schema", "offers", "left", "seconds"]
+    gmem("--kvm", NOWHERE, "--row", "secret.flag-0x1", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert [*found] == ["schema", "summary", "behaviour", "left", "seconds"]
+    assert [each["id"] for each in found["behaviour"]] == ["secret.flag-0x1", "secret.flag-0x10"][:len(found["behaviour"])]
+
+
+@needs_kvm
+def test_json_has_its_schema(here_and_now: Survey) -> None:
+    found = json.loads(json.dumps(report.as_json(here_and_now)))
+    assert found["schema"] == "guest-memfd-probe/1"
+    assert {"kernel", "kvm", "vcpu", "memfd_secret", "page_sizes", "limits", "module_parameters", "direct_map_kb",
+            "hibernation", "transparent_hugepages", "not_here"} <= found["offers"].keys()
+    assert {"api_version", "capabilities", "guest_memfd_flags", "vm_types", "max_slots"} <= found["offers"]["kvm"].keys()
+    for each in found["behaviour"]:
+        assert [*each] == ["id", "says", "operation", "input", "result", "expected", "verdict", "why"]
+        assert each["verdict"] in report.ROW_VERDICTS
+        assert (each["verdict"] == "skipped") <= bool(each["why"])
+    for each in found["known_bugs"]:
+        assert [*each] == ["id", "title", "verdict", "seen", "commit", "means"]
+    assert found["summary"]["rows"] == len(found["behaviour"]) == sum(
+        found["summary"][verdict] for verdict in report.ROW_VERDICTS)
+    assert {"descriptors", "children", "mappings", "direct_map_split_kb"} == found["left"].keys()
+
+
+@needs_kvm
+def test_ktap_has_a_plan_and_a_line_per_row(here_and_now: Survey) -> None:
+    lines = [*report.as_ktap(here_and_now)]
+    tests = [line for line in lines if re.match(r"(not )?ok ", line)]
+    assert lines[0] == "KTAP version 1"
+    assert f"1..{len(tests)}" in lines
+    assert len(tests) == len(ROWS)
+    assert lines[-1].startswith("# Totals: pass:")
+
+
+@needs_kvm
+def test_text_fits_and_verbose_shows_every_row(here_and_now: Survey) -> None:
+    brief = [*report.as_text(here_and_now, Style())]
+    long = [*report.as_text(here_and_now, Style(), verbose=True)]
+    assert max(map(len, brief)) <= 100
+    assert len(long) > 2 * len(ROWS) > len(brief)
+    assert all(any(f" {each.id}: " in line for line in long) for each in ROWS)
+    assert "\033[" in "\n".join(report.as_text(here_and_now, Style(colours=True)))
