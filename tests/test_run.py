@@ -218,7 +218,7 @@ def test_an_undefined_instruction_without_vectors_is_a_crash(host: str, tmp_path
 
 @pytest.mark.parametrize("host", ["gunyah", "pkvm"])
 def test_a_console_store_that_has_no_syndrome_is_named(host: str, tmp_path: Path) -> None:
-    (tmp_path / "g.s").write_text("mov x1, #0x9000000\nstrb w0, [x1], #1\nhere: b here\n")
+    (tmp_path / "g.s").write_text("_start: mov x1, #0x9000000\nstrb w0, [x1], #1\nhere: b here\n")
     code, said = run(str(tmp_path / "g.s"), host, "--timeout", "5")
     assert code == 2
     assert "writeback" in said

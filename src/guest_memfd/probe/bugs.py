@@ -87,7 +87,7 @@ def _offset_overflow(here: Here) -> str:
     pages = resident(fd, SIZE)
     return (f"present: binding at offset 2^63-4096 is accepted; a guest store there: {stored}; {pages} page past the end "
             f"survives a punch of "
-            f"the file and the delete of the slot; a punch of it: {there}; only close frees it")
+            f"the file and the delete of the slot; a punch of it: {there}")
 
 
 def _told(act: Callable[[], object], present: str, words: str, fixed: str) -> str:
@@ -220,7 +220,7 @@ def _closed_slot_uaf(here: Here) -> str:
 BUGS: tuple[Bug, ...] = (
     Bug("bind-offset-overflow", "a slot's offset near 2^63 passes the check against the file's size",
         "fixed in 7.2: \"KVM: guest_memfd: Treat memslot binding offsets as unsigned\" (22 May 2026)",
-        "check offset + size against the file yourself before you bind",
+        "check offset + size against the file yourself before you bind; such a page goes only with the file",
         _offset_overflow, ("slots", "flag 1", "flag 2")),
     Bug("bind-twice-errno", "pages that are bound already are refused with EINVAL instead of EEXIST",
         "fixed in 7.2: 7ea987a90585, selftest 772989854acd",
