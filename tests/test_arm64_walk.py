@@ -484,5 +484,7 @@ def test_stage1_off() -> None:
     assert found.writable
     assert found.executable
     assert world.fault(1 << 48) == ("address size", 0, 1, False)
+    assert world.fault(0xab << 56 | 0x1000) == ("address size", 0, 1, False)
+    world.tcr = replace(world.tcr, tbi0=1, tbi1=1)
     assert world.go(0xab << 56 | 0x1000).pa == 0x1000
     assert "PA=0x12345678 rwx at EL1" in repr(found)

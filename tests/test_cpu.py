@@ -141,7 +141,7 @@ def test_what_translate_raises_leaves_run(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_without_unicorn_the_host_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "unicorn", None)
-    with pytest.raises(HostUnavailable, match=r"pip install 'guest-memfd\[emu\]'"):
+    with pytest.raises(HostUnavailable, match=r"pip install -e '.\[emu\]'"):
         Cpu(Ram(PAGE), lambda va, access, el: (va, PAGE, True, True, True))
 
 

@@ -97,6 +97,9 @@ class SparseHost:
         head = index >> self.order << self.order
         return Lookup(self.cache[head], head) if head in self.cache else None
 
+    def filemap_find_folio(self, index: int, nr: int) -> int:
+        return min((at for at in self.cache if index <= at < index + nr), default=index + nr)
+
     def filemap_add_folio(self, index: int, order: int) -> Lookup:
         self.order, head = order, index >> order << order
         self.cache[head] = Folio(self.next_pfn, order)

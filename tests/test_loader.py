@@ -170,7 +170,7 @@ def test_a_damaged_file_is_loaded_or_refused(tmp_path_factory: pytest.TempPathFa
 
 def test_without_pyelftools_the_host_is_unavailable(put: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "elftools.elf.elffile", None)
-    with pytest.raises(HostUnavailable, match=r"pip install 'guest-memfd\[emu\]'"):
+    with pytest.raises(HostUnavailable, match=r"pip install -e '.\[emu\]'"):
         load(put(elf(CODE)))
 
 

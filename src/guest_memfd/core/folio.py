@@ -13,6 +13,10 @@ LOOKUPS = 3
 """Attempts to look a folio up while others add and remove it, before -EAGAIN."""
 
 
+MISSES = 15
+"""Page indexes without a folio, one after the other, before the page cache is asked for the next that has one."""
+
+
 class Grabbed(NamedTuple):
     """A locked, referenced, zeroed folio, its mark, and the page index of its head."""
 
@@ -78,12 +82,16 @@ class Folios(HostMapping):
         bound = yield from self.host.xa_load("bindings", start, nr)
         attributes = yield from self.host.xa_load("attributes", start, nr)
         found: list[Held] = []
-        index = start
+        index, misses = start, 0
         while index < start + nr:
             hit = yield from self.host.filemap_get_folio(index)
             if hit is None:
-                index += 1
+                index, misses = index + 1, misses + 1
+                if misses == MISSES:
+                    index = yield from self.host.filemap_find_folio(index, start + nr - index)
+                    misses = 0
             else:
+                misses = 0
                 at = index - start
                 gfn = bound[at] - 1 - (index - hit.pgoff) if bound[at] else None
                 found.append(Held(hit.folio, hit.pgoff, gfn, attributes[at] == PRIVATE_PAGE))

@@ -178,6 +178,10 @@ class Host:
         """Look *index* up in the page cache and take a reference; None when there is no folio (mm/filemap.c)."""
         return self._do("filemap_get_folio", index)
 
+    def filemap_find_folio(self, index: int, nr: int) -> Steps[int]:
+        """Page index of the first folio in [index, index+nr), index+nr when there is none; takes no reference (xas_find)."""
+        return self._do("filemap_find_folio", index, nr)
+
     def filemap_add_folio(self, index: int, order: int) -> Steps[Lookup | int]:
         """Allocate a folio and insert it: returned locked, referenced, not up to date, in this CPU's lru_add batch.
 

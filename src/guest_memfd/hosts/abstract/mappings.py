@@ -86,7 +86,7 @@ class Mappings(Base):
         frame.content = st.ZERO
 
     def image_copy(self, pfn: int) -> str:
-        """safe_copy_page(): map a hole for the moment, copy plainly, make the hole again and flush (kernel/power/snapshot.c)."""
+        """safe_copy_page() (kernel/power/snapshot.c): map a hole for the moment, copy plainly, make it again and flush."""
         frame = self.state.frame(pfn)
         if not frame.allocated or frame.poison:
             return "skipped"

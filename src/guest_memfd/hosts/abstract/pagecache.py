@@ -19,6 +19,11 @@ class PageCache(Mappings):
         frame.lookup += 1
         return Lookup(Folio(frame.number), index)
 
+    def filemap_find_folio(self, index: int, nr: int) -> int:
+        """The first slot that is taken."""
+        end = min(index + nr, st.PAGES)
+        return next((i for i in range(index, end) if self.state.page(i).cached), index + nr)
+
     def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
         """Allocates the lowest free frame; this host has no free block above order 0."""
         page = self.state.page(index)

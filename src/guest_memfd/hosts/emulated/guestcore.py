@@ -24,6 +24,8 @@ from guest_memfd.hosts.emulated.ram import BusError, Ram
 
 _M, _WXN = 1 << 0, 1 << 19
 _PAN = 1 << 22
+_DS = 1 << 59
+"""TCR_EL1.DS: RES0, and ignored, without FEAT_LPA2."""
 _BY_BLOCK = 1 << 18
 """Instructions that are counted block by block, which makes them thirty times slower."""
 
@@ -75,7 +77,8 @@ class GuestCore(Cpu):
         if key != self._key:
             self._key = key
             tcr, ttbr0, ttbr1, mair = key[2:]
-            self._regime = Stage1(Tcr.decode(tcr), ttbr0, ttbr1, mair, bool(sctlr & _M), bool(key[1]), bool(sctlr & _WXN))
+            self._regime = Stage1(Tcr.decode(tcr & ~_DS), ttbr0, ttbr1, mair,
+                                  bool(sctlr & _M), bool(key[1]), bool(sctlr & _WXN))
         return self._regime
 
     # What the guest executes for one CPU reaches all of them (HCR_EL2.FB).

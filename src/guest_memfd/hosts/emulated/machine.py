@@ -93,6 +93,8 @@ class Machine:
 
     def __init__(self, name: str, config: Config = Config()) -> None:
         self.config, self.hypervisor = config, HYPERVISORS[name]
+        if config.cpus < 1:
+            raise BadInput(f"a machine needs a CPU, not {config.cpus}")
         if config.ram < 16 << 20:
             raise BadInput(f"a machine needs 16 MiB of RAM at least, not {config.ram:#x} bytes")
         self.ram = Ram(config.ram)

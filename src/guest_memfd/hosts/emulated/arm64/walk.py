@@ -190,8 +190,12 @@ def effective(may: int, pan: bool) -> int:
 
 
 def stage1_off(va: int, s1: Stage1, who: Who) -> int:
-    """The output address with SCTLR_EL1.M clear: VA[55:0], which has to be a physical address (S1DisabledOutput)."""
-    address = va & (1 << 56) - 1
+    """The output address with SCTLR_EL1.M clear: the VA, which has to be a physical address (S1DisabledOutput).
+
+    The top byte is ignored only where TBI says so.
+    """
+    tagged = s1.tcr.tbi1 if va >> 55 & 1 else s1.tcr.tbi0
+    address = va & (1 << 56) - 1 if tagged else va
     if address >> s1.features.pa_bits:
         raise Fault(ADDRESS_SIZE, 0, *who)
     return address

@@ -14,13 +14,14 @@ from stat import S_IFREG
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from guest_memfd.core.base import SHARED_PAGE
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.host import ENOMEM, Folio, Primitive, Steps
+from guest_memfd.hosts.host import ENOMEM, Entries, Folio, Primitive, Steps
 from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Stat
 
 if TYPE_CHECKING:
@@ -215,6 +216,13 @@ class GuestMemoryFile(Owned, ABC):
     @abstractmethod
     def check_fallocate(self, mode: int, offset: int, nr: int) -> None:
         """Raise SyscallFailed for arguments that this file's fallocate() refuses, in its order."""
+
+    def init_shared(self) -> None:
+        """All of the new file is shared: there is no page yet whose state could differ from its attribute."""
+        ret = self.perform(Primitive("xa_store", ("attributes", 0, Entries(SHARED_PAGE, self.host.inode.size)), "library"))
+        if ret:
+            self.close()
+            raise SyscallFailed(-ret, self.created_by)
 
     @abstractmethod
     def check_mmap(self, offset: int, nr: int, shared: bool) -> None:

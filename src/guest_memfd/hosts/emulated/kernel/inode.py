@@ -5,6 +5,7 @@ The primitives (../primitives/) act on it; which reference keeps it alive is sai
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ class Inode:
     files: int = 0                                              # references on the struct file
     references: int = 0                                         # references on the inode: the file, each VMA
     mapping: FileMapping | None = None                          # the user page table its VMAs share
+    _in_order: list[int] | None = None                          # keys of `pages`, sorted when first asked for
 
     def find(self, index: int) -> Page | None:
         """The folio that covers page *index*."""
@@ -43,15 +45,24 @@ class Inode:
                 return page
         return None
 
+    def next(self, index: int) -> int:
+        """The page index of the first folio that begins at *index* or behind it; beyond any range when there is none."""
+        if self._in_order is None:
+            self._in_order = sorted(self.pages)
+        at = bisect_left(self._in_order, index)
+        return self._in_order[at] if at < len(self._in_order) else 1 << 62
+
     def insert(self, page: Page, index: int) -> None:
         """Put *page* into the page cache at the aligned *index*."""
         self.pages[index] = page
+        self._in_order = None
         self.orders[page.order] = self.orders.get(page.order, 0) + 1
         page.inode, page.index = self, index
 
     def remove(self, page: Page) -> None:
         """Take *page* out."""
         del self.pages[page.index]
+        self._in_order = None
         self.orders[page.order] -= 1
         if not self.orders[page.order]:
             del self.orders[page.order]

@@ -28,6 +28,10 @@ class PageCache(Contents):
         page.take("lookup")
         return Lookup(self.folio(page), page.index)
 
+    def filemap_find_folio(self, index: int, nr: int) -> int:
+        """As xas_find() walks over holes."""
+        return min(self.inode.next(index), index + nr)
+
     def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
         """Allocates from the page allocator and inserts, at the index rounded down to the folio's size."""
         head = index >> order << order

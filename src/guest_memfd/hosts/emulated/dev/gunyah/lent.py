@@ -10,15 +10,14 @@ from __future__ import annotations
 from errno import EINVAL
 from typing import TYPE_CHECKING
 
-from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.core.base import PRIVATE_PAGE
 from guest_memfd.designs import Design
-from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.emulated.dev.gunyah.binding import Binding
 from guest_memfd.hosts.emulated.dev.gunyah.memory import PMD_ORDER, MemoryFile, Parcelled
 from guest_memfd.hosts.emulated.drivers.gunyah import GunyahDriver
 from guest_memfd.hosts.emulated.gunyah.rm.server import DEVICES_END
 from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.host import EAGAIN, EBUSY, EPERM, Entries, Folio, Primitive, Steps
+from guest_memfd.hosts.host import EAGAIN, EBUSY, EPERM, Folio, Primitive, Steps
 from guest_memfd.hosts.uapi.gunyah import MemFlag
 
 if TYPE_CHECKING:
@@ -35,12 +34,7 @@ class LentFile(MemoryFile):
         if flags & MemFlag.ALLOW_HUGEPAGE and size and not size % (PAGE << PMD_ORDER):
             library.order, library.splits = PMD_ORDER, True
         super().__init__(machine, library, size, flags)
-        # Nothing is lent yet, and there is no page whose state could differ from its attribute.
-        shared = Primitive("xa_store", ("attributes", 0, Entries(SHARED_PAGE, self.host.inode.size)), "library")
-        ret = self.perform(shared)
-        if ret:
-            self.close()
-            raise SyscallFailed(-ret, self.created_by)
+        self.init_shared()
 
     # Whole folios around [start, start+nr).
     def _around(self, start: int, nr: int) -> tuple[int, int]:

@@ -36,9 +36,10 @@ class GuestMemfd(GuestMemoryFile):
             raise SyscallFailed(EINVAL, CREATE, "a VM of this type has no private memory")
         self.owner, self.flags = vm, flags
         pages = size // PAGE
-        shared = tuple(range(pages)) if flags & GuestMemfdFlag.INIT_SHARED else ()
         machine = vm.machine
-        super().__init__(machine, vm.design(machine.hypervisor.ops(), pages), size, vm.vm, shared)
+        super().__init__(machine, vm.design(machine.hypervisor.ops(), pages), size, vm.vm)
+        if flags & GuestMemfdFlag.INIT_SHARED:
+            self.init_shared()
 
     def check_fallocate(self, mode: int, offset: int, nr: int) -> None:
         """Allocating and punching, both with KEEP_SIZE; nothing else."""

@@ -84,6 +84,8 @@ class Slots:
         valid = MemFlag.GUEST_MEMFD if flags & MemFlag.GUEST_MEMFD else MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY
         if flags & ~int(valid):
             refuse(EINVAL, f"flags {flags:#x}")
+        if min(size, region.guest_phys_addr, region.userspace_addr) < 0:
+            refuse(EINVAL, "a number below zero is one near 2^64")
         if (size | region.guest_phys_addr | region.userspace_addr) % PAGE or region.userspace_addr + size > _USER:
             refuse(EINVAL, "an address or the size is no multiple of a page")
         offset = region.guest_memfd_offset
@@ -91,7 +93,7 @@ class Slots:
             refuse(EINVAL, f"offset {offset:#x}")
         if not 0 <= region.slot < NR_SLOTS:
             refuse(EINVAL, f"slot {region.slot:#x}")
-        if size < 0 or region.guest_phys_addr + size >= 1 << 64 or size // PAGE > _MAX_PAGES:
+        if region.guest_phys_addr + size >= 1 << 64 or size // PAGE > _MAX_PAGES:
             refuse(EINVAL, f"{size:#x} bytes at {region.guest_phys_addr:#x}")
 
     def _check_file(self, region: UserMemoryRegion2, file: GuestMemory | None) -> None:

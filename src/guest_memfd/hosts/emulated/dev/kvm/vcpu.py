@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from errno import EFAULT, EIO, ENOENT, EPERM
+from errno import EFAULT, EINVAL, EIO, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
 from guest_memfd.errors import SyscallFailed
@@ -34,6 +34,10 @@ _SYSREGS = {regs.sys_reg(*encoding): name for name, encoding in sysreg.ENCODINGS
 _FIELDS = {regs.PC: "pc", regs.PSTATE: "pstate", regs.SP_EL1: "sp"}
 _SAME_FAULT = 1000
 """How often a page that has been mapped may fault again at the same instruction before it is a bug of ours."""
+
+
+_MODES = (0x0, 0x4, 0x5)
+"""PSTATE.M[4:0] of EL0t, EL1t and EL1h."""
 
 
 class Vcpu(Owned):
@@ -157,6 +161,8 @@ class Vcpu(Owned):
     def set_one_reg(self, reg: int, value: int) -> None:
         """KVM_SET_ONE_REG; as `get_one_reg`."""
         self._may_look("KVM_SET_ONE_REG", reg)
+        if _FIELDS.get(reg) == "pstate" and value & 0x1F not in _MODES:
+            raise SyscallFailed(EINVAL, "KVM_SET_ONE_REG", f"PSTATE {value:#x}: a guest is at EL0t, EL1t or EL1h")
         if reg in regs.X:
             self.core.set_x(regs.X.index(reg), value)
         elif reg in _FIELDS:
