@@ -12,7 +12,26 @@ from guest_memfd.hosts.emulated.vm import Vm
 from guest_memfd.hosts.host import Folio
 
 
-class KvmDriver(Driver):
+class KvmGuests(Driver):
+    """Guests whose stage 2 is KVM's own, plain or protected (kvm/guest.py)."""
+
+    def guest_maps(self, vm: Vm, pa: int) -> int | None:
+        """By the guest's table."""
+        found: int | None = vm.handle.guest_maps(pa)
+        return found
+
+    def lookup(self, vm: Vm, ipa: int) -> int | None:
+        """By the guest's table."""
+        leaf = vm.handle.pgt.leaf(ipa)
+        return leaf.oa + (ipa & (PAGE << leaf.order) - 1) if leaf.valid else None
+
+    def guest_stage2(self, vm: Vm) -> Stage2:
+        """The VM's own."""
+        registers: Stage2 = vm.handle.registers()
+        return registers
+
+
+class KvmDriver(KvmGuests):
     """VHE: no host stage 2, nobody owns pages."""
 
     def __init__(self, machine: Machine) -> None:
@@ -37,24 +56,9 @@ class KvmDriver(Driver):
         """Nothing is withheld."""
         return True
 
-    def guest_maps(self, vm: Vm, pa: int) -> int | None:
-        """By the guest's table."""
-        found: int | None = vm.handle.guest_maps(pa)
-        return found
-
-    def lookup(self, vm: Vm, ipa: int) -> int | None:
-        """By the guest's table."""
-        leaf = vm.handle.pgt.leaf(ipa)
-        return leaf.oa + (ipa & (PAGE << leaf.order) - 1) if leaf.valid else None
-
     def locked_in(self, vm: Vm, pa: int) -> bool:
         """Guests of plain KVM hold on to nothing."""
         return False
-
-    def guest_stage2(self, vm: Vm) -> Stage2:
-        """The VM's own."""
-        registers: Stage2 = vm.handle.registers()
-        return registers
 
     def create_vm(self, frames: int) -> Vm:
         """KVM_CREATE_VM."""

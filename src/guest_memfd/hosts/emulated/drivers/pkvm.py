@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from guest_memfd.hosts.emulated.arm64.fault import TRANSLATION, Fault
-from guest_memfd.hosts.emulated.arm64.walk import Stage2
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
-from guest_memfd.hosts.emulated.drivers.driver import Driver
+from guest_memfd.hosts.emulated.drivers.kvm import KvmGuests
 from guest_memfd.hosts.emulated.kvm.guest import first_tables
 from guest_memfd.hosts.emulated.machine import Machine
 from guest_memfd.hosts.emulated.pkvm import hypercalls as n
@@ -25,7 +24,7 @@ _RWX = 7
 _SIGN = 1 << 63
 
 
-class PkvmDriver(Driver):
+class PkvmDriver(KvmGuests):
     """EL2 owns the host's stage 2."""
 
     rules = frozenset({("check_consent", -EBUSY), ("reclaim_dying_guest_page", -EPERM)})
@@ -103,16 +102,6 @@ class PkvmDriver(Driver):
             fault = Fault(TRANSLATION, 3, 2, va=pa, ipa=pa, access="w")
             assert self.el2.host_abort(fault, 1) is None
 
-    def guest_maps(self, vm: Vm, pa: int) -> int | None:
-        """By the guest's table."""
-        found: int | None = vm.handle.guest_maps(pa)
-        return found
-
-    def lookup(self, vm: Vm, ipa: int) -> int | None:
-        """By the guest's table."""
-        leaf = vm.handle.pgt.leaf(ipa)
-        return leaf.oa + (ipa & (PAGE << leaf.order) - 1) if leaf.valid else None
-
     def locked_in(self, vm: Vm, pa: int) -> bool:
         """Not shared with the host."""
         return self.owner(pa) == "guest"
@@ -120,11 +109,6 @@ class PkvmDriver(Driver):
     def poisoned(self, vm: Vm, gfn: int) -> bool:
         """The guest's entry is annotated POISONED."""
         return bool(vm.handle.poisoned(gfn * PAGE))
-
-    def guest_stage2(self, vm: Vm) -> Stage2:
-        """The VM's own."""
-        registers: Stage2 = vm.handle.registers()
-        return registers
 
     # -- the guest acts, VMs ---------------------------------------------------------------------------------------
 
