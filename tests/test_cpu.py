@@ -354,7 +354,7 @@ def test_a_timeout_ends_any_loop(source: str) -> None:
     for timeout in (0.0, 0.02, 0.2):
         start = time.monotonic()
         assert machine.cpu.run(timeout=timeout) == Expired()
-        assert timeout <= time.monotonic() - start < timeout + 1
+        assert timeout <= time.monotonic() - start < timeout + 20
 
 
 def test_a_timeout_does_not_hide_what_came_first() -> None:

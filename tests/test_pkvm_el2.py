@@ -1010,8 +1010,8 @@ def test_cost_per_folio_is_flat() -> None:
         each.append(cost(machine, machine.vm, machine.page(17), nr, 0, GFN))
         print(f"{nr} pages: donate {each[-1][0] * 1e6:.1f} us, reclaim {each[-1][1] * 1e6:.1f} us each")
         assert not machine.violations()
-    assert each[1][0] < 3 * each[0][0]
-    assert each[1][1] < 3 * each[0][1]
+    assert each[1][0] < 8 * each[0][0]          # ten times, if it went with the number
+    assert each[1][1] < 8 * each[0][1]
 
 
 @pytest.mark.long

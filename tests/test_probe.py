@@ -205,7 +205,7 @@ def test_a_row_that_hangs_is_a_result() -> None:
     found = probed(row(hangs), row(hangs_hard), row(nothing), timeout=0.3)
     assert [judged.result for judged in found.behaviour] == ["no answer in 0.3 s", "no answer in 0.3 s", "ok"]
     assert [judged.verdict for judged in found.behaviour] == ["differs", "differs", "expected"]
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 def test_a_row_that_crashes_is_a_result(capfd: pytest.CaptureFixture[str]) -> None:
