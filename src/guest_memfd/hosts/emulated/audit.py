@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from guest_memfd.hosts.emulated.kernel.direct_map import level_size
+from guest_memfd.hosts.emulated.kernel.direct_map import PUD_SIZE, VALID, level_size
 from guest_memfd.hosts.emulated.kernel.page import KINDS
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.emulated.ram import PAGE
@@ -37,10 +37,20 @@ def _folios(machine: Machine) -> Iterator[str]:
 def _holes(machine: Machine) -> Iterator[str]:
     lm, pa = machine.linear_map, machine.ram.base
     while pa < machine.ram.end:
-        size = level_size(lm.leaf(pa).level)
-        if not lm.kernel_page_present(pa):
+        va = lm.va(pa)
+        if not lm.built(va):                            # nobody has needed it, so nobody has made a hole in it
+            pa += PUD_SIZE - va % PUD_SIZE
+            continue
+        leaf = lm.leaf(pa)
+        size = level_size(min(leaf.level, 2))
+        if leaf.level < 3 and not leaf.value & VALID:
             yield f"{pa:#x} is not in the direct map"
-        pa += size - lm.va(pa) % size
+        elif leaf.level == 3:
+            table = memoryview(machine.ram.read(leaf.address & -PAGE, PAGE)).cast("Q")
+            first = va // PAGE % len(table)
+            yield from (f"{pa + i * PAGE:#x} is not in the direct map" for i, value in enumerate(table[first:])
+                        if not value & VALID and pa + i * PAGE < machine.ram.end)
+        pa += size - va % size
 
 
 def _references(machine: Machine) -> Iterator[str]:

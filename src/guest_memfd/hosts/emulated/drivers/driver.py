@@ -122,12 +122,9 @@ class Driver(ABC):
     def host_may(self, pa: int) -> bool:
         """Whether the host's stage 2 lets the host touch the page."""
 
+    @abstractmethod
     def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
         """Ranges of RAM that are not wholly the host's, [start, end) each, and how; EL2's own pool left out."""
-        for pa in range(self.machine.ram.base, self.machine.el2_pool.start, PAGE):
-            owner = self.owner(pa)
-            if owner != "host":
-                yield pa, pa + PAGE, f"is {owner} by EL2's record"
 
     def leftovers(self) -> Iterator[str]:
         """What EL2 should have forgotten, in words."""

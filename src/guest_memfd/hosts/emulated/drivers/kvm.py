@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from guest_memfd.hosts.emulated.arm64.walk import Stage2
 from guest_memfd.hosts.emulated.drivers.driver import Driver
 from guest_memfd.hosts.emulated.kvm.guest import first_tables
@@ -47,6 +49,10 @@ class KvmDriver(KvmGuests):
 
     def _mmu_unmap(self, vm: Vm, gfn: int, folio: Folio) -> int:
         return int(vm.handle.unmap(gfn, folio.nr)) if self.guest_maps(vm, folio.pfn * PAGE) == gfn * PAGE else 0
+
+    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+        """Nobody but the host owns anything."""
+        yield from ()
 
     def owner(self, pa: int) -> str:
         """The host's, all of it."""

@@ -6,6 +6,7 @@ guest took before. (KVM itself waits for its vCPUs before it tears a VM down.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from guest_memfd.hosts.emulated.arm64.fault import TRANSLATION, Fault
@@ -95,6 +96,14 @@ class PkvmDriver(KvmGuests):
     def host_may(self, pa: int) -> bool:
         """Mapped, or mapped by the first fault."""
         return bool(self.el2.host_may(pa))
+
+    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+        """From hyp_vmemmap; EL2's own pool left out."""
+        for pfn, order in self.el2.vmemmap.recorded():
+            pa = pfn * PAGE
+            owner = self.owner(pa)
+            if owner != "host" and pa < self.machine.el2_pool.start:
+                yield pa, pa + (PAGE << order), f"is {owner} by EL2's record"
 
     def host_touches(self, pa: int) -> None:
         """The first store is a stage-2 fault, which EL2 answers by mapping the page."""

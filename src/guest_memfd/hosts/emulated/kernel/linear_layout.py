@@ -117,6 +117,10 @@ class LinearLayout:
             self.flush_tlb_kernel_range(self.va(start), self.va(end))
         self.bbml3 = self._requires_bbml3 = self.tables.any_size = False
 
+    def built(self, va: int) -> bool:
+        """Whether the tables of the gigabyte around *va* are there."""
+        return va & -dm.PUD_SIZE not in self._unbuilt
+
     def fault_in(self, va: int) -> bool:
         """Build the gigabyte around *va* if it has not been needed yet: True, and the access is to be repeated.
 

@@ -80,6 +80,10 @@ class Vmemmap:
                 return word
         return 0
 
+    def recorded(self) -> Iterator[tuple[int, int]]:
+        """(first pfn, order) of every record that differs from that of an untouched page, the host's own."""
+        yield from ((pfn, order) for order, words in self._words.items() for pfn, word in words.items() if word)
+
     def pages(self, pfn: int, order: int) -> Iterator[HypPage]:
         """The different records of the naturally aligned range of 1 << *order* pages; one if all pages agree."""
         if self._covered(pfn, order):
