@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from guest_memfd.core.base import PRIVATE_PAGE
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.kernel.inode import Inode
 from guest_memfd.hosts.emulated.kernel.page import Page
-from guest_memfd.hosts.emulated.primitives.base import PRIVATE_PAGE, Base
+from guest_memfd.hosts.emulated.primitives.base import Base
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.emulated.tracer import Tracer
 

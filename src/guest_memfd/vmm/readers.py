@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from guest_memfd.core.base import PRIVATE_PAGE
 from guest_memfd.errors import BadInput
 from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.machine import Machine
-from guest_memfd.hosts.emulated.primitives.base import PRIVATE_PAGE
 from guest_memfd.hosts.emulated.primitives.contents import BEFORE
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.emulated.ram import PAGE

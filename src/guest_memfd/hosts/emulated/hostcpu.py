@@ -6,7 +6,7 @@ page, or has the abort delivered to EL1 with a syndrome of its choice, which is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -142,33 +142,42 @@ class HostCpu:
         signal = self._run_user()
         return Ran(core.x(1), signal=signal, reached=tuple(self._reached))
 
-    # To the return address; True when the exception table was used on the way.
-    def _run(self) -> bool:
-        fixed = self._reclaimed = False
+    # What stops the CPU, one after the other; it goes on when the next is asked for. The watchdog ends what never ends.
+    def _stops(self) -> Iterator[c.Stop]:
         for _ in range(LOCKUP):
-            stop = self.core.run()
+            yield self.core.run()
+        raise KernelPanic(f"watchdog: BUG: soft lockup - CPU#{self.cpu} stuck for 26s! [{self.comm}:{self.pid}]\n"
+                          f"pc : {self.symbol_at(self.core.pc)}\nKernel panic - not syncing: softlockup: hung tasks")
+
+    # What becomes of each abort of kernel text, up to its return.
+    def _kernel_aborts(self) -> Iterator[mem_abort.Outcome | None]:
+        for stop in self._stops():
             if not isinstance(stop, c.Abort):
                 raise KernelPanic(f"kernel text stops with {stop!r} at {self.symbol_at(self.core.pc)}")
             if stop.pc == RETURN:
-                return fixed
-            outcome = self._abort(stop.fault)
+                return
+            yield self._abort(stop.fault)
+
+    # To the return address; True when the exception table was used on the way.
+    def _run(self) -> bool:
+        fixed = self._reclaimed = False
+        for outcome in self._kernel_aborts():
             if isinstance(outcome, mem_abort.Fixed):
                 fixed = True
             elif isinstance(outcome, (Oops, Panic)):
                 raise KernelPanic(outcome.text)
-        raise KernelPanic(f"watchdog: BUG: soft lockup - CPU#{self.cpu} stuck for 26s! [{self.comm}:{self.pid}]\n"
-                          f"pc : {self.symbol_at(self.core.pc)}\nKernel panic - not syncing: softlockup: hung tasks")
+        return fixed
 
     def _run_user(self) -> str | None:
-        while True:
-            stop = self.core.run()
-            if isinstance(stop, c.Svc):
-                return None
+        for stop in self._stops():
             if not isinstance(stop, c.Abort):
+                if isinstance(stop, c.Svc):
+                    break
                 raise KernelPanic(f"the VMM's text stops with {stop!r}")
             outcome = self._abort(stop.fault)
             if isinstance(outcome, mem_abort.UserSignal):
                 return "fault" if self._missing(stop.fault) else _SIGNALS[outcome.signal]
+        return None
 
     # A stage-1 fault at EL0 on a VMA is the library's to handle: whoever drives the VMM calls its fault procedure.
     @staticmethod
@@ -204,11 +213,7 @@ class HostCpu:
         core.set_x(0, va)
         core.set_x(30, RETURN)
         core.pc = self.machine.text.va("ex_handler_load_unaligned_zeropad")
-        while True:
-            stop = core.run()
-            if isinstance(stop, c.Abort) and stop.pc == RETURN:
-                break
-            outcome = self._abort(stop.fault) if isinstance(stop, c.Abort) else None
+        for outcome in self._kernel_aborts():
             if isinstance(outcome, (Oops, Panic)):
                 raise KernelDied(outcome)
         word = core.x(0)

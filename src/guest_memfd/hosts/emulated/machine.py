@@ -192,7 +192,7 @@ class Machine:
         return self.watched.index(pa) if pa in self.watched else pa // PAGE
 
     def page_at(self, pa: int) -> Page:
-        """The folio that the byte at *pa* belongs to."""
+        """The folio that the byte at *pa* belongs to, or a stand-in for a free frame."""
         pfn = pa // PAGE
         page = self.pages.get(pfn)
         if page is not None:
@@ -202,10 +202,6 @@ class Machine:
             if page is not None and page.order >= order:
                 return page
         return Page(pfn * PAGE, 0)
-
-    def page_or_free(self, pfn: int) -> Page:
-        """The folio of frame *pfn*, or a stand-in for a free frame."""
-        return self.page_at(pfn * PAGE)
 
     def allocated(self, page: Page) -> bool:
         """Whether it is somebody's."""

@@ -90,12 +90,15 @@ class Driver(ABC):
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._accessor: Accessor | None = None
+        self.sanitised = False
+        """Whether the last hypercall zeroed the page."""
         self.refuse_next: int | None = None             # injected: what the next hypercall returns, having done nothing
 
     # -- hypercalls ----------------------------------------------------------------------------------------------
 
     def hypercall(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
         """Issue hypercall *name*: 0 or -errno."""
+        self.sanitised = False
         if self.refuse_next is not None:
             refused, self.refuse_next = self.refuse_next, None
             return refused
@@ -103,10 +106,6 @@ class Driver(ABC):
         if code is None:
             raise LookupError(f"{type(self).__name__} has no hypercall {name!r}")
         return int(code(vm, *args))
-
-    @abstractmethod
-    def sanitised(self) -> bool:
-        """Whether the last hypercall zeroed the page."""
 
     def force_reclaim(self, pa: int) -> int:
         """Take a page from its guest because the host has touched it: 0 or -errno."""

@@ -65,7 +65,7 @@ class GunyahDriver(Driver):
         pool = machine.el2_pool
         self.el2 = Gunyah(machine.ram, pool, machine.tlbs, reserved=[(pool.start, pool.size)],
                           inject=machine.config.inject)
-        self._sanitised = self._plain = False
+        self._plain = False
         self._rm: tuple[ResourceManager, RmClient] | None = None
 
     @property
@@ -85,17 +85,12 @@ class GunyahDriver(Driver):
         return self._rm
 
     def hypercall(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
-        """As every driver's; remembers whether the page was zeroed."""
-        self._sanitised = False
+        """As every driver's, with the errno that the device of the posted series would see."""
         self._plain = isinstance(vm, DeviceVm) and vm.posted
         try:
             return super().hypercall(vm, name, args)
         except Refused as refused:                      # by the Resource Manager, for a range it cannot configure
             return remap(refused.error)
-
-    def sanitised(self) -> bool:
-        """Unmapping a private page that the guest has not relinquished zeroes it."""
-        return self._sanitised
 
     def _call(self, function: int, *args: int) -> int:
         regs = [function, *args] + [0] * (17 - len(args))
@@ -149,7 +144,7 @@ class GunyahDriver(Driver):
     def _unmap_private(self, vm: Vm, gfn: int, folio: Folio, sync: bool) -> int:
         held = self.locked_in(vm, folio.pfn * PAGE)
         ret = self._unmap(vm, gfn, folio, vm.handle.caps.guest_private, MapFlag.PRIVATE | (0 if sync else NOSYNC))
-        self._sanitised = held and not ret
+        self.sanitised = held and not ret
         return ret
 
     def _unmap_vmmio(self, vm: Vm, gfn: int, folio: Folio, sync: bool) -> int:

@@ -40,10 +40,6 @@ class KvmDriver(KvmGuests):
         super().__init__(machine)
         self.el2 = Kvm(machine.ram, machine.kernel_pages, machine.tlbs)
 
-    def sanitised(self) -> bool:
-        """KVM zeroes nothing."""
-        return False
-
     def _mmu_map(self, vm: Vm, gfn: int, folio: Folio) -> int:
         return int(vm.handle.map(gfn, folio.pfn, folio.nr))
 

@@ -7,7 +7,6 @@ guest took before. (KVM itself waits for its vCPUs before it tears a VM down.)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from guest_memfd.hosts.emulated.arm64.fault import TRANSLATION, Fault
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
@@ -34,7 +33,6 @@ class PkvmDriver(KvmGuests):
         super().__init__(machine)
         pool = machine.el2_pool
         self.el2 = El2(machine.ram, pool, machine.tlbs, reserved=[(pool.start, pool.size)])
-        self._sanitised = False
 
     # x0 is the number, x1 comes back as the function's result.
     def _call(self, number: int, *args: int) -> int:
@@ -42,15 +40,6 @@ class PkvmDriver(KvmGuests):
         self.el2.hvc(regs, 0)
         assert regs[0] == 0, f"EL2 does not know hypercall {number}"
         return regs[1] - (regs[1] & _SIGN) * 2
-
-    def sanitised(self) -> bool:
-        """reclaim_dying_guest_page zeroes."""
-        return self._sanitised
-
-    def hypercall(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
-        """As every driver's; remembers whether the page was zeroed."""
-        self._sanitised = False
-        return super().hypercall(vm, name, args)
 
     # -ENOMEM of EL2 means that the vCPU's memcache is empty: topup_hyp_memcache().
     def _topup(self, vm: Vm) -> int:
@@ -80,7 +69,7 @@ class PkvmDriver(KvmGuests):
     def _reclaim_dying_guest_page(self, vm: Vm, gfn: int, folio: Folio) -> int:
         owned = self.owner(folio.pfn * PAGE) != "host"
         ret = self._call(n.RECLAIM_DYING, vm.handle.handle, gfn, folio.nr)
-        self._sanitised = owned and not ret
+        self.sanitised = owned and not ret
         return ret
 
     def force_reclaim(self, pa: int) -> int:

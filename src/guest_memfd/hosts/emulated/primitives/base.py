@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.errors import Blocked, KernelPanic
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.host import Caller, Folio
@@ -56,7 +57,7 @@ class Base:
     def private(self, page: Page) -> bool:
         """The library's word on *page*: its attribute, or the mark where a design keeps no attributes."""
         attribute = self.inode.entry("attributes", page.index) if page.inode is self.inode else 0
-        return attribute == PRIVATE_PAGE if attribute else page.private
+        return attribute == st.PRIVATE_PAGE if attribute else page.private
 
     def drop(self, page: Page, kind: str, nr: int = 1) -> None:
         """Drop *nr* references; a count below zero is a bug of the caller."""
@@ -64,7 +65,3 @@ class Base:
             page.drop(kind, nr)
         except ValueError:
             self.die(f"reference count of {self.folio(page)} drops below zero ({kind})")
-
-
-PRIVATE_PAGE = 2
-"""Entry of the attribute tree (core/base.py): the host may not touch the page."""

@@ -77,13 +77,13 @@ class Contents(Base):
 
     def load_unaligned_zeropad(self, pfn: int) -> str:
         """A word load from the page before that runs into *pfn*: it has an exception-table entry."""
-        page = self.machine.page_or_free(pfn)
+        page = self.machine.page_at(pfn * PAGE)
         return self.kernel_access(page, "kernel", "load_unaligned_zeropad", "load_unaligned_zeropad",
                                   self.machine.linear_map.va(page.pa) - BEFORE)
 
     def copy_from_kernel_nofault(self, pfn: int) -> str:
         """/proc/kcore: it has an exception-table entry; poisoned pages are skipped (fs/proc/kcore.c)."""
-        page = self.machine.page_or_free(pfn)
+        page = self.machine.page_at(pfn * PAGE)
         if page.hwpoison:
             return "skipped"
         return self.kernel_access(page, "kernel", "copy_from_kernel_nofault", "copy_from_kernel_nofault",
@@ -112,7 +112,7 @@ class Contents(Base):
     def image_copy(self, pfn: int) -> str:
         """safe_copy_page(): map a hole for the moment, copy plainly, make the hole again (kernel/power/snapshot.c)."""
         machine = self.machine
-        page = machine.page_or_free(pfn)
+        page = machine.page_at(pfn * PAGE)
         if not machine.allocated(page) or page.hwpoison:
             return "skipped"
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.emulated.primitives.base import PRIVATE_PAGE
 from guest_memfd.hosts.emulated.primitives.guest import GuestSide
 from guest_memfd.hosts.host import EBUSY, ENOMEM, Entries, Tree
 
@@ -45,7 +44,7 @@ class Files(GuestSide):
             changed = self.machine.tracer.attributes(self, start, values)
             self.inode.trees[tree].store(start, values)
             for page in changed:
-                if values.first == PRIVATE_PAGE:
+                if values.first == st.PRIVATE_PAGE:
                     self.note_private(page, "converted")
                 else:
                     self.machine.tracer.declassify(page)

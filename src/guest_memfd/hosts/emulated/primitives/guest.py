@@ -27,7 +27,7 @@ class GuestSide(UserMappings):
             self.note_private(page, "donated")
         if mapped is not None and machine.driver.guest_maps(self.vm, page.pa) is None and page.inode is self.inode:
             machine.tracer.out_of_scope(self, "takes the page from the guest", page.index)
-        machine.tracer.after_hypercall(page, machine.driver.sanitised())
+        machine.tracer.after_hypercall(page, machine.driver.sanitised)
         return ret
 
     def note_private(self, page: Page, how: str) -> None:
@@ -44,7 +44,7 @@ class GuestSide(UserMappings):
         ran = machine.driver.guest_access(vm, gfn * PAGE, write, GUEST_TOKEN)
         if ran.exit is not None:
             return ran.exit
-        page = machine.page_or_free(ran.pa // PAGE)
+        page = machine.page_at(ran.pa)
         via = "guest mapping" if machine.driver.lookup(vm, gfn * PAGE) == ran.pa else "stale guest TLB entry"
         if not self._guest_may(page, gfn):
             self.notes.append(notes.StrayGuest(machine.number(page.pa), via))
@@ -71,7 +71,7 @@ class GuestSide(UserMappings):
         if pa is None:
             return "fault"
         if machine.driver.guest_consents(vm, gfn * PAGE):
-            machine.tracer.consented(machine.page_or_free(pa // PAGE))
+            machine.tracer.consented(machine.page_at(pa))
         return "ok"
 
     def mmu_invalidate_begin(self, start: int, nr: int) -> None:

@@ -6,12 +6,10 @@ from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
 from guest_memfd.hosts.emulated.kernel.page import Page
+from guest_memfd.hosts.emulated.kernel.page_poison import PAGE_POISON
 from guest_memfd.hosts.emulated.primitives.contents import Contents
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.host import EBUSY, EEXIST, ENOMEM, Folio, Lookup
-
-PAGE_POISON = 0xAA
-"""What debug_pagealloc leaves in a free page (include/linux/poison.h)."""
 
 FOLIO_BATCH = 31
 """Folios that a CPU's lru_add batch holds before it is emptied (include/linux/folio_batch.h)."""

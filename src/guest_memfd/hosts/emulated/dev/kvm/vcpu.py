@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from errno import EFAULT, EINVAL, EIO, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
+from guest_memfd.core.base import PRIVATE_PAGE
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.arm64 import sysreg
@@ -18,7 +19,6 @@ from guest_memfd.hosts.emulated.dev.file import Owned
 from guest_memfd.hosts.emulated.guestcore import GuestCore
 from guest_memfd.hosts.emulated.kvm import vcpu as exits
 from guest_memfd.hosts.emulated.pkvm import hypercalls as pkvm
-from guest_memfd.hosts.emulated.primitives.base import PRIVATE_PAGE
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.host import EAGAIN
 from guest_memfd.hosts.uapi import kvm_arm64 as regs
