@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from guest_memfd.hosts.emulated.assembler import Malformed as Malformed
+
 Value = Callable[[str], int]
 Encoder = Callable[[list[str], int, Value], int]
-
-
-class Malformed(ValueError):  # noqa: N818 - it says it without the suffix
-    """An operand that the instruction does not take; the message says why."""
 
 
 class Register(NamedTuple):

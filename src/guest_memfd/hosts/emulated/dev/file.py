@@ -149,6 +149,11 @@ class Mapped(Owned):
     def __init__(self, file: GuestMemoryFile, offset: int, size: int) -> None:
         self.file, self.offset, self.size = file, offset, size
 
+    @property
+    def address(self) -> int:
+        """Where the VMM sees it."""
+        return self.file.address(self.offset // PAGE)
+
     def read(self, at: int, nr: int) -> bytes:
         """*nr* bytes from byte *at* on; raises Signalled, BadInput beyond the mapping."""
         return b"".join(self._access(index, within, length)
