@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import platform
 import resource
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
-from guest_memfd.errors import SyscallFailed
+from guest_memfd.errors import HostUnavailable, SyscallFailed
+from guest_memfd.hosts.linux.system import System
+from guest_memfd.hosts.uapi.kvm import Cap, GuestMemfdFlag
+from guest_memfd.probe.left import DEBUGFS
 
 SECONDS = 10.0
 """What a child may take."""
+SHARED = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
+
+
+def no_kvm() -> str:
+    """Why there is no KVM to test with; nothing if there is."""
+    try:
+        with System() as system, system.create_vm():
+            return ""
+    except (HostUnavailable, SyscallFailed) as error:
+        return str(error)
+
+
+def no_guests() -> str:
+    """Why the tests' x86 guests cannot run in memory of a guest_memfd; nothing if they can."""
+    if why := no_kvm():
+        return why
+    if platform.machine() != "x86_64":
+        return "the guest programs are x86's"
+    with System() as system:
+        flags = system.check_extension(Cap.GUEST_MEMFD_FLAGS)
+    return "" if flags & SHARED == SHARED else f"this kernel's guest_memfd cannot be mapped: flags {flags:#x}"
 
 
 @contextmanager
@@ -51,6 +78,24 @@ def lowest_free() -> int:
     fd = os.dup(0)
     os.close(fd)
     return fd
+
+
+def opened() -> list[str]:
+    """Descriptors of this process and, where debugfs tells, its VMs; mappings of VMs, vCPUs and their files."""
+    gc.collect()
+    links = (Path("/proc/self/fd") / fd for fd in os.listdir("/proc/self/fd"))
+    found = [os.readlink(link) for link in links if link.is_symlink()]
+    with suppress(OSError):                             # not mounted, or not for us
+        found += [f"VM {name}" for name in os.listdir(DEBUGFS) if name.startswith(f"{os.getpid()}-")]
+    return sorted(found + [line for line in Path("/proc/self/maps").read_text().splitlines() if "kvm" in line])
+
+
+@contextmanager
+def nothing_stays_open() -> Iterator[None]:
+    """The block opens nothing that is still open afterwards."""
+    before = opened()
+    yield
+    assert opened() == before
 
 
 def in_child(action: Callable[[], int]) -> int:

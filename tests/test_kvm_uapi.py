@@ -79,7 +79,10 @@ def page(reason: int, *union: tuple[str, int, Any]) -> bytes:
     (page(24, ("<I", 32, 1)), 0, kvm_run.SystemEvent(1)),
     (page(3, ("<Q", 32, 12), ("<Q", 40, BASE)), 0, kvm_run.HypercallExit(12, (BASE, 0, 0, 0, 0, 0))),
     (page(10), 4, kvm_run.Intr()), (page(17, ("<I", 32, 3)), 0, kvm_run.InternalError("suberror 3")),
-    (page(0), 14, kvm_run.Unknown(0, 14)), (page(5), 0, kvm_run.Unknown(5)),
+    (page(0), 14, kvm_run.Unknown(0, 14)), (page(4), 0, kvm_run.Unknown(4)), (page(5), 0, kvm_run.Halt()),
+    (page(8), 0, kvm_run.Shutdown()), (page(9, ("<Q", 32, 0x8000_0021)), 0, kvm_run.FailEntry(0x8000_0021)),
+    (page(2, ("10s", 32, b"\1\2\xf8\3\2\0\0\0\0\3"), ("4s", 0x300, b"abcd")), 0, kvm_run.Io(0x3F8, 2, 2, True, b"abcd")),
+    (page(2, ("10s", 32, b"\0\1\x60\0\1\0\0\0\0\3"), ("4s", 0x300, b"abcd")), 0, kvm_run.Io(0x60, 1, 1, False, b"")),
 ])
 def test_exits_are_decoded(raw: bytes, number: int, said: kvm_run.Exit) -> None:
     assert kvm_run.decode_run(raw, number) == said

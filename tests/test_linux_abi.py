@@ -127,7 +127,8 @@ MEMORY_STRUCTS = {
 STRUCTS = KVM_STRUCTS | MEMORY_STRUCTS
 # Members of the run page's union: offsets from its beginning.
 UNION = {
-    kvm.RunMmio: ("mmio", {}), kvm.RunHypercall: ("hypercall", {"flags": "longmode"}), kvm.RunInternal: ("internal", {}),
+    kvm.RunMmio: ("mmio", {}), kvm.RunIo: ("io", {}), kvm.RunHypercall: ("hypercall", {"flags": "longmode"}),
+    kvm.RunInternal: ("internal", {}),
     kvm.RunFailEntry: ("fail_entry", {}), kvm.RunSystemEvent: ("system_event", {}),
     kvm.RunMemoryFault: ("memory_fault", {}),
 }

@@ -6,10 +6,8 @@ Nothing here waits without an end: every KVM_RUN has a timeout, every child is w
 from __future__ import annotations
 
 import ctypes
-import gc
 import itertools
 import os
-import platform
 import resource
 import signal
 import threading
@@ -17,10 +15,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOENT, ENOTTY, EOPNOTSUPP
-from pathlib import Path
 
 import pytest
-from linux_driver import errno_of, fails, in_child, limit, lowest_free
+from linux_driver import SHARED, errno_of, fails, in_child, limit, lowest_free, no_guests, nothing_stays_open, opened
 
 from guest_memfd.errors import BadInput, HostUnavailable, Signalled, SyscallFailed
 from guest_memfd.hosts.linux import guest_x86, syscall
@@ -35,7 +32,6 @@ from guest_memfd.hosts.uapi.kvm import PRIVATE, Cap, GuestMemfdFlag, MemFlag, Me
 from guest_memfd.hosts.uapi.kvm_run import Intr, MemoryFault, Mmio, Unknown
 from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 
-SHARED = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
 GPA, SIZE = 0x100_0000, 16 * PAGE
 SECONDS = 5.0
 """Far more than any program here needs."""
@@ -47,34 +43,14 @@ FOR_EVER = bytes.fromhex("ebfe")                            # jmp .
 COUNT = bytes.fromhex("48ffc0" "488907" "ebf8")            # inc rax; mov [rdi], rax; jmp the inc
 
 
-def why_not() -> str:
-    try:
-        with System() as system:
-            if not system.check_extension(Cap.GUEST_MEMFD):
-                return "this kernel's KVM has no guest_memfd"
-            if system.check_extension(Cap.GUEST_MEMFD_FLAGS) & SHARED != SHARED:
-                return "this kernel's guest_memfd cannot be mapped"
-    except (HostUnavailable, SyscallFailed) as error:
-        return str(error)
-    return "" if platform.machine() == "x86_64" else "the guest programs are x86's"
-
-
-REASON = why_not()
+REASON = no_guests()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
-
-
-def descriptors() -> list[str]:
-    gc.collect()
-    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
-                  if os.path.islink(f"/proc/self/fd/{fd}"))
 
 
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    before = descriptors()
-    yield
-    assert descriptors() == before
-    assert "kvm" not in Path("/proc/self/maps").read_text()
+    with nothing_stays_open():
+        yield
 
 
 @pytest.fixture
@@ -164,6 +140,18 @@ def test_fallocate_punch_and_what_is_resident(vm: Vm) -> None:
         assert memory.resident() == 0
         memory.allocate(0, SIZE)
         assert memory.resident() == 16
+
+
+@pytest.mark.parametrize("offset", [(1 << 31) - PAGE, 1 << 31, (1 << 32) - PAGE, 1 << 32, (1 << 40) - PAGE])
+def test_offsets_and_lengths_of_every_width(vm: Vm, offset: int) -> None:
+    with vm.create_guest_memfd(1 << 41, SHARED) as memory:
+        memory.fallocate(FALLOC_FL_KEEP_SIZE, offset, 2 * PAGE)
+        assert [memory.resident(offset + at, PAGE) for at in (-PAGE, 0, PAGE, 2 * PAGE)] == [0, 1, 1, 0]
+        memory.fallocate(FALLOC_FL_KEEP_SIZE, 0, PAGE)
+        memory.punch_hole(PAGE, offset)                     # all but its second page
+        assert (memory.resident(), memory.resident(offset + PAGE, PAGE)) == (2, 1)
+        memory.punch_hole(0, offset + 2 * PAGE)
+        assert memory.resident() == 0
 
 
 @pytest.mark.parametrize(("mode", "offset", "nr", "errno"), [
@@ -644,19 +632,19 @@ def test_used_after_close(system: System) -> None:
 
 
 def test_what_is_dropped_is_closed(system: System) -> None:
-    before = len(descriptors())
+    before = len(opened())
     system.create_vm().create_guest_memfd(SIZE, SHARED).mmap()
-    assert len(descriptors()) == before
+    assert len(opened()) == before
 
 
 def test_no_more_descriptors(system: System) -> None:
     with SmallGuest(system) as guest:
-        before = descriptors()
+        before = opened()
         with limit(resource.RLIMIT_NOFILE, lowest_free()):
             codes = [errno_of(use) for use in (system.create_vm, lambda: guest.vm.create_guest_memfd(PAGE, SHARED),
                                                lambda: guest.vm.create_vcpu(1))]
         assert codes == [EMFILE] * 3
-        assert descriptors() == before
+        assert opened() == before
         with guest.vm.create_vcpu(1):
             pass
 

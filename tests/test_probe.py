@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from linux_driver import no_kvm
 
 from guest_memfd.cli.main import main
-from guest_memfd.probe import bugs, child, offers, report
+from guest_memfd.probe import bugs, child, left, offers, report
 from guest_memfd.probe.bugs import BUGS, Bug, find
 from guest_memfd.probe.calls import call, load, name_of
 from guest_memfd.probe.child import Slate, Unfit, perform
@@ -34,8 +35,8 @@ from guest_memfd.probe.rows import ROWS
 from guest_memfd.probe.survey import Survey, survey
 from guest_memfd.report.style import Style
 
-KVM = os.access("/dev/kvm", os.R_OK | os.W_OK)
-needs_kvm = pytest.mark.skipif(not KVM, reason="no usable /dev/kvm")
+NO_KVM = no_kvm()
+needs_kvm = pytest.mark.skipif(bool(NO_KVM), reason=NO_KVM)
 NOWHERE = "/dev/kvm-that-is-not-there"
 
 
@@ -497,7 +498,7 @@ def test_behind_a_filter() -> None:
     assert found["offers"]["memfd_secret"].startswith("memfd_secret: ENOSYS")
     verdicts = {each["id"]: each for each in found["behaviour"]}
     assert verdicts["secret.flags-0"]["verdict"] == "skipped"
-    if KVM:
+    if not NO_KVM:
         assert verdicts["gup.shared.process-vm-readv"]["why"] == "refused (EPERM): a seccomp filter is in force"
         assert "ENOSYS" in verdicts["mlock"]["why"]
         assert "cachestat" in verdicts["populate.POPULATE_READ"]["why"]
@@ -593,7 +594,19 @@ def test_json_has_its_schema(here_and_now: Survey) -> None:
         assert [*each] == ["id", "title", "verdict", "seen", "commit", "means"]
     assert found["summary"]["rows"] == len(found["behaviour"]) == sum(
         found["summary"][verdict] for verdict in report.ROW_VERDICTS)
-    assert {"descriptors", "children", "mappings", "direct_map_split_kb"} == found["left"].keys()
+    assert {"descriptors", "children", "mappings", "vms", "direct_map_split_kb"} == found["left"].keys()
+
+
+def test_vms_without_a_process_are_counted_where_debugfs_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(left, "DEBUGFS", tmp_path / "kvm")
+    blind = left.count()
+    assert left.since(blind).vms is None
+    (tmp_path / "kvm" / f"{os.getpid()}-7").mkdir(parents=True)         # somebody's who lives
+    (tmp_path / "kvm" / "exits").touch()
+    before = left.count()
+    (tmp_path / "kvm" / "1073741824-5").mkdir()                         # no process has such a number
+    after = left.since(before)
+    assert (after.vms, after.nothing, left.since(blind).vms) == (1, False, None)
 
 
 @needs_kvm

@@ -48,7 +48,8 @@ def _laws() -> Iterator[Entry]:
 
 def _guests() -> Iterator[Entry]:
     for guest in GUESTS.values():
-        yield {"name": guest.name, "title": guest.title}
+        only = "" if len(guest.architectures) > 1 else f" ({guest.architectures[0]} only)"
+        yield {"name": guest.name, "title": guest.title + only, "architectures": list(guest.architectures)}
 
 
 def _scenarios() -> Iterator[Entry]:

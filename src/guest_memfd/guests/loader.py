@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from guest_memfd.errors import BadInput, HostUnavailable
-from guest_memfd.guests import GUESTS, PRIVATE_BASE, guest
-from guest_memfd.hosts.emulated.arm64.asm import assemble
+from guest_memfd.guests import GUESTS, guest, source
+from guest_memfd.guests.target import ARM64, REAL_MODE, X86_64, Target
 
 _MAGIC = b"\x7fELF"
 _PF_X = 1
@@ -47,23 +47,36 @@ class Image:
         return max(ipa + size for ipa, size in self.ranges())
 
 
-def load(path_or_name: str | Path, base: int = PRIVATE_BASE) -> Image:
-    """The image of a built-in guest or a file; what has no address of its own is placed at *base*.
+def load(path_or_name: str | Path, target: Target = ARM64, *, base: int | None = None) -> Image:
+    """The image of a built-in guest or a file, made of *target*'s code.
 
-    Raises BadInput (with the reason in one line), UnknownName, and HostUnavailable when an ELF file comes and pyelftools is
-    missing.
+    What has no address of its own is placed at *base*, or where the target has it. Raises BadInput (with the reason in one
+    line), UnknownName, and HostUnavailable when an ELF file comes and pyelftools is missing.
     """
     name = str(path_or_name)
-    is_name = name in GUESTS or not ("/" in name or "." in name or Path(name).exists())
-    if isinstance(path_or_name, str) and is_name:
-        return _assembled(guest(name).source.read_text(encoding="ascii"), f"{name}.s", name, base)
-    data = _read(Path(path_or_name))
-    if Path(path_or_name).suffix == ".s":
-        try:
-            return _assembled(data.decode("ascii"), name, name, base)
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{name}: assembly has to be ASCII") from error
-    return _elf(data, Path(path_or_name), base) if data.startswith(_MAGIC) else Image([(base, data)], base, name)
+    base = target.base if base is None else base
+    if isinstance(path_or_name, str) and is_name(name):
+        return _assembled(guest(name, target.architecture).source(target.architecture).read_text(encoding="ascii"),
+                          f"{name}.s", name, target, base)
+    path = Path(path_or_name)
+    data = _read(path)
+    if path.suffix == ".s":
+        return _assembled(_text(data, name), name, name, target, base)
+    return _elf(data, path, target, base) if data.startswith(_MAGIC) else Image([(base, data)], base, name)
+
+
+def is_name(text: str) -> bool:
+    """Whether *text* names a built-in guest, or cannot be a file."""
+    return text in GUESTS or not ("/" in text or "." in text or Path(text).exists())
+
+
+def x86_target(path_or_name: str, real_mode: bool) -> Target:
+    """Which of x86's targets a guest is for: its own word, ``.code16`` in its assembly, or *real_mode*. Raises as `load`."""
+    if is_name(path_or_name):
+        real_mode |= guest(path_or_name, X86_64.architecture).real_mode
+    elif path_or_name.endswith(".s"):
+        real_mode |= re.search(r"^\s*\.code16\b", _text(_read(Path(path_or_name)), path_or_name), re.MULTILINE) is not None
+    return REAL_MODE if real_mode else X86_64
 
 
 def fits(image: Image, ranges: Iterable[tuple[int, int]]) -> None:
@@ -75,12 +88,19 @@ def fits(image: Image, ranges: Iterable[tuple[int, int]]) -> None:
             raise BadInput(f"{image.name}: the segment at {ipa:#x} of {size:#x} bytes does not fit; the guest has {there}")
 
 
-def _assembled(source: str, file: str, name: str, base: int) -> Image:
-    common = resources.files("guest_memfd.guests") / "common.s"
-    program = assemble(f"{source}\n{common.read_text(encoding='ascii')}", base, file)
+def _assembled(text: str, file: str, name: str, target: Target, base: int) -> Image:
+    common = source(target.architecture, "common16" if target is REAL_MODE else "common")
+    program = target.assemble(f"{text}\n{common.read_text(encoding='ascii')}", base, file)
     if "_start" not in program.symbols:
         raise BadInput(f"{file}: there is no label _start")
     return Image([(base, program.data)], program.symbols["_start"], name)
+
+
+def _text(data: bytes, name: str) -> str:
+    try:
+        return data.decode("ascii")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{name}: assembly has to be ASCII") from error
 
 
 def _read(path: Path) -> bytes:
@@ -99,7 +119,9 @@ def _read(path: Path) -> bytes:
 
 # -- ELF -------------------------------------------------------------------------------------------------------------
 
-def _elf(data: bytes, path: Path, base: int) -> Image:
+def _elf(data: bytes, path: Path, target: Target, base: int) -> Image:
+    if not target.machine:
+        raise BadInput(f"{path} is an ELF file; {target.title} guests are flat binaries or assembly")
     try:
         elffile = importlib.import_module("elftools.elf.elffile")
         common = importlib.import_module("elftools.common.exceptions")
@@ -111,17 +133,17 @@ def _elf(data: bytes, path: Path, base: int) -> Image:
         raise BadInput(f"{path}: the ELF header is truncated: {len(data)} bytes of 64")
     if data[4] != 2 or data[5] != 1:
         raise BadInput(f"{path}: a {'64' if data[4] == 2 else '32'}-bit {'big' if data[5] == 2 else 'little'}-endian ELF; "
-                       f"guests are 64-bit little-endian AArch64")
+                       f"guests are 64-bit little-endian {target.title}")
     try:
-        return _segments(elffile.ELFFile(io.BytesIO(data)), path, base)
+        return _segments(elffile.ELFFile(io.BytesIO(data)), path, target, base)
     except (common.ELFError, construct.ConstructError, *_DAMAGED) as error:
         raise BadInput(f"{path}: no valid ELF file: {str(error) or type(error).__name__}".splitlines()[0]) from error
 
 
-def _segments(elf: Any, path: Path, base: int) -> Image:
+def _segments(elf: Any, path: Path, target: Target, base: int) -> Image:
     header, stream = elf.header, elf.stream.getvalue()
-    if header["e_machine"] != "EM_AARCH64":
-        raise BadInput(f"{path}: an ELF for {header['e_machine']}; guests are EM_AARCH64")
+    if header["e_machine"] != target.machine:
+        raise BadInput(f"{path}: an ELF for {header['e_machine']}; guests are {target.machine}")
     if header["e_type"] not in ("ET_EXEC", "ET_DYN"):
         raise BadInput(f"{path}: an ELF of type {header['e_type']}; a guest is a static ET_EXEC or a static PIE")
     if header["e_phoff"] + header["e_phnum"] * header["e_phentsize"] > len(stream):

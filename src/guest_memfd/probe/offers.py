@@ -27,8 +27,7 @@ from guest_memfd.probe.rows.slots import GMEM, GPA
 
 _PARAMETERS = {
     "kvm": ("gmem_in_place_conversion", "guest_memfd_tlb_flush", "tdp_mmu", "nx_huge_pages", "mmio_caching",
-            "eager_page_split",
-            "allow_unsafe_mappings", "enable_virt_at_load"),
+            "eager_page_split", "allow_unsafe_mappings", "enable_virt_at_load"),
     "kvm_intel": ("ept", "unrestricted_guest", "nested", "tdx"), "kvm_amd": ("npt", "nested", "sev", "sev_es", "sev_snp"),
     "kvm_pvm": ("pvm_native", "pvm_emul_batch"),
 }
@@ -46,8 +45,7 @@ SYS_MODULE = Path("/sys/module")
 EMULATED = "emulated at CPL 0, native at CPL 3"
 """The kind of vCPU that kvm_pvm has."""
 _TELLING = ("kvm", "vm", "gmem", "slots", "vcpu", "guest", "secretmem", "cachestat", "numa", "flag 1", "flag 2", "root",
-            "ipc-lock",
-            "unfiltered", "ptrace", "memory 512M", "enough memory", "no memory failure", SETTLED)
+            "ipc-lock", "unfiltered", "ptrace", "memory 512M", "enough memory", "no memory failure", SETTLED)
 # Features whose absence is worth a line: something is not tried, or not judged.
 
 
@@ -94,16 +92,14 @@ def look(path: str = PATH, slate: Slate | None = None) -> Offers:
 
     depends("vm", "kvm", lambda: attempt(_vm_works))
     depends("gmem", "vm", lambda: attempt(_file_works), "KVM_CREATE_GUEST_MEMFD")
-    depends("slots", "gmem", lambda: attempt(_slot_works),
-            "a default VM takes no slot with a guest_memfd")
+    depends("slots", "gmem", lambda: attempt(_slot_works), "a default VM takes no slot with a guest_memfd")
     depends("vcpu", "vm", lambda: attempt(_vcpu_works))
     depends("guest", "vcpu", lambda: lacks.get("x86-64", "") or attempt(_guest_works))
     secret = attempt(_secret_works)
     feature("secretmem", secret)
     if "memfd_secret" in secret and "ENOSYS" in secret:
         lacks["secretmem"] = ("memfd_secret: ENOSYS: not in this kernel, switched off (secretmem.enable=0), or the direct "
-                              "map "
-                              "cannot be changed")
+                              "map cannot be changed")
     feature("cachestat", attempt(_cachestat_works))
     feature("numa", attempt(_numa_works))
 

@@ -29,7 +29,7 @@ def as_json(found: Survey) -> dict[str, Any]:
     if "bugs" in found.parts:
         parts["known_bugs"] = [_bug(bug) for bug in found.bugs]
     left = {"descriptors": found.left.descriptors, "children": found.left.children, "mappings": found.left.mappings,
-            "direct_map_split_kb": dict(found.left.split)}
+            "vms": found.left.vms, "direct_map_split_kb": dict(found.left.split)}
     return {**parts, "left": left, "seconds": round(found.seconds, 3)}
 
 
@@ -90,7 +90,8 @@ def as_text(found: Survey, style: Style, *, verbose: bool = False) -> Iterator[s
         for bug in found.bugs:
             yield from _bug_lines(bug, style, verbose, again=bug.seen in said)
             said.add(bug.seen)
-    yield style.head("left behind") + f": {_left(found)}; {found.seconds:.1f} seconds"
+    first, *rest = wrap(f"{_left(found)}; {found.seconds:.1f} seconds", "left behind: ", "  ")
+    yield from (first.replace("left behind", style.head("left behind"), 1), *rest)
 
 
 def _offers(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -158,5 +159,6 @@ def _left(found: Survey) -> str:
     left = found.left
     counts = f"{left.descriptors} descriptors, {left.children} children, {left.mappings} mappings"
     owned = "nothing" if left.nothing else counts
+    owned += " (of VMs debugfs does not tell)" if left.vms is None else f", {left.vms} VMs"
     split = ", ".join(f"{size} {kb:+d} kB" for size, kb in left.split.items())
     return f"{owned}; direct map {split or 'as it was'}" + (" (never merged back)" if split else "")

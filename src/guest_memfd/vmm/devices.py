@@ -1,10 +1,21 @@
-"""Devices: a console, and nothing else. Rule of this file: what an access outside of memory does."""
+"""Devices: a console, and on x86 a balloon. Rule of this file: what an access outside of memory does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from guest_memfd.guests import CONSOLE
+
+
+class Device(Protocol):
+    """What lies at an address or a port."""
+
+    def put(self, data: bytes) -> None:
+        """A store of 1, 2, 4 or 8 bytes."""
+
+    def get(self) -> bytes:
+        """What a load sees, 8 bytes; a shorter one sees the first of them."""
 
 
 class Console:
@@ -27,3 +38,33 @@ class Console:
         """The low byte of a store."""
         self._raw += data[:1]
         self._write(data[:1].decode("latin-1"))
+
+    def get(self) -> bytes:
+        """Nobody types."""
+        return bytes(8)
+
+
+class Balloon:
+    """The guest stores the address of a page that it can do without, and loads 0 or an errno: what *take* made of it."""
+
+    def __init__(self, take: Callable[[int], int]) -> None:
+        self._take, self._errno = take, 0
+
+    def put(self, data: bytes) -> None:
+        """The page's guest physical address."""
+        self._errno = self._take(int.from_bytes(data, "little"))
+
+    def get(self) -> bytes:
+        """What came of it."""
+        return self._errno.to_bytes(8, "little")
+
+
+class Nobody:
+    """Where no device is: a load sees ones, a store goes nowhere."""
+
+    def put(self, data: bytes) -> None:
+        """It is lost."""
+
+    def get(self) -> bytes:
+        """Ones."""
+        return b"\xff" * 8

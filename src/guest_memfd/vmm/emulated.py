@@ -182,6 +182,10 @@ class Run:
     def _core(self) -> Any:
         return self.machine.vms[0].handle.vcpus[-1].cpu
 
+    def pc(self) -> int:
+        """The vCPU's, whatever a hypervisor would let the host see."""
+        return int(self._core().pc)
+
     def registers(self) -> Mapping[str, int]:
         """The vCPU's, whatever a hypervisor would let the host see."""
         core = self._core()

@@ -15,11 +15,12 @@ PAGE = 4096
 
 @dataclass(frozen=True)
 class Layout:
-    """*private* and *shared* bytes at the usual places; *folio* bytes is the unit in which memory changes hands."""
+    """*private* bytes at *base*, *shared* bytes at SHARED_BASE; *folio* bytes is the unit in which memory changes hands."""
 
     private: int = 16 << 20
     shared: int = 64 << 10
     folio: int = PAGE
+    base: int = PRIVATE_BASE
 
     def __post_init__(self) -> None:
         for name, size in (("--memory", self.private), ("--shared", self.shared)):
@@ -27,6 +28,11 @@ class Layout:
                 raise BadInput(f"{name} {size:#x}: no multiple of the folio size, {self.folio:#x}")
         if not self.private:
             raise BadInput("--memory 0: a guest needs private memory for its image")
+        if self.base <= SHARED_BASE < self.end and self.shared:
+            raise BadInput(f"--memory {self.private:#x}: it would reach the window at {SHARED_BASE:#x}; --shared 0 leaves "
+                           "that out")
+        if self.base <= CONSOLE < self.end:
+            raise BadInput(f"--memory {self.private:#x}: it would reach the console at {CONSOLE:#x}")
         if self.shared and SHARED_BASE % self.folio:
             raise BadInput(f"--shared {self.shared:#x}: the window at {SHARED_BASE:#x} cannot be made of folios of "
                            f"{self.folio:#x} bytes; --shared 0 leaves it out")
@@ -36,11 +42,11 @@ class Layout:
     @property
     def end(self) -> int:
         """The first IPA behind the private memory."""
-        return PRIVATE_BASE + self.private
+        return self.base + self.private
 
     def boot_info(self, image: Image) -> int:
         """IPA of the boot info: a page of its own behind *image*. Raises BadInput when they do not fit together."""
-        fits(image, [(PRIVATE_BASE, self.private)])
+        fits(image, [(self.base, self.private)])
         where = -(-image.end // PAGE) * PAGE
         if where + PAGE > self.end:
             raise BadInput(f"{image.name}: no page is left behind the image for the boot info; it ends at {image.end:#x}, "
@@ -49,9 +55,9 @@ class Layout:
 
     def contents(self, image: Image, hypervisor: Hypervisor) -> list[tuple[int, bytes]]:
         """(offset into the private memory, bytes) of all that is there at the start; the rest is zeros."""
-        info = BootInfo(hypervisor, PRIVATE_BASE, self.private, SHARED_BASE if self.shared else 0, self.shared)
+        info = BootInfo(hypervisor, self.base, self.private, SHARED_BASE if self.shared else 0, self.shared)
         pieces = [*image.segments, (self.boot_info(image), info.pack())]
-        return [(ipa - PRIVATE_BASE, data) for ipa, data in pieces]
+        return [(ipa - self.base, data) for ipa, data in pieces]
 
     def folios(self, contents: list[tuple[int, bytes]]) -> Iterator[tuple[int, int]]:
         """(offset, bytes) of the runs of whole folios that *contents* touch, lowest first."""

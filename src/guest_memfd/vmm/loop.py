@@ -31,8 +31,11 @@ class Ended:
 class Debugger(Protocol):
     """What an emulator knows of its vCPU, whatever the hypervisor lets the host see."""
 
+    def pc(self) -> int:
+        """Where it is."""
+
     def registers(self) -> Mapping[str, int]:
-        """pc, sp, x0..x30 and what the last exception left."""
+        """General registers and what the last exception left, by their names."""
 
     def stopped(self) -> str | None:
         """Why the hypervisor will never run it again, although it says nothing; None: it will."""
@@ -61,15 +64,17 @@ def drive(guest: Guest, timeout: float) -> Ended:
             return ended
         if guest.aborts == aborts:
             continue
-        seen = guest.debugger.registers()
-        if seen["pc"] != pc:
-            pc, aborts = seen["pc"], guest.aborts
+        now = guest.debugger.pc()
+        if now != pc:
+            pc, aborts = now, guest.aborts
         elif guest.aborts - aborts >= SAME_ABORT:
+            seen = guest.debugger.registers()
             return Ended("faults for ever", _forever(seen), seen)
-    seen = guest.debugger.registers()
-    return Ended("timeout", f"{timeout:g} s are over, and the guest is at PC {seen['pc']:#x}", seen)
+    where = guest.debugger.pc()
+    return Ended("timeout", f"{timeout:g} s are over, and the guest is at PC {where:#x}", guest.debugger.registers())
 
 
+# Only arm64 delivers aborts.
 def _forever(seen: Mapping[str, int]) -> str:
     if seen["pc"] & ~0x7FF == seen["vbar_el1"]:
         return (f"its exception vectors at {seen['vbar_el1']:#x} fault themselves: ESR_EL1 {seen['esr_el1']:#x}, "

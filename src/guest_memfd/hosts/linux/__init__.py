@@ -11,7 +11,9 @@
     stats.py        the counters of a VM or vCPU
     vcpu_x86.py     its registers, and guests at CPL 3 and in real mode
     vcpu_arm64.py   its registers
-    guest_x86.py    a VM with one small program at CPL 3 in it
+    anonymous.py    memory of our own, for plain slots
+    guest_x86.py    page tables for programs at CPL 3, and a VM with one small program in it
+    fault_path.py   does a vCPU fault a guest_memfd in, or is it emulated
     guest_memfd.py  KVM's guest_memfd
     secret.py       memfd_secret(2)
     gunyah.py       /dev/gunyah

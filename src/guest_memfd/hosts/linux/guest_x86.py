@@ -1,4 +1,4 @@
-"""A VM with one small program in it. Rule of this file: code and page tables in a plain slot, so that any KVM runs it.
+"""Memory and VMs for small x86 programs. Rule of this file: code and page tables in a plain slot, so that any KVM runs it.
 
 The program is position-independent 64-bit code at CPL 3, which every x86 KVM executes natively or on its page tables; a KVM
 that emulates CPL 0 (kvm_pvm) would read the memory of a slot through userspace_addr instead of the guest_memfd.
@@ -6,15 +6,14 @@ that emulates CPL 0 (kvm_pvm) would read the memory of a slot through userspace_
 
 from __future__ import annotations
 
-import ctypes
 from contextlib import ExitStack
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.linux import syscall
+from guest_memfd.hosts.linux.anonymous import Anonymous
 from guest_memfd.hosts.linux.fd import Owned
 from guest_memfd.hosts.linux.system import System
 from guest_memfd.hosts.linux.vcpu_x86 import X86Vcpu, identity_tables
+from guest_memfd.hosts.linux.vm import Vm
 
 BASE, SIZE = 0x10000, 0x10000
 """The plain slot, number 0: page tables first."""
@@ -22,6 +21,25 @@ CODE, STACK = BASE + 0x8000, BASE + SIZE
 """Where the program starts; where its stack ends."""
 RESULT = 0x3000_0000
 """No slot is here: a store ends the program as an Mmio exit."""
+
+
+class IdentityMap(Owned):
+    """Page tables for programs of *vm* at CPL 3, at guest address *base* in a plain slot of their own, *number*.
+
+    The first *gib* GiB are mapped to themselves. *base* is CR3. Raises SyscallFailed.
+    """
+
+    def __init__(self, vm: Vm, number: int, base: int, gib: int) -> None:
+        tables = identity_tables(base, gib)
+        with ExitStack() as undo:
+            memory = undo.enter_context(Anonymous(len(tables)))
+            memory.put(0, tables)
+            vm.set_user_memory_region(number, 0, base, memory.size, memory.address)
+            self._undo = undo.pop_all()
+        self.closed = False
+
+    def _release(self) -> None:
+        self._undo.close()
 
 
 class SmallGuest(Owned):
@@ -33,14 +51,10 @@ class SmallGuest(Owned):
     def __init__(self, system: System) -> None:
         with ExitStack() as undo:
             self.vm = undo.enter_context(system.create_vm())
-            self._address = syscall.mmap(-1, 0, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS)
-            undo.callback(syscall.munmap, self._address, SIZE)
-            self._put(BASE, identity_tables(BASE))
-            self.vm.set_user_memory_region(0, 0, BASE, SIZE, self._address)
-            vcpu = undo.enter_context(self.vm.create_vcpu())
-            if not isinstance(vcpu, X86Vcpu):
-                raise BadInput("a SmallGuest is an x86 program")
-            self.vcpu = vcpu
+            self._memory = undo.enter_context(Anonymous(SIZE))
+            self._memory.put(0, identity_tables(BASE))
+            self.vm.set_user_memory_region(0, 0, BASE, SIZE, self._memory.address)
+            self.vcpu = undo.enter_context(x86_vcpu(self.vm))
             self._undo = undo.pop_all()
         self.closed = False
 
@@ -48,12 +62,17 @@ class SmallGuest(Owned):
         """The next `vcpu.run` executes *code* from its beginning, with *registers* and the others 0."""
         if len(code) > STACK - CODE:
             raise BadInput(f"{len(code):#x} bytes of code; there is room for {STACK - CODE:#x}")
-        self._put(CODE, code)
+        self._memory.put(CODE - BASE, code)
         self.vcpu.enter_user_mode(BASE, CODE, rsp=STACK, **registers)
-
-    # Memory of our own that nobody takes away.
-    def _put(self, gpa: int, data: bytes) -> None:
-        ctypes.memmove(self._address + gpa - BASE, data, len(data))
 
     def _release(self) -> None:
         self._undo.close()
+
+
+def x86_vcpu(vm: Vm) -> X86Vcpu:
+    """A vCPU of *vm*; raises BadInput where it is none of x86's."""
+    vcpu = vm.create_vcpu()
+    if not isinstance(vcpu, X86Vcpu):
+        vcpu.close()
+        raise BadInput("a vCPU of this machine runs no x86 program")
+    return vcpu

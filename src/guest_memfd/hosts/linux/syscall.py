@@ -30,6 +30,7 @@ libc.process_vm_readv.restype = libc.process_vm_writev.restype = libc.syscall.re
 MOST = 1 << 30
 """Bytes copied by one call; the kernel stops short at MAX_RW_COUNT, 2 GiB less a page, which would look like a fault."""
 
+_INT_END: Final = 1 << 31
 _MAP_FAILED: Final = c_void_p(-1).value
 _TwoIovecs = c_uint64 * 4
 _REMOTE: Final = ctypes.sizeof(Iovec)
@@ -77,7 +78,10 @@ def raw(number: int, *arguments: Any, call: str, why: str = "") -> int:
 
 def fallocate(fd: int, mode: int, offset: int, nr: int) -> None:
     """fallocate(2), bytes. EINTR: a guest_memfd keeps the pages that it had allocated by then."""
-    if libc.fallocate(fd, mode, c_int64(offset), c_int64(nr)):
+    # ctypes passes an int as C's int, which libffi extends to the register's 64 bits (src/x86/ffi64.c, src/aarch64/ffi.c).
+    # What fits goes that way: converting both takes half as long as the shortest of these calls.
+    if libc.fallocate(fd, mode, offset if 0 <= offset < _INT_END else c_int64(offset),
+                      nr if 0 <= nr < _INT_END else c_int64(nr)):
         raise failed("fallocate", f"mode {mode:#x}, {nr:#x} bytes at {offset:#x}")
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from guest_memfd.hosts.linux.vm import Vm
 
 _SAYS = abi.Run.exit.offset + ctypes.sizeof(abi.RunUnion)
-"""Bytes of the run page that an exit is decoded from."""
+"""Bytes of the run page that an exit is decoded from; only what an Io writes lies behind them."""
 
 
 class Vcpu(Descriptor):
@@ -83,6 +83,8 @@ class Vcpu(Descriptor):
         if errno not in (0, EFAULT, abi.EHWPOISON):
             raise SyscallFailed(errno, "KVM_RUN")
         told = exits.decode_run(ctypes.string_at(self._address, _SAYS), errno)
+        if type(told) is exits.Io and told.is_write:
+            told = exits.decode_run(ctypes.string_at(self._address, self._size), errno)
         if errno and not isinstance(told, exits.MemoryFault):
             told = exits.Unknown(self.page.exit_reason, errno)      # the page may still be that of the exit before
         self._last = told
@@ -118,11 +120,13 @@ class Vcpu(Descriptor):
             self.immediate_exit = before
 
     def answer(self, data: bytes) -> None:
-        """What the last exit waits for: the data of an MMIO read (little-endian), or a hypercall's result."""
+        """What the last exit waits for: the data of an MMIO or port read (little-endian), or a hypercall's result."""
         self.fileno()
         match self._last:
             case exits.Mmio(is_write=False):
                 ctypes.memmove(self.page.mmio.data, data.ljust(8, b"\0"), 8)
+            case exits.Io(is_write=False, size=size, times=times):
+                ctypes.memmove(self._address + self.page.io.data_offset, data.ljust(size * times, b"\0"), size * times)
             case exits.HypercallExit():
                 self._hypercall_result(int.from_bytes(data, "little"))
             case _:

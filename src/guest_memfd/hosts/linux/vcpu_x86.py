@@ -44,12 +44,15 @@ class X86Vcpu(Vcpu):
         self.complete()
         syscall.ioctl(self.fileno(), x86.SET_SREGS, sregs, call="KVM_SET_SREGS")
 
-    def enter_real_mode(self, ip: int, **registers: int) -> None:
-        """The next run starts at *ip* of segment 0 in real mode, all segments 0, with *registers* and the others 0."""
+    def enter_real_mode(self, ip: int, segment: int = 0, **registers: int) -> None:
+        """The next run starts at *ip* in real mode, with *registers* and the others 0.
+
+        cs and ds are 0, es and ss are *segment*.
+        """
         sregs = self.get_sregs()
-        for name in ("cs", "ds", "es", "ss"):
-            segment = getattr(sregs, name)
-            segment.base = segment.selector = 0
+        for name, selector in (("cs", 0), ("ds", 0), ("es", segment), ("ss", segment)):
+            each = getattr(sregs, name)
+            each.selector, each.base = selector, selector << 4
         self.set_sregs(sregs)
         self.set_regs(x86.Regs(rip=ip, rflags=x86.RFLAGS_ONE, **registers))
 

@@ -14,7 +14,9 @@ class ExitReason(IntEnum):
     """kvm_run.exit_reason, as far as it is decoded here."""
 
     UNKNOWN = 0
+    IO = 2
     HYPERCALL = 3
+    HLT = 5
     MMIO = 6
     SHUTDOWN = 8
     FAIL_ENTRY = 9
@@ -42,6 +44,27 @@ class Mmio(NamedTuple):
     size: int
     is_write: bool
     data: bytes
+
+
+class Io(NamedTuple):
+    """x86: the guest accesses *port*, *times* times *size* bytes (REP INS and OUTS); *data* is all that it writes.
+
+    A read goes on with what `KvmVcpu.answer` was given.
+    """
+
+    port: int
+    size: int
+    times: int
+    is_write: bool
+    data: bytes
+
+
+class Halt(NamedTuple):
+    """x86: HLT, where no interrupt controller of KVM's waits for the next interrupt."""
+
+
+class Shutdown(NamedTuple):
+    """x86: a triple fault."""
 
 
 class HypercallExit(NamedTuple):
@@ -76,6 +99,12 @@ class InternalError(NamedTuple):
     why: str = ""
 
 
+class FailEntry(NamedTuple):
+    """The hardware refuses the vCPU's state; *reason* is the hardware's."""
+
+    reason: int
+
+
 class Unknown(NamedTuple):
     """KVM_RUN returned -1 with *errno* and says nothing else, or an exit that is not decoded here."""
 
@@ -83,21 +112,31 @@ class Unknown(NamedTuple):
     errno: int = 0
 
 
-Exit = Mmio | HypercallExit | SystemEvent | MemoryFault | Intr | InternalError | Unknown
+Exit = Mmio | Io | Halt | Shutdown | HypercallExit | SystemEvent | MemoryFault | Intr | FailEntry | InternalError | Unknown
 
 RUN_EXIT_REASON, RUN_UNION, RUN_IMMEDIATE_EXIT = 8, 32, 1
 """Offsets in struct kvm_run."""
 
 _MMIO, _HYPERCALL, _MEMORY_FAULT = struct.Struct("<Q8sIB"), struct.Struct("<Q6Q"), struct.Struct("<3Q")
-_U32 = struct.Struct("<I")
+_IO = struct.Struct("<BBHIQ")
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_BARE: dict[int, Exit] = {ExitReason.HLT: Halt(), ExitReason.SHUTDOWN: Shutdown(), ExitReason.INTR: Intr()}
 
 
 def decode_run(run: bytes, errno: int = 0) -> Exit:
-    """What the shared page struct kvm_run says after KVM_RUN; *errno* is positive, 0 when the ioctl returned 0."""
+    """What the shared struct kvm_run says after KVM_RUN; *errno* is positive, 0 when the ioctl returned 0.
+
+    *run* may end behind the union, but for an Io, whose data lies behind the first page.
+    """
     (reason,) = _U32.unpack_from(run, RUN_EXIT_REASON)
     if reason == ExitReason.MMIO:
         address, data, size, write = _MMIO.unpack_from(run, RUN_UNION)
         return Mmio(address, size, bool(write), data[:size] if write else b"")
+    if reason in _BARE:
+        return _BARE[reason]
+    if reason == ExitReason.IO:
+        write, size, port, times, at = _IO.unpack_from(run, RUN_UNION)
+        return Io(port, size, times, bool(write), run[at:at + size * times] if write else b"")
     if reason == ExitReason.HYPERCALL:
         nr, *args = _HYPERCALL.unpack_from(run, RUN_UNION)
         return HypercallExit(nr, tuple(args))
@@ -106,8 +145,8 @@ def decode_run(run: bytes, errno: int = 0) -> Exit:
     if reason == ExitReason.MEMORY_FAULT:
         flags, gpa, size = _MEMORY_FAULT.unpack_from(run, RUN_UNION)
         return MemoryFault(flags, gpa, size, errno)
-    if reason == ExitReason.INTR:
-        return Intr()
+    if reason == ExitReason.FAIL_ENTRY:
+        return FailEntry(*_U64.unpack_from(run, RUN_UNION))
     if reason == ExitReason.INTERNAL_ERROR:
         return InternalError(f"suberror {_U32.unpack_from(run, RUN_UNION)[0]}")
     return Unknown(reason, errno)

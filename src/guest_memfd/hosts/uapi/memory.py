@@ -42,6 +42,10 @@ class Mapping(Owner, Protocol):
     offset: int
     size: int
 
+    @property
+    def address(self) -> int:
+        """Where it lies in the VMM's address space, for the userspace_addr of a memory slot."""
+
     def read(self, at: int, nr: int) -> bytes:
         """*nr* bytes; raises Signalled, BadInput beyond the mapping."""
 

@@ -103,6 +103,13 @@ class RunMmio(ctypes.Structure):
     _fields_ = [("phys_addr", c_uint64), ("data", c_uint8 * 8), ("len", c_uint32), ("is_write", c_uint8)]
 
 
+class RunIo(ctypes.Structure):
+    """kvm_run.io; `data_offset` counts from the beginning of kvm_run."""
+
+    _fields_ = [("direction", c_uint8), ("size", c_uint8), ("port", c_uint16), ("count", c_uint32),
+                ("data_offset", c_uint64)]
+
+
 class RunHypercall(ctypes.Structure):
     """kvm_run.hypercall; the last word is a union of `longmode` and flags."""
 
@@ -136,8 +143,9 @@ class RunSystemEvent(ctypes.Structure):
 class RunUnion(ctypes.Union):
     """What an exit says; which member is valid is `Run.exit_reason`'s."""
 
-    _fields_ = [("mmio", RunMmio), ("hypercall", RunHypercall), ("memory_fault", RunMemoryFault), ("internal", RunInternal),
-                ("fail_entry", RunFailEntry), ("system_event", RunSystemEvent), ("padding", c_char * 256)]
+    _fields_ = [("mmio", RunMmio), ("io", RunIo), ("hypercall", RunHypercall), ("memory_fault", RunMemoryFault),
+                ("internal", RunInternal), ("fail_entry", RunFailEntry), ("system_event", RunSystemEvent),
+                ("padding", c_char * 256)]
 
 
 class Run(ctypes.Structure):

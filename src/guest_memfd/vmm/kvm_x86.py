@@ -1,0 +1,167 @@
+"""A guest by way of the kernel's /dev/kvm on x86. Rule of this file: all its memory is guest_memfd, mapped here as well.
+
+Each slot names the mapping as its userspace_addr, so that whatever KVM reads by itself (instructions that it emulates, all
+of a guest that it does not run natively) is the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping as Map
+from contextlib import ExitStack
+from errno import EINVAL, ENOMEM
+
+from guest_memfd.errors import BadInput, SyscallFailed
+from guest_memfd.guests import CONSOLE, CONSOLE_PORT, CONTROL, CONTROL_PORT, SHARED_BASE
+from guest_memfd.guests.bootinfo import Hypervisor
+from guest_memfd.guests.loader import Image
+from guest_memfd.hosts.linux.guest_memfd import GuestMemfd
+from guest_memfd.hosts.linux.guest_x86 import IdentityMap, x86_vcpu
+from guest_memfd.hosts.linux.mapping import Mapping
+from guest_memfd.hosts.linux.system import System
+from guest_memfd.hosts.uapi import kvm_run
+from guest_memfd.hosts.uapi.kvm import GuestMemfdFlag, MemFlag
+from guest_memfd.vmm.devices import Balloon, Console, Device, Nobody
+from guest_memfd.vmm.layout import PAGE, Layout
+from guest_memfd.vmm.loop import Debugger, Ended
+
+_MEMORY, _WINDOW, _TABLES = 0, 1, 2
+"""Slots."""
+_TABLES_BASE = 0x1000_0000
+_GIB, _MOST_GIB = 1 << 30, 64
+"""A vCPU whose CPUID was never set has 36 bits of address: cpuid_query_maxphyaddr() in arch/x86/kvm/cpuid.c."""
+_REAL_MODE_END = 1 << 20
+_FLAGS = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
+
+
+class X86Guest:
+    """*image* in a VM of *system*, up to its first instruction; leaving *stack* gives everything back.
+
+    *log* is told in words of exits and of pages that come back. Raises SyscallFailed, BadInput.
+    """
+
+    aborts = 0
+    """x86 has nothing that could be delivered."""
+
+    def __init__(self, system: System, layout: Layout, image: Image, real_mode: bool, console: Console, stack: ExitStack,
+                 log: Callable[[str], None]) -> None:
+        self.layout, self.console, self.log = layout, console, log
+        self.debugger: Debugger = self
+        self.exits = 0
+        balloon = Balloon(self._take)
+        self.devices: Map[int, Device] = {CONSOLE: console, CONTROL + 8: balloon}
+        self.ports: Map[int, Device] = {CONSOLE_PORT: console, CONTROL_PORT: balloon}
+        boot_info, gib = fit(layout, image, real_mode)
+        self.vm = stack.enter_context(system.create_vm())
+        self.memory, self.mapping = self._slot(stack, _MEMORY, layout.base, layout.private)
+        self.shared = self._slot(stack, _WINDOW, SHARED_BASE, layout.shared)[1] if layout.shared else None
+        for offset, data in layout.contents(image, Hypervisor.KVM):
+            self.mapping.write(offset, data)
+        self.vcpu = stack.enter_context(x86_vcpu(self.vm))
+        if real_mode:
+            self.vcpu.enter_real_mode(image.entry, boot_info >> 4, rsp=PAGE)
+            return
+        stack.enter_context(IdentityMap(self.vm, _TABLES, _TABLES_BASE, gib))
+        self.vcpu.enter_user_mode(_TABLES_BASE, image.entry, rdi=boot_info, rsp=boot_info + PAGE)
+
+    def _slot(self, stack: ExitStack, number: int, base: int, size: int) -> tuple[GuestMemfd, Mapping]:
+        file = stack.enter_context(self.vm.create_guest_memfd(size, _FLAGS))
+        mapping = stack.enter_context(file.mmap())
+        self.vm.set_user_memory_region2(number, MemFlag.GUEST_MEMFD, base, size, guest_memfd=file,
+                                        userspace_addr=mapping.address)
+        self.log(f"slot {number}: {base:#x}, {size:#x} bytes of guest_memfd, mapped")
+        return file, mapping
+
+    def step(self, seconds: float) -> Ended | None:
+        """KVM_RUN once, and whatever the guest wants of us."""
+        out = self.vcpu.run(seconds)
+        self.exits += 1
+        match out:
+            case kvm_run.Mmio(where, _, True) if where == CONTROL:
+                self.log("exit MMIO: power off")
+                return Ended("off")
+            case kvm_run.Halt():
+                self.log("exit HLT")
+                return Ended("off")
+            case kvm_run.Mmio(where, size, is_write, data):
+                self._access(self.devices.get(where), f"MMIO at {where:#x}", size, 1, data if is_write else None)
+            case kvm_run.Io(port, size, times, is_write, data):
+                self._access(self.ports.get(port), f"IO at port {port:#x}", size, times, data if is_write else None)
+            case kvm_run.Intr():
+                pass
+            case kvm_run.Unknown(_, errno) | kvm_run.MemoryFault(errno=errno) if errno == ENOMEM:
+                raise SyscallFailed(errno, "KVM_RUN", "a page for the guest")
+            case _:
+                self.log(f"exit {out}")
+                return Ended("crash", _words(out), self.registers())
+        return None
+
+    # *data*: what is stored, all of it (REP OUTS stores more than once); None for a load.
+    def _access(self, device: Device | None, words: str, size: int, times: int, data: bytes | None) -> None:
+        if device is None:
+            device = Nobody()
+            self.log(f"exit {words}, {'load' if data is None else 'store'}: nothing there")
+        if data is None:
+            self.vcpu.answer(device.get()[:size] * times)
+            return
+        for at in range(0, size * times, size):
+            device.put(data[at:at + size])
+
+    # The guest can do without a page: its frame goes back to the host, and the next touch finds zeros. 0 or an errno.
+    def _take(self, gpa: int) -> int:
+        offset = gpa - self.layout.base
+        if gpa % PAGE or not 0 <= offset < self.layout.private:
+            self.log(f"the guest gives up {gpa:#x}, which is no page of its memory")
+            return EINVAL
+        self.memory.punch_hole(offset, PAGE)
+        reads = "something else" if any(self.mapping.read(offset, PAGE)) else "zeros"
+        self.log(f"the guest gives up {gpa:#x}: punched; the host's mapping reads {reads}")
+        return 0
+
+    # -- looking at it -------------------------------------------------------------------------------------------
+
+    def pc(self) -> int:
+        """Where it is: rip, from the segment's base on."""
+        return int(self.vcpu.get_sregs().cs.base + self.vcpu.get_regs().rip)
+
+    def registers(self) -> Map[str, int]:
+        """General registers, segments' selectors, and what the last exception left."""
+        regs, sregs = self.vcpu.get_regs(), self.vcpu.get_sregs()
+        return {name: int(getattr(regs, name)) for name, *_ in regs._fields_} | {
+            name: int(getattr(sregs, name).selector) for name in ("cs", "ds", "es", "ss")} | {
+            name: int(getattr(sregs, name)) for name in ("cr0", "cr2", "cr3", "cr4", "efer")}
+
+    def stopped(self) -> str | None:
+        """KVM says so itself when it cannot go on."""
+        return None
+
+    def window(self) -> bytes | None:
+        """The shared window's beginning as the host reads it; None without one."""
+        return None if self.shared is None else self.shared.read(0, 64)
+
+
+def fit(layout: Layout, image: Image, real_mode: bool) -> tuple[int, int]:
+    """Where the boot info of *image* goes, and how many GiB of addresses are needed; raises BadInput if there is no room."""
+    boot_info, gib = layout.boot_info(image), -(-layout.end // _GIB)
+    if real_mode and boot_info >= _REAL_MODE_END:
+        raise BadInput(f"{image.name}: its end, {image.end:#x}, is beyond what real mode reaches, {_REAL_MODE_END:#x}")
+    if gib > _MOST_GIB:
+        raise BadInput(f"--memory {layout.private:#x}: it would end at {layout.end:#x}, and a vCPU without CPUID has "
+                       f"addresses up to {_MOST_GIB} GiB")
+    return boot_info, gib
+
+
+def _words(out: kvm_run.Exit) -> str:
+    match out:
+        case kvm_run.MemoryFault(_, gpa, _, errno):
+            return str(SyscallFailed(errno, "KVM_RUN", f"the guest's page at {gpa:#x} is gone"))
+        case kvm_run.Shutdown():
+            return "a triple fault: an exception without a handler"
+        case kvm_run.InternalError(why):
+            return f"KVM cannot go on with an instruction: {why}"
+        case kvm_run.FailEntry(reason):
+            return f"the processor refuses the vCPU's state: {reason:#x}"
+        case kvm_run.Unknown(reason, errno):
+            return f"KVM_RUN ends with reason {reason}, errno {errno}"
+        case _:
+            return f"an exit that nobody here expects: {out}"

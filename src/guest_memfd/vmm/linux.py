@@ -1,0 +1,103 @@
+"""One run of one guest on the kernel's own /dev/kvm. Rule of this file: the kernel is asked, before and after.
+
+Before: can this kernel's guest_memfd be mapped, and does such a guest reach it by a fault of its own. After: the counters of
+KVM_GET_STATS_FD. Everything that was opened is closed, whatever happens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from guest_memfd.errors import GuestMemfdError, HostUnavailable, Signalled, SyscallFailed
+from guest_memfd.guests.loader import Image
+from guest_memfd.hosts.linux import fault_path
+from guest_memfd.hosts.linux.system import System
+from guest_memfd.hosts.uapi.kvm import Cap, GuestMemfdFlag
+from guest_memfd.vmm.devices import Console
+from guest_memfd.vmm.kvm_x86 import X86Guest, fit
+from guest_memfd.vmm.layout import Layout
+from guest_memfd.vmm.loop import Ended, drive
+
+_FLAGS = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to run, and how. timeout: seconds."""
+
+    image: Image
+    real_mode: bool = False
+    layout: Layout = Layout()           # noqa: RUF009 - frozen
+    timeout: float = 10.0
+
+
+@dataclass
+class Report:
+    """What came of it. *native*: as `fault_path.native`; *failed*: why it did not come to an end; *pages* of its memory.
+
+    None where the kernel did not tell.
+    """
+
+    native: bool | None = None
+    ended: Ended | None = None
+    failed: GuestMemfdError | None = None
+    console: str = ""
+    window: bytes | None = None
+    exits: int = 0
+    pages: int | None = None
+    seconds: float = 0.0
+    statistics: Mapping[str, int] = field(default_factory=dict)
+
+
+def run(order: Order, say: Callable[[str], None], log: Callable[[str], None]) -> Report:
+    """The whole life of a guest; *say* gets what it says, as it says it, and *log* what happens.
+
+    Raises HostUnavailable, and BadInput for an image that does not fit; whatever else goes wrong is in the report.
+    """
+    fit(order.layout, order.image, order.real_mode)
+    report, console = Report(), Console(say)
+    with System() as system:
+        _can_be_mapped(system)
+        try:
+            report.native = fault_path.native(system, order.real_mode)
+            with ExitStack() as stack:
+                _inside(order, system, stack, console, report, log)
+        except HostUnavailable:
+            raise
+        except GuestMemfdError as error:
+            report.failed = error
+    report.console = console.text
+    return report
+
+
+def _inside(order: Order, system: System, stack: ExitStack, console: Console, report: Report,
+            log: Callable[[str], None]) -> None:
+    guest = X86Guest(system, order.layout, order.image, order.real_mode, console, stack, log)
+    began = time.perf_counter()
+    try:
+        report.ended = drive(guest, order.timeout)
+    finally:
+        report.seconds = time.perf_counter() - began
+        report.exits = guest.exits
+        _count(guest, report, log)
+
+
+# What cannot be counted here is left out: the guest has run all the same.
+def _count(guest: X86Guest, report: Report, log: Callable[[str], None]) -> None:
+    try:
+        report.statistics = guest.vcpu.statistics()
+        report.pages = guest.memory.resident()
+        report.window = guest.window()
+    except (HostUnavailable, Signalled, SyscallFailed) as error:
+        log(f"not counted: {error}")
+
+
+def _can_be_mapped(system: System) -> None:
+    flags = system.check_extension(Cap.GUEST_MEMFD_FLAGS)
+    if flags & _FLAGS != _FLAGS:
+        there = "no guest_memfd" if not system.check_extension(Cap.GUEST_MEMFD) else "a guest_memfd that cannot be mapped"
+        raise HostUnavailable(f"/dev/kvm has {there} (KVM_CAP_GUEST_MEMFD_FLAGS is {flags:#x}); in Linux 6.18 and later "
+                              "any guest can run in one; elsewhere: --on emulated:arm64/kvm")
