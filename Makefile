@@ -2,13 +2,14 @@
 # make test      set up, then style, types and the quick tests
 # make test-long the tests that take minutes
 # make bench     how fast the explorer is; make bench-emulated: what lending costs on the emulated machine
-# Needs python3 (3.11 or later, with venv), and for the benchmark gcc and spin. Nothing is written outside of this folder.
+# make bench-linux  what our calls of the real kernel cost beside the same in C, and memfd_secret beside memfd
+# Needs python3 (3.11 or later, with venv), and for benchmarks gcc (two of them) and spin (one). Nothing is written outside of this folder.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: compare test test-long lint bench bench-emulated clean
+.PHONY: compare test test-long lint bench bench-emulated bench-linux clean
 
 compare: .venv/installed
 	@echo "exploring every pair of parties under every design: a minute or two, more on a busy machine" >&2
@@ -29,6 +30,9 @@ bench: .venv/installed
 
 bench-emulated: .venv/installed
 	$(BIN)/python bench/emulated.py
+
+bench-linux: .venv/installed
+	$(BIN)/python bench/linux.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
