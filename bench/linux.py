@@ -28,10 +28,9 @@ from guest_memfd.hosts.linux.guest_x86 import RESULT, SmallGuest
 from guest_memfd.hosts.linux.mapping import PAGE, Mapping
 from guest_memfd.hosts.linux.secret import Secret
 from guest_memfd.hosts.linux.system import System
-from guest_memfd.hosts.uapi.kvm import GuestMemfdFlag, MemFlag
+from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
 from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE
 
-SHARED = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
 GIB, GPA, SIZE = 1 << 30, 0x100_0000, 16 * PAGE
 STORE_FOR_EVER = bytes.fromhex("488906" "ebfb")         # mov [rsi], rax; jmp the mov
 

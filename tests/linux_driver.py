@@ -17,12 +17,10 @@ import pytest
 
 from guest_memfd.errors import HostUnavailable, SyscallFailed
 from guest_memfd.hosts.linux.system import System
-from guest_memfd.hosts.uapi.kvm import Cap, GuestMemfdFlag
 from guest_memfd.probe.left import DEBUGFS
 
 SECONDS = 10.0
 """What a child may take."""
-SHARED = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
 
 
 def no_kvm() -> str:
@@ -41,8 +39,7 @@ def no_guests() -> str:
     if platform.machine() != "x86_64":
         return "the guest programs are x86's"
     with System() as system:
-        flags = system.check_extension(Cap.GUEST_MEMFD_FLAGS)
-    return "" if flags & SHARED == SHARED else f"this kernel's guest_memfd cannot be mapped: flags {flags:#x}"
+        return system.lacks_shared()
 
 
 @contextmanager

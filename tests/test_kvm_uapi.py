@@ -16,12 +16,12 @@ from guest_memfd.hosts.emulated.arm64.asm import assemble
 from guest_memfd.hosts.emulated.dev.kvm import System
 from guest_memfd.hosts.emulated.machine import Config, Machine
 from guest_memfd.hosts.uapi import kvm, kvm_arm64, kvm_run
-from guest_memfd.hosts.uapi.kvm import PRIVATE, GuestMemfdFlag, MemFlag, MemoryAttributes2
+from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, GuestMemfdFlag, MemFlag, MemoryAttributes2
 
 pytest.importorskip("unicorn")
 
 PAGE, MIB = 4096, 1 << 20
-MMAP, SHARED = GuestMemfdFlag.MMAP, GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
+MMAP = GuestMemfdFlag.MMAP
 BASE = 0x8000_0000
 
 # -- numbers and layouts -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOENT, ENOTTY, EOPNOTSUPP
 
 import pytest
-from linux_driver import SHARED, errno_of, fails, in_child, limit, lowest_free, no_guests, nothing_stays_open, opened
+from linux_driver import errno_of, fails, in_child, limit, lowest_free, no_guests, nothing_stays_open, opened
 
 from guest_memfd.errors import BadInput, HostUnavailable, Signalled, SyscallFailed
 from guest_memfd.hosts.linux import guest_x86, syscall
@@ -28,7 +28,7 @@ from guest_memfd.hosts.linux.kick import KICK, this_thread
 from guest_memfd.hosts.linux.mapping import BUS_ADRERR, PAGE
 from guest_memfd.hosts.linux.system import System
 from guest_memfd.hosts.linux.vm import Vm
-from guest_memfd.hosts.uapi.kvm import PRIVATE, Cap, GuestMemfdFlag, MemFlag, MemoryAttributes2
+from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, Cap, GuestMemfdFlag, MemFlag, MemoryAttributes2
 from guest_memfd.hosts.uapi.kvm_run import Intr, MemoryFault, Mmio, Unknown
 from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 

@@ -10,7 +10,7 @@ import pytest
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.hosts.emulated.machine import Config, Machine
 from guest_memfd.hosts.uapi import kvm_arm64 as regs
-from guest_memfd.hosts.uapi.kvm import GuestMemfdFlag, MemFlag
+from guest_memfd.hosts.uapi.kvm import SHARED, GuestMemfdFlag, MemFlag
 
 PAGE = 4096
 
@@ -19,7 +19,7 @@ def machine(hypervisor: str = "kvm") -> Machine:
     return Machine(hypervisor, Config(ram=64 << 20))
 
 
-@pytest.mark.parametrize("flags", [GuestMemfdFlag.MMAP, GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED])
+@pytest.mark.parametrize("flags", [GuestMemfdFlag.MMAP, SHARED])
 def test_an_empty_file_of_any_size_costs_nothing(flags: int) -> None:
     m = machine()
     with m.open("/dev/kvm") as device, device.create_vm() as vm:
@@ -33,7 +33,7 @@ def test_an_empty_file_of_any_size_costs_nothing(flags: int) -> None:
 def test_a_page_far_out_in_a_sparse_file_is_found_and_punched() -> None:
     m = machine()
     with m.open("/dev/kvm") as device, device.create_vm() as vm:
-        file = vm.create_guest_memfd(1 << 40, GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED)
+        file = vm.create_guest_memfd(1 << 40, SHARED)
         for at in (0, 1 << 20, (1 << 39) + PAGE, (1 << 40) - PAGE):
             with file.mmap(at, PAGE) as mapping:
                 mapping.write(0, b"here")

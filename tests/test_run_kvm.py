@@ -390,7 +390,7 @@ def test_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_kvm
-@pytest.mark.parametrize(("flags", "words"), [(0, "Linux 6.18"), (1, "KVM_CAP_GUEST_MEMFD_FLAGS is 0x1")])
+@pytest.mark.parametrize(("flags", "words"), [(0, "Linux 6.18 and later"), (1, "KVM_CAP_GUEST_MEMFD_FLAGS is 0x1")])
 def test_an_old_kernel(monkeypatch: pytest.MonkeyPatch, flags: int, words: str) -> None:
     real = System.check_extension
     monkeypatch.setattr(System, "check_extension",

@@ -3,7 +3,7 @@
 import pytest
 
 from guest_memfd.errors import Signalled, SyscallFailed
-from guest_memfd.hosts.uapi.kvm import PRIVATE, GuestMemfdFlag, MemFlag, MemoryAttributes2
+from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, MemFlag, MemoryAttributes2
 from guest_memfd.hosts.uapi.kvm_run import Mmio
 
 RAM, SIZE, PAGE = 0x8000_0000, 1 << 20, 4096
@@ -32,7 +32,7 @@ class TinyVmm:
     def __init__(self, host):
         self.host, self.kvm = host, host.open()
         self.vm = self.kvm.create_vm()
-        self.ram = self.vm.create_guest_memfd(SIZE, GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED)
+        self.ram = self.vm.create_guest_memfd(SIZE, SHARED)
         self.mapping = self.ram.mmap()
         self.vm.set_user_memory_region2(0, MemFlag.GUEST_MEMFD, RAM, SIZE, guest_memfd=self.ram,
                                         userspace_addr=self.mapping.address)

@@ -20,7 +20,7 @@ from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.hosts.uapi import kvm as uapi
 from guest_memfd.hosts.uapi import kvm_arm64
 from guest_memfd.hosts.uapi.gunyah import PATH as GUNYAH
-from guest_memfd.hosts.uapi.kvm import GuestMemfdFlag, KvmVcpu, KvmVm, MemoryAttributes2
+from guest_memfd.hosts.uapi.kvm import KvmVcpu, KvmVm, MemoryAttributes2
 
 KVM = "/dev/kvm"
 NEEDS = {
@@ -189,9 +189,7 @@ class LinuxKvm(Linux):
 
         with System() as system:
             if need == "mmap":
-                flags = system.check_extension(uapi.Cap.GUEST_MEMFD_FLAGS)
-                wanted = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
-                return "" if flags & wanted == wanted else f"KVM_CAP_GUEST_MEMFD_FLAGS is {flags:#x}"
+                return system.lacks_shared()
             if need == "convert":
                 return self._converts(system)
         return "protected guests are arm64's, and this host starts none"

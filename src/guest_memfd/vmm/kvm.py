@@ -11,7 +11,16 @@ from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import Hypervisor
 from guest_memfd.guests.loader import Image
 from guest_memfd.hosts.uapi import kvm, kvm_arm64, kvm_run
-from guest_memfd.hosts.uapi.kvm import GuestMemfdFlag, KvmGuestMemory, KvmSystem, KvmVcpu, KvmVm, MemFlag, MemoryAttributes2
+from guest_memfd.hosts.uapi.kvm import (
+    SHARED,
+    GuestMemfdFlag,
+    KvmGuestMemory,
+    KvmSystem,
+    KvmVcpu,
+    KvmVm,
+    MemFlag,
+    MemoryAttributes2,
+)
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import Debugger, Ended
@@ -37,7 +46,7 @@ class KvmGuest:
         self.files = {PRIVATE_BASE: self.memory}
         if layout.shared:
             # A protected guest opens its window itself, by MEM_SHARE.
-            flags = GuestMemfdFlag.MMAP if protected else GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
+            flags = GuestMemfdFlag.MMAP if protected else SHARED
             self.files[SHARED_BASE] = self._slot(stack, _WINDOW, SHARED_BASE, layout.shared, flags)
         self._load(image, Hypervisor.PKVM if protected else Hypervisor.KVM)
         self.vcpu: KvmVcpu = stack.enter_context(self.vm.create_vcpu())

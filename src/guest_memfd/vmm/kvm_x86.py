@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping as Map
 from contextlib import ExitStack
-from errno import EINVAL, ENOMEM
+from errno import EINVAL
 
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.guests import CONSOLE, CONSOLE_PORT, CONTROL, CONTROL_PORT, SHARED_BASE
@@ -20,7 +20,7 @@ from guest_memfd.hosts.linux.guest_x86 import IdentityMap, x86_vcpu
 from guest_memfd.hosts.linux.mapping import Mapping
 from guest_memfd.hosts.linux.system import System
 from guest_memfd.hosts.uapi import kvm_run
-from guest_memfd.hosts.uapi.kvm import GuestMemfdFlag, MemFlag
+from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
 from guest_memfd.vmm.devices import Balloon, Console, Device, Nobody
 from guest_memfd.vmm.layout import PAGE, Layout
 from guest_memfd.vmm.loop import Debugger, Ended
@@ -31,7 +31,6 @@ _TABLES_BASE = 0x1000_0000
 _GIB, _MOST_GIB = 1 << 30, 64
 """A vCPU whose CPUID was never set has 36 bits of address: cpuid_query_maxphyaddr() in arch/x86/kvm/cpuid.c."""
 _REAL_MODE_END = 1 << 20
-_FLAGS = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
 
 
 class X86Guest:
@@ -65,7 +64,7 @@ class X86Guest:
         self.vcpu.enter_user_mode(_TABLES_BASE, image.entry, rdi=boot_info, rsp=boot_info + PAGE)
 
     def _slot(self, stack: ExitStack, number: int, base: int, size: int) -> tuple[GuestMemfd, Mapping]:
-        file = stack.enter_context(self.vm.create_guest_memfd(size, _FLAGS))
+        file = stack.enter_context(self.vm.create_guest_memfd(size, SHARED))
         mapping = stack.enter_context(file.mmap())
         self.vm.set_user_memory_region2(number, MemFlag.GUEST_MEMFD, base, size, guest_memfd=file,
                                         userspace_addr=mapping.address)
@@ -89,8 +88,6 @@ class X86Guest:
                 self._access(self.ports.get(port), f"IO at port {port:#x}", size, times, data if is_write else None)
             case kvm_run.Intr():
                 pass
-            case kvm_run.Unknown(_, errno) | kvm_run.MemoryFault(errno=errno) if errno == ENOMEM:
-                raise SyscallFailed(errno, "KVM_RUN", "a page for the guest")
             case _:
                 self.log(f"exit {out}")
                 return Ended("crash", _words(out), self.registers())

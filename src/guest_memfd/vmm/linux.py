@@ -15,13 +15,10 @@ from guest_memfd.errors import GuestMemfdError, HostUnavailable, Signalled, Sysc
 from guest_memfd.guests.loader import Image
 from guest_memfd.hosts.linux import fault_path
 from guest_memfd.hosts.linux.system import System
-from guest_memfd.hosts.uapi.kvm import Cap, GuestMemfdFlag
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import Ended, drive
-
-_FLAGS = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,8 @@ def run(order: Order, say: Callable[[str], None], log: Callable[[str], None]) ->
     fit(order.layout, order.image, order.real_mode)
     report, console = Report(), Console(say)
     with System() as system:
-        _can_be_mapped(system)
+        if why := system.lacks_shared():
+            raise HostUnavailable(f"{why}; without: --on emulated:arm64/kvm")
         try:
             report.native = fault_path.native(system, order.real_mode)
             with ExitStack() as stack:
@@ -93,11 +91,3 @@ def _count(guest: X86Guest, report: Report, log: Callable[[str], None]) -> None:
         report.window = guest.window()
     except (HostUnavailable, Signalled, SyscallFailed) as error:
         log(f"not counted: {error}")
-
-
-def _can_be_mapped(system: System) -> None:
-    flags = system.check_extension(Cap.GUEST_MEMFD_FLAGS)
-    if flags & _FLAGS != _FLAGS:
-        there = "no guest_memfd" if not system.check_extension(Cap.GUEST_MEMFD) else "a guest_memfd that cannot be mapped"
-        raise HostUnavailable(f"/dev/kvm has {there} (KVM_CAP_GUEST_MEMFD_FLAGS is {flags:#x}); in Linux 6.18 and later "
-                              "any guest can run in one; elsewhere: --on emulated:arm64/kvm")

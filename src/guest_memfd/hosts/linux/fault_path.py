@@ -14,7 +14,7 @@ from guest_memfd.hosts.linux.guest_x86 import x86_vcpu
 from guest_memfd.hosts.linux.mapping import PAGE
 from guest_memfd.hosts.linux.system import System
 from guest_memfd.hosts.linux.vcpu_x86 import identity_tables
-from guest_memfd.hosts.uapi.kvm import GuestMemfdFlag, MemFlag
+from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
 from guest_memfd.hosts.uapi.kvm_run import Exit, Io, Mmio
 
 _FILE, _OTHER = 0x55, 0xAA
@@ -36,7 +36,7 @@ def native(system: System, real_mode: bool) -> bool | None:
         plain.put(0, identity_tables(_BASE))
         plain.put(_CODE, _REAL_LOAD if real_mode else _LOAD)
         vm.set_user_memory_region(0, 0, _BASE, _SIZE, plain.address)
-        file = stack.enter_context(vm.create_guest_memfd(PAGE, GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED))
+        file = stack.enter_context(vm.create_guest_memfd(PAGE, SHARED))
         with file.mmap() as mapping:
             mapping.write(0, bytes((_FILE,)))
         other.put(0, bytes((_OTHER,)))

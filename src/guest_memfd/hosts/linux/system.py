@@ -53,6 +53,14 @@ class System(Descriptor):
         """KVM_CHECK_EXTENSION; 0 for what there is not."""
         return syscall.ioctl(self.fileno(), uapi.CHECK_EXTENSION, cap, call="KVM_CHECK_EXTENSION")
 
+    def lacks_shared(self) -> str:
+        """Why files cannot be made with `uapi.kvm.SHARED`, "" if they can: the capability is asked, not the release."""
+        flags = self.check_extension(uapi.Cap.GUEST_MEMFD_FLAGS)
+        if flags & uapi.SHARED == uapi.SHARED:
+            return ""
+        there = "a guest_memfd that cannot be mapped" if self.check_extension(uapi.Cap.GUEST_MEMFD) else "no guest_memfd"
+        return f"/dev/kvm has {there} (KVM_CAP_GUEST_MEMFD_FLAGS is {flags:#x}); Linux 6.18 and later have one that can be"
+
     def create_vm(self, vm_type: int = 0) -> Vm:
         """KVM_CREATE_VM, again after a signal, which may hit it while it takes the locks of an address space."""
         fd = syscall.until_done(lambda: syscall.ioctl(self.fileno(), uapi.CREATE_VM, vm_type, call="KVM_CREATE_VM",

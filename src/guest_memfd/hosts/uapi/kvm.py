@@ -178,6 +178,10 @@ class GuestMemfdFlag(IntFlag):
     INIT_SHARED = 1 << 1
 
 
+SHARED = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
+"""For a file that the host maps, and that any guest can run in."""
+
+
 class MemFlag(IntFlag):
     """Flags of a memory slot."""
 

@@ -80,7 +80,7 @@ def _stands(pattern: Pattern, given: Operand) -> bool:
     if isinstance(given, Memory):
         absolute = given.base is None and given.index is None
         far = given.number is not None and not -1 << 31 <= wrapped(given.number, given.width) < 1 << 31
-        return kind in ("E", "M") or (absolute and (kind == "O" or (kind == "X" and far)))
+        return kind in ("E", "M") or (kind == "N" and given.size is None) or (absolute and (kind == "O" or (kind == "X" and far)))
     if isinstance(given, Far):
         return kind == "A"
     return kind == "I" or (kind == "J" and given.plain) or (kind.isdigit() and given.number == int(kind))
@@ -120,7 +120,7 @@ def _code(form: Form, operands: list[Operand], prefix: str, mode: Mode) -> Code:
     if not all(map(_stands, form.patterns, operands)):
         raise _Misfit(1, "takes other operands")
     size = _size(form, operands, mode)
-    rm, reg, low, absolute = (_at(form, operands, kinds) for kinds in ("EMRU", "GSCU", "Z", "OX"))
+    rm, reg, low, absolute = (_at(form, operands, kinds) for kinds in ("EMNRU", "GSCU", "Z", "OX"))
     number = reg.number if isinstance(reg, Register) else form.digit or 0
     opcode = form.opcode
     if isinstance(low, Register):

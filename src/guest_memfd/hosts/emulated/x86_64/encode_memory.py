@@ -55,7 +55,7 @@ def modrm(field: int, rm: Register | Memory) -> Code:
     base = rm.base.number & 7
     size = _displacement_size(rm, base == 5)
     start = _mod(size) | field << 3
-    if index == _NO_INDEX and base != 4:
+    if rm.index is None and base != 4:
         return bytes((start | base,)), _displacement(rm, size)
     return bytes((start | 4, index | base)), _displacement(rm, size)
 

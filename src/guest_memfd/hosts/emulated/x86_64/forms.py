@@ -3,7 +3,7 @@
 A form is a mnemonic, its operands, the opcode, and what else is to be said; two blanks part it from the next. An operand is
 a letter, after the Intel SDM's vol. 2, A.2.1, and a size.
 
-    E, M, R         in ModRM.rm: register or memory, memory, register
+    E, M, N, R      in ModRM.rm: register or memory, memory, memory without ``ptr``, register
     G, S, C         in ModRM.reg: general, segment, control register
     U, Z            a register: in both fields of ModRM, in the opcode
     O, X            memory without ModRM; X where 32 bits do not reach
@@ -74,7 +74,7 @@ popfd - 9d o32 real     pusha - 60 real         popa - 61 real
 xchg aq,aq 90 plain     xchg ad,ad 87c0 long    xchg av,Zv 90           xchg Zv,av 90
 xchg Eb,Gb 86 lock      xchg Ev,Gv 87 lock      xchg Gb,Eb 86 lock      xchg Gv,Ev 87 lock
 cmpxchg Eb,Gb 0fb0 lock         cmpxchg Ev,Gv 0fb1 lock         xadd Eb,Gb 0fc0 lock            xadd Ev,Gv 0fc1 lock
-cmpxchg8b Mq 0fc7 /1 any lock   cmpxchg16b M 0fc7 /1 o64 long lock
+cmpxchg8b Mq 0fc7 /1 any lock   cmpxchg16b N 0fc7 /1 o64 long lock
 in ab,Iu e4             in az,Iu e5             in ab,DX ec             in az,DX ed
 out Iu,ab e6            out Iu,az e7            out DX,ab ee            out DX,az ef
 """
@@ -91,10 +91,10 @@ cbw - 98 o16            cwde - 98 o32           cdqe - 98 o64 long
 cwd - 99 o16            cdq - 99 o32            cqo - 99 o64 long
 """
 _JUMPS = """
-jmp Jb eb               jmp Jz e9               jmp Md ff /5 real       jmp Mf ff /5 o32        jmp Ev ff /4 wide
-call Jz e8              call Md ff /3 real      call Mf ff /3 o32       call Ev ff /2 wide
-jmp A ea real           ljmp A ea real          ljmpd A ea o32 real     ljmp M ff /5
-call A 9a real          lcall A 9a real         lcalld A 9a o32 real    lcall M ff /3
+jmp Jb eb               jmp Jz e9               jmp Md ff /5 o16       jmp Mf ff /5 o32        jmp Ev ff /4 wide
+call Jz e8              call Md ff /3 o16      call Mf ff /3 o32       call Ev ff /2 wide
+jmp A ea real           ljmp A ea real          ljmpd A ea o32 real     ljmp N ff /5
+call A 9a real          lcall A 9a real         lcalld A 9a o32 real    lcall N ff /3
 ret - c3                ret Iw c2               retf - cb               retf Iw ca              retfq - cb o64 long
 lret - cb               lret Iw ca              lretq - cb o64 long     leave - c9
 loop Jb e2              loope Jb e1             loopne Jb e0            loopz Jb e1             loopnz Jb e0
@@ -103,7 +103,7 @@ int 3 cc                int Iu cd               int3 - cc
 iret - cf               iretd - cf o32          iretq - cf o64 long
 """
 _SYSTEM = """
-lgdt M 0f01 /2          lidt M 0f01 /3          sgdt M 0f01 /0          sidt M 0f01 /1
+lgdt N 0f01 /2          lidt N 0f01 /3          sgdt N 0f01 /0          sidt N 0f01 /1
 ltr Ew 0f00 /3 any      lldt Ew 0f00 /2 any     lmsw Ew 0f01 /6 any     invlpg M 0f01 /7        clflush M 0fae /7
 hlt - f4                nop - 90                cli - fa                sti - fb                cld - fc
 std - fd                clc - f8                stc - f9                cmc - f5                lahf - 9f

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.emulated.dev.file import GuestMemoryFile
 from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.uapi.kvm import PRIVATE, GuestMemfdFlag, MemoryAttributes2
+from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, GuestMemfdFlag, MemoryAttributes2
 from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class GuestMemfd(GuestMemoryFile):
     created_by = CREATE
 
     def __init__(self, vm: Vm, size: int, flags: int) -> None:
-        if flags & ~int(GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED):
+        if flags & ~int(SHARED):
             raise SyscallFailed(EINVAL, CREATE, f"flags {flags:#x}")
         if size <= 0 or size % PAGE or size > _BIGGEST:
             raise SyscallFailed(EINVAL, CREATE, f"a size of {size} bytes")

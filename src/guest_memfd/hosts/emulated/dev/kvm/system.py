@@ -12,7 +12,7 @@ from guest_memfd.hosts.emulated.dev.file import Owned
 from guest_memfd.hosts.emulated.dev.kvm.slots import NR_SLOTS
 from guest_memfd.hosts.emulated.dev.kvm.vm import NR_VCPUS, Vm
 from guest_memfd.hosts.emulated.kvm.guest import IPA_BITS
-from guest_memfd.hosts.uapi.kvm import API_VERSION, CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, PRIVATE, Cap, GuestMemfdFlag
+from guest_memfd.hosts.uapi.kvm import API_VERSION, CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, PRIVATE, SHARED, Cap
 from guest_memfd.hosts.uapi.kvm_arm64 import VM_TYPE_IPA_SIZE, VM_TYPE_PROTECTED
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _CAPS = {
     Cap.NR_VCPUS: NR_VCPUS, Cap.MAX_VCPUS: NR_VCPUS, Cap.NR_MEMSLOTS: NR_SLOTS, Cap.SYNC_MMU: 1,
     Cap.ARM_VM_IPA_SIZE: IPA_BITS, Cap.USER_MEMORY2: 1, Cap.MEMORY_FAULT_INFO: 1, Cap.GUEST_MEMFD: 1,
-    Cap.GUEST_MEMFD_FLAGS: int(GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED),
+    Cap.GUEST_MEMFD_FLAGS: int(SHARED),
     CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES: PRIVATE,
 }
 
