@@ -124,6 +124,19 @@ def test_sizes_that_are_refused(vm: Vm, size: int) -> None:
         vm.create_guest_memfd(size, SHARED)
 
 
+def test_numbers_that_do_not_fit_are_refused_and_not_cut(vm: Vm, guest: SmallGuest) -> None:
+    with vm.create_guest_memfd(PAGE, SHARED) as memory:
+        for use in (lambda: vm.create_guest_memfd(PAGE, 1 << 64), lambda: vm.create_guest_memfd(1 << 64),
+                    lambda: vm.set_user_memory_region2(1 << 32, 4, GPA, PAGE, guest_memfd=memory),
+                    lambda: vm.set_user_memory_region(1, 0, 1 << 64, PAGE), lambda: vm.set_memory_attributes(0, 1 << 70, 0),
+                    lambda: guest.start(STORE, rax=1 << 64), lambda: guest.start(STORE, rxx=1),
+                    lambda: guest.vcpu.enter_real_mode(0, bogus=3), lambda: memory.fallocate(1, 1 << 64, PAGE),
+                    lambda: memory.fallocate(1, 0, 1 << 64), lambda: memory.mmap(1 << 64, PAGE),
+                    lambda: memory.mmap(0, 1 << 64), lambda: guest.vcpu.pre_fault_memory(1 << 64, PAGE)):
+            with pytest.raises(BadInput, match=r"does not fit (32|64) bits|has no field '(rxx|bogus)'"):
+                use()
+
+
 @pytest.mark.parametrize("flags", [1 << bit for bit in (2, 3, 31, 32, 63)])
 def test_flags_that_are_refused(vm: Vm, flags: int) -> None:
     with fails(EINVAL):
@@ -633,7 +646,10 @@ def test_used_after_close(system: System) -> None:
 
 def test_what_is_dropped_is_closed(system: System) -> None:
     before = len(opened())
-    system.create_vm().create_guest_memfd(SIZE, SHARED).mmap()
+    with pytest.warns(ResourceWarning) as told:
+        system.create_vm().create_guest_memfd(SIZE, SHARED).mmap()
+    said = " ".join(str(each.message) for each in told)
+    assert all(f"never closed: <{kind}" in said for kind in ("Vm kvm", "GuestMemfd guest_memfd", "Mapping of guest_memfd"))
     assert len(opened()) == before
 
 

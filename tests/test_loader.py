@@ -148,10 +148,10 @@ HUGE = (1 << 64) - BASE + 1
     (elf(CODE, entry=BASE + 16), f"F: the entry {BASE + 16:#x} lies in no executable segment"),
     (elf(segment(BASE, b"data", R | W)), f"F: the entry {BASE:#x} lies in no executable segment"),
     (elf(CODE, segment(0, b"/lib/ld.so\0", type=INTERP)), "F: it wants an interpreter (PT_INTERP); link it with -static"),
-    (elf(CODE, dynamic((8, 24))), "F: it has relocations, and nobody here would link it; link it with -static -no-pie"),
-    (elf(CODE, dynamic((2, 24))), "F: it has relocations, and nobody here would link it; link it with -static -no-pie"),
+    (elf(CODE, dynamic((8, 24))), "F: it has relocations, and nobody here would link it; link it with -static -no-pie -Wl,-Ttext-segment=0x80000000"),
+    (elf(CODE, dynamic((2, 24))), "F: it has relocations, and nobody here would link it; link it with -static -no-pie -Wl,-Ttext-segment=0x80000000"),
     (elf(CODE, dynamic((1, 1), (5, BASE), (10, 8))),
-     "F: it needs a shared library, and nobody here would link it; link it with -static -no-pie"),
+     "F: it needs a shared library, and nobody here would link it; link it with -static -no-pie -Wl,-Ttext-segment=0x80000000"),
 ], ids=range(20))
 def test_elf_files_that_cannot_run(put: Any, data: bytes, message: str) -> None:
     assert refused(put(data)) == message
@@ -181,6 +181,7 @@ def test_fits_names_the_segment(put: Any) -> None:
     with pytest.raises(BadInput) as caught:
         fits(image, [(BASE, 0x4000), (0x8_0000, 0x1000)])
     assert str(caught.value) == (f"{image.name}: the segment at {BASE + 0x3004:#x} of 0xffd bytes does not fit; "
-                                 f"the guest has {BASE:#x}..{BASE + 0x4000:#x}, 0x80000..0x81000")
+                                 f"the guest has {BASE:#x}..{BASE + 0x4000:#x}, 0x80000..0x81000; an ELF file is "
+                                 f"linked there with -Wl,-Ttext-segment={BASE:#x}")
     with pytest.raises(BadInput, match="the guest has nothing"):
         fits(image, [])

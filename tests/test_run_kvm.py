@@ -10,8 +10,10 @@ import json
 import platform
 import re
 import resource
+import shutil
 import signal
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -237,7 +239,8 @@ def test_a_static_elf(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("raw", "options", "words"), [
     (elf(183), (), "an ELF for EM_AARCH64; guests are EM_X86_64"), (elf(3, 1), (), "a 32-bit"),
     (elf(62), ("--real-mode",), "real-mode x86 guests are flat binaries or assembly"),
-    (b"x" * 0x8000, ("--real-mode", "--memory", "32K"), "does not fit"),
+    (b"\xf4" * 0x8000, ("--real-mode", "--memory", "32K"), "does not fit"),
+    (b"_start: hlt\n", (), "is text; assembly ends in .s"),
     (b"\xf4" * 0x100000, ("--real-mode", "--memory", "4M", "--shared", "0"), "beyond what real mode reaches"),
 ])
 @on_kvm
@@ -248,6 +251,30 @@ def test_images_that_are_refused(tmp_path: Path, raw: bytes, options: tuple[str,
     assert code == 4
     assert words in said
     assert said.count("\n") == 1, said
+
+
+@on_kvm
+def test_the_example_in_c(tmp_path: Path) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc")
+    pytest.importorskip("elftools")
+    (command,) = re.findall(r"^gcc .*$", PAGE_OF_DOCS, re.M)
+    subprocess.run(command.replace("-o greeter", f"-o {tmp_path}/greeter").split(), cwd=ROOT, check=True, timeout=60)
+    for memory, size in (("32M", "32 MiB or more"), ("16M", "less than 32 MiB")):
+        code, said = run(str(tmp_path / "greeter"), "--memory", memory)
+        assert (code, said.splitlines()[0]) == (0, f"greetings from C: {size}")
+    assert f"```c\n{(ROOT / 'docs' / 'examples' / 'greeter.c').read_text()}```" in PAGE_OF_DOCS
+
+
+@on_kvm
+def test_assembly_for_another_machine_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "arm.s").write_text("_start:\n    mov x0, #1\n    b _start\n")
+    code, said = run(str(tmp_path / "arm.s"))
+    assert code == 4
+    assert "(this looks like assembly for AArch64, and guests here are x86-64; see --on)" in said
+    code, said = shell("run", str(ROOT / "docs/examples/greeter-x86.s"), "--on", "emulated:arm64/kvm")
+    assert code == 4
+    assert "(this looks like assembly for x86-64, and guests here are AArch64; see --on)" in said
 
 
 # -- the clock -----------------------------------------------------------------------------------------------------------
@@ -288,7 +315,8 @@ def test_ctrl_c_ends_it() -> None:
     (("--zeropad",), "--zeropad is for emulated machines"), (("--fail", "kernel:1"), "--fail is for emulated machines"),
     (("--folio", "2M"), "--folio is for emulated machines"), (("--memory", "4097"), "no multiple of a page"),
     (("--memory", "0"), "at least a page"), (("--memory", "4K"), "no page is left behind the image"),
-    (("--memory", "600G"), "addresses up to 64 GiB"), (("--shared", "200M"), "would reach the console"),
+    (("--memory", "600G"), "beyond the 64 GiB that this vCPU can address; 62G is the most"),
+    (("--shared", "200M"), "would reach the console"),
     (("--timeout", "0"), "above 0"), (("--real-mode", "--memory", "1M"), "would reach the window at 0x80000"),
     (("--real-mode", "--memory", "200M", "--shared", "0"), "would reach the console"), (("--memory", ""), "is no size"),
 ])

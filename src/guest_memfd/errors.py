@@ -18,6 +18,14 @@ import errno as errnos
 import os
 from collections.abc import Iterable
 
+_KERNEL_NAMES = {errnos.EAGAIN: "EAGAIN", errnos.EDEADLK: "EDEADLK", errnos.EOPNOTSUPP: "EOPNOTSUPP", 133: "EHWPOISON"}
+# Where Python knows two names for a number, or none.
+
+
+def errno_name(errno: int) -> str:
+    """The kernel's name of *errno*, which is positive (include/uapi/asm-generic/errno.h); its digits if it has none."""
+    return _KERNEL_NAMES.get(errno) or errnos.errorcode.get(errno, str(errno))
+
 
 class GuestMemfdError(Exception):
     """Root of all errors of this package; `exit_code` is what the command line returns."""
@@ -63,8 +71,7 @@ class SyscallFailed(GuestMemfdError):
     exit_code = 4
 
     def __init__(self, errno: int, call: str, why: str = "") -> None:
-        name = errnos.errorcode.get(errno, str(errno))
-        super().__init__(f"{call}: {name} ({os.strerror(errno)}){f': {why}' if why else ''}")
+        super().__init__(f"{call}: {errno_name(errno)} ({os.strerror(errno)}){f': {why}' if why else ''}")
         self.errno, self.call = errno, call
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from guest_memfd.errors import BadInput, HostUnavailable
-from guest_memfd.guests import GUESTS, guest, source
+from guest_memfd.guests import GUESTS, PRIVATE_BASE, guest, source
 from guest_memfd.guests.target import ARM64, REAL_MODE, X86_64, Target
 
 _MAGIC = b"\x7fELF"
@@ -24,6 +24,9 @@ _PF_X = 1
 # Dynamic tags of work that nobody here would do (gABI figure 5-10): DT_NEEDED, and the sizes of tables of relocations.
 _NEEDED, _RELOCATIONS = 1, (2, 8, 18, 35)       # DT_PLTRELSZ, DT_RELASZ, DT_RELSZ, DT_RELRSZ
 _BIGGEST = 1 << 30
+_TEXT = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"
+_REGISTERS = {"arm64": re.compile(r"\b[xw]([12]?\d|30)\b|\b[xw]zr\b"),
+              "x86_64": re.compile(r"\b[re]?(ax|bx|cx|dx|si|di|sp|bp)\b|\bptr\b|\.code16\b")}
 # What pyelftools raises for a damaged file beside its own errors.
 _DAMAGED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 
@@ -62,7 +65,11 @@ def load(path_or_name: str | Path, target: Target = ARM64, *, base: int | None =
     data = _read(path)
     if path.suffix == ".s":
         return _assembled(_text(data, name), name, name, target, base)
-    return _elf(data, path, target, base) if data.startswith(_MAGIC) else Image([(base, data)], base, name)
+    if data.startswith(_MAGIC):
+        return _elf(data, path, target, base)
+    if not data.translate(None, _TEXT):
+        raise BadInput(f"{name} is text; assembly ends in .s, and what is no ELF file is taken for machine code")
+    return Image([(base, data)], base, name)
 
 
 def is_name(text: str) -> bool:
@@ -85,15 +92,28 @@ def fits(image: Image, ranges: Iterable[tuple[int, int]]) -> None:
     for ipa, size in image.ranges():
         if not any(start <= ipa and ipa + size <= start + length for start, length in ranges):
             there = ", ".join(f"{start:#x}..{start + length:#x}" for start, length in ranges) or "nothing"
-            raise BadInput(f"{image.name}: the segment at {ipa:#x} of {size:#x} bytes does not fit; the guest has {there}")
+            hint = ranges and f"; an ELF file is linked there with -Wl,-Ttext-segment={ranges[0][0]:#x}"
+            raise BadInput(f"{image.name}: the segment at {ipa:#x} of {size:#x} bytes does not fit; the guest has {there}"
+                           f"{hint or ''}")
 
 
 def _assembled(text: str, file: str, name: str, target: Target, base: int) -> Image:
     common = source(target.architecture, "common16" if target is REAL_MODE else "common")
-    program = target.assemble(f"{text}\n{common.read_text(encoding='ascii')}", base, file)
+    try:
+        program = target.assemble(f"{text}\n{common.read_text(encoding='ascii')}", base, file)
+    except BadInput as error:
+        raise BadInput(f"{error}{_others(text, target)}") from error
     if "_start" not in program.symbols:
         raise BadInput(f"{file}: there is no label _start")
     return Image([(base, program.data)], program.symbols["_start"], name)
+
+
+# Whose assembly *text* is, if not *target*'s.
+def _others(text: str, target: Target) -> str:
+    words = re.sub(r"#.*|//.*", "", text)
+    looks = {architecture for architecture, names in _REGISTERS.items() if names.search(words)}
+    theirs = next((each for each in (ARM64, X86_64) if looks == {each.architecture} != {target.architecture}), None)
+    return f" (this looks like assembly for {theirs.title}, and guests here are {target.title}; see --on)" if theirs else ""
 
 
 def _text(data: bytes, name: str) -> str:
@@ -178,7 +198,8 @@ def _check_static(data: bytes, headers: Sequence[Any], path: Path) -> None:
         for tag, value in struct.iter_unpack("<QQ", tags[:len(tags) // 16 * 16]):
             if tag == _NEEDED or (tag in _RELOCATIONS and value):
                 reason = "needs a shared library" if tag == _NEEDED else "has relocations"
-                raise BadInput(f"{path}: it {reason}, and nobody here would link it; link it with -static -no-pie")
+                raise BadInput(f"{path}: it {reason}, and nobody here would link it; link it with -static -no-pie "
+                               f"-Wl,-Ttext-segment={PRIVATE_BASE:#x}")
 
 
 def _check_ranges(loads: Sequence[Any], size: int, path: Path) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Callable
-from errno import ENOSYS, EOPNOTSUPP, errorcode
+from errno import ENOSYS
 from typing import Any
 
-from guest_memfd.errors import SyscallFailed
+from guest_memfd.errors import SyscallFailed, errno_name
 from guest_memfd.hosts.linux.syscall import raw
 
 _X86, _ARM = 0, 1
@@ -47,10 +47,8 @@ def call(name: str, *given: Any) -> int:
 
 
 def name_of(error: OSError | SyscallFailed) -> str:
-    """The errno's name; where Linux has two for one number, the manual pages' one."""
-    if error.errno == EOPNOTSUPP:
-        return "EOPNOTSUPP"
-    return errorcode.get(error.errno or 0, f"errno {error.errno}")
+    """The errno's name."""
+    return errno_name(error.errno or 0)
 
 
 def attempt(do: Callable[[], object]) -> str:

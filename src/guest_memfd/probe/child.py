@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from guest_memfd.hosts.linux import fd
 from guest_memfd.probe.calls import FAILED, name_of
 from guest_memfd.probe.row import Outcome
 
@@ -114,6 +115,7 @@ def perform(act: Callable[[Slate], object], slate: Slate, timeout: float = TIMEO
 def _child(act: Callable[[Slate], object], slate: Slate) -> None:
     try:
         gc.disable()
+        fd.dropped = str.strip                          # nobody is told: the end of the process closes everything
         # Whoever calls may have a handler for faults; the tracer is to see them first, and nobody else.
         for each in (*_FAULTS, signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(each, signal.SIG_DFL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from guest_memfd.check.explorer import Step
+from guest_memfd.errors import errno_name
 from guest_memfd.hosts.abstract import notes, show
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import Entries, Folio, Host, Primitive
@@ -85,7 +85,7 @@ def result(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return f"-{errno.errorcode.get(-value, -value)}" if value < 0 else str(value)
+        return f"-{errno_name(-value)}" if value < 0 else str(value)
     if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, Folio):
         items = zip(value._fields, value, strict=True)
         return " ".join(name if item is True else f"{name}={item}" for name, item in items

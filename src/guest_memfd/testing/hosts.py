@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from guest_memfd.errors import BadInput, SyscallFailed
+from guest_memfd.hosts.linux import fd
 from guest_memfd.hosts.uapi import kvm as uapi
 from guest_memfd.hosts.uapi import kvm_arm64
 from guest_memfd.hosts.uapi.gunyah import PATH as GUNYAH
@@ -145,19 +146,23 @@ class Linux(Host):
 
     def __init__(self) -> None:
         super().__init__()
+        self._dropped: list[str] = []
         self._before = self._open_files()
+        fd.dropped = self._dropped.append
+        self._stack.callback(setattr, fd, "dropped", None)
 
     def left(self) -> list[str]:
-        """As every host's; descriptors and mappings of this process."""
-        return [f"{name} is still open" for name in (self._open_files() - self._before).elements()]
+        """As every host's; descriptors and mappings of this process, and what only the garbage collector closed."""
+        opened = [f"{name} is still open" for name in (self._open_files() - self._before).elements()]
+        return opened + [f"{name} was never closed" for name in self._dropped]
 
     # Descriptors of devices, VMs and their files, and mappings of them: how many there are of each.
     @staticmethod
     def _open_files() -> Counter[str]:
         names = []
-        for fd in os.listdir("/proc/self/fd"):
+        for number in os.listdir("/proc/self/fd"):
             with suppress(FileNotFoundError):           # that of the folder itself
-                names.append(os.readlink(f"/proc/self/fd/{fd}"))
+                names.append(os.readlink(f"/proc/self/fd/{number}"))
         maps = [line.split(maxsplit=5)[5:] for line in Path("/proc/self/maps").read_text().splitlines()]
         names += [f"a mapping of {path[0]}" for path in maps if path]
         return Counter(name for name in names if any(kind in name for kind in ("kvm", "gunyah", "secretmem")))

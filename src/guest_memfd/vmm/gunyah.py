@@ -6,9 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from errno import EINTR, ENOMEM, errorcode
+from errno import EINTR, ENOMEM
 
-from guest_memfd.errors import SyscallFailed
+from guest_memfd.errors import SyscallFailed, errno_name
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import Hypervisor
 from guest_memfd.guests.loader import Image
@@ -118,7 +118,7 @@ class GunyahGuest:
         self._address = address
         if self._unanswerable < SAME_ABORT:
             return None
-        what = errorcode.get(-attempt, str(-attempt))
+        what = errno_name(-attempt)
         why = (f"its access to IPA {address:#x} cannot be emulated: the syndrome describes plain loads and stores of one "
                "register without writeback only") if self.console.has(address) else (
                f"nothing can be mapped at IPA {address:#x} ({what})")

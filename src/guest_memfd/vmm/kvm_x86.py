@@ -11,7 +11,7 @@ from collections.abc import Mapping as Map
 from contextlib import ExitStack
 from errno import EINVAL
 
-from guest_memfd.errors import BadInput, SyscallFailed
+from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.guests import CONSOLE, CONSOLE_PORT, CONTROL, CONTROL_PORT, SHARED_BASE
 from guest_memfd.guests.bootinfo import Hypervisor
 from guest_memfd.guests.loader import Image
@@ -31,6 +31,8 @@ _TABLES_BASE = 0x1000_0000
 _GIB, _MOST_GIB = 1 << 30, 64
 """A vCPU whose CPUID was never set has 36 bits of address: cpuid_query_maxphyaddr() in arch/x86/kvm/cpuid.c."""
 _REAL_MODE_END = 1 << 20
+_CODE_BYTES = 15
+"""An instruction is no longer."""
 
 
 class X86Guest:
@@ -61,7 +63,8 @@ class X86Guest:
             self.vcpu.enter_real_mode(image.entry, boot_info >> 4, rsp=PAGE)
             return
         stack.enter_context(IdentityMap(self.vm, _TABLES, _TABLES_BASE, gib))
-        self.vcpu.enter_user_mode(_TABLES_BASE, image.entry, rdi=boot_info, rsp=boot_info + PAGE)
+        # As if it had been called: a function compiled for the System V ABI finds its stack where it expects it.
+        self.vcpu.enter_user_mode(_TABLES_BASE, image.entry, rdi=boot_info, rsp=boot_info + PAGE - 8)
 
     def _slot(self, stack: ExitStack, number: int, base: int, size: int) -> tuple[GuestMemfd, Mapping]:
         file = stack.enter_context(self.vm.create_guest_memfd(size, SHARED))
@@ -90,7 +93,7 @@ class X86Guest:
                 pass
             case _:
                 self.log(f"exit {out}")
-                return Ended("crash", _words(out), self.registers())
+                return Ended("crash", f"{_words(out)}{self._code()}", self.registers())
         return None
 
     # *data*: what is stored, all of it (REP OUTS stores more than once); None for a load.
@@ -121,6 +124,18 @@ class X86Guest:
         """Where it is: rip, from the segment's base on."""
         return int(self.vcpu.get_sregs().cs.base + self.vcpu.get_regs().rip)
 
+    # What lies at pc, where that is memory of the guest's: most often the instruction that could not be executed.
+    def _code(self) -> str:
+        pc = self.pc()
+        offset = pc - self.layout.base
+        if not 0 <= offset < self.layout.private:
+            return ""
+        try:
+            code = self.mapping.read(offset, min(_CODE_BYTES, self.layout.private - offset))
+        except (Signalled, SyscallFailed):
+            return ""
+        return f"; code at {pc:#x}: {code.hex(' ')}"
+
     def registers(self) -> Map[str, int]:
         """General registers, segments' selectors, and what the last exception left."""
         regs, sregs = self.vcpu.get_regs(), self.vcpu.get_sregs()
@@ -143,8 +158,9 @@ def fit(layout: Layout, image: Image, real_mode: bool) -> tuple[int, int]:
     if real_mode and boot_info >= _REAL_MODE_END:
         raise BadInput(f"{image.name}: its end, {image.end:#x}, is beyond what real mode reaches, {_REAL_MODE_END:#x}")
     if gib > _MOST_GIB:
-        raise BadInput(f"--memory {layout.private:#x}: it would end at {layout.end:#x}, and a vCPU without CPUID has "
-                       f"addresses up to {_MOST_GIB} GiB")
+        most = (_MOST_GIB * _GIB - layout.base) // _GIB
+        raise BadInput(f"--memory {layout.private:#x}: it begins at {layout.base:#x} and would end at {layout.end:#x}, "
+                       f"beyond the {_MOST_GIB} GiB that this vCPU can address; {most}G is the most")
     return boot_info, gib
 
 

@@ -2,7 +2,7 @@
 #
 # Registers after `enter`, for the rest of the guest's life:
 #   rbx hypervisor   r12 private base   r13 private size   r14 shared base   r15 shared size
-# At entry rdi is the address of the boot info, and the stack begins at the end of that page. The routines below change rax,
+# At entry rdi is the address of the boot info, and the stack begins at the end of that page, as if after a call. The routines below change rax,
 # rcx, rdx, rsi and rdi, and nothing else.
 
 .equ CONSOLE, 0x09000000

@@ -18,5 +18,11 @@
     secret.py       memfd_secret(2)
     gunyah.py       /dev/gunyah
 
-Everything here fails with `errors.SyscallFailed`, `Signalled` or `HostUnavailable`; nothing is emulated.
+`System` and `Secret` are where a program begins. Everything here fails with `errors.SyscallFailed`, `Signalled` or
+`HostUnavailable`, with `BadInput` for what cannot be said to a kernel; nothing is emulated.
 """
+
+from guest_memfd.hosts.linux.secret import Secret
+from guest_memfd.hosts.linux.system import System
+
+__all__ = ["Secret", "System"]

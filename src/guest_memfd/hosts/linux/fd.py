@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
+from collections.abc import Callable
 from errno import EBADF
 from types import TracebackType
 from typing import Self
 
 from guest_memfd.errors import BadInput, SyscallFailed
 
+dropped: Callable[[str], object] | None = None
+"""Told of what was never closed, in place of the warning: for tests that count."""
+
 
 class Owned:
     """Owner (uapi/memory.py): `close` gives it up, once; so do a with block's end and the garbage collector.
 
-    A subclass says in `_release` what giving up is.
+    What the garbage collector has to close is a ResourceWarning, as for Python's own files. A subclass says in `_release`
+    what giving up is.
     """
 
     closed = True                   # until there is something to close: a constructor may raise
@@ -33,8 +40,17 @@ class Owned:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
+    # At the end of the interpreter the kernel closes everything, and nothing here can be relied on.
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.closed or finalizing():
+            return
+        try:
+            if dropped is None:
+                warnings.warn(f"never closed: {self!r}", ResourceWarning, source=self, stacklevel=1)
+            else:
+                dropped(repr(self))
+        finally:
+            self.close()
 
 
 class Descriptor(Owned):

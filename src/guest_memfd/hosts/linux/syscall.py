@@ -13,14 +13,14 @@ from ctypes import c_int, c_int64, c_long, c_size_t, c_uint64, c_ulong, c_void_p
 from errno import EFAULT, EINTR, ENOSYS
 from typing import Any, Final
 
-from guest_memfd.errors import HostUnavailable, SyscallFailed
+from guest_memfd.errors import BadInput, HostUnavailable, SyscallFailed
 from guest_memfd.hosts.linux.abi.memory import Cachestat, CachestatRange, Iovec, numbers
 
 libc: Any = ctypes.CDLL(None, use_errno=True)
 """The C library; tests put another object in its place."""
 
 libc.ioctl.argtypes, libc.ioctl.restype = (c_int, c_ulong, c_void_p), c_int
-libc.mmap.argtypes, libc.mmap.restype = (c_void_p, c_size_t, c_int, c_int, c_int, c_int64), c_void_p
+libc.mmap.restype = c_void_p
 libc.munmap.argtypes, libc.munmap.restype = (c_void_p, c_size_t), c_int
 libc.madvise.argtypes, libc.madvise.restype = (c_void_p, c_size_t, c_int), c_int
 # Converting arguments by argtypes takes longer than the shortest of these calls; they get theirs converted.
@@ -54,6 +54,12 @@ def ioctl(fd: int, request: int, argument: Any = 0, *, call: str, why: str = "")
     return int(ret)
 
 
+def _word(name: str, value: int) -> c_int64:
+    if not -1 << 63 <= value < 1 << 64:
+        raise BadInput(f"{name} {value:#x} does not fit 64 bits")
+    return c_int64(value)
+
+
 def until_done(step: Callable[[], int]) -> int:
     """*step* again for as long as it fails with EINTR: for a call that has done nothing then.
 
@@ -80,14 +86,14 @@ def fallocate(fd: int, mode: int, offset: int, nr: int) -> None:
     """fallocate(2), bytes. EINTR: a guest_memfd keeps the pages that it had allocated by then."""
     # ctypes passes an int as C's int, which libffi extends to the register's 64 bits (src/x86/ffi64.c, src/aarch64/ffi.c).
     # What fits goes that way: converting both takes half as long as the shortest of these calls.
-    if libc.fallocate(fd, mode, offset if 0 <= offset < _INT_END else c_int64(offset),
-                      nr if 0 <= nr < _INT_END else c_int64(nr)):
+    if libc.fallocate(fd, mode, offset if 0 <= offset < _INT_END else _word("offset", offset),
+                      nr if 0 <= nr < _INT_END else _word("length", nr)):
         raise failed("fallocate", f"mode {mode:#x}, {nr:#x} bytes at {offset:#x}")
 
 
 def mmap(fd: int, offset: int, nr: int, protection: int, flags: int) -> int:
     """mmap(2): the address."""
-    address = libc.mmap(None, nr, protection, flags, fd, offset)
+    address = libc.mmap(None, _word("length", nr), protection, flags, fd, _word("offset", offset))
     if address == _MAP_FAILED:
         raise failed("mmap", f"{nr:#x} bytes at {offset:#x}")
     return int(address)

@@ -102,7 +102,10 @@ class Vcpu(Descriptor):
         self.page.immediate_exit = value
 
     def kick(self) -> None:
-        """From another thread: set `immediate_exit`, and make `run` come back if it is under way."""
+        """From another thread: set `immediate_exit`, and make `run` come back if it is under way.
+
+        Every later run is Intr, too, until somebody sets `immediate_exit` to False: no kick is lost.
+        """
         self.immediate_exit = True
         thread = self._thread
         if thread is not None and self._running:

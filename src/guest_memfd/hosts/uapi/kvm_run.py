@@ -9,6 +9,8 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
+from guest_memfd.errors import errno_name
+
 
 class ExitReason(IntEnum):
     """kvm_run.exit_reason, as far as it is decoded here."""
@@ -44,6 +46,9 @@ class Mmio(NamedTuple):
     size: int
     is_write: bool
     data: bytes
+
+    def __repr__(self) -> str:
+        return f"Mmio({self.phys_addr:#x}, {self.size}, {'write' if self.is_write else 'read'}, data={self.data!r})"
 
 
 class Io(NamedTuple):
@@ -88,6 +93,9 @@ class MemoryFault(NamedTuple):
     size: int
     errno: int
 
+    def __repr__(self) -> str:
+        return f"MemoryFault(flags={self.flags:#x}, gpa={self.gpa:#x}, size={self.size:#x}, {errno_name(self.errno)})"
+
 
 class Intr(NamedTuple):
     """KVM_RUN returned -1 with EINTR: a signal, or immediate_exit."""
@@ -123,6 +131,22 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _BARE: dict[int, Exit] = {ExitReason.HLT: Halt(), ExitReason.SHUTDOWN: Shutdown(), ExitReason.INTR: Intr()}
 
 
+_SUBERRORS = {1: "EMULATION", 2: "SIMUL_EX", 3: "DELIVERY_EV", 4: "UNEXPECTED_EXIT_REASON"}
+"""KVM_INTERNAL_ERROR_*."""
+_EMULATION = struct.Struct("<IIQB15s")
+_HAS_BYTES = 1 << 0
+"""KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES: the instruction that could not be emulated follows."""
+
+
+def _internal(run: bytes) -> str:
+    suberror, ndata, flags, size, code = _EMULATION.unpack_from(run, RUN_UNION)
+    if suberror not in _SUBERRORS:
+        return f"suberror {suberror}"
+    name = f"KVM_INTERNAL_ERROR_{_SUBERRORS[suberror]}"
+    told = suberror == 1 and ndata > 1 and flags & _HAS_BYTES and size
+    return f"{name}, instruction bytes {code[:size].hex(' ')}" if told else name
+
+
 def decode_run(run: bytes, errno: int = 0) -> Exit:
     """What the shared struct kvm_run says after KVM_RUN; *errno* is positive, 0 when the ioctl returned 0.
 
@@ -148,5 +172,5 @@ def decode_run(run: bytes, errno: int = 0) -> Exit:
     if reason == ExitReason.FAIL_ENTRY:
         return FailEntry(*_U64.unpack_from(run, RUN_UNION))
     if reason == ExitReason.INTERNAL_ERROR:
-        return InternalError(f"suberror {_U32.unpack_from(run, RUN_UNION)[0]}")
+        return InternalError(_internal(run))
     return Unknown(reason, errno)

@@ -6,74 +6,75 @@ import ctypes
 from ctypes import c_int32, c_uint8, c_uint16, c_uint32, c_uint64
 
 from guest_memfd.hosts.linux.abi.table import Command
+from guest_memfd.hosts.linux.abi.words import Words
 from guest_memfd.hosts.uapi.gunyah import Ioctl
 
 
-class CreateMemArgs(ctypes.Structure):
+class CreateMemArgs(Words):
     """struct gunyah_create_mem_args; nobody looks at `reserved`."""
 
     _fields_ = [("flags", c_uint64), ("size", c_uint64), ("reserved", c_uint64 * 6)]
 
 
-class MapMemArgs(ctypes.Structure):
+class MapMemArgs(Words):
     """struct gunyah_map_mem_args."""
 
     _fields_ = [("guest_addr", c_uint64), ("flags", c_uint32), ("guest_mem_fd", c_uint32), ("offset", c_uint64),
                 ("size", c_uint64)]
 
 
-class VmDtbConfig(ctypes.Structure):
+class VmDtbConfig(Words):
     """struct gunyah_vm_dtb_config."""
 
     _fields_ = [("guest_phys_addr", c_uint64), ("size", c_uint64)]
 
 
-class FnDesc(ctypes.Structure):
+class FnDesc(Words):
     """struct gunyah_fn_desc; `arg` is an address."""
 
     _fields_ = [("type", c_uint32), ("arg_size", c_uint32), ("arg", c_uint64)]
 
 
-class VmBootContext(ctypes.Structure):
+class VmBootContext(Words):
     """struct gunyah_vm_boot_context; `reserved` has to be 0."""
 
     _fields_ = [("reg", c_uint32), ("reserved", c_uint32), ("value", c_uint64)]
 
 
-class FnVcpuArg(ctypes.Structure):
+class FnVcpuArg(Words):
     """struct gunyah_fn_vcpu_arg."""
 
     _fields_ = [("id", c_uint32)]
 
 
-class FnIrqfdArg(ctypes.Structure):
+class FnIrqfdArg(Words):
     """struct gunyah_fn_irqfd_arg."""
 
     _fields_ = [("fd", c_uint32), ("label", c_uint32), ("flags", c_uint32), ("padding", c_uint32)]
 
 
-class FnIoeventfdArg(ctypes.Structure):
+class FnIoeventfdArg(Words):
     """struct gunyah_fn_ioeventfd_arg."""
 
     _fields_ = [("datamatch", c_uint64), ("addr", c_uint64), ("len", c_uint32), ("fd", c_int32), ("flags", c_uint32),
                 ("padding", c_uint32)]
 
 
-class RunMmio(ctypes.Structure):
+class RunMmio(Words):
     """gunyah_vcpu_run.mmio."""
 
     _fields_ = [("phys_addr", c_uint64), ("data", c_uint8 * 8), ("len", c_uint32), ("is_write", c_uint8),
                 ("resume_action", c_uint8)]
 
 
-class RunStatus(ctypes.Structure):
+class RunStatus(Words):
     """gunyah_vcpu_run.status; all but `status` is what the kernel calls exit_info."""
 
     _fields_ = [("status", c_uint32), ("type", c_uint16), ("padding", c_uint16), ("reason_size", c_uint32),
                 ("reason", c_uint8 * 8)]
 
 
-class RunPageFault(ctypes.Structure):
+class RunPageFault(Words):
     """gunyah_vcpu_run.page_fault."""
 
     _fields_ = [("phys_addr", c_uint64), ("attempt", c_int32), ("resume_action", c_uint8)]
@@ -85,7 +86,7 @@ class RunUnion(ctypes.Union):
     _fields_ = [("mmio", RunMmio), ("status", RunStatus), ("page_fault", RunPageFault)]
 
 
-class VcpuRun(ctypes.Structure):
+class VcpuRun(Words):
     """struct gunyah_vcpu_run, the beginning of the page that a vCPU shares."""
 
     _anonymous_ = ("exit",)

@@ -10,19 +10,20 @@ from ctypes import c_uint32, c_uint64
 from enum import IntFlag
 
 from guest_memfd.hosts.linux.abi.table import Command
+from guest_memfd.hosts.linux.abi.words import Words
 from guest_memfd.hosts.uapi.ioctl import io, iow
 
 _KIND, _ANDROID = "G", "A"
 
 
-class UserspaceMemoryRegion(ctypes.Structure):
+class UserspaceMemoryRegion(Words):
     """struct gh_userspace_memory_region; sizes and addresses in bytes."""
 
     _fields_ = [("label", c_uint32), ("flags", c_uint32), ("guest_phys_addr", c_uint64), ("memory_size", c_uint64),
                 ("userspace_addr", c_uint64)]
 
 
-class FwConfig(ctypes.Structure):
+class FwConfig(Words):
     """struct gh_vm_firmware_config: where the firmware of a protected VM is."""
 
     _fields_ = [("guest_phys_addr", c_uint64), ("size", c_uint64)]

@@ -7,6 +7,7 @@ from ctypes import c_char, c_int16, c_uint8, c_uint16, c_uint32, c_uint64
 from enum import IntEnum
 
 from guest_memfd.hosts.linux.abi.table import Command
+from guest_memfd.hosts.linux.abi.words import Words
 from guest_memfd.hosts.uapi import kvm as uapi
 from guest_memfd.hosts.uapi.ioctl import io, iow
 
@@ -17,20 +18,20 @@ EHWPOISON = 133
 
 # -- guest memory ----------------------------------------------------------------------------------------------------
 
-class CreateGuestMemfd(ctypes.Structure):
+class CreateGuestMemfd(Words):
     """struct kvm_create_guest_memfd. 6.18 does not look at `reserved`."""
 
     _fields_ = [("size", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 6)]
 
 
-class UserspaceMemoryRegion(ctypes.Structure):
+class UserspaceMemoryRegion(Words):
     """struct kvm_userspace_memory_region."""
 
     _fields_ = [("slot", c_uint32), ("flags", c_uint32), ("guest_phys_addr", c_uint64), ("memory_size", c_uint64),
                 ("userspace_addr", c_uint64)]
 
 
-class UserspaceMemoryRegion2(ctypes.Structure):
+class UserspaceMemoryRegion2(Words):
     """struct kvm_userspace_memory_region2. 6.18 does not look at the pads."""
 
     _fields_ = [("slot", c_uint32), ("flags", c_uint32), ("guest_phys_addr", c_uint64), ("memory_size", c_uint64),
@@ -38,7 +39,7 @@ class UserspaceMemoryRegion2(ctypes.Structure):
                 ("pad1", c_uint32), ("pad2", c_uint64 * 14)]
 
 
-class MemoryAttributes(ctypes.Structure):
+class MemoryAttributes(Words):
     """struct kvm_memory_attributes."""
 
     _fields_ = [("address", c_uint64), ("size", c_uint64), ("attributes", c_uint64), ("flags", c_uint64)]
@@ -48,7 +49,7 @@ class _AddressOrOffset(ctypes.Union):
     _fields_ = [("address", c_uint64), ("offset", c_uint64)]
 
 
-class MemoryAttributes2(ctypes.Structure):
+class MemoryAttributes2(Words):
     """struct kvm_memory_attributes2; `reserved` has to be 0."""
 
     _anonymous_ = ("where",)
@@ -56,13 +57,13 @@ class MemoryAttributes2(ctypes.Structure):
                 ("error_offset", c_uint64), ("reserved", c_uint64 * 11)]
 
 
-class PreFaultMemory(ctypes.Structure):
+class PreFaultMemory(Words):
     """struct kvm_pre_fault_memory."""
 
     _fields_ = [("gpa", c_uint64), ("size", c_uint64), ("flags", c_uint64), ("padding", c_uint64 * 5)]
 
 
-class DirtyLog(ctypes.Structure):
+class DirtyLog(Words):
     """struct kvm_dirty_log; `dirty_bitmap` is an address."""
 
     _fields_ = [("slot", c_uint32), ("padding1", c_uint32), ("dirty_bitmap", c_uint64)]
@@ -70,71 +71,71 @@ class DirtyLog(ctypes.Structure):
 
 # -- vCPUs -----------------------------------------------------------------------------------------------------------
 
-class OneReg(ctypes.Structure):
+class OneReg(Words):
     """struct kvm_one_reg; `addr` is where the value is or goes."""
 
     _fields_ = [("id", c_uint64), ("addr", c_uint64)]
 
 
-class SignalMask(ctypes.Structure):
+class SignalMask(Words):
     """struct kvm_signal_mask with the kernel's sigset_t of 8 bytes; without padding, as in C."""
 
     _pack_ = 4
     _fields_ = [("len", c_uint32), ("sigset", c_uint64)]
 
 
-class StatsHeader(ctypes.Structure):
+class StatsHeader(Words):
     """struct kvm_stats_header: offsets into the file of KVM_GET_STATS_FD."""
 
     _fields_ = [("flags", c_uint32), ("name_size", c_uint32), ("num_desc", c_uint32), ("id_offset", c_uint32),
                 ("desc_offset", c_uint32), ("data_offset", c_uint32)]
 
 
-class StatsDesc(ctypes.Structure):
+class StatsDesc(Words):
     """struct kvm_stats_desc; a name of `StatsHeader.name_size` bytes follows. `size` counts values of 8 bytes."""
 
     _fields_ = [("flags", c_uint32), ("exponent", c_int16), ("size", c_uint16), ("offset", c_uint32),
                 ("bucket_size", c_uint32)]
 
 
-class RunMmio(ctypes.Structure):
+class RunMmio(Words):
     """kvm_run.mmio."""
 
     _fields_ = [("phys_addr", c_uint64), ("data", c_uint8 * 8), ("len", c_uint32), ("is_write", c_uint8)]
 
 
-class RunIo(ctypes.Structure):
+class RunIo(Words):
     """kvm_run.io; `data_offset` counts from the beginning of kvm_run."""
 
     _fields_ = [("direction", c_uint8), ("size", c_uint8), ("port", c_uint16), ("count", c_uint32),
                 ("data_offset", c_uint64)]
 
 
-class RunHypercall(ctypes.Structure):
+class RunHypercall(Words):
     """kvm_run.hypercall; the last word is a union of `longmode` and flags."""
 
     _fields_ = [("nr", c_uint64), ("args", c_uint64 * 6), ("ret", c_uint64), ("flags", c_uint64)]
 
 
-class RunMemoryFault(ctypes.Structure):
+class RunMemoryFault(Words):
     """kvm_run.memory_fault."""
 
     _fields_ = [("flags", c_uint64), ("gpa", c_uint64), ("size", c_uint64)]
 
 
-class RunInternal(ctypes.Structure):
+class RunInternal(Words):
     """kvm_run.internal."""
 
     _fields_ = [("suberror", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16)]
 
 
-class RunFailEntry(ctypes.Structure):
+class RunFailEntry(Words):
     """kvm_run.fail_entry."""
 
     _fields_ = [("hardware_entry_failure_reason", c_uint64), ("cpu", c_uint32)]
 
 
-class RunSystemEvent(ctypes.Structure):
+class RunSystemEvent(Words):
     """kvm_run.system_event."""
 
     _fields_ = [("type", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16)]
@@ -148,7 +149,7 @@ class RunUnion(ctypes.Union):
                 ("padding", c_char * 256)]
 
 
-class Run(ctypes.Structure):
+class Run(Words):
     """struct kvm_run, the page that a vCPU shares with user space; `sync_regs` is the architecture's."""
 
     _anonymous_ = ("exit",)

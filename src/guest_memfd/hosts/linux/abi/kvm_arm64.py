@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import c_uint8, c_uint32, c_uint64
 
 from guest_memfd.hosts.linux.abi.table import Command
+from guest_memfd.hosts.linux.abi.words import Words
 from guest_memfd.hosts.uapi import kvm_arm64 as uapi
 
 
-class VcpuInit(ctypes.Structure):
+class VcpuInit(Words):
     """struct kvm_vcpu_init."""
 
     _fields_ = [("target", c_uint32), ("features", c_uint32 * 7)]
 
 
-class VcpuEvents(ctypes.Structure):
+class VcpuEvents(Words):
     """struct kvm_vcpu_events; the first four fields are its `exception`."""
 
     _fields_ = [("serror_pending", c_uint8), ("serror_has_esr", c_uint8), ("ext_dabt_pending", c_uint8),

@@ -7,6 +7,7 @@ from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
 from enum import IntEnum, IntFlag
 
 from guest_memfd.hosts.linux.abi.table import Command
+from guest_memfd.hosts.linux.abi.words import Words
 from guest_memfd.hosts.uapi.ioctl import ior, iow
 from guest_memfd.hosts.uapi.kvm import KVMIO
 
@@ -15,13 +16,13 @@ REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
 """struct kvm_regs in order, 8 bytes each."""
 
 
-class Regs(ctypes.Structure):
+class Regs(Words):
     """struct kvm_regs."""
 
     _fields_ = [(name, c_uint64) for name in REGISTERS]
 
 
-class Segment(ctypes.Structure):
+class Segment(Words):
     """struct kvm_segment."""
 
     _fields_ = [("base", c_uint64), ("limit", c_uint32), ("selector", c_uint16), ("type", c_uint8), ("present", c_uint8),
@@ -29,13 +30,13 @@ class Segment(ctypes.Structure):
                 ("unusable", c_uint8), ("padding", c_uint8)]
 
 
-class Dtable(ctypes.Structure):
+class Dtable(Words):
     """struct kvm_dtable."""
 
     _fields_ = [("base", c_uint64), ("limit", c_uint16), ("padding", c_uint16 * 3)]
 
 
-class Sregs(ctypes.Structure):
+class Sregs(Words):
     """struct kvm_sregs; 256 bits of pending interrupts at its end."""
 
     _fields_ = [*((name, Segment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),

@@ -6,13 +6,13 @@ scripts/syscall.tbl for arm64).
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from ctypes import c_int, c_int64, c_uint64
 from enum import IntEnum
 from typing import NamedTuple
 
 from guest_memfd.errors import HostUnavailable
+from guest_memfd.hosts.linux.abi.words import Words
 
 
 class Numbers(NamedTuple):
@@ -37,13 +37,13 @@ def numbers() -> Numbers:
     return _BY_MACHINE[machine]
 
 
-class CachestatRange(ctypes.Structure):
+class CachestatRange(Words):
     """struct cachestat_range, bytes; `len` 0 is to the end of the file."""
 
     _fields_ = [("off", c_uint64), ("len", c_uint64)]
 
 
-class Cachestat(ctypes.Structure):
+class Cachestat(Words):
     """struct cachestat, pages."""
 
     _fields_ = [("nr_cache", c_uint64), ("nr_dirty", c_uint64), ("nr_writeback", c_uint64), ("nr_evicted", c_uint64),
@@ -59,19 +59,19 @@ class Advice(IntEnum):
     POPULATE_WRITE = 23
 
 
-class Iovec(ctypes.Structure):
+class Iovec(Words):
     """struct iovec."""
 
     _fields_ = [("base", c_uint64), ("len", c_uint64)]
 
 
-class Sigevent(ctypes.Structure):
+class Sigevent(Words):
     """struct sigevent of 64 bytes, for `SIGEV_THREAD_ID`."""
 
     _fields_ = [("value", c_uint64), ("signo", c_int), ("notify", c_int), ("tid", c_int), ("pad", c_int * 11)]
 
 
-class Itimerspec(ctypes.Structure):
+class Itimerspec(Words):
     """struct itimerspec: seconds and nanoseconds of the interval, then of the first expiration."""
 
     _fields_ = [("interval_sec", c_int64), ("interval_nsec", c_int64), ("sec", c_int64), ("nsec", c_int64)]
