@@ -12,8 +12,8 @@ import pytest
 from guest_memfd.errors import BadInput
 from guest_memfd.guests import CONSOLE, CONSOLE_PORT, CONTROL, CONTROL_PORT, GUESTS, SECRET, SHARED_BASE, SHARED_LINE, source
 from guest_memfd.guests.bootinfo import BootInfo, Hypervisor
-from guest_memfd.guests.loader import load, x86_target
-from guest_memfd.guests.target import REAL_MODE, X86_64
+from guest_memfd.guests.loader import load, read, x86_target
+from guest_memfd.guests.target import REAL_MODE, X86_64, Target
 
 unicorn = pytest.importorskip("unicorn")
 x86 = pytest.importorskip("unicorn.x86_const")
@@ -27,7 +27,7 @@ class Machine:
     """A guest and its VMM: RAM, the shared window, a console, and a balloon that replaces the page (or refuses)."""
 
     def __init__(self, name: str, takes: bool = True, told: bool = True) -> None:
-        target = x86_target(name, False)
+        target = x86_target(read(name, "x86_64"), False)
         self.real_mode = target is REAL_MODE
         self.base, self.takes = 0 if self.real_mode else target.base, takes
         self.console, self.gone, self.ended = "", [], ""
@@ -102,7 +102,7 @@ def test_there_is_a_file_for_every_guest() -> None:
 def test_gnu_as_makes_the_same_of_it(name: str, tmp_path: Path) -> None:
     if not all(map(shutil.which, ("as", "ld", "objcopy"))):
         pytest.skip("there is no GNU as")
-    target = x86_target(name, False)
+    target = x86_target(read(name, "x86_64"), False)
     common = source("x86_64", "common16" if target is REAL_MODE else "common")
     lines = f"{source('x86_64', name).read_text()}\n{common.read_text()}".splitlines()
     # GNU as takes a name that is not defined yet for an address.
@@ -172,15 +172,20 @@ def test_misbehaviour(name: str, why: str) -> None:
 
 
 def test_targets_are_told_apart(tmp_path: Path) -> None:
-    (tmp_path / "a.s").write_text("_start: hlt\n")
-    (tmp_path / "b.s").write_text("# .code16 later\n  .code16\n_start: hlt\n")
-    (tmp_path / "c").write_bytes(b"\xf4")
-    assert x86_target(str(tmp_path / "a.s"), False) is X86_64
-    assert x86_target(str(tmp_path / "a.s"), True) is REAL_MODE
-    assert x86_target(str(tmp_path / "b.s"), False) is REAL_MODE
-    assert [x86_target(str(tmp_path / "c"), real_mode) for real_mode in (False, True)] == [X86_64, REAL_MODE]
-    assert x86_target("hello", False) is X86_64
-    assert x86_target("boot-sector", False) is REAL_MODE
+    def target(given: str, real_mode: bool = False) -> Target:
+        return x86_target(read(given, "x86_64"), real_mode)
+
+    for name, text in (("a.s", "_start: hlt\n# .code16\n"), ("b.s", "  .code16\n_start: hlt\n"), ("c.s", "x: .code16\n"),
+                       ("d", "\xf4")):
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    assert target(str(tmp_path / "a.s")) is X86_64
+    assert target(str(tmp_path / "a.s"), True) is REAL_MODE
+    assert target(str(tmp_path / "b.s")) is target(str(tmp_path / "c.s")) is REAL_MODE
+    assert [target(str(tmp_path / "d"), real_mode) for real_mode in (False, True)] == [X86_64, REAL_MODE]
+    assert target("hello") is X86_64
+    assert target("boot-sector") is target("boot-sector", True) is REAL_MODE
+    with pytest.raises(BadInput, match="'hello' is made for 64-bit mode"):
+        target("hello", True)
     with pytest.raises(BadInput, match="is there for arm64 only"):
-        x86_target("mmu", False)
+        target("mmu")
     assert len(LONG) >= 8

@@ -5,7 +5,9 @@ Nothing here waits without an end: every KVM_RUN has a timeout, every child is w
 
 from __future__ import annotations
 
+import array
 import ctypes
+import gc
 import itertools
 import os
 import resource
@@ -15,6 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOENT, ENOTTY, EOPNOTSUPP
+from pathlib import Path
+from typing import Any
 
 import pytest
 from linux_driver import errno_of, fails, in_child, limit, lowest_free, no_guests, nothing_stays_open, opened
@@ -451,6 +455,91 @@ def test_immediate_exit(guest: SmallGuest) -> None:
     assert time.monotonic() - start > 0.04
 
 
+def test_finishing_an_access_leaves_immediate_exit_as_it_was(guest: SmallGuest) -> None:
+    for wanted in (True, False):
+        guest.vcpu.immediate_exit = False
+        guest.start(STORE, rdi=RESULT + PAGE, rsi=RESULT)
+        assert isinstance(guest.vcpu.run(SECONDS), Mmio)
+        guest.vcpu.immediate_exit = wanted
+        guest.vcpu.complete()
+        assert guest.vcpu.immediate_exit is wanted
+    assert isinstance(guest.vcpu.run(SECONDS), Mmio)
+
+
+def test_the_shortest_timeout_is_one(guest: SmallGuest) -> None:
+    def briefly() -> int:
+        with System() as system, SmallGuest(system) as own:
+            own.start(FOR_EVER)
+            return int(own.vcpu.run(1e-12) != Intr())
+
+    assert in_child(briefly) == 0                       # 0 would be no timer at all, and the loop would never end
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), float("inf"), 1e300])
+def test_times_that_are_none(guest: SmallGuest, timeout: float) -> None:
+    guest.start(FOR_EVER)
+    with pytest.raises(BadInput, match="None is for ever"):
+        guest.vcpu.run(timeout)
+
+
+def test_a_child_has_timers_of_its_own(guest: SmallGuest) -> None:
+    ours = this_thread()
+
+    def child() -> int:
+        with System() as system, SmallGuest(system) as own:
+            own.start(FOR_EVER)
+            own.vcpu.run(0.01)
+            theirs = this_thread()
+            return int(theirs is ours or (theirs.process, theirs.tid) != (os.getpid(), os.getpid()))
+
+    guest.start(FOR_EVER)
+    guest.vcpu.run(0.01)
+    assert in_child(child) == 0
+
+
+def test_threads_that_have_ended_leave_no_timer(guest: SmallGuest) -> None:
+    timers = Path("/proc/self/timers")
+    if not timers.exists():
+        pytest.skip("this kernel does not list timers (CONFIG_CHECKPOINT_RESTORE)")
+
+    def once() -> None:
+        guest.start(FOR_EVER)
+        guest.vcpu.run(0.001)
+
+    once()
+    gc.collect()
+    before = timers.read_text().count("ID:")
+    for _ in range(5):
+        thread = threading.Thread(target=once)
+        thread.start()
+        thread.join()
+    gc.collect()
+    assert timers.read_text().count("ID:") == before
+
+
+def test_creating_a_vm_is_tried_again_after_a_signal(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = syscall.ioctl, []
+
+    def interrupted(*arguments: Any, **named: Any) -> int:
+        calls.append(named["call"])
+        if len(calls) == 1:
+            raise SyscallFailed(EINTR, "KVM_CREATE_VM")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(syscall, "ioctl", interrupted)
+    with system.create_vm():
+        assert calls[:2] == ["KVM_CREATE_VM"] * 2
+
+
+@pytest.mark.parametrize("data", [bytearray(b"ab"), memoryview(b"ab"), array.array("B", b"ab")])
+def test_what_has_bytes_is_taken_for_them(vm: Vm, data: Any) -> None:
+    with vm.create_guest_memfd(PAGE, SHARED) as memory, memory.mmap() as mapping:
+        mapping.write(0, data)
+        assert mapping.read(0, 3) == b"ab\0"
+        with pytest.raises(TypeError):
+            mapping.write(0, 1 << 20)                   # which bytes() would make zeros of
+
+
 def test_another_thread_kicks(guest: SmallGuest) -> None:
     guest.start(FOR_EVER)
     out: list[object] = []
@@ -520,6 +609,7 @@ def test_statistics(guest: SmallGuest) -> None:
         guest.vcpu.run(SECONDS)
     assert guest.vcpu.statistics()["exits"] > before
     assert "remote_tlb_flush" in guest.vm.statistics()
+    assert not [name for name in guest.vcpu.statistics() if name.endswith("_hist")]         # more than one number each
 
 
 def test_what_there_is_not(guest: SmallGuest) -> None:

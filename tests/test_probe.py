@@ -400,8 +400,18 @@ def test_without_kvm_the_rest_goes_on(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_device_that_is_no_kvm_is_said_to_be_none(capsys: pytest.CaptureFixture[str]) -> None:
-    gmem("--kvm", "/dev/null", "--part", "offers")
-    assert "/dev/null is no KVM" in " ".join(capsys.readouterr().out.split())
+    assert gmem("--kvm", "/dev/null", "--part", "offers") == 5
+    out, err = capsys.readouterr()
+    assert "/dev/null is no KVM" in " ".join(out.split())
+    assert err.startswith("gmem: --kvm /dev/null is no KVM") or "neither KVM nor memfd_secret" in err
+
+
+@needs_kvm
+def test_rows_are_chosen_by_several_patterns(capsys: pytest.CaptureFixture[str]) -> None:
+    gmem("--row", "create.size-*,create.null", "--row", "fd.cloexec*", "--json")
+    ids = {each["id"] for each in json.loads(capsys.readouterr().out)["behaviour"]}
+    assert ids == {row.id for row in ROWS if row.id.startswith(("create.size-", "fd.cloexec")) or row.id == "create.null"}
+    assert len(ids) > 5
 
 
 def test_without_anything_exit_5(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -562,7 +572,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'behaviour'?" in refused(capsys, "--part", "behavior")
-    assert "unknown row" in refused(capsys, "--row", "no.such.row")
+    assert "no row is called 'no.such.row'; groups: " in refused(capsys, "--row", "no.such.row")
+    assert "did you mean 'slot.*'?" in refused(capsys, "--row", "fd.*,slot")
     assert "exclude each other" in refused(capsys, "--json", "--ktap")
     assert "--part leaves out" in refused(capsys, "--part", "offers", "--row", "fd.*")
     assert "unknown part ''" in refused(capsys, "--part", "")

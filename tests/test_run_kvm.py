@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import platform
 import re
 import resource
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from errno import EINVAL, EPERM
+from errno import EINVAL, ENOMEM, EPERM
 from pathlib import Path
 
 import pytest
@@ -27,17 +28,30 @@ from pages import agrees, commands
 
 from guest_memfd.cli.main import main
 from guest_memfd.errors import BadInput, GuestMemfdError, SyscallFailed
-from guest_memfd.guests import GUESTS, SHARED_LINE
-from guest_memfd.guests.loader import Image, load, x86_target
+from guest_memfd.guests import CONSOLE, CONTROL, GUESTS, SHARED_BASE, SHARED_LINE
+from guest_memfd.guests.loader import Image, load
 from guest_memfd.guests.target import REAL_MODE, X86_64
 from guest_memfd.hosts.linux import fault_path, syscall
 from guest_memfd.hosts.linux.anonymous import Anonymous
 from guest_memfd.hosts.linux.system import System
+from guest_memfd.hosts.linux.vcpu_x86 import X86Vcpu
 from guest_memfd.hosts.uapi.kvm import Cap
+from guest_memfd.hosts.uapi.kvm_run import (
+    Exit,
+    FailEntry,
+    InternalError,
+    Intr,
+    Io,
+    MemoryFault,
+    Mmio,
+    Shutdown,
+    SystemEvent,
+    Unknown,
+)
 from guest_memfd.vmm.devices import Console
-from guest_memfd.vmm.kvm_x86 import X86Guest
+from guest_memfd.vmm.kvm_x86 import X86Guest, fit
 from guest_memfd.vmm.layout import PAGE, Layout
-from guest_memfd.vmm.loop import drive
+from guest_memfd.vmm.loop import Ended, drive
 
 ROOT = Path(__file__).parent.parent
 X86 = {name: guest for name, guest in GUESTS.items() if "x86_64" in guest.architectures}
@@ -134,7 +148,7 @@ def test_the_memory_is_the_guest_memfd(name: str) -> None:
     real_mode = name == "boot-sector"
     layout = Layout(1 << 19, 0, base=0) if real_mode else Layout(1 << 20, 0)
     with System() as system, ExitStack() as stack:
-        image = load(name, x86_target(name, False))
+        image = load(name, REAL_MODE if real_mode else X86_64)
         console = Console(lambda text: None)
         guest = X86Guest(system, layout, image, real_mode, console, stack, lambda text: None)
         before = guest.memory.resident()
@@ -201,6 +215,14 @@ def test_counters_agree_with_the_path() -> None:
     (".code16\n_start: mov dx, 0x1234\n in al, dx\n cmp al, 0xff\n jne other\n out dx, al\n mov al, 0x21\n out 0xe9, al\n"
      "other: hlt\n", 0, "!"),
     (".code16\n_start: mov si, offset text\n mov cx, 3\n mov dx, 0xe9\n rep outsb\n hlt\ntext: .ascii \"rep\"\n", 0, "rep"),
+    (".code16\n_start: xor ax, ax\n mov es, ax\n mov cx, 3\n mov dx, 0x60\n mov di, 0x500\n rep insb\n"
+     " cmp dword ptr [0x500], 0xffffff\n jne other\n mov al, 0x21\n out 0xe9, al\nother: hlt\n", 0, "!"),
+    ("_start: mov edx, CONSOLE\n mov dword ptr [rdx], 0x64636261\n mov qword ptr [rdx], 0x44434241\n jmp power_off\n", 0,
+     "aA\n"),
+    ("_start: mov edx, CONSOLE\n mov byte ptr [rdx], 0xc3\n mov byte ptr [rdx], 0xbc\n mov byte ptr [rdx], 0xff\n"
+     " mov byte ptr [rdx], 0x21\n mov byte ptr [rdx], 0xc3\n jmp power_off\n", 0, "ü\\xff!\\xc3\n"),
+    ("_start: mov edx, CONTROL\n mov rax, [rdx]\n lea rdi, [rip + text]\n call print\n jmp power_off\n"
+     "text: .asciz \"still on\"\n", 0, "still on\n"),
     ("_start: mov rax, 0x7fffffffffff\n mov [rax], rax\n", 2, "triple fault"),
     ("_start: hlt\n", 2, "triple fault"),
     ("_start: cli\n", 2, "triple fault"),
@@ -277,6 +299,164 @@ def test_assembly_for_another_machine_is_recognised(tmp_path: Path) -> None:
     assert "(this looks like assembly for x86-64, and guests here are AArch64; see --on)" in said
 
 
+@on_kvm
+def test_the_pc_is_an_address_and_no_offset(tmp_path: Path) -> None:
+    (tmp_path / "own.s").write_text(".code16\n_start: jmp 0x7c0:here - 0x7c00\nhere: jmp here\n")
+    assert "the guest is at PC 0x7c05\n" in run(str(tmp_path / "own.s"), "--timeout", "0.2")[1]
+
+
+@on_kvm
+def test_all_of_a_line_in_the_window_is_shown(tmp_path: Path) -> None:
+    line = "bytes up to sixty-four are shown, \\351 is a byte: " + "x" * 40
+    (tmp_path / "own.s").write_text("_start: call enter\n mov rdi, r14\n lea rsi, [rip + text]\n call copy\n jmp power_off\n"
+                                    f"text: .ascii \"{line.partition(chr(92))[0]}\"\n .byte 0xe9\n"
+                                    f" .asciz \"{line.partition('351')[2]}\"\n")
+    _, said = run(str(tmp_path / "own.s"), "--json")
+    found = json.loads(said[:said.rindex("}\n") + 1])
+    assert found["shared_window"] == line.replace("\\351", "\xe9")[:64]
+
+
+@on_kvm
+def test_mistakes_are_placed_where_they_are(tmp_path: Path) -> None:
+    for source, words in (("_start: hlt\nprint: hlt\n", "'print' is defined twice, in line 25 of common.s, which"),
+                          ("_start: hlt\nhlt hlt\n", "own.s:2: hlt: "), (".equ _start, 5\n nop\n", "_start is 0x5, and the"),
+                          (".equ _start, -5\n nop\n", "_start is -0x5, and"), ("nop\n", "there is no label _start")):
+        (tmp_path / "own.s").write_text(source)
+        code, said = run(str(tmp_path / "own.s"))
+        assert (code, words in said, said.count("\n")) == (4, True, 1), said
+
+
+@on_kvm
+def test_files_that_are_no_plain_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.s")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe.s").write_text("_start: jmp power_off\n"))
+    writer.start()
+    assert run(str(tmp_path / "pipe.s"))[0] == 0
+    writer.join()
+    for given, words in (("/dev/zero", "/dev/zero is a device"), ("/tmp", "/tmp is a directory"),
+                         ("a" * 5000, "unknown guest"), ("/" + "a" * 5000, "File name too long")):
+        code, said = run(given)
+        assert (code, words in said) == (4, True), said
+
+
+# -- a guest that does one thing -----------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A guest whose vCPU comes back with what the test says."""
+
+    def __init__(self, stack: ExitStack, layout: Layout = Layout(1 << 20, 0)) -> None:     # noqa: B008 - frozen
+        self.said: list[str] = []
+        self.log: list[str] = []
+        self.console = Console(self.said.append)
+        system = stack.enter_context(System())
+        self.guest = X86Guest(system, layout, load("loop", X86_64), False, self.console, stack, self.log.append)
+
+    def step(self, told: Exit, monkeypatch: pytest.MonkeyPatch) -> tuple[Ended | None, list[bytes]]:
+        answers: list[bytes] = []
+        monkeypatch.setattr(self.guest.vcpu, "run", lambda _seconds: told)
+        monkeypatch.setattr(self.guest.vcpu, "answer", answers.append)
+        return self.guest.step(1.0), answers
+
+
+@on_kvm
+def test_what_a_guest_starts_with() -> None:
+    with ExitStack() as stack:
+        guest = Scripted(stack).guest
+        regs = guest.vcpu.get_regs()
+        info = guest.layout.boot_info(load("loop", X86_64))
+        assert (regs.rdi, regs.rsp, regs.rip) == (info, info + PAGE - 8, 0x8000_0000)
+
+
+@on_kvm
+@pytest.mark.parametrize(("told", "text", "answer"), [
+    (Io(0xE9, 1, 3, True, b"abc"), "abc", []), (Io(0xE9, 2, 2, True, b"a.b."), "ab", []),
+    (Io(0x60, 2, 3, False, b""), "", [b"\xff" * 6]), (Io(0xE9, 1, 2, False, b""), "", [bytes(2)]),
+    (Mmio(CONSOLE, 4, False, b""), "", [bytes(4)]), (Mmio(0x5000_0000, 8, False, b""), "", [b"\xff" * 8]),
+    (Mmio(0x5000_0000, 8, True, bytes(8)), "", []), (Mmio(CONTROL, 8, False, b""), "", [b"\xff" * 8]),
+    (Intr(), "", []),
+])
+def test_devices(told: Exit, text: str, answer: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        scripted = Scripted(stack)
+        assert scripted.step(told, monkeypatch) == (None, answer)
+        assert "".join(scripted.said) == scripted.console.text == text
+
+
+@on_kvm
+def test_one_page_goes_and_its_neighbours_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        scripted = Scripted(stack)
+        guest = scripted.guest
+        guest.mapping.write(0x8000, b"x" * 3 * PAGE)
+        before = guest.memory.resident()
+        give = Mmio(CONTROL + 8, 8, True, (0x8000_9000).to_bytes(8, "little"))
+        assert scripted.step(give, monkeypatch)[0] is None
+        assert guest.memory.resident() == before                # the log has read the page, so there is a new one
+        assert guest.mapping.read(0x8000, 3 * PAGE) == b"x" * PAGE + bytes(PAGE) + b"x" * PAGE
+        assert scripted.step(Mmio(CONTROL + 8, 8, False, b""), monkeypatch)[1] == [bytes(8)]
+        for wrong in (0x8010_0000, 0x7FFF_F000, 0x8000_0001):
+            scripted.step(Mmio(CONTROL + 8, 8, True, wrong.to_bytes(8, "little")), monkeypatch)
+            assert scripted.step(Mmio(CONTROL + 8, 8, False, b""), monkeypatch)[1] == [EINVAL.to_bytes(8, "little")]
+        assert scripted.log[-1].endswith("0x80000001, which is no page of its memory")
+        monkeypatch.setattr(guest.memory, "punch_hole", lambda *_: None)
+        guest.mapping.write(0xA000, bytes(PAGE - 1) + b"!")
+        scripted.step(Mmio(CONTROL + 8, 8, True, (0x8000_A000).to_bytes(8, "little")), monkeypatch)
+        assert scripted.log[-1].endswith("the host's mapping reads something else")
+
+
+@on_kvm
+@pytest.mark.parametrize(("told", "words"), [
+    (Shutdown(), "a triple fault"), (FailEntry(0x21), "refuses the vCPU's state: 0x21"),
+    (InternalError("KVM_INTERNAL_ERROR_EMULATION"), "KVM_INTERNAL_ERROR_EMULATION"),
+    (MemoryFault(0, 0x8000_3000, PAGE, 14), "EFAULT (Bad address): the guest's page at 0x80003000 is gone"),
+    (Unknown(7, 0), "ends with reason 7"), (SystemEvent(1), "an exit that nobody here expects"),
+])
+def test_crashes(told: Exit, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        ended, _ = Scripted(stack).step(told, monkeypatch)
+        assert ended is not None
+        assert (ended.how, words in ended.why) == ("crash", True), ended.why
+        assert "; code at 0x80000000: eb fe" in ended.why
+
+
+@on_kvm
+def test_a_call_that_fails_is_an_error_and_what_was_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, rounds = X86Vcpu.run, []
+
+    def runs_out(self: X86Vcpu, timeout: float | None = None) -> Exit:
+        rounds.append(timeout)
+        if len(rounds) > 10:
+            raise SyscallFailed(ENOMEM, "KVM_RUN")
+        return real(self, timeout)
+
+    monkeypatch.setattr(X86Vcpu, "run", runs_out)
+    code, said = run("hello")
+    assert code == 4
+    assert re.search(r"^9 exits, 2 pages of guest_memfd, \d", said, re.M), said
+    assert said.endswith("gmem: KVM_RUN: ENOMEM (Cannot allocate memory)\n")
+
+
+def test_what_fits() -> None:
+    image = Image([(0x7C00, b"\xf4")], 0x7C00, "it")
+    high = Image([(0x7C00, bytes(0x100000 - 0x7C00 - PAGE))], 0x7C00, "it")
+    assert fit(Layout(1 << 20, 0, base=0), image, True) == (0x8000, 1)
+    assert fit(Layout(2 << 20, 0, base=0), high, True)[0] == 0xFF000
+    with pytest.raises(BadInput, match="beyond what real mode reaches"):
+        fit(Layout(2 << 20, 0, base=0), Image([(0x7C00, bytes(0x100000 - 0x7C00))], 0x7C00, "it"), True)
+    low = Image([(0x8000_0000, b"\xf4")], 0x8000_0000, "it")
+    assert fit(Layout(62 << 30, 0), low, False) == (0x8000_1000, 64)
+    with pytest.raises(BadInput, match="62G is the most"):
+        fit(Layout((62 << 30) + PAGE, 0), low, False)
+    assert Layout(CONSOLE, 0, base=0).end == CONSOLE
+    assert Layout(PAGE, CONSOLE - SHARED_BASE).shared == CONSOLE - SHARED_BASE
+    for private, shared, base in ((CONSOLE + PAGE, 0, 0), (PAGE, CONSOLE - SHARED_BASE + PAGE, 0x8000_0000),
+                                  (SHARED_BASE + PAGE, PAGE, 0)):
+        with pytest.raises(BadInput, match="would reach"):
+            Layout(private, shared, base=base)
+    assert Layout(SHARED_BASE, PAGE, base=0).end == SHARED_BASE
+
+
 # -- the clock -----------------------------------------------------------------------------------------------------------
 
 
@@ -296,13 +476,20 @@ def test_the_clock_always_works(tmp_path: Path, source: str) -> None:
 
 
 @on_kvm
-def test_ctrl_c_ends_it() -> None:
+def test_ctrl_c_ends_it_and_nothing_that_was_said_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "own.s").write_text("_start: call enter\n lea rdi, [rip + text]\n call print\nhere: jmp here\n"
+                                    "text: .asciz \"no end\"\n")
     main_thread = threading.get_ident()
-    timer = threading.Timer(0.3, lambda: signal.pthread_kill(main_thread, signal.SIGINT))
-    timer.start()
-    began = time.monotonic()
-    assert run("loop", "--timeout", "30")[0] == 130
-    timer.join()
+    timer = threading.Timer(0.5, lambda: signal.pthread_kill(main_thread, signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # it may be ignored where tests run in the dark
+    try:
+        timer.start()
+        began = time.monotonic()
+        code, said = run(str(tmp_path / "own.s"), "--timeout", "30")
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, said) == (130, "no end\n")
     assert time.monotonic() - began < 20
 
 
@@ -321,7 +508,7 @@ def test_ctrl_c_ends_it() -> None:
     (("--real-mode", "--memory", "200M", "--shared", "0"), "would reach the console"), (("--memory", ""), "is no size"),
 ])
 def test_mistakes_are_one_line(options: tuple[str, ...], words: str) -> None:
-    code, said = run("hello", *options)
+    code, said = run("boot-sector" if "--real-mode" in options else "hello", *options)
     assert code == 4
     assert words in said
     assert said.startswith("gmem: ")
@@ -353,6 +540,9 @@ def test_json_is_all_of_it() -> None:
     code, said = run("fault-forever", "--json")
     found = json.loads(said[:said.rindex("}\n") + 1])
     assert (found["schema"], found["on"], found["exit_code"], found["ended"]) == ("guest-memfd-run/1", "kvm", code, "crash")
+    assert found["console"] == ""
+    said = run("hello", "--json")[1]
+    assert json.loads(said[:said.rindex("}\n") + 1])["console"] == "hello from a guest\nsecret written\n"
     assert found["vcpu"]["mode"] == "64-bit mode at CPL 3"
     assert found["registers"]["rip"] != "0x0"
 

@@ -9,10 +9,12 @@ asked for is not available.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn
@@ -61,6 +63,7 @@ class Version(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line *argv* (default: sys.argv) and return its exit code."""
+    _standard_streams()
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -79,6 +82,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+# A descriptor that the caller has closed must not become a VM's, and text that the locale has no letters for is no failure.
+def _standard_streams() -> None:
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)              # the lowest that is free
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)      # noqa: SIM115 - as long as the process
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)      # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _crash(error: Exception) -> int:
     if os.environ.get("GMEM_DEBUG"):
         raise error
@@ -87,7 +104,8 @@ def _crash(error: Exception) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"gmem: {message}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"gmem: {message}", file=sys.stderr)
     return code
 
 

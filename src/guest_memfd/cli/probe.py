@@ -15,7 +15,8 @@ from guest_memfd.report import json
 
 EXIT_CODES = """\
 exit codes: 0 nothing differs (rows that were skipped, and bugs that are present, included), 2 a row differs from what
-is expected of this kernel, 1 failure of gmem itself, 4 bad input, 5 neither KVM nor memfd_secret is here."""
+is expected of this kernel, 1 failure of gmem itself, 4 bad input, 5 neither KVM nor memfd_secret is here, or what
+--kvm names is no KVM."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXIT_CODES
     group = parser.add_argument_group("what to probe")
     group.add_argument("--part", metavar="A,B,...", help=f"some of {','.join(PARTS)}; default: all")
-    group.add_argument("--row", metavar="GLOB", help="rows of the behaviour table whose id matches")
-    group.add_argument("--kvm", metavar="PATH", default=PATH, help=f"the device node of KVM (default {PATH})")
+    group.add_argument("--row", metavar="GLOB,...", action="append",
+                       help="rows of the behaviour table whose id matches (repeat, or a,b)")
+    group.add_argument("--kvm", metavar="PATH", help=f"the device node of KVM, which must be one (default {PATH}, if there)")
     add_output(parser)
     parser.add_argument("--ktap", action="store_true", help="for test harnesses, as the kernel's tests report")
     parser.add_argument("-v", "--verbose", action="store_true", help="every row, and all there is to say about every bug")
@@ -36,25 +38,28 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadInput("--json and --ktap exclude each other")
     if not sys.platform.startswith("linux"):
         raise HostUnavailable(f"gmem probe asks a Linux kernel; this is {sys.platform}")
-    parts = _parts(arguments.part, arguments.row)
+    globs = [glob.strip() for given in arguments.row or ("*",) for glob in given.split(",")]
+    parts = _parts(arguments.part, arguments.row is not None)
     with Output(arguments.output) as out:
-        found = survey(arguments.kvm, parts=parts, glob=arguments.row or "*")
+        found = survey(arguments.kvm or PATH, parts=parts, globs=globs)
         out.write(_text(arguments, found, out))
+    has = found.offers.features
     if found.absent:
-        why = found.offers.features
-        raise HostUnavailable(f"neither KVM nor memfd_secret is here: {why.why('kvm')}; {why.why('secretmem')}")
+        raise HostUnavailable(f"neither KVM nor memfd_secret is here: {has.why('kvm')}; {has.why('secretmem')}")
+    if arguments.kvm is not None and "kvm" not in has:
+        raise HostUnavailable(f"--kvm {has.why('kvm')}")
     return 2 if found.differing else 0
 
 
 # To ask for rows is to ask for the behaviour table.
-def _parts(given: str | None, glob: str | None) -> tuple[str, ...]:
+def _parts(given: str | None, rows: bool) -> tuple[str, ...]:
     if given is None:
-        return PARTS if glob is None else ("behaviour",)
+        return ("behaviour",) if rows else PARTS
     names = [name.strip() for name in given.split(",")]
     for name in names:
         if name not in PARTS:
             raise UnknownName("part", name, PARTS)
-    if glob is not None and "behaviour" not in names:
+    if rows and "behaviour" not in names:
         raise BadInput("--row is for the part behaviour, which --part leaves out")
     return tuple(part for part in PARTS if part in names)
 

@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.on not in _MODULES:
         raise UnknownName("host", arguments.on, _MODULES)
     if not 0 < arguments.timeout < 1e9:
-        raise BadInput(f"--timeout {arguments.timeout:g}: a number of seconds above 0")
+        raise BadInput(f"--timeout {arguments.timeout:g}: a number of seconds above 0 and below 1e9")
     module = import_module(f"guest_memfd.cli.{_MODULES[arguments.on]}")
     return int(module.run(arguments))
 
@@ -94,7 +95,7 @@ def size(option: str, text: str, least: int = PAGE) -> int:
 # -- what came of it -------------------------------------------------------------------------------------------------
 
 class Lines:
-    """What the guest says, passed on a line at a time; `end` passes on a line that the guest did not end."""
+    """What the guest says, passed on a line at a time; at the end of the block also a line that the guest did not end."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write, self._kept = write, ""
@@ -103,18 +104,24 @@ class Lines:
         """More of it."""
         self._kept += text
         if text.endswith("\n"):
-            self.end()
+            self._pass_on()
 
-    def end(self) -> None:
-        """There is no more."""
+    def _pass_on(self) -> None:
         if self._kept:
             self._write(self._kept)
         self._kept = ""
 
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._pass_on()
+
 
 def log(text: str) -> None:
-    """A line for people."""
-    print(text, file=sys.stderr)
+    """A line for people; if nobody can get it, the guest runs all the same."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def tell(ended: Ended | None, endings: dict[str, str]) -> None:

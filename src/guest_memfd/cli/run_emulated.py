@@ -22,8 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     order = order_of(arguments)
     with Output(arguments.output) as out:
         lines = Lines((lambda _text: None) if arguments.json else out.write)
-        report = Run(order, lines.say, log).run()
-        lines.end()
+        with lines:
+            report = Run(order, lines.say, log).run()
         code = exit_code(report)
         if arguments.json:
             out.write(json.dump(_object(arguments, report, code)))

@@ -12,8 +12,8 @@ from typing import Any
 from guest_memfd.cli.output import Output
 from guest_memfd.cli.run import EMULATED, RUN, Lines, fill, log, refuse, size, tell
 from guest_memfd.errors import HostUnavailable
-from guest_memfd.guests.loader import load, x86_target
-from guest_memfd.guests.target import REAL_MODE
+from guest_memfd.guests.loader import load, read, x86_target
+from guest_memfd.guests.target import REAL_MODE, X86_64
 from guest_memfd.report import json
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.linux import Order, Report
@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     order = order_of(arguments)
     with Output(arguments.output) as out:
         lines = Lines((lambda _text: None) if arguments.json else out.write)
-        report = run_guest(order, lines.say, log if arguments.verbose else lambda _text: None)
-        lines.end()
+        with lines:
+            report = run_guest(order, lines.say, log if arguments.verbose else lambda _text: None)
         code = exit_code(report)
         if arguments.json:
             out.write(json.dump(_object(arguments, order, report, code)))
@@ -52,12 +52,13 @@ def order_of(arguments: argparse.Namespace) -> Order:
     if platform.machine() != "x86_64":
         raise HostUnavailable(f"guests for the real /dev/kvm are x86-64 programs, and this machine is {platform.machine()}; "
                               f"emulated hosts: {', '.join(EMULATED)}")
-    target = x86_target(arguments.guest, bool(arguments.real_mode))
+    found = read(arguments.guest, X86_64.architecture)
+    target = x86_target(found, bool(arguments.real_mode))
     real_mode = target is REAL_MODE
     fill(arguments, memory="512K" if real_mode else "16M", shared="64K")
     memory, shared = size("--memory", arguments.memory), size("--shared", arguments.shared, least=0)
     layout = Layout(memory, shared, base=0) if real_mode else Layout(memory, shared)
-    return Order(load(arguments.guest, target), real_mode, layout, arguments.timeout)
+    return Order(load(found, target), real_mode, layout, arguments.timeout)
 
 
 def exit_code(report: Report) -> int:
@@ -65,7 +66,7 @@ def exit_code(report: Report) -> int:
     if report.failed is not None:
         return report.failed.exit_code
     assert report.ended is not None
-    return {"off": 0, "timeout": 3}.get(report.ended.how, 2)
+    return {"off": 0, "crash": 2, "timeout": 3}[report.ended.how]
 
 
 def _tell(order: Order, report: Report, verbose: int) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.guests import GUESTS, PRIVATE_BASE, guest, source
@@ -50,39 +51,63 @@ class Image:
         return max(ipa + size for ipa, size in self.ranges())
 
 
-def load(path_or_name: str | Path, target: Target = ARM64, *, base: int | None = None) -> Image:
+class Source(NamedTuple):
+    """What was asked for, read once: *data* of a file, or the assembly of the *builtin* guest called *name*."""
+
+    name: str
+    data: bytes
+    builtin: bool = False
+
+    @property
+    def is_assembly(self) -> bool:
+        """Whether it has to be assembled."""
+        return self.builtin or self.name.endswith(".s")
+
+    @property
+    def text(self) -> str:
+        """The assembly; raises BadInput."""
+        try:
+            return self.data.decode("ascii")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{self.name}: assembly has to be ASCII") from error
+
+
+def load(given: str | Path | Source, target: Target = ARM64, *, base: int | None = None) -> Image:
     """The image of a built-in guest or a file, made of *target*'s code.
 
     What has no address of its own is placed at *base*, or where the target has it. Raises BadInput (with the reason in one
     line), UnknownName, and HostUnavailable when an ELF file comes and pyelftools is missing.
     """
-    name = str(path_or_name)
+    found = given if isinstance(given, Source) else read(given, target.architecture)
     base = target.base if base is None else base
-    if isinstance(path_or_name, str) and is_name(name):
-        return _assembled(guest(name, target.architecture).source(target.architecture).read_text(encoding="ascii"),
-                          f"{name}.s", name, target, base)
-    path = Path(path_or_name)
-    data = _read(path)
-    if path.suffix == ".s":
-        return _assembled(_text(data, name), name, name, target, base)
-    if data.startswith(_MAGIC):
-        return _elf(data, path, target, base)
-    if not data.translate(None, _TEXT):
-        raise BadInput(f"{name} is text; assembly ends in .s, and what is no ELF file is taken for machine code")
-    return Image([(base, data)], base, name)
+    if found.is_assembly:
+        return _assembled(found, target, base)
+    if found.data.startswith(_MAGIC):
+        return _elf(found.data, Path(found.name), target, base)
+    if not found.data.translate(None, _TEXT):
+        raise BadInput(f"{found.name} is text; assembly ends in .s, and what is no ELF file is taken for machine code")
+    return Image([(base, found.data)], base, found.name)
 
 
-def is_name(text: str) -> bool:
-    """Whether *text* names a built-in guest, or cannot be a file."""
-    return text in GUESTS or not ("/" in text or "." in text or Path(text).exists())
+def read(path_or_name: str | Path, architecture: str) -> Source:
+    """A file, or the built-in guest of that name for *architecture*; raises BadInput, UnknownName."""
+    name = str(path_or_name)
+    if isinstance(path_or_name, str) and (name in GUESTS or not ("/" in name or "." in name or os.path.exists(name))):
+        return Source(name, guest(name, architecture).source(architecture).read_bytes(), builtin=True)
+    return Source(name, _read(Path(path_or_name)))
 
 
-def x86_target(path_or_name: str, real_mode: bool) -> Target:
-    """Which of x86's targets a guest is for: its own word, ``.code16`` in its assembly, or *real_mode*. Raises as `load`."""
-    if is_name(path_or_name):
-        real_mode |= guest(path_or_name, X86_64.architecture).real_mode
-    elif path_or_name.endswith(".s"):
-        real_mode |= re.search(r"^\s*\.code16\b", _text(_read(Path(path_or_name)), path_or_name), re.MULTILINE) is not None
+def x86_target(found: Source, real_mode: bool) -> Target:
+    """Which of x86's targets *found* is for: a guest's own word, ``.code16`` in its assembly, or *real_mode*.
+
+    Raises BadInput.
+    """
+    if found.builtin:
+        if real_mode and not GUESTS[found.name].real_mode:
+            raise BadInput(f"--real-mode: guest {found.name!r} is made for 64-bit mode")
+        real_mode = GUESTS[found.name].real_mode
+    elif found.is_assembly:
+        real_mode |= re.search(r"^\s*(\w+:\s*)*\.code16\b", found.text, re.MULTILINE) is not None
     return REAL_MODE if real_mode else X86_64
 
 
@@ -97,15 +122,28 @@ def fits(image: Image, ranges: Iterable[tuple[int, int]]) -> None:
                            f"{hint or ''}")
 
 
-def _assembled(text: str, file: str, name: str, target: Target, base: int) -> Image:
-    common = source(target.architecture, "common16" if target is REAL_MODE else "common")
+def _assembled(found: Source, target: Target, base: int) -> Image:
+    shared = source(target.architecture, "common16" if target is REAL_MODE else "common")
+    file = f"{found.name}.s" if found.builtin else found.name
+    lines = found.text.count("\n") + 1
     try:
-        program = target.assemble(f"{text}\n{common.read_text(encoding='ascii')}", base, file)
+        program = target.assemble(f"{found.text}\n{shared.read_text(encoding='ascii')}", base, file)
     except BadInput as error:
-        raise BadInput(f"{error}{_others(text, target)}") from error
+        raise BadInput(_placed(str(error), file, lines, shared.name) + _others(found.text, target)) from error
     if "_start" not in program.symbols:
         raise BadInput(f"{file}: there is no label _start")
-    return Image([(base, program.data)], program.symbols["_start"], name)
+    entry = program.symbols["_start"]
+    if not base <= entry < base + len(program.data):
+        raise BadInput(f"{file}: _start is {entry:#x}, and the program lies at {base:#x}..{base + len(program.data):#x}")
+    return Image([(base, program.data)], entry, found.name)
+
+
+# A mistake behind the guest's own *lines* is one between it and what every guest is assembled with.
+def _placed(words: str, file: str, lines: int, shared: str) -> str:
+    match = re.match(rf"{re.escape(file)}:(\d+): (?::: )?", words)
+    if match is None or int(match[1]) <= lines:
+        return words
+    return f"{file}: {words[match.end():]}, in line {int(match[1]) - lines} of {shared}, which every guest is assembled with"
 
 
 # Whose assembly *text* is, if not *target*'s.
@@ -116,22 +154,20 @@ def _others(text: str, target: Target) -> str:
     return f" (this looks like assembly for {theirs.title}, and guests here are {target.title}; see --on)" if theirs else ""
 
 
-def _text(data: bytes, name: str) -> str:
-    try:
-        return data.decode("ascii")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{name}: assembly has to be ASCII") from error
-
-
 def _read(path: Path) -> bytes:
     try:
-        if path.is_dir():
-            raise BadInput(f"{path} is a directory, not a guest image")
-        if path.stat().st_size > _BIGGEST:
-            raise BadInput(f"{path}: an image of {path.stat().st_size:#x} bytes; the limit is {_BIGGEST:#x}")
-        data = path.read_bytes()
+        if path.is_dir() or path.is_block_device() or path.is_char_device():
+            raise BadInput(f"{path} is a {'directory' if path.is_dir() else 'device'}, not a guest image")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size      # 0 for a pipe, which can be read once only
+            data = file.read(_BIGGEST + 1) if size <= _BIGGEST else b""
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise BadInput(f"{path}: no memory to read it into") from error
+    size = max(size, len(data))
+    if size > _BIGGEST:
+        raise BadInput(f"{path}: an image of {size:#x} bytes; the limit is {_BIGGEST:#x}")
     if not data:
         raise BadInput(f"{path} is empty")
     return data

@@ -148,7 +148,7 @@ def _bug_lines(found: Found, style: Style, verbose: bool, again: bool) -> Iterat
     yield first.replace(found.verdict, colour(found.verdict), 1)
     yield from rest
     label = "seen" if found.verdict in ("present", "fixed") else "why"
-    yield from wrap("as before" if again else found.seen, f"{indent}{label}: ", indent)
+    yield from wrap(found.seen.partition("; ")[0] if again else found.seen, f"{indent}{label}: ", indent)
     if verbose or found.verdict == "present":
         yield from wrap(found.bug.means, f"{indent}for a VMM: ", indent)
     if verbose:
@@ -159,6 +159,6 @@ def _left(found: Survey) -> str:
     left = found.left
     counts = f"{left.descriptors} descriptors, {left.children} children, {left.mappings} mappings"
     owned = "nothing" if left.nothing else counts
-    owned += " (of VMs debugfs does not tell)" if left.vms is None else f", {left.vms} VMs"
+    owned += " (VMs are not counted: debugfs is not mounted)" if left.vms is None else f", {left.vms} VMs"
     split = ", ".join(f"{size} {kb:+d} kB" for size, kb in left.split.items())
     return f"{owned}; direct map {split or 'as it was'}" + (" (never merged back)" if split else "")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from guest_memfd.errors import UnknownName
+from guest_memfd.errors import BadInput
 from guest_memfd.hosts.linux.abi.kvm import PATH
 from guest_memfd.probe.bugs import BUGS, Bug, Found, find
 from guest_memfd.probe.child import TIMEOUT, Slate, perform
@@ -46,17 +47,17 @@ class Survey:
 
 
 def survey(
-    path: str = PATH, *, parts: Sequence[str] = PARTS, glob: str = "*", rows: Sequence[Row] = ROWS,
-    bugs: Sequence[Bug] = BUGS,
-    timeout: float = TIMEOUT,
+    path: str = PATH, *, parts: Sequence[str] = PARTS, globs: Sequence[str] = ("*",), rows: Sequence[Row] = ROWS,
+    bugs: Sequence[Bug] = BUGS, timeout: float = TIMEOUT,
 ) -> Survey:
-    """Probe this kernel; *path*: KVM's device node; *glob*: which rows; *timeout*: seconds per row.
+    """Probe this kernel; *path*: KVM's device node; *globs*: which rows; *timeout*: seconds per row.
 
-    Raises UnknownName when *glob* matches no row.
+    Raises BadInput when one of *globs* matches no row.
     """
-    chosen = [row for row in rows if fnmatchcase(row.id, glob)]
-    if not chosen:
-        raise UnknownName("row", glob, [row.id for row in rows])
+    for glob in globs:
+        if not any(fnmatchcase(row.id, glob) for row in rows):
+            raise _no_row(glob, rows)
+    chosen = [row for row in rows if any(fnmatchcase(row.id, glob) for glob in globs)]
     start, before = time.monotonic(), count()
     slate = Slate()
     try:
@@ -67,6 +68,13 @@ def survey(
     finally:
         slate.close()
     return Survey(tuple(parts), offers, tuple(judged), tuple(found), since(before), time.monotonic() - start)
+
+
+def _no_row(glob: str, rows: Sequence[Row]) -> BadInput:
+    groups = list(dict.fromkeys(f"{row.id.partition('.')[0]}.*" for row in rows))
+    near = [f"{glob}.*"] if f"{glob}.*" in groups else get_close_matches(glob, [row.id for row in rows], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"groups: {', '.join(groups)}"
+    return BadInput(f"no row is called {glob!r}; {hint}")
 
 
 def _try(row: Row, slate: Slate, path: str, features: Features, timeout: float) -> Outcome:

@@ -37,6 +37,8 @@ PAGE_TABLES = 0x1000_0000
 """Guest address of the page tables that `Host.enter` needs on x86: six pages."""
 
 _GIB_MAPPED = 4
+_MOST = 5
+"""Lines about what is left."""
 _ARGUMENTS = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
 _NO_GUESTS = "under Gunyah a guest's registers are set with GUNYAH_VM_SET_BOOT_CONTEXT"
 
@@ -129,6 +131,8 @@ class Emulated(Host):
         """As every host's."""
         if self.device == GUNYAH:
             raise BadInput(_NO_GUESTS)
+        if len(arguments) > len(kvm_arm64.X):
+            raise BadInput(f"{len(arguments)} arguments; there are registers for {len(kvm_arm64.X)}")
         for number, value in enumerate(arguments):
             vcpu.set_one_reg(kvm_arm64.X[number], value)
         vcpu.set_one_reg(kvm_arm64.PC, pc)
@@ -136,7 +140,14 @@ class Emulated(Host):
     def left(self) -> list[str]:
         """As every host's; the audit of the machine, and the laws."""
         broken = [f"law {each.law} is broken: {each.evidence} (in {each.where})" for each in self._watch.broken.values()]
-        return broken + (self.machine.audit() if self.machine.dead is None else [self.machine.dead.text.splitlines()[0]])
+        if self.machine.dead is not None:
+            return [*broken, self.machine.dead.text.splitlines()[0]]
+        # Whatever a VM keeps is lost with it: first the words that are not about addresses.
+        lost = sorted(self.machine.audit(), key=lambda line: "0x" in line.partition(" is ")[0])
+        return broken + lost[:_MOST] + ([f"and {len(lost) - _MOST} more"] if len(lost) > _MOST else [])
+
+    def __repr__(self) -> str:
+        return f"<Emulated {self.name}, design {self.design}>"
 
 
 class Linux(Host):

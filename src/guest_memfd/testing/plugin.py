@@ -1,13 +1,13 @@
 """The pytest plugin: a fixture `gmem_host`, a marker `gmem`, two options.
 
-Rule of this file: a skip says why, and a host that was asked for by name is never skipped. pytest loads this in every run
-where the package is installed: nothing but pytest is imported before it is used.
+Rule of this file: a skip says why, and a host that was asked for by name is never skipped for being absent. pytest loads
+this in every run where the package is installed: nothing but pytest is imported before it is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -20,9 +20,11 @@ HOSTS = {
 }
 """Names of the hosts that have a device."""
 
+_DESIGN = "library"
 _MARKER = ("gmem(*needs, device='kvm', ram=64 << 20): what a test with the fixture gmem_host needs of its host: vcpu, mmap, "
            "convert, protected, fail; which device, 'kvm' or 'gunyah'; bytes of RAM of an emulated machine")
-_failed = pytest.StashKey[bool]()
+_LEAST_RAM = 16 << 20
+_unfinished = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     every = ", ".join(name for names in HOSTS.values() for name in names)
     group.addoption("--gmem-host", action="append", metavar="NAME", default=[],
                     help=f"hosts for the fixture gmem_host, which must be there (repeat): {every}; default: all that are")
-    group.addoption("--gmem-design", metavar="NAME", default="library",
+    group.addoption("--gmem-design", metavar="NAME", default=_DESIGN,
                     help="which design serves the files of emulated hosts (gmem list designs; library)")
 
 
@@ -42,15 +44,27 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in config.getoption("--gmem-host"):
         if name not in every:
             raise pytest.UsageError(f"--gmem-host {name}: there is no such host; known: {', '.join(every)}")
+    if (design := config.getoption("--gmem-design")) != _DESIGN:
+        from guest_memfd.designs import DESIGNS
+        from guest_memfd.errors import BadInput
+
+        try:
+            DESIGNS[design]
+        except BadInput as error:
+            raise pytest.UsageError(f"--gmem-design: {error}") from error
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each host that has the device."""
-    if "gmem_host" not in metafunc.fixturenames:
+    """One test for each host that has the device, unless the test chooses hosts by itself."""
+    chosen = any("gmem_host" in mark.args[:1] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "gmem_host" not in metafunc.fixturenames or chosen:
         return
-    device, _, _ = _asked(metafunc.definition)
+    device = _asked(metafunc.definition).device
     wanted = metafunc.config.getoption("--gmem-host")
-    names = [name for name in HOSTS[device] if not wanted or name in wanted]
+    names: list[Any] = [name for name in HOSTS[device] if not wanted or name in wanted]
+    if not names:
+        why = f"--gmem-host {', '.join(wanted)}: this test is for /dev/{device}, which {', '.join(HOSTS[device])} have"
+        names = [pytest.param("", id="none", marks=pytest.mark.skip(reason=why))]
     metafunc.parametrize("gmem_host", names, indirect=True)
 
 
@@ -66,46 +80,58 @@ def gmem_host(request: pytest.FixtureRequest) -> Iterator[Host]:
         yield host
     finally:
         host.end()
-    if not request.node.stash.get(_failed, False) and (left := host.left()):
+    if not request.node.stash.get(_unfinished, False) and (left := host.left()):
         pytest.fail(f"{host.name}: {'; '.join(left)}", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """Remember a failure: what a failed test leaves behind is nobody's fault."""
+    """Remember what did not pass: what such a test leaves behind is nobody's fault."""
     report = yield
-    if report.when == "call" and report.failed:
-        item.stash[_failed] = True
+    if report.when != "teardown" and not report.passed:
+        item.stash[_unfinished] = True
     return report
 
 
 # -- what was asked for ----------------------------------------------------------------------------------------------
 
 
-# (device, needs, RAM) of the marker nearest to the test.
-def _asked(node: Any) -> tuple[str, tuple[str, ...], int]:
+class _Asked(NamedTuple):
+    needs: tuple[str, ...] = ()
+    device: str = "kvm"
+    ram: int = 64 << 20
+
+
+# By the marker nearest to the test.
+def _asked(node: Any) -> _Asked:
     marker = node.get_closest_marker("gmem")
     if marker is None:
-        return "kvm", (), 64 << 20
-    more = dict(marker.kwargs)
-    device, ram = more.pop("device", "kvm"), more.pop("ram", 64 << 20)
-    if more or device not in HOSTS:
-        what = f"argument {next(iter(more))!r}" if more else f"device {device!r}"
-        raise pytest.UsageError(f"{node.nodeid}: no {what}; {_MARKER}")
-    return device, marker.args, ram
+        return _Asked()
+    from guest_memfd.testing.hosts import NEEDS
+
+    wrong = [f"no need is called {need!r}; known: {', '.join(NEEDS)}" for need in marker.args if need not in list(NEEDS)]
+    wrong += [f"no argument {name!r}; {_MARKER}" for name in marker.kwargs if name not in ("device", "ram")]
+    asked = _Asked(marker.args, **{name: value for name, value in marker.kwargs.items() if name in ("device", "ram")})
+    if asked.device not in list(HOSTS):
+        wrong.append(f"no device {asked.device!r}; known: {', '.join(HOSTS)}")
+    if not isinstance(asked.ram, int) or asked.ram < _LEAST_RAM:
+        wrong.append(f"ram {asked.ram!r}: a number of bytes, {_LEAST_RAM} or more")
+    if wrong:
+        pytest.fail(f"{node.nodeid}: marker gmem: {wrong[0]}", pytrace=False)
+    return asked
 
 
 def _made(request: pytest.FixtureRequest) -> Host:
     from guest_memfd.errors import BadInput, HostUnavailable, SyscallFailed
-    from guest_memfd.testing.hosts import NEEDS, Emulated, LinuxGunyah, LinuxKvm
+    from guest_memfd.testing.hosts import Emulated, LinuxGunyah, LinuxKvm
 
-    _, needs, ram = _asked(request.node)
-    if unknown := [need for need in needs if need not in NEEDS]:
-        pytest.fail(f"marker gmem: no need is called {unknown[0]!r}; known: {', '.join(NEEDS)}", pytrace=False)
-    name: str = request.param
+    name: str | None = getattr(request, "param", None)
+    if name is None:
+        pytest.fail("gmem_host is one host after the other: a test or fixture has to name it as an argument", pytrace=False)
+    asked = _asked(request.node)
     try:
         host: Host = {"kvm": LinuxKvm, "gunyah": LinuxGunyah}[name]() if ":" not in name else Emulated(
-            name.rpartition("/")[2], request.config.getoption("--gmem-design"), ram)
+            name.rpartition("/")[2], request.config.getoption("--gmem-design"), asked.ram)
         host.open().close()
     except (HostUnavailable, SyscallFailed) as error:
         if name in request.config.getoption("--gmem-host"):
@@ -113,7 +139,8 @@ def _made(request: pytest.FixtureRequest) -> Host:
         pytest.skip(f"{name}: {error}")
     except BadInput as error:
         pytest.fail(str(error), pytrace=False)
-    for need in needs:
+    for need in asked.needs:
         if why := host.lacks(need):
+            host.end()
             pytest.skip(f"{name} cannot do what the test needs, {need}: {why}")
     return host

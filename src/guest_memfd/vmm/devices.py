@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,16 +20,21 @@ class Device(Protocol):
 
 
 class Console:
-    """A byte stored to CONSOLE is given to *write* as text; `text` is all of it. Reading gives 0."""
+    """A byte stored to CONSOLE is given to *write* as text, in UTF-8; `text` is all of it. Reading gives 0."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
-        self._raw = bytearray()
+        self._decoder = getincrementaldecoder("utf-8")("backslashreplace")
+        self.text = ""
 
-    @property
-    def text(self) -> str:
-        """What the guest has said."""
-        return self._raw.decode("utf-8", "backslashreplace")
+    def end(self) -> None:
+        """There is no more: what the guest has left incomplete is said as it is."""
+        self._say(self._decoder.decode(b"", final=True))
+
+    def _say(self, text: str) -> None:
+        if text:
+            self.text += text
+            self._write(text)
 
     def has(self, address: int) -> bool:
         """Whether *address* is the console's."""
@@ -36,8 +42,7 @@ class Console:
 
     def put(self, data: bytes) -> None:
         """The low byte of a store."""
-        self._raw += data[:1]
-        self._write(data[:1].decode("latin-1"))
+        self._say(self._decoder.decode(data[:1]))
 
     def get(self) -> bytes:
         """Nobody types."""

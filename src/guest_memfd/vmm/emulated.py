@@ -120,6 +120,7 @@ class Run:
             report.failed = error
         for who in get_args(Where):
             self._fail(who, None)
+        self.console.end()
         report.console = self.console.text
         if machine.dead is not None:
             report.panic = machine.dead.text

@@ -67,6 +67,7 @@ def run(order: Order, say: Callable[[str], None], log: Callable[[str], None]) ->
             raise
         except GuestMemfdError as error:
             report.failed = error
+    console.end()
     report.console = console.text
     return report
 

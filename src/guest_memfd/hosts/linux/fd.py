@@ -61,7 +61,11 @@ class Descriptor(Owned):
 
     def __init__(self, fd: int, name: str) -> None:
         self._fd, self.name, self.closed = fd, name, False
-        os.set_inheritable(fd, False)
+        try:
+            os.set_inheritable(fd, False)
+        except OSError as error:
+            self.close()
+            raise SyscallFailed(error.errno or 0, "FIOCLEX", name) from error
 
     def fileno(self) -> int:
         """The descriptor; raises SyscallFailed(EBADF) once closed."""

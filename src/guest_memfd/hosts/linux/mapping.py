@@ -63,7 +63,7 @@ class Mapping(Owned):
     def write(self, at: int, data: bytes) -> None:
         """Store *data* from byte *at* on; raises as `read`. What lies before the page that refused has been written."""
         if not isinstance(data, bytes):
-            data = bytes(data)
+            data = bytes(memoryview(data))
         where = self._at("write", at, len(data))
         self._whole(where, syscall.copy_to(where, _bytes_at(data), len(data)) if data else 0, len(data))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 
+from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.linux import syscall
 from guest_memfd.hosts.linux.abi.kvm import GET_STATS_FD, StatsDesc, StatsHeader, StatsType
 from guest_memfd.hosts.linux.fd import Descriptor
@@ -16,13 +17,20 @@ def read(owner: Descriptor) -> dict[str, int]:
     """Every counter of *owner* that is one number; histograms are left out. Raises SyscallFailed."""
     fd = syscall.ioctl(owner.fileno(), GET_STATS_FD, call="KVM_GET_STATS_FD")
     with Descriptor(fd, "kvm-stats"):
-        header = StatsHeader.from_buffer_copy(os.pread(fd, ctypes.sizeof(StatsHeader), 0))
-        step = ctypes.sizeof(StatsDesc) + header.name_size
-        table = os.pread(fd, step * header.num_desc, header.desc_offset)
-        found = {}
-        for at in range(0, len(table), step):
-            desc = StatsDesc.from_buffer_copy(table, at)
-            if desc.flags & 0xF in _SCALARS:
-                name = table[at + ctypes.sizeof(StatsDesc):at + step].split(b"\0", 1)[0].decode()
-                found[name] = int.from_bytes(os.pread(fd, 8, header.data_offset + desc.offset), "little")
+        try:
+            return _scalars(fd)
+        except OSError as error:
+            raise SyscallFailed(error.errno or 0, "pread", "KVM's statistics") from error
+
+
+def _scalars(fd: int) -> dict[str, int]:
+    header = StatsHeader.from_buffer_copy(os.pread(fd, ctypes.sizeof(StatsHeader), 0))
+    step = ctypes.sizeof(StatsDesc) + header.name_size
+    table = os.pread(fd, step * header.num_desc, header.desc_offset)
+    found = {}
+    for at in range(0, len(table), step):
+        desc = StatsDesc.from_buffer_copy(table, at)
+        if desc.flags & 0xF in _SCALARS:
+            name = table[at + ctypes.sizeof(StatsDesc):at + step].split(b"\0", 1)[0].decode()
+            found[name] = int.from_bytes(os.pread(fd, 8, header.data_offset + desc.offset), "little")
     return found

@@ -47,7 +47,10 @@ def ioctl(fd: int, request: int, argument: Any = 0, *, call: str, why: str = "")
 
     A signal is SyscallFailed(EINTR); see `until_done`. *call* and *why* are for the message.
     """
-    word = argument if isinstance(argument, int) else ctypes.addressof(argument)    # `argument` lives until it returns
+    if isinstance(argument, int):
+        word = argument if 0 <= argument < _INT_END else _word("argument", argument).value
+    else:
+        word = ctypes.addressof(argument)               # `argument` lives until it returns
     ret = libc.ioctl(fd, request, word)
     if ret < 0:
         raise failed(call, why)
@@ -86,6 +89,8 @@ def fallocate(fd: int, mode: int, offset: int, nr: int) -> None:
     """fallocate(2), bytes. EINTR: a guest_memfd keeps the pages that it had allocated by then."""
     # ctypes passes an int as C's int, which libffi extends to the register's 64 bits (src/x86/ffi64.c, src/aarch64/ffi.c).
     # What fits goes that way: converting both takes half as long as the shortest of these calls.
+    if not 0 <= mode < _INT_END:
+        raise BadInput(f"mode {mode:#x} does not fit an int")
     if libc.fallocate(fd, mode, offset if 0 <= offset < _INT_END else _word("offset", offset),
                       nr if 0 <= nr < _INT_END else _word("length", nr)):
         raise failed("fallocate", f"mode {mode:#x}, {nr:#x} bytes at {offset:#x}")

@@ -12,7 +12,7 @@ from errno import EFAULT, EINTR, EINVAL
 from mmap import MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import TYPE_CHECKING
 
-from guest_memfd.errors import SyscallFailed
+from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.hosts.linux import stats, syscall
 from guest_memfd.hosts.linux.abi import kvm as abi
 from guest_memfd.hosts.linux.fd import Descriptor
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 _SAYS = abi.Run.exit.offset + ctypes.sizeof(abi.RunUnion)
 """Bytes of the run page that an exit is decoded from; only what an Io writes lies behind them."""
+
+
+_LONGEST = 1e9
+"""Seconds."""
 
 
 class Vcpu(Descriptor):
@@ -57,7 +61,8 @@ class Vcpu(Descriptor):
     def run(self, timeout: float | None = None) -> exits.Exit:
         """KVM_RUN until an exit, or for *timeout* seconds, or until a signal: Intr.
 
-        EFAULT and EHWPOISON are exits: MemoryFault, or Unknown when KVM says no more. Raises SyscallFailed for the rest.
+        EFAULT and EHWPOISON are exits: MemoryFault, or Unknown when KVM says no more. Raises SyscallFailed for the rest,
+        BadInput for a time that is none.
         """
         fd, thread = self.fileno(), this_thread()
         if thread is not self._thread:
@@ -65,6 +70,8 @@ class Vcpu(Descriptor):
             self._thread = thread
         if timeout is None:
             return self._enter(fd)
+        if not timeout < _LONGEST:
+            raise BadInput(f"a timeout of {timeout} s; None is for ever")
         thread.arm(timeout)
         try:
             return self._enter(fd)
@@ -125,6 +132,7 @@ class Vcpu(Descriptor):
     def answer(self, data: bytes) -> None:
         """What the last exit waits for: the data of an MMIO or port read (little-endian), or a hypercall's result."""
         self.fileno()
+        data = bytes(memoryview(data))
         match self._last:
             case exits.Mmio(is_write=False):
                 ctypes.memmove(self.page.mmio.data, data.ljust(8, b"\0"), 8)
