@@ -127,6 +127,7 @@ def test_a_file_that_is_too_large(tmp_path: Path) -> None:
 
 
 CODE = segment(BASE, b"code" * 4)
+STATIC = "link it with -static -no-pie -Wl,-Ttext-segment=0x80000000"
 HUGE = (1 << 64) - BASE + 1
 
 
@@ -148,10 +149,10 @@ HUGE = (1 << 64) - BASE + 1
     (elf(CODE, entry=BASE + 16), f"F: the entry {BASE + 16:#x} lies in no executable segment"),
     (elf(segment(BASE, b"data", R | W)), f"F: the entry {BASE:#x} lies in no executable segment"),
     (elf(CODE, segment(0, b"/lib/ld.so\0", type=INTERP)), "F: it wants an interpreter (PT_INTERP); link it with -static"),
-    (elf(CODE, dynamic((8, 24))), "F: it has relocations, and nobody here would link it; link it with -static -no-pie -Wl,-Ttext-segment=0x80000000"),
-    (elf(CODE, dynamic((2, 24))), "F: it has relocations, and nobody here would link it; link it with -static -no-pie -Wl,-Ttext-segment=0x80000000"),
+    (elf(CODE, dynamic((8, 24))), "F: it has relocations, and nobody here would link it; " + STATIC),
+    (elf(CODE, dynamic((2, 24))), "F: it has relocations, and nobody here would link it; " + STATIC),
     (elf(CODE, dynamic((1, 1), (5, BASE), (10, 8))),
-     "F: it needs a shared library, and nobody here would link it; link it with -static -no-pie -Wl,-Ttext-segment=0x80000000"),
+     "F: it needs a shared library, and nobody here would link it; " + STATIC),
 ], ids=range(20))
 def test_elf_files_that_cannot_run(put: Any, data: bytes, message: str) -> None:
     assert refused(put(data)) == message
