@@ -24,11 +24,6 @@ class _Misfit(Malformed):
         self.rank = rank
 
 
-def known(mnemonic: str) -> bool:
-    """Whether there is such an instruction here."""
-    return mnemonic in FORMS or mnemonic in PREFIXES
-
-
 def encode(mnemonic: str, texts: list[str], mode: Mode) -> list[Code]:
     """One instruction; a jump has several codes, the shortest first, of which the first that reaches is to be taken.
 
@@ -72,52 +67,56 @@ def _candidates(mnemonic: str, prefix: str, count: int, mode: Mode) -> list[Form
     return [form for form in forms if len(form.patterns) == count]
 
 
-def _stands(pattern: Pattern, given: Operand) -> bool:
-    kind = pattern.kind
+# The letters and names of forms.py under which an operand may stand.
+def _kinds(given: Operand) -> list[str]:
     if isinstance(given, Register):
-        kinds = {"general": "EGRUZ", "segment": "S", "control": "C", "rip": ""}[given.kind]
-        return kind in [*kinds, given.text.lower()] or (kind == "a" and given.kind == "general" and given.number == 0)
+        if given.kind != "general":
+            return [given.text.lower(), *{"segment": "S", "control": "C"}.get(given.kind, "")]
+        return [given.text.lower(), *"EGRUZ", *"a" * (given.number == 0)]
     if isinstance(given, Memory):
         absolute = given.base is None and given.index is None
-        far = given.number is not None and not -1 << 31 <= wrapped(given.number, given.width) < 1 << 31
-        return kind in ("E", "M") or (kind == "N" and given.size is None) or (absolute and (kind == "O" or (kind == "X" and far)))
+        beyond = given.number is not None and not -1 << 31 <= wrapped(given.number, given.width) < 1 << 31
+        return [*"EM", *"N" * (given.size is None), *"O" * absolute, *"X" * (absolute and beyond)]
     if isinstance(given, Far):
-        return kind == "A"
-    return kind == "I" or (kind == "J" and given.plain) or (kind.isdigit() and given.number == int(kind))
+        return ["A"]
+    return ["I", *"J" * given.plain, str(given.number)]
 
 
 # The size that decides about prefixes, None where nothing depends on it.
 def _size(form: Form, operands: list[Operand], mode: Mode) -> int | None:
-    size, text, sized = None, "", set()
-    for pattern, given in zip(form.patterns, operands, strict=True):
-        allowed = _SIZES.get(pattern.size, ()) if pattern.kind not in ("I", "J") else ()
-        if not allowed or given.size is None:
-            continue
+    sized = [(_SIZES[pattern.size], given) for pattern, given in zip(form.patterns, operands, strict=True)
+             if pattern.size in _SIZES and given.size is not None]
+    for allowed, given in sized:
         if len(allowed) == 1 and given.size not in allowed:
             raise _Misfit(2, f"{given.text!r} must be of {allowed[0]} bits")
-        if len(allowed) > 1 and size not in (None, given.size):
-            raise _Misfit(3, f"{given.text!r} has another size than {text!r}")
-        if len(allowed) > 1:
-            size, text = given.size, given.text
-            if size not in allowed or size > (32 if mode.bits == 16 else 64) or (
-                    size == 32 and mode.bits == 64 and "wide" in form.flags):
-                raise _Misfit(3, f"{text!r} cannot be of {size} bits here")
-        sized.add(pattern.size)
-    if size is None and "wide" in form.flags:
-        size = mode.bits
-    elif "any" not in form.flags:
-        _refuse_unknown(form, operands, sized)
+    size = _common([(allowed, given) for allowed, given in sized if len(allowed) > 1], "wide" in form.flags, mode)
+    if not form.flags & {"any", "wide"}:
+        _refuse_unknown(form, operands)
     return next((_OPERAND_SIZES[flag] for flag in form.flags if flag in _OPERAND_SIZES), size)
 
 
-def _refuse_unknown(form: Form, operands: list[Operand], sized: set[str]) -> None:
+# The size of all operands that may be of several.
+def _common(sized: list[tuple[tuple[int, ...], Operand]], wide: bool, mode: Mode) -> int | None:
+    if not sized:
+        return mode.bits if wide else None
+    allowed, first = sized[0]
+    for _, given in sized:
+        if given.size != first.size:
+            raise _Misfit(3, f"{given.text!r} has another size than {first.text!r}")
+    if first.size not in allowed or first.size == (64 if mode.bits == 16 else 32 if wide else None):
+        raise _Misfit(3, f"{first.text!r} cannot be of {first.size} bits here")
+    return first.size
+
+
+def _refuse_unknown(form: Form, operands: list[Operand]) -> None:
+    known_sizes = {pattern.size for pattern, given in zip(form.patterns, operands, strict=True) if given.size is not None}
     for pattern, given in zip(form.patterns, operands, strict=True):
-        if isinstance(given, Memory) and given.size is None and pattern.size and pattern.size not in sized:
+        if isinstance(given, Memory) and pattern.size and given.size is None and pattern.size not in known_sizes:
             raise _Misfit(3, f"the size of {given.text!r} is not known; 'byte ptr' or another is missing")
 
 
 def _code(form: Form, operands: list[Operand], prefix: str, mode: Mode) -> Code:
-    if not all(map(_stands, form.patterns, operands)):
+    if any(pattern.kind not in _kinds(given) for pattern, given in zip(form.patterns, operands, strict=True)):
         raise _Misfit(1, "takes other operands")
     size = _size(form, operands, mode)
     rm, reg, low, absolute = (_at(form, operands, kinds) for kinds in ("EMNRU", "GSCU", "Z", "OX"))

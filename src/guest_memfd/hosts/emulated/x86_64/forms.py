@@ -57,11 +57,11 @@ _MOVES = """
 mov ab,Ob a0 real       mov av,Ov a1 real       mov Ob,ab a2 real       mov Ov,av a3 real
 mov ab,Xb a0 long       mov av,Xv a1 long       mov Xb,ab a2 long       mov Xv,av a3 long
 mov Eb,Gb 88            mov Ev,Gv 89            mov Gb,Eb 8a            mov Gv,Ev 8b
-mov Zb,Ib b0            mov Zz,I b8             mov Eb,Ib c6 /0         mov Ev,I c7 /0          mov Zq,Iq b8 o64
+mov Zb,Ib b0            mov Zz,I b8             mov Eb,Ib c6 /0         mov Ev,I c7 /0          mov Zq,Iq b8 o64 long
 mov Rz,S 8c             mov Rq,S 8c             mov Mw,S 8c any         mov S,Rv 8e plain       mov S,Mw 8e any
 mov C,Rq 0f22 long      mov C,Rd 0f22 real      mov Rq,C 0f20 long      mov Rd,C 0f20 real
 movabs ab,Ob a0 long    movabs av,Ov a1 long    movabs Ob,ab a2 long    movabs Ov,av a3 long    movabs Zq,Iq b8 o64
-movzx Gv,Eb 0fb6        movzx Gy,Ew 0fb7        movsx Gv,Eb 0fbe        movsx Gy,Ew 0fbf
+movzx Gv,Eb 0fb6        movzx Gv,Ew 0fb7        movsx Gv,Eb 0fbe        movsx Gv,Ew 0fbf
 movsx Gq,Ed 63 o64      movsxd Gq,Ed 63 o64 any
 lea Gv,M 8d             bswap Zy 0fc8
 push Zv 50 wide         push Ix 6a wide         push I 68 wide          push Ev ff /6 wide

@@ -126,16 +126,17 @@ def _memory(text: str, rest: str, size: int | None, mode: Mode) -> Memory:
         elif base is None and not factor:
             base = name
         elif index is None:
-            index, scale = name, factor or 1
+            index, scale = name, factor
         else:
             raise Malformed(f"{text!r} has too many registers")
-    if scale == 1 and index is not None and index.number == 4 and base is not None:
+    if not scale and index is not None and index.number == 4:
         base, index = index, base
     displacement = displacement.removeprefix("+").strip()
     if not displacement and base is None and index is None:
         raise Malformed(f"{text!r} is empty")
     number = mode.constant(displacement) if displacement else 0
-    return Memory(text, size, segment, base, index, scale, displacement, number, _width(text, base, index, scale, mode))
+    width = _width(text, base, index, scale, mode)
+    return Memory(text, size, segment, base, index, scale or 1, displacement, number, width)
 
 
 # What is added and subtracted, each with its sign.
@@ -176,7 +177,7 @@ def _width(text: str, base: Register | None, index: Register | None, scale: int,
     fits &= kinds == ["rip"] or kinds == ["general"] * len(kinds)
     if width == 16 and used:
         first, second = [*sorted(register.number for register in used), None][:2]
-        fits &= (first, second) in _PAIRS and scale < 2
+        fits &= (first, second) in _PAIRS and not scale
     elif index is not None:
         fits &= index.number != 4
     if not fits:
