@@ -167,6 +167,8 @@ lock <inc|dec|not|neg> <byte|word|dword|qword> ptr [rbx+8]
 <inc|dec|not|neg|mul|imul|div|idiv> qword ptr [<rax|r8|rip>]
 imul <ax, bx|eax, r9d|rax, [rbx]|ax, 5|eax, 500|rax, -1|r9, r10, 127|eax, [rbx], 128|cx, dx, 0xffff|r8w, r9w, 1000>
 <shl|shr|sar|sal|rol|ror|rcl|rcr> <al|ah|r8b|ax|ebx|r9|byte ptr [rax]|qword ptr [r12]>, <1|2|255|cl>
+<shl|shr|sar|sal|rol|ror|rcl|rcr> <al|ah|r8b|ax|ebx|r9|byte ptr [rax]|qword ptr [r12]>
+repz ret
 <bt|bts|btr|btc> <ax, bx|eax, r9d|r8, rax|[rbx], ecx|eax, 31|rax, 63|word ptr [rbx], 3|qword ptr [r9], 3>
 lock <bts|btr|btc> <[rbx], eax|dword ptr [rbx], 5>
 bswap <eax|r8d|rax|r15>
@@ -223,11 +225,12 @@ xchg <ax, bx|ebx, eax|ax, ax|eax, eax|al, bl|cx, dx|[bx], ecx>
 <not|neg|mul|imul|div|idiv> <al|ax|eax|word ptr [bx]|dword ptr [bx]>
 imul <ax, bx|eax, ebx|ax, bx, 5|eax, 500>
 <shl|sar> <al|ax|eax|word ptr [bx]>, <1|5|cl>
+<shl|rcr> <al|ax|eax|word ptr [bx]>
 <bt|bts> <ax, bx|eax, 5|word ptr [bx], 5>
 bswap eax
 push <ax|eax|es|cs|ss|ds|fs|gs|0|127|128|0xffff|0xff80|-1|-32768|[bx]|word ptr [bx]|dword ptr [bx]>
 pop <ax|eax|es|ss|ds|fs|gs|[bx]|word ptr [bx]|dword ptr [bx]>
-<pushf|popf|pushfd|popfd|pusha|popa|leave|ret|ret 4|retf|lret|iret|iretd>
+<pushf|popf|pushfd|popfd|pusha|popa|pushad|popad|leave|ret|repz ret|ret 4|retf|lret|iret|iretd>
 <jmp|call> <ax|eax|[bx]|word ptr [bx]|dword ptr [bx]|fword ptr [bx]|0x10:0x1234>
 <ljmp|lcall> <[bx]|0x10:0x1234|0xffff:0xffff>
 <ljmpd|lcalld> 0x10:0x12345678
@@ -406,6 +409,18 @@ def test_one_jump_that_grows_makes_all_before_it_grow() -> None:
         source = "".join(f"l{n}: jne l{n + 21}\n.skip 4\n" for n in range(300)) + "".join(f"l{n}:" for n in range(300, 321))
         source += f"\n.skip {more}\njmp l{300 - more}\n.skip 124\nloop last\njrcxz last\njecxz last\nlast: jmp last\njmp l0"
         assert assemble(source).data == gnu(source, 64)[0]
+
+
+@oracle
+@pytest.mark.parametrize("source", [
+    "1: dec ecx; jnz 1b; jmp 1f; 2: nop; 1: jmp 2b; jmp 1b\n1: .byte 1b - 2b",
+    ".Lloop: jmp .Lloop\n.LC0.part: .quad .LC0.part - .Lloop",
+    "nop; nop # one; two\n.ascii \"a;b 1f\"; .byte ';'; .byte 0x1f",
+    ".byte -7 / 2, 7 / -2, -7 / -2, -7 % 3, 7 % -3, -7 % -3, 0b1, 0x1b", "10: jmp 10b; jmp 10f; 10: nop",
+    "0: jmp 0b; jmp 0f; 0:", "mov al, [rip + 1f]\n1: .byte 1",
+])
+def test_labels_and_numbers_as_gnu_as_reads_them(source: str) -> None:
+    assert assemble(source).data == gnu(source, 64)[0]
 
 
 @pytest.mark.skipif(not (shutil.which("as") and shutil.which("ld")), reason="needs GNU as and ld")
@@ -650,7 +665,8 @@ def test_origin_listing_and_symbols() -> None:
     ("mov eax, later\nlater:",
      "1: mov: 'later' is no constant; a label is written 'offset label', what lies there '[label]'"),
     ("nop\njmp nowhere", "2: jmp: no symbol 'nowhere'"),
-    ("call nowhere", "1: call: no symbol 'nowhere'"),
+    ("call nowhere", "1: call: no symbol 'nowhere'"), ("nop; jmp 1f", "1: jmp: no label 1 in that direction"),
+    ("jmp 1b\n1:", "1: jmp: no label 1 in that direction"), (".: nop", "1: :: '.' is no name"),
     ("mov eax, [nowhere]", "1: mov: no symbol 'nowhere'"),
     ("a: .skip 127\nloop a", "2: loop: distance -0x81 does not fit 8 bits"),
     ("lock add eax, 1", "1: lock: only what is in memory can be locked"),

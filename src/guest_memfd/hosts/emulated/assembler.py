@@ -1,6 +1,7 @@
 """What assemblers share: lines, symbols, expressions, data. Rule of this file: no instruction and no register is known here.
 
-The syntax is GNU as: ``label:``, then an instruction or a directive. Directives: .equ .set .ascii .asciz .string .align
+The syntax is GNU as: ``label:``, then an instruction or a directive; ``;`` parts statements. A label may be a number, of
+which there may be many: ``1b`` is the last one before, ``1f`` the next. Directives: .equ .set .ascii .asciz .string .align
 .balign .p2align .space .skip .zero .org .global, and numbers by the names and sizes that a `Dialect` gives. Operators bind
 as in C; GNU as has ``<<``, ``&``, ``|`` and ``^`` before ``+``, so where they meet, parentheses serve both.
 """
@@ -11,6 +12,7 @@ import ast
 import operator
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -20,8 +22,10 @@ from guest_memfd.errors import BadInput
 ATOM = r'"(?:\\.|[^"\\])*"?|' + r"'\\?.'"
 """A string or a character, in which nothing else has a meaning."""
 
-_LABEL = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*:")
-_NAME = re.compile(r"(?<![0-9A-Za-z_'])[A-Za-z_][A-Za-z0-9_]*")
+_LABEL = re.compile(r"\s*([A-Za-z_.][A-Za-z0-9_.]*|[0-9]+)\s*:")
+_NAME = re.compile(r"(?<![\w.'])[A-Za-z_.][A-Za-z0-9_.]*")
+_NUMBERED = re.compile(r"(?<![\w.])([0-9]+)([bf])(?!\w)")
+_OF_NUMBER = re.compile(r"\.([0-9]+)\.[0-9]+")
 _WORD = re.compile(r"\.?[A-Za-z0-9_]+(\.[A-Za-z]+)?")
 _TOKEN = re.compile(f"{ATOM}|.", re.DOTALL)
 _CHARACTER = re.compile(r"'(\\?.)'")
@@ -31,9 +35,17 @@ _STRINGS = (".ascii", ".asciz", ".string")
 _ALIGNS = (".align", ".p2align", ".balign")
 _SPACES = (".space", ".skip", ".zero")
 _IGNORED = (".global", ".globl", ".text", ".type", ".size")
+
+
+# As C does it: towards zero.
+def _divided(left: int, right: int) -> int:
+    quotient = abs(left) // abs(right)
+    return quotient if (left < 0) == (right < 0) else -quotient
+
+
 _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod, ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.BitXor: operator.xor}
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.BitAnd: operator.and_, ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor, ast.FloorDiv: _divided, ast.Mod: lambda left, right: left - right * _divided(left, right)}
 _UNARY: dict[type[ast.unaryop], Callable[[int], int]] = {
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.invert}
 _BIGGEST = 1 << 24
@@ -83,11 +95,11 @@ class Statement:
     size: int = 0
 
 
-def split(text: str) -> list[str]:
-    """*text* at its commas, which are none in strings and brackets."""
+def split(text: str, at: str = ",") -> list[str]:
+    """*text* at its commas (or another character), which are none in strings and brackets."""
     parts, depth = [""], 0
     for token in _TOKEN.findall(text):
-        if token == "," and not depth:
+        if token == at and not depth:
             parts.append("")
             continue
         depth += (token in "[(") - (token in "])")
@@ -118,10 +130,11 @@ class Assembler(ABC):
         self.origin, self.name = origin, name
         self.here = origin
         self.symbols: dict[str, int] = {}
+        self._numbered: Counter[str] = Counter()
         comments = "|".join(map(re.escape, self.dialect.comments))
         self._comment = re.compile(f"{ATOM}|(?P<comment>{comments}).*", re.DOTALL)
         self.statements = [statement for number, line in enumerate(source.splitlines(), 1)
-                           for statement in self._parse(number, line)]
+                           for part in self._parts(line) for statement in self._parse(number, line, part)]
         self.constants = self.symbols
         self._find_constants()
 
@@ -137,31 +150,49 @@ class Assembler(ABC):
         """What is to be raised for a mistake in *line*."""
         return BadInput(f"{self.name}:{line}: {message}")
 
-    def _parse(self, number: int, line: str) -> list[Statement]:
+    # The statements of a line, without its comment.
+    def _parts(self, line: str) -> list[str]:
         text = self._comment.sub(lambda match: "" if match["comment"] else match[0], line)
+        return split(text, ";") or [""]
+
+    def _parse(self, number: int, line: str, text: str) -> list[Statement]:
         found = []
         while match := _LABEL.match(text):
-            found.append(Statement(number, line, ":", [match[1]]))
+            label = match[1]
+            if label.isdigit():
+                self._numbered[label] += 1
+                label = f".{label}.{self._numbered[label]}"
+            found.append(Statement(number, line, ":", [label]))
             text = text[match.end():]
         word, _, rest = text.strip().replace("\t", " ").partition(" ")
         if word and not _WORD.fullmatch(word):
             raise self.error(number, f"{word!r} is neither an instruction nor a directive")
         if word:
+            rest = rest if word.lower() in _STRINGS else _NUMBERED.sub(self._numbered_name, rest)
             found.append(Statement(number, line, word.lower(), split(rest)))
         return found
+
+    def _numbered_name(self, match: re.Match[str]) -> str:
+        return f".{match[1]}.{self._numbered[match[1]] + (match[2] == 'f')}"
 
     # -- expressions ---------------------------------------------------------------------------------------------
 
     def value(self, text: str, constant: bool = False) -> int:
         """What *text* comes to, from labels too unless it has to be *constant*. Raises Malformed, Undefined."""
         text = text.strip()
+        names: list[str] = []
         plain = _CHARACTER.sub(lambda match: str(ord(_string(f'"{match[1]}"'))), text)
-        plain = _NAME.sub(lambda match: f"s_{match[0]}", re.sub(r"(?<![\w.])\.(?![\w.])", "_here", plain))
-        if any(not _NUMBER.fullmatch(number) for number in re.findall(r"\b\d\w*", plain)) or set(plain) & set("'\"\\"):
+
+        def numbered(match: re.Match[str]) -> str:
+            names.append(match[0])
+            return f"n{len(names) - 1}"
+
+        plain = _NAME.sub(numbered, plain)
+        if any(not _NUMBER.fullmatch(number) for number in re.findall(r"\b\d\w*", plain)) or set(plain) & set("'\"\\."):
             raise Malformed(f"cannot read {text!r} as a number")
         try:
-            tree = ast.parse(plain.replace("s__here", "_here").replace("/", "//").strip(), mode="eval")
-            number = self._evaluate(tree.body, text, constant)
+            tree = ast.parse(plain.replace("/", "//").strip(), mode="eval")
+            number = self._evaluate(tree.body, names, text, constant)
         except (SyntaxError, ValueError) as error:
             if isinstance(error, Malformed):
                 raise
@@ -174,25 +205,30 @@ class Assembler(ABC):
             raise Malformed(f"{text!r} takes more than {_BIGGEST_NUMBER.bit_length() - 1} bits")
         return number
 
-    def _evaluate(self, node: ast.expr, text: str, constant: bool) -> int:
+    # *names*: what n0, n1, ... stand for; *text*: for messages.
+    def _evaluate(self, node: ast.expr, names: list[str], text: str, constant: bool) -> int:
         if isinstance(node, ast.Constant) and type(node.value) is int:
             return node.value
         if isinstance(node, ast.Name):
-            if node.id == "_here" and not constant:
-                return self.here
-            symbols = self.constants if constant else self.symbols
-            if node.id[2:] not in symbols:
-                raise Undefined(f"no symbol {node.id[2:]!r}")
-            return symbols[node.id[2:]]
+            return self._symbol(names[int(node.id[1:])], constant)
         if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
-            return _UNARY[type(node.op)](self._evaluate(node.operand, text, constant))
+            return _UNARY[type(node.op)](self._evaluate(node.operand, names, text, constant))
         if isinstance(node, ast.BinOp):
-            left, right = self._evaluate(node.left, text, constant), self._evaluate(node.right, text, constant)
+            left, right = (self._evaluate(side, names, text, constant) for side in (node.left, node.right))
             if type(node.op) in _BINARY:
                 return _BINARY[type(node.op)](left, right)
             if isinstance(node.op, ast.LShift | ast.RShift) and 0 <= right < 128:
                 return left << right if isinstance(node.op, ast.LShift) else left >> right
         raise Malformed(f"cannot read {text!r} as a number")
+
+    def _symbol(self, name: str, constant: bool) -> int:
+        if name == "." and not constant:
+            return self.here
+        symbols = self.constants if constant else self.symbols
+        if name not in symbols:
+            numbered = _OF_NUMBER.fullmatch(name)
+            raise Undefined(f"no label {numbered[1]} in that direction" if numbered else f"no symbol {name!r}")
+        return symbols[name]
 
     # -- first pass: addresses -----------------------------------------------------------------------------------
 
@@ -213,7 +249,7 @@ class Assembler(ABC):
 
     def define(self, name: str, value: int) -> None:
         """Give a symbol its value. Raises Malformed."""
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        if not re.fullmatch(r"[A-Za-z_.][A-Za-z0-9_.]*", name) or name == ".":
             raise Malformed(f"{name!r} is no name")
         if name in self.symbols:
             raise Malformed(f"{name!r} is defined twice")

@@ -70,7 +70,7 @@ push ES 06 real         push CS 0e real         push SS 16 real         push DS 
 pop ES 07 real          pop SS 17 real          pop DS 1f real
 push FS 0fa0            push GS 0fa8            pop FS 0fa1             pop GS 0fa9
 pushf - 9c              pushfq - 9c long        pushfd - 9c o32 real    popf - 9d               popfq - 9d long
-popfd - 9d o32 real     pusha - 60 real         popa - 61 real
+popfd - 9d o32 real     pusha - 60 real         popa - 61 real          pushad - 60 o32 real    popad - 61 o32 real
 xchg aq,aq 90 plain     xchg ad,ad 87c0 long    xchg av,Zv 90           xchg Zv,av 90
 xchg Eb,Gb 86 lock      xchg Ev,Gv 87 lock      xchg Gb,Eb 86 lock      xchg Gv,Ev 87 lock
 cmpxchg Eb,Gb 0fb0 lock         cmpxchg Ev,Gv 0fb1 lock         xadd Eb,Gb 0fc0 lock            xadd Ev,Gv 0fc1 lock
@@ -95,7 +95,7 @@ jmp Jb eb               jmp Jz e9               jmp Md ff /5 o16       jmp Mf ff
 call Jz e8              call Md ff /3 o16      call Mf ff /3 o32       call Ev ff /2 wide
 jmp A ea real           ljmp A ea real          ljmpd A ea o32 real     ljmp N ff /5
 call A 9a real          lcall A 9a real         lcalld A 9a o32 real    lcall N ff /3
-ret - c3                ret Iw c2               retf - cb               retf Iw ca              retfq - cb o64 long
+ret - c3 rep            ret Iw c2               retf - cb               retf Iw ca              retfq - cb o64 long
 lret - cb               lret Iw ca              lretq - cb o64 long     leave - c9
 loop Jb e2              loope Jb e1             loopne Jb e0            loopz Jb e1             loopnz Jb e0
 jcxz Jb e3 real         jecxz Jb 67e3           jrcxz Jb e3 long
@@ -123,9 +123,9 @@ def _families() -> list[str]:
         lines += [f"{name} Ev,Ix 83 /{number} {lock}", f"{name} ab,Ib {base + 4:02x}", f"{name} av,I {base + 5:02x}",
                   f"{name} Eb,Ib 80 /{number} {lock}", f"{name} Ev,I 81 /{number} {lock}"]
     for number, name in enumerate(("rol", "ror", "rcl", "rcr", "shl", "shr", "sal", "sar")):
-        lines += [f"{name} {size},{count} {opcode} /{4 if name == 'sal' else number}" for size, count, opcode in (
-            ("Eb", "1", "d0"), ("Ev", "1", "d1"), ("Eb", "Iu", "c0"), ("Ev", "Iu", "c1"), ("Eb", "CL", "d2"),
-            ("Ev", "CL", "d3"))]
+        lines += [f"{name} {operands} {opcode} /{4 if name == 'sal' else number}" for operands, opcode in (
+            ("Eb", "d0"), ("Ev", "d1"), ("Eb,1", "d0"), ("Ev,1", "d1"), ("Eb,Iu", "c0"), ("Ev,Iu", "c1"), ("Eb,CL", "d2"),
+            ("Ev,CL", "d3"))]
     for number, name in enumerate(("bt", "bts", "btr", "btc"), 4):
         lock = "" if name == "bt" else "lock"
         lines += [f"{name} Ev,Gv 0f{0x83 + 8 * number:02x} {lock}", f"{name} Ev,Iu 0fba /{number} {lock}"]
