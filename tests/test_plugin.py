@@ -6,9 +6,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-
-from guest_memfd.errors import HostUnavailable, SyscallFailed
-from guest_memfd.testing.hosts import LinuxKvm
+from linux_driver import no_guests
 
 pytest.importorskip("unicorn")
 pytest_plugins = ["pytester"]
@@ -18,18 +16,7 @@ EXAMPLE = (ROOT / "docs" / "examples" / "test_tiny_vmm.py").read_text(encoding="
 INSTALLED = bool(entry_points(group="pytest11", name="guest_memfd"))
 
 
-def why_not() -> str:
-    host = LinuxKvm()
-    try:
-        host.open()
-        return host.lacks("vcpu") or host.lacks("mmap")
-    except (HostUnavailable, SyscallFailed) as error:
-        return str(error)
-    finally:
-        host.end()
-
-
-NO_KVM = why_not()
+NO_KVM = no_guests()
 with_kvm = pytest.mark.skipif(bool(NO_KVM), reason=NO_KVM)
 
 

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from guest_memfd.cli.options import add_output, seconds
 from guest_memfd.errors import BadInput, UnknownName
 
 if TYPE_CHECKING:
-    from guest_memfd.vmm.loop import Ended
+    from guest_memfd.vmm.loop import Outcome
 
 RUN = "guest-memfd-run/1"
 EMULATED = ("emulated:arm64/gunyah", "emulated:arm64/pkvm", "emulated:arm64/kvm")
@@ -111,8 +111,8 @@ class Lines:
             self._write(self._kept)
         self._kept = ""
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._pass_on()
@@ -124,8 +124,14 @@ def log(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def tell(ended: Ended | None, endings: dict[str, str]) -> None:
-    """How it ended, in words, unless by the guest's own wish; with registers where they say something."""
+def tell(outcome: Outcome, endings: dict[str, str], verbose: int) -> None:
+    """How it ended, in words, unless by the guest's own wish; with registers where they say something.
+
+    Before that, with *verbose*, what it left in its shared window.
+    """
+    ended, window = outcome.ended, outcome.window
+    if verbose and window is not None and any(window):
+        log(f"shared window: {window.rstrip(bytes(1))!r}")
     if ended is None or ended.how not in endings:
         return
     log(f"gmem: {endings[ended.how]}: {ended.why}")

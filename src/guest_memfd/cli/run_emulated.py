@@ -21,8 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the guest; returns 0 off, 2 crash, panic or a broken law, 3 timeout."""
     order = order_of(arguments)
     with Output(arguments.output) as out:
-        lines = Lines((lambda _text: None) if arguments.json else out.write)
-        with lines:
+        with Lines((lambda _text: None) if arguments.json else out.write) as lines:
             report = Run(order, lines.say, log).run()
         code = exit_code(report)
         if arguments.json:
@@ -98,9 +97,7 @@ def _tell(report: Report, arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         for line in report.log:
             log(f"host: {line}")
-        if report.window is not None and any(report.window):
-            log(f"shared window: {report.window.rstrip(bytes(1))!r}")
-    tell(report.ended, _ENDINGS)
+    tell(report, _ENDINGS, arguments.verbose)
     for broken in report.broken:
         log(f"gmem: law {broken.law} is broken: {broken.evidence} (in {broken.where})")
     pace = f"{report.instructions / report.seconds:,.0f} a second" if report.seconds else "none"

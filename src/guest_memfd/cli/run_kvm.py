@@ -34,8 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the guest; returns 0 off, 2 crash, 3 timeout."""
     order = order_of(arguments)
     with Output(arguments.output) as out:
-        lines = Lines((lambda _text: None) if arguments.json else out.write)
-        with lines:
+        with Lines((lambda _text: None) if arguments.json else out.write) as lines:
             report = run_guest(order, lines.say, log if arguments.verbose else lambda _text: None)
         code = exit_code(report)
         if arguments.json:
@@ -74,9 +73,7 @@ def _tell(order: Order, report: Report, verbose: int) -> None:
     if verbose:
         counted = ", ".join(f"{name} {count}" for name, count in sorted(report.statistics.items()) if count)
         log(f"KVM counts: {counted or 'nothing'}")
-        if report.window is not None and any(report.window):
-            log(f"shared window: {report.window.rstrip(bytes(1))!r}")
-    tell(report.ended, _ENDINGS)
+    tell(report, _ENDINGS, verbose)
     pages = "" if report.pages is None else f", {report.pages} pages of guest_memfd"
     log(f"{report.exits} exits{pages}, {report.seconds:.3f} s")
 

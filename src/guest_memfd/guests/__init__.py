@@ -59,10 +59,6 @@ class Guest(NamedTuple):
     architectures: tuple[str, ...] = ("arm64", "x86_64")
     real_mode: bool = False
 
-    def source(self, architecture: str) -> Traversable:
-        """The file; it belongs to the package's data."""
-        return source(architecture, self.name)
-
 
 _PAGE = 4096
 
@@ -97,5 +93,5 @@ def guest(name: str, architecture: str = "arm64") -> Guest:
 
 
 def source(architecture: str, name: str) -> Traversable:
-    """The file of assembly called *name*, for *architecture*."""
+    """The file of assembly called *name*, for *architecture*; it belongs to the package's data."""
     return resources.files(__name__) / architecture / f"{name}.s"

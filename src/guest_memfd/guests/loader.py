@@ -93,7 +93,7 @@ def read(path_or_name: str | Path, architecture: str) -> Source:
     """A file, or the built-in guest of that name for *architecture*; raises BadInput, UnknownName."""
     name = str(path_or_name)
     if isinstance(path_or_name, str) and (name in GUESTS or not ("/" in name or "." in name or os.path.exists(name))):
-        return Source(name, guest(name, architecture).source(architecture).read_bytes(), builtin=True)
+        return Source(name, source(architecture, guest(name, architecture).name).read_bytes(), builtin=True)
     return Source(name, _read(Path(path_or_name)))
 
 

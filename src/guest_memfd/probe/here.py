@@ -16,7 +16,7 @@ from typing import TypeVar
 from guest_memfd.hosts.linux.abi import kvm as abi
 from guest_memfd.hosts.linux.abi.memory import Cachestat, CachestatRange
 from guest_memfd.hosts.uapi import kvm
-from guest_memfd.hosts.uapi.kvm import GuestMemfdFlag
+from guest_memfd.hosts.uapi.kvm import SHARED, GuestMemfdFlag
 from guest_memfd.probe.calls import FAILED, MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PUNCH, RW, attempt, call, name_of
 from guest_memfd.probe.child import Slate, Unfit
 from guest_memfd.probe.row import Features
@@ -30,7 +30,6 @@ SIZE = 4 * PAGE
 SECRET = "secret"
 """Says memfd_secret where others say which flags of KVM_CREATE_GUEST_MEMFD."""
 
-SHARED = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
 
 
 @dataclass

@@ -30,7 +30,7 @@ from guest_memfd.vmm.ghosts import ProgramTracer
 from guest_memfd.vmm.gunyah import GunyahGuest
 from guest_memfd.vmm.kvm import KvmGuest
 from guest_memfd.vmm.layout import PAGE, Layout
-from guest_memfd.vmm.loop import SLICE, Ended, drive
+from guest_memfd.vmm.loop import SLICE, Ended, Outcome, drive
 from guest_memfd.vmm.readers import Read
 from guest_memfd.vmm.watch import Broken, Watch
 
@@ -54,22 +54,16 @@ class Order:
 
 
 @dataclass
-class Report:
-    """What came of it. *failed*: why it did not come to the guest's end; *lost*: what the audit found."""
+class Report(Outcome):
+    """What came of it. *lost*: what the audit found."""
 
-    ended: Ended | None = None
-    failed: GuestMemfdError | None = None
-    console: str = ""
     panic: str = ""
     read: Read | None = None
-    window: bytes | None = None
     broken: list[Broken] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    exits: int = 0
     faults: int = 0
     folios: int = 0
     instructions: int = 0
-    seconds: float = 0.0
     primitives: Mapping[str, int] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from errno import EINTR, ENOMEM
+from typing import Protocol
 
 from guest_memfd.errors import SyscallFailed, errno_name
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
@@ -26,6 +27,13 @@ _EXITS = {0: "off", 1: "off", 2: "reset", 3: "reset"}
 """Types of VM_EXITED that are the guest's own wish: exit, PSCI off, resets."""
 
 
+class GunyahDebugger(Debugger, Protocol):
+    """Knows what Gunyah tells nobody but itself, too."""
+
+    def stopped(self) -> str | None:
+        """Why the hypervisor will never run it again, although it says nothing; None: it will."""
+
+
 class GunyahGuest:
     """*image* in a VM of *device*, up to its first instruction; leaving *stack* gives everything back.
 
@@ -34,7 +42,7 @@ class GunyahGuest:
     """
 
     def __init__(self, device: GunyahDevice, layout: Layout, image: Image, console: Console, stack: ExitStack,
-                 debugger: Debugger, log: Callable[[str], None]) -> None:
+                 debugger: GunyahDebugger, log: Callable[[str], None]) -> None:
         self.layout, self.console, self.log, self.debugger = layout, console, log, debugger
         self.aborts = self.exits = 0
         self._address, self._unanswerable = -1, 0
@@ -140,7 +148,7 @@ class GunyahGuest:
         if out.is_write:
             self.console.put(out.data)
         else:
-            page.data = bytes(8)
+            page.data = self.console.get()
 
     def window(self) -> bytes | None:
         """The shared window's beginning as the host reads it; None without one."""

@@ -107,7 +107,7 @@ class KvmGuest:
         elif out.is_write:
             self.console.put(out.data)
         else:
-            self.vcpu.answer(bytes(out.size))
+            self.vcpu.answer(self.console.get()[:out.size])
 
     # The guest has shared a page with us, or wants it back: the library has to know, too.
     def _convert(self, nr: int, ipa: int) -> None:

@@ -143,10 +143,6 @@ class X86Guest:
             name: int(getattr(sregs, name).selector) for name in ("cs", "ds", "es", "ss")} | {
             name: int(getattr(sregs, name)) for name in ("cr0", "cr2", "cr3", "cr4", "efer")}
 
-    def stopped(self) -> str | None:
-        """KVM says so itself when it cannot go on."""
-        return None
-
     def window(self) -> bytes | None:
         """The shared window's beginning as the host reads it; None without one."""
         return None if self.shared is None else self.shared.read(0, 64)

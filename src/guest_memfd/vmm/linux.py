@@ -18,7 +18,7 @@ from guest_memfd.hosts.linux.system import System
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
 from guest_memfd.vmm.layout import Layout
-from guest_memfd.vmm.loop import Ended, drive
+from guest_memfd.vmm.loop import Outcome, drive
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,11 @@ class Order:
 
 
 @dataclass
-class Report:
-    """What came of it. *native*: as `fault_path.native`; *failed*: why it did not come to an end; *pages* of its memory.
-
-    None where the kernel did not tell.
-    """
+class Report(Outcome):
+    """What came of it. *native*: as `fault_path.native`; *pages* of its memory, None where the kernel did not tell."""
 
     native: bool | None = None
-    ended: Ended | None = None
-    failed: GuestMemfdError | None = None
-    console: str = ""
-    window: bytes | None = None
-    exits: int = 0
     pages: int | None = None
-    seconds: float = 0.0
     statistics: Mapping[str, int] = field(default_factory=dict)
 
 

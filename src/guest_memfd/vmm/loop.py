@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from guest_memfd.errors import GuestMemfdError
+
 SLICE = 0.2
 """Seconds after which a guest is interrupted for a look at it."""
 SAME_ABORT = 500
@@ -28,6 +30,18 @@ class Ended:
     registers: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass
+class Outcome:
+    """What came of a guest, wherever it ran. *failed*: why it did not come to an end; *window*: where it shares memory."""
+
+    ended: Ended | None = None
+    failed: GuestMemfdError | None = None
+    console: str = ""
+    window: bytes | None = None
+    exits: int = 0
+    seconds: float = 0.0
+
+
 class Debugger(Protocol):
     """What an emulator knows of its vCPU, whatever the hypervisor lets the host see."""
 
@@ -37,14 +51,13 @@ class Debugger(Protocol):
     def registers(self) -> Mapping[str, int]:
         """General registers and what the last exception left, by their names."""
 
-    def stopped(self) -> str | None:
-        """Why the hypervisor will never run it again, although it says nothing; None: it will."""
-
 
 class Guest(Protocol):
     """A guest that is ready to run."""
 
-    debugger: Debugger
+    @property
+    def debugger(self) -> Debugger:
+        """Who can look at it."""
 
     @property
     def aborts(self) -> int:

@@ -7,38 +7,18 @@ import sys
 import warnings
 from collections.abc import Callable
 from errno import EBADF
-from types import TracebackType
-from typing import Self
 
 from guest_memfd.errors import BadInput, SyscallFailed
+from guest_memfd.hosts import owned
 
 dropped: Callable[[str], object] | None = None
 """Told of what was never closed, in place of the warning: for tests that count."""
 
 
-class Owned:
-    """Owner (uapi/memory.py): `close` gives it up, once; so do a with block's end and the garbage collector.
-
-    What the garbage collector has to close is a ResourceWarning, as for Python's own files. A subclass says in `_release`
-    what giving up is.
-    """
+class Owned(owned.Owned):
+    """Given up by the garbage collector if by nobody else, which is a ResourceWarning, as for Python's own files."""
 
     closed = True                   # until there is something to close: a constructor may raise
-
-    def close(self) -> None:
-        """Give it up; a second time changes nothing."""
-        if not self.closed:
-            self.closed = True
-            self._release()
-
-    def _release(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     # At the end of the interpreter the kernel closes everything, and nothing here can be relied on.
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:

@@ -13,7 +13,6 @@ import threading
 import time
 from ctypes import c_int
 
-from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.linux import syscall
 from guest_memfd.hosts.linux.abi.kvm import SET_SIGNAL_MASK, SignalMask
 from guest_memfd.hosts.linux.abi.memory import SIGEV_THREAD_ID, Itimerspec, Sigevent, numbers
@@ -29,10 +28,8 @@ class Thread:
     """What has been arranged for one thread: the signal blocked, and a timer that sends it to this thread."""
 
     def __init__(self) -> None:
-        try:
+        with syscall.named("rt_sigprocmask"):
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SET)
-        except OSError as error:
-            raise SyscallFailed(error.errno or 0, "rt_sigprocmask") from error
         self.tid = threading.get_native_id()
         self.process = os.getpid()
         self.sigset = sum(1 << number - 1 for number in mask if number != KICK)
@@ -65,11 +62,9 @@ class Thread:
 
 def drain() -> None:
     """Take back what is pending for this thread; else every run from now on would be over at once."""
-    try:
+    with syscall.named("rt_sigtimedwait"):
         while signal.sigtimedwait(_SET, 0) is not None:
             pass
-    except OSError as error:
-        raise SyscallFailed(error.errno or 0, "rt_sigtimedwait") from error
 
 
 _here = threading.local()

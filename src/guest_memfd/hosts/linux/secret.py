@@ -43,10 +43,8 @@ class Secret(Descriptor):
 
     def truncate(self, size: int) -> None:
         """ftruncate(2), bytes: EINVAL once the size is not 0."""
-        try:
+        with syscall.named("ftruncate", f"{size:#x} bytes; now {self.size:#x}"):
             os.ftruncate(self.fileno(), size)
-        except OSError as error:
-            raise SyscallFailed(error.errno or 0, "ftruncate", f"{size:#x} bytes; now {self.size:#x}") from error
         self.size = size
 
     def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> Mapping:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 
-from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.linux import syscall
 from guest_memfd.hosts.linux.abi.kvm import GET_STATS_FD, StatsDesc, StatsHeader, StatsType
 from guest_memfd.hosts.linux.fd import Descriptor
@@ -16,11 +15,8 @@ _SCALARS = (StatsType.CUMULATIVE, StatsType.INSTANT, StatsType.PEAK)
 def read(owner: Descriptor) -> dict[str, int]:
     """Every counter of *owner* that is one number; histograms are left out. Raises SyscallFailed."""
     fd = syscall.ioctl(owner.fileno(), GET_STATS_FD, call="KVM_GET_STATS_FD")
-    with Descriptor(fd, "kvm-stats"):
-        try:
-            return _scalars(fd)
-        except OSError as error:
-            raise SyscallFailed(error.errno or 0, "pread", "KVM's statistics") from error
+    with Descriptor(fd, "kvm-stats"), syscall.named("pread", "KVM's statistics"):
+        return _scalars(fd)
 
 
 def _scalars(fd: int) -> dict[str, int]:

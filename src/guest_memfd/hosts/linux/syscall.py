@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import c_int, c_int64, c_long, c_size_t, c_uint64, c_ulong, c_void_p
 from errno import EFAULT, EINTR, ENOSYS
 from typing import Any, Final
@@ -40,6 +41,15 @@ _ONE, _NONE = c_ulong(1), c_ulong(0)
 def failed(call: str, why: str = "") -> SyscallFailed:
     """The error of the call that has just returned -1."""
     return SyscallFailed(ctypes.get_errno(), call, why)
+
+
+@contextmanager
+def named(call: str, why: str = "") -> Iterator[None]:
+    """The block makes *call* by way of Python's library: its OSError is a SyscallFailed here."""
+    try:
+        yield
+    except OSError as error:
+        raise SyscallFailed(error.errno or 0, call, why) from error
 
 
 def ioctl(fd: int, request: int, argument: Any = 0, *, call: str, why: str = "") -> int:

@@ -6,6 +6,7 @@ Every run can be ended: by a timeout, by another thread's `kick`, and by `immedi
 from __future__ import annotations
 
 import ctypes
+from abc import abstractmethod
 from collections.abc import Mapping as Map
 from ctypes import c_uint64
 from errno import EFAULT, EINTR, EINVAL
@@ -143,8 +144,8 @@ class Vcpu(Descriptor):
             case _:
                 raise SyscallFailed(EINVAL, "KVM_RUN", f"the last exit, {self._last}, waits for nothing")
 
-    def _hypercall_result(self, value: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _hypercall_result(self, value: int) -> None: ...
 
     # -- registers, statistics -------------------------------------------------------------------------------------
 
@@ -161,9 +162,9 @@ class Vcpu(Descriptor):
         syscall.ioctl(self.fileno(), uapi.SET_ONE_REG, abi.OneReg(reg, ctypes.addressof(word)), call="KVM_SET_ONE_REG",
                       why=f"register {reg:#x}")
 
+    @abstractmethod
     def inject_external_abort(self) -> None:
         """KVM_SET_VCPU_EVENTS; raises SyscallFailed, EOPNOTSUPP where the architecture has no such thing."""
-        raise NotImplementedError
 
     def pre_fault_memory(self, gpa: int, size: int) -> int:
         """KVM_PRE_FAULT_MEMORY, bytes: how many of them it came. EOPNOTSUPP without two-dimensional paging."""

@@ -9,9 +9,10 @@ import socket
 
 from guest_memfd.hosts.linux.abi import kvm as abi
 from guest_memfd.hosts.uapi import kvm
+from guest_memfd.hosts.uapi.kvm import SHARED
 from guest_memfd.probe.calls import KEEP_SIZE, call, load, store
 from guest_memfd.probe.child import Unfit
-from guest_memfd.probe.here import PAGE, SHARED, SIZE, Here, create, resident
+from guest_memfd.probe.here import PAGE, SIZE, Here, create, resident
 from guest_memfd.probe.row import Row, among
 
 _GB = 1 << 30

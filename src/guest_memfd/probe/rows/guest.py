@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+from guest_memfd.hosts.uapi.kvm import SHARED
 from guest_memfd.probe.calls import ADVICE, KEEP_SIZE, call, load, store
 from guest_memfd.probe.guest import Guest
-from guest_memfd.probe.here import PAGE, SHARED, SIZE, Here, bind, punch, resident
+from guest_memfd.probe.here import PAGE, SIZE, Here, bind, punch, resident
 from guest_memfd.probe.row import Row, among
 from guest_memfd.probe.rows.slots import GMEM, GPA
 

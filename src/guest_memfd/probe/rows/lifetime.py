@@ -11,9 +11,10 @@ from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
 
+from guest_memfd.hosts.uapi.kvm import SHARED
 from guest_memfd.probe.calls import KEEP_SIZE, call
 from guest_memfd.probe.child import Unfit
-from guest_memfd.probe.here import SHARED, Here, bind
+from guest_memfd.probe.here import Here, bind
 from guest_memfd.probe.row import Row, among
 from guest_memfd.probe.rows.slots import GMEM, GPA
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from guest_memfd.hosts.uapi.kvm import SHARED
 from guest_memfd.probe import calls
 from guest_memfd.probe.calls import (
     KEEP_SIZE,
@@ -19,7 +20,7 @@ from guest_memfd.probe.calls import (
     load,
     store,
 )
-from guest_memfd.probe.here import PAGE, SECRET, SHARED, SIZE, Here, punch, resident
+from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, punch, resident
 from guest_memfd.probe.row import Row, among
 
 FAR = 1 << 40

@@ -6,9 +6,10 @@ import ctypes
 import re
 from pathlib import Path
 
+from guest_memfd.hosts.uapi.kvm import SHARED
 from guest_memfd.probe.calls import ADVICE, MAP_SHARED, RW, attempt, call, load, store
 from guest_memfd.probe.child import Unfit
-from guest_memfd.probe.here import PAGE, SECRET, SHARED, SIZE, Here, resident
+from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, resident
 from guest_memfd.probe.row import Row, among
 
 _MARK = b"\x5a" * SIZE

@@ -11,9 +11,10 @@ import struct
 from collections.abc import Callable
 
 from guest_memfd.hosts.linux.abi.memory import Iovec
+from guest_memfd.hosts.uapi.kvm import SHARED
 from guest_memfd.probe.calls import attempt, call, load, store
 from guest_memfd.probe.child import Unfit
-from guest_memfd.probe.here import PAGE, SECRET, SHARED, SIZE, Here, punch
+from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, punch
 from guest_memfd.probe.row import Row, among
 
 _TEXT = b"pinned page"

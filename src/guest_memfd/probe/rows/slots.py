@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from guest_memfd.hosts.linux.abi import kvm as abi
 from guest_memfd.hosts.uapi import kvm
-from guest_memfd.hosts.uapi.kvm import MemFlag
+from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
 from guest_memfd.probe.calls import KEEP_SIZE, attempt, call, load, store
-from guest_memfd.probe.here import PAGE, SHARED, SIZE, Here, bind
+from guest_memfd.probe.here import PAGE, SIZE, Here, bind
 from guest_memfd.probe.row import Row, among
 
 GMEM = int(MemFlag.GUEST_MEMFD)

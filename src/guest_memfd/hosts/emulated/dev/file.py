@@ -11,12 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from errno import EBADF, EINVAL
 from stat import S_IFREG
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from guest_memfd.core.base import SHARED_PAGE
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
+from guest_memfd.hosts import owned
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
@@ -118,29 +118,12 @@ class FileHost(EmulatedHost):
         return ran.signal or ran.reached[-1] & -PAGE
 
 
-class Owned:
-    """Owner (uapi/memory.py): given up once; used afterwards it is EBADF."""
-
-    closed = False
-
-    def close(self) -> None:
-        """Give it up; a second time changes nothing."""
-        if not self.closed:
-            self.closed = True
-            self._release()
-
-    def _release(self) -> None:
-        raise NotImplementedError
+class Owned(owned.Owned):
+    """Used after it has been given up, it is EBADF."""
 
     def _in_use(self, call: str) -> None:
         if self.closed:
             raise SyscallFailed(EBADF, call, "it has been closed")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 class Mapped(Owned):
