@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from guest_memfd.hosts.uapi.kvm import SHARED
-from guest_memfd.probe.calls import ADVICE, MAP_SHARED, RW, attempt, call, load, store
+from guest_memfd.probe.calls import ADVICE, FAILED, MAP_SHARED, RW, attempt, call, load, store
 from guest_memfd.probe.child import Unfit
 from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, resident
 from guest_memfd.probe.row import Row, among
@@ -46,7 +46,7 @@ def guarded(here: Here) -> None:
     address = here.map(here.gmem())
     try:
         call("madvise", address, SIZE, ADVICE["GUARD_INSTALL"])
-    except Exception as error:
+    except FAILED as error:
         raise Unfit(f"MADV_GUARD_INSTALL: {error}") from error
     load(address)
 

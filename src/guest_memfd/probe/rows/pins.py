@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from guest_memfd.hosts.linux.abi.memory import Iovec
 from guest_memfd.hosts.uapi.kvm import SHARED
-from guest_memfd.probe.calls import attempt, call, load, store
+from guest_memfd.probe.calls import FAILED, attempt, call, load, store
 from guest_memfd.probe.child import Unfit
 from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, punch
 from guest_memfd.probe.row import Row, among
@@ -48,7 +48,7 @@ def _vmsplice(address: int) -> tuple[int, int]:
 def _ring() -> int:
     try:
         return call("io_uring_setup", 2, ctypes.create_string_buffer(120))
-    except Exception as error:
+    except FAILED as error:
         raise Unfit(f"io_uring_setup: {error}") from error
 
 
@@ -135,7 +135,7 @@ def registers(here: Here, which: int | str, mode: str) -> None:
     try:
         uffd = call("userfaultfd", 1 | os.O_CLOEXEC)
         call("ioctl", uffd, 0xC018AA3F, ctypes.create_string_buffer(struct.pack("<QQQ", 0xAA, 0, 0)))
-    except Exception as error:
+    except FAILED as error:
         raise Unfit(f"userfaultfd: {error}") from error
     address = here.map(here.file(which))
     call("ioctl", uffd, 0xC020AA00, ctypes.create_string_buffer(struct.pack("<QQQQ", address, SIZE, UFFD_MODES[mode], 0)))
