@@ -5,9 +5,10 @@ hypercall, one access), named after the kernel function it stands for. Procedure
 step is taken by whoever drives the procedure - the explorer, the emulated machine - when the primitive *yields*, so
 between two primitives any other CPU may run.
 
-Three primitives take no step of their own but act together with the one that follows: ``choose`` (a party's free
-will) and the ghosts ``begin_op`` and ``end_op`` (tracepoints that only the laws read). A load, ``xa_load``, may do
-either: both are explored, so traces are short where the lock is held and "read, then lock" is seen where it is not.
+Some primitives take no step of their own but act together with the one that follows: ``choose`` (a party's free
+will), ``fd_open`` (what a task knows of itself) and the tracepoints that only the laws read (``begin_op``, ``end_op``,
+``op_returned``). A load, ``xa_load``, may do either: both are explored, so traces are short where the lock is held and
+"read, then lock" is seen where it is not.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ Caller = str
 
 
 class Primitive(NamedTuple):
-    """One request to the host: what to do, with what, and whose code asks."""
+    """One request to the host: what to do, with what, whose code asks, and about which file (and its VM)."""
 
     name: str
     args: tuple[Any, ...]
     caller: Caller
+    file: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(map(_show, self.args))})"
+        return f"{f'file{self.file}.' if self.file else ''}{self.name}({', '.join(map(_show, self.args))})"
 
 
 def _show(arg: object) -> str:
@@ -78,6 +80,23 @@ class Lookup(NamedTuple):
     pgoff: int
 
 
+class Cost(NamedTuple):
+    """What an operation asks the host for: direct-map entries written, kernel TLB flushes, hypercalls."""
+
+    writes: int
+    flushes: int
+    calls: int
+
+
+class Bound(NamedTuple):
+    """What an operation may ask for at most: per folio of its range, and flushes *once* for all of it."""
+
+    writes: int = 0
+    flushes: int = 0
+    calls: int = 0
+    once: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Entries:
     """nr entries of a tree: first, first + step, ...; costs the same for one page and for a file of 2^28."""
@@ -104,8 +123,8 @@ class Entries:
         return ",".join(shown) if self.nr <= 2 else f"{','.join(shown)}..{self[-1]}"
 
 
-RefKind = Literal["lookup", "provided", "kept"]
-"""lookup: transient; provided: v17's, one per page given to the guest; kept: for ever (a page that cannot be freed)."""
+RefKind = Literal["lookup", "provided"]
+"""lookup: transient; provided: v17's, one per page given to the guest."""
 
 Sem = Literal["invalidate", "bindings"]
 """The rw-semaphores there are: the inode's invalidate_lock, and the one the Gunyah v17 driver adds."""
@@ -134,13 +153,17 @@ class Host:
         chosen: T = yield Primitive("choose", (what, *options), self.caller)
         return chosen
 
-    def begin_op(self, op: str, start: int, nr: int) -> Steps[None]:
-        """Tracepoint: this party starts *op* on pages [start, start+nr)."""
-        return self._do("begin_op", op, start, nr)
+    def begin_op(self, op: str, start: int, nr: int, gfn: int | None = None) -> Steps[None]:
+        """Tracepoint: this party starts *op* on pages [start, start+nr); a guest's fault says at which *gfn*."""
+        return self._do("begin_op", op, start, nr, gfn)
 
     def end_op(self, ret: int, error_index: int | None = None) -> Steps[None]:
         """Tracepoint: the operation is about to return *ret* (the failing page index beside it, if it names one)."""
         return self._do("end_op", ret, error_index)
+
+    def op_returned(self, op: str, start: int, nr: int, ret: int, error_index: int | None = None) -> Steps[None]:
+        """Tracepoint: *op* on [start, start+nr) has returned to the party that asked for it. For parties."""
+        return self._do("op_returned", op, start, nr, ret, error_index)
 
     # -- locks ---------------------------------------------------------------------------------------------------
 
@@ -211,6 +234,14 @@ class Host:
         """Take a lasting reference on a folio one already holds."""
         return self._do("folio_get", folio, kind)
 
+    def leak_folio(self, folio: Folio) -> Steps[None]:
+        """Take a folio out of use for ever, and count it (snp_leak_pages()): it will never come back to the host."""
+        return self._do("leak_folio", folio)
+
+    def mapping_set_no_direct_map(self) -> Steps[None]:
+        """Set AS_NO_DIRECT_MAP: readers of page-cache folios are to keep out of this mapping."""
+        return self._do("mapping_set_no_direct_map")
+
     def folio_ref_count(self, folio: Folio) -> Steps[int]:
         """folio_ref_count(): all references, whoever holds them."""
         return self._do("folio_ref_count", folio)
@@ -254,6 +285,10 @@ class Host:
         return self._do("copy_from_kernel_nofault", pfn)
 
     # -- the direct map ------------------------------------------------------------------------------------------
+
+    def can_set_direct_map(self) -> Steps[bool]:
+        """Whether single pages of the direct map can be changed; where not, the setters do nothing and return 0."""
+        return self._do("can_set_direct_map")
 
     def set_direct_map_invalid_noflush(self, folio: Folio) -> Steps[int]:
         """Make the kernel's mapping of *folio* not present; 0 or -ENOMEM (a large leaf must be split). No flush."""
@@ -367,6 +402,22 @@ class Host:
         """Drop a file reference; True when it was the last: the caller runs the file's release."""
         return self._do("fput")
 
+    def fd_open(self) -> Steps[bool]:
+        """Whether the VMM's descriptor is open: its only thread that opens and closes knows."""
+        return self._do("fd_open")
+
+    def fdget(self) -> Steps[bool]:
+        """fdget(): hold the file behind the VMM's descriptor for a system call; False when it is closed."""
+        return self._do("fdget")
+
+    def igrab(self) -> Steps[bool]:
+        """Hold the inode unless it is being evicted (fs/inode.c); whoever calls must know that its memory is there."""
+        return self._do("igrab")
+
+    def destroy_inode(self) -> Steps[None]:
+        """The evicted inode's memory goes (fs/inode.c)."""
+        return self._do("destroy_inode")
+
     def iput(self) -> Steps[bool]:
         """Drop an inode reference; True when it was the last: the caller evicts the inode."""
         return self._do("iput")
@@ -449,6 +500,18 @@ class Host:
         """An uncorrectable error is reported for the page at *index*: marks it; None when there is none."""
         return self._do("hwpoison", index)
 
+    def memory_failure_done(self, folio: Folio, result: str) -> Steps[None]:
+        """memory_failure() has done with *folio*; *result* is what the file's owner has said: ``delayed`` or ``failed``."""
+        return self._do("memory_failure_done", folio, result)
+
+    def mapping_no_direct_map(self) -> Steps[bool]:
+        """What lib/buildid.c and uprobes ask before they read a page-cache folio; False on a kernel that does not ask."""
+        return self._do("mapping_no_direct_map")
+
+    def read_folio(self, folio: Folio) -> Steps[str]:
+        """Read a referenced folio through the direct map, plainly (memcpy_from_folio())."""
+        return self._do("read_folio", folio)
+
     def freeze_processes(self) -> Steps[None]:
         """Wait until no task is inside a memory operation, and stop them all there (kernel/power/process.c)."""
         return self._do("freeze_processes")
@@ -477,7 +540,7 @@ class Host:
 LOADS = frozenset({"xa_load"})
 """Primitives that act together with the one that follows, or take a step of their own."""
 
-SILENT = frozenset({"choose", "begin_op", "end_op"}) | LOADS
+SILENT = frozenset({"choose", "begin_op", "end_op", "op_returned", "fd_open"}) | LOADS
 """Primitives that need not take a step of their own."""
 
 PRIMITIVES = frozenset(

@@ -7,20 +7,26 @@ from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.mappings import Mappings
 from guest_memfd.hosts.host import Folio
 
+MAX_ERRNO = 4095
+
 
 class GuestSide(Mappings):
     """hypercall ... gpc_drop; and the `hypervisors.hypervisor.Stage2` protocol that EL2 code works on."""
 
+    _refused = False
+
     # -- Stage2: what a hypervisor can do ------------------------------------------------------------------------
 
     def owner(self, pfn: int) -> str:
-        """The hypervisor's record."""
-        return st.OWNERS[self.state.frame(pfn).owner]
+        """The hypervisor's record, as far as it is about this VM: what is another guest's is none of its business."""
+        frame = self.state.frame(pfn)
+        return st.OWNERS[frame.owner] if frame.owner == st.HOST or frame.of == self.vm.number else "other guest"
 
     def set_owner(self, pfn: int, owner: str) -> None:
         """Change the record; GUEST makes the frame private to the guest."""
         frame = self.state.frame(pfn)
         frame.owner = st.OWNERS.index(owner)
+        frame.of = self.vm.number if frame.owner != st.HOST else 0
         if owner == "guest":
             self.note_private(frame, "donated")
 
@@ -32,32 +38,39 @@ class GuestSide(Mappings):
                 frame.stale = 0
 
     def guest_map(self, gfn: int, pfn: int) -> None:
-        """Guest stage 2: gfn -> pfn. A TLB entry that says the same has outlived nothing any more."""
-        frame = self.state.frame(pfn)
-        frame.gmap = gfn + 1
-        if frame.gstale == gfn + 1:
+        """Guest stage 2: gfn -> pfn, in place of what it mapped. A TLB entry that says the same has outlived nothing."""
+        entry, frame = self.gfn(gfn), self.state.frame(pfn)
+        for other in self.state.frames():
+            if other.gmap == entry.number + 1 and other.number != pfn:
+                other.gmap = other.asked = 0
+        if not frame.gmap:
+            frame.asked = int(self.state.ghost(self.who).op == st.OPS.index("fault") + 1)
+        frame.gmap = entry.number + 1
+        if frame.gstale == frame.gmap:
             frame.gstale = 0
-        self.state.page(gfn).gpoison = 0
+        entry.gpoison = 0
+        if frame.handled:
+            self.notes.append(notes.Given("the guest", pfn))
 
     def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
         """Remove gfn -> pfn; False when it is not mapped so. Without *flush* TLBs keep it."""
-        frame = self.state.frame(pfn)
+        entry, frame = self.gfn(gfn).number + 1, self.state.frame(pfn)
         if flush:
             frame.gstale = 0
-        if frame.gmap != gfn + 1:
+        if frame.gmap != entry:
             return False
-        frame.gmap = 0
+        frame.gmap = frame.asked = 0
         if not flush:
-            frame.gstale = gfn + 1
-        index = frame.slot - 1
-        if index >= 0:
+            frame.gstale = entry
+        index = self.ours(frame)
+        if index is not None:
             self.out_of_scope("takes the page from the guest", index)
         return True
 
     def guest_maps(self, pfn: int) -> int | None:
-        """The gfn that maps *pfn*, if any."""
-        gmap = self.state.frame(pfn).gmap
-        return gmap - 1 if gmap else None
+        """The gfn of this VM that maps *pfn*, if any."""
+        gfn = self.state.frame(pfn).gmap - 1 - self.vm.number * self.sizes.gfns
+        return gfn if 0 <= gfn < self.sizes.gfns else None
 
     def scrub(self, pfn: int) -> None:
         """Zero and clean the page, at EL2."""
@@ -68,11 +81,11 @@ class GuestSide(Mappings):
         """Take the page from a living guest that never agreed: its contents are lost, its next access says so."""
         self.scrub(pfn)
         self.notes.append(notes.Destroyed(pfn, how))
-        self.state.page(gfn).gpoison = 1
+        self.gfn(gfn).gpoison = 1
 
     def poisoned(self, gfn: int) -> bool:
         """What `destroy` left."""
-        return bool(self.state.page(gfn).gpoison)
+        return bool(self.gfn(gfn).gpoison)
 
     def locked_in(self, pfn: int) -> bool:
         """Whether the guest holds on to the page."""
@@ -97,63 +110,84 @@ class GuestSide(Mappings):
 
     def vm_alive(self) -> bool:
         """Whether the VM still runs."""
-        return self.state.vm == st.RUNNING
+        return self.vm.vm == st.RUNNING
 
     def refuse(self, call: str, errno: int) -> int:
         """Return -errno, and let the laws know that this is a rule and not a failure."""
         self.notes.append(notes.Refused(call, errno))
+        self._refused = True
         return -errno
 
     # -- primitives ----------------------------------------------------------------------------------------------
 
     def hypercall(self, name: str, *args: object) -> int:
-        """Run the hypervisor's own code."""
+        """Run the hypervisor's own code; what it has once refused for good it refuses ever after."""
         code = self.hypervisor.hypercalls.get(name)
         if code is None:
             raise LookupError(f"hypervisor {self.hypervisor.name!r} has no hypercall {name!r}")
+        if self.vm.vm == st.GONE:
+            self.gone("the VM, in hypercall")
+        self.count("calls")
+        frame = self.subject(args)
+        if frame is not None and frame.stuck and name in self.hypervisor.final:
+            self.against(st.FOR_GOOD, frame)
+            return self.hypervisor.final[name]
+        self._refused = False
         ret = code(self, *args)
-        if not isinstance(ret, int):
+        if type(ret) is not int or not -MAX_ERRNO <= ret <= 0:
             raise TypeError(f"hypercall {name!r} of {self.hypervisor.name!r} returned {ret!r}, not 0 or -errno")
+        # A guest that has never asked for a page, nor written to it, cannot be said to hold on to it.
+        if self._refused and (frame is None or frame.asked or frame.content != st.ZERO):
+            self.against(st.HELD, frame)
         return ret
+
+    def subject(self, args: tuple[object, ...]) -> st.Frame | None:
+        """The frame a hypercall is about: that of the first folio among its arguments."""
+        folio = next((arg for arg in args if isinstance(arg, Folio)), None)
+        return None if folio is None else self.state.frame(folio.pfn)
+
 
     def note_private(self, frame: st.Frame, how: str) -> None:
         """A frame is the guest's alone from now on."""
-        cached = bool(self.state.gpc) and self.state.gpc - 1 == frame.number
+        cached = any(vm.gpc == frame.number + 1 for vm in self.state.vms())
         self.notes.append(notes.MadePrivate(how, frame.number, frame.pin + frame.get, cached))
 
     def guest_access(self, gfn: int, write: bool) -> str:
         """Through a TLB entry that should be gone if there is one, as a hit comes before a walk; else guest stage 2."""
-        state = self.state
-        if state.vm != st.RUNNING:
+        entry = self.gfn(gfn)
+        if self.vm.vm != st.RUNNING:
             return "stopped"
-        reached = (f for f in state.frames() if gfn + 1 in (f.gmap, f.gstale))
-        frame = min(reached, key=lambda f: f.gstale != gfn + 1, default=None)
+        reached = (f for f in self.state.frames() if entry.number + 1 in (f.gmap, f.gstale))
+        frame = min(reached, key=lambda f: f.gstale != entry.number + 1, default=None)
         if frame is None:
-            return "poisoned" if state.page(gfn).gpoison else "fault"
-        via = "guest mapping" if frame.gmap == gfn + 1 else "stale guest TLB entry"
+            return "poisoned" if entry.gpoison else "fault"
+        via = "guest mapping" if frame.gmap == entry.number + 1 else "stale guest TLB entry"
         if not self._guest_may(frame, gfn):
             self.notes.append(notes.StrayGuest(frame.number, via))
             return "ok"
         self.note_access(frame, "guest", "guest access", via, write)
-        if frame.gmap == gfn + 1:                       # a TLB hit is nothing the hypervisor sees
+        if frame.gmap == entry.number + 1:              # a TLB hit is nothing the hypervisor sees
             self.hypervisor.guest_touches(self, frame.number)
         if write:
-            private = frame.owner == st.GUEST or (frame.owner == st.HOST and state.private(frame))
+            private = frame.owner == st.GUEST or (frame.owner == st.HOST and self.state.private(frame))
             frame.content = st.SECRET if private else st.DATA
             self._expect(frame, frame.content)
         return "ok"
 
     # The guest's own: the page the file holds at the index that this gfn is bound to.
     def _guest_may(self, frame: st.Frame, gfn: int) -> bool:
-        if not frame.slot or self.state.page(frame.slot - 1).binding != gfn + 1:
+        if self.ours(frame) is None or self.state.page(frame.slot - 1).binding != gfn + 1:
             return False
-        return frame.owner != st.HOST or not self.hypervisor.tracks_owner
+        if not self.hypervisor.tracks_owner:
+            return True
+        return frame.owner != st.HOST and frame.of == self.vm.number
 
     def guest_consents(self, gfn: int) -> str:
         """The hypervisor's own way of letting go."""
-        if self.state.vm != st.RUNNING:
+        if self.vm.vm != st.RUNNING:
             return "stopped"
-        frame = next((f for f in self.state.frames() if f.gmap == gfn + 1), None)
+        entry = self.gfn(gfn)
+        frame = next((f for f in self.state.frames() if f.gmap == entry.number + 1), None)
         if frame is None:
             return "fault"
         self.hypervisor.guest_consents(self, frame.number)
@@ -161,46 +195,61 @@ class GuestSide(Mappings):
 
     def mmu_invalidate_begin(self, start: int, nr: int) -> None:
         """Kernel mappings of the range end; a reader of the cache's lock is waited for."""
-        state = self.state
-        if state.gpc:
-            frame = state.frame(state.gpc - 1)
-            if start < frame.slot <= start + nr or not frame.slot:
-                if state.gpc_readers:
+        if not self._is_bound("mmu_invalidate_begin"):
+            return
+        vm = self.vm
+        if vm.gpc:
+            frame = self.state.frame(vm.gpc - 1)
+            index = self.ours(frame)
+            if not frame.slot or (index is not None and start <= index < start + nr):
+                if vm.gpc_readers:
                     self.wait()
-                state.gpc = 0
-        state.gpc_fresh = 0
-        state.progress += 1
+                vm.gpc = 0
+        vm.gpc_fresh = 0
+        vm.progress += 1
+        self.state.ghost(self.who).begun += 1
 
     def mmu_invalidate_end(self) -> None:
         """The sequence moves on: whoever sampled it before must look again."""
-        if not self.state.progress:
-            self.die("mmu_invalidate_end without begin")
-        self.state.progress -= 1
-        self.state.gpc_fresh = 0
+        ghost = self.state.ghost(self.who)
+        if not ghost.begun:
+            if self._is_bound("mmu_invalidate_end"):
+                self.die("mmu_invalidate_end without begin")
+            return
+        ghost.begun -= 1
+        self.vm.progress -= 1
+        self.vm.gpc_fresh = 0
+
+    # Invalidation goes through the bindings (kvm_gmem_invalidate_begin()): without one there is no VM to tell.
+    def _is_bound(self, what: str) -> bool:
+        bound = any(self.page(index).binding for index in range(self.sizes.pages))
+        if bound and self.vm.vm == st.GONE:
+            self.gone(f"the VM, in {what}")
+        return bound
 
     # -- gfn_to_pfn_cache ----------------------------------------------------------------------------------------
 
     def gpc_begin(self, index: int) -> None:
         """Sample the sequence."""
-        self.state.gpc_fresh = 1
+        self.vm.gpc_fresh = 1
 
     def gpc_commit(self, folio: Folio) -> bool:
         """mmu_notifier_retry_cache()."""
-        if self.state.progress or not self.state.gpc_fresh:
+        if self.vm.progress or not self.vm.gpc_fresh:
             return False
-        self.state.gpc = folio.pfn + 1
+        self.vm.gpc = folio.pfn + 1
         return True
 
     def gpc_read_lock(self) -> bool:
         """Valid and locked, or neither."""
-        if not self.state.gpc:
+        if not self.vm.gpc:
             return False
-        self.state.gpc_readers = 1
+        self.vm.gpc_readers = 1
         return True
 
     def gpc_access(self, write: bool) -> str:
         """A plain access of the kernel through its cached mapping, which is the direct map."""
-        frame = self.state.frame(self.state.gpc - 1)
+        frame = self.state.frame(self.vm.gpc - 1)
         self.kernel_access(frame, "kernel", "gfn_to_pfn_cache user", write=write, fixup=False)
         if write:
             self._written(frame)
@@ -208,8 +257,8 @@ class GuestSide(Mappings):
 
     def gpc_read_unlock(self) -> None:
         """Let invalidations go on."""
-        self.state.gpc_readers = 0
+        self.vm.gpc_readers = 0
 
     def gpc_drop(self) -> None:
         """The cache is given up."""
-        self.state.gpc = self.state.gpc_fresh = 0
+        self.vm.gpc = self.vm.gpc_fresh = 0

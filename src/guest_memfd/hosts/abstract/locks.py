@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from guest_memfd.check.outcome import STAY
+from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.base import Base
 from guest_memfd.hosts.host import Folio, Locked
 
@@ -11,22 +12,23 @@ class Locks(Base):
     """down_read ... unlock_folio."""
 
     def _sem(self, sem: str) -> tuple[int, int, int]:
-        state = self.state
-        return getattr(state, f"{sem}_w"), getattr(state, f"{sem}_r"), getattr(state, f"{sem}_q")
+        file = self.file
+        return getattr(file, f"{sem}_w"), getattr(file, f"{sem}_r"), getattr(file, f"{sem}_q")
 
     def down_read(self, sem: str) -> None:
         """Readers wait for a writer, and for a queued one, too (kernel/locking/rwsem.c)."""
         writer, readers, queued = self._sem(sem)
         if writer or queued:
             self.wait()
-        setattr(self.state, f"{sem}_r", readers + 1)
+        setattr(self.file, f"{sem}_r", readers + 1)
 
     def down_read_trylock(self, sem: str) -> bool:
         """Now or not at all."""
         writer, readers, queued = self._sem(sem)
         if writer or queued:
+            self.against(st.CONTENTION)
             return False
-        setattr(self.state, f"{sem}_r", readers + 1)
+        setattr(self.file, f"{sem}_r", readers + 1)
         return True
 
     def up_read(self, sem: str) -> None:
@@ -34,7 +36,7 @@ class Locks(Base):
         _, readers, _ = self._sem(sem)
         if not readers:
             self.die(f"up_read of {sem}_lock, which nobody holds shared")
-        setattr(self.state, f"{sem}_r", readers - 1)
+        setattr(self.file, f"{sem}_r", readers - 1)
 
     def down_write(self, sem: str) -> object:
         """A writer that cannot have the lock queues first: from then on new readers wait."""
@@ -45,10 +47,10 @@ class Locks(Base):
         if writer or readers:
             if queued:
                 self.wait()
-            setattr(self.state, f"{sem}_q", me)
+            setattr(self.file, f"{sem}_q", me)
             return STAY
-        setattr(self.state, f"{sem}_q", 0)
-        setattr(self.state, f"{sem}_w", me)
+        setattr(self.file, f"{sem}_q", 0)
+        setattr(self.file, f"{sem}_w", me)
         return None
 
     def up_write(self, sem: str) -> None:
@@ -56,7 +58,7 @@ class Locks(Base):
         writer, _, _ = self._sem(sem)
         if writer != self.who + 1:
             self.die(f"up_write of {sem}_lock, which this task does not hold")
-        setattr(self.state, f"{sem}_w", 0)
+        setattr(self.file, f"{sem}_w", 0)
 
     def lock_folio(self, folio: Folio) -> Locked:
         """Wait for the folio lock."""
@@ -66,8 +68,9 @@ class Locks(Base):
         if frame.lock:
             self.wait()
         frame.lock = self.who + 1
-        return Locked(frame.slot - 1 if frame.slot else None, bool(frame.uptodate), bool(frame.private),
-                      bool(frame.poison))
+        if frame.poison:
+            self.against(st.POISON, frame)
+        return Locked(self.ours(frame), bool(frame.uptodate), bool(frame.private), bool(frame.poison))
 
     def unlock_folio(self, folio: Folio) -> None:
         """Unlocking an unlocked folio is a VM_BUG_ON."""

@@ -21,12 +21,12 @@ class Mappings(Base):
 
     def note_access(self, frame: st.Frame, who: str, what: str, via: str, write: bool) -> None:
         """Record that *who* reached the contents."""
-        index = frame.slot - 1 if frame.slot else None
-        expect = self.state.page(index).expect if index is not None else st.ANY
+        number = frame.slot - 1 if frame.slot else None
+        expect = self.state.page(number).expect if number is not None else st.ANY
         self.notes.append(notes.Access(
             who, what, via, frame.number, write, st.CONTENTS[frame.content], self.guests(frame),
-            bool(frame.gmap) or frame.owner == st.GUEST, index,
-            None if expect == st.ANY else st.CONTENTS[expect]))
+            bool(frame.gmap) or frame.owner == st.GUEST, None if number is None else self.index(number),
+            None if expect == st.ANY else st.CONTENTS[expect], frame.allocated == st.FREE, bool(frame.handled)))
 
     def kernel_access(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
         """One access through the direct map: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
@@ -70,6 +70,10 @@ class Mappings(Base):
         if frame.poison:
             return "skipped"
         return self.kernel_access(frame, "kernel", "copy_from_kernel_nofault", write=False, fixup=True)
+
+    def read_folio(self, folio: Folio) -> str:
+        """A plain read through the direct map, of a folio that the reader found in the page cache."""
+        return self.kernel_access(self.state.frame(folio.pfn), "kernel", "read_folio", write=False, fixup=False)
 
     def clear_folio(self, folio: Folio) -> None:
         """A plain write through the direct map."""
@@ -119,30 +123,41 @@ class Mappings(Base):
             frame.number, st.OWNERS[frame.owner], st.CONTENTS[frame.content], bool(frame.gmap or frame.gstale)))
         if frame.lock:
             self.die(f"pfn{frame.number} is freed while locked")
-        self.kernel_access(frame, "allocator", "free-time poisoning", write=True, fixup=False)
+        if self.kernel.init_on_free:
+            self.kernel_access(frame, "allocator", "free-time poisoning", write=True, fixup=False)
+            frame.content = st.JUNK
         frame.allocated = st.FREE
-        frame.content = st.JUNK
         frame.uptodate = frame.private = 0
 
     # -- direct map ----------------------------------------------------------------------------------------------
 
+    def can_set_direct_map(self) -> bool:
+        """Whether this kernel can change single pages of it."""
+        return self.kernel.changes_direct_map
+
     def set_direct_map_invalid_noflush(self, folio: Folio) -> int:
-        """The entry goes, TLBs keep it."""
+        """The entry goes, TLBs keep it. Where it cannot be changed nothing is done, and that is no error."""
         frame = self.state.frame(folio.pfn)
-        self.notes.append(notes.DirectMapChange(self.caller, frame.number, True))
-        if frame.s1:
+        self._changes(frame, invalid=True)
+        if self.kernel.changes_direct_map and frame.s1:
             frame.s1, frame.stale = 0, 1
         return 0
 
     def set_direct_map_default_noflush(self, folio: Folio) -> int:
         """Invalid to valid: nothing stale can be left."""
         frame = self.state.frame(folio.pfn)
-        self.notes.append(notes.DirectMapChange(self.caller, frame.number, False))
-        frame.s1, frame.stale = 1, 0
+        self._changes(frame, invalid=False)
+        if self.kernel.changes_direct_map:
+            frame.s1, frame.stale = 1, 0
         return 0
+
+    def _changes(self, frame: st.Frame, *, invalid: bool) -> None:
+        self.notes.append(notes.DirectMapChange(self.caller, frame.number, invalid, bool(frame.handled)))
+        self.count("writes")
 
     def flush_tlb_kernel_range(self, folios: tuple[Folio, ...]) -> None:
         """All CPUs."""
+        self.count("flushes")
         for folio in folios:
             self.state.frame(folio.pfn).stale = 0
 
@@ -150,27 +165,40 @@ class Mappings(Base):
 
     def mmap(self) -> int:
         """Over the whole file, through the VMM's descriptor."""
-        if not self.state.fd:
+        if not self.file.fd:
             return -EBADF
-        self.state.vma += 1
-        self.state.inodes += 1
+        self.file.vma += 1
+        self.file.inodes += 1
         return 0
 
     def munmap(self) -> bool:
         """The VMA's inode reference goes with it; entries are shared by all VMAs and go with the last."""
-        self.state.vma -= 1
-        if not self.state.vma:
-            self.unmap_mapping_pages(0, st.PAGES)
-        self.state.inodes -= 1
-        return not self.state.inodes
+        self.file.vma -= 1
+        if not self.file.vma:
+            self.unmap_mapping_pages(0, self.sizes.pages)
+        return self.drop_inode()
+
+    def drop_inode(self) -> bool:
+        """One reference on the inode less; True: the last one, and the caller evicts it."""
+        if not self.file.inodes:
+            self.die("iput of an inode without references")
+        self.file.inodes -= 1
+        if self.file.inodes:
+            return False
+        self.file.inode, self.file.evictor = st.EVICTED, self.who + 1
+        return True
+
+    # The VMM's page table: what it maps at page *index* of the file, if anything.
+    def _pte(self, index: int) -> st.Frame | None:
+        number = self.page(index).number
+        return next((f for f in self.state.frames() if f.user == number + 1), None)
 
     def user_access(self, index: int, write: bool) -> str:
         """Through the VMM's page table; at EL0 an abort of stage 2 is a signal (arch/arm64/mm/fault.c)."""
-        if not self.state.vma:
+        if not self.file.vma:
             return "SIGSEGV"
-        page = self.state.page(index)
-        frame = next((f for f in self.state.frames() if f.user and f.slot == index + 1), None)
-        if frame is None or not page.cached:
+        frame = self._pte(index)
+        if frame is None:
             return "fault"
         if not frame.s2:
             return "SIGSEGV" if self.hypervisor.abort == DATA_ABORT else "SIGBUS"
@@ -180,27 +208,32 @@ class Mappings(Base):
         return "ok"
 
     def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
-        """Under the page-table lock: only while the VMA is there."""
-        if not self.state.vma:
+        """Under the page-table lock: only while the VMA is there; an entry that is there stays."""
+        if not self.file.vma:
             return False
-        self.state.frame(folio.pfn).user = 1
+        if self._pte(index) is None:
+            frame = self.state.frame(folio.pfn)
+            if frame.handled:
+                self.notes.append(notes.Given("the VMM", frame.number))
+            frame.user = self.page(index).number + 1
         return True
 
     def vma_covers(self, start: int, nr: int) -> bool:
         """A VMA covers every page."""
-        return bool(self.state.vma) and start < st.PAGES and nr > 0
+        return bool(self.file.vma) and start < self.sizes.pages and nr > 0
 
     def unmap_mapping_pages(self, start: int, nr: int) -> None:
         """Entries and user TLBs together."""
+        first = self.file.number * self.sizes.pages
         for frame in self.state.frames():
-            if frame.user and start < frame.slot <= start + nr:
+            if frame.user and start < frame.user - first <= min(start + nr, self.sizes.pages):
                 frame.user = 0
 
     # -- GUP -----------------------------------------------------------------------------------------------------
 
     def gup_read_pte(self, index: int) -> Folio | None:
         """Look, hold nothing."""
-        frame = next((f for f in self.state.frames() if f.user and f.slot == index + 1), None)
+        frame = self._pte(index)
         return Folio(frame.number) if frame else None
 
     def gup_try_get(self, folio: Folio) -> bool:
@@ -215,7 +248,7 @@ class Mappings(Base):
         """Keep or drop the speculative reference."""
         frame = self.state.frame(folio.pfn)
         frame.spec -= 1
-        if not frame.user or frame.slot != index + 1:
+        if frame.user != self.page(index).number + 1:
             self.free_if_unused(frame)
             return False
         if foll_pin:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from guest_memfd.hosts.host import Bound, Cost
+
 
 class Access(NamedTuple):
     """Somebody reached the contents of a frame."""
@@ -21,6 +23,8 @@ class Access(NamedTuple):
     held: bool                  # the guest could still reach it, or owned it
     pgoff: int | None           # page index at which the file holds it
     expect: str | None          # what a reader there must find; None: nobody can say
+    free: bool                  # the frame was free
+    broken: bool                # its memory is broken, and memory_failure() has done with it
 
 
 class Abort(NamedTuple):
@@ -40,6 +44,7 @@ class DirectMapChange(NamedTuple):
     caller: str
     pfn: int
     invalid: bool
+    broken: bool = False                # its memory is broken, and memory_failure() has done with it
 
 
 class MadePrivate(NamedTuple):
@@ -74,7 +79,7 @@ class OutOfScope(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """An operation returned."""
+    """An operation has come to its end, and still holds its lock."""
 
     op: str
     ret: int
@@ -84,8 +89,49 @@ class Ended(NamedTuple):
     removed: tuple[int, ...]            # pages it took out of the page cache
     left: tuple[int, ...]               # pages of the range that are in the page cache now
     attrs: tuple[int, ...]              # attributes of the range now
-    bound: tuple[int, ...]              # pages of the range that are bound now
+    bound: tuple[int, ...]              # for each page of the range the gfn + 1 it is bound to now, or 0
     batched: tuple[int, ...]            # pages of the range that sit in an lru_add batch
+    mapped: tuple[int, ...]             # pages of the range that the guest maps now where they are bound
+    reasons: tuple[str, ...]            # what stood against it on the way
+    places: tuple[int, ...]             # pages at which something did
+    gfn: int | None                     # where the guest has faulted, if that is what it was about
+    cost: Cost
+    documented: tuple[int, ...]         # errno values that hypervisor and design add to those of the library
+    bound_of_cost: Bound | None         # what the design says it costs at most, None if it says nothing
+
+
+class Returned(NamedTuple):
+    """A system call, or an exit of a vCPU, has returned to whoever asked."""
+
+    op: str
+    start: int
+    nr: int
+    ret: int
+    error_index: int | None
+    size: int                           # of the file, in pages
+    ended: int | None                   # with what errno the operation had ended, None if it never said
+
+
+class Given(NamedTuple):
+    """A page was mapped for *whom* while its memory was known to be broken."""
+
+    whom: str
+    pfn: int
+
+
+class Contained(NamedTuple):
+    """memory_failure() has done with a page of the file."""
+
+    pfn: int
+    result: str                         # what error_remove_folio() said: delayed or failed
+    reached: tuple[str, ...]            # who still reaches the page: guest, VMM, kernel
+    reasons: tuple[str, ...]            # what stood against taking it away
+
+
+class UseAfterFree(NamedTuple):
+    """A primitive was called on an object whose memory is gone."""
+
+    what: str
 
 
 class Freed(NamedTuple):
@@ -116,5 +162,5 @@ class Warned(NamedTuple):
     what: str
 
 
-Note = (Access | Abort | DirectMapChange | MadePrivate | StrayGuest | Refused | OutOfScope | Ended | Freed | Destroyed
-        | Broken | Warned)
+Note = (Access | Abort | DirectMapChange | MadePrivate | StrayGuest | Refused | OutOfScope | Ended | Returned | Given
+        | Contained | Freed | Destroyed | UseAfterFree | Broken | Warned)

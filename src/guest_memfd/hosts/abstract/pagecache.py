@@ -12,7 +12,7 @@ class PageCache(Mappings):
 
     def filemap_get_folio(self, index: int) -> Lookup | None:
         """A hit comes with a transient reference."""
-        page = self.state.page(index)
+        page = self.page(index)
         if not page.cached:
             return None
         frame = self.state.frame(page.cached - 1)
@@ -21,19 +21,21 @@ class PageCache(Mappings):
 
     def filemap_find_folio(self, index: int, nr: int) -> int:
         """The first slot that is taken."""
-        end = min(index + nr, st.PAGES)
-        return next((i for i in range(index, end) if self.state.page(i).cached), index + nr)
+        end = min(index + nr, self.sizes.pages)
+        return next((i for i in range(index, end) if self.page(i).cached), index + nr)
 
     def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
         """Allocates the lowest free frame; this host has no free block above order 0."""
-        page = self.state.page(index)
+        page = self.page(index)
         if page.cached:
+            self.against(st.CONTENTION)
             return -EEXIST
         frame = next((f for f in self.state.frames() if f.allocated == st.FREE), None)
         if frame is None or order:
+            self.against(st.FAILURE)
             return -ENOMEM
         frame.allocated, frame.content = st.ALLOCATED, st.JUNK
-        frame.slot, frame.cache, frame.lru, frame.lookup = index + 1, 1, 1, 1
+        frame.slot, frame.cache, frame.lru, frame.lookup = page.number + 1, 1, 1, 1
         frame.lock = self.who + 1
         page.cached = frame.number + 1
         return Lookup(Folio(frame.number), index)
@@ -43,8 +45,8 @@ class PageCache(Mappings):
         frame = self._locked(folio, "filemap_remove_folio")
         if not frame.slot:
             self.die(f"{folio} is not in the page cache")
-        index = frame.slot - 1
-        page = self.state.page(index)
+        page = self.state.page(frame.slot - 1)
+        index = self.index(page.number)
         page.cached = frame.slot = frame.cache = 0
         page.expect = st.ZERO
         ghost = self.state.ghost(self.who)
@@ -69,14 +71,20 @@ class PageCache(Mappings):
     def folio_get(self, folio: Folio, kind: str = "provided") -> None:
         """A lasting reference."""
         frame = self.state.frame(folio.pfn)
-        if kind == "kept":
-            frame.allocated = st.KEPT
-        else:
-            setattr(frame, kind, getattr(frame, kind) + 1)
+        setattr(frame, kind, getattr(frame, kind) + 1)
+
+    def leak_folio(self, folio: Folio) -> None:
+        """Out of use for ever: a reference that nobody drops, and a count that says so."""
+        frame = self.state.frame(folio.pfn)
+        frame.kept += 1
+        self.state.leaked += 1
 
     def folio_ref_count(self, folio: Folio) -> int:
         """All references."""
-        return self.state.frame(folio.pfn).refs()
+        frame = self.state.frame(folio.pfn)
+        if frame.refs() > frame.cache + frame.lru + 1:
+            self.against(st.REFERENCE, frame)
+        return frame.refs()
 
     def folio_maybe_dma_pinned(self, folio: Folio) -> bool:
         """FOLL_PIN only."""
@@ -85,6 +93,14 @@ class PageCache(Mappings):
     def folio_mapped(self, folio: Folio) -> bool:
         """Whether a user page table maps it."""
         return bool(self.state.frame(folio.pfn).user)
+
+    def mapping_set_no_direct_map(self) -> None:
+        """AS_NO_DIRECT_MAP."""
+        self.file.refuses_readers = 1
+
+    def mapping_no_direct_map(self) -> bool:
+        """What a reader of page-cache folios asks, on a kernel that knows the question."""
+        return bool(self.kernel.asks_mapping and self.file.refuses_readers)
 
     def lru_add_drain_all(self) -> None:
         """The batches let go of their references."""

@@ -24,7 +24,10 @@ LABELS = {
     "unloaded": "module unloaded", "progress": "mmu_invalidate_in_progress",
     "gpc": "pfn cache", "gpc_fresh": "pfn cache fresh", "gpc_readers": "pfn cache in use", "away": "pages counted away",
     "preparing": "hibernation announced", "frozen": "tasks frozen", "reserved": "nodes preallocated",
-    "failures": "failures left", "panic": "kernel stopped",
+    "failures": "failures left", "panic": "kernel stopped", "of": "of VM", "kept": "kept for ever",
+    "handled": "memory failure handled", "stuck": "refused for good", "asked": "the guest asked for it",
+    "inode": "inode", "evictor": "evicted by", "refuses_readers": "AS_NO_DIRECT_MAP", "refusals": "refusals for good left",
+    "leaked": "pages counted as leaked",
     "invalidate_w": "invalidate_lock writer", "invalidate_r": "invalidate_lock readers",
     "invalidate_q": "invalidate_lock queue", "bindings_w": "bindings_lock writer",
     "bindings_r": "bindings_lock readers", "bindings_q": "bindings_lock queue",
@@ -34,22 +37,23 @@ LABELS = {
 _ENUMS: dict[str, tuple[str, ...]] = {
     "allocated": ("free", "allocated", "kept"), "owner": st.OWNERS, "content": st.CONTENTS, "vm": st.VM_STATES,
     "s1": ("zapped", "mapped"), "s2": ("withheld", "mapped"), "attr": ("none", "shared", "private"),
-    "fd": ("closed", "open"),
+    "fd": ("closed", "open"), "inode": st.INODE_STATES,
 }
 _FLAGS = frozenset({
-    "stale", "locked_in", "user", "uptodate", "private", "poison", "gpoison", "unloaded", "gpc_fresh", "gpc_readers",
-    "preparing", "frozen", "reserved", "panic",
+    "stale", "locked_in", "uptodate", "private", "poison", "gpoison", "unloaded", "gpc_fresh", "gpc_readers",
+    "preparing", "frozen", "panic", "handled", "stuck", "asked", "refuses_readers",
 })
-HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q"})
+HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q", "evictor"})
 """Fields that hold a party number + 1, 0 for nobody."""
 
-_PLUS_ONE = {"gmap": "gfn", "gstale": "gfn", "binding": "gfn", "slot": "page ", "cached": "pfn", "gpc": "pfn"}
+_PLUS_ONE = {"gmap": "gfn", "gstale": "gfn", "binding": "gfn", "slot": "page ", "user": "page ", "cached": "pfn",
+             "gpc": "pfn"}
 
 
 def value(field: str, number: int, names: Names = NOBODY) -> str:
     """The *number* stored in *field* (``pfn0.owner`` or ``owner``) in words."""
     name = field.rpartition(".")[2]
-    if name == "provided" and field.startswith("page"):
+    if name == "provided" and field.startswith("gfn"):
         return f"pfn{(number - 1) // 2} {'lent' if (number - 1) % 2 else 'shared'}" if number else "none"
     if name == "expect":
         return "anything" if number == st.ANY else _pick(st.CONTENTS, number)
@@ -71,14 +75,20 @@ def _pick(words: tuple[str, ...], number: int) -> str:
 def label(field: str) -> str:
     """``direct map`` for ``pfn0.s1``: what a field is called in reports."""
     name = field.rpartition(".")[2]
-    if name == "provided" and field.startswith("page"):
+    if name == "provided" and field.startswith("gfn"):
         return "given to the guest"
     return LABELS.get(name, name)
 
 
-def fields_of(state: bytes) -> dict[str, int]:
-    """Field name -> number of every byte of *state*, in the order of the layout."""
-    return {st.field_name(at): number for at, number in enumerate(state)}
+fields_of = st.fields_of
+_FIRST = ("file0", "vm0", "")
+"""Records that go without a name: where there is one file and one VM, nobody asks which."""
+
+
+def record(field: str) -> str:
+    """``pfn0`` for ``pfn0.owner``; empty for what is around the pages, if it is of the first file or VM."""
+    name = field.rpartition(".")[0]
+    return "" if name in _FIRST else name
 
 
 def ghost(field: str) -> bool:
@@ -91,7 +101,7 @@ def changed(before: bytes, after: bytes, names: Names = NOBODY) -> list[str]:
     things: dict[str, list[str]] = {}
     for field, old, new in st.changes(before, after):
         if not ghost(field):
-            thing = field.rpartition(".")[0]
+            thing = record(field)
             words = f"{label(field)} {value(field, old, names)} -> {value(field, new, names)}"
             things.setdefault(thing, []).append(words)
     return [f"{thing}: {', '.join(words)}" if thing else ", ".join(words) for thing, words in things.items()]
@@ -100,10 +110,21 @@ def changed(before: bytes, after: bytes, names: Names = NOBODY) -> list[str]:
 def overview(state: bytes) -> list[str]:
     """Three lines on a state in which nothing has happened yet: pages, frames, and what is around them."""
     fields = fields_of(state)
-    pages = _alike("page", st.PAGES, lambda n: _page_in_short(fields, n))
-    frames = _alike("pfn", st.FRAMES, lambda n: frame(fields, n))
-    around = [f"{label(f)} {value(f, fields[f])}" for f in st.GLOBALS if fields[f]]
+    counts = st.layout_of(state).counts
+    pages = _alike("page", counts["page"], lambda n: _page_in_short(fields, n))
+    frames = _alike("pfn", counts["pfn"], lambda n: frame(fields, n))
+    around = [_around(f, fields[f]) for f in fields if _is_around(f) and fields[f]]
     return [f"pages   {'; '.join(pages)}", f"frames  {'; '.join(frames)}", f"around  {', '.join(around)}"]
+
+
+def _is_around(field: str) -> bool:
+    return "." not in field or field.startswith(("file", "vm"))
+
+
+# ``file refs 2``, and ``file1: file refs 2`` where it is not the first.
+def _around(field: str, number: int, names: Names = NOBODY) -> str:
+    which = record(field)
+    return f"{which + ': ' if which else ''}{label(field)} {value(field, number, names)}"
 
 
 def _page_in_short(fields: Mapping[str, int], index: int) -> str:
@@ -144,13 +165,20 @@ def page(fields: Mapping[str, int], index: int, marked: Collection[str] = (), ma
     return _listed(told, fields, marked, mark, NOBODY)
 
 
+def gfn(fields: Mapping[str, int], number: int, marked: Collection[str] = (), mark: Mark = _plain) -> str:
+    """One line on guest frame *number*, as `frame`."""
+    return _listed([f for name in st.GFN_FIELDS if fields[f := f"gfn{number}.{name}"] or f in marked], fields, marked, mark,
+                   NOBODY)
+
+
 def around(
     fields: Mapping[str, int], usual: Mapping[str, int], marked: Collection[str] = (), mark: Mark = _plain,
     names: Names = NOBODY,
 ) -> str:
     """One line on everything else that is not as *usual*, as `frame`."""
-    told = [f for f in st.GLOBALS if fields[f] != usual[f] or f in marked]
-    return _listed(told, fields, marked, mark, names)
+    told = [f for f in fields if _is_around(f) and (fields[f] != usual[f] or f in marked)]
+    return ", ".join(mark(words) if field in marked else words
+                     for field in told for words in [_around(field, fields[field], names)])
 
 
 def _listed(

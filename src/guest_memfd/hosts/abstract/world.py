@@ -2,58 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.guest import GuestSide
 from guest_memfd.hosts.abstract.pagecache import PageCache
-from guest_memfd.hosts.host import EAGAIN, EBUSY, Entries, Folio
+from guest_memfd.hosts.host import EAGAIN, EBUSY, Bound, Cost, Entries, Folio
 
-TREES = {"attributes": "attr", "bindings": "binding", "provided": "provided"}
+TREES = {"attributes": "attr", "bindings": "binding"}
+"""Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""
+
+
+UNREPORTED = frozenset({"user_fault", "mmap", "teardown"})
+"""Operations of which no caller says what it was told."""
 
 
 class World(PageCache, GuestSide):
     """xa_load ... vm_destroyed, begin_op, end_op."""
 
-    # -- ghosts --------------------------------------------------------------------------------------------------
+    bounds: Mapping[str, Bound]
+    errnos: Mapping[str, tuple[int, ...]]
 
-    def begin_op(self, op: str, start: int, nr: int) -> None:
+    # -- tracepoints ---------------------------------------------------------------------------------------------
+
+    def begin_op(self, op: str, start: int, nr: int, gfn: int | None) -> None:
         """Remember what the operation is about."""
         ghost = self.state.ghost(self.who)
+        self._clear(ghost)
         ghost.op = st.OPS.index(op) + 1
-        ghost.scope = sum(1 << i for i in range(start, min(start + nr, st.PAGES)))
-        ghost.toggled = ghost.removed = 0
+        ghost.gfn = 0 if gfn is None else gfn + 1
+        ghost.scope = sum(1 << i for i in range(max(start, 0), min(start + nr, self.sizes.pages)))
 
     def end_op(self, ret: int, error_index: int | None) -> None:
         """Report how it ended, in the state it is about to unlock."""
         ghost = self.state.ghost(self.who)
         if not ghost.op:
             return
-        scope = _members(ghost.scope)
-        pages = [self.state.page(i) for i in scope]
+        scope = self._members(ghost.scope)
+        pages = [self.page(i) for i in scope]
+        op = st.OPS[ghost.op - 1]
         self.notes.append(notes.Ended(
-            st.OPS[ghost.op - 1], ret, error_index, scope, _members(ghost.toggled), _members(ghost.removed),
-            tuple(p.number for p in pages if p.cached), tuple(p.attr for p in pages),
-            tuple(p.number for p in pages if p.binding),
-            tuple(p.number for p in pages if p.cached and self.state.frame(p.cached - 1).lru)))
-        ghost.op = ghost.scope = ghost.toggled = ghost.removed = 0
+            op, ret, error_index, scope, self._members(ghost.toggled), self._members(ghost.removed),
+            tuple(i for i, p in zip(scope, pages, strict=True) if p.cached), tuple(p.attr for p in pages),
+            tuple(p.binding for p in pages),
+            tuple(i for i, p in zip(scope, pages, strict=True) if p.cached and self.state.frame(p.cached - 1).lru),
+            tuple(i for i, p in zip(scope, pages, strict=True) if self._guest_has(p)),
+            tuple(why for bit, why in enumerate(st.REASONS) if ghost.reasons >> bit & 1),
+            self._members(ghost.places),
+            ghost.gfn - 1 if ghost.gfn else None,
+            Cost(ghost.writes, ghost.flushes, ghost.calls),
+            (*self.hypervisor.errnos.get(op, ()), *self.errnos.get(op, ())), self.bounds.get(op)))
+        self._clear(ghost)
+        if op not in UNREPORTED:
+            ghost.ended = 1 - ret
+
+    # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
+    def _guest_has(self, page: st.Page) -> bool:
+        if self.vm.vm != st.RUNNING:
+            return True
+        if not page.binding or not page.cached:
+            return False
+        entry, frame = self.gfn(page.binding - 1), self.state.frame(page.cached - 1)
+        return frame.gmap == entry.number + 1 or bool(entry.gpoison or frame.poison)
+
+    def op_returned(self, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
+        """What the caller is told, beside what the operation had said."""
+        ghost = self.state.ghost(self.who)
+        under_way = bool(ghost.op)
+        self.notes.append(notes.Returned(op, start, nr, ret, error_index, self.sizes.pages,
+                                         1 - ghost.ended if ghost.ended else None))
+        if under_way or ghost.ended:
+            self._clear(ghost)
+
+    @staticmethod
+    def _clear(ghost: st.PartyGhost) -> None:
+        ghost.op = ghost.gfn = ghost.scope = ghost.toggled = ghost.removed = ghost.reasons = ghost.places = 0
+        ghost.writes = ghost.flushes = ghost.calls = ghost.ended = 0
+
+    def _members(self, mask: int) -> tuple[int, ...]:
+        return tuple(i for i in range(self.sizes.pages) if mask >> i & 1)
 
     # -- trees ---------------------------------------------------------------------------------------------------
 
     def xa_load(self, tree: str, start: int, nr: int) -> tuple[int, ...]:
-        """Entries past the end of the file are holes."""
+        """Entries past the end of the file, or of the VM's gfns, are holes."""
+        if tree == "provided":
+            return tuple(self.gfn(i).provided if 0 <= i < self.sizes.gfns else 0 for i in range(start, start + nr))
         field = TREES[tree]
-        return tuple(getattr(self.state.page(i), field) if i < st.PAGES else 0 for i in range(start, start + nr))
+        return tuple(getattr(self.page(i), field) if 0 <= i < self.sizes.pages else 0 for i in range(start, start + nr))
 
     def xa_store(self, tree: str, start: int, values: Entries) -> int:
-        """Stores past the end of the file go nowhere on this host of two pages."""
-        field = TREES[tree]
+        """Stores past the end go nowhere on this host of few pages."""
         for i, value in enumerate(values, start):
-            if i < st.PAGES:
-                self._store(field, i, value)
+            if tree == "provided":
+                if 0 <= i < self.sizes.gfns:
+                    self.gfn(i).provided = value
+            elif 0 <= i < self.sizes.pages:
+                self._store(TREES[tree], i, value)
         return 0
 
     def _store(self, field: str, index: int, value: int) -> None:
-        page = self.state.page(index)
+        page = self.page(index)
         if field == "attr" and page.attr != value:
             ghost = self.state.ghost(self.who)
             if ghost.op:
@@ -62,6 +112,8 @@ class World(PageCache, GuestSide):
             setattr(page, field, value)
             if page.cached:
                 self._attribute_changed(self.state.frame(page.cached - 1), page)
+        elif field == "binding" and page.binding != value:
+            self.out_of_scope("changes the binding", index)
         setattr(page, field, value)
 
     # A page that becomes shared is given to the host as it is; one that becomes private is the guest's.
@@ -74,62 +126,95 @@ class World(PageCache, GuestSide):
     def xa_store_reserved(self, tree: str, start: int, values: Entries) -> None:
         """A store that changes the attribute tree needs its reservation."""
         if tree == "attributes":
-            if not self.state.reserved:
+            if self.file.reserved < len(values):
                 self.die("store into the attribute tree without preallocated nodes")
-            self.state.reserved = 0
+            self.file.reserved = 0
         self.xa_store(tree, start, values)
 
     def xa_reserve(self, tree: str, start: int, nr: int) -> int:
         """The nodes are there until they are used or given back."""
-        self.state.reserved = 1
+        self.file.reserved = nr
         return 0
 
     def xa_release(self, tree: str) -> None:
         """Given back unused."""
-        self.state.reserved = 0
+        self.file.reserved = 0
 
     # -- files and inodes ----------------------------------------------------------------------------------------
 
     def alloc_inode(self) -> int:
-        """One file, one inode."""
-        self.state.files = self.state.inodes = 1
+        """A file and its inode."""
+        self.file.files = self.file.inodes = 1
+        self.file.inode = st.ALIVE
+        self.file.refuses_readers = 0
         return 0
 
     def fd_install(self) -> None:
         """User space sees it."""
-        self.state.fd = 1
+        self.file.fd = 1
 
     def fd_close(self) -> bool:
         """The descriptor goes; its file reference is the caller's to drop."""
-        open_before, self.state.fd = bool(self.state.fd), 0
+        open_before, self.file.fd = bool(self.file.fd), 0
         return open_before
+
+    def fdget(self) -> bool:
+        """Not from a descriptor that is closed."""
+        if not self.file.fd:
+            return False
+        self.file.files += 1
+        return True
+
+    def fd_open(self) -> bool:
+        """Whether the VMM's descriptor is open."""
+        return bool(self.file.fd)
 
     def get_file(self) -> bool:
         """Not from a file whose last reference has gone."""
-        if not self.state.files:
+        if not self.file.files:
+            self.against(st.GONE_BEFORE)
             return False
-        self.state.files += 1
+        self.file.files += 1
         return True
 
     def fput(self) -> bool:
         """True: the last one."""
-        if not self.state.files:
+        if not self.file.files:
             self.die("fput of a file without references")
-        self.state.files -= 1
-        return not self.state.files
+        self.file.files -= 1
+        return not self.file.files
+
+    def igrab(self) -> bool:
+        """Not while it is being evicted."""
+        if self.file.inode != st.ALIVE:
+            self.against(st.GONE_BEFORE)
+            return False
+        self.file.inodes += 1
+        return True
 
     def iput(self) -> bool:
         """True: the last one."""
-        if not self.state.inodes:
-            self.die("iput of an inode without references")
-        self.state.inodes -= 1
-        return not self.state.inodes
+        return self.drop_inode()
+
+    def destroy_inode(self) -> None:
+        """Its memory goes, and what its page cache still has with it."""
+        if self.file.inode != st.EVICTED:
+            self.die("destroy_inode of an inode that is in use")
+        if any(self.page(i).cached for i in range(self.sizes.pages)):
+            self.die("destroy_inode of an inode whose page cache is not empty")
+        self.file.inode, self.file.evictor = st.DESTROYED, 0
+        for index in range(self.sizes.pages):
+            page = self.page(index)
+            page.attr = page.binding = 0
+            page.expect = st.ZERO
+        self.file.reserved = self.file.refuses_readers = 0
 
     # -- module and VM -------------------------------------------------------------------------------------------
 
     def try_module_get(self) -> bool:
         """Not once it is gone."""
         if self.state.unloaded:
+            self.against(st.GONE_BEFORE)
             return False
         self.state.module += 1
         return True
@@ -149,13 +234,15 @@ class World(PageCache, GuestSide):
 
     def vm_state(self) -> str:
         """running, dying, gone."""
-        return st.VM_STATES[self.state.vm]
+        if self.vm.vm != st.RUNNING:
+            self.against(st.GONE_BEFORE)
+        return st.VM_STATES[self.vm.vm]
 
     def vm_kill(self) -> bool:
         """The vCPUs leave the guest and do not come back."""
-        if self.state.vm != st.RUNNING:
+        if self.vm.vm != st.RUNNING:
             return False
-        self.state.vm = st.DYING
+        self.vm.vm = st.DYING
         return True
 
     def vm_destroyed(self) -> None:
@@ -163,14 +250,20 @@ class World(PageCache, GuestSide):
 
         Whoever uses a kernel mapping of a guest page holds the VM, so this waits for him.
         """
-        if self.state.gpc_readers:
+        if self.vm.gpc_readers:
             self.wait()
-        self.state.vm = st.GONE
+        self.vm.vm = st.GONE
+        first = self.vm.number * self.sizes.gfns
         for frame in self.state.frames():
-            frame.gmap = frame.gstale = frame.locked_in = 0
-        for page in self.state.pages():
-            page.gpoison = 0
-        self.state.gpc = self.state.gpc_fresh = 0
+            if first < frame.gmap <= first + self.sizes.gfns:
+                frame.gmap = frame.asked = 0
+            if frame.owner != st.HOST and frame.of == self.vm.number:
+                frame.locked_in = 0
+            if first < frame.gstale <= first + self.sizes.gfns:
+                frame.gstale = 0
+        for gfn in range(self.sizes.gfns):
+            self.gfn(gfn).gpoison = 0
+        self.vm.gpc = self.vm.gpc_fresh = 0
         self.module_put()
 
     # -- power ---------------------------------------------------------------------------------------------------
@@ -178,6 +271,7 @@ class World(PageCache, GuestSide):
     def pm_account(self, pages: int) -> int:
         """Counted and refused atomically."""
         if pages > 0 and self.state.preparing:
+            self.against(st.HIBERNATION)
             return -EAGAIN
         if self.state.away + pages < 0:
             self.die("more pages come back to the host than had left it")
@@ -197,16 +291,16 @@ class World(PageCache, GuestSide):
 
     def open_files(self) -> int:
         """secretmem_users."""
-        return int(self.state.files > 0)
+        return sum(file.files > 0 for file in self.state.all_files())
 
     def freeze_processes(self) -> None:
         """Tasks stop where they can: outside of every memory operation."""
-        state = self.state
-        busy = (state.invalidate_w or state.invalidate_r or state.invalidate_q or state.bindings_w or state.bindings_r
-                or state.bindings_q or any(f.lock or f.lookup or f.spec for f in state.frames()) or state.gpc_readers)
-        if busy:
+        held = any(f.invalidate_w or f.invalidate_r or f.invalidate_q or f.bindings_w or f.bindings_r or f.bindings_q
+                   for f in self.state.all_files())
+        if (held or any(f.lock or f.lookup or f.spec for f in self.state.frames())
+                or any(vm.gpc_readers for vm in self.state.vms())):
             self.wait()
-        state.frozen = 1
+        self.state.frozen = 1
 
     def thaw_processes(self) -> None:
         """They run again."""
@@ -214,7 +308,7 @@ class World(PageCache, GuestSide):
 
     def hwpoison(self, index: int) -> Folio | None:
         """Hardware reports the frame at *index*; memory_failure() holds a reference while it works."""
-        page = self.state.page(index)
+        page = self.page(index)
         if not page.cached:
             return None
         frame = self.state.frame(page.cached - 1)
@@ -223,6 +317,16 @@ class World(PageCache, GuestSide):
         frame.poison = 1
         frame.lookup += 1
         return Folio(frame.number)
+
+    def memory_failure_done(self, folio: Folio, result: str) -> None:
+        """Who still reaches the page now, and what the handler makes of it."""
+        frame, ghost = self.state.frame(folio.pfn), self.state.ghost(self.who)
+        reached = {"the guest": (frame.gmap or frame.gstale) and self.vm.vm == st.RUNNING, "the VMM": frame.user,
+                   "the kernel": any(vm.gpc == frame.number + 1 for vm in self.state.vms())}
+        reasons = tuple(why for bit, why in enumerate(st.REASONS) if ghost.reasons >> bit & 1)
+        self.notes.append(notes.Contained(frame.number, result, tuple(who for who, how in reached.items() if how), reasons))
+        frame.handled = int(result == "delayed")
+        self._clear(ghost)
 
     # -- saying so -----------------------------------------------------------------------------------------------
 
@@ -233,7 +337,3 @@ class World(PageCache, GuestSide):
     def bug(self, what: str) -> None:
         """BUG_ON()."""
         self.die(what)
-
-
-def _members(mask: int) -> tuple[int, ...]:
-    return tuple(i for i in range(st.PAGES) if mask >> i & 1)

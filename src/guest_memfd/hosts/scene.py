@@ -1,0 +1,123 @@
+"""What a scene is: the world before the parties begin. Sizes, which page is shared, bindings, what this kernel can do.
+
+Rule of this file: a scene is data. What it means is the abstract host's to say; scenarios/scenes.py has those that
+are explored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from guest_memfd.errors import BadInput
+
+MOST = {"pages": 4, "frames": 6, "files": 2, "vms": 2, "failures": 255, "refusals": 255}
+"""Largest sizes of a scene."""
+
+MOST_GFNS = 8
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A memslot: gfns [gfn, gfn+nr) are pages [start, start+nr) of the file."""
+
+    gfn: int
+    start: int
+    nr: int
+
+    def index(self, gfn: int) -> int | None:
+        """The page index of *gfn*, None if the slot does not have it."""
+        return self.start + gfn - self.gfn if self.gfn <= gfn < self.gfn + self.nr else None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the kernel of a scene can do.
+
+    changes_direct_map: can_set_direct_map(). Where it is False (arm64, rodata=noalias) the setters do nothing and say 0.
+    merges_leaves: makes large direct-map leaves of small ones again, so that restoring a page may have to split one.
+    init_on_free: writes to a page when it is freed, through the direct map (init_on_free, page poisoning, KASAN).
+    asks_mapping: readers of page-cache folios ask AS_NO_DIRECT_MAP first.
+    """
+
+    changes_direct_map: bool = True
+    merges_leaves: bool = False
+    init_on_free: bool = True
+    asks_mapping: bool = True
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The world before the parties begin.
+
+    pages: of each file. frames: that there are for all of them. shared: pages that start out shared, in every file.
+    slots: what is bound before anybody starts, in every file (file n belongs to VM n, or to the only VM there is).
+    failures, refusals: how many injected failures, and how many refusals for good, one run may have.
+    made: whether the file exists when the parties begin; if not, somebody has to create and bind it.
+
+    Raises BadInput for a scene that cannot be.
+    """
+
+    name: str = "two-pages"
+    title: str = "a private page and a shared one, gfn i bound to page i"
+    pages: int = 2
+    frames: int = 3
+    shared: tuple[int, ...] = (1,)
+    slots: tuple[Slot, ...] = (Slot(0, 0, 2),)
+    kernel: Kernel = field(default_factory=Kernel)
+    failures: int = 1
+    refusals: int = 0
+    files: int = 1
+    vms: int = 1
+    made: bool = True
+
+    def __post_init__(self) -> None:
+        for what, most in MOST.items():
+            number = getattr(self, what)
+            least = 0 if what in ("failures", "refusals") else 1
+            if type(number) is not int or not least <= number <= most:
+                raise BadInput(f"scene {self.name!r}: {what} must be {least} to {most}, not {number!r}")
+        if self.vms > self.files:
+            raise BadInput(f"scene {self.name!r}: {self.vms} VMs need as many files, not {self.files}")
+        for index in self.shared:
+            if not 0 <= index < self.pages:
+                raise BadInput(f"scene {self.name!r}: page {index} cannot be shared, the file has {self.pages} pages")
+        bound = [index for slot in self.slots for index in range(slot.start, slot.start + slot.nr)]
+        if len(set(bound)) < len(bound) or any(not 0 <= index < self.pages for index in bound):
+            raise BadInput(f"scene {self.name!r}: its slots bind pages {bound} of a file of {self.pages} pages")
+        gfns = [gfn for slot in self.slots for gfn in range(slot.gfn, slot.gfn + slot.nr)]
+        if len(set(gfns)) < len(gfns) or any(not 0 <= gfn < MOST_GFNS - 1 for gfn in gfns):
+            raise BadInput(f"scene {self.name!r}: its slots have gfns {gfns}; they must be below {MOST_GFNS - 1}, each once")
+
+    @property
+    def gfns(self) -> tuple[int, ...]:
+        """The gfns that have a page of the file, in order."""
+        return tuple(sorted(gfn for slot in self.slots for gfn in range(slot.gfn, slot.gfn + slot.nr)))
+
+    @property
+    def beyond(self) -> int:
+        """The first gfn above all slots: no page is behind it."""
+        return max(self.gfns, default=-1) + 1
+
+    def index(self, gfn: int) -> int | None:
+        """The page index that *gfn* is bound to when the parties begin, None for a gfn without a slot."""
+        return next((index for slot in self.slots if (index := slot.index(gfn)) is not None), None)
+
+    def slot_of(self, index: int) -> Slot | None:
+        """The slot that binds page *index*."""
+        return next((slot for slot in self.slots if slot.start <= index < slot.start + slot.nr), None)
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Ranges that a VMM asks for: (first page, length) of the first page, the last, and all of them."""
+        return tuple(dict.fromkeys(((0, 1), (self.pages - 1, 1), (0, self.pages))))
+
+    def differences(self) -> Iterator[str]:
+        """In words, where it differs from the plainest scene."""
+        usual = Scene()
+        for name in ("pages", "frames", "shared", "slots", "failures", "refusals", "files", "vms", "made"):
+            if getattr(self, name) != getattr(usual, name):
+                yield f"{name} {getattr(self, name)}"
+        for name, value in vars(self.kernel).items():
+            if value != getattr(usual.kernel, name):
+                yield f"{name} {value}"
