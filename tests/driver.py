@@ -10,24 +10,32 @@ from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hosts.abstract import AbstractHost
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import Primitive, Steps
+from guest_memfd.hosts.scene import Kernel, Scene
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
+
+MERGING = Scene(kernel=Kernel(merges_leaves=True))
+"""Two pages, on a kernel where restoring a page in the direct map may fail, too."""
 
 
 class Bench:
     """A library on an abstract host under one hypervisor, its state, and every note since the beginning."""
 
-    def __init__(self, hypervisor: str, design: type[Design] = OurLibrary, *, opened: bool = True) -> None:
+    def __init__(
+        self, hypervisor: str, design: type[Design] = OurLibrary, *, opened: bool = True, scene: Scene = MERGING,
+    ) -> None:
         self.hypervisor = HYPERVISORS[hypervisor]
-        self.library = design(self.hypervisor.ops(), st.PAGES)
-        self.machine = AbstractHost(self.hypervisor, merges_leaves=True)
+        self.library = design(self.hypervisor.ops(), scene.pages)
+        self.library.scene = scene
+        self.machine = AbstractHost(self.hypervisor, scene, 1, bounds=design.bounds, errnos=design.errnos)
         self.shared = self.machine.initial()
         self.notes: list[Any] = []
         self.fail_at = -1
         self.failed = ""
         if opened:
-            assert self.do(lambda lib: lib.create(st.PAGES, (1,))) == 0
-            assert self.do(lambda lib: lib.bind(0, 0, st.PAGES)) == 0
+            assert self.do(lambda lib: lib.create(scene.pages, scene.shared)) == 0
+            for slot in scene.slots:
+                assert self.do(lambda lib, slot=slot: lib.bind(slot.gfn, slot.start, slot.nr)) == 0
 
     @property
     def state(self) -> st.State:

@@ -26,6 +26,10 @@ class Parts:
     splits = False
     """Whether folios may be split, and smaller ones be used where one of `order` cannot be had."""
 
+    no_direct_map = True
+    """Whether private pages leave the direct map: then the kernel must be able to do that, and who reads page-cache folios
+    through it is turned away (AS_NO_DIRECT_MAP)."""
+
     def __init__(self, ops: GuestMemfdOps, size: int) -> None:
         self.host = Host("library")
         self.ops = ops

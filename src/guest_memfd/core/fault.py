@@ -7,22 +7,27 @@ is made, so there is no sequence to recheck. (KVM's own path drops the lock befo
 from __future__ import annotations
 
 from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.core.folio import Folios, Grabbed
+from guest_memfd.core.folio import Grabbed
+from guest_memfd.core.invalidate import Removes
 from guest_memfd.hosts.host import EFAULT, EINVAL, Steps
 
 
-class Faults(Folios):
+class Faults(Removes):
     """guest_fault (kvm_gmem_get_pfn() and the map that follows), user_fault (kvm_gmem_fault_user_mapping()), allocate."""
 
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
         """Give the guest page *index* at *gfn*, with the folio it lies in; 0, -EFAULT (not bound so), or a refusal."""
         host = self.host
-        yield from host.begin_op("fault", index, 1)
+        yield from host.begin_op("fault", index, 1, gfn)
+        if not (yield from host.get_file()):           # kvm_gmem_get_file(): the slot's pointer does not keep it
+            yield from host.end_op(-EFAULT)
+            return -EFAULT
         yield from host.down_read("invalidate")
         (bound,) = yield from host.xa_load("bindings", index, 1)
         ret = (yield from self._fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
         yield from host.end_op(ret)
         yield from host.up_read("invalidate")
+        yield from self.close()
         return ret
 
     def _fault_bound(self, gfn: int, index: int) -> Steps[int]:
@@ -51,8 +56,10 @@ class Faults(Folios):
         host = self.host
         if index >= self.size:
             return "SIGBUS"
+        yield from host.begin_op("user_fault", index, 1)
         yield from host.down_read("invalidate")
         answer = yield from self._fault_shared(index)
+        yield from host.end_op(-EFAULT if answer == "SIGBUS" else 0)
         yield from host.up_read("invalidate")
         return answer
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from guest_memfd.core.base import PRIVATE_PAGE
 from guest_memfd.core.direct_map import HostMapping
 from guest_memfd.core.ops import Reason
-from guest_memfd.hosts.host import EAGAIN, EEXIST, EHWPOISON, Folio, Steps
+from guest_memfd.hosts.host import EAGAIN, EEXIST, EHWPOISON, EIO, Folio, Steps
 
 LOOKUPS = 3
 """Attempts to look a folio up while others add and remove it, before -EAGAIN."""
@@ -127,7 +127,10 @@ class Folios(HostMapping):
         if ret:
             yield from host.unlock_folio(folio)
             return ret
-        yield from self.return_to_kernel(held, locked.private)
+        if not locked.hwpoison:
+            yield from self.return_to_kernel(held, locked.private)
+        elif locked.private:                            # broken memory is not mapped again, and nobody waits for it
+            yield from self.account(-folio.nr)
         yield from host.filemap_remove_folio(folio)
         yield from self.unlock_and_put(folio)
         return 0
@@ -139,13 +142,26 @@ class Folios(HostMapping):
             yield from host.clear_folio_local(folio)
         if marked and (yield from self.restore(folio)):
             yield from host.warn(f"{folio} cannot be put back into the direct map and is kept")
-            yield from host.folio_get(folio, "kept")
+            yield from host.leak_folio(folio)
 
     def take_back(self, held: Held) -> Steps[int]:
-        """`ops.reclaim`, tried again once: what can fail there is want of memory, or a hypervisor that is busy."""
+        """`ops.reclaim`, tried again once: what passes is want of memory, or a hypervisor that is busy. -EIO does not."""
         if held.gfn is None or not held.private:
             return 0
         ret = yield from self.ops.reclaim(held.gfn, held.folio)
-        if ret:
+        if ret not in (0, -EIO):
             ret = yield from self.ops.reclaim(held.gfn, held.folio)
         return ret
+
+    def leak(self, held: Held) -> Steps[int]:
+        """Give up the locked folio that the hypervisor will never give back: out of the file, out of use, counted; 0.
+
+        Its hole in the direct map stays, and it stays counted as away from the host: nobody may come near it.
+        Source: snp_leak_pages() (arch/x86/virt/svm/sev.c); drivers/hv, 03f5a999adba.
+        """
+        host, folio = self.host, held.folio
+        yield from host.warn(f"{folio} stays with the hypervisor for ever")
+        yield from host.unmap_mapping_pages(held.pgoff, folio.nr)
+        yield from host.leak_folio(folio)
+        yield from host.filemap_remove_folio(folio)
+        return 0

@@ -20,7 +20,7 @@ def _cut(held: Held, start: int, nr: int) -> bool:
 
 
 class Removes(Converts):
-    """punch_hole, error_folio, truncate."""
+    """punch_hole, error_folio, close."""
 
     def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
         """Free the pages of [start, start+nr); -EBUSY with the page index if the guest holds on to one.
@@ -80,14 +80,31 @@ class Removes(Converts):
         return 0, 0
 
     def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
-        """memory_failure() found the locked *folio* broken: the guest loses it, the file keeps it.
+        """memory_failure() found the locked *folio* broken: guest and VMM lose it, the file keeps it.
 
-        ``delayed``, or ``failed`` if the hypervisor refuses or somebody is just changing the file. Removal takes the
-        invalidate lock and then folio locks, so waiting for it here, under one, could wait for ever.
+        ``delayed`` (MF_DELAYED: whoever asks for the page is told then), or ``failed`` if the hypervisor refuses or the
+        file is just going away. The folio is unlocked meanwhile: removal takes the invalidate lock and then folio locks, so
+        waiting for it under one could wait for ever. An inode reference keeps the file until the folio is locked again.
         """
         host = self.host
-        if locked.pgoff is None or not (yield from host.down_read_trylock("invalidate")):
+        if locked.pgoff is None or not (yield from host.igrab()):
             return "failed"
+        yield from host.unlock_folio(folio)
+        yield from host.down_read("invalidate")
+        ret = yield from self._take_from_users(folio)
+        yield from host.up_read("invalidate")
+        if (yield from host.iput()):
+            yield from self.evict()
+        yield from host.lock_folio(folio)
+        return "failed" if ret else "delayed"
+
+    # A folio that has left the file while nobody looked has been taken from everybody.
+    def _take_from_users(self, folio: Folio) -> Steps[int]:
+        host = self.host
+        locked = yield from host.lock_folio(folio)
+        yield from host.unlock_folio(folio)             # under the invalidate lock it stays where it is
+        if locked.pgoff is None:
+            return 0
         yield from host.mmu_invalidate_begin(locked.pgoff, folio.nr)
         yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
         (bound,) = yield from host.xa_load("bindings", locked.pgoff, 1)
@@ -95,5 +112,20 @@ class Removes(Converts):
         held = Held(folio, locked.pgoff, bound - 1 if bound else None, attribute == PRIVATE_PAGE)
         ret, _ = yield from self.invalidate_guest((held,), "error")
         yield from host.mmu_invalidate_end()
-        yield from host.up_read("invalidate")
-        return "failed" if ret else "delayed"
+        return ret
+
+    # -- the last reference -------------------------------------------------------------------------------------
+
+    def close(self) -> Steps[None]:
+        """Drop a reference on the file: close(2), or a binding that ends."""
+        if (yield from self.host.fput()) and (yield from self.host.iput()):
+            yield from self.evict()
+
+    # The inode has no reference left: nobody can look a page up any more, nothing is bound.
+    def evict(self) -> Steps[None]:
+        """Give every page back, and let the inode and the module go."""
+        yield from self.host.down_write("invalidate")
+        yield from self.remove_range(0, self.size, "punch")
+        yield from self.host.up_write("invalidate")
+        yield from self.host.destroy_inode()
+        yield from self.host.module_put()

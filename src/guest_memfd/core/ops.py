@@ -25,7 +25,7 @@ class GuestMemfdOps(ABC):
     A folio is referenced, and either locked or in a range for which the invalidate lock is held exclusively; *gfn* is
     that of its first page, a multiple of its size, and all of it has one attribute.
     Every procedure returns 0 or -errno. An entry that fails leaves the page as it was, or in a state from which the
-    same entry can be called again.
+    same entry can be called again. -EIO from `invalidate` or `reclaim` is final: the page will never come back.
     """
 
     module: str

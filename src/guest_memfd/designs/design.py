@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from guest_memfd.core import Library
+from guest_memfd.hosts.host import Bound
+from guest_memfd.hosts.scene import Scene
 
 
 class Design(Library):
@@ -19,5 +22,21 @@ class Design(Library):
     """Whether pages the VMM has mapped may be taken by GUP at all (secretmem refuses)."""
     hypervisors: ClassVar[tuple[str, ...] | None] = None
     """Names of the hypervisors it was posted for; None: any."""
-    born_shared: ClassVar[tuple[int, ...]] = (1,)
-    """Pages of the scenario's file that start out shared (so that both kinds exist from the beginning)."""
+    offers: ClassVar[tuple[str, ...]] = ()
+    """Names of its own that neither it nor the library calls, but a party of the same plugin does."""
+    bounds: ClassVar[Mapping[str, Bound]] = {
+        "fault": Bound(writes=1, flushes=1, calls=2), "user_fault": Bound(writes=2), "allocate": Bound(),
+        "to_private": Bound(writes=1, calls=4, once=1), "to_shared": Bound(calls=4), "punch": Bound(writes=2, calls=4),
+        "unbind": Bound(calls=4), "teardown": Bound(calls=4),
+    }
+    """What an operation costs at most, each of its hypercalls made twice where the first fails (law bounded-cost). One that
+    is not here is not bounded."""
+    errnos: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    """Operation -> errno values that its documentation names on top of the library's."""
+    scene: Scene = Scene()
+    """The scene it is put in; parties ask it for gfns, ranges and frames."""
+
+    @property
+    def born_shared(self) -> tuple[int, ...]:
+        """Pages that start out shared: what a binding's FORCE_SHARE says where there are no attributes."""
+        return self.scene.shared

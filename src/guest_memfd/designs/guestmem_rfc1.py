@@ -11,10 +11,13 @@ hypervisor the client is the Gunyah one of the CLO tree (@a36302d6, never posted
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import EBUSY, EFAULT, EHWPOISON, EOPNOTSUPP, EPERM, Folio, Steps
+from guest_memfd.hosts.host import EBUSY, EFAULT, EHWPOISON, EOPNOTSUPP, EPERM, Bound, Folio, Steps
 
 
 class GuestmemRfc1(Design):
@@ -24,7 +27,11 @@ class GuestmemRfc1(Design):
     title = "the first posted guest_memfd library, with NO_DIRECT_MAP"
     source = "20240805-guest-memfd-lib-v1-*-e5a29a4ff5d7@quicinc.com; CodeLinaro guest_memfd.c @a36302d6"
     power = "none"
-    born_shared = (1,)
+    no_direct_map = False
+    bounds: ClassVar[Mapping[str, Bound]] = {
+        **Design.bounds, "allocate": Bound(writes=1), "user_fault": Bound(writes=2, flushes=1, calls=2),
+        "punch": Bound(writes=1, flushes=1, calls=4),
+    }
 
     @property
     def has_accessible(self) -> bool:
@@ -87,7 +94,7 @@ class GuestmemRfc1(Design):
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
         """The client's demand paging."""
         host = self.host
-        yield from host.begin_op("fault", index, 1)
+        yield from host.begin_op("fault", index, 1, gfn)
         yield from host.down_read("invalidate")
         (bound,) = yield from host.xa_load("bindings", index, 1)
         if bound != gfn + 1:
@@ -96,7 +103,7 @@ class GuestmemRfc1(Design):
             ret, tidy = yield from self._demand_page(gfn, index)
         else:
             ret, tidy = yield from self._get_pfn(gfn, index)
-        yield from host.end_op(0)
+        yield from host.end_op(ret)
         if tidy:
             yield from host.up_read("invalidate")
         return ret

@@ -11,7 +11,8 @@ are this hypervisor's hypercalls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 from guest_memfd.core.base import filled
 from guest_memfd.core.convert import Conversion
@@ -23,6 +24,7 @@ from guest_memfd.hosts.host import (
     ENOENT,
     EOPNOTSUPP,
     EPERM,
+    Bound,
     Entries,
     Folio,
     Host,
@@ -66,7 +68,12 @@ class GunyahV17(Design):
     source = "[PATCH v17 19,20,23,24,28/35], 20240222-gunyah-v17-*-1e9da6763d38@quicinc.com"
     hypervisors = ("gunyah",)
     power = "none"
-    born_shared = (1,)
+    no_direct_map = False
+    errnos: ClassVar[Mapping[str, tuple[int, ...]]] = {"fault": (ENOENT, EPERM)}
+    bounds: ClassVar[Mapping[str, Bound]] = {
+        "fault": Bound(writes=2, calls=3), "user_fault": Bound(writes=1, calls=2), "punch": Bound(writes=1, calls=2),
+        "unbind": Bound(writes=1, calls=2), "mmap": Bound(writes=1, calls=2), "teardown": Bound(writes=1, calls=4),
+    }
 
     @property
     def driver(self) -> Host:
@@ -82,9 +89,12 @@ class GunyahV17(Design):
 
     def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
         """MAP_MEM, once per page here; each binding keeps a reference on the file."""
+        host = self.driver
+        yield from host.begin_op("bind", start, nr)
         for index in range(start, start + nr):
-            yield from self.driver.get_file()
-            yield from self.driver.xa_store("bindings", index, Entries(gfn + index - start + 1, 1))
+            yield from host.get_file()
+            yield from host.xa_store("bindings", index, Entries(gfn + index - start + 1, 1))
+        yield from host.end_op(0)
         return 0
 
     def lends(self, index: int) -> bool:
@@ -117,11 +127,11 @@ class GunyahV17(Design):
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
         """gunyah_gmem_demand_page(): bindings_lock, then folio lock, then (in provide) invalidate_lock (S14)."""
         host = self.driver
-        yield from host.begin_op("fault", index, 1)
+        yield from host.begin_op("fault", index, 1, gfn)
         yield from host.down_read("bindings")
         (bound,) = yield from host.xa_load("bindings", index, 1)
         ret = (yield from self._demand(gfn, index)) if bound == gfn + 1 else -ENOENT
-        yield from host.end_op(0)
+        yield from host.end_op(ret)
         yield from host.up_read("bindings")
         return ret
 
@@ -226,6 +236,8 @@ class GunyahV17(Design):
         """mmap of lent memory takes it back first; share bindings are ignored."""
         host = self.driver
         lent = tuple(i for i in range(self.size) if self.lends(i))
+        if not lent:
+            return (yield from host.mmap())
         yield from host.begin_op("mmap", lent[0], len(lent))
         yield from host.down_read("invalidate")
         ret = yield from self.reclaim_range(lent[0], len(lent))
@@ -333,4 +345,5 @@ class GunyahV17(Design):
                 yield from host.lock_folio(hit.folio)
                 yield from host.filemap_remove_folio(hit.folio)
                 yield from self.unlock_and_put(hit.folio)
+        yield from host.destroy_inode()
         yield from host.module_put()

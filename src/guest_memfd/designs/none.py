@@ -16,6 +16,7 @@ class NoDesign(Design):
     title = "stage 1 is left alone"
     source = "Gunyah series v1-v16; Elliot Berman, 23 Feb 2024"
     power = "none"
+    no_direct_map = False
 
     def zap_noflush(self, folio: Folio) -> Steps[int]:
         """Nothing."""

@@ -7,9 +7,12 @@ the hypervisor's part are our library's, because memfd_secret has neither. Sourc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import Steps
+from guest_memfd.hosts.host import Bound, Steps
 
 
 class Secretmem(Design):
@@ -20,6 +23,10 @@ class Secretmem(Design):
     source = "mm/secretmem.c secretmem_fault(), secretmem_free_folio()"
     power = "count"
     gup = False
+    bounds: ClassVar[Mapping[str, Bound]] = {
+        **Design.bounds, "allocate": Bound(writes=1, flushes=1), "user_fault": Bound(writes=1, flushes=1),
+        "punch": Bound(writes=1, calls=4),
+    }
 
     def grab_folio(self, index: int) -> Steps[Grabbed | int]:
         """A new page leaves the direct map at once; if that fails it is given up again."""

@@ -6,11 +6,14 @@ from guest_memfd.hypervisors.gunyah.client import GUNYAH
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.hypervisors.kvm.default import KVM
 from guest_memfd.hypervisors.kvm.pkvm import PKVM
+from guest_memfd.hypervisors.names import misspelt
 from guest_memfd.plugins import Registry
 
 
 def _lacks(thing: object) -> str | None:
-    return None if isinstance(thing, Hypervisor) else f"{thing!r} is no guest_memfd.hypervisors.hypervisor.Hypervisor"
+    if not isinstance(thing, Hypervisor):
+        return f"{thing!r} is no guest_memfd.hypervisors.hypervisor.Hypervisor"
+    return misspelt(thing)
 
 
 HYPERVISORS: Registry[Hypervisor] = Registry(

@@ -22,7 +22,10 @@ class Stage2(Protocol):
     """The hypervisor's records and page tables. Each call of a hypercall's code is one atomic step of the machine."""
 
     def owner(self, pfn: int) -> str:
-        """host; guest (donated); shared (the host's, both may use it); borrowed (the guest's, the host may use it)."""
+        """host; guest (donated); shared (the host's, both may use it); borrowed (the guest's, the host may use it).
+
+        ``other guest``: a guest of another VM has it.
+        """
 
     def set_owner(self, pfn: int, owner: Owner) -> None:
         """Change the record."""
@@ -83,7 +86,9 @@ class Hypervisor:
     """A hypervisor as scenarios use it.
 
     abort: the kind it injects for a host access to a page that stage 2 withholds, None if there is no host stage 2.
-    hypercalls: name -> code(stage2, *args) -> 0 or -errno. fallible: name -> -errno of an injected failure.
+    hypercalls: name -> code(stage2, *args) -> 0 or -errno. fallible: name -> -errno of an injected failure, which passes.
+    final: name -> -errno of a refusal for good: the page in question will never come back.
+    errnos: operation of the library -> errno values that it can have under this hypervisor on top of the documented ones.
     tracks_owner: whether it keeps ownership at all (plain KVM does not).
     consents: in words, what `guest_consents` is to this guest; None if its guests cannot give a page up.
     """
@@ -101,4 +106,6 @@ class Hypervisor:
     guest_touches: Callable[[Stage2, int], None] = _nothing
     force_reclaim: Callable[[Any, int], bool] = _never
     pfn_cache: bool = False
+    final: Mapping[str, int] = field(default_factory=dict)
+    errnos: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())

@@ -6,7 +6,7 @@ A -EINVAL from a donate means "not the owner": the page is where it should be al
 from __future__ import annotations
 
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.hosts.host import EAGAIN, EINVAL, ENOMEM, Folio, Steps
+from guest_memfd.hosts.host import EAGAIN, EINVAL, EIO, ENOMEM, Folio, Steps
 from guest_memfd.hypervisors.gunyah import el2
 from guest_memfd.hypervisors.hypervisor import SEA, Hypervisor
 
@@ -75,6 +75,7 @@ GUNYAH = Hypervisor(
         "donate_to_protected": -ENOMEM, "donate_to_sibling": -ENOMEM, "map_private": -ENOMEM, "map_vmmio": -ENOMEM,
         "unmap_private": -EAGAIN, "unmap_vmmio": -EAGAIN, "donate_from_protected": -EAGAIN,
     },
+    final={"unmap_private": -EIO, "unmap_vmmio": -EIO, "donate_from_protected": -EIO, "donate_from_sibling": -EIO},
     abort=SEA,
     tracks_owner=True,
     consents="relinquish",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.hosts.host import EAGAIN, EBUSY, ENOENT, ENOMEM, EPERM, Folio, Steps
+from guest_memfd.hosts.host import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM, EPERM, Folio, Steps
 from guest_memfd.hypervisors.hypervisor import DATA_ABORT, Hypervisor, Stage2
 
 # -- EL2 -----------------------------------------------------------------------------------------------------------
@@ -122,14 +122,21 @@ class PkvmOps(GuestMemfdOps):
         return 0 if ret == -EPERM else ret
 
     def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
-        """Unshare a shared page; a private one needs the guest's consent or its death."""
-        if not private:
-            ret = yield from self.host.hypercall("unshare_guest", gfn, folio)
-            if ret != -ENOENT or reason == "to_private":
-                return 0 if ret == -ENOENT else ret
-        if reason == "teardown":
-            return 0 if private else (yield from self.reclaim(gfn, folio))
-        return (yield from self.host.hypercall("check_consent", gfn, folio, reason == "to_shared"))
+        """Unshare a shared page; a private one needs the guest's consent or its death.
+
+        A page that is the guest's own, which it only lets the host use, comes back with the guest's death: asked and done
+        in one call, as the guest may die between two.
+        """
+        if private:
+            return 0 if reason == "teardown" else (
+                yield from self.host.hypercall("check_consent", gfn, folio, reason == "to_shared"))
+        ret = yield from self.host.hypercall("unshare_guest", gfn, folio)
+        if ret != -ENOENT:
+            return ret
+        if reason == "to_private":
+            return 0
+        ret = yield from self.reclaim(gfn, folio)
+        return -EBUSY if ret == -EPERM else ret
 
     def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
         """The guest has shared it: EL2 lets the host in already."""
@@ -159,6 +166,7 @@ PKVM = Hypervisor(
         "check_consent": check_consent, "reclaim_dying_guest_page": reclaim_dying_guest_page,
     },
     fallible={"donate_guest": -ENOMEM, "share_guest": -ENOMEM, "reclaim_dying_guest_page": -EAGAIN},
+    final={"unshare_guest": -EIO, "reclaim_dying_guest_page": -EIO},
     abort=DATA_ABORT,
     tracks_owner=True,
     consents="MEM_SHARE",
