@@ -3,7 +3,7 @@
     GuestMemfdError
     +-- BadInput               you asked for something that cannot be: exit code 4
     |   +-- UnknownName        no design, hypervisor, party or law of that name
-    |   +-- PluginError          a third-party hypervisor or design does not load or lacks an operation
+    |   +-- PluginError        a third-party hypervisor, design, party or law does not load or lacks something
     |   +-- NotAPrimitive      a procedure yielded something that no host can perform
     |   +-- DesignRaised       a design (or a party) raised while it was explored
     |   +-- TraceError         a trace file that cannot be read or does not fit
@@ -25,6 +25,18 @@ _KERNEL_NAMES = {errnos.EAGAIN: "EAGAIN", errnos.EDEADLK: "EDEADLK", errnos.EOPN
 def errno_name(errno: int) -> str:
     """The kernel's name of *errno*, which is positive (include/uapi/asm-generic/errno.h); its digits if it has none."""
     return _KERNEL_NAMES.get(errno) or errnos.errorcode.get(errno, str(errno))
+
+
+def describe(error: BaseException) -> str:
+    """``TypeError: message (file:line in function)`` of the innermost frame."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = ""
+    if trace is not None:
+        code = trace.tb_frame.f_code
+        place = f" ({code.co_filename.rpartition('/')[2]}:{trace.tb_lineno} in {code.co_qualname})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 class GuestMemfdError(Exception):
@@ -50,7 +62,7 @@ class UnknownName(BadInput):
 
 
 class PluginError(BadInput):
-    """A registered third-party hypervisor or design does not load, or lacks an operation."""
+    """A registered third-party hypervisor, design, party or law does not load, or lacks something, or misspells it."""
 
 
 class NotAPrimitive(BadInput):

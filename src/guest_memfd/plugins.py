@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, ValuesView
 from importlib import metadata
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Things of one *kind* by name. Entry points of *group* are looked at once, when a name is asked for."""
+    """Things of one *kind* by name, as in a dictionary. Entry points of *group* are looked at once, at the first question.
+
+    Names that are built in are answered without looking.
+    """
 
     def __init__(self, kind: str, group: str, builtin: dict[str, T], check: Callable[[T], str | None] | None = None):
         self.kind, self.group, self._known, self._check = kind, group, dict(builtin), check
@@ -57,9 +60,27 @@ class Registry(Generic[T]):
             raise UnknownName(self.kind, name, self._known)
         return self._known[name]
 
+    def __contains__(self, name: object) -> bool:
+        if name not in self._known:
+            self._look()
+        return name in self._known
+
     def __iter__(self) -> Iterator[str]:
         self._look()
         return iter(self._known)
+
+    def __len__(self) -> int:
+        self._look()
+        return len(self._known)
+
+    def get(self, name: str) -> T | None:
+        """The thing called *name*, None if there is none, or none that loads."""
+        return self._known[name] if name in self else None
+
+    def values(self) -> ValuesView[T]:
+        """All things that load, in the order of their names."""
+        self._look()
+        return self._known.values()
 
     def broken(self) -> dict[str, str]:
         """Name -> what is wrong, of the plugins that do not load."""

@@ -1,0 +1,25 @@
+"""`zeroed-once`: no page is zeroed that holds zeros; whoever clears it a second time holds up a fault, or a teardown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.laws import Law, Violator
+
+
+def zeroed_once(note: Any) -> str | None:
+    """Whoever zeroes a page has a reason to: somebody has written to it, or nobody knows."""
+    if isinstance(note, notes.Access) and note.what.startswith("clear_folio") and note.content == "zero":
+        return f"{note.what} clears a page that holds zeros"
+    return None
+
+
+ZEROED_ONCE = Law(
+    name="zeroed-once",
+    sentence="no page is zeroed that holds zeros already",
+    source="core/ops.py, `scrubs`; mm/page_alloc.c want_init_on_free()",
+    when="whenever a page is zeroed",
+    note=zeroed_once,
+    broken_by=Violator("secretmem", "pkvm", ("vcpu",), "clear_folio clears a page that holds zeros"),
+)

@@ -1,0 +1,195 @@
+"""Laws about operations: what they return, what they did, what stood against them, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from guest_memfd.errors import errno_name
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.host import (
+    EAGAIN,
+    EBADF,
+    EBUSY,
+    EEXIST,
+    EFAULT,
+    EHWPOISON,
+    EINVAL,
+    EIO,
+    ENODEV,
+    ENOENT,
+    ENOMEM,
+    EOPNOTSUPP,
+)
+from guest_memfd.laws.law import Evidence
+
+DOCUMENTED: dict[str, tuple[int, ...]] = {
+    "fault": (EFAULT, ENOMEM, EHWPOISON, EAGAIN),
+    "user_fault": (EFAULT,),
+    "allocate": (ENOMEM, EHWPOISON, EAGAIN),
+    "punch": (EBUSY, EAGAIN, EIO),
+    "to_private": (EAGAIN, ENOMEM, EBUSY, EIO),
+    "to_shared": (EBUSY, ENOMEM, EAGAIN, EIO),
+    "unbind": (EBUSY, EAGAIN, ENOENT, EIO),
+    "teardown": (EAGAIN,),
+    "create": (ENODEV, ENOMEM),
+    "bind": (EEXIST, ENOMEM, EBADF, ENODEV),
+}
+"""Operation -> errno values its documentation names; a hypervisor may add its own (`Hypervisor.errnos`)."""
+
+REASONS: dict[int, frozenset[str]] = {
+    ENOMEM: frozenset({"a failure"}),
+    EBUSY: frozenset({"the guest holds on"}),
+    EHWPOISON: frozenset({"a poisoned page"}),
+    EIO: frozenset({"a refusal for good"}),
+    ENODEV: frozenset({"an end"}),
+    EBADF: frozenset({"an end"}),
+}
+"""errno -> what must have stood against an operation that returns it."""
+
+PASSING: dict[str, frozenset[str]] = {
+    "fault": frozenset({"a failure", "hibernation", "somebody else"}),
+    "allocate": frozenset({"somebody else"}),
+    "to_private": frozenset({"a failure", "hibernation", "a reference"}),
+}
+"""Operation -> what must have stood against it when it returns -EAGAIN; where it is not here, a failure."""
+
+
+def all_or_nothing(note: Any) -> Evidence:
+    """What an operation returned, and what it did, must agree; it keeps to its range, and a refusal names its place."""
+    if isinstance(note, notes.OutOfScope):
+        return f"{note.op} {note.what} outside of its range"
+    if not isinstance(note, notes.Ended):
+        return None
+    if note.ret < 0 and -note.ret not in (*DOCUMENTED.get(note.op, ()), *note.documented):
+        return f"{note.op} returns errno {-note.ret}, which is not documented for it"
+    if note.error_index is not None and note.error_index not in note.scope:
+        return f"{note.op} names page {note.error_index} as the one that refused, outside of its range"
+    check = _ENDINGS.get(note.op)
+    return (check(note) if check else None) or (_place(note) if note.op in NAMING else None)
+
+
+NAMING = frozenset({"punch", "to_private", "to_shared", "unbind"})
+"""Operations that return the page index of the first page that refused."""
+
+
+def _place(note: notes.Ended) -> Evidence:
+    if note.ret in (0, -ENOMEM, -ENOENT) or not note.places:
+        return None
+    if note.error_index is None:
+        doors = note.ret == -EAGAIN and "hibernation" in note.reasons
+        return None if doors else f"{note.op} is refused and does not say where"
+    if note.error_index not in note.places:
+        return f"{note.op} names page {note.error_index} as the one that refused, and it was another"
+    return None
+
+
+def _punched(note: notes.Ended) -> Evidence:
+    if note.ret == 0 and note.left:
+        return "punch returns 0 and a page of the hole is still there"
+    if note.ret == -EBUSY and note.removed:
+        return "punch is refused and has removed a page"
+    return None
+
+
+def _converted(note: notes.Ended) -> Evidence:
+    if note.ret < 0 and note.toggled:
+        return f"{note.op} is refused and has changed a page"
+    wanted = st.PRIVATE_PAGE if note.op == "to_private" else st.SHARED_PAGE
+    if note.ret == 0 and any(attr != wanted for attr in note.attrs):
+        return f"{note.op} returns 0 and a page has not been converted"
+    # Only this way are references counted; -EAGAIN on the way back is the hypervisor's.
+    if note.op == "to_private" and note.ret == -EAGAIN and note.error_index in note.batched:
+        return f"{note.op} is refused for a reference that draining the lru_add batches would have dropped"
+    return None
+
+
+def _allocated(note: notes.Ended) -> Evidence:
+    return "allocate returns 0 and a page is not there" if note.ret == 0 and note.left != note.scope else None
+
+
+def _unbound(note: notes.Ended) -> Evidence:
+    return f"{note.op} returns 0 and a page is still bound" if note.ret == 0 and any(note.bound) else None
+
+
+def _bound(note: notes.Ended) -> Evidence:
+    first = note.bound[0] if note.bound else 0
+    if note.ret == 0 and (not first or note.bound != tuple(range(first, first + len(note.bound)))):
+        return "bind returns 0 and a page is not bound to its gfn"
+    return None
+
+
+_ENDINGS: dict[str, Callable[[notes.Ended], Evidence]] = {
+    "punch": _punched, "to_private": _converted, "to_shared": _converted, "allocate": _allocated, "unbind": _unbound,
+    "teardown": _unbound, "bind": _bound,
+}
+
+
+def no_false_refusal(note: Any) -> Evidence:
+    """An operation fails because of something, with the errno for it; and who asked is told what has happened."""
+    if isinstance(note, notes.Ended) and note.ret < 0 and not _stands_against(note):
+        against = f" (only {', '.join(note.reasons)})" if note.reasons else ""
+        return f"{note.op} returns -{errno_name(-note.ret)}, and nothing stands against it{against}"
+    return _returned(note) if isinstance(note, notes.Returned) else None
+
+
+def _stands_against(note: notes.Ended) -> bool:
+    errno = -note.ret
+    if "an end" in note.reasons and errno in (EFAULT, ENOENT):
+        return True
+    if errno == EFAULT:
+        return _is_not_there(note)
+    if errno == ENOENT:
+        return not any(note.bound)
+    if errno == EEXIST:
+        return any(note.bound)
+    if errno == EAGAIN:
+        return bool(set(note.reasons) & PASSING.get(note.op, frozenset({"a failure"})))
+    return errno not in REASONS or bool(REASONS[errno] & set(note.reasons))
+
+
+# Of the guest: it is not bound there. Of the VMM: it is not shared, or there is no page to be had.
+def _is_not_there(note: notes.Ended) -> bool:
+    if note.op == "fault":
+        return note.gfn is None or note.bound != (note.gfn + 1,)
+    return note.attrs != (st.SHARED_PAGE,) or bool(note.reasons)
+
+
+def _returned(note: notes.Returned) -> Evidence:
+    valid = note.start >= 0 and note.nr > 0 and (note.op == "punch" or note.start + note.nr <= note.size)
+    if not valid:
+        refused = note.ret in (-EINVAL, -EOPNOTSUPP)
+        return None if refused else f"{note.op} of what is no range of the file returns {_errno(note.ret)} and not -EINVAL"
+    if note.ended is not None:
+        if note.ret == note.ended:
+            return None
+        return f"{note.op} has ended with {_errno(note.ended)} and returns {_errno(note.ret)}"
+    if note.ret == -EOPNOTSUPP:
+        return None
+    return f"{note.op} returns {_errno(note.ret)} without having begun"
+
+
+def _errno(ret: int) -> str:
+    return f"-{errno_name(-ret)}" if ret < 0 else str(ret)
+
+
+def fault_served(note: Any) -> Evidence:
+    """A guest that is told to go on can go on."""
+    if isinstance(note, notes.Ended) and note.op == "fault" and note.ret == 0 and note.mapped != note.scope:
+        return "a fault returns 0, and the guest does not map the page: it faults again, for ever"
+    return None
+
+
+def bounded_cost(note: Any) -> Evidence:
+    """An operation asks the host for no more than the design states."""
+    if not isinstance(note, notes.Ended) or note.bound_of_cost is None:
+        return None
+    folios, most = max(len(note.scope), 1), note.bound_of_cost
+    bounds = {"direct-map writes": (note.cost.writes, most.writes * folios),
+              "TLB flushes": (note.cost.flushes, most.flushes * folios + most.once),
+              "hypercalls": (note.cost.calls, most.calls * folios)}
+    for what, (count, bound) in bounds.items():
+        if count > bound:
+            return f"{note.op} of {folios} pages takes {count} {what}, and at most {bound} are stated"
+    return None

@@ -1,0 +1,140 @@
+"""Laws about pages: whose they are, who maps them, who holds them, and that they come back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.laws.access import through
+from guest_memfd.laws.law import Evidence
+
+
+def one_owner_note(note: Any) -> Evidence:
+    """The guest reaches only what is its own."""
+    if isinstance(note, notes.StrayGuest):
+        return f"the guest reaches a page that it no longer owns, through {through(note.via)}"
+    return None
+
+
+def one_owner(state: st.State) -> Evidence:
+    """Outside of every operation, library, host tables and hypervisor tell the same story of each page."""
+    for frame in state.frames():
+        if frame.lock or (frame.slot and state.file_of(frame.slot - 1).invalidate_w):
+            continue
+        if not frame.allocated:
+            if frame.owner != st.HOST:
+                return "a free page is still the guest's"
+        elif frame.slot:
+            evidence = _one_story(state, frame)
+            if evidence:
+                return evidence
+    return None
+
+
+def _one_story(state: st.State, frame: st.Frame) -> Evidence:
+    private = state.private(frame)
+    if frame.owner == st.GUEST and not private:
+        return "the hypervisor says guest, the library says shared"
+    if private and frame.user:
+        return "the VMM's page table maps a page that is private to the guest"
+    if private and frame.gmap and frame.s2 and frame.owner != st.BORROWED and (frame.s1 or frame.stale):
+        return "guest and host both reach a private page"
+    return None
+
+
+def no_stale_mapping(state: st.State) -> Evidence:
+    """Whoever maps a page maps it where the file has it; what has left the file is mapped by nobody."""
+    for frame in state.frames():
+        if frame.user and frame.user != frame.slot:
+            return "the VMM's page table maps a page that the file no longer holds"
+        if not frame.slot and not frame.stuck and (frame.gmap or frame.gstale):
+            how = "" if frame.gmap else ", in a TLB"
+            return f"the guest maps a page that the file no longer holds{how}"
+    for vm in state.vms():
+        if vm.gpc and not state.frame(vm.gpc - 1).slot:
+            return "a gfn_to_pfn_cache maps a page that the file no longer holds"
+    return None
+
+
+def nothing_lost_note(note: Any) -> Evidence:
+    """What is freed is the host's, out of the guest's reach, and says nothing of the guest."""
+    if not isinstance(note, notes.Freed):
+        return None
+    if note.owner != "host" or note.guest_reaches:
+        return f"a page is freed while it is the guest's (owner {note.owner})"
+    if note.content == "secret":
+        return "a page is freed with the guest's data in it"
+    return None
+
+
+def nothing_lost(state: st.State) -> Evidence:
+    """When the last reference is gone everything is back, or counted as what the hypervisor keeps for good."""
+    for frame in state.frames():
+        evidence = None if frame.poison else _leaked(frame) if frame.stuck or frame.kept else _lost(frame)
+        if evidence:
+            return evidence
+    kept = [frame for frame in state.frames() if frame.kept]
+    left = {
+        "the inode": any(file.inode not in (st.NO_INODE, st.DESTROYED) for file in state.all_files()),
+        "the file": any(file.files for file in state.all_files()),
+        "the module": state.module,
+        "a page is still counted as away, and so": state.away - sum(frame.private for frame in kept),
+        "an invalidation": any(vm.progress for vm in state.vms()),
+        "the door that hibernation closes": state.preparing,
+    }
+    for what, count in left.items():
+        if count:
+            return f"{what} is held for ever"
+    if state.leaked != len(kept):
+        return f"{state.leaked} pages are counted as leaked, and there are {len(kept)}"
+    return None
+
+
+def _lost(frame: st.Frame) -> Evidence:
+    if frame.allocated == st.KEPT:
+        return "a page is kept out of use for ever"
+    if frame.allocated:
+        return f"a page is never freed ({_references(frame)})"
+    if not frame.s1 or not frame.s2 or frame.stale:
+        return "a free page is not in the direct map"
+    return None
+
+
+# The hypervisor will not give it back: then it must never be used again, and be counted once.
+def _leaked(frame: st.Frame) -> Evidence:
+    if not frame.stuck:
+        return "a page is kept out of use for ever, and the hypervisor had not refused for good"
+    if frame.kept == 1 and frame.refs() == 1:
+        return None
+    if frame.owner == st.HOST and not frame.kept:       # it came back in the end, by another way
+        return _lost(frame)
+    return f"a page that the hypervisor keeps is not given up properly ({_references(frame)})"
+
+
+def _references(frame: st.Frame) -> str:
+    kinds = ("cache", "lru", "lookup", "provided", "pin", "get", "spec", "kept")
+    return ", ".join(f"{kind} {getattr(frame, kind)}" for kind in kinds if getattr(frame, kind)) or "no reference"
+
+
+def pins_respected_note(note: Any) -> Evidence:
+    """Nobody holds a way in when a page becomes private."""
+    if isinstance(note, notes.MadePrivate):
+        if note.pins:
+            return f"a page is {note.how} while somebody holds a reference to reach it by"
+        if note.cached_mapping:
+            return f"a page is {note.how} while a gfn_to_pfn_cache maps it"
+    return None
+
+
+def pins_respected(state: st.State) -> Evidence:
+    """Nor gets one later."""
+    for frame in state.frames():
+        if (frame.pin or frame.get) and frame.slot and not frame.lock and state.private(frame) and (
+                not state.file_of(frame.slot - 1).invalidate_w):
+            return "a private page has been pinned"
+    for vm in state.vms():
+        if vm.gpc and (frame := state.frame(vm.gpc - 1)).slot and state.private(frame) and (
+                not state.file_of(frame.slot - 1).invalidate_w):
+            return "a gfn_to_pfn_cache maps a private page"
+    return None
