@@ -1,17 +1,18 @@
-"""Who does what at the same time: the parties, one short file per hazard, and the scenarios made of them."""
+"""Who does what at the same time, and where: the parties, one short file per hazard, and the scenes."""
 
 from __future__ import annotations
 
 from guest_memfd.plugins import Registry
-from guest_memfd.scenarios.device import DEVICE
-from guest_memfd.scenarios.lifetime import STOP, TEARDOWN, UNLOADER
+from guest_memfd.scenarios.device import DEVICE, PINNER
+from guest_memfd.scenarios.lifetime import CREATOR, OTHER_STOP, STOP, TEARDOWN, UNLOADER
 from guest_memfd.scenarios.party import Party
 from guest_memfd.scenarios.pfncache import PFN_CACHE
 from guest_memfd.scenarios.poison import MEMORY_FAILURE
 from guest_memfd.scenarios.power import POWER
-from guest_memfd.scenarios.readers import KCORE, ZEROPAD
-from guest_memfd.scenarios.vcpu import VCPU, VCPU2
-from guest_memfd.scenarios.vmm import VMM
+from guest_memfd.scenarios.readers import DRAINER, KCORE, PAGE_CACHE_READER, ZEROPAD
+from guest_memfd.scenarios.scenes import SCENES
+from guest_memfd.scenarios.vcpu import OTHER_VCPU, PATIENT_VCPU, VCPU, VCPU2
+from guest_memfd.scenarios.vmm import REPEATER, VMM, VMM2, VMM_ANY, VMM_LIFE, VMM_MAPPED, VMM_ODD, VMM_PAGES
 
 
 def _lacks(thing: object) -> str | None:
@@ -19,7 +20,9 @@ def _lacks(thing: object) -> str | None:
 
 
 PARTIES: Registry[Party] = Registry("party", "guest_memfd.parties", {p.name: p for p in (
-    VCPU, VCPU2, VMM, DEVICE, ZEROPAD, KCORE, MEMORY_FAILURE, PFN_CACHE, POWER, UNLOADER, STOP,
+    VCPU, VCPU2, PATIENT_VCPU, OTHER_VCPU, VMM, VMM_LIFE, VMM_PAGES, VMM_MAPPED, VMM_ANY, VMM_ODD, CREATOR, PINNER, VMM2,
+    REPEATER, DEVICE, ZEROPAD, KCORE, PAGE_CACHE_READER, MEMORY_FAILURE, PFN_CACHE, POWER, UNLOADER, STOP, OTHER_STOP,
+    DRAINER,
 )}, _lacks)
 
-__all__ = ["PARTIES", "TEARDOWN", "Party"]
+__all__ = ["PARTIES", "SCENES", "TEARDOWN", "Party"]

@@ -7,6 +7,7 @@ from guest_memfd.hosts.host import Folio, Host, Steps
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios.gup import gup_fast
 from guest_memfd.scenarios.party import Party
+from guest_memfd.scenarios.vmm import change, user_touch
 
 MM = Host("mm")
 
@@ -15,7 +16,7 @@ def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Map, fault the page in, pin it, unmap - and only then use it and let go."""
     if (yield from design.mmap()):
         return
-    index = yield from MM.choose("page", 0, 1)
+    index = yield from MM.choose("page", *range(design.scene.pages))
     seen = yield from design.user_fault(index)
     folio: Folio | None = None
     foll_pin = True
@@ -28,5 +29,22 @@ def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:
         yield from MM.unpin(folio, foll_pin)
 
 
+def pinner(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """Pin a page of one's own mapping, convert or punch it while it is pinned, use the pin, let go."""
+    if (yield from design.mmap()):
+        return
+    index = yield from MM.choose("page", *range(design.scene.pages))
+    if (yield from user_touch(design, index)) == "ok":
+        foll_pin = yield from MM.choose("FOLL_PIN", True, False)
+        folio = yield from gup_fast(design, index, foll_pin)
+        if folio is not None:
+            what = yield from MM.choose("then", "to_private", "punch")
+            yield from change(design, what, index, 1)
+            yield from MM.pin_access(folio, True, foll_pin)
+            yield from MM.unpin(folio, foll_pin)
+    yield from design.munmap()
+
+
+PINNER = Party("pinner", "a VMM that converts or punches a page which its own device has pinned", pinner, role="vmm")
 DEVICE = Party("device", "a device (pin, DMA) or a kernel user (get, copy) that keeps a page across munmap", device,
                task=False)

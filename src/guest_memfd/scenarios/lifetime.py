@@ -6,6 +6,7 @@ from guest_memfd.designs.design import Design
 from guest_memfd.hosts.host import Host, Steps
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios.party import Party
+from guest_memfd.scenarios.vmm import close
 
 MM, USER = Host("mm"), Host("user")
 
@@ -31,6 +32,29 @@ def teardown(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     yield from MM.lru_add_drain_all()
 
 
+def creator(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """Create a file, bind it slot by slot, perhaps close it; or ask for a file that cannot be."""
+    scene = design.scene
+    if (yield from USER.choose("create", "a file", "none")) == "none":
+        size, shared = yield from USER.choose("as", (0, ()), (-1, ()), (scene.pages, (scene.pages,)), (scene.pages, (-1,)))
+        ret = yield from design.create(size, shared)
+        yield from USER.op_returned("create", 0, size if shared == () else -1, ret)
+        return
+    ret = yield from design.create(scene.pages, scene.shared)
+    yield from USER.op_returned("create", 0, scene.pages, ret)
+    if ret:
+        return
+    for slot in scene.slots:
+        ret = yield from design.bind(slot.gfn, slot.start, slot.nr)
+        yield from USER.op_returned("bind", slot.start, slot.nr, ret)
+    if (yield from USER.choose("then", "keep", "close")) == "close":
+        yield from close(design)
+
+
+CREATOR = Party("creator", "a VMM that creates a file and binds it", creator, role="vmm",
+                exists=lambda design, hypervisor: not design.scene.made)
+OTHER_STOP = Party("other-stop", "stop and reclaim of the second VM", stop, file=1,
+                   exists=lambda design, hypervisor: design.scene.vms > 1)
 UNLOADER = Party("unloader", "somebody who unloads the hypervisor's module", unloader)
 STOP = Party("stop", "VM stop and reclaim", stop)
 TEARDOWN = Party("teardown", "the end of the world", teardown, task=False)

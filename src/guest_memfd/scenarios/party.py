@@ -18,9 +18,11 @@ def _always(_design: Design, _hypervisor: Hypervisor) -> bool:
 
 @dataclass(frozen=True)
 class Party:
-    """A party: its procedure, and whether it can exist under a given design and hypervisor.
+    """A party: its procedure, and whether it can exist under a given design and hypervisor, in the design's scene.
 
     task: it is a task that freezing stops (a kernel thread or a device is not).
+    file: number of the file it works on, and so of its VM.
+    role: whoever has the same role is never in a scenario together with it: they are one task that does different things.
     """
 
     name: str
@@ -28,3 +30,5 @@ class Party:
     procedure: Procedure
     task: bool = True
     exists: Callable[[Design, Hypervisor], bool] = _always
+    file: int = 0
+    role: str = ""

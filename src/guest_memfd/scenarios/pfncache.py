@@ -15,9 +15,10 @@ def pfn_cache(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Refresh the cache through the VMM's mapping, use it under its lock, drop it."""
     if (yield from design.mmap()):
         return
-    yield from MM.gpc_begin(1)
-    if (yield from design.user_fault(1)) == "ok":
-        folio = yield from gup_fast(design, 1, False)
+    last = design.scene.pages - 1
+    yield from MM.gpc_begin(last)
+    if (yield from design.user_fault(last)) == "ok":
+        folio = yield from gup_fast(design, last, False)
         if folio is not None:
             valid = yield from MM.gpc_commit(folio)
             yield from MM.unpin(folio, False)

@@ -11,14 +11,20 @@ MM = Host("mm")
 
 
 def memory_failure(design: Design, hypervisor: Hypervisor) -> Steps[None]:
-    """memory_failure() on a page of the file: error_remove_folio is called with the folio locked."""
-    index = yield from MM.choose("page", 0, 1)
+    """memory_failure() on a page of the file: error_remove_folio is called with the folio locked, and its word is final.
+
+    A page that has left the file meanwhile is nobody's to take away (mm/memory-failure.c me_pagecache_clean()).
+    """
+    index = yield from MM.choose("page", *range(design.scene.pages))
     folio = yield from MM.hwpoison(index)
-    if folio is not None:
-        locked = yield from MM.lock_folio(folio)
-        yield from design.error_folio(folio, locked)
-        yield from MM.unlock_folio(folio)
-        yield from MM.folio_put(folio)
+    if folio is None:
+        return
+    yield from MM.begin_op("error", index, 1)
+    locked = yield from MM.lock_folio(folio)
+    result = "delayed" if locked.pgoff is None else (yield from design.error_folio(folio, locked))
+    yield from MM.memory_failure_done(folio, result)
+    yield from MM.unlock_folio(folio)
+    yield from MM.folio_put(folio)
 
 
 MEMORY_FAILURE = Party("memory-failure", "the memory-failure handler", memory_failure, task=False)

@@ -6,7 +6,6 @@ from guest_memfd.designs.design import Design
 from guest_memfd.hosts.host import Host, Steps
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios.party import Party
-from guest_memfd.scenarios.readers import FRAMES
 
 MM = Host("mm")
 
@@ -20,7 +19,7 @@ def hibernate(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     if (yield from design.hibernate_prepare()):
         return
     yield from MM.freeze_processes()
-    for pfn in FRAMES:
+    for pfn in range(design.scene.frames):
         yield from MM.image_copy(pfn)
     yield from MM.thaw_processes()
     yield from design.hibernate_post()

@@ -8,21 +8,40 @@ from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios.party import Party
 
 MM = Host("mm")
-FRAMES = (0, 1, 2)
-"""The frames guest memory can be in; a reader of all RAM comes across them all."""
 
 
 def zeropad(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """One load_unaligned_zeropad() from the end of the page before; dentry names do this all day."""
-    pfn = yield from MM.choose("next to", *FRAMES)
+    pfn = yield from MM.choose("next to", *range(design.scene.frames))
     yield from MM.load_unaligned_zeropad(pfn)
 
 
 def kcore(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """A reader of /proc/kcore, page after page."""
-    for pfn in FRAMES:
+    for pfn in range(design.scene.frames):
         yield from MM.copy_from_kernel_nofault(pfn)
 
 
+def page_cache_reader(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """Read a page of the file as lib/buildid.c and uprobes do: look it up, ask nobody else, map it and read."""
+    if (yield from design.mmap()):
+        return
+    index = yield from MM.choose("page", *range(design.scene.pages))
+    if not (yield from MM.mapping_no_direct_map()):
+        hit = yield from MM.filemap_get_folio(index)
+        if hit is not None:
+            yield from MM.read_folio(hit.folio)
+            yield from MM.folio_put(hit.folio)
+    yield from design.munmap()
+
+
+def drainer(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """Memory pressure, or any lru_add_drain_all(): the batches let go of their references."""
+    yield from MM.lru_add_drain_all()
+
+
+PAGE_CACHE_READER = Party("page-cache-reader", "a reader of page-cache folios that is no GUP (buildid, uprobes)",
+                          page_cache_reader)
+DRAINER = Party("drainer", "somebody who drains the lru_add batches", drainer, task=False)
 ZEROPAD = Party("zeropad", "a zero-padding load from the page before", zeropad, task=False)
 KCORE = Party("kcore", "a scan of physical memory through /proc/kcore", kcore, task=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import EAGAIN, Host, Steps
+from guest_memfd.hosts.host import EAGAIN, EFAULT, Host, Steps
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios.party import Party
 
@@ -16,15 +16,24 @@ def touch(design: Design, gfn: int) -> Steps[str]:
         seen = yield from GUEST.guest_access(gfn, True)
         if seen != "fault":
             return seen
-        ret = yield from design.guest_fault(gfn, gfn)
+        ret = yield from handle_fault(design, gfn)
         if ret not in (0, -EAGAIN):
             return "exit"
     return (yield from GUEST.guest_access(gfn, True))
 
 
+def handle_fault(design: Design, gfn: int) -> Steps[int]:
+    """The exit of a vCPU: find the memslot, ask the library for the page; 0 or -errno, -EFAULT without a memslot."""
+    index = design.scene.index(gfn)
+    ret = -EFAULT if index is None else (yield from design.guest_fault(gfn, index))
+    if index is not None:
+        yield from GUEST.op_returned("fault", index, 1, ret)
+    return ret
+
+
 def vcpu(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Touch a page; perhaps give it up to the host and touch it again."""
-    gfn = yield from GUEST.choose("gfn", 0, 1)
+    gfn = yield from GUEST.choose("gfn", *design.scene.gfns)
     seen = yield from touch(design, gfn)
     if seen != "ok" or hypervisor.consents is None:
         return
@@ -34,9 +43,20 @@ def vcpu(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 
 def second_vcpu(design: Design, hypervisor: Hypervisor) -> Steps[None]:
-    """Touch the private page, as the other does."""
-    yield from touch(design, 0)
+    """Touch the first page, as the other does."""
+    yield from touch(design, design.scene.gfns[0])
+
+
+def until_served(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """Touch a page, or a gfn that has none, and do not give up before it is there, refused, or the VM stops."""
+    gfn = yield from GUEST.choose("gfn", *design.scene.gfns, design.scene.beyond)
+    while (yield from GUEST.guest_access(gfn, True)) == "fault":
+        if (yield from handle_fault(design, gfn)) not in (0, -EAGAIN):
+            return
 
 
 VCPU = Party("vcpu", "a vCPU that faults pages in, gives them up, and writes them again", vcpu)
 VCPU2 = Party("vcpu2", "a second vCPU on the same page", second_vcpu)
+PATIENT_VCPU = Party("patient-vcpu", "a vCPU that goes on until it has its page", until_served)
+OTHER_VCPU = Party("other-vcpu", "a vCPU of the second VM", vcpu, file=1,
+                   exists=lambda design, hypervisor: design.scene.vms > 1)

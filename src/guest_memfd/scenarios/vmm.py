@@ -1,14 +1,13 @@
-"""Hazard: the VMM maps, touches, converts, punches and closes whenever it likes."""
+"""Hazard: the VMM maps, touches, converts, punches, binds and closes whenever it likes."""
 
 from __future__ import annotations
 
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import Host, Steps
+from guest_memfd.hosts.host import EAGAIN, EBADF, Host, Steps
 from guest_memfd.hypervisors.hypervisor import Hypervisor
-from guest_memfd.scenarios.party import Party
+from guest_memfd.scenarios.party import Party, Procedure
 
 USER = Host("user")
-RANGES = ((0, 1), (1, 1), (0, 2))
 
 
 def user_touch(design: Design, index: int) -> Steps[str]:
@@ -25,20 +24,19 @@ def vmm(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Two things one after the other: change pages and touch them then, or touch them first and change them mapped."""
     what = yield from USER.choose("VMM", "map", "allocate", "punch", "to_private", "to_shared", "unbind", "close")
     if what == "map":
-        index = yield from USER.choose("page", 0, 1)
+        index = yield from USER.choose("page", *range(design.scene.pages))
         yield from mapping(design, index, "munmap", "punch", "to_private")
     elif what == "close":
-        if (yield from USER.fd_close()):
-            yield from design.close()
+        yield from close(design)
     else:
-        start, nr = yield from USER.choose("range", *RANGES)
+        start, nr = yield from USER.choose("range", *design.scene.ranges)
         yield from change(design, what, start, nr)
         if (yield from USER.choose("then", "stop", "map")) == "map":
             yield from mapping(design, start, "munmap")
 
 
 def mapping(design: Design, index: int, *then: str) -> Steps[None]:
-    """mmap, touch page *index*, perhaps convert or punch it under the mapping, munmap."""
+    """mmap, touch page *index*, perhaps convert or punch it under the mapping and touch it again, munmap."""
     if (yield from design.mmap()):
         return
     seen = yield from user_touch(design, index)
@@ -46,21 +44,117 @@ def mapping(design: Design, index: int, *then: str) -> Steps[None]:
         what = yield from USER.choose("then", *then)
         if what != "munmap":
             yield from change(design, what, index, 1)
+            yield from user_touch(design, index)
     yield from design.munmap()
 
 
-def change(design: Design, what: str, start: int, nr: int) -> Steps[None]:
-    """One ioctl or fallocate; the result is the VMM's to know."""
+def close(design: Design) -> Steps[None]:
+    """close(2)."""
+    if (yield from USER.fd_close()):
+        yield from design.close()
+
+
+def change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
+    """One ioctl or fallocate: what it returned; -EBADF without a descriptor, which only an unbind does not need."""
+    if what != "unbind" and not (yield from USER.fd_open()):
+        return -EBADF
+    return (yield from _change(design, what, start, nr))
+
+
+def _change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
+    index: int | None = None
     if what == "allocate":
-        yield from design.allocate(start, nr)
+        ret = yield from design.allocate(start, nr)
+    elif what == "bind":
+        ret = yield from bind(design, start, nr)
     elif what == "punch":
-        yield from design.punch_hole(start, nr)
+        ret, index = yield from design.punch_hole(start, nr)
     elif what == "to_private":
-        yield from design.make_private(start, nr)
+        ret, index = yield from design.make_private(start, nr)
     elif what == "to_shared":
-        yield from design.make_shared(start, nr)
+        ret, index = yield from design.make_shared(start, nr)
     else:
-        yield from design.unbind(start, nr)
+        ret, index = yield from design.unbind(start, nr)
+    yield from USER.op_returned(what, start, nr, ret, index)
+    return ret
 
 
-VMM = Party("vmm", "a VMM thread that maps, touches, unmaps, allocates, punches, converts, unbinds, closes", vmm)
+# A range is bound where the scene's slot has it; what no slot has goes above all gfns.
+def bind(design: Design, start: int, nr: int) -> Steps[int]:
+    """Bind [start, start+nr) where the scene has it."""
+    slot = design.scene.slot_of(start)
+    gfn = design.scene.beyond if slot is None else slot.gfn + start - slot.start
+    return (yield from design.bind(gfn, start, nr))
+
+
+STEPS = 3
+"""Operations that a VMM of a longer life does, one after the other."""
+
+
+def life(*allowed: str) -> Procedure:
+    """A VMM that does any three of *allowed*, in any order, the same one again included."""
+
+    def procedure(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+        mapped = False
+        for _step in range(STEPS):
+            what = yield from USER.choose("VMM", "stop", *allowed)
+            if what == "stop":
+                break
+            if what == "close":
+                yield from close(design)
+            elif what == "map":
+                mapped = mapped or not (yield from design.mmap())
+            elif what == "touch":
+                index = yield from USER.choose("page", *range(design.scene.pages))
+                yield from user_touch(design, index)
+            else:
+                start, nr = yield from USER.choose("range", *design.scene.ranges)
+                yield from change(design, what, start, nr)
+        if mapped:
+            yield from design.munmap()
+
+    return procedure
+
+
+def second_thread(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """One system call of another thread, which holds the file for as long as it takes."""
+    if not (yield from USER.fdget()):
+        return
+    what = yield from USER.choose("thread", "allocate", "punch", "to_private", "to_shared", "unbind", "bind")
+    yield from _change(design, what, 0, design.scene.pages)
+    yield from design.close()
+
+
+def repeater(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """Convert, and again as long as the answer is to try again; private for as long as that takes."""
+    if not (yield from USER.fdget()):
+        return
+    while (yield from _change(design, "to_private", 0, design.scene.pages)) == -EAGAIN:
+        pass
+    yield from design.close()
+
+
+def odd_requests(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """A request that is not about pages of the file, or is about none."""
+    size = design.scene.pages
+    what = yield from USER.choose("odd", "allocate", "punch", "to_private", "to_shared", "unbind", "bind")
+    ranges = [(size, 1), (0, size + 1), (size - 1, 2)]
+    if what not in ("allocate", "punch"):              # vfs_fallocate() lets none of these through
+        ranges += [(-1, 1), (0, 0), (0, -1)]
+    start, nr = yield from USER.choose("range", *ranges)
+    yield from change(design, what, start, nr)
+
+
+VMM = Party("vmm", "a VMM thread that maps, touches, unmaps, allocates, punches, converts, unbinds, closes", vmm, role="vmm")
+VMM_LIFE = Party("vmm-life", "a VMM that binds, unbinds, punches and closes, any three one after the other",
+                 life("bind", "unbind", "punch", "close"), role="vmm")
+VMM_PAGES = Party("vmm-pages", "a VMM that allocates, punches and converts, any three one after the other",
+                  life("allocate", "punch", "to_private", "to_shared"), role="vmm")
+VMM_MAPPED = Party("vmm-mapped", "a VMM that maps, touches, punches and converts, any three one after the other",
+                   life("map", "touch", "punch", "to_private"), role="vmm")
+VMM_ANY = Party("vmm-any", "a VMM that does any three of all that a VMM can do, one after the other",
+                life("map", "touch", "allocate", "punch", "to_private", "to_shared", "bind", "unbind", "close"), role="vmm")
+VMM_ODD = Party("vmm-odd", "a VMM that asks for what is no page of the file", odd_requests, role="vmm")
+VMM2 = Party("vmm2", "a second thread of the VMM, in one system call", second_thread)
+REPEATER = Party("repeater", "a thread of the VMM that repeats a conversion while the answer is -EAGAIN", repeater,
+                 role="vmm2")

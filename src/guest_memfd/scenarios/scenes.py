@@ -1,0 +1,30 @@
+"""The scenes that are explored, and what each is there to see.
+
+Rule of this file: a scene that adds nothing goes. tests/test_scenes.py has, for each, a mistake that no other shows.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.hosts.scene import Kernel, Scene, Slot
+
+SCENES: dict[str, Scene] = {scene.name: scene for scene in (
+    Scene(),
+    Scene("crossed", "gfns are no page indexes, and one gfn has no page",
+          pages=2, shared=(1,), slots=(Slot(2, 0, 1), Slot(1, 1, 1))),
+    Scene("both-private", "a whole batch of private pages, and a frame too few",
+          frames=2, shared=()),
+    Scene("both-shared", "a whole batch of shared pages",
+          shared=(0, 1)),
+    Scene("unbound", "one page is bound, one is not",
+          slots=(Slot(0, 0, 1),)),
+    Scene("nothing-yet", "the file is made and bound while others run",
+          made=False),
+    Scene("for-good", "the hypervisor refuses for good to give a page back",
+          refusals=1, failures=0),
+    Scene("no-direct-map-changes", "a kernel whose direct map cannot be changed",
+          kernel=Kernel(changes_direct_map=False)),
+    Scene("quiet-free", "a kernel that does not write to a page when it is freed, and merges leaves",
+          kernel=Kernel(init_on_free=False, merges_leaves=True)),
+    Scene("two-vms", "two VMs, each with a file of its own",
+          pages=1, shared=(), slots=(Slot(0, 0, 1),), files=2, vms=2, failures=0),
+)}

@@ -1,0 +1,348 @@
+"""Mistakes that every law let pass once, or that larger scenes showed: the library with one of them each.
+
+tests/test_blind_spots.py says which law sees each now, where, and in how many steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from guest_memfd.core.convert import Conversion
+from guest_memfd.core.folio import Grabbed, Held
+from guest_memfd.core.ops import Reason
+from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.hosts.host import EFAULT, EHWPOISON, EIO, ENOENT, ENOMEM, EPERM, Folio, Locked, Steps
+from guest_memfd.hypervisors.hypervisor import Stage2
+from guest_memfd.hypervisors.kvm import pkvm
+
+# -- of the library ----------------------------------------------------------------------------------------------------
+
+
+class FileNotHeld(OurLibrary):
+    """A vCPU on its way into the file holds nothing of it."""
+
+    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
+        host = self.host
+        yield from host.begin_op("fault", index, 1, gfn)
+        yield from host.down_read("invalidate")
+        (bound,) = yield from host.xa_load("bindings", index, 1)
+        ret = (yield from self._fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
+        yield from host.end_op(ret)
+        yield from host.up_read("invalidate")
+        return ret
+
+
+class UnbindNotHeld(OurLibrary):
+    """Nor does an unbind, while it waits for the lock."""
+
+    def unbind(self, start: int, nr: int) -> Steps[Conversion]:
+        yield from self.host.begin_op("unbind", start, nr)
+        yield from self.host.down_write("invalidate")
+        result, last = yield from self._unbind(start, nr, "unbind")
+        yield from self.host.end_op(result.ret, result.error_index)
+        yield from self.host.up_write("invalidate")
+        if last:
+            yield from self.close()
+        return result
+
+
+class BindsToTheDead(OurLibrary):
+    """A binding to a VM that has been stopped: nobody takes it away."""
+
+    def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
+        alive, self.host.vm_state = self.host.vm_state, _running      # type: ignore[method-assign]
+        try:
+            return (yield from super().bind(gfn, start, nr))
+        finally:
+            self.host.vm_state = alive                                # type: ignore[method-assign]
+
+
+def _running() -> Steps[str]:
+    yield from ()
+    return "running"
+
+
+class Removal(OurLibrary):
+    """A punch with parts that can be left out."""
+
+    tells_user = tells_caches = True
+
+    def remove_range(self, start: int, nr: int, reason: Reason) -> Steps[Conversion]:
+        host = self.host
+        if self.tells_caches:
+            yield from host.mmu_invalidate_begin(start, nr)
+        if self.tells_user:
+            yield from host.unmap_mapping_pages(start, nr)
+        folios = yield from self.present(start, nr)
+        ret, index = yield from self.invalidate_guest(folios, reason)
+        for held in folios:
+            if ret:
+                yield from host.folio_put(held.folio)
+            else:
+                yield from self.remove_folio(held)
+        if self.tells_caches:
+            yield from host.mmu_invalidate_end()
+        return Conversion(ret, index) if ret else Conversion(0)
+
+
+class PunchLeavesUserEntries(Removal):
+    tells_user = False
+
+
+class PunchTellsNoCache(Removal):
+    tells_caches = False
+
+
+class FaultMapsNothing(OurLibrary):
+    def give_private(self, gfn: int, grabbed: Grabbed) -> Steps[int]:
+        yield from ()
+        return 0
+
+
+class PoisonServed(OurLibrary):
+    def grab_folio(self, index: int) -> Steps[Grabbed | int]:
+        grabbed = yield from super().grab_folio(index)
+        if grabbed != -EHWPOISON:
+            return grabbed
+        hit = yield from self.host.filemap_get_folio(index)
+        assert hit is not None
+        locked = yield from self.host.lock_folio(hit.folio)
+        return Grabbed(hit.folio, hit.pgoff, locked.private)
+
+
+class PoisonStays(OurLibrary):
+    def _take_from_users(self, folio: Folio) -> Steps[int]:
+        yield from ()
+        return 0
+
+
+class DelayedIsFailure(OurLibrary):
+    def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
+        yield from super().error_folio(folio, locked)
+        return "failed"
+
+
+class OnlyTriesTheLock(OurLibrary):
+    """memory_failure() leaves the page with the guest when somebody is just changing the file."""
+
+    def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
+        host = self.host
+        if locked.pgoff is None or not (yield from host.down_read_trylock("invalidate")):
+            return "failed"
+        yield from host.unlock_folio(folio)
+        ret = yield from self._take_from_users(folio)
+        yield from host.lock_folio(folio)
+        yield from host.up_read("invalidate")
+        return "failed" if ret else "delayed"
+
+
+class PoisonRestored(OurLibrary):
+    """A page whose memory is broken is put back into the direct map when it leaves the file."""
+
+    def remove_folio(self, held: Held) -> Steps[int]:
+        host, folio = self.host, held.folio
+        locked = yield from host.lock_folio(folio)
+        yield from self.return_to_kernel(held, locked.private)
+        yield from host.filemap_remove_folio(folio)
+        yield from self.unlock_and_put(folio)
+        return 0
+
+
+class AllocateDonates(OurLibrary):
+    """fallocate() gives pages to the guest long before it has asked for them."""
+
+    def allocate(self, start: int, nr: int) -> Steps[int]:
+        host = self.host
+        yield from host.begin_op("allocate", start, nr)
+        yield from host.down_read("invalidate")
+        ret = 0
+        for index in range(start, start + nr):
+            (attribute,) = yield from host.xa_load("attributes", index, 1)
+            (bound,) = yield from host.xa_load("bindings", index, 1)
+            grabbed = yield from self.grab_folio(index)
+            if isinstance(grabbed, int):
+                ret = grabbed
+                break
+            if attribute == 2 and bound:
+                ret = yield from self.give_private(bound - 1, grabbed)
+            yield from self.unlock_and_put(grabbed.folio)
+            if ret:
+                break
+        yield from host.end_op(ret, start if ret else None)
+        yield from host.up_read("invalidate")
+        return ret
+
+
+class FreesWhatIsRefused(OurLibrary):
+    """A page that will never come back is freed like any other."""
+
+    def leak(self, held: Held) -> Steps[int]:
+        yield from self.host.unmap_mapping_pages(held.pgoff, held.folio.nr)
+        yield from self.host.filemap_remove_folio(held.folio)
+        return 0
+
+
+class LeaksTwice(OurLibrary):
+    def leak(self, held: Held) -> Steps[int]:
+        yield from self.host.leak_folio(held.folio)
+        return (yield from super().leak(held))
+
+
+class LeaksAtOnce(OurLibrary):
+    """A hypervisor that is only busy is taken for one that has refused for good."""
+
+    def take_back(self, held: Held) -> Steps[int]:
+        if held.gfn is None or not held.private:
+            return 0
+        ret = yield from self.ops.reclaim(held.gfn, held.folio)
+        return -EIO if ret else 0
+
+
+class AnyKernelWillDo(OurLibrary):
+    """create() does not ask whether the direct map can be changed."""
+
+    def create(self, size: int, shared: tuple[int, ...] = ()) -> Steps[int]:
+        asks, self.host.can_set_direct_map = self.host.can_set_direct_map, _yes     # type: ignore[method-assign]
+        try:
+            return (yield from super().create(size, shared))
+        finally:
+            self.host.can_set_direct_map = asks                                     # type: ignore[method-assign]
+
+
+def _yes() -> Steps[bool]:
+    yield from ()
+    return True
+
+
+class ReadersWelcome(OurLibrary):
+    """The mapping does not say that readers of page-cache folios must keep out."""
+
+    def _alloc_inode(self) -> Steps[int]:
+        ret = yield from self.host.alloc_inode()
+        if ret:
+            yield from self.host.module_put()
+        return ret
+
+
+# -- of pKVM's half ----------------------------------------------------------------------------------------------------
+
+
+class AsksThenActs(pkvm.PkvmOps):
+    """Whether the guest has died is asked in one call, and acted upon in none: a borrowed page stays the guest's."""
+
+    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+        if not private:
+            ret = yield from self.host.hypercall("unshare_guest", gfn, folio)
+            if ret != -ENOENT or reason == "to_private":
+                return 0 if ret == -ENOENT else ret
+        if reason == "teardown":
+            return 0 if private else (yield from self.reclaim(gfn, folio))
+        return (yield from self.host.hypercall("check_consent", gfn, folio, reason == "to_shared"))
+
+
+def _take_from_host(stage2: Stage2, gfn: int, folio: Folio) -> int:
+    if stage2.owner(folio.pfn) != "host":
+        return -EPERM
+    stage2.set_owner(folio.pfn, "guest")
+    stage2.host_maps(folio.pfn, False)
+    return 0
+
+
+def _map_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
+    stage2.guest_map(gfn, folio.pfn)
+    stage2.set_locked_in(folio.pfn, True)
+    return 0
+
+
+class HalfDone(pkvm.PkvmOps):
+    """The host's side of a donation is done, the guest's fails, nothing is undone; the next -EPERM is called success."""
+
+    def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
+        ret = yield from self.host.hypercall("take_from_host", gfn, folio)
+        if ret:
+            return 0 if ret == -EPERM else ret
+        return (yield from self.host.hypercall("map_guest", gfn, folio))
+
+
+CALLS: dict[str, Any] = {**pkvm.PKVM.hypercalls, "take_from_host": _take_from_host, "map_guest": _map_guest}
+HALF_DONE = replace(pkvm.PKVM, ops=HalfDone, hypercalls=CALLS, fallible={**pkvm.PKVM.fallible, "map_guest": -ENOMEM})
+ASKS_THEN_ACTS = replace(pkvm.PKVM, ops=AsksThenActs)
+
+
+# -- what one scene shows and the others do not (tests/test_scenes.py) ------------------------------------------------
+
+
+class GfnIsIndex(OurLibrary):
+    """The binding is looked up at the gfn."""
+
+    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
+        host = self.host
+        yield from host.begin_op("fault", index, 1, gfn)
+        if not (yield from host.get_file()):
+            yield from host.end_op(-EFAULT)
+            return -EFAULT
+        yield from host.down_read("invalidate")
+        (bound,) = yield from host.xa_load("bindings", gfn, 1)
+        ret = (yield from self._fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
+        yield from host.end_op(ret)
+        yield from host.up_read("invalidate")
+        yield from self.close()
+        return ret
+
+
+class OnlyTheFirstComesBack(OurLibrary):
+    def take_back(self, held: Held) -> Steps[int]:
+        return 0 if held.pgoff else (yield from super().take_back(held))
+
+
+class UnmapsTheLast(OurLibrary):
+    """A conversion unmaps only the last page of its range from the VMM."""
+
+    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
+        host = self.host
+        yield from host.unmap_mapping_pages(start + nr - 1, 1)
+        yield from host.mmu_invalidate_begin(start, nr)
+        folios = yield from self.present(start, nr)
+        result = yield from self._check_and_commit_private(start, nr, folios)
+        yield from self.put_all(folios)
+        yield from host.mmu_invalidate_end()
+        return result
+
+
+class AsksForTheUnbound(OurLibrary):
+    """The hypervisor is asked for pages that it has never been given."""
+
+    def invalidate_guest(self, folios: tuple[Held, ...], reason: Reason) -> Steps[tuple[int, int]]:
+        bound = tuple(held if held.gfn is not None else held._replace(gfn=-1) for held in folios)
+        return (yield from super().invalidate_guest(bound, reason))
+
+
+class CreateKeepsTheModule(OurLibrary):
+    """A create() that fails does not let go of the module."""
+
+    def _alloc_inode(self) -> Steps[int]:
+        ret = yield from self.host.alloc_inode()
+        if not ret:
+            yield from self.host.mapping_set_no_direct_map()
+        return ret
+
+
+class VetoesForOneFile(OurLibrary):
+    """Hibernation is refused while a file is open, but not while two are."""
+
+    power = "none"
+
+    def hibernate_prepare(self) -> Steps[int]:
+        return -EPERM if (yield from self.host.open_files()) == 1 else 0
+
+
+class RestoresOnce(OurLibrary):
+    """Where leaves are merged again, putting a page back may have to split one, and can fail."""
+
+    def restore(self, folio: Folio) -> Steps[int]:
+        ret = yield from self.host.set_direct_map_default_noflush(folio)
+        if not ret:
+            yield from self.host.folio_set_private(folio, False)
+            yield from self.account(-folio.nr)
+        return ret

@@ -1,0 +1,181 @@
+"""What the laws and the scenes once did not see, each as a test: the mistake is refuted, the library holds beside it.
+
+Law and length of the shortest trace are pinned; docs/bugs.md has the same in words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import mistakes
+import pytest
+
+from guest_memfd.check.explorer import Finding
+from guest_memfd.check.scenario import World, world
+from guest_memfd.designs import Design
+from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.hosts.abstract.state import State
+from guest_memfd.hosts.host import EIO, EOPNOTSUPP, Host, Steps
+from guest_memfd.hosts.scene import Kernel, Scene
+from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.hypervisors.hypervisor import Hypervisor
+from guest_memfd.hypervisors.kvm import pkvm
+from guest_memfd.laws import LAWS
+from guest_memfd.scenarios import PARTIES, SCENES, Party
+from guest_memfd.scenarios.vmm import change
+
+USER = Host("user")
+ENOUGH = 60_000
+
+
+class Spot(NamedTuple):
+    mistake: str
+    hypervisor: str
+    scene: str
+    parties: str
+    law: str
+    steps: int
+    evidence: str
+
+
+SPOTS = [
+    Spot("FileNotHeld", "kvm", "two-pages", "vcpu2 vmm-life", "lifetimes", 15, "use after free of the inode, in down_read"),
+    Spot("UnbindNotHeld", "kvm", "two-pages", "vmm-life stop", "lifetimes", 15, "use after free of the inode, in down_w"),
+    Spot("BindsToTheDead", "kvm", "two-pages", "vmm-life stop", "lifetimes", 18, "use after free of the VM, in mmu_inval"),
+    Spot("PunchLeavesUserEntries", "kvm", "two-pages", "vmm", "no-stale-mapping", 18, "the VMM's page table maps a page"),
+    Spot("PunchTellsNoCache", "kvm", "two-pages", "vmm2 pfn-cache", "no-stale-mapping", 23, "a gfn_to_pfn_cache maps a"),
+    Spot("PunchTellsNoCache", "kvm", "two-pages", "vmm2 pfn-cache drainer", "free-memory", 29, "gfn_to_pfn_cache user writ"),
+    Spot("FaultMapsNothing", "kvm", "two-pages", "vcpu2", "fault-served", 10, "a fault returns 0, and the guest does not"),
+    Spot("PoisonServed", "kvm", "two-pages", "vcpu2 memory-failure", "poison-contained", 39, "fault of a page whose memory"),
+    Spot("PoisonStays", "kvm", "two-pages", "vcpu2 memory-failure", "poison-contained", 22, "memory_failure() is told tha"),
+    Spot("DelayedIsFailure", "kvm", "two-pages", "vcpu2 memory-failure", "poison-contained", 28, "memory_failure() is tol"),
+    Spot("OnlyTriesTheLock", "kvm", "two-pages", "vcpu2 vmm2 memory-failure", "poison-contained", 19, "memory_failure() i"),
+    Spot("PoisonRestored", "kvm", "two-pages", "vcpu2 vmm2 memory-failure", "poison-contained", 41, "a page whose memory"),
+    Spot("AllocateDonates", "pkvm", "two-pages", "vmm-pages", "no-false-refusal", 21, "punch returns -EBUSY, and nothing"),
+    Spot("AllocateDonates", "gunyah", "two-pages", "vmm-pages", "no-false-refusal", 22, "punch returns -EBUSY, and nothing"),
+    Spot("FreesWhatIsRefused", "pkvm", "for-good", "vcpu2 stop", "nothing-lost", 50, "a page is freed while it is the gues"),
+    Spot("LeaksTwice", "pkvm", "for-good", "vcpu2 stop", "nothing-lost", 53, "a page that the hypervisor keeps is not give"),
+    Spot("LeaksAtOnce", "pkvm", "two-pages", "vcpu2 stop", "nothing-lost", 52, "a page is kept out of use for ever, and th"),
+    Spot("AnyKernelWillDo", "kvm", "no-direct-map-changes", "vcpu2 kcore", "guest-private", 18, "copy_from_kernel_nofault"),
+    Spot("ReadersWelcome", "kvm", "two-pages", "vcpu2 page-cache-reader", "host-survives", 15, "read_folio takes a transl"),
+]
+
+
+def findings(design: type[Design], hypervisor: Hypervisor, scene: Scene, parties: list[Party]) -> list[Finding]:
+    """What breaks in one scenario."""
+    there = World(design, hypervisor, parties, scene=scene)
+    return there.explorer([p.name for p in parties]).run(max_states=ENOUGH).findings
+
+
+def shortest(found: list[Finding], law: str, evidence: str) -> int:
+    lengths = [len(f.steps) for f in found if f.law == law and f.evidence.startswith(evidence)]
+    assert lengths, [(f.law, f.evidence, len(f.steps)) for f in found]
+    return min(lengths)
+
+
+@pytest.mark.parametrize("spot", SPOTS, ids=lambda s: f"{s.mistake}-{s.hypervisor}-{s.law}")
+def test_mistake_is_seen(spot: Spot) -> None:
+    parties = [PARTIES[name] for name in spot.parties.split()]
+    found = findings(getattr(mistakes, spot.mistake), HYPERVISORS[spot.hypervisor], SCENES[spot.scene], parties)
+    assert shortest(found, spot.law, spot.evidence) == spot.steps
+
+
+@pytest.mark.parametrize("where", sorted({(s.hypervisor, s.scene, s.parties) for s in SPOTS}), ids="-".join)
+def test_library_holds_there(where: tuple[str, str, str]) -> None:
+    hypervisor, scene, parties = where
+    assert findings(OurLibrary, HYPERVISORS[hypervisor], SCENES[scene], [PARTIES[n] for n in parties.split()]) == []
+
+
+# -- pKVM ----------------------------------------------------------------------------------------------------------
+
+
+def shares_and_punches(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """Convert the first page to shared, then punch it."""
+    yield from change(design, "to_shared", 0, 1)
+    yield from change(design, "punch", 0, 1)
+
+
+def gives_up(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """A guest that touches the first page and shares it with the host."""
+    guest = Host("guest")
+    if (yield from guest.guest_access(0, True)) == "fault":
+        yield from design.guest_fault(0, 0)
+        yield from guest.guest_access(0, True)
+    yield from guest.guest_consents(0)
+
+
+SHARING = [Party("vcpu", "a guest that shares its page", gives_up), Party("vmm", "to_shared, punch", shares_and_punches),
+           PARTIES["stop"]]
+
+
+def test_a_borrowed_page_of_a_guest_that_dies() -> None:
+    found = findings(OurLibrary, mistakes.ASKS_THEN_ACTS, SCENES["two-pages"], SHARING)
+    assert shortest(found, "nothing-lost", "a page is freed while it is the guest's (owner borrowed)") == 70
+    assert findings(OurLibrary, pkvm.PKVM, SCENES["two-pages"], SHARING) == []
+
+
+def test_half_done_donation() -> None:
+    parties = [PARTIES["vcpu"], PARTIES["vcpu2"]]
+    found = findings(OurLibrary, mistakes.HALF_DONE, SCENES["two-pages"], parties)
+    assert shortest(found, "fault-served", "a fault returns 0, and the guest does not map the page") == 23
+
+
+# -- right outcomes ------------------------------------------------------------------------------------------------
+
+
+def at_end(there: World) -> set[int]:
+    """How many pages are counted as leaked in the states that were seen."""
+    return {State(shared).leaked for shared in there.tables.shared}
+
+
+@pytest.mark.parametrize("hypervisor", ["pkvm", "gunyah"])
+@pytest.mark.parametrize("parties", ["vcpu stop", "vcpu vmm", "vmm2 stop"])
+def test_what_never_comes_back_is_given_up(hypervisor: str, parties: str) -> None:
+    there = world("library", hypervisor, scene="for-good")
+    assert there.explorer(parties.split()).run().findings == []
+    leaked = at_end(there)
+    assert leaked == {0, 1} or parties == "vmm2 stop"       # without a guest nothing can be refused
+
+
+@pytest.mark.parametrize("hypervisor", ["kvm", "pkvm", "gunyah"])
+def test_library_refuses_a_kernel_that_cannot_change_its_direct_map(hypervisor: str) -> None:
+    there = world("library", hypervisor, scene="no-direct-map-changes")
+    assert there.refused == -EOPNOTSUPP
+    assert there.explorer(["vcpu", "vmm"]).run().findings == []
+
+
+def test_readers_on_a_kernel_that_does_not_ask() -> None:
+    """AS_NO_DIRECT_MAP helps only where readers look at it."""
+    scene = Scene(name="old-readers", title="readers of page-cache folios ask nobody", kernel=Kernel(asks_mapping=False))
+    parties = [PARTIES["vcpu2"], PARTIES["page-cache-reader"]]
+    found = findings(OurLibrary, HYPERVISORS["kvm"], scene, parties)
+    assert shortest(found, "host-survives", "read_folio takes a translation fault") == 15
+
+
+def test_a_hypervisor_adds_its_own_errno() -> None:
+    """As SNP has -EIO for what its firmware refuses."""
+    def refused(*_: object) -> int:
+        return -EIO
+
+    kvm = HYPERVISORS["kvm"]
+    strict = replace(kvm, hypercalls={**kvm.hypercalls, "mmu_map": refused})
+    evidence = f"fault returns errno {EIO}, which is not documented for it"
+    laws = [LAWS["all-or-nothing"]]
+
+    def broken(hypervisor: Hypervisor) -> list[str]:
+        there = World(OurLibrary, hypervisor, [PARTIES["vcpu2"]], laws=laws)
+        return [f.evidence for f in there.explorer(["vcpu2"]).run().findings]
+
+    assert broken(strict) == [evidence]
+    assert broken(replace(strict, errnos={"fault": (EIO,)})) == []
+
+
+def test_two_hundred_parties() -> None:
+    def nothing(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+        yield from USER.fdget()
+        yield from design.close()
+
+    many = [Party(f"plugin{n}", "one of many", nothing) for n in range(200)]
+    there = World(OurLibrary, HYPERVISORS["kvm"], many)
+    assert there.explorer(["plugin3", "plugin199"]).run().verdict == "holds"
