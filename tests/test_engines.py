@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import pytest
 
-from guest_memfd.check.explorer import Tables
+from guest_memfd.check.explorer import Explorer, Result, Tables
 from guest_memfd.check.naive import explore
 from guest_memfd.check.scenario import World, world
 from guest_memfd.designs import DESIGNS
 from guest_memfd.hosts.abstract import AbstractHost
 from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.scenarios import SCENES
 
 WHERE = [
     (design, hypervisor) for design in DESIGNS for hypervisor in HYPERVISORS
@@ -21,16 +22,15 @@ WHERE = [
 SMALL = [
     "vcpu", "vcpu zeropad", "vcpu2 power", "vcpu2 memory-failure", "device zeropad", "device unloader", "unloader stop",
     "vcpu2 stop", "pfn-cache power", "vcpu2 unloader zeropad", "zeropad memory-failure stop", "kcore power unloader",
-    "vcpu stop",
 ]
-LARGER = ["device stop", "vmm zeropad", "vcpu vcpu2", "vcpu2 device", "vcpu2 power stop", "vmm unloader power"]
+LARGER = ["vcpu stop", "device stop", "vmm zeropad", "vcpu vcpu2", "vcpu2 device", "vcpu2 power stop", "vmm unloader power"]
 FEWEST = 30
 """Models that must be compared."""
 
 
-def agree(design: str, hypervisor: str, scenarios: list[str]) -> int:
+def agree(design: str, hypervisor: str, scenarios: list[str], scene: str = "two-pages") -> int:
     """How many of *scenarios* exist there; AssertionError where the engines count differently."""
-    tabulated, plain = world(design, hypervisor), world(design, hypervisor)
+    tabulated, plain = (world(design, hypervisor, scene=scene) for _ in range(2))
     machine = plainly(plain)
     compared = 0
     for parties in map(str.split, scenarios):
@@ -44,7 +44,11 @@ def agree(design: str, hypervisor: str, scenarios: list[str]) -> int:
 
 def plainly(one: World) -> AbstractHost:
     """The host of *one*, without whatever makes it faster."""
-    return AbstractHost(one.hypervisor, sea_fixup=one.design.sea_fixup, tasks=one.machine.tasks)
+    host = AbstractHost(one.hypervisor, one.scene, one.machine.sizes.parties, sea_fixup=one.design.sea_fixup,
+                        tasks=one.machine.tasks, bounds=one.design.bounds, errnos=one.design.errnos)
+    for what in ("scene", "sizes", "fallible", "sea_fixup", "tasks", "bounds", "errnos"):
+        assert getattr(host, what) == getattr(one.machine, what)
+    return host
 
 
 def test_enough_models_are_compared() -> None:
@@ -56,10 +60,46 @@ def test_both_engines_count_the_same(design: str, hypervisor: str) -> None:
     assert agree(design, hypervisor, SMALL) >= len(SMALL) - 1
 
 
+ELSEWHERE = [
+    ("crossed", "kvm", ["patient-vcpu", "vcpu2 drainer"]), ("both-private", "pkvm", ["pinner", "vcpu2 drainer"]),
+    ("both-shared", "gunyah", ["pinner"]), ("unbound", "kvm", ["vmm2", "vcpu2 stop"]),
+    ("nothing-yet", "pkvm", ["creator", "creator vcpu2", "creator vmm2"]), ("for-good", "gunyah", ["vcpu2 stop"]),
+    ("no-direct-map-changes", "kvm", ["vcpu2 kcore"]), ("quiet-free", "pkvm", ["vcpu2 stop", "vcpu2 zeropad"]),
+    ("two-vms", "gunyah", ["vcpu2 zeropad", "stop other-stop", "vcpu2 other-stop"]),
+]
+"""In each scene some scenarios that are about what is special there."""
+
+
+@pytest.mark.parametrize(("scene", "hypervisor", "scenarios"), ELSEWHERE)
+def test_both_engines_count_the_same_in_other_scenes(scene: str, hypervisor: str, scenarios: list[str]) -> None:
+    assert agree("library", hypervisor, scenarios, scene) == len(scenarios)
+
+
+def test_all_scenes_are_compared() -> None:
+    assert ["two-pages", *(scene for scene, _, _ in ELSEWHERE)] == list(SCENES)
+
+
+OTHERS = ["repeater", "patient-vcpu", "page-cache-reader", "vmm-odd", "drainer", "vmm2"]
+
+
+@pytest.mark.parametrize("party", OTHERS)
+def test_both_engines_count_the_same_on_the_other_parties(party: str) -> None:
+    assert agree("library", "pkvm", [party]) == 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("design", "hypervisor"), WHERE)
 def test_both_engines_count_the_same_on_larger_models(design: str, hypervisor: str) -> None:
     assert agree(design, hypervisor, LARGER) == len(LARGER)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scene", list(SCENES))
+@pytest.mark.parametrize("design", ["none", "gunyah-v17", "guestmem-rfc1", "library"])
+def test_both_engines_count_the_same_in_all_scenes(design: str, scene: str) -> None:
+    some = ["vcpu2 vmm2", "vcpu2 stop", "patient-vcpu zeropad", "vcpu2 memory-failure", "pinner", "device power",
+            "creator vcpu2 zeropad", "vcpu2 other-vcpu", "stop other-stop vcpu2"]
+    assert agree(design, "gunyah", some, scene) >= 6
 
 
 @pytest.mark.parametrize("hypervisor", list(HYPERVISORS))
@@ -69,6 +109,22 @@ def test_tables_kept_from_other_scenarios_change_no_count(hypervisor: str) -> No
         fresh = kept.explorer(parties, Tables(kept.machine, kept.laws)).run()
         again = kept.explorer(parties).run()
         assert (again.states, again.transitions) == (fresh.states, fresh.transitions)
+
+
+@pytest.mark.parametrize("hypervisor", list(HYPERVISORS))
+def test_tables_serve_scenarios_of_several_initial_states(hypervisor: str) -> None:
+    one = world("none", hypervisor)
+    initials = [world("none", hypervisor, failures=failures).initial for failures in (0, 1, 2)]
+    for initial in (*initials, *initials):
+        for parties in (["vcpu", "zeropad"], ["power", "stop"]):
+            programs = [one.programs[name] for name in parties]
+            kept, fresh = (Explorer(tables, programs, initial, one.teardown).run()
+                           for tables in (one.tables, Tables(one.machine, one.laws)))
+            assert (kept.states, kept.transitions, shown(kept)) == (fresh.states, fresh.transitions, shown(fresh))
+
+
+def shown(result: Result) -> set[tuple[str, str, int]]:
+    return {(finding.law, finding.evidence, len(finding.steps)) for finding in result.findings}
 
 
 @pytest.mark.parametrize("hypervisor", list(HYPERVISORS))

@@ -7,7 +7,7 @@ import re
 import pytest
 from toy import PAGE, PANIC, US, Toy, ToyLaw, end, explorer, run
 
-from guest_memfd.check.explorer import NEVER_ENDS, Finding, step_line
+from guest_memfd.check.explorer import NEVER_ENDS, Explorer, Finding, Program, Result, Tables, step_line
 from guest_memfd.check.outcome import STAY
 from guest_memfd.errors import DesignRaised, NotAPrimitive
 from guest_memfd.hosts.host import Primitive, Steps
@@ -135,6 +135,85 @@ def test_who_stays_has_moved_all_the_same() -> None:
     assert lines(finding) == [
         "p0: lock_folio(pfn0)", "p1: down_write(invalidate) -> waits", "p0: unlock_folio(pfn0)",
         "p1: down_write(invalidate)"]
+
+
+# -- round and round without a step of its own -----------------------------------------------------------------------
+
+
+def again_or_on() -> Steps[None]:
+    while (yield from US.choose("again", True, False)):
+        pass
+    yield from US.clear_folio(PAGE)
+
+
+def for_ever() -> Steps[None]:
+    while True:
+        yield from US.choose("which", 1, 2)
+
+
+def test_a_loop_of_loads_that_nobody_ends_is_a_livelock() -> None:
+    def reads() -> Steps[None]:
+        while (yield from US.xa_load("attributes", 0, 1)) == (0,):
+            pass
+
+    machine = Toy(xa_load=lambda byte, party, args: [end((byte,), byte)],
+                  clear_folio=lambda byte, party, args: [end(None, 1)])
+    (finding,) = run(machine, reads).findings
+    assert (finding.law, finding.evidence, finding.steps) == ("progress", NEVER_ENDS, [])
+    assert run(machine, reads, once).verdict == "holds"
+
+
+def test_a_loop_of_choices_that_can_be_left_is_no_livelock() -> None:
+    result = run(COUNTER, again_or_on)
+    assert (result.states, result.transitions, result.verdict) == (2, 1, "holds")
+
+
+def test_a_loop_of_choices_that_leads_to_a_wait_is_that_wait() -> None:
+    def waits() -> Steps[None]:
+        yield from again_or_on()
+        yield from US.lock_folio(PAGE)
+
+    (finding,) = run(Toy(clear_folio=lambda byte, party, args: []), again_or_on).findings
+    assert finding.evidence == "deadlock: clear_folio"
+    assert run(COUNTER, waits).findings[0].evidence == "deadlock: lock_folio"
+
+
+def test_a_loop_of_choices_that_cannot_be_left_is_a_livelock() -> None:
+    result = run(COUNTER, for_ever, once)
+    (finding,) = result.findings
+    assert (finding.law, finding.evidence, finding.steps) == ("progress", NEVER_ENDS, [])
+    assert result.states == 2                           # and the other party is heard all the same
+
+
+def test_a_loop_that_a_choice_leads_into_comes_with_that_choice() -> None:
+    def wrong_turn() -> Steps[None]:
+        yield from US.clear_folio(PAGE)
+        if (yield from US.choose("turn", "right", "wrong")) == "wrong":
+            yield from for_ever()
+        yield from US.clear_folio(PAGE)
+
+    result = run(COUNTER, wrong_turn)
+    (finding,) = result.findings
+    assert lines(finding) == ["p0: clear_folio(pfn0)", "p0: [turn wrong] choose(which, 1, 2)"]
+    assert result.states == 4                           # the start, the turn, the end, and round and round
+    assert explorer(COUNTER, wrong_turn).run(max_steps=1).findings[0].evidence == NEVER_ENDS
+
+
+def test_what_is_noted_on_the_way_round_is_judged() -> None:
+    def operates() -> Steps[None]:
+        while (yield from US.choose("again", True, False)):
+            yield from US.begin_op("punch", 0, 1)
+        yield from US.clear_folio(PAGE)
+
+    machine = Toy(begin_op=lambda byte, party, args: [end(None, byte, "began")],
+                  clear_folio=lambda byte, party, args: [end(None, 1)])
+    (finding,) = run(machine, operates, law=ToyLaw(notes=("began",))).findings
+    assert lines(finding) == ["p0: [again True, again False] clear_folio(pfn0)"]
+
+
+def test_a_teardown_that_goes_round_and_round_is_found() -> None:
+    found = run(COUNTER, once, teardown=for_ever).findings
+    assert NEVER_ENDS in {finding.evidence for finding in found}
 
 
 # -- laws --------------------------------------------------------------------------------------------------------------
@@ -296,6 +375,52 @@ def test_tables_kept_from_another_scenario_change_no_number() -> None:
     assert [(f.evidence, len(f.steps)) for f in again.findings] == [(f.evidence, len(f.steps)) for f in fresh.findings]
 
 
+def numbers(result: Result) -> tuple[int, int, list[tuple[str, int]]]:
+    return result.states, result.transitions, [(f.evidence, len(f.steps)) for f in result.findings]
+
+
+def test_programs_of_one_number_have_tables_of_their_own() -> None:
+    machine = Toy(clear_folio=lambda byte, party, args: [end(None, byte + 1, party)])
+
+    def thrice() -> Steps[None]:
+        for _ in range(3):
+            yield from US.clear_folio(PAGE)
+
+    law = ToyLaw(states=(3,), notes=(1,))
+    other = Program(0, "other", once)
+    variants = [Program(1, f"variant{n}", start) for n, start in enumerate((once, thrice, critical))]
+    kept = Tables(machine, [law])
+    for _round in range(2):
+        for variant in variants:
+            fresh = Explorer(Tables(machine, [law]), [other, variant], b"\0").run()
+            again = Explorer(kept, [other, variant], b"\0").run()
+            assert numbers(again) == numbers(fresh), variant.name
+    assert {(party, note) for party, note in kept.facts} == {("other", 0), ("variant0", 1), ("variant1", 1)}
+
+
+def test_tables_are_right_for_every_initial_state() -> None:
+    machine = Toy(clear_folio=lambda byte, party, args: [end(None, byte + 1)])
+    law = ToyLaw(states=(4,), ends=(3,))
+    programs = [Program(0, "critical", critical), Program(1, "many", choosing), Program(2, "once", once)]
+    tables = Tables(machine, [law])
+    seen = set()
+    for _round in range(2):
+        for byte in (0, 1, 2, 3, 4):
+            fresh = Explorer(Tables(machine, [law]), programs, bytes([byte])).run()
+            again = Explorer(tables, programs, bytes([byte])).run()
+            assert numbers(again) == numbers(fresh), byte
+            seen.add(str(numbers(fresh)))
+    assert len(seen) == 5                               # so that one cannot pass for another
+
+
+def test_an_end_is_judged_after_the_teardown_of_its_own_scenario() -> None:
+    law = ToyLaw(ends=(2,))
+    tables = Tables(COUNTER, [law])
+    program = Program(0, "once", once)
+    for teardown, verdict in ((None, "holds"), (Program(13, "teardown", once), "refuted"), (None, "holds")):
+        assert Explorer(tables, [program], b"\0", teardown).run().verdict == verdict
+
+
 # -- bad parties -------------------------------------------------------------------------------------------------------
 
 
@@ -399,10 +524,11 @@ def test_a_local_variable_without_a_hash_is_refused() -> None:
         explorer(COUNTER, keeps).run()
 
 
-def test_a_loop_that_takes_no_step_is_refused() -> None:
-    def reads() -> Steps[None]:
+def test_places_without_end_between_two_steps_are_refused() -> None:
+    def counts() -> Steps[None]:
+        reads = 0
         while (yield from US.xa_load("attributes", 0, 1)) == (0,):
-            pass
+            reads += 1
 
-    with pytest.raises(DesignRaised, match=r"'p0' goes round and round .* from xa_load\(attributes, 0, 1\) on"):
-        explorer(Toy(xa_load=lambda byte, party, args: [end((0,), byte)]), reads).run()
+    with pytest.raises(DesignRaised, match=r"'p0' goes on and on .* from xa_load\(attributes, 0, 1\) on"):
+        explorer(Toy(xa_load=lambda byte, party, args: [end((0,), byte)]), counts).run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 import multiprocessing
 import os
 import signal
@@ -16,24 +16,42 @@ from itertools import pairwise
 import pytest
 
 from guest_memfd.check import work
+from guest_memfd.check.plan import LONG, NAMED, ON_REQUEST, QUICK, TRIPLES, WHERE, plan
 from guest_memfd.check.pool import Schedule
-from guest_memfd.check.suite import NAMED, Limits, Report, check, check_many, suite
+from guest_memfd.check.scenario import world
+from guest_memfd.check.suite import Limits, Report, check, check_many
 from guest_memfd.check.work import Task
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, InternalError, NotAPrimitive
-from guest_memfd.hosts.host import Folio, Steps
+from guest_memfd.hosts.host import Folio, Host, Steps
+from guest_memfd.hosts.scene import Scene, Slot
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
-from guest_memfd.scenarios import PARTIES
+from guest_memfd.scenarios import PARTIES, SCENES
 
 SHORT = Limits(states=200)
 """Enough of every scenario to find something in bad designs, in seconds."""
+
+PLAIN = ["two-pages"]
+LOAD = ("vcpu", "zeropad")
 
 
 class NoFlush(OurLibrary):
     def flush(self, folios: tuple[Folio, ...]) -> Steps[None]:
         yield from ()
+
+
+class FlushesTwice(OurLibrary):
+    def flush(self, folios: tuple[Folio, ...]) -> Steps[None]:
+        yield from super().flush(folios)
+        yield from super().flush(folios)
+
+
+class TouchesToBegin(OurLibrary):
+    def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
+        yield from Host("kvm").set_direct_map_default_noflush(Folio(0))
+        return (yield from super().bind(gfn, start, nr))
 
 
 class Raises(OurLibrary):
@@ -63,15 +81,69 @@ def timeless(report: Report) -> Report:
 # -- scenarios ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_suite_is_every_pair_and_then_every_triple() -> None:
-    assert suite("abcd") == [tuple(s) for s in [
-        "a", "b", "c", "d", "ab", "ac", "ad", "bc", "bd", "cd", "abc", "abd", "acd", "bcd"]]
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("scene", list(SCENES))
+@pytest.mark.parametrize("hypervisor", list(HYPERVISORS))
+def test_scenarios_can_be_and_none_is_there_twice(hypervisor: str, scene: str, full: bool) -> None:
+    there = world("library", hypervisor, scene=scene)
+    asked = plan(there, full=full)
+    assert len({frozenset(scenario) for scenario in asked}) == len(asked)
+    for scenario in asked:
+        there.must_have(scenario)
+        assert list(scenario) == [name for name in there.programs if name in scenario]
+    sizes = [len(scenario) for scenario in asked]
+    assert sizes == sorted(sizes)
+    assert (3 in sizes) == (scene in TRIPLES)
 
 
-def test_the_default_is_the_whole_suite() -> None:
+def test_in_the_whole_suite_everybody_is_everywhere_alone_and_in_pairs() -> None:
+    for scene in SCENES:
+        there = world("library", "kvm", scene=scene)
+        asked = plan(there)
+        assert {name for (name,) in asked[:len(there.programs)]} == set(there.programs)
+        usual = [name for name in there.programs if name not in LONG]
+        pairs = {pair for pair in itertools.combinations(usual, 2) if there.apart(pair)}
+        assert pairs <= set(asked)
+
+
+def test_who_lives_long_has_pairs_where_the_plan_says() -> None:
+    assert LONG.keys() == WHERE.keys()
+    for name, others in LONG.items():
+        assert {*others} <= set(PARTIES)
+        for scene in WHERE[name]:
+            there = world("library", "kvm", scene=scene)
+            assert {pair for pair in plan(there) if len(pair) == 2 and name in pair} >= {
+                tuple(sorted(pair, key=list(there.programs).index)) for pair in ((name, other) for other in others)}
+
+
+def test_named_triples_are_in_the_scenes_with_triples_unless_they_are_there_for_who_asks() -> None:
+    named = {parties for name, parties in NAMED.items() if len(parties) == 3 and name not in ON_REQUEST}
+    for scene in TRIPLES:
+        asked = plan(world("library", "kvm", scene=scene))
+        assert {s for s in asked if len(s) == 3} == named
+    assert {*ON_REQUEST, *QUICK} <= NAMED.keys()
+    first = plan(world("library", "kvm"), full=False)
+    assert {s for s in first if len(s) == 3} == {NAMED[name] for name in QUICK}
+
+
+@pytest.mark.parametrize("scene", list(SCENES))
+def test_a_first_look_is_a_part_of_the_suite(scene: str) -> None:
+    there = world("library", "kvm", scene=scene)
+    first, whole = plan(there, full=False), plan(there)
+    assert set(first) < set(whole)
+    assert not any(name in LONG for scenario in first for name in scenario)
+    assert ("vcpu",) in first
+    if not there.scene.made:
+        assert ("vcpu2", "creator") in first
+    elif there.scene.vms > 1:
+        assert ("vcpu2", "other-vcpu") in first
+
+
+def test_the_default_is_the_whole_suite_in_all_scenes() -> None:
     report = check("library", "gunyah", limits=Limits(states=1))
-    parties = sum(name != "pfn-cache" for name in PARTIES)
-    assert report.scenarios == sum(math.comb(parties, size) for size in (1, 2, 3))
+    assert report.scenes == tuple(SCENES)
+    assert report.scenarios == sum(len(plan(world("library", "gunyah", scene=scene))) for scene in SCENES)
+    assert report.refused == ("no-direct-map-changes",)
 
 
 def test_named_scenarios_are_pairs_or_triples_in_the_order_of_the_suite() -> None:
@@ -89,6 +161,54 @@ def test_one_scenario_by_its_parties_or_its_name() -> None:
     assert by_name.findings[0].parties == ("vcpu", "zeropad")
 
 
+# -- scenes ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_scenario_is_put_into_the_plainest_scene_or_those_asked_for() -> None:
+    plain = check("none", "gunyah", parties=LOAD)
+    assert (plain.scenes, plain.scenarios) == (("two-pages",), 1)
+    assert plain.findings[0].scene == SCENES["two-pages"]
+    some = check("none", "gunyah", parties=LOAD, scenes=["crossed", SCENES["both-shared"]])
+    assert (some.scenes, some.scenarios) == (("crossed", "both-shared"), 2)
+
+
+def test_a_finding_is_told_in_the_scene_with_the_shortest_run_and_the_first_of_those() -> None:
+    mine = Scene("mine", frames=1)
+    law = check("none", "gunyah", parties=LOAD, scenes=["both-shared", "crossed", "two-pages", mine]).laws["host-survives"]
+    assert law.scene == SCENES["crossed"]               # where both pages are shared nothing breaks
+    assert law.steps == check("none", "gunyah", parties=LOAD).laws["host-survives"].steps
+    alone = check("none", "gunyah", parties=LOAD, scenes=["both-shared"])
+    assert alone.laws["host-survives"].scene is None
+    assert alone.verdict == "holds"
+
+
+def test_a_scene_may_be_ones_own() -> None:
+    mine = Scene("mine", pages=3, frames=4, slots=(Slot(0, 0, 3),), failures=0)
+    report = check("library", "kvm", parties=["vcpu2", "kcore"], scenes=[mine])
+    assert (report.verdict, report.scenes) == ("holds", ("mine",))
+
+
+def test_failures_are_those_of_the_scene_unless_said_otherwise() -> None:
+    def states(scene: Scene, **limits: int) -> int:
+        return check("library", "kvm", parties=["vcpu2"], scenes=[scene], limits=Limits(**limits)).states
+
+    none, one = Scene(failures=0), Scene(failures=1)
+    assert states(none) < states(one)
+    assert states(none, failures=1) == states(one) == states(one, failures=1)
+    assert check("library", "kvm", parties=["vcpu2"]).failures is None
+
+
+def test_a_kernel_that_a_design_will_not_work_on_is_named() -> None:
+    report = check("library", "kvm", parties=["vcpu2", "kcore"], scenes=["no-direct-map-changes", "two-pages"])
+    assert (report.verdict, report.refused) == ("holds", ("no-direct-map-changes",))
+    assert check("none", "kvm", parties=["vcpu2"], scenes=["no-direct-map-changes"]).refused == ()
+
+
+def test_a_law_that_breaks_while_the_scene_is_set_is_found_in_no_steps() -> None:
+    law = check(TouchesToBegin, "kvm", parties=["drainer"], scenes=["unbound"]).laws["library-alone"]
+    assert (law.verdict, law.steps, law.parties, law.scene) == ("refuted", 0, ("drainer",), SCENES["unbound"])
+
+
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
@@ -97,13 +217,13 @@ def test_what_breaks_is_refuted_with_its_shortest_trace() -> None:
     law = report.laws["host-survives"]
     assert (report.verdict, law.verdict, law.parties) == ("refuted", "refuted", ("vcpu", "zeropad"))
     assert law.finding is not None
-    assert law.steps == len(law.finding.steps) == 8
+    assert law.steps == len(law.finding.steps) == 9
     assert report.laws["nothing-lost"].verdict == "holds"
     assert [law.law for law in report.laws.values()] == list(LAWS)
 
 
 def test_findings_are_distinct_and_the_shortest_comes_first() -> None:
-    report = check("gunyah-v17", "gunyah", limits=SHORT)
+    report = check("gunyah-v17", "gunyah", scenes=PLAIN, full=False, limits=SHORT)
     lengths = [len(found.finding.steps) for found in report.findings]
     assert lengths == sorted(lengths)
     ways = [(found.law, found.evidence) for found in report.findings]
@@ -113,14 +233,14 @@ def test_findings_are_distinct_and_the_shortest_comes_first() -> None:
         assert law.finding is (first and first.finding)
 
 
-def test_bounded_cost_is_reported_and_not_judged() -> None:
-    assert check("none", "gunyah", parties=["zeropad"]).laws["bounded-cost"].verdict == "reported"
-    with pytest.raises(BadInput, match="'bounded-cost' is counted, not judged"):
-        check("none", "gunyah", parties=["zeropad"], laws=["bounded-cost"])
+def test_what_an_operation_costs_is_judged_like_everything_else() -> None:
+    law = check(FlushesTwice, "kvm", parties=["vcpu2"], laws=["bounded-cost"]).laws["bounded-cost"]
+    assert (law.verdict, law.evidence) == ("refuted", "fault of 1 pages takes 2 TLB flushes, and at most 1 are stated")
+    assert check("library", "kvm", parties=["vcpu2"], laws=["bounded-cost"]).verdict == "holds"
 
 
 def test_only_the_laws_asked_for_are_judged() -> None:
-    report = check("gunyah-v17", "gunyah", parties=("vcpu", "vmm"), laws=["library-alone", "nothing-lost"])
+    report = check("gunyah-v17", "gunyah", parties=("vcpu2", "vmm"), laws=["library-alone", "nothing-lost"])
     assert list(report.laws) == ["nothing-lost", "library-alone"]
     assert {found.law for found in report.findings} <= set(report.laws)
     assert check("gunyah-v17", "gunyah", parties=["vcpu"], laws=["no-stale-data"]).verdict == "holds"
@@ -157,18 +277,19 @@ def test_a_limit_that_cannot_be_is_refused(limit: dict[str, int], words: str) ->
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_limit_of_states_leaves_the_verdict_undetermined_and_is_named(jobs: int) -> None:
-    report = check("library", "gunyah", limits=Limits(states=30), jobs=jobs)
+    report = check("library", "gunyah", scenes=["both-shared", "two-pages"], full=False, limits=Limits(states=30), jobs=jobs)
     assert report.verdict == "undetermined"
-    assert {law.verdict for law in report.laws.values()} == {"undetermined", "reported"}
+    assert {law.verdict for law in report.laws.values()} == {"undetermined"}
     (limit,) = report.limits
     assert limit.startswith("more than 30 states (")
-    assert limit.endswith(f"of {report.scenarios} scenarios, first: vcpu)")
+    assert limit.endswith(f"of {report.scenarios} scenarios, first: vcpu in both-shared)")
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_limit_of_seconds_ends_the_whole_run(jobs: int) -> None:
     began = time.monotonic()
-    (first, second) = check_many([("library", "kvm"), ("library", "pkvm")], limits=Limits(seconds=0.5), jobs=jobs)
+    pairs = [("library", "kvm"), ("library", "pkvm")]
+    (first, second) = check_many(pairs, scenes=PLAIN, full=False, limits=Limits(seconds=0.5), jobs=jobs)
     assert time.monotonic() - began < 20
     for report in (first, second):
         assert report.verdict == "undetermined"
@@ -176,7 +297,7 @@ def test_a_limit_of_seconds_ends_the_whole_run(jobs: int) -> None:
 
 
 def test_what_breaks_before_a_limit_is_refuted_all_the_same() -> None:
-    report = check("gunyah-v17", "gunyah", limits=SHORT)
+    report = check("gunyah-v17", "gunyah", scenes=PLAIN, full=False, limits=SHORT)
     assert report.verdict == "refuted"
     assert report.limits
     assert report.laws["no-stale-data"].verdict == "undetermined"
@@ -185,11 +306,12 @@ def test_what_breaks_before_a_limit_is_refuted_all_the_same() -> None:
 # -- the same whatever the split ---------------------------------------------------------------------------------------
 
 CASES = [("none", "gunyah"), ("guestmem-rfc1", "kvm"), ("gunyah-v17", "gunyah")]
+PLACES = ["two-vms", "nothing-yet"]
 REPORTS = f"""
 import dataclasses
 from guest_memfd.check.suite import Limits, check_many
 from guest_memfd.check.trace import dumps, trace_of
-for report in check_many({CASES!r}, limits=Limits(states=200), jobs=JOBS):
+for report in check_many({CASES!r}, scenes={PLACES!r}, full=False, limits=Limits(states=60), jobs=JOBS):
     print(dataclasses.replace(report, seconds=0.0))
     for found in report.findings:
         print(dumps(trace_of(report, found)))
@@ -198,7 +320,7 @@ for report in check_many({CASES!r}, limits=Limits(states=200), jobs=JOBS):
 
 def test_reports_do_not_depend_on_hash_seed_or_jobs(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     outputs = set()
-    for seed, jobs in ((0, 1), (1, 2), (2, 2), (3, 3)):
+    for seed, jobs in ((0, 1), (1, 2), (2, 3)):
         done = python(REPORTS.replace("JOBS", str(jobs)), PYTHONHASHSEED=str(seed))
         assert done.returncode == 0, done.stderr
         outputs.add(done.stdout)
@@ -207,14 +329,17 @@ def test_reports_do_not_depend_on_hash_seed_or_jobs(python: Callable[..., subpro
 
 
 def test_reports_do_not_depend_on_what_the_tables_held_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = check_many(CASES, limits=SHORT, jobs=1)
+    def reports() -> list[Report]:
+        return list(map(timeless, check_many(CASES, scenes=PLACES, full=False, limits=SHORT, jobs=1)))
+
+    kept = reports()
     monkeypatch.setattr(work, "ROOMY", -1)
-    assert list(map(timeless, check_many(CASES, limits=SHORT, jobs=1))) == list(map(timeless, kept))
+    assert reports() == kept
 
 
 def test_each_pair_is_judged_as_if_alone() -> None:
-    together = check_many(CASES, limits=SHORT, jobs=2)
-    alone = [check(*case, limits=SHORT, jobs=1) for case in CASES]
+    together = check_many(CASES, scenes=PLACES, full=False, limits=SHORT, jobs=2)
+    alone = [check(*case, scenes=PLACES, full=False, limits=SHORT, jobs=1) for case in CASES]
     assert list(map(timeless, together)) == list(map(timeless, alone))
 
 
@@ -258,10 +383,10 @@ def test_after_a_failure_only_what_comes_before_is_done() -> None:
 
 def test_progress_goes_up_to_a_hundred() -> None:
     told: list[tuple[int, int, str]] = []
-    check("library", "gunyah", limits=SHORT, jobs=2, progress=lambda *what: told.append(what))
+    check("library", "gunyah", scenes=PLACES, full=False, limits=SHORT, jobs=2, progress=lambda *what: told.append(what))
     assert all(before[0] <= after[0] for before, after in pairwise(told))
     assert told[-1][:2] == (100, 100)
-    assert told[0][2].startswith("library on gunyah: ")
+    assert {what.partition(":")[0] for _, _, what in told} == {f"library on gunyah, {place}" for place in PLACES}
 
 
 @pytest.mark.parametrize("jobs", [0, -2])
@@ -283,7 +408,11 @@ def test_a_number_of_jobs_that_cannot_be_is_refused(jobs: int) -> None:
     ({"laws": []}, "no law to judge by"),
     ({"parties": ["vcpu", "vcpu"]}, "a party can be in a scenario only once, not as in vcpu, vcpu"),
     ({"parties": ["pfn-cache"], "hypervisor": "gunyah"},
-     "party 'pfn-cache' cannot exist with design 'library' under 'gunyah'"),
+     "party 'pfn-cache' cannot exist with design 'library' under 'gunyah' in scene 'two-pages'"),
+    ({"parties": ["creator"]}, "party 'creator' cannot exist with design 'library' under 'kvm' in scene 'two-pages'"),
+    ({"parties": ["vmm", "pinner"]}, "vmm, pinner: two of these are the same task doing different things"),
+    ({"scenes": ["crosed"]}, "unknown scene 'crosed'; did you mean 'crossed'?"),
+    ({"scenes": []}, f"no scene to explore; known: {', '.join(SCENES)}"),
     ({"design": "gunyah-v17"}, "design 'gunyah-v17' was posted for gunyah only, not for 'kvm'"),
     ({"parties": ["vcpu"], "scenario": "hibernate"}, "either parties or a scenario, not both (vcpu and 'hibernate')"),
 ])
@@ -295,7 +424,7 @@ def test_a_question_that_cannot_be_put_is_refused_in_one_line(what: dict[str, st
 
 def failure(design: type[Design], jobs: int) -> GuestMemfdError:
     with pytest.raises(GuestMemfdError) as raised:
-        check(design, "gunyah", limits=SHORT, jobs=jobs)
+        check(design, "gunyah", scenes=PLAIN, full=False, limits=SHORT, jobs=jobs)
     return raised.value
 
 
@@ -316,12 +445,12 @@ def test_a_design_that_raises_is_told_with_the_trace_to_it() -> None:
 
 def test_a_worker_that_dies_is_named() -> None:
     with pytest.raises(InternalError, match=r"has died \(signal SIGKILL\); fewer jobs, or a limit of states"):
-        check(KillsItsProcess, "gunyah", jobs=2)
+        check(KillsItsProcess, "gunyah", scenes=PLAIN, full=False, jobs=2)
 
 
 def test_without_fork_everything_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
-    assert check(KillsItsProcess, "gunyah", limits=SHORT, jobs=2).verdict == "undetermined"
+    assert check(KillsItsProcess, "gunyah", scenes=PLAIN, full=False, limits=SHORT, jobs=2).verdict == "undetermined"
 
 
 def test_interrupting_ends_all_processes_at_once() -> None:

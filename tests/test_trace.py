@@ -19,6 +19,8 @@ from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, TraceError, UnknownName
 from guest_memfd.hosts.host import Entries, Folio, Host, Locked, Lookup, Primitive, Steps
+from guest_memfd.hosts.scene import Kernel, Scene, Slot
+from guest_memfd.scenarios import SCENES
 
 Json = dict[str, Any]
 
@@ -52,6 +54,35 @@ class Spins(OurLibrary):
         yield from super().munmap()
         while (yield from self.host.vma_covers(0, 1)) or True:
             pass
+
+
+class SpinsUnseen(OurLibrary):
+    """Never ends once the file is closed, and takes no step that others could see."""
+
+    def munmap(self) -> Steps[None]:
+        yield from super().munmap()
+        while True:
+            yield from self.host.begin_op("punch", 0, 1)
+            yield from self.host.end_op(0)
+
+
+class ReadsOnAndOn(OurLibrary):
+    """Never ends once the file is closed, and does nothing but read."""
+
+    def munmap(self) -> Steps[None]:
+        yield from super().munmap()
+        while (yield from self.host.xa_load("attributes", 0, 1)).count(0) == 0:
+            pass
+
+
+class TakesAWrongTurn(OurLibrary):
+    """Never ends when the wrong option is taken."""
+
+    def munmap(self) -> Steps[None]:
+        yield from super().munmap()
+        turn = yield from self.host.choose("turn", "right", "wrong")
+        while turn == "wrong":
+            yield from self.host.choose("now", 1, 2)
 
 
 class Late(OurLibrary):
@@ -104,12 +135,13 @@ def test_a_saved_trace_replays_to_the_same_finding(none: Report, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("design", "hypervisor", "parties"), [
-    ("gunyah-v17", "gunyah", ("vcpu", "vmm")), ("gunyah-v17", "gunyah", ("device", "stop")),
-    ("guestmem-rfc1", "gunyah", ("vcpu", "vmm")), ("guestmem-rfc1", "kvm", ("vcpu", "vmm")),
-    ("secretmem", "kvm", ("vmm", "power")), ("none", "pkvm", ("vcpu", "vmm")),
+    ("gunyah-v17", "gunyah", ("vcpu2", "vmm")), ("gunyah-v17", "gunyah", ("vcpu2", "stop")),
+    ("guestmem-rfc1", "gunyah", ("vcpu2", "vmm2")), ("guestmem-rfc1", "kvm", ("vcpu2", "vmm")),
+    ("secretmem", "kvm", ("vcpu2", "vmm2", "kcore")), ("none", "pkvm", ("vcpu", "page-cache-reader")),
 ])
 def test_every_finding_of_a_posted_design_replays(design: str, hypervisor: str, parties: tuple[str, ...]) -> None:
     report = check(design, hypervisor, parties=parties)
+    assert report.findings
     for found in report.findings:
         again = replay(loads(dumps(trace_of(report, found))))
         assert again.same, again.divergence
@@ -119,6 +151,8 @@ def test_every_finding_of_a_posted_design_replays(design: str, hypervisor: str, 
 @pytest.mark.parametrize(("design", "parties", "law"), [
     (NoFlush, ("vcpu", "kcore"), "guest-private"), (NoFlush, ("vcpu", "kcore"), "one-owner"),
     (ForgetsToPut, ("vcpu",), "nothing-lost"), (LocksTwice, ("device",), "progress"), (Spins, ("device",), "progress"),
+    (SpinsUnseen, ("device",), "progress"), (ReadsOnAndOn, ("device",), "progress"),
+    (TakesAWrongTurn, ("device",), "progress"),
     (TouchesTheDirectMapToBegin, ("vcpu",), "library-alone"),
 ])
 def test_every_way_to_break_a_law_replays(design: type[Design], parties: tuple[str, ...], law: str) -> None:
@@ -129,8 +163,58 @@ def test_every_way_to_break_a_law_replays(design: type[Design], parties: tuple[s
 
 
 def test_the_kinds_of_broken_progress_are_those_that_were_meant() -> None:
-    evidence = [check(design, "kvm", parties=["device"]).laws["progress"].evidence for design in (LocksTwice, Spins)]
-    assert evidence == ["deadlock: down_write invalidate", NEVER_ENDS]
+    evidence = [check(design, "kvm", parties=["device"]).laws["progress"].evidence
+                for design in (LocksTwice, Spins, SpinsUnseen, ReadsOnAndOn, TakesAWrongTurn)]
+    assert evidence == ["deadlock: down_write invalidate", *[NEVER_ENDS] * 4]
+
+
+@pytest.mark.parametrize("scene", [*SCENES.values(), Scene("mine", frames=4, failures=2, kernel=Kernel(asks_mapping=False))],
+                         ids=lambda scene: scene.name)
+def test_a_trace_carries_its_scene(trace: Trace, scene: Scene) -> None:
+    there = dataclasses.replace(trace, scene=scene)
+    assert loads(dumps(there)) == there
+
+
+@pytest.mark.parametrize(("scene", "parties"), [
+    ("crossed", ("patient-vcpu",)), ("both-shared", ("vcpu2",)), ("nothing-yet", ("creator", "vcpu2")),
+    ("two-vms", ("vcpu2", "other-vcpu")), ("for-good", ("vcpu2",)),
+])
+def test_what_breaks_in_a_scene_replays_in_it(scene: str, parties: tuple[str, ...]) -> None:
+    report = check(ForgetsToPut, "pkvm", scenes=[scene], parties=parties)
+    recorded = trace_of(report, report.laws["nothing-lost"])
+    assert recorded.scene == SCENES[scene]
+    assert recorded.failures == SCENES[scene].failures
+    assert replay(loads(dumps(recorded)), design=ForgetsToPut).same
+
+
+def test_in_another_scene_a_trace_diverges() -> None:
+    report = check(ForgetsToPut, "pkvm", scenes=["both-shared"], parties=["vcpu2"])
+    recorded = trace_of(report, report.laws["nothing-lost"])
+    elsewhere = dataclasses.replace(recorded, scene=Scene())
+    assert why(replay(elsewhere, design=ForgetsToPut)).startswith("step ")
+    stranger = dataclasses.replace(recorded, parties=("other-vcpu",))
+    with pytest.raises(BadInput, match=r"'other-vcpu' cannot exist with .* under 'pkvm' in scene 'both-shared'"):
+        replay(stranger)
+
+
+def test_a_trace_in_a_scene_of_ones_own_replays() -> None:
+    scene = Scene("mine", pages=3, frames=3, slots=(Slot(3, 1, 2),), failures=0)
+    report = check("none", "gunyah", scenes=[scene], parties=("vcpu", "zeropad"))
+    recorded = trace_of(report, report.laws["host-survives"])
+    assert recorded.steps[0].choices == ("gfn 4",)      # page 1 is shared
+    again = replay(loads(dumps(recorded)))
+    assert again.same
+    assert again.finding == report.findings[0].finding
+
+
+def test_a_step_says_which_file_it_is_about_unless_it_is_the_first() -> None:
+    report = check(ForgetsToPut, "kvm", scenes=["two-vms"], parties=("vcpu2", "other-vcpu"))
+    text = dumps(trace_of(report, report.laws["nothing-lost"]))
+    steps = json.loads(text)["steps"]
+    others = [step for step in steps if step["party"] == "other-vcpu"]
+    assert all(step["file"] == 1 for step in others)
+    assert not any("file" in step for step in steps if step["party"] == "vcpu2")
+    assert {step.primitive.file for step in loads(text).steps if step.primitive} <= {0, 1}
 
 
 @pytest.mark.parametrize("value", [
@@ -152,8 +236,12 @@ def test_a_value_that_json_has_not_is_refused(trace: Trace, tmp_path: Path) -> N
 
 def test_the_file_says_what_it_is_about(trace: Trace) -> None:
     top = json.loads(dumps(trace))
-    assert list(top) == ["schema", "version", "design", "hypervisor", "failures", "parties", "law", "sentence",
+    assert list(top) == ["schema", "version", "design", "hypervisor", "scene", "failures", "parties", "law", "sentence",
                          "evidence", "steps"]
+    assert top["schema"] == "guest-memfd-trace/3"
+    assert list(top["scene"]) == [field.name for field in dataclasses.fields(Scene)]
+    assert top["scene"]["slots"] == [{"gfn": 0, "start": 0, "nr": 2}]
+    assert top["scene"]["kernel"]["init_on_free"] is True
     assert top["sentence"] == "no access the kernel may make on its own ends in an abort it cannot handle"
     assert list(top["steps"][0]) == ["party", "choices", "primitive", "caller", "args", "result", "failed"]
 
@@ -289,6 +377,7 @@ def broken(edit: Callable[[Json], Any]) -> Callable[[str], str]:
     return spoil
 
 
+NO_SCENE = "has a field 'scene' that is none; an object with name, title, pages, frames, shared, slots, kernel, "
 BAD: list[tuple[Callable[[str], str], str]] = [
     (lambda text: text[:200], "is truncated: it ends in line "),
     (lambda text: text[:-3], "is truncated: it ends in line "),
@@ -297,8 +386,8 @@ BAD: list[tuple[Callable[[str], str], str]] = [
     (lambda text: "[" * 100_000, "is not JSON: "),
     (lambda text: "[]", f'is no trace: an object with "schema": {SCHEMA!r} is wanted'),
     (lambda text: "{}", f'is no trace: an object with "schema": {SCHEMA!r} is wanted'),
-    (lambda text: text.replace(SCHEMA, "guest-memfd-trace/1"),
-     f"is of schema 'guest-memfd-trace/1'; this program reads {SCHEMA!r}"),
+    (lambda text: text.replace(SCHEMA, "guest-memfd-trace/2"),
+     f"is of schema 'guest-memfd-trace/2'; this program reads {SCHEMA!r}"),
     (broken(lambda top: top.pop("steps")), "lacks field 'steps'"),
     (broken(lambda top: top.pop("evidence")), "lacks field 'evidence'"),
     (broken(lambda top: top.update(design=7)), "has a field 'design' that is not a string"),
@@ -306,9 +395,23 @@ BAD: list[tuple[Callable[[str], str], str]] = [
     (broken(lambda top: top.update(parties=[1])), "has a field 'parties' that is not a list of strings"),
     (broken(lambda top: top.update(failures=True)), "has a field 'failures' that is not an integer"),
     (broken(lambda top: top.update(failures=-1)), "has a field 'failures' that is not 0 to 255"),
+    (broken(lambda top: top.pop("scene")), "lacks field 'scene'"),
+    (broken(lambda top: top.update(scene="crossed")), NO_SCENE), (broken(lambda top: top.update(scene=[1])), NO_SCENE),
+    (broken(lambda top: top["scene"].pop("slots")), NO_SCENE),
+    (broken(lambda top: top["scene"].update(slots=[7])), NO_SCENE),
+    (broken(lambda top: top["scene"].update(weather="fine")), NO_SCENE),
+    (broken(lambda top: top["scene"]["kernel"].update(old=True)), NO_SCENE),
+    (broken(lambda top: top["scene"].update(pages=9)),
+     "has a scene that cannot be: scene 'two-pages': pages must be 1 to 4, not 9"),
+    (broken(lambda top: top["scene"].update(frames=True)),
+     "has a scene that cannot be: scene 'two-pages': frames must be 1 to 6, not True"),
+    (broken(lambda top: top["scene"].update(shared=[5])),
+     "has a scene that cannot be: scene 'two-pages': page 5 cannot be shared, the file has 2 pages"),
     (broken(lambda top: top.update(law="gravity")), "names a law there is not: 'gravity'"),
     (broken(lambda top: top["steps"].insert(1, 3)), "has something else than an object for all of step 2"),
     (broken(lambda top: top["steps"][1].pop("result")), "lacks field 'result' of step 2"),
+    (broken(lambda top: top["steps"][0].update(file="1")), "has a field 'file' of step 1 that is not an integer"),
+    (broken(lambda top: top["steps"][0].update(file=-1)), "has a field 'file' of step 1 that is not 0 to 255"),
     (broken(lambda top: top["steps"][0].update(failed=0)), "has a field 'failed' of step 1 that is not true or false"),
     (broken(lambda top: top["steps"][0].update(primitive=None)),
      "has a caller or arguments of step 1, which has no primitive"),
@@ -352,6 +455,15 @@ def test_unknown_names_in_a_trace_are_refused(trace: Trace, fields: Json, words:
 
 
 def test_a_trace_with_other_limits_replays_under_its_own(trace: Trace) -> None:
-    assert trace.failures == 1
+    assert trace.failures == 1                          # the scene's own number
     report = check("none", "gunyah", parties=("vcpu", "zeropad"), limits=Limits(failures=0))
     assert replay(trace_of(report, report.findings[0])).trace.failures == 0
+    report = check("none", "gunyah", scenes=["two-vms"], parties=("vcpu", "zeropad"))
+    assert trace_of(report, report.findings[0]).failures == SCENES["two-vms"].failures == 0
+
+
+def test_a_file_that_is_not_there_diverges(trace: Trace) -> None:
+    first = trace.steps[0].primitive
+    assert first is not None
+    assert why(replay(changed(trace, 1, primitive=first._replace(file=1)))) == (
+        "step 1: expected vcpu to do file1.guest_access(0, True), it does guest_access(0, True)")

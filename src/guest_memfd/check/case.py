@@ -1,4 +1,4 @@
-"""One question of a suite: the answers of its scenarios, and what they come to together.
+"""One question of a suite: the answers of its scenarios in all its scenes, and what they come to together.
 
 Rule of this file: answers may come in any order. Of each way to break a law the shortest trace over all scenarios wins,
 the earlier scenario where two are as short.
@@ -6,7 +6,7 @@ the earlier scenario where two are as short.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from guest_memfd.check.scenario import World
@@ -14,9 +14,6 @@ from guest_memfd.check.verdict import Found, LawReport, Limits, Report
 from guest_memfd.check.work import Answer, Task
 from guest_memfd.errors import InternalError
 from guest_memfd.laws import LAWS
-
-REPORTED = "bounded-cost"
-"""The law that is counted (check/cost.py) and not judged."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +26,19 @@ class Winner:
 
 @dataclass
 class Case:
-    """One question: its world, its scenarios, and what has been answered."""
+    """One question: its worlds by their numbers, and what has been answered."""
 
-    world: World
-    scenarios: list[tuple[str, ...]]
     judged: Sequence[str]
+    worlds: dict[int, World] = field(default_factory=dict)
+    scenarios: int = 0
     answers: dict[Task, Answer] = field(default_factory=dict)
     winners: dict[tuple[str, str], Winner] = field(default_factory=dict)
-    found: list[Found] = field(default_factory=list)
+    found: list[tuple[int, Found]] = field(default_factory=list)
+
+    def add(self, number: int, world: World, scenarios: int) -> None:
+        """Put the question to *scenarios* scenarios in world *number*, too."""
+        self.worlds[number] = world
+        self.scenarios += scenarios
 
     def take(self, task: Task, answer: Answer) -> None:
         """Add what a scenario came to."""
@@ -63,39 +65,39 @@ class Case:
             if finding is None or len(finding.steps) != steps:
                 raise InternalError(f"{', '.join(task.parties)}: {law} ({evidence}) breaks in {steps} steps on the "
                                     f"tables of the suite, and not on new ones")
-            self.found.append(Found(law, evidence, task.parties, finding))
+            found = Found(law, evidence, task.parties, finding, self.worlds[task.world].scene)
+            self.found.append((task.order, found))
 
     def report(self, limits: Limits, seconds: float) -> Report:
         """All of it together."""
-        place = {scenario: n for n, scenario in enumerate(self.scenarios)}
         rank = {law: n for n, law in enumerate(LAWS)}
-        found = tuple(sorted(
-            self.found, key=lambda f: (len(f.finding.steps), rank[f.law], place[f.parties], f.evidence)
-        ))
-        reached = _reached(self.answers, limits)
+        self.found.sort(key=lambda f: (len(f[1].finding.steps), rank[f[1].law], f[0], f[1].evidence))
+        found = tuple(each for _, each in self.found)
+        reached = self._reached(limits)
+        first = next(iter(self.worlds.values()))
         return Report(
-            self.world.design.name, self.world.hypervisor.name,
+            first.design.name, first.hypervisor.name,
             "refuted" if found else "undetermined" if reached else "holds",
             {law: _law(law, found, reached) for law in self.judged}, found,
             sum(a.states for a in self.answers.values()), sum(a.transitions for a in self.answers.values()),
-            seconds, len(self.scenarios), reached, limits.failures,
+            seconds, self.scenarios, reached, limits.failures, tuple(world.scene.name for world in self.worlds.values()),
+            tuple(world.scene.name for world in self.worlds.values() if world.refused),
         )
+
+    def _reached(self, limits: Limits) -> tuple[str, ...]:
+        words = {"states": f"more than {limits.states} states", "seconds": f"more than {limits.seconds} seconds in all"}
+        reached = []
+        for limit, what in words.items():
+            cut = sorted((task for task, answer in self.answers.items() if answer.limit == limit), key=lambda t: t.order)
+            if cut:
+                scene = self.worlds[cut[0].world].scene.name
+                reached.append(f"{what} ({len(cut)} of {len(self.answers)} scenarios, first: {', '.join(cut[0].parties)} "
+                               f"in {scene})")
+        return tuple(reached)
 
 
 def _law(law: str, found: Sequence[Found], reached: Sequence[str]) -> LawReport:
-    if law == REPORTED:
-        return LawReport(law, "reported")
     first = next((f for f in found if f.law == law), None)
     if first is None:
         return LawReport(law, "undetermined" if reached else "holds")
-    return LawReport(law, "refuted", len(first.finding.steps), first.parties, first.evidence, first.finding)
-
-
-def _reached(answers: Mapping[Task, Answer], limits: Limits) -> tuple[str, ...]:
-    words = {"states": f"more than {limits.states} states", "seconds": f"more than {limits.seconds} seconds in all"}
-    reached = []
-    for limit, what in words.items():
-        cut = sorted((task for task, answer in answers.items() if answer.limit == limit), key=lambda task: task.order)
-        if cut:
-            reached.append(f"{what} ({len(cut)} of {len(answers)} scenarios, first: {', '.join(cut[0].parties)})")
-    return tuple(reached)
+    return LawReport(law, "refuted", len(first.finding.steps), first.parties, first.evidence, first.finding, first.scene)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from guest_memfd.check.refine import Pair, pair
+from guest_memfd.check.refine import Pair, kernel_of, pair
 from guest_memfd.check.replay import Replay, replay
 from guest_memfd.check.scenario import World
 from guest_memfd.check.trace import Trace
@@ -67,8 +67,7 @@ def on_machine(trace: Trace) -> OnMachine:
     made: list[Pair] = []
 
     def beside(world: World) -> Pair:
-        config = Config(ram=32 << 20, on_free="poison", scattered=3, apart=APART, bbml3=True,
-                        sea_fixup=world.design.sea_fixup)
+        config = Config(ram=32 << 20, apart=APART, bbml3=True, sea_fixup=world.design.sea_fixup, **kernel_of(world.scene))
         made.append(pair(world, Machine(world.hypervisor.name, config), trace.failures))
         return made[0]
 

@@ -21,9 +21,12 @@ from dataclasses import dataclass, field
 from types import CellType, CodeType, FrameType, FunctionType, GeneratorType
 from typing import Any, NamedTuple, Protocol
 
-from guest_memfd.check.footprint import Watched, grow
+from guest_memfd.check.footprint import Remembered, Watched, grow
+from guest_memfd.check.livelock import never_ending
 from guest_memfd.check.outcome import STAY, Outcome
+from guest_memfd.check.silent import Passed, Place
 from guest_memfd.errors import BadInput, DesignRaised, InternalError, NotAPrimitive
+from guest_memfd.errors import describe as describe
 from guest_memfd.hosts.host import LOADS, PRIMITIVES, SILENT, Primitive
 
 SHARED_BITS, LOCAL_BITS = 26, 16
@@ -67,7 +70,10 @@ class Law(Protocol):
 
 @dataclass(frozen=True)
 class Program:
-    """A party: its number (the same in every scenario), its name, and how to start its procedure."""
+    """A party: its number (which lock holder it is, the same in every scenario), its name, how to start its procedure.
+
+    Several programs may have one number, as long as no scenario has two of them.
+    """
 
     number: int
     name: str
@@ -245,18 +251,6 @@ def perform(machine: Machine, shared: bytes, party: int, primitive: Primitive) -
         raise DesignRaised(f"{primitive}, asked for by {primitive.caller}, raised {describe(error)}") from error
 
 
-def describe(error: BaseException) -> str:
-    """``TypeError: message (file:line in function)`` of the innermost frame."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = ""
-    if trace is not None:
-        code = trace.tb_frame.f_code
-        place = f" ({code.co_filename.rpartition('/')[2]}:{trace.tb_lineno} in {code.co_qualname})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
-
-
 class Automaton:
     """All places where one party can stand, discovered as results arrive. Local 0 is its start."""
 
@@ -327,21 +321,21 @@ class Way(NamedTuple):
     """One end of a step, for every host state that agrees in the bytes the step looks at.
 
     change: (offset, value) of the bytes that become others; or the whole state, if the machine keeps no footprints.
-    broken: (law, evidence) by the facts noted on the way.
+    broken: (law, evidence) by the facts noted on the way, or because the party will never come out of where it stands.
     """
 
     local: int
     change: bytes | tuple[tuple[int, int], ...]
-    choices: tuple[str, ...]
-    primitive: Primitive | None
-    result: Any
-    failed: bool
-    notes: tuple[Any, ...]
+    choices: tuple[str, ...] = ()
+    primitive: Primitive | None = None
+    result: Any = None
+    failed: bool = False
+    notes: tuple[Any, ...] = ()
     broken: tuple[tuple[str, str], ...] = ()
 
 
 class Move(NamedTuple):
-    """One expanded transition of a party out of (local, shared)."""
+    """One expanded transition of a party out of (local, shared). broken: (law, evidence) on the way to there."""
 
     local: int
     shared: int
@@ -350,6 +344,7 @@ class Move(NamedTuple):
     result: Any
     failed: bool
     notes: tuple[Any, ...]
+    broken: tuple[tuple[str, str], ...]
 
 
 class Steps(dict[int, tuple[int, ...]]):
@@ -375,14 +370,16 @@ class Tables:
     def __init__(self, machine: Machine, laws: Sequence[Law]) -> None:
         self.machine, self.laws = machine, laws
         self.footprints = getattr(machine, "footprints", False)
+        self.judges = [(law.name, Remembered(law.in_state) if self.footprints else law.in_state) for law in laws
+                       if getattr(law, "state", True)]
         self.shared_ids: dict[bytes, int] = {}
         self.shared: list[bytes] = []
         self.broken: list[tuple[tuple[str, str], ...]] = []      # per shared state: (law, evidence) it breaks
         self.halted: list[bool] = []
-        self.automata: dict[int, Automaton] = {}
-        self.facts: dict[tuple[int, Any], None] = {}             # (party, note), all that were ever noted
-        self.steps: dict[tuple[int, int], Steps] = {}            # by party number, and its place among the parties
-        self.ends: dict[int, list[tuple[str, str, list[Step]]]] = {}
+        self.automata: dict[Program, Automaton] = {}
+        self.facts: dict[tuple[str, Any], None] = {}             # (party, note), all that were ever noted
+        self.steps: dict[tuple[Program, int], Steps] = {}        # by program, and its place among the parties
+        self.ends: dict[tuple[Program | None, int], list[tuple[str, str, list[Step]]]] = {}     # by teardown and state
 
     def intern(self, saved: bytes) -> int:
         """The number of shared state *saved*; state laws are judged once, here."""
@@ -394,23 +391,21 @@ class Tables:
             self.shared.append(saved)
             self.halted.append(self.machine.halted(saved))
             self.broken.append(tuple(
-                (law.name, evidence) for law in self.laws if (evidence := law.in_state(saved)) is not None
+                (name, evidence) for name, judge in self.judges if (evidence := judge(saved)) is not None
             ))
         return known
 
     def automaton(self, program: Program) -> Automaton:
         """The automaton of *program*, made at first use."""
-        known = self.automata.get(program.number)
-        if known is None or known.program is not program:
-            known = self.automata[program.number] = Automaton(program)
-            for key in [k for k in self.steps if k[0] == program.number]:
-                del self.steps[key]
+        known = self.automata.get(program)
+        if known is None:
+            known = self.automata[program] = Automaton(program)
         return known
 
     def moves(self, automaton: Automaton, local: int, shared: int) -> Iterator[Move]:
         """Every transition of one party from here, silent primitives fused with the step that follows them."""
         for way in self.ways(automaton, local, shared):
-            yield Move(way.local, self.arrive(shared, way), *way[2:7])
+            yield Move(way.local, self.arrive(shared, way), *way[2:])
 
     def ways(self, automaton: Automaton, local: int, shared: int) -> Sequence[Way]:
         """The same, as far as it does not depend on the bytes of *shared* that nobody looks at."""
@@ -441,60 +436,81 @@ class Tables:
     def _work_out(self, automaton: Automaton, local: int, state: bytes) -> list[Way]:
         seen: dict[int, int] = {}
         start: Any = Watched(state, seen) if self.footprints else state
+        passed: Passed[Way] = Passed()
         try:
-            ways = list(self._expand(automaton, local, start, (), ()))
+            ways = [*self._expand(automaton, Way(local, start), passed, None), *passed.traps()]
         except RecursionError as error:
-            raise DesignRaised(f"party {automaton.program.name!r} goes round and round without a step that others can "
-                               f"see, from {automaton.waits_on[local]} on") from error
+            raise DesignRaised(f"party {automaton.program.name!r} goes on and on without a step that others can see, "
+                               f"from {automaton.waits_on[local]} on") from error
         for i, way in enumerate(ways):
             whole: Any = way.change
             after = bytes(whole)
             change = tuple((at, after[at]) for at, old in seen.items() if after[at] != old) if self.footprints else after
-            ways[i] = way._replace(change=change, broken=tuple(self._judge(way.notes)))
-            self.facts.update(((automaton.program.number, note), None) for note in way.notes)
+            ways[i] = way._replace(change=change, broken=(*way.broken, *self._judge(way.notes)))
+            self.facts.update(((automaton.program.name, note), None) for note in way.notes)
         if self.footprints:
             automaton.ways[local] = grow(automaton.ways[local], seen, ways)
         return ways
 
-    # The ways of one step, with the whole state they lead to.
-    def _expand(
-        self, automaton: Automaton, local: int, state: bytes, choices: tuple[str, ...], notes: tuple[Any, ...]
-    ) -> Iterator[Way]:
-        primitive = automaton.waits_on[local]
-        if primitive is None:
-            yield Way(local, state, choices, None, None, False, notes)
-        elif primitive.name == "choose":
+    # The ways of one step on from *here*, whose change is the whole state; *before* is the silent place it comes from.
+    def _expand(self, automaton: Automaton, here: Way, passed: Passed[Way], before: Place | None) -> Iterator[Way]:
+        primitive = automaton.waits_on[here.local]
+        if primitive is None or primitive.name not in SILENT:
+            passed.leaves(before)
+            yield from (here,) if primitive is None else self._perform(automaton, here, primitive)
+            return
+        state: Any = here.change
+        place = (here.local, bytes(state))
+        for_ever = here._replace(primitive=primitive, broken=(("progress", NEVER_ENDS),))
+        if not passed.enter(before, place, for_ever, here.notes):
+            return
+        for way in self._perform(automaton, here, primitive):
+            after: Any = way.change
+            if self.machine.halted(after):
+                passed.leaves(place)
+                yield way
+                continue
+            fused = way._replace(primitive=None, result=None, failed=False)
+            yield from self._expand(automaton, fused, passed, place)
+            if primitive.name in LOADS:
+                passed.leaves(place)
+                yield way
+
+    # Every outcome of *primitive*, taken *here*; of a choice, every option.
+    def _perform(self, automaton: Automaton, here: Way, primitive: Primitive) -> Iterator[Way]:
+        if primitive.name == "choose":
             what, *options = primitive.args
             for option in options:
-                to = automaton.after(local, option)
-                yield from self._expand(automaton, to, state, (*choices, f"{what} {word(option)}"), notes)
-        else:
-            for outcome in perform(self.machine, state, automaton.program.number, primitive):
-                to = local if outcome.result is STAY else automaton.after(local, outcome.result)
-                seen = notes + outcome.notes
-                if primitive.name in SILENT:
-                    yield from self._expand(automaton, to, outcome.shared, choices, seen)
-                if primitive.name not in SILENT or primitive.name in LOADS:
-                    yield Way(to, outcome.shared, choices, primitive, outcome.result, outcome.failed, seen)
+                yield here._replace(local=automaton.after(here.local, option),
+                                    choices=(*here.choices, f"{what} {word(option)}"))
+            return
+        state: Any = here.change
+        for outcome in perform(self.machine, state, automaton.program.number, primitive):
+            stays = outcome.result is STAY or self.machine.halted(outcome.shared)     # then nobody is told anything
+            to = here.local if stays else automaton.after(here.local, outcome.result)
+            yield Way(to, outcome.shared, here.choices, primitive, outcome.result, outcome.failed,
+                      here.notes + outcome.notes)
 
     def waits(self, automaton: Automaton, local: int, shared: int) -> set[str]:
         """What a party that cannot move waits in: the primitive and, for a semaphore, its name; empty if it is done."""
-        primitive = automaton.waits_on[local]
-        if primitive is None:
-            return set()
-        if primitive.name == "choose":
-            ways = [(automaton.after(local, option), shared) for option in primitive.args[1:]]
-        elif primitive.name in SILENT:
-            ways = [(automaton.after(local, o.result), self.intern(o.shared))
-                    for o in perform(self.machine, self.shared[shared], automaton.program.number, primitive)]
-        else:
-            which = f" {primitive.args[0]}" if primitive.args and isinstance(primitive.args[0], str) else ""
-            return {primitive.name + which}
-        return {wait for way in ways for wait in self.waits(automaton, *way)}
+        waits: set[str] = set()
+        passed: set[Place] = set()
+        ahead = [Way(local, self.shared[shared])]
+        while ahead:
+            here = ahead.pop()
+            primitive = automaton.waits_on[here.local]
+            place = (here.local, here.change)
+            if primitive is not None and primitive.name not in SILENT:
+                which = f" {primitive.args[0]}" if primitive.args and isinstance(primitive.args[0], str) else ""
+                waits.add(primitive.name + which)
+            elif primitive is not None and place not in passed:
+                passed.add(place)
+                ahead += self._perform(automaton, here, primitive)
+        return waits
 
     def judge(self, move: Move) -> list[tuple[str, str]]:
-        """(law, evidence) of every law that *move* breaks, by a fact or by the state it leads to."""
-        return [*self._judge(move.notes), *self.broken[move.shared]]
+        """(law, evidence) of every law that *move* breaks, on the way or by the state it leads to."""
+        return [*move.broken, *self.broken[move.shared]]
 
     def _judge(self, notes: Sequence[Any]) -> Iterator[tuple[str, str]]:
         for note in notes:
@@ -520,58 +536,62 @@ class Explorer:
         self.automata = [tables.automaton(p) for p in programs]
         self.shifts = [SHARED_BITS + LOCAL_BITS * i for i in range(len(programs))]
         self.levels: list[list[int]] = []
+        self.ends: list[tuple[int, int]] = []           # level, and the state, of those in which nobody moves
         self.findings: dict[tuple[str, str], tuple[int, int, int, Move]] = {}
 
     def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40) -> Result:
         """Explore all of it, or up to a limit; what breaks within *max_steps* is found, the rest is not looked for."""
         began = time.perf_counter()
-        tables = self.tables
-        rows = [self._row(i) for i in range(len(self.programs))]
-        first = tables.intern(self.initial)
-        visited, frontier, transitions, limit = {first}, [first], 0, None
-        self.levels = [frontier]
-        ends: list[tuple[int, int]] = []
-        while frontier:
-            found: list[int] = []
-            idle = frontier
-            for keep, steps in rows:
-                found += [code + step for code in frontier for step in steps[code & keep]]
-                idle = [code for code in idle if not steps[code & keep]]
-            ends += ((len(self.levels) - 1, code) for code in idle)
-            transitions += len(found)
-            fresh = set(found) - visited
-            visited |= fresh
-            if len(visited) > max_states:
-                limit = f"more than {max_states} states"
-            elif time.perf_counter() - began > max_seconds:
-                limit = f"more than {max_seconds:g} seconds"
-            elif len(self.levels) > max_steps:
-                limit = f"more than {max_steps} steps"
-            if limit:
-                break
-            frontier = list(fresh)
-            if frontier:
-                self.levels.append(frontier)
-        for _, steps in rows:
-            del steps.fill                              # it holds us, and all levels: tables outlive a scenario
-        findings = [Finding(*broken, [], self.initial) for broken in (*self.broken_before, *tables.broken[first])]
+
+        def reached(states: int) -> str | None:
+            if states > max_states:
+                return f"more than {max_states} states"
+            if time.perf_counter() - began > max_seconds:
+                return f"more than {max_seconds:g} seconds"
+            return f"more than {max_steps} steps" if len(self.levels) > max_steps else None
+
+        rows = self._rows()
+        visited, transitions, limit = self._visit(rows, reached)
+        states = len(visited)
+        lost = [] if limit else self._lost(rows, visited)
+        _release(rows)
+        findings = [Finding(*b, [], self.initial) for b in (*self.broken_before, *self.tables.broken[self.levels[0][0]])]
         findings += [self._finding(broken, *at) for broken, at in self.findings.items()]
-        findings += self._at_ends(ends)
-        if not limit and any(a.cyclic() for a in self.automata):
-            findings += self._never_ending(visited)
+        findings += self._at_ends()
+        findings += [Finding("progress", NEVER_ENDS, self.trace(*at), self.initial) for at in lost]
         unique: dict[tuple[str, str], Finding] = {}
         for finding in sorted(findings, key=lambda f: len(f.steps)):
             unique.setdefault((finding.law, finding.evidence), finding)
         return Result(
-            len(visited), transitions, list(unique.values()), limit, len(ends), len(self.levels) - 1,
+            states, transitions, list(unique.values()), limit, len(self.ends), len(self.levels) - 1,
             time.perf_counter() - began,
         )
 
-    # What a party's step depends on, as a mask, and the table of its steps.
-    def _row(self, i: int) -> tuple[int, Steps]:
-        steps = self.tables.steps.setdefault((self.programs[i].number, i), Steps())
+    # Makes the levels and the ends: all states that were seen, how many transitions, the limit that was *reached*.
+    def _visit(self, rows: Sequence[Row], reached: Callable[[int], str | None]) -> tuple[set[int], int, str | None]:
+        frontier = [self.tables.intern(self.initial)]
+        visited, transitions = set(frontier), 0
+        self.levels, self.ends = [frontier], []
+        while frontier:
+            found, idle = _spread(rows, frontier)
+            self.ends += ((len(self.levels) - 1, code) for code in idle)
+            transitions += len(found)
+            fresh = set(found) - visited
+            visited |= fresh
+            if (limit := reached(len(visited))) is not None:
+                return visited, transitions, limit
+            frontier = list(fresh)
+            if frontier:
+                self.levels.append(frontier)
+        return visited, transitions, None
+
+    def _rows(self) -> list[Row]:
+        return [(SHARED_MASK | LOCAL_MASK << shift, self._steps(i)) for i, shift in enumerate(self.shifts)]
+
+    def _steps(self, i: int) -> Steps:
+        steps = self.tables.steps.setdefault((self.programs[i], i), Steps())
         steps.fill = lambda key: self._fill(i, key, steps)
-        return SHARED_MASK | LOCAL_MASK << self.shifts[i], steps
+        return steps
 
     def _fill(self, i: int, key: int, steps: Steps) -> tuple[int, ...]:
         known = steps.flagged.get(key)
@@ -643,10 +663,10 @@ class Explorer:
         raise InternalError("no predecessor: the levels of the exploration do not fit together")
 
     # States from which nobody moves: all done (then the world is torn down and judged), a panic, or a deadlock.
-    def _at_ends(self, ends: Sequence[tuple[int, int]]) -> list[Finding]:
+    def _at_ends(self) -> list[Finding]:
         shortest: dict[tuple[str, str], tuple[int, int, int, list[Step]]] = {}
         torn: set[int] = set()
-        for level, code in ends:
+        for level, code in self.ends:
             for law, evidence, more in self._at_end(level, code, torn):
                 length = level + len(more)
                 known = shortest.get((law, evidence))
@@ -676,9 +696,9 @@ class Explorer:
             raise self._after(error, level, code) from error
 
     def _tear_down(self, shared: int) -> list[tuple[str, str, list[Step]]]:
-        known = self.tables.ends.get(shared)
+        known = self.tables.ends.get((self.teardown, shared))
         if known is None:
-            known = self.tables.ends[shared] = list(self._judge_end(shared))
+            known = self.tables.ends[self.teardown, shared] = list(self._judge_end(shared))
         return known
 
     def _judge_end(self, shared: int) -> Iterator[tuple[str, str, list[Step]]]:
@@ -703,27 +723,12 @@ class Explorer:
                 if (evidence := law.at_end(tables.shared[shared])) is not None:
                     yield law.name, evidence, steps
 
-    # Some procedure contains a loop. Every state must still be able to reach an end.
-    def _never_ending(self, visited: set[int]) -> list[Finding]:
-        back: dict[int, list[int]] = {}
-        alive: list[int] = []
-        for code in visited:
-            successors = list(self._successors(code))
-            if not successors:
-                alive.append(code)
-            for to in successors:
-                back.setdefault(to, []).append(code)
-        ending = set(alive)
-        while alive:
-            for code in back.get(alive.pop(), ()):
-                if code not in ending:
-                    ending.add(code)
-                    alive.append(code)
-        for level, states in enumerate(self.levels):
-            for code in states:
-                if code not in ending:
-                    return [Finding("progress", NEVER_ENDS, self.trace(level, code), self.initial)]
-        return []
+    # If some procedure contains a loop every state must be seen to reach an end. The first that does not, and its level.
+    def _lost(self, rows: Sequence[Row], visited: set[int]) -> list[tuple[int, int]]:
+        if not any(automaton.cyclic() for automaton in self.automata):
+            return []
+        stuck = never_ending(rows, self.levels, (code for _, code in self.ends), visited)
+        return [(level, code) for level, states in enumerate(self.levels) for code in states if code in stuck][:1]
 
     def breaks_at(self, paths: Sequence[Sequence[Any]], shared: bytes) -> list[tuple[str, str, list[Step]]]:
         """What breaks, by nobody's doing, where the parties have come to by the results *paths*, in *shared*.
@@ -736,25 +741,44 @@ class Explorer:
             for result in path:
                 local = automaton.after(local, result)
             code |= local << shift
-        if next(self._successors(code), None) is None:
+        self.levels = [[code]]                          # which may be no first state: where a step that raises is told
+        rows = self._rows()
+        idle, ending = _spread(rows, [code])[1], self._can_end(rows, code)
+        _release(rows)
+        if idle:
             return self._at_end(0, code, set())
-        return [] if self._can_end(code) else [("progress", NEVER_ENDS, [])]
+        return [] if ending else [("progress", NEVER_ENDS, [])]
 
-    def _can_end(self, code: int) -> bool:
-        seen, waiting = {code}, [code]
-        while waiting:
-            successors = set(self._successors(waiting.pop()))
-            if not successors:
+    def _can_end(self, rows: Sequence[Row], code: int) -> bool:
+        visited = {code}
+        while self.levels[-1]:
+            found, idle = _spread(rows, self.levels[-1])
+            if idle:
                 return True
-            waiting.extend(successors - seen)
-            seen |= successors
+            fresh = set(found) - visited
+            visited |= fresh
+            self.levels.append(list(fresh))
         return False
 
-    def _successors(self, code: int) -> Iterator[int]:
-        for i, shift in enumerate(self.shifts):
-            rest = code & ~(SHARED_MASK | LOCAL_MASK << shift)
-            for move in self.tables.moves(self.automata[i], code >> shift & LOCAL_MASK, code & SHARED_MASK):
-                yield rest | move.shared | move.local << shift
+
+Row = tuple[int, Steps]
+"""What the step of a party depends on, as a mask of the code of a product state, and the table of its steps."""
+
+
+def _spread(rows: Sequence[Row], states: list[int]) -> tuple[list[int], list[int]]:
+    """Where all steps from *states* lead, as often as they do, and those of *states* in which nobody moves."""
+    found: list[int] = []
+    idle = states
+    for keep, steps in rows:
+        found += [code + step for code in states for step in steps[code & keep]]
+        idle = [code for code in idle if not steps[code & keep]]
+    return found, idle
+
+
+# What fills the tables holds the explorer, and with it all levels; the tables outlive them.
+def _release(rows: Sequence[Row]) -> None:
+    for _, steps in rows:
+        del steps.fill
 
 
 def step_line(step: Step) -> str:

@@ -7,6 +7,7 @@ first are treated alike by the same code; most states differ elsewhere, so some 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 
@@ -52,3 +53,26 @@ def grow(root: Node | None, seen: dict[int, int], learned: Any) -> Any:
         node = node[1].setdefault(value, (following, {}))
     node[1][path[-1][1]] = learned
     return root
+
+
+class Remembered:
+    """A judgement of states that is made once for all states that agree in the bytes it looks at.
+
+    *judge* is handed a `Watched` state and must look at bytes one by one, in an order that follows from what it has seen.
+    """
+
+    def __init__(self, judge: Callable[[Any], Any]) -> None:
+        self.judge = judge
+        self.root: Any = None
+
+    def __call__(self, state: bytes) -> Any:
+        """What *judge* says of *state*."""
+        node = self.root
+        while type(node) is tuple:
+            at, below = node
+            node = below.get(state[at])
+        if node is None:
+            seen: dict[int, int] = {}
+            node = [self.judge(Watched(state, seen))]
+            self.root = grow(self.root, seen, node)
+        return node[0]

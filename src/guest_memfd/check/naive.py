@@ -10,9 +10,12 @@ from typing import Any
 
 from guest_memfd.check.explorer import Machine, Program, local_key, resume
 from guest_memfd.check.outcome import STAY
-from guest_memfd.hosts.host import LOADS, SILENT
+from guest_memfd.hosts.host import LOADS, SILENT, Primitive
 
-Paths = tuple[tuple[Any, ...], ...]
+Path = tuple[Any, ...]
+Paths = tuple[Path, ...]
+Here = tuple[bytes, Path]
+"""The host, and the results that led one party to where it stands."""
 
 
 def explore(machine: Machine, programs: Sequence[Program], initial: bytes) -> tuple[int, int]:
@@ -38,7 +41,7 @@ def _identity(shared: bytes, programs: Sequence[Program], paths: Paths) -> Any:
     return shared, tuple(_stand(program, path) for program, path in zip(programs, paths, strict=True))
 
 
-def _stand(program: Program, path: tuple[Any, ...]) -> Any:
+def _stand(program: Program, path: Path) -> Any:
     generator, primitive = resume(program, path)
     return local_key(generator) if primitive else "done"
 
@@ -53,26 +56,52 @@ def _distinct(
         if resume(program, paths[i])[1] is None:
             continue
         seen = set()
-        for after, path in _steps(machine, program, shared, paths[i]):
+        for after, path in _steps(machine, program, (shared, paths[i])):
             where = (after, _stand(program, path))
             if where not in seen:
                 seen.add(where)
                 yield after, (*paths[:i], path, *paths[i + 1:])
 
 
-def _steps(
-    machine: Machine, program: Program, shared: bytes, path: tuple[Any, ...]
-) -> Iterator[tuple[bytes, tuple[Any, ...]]]:
-    _, primitive = resume(program, path)
-    if primitive is None:
-        yield shared, path
-    elif primitive.name == "choose":
-        for option in primitive.args[1:]:
-            yield from _steps(machine, program, shared, (*path, option))
-    else:
-        for outcome in machine.outcomes(shared, program.number, primitive):
-            longer = path if outcome.result is STAY else (*path, outcome.result)
-            if primitive.name in SILENT:
-                yield from _steps(machine, program, outcome.shared, longer)
-            if primitive.name not in SILENT or primitive.name in LOADS:
-                yield outcome.shared, longer
+# A step goes on through silent primitives, each place once, and as far as one that it can never come out of.
+def _steps(machine: Machine, program: Program, start: Here) -> Iterator[Here]:
+    ahead, passed = [start], set()
+    while ahead:
+        here = ahead.pop()
+        primitive = resume(program, here[1])[1]
+        if primitive is None or machine.halted(here[0]) or _goes_round(machine, program, here):
+            yield here
+        elif primitive.name not in SILENT:
+            yield from _ends(machine, program, here, primitive)
+        elif (place := (here[0], _stand(program, here[1]))) not in passed:
+            passed.add(place)
+            ends = _ends(machine, program, here, primitive)
+            ahead += ends
+            if primitive.name in LOADS:
+                yield from ends
+
+
+def _ends(machine: Machine, program: Program, here: Here, primitive: Primitive) -> list[Here]:
+    shared, path = here
+    if primitive.name == "choose":
+        return [(shared, (*path, option)) for option in primitive.args[1:]]
+    outcomes = machine.outcomes(shared, program.number, primitive)
+    return [(o.shared, path if o.result is STAY or machine.halted(o.shared) else (*path, o.result)) for o in outcomes]
+
+
+# Whether nothing follows from here but choices and tracepoints, for ever.
+def _goes_round(machine: Machine, program: Program, start: Here) -> bool:
+    ahead, passed = [start], set()
+    while ahead:
+        here = ahead.pop()
+        primitive = resume(program, here[1])[1]
+        if primitive is None or primitive.name not in SILENT or machine.halted(here[0]):
+            return False
+        ends = _ends(machine, program, here, primitive)
+        if primitive.name in LOADS or not ends:
+            return False
+        place = (here[0], _stand(program, here[1]))
+        if place not in passed:
+            passed.add(place)
+            ahead += ends
+    return True

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guest_memfd.check.outcome import STAY, Outcome
-from guest_memfd.check.scenario import World
-from guest_memfd.errors import GuestMemfdError
+from guest_memfd.check.scenario import World, set_scene
+from guest_memfd.errors import BadInput, GuestMemfdError
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.abstraction import abstraction
@@ -23,13 +23,11 @@ from guest_memfd.hosts.emulated.machine import Machine
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.host import SILENT, Folio, Lookup, Primitive, Steps
+from guest_memfd.hosts.scene import Scene
 from guest_memfd.laws import LAWS
 
 PFNS = frozenset({"load_unaligned_zeropad", "copy_from_kernel_nofault", "image_copy"})
 """Primitives whose first argument is a frame number."""
-
-SCENE = st.PARTIES - 2
-"""The task that creates and binds the file (check/scenario.py)."""
 
 
 class Diverged(GuestMemfdError):  # noqa: N818 - named after what happened
@@ -74,7 +72,7 @@ class Pair:
         if outcome.failed:
             if not machine.adversary.can_fail(self.host, self._out(primitive)):
                 raise self._diverged(who, primitive, "cannot fail on the emulated machine as it is now")
-            machine.adversary.fail_next(primitive, outcome.result)
+            machine.adversary.fail_next(self._out(primitive), outcome.result)
         try:
             result = self._in(self.host.perform(self._out(primitive), who))
         except Blocked:
@@ -92,7 +90,8 @@ class Pair:
         said, seen = _comparable(outcome.notes), _comparable(self.host.notes)
         if said != seen:
             raise self._diverged(who, primitive, f"abstract facts {said}\n  emulated facts {seen}")
-        now = abstraction(self.host, st.State(outcome.shared).failures)
+        left = st.State(outcome.shared)
+        now = abstraction(self.host, self.world.machine.sizes, left.failures, left.refusals)
         stray = any(isinstance(note, notes.StrayGuest) for note in outcome.notes)
         if now != outcome.shared and not stray:
             differences = ", ".join(f"{name}: abstract {old}, emulated {new}"
@@ -104,10 +103,10 @@ class Pair:
         elif self.world.machine.halted(outcome.shared):
             self.ended = "the kernel has stopped"
 
+    # The state is the machine's as well: they have just been compared.
     def _judge(self) -> None:
-        now = abstraction(self.host) if not self.ended else self.shared
         for law in self.world.laws:
-            words = [law.in_state(now), *map(law.on_note, self.host.notes)]
+            words = [law.in_state(self.shared), *map(law.on_note, self.host.notes)]
             for evidence in words:
                 if evidence is not None:
                     self.broken.setdefault(law.name, evidence)
@@ -165,17 +164,40 @@ class Runner:
             self.pending = None
 
 
+def unfit(scene: Scene) -> str | None:
+    """Why no machine can be put into *scene*, in words; None where one can."""
+    if scene.files > 1 or scene.vms > 1:
+        return "a machine beside the abstract host has one file and one VM"
+    if not scene.kernel.asks_mapping:
+        return "readers of the emulated kernel ask AS_NO_DIRECT_MAP"
+    return None
+
+
+def kernel_of(scene: Scene) -> dict[str, Any]:
+    """How the machine for *scene* has to be configured (hosts/emulated/machine.py Config).
+
+    It never merges leaves. So putting a page back splits none and cannot fail; what a kernel that merges may do is not seen.
+    """
+    return {"scattered": scene.frames, "rodata": "full" if scene.kernel.changes_direct_map else "noalias",
+            "on_free": "poison" if scene.kernel.init_on_free else "nothing"}
+
+
 def pair(world: World, machine: Machine, failures: int = 0) -> Pair:
-    """Both hosts with the file created and bound, as the explorer's initial state; *failures* may be injected then."""
-    tasks = frozenset(i for i, p in enumerate(world.parties) if p.task)
-    host = EmulatedHost(machine, machine.create_vm(), st.PAGES, tasks=tasks)
+    """Both hosts in the scene of *world*, as the explorer's initial state; *failures* may be injected then.
+
+    Raises BadInput where no machine can be put into that scene.
+    """
+    scene, why = world.scene, unfit(world.scene)
+    if why is not None:
+        raise BadInput(f"scene {scene.name!r} is none for a machine: {why}")
+    host = EmulatedHost(machine, machine.create_vm(scene.beyond + 1), scene.pages, tasks=world.machine.tasks, scene=scene,
+                        bounds=world.design.bounds, errnos=world.design.errnos)
     both = Pair(world, host, world.machine.initial())
-    library, design = world.library, world.design
-    for procedure in (library.create(st.PAGES, design.born_shared), library.bind(0, 0, st.PAGES)):
-        alone(both, Runner(SCENE, procedure))
+    if scene.made:
+        alone(both, Runner(world.setting, set_scene(world.library)))
     both.steps.clear()
     state = st.State(both.shared)
-    state.failures = failures
+    state.failures, state.refusals = failures, scene.refusals
     both.shared = state.save()
     return both
 
@@ -206,7 +228,7 @@ def run(both: Pair, names: Sequence[str], rng: random.Random) -> int:
         alone(both, Runner(world.teardown.number, world.teardown.start()))
         if not both.ended:
             for law in LAWS.values():
-                evidence = law.at_end(abstraction(both.host))
+                evidence = law.at_end(abstraction(both.host, world.machine.sizes))
                 if evidence is not None:
                     both.broken.setdefault(law.name, evidence)
     return len(both.steps)
@@ -221,7 +243,7 @@ def _turn(both: Pair, runners: list[Runner], rng: random.Random) -> bool:
             if both.blocked(runner.number, primitive):
                 break
             outcomes = both.outcomes(runner.number, primitive)
-            outcome = outcomes[1] if len(outcomes) > 1 and rng.random() < 0.1 else outcomes[0]
+            outcome = rng.choice(outcomes[1:]) if len(outcomes) > 1 and rng.random() < 0.1 else outcomes[0]
             result = both.step(runner.number, primitive, outcome)
             moved = True
             if result is not STAY:

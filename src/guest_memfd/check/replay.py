@@ -16,9 +16,12 @@ from guest_memfd.check.scenario import World, world
 from guest_memfd.check.trace import Trace, TraceStep, version
 from guest_memfd.designs import Design
 from guest_memfd.errors import GuestMemfdError
-from guest_memfd.hosts.host import SILENT, Primitive
+from guest_memfd.hosts.host import LOADS, SILENT, Primitive
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios import TEARDOWN
+
+SILENT_AT_MOST = 1000
+"""Primitives that take no step of their own, in one step; what is explored has no more, because Python nests no deeper."""
 
 
 class Beside(Protocol):
@@ -69,7 +72,7 @@ def replay(
     Raises BadInput when the scene cannot be set (unknown design, hypervisor or party), and what a design that raises
     makes the explorer raise.
     """
-    built = world(design or trace.design, hypervisor or trace.hypervisor, failures=trace.failures)
+    built = world(design or trace.design, hypervisor or trace.hypervisor, scene=trace.scene, failures=trace.failures)
     built.must_have(trace.parties)
     run = _Run(built, trace, beside(built) if beside else None)
     try:
@@ -160,9 +163,12 @@ class _Run:
     # Choices, ghosts and loads first, as far as they took no step of their own, then the one primitive of the step.
     def _take(self, party: _Party, recorded: TraceStep) -> Step:
         choices, notes = list(recorded.choices), list[Any]()
-        while (primitive := party.waits_on) is not None and primitive.name in SILENT:
+        for _ in range(SILENT_AT_MOST):
+            primitive = party.waits_on
+            if primitive is None or primitive.name not in SILENT or self.world.machine.halted(self.shared):
+                break
             if primitive == recorded.primitive and not choices:
-                break                                   # a load that took a step of its own
+                break                                   # a load's own step; or from here it goes round and round
             if primitive.name == "choose":
                 party.go_on(_chosen(party.name, primitive, choices))
             else:
@@ -173,9 +179,18 @@ class _Run:
             raise _Diverged(f"expected {party.name} to choose {choices[0]!r}, it does {primitive or 'nothing more'}")
         if primitive != recorded.primitive:
             raise _Diverged(_instead(party.name, recorded.primitive, primitive))
-        if primitive is None:
-            return Step(party.name, recorded.choices, None, None, False, self.shared, tuple(notes))
+        if primitive is None or self._goes_round(party, primitive):
+            return Step(party.name, recorded.choices, primitive, None, False, self.shared, tuple(notes))
         return self._perform(party, primitive, recorded, notes)
+
+    # A choice or tracepoint that was recorded as a step did nothing, unless the kernel stops in it.
+    def _goes_round(self, party: _Party, primitive: Primitive) -> bool:
+        if primitive.name == "choose":
+            return True
+        if primitive.name not in SILENT - LOADS:
+            return False
+        outcomes = perform(self.world.machine, self.shared, party.program.number, primitive)
+        return not any(self.world.machine.halted(outcome.shared) for outcome in outcomes)
 
     def _perform(self, party: _Party, primitive: Primitive, recorded: TraceStep, notes: list[Any]) -> Step:
         outcomes = perform(self.world.machine, self.shared, party.program.number, primitive)
@@ -199,7 +214,7 @@ class _Run:
             except GuestMemfdError as error:
                 raise _Diverged(str(error)) from error
         self.shared = outcome.shared
-        if outcome.result is not STAY:
+        if outcome.result is not STAY and not self.world.machine.halted(outcome.shared):
             party.go_on(outcome.result)
 
 

@@ -2,61 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from guest_memfd.check.explorer import Explorer, Program, Tables, describe, perform, resume, send
 from guest_memfd.check.outcome import Outcome
 from guest_memfd.designs import DESIGNS, Design
-from guest_memfd.errors import BadInput, DesignRaised
+from guest_memfd.designs.names import misspelt
+from guest_memfd.errors import BadInput, DesignRaised, PluginError, UnknownName
 from guest_memfd.hosts.abstract import AbstractHost
 from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import Primitive
+from guest_memfd.hosts.host import EOPNOTSUPP, Host, Primitive, Steps
+from guest_memfd.hosts.scene import Scene
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.laws import LAWS, Law
-from guest_memfd.scenarios import PARTIES, TEARDOWN, Party
+from guest_memfd.scenarios import PARTIES, SCENES, TEARDOWN, Party
+
+MOST_ROLES = 250
+"""A party's number is kept in a byte, beside 0 for nobody; two numbers are the teardown's and the scene's."""
 
 
 class World:
-    """One design under one hypervisor: all its scenarios share the tables kept here."""
+    """One design under one hypervisor in one scene: all its scenarios share the tables kept here.
+
+    Raises BadInput where there are more parties than numbers, PluginError where the design defines what nothing will ever
+    call, DesignRaised where it cannot be made.
+    """
 
     def __init__(
-        self, design: type[Design], hypervisor: Hypervisor, parties: Sequence[Party], *, failures: int = 1,
-        laws: Sequence[Law] = tuple(LAWS.values()), merges_leaves: bool = False,
+        self, design: type[Design], hypervisor: Hypervisor, parties: Sequence[Party], *, scene: Scene | None = None,
+        failures: int | None = None, laws: Sequence[Law] | None = None,
     ) -> None:
-        self.design, self.hypervisor = design, hypervisor
-        try:
-            self.library = design(hypervisor.ops(), st.PAGES)
-        except Exception as error:
-            raise DesignRaised(f"design {design.name!r} cannot be made: {describe(error)}") from error
+        self.design, self.hypervisor, self.scene = design, hypervisor, scene or SCENES["two-pages"]
+        self.library = _library(design, hypervisor, self.scene)
         self.parties = [p for p in parties if p.exists(self.library, hypervisor)]
-        if len(self.parties) >= st.PARTIES:
-            raise BadInput(f"{len(self.parties)} parties are registered, and the abstract host has room for "
-                           f"{st.PARTIES - 1}; uninstall a plugin")
-        self.programs = {p.name: self._program(i, p) for i, p in enumerate(self.parties)}
-        self.teardown = self._program(st.PARTIES - 1, TEARDOWN)
-        tasks = frozenset(i for i, p in enumerate(self.parties) if p.task)
-        self.machine = AbstractHost(hypervisor, sea_fixup=design.sea_fixup, tasks=tasks, merges_leaves=merges_leaves)
-        self.laws = laws
+        roles = list(dict.fromkeys(p.role or p.name for p in self.parties))
+        if len(roles) > MOST_ROLES:
+            raise BadInput(f"{len(roles)} parties are registered, and there are numbers for {MOST_ROLES}; "
+                           "uninstall a plugin")
+        self.programs = {p.name: self._program(roles.index(p.role or p.name), p) for p in self.parties}
+        self.teardown = Program(len(roles), TEARDOWN.name, self._tear_down)
+        self.setting = len(roles) + 1
+        tasks = frozenset(self.programs[p.name].number for p in self.parties if p.task)
+        self.machine = AbstractHost(hypervisor, self.scene, len(roles) + 2, sea_fixup=design.sea_fixup, tasks=tasks,
+                                    bounds=design.bounds, errnos=design.errnos)
+        self.laws = tuple(LAWS.values()) if laws is None else tuple(laws)
         self.broken_before: list[tuple[str, str]] = []
-        self.initial = self._initial(failures)
-        self.tables = Tables(self.machine, laws)
+        self.refused = 0
+        self.initial = self._initial(self.scene.failures if failures is None else failures)
+        self.tables = Tables(self.machine, self.laws)
 
     def _program(self, number: int, party: Party) -> Program:
-        return Program(number, party.name, lambda: party.procedure(self.library, self.hypervisor))
+        def start() -> Generator[Primitive, Any, Any]:
+            return _of_file(party.file, party.procedure(self.library, self.hypervisor))
+
+        return Program(number, party.name, start)
+
+    def _tear_down(self) -> Steps[None]:
+        for file in range(self.scene.files):
+            yield from _of_file(file, TEARDOWN.procedure(self.library, self.hypervisor))
 
     def _initial(self, failures: int) -> bytes:
-        number = st.PARTIES - 2
-        create = Program(number, "create", lambda: self.library.create(st.PAGES, self.design.born_shared))
-        shared, ret = run_alone(self.machine, create, self.machine.initial(), self._judge)
-        bind = Program(number, "bind", lambda: self.library.bind(0, 0, st.PAGES))
-        shared, bound = run_alone(self.machine, bind, shared, self._judge)
-        if ret or bound:
-            raise DesignRaised(f"design {self.design.name!r} cannot create and bind a file: {ret}, {bound}")
+        shared = self.machine.initial()
+        for file in range(self.scene.files if self.scene.made else 0):
+            shared = self._set(shared, file)
         state = st.State(shared)
-        state.failures = failures
+        state.failures, state.refusals = failures, self.scene.refusals
         return state.save()
+
+    # A design may refuse a kernel that it cannot work on, and nothing else: then there is no file.
+    def _set(self, shared: bytes, file: int) -> bytes:
+        program = Program(self.setting, "scene", lambda: _of_file(file, set_scene(self.library)))
+        shared, results = run_alone(self.machine, program, shared, self._judge)
+        if results == [-EOPNOTSUPP] and not self.scene.kernel.changes_direct_map:
+            self.refused = results[0]
+        elif any(results):
+            raise DesignRaised(f"design {self.design.name!r} cannot create and bind a file: {results}")
+        return shared
 
     # What breaks while the scene is set is a finding of no steps.
     def _judge(self, _primitive: Primitive, outcome: Outcome) -> None:
@@ -65,15 +88,21 @@ class World:
             self.broken_before += [(law.name, words) for words in evidence if words is not None]
 
     def must_have(self, names: Sequence[str]) -> None:
-        """Raise BadInput unless *names* can be a scenario here: at least one, none twice, all of them there."""
+        """Raise BadInput unless *names* can be a scenario here: at least one, none twice, all there, all different tasks."""
         if not names:
             raise BadInput("a scenario needs at least one party")
         for name in names:
             if name not in self.programs:
                 raise BadInput(f"party {PARTIES[name].name!r} cannot exist with design {self.design.name!r} "
-                               f"under {self.hypervisor.name!r}")
+                               f"under {self.hypervisor.name!r} in scene {self.scene.name!r}")
         if len(set(names)) < len(names):
             raise BadInput(f"a party can be in a scenario only once, not as in {', '.join(names)}")
+        if not self.apart(names):
+            raise BadInput(f"{', '.join(names)}: two of these are the same task doing different things")
+
+    def apart(self, names: Sequence[str]) -> bool:
+        """Whether no two of the parties *names* are one and the same task."""
+        return len({self.programs[name].number for name in names}) == len(names)
 
     def explorer(self, names: Sequence[str], tables: Tables | None = None) -> Explorer:
         """The scenario of the parties *names*; fresh *tables* make its result independent of what ran before."""
@@ -81,10 +110,52 @@ class World:
         return Explorer(tables or self.tables, programs, self.initial, self.teardown, self.broken_before)
 
 
+def set_scene(library: Design) -> Steps[list[int]]:
+    """Create the file of the library's scene and bind it slot by slot: what each returned, up to a create that fails."""
+    user, scene = Host("user"), library.scene
+    ret = yield from library.create(scene.pages, scene.shared)
+    yield from user.op_returned("create", 0, scene.pages, ret)
+    results = [ret]
+    for slot in scene.slots if not ret else ():
+        ret = yield from library.bind(slot.gfn, slot.start, slot.nr)
+        yield from user.op_returned("bind", slot.start, slot.nr, ret)
+        results.append(ret)
+    return results
+
+
+def _library(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Design:
+    wrong = misspelt(design)
+    if wrong is not None:
+        raise PluginError(f"design {design.name!r}: {wrong}")
+    try:
+        library = design(hypervisor.ops(), scene.pages)
+    except Exception as error:
+        raise DesignRaised(f"design {design.name!r} cannot be made: {describe(error)}") from error
+    library.scene = scene
+    return library
+
+
+# What a party of another file asks for is about that file; the library keeps nothing of a file in itself.
+def _of_file(file: int, steps: Steps[Any]) -> Steps[Any]:
+    if not file:
+        return steps
+    return _readdressed(file, steps)
+
+
+def _readdressed(file: int, steps: Steps[Any]) -> Steps[Any]:
+    try:
+        primitive = next(steps)
+        while True:
+            primitive = steps.send((yield primitive._replace(file=file)))
+    except StopIteration as stop:
+        return stop.value
+
+
 def world(
-    design: str | type[Design], hypervisor: str | Hypervisor, *, failures: int = 1, laws: Sequence[str] | None = None
+    design: str | type[Design], hypervisor: str | Hypervisor, *, scene: str | Scene = "two-pages",
+    failures: int | None = None, laws: Sequence[str] | None = None,
 ) -> World:
-    """The world of *design* under *hypervisor* with every party there is; laws by name, None for all.
+    """The world of *design* under *hypervisor* in *scene* with every party there is; laws by name, None for all.
 
     Raises UnknownName, PluginError, and BadInput where the design was not posted for the hypervisor.
     """
@@ -92,12 +163,21 @@ def world(
         design = DESIGNS[design]
     if isinstance(hypervisor, str):
         hypervisor = HYPERVISORS[hypervisor]
+    if isinstance(scene, str):
+        scene = scene_of(scene)
     if design.hypervisors is not None and hypervisor.name not in design.hypervisors:
         raise BadInput(
             f"design {design.name!r} was posted for {', '.join(design.hypervisors)} only, not for {hypervisor.name!r}"
         )
     judged = [law for law in LAWS.values() if laws is None or law.name in laws]
-    return World(design, hypervisor, [PARTIES[name] for name in PARTIES], failures=failures, laws=judged)
+    return World(design, hypervisor, [PARTIES[name] for name in PARTIES], scene=scene, failures=failures, laws=judged)
+
+
+def scene_of(name: str) -> Scene:
+    """The shipped scene called *name*; raises UnknownName."""
+    if name not in SCENES:
+        raise UnknownName("scene", name, SCENES)
+    return SCENES[name]
 
 
 def run_alone(

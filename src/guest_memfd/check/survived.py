@@ -34,8 +34,7 @@ def survived(design: str, hypervisor: str, scenarios: Sequence[Sequence[str]]) -
     for parties in scenarios:
         if all(name in built.programs for name in parties):
             built.explorer(parties).run(max_states=STATES)
-    names = {program.number: program.name for program in built.programs.values()}
     return sorted({
-        Survived(names.get(number, "teardown"), note.what, note.stage, note.kind, note.why)
-        for number, note in built.tables.facts if isinstance(note, Abort) and note.survived
+        Survived(party, note.what, note.stage, note.kind, note.why)
+        for party, note in built.tables.facts if isinstance(note, Abort) and note.survived
     })

@@ -1,6 +1,6 @@
 """A counterexample in a file: small, self-contained, of a named version, and readable without this program.
 
-    {"schema": "guest-memfd-trace/2", "version": ..., "design": ..., "hypervisor": ..., "failures": ...,
+    {"schema": "guest-memfd-trace/3", "version": ..., "design": ..., "hypervisor": ..., "scene": {...}, "failures": ...,
      "parties": [...], "law": ..., "sentence": ..., "evidence": ..., "steps": [
       {"party": ..., "choices": [...], "primitive": ..., "caller": ..., "args": [...], "result": ..., "failed": ...}]}
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from guest_memfd.check.outcome import STAY
 from guest_memfd.check.verdict import MOST_FAILURES, Found, LawReport, Report
 from guest_memfd.errors import BadInput, TraceError
 from guest_memfd.hosts.host import Entries, Folio, Locked, Lookup, Primitive
+from guest_memfd.hosts.scene import Kernel, Scene, Slot
 from guest_memfd.laws import LAWS
 
-SCHEMA = "guest-memfd-trace/2"
+SCHEMA = "guest-memfd-trace/3"
 """Name and version; the version changes when a field goes, or changes its meaning."""
 
 
@@ -48,7 +49,10 @@ VALUES: dict[str, tuple[type, Callable[..., Any], Callable[[Any], Iterable[Any]]
 
 @dataclass(frozen=True)
 class TraceStep:
-    """One recorded step; `primitive` is None when the party only made its last choices and ended."""
+    """One recorded step; `primitive` is None when the party only made its last choices and ended.
+
+    A choice or a tracepoint is the step of a party that goes round and round from there without any.
+    """
 
     party: str
     choices: tuple[str, ...]
@@ -63,6 +67,7 @@ class Trace:
 
     design: str
     hypervisor: str
+    scene: Scene
     failures: int
     parties: tuple[str, ...]
     law: str
@@ -85,8 +90,9 @@ def trace_of(report: Report, found: Found | LawReport) -> Trace:
     if finding is None or parties is None:
         raise BadInput(f"there is no trace: {report.design!r} does not break law {found.law!r}")
     steps = tuple(TraceStep(s.party, s.choices, s.primitive, s.result, s.failed) for s in finding.steps)
-    return Trace(report.design, report.hypervisor, report.failures, parties, found.law, finding.evidence, steps,
-                 version())
+    scene = found.scene or Scene()
+    failures = scene.failures if report.failures is None else report.failures
+    return Trace(report.design, report.hypervisor, scene, failures, parties, found.law, finding.evidence, steps, version())
 
 
 def save(report: Report, found: Found | LawReport, path: str | os.PathLike[str]) -> None:
@@ -111,7 +117,7 @@ def dumps(trace: Trace) -> str:
     """*trace* as JSON text, one step a line."""
     head = {
         "schema": SCHEMA, "version": trace.version, "design": trace.design, "hypervisor": trace.hypervisor,
-        "failures": trace.failures, "parties": list(trace.parties), "law": trace.law,
+        "scene": asdict(trace.scene), "failures": trace.failures, "parties": list(trace.parties), "law": trace.law,
         "sentence": LAWS[trace.law].sentence, "evidence": trace.evidence,
     }
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
@@ -151,7 +157,8 @@ def loads(text: str) -> Trace:
     if law not in LAWS:
         raise TraceError(f"names a law there is not: {law!r}")
     return Trace(
-        whole.text("design"), whole.text("hypervisor"), whole.count("failures"), whole.texts("parties"),
+        whole.text("design"), whole.text("hypervisor"), _decode_scene(whole.value_of("scene")), whole.count("failures"),
+        whole.texts("parties"),
         law, whole.text("evidence"),
         tuple(_decode_step(_Fields(step, f" of step {n}")) for n, step in enumerate(whole.list("steps"), 1)),
         whole.text("version"),
@@ -200,10 +207,28 @@ class _Fields:
             raise TraceError(f"has a field {key!r}{self.place} that is not 0 to {MOST_FAILURES}")
         return number
 
-    def value(self, key: str) -> Any:
+    def value_of(self, key: str) -> Any:
         if key not in self.members:
             raise TraceError(f"lacks field {key!r}{self.place}")
-        return _decode(self.members[key], f"{key!r}{self.place}")
+        return self.members[key]
+
+    def value(self, key: str) -> Any:
+        return _decode(self.value_of(key), f"{key!r}{self.place}")
+
+
+def _decode_scene(members: Any) -> Scene:
+    try:
+        scene = dict(members)
+        scene["shared"] = tuple(scene["shared"])
+        scene["slots"] = tuple(Slot(**slot) for slot in scene["slots"])
+        scene["kernel"] = Kernel(**scene["kernel"])
+        made = Scene(**scene)
+    except (TypeError, KeyError, ValueError) as error:
+        wanted = ", ".join(field.name for field in fields(Scene))
+        raise TraceError(f"has a field 'scene' that is none; an object with {wanted} is wanted ({error})") from error
+    except BadInput as error:
+        raise TraceError(f"has a scene that cannot be: {error}") from error
+    return made
 
 
 def _encode_step(step: Step | TraceStep) -> dict[str, Any]:
@@ -211,6 +236,7 @@ def _encode_step(step: Step | TraceStep) -> dict[str, Any]:
     return {
         "party": step.party, "choices": list(step.choices),
         "primitive": primitive and primitive.name, "caller": primitive and primitive.caller,
+        **({"file": primitive.file} if primitive and primitive.file else {}),
         "args": [_encode(arg) for arg in primitive.args] if primitive else [],
         "result": _encode(step.result), "failed": step.failed,
     }
@@ -221,7 +247,8 @@ def _decode_step(fields: _Fields) -> TraceStep:
     primitive = None
     if name is not None:
         values = tuple(_decode(arg, f"'args'{fields.place}") for arg in args)
-        primitive = Primitive(fields.text("primitive"), values, fields.text("caller"))
+        file = fields.count("file") if "file" in fields.members else 0
+        primitive = Primitive(fields.text("primitive"), values, fields.text("caller"), file)
     elif caller is not None or args:
         raise TraceError(f"has a caller or arguments{fields.place}, which has no primitive")
     return TraceStep(fields.text("party"), fields.texts("choices"), primitive, fields.value("result"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from guest_memfd.check.explorer import Finding
 from guest_memfd.errors import BadInput
+from guest_memfd.hosts.scene import Scene
 
 MOST_FAILURES = 255
 """The budget of injected failures is one byte of the state."""
@@ -15,19 +16,19 @@ MOST_FAILURES = 255
 class Limits:
     """How far to go: states per scenario (counted level by level), seconds for all, injected failures per run.
 
-    None is no limit. Raises BadInput naming the limit that cannot be.
+    None is no limit; for failures: as many as the scene says. Raises BadInput naming the limit that cannot be.
     """
 
     states: int | None = None
     seconds: float | None = None
-    failures: int = 1
+    failures: int | None = None
 
     def __post_init__(self) -> None:
         if self.states is not None and self.states <= 0:
             raise BadInput(f"the limit of states must be at least 1, not {self.states}")
         if self.seconds is not None and not self.seconds > 0:
             raise BadInput(f"the limit of seconds must be more than 0, not {self.seconds:g}")
-        if not 0 <= self.failures <= MOST_FAILURES:
+        if self.failures is not None and not 0 <= self.failures <= MOST_FAILURES:
             raise BadInput(f"the number of injected failures must be 0 to {MOST_FAILURES}, not {self.failures}")
 
 
@@ -39,11 +40,12 @@ class Found:
     evidence: str
     parties: tuple[str, ...]
     finding: Finding
+    scene: Scene
 
 
 @dataclass(frozen=True)
 class LawReport:
-    """The word on one law: ``refuted`` (by the shortest counterexample), ``undetermined``, ``holds``, ``reported``."""
+    """The word on one law: ``refuted`` (by the shortest counterexample), ``undetermined``, ``holds``."""
 
     law: str
     verdict: str
@@ -51,6 +53,7 @@ class LawReport:
     parties: tuple[str, ...] | None = None
     evidence: str | None = None
     finding: Finding | None = None
+    scene: Scene | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,9 @@ class Report:
     """What became of one design under one hypervisor.
 
     findings: every distinct (law, evidence), shortest first. states, transitions: summed over the scenarios. limits:
-    those that were reached, in words. failures: as many could be injected in one run. seconds: from the first scenario
-    to the last, the only field that differs from run to run.
+    those that were reached, in words. failures: as many could be injected in one run, None: as the scenes say. seconds:
+    from the first scenario to the last, the only field that differs from run to run. scenes: where it was put to the
+    question; refused: those whose kernel the design will not work on, so that there was no file.
     """
 
     design: str
@@ -72,4 +76,6 @@ class Report:
     seconds: float
     scenarios: int
     limits: tuple[str, ...] = ()
-    failures: int = 1
+    failures: int | None = None
+    scenes: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
