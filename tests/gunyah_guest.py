@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+from judged import judged
+
 from guest_memfd.hosts.emulated.arm64.asm import assemble
 from guest_memfd.hosts.emulated.machine import Config, Machine
 from guest_memfd.hosts.uapi.gunyah import Exit, MapFlag, MmioExit, RegisterSet, ResumeAction, boot_register
@@ -74,11 +76,16 @@ tell:
 
 
 class Scene:
-    """A machine, its /dev/gunyah with *design*, and a VM with lent RAM, a device tree and one vCPU."""
+    """A machine, its /dev/gunyah with *design*, and a VM with lent RAM, a device tree and one vCPU.
+
+    The laws are judged all the time; under the library `close` fails if one has broken.
+    """
 
     def __init__(self, design: str, *, ram_access: MapFlag = LEND, ram_base: int = RAM, **config: Any) -> None:
         self.design = design
         self.machine = Machine("gunyah", Config(**{"ram": 64 << 20, "slice": 2.0, **config}))
+        self.watch = judged(self.machine)
+        self.known: set[str] = set()                    # laws that the library is known to break here
         self.device = self.machine.open("/dev/gunyah", design)
         self.vm = self.device.create_vm()
         self.ram = self.device.create_guest_mem(RAM_PAGES * PAGE)
@@ -102,6 +109,7 @@ class Scene:
         """The VMM ends: every descriptor and mapping goes, in the order they came."""
         for owner in (*self.owned, self.vcpu, self.vm, self.ram, self.device):
             owner.close()
+        assert self.design != "library" or set(self.watch.broken) == self.known
 
     def memory(self, size: int, flags: int = 0) -> Any:
         """A guest memory file, closed at the end."""

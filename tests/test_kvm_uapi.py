@@ -6,15 +6,19 @@ import errno
 import itertools
 import struct
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from judged import judged
 
-from guest_memfd.designs import DESIGNS
+from guest_memfd.designs import DESIGNS, Design
+from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.hosts.emulated.arm64.asm import assemble
 from guest_memfd.hosts.emulated.dev.kvm import System
 from guest_memfd.hosts.emulated.machine import Config, Machine
+from guest_memfd.hosts.host import Bound, Steps
 from guest_memfd.hosts.uapi import kvm, kvm_arm64, kvm_run
 from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, GuestMemfdFlag, MemFlag, MemoryAttributes2
 
@@ -99,10 +103,13 @@ def test_exits_are_decoded(raw: bytes, number: int, said: kvm_run.Exit) -> None:
 class Opened:
     """A machine with /dev/kvm and one VM."""
 
-    def __init__(self, hypervisor: str, design: str = "library", protected: bool | None = None) -> None:
+    def __init__(
+        self, hypervisor: str, design: str | type[Design] = "library", protected: bool | None = None,
+    ) -> None:
         self.machine = Machine(hypervisor, Config(ram=32 * MIB))
+        self.watch = judged(self.machine)
         self.free = self.machine.kernel_pages.free_pages
-        self.system = System(self.machine, DESIGNS[design])
+        self.system = System(self.machine, DESIGNS[design] if isinstance(design, str) else design)
         self.protected = hypervisor == "pkvm" if protected is None else protected
         self.vm = self.system.create_vm(kvm_arm64.VM_TYPE_PROTECTED if self.protected else 0)
 
@@ -122,14 +129,17 @@ class Opened:
         return vcpu
 
     def ends(self) -> None:
-        """Nothing may be left once everything is closed."""
+        """Nothing may be left once everything is closed, and no law may have broken."""
         assert self.machine.audit() == []
+        assert not self.watch.broken
         assert self.machine.kernel_pages.free_pages == self.free
 
 
 @pytest.fixture(params=["kvm", "pkvm"])
-def opened(request: pytest.FixtureRequest) -> Opened:
-    return Opened(request.param)
+def opened(request: pytest.FixtureRequest) -> Iterator[Opened]:
+    made = Opened(request.param)
+    yield made
+    assert not made.watch.broken
 
 
 def refused(code: int, call: Any, *args: Any, **more: Any) -> SyscallFailed:
@@ -427,6 +437,39 @@ def test_a_protected_guest_must_agree() -> None:
     assert request.error_offset == 0
     refused(errno.EBUSY, opened.file.punch_hole, 0, PAGE)
     refused(errno.EBUSY, opened.bind, opened.file, 0)
+
+
+# -- the laws ------------------------------------------------------------------------------------------------------------
+
+
+class Frugal(OurLibrary):
+    """States less than it takes."""
+
+    bounds = {**OurLibrary.bounds, "fault": Bound(writes=1, calls=1)}
+
+
+class Wordy(OurLibrary):
+    """Documents fewer errnos than a fault of its own returns."""
+
+    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
+        ret = yield from super().guest_fault(gfn, index)
+        yield from self.host.begin_op("fault", index, 1, gfn)
+        yield from self.host.end_op(ret or -errno.EPERM)
+        return ret
+
+
+class Documented(Wordy):
+    errnos = {"fault": (errno.EPERM,)}
+
+
+@pytest.mark.parametrize(("design", "law", "evidence"), [
+    (OurLibrary, None, ""), (Documented, None, ""),
+    (Frugal, "bounded-cost", "fault of 1 pages takes 1 TLB flushes, and at most 0 are stated"),
+    (Wordy, "all-or-nothing", "fault returns errno 1, which is not documented for it")])
+def test_what_a_design_states_of_itself_is_judged(design: type[Design], law: str | None, evidence: str) -> None:
+    opened = Opened("pkvm", design)
+    opened.load("_start: ldr x1, =0x80007000\n str x1, [x1]\n b _start").run(0.05)
+    assert {name: broken.evidence for name, broken in opened.watch.broken.items()} == ({law: evidence} if law else {})
 
 
 # -- the end -------------------------------------------------------------------------------------------------------------

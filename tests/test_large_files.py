@@ -62,7 +62,7 @@ class SparseHost:
     def __init__(self) -> None:
         self.trees: dict[str, list[Entries]] = {}
         self.cache: dict[int, Folio] = {}
-        self.files, self.next_pfn, self.order = 1, 0, 0
+        self.files, self.inodes, self.next_pfn, self.order = 1, 1, 0, 0
         self.asked: Counter[str] = Counter()
 
     def do(self, procedure: Steps[Any]) -> Any:
@@ -115,6 +115,9 @@ class SparseHost:
     def folio_ref_count(self, folio: Folio) -> int:
         return folio.nr + 1
 
+    def can_set_direct_map(self) -> bool:
+        return True
+
     def try_module_get(self) -> bool:
         return True
 
@@ -126,8 +129,16 @@ class SparseHost:
         self.files -= 1
         return not self.files
 
-    def iput(self) -> bool:
+    def igrab(self) -> bool:
+        self.inodes += 1
         return True
+
+    def iput(self) -> bool:
+        self.inodes -= 1
+        return not self.inodes
+
+    def vm_state(self) -> str:
+        return "running"
 
     def down_read_trylock(self, sem: str) -> bool:
         return True

@@ -166,7 +166,8 @@ def test_a_damaged_file_is_loaded_or_refused(tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("elf") / "damaged"
     path.write_bytes(bytes(data[:max(1, len(data) - cut)]))
     with contextlib.suppress(BadInput):
-        assert load(path).segments
+        image = load(path)
+        assert image.segments or image.zeros
 
 
 def test_without_pyelftools_the_host_is_unavailable(put: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,11 @@ from errno import EINVAL
 import pytest
 
 from guest_memfd.errors import BadInput, SyscallFailed
+from guest_memfd.hosts.emulated.errors import Blocked
 from guest_memfd.hosts.emulated.machine import Config, Machine
+from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
+from guest_memfd.hosts.emulated.vm import Vm
+from guest_memfd.hosts.host import Host, Primitive
 from guest_memfd.hosts.uapi import kvm_arm64 as regs
 from guest_memfd.hosts.uapi.kvm import SHARED, GuestMemfdFlag, MemFlag
 
@@ -74,3 +78,15 @@ def test_a_vcpu_is_at_el0_or_el1(pstate: int) -> None:
 def test_a_machine_without_a_cpu_is_none() -> None:
     with pytest.raises(BadInput, match="a CPU"):
         Machine("kvm", Config(cpus=0))
+
+
+@pytest.mark.parametrize("held", ["down_read", "down_write"])
+def test_a_writer_alone_that_would_wait_for_ever_says_so(held: str) -> None:
+    host = EmulatedHost(machine(), Vm(None, -1), 2)
+    host.perform(Primitive(held, ("invalidate",), "library"), 1)
+    with pytest.raises(Blocked):
+        host.run(Host("library").down_write("invalidate"))
+    assert host.inode.invalidate.writer != 0
+    host.perform(Primitive(held.replace("down", "up"), ("invalidate",), "library"), 1)
+    host.run(Host("library").down_write("invalidate"))
+    assert host.inode.invalidate.writer == 0

@@ -32,6 +32,7 @@ from guest_memfd.hosts.emulated.pkvm.states import HypPage, State, Vmemmap
 from guest_memfd.hosts.emulated.pkvm.vm import MEM_SHARE, MEM_UNSHARE, Vm
 from guest_memfd.hosts.emulated.ram import PAGE, Ram
 from guest_memfd.hosts.host import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM, Folio
+from guest_memfd.hosts.scene import Scene
 from guest_memfd.hypervisors import HYPERVISORS
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -549,12 +550,13 @@ class Both:
     """The same calls on the abstract host's EL2 and on this one; gfn i holds frame `held[i]`."""
 
     def __init__(self) -> None:
-        self.abstract = AbstractHost(HYPERVISORS["pkvm"])
+        self.abstract = AbstractHost(HYPERVISORS["pkvm"], Scene(), 1)
         self.abstract.state = st.State(self.abstract.initial())
+        self.abstract.file, self.abstract.vm = self.abstract.state.file(), self.abstract.state.vm()
         self.abstract.notes = []
         self.machine = Machine()
         block = self.machine.page(9)
-        self.frames = [block + 3 * i for i in range(st.FRAMES)]
+        self.frames = [block + 3 * i for i in range(Scene().frames)]
         self.held = [0, 1]
 
     def call(self, name: str, gfn: int) -> tuple[int, int]:
@@ -577,7 +579,7 @@ class Both:
         el2, vm, abstract = self.machine.el2, self.machine.vm, self.abstract
         frame = self.held[gfn]
         if name == "die":
-            abstract.state.vm, vm.dying = st.DYING, True
+            abstract.vm.vm, vm.dying = st.DYING, True
         elif name == "replace":                                 # the file has another page there: both hosts' free frames
             spare = ({0, 1, 2} - set(self.held)).pop()
             if abstract.owner(frame) == "host" and abstract.guest_maps(frame) is None:
@@ -601,8 +603,8 @@ class Both:
             assert el2.owner(pfn * PAGE) == st.OWNERS[frame.owner]
             assert el2.host_may(pfn * PAGE) == frame.s2
             assert (0 if gmap is None else gmap // PAGE + 1) == frame.gmap
-        for page in state.pages():
-            assert vm.poisoned(page.number * PAGE) == page.gpoison
+        for gfn in state.gfns():
+            assert vm.poisoned(gfn.number * PAGE) == gfn.gpoison
         assert not self.machine.violations()
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from schedules import steps
 
+from guest_memfd.check import refine
 from guest_memfd.check.refine import Diverged
 from guest_memfd.hosts.emulated.arm64 import descriptor as d
 from guest_memfd.hosts.emulated.arm64 import tlbi
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
+from guest_memfd.hosts.emulated.drivers.driver import Driver
 from guest_memfd.hosts.emulated.gunyah import donate, private
 from guest_memfd.hosts.emulated.gunyah.addrspace import AddressSpace
 from guest_memfd.hosts.emulated.gunyah.el2 import Gunyah
@@ -28,20 +30,26 @@ from guest_memfd.hosts.emulated.kernel.rwsem import Rwsem
 from guest_memfd.hosts.emulated.kvm.tlb import Maintenance
 from guest_memfd.hosts.emulated.pkvm import transitions
 from guest_memfd.hosts.emulated.pkvm.host_stage2 import HostStage2
+from guest_memfd.hosts.emulated.primitives.directmap import DirectMap
+from guest_memfd.hosts.emulated.primitives.files import Files
+from guest_memfd.hosts.emulated.primitives.guest import GuestSide
 from guest_memfd.hosts.emulated.primitives.pagecache import PageCache
+from guest_memfd.hosts.emulated.primitives.power import Power
 from guest_memfd.hosts.emulated.ram import PAGE, Ram
 
 SCHEDULES = 150
 """A mistake has to show within so many."""
 
 Plant = Callable[[pytest.MonkeyPatch], None]
-MISTAKES: dict[str, tuple[str, str, tuple[str, ...], Plant]] = {}
+MISTAKES: dict[str, tuple[str, str, tuple[str, ...], str | None, Plant]] = {}
 
 
-def mistake(hypervisor: str, *parties: str, design: str = "library") -> Callable[[Plant], Plant]:
-    """Register a mistake to be looked for under *hypervisor* with *parties* (none: any)."""
+def mistake(
+    hypervisor: str, *parties: str, design: str = "library", scene: str | None = None,
+) -> Callable[[Plant], Plant]:
+    """Register a mistake to be looked for under *hypervisor* with *parties* (none: any) in *scene* (None: the plainest)."""
     def register(plant: Plant) -> Plant:
-        MISTAKES[plant.__name__] = (hypervisor, design, parties, plant)
+        MISTAKES[plant.__name__] = (hypervisor, design, parties, scene, plant)
         return plant
 
     return register
@@ -105,7 +113,7 @@ def a_split_shifts_the_new_table_by_one(patch: pytest.MonkeyPatch) -> None:
         self, table, index, values[1:] + values[:1] if len(values) == 512 and values[0] & 3 == 3 else values))
 
 
-@mistake("kvm", "zeropad", "vcpu")
+@mistake("kvm", "vcpu", "vcpu2", "zeropad")
 def the_zeropad_load_has_no_table_entry(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ExceptionTable, "search", lambda self, pc: None)
 
@@ -118,7 +126,7 @@ def user_entries_go_and_their_tlb_entries_stay(patch: pytest.MonkeyPatch) -> Non
     patch.setattr(tlbi, "vae1is", lambda *args: None)
 
 
-@mistake("kvm", "vmm", "device")
+@mistake("kvm", "vmm", "vmm2", "device")
 def only_the_first_vma_is_flushed(patch: pytest.MonkeyPatch) -> None:
     right = tlbi.vae1is
     patch.setattr(tlbi, "vae1is", lambda tlbs, va, asid, vmid: right(tlbs, va, asid, vmid) if va < 2 * mm.SLOT else None)
@@ -230,7 +238,7 @@ def a_mapped_page_is_taken_back(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(AddressSpace, "unmap", lambda self, *args: None)
 
 
-@mistake("gunyah", "vcpu", "zeropad", design="none")
+@mistake("gunyah", "vcpu", "vcpu2", "zeropad", design="none")
 def the_abort_is_of_the_other_kind(patch: pytest.MonkeyPatch) -> None:
     right = Gunyah.__init__
     patch.setattr(Gunyah, "__init__", lambda self, *args, **kw: right(self, *args, **kw | {"inject": "fixable"}))
@@ -290,13 +298,80 @@ def by_address_removes_no_combined_entry(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Tlb, "drop_va", drop_va)
 
 
+# -- what only some scenes have --------------------------------------------------------------------------------------
+
+
+@mistake("gunyah", "vcpu", "vcpu2", design="gunyah-v17", scene="crossed")
+def what_is_provided_ends_with_the_file(patch: pytest.MonkeyPatch) -> None:
+    right = Files._store
+    patch.setattr(Files, "_store", lambda self, tree, start, values: (
+        right(self, tree, start, values) if start < self.inode.size else None))
+
+
+@mistake("kvm", "vcpu", "vmm-pages", scene="both-shared")
+def only_the_first_folio_of_a_batch_is_flushed(patch: pytest.MonkeyPatch) -> None:
+    right = DirectMap.flush_tlb_kernel_range
+    patch.setattr(DirectMap, "flush_tlb_kernel_range", lambda self, folios: right(self, folios[:1]))
+
+
+@mistake("kvm", "vmm-any", "vmm2", scene="unbound")
+def a_vm_hears_of_files_that_it_has_not_bound(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(GuestSide, "_is_bound", lambda self, what: True)
+
+
+@mistake("kvm", "creator", "stop", scene="nothing-yet")
+def a_vm_that_has_stopped_is_bound_all_the_same(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Files, "vm_state", lambda self: "running")
+
+
+@mistake("gunyah", "vcpu", "vcpu2", "stop", scene="for-good")
+def what_was_refused_for_good_is_given_back_in_the_end(patch: pytest.MonkeyPatch) -> None:
+    right = Driver.hypercall
+
+    def hypercall(self: Driver, vm: Any, name: str, args: tuple[Any, ...]) -> int:
+        refused = self.keeps(name, args)
+        ret = right(self, vm, name, args)
+        if refused:
+            self.stuck.clear()
+        return ret
+
+    patch.setattr(Driver, "hypercall", hypercall)
+
+
+@mistake("gunyah", "vcpu", "vcpu2", "stop", scene="for-good")
+def a_leaked_page_is_not_counted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PageCache, "leak_folio", lambda self, folio: self.page(folio).take("kept"))
+
+
+@mistake("kvm", "creator", "vcpu", scene="no-direct-map-changes")
+def the_setters_work_after_all(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LinearMap, "can_set_direct_map", lambda self: True)
+
+
+@mistake("kvm", "vmm", "drainer", scene="quiet-free")
+def the_allocator_writes_to_what_it_frees(patch: pytest.MonkeyPatch) -> None:
+    right = refine.kernel_of
+    patch.setattr(refine, "kernel_of", lambda scene: {**right(scene), "on_free": "poison"})
+
+
+@mistake("kvm", "vcpu", "vcpu2", "memory-failure")
+def memory_failure_is_never_done_with_a_page(patch: pytest.MonkeyPatch) -> None:
+    right = Power.memory_failure_done
+
+    def memory_failure_done(self: Power, folio: Any, result: str) -> None:
+        right(self, folio, result)
+        self.page(folio).handled = False
+
+    patch.setattr(Power, "memory_failure_done", memory_failure_done)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    hypervisor, design, parties, plant = MISTAKES[name]
+    hypervisor, design, parties, scene, plant = MISTAKES[name]
     plant(monkeypatch)
     with pytest.raises(Diverged):
-        steps(hypervisor, design, range(SCHEDULES), parties or None)
+        steps(hypervisor, design, range(SCHEDULES), parties or None, scene)
 
 
 def test_there_are_enough_of_them() -> None:
-    assert len(MISTAKES) >= 30
+    assert len(MISTAKES) >= 40

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from guest_memfd.check.evidence import OnMachine, on_machine
-from guest_memfd.check.suite import Limits, check
+from guest_memfd.check.suite import check
 from guest_memfd.check.trace import Trace, trace_of, write
 from guest_memfd.cli.main import main
+from guest_memfd.errors import BadInput
+from guest_memfd.scenarios import SCENES
 
 DOC = Path(__file__).parents[1] / "docs" / "emulated-host.md"
 FOUND = [
@@ -20,11 +22,26 @@ FOUND = [
     ("guestmem-rfc1", "pkvm", "vmm", "host-survives"), ("gunyah-v17", "gunyah", "vcpu", "library-alone"),
     ("gunyah-v17", "gunyah", "vcpu,device", "pins-respected"), ("gunyah-v17", "gunyah", "vcpu,vmm", "progress"),
     ("gunyah-v17", "gunyah", "vmm", "nothing-lost"), ("gunyah-v17", "gunyah", "vcpu,vmm", "one-owner"),
+    ("gunyah-v17", "gunyah", "vmm", "no-false-refusal"), ("gunyah-v17", "gunyah", "vcpu,vmm", "fault-served"),
+    ("guestmem-rfc1", "gunyah", "vcpu,memory-failure", "poison-contained"),
+    ("guestmem-rfc1", "gunyah", "vcpu,vmm2", "all-or-nothing"), ("guestmem-rfc1", "gunyah", "vcpu,vmm", "bounded-cost"),
 ]
+ELSEWHERE = [
+    ("none", "gunyah", "vcpu,zeropad", "host-survives", "crossed"),
+    ("none", "kvm", "vcpu", "one-owner", "both-private"),
+    ("none", "gunyah", "vcpu2,vmm2,zeropad", "host-survives", "both-shared"),
+    ("gunyah-v17", "gunyah", "vcpu2", "library-alone", "unbound"),
+    ("none", "gunyah", "creator,vcpu,zeropad", "host-survives", "nothing-yet"),
+    ("guestmem-rfc1", "kvm", "creator,vcpu2", "lifetimes", "nothing-yet"),
+    ("none", "gunyah", "vcpu,zeropad", "host-survives", "for-good"),
+    ("none", "gunyah", "vcpu,zeropad", "host-survives", "no-direct-map-changes"),
+    ("none", "gunyah", "vcpu,zeropad", "host-survives", "quiet-free"),
+]
+"""The same in other scenes."""
 
 
-def found(design: str, hypervisor: str, parties: str, law: str) -> Trace:
-    report = check(design, hypervisor, parties=tuple(parties.split(",")), limits=Limits(failures=1))
+def found(design: str, hypervisor: str, parties: str, law: str, scene: str = "two-pages") -> Trace:
+    report = check(design, hypervisor, scenes=[scene], parties=tuple(parties.split(",")), laws=[law])
     return trace_of(report, report.laws[law])
 
 
@@ -32,6 +49,20 @@ def found(design: str, hypervisor: str, parties: str, law: str) -> Trace:
 def test_it_ends_in_the_same_law(design: str, hypervisor: str, parties: str, law: str) -> None:
     shown = on_machine(found(design, hypervisor, parties, law))
     assert shown.same, shown.again.divergence
+
+
+@pytest.mark.parametrize(("design", "hypervisor", "parties", "law", "scene"), ELSEWHERE)
+def test_it_does_in_other_scenes(design: str, hypervisor: str, parties: str, law: str, scene: str) -> None:
+    shown = on_machine(found(design, hypervisor, parties, law, scene))
+    assert shown.same, shown.again.divergence
+    assert len(shown.both.host.machine.watched) == SCENES[scene].frames
+
+
+def test_every_scene_but_one_is_on_the_machine() -> None:
+    assert {*SCENES} == {"two-pages", "two-vms", *(scene for *_, scene in ELSEWHERE)}
+    trace = found("none", "gunyah", "other-vcpu,zeropad", "host-survives", "two-vms")
+    with pytest.raises(BadInput, match="scene 'two-vms' is none for a machine"):
+        on_machine(trace)
 
 
 @pytest.fixture(scope="module")

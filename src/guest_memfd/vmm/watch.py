@@ -24,8 +24,9 @@ MOVES = frozenset({
 
 
 def shown(primitive: Primitive) -> str:
-    """*primitive* in a line: folios by their frame, addresses in hexadecimal, bytes by how many there are."""
-    return f"{primitive.name}({', '.join(map(_shown, primitive.args))})"
+    """*primitive* in a line: folios by their frame, addresses in hexadecimal, bytes by how many; what was left out is."""
+    given = [arg for arg in primitive.args if arg is not None]
+    return f"{primitive.name}({', '.join(map(_shown, given))})"
 
 
 def _shown(arg: object) -> str:

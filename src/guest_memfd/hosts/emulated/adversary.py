@@ -44,7 +44,7 @@ class Adversary:
                 for index in range(host.inode.size):
                     mmu.prefetch(mapping.va(index, slot), cpu.stage1, stage2)
         if host.vm in machine.vms:
-            for gfn in range(host.inode.size):
+            for gfn in range(host.inode.size if host.scene is None else host.scene.beyond):
                 pa_now = machine.driver.lookup(host.vm, gfn * PAGE)
                 if pa_now in machine.watched:
                     machine.driver.prefetch(self._home(pa_now), host.vm, gfn * PAGE)
@@ -86,13 +86,19 @@ class Adversary:
         if primitive.name == "set_direct_map_invalid_noflush":
             folio: Folio = primitive.args[0]
             return lm.can_set_direct_map() and lm.leaf(folio.pfn * PAGE).level < 3
+        if primitive.name == "set_direct_map_default_noflush":
+            return False                                # an entry that was split is there
         return host.inode.fd if primitive.name == "mmap" else True
 
     def fail_next(self, primitive: Primitive, errno: int) -> None:
-        """Let *primitive* fail when it is carried out next; *errno* is what a hypercall returns then."""
+        """Let *primitive* fail when it is carried out next; *errno* is what a hypercall returns then, once or for good."""
         machine = self.machine
         if primitive.name == "hypercall":
-            machine.driver.refuse_next = errno
+            name, args = primitive.args[0], primitive.args[1:]
+            if machine.hypervisor.final.get(name) == errno:
+                machine.driver.stuck |= {arg.pfn * PAGE for arg in args if isinstance(arg, Folio)}
+            else:
+                machine.driver.refuse_next = errno
         elif primitive.name == "filemap_add_folio":
             machine.folios.fail_at(0)
         elif primitive.name == "set_direct_map_invalid_noflush":

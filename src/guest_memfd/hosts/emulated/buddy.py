@@ -102,6 +102,20 @@ class Buddy:
         """Whether the page at *pa* is in a free block."""
         return any(pa & -(PAGE << order) in free for order, free in enumerate(self._free))
 
+    def first_free(self, start: int, size: int) -> int | None:
+        """The lowest free page in [start, start+size), which are whole pages; None when there is none."""
+        found = []
+        for order, free in enumerate(self._free):
+            block = PAGE << order
+            first, last = start & -block, start + size - 1 & -block
+            if (last - first) // block < len(free):
+                lowest = next((pa for pa in range(first, last + block, block) if pa in free), None)
+            else:
+                lowest = min((pa for pa in free if first <= pa <= last), default=None)
+            if lowest is not None:
+                found.append(max(lowest, start))
+        return min(found, default=None)
+
     def alloc_table(self) -> int:
         """One zeroed page for a translation table; raises OutOfMemory."""
         pa = self.alloc()

@@ -16,6 +16,7 @@ from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.adversary import Adversary
 from guest_memfd.hosts.emulated.arm64 import tlbi
 from guest_memfd.hosts.emulated.arm64.descriptor import output_address
+from guest_memfd.hosts.emulated.arm64.entry import TlbEntry
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
 from guest_memfd.hosts.emulated.buddy import Buddy
 from guest_memfd.hosts.emulated.drivers import driver_for
@@ -24,7 +25,7 @@ from guest_memfd.hosts.emulated.hostcpu import HostCpu
 from guest_memfd.hosts.emulated.kernel import direct_map as dm
 from guest_memfd.hosts.emulated.kernel.inode import Inode
 from guest_memfd.hosts.emulated.kernel.linear_map import LinearMap
-from guest_memfd.hosts.emulated.kernel.mm import Mm
+from guest_memfd.hosts.emulated.kernel.mm import SLOT, Mm
 from guest_memfd.hosts.emulated.kernel.module import Loader, Module, ModuleImage
 from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.kernel.text import KernelText
@@ -56,10 +57,11 @@ class Power:
 class Config:
     """How a machine is built.
 
-    ram: bytes. release, rodata, bbml3, tlb_range: the kernel and the CPU, as `LinearMap` takes them. on_free: what the
-    kernel does to a page when it is freed. scattered: that many single frames are all that guest_memfd can have, *apart*
-    pages from one to the next; 0: whatever is free. cpus: how many TLBs. inject: what Gunyah makes of a host access to a
-    page it withholds, ``sea`` or, as some reviewers asked for, ``fixable``.
+    ram: bytes. release, rodata, bbml3, tlb_range: the kernel, its command line and the CPU, as `LinearMap` takes them; with
+    rodata ``noalias`` or ``off`` nothing can change the direct map. on_free: what the kernel does to a page when it is
+    freed. scattered: that many single frames are all that guest_memfd can have, *apart* pages from one to the next; 0:
+    whatever is free. cpus: how many TLBs. inject: what Gunyah makes of a host access to a page it withholds, ``sea`` or,
+    as some reviewers asked for, ``fixable``.
     """
 
     ram: int = 1 << 30
@@ -113,6 +115,7 @@ class Machine:
         self._vms: list[Vm] = []
         self.folios: Buddy = self.kernel_pages
         self.watched: list[int] = []
+        self.leaked = 0                                         # folios that are counted as never coming back
         self.judge: Judge | None = None                         # of every host that has none of its own
         self._boot()
 
@@ -185,6 +188,12 @@ class Machine:
 
         return audit(self)
 
+    def stray_mappings(self) -> list[str]:
+        """Which mappings lead to memory that is free, or that its file no longer holds, now: see stray.py."""
+        from guest_memfd.hosts.emulated.stray import stray_mappings
+
+        return stray_mappings(self)
+
     # -- frames ------------------------------------------------------------------------------------------------------
 
     def number(self, pa: int) -> int:
@@ -206,6 +215,11 @@ class Machine:
     def allocated(self, page: Page) -> bool:
         """Whether it is somebody's."""
         return page.pa // PAGE in self.pages
+
+    def first_free(self, pa: int, size: int) -> int | None:
+        """The lowest page of [pa, pa+size) that Linux's or EL2's allocator has, None when all of it is somebody's."""
+        found = (buddy.first_free(pa, size) for buddy in {self.kernel_pages, self.folios, self.el2_pool})
+        return min((free for free in found if free is not None), default=None)
 
     @property
     def unloaded(self) -> bool:
@@ -263,8 +277,15 @@ class Machine:
 
     def tlb_maps_user(self, pa: int, size: int) -> bool:
         """Whether a TLB translates a user address to [pa, pa+size)."""
-        return any(e.kind != "stage2" and e.vmid == self.driver.host_vmid and not e.ia >> 55 and pa <= e.oa < pa + size
-                   for tlb in self.tlbs for e in tlb.entries())
+        return any(pa <= e.oa < pa + size for e in self._user_entries())
+
+    def _user_entries(self) -> Iterator[TlbEntry]:
+        return (e for tlb in self.tlbs for e in tlb.entries()
+                if e.kind != "stage2" and e.vmid == self.driver.host_vmid and not e.ia >> 55)
+
+    def user_indexes(self, pa: int) -> Iterator[int]:
+        """Which pages of a file TLBs take *pa* for: VMAs begin at multiples of a slot (kernel/mm.py)."""
+        return (e.ia % SLOT // PAGE for e in self._user_entries() if e.oa == pa)
 
     def guest_maps(self, pa: int) -> bool:
         """Whether any VM's stage 2 maps *pa*."""

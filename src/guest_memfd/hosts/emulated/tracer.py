@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.emulated.kernel.inode import Inode
+from guest_memfd.hosts.abstract.world import UNREPORTED
+from guest_memfd.hosts.emulated.kernel.inode import EVICTED, Inode
 from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.host import Entries
+from guest_memfd.hosts.host import Cost, Entries
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.machine import Machine
@@ -38,12 +39,17 @@ class Operation:
     op: str
     start: int
     nr: int
+    gfn: int | None = None                              # where the guest has faulted, if that is what it is about
     toggled: set[int] = field(default_factory=set)      # pages whose attribute changed an odd number of times
     removed: set[int] = field(default_factory=set)
+    reasons: int = 0                                    # what has stood against it (hosts/abstract/state.py REASONS)
+    places: set[int] = field(default_factory=set)       # pages at which something did
+    cost: dict[str, int] = field(default_factory=lambda: {"writes": 0, "flushes": 0, "calls": 0})
 
-    def covers(self, index: int) -> bool:
-        """Whether it is about page *index*."""
-        return self.start <= index < self.start + self.nr
+    def first_of(self, index: int, nr: int = 1) -> int | None:
+        """The first of pages [index, index+nr) that it is about, None if it is about none of them."""
+        first = max(index, self.start)
+        return first if first < min(index + nr, self.start + self.nr) else None
 
 
 class Tracer:
@@ -54,6 +60,8 @@ class Tracer:
         self.secret: set[int] = set()                   # physical addresses of pages that hold what a guest wrote in private
         self.expected: dict[tuple[Inode, int], int] = {}
         self.operations: dict[int, Operation] = {}
+        self.asked: set[int] = set()                    # physical addresses of pages whose mapping the guest had asked for
+        self.ended: dict[int, int] = {}                 # task -> how its operation has ended, before it returns
 
     # -- contents ------------------------------------------------------------------------------------------------
 
@@ -119,18 +127,36 @@ class Tracer:
         owner, mapped = machine.driver.owner(page.pa), machine.guest_maps(page.pa)
         guests = owner == "guest" or content == st.SECRET or (mapped and index is not None and host.private(page))
         return notes.Access(who, what, via, machine.number(page.pa), write, st.CONTENTS[content], guests,
-                            mapped or owner == "guest", index, None if expect == st.ANY else st.CONTENTS[expect])
+                            mapped or owner == "guest", index, None if expect == st.ANY else st.CONTENTS[expect],
+                            page.pa // PAGE not in machine.pages, page.handled)
+
+    def destroyed(self, inode: Inode) -> None:
+        """The file is gone: nobody reads there any more."""
+        self.expected = {(file, index): content for (file, index), content in self.expected.items() if file is not inode}
+
+    def split(self, page: Page) -> None:
+        """A folio becomes single pages: what is known of it is known of each."""
+        inode, index = page.inode, page.index
+        if page.pa in self.secret:
+            self.secret.update(page.pa + at * PAGE for at in range(page.nr))
+        if isinstance(inode, Inode) and (inode, index) in self.expected:
+            self.expected |= {(inode, index + at): self.expected[inode, index] for at in range(page.nr)}
 
     # -- operations ----------------------------------------------------------------------------------------------
 
-    def begin(self, host: Base, op: str, start: int, nr: int) -> None:
+    def begin(self, host: Base, op: str, start: int, nr: int, gfn: int | None = None) -> None:
         """The task starts *op* on pages [start, start+nr)."""
-        self.operations[host.who] = Operation(op, start, max(min(nr, host.inode.size - start), 0))
+        first = max(start, 0)
+        self.ended.pop(host.who, None)
+        self.operations[host.who] = Operation(op, first, max(min(start + nr, host.inode.size) - first, 0), gfn)
 
-    def out_of_scope(self, host: Base, what: str, index: int) -> None:
-        """Note it when the task's operation is not about page *index*."""
+    def out_of_scope(self, host: Base, what: str, index: int, nr: int = 1) -> None:
+        """Note it when the task's operation is about none of pages [index, index+nr), which are one folio's.
+
+        Who evicts the inode is about all of them.
+        """
         operation = self.operations.get(host.who)
-        if operation is not None and not operation.covers(index):
+        if operation is not None and host.inode.life != EVICTED and operation.first_of(index, nr) is None:
             host.notes.append(notes.OutOfScope(operation.op, what, index))
 
     def removed(self, host: Base, index: int, nr: int) -> None:
@@ -158,20 +184,77 @@ class Tracer:
         pages = (inode.find(index) for index in changed)
         return list({page.pa: page for page in pages if page is not None}.values())
 
+    def against(self, task: int, reason: int, page: Page | None) -> None:
+        """Something stands against the operation of *task*: at *page* of its file, if it is a page's doing."""
+        operation = self.operations.get(task)
+        if operation is not None:
+            operation.reasons |= reason
+            if page is not None:
+                first = operation.first_of(page.index, page.nr)
+                operation.places.add(page.index if first is None else first)
+
+    def counts(self, task: int, what: str) -> None:
+        """The operation of *task* asks for one more of *what*: writes, flushes or calls."""
+        operation = self.operations.get(task)
+        if operation is not None:
+            operation.cost[what] += 1
+
+    def mapped(self, task: int, page: Page) -> None:
+        """*task* has mapped *page* into the guest: whether the guest had asked for it."""
+        operation = self.operations.get(task)
+        if operation is not None and operation.op == "fault":
+            self.asked.add(page.pa)
+        else:
+            self.asked.discard(page.pa)
+
+    def forget(self, task: int) -> tuple[str, ...]:
+        """The operation of *task* is over: what stood against it."""
+        operation = self.operations.pop(task, None)
+        self.ended.pop(task, None)
+        return _reasons(operation.reasons) if operation is not None else ()
+
+    def returned(self, host: Base, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
+        """What the caller is told, beside what the operation had said."""
+        host.notes.append(notes.Returned(op, start, nr, ret, error_index, host.inode.size, self.ended.get(host.who)))
+        self.forget(host.who)
+
     def end(self, host: Base, ret: int, error_index: int | None) -> None:
         """Report how the task's operation ended."""
         operation = self.operations.pop(host.who, None)
         if operation is None:
             return
+        if operation.op not in UNREPORTED:
+            self.ended[host.who] = ret
+        if operation.nr <= JUDGED:
+            host.notes.append(self._ended(host, operation, ret, error_index))
+
+    def _ended(self, host: Base, operation: Operation, ret: int, error_index: int | None) -> notes.Ended:
         inode = host.inode
-        if operation.nr > JUDGED:
-            return
         scope = tuple(range(operation.start, operation.start + operation.nr))
         attributes = inode.trees["attributes"].load(operation.start, operation.nr)
         bindings = inode.trees["bindings"].load(operation.start, operation.nr)
         left = tuple(i for i in scope if inode.find(i) is not None)
         batched = tuple(i for i in left if (page := inode.find(i)) is not None and page.lru)
-        host.notes.append(notes.Ended(
+        mapped = tuple(i for i, entry in zip(scope, bindings, strict=True) if self._guest_has(host, i, entry))
+        return notes.Ended(
             operation.op, ret, error_index, scope, tuple(sorted(operation.toggled)),
-            tuple(sorted(operation.removed)), left, tuple(attributes),
-            tuple(i for i, entry in zip(scope, bindings, strict=True) if entry), batched))
+            tuple(sorted(operation.removed)), left, tuple(attributes), tuple(bindings), batched, mapped,
+            _reasons(operation.reasons), tuple(sorted(operation.places)),
+            operation.gfn, Cost(**operation.cost),
+            (*self.machine.hypervisor.errnos.get(operation.op, ()), *host.errnos.get(operation.op, ())),
+            host.bounds.get(operation.op))
+
+    # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
+    def _guest_has(self, host: Base, index: int, entry: int) -> bool:
+        vm, page = host.vm_at(index), host.inode.find(index)
+        if vm.state != st.RUNNING or vm.handle is None:
+            return True
+        if not entry or page is None:
+            return False
+        driver, ipa = self.machine.driver, (entry - 1) * PAGE
+        return driver.lookup(vm, ipa) == page.pa + (index - page.index) * PAGE or (
+            page.hwpoison or driver.poisoned(vm, entry - 1))
+
+
+def _reasons(mask: int) -> tuple[str, ...]:
+    return tuple(why for bit, why in enumerate(st.REASONS) if mask >> bit & 1)

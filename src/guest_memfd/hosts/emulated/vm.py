@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 from guest_memfd.hosts.abstract import state as st
@@ -19,4 +20,4 @@ class Vm:
     gpc: Page | None = None                             # what its gfn_to_pfn_cache maps
     gpc_fresh: bool = False                             # no invalidation since it sampled mmu_invalidate_seq
     gpc_readers: int = 0
-    invalidations: int = 0                              # mmu_invalidate_in_progress
+    begun: Counter[int] = field(default_factory=Counter)    # invalidations by task: mmu_invalidate_in_progress is their sum

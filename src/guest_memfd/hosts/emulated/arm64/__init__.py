@@ -12,6 +12,7 @@
     tlb.py          every entry a TLB may keep, until the operation that has to remove it
     tlbi.py         TLB maintenance with the scope the architecture gives it; tlbi_instruction.py: as a name and a register
     mmu.py          TLB first, then a walk that fills it
+    reached.py      everything that a tree of tables maps
     tables.py       building, splitting and freeing tables; break-before-make is watched where descriptors are stored
     filling.py      where blocks fit, and which runs are contiguous
     pages.py        where table pages come from

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from errno import EBADF, EINVAL
+from errno import EBADF, EINVAL, EOPNOTSUPP
 from stat import S_IFREG
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from guest_memfd.hosts.host import ENOMEM, Entries, Folio, Primitive, Steps
 from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Stat
 
 if TYPE_CHECKING:
+    from guest_memfd.hosts.emulated.kernel.page import Page
     from guest_memfd.hosts.emulated.machine import Machine
     from guest_memfd.hosts.emulated.vm import Vm
 
@@ -43,9 +44,14 @@ class FileHost(EmulatedHost):
     windows: list[tuple[int, int]]
     """First page and number of pages of every VMA."""
 
-    def __init__(self, machine: Machine, vm: Vm, size: int) -> None:
-        super().__init__(machine, vm, size)
+    # What operations cost is judged in a run as well, and what they return: every device hands on what its design states.
+    def __init__(self, machine: Machine, vm: Vm, size: int, library: Design) -> None:
+        super().__init__(machine, vm, size, bounds=library.bounds, errnos=library.errnos)
         self.windows = []
+
+    def asked(self, page: Page) -> bool:
+        """A device gives a guest what it has asked for, and nothing else."""
+        return True
 
     def vma_covers(self, start: int, nr: int) -> bool:
         """Whether one of the VMAs does."""
@@ -193,11 +199,17 @@ class GuestMemoryFile(Owned, ABC):
         self.machine, self.library, self.size = machine, library, size
         self.host = self.make_host(vm, max(size // PAGE, 1))            # a file of no pages has one that nobody gets to
         self.mappings: list[Mapped] = []
-        self.check(self.run(library.create(self.host.inode.size, shared)), self.created_by)
+        self._created(self.run(library.create(self.host.inode.size, shared)))
+
+    # -EOPNOTSUPP: this kernel cannot do what the library is for.
+    def _created(self, ret: int) -> None:
+        rodata = self.machine.config.rodata
+        why = f"the direct map cannot be changed (rodata={rodata})" if ret == -EOPNOTSUPP else ""
+        self.check(ret, self.created_by, why)
 
     def make_host(self, vm: Vm, pages: int) -> FileHost:
         """The primitives for this file."""
-        return FileHost(self.machine, vm, pages)
+        return FileHost(self.machine, vm, pages, self.library)
 
     # -- what a device decides -----------------------------------------------------------------------------------
 

@@ -15,9 +15,11 @@ from guest_memfd.hosts.emulated.arm64.fault import Fault
 from guest_memfd.hosts.emulated.arm64.mmu import Mmu
 from guest_memfd.hosts.emulated.arm64.permission import Access
 from guest_memfd.hosts.emulated.arm64.registers import Tcr
+from guest_memfd.hosts.emulated.arm64.tables import PageTable
 from guest_memfd.hosts.emulated.arm64.walk import Stage1, Stage2
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.emulated.vm import Vm
+from guest_memfd.hosts.host import Folio
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.machine import Machine
@@ -93,12 +95,15 @@ class Driver(ABC):
         self.sanitised = False
         """Whether the last hypercall zeroed the page."""
         self.refuse_next: int | None = None             # injected: what the next hypercall returns, having done nothing
+        self.stuck: set[int] = set()                    # injected: pages that EL2 will never give back
 
     # -- hypercalls ----------------------------------------------------------------------------------------------
 
     def hypercall(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
         """Issue hypercall *name*: 0 or -errno."""
         self.sanitised = False
+        if self.keeps(name, args):
+            return self.machine.hypervisor.final[name]
         if self.refuse_next is not None:
             refused, self.refuse_next = self.refuse_next, None
             return refused
@@ -106,6 +111,11 @@ class Driver(ABC):
         if code is None:
             raise LookupError(f"{type(self).__name__} has no hypercall {name!r}")
         return int(code(vm, *args))
+
+    def keeps(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Whether EL2 refuses *name* because it will never give that page back."""
+        return name in self.machine.hypervisor.final and any(
+            isinstance(arg, Folio) and arg.pfn * PAGE in self.stuck for arg in args)
 
     def force_reclaim(self, pa: int) -> int:
         """Take a page from its guest because the host has touched it: 0 or -errno."""
@@ -151,6 +161,10 @@ class Driver(ABC):
     @abstractmethod
     def guest_stage2(self, vm: Vm) -> Stage2:
         """VTCR and VTTBR while the guest runs."""
+
+    @abstractmethod
+    def guest_table(self, vm: Vm) -> PageTable:
+        """The tables that VTTBR leads to then."""
 
     # -- the guest acts ------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guest_memfd.hosts.emulated.arm64.fault import ACCESS_FLAG, PERMISSION, Fault
+from guest_memfd.hosts.emulated.arm64.tables import PageTable
 from guest_memfd.hosts.emulated.arm64.walk import Stage2
 from guest_memfd.hosts.emulated.drivers.driver import Driver
 from guest_memfd.hosts.emulated.gunyah import hypercalls as n
@@ -220,6 +221,11 @@ class GunyahDriver(Driver):
         """The VM's own."""
         registers: Stage2 = vm.handle.space.table.registers
         return registers
+
+    def guest_table(self, vm: Vm) -> PageTable:
+        """The VM's own."""
+        table: PageTable = vm.handle.space.table.pages
+        return table
 
     # -- the guest acts, VMs ---------------------------------------------------------------------------------------
 

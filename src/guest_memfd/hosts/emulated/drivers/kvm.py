@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from guest_memfd.hosts.emulated.arm64.tables import PageTable
 from guest_memfd.hosts.emulated.arm64.walk import Stage2
 from guest_memfd.hosts.emulated.drivers.driver import Driver
 from guest_memfd.hosts.emulated.kvm.guest import first_tables
@@ -31,6 +32,11 @@ class KvmGuests(Driver):
         """The VM's own."""
         registers: Stage2 = vm.handle.registers()
         return registers
+
+    def guest_table(self, vm: Vm) -> PageTable:
+        """The VM's own."""
+        table: PageTable = vm.handle.page_table
+        return table
 
 
 class KvmDriver(KvmGuests):

@@ -1,6 +1,7 @@
 """A guest_memfd inode: page cache, trees, locks, references. Rule of this file: data of one file, and no behaviour.
 
-The primitives (../primitives/) act on it; which reference keeps it alive is said in core/file.py.
+The primitives (../primitives/) act on it; which reference keeps it alive is said in core/file.py, and who may use it while
+it dies in ../primitives/lifetime.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 TREES = ("attributes", "bindings", "provided")
 
+NO_INODE, ALIVE, EVICTED, DESTROYED = range(4)
+"""The life of an inode: not allocated yet; in use; its last reference has gone; its memory has gone."""
+
 
 @dataclass(eq=False)
 class Inode:
@@ -28,12 +32,15 @@ class Inode:
     pages: dict[int, Page] = field(default_factory=dict)        # page index of the head -> folio
     orders: dict[int, int] = field(default_factory=dict)        # order -> folios of it in `pages`
     trees: dict[str, MapleTree] = field(default_factory=lambda: {name: MapleTree() for name in TREES})
-    reserved: bool = False                                      # maple nodes preallocated for the attribute tree
+    reserved: int = 0                                           # entries that maple nodes are preallocated for
+    refuses_readers: bool = False                               # AS_NO_DIRECT_MAP
     invalidate: Rwsem = field(default_factory=Rwsem)
     bindings: Rwsem = field(default_factory=Rwsem)
     fd: bool = False                                            # user space has a descriptor
     files: int = 0                                              # references on the struct file
     references: int = 0                                         # references on the inode: the file, each VMA
+    life: int = NO_INODE
+    evictor: int | None = None                                  # the task that dropped the last reference and evicts it
     mapping: FileMapping | None = None                          # the user page table its VMAs share
     _in_order: list[int] | None = None                          # keys of `pages`, sorted when first asked for
 
@@ -67,6 +74,23 @@ class Inode:
         if not self.orders[page.order]:
             del self.orders[page.order]
         page.inode = None
+
+    def put(self, task: int) -> bool:
+        """*task* drops a reference; True when it was the last, and the inode is *task*'s to evict."""
+        self.references -= 1
+        if self.references:
+            return False
+        self.life, self.evictor = EVICTED, task
+        return True
+
+    def destroy(self) -> None:
+        """What was kept in it goes with its memory. (``provided`` is a VM's, and only found through it here.)"""
+        self.life, self.evictor, self.reserved, self.refuses_readers = DESTROYED, None, 0, False
+        self.trees |= {name: MapleTree() for name in ("attributes", "bindings")}
+
+    def bound(self) -> bool:
+        """Whether any page is bound to a VM."""
+        return self.trees["bindings"].load(0, self.size).count(0) < self.size
 
     def entry(self, tree: str, index: int) -> int:
         """One entry of a tree."""

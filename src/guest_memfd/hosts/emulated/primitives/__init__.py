@@ -1,6 +1,7 @@
 """The primitives of hosts/host.py, carried out on the emulated machine; one mixin per subject.
 
     base.py       whose file, whose task, how a primitive waits or ends the kernel
+    lifetime.py   what has to be there for a primitive: the module its code is in, the inode it works on
     locks.py      rw-semaphores, folio lock
     pagecache.py  look-up, insertion, references, and what the last put does
     contents.py   the kernel touches memory: real instructions, real aborts

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.errors import Blocked, KernelPanic
 from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.host import Caller, Folio
+from guest_memfd.hosts.host import Bound, Caller, Folio
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.kernel.inode import Inode
@@ -26,6 +27,12 @@ class Base:
     who: int
     caller: Caller
     notes: list[notes.Note]
+    bounds: Mapping[str, Bound]
+    errnos: Mapping[str, tuple[int, ...]]
+
+    def vm_at(self, index: int) -> Vm:
+        """The VM that page *index* is bound to, or would be."""
+        return self.vm
 
     def wait(self) -> NoReturn:
         """The primitive cannot go on now; whoever asked waits."""
@@ -35,6 +42,21 @@ class Base:
         """BUG(): the kernel stops for a reason that is no abort."""
         self.notes.append(notes.Broken(why))
         raise KernelPanic(f"kernel BUG: {why}\nKernel panic - not syncing: Oops - BUG: Fatal exception")
+
+    def gone(self, what: str) -> NoReturn:
+        """The memory that the primitive works on has been freed: KASAN sees it, and the kernel stops (mm/kasan/report.c)."""
+        self.notes.append(notes.UseAfterFree(what))
+        raise KernelPanic(f"BUG: KASAN: slab-use-after-free of {what}\n"
+                          "Kernel panic - not syncing: kasan.fault=panic set ...")
+
+    def must_have(self, index: int) -> None:
+        """BUG() where the file has no page *index*: what is put there nobody takes out again."""
+        if not 0 <= index < self.inode.size:
+            self.die(f"page {index} is used, of a file of {self.inode.size} pages")
+
+    def against(self, reason: int, page: Page | None = None) -> None:
+        """Something stands against the operation that the task is in: at *page*, if it is a page's doing."""
+        self.machine.tracer.against(self.who, reason, page if page is not None and page.inode is self.inode else None)
 
     def page(self, folio: Folio) -> Page:
         """struct folio of *folio*, which somebody holds."""

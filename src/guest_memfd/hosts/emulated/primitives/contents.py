@@ -89,6 +89,11 @@ class Contents(Base):
         return self.kernel_access(page, "kernel", "copy_from_kernel_nofault", "copy_from_kernel_nofault",
                                   self.machine.bounce_va, self.machine.linear_map.va(page.pa), WORD)
 
+    def read_folio(self, folio: Folio) -> str:
+        """A plain read through the direct map, of a folio that the reader found in the page cache."""
+        page = self.page(folio)
+        return self.kernel_access(page, "kernel", "read_folio", "plain_read", self.machine.linear_map.va(page.pa))
+
     def clear_folio(self, folio: Folio) -> None:
         """A plain write through the direct map."""
         page = self.page(folio)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.primitives.base import Base
 from guest_memfd.hosts.host import Folio
 
 
 class DirectMap(Base):
-    """set_direct_map_invalid_noflush ... flush_tlb_kernel_range."""
+    """can_set_direct_map ... flush_tlb_kernel_range."""
+
+    def can_set_direct_map(self) -> bool:
+        """By the kernel's command line: rodata=full, or debug_pagealloc (arch/arm64/mm/pageattr.c)."""
+        return self.machine.linear_map.can_set_direct_map()
 
     def set_direct_map_invalid_noflush(self, folio: Folio) -> int:
         """The entries go, TLBs keep them (arch/arm64/mm/pageattr.c)."""
@@ -19,7 +24,10 @@ class DirectMap(Base):
 
     def _changed(self, page: Page, ret: int, *, invalid: bool) -> int:
         if not ret:
-            self.notes.append(notes.DirectMapChange(self.caller, self.machine.number(page.pa), invalid))
+            self.notes.append(notes.DirectMapChange(self.caller, self.machine.number(page.pa), invalid, page.handled))
+            self.machine.tracer.counts(self.who, "writes")
+        else:
+            self.against(st.FAILURE)
         return ret
 
     def set_direct_map_default_noflush(self, folio: Folio) -> int:
@@ -31,6 +39,7 @@ class DirectMap(Base):
     def flush_tlb_kernel_range(self, folios: tuple[Folio, ...]) -> None:
         """All CPUs, a range for each folio."""
         lm = self.machine.linear_map
+        self.machine.tracer.counts(self.who, "flushes")
         for folio in folios:
             page = self.page(folio)
             lm.flush_tlb_kernel_range(lm.va(page.pa), lm.va(page.pa) + page.size)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.emulated.kernel.inode import ALIVE, EVICTED
 from guest_memfd.hosts.emulated.primitives.guest import GuestSide
 from guest_memfd.hosts.host import EBUSY, ENOMEM, Entries, Tree
 
@@ -13,13 +14,17 @@ from guest_memfd.hosts.host import EBUSY, ENOMEM, Entries, Tree
 class Files(GuestSide):
     """begin_op ... vm_destroyed."""
 
-    def begin_op(self, op: str, start: int, nr: int) -> None:
+    def begin_op(self, op: str, start: int, nr: int, gfn: int | None) -> None:
         """Tracepoint."""
-        self.machine.tracer.begin(self, op, start, nr)
+        self.machine.tracer.begin(self, op, start, nr, gfn)
 
     def end_op(self, ret: int, error_index: int | None) -> None:
         """Tracepoint, in the state the operation is about to unlock."""
         self.machine.tracer.end(self, ret, error_index)
+
+    def op_returned(self, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
+        """Tracepoint, where the caller is told."""
+        self.machine.tracer.returned(self, op, start, nr, ret, error_index)
 
     # -- trees ---------------------------------------------------------------------------------------------------
 
@@ -30,6 +35,7 @@ class Files(GuestSide):
     def xa_store(self, tree: Tree, start: int, values: Entries) -> int:
         """A maple node may have to be allocated."""
         if self.machine.slab_fails():
+            self.against(st.FAILURE)
             return -ENOMEM
         self._store(tree, start, values)
         return 0
@@ -54,29 +60,32 @@ class Files(GuestSide):
     def xa_store_reserved(self, tree: Tree, start: int, values: Entries) -> None:
         """A store that changes the attribute tree needs its reservation."""
         if tree == "attributes":
-            if not self.inode.reserved:
+            if self.inode.reserved < len(values):
                 self.die("store into the attribute tree without preallocated nodes")
-            self.inode.reserved = False
+            self.inode.reserved = 0
         self._store(tree, start, values)
 
     def xa_reserve(self, tree: Tree, start: int, nr: int) -> int:
         """The nodes are there until they are used or given back."""
         if self.machine.slab_fails():
+            self.against(st.FAILURE)
             return -ENOMEM
-        self.inode.reserved = True
+        self.inode.reserved = nr
         return 0
 
     def xa_release(self, tree: Tree) -> None:
         """Given back unused."""
-        self.inode.reserved = False
+        self.inode.reserved = 0
 
     # -- files and inodes ----------------------------------------------------------------------------------------
 
     def alloc_inode(self) -> int:
         """One file, one inode."""
         if self.machine.slab_fails():
+            self.against(st.FAILURE)
             return -ENOMEM
         self.inode.files = self.inode.references = 1
+        self.inode.life = ALIVE
         self.machine.inodes[self.inode] = None
         return 0
 
@@ -92,8 +101,28 @@ class Files(GuestSide):
     def get_file(self) -> bool:
         """Not from a file whose last reference has gone."""
         if not self.inode.files:
+            self.against(st.GONE_BEFORE)
             return False
         self.inode.files += 1
+        return True
+
+    def fd_open(self) -> bool:
+        """Whether the VMM's descriptor is open."""
+        return self.inode.fd
+
+    def fdget(self) -> bool:
+        """Not from a descriptor that is closed."""
+        if not self.inode.fd:
+            return False
+        self.inode.files += 1
+        return True
+
+    def igrab(self) -> bool:
+        """Not while it is being evicted."""
+        if self.inode.life != ALIVE:
+            self.against(st.GONE_BEFORE)
+            return False
+        self.inode.references += 1
         return True
 
     def fput(self) -> bool:
@@ -105,16 +134,27 @@ class Files(GuestSide):
 
     def iput(self) -> bool:
         """True: the last one."""
-        if not self.inode.references:
-            self.die("iput of an inode without references")
-        self.inode.references -= 1
-        return not self.inode.references
+        return self.put_inode()
+
+    def destroy_inode(self) -> None:
+        """Nobody finds it any more; BUG_ON()s of clear_inode() and of destroy_inode() come first (fs/inode.c)."""
+        inode = self.inode
+        if inode.life != EVICTED:
+            self.die("destroy_inode of an inode that is in use")
+        if inode.pages:
+            self.die("destroy_inode of an inode whose page cache is not empty")
+        inode.destroy()
+        self.machine.tracer.destroyed(inode)
+        del self.machine.inodes[inode]
 
     # -- module and VM -------------------------------------------------------------------------------------------
 
     def try_module_get(self) -> bool:
         """Not once it is being unloaded."""
-        return self.machine.module.try_get()
+        held = self.machine.module.try_get()
+        if not held:
+            self.against(st.GONE_BEFORE)
+        return held
 
     def module_put(self) -> None:
         """A reference too many is a bug."""
@@ -129,6 +169,8 @@ class Files(GuestSide):
 
     def vm_state(self) -> str:
         """running, dying, gone."""
+        if self.vm.state != st.RUNNING:
+            self.against(st.GONE_BEFORE)
         return st.VM_STATES[self.vm.state]
 
     def vm_kill(self) -> bool:

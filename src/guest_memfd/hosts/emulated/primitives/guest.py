@@ -8,7 +8,7 @@ from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.primitives.user import UserMappings
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.emulated.tracer import GUEST_TOKEN, KERNEL_TOKEN
-from guest_memfd.hosts.host import Folio
+from guest_memfd.hosts.host import EAGAIN, ENOMEM, Folio
 
 
 class GuestSide(UserMappings):
@@ -16,19 +16,39 @@ class GuestSide(UserMappings):
 
     def hypercall(self, name: str, *args: object) -> int:
         """The driver's code around one hypercall; what it did to the page is read off EL2's own records."""
+        if self.vm.state == st.GONE:
+            self.gone("the VM, in hypercall")
         machine = self.machine
         folio = next(arg for arg in args if isinstance(arg, Folio))
         page = self.page(folio)
         owner, mapped = machine.driver.owner(page.pa), machine.driver.guest_maps(self.vm, page.pa)
+        machine.tracer.counts(self.who, "calls")
+        asked = self.asked(page)
         ret = machine.driver.hypercall(self.vm, name, args)
-        if (name, ret) in machine.driver.rules:
+        if machine.driver.keeps(name, args):
+            self.against(st.FOR_GOOD, page)
+        elif (name, ret) in machine.driver.rules:
             self.notes.append(notes.Refused(name, -ret))
+            if asked:
+                self.against(st.HELD, page)
+        elif ret in (-ENOMEM, -EAGAIN):
+            self.against(st.FAILURE, page if ret == -EAGAIN else None)
+        now = machine.driver.guest_maps(self.vm, page.pa)
+        if mapped is None and now is not None:
+            machine.tracer.mapped(self.who, page)
+        if page.handled and mapped is None and now is not None:
+            self.notes.append(notes.Given("the guest", machine.number(page.pa)))
         if owner != "guest" and machine.driver.owner(page.pa) == "guest":
             self.note_private(page, "donated")
         if mapped is not None and machine.driver.guest_maps(self.vm, page.pa) is None and page.inode is self.inode:
-            machine.tracer.out_of_scope(self, "takes the page from the guest", page.index)
+            machine.tracer.out_of_scope(self, "takes the page from the guest", page.index, page.nr)
         machine.tracer.after_hypercall(page, machine.driver.sanitised)
         return ret
+
+    def asked(self, page: Page) -> bool:
+        """Whether the guest can hold on to *page*: it has written to it, or was given it when it had faulted there."""
+        tracer = self.machine.tracer
+        return tracer.content(page) != st.ZERO or page.pa in tracer.asked
 
     def note_private(self, page: Page, how: str) -> None:
         """A folio is the guest's alone from now on."""
@@ -76,20 +96,32 @@ class GuestSide(UserMappings):
 
     def mmu_invalidate_begin(self, start: int, nr: int) -> None:
         """Kernel mappings of the range end; a reader of the cache's lock is waited for (virt/kvm/pfncache.c)."""
+        if not self._is_bound("mmu_invalidate_begin"):
+            return
         vm, page = self.vm, self.vm.gpc
-        if page is not None and (page.inode is not self.inode or start <= page.index < start + nr):
+        if page is not None and (page.inode is None or (page.inode is self.inode and start <= page.index < start + nr)):
             if vm.gpc_readers:
                 self.wait()
             vm.gpc = None
         vm.gpc_fresh = False
-        vm.invalidations += 1
+        vm.begun[self.who] += 1
 
     def mmu_invalidate_end(self) -> None:
         """The sequence moves on: whoever sampled it before must look again."""
-        if not self.vm.invalidations:
-            self.die("mmu_invalidate_end without begin")
-        self.vm.invalidations -= 1
+        bound = self._is_bound("mmu_invalidate_end")
+        if not self.vm.begun[self.who]:
+            if bound:
+                self.die("mmu_invalidate_end without begin")
+            return
+        self.vm.begun[self.who] -= 1
         self.vm.gpc_fresh = False
+
+    # It is found through the bindings (kvm_gmem_invalidate_begin()): without one there is no VM to tell.
+    def _is_bound(self, what: str) -> bool:
+        bound = self.inode.bound()
+        if bound and self.vm.state == st.GONE:
+            self.gone(f"the VM, in {what}")
+        return bound
 
     # -- gfn_to_pfn_cache ----------------------------------------------------------------------------------------
 
@@ -99,7 +131,7 @@ class GuestSide(UserMappings):
 
     def gpc_commit(self, folio: Folio) -> bool:
         """mmu_notifier_retry_cache()."""
-        if self.vm.invalidations or not self.vm.gpc_fresh:
+        if any(self.vm.begun.values()) or not self.vm.gpc_fresh:
             return False
         self.vm.gpc = self.page(folio)
         return True

@@ -1,21 +1,24 @@
 """The emulated host as procedures see it: a primitive comes in, the machine moves, a result goes out.
 
-Rule of this file: the only place from which primitives are called. Frozen tasks, code whose module is gone and the
-end of the kernel are dealt with here, as on the abstract host.
+Rule of this file: the only place from which primitives are called. Frozen tasks and the end of the kernel are dealt with
+here, as on the abstract host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from guest_memfd.check.outcome import STAY
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.emulated.errors import Blocked, KernelPanic
 from guest_memfd.hosts.emulated.kernel.inode import Inode
 from guest_memfd.hosts.emulated.primitives.directmap import DirectMap
+from guest_memfd.hosts.emulated.primitives.lifetime import Lifetimes
 from guest_memfd.hosts.emulated.primitives.locks import Locks
 from guest_memfd.hosts.emulated.primitives.power import Power
-from guest_memfd.hosts.host import Caller, Primitive, Steps
+from guest_memfd.hosts.host import Bound, Caller, Primitive, Steps
+from guest_memfd.hosts.scene import Scene
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.machine import Machine
@@ -24,17 +27,21 @@ if TYPE_CHECKING:
 Judge = Callable[[Primitive, list[notes.Note]], None]
 
 
-class EmulatedHost(Locks, DirectMap, Power):
+class EmulatedHost(Lifetimes, Locks, DirectMap, Power):
     """One guest_memfd file of *size* pages on *machine*, bound to *vm*.
 
     tasks: numbers of the parties that freezing stops. judge: told of every primitive and the facts it left;
-    default: the machine's.
+    default: the machine's. scene: whose memslots vCPUs go by; default: whatever is bound. bounds, errnos: what the design
+    says that operations cost at most, and may return.
     """
 
     def __init__(
         self, machine: Machine, vm: Vm, size: int, *, tasks: frozenset[int] = frozenset(), judge: Judge | None = None,
+        scene: Scene | None = None, bounds: Mapping[str, Bound] | None = None,
+        errnos: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.machine, self.vm, self.tasks, self.judge = machine, vm, tasks, judge
+        self.scene, self.bounds, self.errnos = scene, bounds or {}, errnos or {}
         self.inode = Inode(size, machine.module.name)
         self.who, self.caller, self.notes = 0, "library", []
 
@@ -47,10 +54,8 @@ class EmulatedHost(Locks, DirectMap, Power):
         if who in self.tasks and self.machine.power.frozen:
             raise Blocked
         self.who, self.caller = who, primitive.caller
-        module = self.machine.module
         try:
-            if self.machine.unloaded and primitive.caller == module.name:
-                self.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
+            self.must_be_there(primitive)
             return getattr(self, primitive.name)(*primitive.args)
         except KernelPanic as panic:
             self.machine.panicked(panic)
@@ -76,3 +81,5 @@ class EmulatedHost(Locks, DirectMap, Power):
             except StopIteration as stop:
                 return stop.value
             result = self.perform(primitive, who)
+            if result is STAY:                          # queued for a lock: nobody is there who would let go of it
+                raise Blocked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from guest_memfd.check.outcome import STAY
+from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.kernel.rwsem import Rwsem
 from guest_memfd.hosts.emulated.primitives.base import Base
 from guest_memfd.hosts.host import Folio, Locked, Sem
@@ -21,7 +22,10 @@ class Locks(Base):
 
     def down_read_trylock(self, sem: Sem) -> bool:
         """Now or not at all."""
-        return self._sem(sem).down_read()
+        taken = self._sem(sem).down_read()
+        if not taken:
+            self.against(st.CONTENTION)
+        return taken
 
     def up_read(self, sem: Sem) -> None:
         """Drop a shared hold."""
@@ -50,7 +54,9 @@ class Locks(Base):
         if page.lock is not None:
             self.wait()
         page.lock = self.who
-        return Locked(page.index if page.inode is not None else None, page.uptodate, page.private, page.hwpoison)
+        if page.hwpoison:
+            self.against(st.POISON, page)
+        return Locked(page.index if page.inode is self.inode else None, page.uptodate, page.private, page.hwpoison)
 
     def unlock_folio(self, folio: Folio) -> None:
         """Unlocking an unlocked folio is a VM_BUG_ON."""

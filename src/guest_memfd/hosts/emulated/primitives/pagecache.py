@@ -20,6 +20,7 @@ class PageCache(Contents):
 
     def filemap_get_folio(self, index: int) -> Lookup | None:
         """A hit comes with a transient reference."""
+        self.must_have(index)
         page = self.inode.find(index)
         if page is None:
             return None
@@ -32,14 +33,22 @@ class PageCache(Contents):
 
     def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
         """Allocates from the page allocator and inserts, at the index rounded down to the folio's size."""
-        head = index >> order << order
+        self.must_have(index)
+        head, folios = index >> order << order, self.machine.folios
+        to_fail = folios.pending
         try:
-            pa = self.machine.folios.alloc(order)
+            pa: int | None = folios.alloc(order)
         except OutOfMemory:
-            return -ENOMEM
-        if self._occupied(head, order):
-            self.machine.folios.free(pa, order)
+            pa = None
+        # With no memory left the abstract host still says that a page is there; one that is made to fail does not look.
+        if self._occupied(head, order) and not (pa is None and to_fail and not folios.pending):
+            if pa is not None:
+                folios.free(pa, order)
+            self.against(st.CONTENTION)
             return -EEXIST
+        if pa is None:
+            self.against(st.FAILURE)
+            return -ENOMEM
         page = self.machine.pages[pa // PAGE] = Page(pa, order)
         page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
         page.take("lookup")
@@ -79,15 +88,18 @@ class PageCache(Contents):
         """Flags and the page cache's references are those of every page; the caller keeps the first, locked."""
         page = self.locked(folio, "split_folio")
         if page.refcount != page.nr + 1 or not page.order:
+            self.against(st.REFERENCE, page)
             return -EBUSY
         inode, head = self.inode, page.index
         if page.inode is not inode:
             self.die(f"{folio} is not in the page cache")
+        self.machine.tracer.split(page)
         inode.remove(page)
         for at in range(page.nr):
             small = self.machine.pages[page.pa // PAGE + at] = Page(page.pa + at * PAGE, 0)
             small.take("cache")
-            small.uptodate, small.private, small.hwpoison = page.uptodate, page.private, page.hwpoison
+            small.uptodate, small.private = page.uptodate, page.private
+            small.hwpoison, small.handled = page.hwpoison, page.handled
             inode.insert(small, head + at)
         first = self.machine.pages[page.pa // PAGE]
         first.take("lookup")
@@ -101,16 +113,28 @@ class PageCache(Contents):
         self.free_if_unused(page)
 
     def folio_get(self, folio: Folio, kind: str = "provided") -> None:
-        """A lasting reference; ``kept`` is one that is never dropped."""
-        page = self.page(folio)
-        if kind == "kept":
-            page.kept = True
-        else:
-            page.take(kind)
+        """A lasting reference."""
+        self.page(folio).take(kind)
+
+    def leak_folio(self, folio: Folio) -> None:
+        """Out of use for ever: a reference that nobody drops, and a count that says so."""
+        self.page(folio).take("kept")
+        self.machine.leaked += 1
+
+    def mapping_set_no_direct_map(self) -> None:
+        """AS_NO_DIRECT_MAP."""
+        self.inode.refuses_readers = True
+
+    def mapping_no_direct_map(self) -> bool:
+        """What a reader of page-cache folios asks."""
+        return self.inode.refuses_readers
 
     def folio_ref_count(self, folio: Folio) -> int:
         """All references."""
-        return self.page(folio).refcount
+        page = self.page(folio)
+        if page.refcount > page.cache + page.lru + 1:
+            self.against(st.REFERENCE, page)
+        return page.refcount
 
     def folio_maybe_dma_pinned(self, folio: Folio) -> bool:
         """FOLL_PIN only."""
@@ -138,10 +162,10 @@ class PageCache(Contents):
 
     def free_if_unused(self, page: Page) -> None:
         """free_pages_prepare(): a poisoned frame stays out of use, any other is written to and freed (mm/page_alloc.c)."""
-        if page.refcount or page.kept:
+        if page.refcount or page.retired:
             return
         if page.hwpoison:
-            page.kept = True
+            page.retired = True
             return
         machine = self.machine
         self.notes.append(notes.Freed(
@@ -151,10 +175,10 @@ class PageCache(Contents):
             self.die(f"{self.folio(page)} is freed while locked")
         if machine.on_free != "nothing":
             self.kernel_write(page, "allocator", "free-time poisoning")
+            machine.tracer.freed(page)
         if machine.on_free == "poison":
             machine.ram.fill(page.pa, page.size, PAGE_POISON)
         elif machine.on_free == "zero":
             machine.ram.zero(page.pa, page.size)
-        machine.tracer.freed(page)
         del machine.pages[page.pa // PAGE]
         machine.folios.free(page.pa, page.order)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.primitives.files import Files
 from guest_memfd.hosts.host import EAGAIN, EBUSY, Folio
 
@@ -13,6 +15,7 @@ class Power(Files):
         """Counted and refused atomically."""
         power = self.machine.power
         if pages > 0 and power.preparing:
+            self.against(st.HIBERNATION)
             return -EAGAIN
         if power.away + pages < 0:
             self.die("more pages come back to the host than had left it")
@@ -41,7 +44,9 @@ class Power(Files):
         self.machine.power.frozen = True
 
     def _busy(self) -> bool:
-        sems = [sem for inode in self.machine.inodes for sem in (inode.invalidate, inode.bindings)]
+        # v17's bindings_lock is the VM's: it is there when the inode, through which it is found here, has gone.
+        inodes = {*self.machine.inodes, self.inode}
+        sems = [sem for inode in inodes for sem in (inode.invalidate, inode.bindings)]
         return (any(s.writer is not None or s.readers or s.queued is not None for s in sems)
                 or any(p.lock is not None or p.lookup or p.spec for p in self.machine.pages.values())
                 or bool(self.vm.gpc_readers))
@@ -58,3 +63,12 @@ class Power(Files):
         page.hwpoison = True
         page.take("lookup")
         return self.folio(page)
+
+    def memory_failure_done(self, folio: Folio, result: str) -> None:
+        """Who still reaches the page now, and what the handler makes of it."""
+        machine, page = self.machine, self.page(folio)
+        reached = {"the guest": self.vm.state == st.RUNNING and machine.guest_reaches(page),
+                   "the VMM": machine.mapped_by_user(page.pa, page.size), "the kernel": self.vm.gpc is page}
+        self.notes.append(notes.Contained(machine.number(page.pa), result, tuple(who for who, how in reached.items() if how),
+                                          machine.tracer.forget(self.who)))
+        page.handled = result == "delayed"

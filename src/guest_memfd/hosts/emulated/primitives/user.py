@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from guest_memfd.hosts.abstract import notes
+from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
 from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.primitives.pagecache import PageCache
@@ -18,6 +20,7 @@ class UserMappings(PageCache):
         if not self.inode.fd:
             return -EBADF
         if self.machine.slab_fails():
+            self.against(st.FAILURE)
             return -ENOMEM
         self.machine.vmm.mmap(self.inode)
         self.inode.references += 1
@@ -26,8 +29,13 @@ class UserMappings(PageCache):
     def munmap(self) -> bool:
         """The VMA's inode reference goes with it; its page-table entries go with the last VMA."""
         self.machine.vmm.munmap(self.inode)
-        self.inode.references -= 1
-        return not self.inode.references
+        return self.put_inode()
+
+    def put_inode(self) -> bool:
+        """A reference on the inode less; True: the last one, and whoever drops it evicts it."""
+        if not self.inode.references:
+            self.die("iput of an inode without references")
+        return self.inode.put(self.who)
 
     def user_access(self, index: int, write: bool) -> str:
         """One instruction at EL0; what stage 1 refuses is the fault handler's, what stage 2 refuses a signal."""
@@ -50,6 +58,8 @@ class UserMappings(PageCache):
         mapping, page = self.inode.mapping, self.page(folio)
         if mapping is None or not mapping.vmas:
             return False
+        if page.handled and mapping.lookup(index) is None:
+            self.notes.append(notes.Given("the VMM", self.machine.number(page.pa)))
         try:
             mapping.insert(index, page.pa + (index - page.index) * PAGE)
         except OutOfMemory:

@@ -73,11 +73,17 @@ class LentFile(MemoryFile):
         return driver.configure(vm, binding.gfn, binding.nr, "private" if binding.lend else "vmmio")
 
     def unbind(self, binding: Binding, gfn: int, nr: int) -> int:
-        """Pages come back with what the guest left in them, and are the VMM's to see."""
+        """Pages come back with what the guest left in them, and are the VMM's to see.
+
+        The binding's reference may be the file's last, so the file is held meanwhile, as the ioctl's fget() does.
+        """
         start = binding.index(gfn)
+        held = self.perform(Primitive("get_file", (), "library"))
         ret = int(self.run(self.library.unbind(start, nr)).ret)
         if not ret:
             self.run(self.library.make_shared(start, nr))           # if that fails, mmap() does it
+        if held:
+            self.run(self.library.close())
         return ret
 
     def abandon(self, binding: Binding) -> int:
@@ -145,4 +151,4 @@ class LentFile(MemoryFile):
         self.parcel_has_started(parcel)
         if ret:
             for folio in parcel.folios:
-                self.perform(Primitive("folio_get", (folio, "kept"), "library"))
+                self.perform(Primitive("leak_folio", (folio,), "library"))

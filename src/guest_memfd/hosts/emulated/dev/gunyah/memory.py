@@ -16,7 +16,6 @@ from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.dev.file import FileHost, GuestMemoryFile
 from guest_memfd.hosts.emulated.dev.gunyah.binding import Binding
 from guest_memfd.hosts.emulated.drivers.gunyah import DeviceVm
-from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.host import EBUSY, ENODEV, Folio
 from guest_memfd.hosts.host import EINVAL as NOT_THERE
@@ -51,8 +50,9 @@ class MemoryHost(FileHost):
         """As any, for the VM of the page. What a memory parcel has is busy; a VM that does not exist has nothing."""
         page = self.page(next(arg for arg in args if isinstance(arg, Folio)))
         if page.pa in self.file.parcelled:
+            self.against(st.HELD, page)
             return -EBUSY
-        vm = self._vm_of(page)
+        vm = self._bound_to(page.index, page.nr) if page.inode is self.inode else self.file.vm
         if vm.handle is None or vm.state == st.GONE:
             return -NOT_THERE if name.startswith(("unmap", "donate_from")) else -ENODEV
         kept, self.vm = self.vm, vm
@@ -61,9 +61,12 @@ class MemoryHost(FileHost):
         finally:
             self.vm = kept
 
-    def _vm_of(self, page: Page) -> DeviceVm:
-        found = next((b.vm for b in self.file.bindings if page.inode is self.inode and b.covers(page.index, page.nr)), None)
-        return found or self.file.vm
+    def _bound_to(self, start: int, nr: int) -> DeviceVm:
+        return next((b.vm for b in self.file.bindings if b.covers(start, nr)), self.file.vm)
+
+    def vm_at(self, index: int) -> DeviceVm:
+        """By the bindings."""
+        return self._bound_to(index, 1)
 
 
 class MemoryFile(GuestMemoryFile):
@@ -83,7 +86,7 @@ class MemoryFile(GuestMemoryFile):
 
     def make_host(self, vm: DeviceVm, pages: int) -> FileHost:  # type: ignore[override]
         """One that knows the VM of every page."""
-        host = MemoryHost(self.machine, vm, pages)
+        host = MemoryHost(self.machine, vm, pages, self.library)
         host.file = self
         return host
 

@@ -1,0 +1,139 @@
+"""The abstraction function does not look away: whatever field it would always call 0, lock step would notice.
+
+For each field of the state there is a schedule in which it is not 0, and in which lock step diverges in just that field
+when the emulated side is told to call it 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+from schedules import SCENES, schedule
+
+from guest_memfd.check import refine
+from guest_memfd.hosts.abstract import state as st
+
+FIELDS = (*(f"{kind}.{field}" for kind, fields in st.RECORDS.items() for field in fields), *st.GLOBALS)
+
+NEVER = {"pfn.of": "a page is only ever some other VM's where there are two, and a machine beside the abstract host has one"}
+"""Fields that no schedule can change, and why."""
+
+HANDED_IN = {"failures", "refusals"}
+"""Fields that are the scheduler's: the machine cannot know how many failures are still to come."""
+
+WITHIN = 60
+"""A field has to show in one of so many schedules of the parties that are there to show it."""
+
+
+class Directed(NamedTuple):
+    """Parties under *design*, and the fields that they are there to show."""
+
+    hypervisor: str
+    design: str
+    scene: str
+    parties: tuple[str, ...]
+    fields: tuple[str, ...]
+
+
+DIRECTED = (
+    Directed("kvm", "library", "two-pages", ("vcpu", "vmm", "device", "drainer"), ("pfn.get", "pfn.pin", "pfn.spec")),
+    Directed("kvm", "library", "two-pages", ("vcpu", "vmm", "pfn-cache"), ("vm.gpc", "vm.gpc_fresh", "vm.gpc_readers")),
+    Directed("kvm", "library", "two-pages", ("vcpu", "vcpu2", "memory-failure", "power"),
+             ("pfn.poison", "pfn.handled", "away", "preparing", "frozen")),
+    Directed("pkvm", "none", "two-pages", ("vcpu", "vcpu2", "power"), ("gfn.gpoison",)),
+    Directed("gunyah", "none", "two-pages", ("vcpu", "vcpu2", "zeropad"), ("panic",)),
+    Directed("gunyah", "library", "for-good", ("vcpu", "vcpu2", "stop"), ("pfn.stuck", "pfn.kept", "leaked", "refusals")),
+    Directed("gunyah", "gunyah-v17", "two-pages", ("vcpu", "vmm", "vcpu2", "vmm2"),
+             ("gfn.provided", "pfn.provided", "pfn.gstale", "file.bindings_q")),
+    Directed("kvm", "library", "nothing-yet", ("creator", "unloader", "stop"), ("unloaded", "file.evictor")),
+    Directed("kvm", "library", "crossed", ("vmm-any", "vmm2", "stop"),
+             ("party.removed", "party.toggled", "party.places", "file.reserved", "file.invalidate_q")),
+)
+
+
+class Shown(NamedTuple):
+    """The schedule that shows a field, and how many steps it takes until then."""
+
+    steps: int
+    directed: Directed
+    seed: int
+
+
+# ``pfn0.owner`` is of the field ``pfn.owner``.
+def field_of(name: str) -> str:
+    record, _, field = name.rpartition(".")
+    return f"{record.rstrip('0123456789')}.{field}" if record else field
+
+
+def run(directed: Directed, seed: int) -> refine.Pair:
+    return schedule(directed.hypervisor, directed.design, seed, directed.parties, directed.scene)
+
+
+@cache
+def shown() -> dict[str, Shown]:
+    """For each field the shortest way to a state in which it is not 0, of all schedules that `DIRECTED` needs."""
+    found: dict[str, Shown] = {}
+    right = refine.abstraction
+    for directed in DIRECTED:
+        seed = 0
+        while seed < WITHIN and not found.keys() >= set(directed.fields):
+            states: list[bytes] = []
+
+            def recorded(*args: object, states: list[bytes] = states) -> bytes:
+                states.append(right(*args))  # type: ignore[arg-type]
+                return states[-1]
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(refine, "abstraction", recorded)
+                run(directed, seed)
+            for field, steps in first_seen(states):
+                if field not in found or steps < found[field].steps:
+                    found[field] = Shown(steps, directed, seed)
+            seed += 1
+    return found
+
+
+def first_seen(states: list[bytes]) -> Iterator[tuple[str, int]]:
+    seen: set[str] = set()
+    for number, state in enumerate(states):
+        new = {field_of(name) for name, value in st.fields_of(state).items() if value} - seen
+        yield from ((field, number) for field in new)
+        seen |= new
+
+
+def test_every_field_is_one_of_these() -> None:
+    assert set(st.fields_of(st.State.empty(st.Sizes(*[1] * len(st.Sizes._fields))).save())) == {
+        name.replace(".", "0.") for name in FIELDS}
+    assert set(NEVER) | HANDED_IN <= set(FIELDS)
+    assert {directed.scene for directed in DIRECTED} <= set(SCENES)
+
+
+@pytest.mark.parametrize("directed", DIRECTED, ids=lambda directed: "-".join((directed.hypervisor, *directed.parties)))
+def test_the_parties_show_what_they_are_there_for(directed: Directed) -> None:
+    assert set(directed.fields) <= shown().keys()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_it_does_not_look_away(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if field in NEVER:
+        assert field not in shown(), f"it can be seen: not that {NEVER[field]}"
+        return
+    there = shown()[field]
+    right = refine.abstraction
+
+    def blind(*args: object) -> bytes:
+        state = bytearray(right(*args))  # type: ignore[arg-type]
+        for at, name in enumerate(st.layout_of(bytes(state)).names):
+            if field_of(name) == field:
+                state[at] = 0
+        return bytes(state)
+
+    monkeypatch.setattr(refine, "abstraction", blind)
+    with pytest.raises(refine.Diverged) as diverged:
+        run(there.directed, there.seed)
+    said = re.findall(r"(\S+): abstract \d+, emulated (\d+)", str(diverged.value))
+    assert {(field_of(name), number) for name, number in said} == {(field, "0")}
