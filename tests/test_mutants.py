@@ -1,0 +1,259 @@
+"""The mutants: operators do what they say, names last, the dead are dead and the living live."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+from mutants import watch
+from mutants.baseline import Baseline, reached
+from mutants.change import replaced, rewritten, source
+from mutants.children import Died, each
+from mutants.cli import main
+from mutants.equivalent import entries, listed, mistakes
+from mutants.explore import Explored
+from mutants.mutant import Mutant, mutants, of_site
+from mutants.operators import OPERATORS
+from mutants.run import chosen, known, tried
+from mutants.site import Site, sites
+from mutants.targets import TARGETS, Target
+from mutants.trial import KILLED, SAME, SURVIVED, UNREACHED, Fate, attempt
+
+LIBRARY = TARGETS["library"]
+ALONE = Target("alone", LIBRARY.files, Explored(most=1, scenes=("two-pages",)))
+
+SAMPLE = '''
+SIZE: int = 2
+TABLE = {"a": 1, "b": 2}
+
+class Part:
+    """Words."""
+
+    title = "words"
+    flag = True
+
+    def step(self, start: int, nr: int) -> Steps[int]:
+        """Words."""
+        yield from self.host.begin_op("punch", start, nr)
+        yield from self.host.down_write("invalidate")
+        ret = yield from self.host.xa_reserve("attributes", start, nr)
+        if ret:
+            yield from self.host.up_write("invalidate")
+            return ret
+        for held in folios:
+            if held.gfn is not None and start < nr:
+                yield from self.ops.reclaim(held.gfn, held.folio)
+        yield from self.host.up_write("invalidate")
+        return 0
+
+    def names(self) -> Steps[Conversion]:
+        return Conversion(-EAGAIN, max(index, start))
+
+    @abstractmethod
+    def nothing(self) -> int:
+        return 1
+'''
+
+
+def of_sample(path: Path, text: str = SAMPLE) -> list[Mutant]:
+    (path / "sample.py").write_text(text)
+    return [mutant for site in sites("core/sample.py", path / "sample.py") for mutant in of_site(site)]
+
+
+def done(found: list[Mutant], name: str, operator: str) -> list[str]:
+    return [f"{m.change.was} -> {m.change.now}" for m in found if m.site.name == name and m.operator == operator]
+
+
+STEP = {
+    "drop-undo": ["yield from self.host.up_write('invalidate') -> nothing"],
+    "drop-step": ["yield from self.host.down_write('invalidate') -> nothing",
+                  "ret = (yield from self.host.xa_reserve('attributes', start, nr)) -> ret = 0",
+                  "yield from self.host.up_write('invalidate') -> nothing",
+                  "yield from self.ops.reclaim(held.gfn, held.folio) -> nothing"],
+    "no-lock": ["yield from self.host.down_write('invalidate'); yield from self.host.up_write('invalidate'); "
+                "yield from self.host.up_write('invalidate') -> nothing"],
+    "other-mode": ["down_write .. up_write .. up_write -> down_read .. up_read .. up_read"],
+    "return-zero": ["ret -> 0"],
+    "return-error": ["0 -> -EAGAIN"],
+    "negate": ["ret -> not ret",
+               "held.gfn is not None and start < nr -> not (held.gfn is not None and start < nr)",
+               "held.gfn is not None -> held.gfn is None", "start < nr -> start >= nr"],
+    "drop-operand": ["held.gfn is not None and start < nr -> (start < nr)",
+                     "held.gfn is not None and start < nr -> (held.gfn is not None)"],
+    "and-or": ["held.gfn is not None and start < nr -> (held.gfn is not None) or (start < nr)"],
+    "compare": ["start < nr -> start <= nr", "start < nr -> start == nr"],
+    "part-of-batch": ["folios -> folios[:1]", "folios -> folios[-1:]", "folios -> folios[1:]", "folios -> folios[::-1]"],
+    "other-place": ["held.gfn -> held.pgoff", "held.gfn -> held.pgoff"],
+    "swap-arguments": ["start, nr -> nr, start"],
+    "other-call": ["self.host.xa_reserve -> self.host.xa_load", "self.ops.reclaim -> self.ops.make_private",
+                   "self.ops.reclaim -> self.ops.make_shared"],
+}
+NAMES = {
+    "return-zero": ["Conversion(-EAGAIN, max(index, start)) -> Conversion(0)"],
+    "drop-index": ["Conversion(-EAGAIN, max(index, start)) -> Conversion(-EAGAIN)"],
+    "index-off-by-one": ["max(index, start) -> max(index, start) + 1", "max(index, start) -> max(index, start) - 1"],
+    "drop-clamp": ["max(index, start) -> min(index, start)", "max(index, start) -> index", "max(index, start) -> start"],
+    "sign": ["-EAGAIN -> EAGAIN"],
+    "other-errno": ["EAGAIN -> EBUSY"],
+}
+
+
+@pytest.mark.parametrize(("name", "operator", "expected"), [
+    *(("Part.step", operator, expected) for operator, expected in STEP.items()),
+    *(("Part.names", operator, expected) for operator, expected in NAMES.items()),
+    ("SIZE", "off-by-one", ["2 -> 3", "2 -> 1"]),
+    ("TABLE", "drop-entry", ["'a': 1 -> nothing", "'b': 2 -> nothing"]),
+    ("TABLE", "swap-entries", ["1, 2 -> 2, 1"]),
+    ("Part.flag", "flip-bool", ["True -> False"]),
+])
+def test_an_operator_does_what_it_says(tmp_path: Path, name: str, operator: str, expected: list[str]) -> None:
+    assert done(of_sample(tmp_path), name, operator) == expected
+
+
+def test_what_cannot_go_wrong_is_left_alone(tmp_path: Path) -> None:
+    found = of_sample(tmp_path)
+    assert {mutant.site.name for mutant in found} == {"SIZE", "TABLE", "Part.flag", "Part.step", "Part.names"}
+    assert not any("begin_op" in ast.dump(node) for mutant in found for node in mutant.change.edits)
+
+
+def test_a_procedure_without_steps_is_still_one(tmp_path: Path) -> None:
+    (mutant,) = [m for m in of_sample(tmp_path, "def f(host):\n    yield from host.mmap()\n") if m.operator == "drop-step"]
+    space: dict[str, Any] = {}
+    exec(compile(mutant.tree(), "sample", "exec"), space)
+    assert list(space["f"](None)) == []
+
+
+def test_names_outlive_other_functions(tmp_path: Path) -> None:
+    before = {m.id: m.description for m in of_sample(tmp_path)}
+    more = "    def more(self, start):\n        yield from self.flush(start + 1)\n\n    def names"
+    after = {m.id: m.description for m in of_sample(tmp_path, f"# a line\n{SAMPLE.replace('    def names', more)}")}
+    assert len(after) > len(before)
+    assert after.items() >= before.items()
+
+
+@cache
+def everything() -> list[Mutant]:
+    return mutants(LIBRARY)
+
+
+def test_every_operator_finds_something_and_every_name_is_its_own() -> None:
+    names = [mutant.id for mutant in everything()]
+    assert len(set(names)) == len(names)
+    nowhere = {"wait-for-lock"}                         # the library no longer tries for a lock
+    assert {mutant.operator for mutant in everything()} == set(OPERATORS) - nowhere
+    assert "core/convert.py:Converts._make_private:drop-step:3" in names
+
+
+def test_mutants_are_python() -> None:
+    for mutant in everything()[::5]:
+        compile(mutant.tree(), mutant.site.file, "exec")
+
+
+def test_the_list_of_equivalents_names_mutants_and_gives_reasons() -> None:
+    assert mistakes(listed(), [mutant.id for mutant in everything()], {}) == []
+
+
+def test_mistakes_of_the_list_are_told() -> None:
+    read = dict(entries(["# words", "", "a:1  # is the same", "b:1", "c:1  # dead", "d:1  # gone"]))
+    fates = {"a:1": Fate(SURVIVED), "c:1": Fate(KILLED, "kvm: vcpu", "one-owner: two")}
+    assert mistakes(read, ["a:1", "b:1", "c:1"], fates) == [
+        "b:1: no reason is given", "c:1: it is killed, by kvm: vcpu (one-owner: two)", "d:1: there is no such mutant",
+    ]
+
+
+def test_a_sample_is_drawn_in_order_and_always_the_same() -> None:
+    drawn = chosen(everything(), "core/convert.py:*:drop-step:*", 5, 1)
+    assert len(drawn) == 5
+    assert drawn == chosen(everything(), "core/convert.py:*:drop-step:*", 5, 1) != chosen(everything(), None, 5, 1)
+    assert [m.id for m in drawn] == [m.id for m in everything() if m in drawn]
+
+
+def test_the_command_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "--only", "core/direct_map.py:HostMapping.zap:drop-step:*"]) == 0
+    assert "yield from self.flush((folio,)) -> nothing" in capsys.readouterr().out
+
+
+# -- trials, on every party alone ------------------------------------------------------------------------------------
+
+
+@cache
+def base() -> Baseline:
+    return known(ALONE)
+
+
+def fate(mutant: Mutant, killer: Explored | None = None, seconds: float = 60) -> Fate:
+    ((_, answer),) = each([(0, partial(attempt, mutant, killer or ALONE.killer, base(), seconds))], jobs=1, seconds=60)
+    assert not isinstance(answer, Died), answer
+    return answer
+
+
+def named(name: str) -> Mutant:
+    return next(mutant for mutant in everything() if mutant.id == name)
+
+
+def function(name: str) -> Site:
+    return next(mutant.site for mutant in everything() if mutant.site.name == name)
+
+
+def unchanged(name: str = "Converts._make_private") -> Mutant:
+    site = function(name)
+    stmt = next(stmt for stmt in site.statements() if isinstance(stmt, ast.Return))
+    assert stmt.value is not None
+    return Mutant(site, "nothing", 1, replaced(stmt.value, source(stmt.value)))
+
+
+class Suspicious(Explored):
+    """Explores everything again."""
+
+    def changed(self, record: Any, mutant: Mutant) -> Any:
+        return lambda _scenario: True
+
+
+def test_a_known_mistake_is_killed() -> None:
+    killed = fate(named("core/direct_map.py:HostMapping.zap:drop-step:2"))
+    assert killed.fate == KILLED
+    assert killed.why.startswith("one-owner: ")
+
+
+def test_a_value_is_a_mutant_too() -> None:
+    assert fate(named("hypervisors/kvm/pkvm.py:PKVM:swap-entries:1")).fate == KILLED
+
+
+def test_a_mutant_that_changes_nothing_takes_the_same_steps() -> None:
+    assert fate(unchanged()).fate == SAME
+
+
+def test_and_survives_all_scenarios() -> None:
+    assert fate(unchanged(), Suspicious(most=1, scenes=("two-pages",))).fate == SURVIVED
+
+
+def test_a_mutant_in_code_that_no_scenario_reaches() -> None:
+    assert fate(unchanged("Removes.split")).fate == UNREACHED
+    assert not list(reached(unchanged("Removes.split"), base().ran))
+
+
+def test_a_step_that_never_ends_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "TICK", 0.2)
+    site = function("Parts.has")
+    endless = Mutant(site, "endless", 1, rewritten(next(site.statements()), "while True: pass"))
+    assert fate(endless).why == "a step never ends"
+
+
+def test_a_child_that_dies_is_told_apart() -> None:
+    ((key, answer),) = each([("x", lambda: sys.exit(3))], jobs=1, seconds=1)
+    assert (key, answer) == ("x", Died("exit status 1"))
+
+
+@pytest.mark.long
+def test_of_a_sample_most_are_killed() -> None:
+    sampled = Target("sampled", LIBRARY.files, Explored(scenes=("two-pages", "nothing-yet", "for-good")))
+    found = known(sampled)
+    drawn = [m for m in chosen(everything(), None, 60, 2) if m.id not in listed()]
+    fates = dict(tried(drawn, sampled.killer, found, jobs=1, seconds=120))
+    assert sum(f.fate == KILLED for f in fates.values()) >= len(drawn) / 2

@@ -1,0 +1,97 @@
+"""A mutant takes the place of the code it was made of, in this process and for good.
+
+A function gets other code: all that is made already - classes, tables of functions - has the mutant then. A value may
+have been read and copied by anybody, so for one the whole package is imported anew, with the file changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from mutants.mutant import Mutant
+from mutants.targets import PACKAGE, SOURCES
+
+
+def apply(mutant: Mutant) -> None:
+    """Let *mutant* be the code."""
+    file = mutant.site.file
+    code = compile(mutant.tree(), str(SOURCES / file), "exec")
+    if mutant.site.function is None:
+        _import_anew(module_of(file), code)
+    else:
+        swap(file, code)
+
+
+def swap(file: str, code: CodeType) -> None:
+    """Give the functions of *file* the code they have in *code*, a compiled version of the file or of some of it."""
+    module = importlib.import_module(module_of(file))
+    _know_errnos(module)
+    for name, changed in _functions(code):
+        thing: Any = module
+        for part in name.split("."):
+            thing = vars(thing)[part]
+        assert isinstance(thing, FunctionType)
+        thing.__code__ = changed
+
+
+def module_of(file: str) -> str:
+    """The module in *file*."""
+    return f"{PACKAGE}.{file.removesuffix('.py').replace('/', '.')}"
+
+
+def _functions(code: CodeType) -> Iterator[tuple[str, CodeType]]:
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            if inner.co_flags & 0x1:                    # CO_OPTIMIZED: a function, not a class body
+                yield inner.co_qualname, inner
+            else:
+                yield from _functions(inner)
+
+
+# An errno that the file has not imported may be the one that is returned now.
+def _know_errnos(module: ModuleType) -> None:
+    host = importlib.import_module(f"{PACKAGE}.hosts.host")
+    for name, value in vars(host).items():
+        if name.startswith("E") and name.isupper():
+            vars(module).setdefault(name, value)
+
+
+def _import_anew(name: str, code: CodeType) -> None:
+    for known in [known for known in sys.modules if known.partition(".")[0] == PACKAGE]:
+        del sys.modules[known]
+    sys.meta_path.insert(0, _Finder(name, code))
+    importlib.import_module(name)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, code: CodeType) -> None:
+        self.name, self.code = name, code
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(
+            name, self.code.co_filename, loader=_Loader(name, self.code.co_filename, self.code)
+        )
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def __init__(self, name: str, path: str, code: CodeType) -> None:
+        super().__init__(name, path)
+        self.code = code
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.code
+
+    def exec_module(self, module: ModuleType) -> None:
+        _know_errnos(module)
+        super().exec_module(module)

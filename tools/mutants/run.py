@@ -1,0 +1,66 @@
+"""All mutants of a target, one after the other or several at a time."""
+
+from __future__ import annotations
+
+import fnmatch
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from mutants.baseline import Baseline, baseline
+from mutants.children import Died, each
+from mutants.killer import Killer
+from mutants.mutant import Mutant
+from mutants.site import Site
+from mutants.targets import Target
+from mutants.trial import KILLED, Fate, attempt, fate_of
+
+BASELINE_SECONDS = 3600
+LIKELY = 3
+"""How many scenarios are tried first because they have killed before."""
+
+
+class NotClean(Exception):  # noqa: N818
+    """The code as it is breaks a law or cannot be run, so nothing can be said of mutants."""
+
+
+def chosen(mutants: Sequence[Mutant], only: str | None, sample: int | None, seed: int) -> list[Mutant]:
+    """Those whose name fits the pattern *only*; of them, *sample* drawn with *seed*, in their order."""
+    fitting = [mutant for mutant in mutants if only is None or fnmatch.fnmatch(mutant.id, only)]
+    if sample is None or sample >= len(fitting):
+        return fitting
+    drawn = set(random.Random(seed).sample(range(len(fitting)), sample))
+    return [mutant for at, mutant in enumerate(fitting) if at in drawn]
+
+
+def known(target: Target) -> Baseline:
+    """The baseline of *target*; NotClean if something is found without any mutant."""
+    list(target.killer.scenarios())                     # all modules are there when children are born
+    work: Callable[[], Baseline] = partial(baseline, target.killer, target.paths())
+    ((_, answer),) = each([(target.name, work)], jobs=1, seconds=BASELINE_SECONDS)
+    if isinstance(answer, Died):
+        raise NotClean(f"the scenarios cannot be run as they are: {answer.how}")
+    for ran in answer.ran:
+        if ran.found is not None:
+            raise NotClean(f"without any mutant, {ran.label}: {ran.found}")
+    return answer  # type: ignore[no-any-return]
+
+
+def tried(
+    mutants: Sequence[Mutant], killer: Killer, base: Baseline, *, jobs: int, seconds: float
+) -> Iterator[tuple[Mutant, Fate]]:
+    """Every mutant and what becomes of it, as it becomes known."""
+    killers: dict[Site, Counter[str]] = {}              # what kills one mutant of a function kills the next
+    cost = {ran.label: ran.seconds for ran in base.ran}
+
+    def likely(site: Site) -> list[str]:
+        hits = killers.get(site, Counter())
+        return sorted(hits, key=lambda label: cost.get(label, 0) / hits[label])[:LIKELY]
+
+    tasks = ((mutant, partial(attempt, mutant, killer, base, seconds, likely(mutant.site))) for mutant in mutants)
+    for mutant, answer in each(tasks, jobs=jobs, seconds=seconds):
+        fate = fate_of(answer)
+        if fate.fate == KILLED:
+            killers.setdefault(mutant.site, Counter())[fate.by] += 1
+        yield mutant, fate
