@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_scope(parser)
     add_output(parser)
     parser.add_argument("--full", action="store_true",
-                        help="every triple of parties, as gmem check does, and not the named ones only; takes minutes")
+                        help="the whole suite, as gmem check explores it, and not a first look; takes an hour")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.epilog = ("A comparison is a report and not a test: broken laws are what it is for, so it exits 0 when the\n"
                      f"table is complete and 3 when a limit was reached.\n\n{parser.epilog}")
@@ -81,5 +81,5 @@ def _lines(
     yield ""
     yield from costs(counted, style)
     yield ""
-    yield "how a law breaks, step by step: gmem check DESIGN --hypervisor NAME --law LAW"
+    yield "how a law breaks, step by step: gmem check DESIGN --hypervisor NAME --quick --law LAW"
     yield from terminal.amount(reports, words)

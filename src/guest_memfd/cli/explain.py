@@ -33,6 +33,6 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             commands = (("replay", f"gmem replay {arguments.file}"),
                         ("export", f"gmem explain {arguments.file} --json"))
-            example = Counterexample(trace.design, trace.hypervisor, trace.parties, again.finding, commands)
+            example = Counterexample(trace.design, trace.hypervisor, trace.scene, trace.parties, again.finding, commands)
             out.write("\n".join(screen(example, out.style)))
     return 0 if again.same else 3

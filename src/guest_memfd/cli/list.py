@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from guest_memfd.check.suite import NAMED
+from guest_memfd.check.plan import NAMED
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
@@ -18,7 +18,7 @@ from guest_memfd.plugins import Registry
 from guest_memfd.report import json
 from guest_memfd.report.counterexample import wrap
 from guest_memfd.report.style import Style
-from guest_memfd.scenarios import PARTIES
+from guest_memfd.scenarios import PARTIES, SCENES
 
 Entry = dict[str, Any]
 
@@ -43,7 +43,19 @@ def _parties() -> Iterator[Entry]:
 
 def _laws() -> Iterator[Entry]:
     for law in LAWS.values():
-        yield {"name": law.name, "title": law.sentence, "checked": law.when, "source": law.source}
+        entry = {"name": law.name, "title": law.sentence, "checked": law.when, "source": law.source}
+        if (by := law.broken_by) is not None:
+            entry["broken_by"] = str(by)
+            if not by.planted:
+                entry["see"] = (f"gmem check {by.design} --hypervisor {by.hypervisor} --parties {','.join(by.parties)} "
+                                f"--law {law.name}")
+        yield entry
+
+
+def _scenes() -> Iterator[Entry]:
+    for scene in SCENES.values():
+        differs = [*scene.differences()] or ["nothing: it is the plainest"]
+        yield {"name": scene.name, "title": scene.title, "differs_in": differs}
 
 
 def _guests() -> Iterator[Entry]:
@@ -58,10 +70,12 @@ def _scenarios() -> Iterator[Entry]:
 
 
 KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
-    "designs": _designs, "hypervisors": _hypervisors, "parties": _parties, "laws": _laws, "scenarios": _scenarios,
-    "guests": _guests,
+    "designs": _designs, "hypervisors": _hypervisors, "parties": _parties, "laws": _laws, "scenes": _scenes,
+    "scenarios": _scenarios, "guests": _guests,
 }
-REGISTRIES: dict[str, Registry[Any]] = {"designs": DESIGNS, "hypervisors": HYPERVISORS, "parties": PARTIES}
+REGISTRIES: dict[str, Registry[Any]] = {
+    "designs": DESIGNS, "hypervisors": HYPERVISORS, "parties": PARTIES, "laws": LAWS,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +107,7 @@ def _lines(kind: str, style: Style) -> Iterator[str]:
         first = f"  {entry.pop('name')}".ljust(len(indent))
         for what, words in entry.items():
             said = ", ".join(words) if isinstance(words, list) else words
-            yield from wrap(said if what in ("title", "parties") else f"{what}: {said}", first, indent)
+            yield from wrap(said if what in ("title", "parties") else f"{what.replace('_', ' ')}: {said}", first, indent)
             first = indent
     if kind in REGISTRIES:
         for reason in REGISTRIES[kind].broken().values():

@@ -6,13 +6,15 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guest_memfd.check.suite import NAMED, QUICK, check_many
+from guest_memfd.check.plan import NAMED, ON_REQUEST, QUICK, QUICK_PARTNER, QUICK_WITHOUT, TRIPLES
+from guest_memfd.check.suite import check_many
 from guest_memfd.check.verdict import Limits, Report
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report.progress import Progress
 from guest_memfd.report.sentence import listed
+from guest_memfd.scenarios import SCENES
 
 
 def add_scope(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +22,13 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to explore")
     group.add_argument("--hypervisor", action="append", metavar="NAME",
                        help="under which hypervisor (repeat, or a,b); default: all the design was posted for")
+    group.add_argument("--scene", action="append", metavar="NAME",
+                       help="in which scene (repeat, or a,b; gmem list scenes); default: all, for one scenario the plainest")
     group.add_argument("--parties", metavar="A,B,...", help="one scenario of these parties instead of the whole suite")
     group.add_argument("--scenario", metavar="NAME", help="one named scenario (gmem list scenarios)")
     group.add_argument("--law", action="append", metavar="NAME", help="judge by this law only (repeat, or a,b)")
-    group.add_argument("--failures", type=whole, default=1, metavar="N",
-                       help="failures that may be injected in one run; 0: nothing fails (default 1)")
+    group.add_argument("--failures", type=whole, metavar="N",
+                       help="failures that may be injected in one run; 0: nothing fails (default: as the scene says)")
     group = parser.add_argument_group("limits: reaching one makes the verdict 'undetermined'")
     group.add_argument("--max-states", type=whole, metavar="N", help="states per scenario")
     group.add_argument("--max-seconds", type=seconds, metavar="S", help="seconds for everything")
@@ -62,6 +66,7 @@ class Scope:
     """What the options of `add_scope` say; names are looked up by whoever explores."""
 
     hypervisors: tuple[str, ...] | None
+    scenes: tuple[str, ...] | None
     parties: tuple[str, ...] | None
     scenario: str | None
     laws: tuple[str, ...] | None
@@ -76,17 +81,33 @@ class Scope:
     def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress) -> list[Report]:
         """`check_many` of (design, hypervisor) *pairs*."""
         with progress:
-            return check_many(pairs, parties=self.parties, scenario=self.scenario, laws=self.laws, limits=self.limits,
-                              full=self.full, jobs=self.jobs, progress=progress)
+            return check_many(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
+                              limits=self.limits, full=self.full, jobs=self.jobs, progress=progress)
 
     def words(self) -> str:
-        """Which scenarios are explored: ``every party alone, every pair and every triple``, ``vcpu and zeropad``."""
+        """Which scenarios are explored: ``vcpu and zeropad``, or what check/plan.py has, in one clause."""
+        where = f" in {listed(self.scenes)}" if self.scenes else ""
         if self.parties is not None:
-            return listed(self.parties)
+            return listed(self.parties) + where
         if self.scenario is not None:
-            return f"{self.scenario} ({listed(NAMED[self.scenario])})"
-        triples = "every triple" if self.full else f"the triples {', '.join(QUICK)}"
-        return f"every party alone, every pair and {triples}"
+            return f"{self.scenario} ({listed(NAMED[self.scenario])}){where}"
+        return self._suite() if self.full else self._first_look()
+
+    def _suite(self) -> str:
+        where = listed(self.scenes) if self.scenes else f"{len(SCENES)} scenes"
+        names = [name for name, parties in NAMED.items() if len(parties) > 2 and name not in ON_REQUEST]
+        triples = [scene for scene in self.scenes or SCENES if scene in TRIPLES]
+        more = f", and {len(names)} triples in {listed(triples)}" if triples else ""
+        return f"every party alone and every pair in {where}{more} (of the long-lived VMMs some pairs)"
+
+    def _first_look(self) -> str:
+        scenes = self.scenes or tuple(SCENES)
+        whole = [scene for scene in scenes if scene in TRIPLES]
+        brief = [scene for scene in scenes if scene not in TRIPLES]
+        where = listed(brief) if self.scenes else f"{len(brief)} other scenes"
+        looks = [f"every party alone, every pair and the triples {listed(QUICK)} in {listed(whole)}"] if whole else []
+        looks += [f"every party but {listed(QUICK_WITHOUT)} alone and with {QUICK_PARTNER} in {where}"] if brief else []
+        return f"{', and '.join(looks)} (no long-lived VMM)"
 
 
 def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
@@ -96,6 +117,7 @@ def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
     """
     return Scope(
         _names(arguments.hypervisor, "--hypervisor"),
+        _names(arguments.scene, "--scene"),
         _names(None if arguments.parties is None else [arguments.parties], "--parties"),
         arguments.scenario,
         _names(arguments.law, "--law"),

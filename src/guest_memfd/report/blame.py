@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from guest_memfd.check.explorer import Finding
+from guest_memfd.check.explorer import Finding, Step
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.laws import LAWS
@@ -18,6 +18,7 @@ _REACHED_THROUGH = {
     "direct map": ("s1",), "stale TLB entry": ("stale",), "user mapping": ("user",), "DMA": ("pin", "get"),
     "guest mapping": ("gmap",), "stale guest TLB entry": ("gstale",),
 }
+_ZERO_SAYS = ("owner", "content", "s1", "s2", "cached", "slot", "allocated")
 _LOCKS = ("lock", "invalidate_w", "invalidate_r", "invalidate_q", "bindings_w", "bindings_r", "bindings_q",
           "gpc_readers", "frozen")
 
@@ -31,7 +32,7 @@ def offending(finding: Finding) -> frozenset[str]:
     blamed: set[str] = set()
     for note in last.notes:
         if law.on_note(note) == finding.evidence:
-            blamed.update(_of_note(note))
+            blamed.update(_of_note(note, _About(last)))
     if blamed:
         return frozenset(field for field in blamed if _says_something(field, last.shared))
     for judge in (law.in_state, law.at_end):
@@ -42,34 +43,62 @@ def offending(finding: Finding) -> frozenset[str]:
 
 # A flag or a count that is zero is no part of the trouble; an owner or a mapping of 0 may be.
 def _says_something(field: str, last: bytes) -> bool:
-    number = next(number for at, number in enumerate(last) if st.field_name(at) == field)
-    return bool(number) or field.rpartition(".")[2] in ("owner", "content", "s1", "s2", "cached", "slot")
+    return bool(st.fields_of(last).get(field)) or field.rpartition(".")[2] in _ZERO_SAYS
 
 
-def _of_note(note: Any) -> Iterator[str]:
+class _About:
+    # The records that a step is about: those of its file, and of the VM that the file belongs to.
+
+    def __init__(self, step: Step) -> None:
+        self.sizes = st.layout_of(step.shared).sizes
+        self.state = st.State(step.shared)
+        self.file = step.primitive.file if step.primitive else 0
+        self.vm = min(self.file, self.sizes.vms - 1)
+
+    def page(self, index: int) -> str:
+        return f"page{self.file * self.sizes.pages + index}"
+
+
+def _of_note(note: Any, about: _About) -> Iterator[str]:
     if isinstance(note, notes.OutOfScope):
-        yield from (f"page{note.pgoff}.attr", f"page{note.pgoff}.cached")
+        yield from (f"{about.page(note.pgoff)}.{name}" for name in ("attr", "cached"))
     elif isinstance(note, notes.Ended):
-        yield from (f"page{i}.attr" for i in note.toggled or note.scope)
-        yield from (f"page{i}.cached" for i in (*note.removed, *note.left))
+        yield from _of_operation(note, about)
     elif isinstance(note, notes.Broken):
         yield "panic"
-    else:
-        yield from ("gpc",) if isinstance(note, notes.MadePrivate) and note.cached_mapping else ()
+    elif isinstance(note, notes.UseAfterFree):
+        inode = (f"file{about.file}.inode", f"file{about.file}.evictor")
+        yield from inode if "inode" in note.what else (f"vm{about.vm}.vm",)
+    elif hasattr(note, "pfn"):
+        if isinstance(note, (notes.MadePrivate, notes.Contained)):
+            yield from (f"vm{vm.number}.gpc" for vm in about.state.vms() if vm.gpc == note.pfn + 1)
         yield from (f"pfn{note.pfn}.{name}" for name in _of_frame(note))
+
+
+# What an operation was about, or what it left there: attributes, bindings, pages that are or are not in the file.
+def _of_operation(note: notes.Ended, about: _About) -> Iterator[str]:
+    if note.op in ("fault", "bind", "unbind", "teardown"):
+        yield from (f"{about.page(i)}.binding" for i in note.scope)
+    yield from (f"{about.page(i)}.attr" for i in note.toggled or note.scope)
+    yield from (f"{about.page(i)}.cached" for i in (*note.removed, *note.left))
 
 
 def _of_frame(note: Any) -> tuple[str, ...]:
     if isinstance(note, notes.Abort):
         return ("s1",) if note.stage == 1 else ("s1", "stale", "s2", "owner")
     if isinstance(note, notes.Access):
-        return ("owner", "content", *_REACHED_THROUGH.get(note.via, ()))
+        broken = ("poison", "handled") if note.broken else ()
+        return ("owner", "content", *(("allocated",) if note.free else ()), *broken, *_REACHED_THROUGH.get(note.via, ()))
     if isinstance(note, notes.Freed):
         return ("owner", "content", "gmap", "gstale")
     if isinstance(note, notes.MadePrivate):
         return ("owner", "pin", "get", "user")
     if isinstance(note, notes.StrayGuest):
         return ("owner", "slot", "gmap", "gstale")
+    if isinstance(note, notes.Given):
+        return ("poison", "handled", "gmap", "user")
+    if isinstance(note, notes.Contained):
+        return ("poison", "handled", "user", "gmap", "gstale")
     return ("s1",) if isinstance(note, notes.DirectMapChange) else ("content",)
 
 
@@ -81,9 +110,10 @@ def _of_state(last: bytes, initial: bytes, judge: Callable[[bytes], str | None])
     def with_byte(at: int, number: int) -> str | None:
         return judge(last[:at] + bytes([number]) + last[at + 1:])
 
+    names = st.layout_of(last).names
     for at, number in enumerate(last):
-        field = st.field_name(at)
-        if field.startswith("party"):
+        field = names[at]
+        if field.startswith(("party", "number of")):
             continue
         put_back = number != initial[at] and with_byte(at, initial[at]) != evidence
         turned = field.endswith(".s1") and with_byte(at, 1 - number) is None
@@ -92,7 +122,6 @@ def _of_state(last: bytes, initial: bytes, judge: Callable[[bytes], str | None])
 
 
 def _held(last: bytes) -> Iterator[str]:
-    for at, number in enumerate(last):
-        field = st.field_name(at)
+    for field, number in st.fields_of(last).items():
         if number and field.rpartition(".")[2] in _LOCKS:
             yield field

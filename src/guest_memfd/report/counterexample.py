@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from guest_memfd.check.explorer import Finding
 from guest_memfd.hosts.abstract import show
 from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.scene import Scene
 from guest_memfd.laws import LAWS
 from guest_memfd.report import steps
 from guest_memfd.report.blame import offending
@@ -18,12 +19,17 @@ from guest_memfd.report.style import WIDTH, Style
 _ON, _OFF = "\x01", "\x02"
 
 
+BEFORE = "before anybody moves"
+"""When something breaks that is found in no steps: creating the file and binding it was enough."""
+
+
 @dataclass(frozen=True)
 class Counterexample:
     """A finding with what one needs to know around it; *commands* are what replays and exports it, in order."""
 
     design: str
     hypervisor: str
+    scene: Scene
     parties: tuple[str, ...]
     finding: Finding
     commands: tuple[tuple[str, str], ...] = ()
@@ -33,21 +39,23 @@ def screen(example: Counterexample, style: Style) -> Iterator[str]:
     """The lines of the screen."""
     finding = example.finding
     law = LAWS[finding.law]
-    yield style.bad(f"{law.name} is broken: {example.design} on {example.hypervisor}, {len(finding.steps)} steps of "
-                    f"{', '.join(example.parties)}")
+    how = f"{len(finding.steps)} steps of {', '.join(example.parties)}" if finding.steps else BEFORE
+    yield style.bad(f"{law.name} is broken: {example.design} on {example.hypervisor}, {how}")
+    yield from wrap(f"{example.scene.name}: {example.scene.title}", "  scene    ")
     yield from wrap(law.sentence, "  law      ")
     yield from wrap(law.source, "  source   ")
     yield from wrap(finding.evidence, "  broken   ")
     yield style.head("initially")
     for line in show.overview(finding.initial):
         yield from wrap(line, "  ", "          ")
-    yield style.head("then")
-    yield from steps.lines(finding.steps, finding.initial)
-    yield style.head("finally") + " (* marks what breaks the law)"
-    yield from _final(finding, style)
+    if finding.steps:
+        yield style.head("then")
+        yield from steps.lines(finding.steps, finding.initial)
+        yield style.head("finally") + " (* marks what breaks the law)"
+        yield from _final(finding, style)
     if example.commands:
         yield style.head("again")
-        yield from (f"  {what:<8} {command}" for what, command in example.commands)
+        yield from (f"{'  ' + what:<{len(_INDENT)}}{command}" for what, command in example.commands)
 
 
 def wrap(text: str, first: str, following: str | None = None) -> list[str]:
@@ -58,12 +66,14 @@ def wrap(text: str, first: str, following: str | None = None) -> list[str]:
 
 
 def _final(finding: Finding, style: Style) -> Iterator[str]:
-    last = finding.steps[-1].shared if finding.steps else finding.initial
+    last = finding.steps[-1].shared
     fields, usual, marked = show.fields_of(last), show.fields_of(finding.initial), offending(finding)
     names = steps.lock_holders(finding.steps, finding.initial)
     told = {f.rpartition(".")[0] for f in fields if fields[f] != usual[f] or f in marked}
-    lines = [f"pfn{n}: {show.frame(fields, n, marked, _mark, names)}" for n in range(st.FRAMES) if f"pfn{n}" in told]
-    lines += [f"page{n}: {show.page(fields, n, marked, _mark)}" for n in range(st.PAGES) if f"page{n}" in told]
+    counts = st.layout_of(last).counts
+    lines = [f"pfn{n}: {show.frame(fields, n, marked, _mark, names)}" for n in range(counts["pfn"]) if f"pfn{n}" in told]
+    lines += [f"page{n}: {show.page(fields, n, marked, _mark)}" for n in range(counts["page"]) if f"page{n}" in told]
+    lines += [f"gfn{n}: {show.gfn(fields, n, marked, _mark)}" for n in range(counts["gfn"]) if f"gfn{n}" in told]
     lines += [line] if (line := show.around(fields, usual, marked, _mark, names)) else []
     for line in lines:
         yield from (_coloured(part, style) for part in wrap(line, "  ", "    "))
@@ -83,15 +93,22 @@ def _coloured(line: str, style: Style) -> str:
 
 
 def commands(
-    design: str, hypervisor: str, parties: Sequence[str], law: str, *, failures: int, folder: str | None
+    design: str, hypervisor: str, scene: Scene, parties: Sequence[str], law: str, *, failures: int | None, folder: str | None
 ) -> tuple[tuple[str, str], ...]:
     """What saves (unless it is saved in *folder*), replays and exports the trace of *law*."""
     file = f"{folder or 'traces'}/{trace_name(design, hypervisor, law)}"
-    injected = "" if failures == 1 else f" --failures {failures}"
-    save = (f"gmem check {design} --hypervisor {hypervisor} --parties {','.join(parties)} \\\n"
-            f"             --law {law}{injected} --save-traces traces")
+    injected = "" if failures is None else f" --failures {failures}"
+    where = "" if scene == Scene() else f" --scene {scene.name}"
+    what, who = f"gmem check {design} --hypervisor {hypervisor}{where}", f"--parties {','.join(parties)}"
+    between = " " if len(f"{_INDENT}{what} {who} \\") <= WIDTH else _GOES_ON
+    save = f"{what}{between}{who}{_GOES_ON}--law {law}{injected} --save-traces traces"
     return (*(() if folder else (("save", save),)),
             ("replay", f"gmem replay {file}"), ("export", f"gmem explain {file} --json"))
+
+
+_INDENT = " " * 11
+_GOES_ON = f" \\\n{_INDENT}  "
+"""A command that goes on in the next line."""
 
 
 def trace_name(design: str, hypervisor: str, law: str) -> str:

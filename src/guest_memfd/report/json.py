@@ -16,8 +16,11 @@ from guest_memfd.report.blame import offending
 from guest_memfd.report.steps import call, lock_holders, result
 
 CHECK, COMPARE, EXPLAIN, REPLAY, LIST = (
-    f"guest-memfd-{what}/1" for what in ("check", "compare", "explain", "replay", "list"))
-"""Names and versions of what is written here; a version changes when a field goes or changes its meaning."""
+    f"guest-memfd-{what}" for what in ("check/2", "compare/2", "explain/1", "replay/1", "list/1"))
+"""Names and versions of what is written here; a version changes when a field goes or changes its meaning.
+
+2: `failures` is null where every scene has its own number; no law is "reported" any more.
+"""
 
 
 def dump(thing: Any) -> str:
@@ -32,6 +35,7 @@ def check(report: Report, survived: Sequence[Survived], explored: str) -> dict[s
         "explored": explored, "failures": report.failures, "laws": _laws(report, traces=True),
         "findings": [_found(found) for found in report.findings],
         "survived": [event._asdict() for event in survived],
+        "scenes": list(report.scenes), "refused": list(report.refused),
         "scenarios": report.scenarios, "states": report.states, "transitions": report.transitions,
         "limits": list(report.limits), "seconds": round(report.seconds, 3),
     }
@@ -44,8 +48,9 @@ def compare(
     """The whole table, without the traces."""
     rows = [
         {"design": r.design, "hypervisor": r.hypervisor, "verdict": r.verdict, "laws": _laws(r, traces=False),
-         "cost": _cost(costs.get((r.design, r.hypervisor))), "scenarios": r.scenarios, "states": r.states,
-         "transitions": r.transitions, "limits": list(r.limits), "seconds": round(r.seconds, 3)}
+         "cost": _cost(costs.get((r.design, r.hypervisor))), "scenes": list(r.scenes), "refused": list(r.refused),
+         "scenarios": r.scenarios, "states": r.states, "transitions": r.transitions, "limits": list(r.limits),
+         "seconds": round(r.seconds, 3)}
         for r in reports
     ]
     return {"schema": COMPARE, "explored": explored, "failures": reports[0].failures, "table": rows,
@@ -61,7 +66,7 @@ def _laws(report: Report, *, traces: bool) -> dict[str, Any]:
     for name, law in report.laws.items():
         laws[name] = {
             "verdict": law.verdict, "steps": law.steps, "parties": law.parties and list(law.parties),
-            "evidence": law.evidence,
+            "evidence": law.evidence, "scene": law.scene and law.scene.name,
         }
         if traces:
             laws[name]["trace"] = trace(law.finding) if law.finding else None
@@ -72,14 +77,15 @@ def replayed(again: Replay, schema: str) -> dict[str, Any]:
     """A trace that was run again: the same verdict, or where it diverges."""
     trace, parted = again.trace, again.divergence
     return {
-        "schema": schema, "design": trace.design, "hypervisor": trace.hypervisor, "parties": list(trace.parties),
+        "schema": schema, "design": trace.design, "hypervisor": trace.hypervisor, "scene": trace.scene.name,
+        "parties": list(trace.parties),
         "law": trace.law, "evidence": trace.evidence, "same": again.same,
         "divergence": None if parted is None else {"step": parted.step, "why": parted.why},
     }
 
 
 def _found(found: Found) -> dict[str, Any]:
-    return {"law": found.law, "evidence": found.evidence, "parties": list(found.parties),
+    return {"law": found.law, "evidence": found.evidence, "scene": found.scene.name, "parties": list(found.parties),
             "steps": len(found.finding.steps)}
 
 

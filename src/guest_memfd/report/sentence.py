@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guest_memfd.check.verdict import LawReport, Report
+from guest_memfd.hosts.scene import Scene
+from guest_memfd.report.counterexample import BEFORE
+from guest_memfd.scenarios import SCENES
 
 
 def sentence(design: str, title: str, reports: Sequence[Report], explored: str) -> str:
@@ -22,7 +25,7 @@ def sentence(design: str, title: str, reports: Sequence[Report], explored: str) 
 
 def _alike(report: Report) -> tuple[object, ...]:
     gravest = _gravest(report)
-    return (report.verdict, len(_broken(report)), gravest and (gravest.law, gravest.steps, gravest.evidence))
+    return (report.verdict, len(_broken(report)), gravest and (gravest.law, gravest.steps, gravest.scene, gravest.evidence))
 
 
 def _broken(report: Report) -> list[LawReport]:
@@ -37,23 +40,31 @@ def _gravest(report: Report) -> LawReport | None:
 def _clause(group: Sequence[Report], explored: str) -> str:
     report = group[0]
     where = listed([r.hypervisor for r in group])
-    laws = sum(law.verdict != "reported" for law in report.laws.values())
+    laws = len(report.laws)
     gravest = _gravest(report)
     if gravest is not None:
         broken = len(_broken(report))
         more = f"{broken} of {laws} laws on {where}, first {gravest.law}"
         what = f"{gravest.law} on {where}" if broken == 1 else more
-        return f"breaks {what}: after {gravest.steps} steps of {listed(gravest.parties or ())}, {gravest.evidence}"
+        after = f"after {gravest.steps} steps of {listed(gravest.parties or ())}" if gravest.steps else BEFORE
+        scene = "" if gravest.scene is None or gravest.scene == Scene() else f" in scene {gravest.scene.name}"
+        return f"breaks {what}: {after}{scene}, {gravest.evidence}"
     if report.verdict == "holds":
         states = sum(r.states for r in group)
         kept = f"all {laws} laws" if laws > 1 else next(iter(report.laws))
-        return (f"keeps {kept} on {where}, in every interleaving of {explored} with {injected(report.failures)} "
+        return (f"keeps {kept} on {where}, in every interleaving of {explored} with {injected(report)} "
                 f"({states:,} states)")
     return f"was not explored to the end on {where}, so nothing is proved there ({'; '.join(report.limits)})"
 
 
-def injected(failures: int) -> str:
-    """``one injected failure``."""
+def injected(report: Report) -> str:
+    """``one injected failure``: as many as could be injected in one run."""
+    counts = {report.failures}
+    if report.failures is None:
+        counts = {SCENES[name].failures if name in SCENES else None for name in report.scenes}
+    failures = next(iter(counts)) if len(counts) == 1 else None
+    if failures is None:
+        return "as many injected failures as each scene has"
     return f"{failures} injected failures" if failures > 1 else f"{('no', 'one')[failures]} injected failure"
 
 

@@ -63,7 +63,8 @@ def call(primitive: Primitive) -> str:
             told.append(f"[{arg}]")
         else:
             told.append(str(arg))
-    return f"{primitive.name}({', '.join(told)})"
+    where = f"file{primitive.file}." if primitive.file else ""
+    return f"{where}{primitive.name}({', '.join(told)})"
 
 
 @cache
@@ -115,10 +116,19 @@ def _fact(note: Any) -> str | None:
     if isinstance(note, notes.Ended):
         where = "" if note.error_index is None else f" at page {note.error_index}"
         return f"{note.op} returns {result(note.ret)}{where}"
+    if isinstance(note, notes.Returned):
+        return None if note.ret == note.ended else f"{note.op} returns {result(note.ret)} to whoever asked"
+    if isinstance(note, notes.Given):
+        return f"pfn{note.pfn}, whose memory is broken, is mapped for {note.whom}"
     if isinstance(note, notes.Destroyed):
         return f"what pfn{note.pfn} held is lost: {note.how}"
     if isinstance(note, notes.Broken):
         return f"the kernel stops: {note.what}"
+    if isinstance(note, notes.UseAfterFree):
+        return f"use after free of {note.what}"
+    if isinstance(note, notes.Contained):
+        left = f"; {', '.join(note.reached)} still reaches it" if note.reached else ""
+        return f"memory failure of pfn{note.pfn}: {note.result}{left}"
     return f"WARN_ON: {note.what}" if isinstance(note, notes.Warned) else None
 
 

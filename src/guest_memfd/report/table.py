@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator, Mapping, Sequence
 
 from guest_memfd.check.cost import BOUND, Cost
 from guest_memfd.check.verdict import LawReport, Report
+from guest_memfd.hosts.scene import Scene
 from guest_memfd.report.counterexample import wrap
 from guest_memfd.report.style import WIDTH, Style
 
 LETTERS = {
-    "vcpu": "V", "vcpu2": "W", "vmm": "M", "device": "D", "zeropad": "Z", "kcore": "K", "memory-failure": "F",
-    "pfn-cache": "C", "power": "P", "unloader": "U", "stop": "S",
+    "vcpu": "V", "vcpu2": "W", "patient-vcpu": "X", "other-vcpu": "O", "vmm": "M", "vmm-life": "L", "vmm-pages": "G",
+    "vmm-mapped": "H", "vmm-any": "A", "vmm-odd": "Q", "creator": "N", "pinner": "I", "vmm2": "T", "repeater": "R",
+    "device": "D", "zeropad": "Z", "kcore": "K", "page-cache-reader": "B", "memory-failure": "F", "pfn-cache": "C",
+    "power": "P", "unloader": "U", "stop": "S", "other-stop": "Y", "drainer": "E",
 }
 """Party -> the letter that stands for it in the table; parties of third parties get one that is free."""
 
-LAW_WIDTH, COST_WIDTH = 17, 37
+COST_WIDTH = 37
 COST_HEADS = {"direct_map_writes": "direct-map writes", "flushes": "TLB flushes", "splits": "leaf splits",
               "hypercalls": "hypervisor calls"}
 
@@ -25,50 +29,72 @@ def tables(reports: Sequence[Report], titles: Mapping[str, str], explored: str, 
 
     titles: what each hypervisor is, explored: which scenarios, in words.
     """
-    letters = letters_for(reports)
+    letters, first = letters_for(reports), _first_column(reports)
     for hypervisor in dict.fromkeys(report.hypervisor for report in reports):
         block = [report for report in reports if report.hypervisor == hypervisor]
         yield from wrap(titles[hypervisor], f"{hypervisor}: ", "    ")
         widths = [max(len(r.design), *(len(cell(law, letters)) for law in r.laws.values())) + 2 for r in block]
-        for columns in _fitting(widths):
-            yield from _block([(block[i], widths[i]) for i in columns], letters, style)
+        for columns in _fitting(widths, first):
+            yield from _block([(block[i], widths[i]) for i in columns], first, letters, style)
             yield ""
     yield from wrap(f"kept: in every interleaving of {explored}.  12 V+M: broken in 12 steps with V and M there, "
-                    "and in no fewer.  *: one of them is an injected failure.  ?: a limit was reached, nothing is "
-                    "proved.", "")
+                    "and in no fewer.  *: one of them is an injected failure.  ': in a scene that is named below.  "
+                    "0: broken before anybody moves.  ?: a limit was reached, nothing is proved.", "")
     if letters:
         yield from wrap(", ".join(f"{letter} {party}" for party, letter in letters.items()) + ".", "")
+    yield from _elsewhere(reports)
+
+
+def _first_column(reports: Sequence[Report]) -> int:
+    return max(len(law) for report in reports for law in report.laws) + 1
+
+
+# Scene -> what breaks there, where it is not the plainest.
+def _elsewhere(reports: Sequence[Report]) -> Iterator[str]:
+    scenes: dict[str, dict[str, list[str]]] = {}
+    for report in reports:
+        for law in report.laws.values():
+            if law.scene is not None and law.scene != Scene():
+                broken = scenes.setdefault(law.scene.name, {})
+                broken.setdefault(f"{law.law} of {report.design}", []).append(report.hypervisor)
+    for scene, broken in scenes.items():
+        said = "; ".join(f"{what} on {', '.join(hypervisors)}" for what, hypervisors in broken.items())
+        yield from wrap(f"{said}.", f"' in scene {scene}: ", "  ")
 
 
 def letters_for(reports: Sequence[Report]) -> dict[str, str]:
     """Party -> letter, of the parties that break a law in *reports*."""
-    there = {party for report in reports for law in report.laws.values() for party in law.parties or ()}
+    there = {party for report in reports for law in report.laws.values() if law.steps for party in law.parties or ()}
     letters = {party: letter for party, letter in LETTERS.items() if party in there}
-    free = iter(c for c in "ABEGHIJLNOQRTXYZabcdefghijklmnopqrstuvwxyz" if c not in LETTERS.values())
+    free = iter(sorted({*string.ascii_letters} - {*LETTERS.values()}))
     return letters | {party: next(free, party) for party in sorted(there - letters.keys())}
 
 
 def cell(law: LawReport, letters: Mapping[str, str]) -> str:
-    """``kept``, ``12 V+M``, ``12 V+M*``, ``?``, ``counted``."""
+    """``kept``, ``12 V+M``, ``12 V+M*``, ``12 V+M'`` in a scene that is not the plainest, ``0``, ``?``."""
     if law.verdict == "refuted":
         failed = law.finding is not None and any(step.failed for step in law.finding.steps)
-        return f"{law.steps} {'+'.join(letters[party] for party in law.parties or ())}{'*' * failed}"
-    return {"holds": "kept", "reported": "counted"}.get(law.verdict, "?")
+        elsewhere = law.scene is not None and law.scene != Scene()
+        who = f" {'+'.join(letters[party] for party in law.parties or ())}" if law.steps else ""
+        return f"{law.steps}{who}{'*' * failed}{chr(39) * elsewhere}"
+    return "kept" if law.verdict == "holds" else "?"
 
 
 # Columns of one block, as many as fit; the rest goes below.
-def _fitting(widths: Sequence[int]) -> Iterator[list[int]]:
+def _fitting(widths: Sequence[int], first: int) -> Iterator[list[int]]:
     columns: list[int] = []
     for i in range(len(widths)):
-        if columns and LAW_WIDTH + sum(widths[j] for j in columns) + widths[i] > WIDTH:
+        if columns and first + sum(widths[j] for j in columns) + widths[i] > WIDTH:
             yield columns
             columns = []
         columns.append(i)
     yield columns
 
 
-def _block(columns: Sequence[tuple[Report, int]], letters: Mapping[str, str], style: Style) -> Iterator[str]:
-    yield style.head(" " * LAW_WIDTH + "".join(f"{report.design:<{width}}" for report, width in columns).rstrip())
+def _block(
+    columns: Sequence[tuple[Report, int]], first: int, letters: Mapping[str, str], style: Style
+) -> Iterator[str]:
+    yield style.head(" " * first + "".join(f"{report.design:<{width}}" for report, width in columns).rstrip())
     for name in columns[0][0].laws:
         cells = []
         for report, width in columns:
@@ -76,7 +102,7 @@ def _block(columns: Sequence[tuple[Report, int]], letters: Mapping[str, str], st
             colour = {"refuted": style.bad, "holds": style.good}.get(law.verdict, style.doubt)
             words = cell(law, letters)
             cells.append(colour(words) + " " * (width - len(words)))
-        yield f"{name:<{LAW_WIDTH}}{''.join(cells)}".rstrip()
+        yield f"{name:<{first}}{''.join(cells)}".rstrip()
 
 
 def costs(counted: Mapping[tuple[str, str], Cost | None], style: Style) -> Iterator[str]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from guest_memfd.check.survived import Survived
 from guest_memfd.check.verdict import Found, LawReport, Report
-from guest_memfd.report.counterexample import Counterexample, commands, screen, wrap
+from guest_memfd.hosts.scene import Scene
+from guest_memfd.report.counterexample import BEFORE, Counterexample, commands, screen, wrap
 from guest_memfd.report.sentence import injected
 from guest_memfd.report.style import Style
 
@@ -26,12 +27,13 @@ def check(
         yield ""
         yield style.head("other ways to break a law")
         for found in others:
-            yield from wrap(f"{len(found.finding.steps)} steps of {', '.join(found.parties)}: {found.evidence}",
-                            f"  {found.law:<17}")
+            how = _how(len(found.finding.steps), found.parties, found.scene)
+            yield from wrap(f"{how}: {found.evidence}", f"  {found.law:<16} ")
     for found in report.findings if verbose else _first(report):
         yield ""
         again = _again(report, found, folder)
-        yield from screen(Counterexample(report.design, report.hypervisor, found.parties, found.finding, again), style)
+        example = Counterexample(report.design, report.hypervisor, found.scene, found.parties, found.finding, again)
+        yield from screen(example, style)
     if survived:
         yield ""
         yield style.head("aborts that the kernel survives")
@@ -43,7 +45,7 @@ def check(
 
 def headline(report: Report, style: Style) -> str:
     """``none on gunyah: refuted, 2 of 9 laws broken``."""
-    judged = [law for law in report.laws.values() if law.verdict != "reported"]
+    judged = list(report.laws.values())
     broken = sum(law.verdict == "refuted" for law in judged)
     what = f"{report.design} on {report.hypervisor}: "
     if report.verdict == "refuted":
@@ -57,15 +59,19 @@ def _laws(count: int) -> str:
     return f"{count} law{'' if count == 1 else 's'}"
 
 
+# The plainest scene goes without saying.
+def _how(steps: int | None, parties: Sequence[str], scene: Scene | None) -> str:
+    where = "" if scene is None or scene == Scene() else f" in scene {scene.name}"
+    return f"in {steps} steps of {', '.join(parties)}{where}" if steps else f"{BEFORE}{where}"
+
+
 def _law(law: LawReport, style: Style) -> Iterator[str]:
-    name = f"  {law.law:<17}"
+    name = f"  {law.law:<16} "
     if law.verdict == "refuted" and law.parties is not None:
-        yield f"{name}{style.bad('broken')} in {law.steps} steps of {', '.join(law.parties)}"
+        yield f"{name}{style.bad('broken')} {_how(law.steps, law.parties, law.scene)}"
         yield from wrap(law.evidence or "", " " * len(name))
     elif law.verdict == "holds":
         yield f"{name}{style.good('kept')}"
-    elif law.verdict == "reported":
-        yield f"{name}counted by gmem compare, not judged"
     else:
         yield f"{name}{style.doubt('undetermined')}"
 
@@ -83,7 +89,8 @@ def _first(report: Report) -> Iterator[Found]:
 def _again(report: Report, found: Found, folder: str | None) -> tuple[tuple[str, str], ...]:
     if found.evidence != report.laws[found.law].evidence:
         return ()
-    return commands(report.design, report.hypervisor, found.parties, found.law, failures=report.failures, folder=folder)
+    return commands(report.design, report.hypervisor, found.scene, found.parties, found.law, failures=report.failures,
+                    folder=folder)
 
 
 def _others(report: Report) -> list[Found]:
@@ -102,9 +109,24 @@ def amount(reports: Sequence[Report], explored: str) -> Iterator[str]:
     """How much was explored, and what was not."""
     scenarios, states, transitions = (
         sum(getattr(r, what) for r in reports) for what in ("scenarios", "states", "transitions"))
-    yield (f"explored: {explored}, {scenarios} scenario{'' if scenarios == 1 else 's'}, "
-           f"{injected(reports[0].failures)}")
+    yield from wrap(f"{explored}, {scenarios} scenario{'' if scenarios == 1 else 's'}, {injected(reports[0])}",
+                    "explored: ")
     yield f"          {states:,} states, {transitions:,} transitions"
+    scenes = dict.fromkeys(scene for report in reports for scene in report.scenes)
+    if len(scenes) > 1:
+        yield from wrap(", ".join(scenes), "scenes:   ")
+    yield from _refused(reports)
     for report in reports:
         for limit in report.limits:
             yield f"limit: {report.design} on {report.hypervisor}: {limit}"
+
+
+# A kernel that a design will not work on: there is no file, and nothing can go wrong with it.
+def _refused(reports: Sequence[Report]) -> Iterator[str]:
+    scenes: dict[str, dict[str, list[str]]] = {}
+    for report in reports:
+        for scene in report.refused:
+            scenes.setdefault(scene, {}).setdefault(report.design, []).append(report.hypervisor)
+    for scene, designs in scenes.items():
+        who = "; ".join(f"{design} on {', '.join(hypervisors)}" for design, hypervisors in designs.items())
+        yield from wrap(f"no file in scene {scene}: {who}", "refused:  ")
