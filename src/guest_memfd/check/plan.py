@@ -29,6 +29,7 @@ NAMED: dict[str, Scenario] = {
     "two-vcpus-and-a-call": ("vcpu", "vcpu2", "vmm2"),
     "pin-and-a-call": ("vcpu2", "vmm2", "device"),
     "cache-and-a-call": ("vcpu2", "vmm2", "pfn-cache"),
+    "cache-while-stopping": ("vmm2", "pfn-cache", "stop"),
     "poison-and-a-call": ("vcpu2", "vmm2", "memory-failure"),
     "scan-and-a-call": ("vcpu2", "vmm2", "kcore"),
 }

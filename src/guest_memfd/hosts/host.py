@@ -472,8 +472,11 @@ class Host:
         """unpin_user_page() or folio_put() of a GUP reference."""
         return self._do("unpin", folio, foll_pin)
 
-    def gpc_begin(self, index: int) -> Steps[None]:
-        """gfn_to_pfn_cache refresh: sample the mmu sequence (virt/kvm/pfncache.c)."""
+    def gpc_begin(self, index: int) -> Steps[bool]:
+        """gfn_to_pfn_cache refresh: find the memslot of page *index* and sample the mmu sequence; False without one.
+
+        A cache that is filled where nothing is bound is told of no invalidation (__kvm_gpc_refresh(), virt/kvm/pfncache.c).
+        """
         return self._do("gpc_begin", index)
 
     def gpc_commit(self, folio: Folio) -> Steps[bool]:

@@ -16,8 +16,7 @@ def pfn_cache(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     if (yield from design.mmap()):
         return
     last = design.scene.pages - 1
-    yield from MM.gpc_begin(last)
-    if (yield from design.user_fault(last)) == "ok":
+    if (yield from MM.gpc_begin(last)) and (yield from design.user_fault(last)) == "ok":
         folio = yield from gup_fast(design, last, False)
         if folio is not None:
             valid = yield from MM.gpc_commit(folio)

@@ -211,9 +211,9 @@ class GuestSide(Mappings):
 
     def mmu_invalidate_end(self) -> None:
         """The sequence moves on: whoever sampled it before must look again."""
-        ghost = self.state.ghost(self.who)
+        ghost, bound = self.state.ghost(self.who), self._is_bound("mmu_invalidate_end")
         if not ghost.begun:
-            if self._is_bound("mmu_invalidate_end"):
+            if bound:
                 self.die("mmu_invalidate_end without begin")
             return
         ghost.begun -= 1
@@ -229,9 +229,12 @@ class GuestSide(Mappings):
 
     # -- gfn_to_pfn_cache ----------------------------------------------------------------------------------------
 
-    def gpc_begin(self, index: int) -> None:
-        """Sample the sequence."""
+    def gpc_begin(self, index: int) -> bool:
+        """Sample the sequence, if there is a memslot to come back to."""
+        if not self.page(index).binding:
+            return False
         self.vm.gpc_fresh = 1
+        return True
 
     def gpc_commit(self, folio: Folio) -> bool:
         """mmu_notifier_retry_cache()."""

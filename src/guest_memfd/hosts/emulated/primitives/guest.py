@@ -125,9 +125,12 @@ class GuestSide(UserMappings):
 
     # -- gfn_to_pfn_cache ----------------------------------------------------------------------------------------
 
-    def gpc_begin(self, index: int) -> None:
-        """Sample the sequence."""
+    def gpc_begin(self, index: int) -> bool:
+        """Sample the sequence, if there is a memslot to come back to."""
+        if not self.inode.entry("bindings", index):
+            return False
         self.vm.gpc_fresh = True
+        return True
 
     def gpc_commit(self, folio: Folio) -> bool:
         """mmu_notifier_retry_cache()."""
