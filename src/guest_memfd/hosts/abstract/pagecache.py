@@ -27,13 +27,13 @@ class PageCache(Mappings):
     def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
         """Allocates the lowest free frame; this host has no free block above order 0."""
         page = self.page(index)
-        if page.cached:
-            self.against(st.CONTENTION)
-            return -EEXIST
         frame = next((f for f in self.state.frames() if f.allocated == st.FREE), None)
         if frame is None or order:
             self.against(st.FAILURE)
             return -ENOMEM
+        if page.cached:
+            self.against(st.CONTENTION)
+            return -EEXIST
         frame.allocated, frame.content = st.ALLOCATED, st.JUNK
         frame.slot, frame.cache, frame.lru, frame.lookup = page.number + 1, 1, 1, 1
         frame.lock = self.who + 1

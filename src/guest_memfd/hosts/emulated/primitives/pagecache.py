@@ -35,20 +35,15 @@ class PageCache(Contents):
         """Allocates from the page allocator and inserts, at the index rounded down to the folio's size."""
         self.must_have(index)
         head, folios = index >> order << order, self.machine.folios
-        to_fail = folios.pending
         try:
-            pa: int | None = folios.alloc(order)
+            pa = folios.alloc(order)
         except OutOfMemory:
-            pa = None
-        # With no memory left the abstract host still says that a page is there; one that is made to fail does not look.
-        if self._occupied(head, order) and not (pa is None and to_fail and not folios.pending):
-            if pa is not None:
-                folios.free(pa, order)
-            self.against(st.CONTENTION)
-            return -EEXIST
-        if pa is None:
             self.against(st.FAILURE)
             return -ENOMEM
+        if self._occupied(head, order):
+            folios.free(pa, order)
+            self.against(st.CONTENTION)
+            return -EEXIST
         page = self.machine.pages[pa // PAGE] = Page(pa, order)
         page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
         page.take("lookup")
