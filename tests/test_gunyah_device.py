@@ -353,8 +353,6 @@ def test_punching_one_page_of_two(scene: Scene) -> None:
 
 def test_a_huge_folio_is_split_by_a_punch() -> None:
     scene = Scene("library")
-    # The page that refuses is named by the head of its folio, and the laws know no reference that stops a punch.
-    scene.known = {"all-or-nothing", "no-false-refusal"}
     file = scene.bound(LENT, HUGE, LEND | RW, u.MemFlag.ALLOW_HUGEPAGE)
     scene.vm.start()
     for at in (0, PAGE, HUGE - 8):

@@ -60,7 +60,7 @@ class Removes(Converts):
                 removed += 1
         yield from self.put_all(folios[removed:])
         yield from host.mmu_invalidate_end()
-        return Conversion(ret, index) if ret else Conversion(0)
+        return Conversion(ret, max(index, start)) if ret else Conversion(0)
 
     def split(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[tuple[int, int]]:
         """Take the folios that [start, start+nr) cuts back from the hypervisor, and make single pages of them.

@@ -144,6 +144,8 @@ def _stands_against(note: notes.Ended) -> bool:
         return not any(note.bound)
     if errno == EEXIST:
         return any(note.bound)
+    if errno == EBUSY and note.op == "punch" and "a reference" in note.reasons:
+        return True                                     # to a part of a folio that it cuts
     if errno == EAGAIN:
         return bool(set(note.reasons) & PASSING.get(note.op, frozenset({"a failure"})))
     return errno not in REASONS or bool(REASONS[errno] & set(note.reasons))
