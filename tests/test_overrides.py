@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial, wraps
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import planted
 import pytest
 
+from guest_memfd.check.scenario import World
 from guest_memfd.core import GuestMemfdOps, Reason
 from guest_memfd.designs import DESIGNS, Design, misspelt
 from guest_memfd.designs.guestmem_rfc1 import GuestmemRfc1
@@ -21,6 +23,7 @@ from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors import names as hypervisor_names
 from guest_memfd.hypervisors.gunyah.client import GUNYAH, GunyahOps
 from guest_memfd.overrides import unfit
+from guest_memfd.scenarios import PARTIES
 
 Slip = tuple[type, str]
 
@@ -286,6 +289,8 @@ def test_a_misspelt_operation_is_refused(ops: type[GuestMemfdOps], words: str) -
     with pytest.raises(PluginError) as refused:
         HYPERVISORS.add("gunyah", hypervisor)
     assert str(refused.value) == f"hypervisor plugin 'gunyah': {words}"
+    with pytest.raises(PluginError, match=f"^hypervisor 'gunyah': {re.escape(words)}$"):
+        World(DESIGNS["library"], hypervisor, [PARTIES["vcpu"]])       # nor handed in past the registry
 
 
 def test_a_hypercall_that_is_not_there_cannot_fail() -> None:

@@ -345,6 +345,12 @@ def test_another_design_diverges_where_it_differs() -> None:
     assert again.divergence.why == "expected device to do down_write(invalidate), it does lru_add_drain_all()"
 
 
+def test_who_goes_round_and_round_is_named() -> None:
+    report = check(TakesAWrongTurn, "kvm", parties=["device"])
+    again = replay(trace_of(report, report.laws["progress"]), design=SpinsUnseen)
+    assert "expected device to choose 'turn wrong', it does" in why(again)
+
+
 def test_who_is_blocked_is_named() -> None:
     report = check(LocksTwice, "kvm", parties=["device"])
     recorded = trace_of(report, report.laws["progress"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from guest_memfd.check.explorer import Explorer, Program, Tables, describe, perform, resume, send
+from guest_memfd.check.explorer import Explorer, Program, Tables, describe, local_key, perform, resume, send
 from guest_memfd.check.outcome import Outcome
 from guest_memfd.designs import DESIGNS, Design
-from guest_memfd.designs.names import misspelt
+from guest_memfd.designs.names import misspelt as misspelt_design
 from guest_memfd.errors import BadInput, DesignRaised, PluginError, UnknownName
 from guest_memfd.hosts.abstract import AbstractHost
 from guest_memfd.hosts.abstract import state as st
@@ -16,6 +16,7 @@ from guest_memfd.hosts.host import EOPNOTSUPP, Host, Primitive, Steps
 from guest_memfd.hosts.scene import Scene
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.hypervisor import Hypervisor
+from guest_memfd.hypervisors.names import misspelt as misspelt_hypervisor
 from guest_memfd.laws import LAWS, Law
 from guest_memfd.scenarios import PARTIES, SCENES, TEARDOWN, Party
 
@@ -124,9 +125,10 @@ def set_scene(library: Design) -> Steps[list[int]]:
 
 
 def _library(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Design:
-    wrong = misspelt(design)
-    if wrong is not None:
-        raise PluginError(f"design {design.name!r}: {wrong}")
+    for what, name, wrong in (("design", design.name, misspelt_design(design)),
+                              ("hypervisor", hypervisor.name, misspelt_hypervisor(hypervisor))):
+        if wrong is not None:
+            raise PluginError(f"{what} {name!r}: {wrong}")
     try:
         library = design(hypervisor.ops(), scene.pages)
     except Exception as error:
@@ -186,10 +188,15 @@ def run_alone(
 ) -> tuple[bytes, Any]:
     """Drive one procedure to its end with nobody else around and no failures: the state, and what it returned.
 
-    *seen* is told of every primitive and its outcome.
+    *seen* is told of every primitive and its outcome. Raises DesignRaised if it waits, or goes round, for ever.
     """
     generator, primitive = resume(program, ())
+    passed: set[Any] = set()
     while primitive is not None:
+        place = (local_key(generator), shared)
+        if place in passed:
+            raise DesignRaised(f"{program.name} goes round for ever, at {primitive}")
+        passed.add(place)
         outcomes = perform(machine, shared, program.number, primitive)
         if not outcomes:
             raise DesignRaised(f"{program.name} waits for ever in {primitive}")
