@@ -151,22 +151,22 @@ _MACHINERY = (FrameType, CodeType, FunctionType, CellType)
 
 
 def _freeze(value: Any) -> Any:
+    kind = type(value)
+    how = _FROZEN_BY.get(kind)
+    if how is None:
+        how = _FROZEN_BY[kind] = _frozen_by(kind)
+    return how(value)
+
+
+_FROZEN_BY: dict[type, Callable[[Any], Any]] = {}
+
+
+def _frozen_by(kind: type) -> Callable[[Any], Any]:
+    for base, how in _CONTAINERS.items():
+        if issubclass(kind, base):
+            return how
     # True == 1 and 0 == False as dictionary keys, so the type goes along.
-    if isinstance(value, list):
-        return ("list", *map(_freeze, value))
-    if isinstance(value, dict):
-        return ("dict", *((k, _freeze(v)) for k, v in value.items()))
-    if isinstance(value, set):
-        return ("set", *sorted(map(repr, value)))
-    if isinstance(value, tuple):
-        return tuple(map(_freeze, value))
-    if inspect.isgenerator(value):
-        return local_key(value)
-    if isinstance(value, Iterator):
-        return _freeze_iterator(value)
-    if isinstance(value, FunctionType):
-        return _freeze_function(value, ())
-    return (type(value), value)
+    return lambda value: (kind, value)
 
 
 # A closure that is made anew in every run is the same one. It may refer to itself, or to what refers to it.
@@ -187,6 +187,17 @@ def _freeze_iterator(value: Iterator[Any]) -> Any:
     except TypeError:
         return type(value)
     return (type(value), *map(_freeze, reduced[1:]))
+
+
+_CONTAINERS: dict[type, Callable[[Any], Any]] = {
+    list: lambda value: ("list", *map(_freeze, value)),
+    dict: lambda value: ("dict", *((k, _freeze(v)) for k, v in value.items())),
+    set: lambda value: ("set", *sorted(map(repr, value))),
+    tuple: lambda value: tuple(map(_freeze, value)),
+    GeneratorType: local_key,
+    Iterator: _freeze_iterator,
+    FunctionType: lambda value: _freeze_function(value, ()),
+}
 
 
 def check_primitive(program: Program, primitive: object, generator: Generator[Any, Any, Any]) -> Primitive:
