@@ -11,22 +11,23 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-from mutants import watch
-from mutants.baseline import Baseline, reached
+from mutants import tested, watch
+from mutants.baseline import reached
 from mutants.change import replaced, rewritten, source
 from mutants.children import Died, each
 from mutants.cli import main
 from mutants.equivalent import entries, listed, mistakes
 from mutants.explore import Explored
+from mutants.killer import Killer, Seen, Tried
 from mutants.mutant import Mutant, mutants, of_site
 from mutants.operators import OPERATORS
 from mutants.run import chosen, known, tried
 from mutants.site import Site, sites
 from mutants.targets import TARGETS, Target
-from mutants.trial import KILLED, SAME, SURVIVED, UNREACHED, Fate, attempt
+from mutants.trial import KILLED, SAME, SURVIVED, UNREACHED, Fate, Known, attempt
 
 LIBRARY = TARGETS["library"]
-ALONE = Target("alone", LIBRARY.files, Explored(most=1, scenes=("two-pages",)))
+ALONE = Target("alone", LIBRARY.files, (Explored(most=1, scenes=("two-pages",)),))
 
 SAMPLE = '''
 SIZE: int = 2
@@ -183,12 +184,12 @@ def test_the_command_lists(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @cache
-def base() -> Baseline:
+def known_alone() -> Known:
     return known(ALONE)
 
 
-def fate(mutant: Mutant, killer: Explored | None = None, seconds: float = 60) -> Fate:
-    ((_, answer),) = each([(0, partial(attempt, mutant, killer or ALONE.killer, base(), seconds))], jobs=1, seconds=60)
+def fate(mutant: Mutant, base: Known | None = None, seconds: float = 60) -> Fate:
+    ((_, answer),) = each([(0, partial(attempt, mutant, base or known_alone(), seconds))], jobs=1, seconds=60)
     assert not isinstance(answer, Died), answer
     return answer
 
@@ -208,11 +209,11 @@ def unchanged(name: str = "Converts._make_private") -> Mutant:
     return Mutant(site, "nothing", 1, replaced(stmt.value, source(stmt.value)))
 
 
-class Suspicious(Explored):
-    """Explores everything again."""
+class Suspicious(Killer):
+    """Explores everything again, in new worlds."""
 
-    def changed(self, record: Any, mutant: Mutant) -> Any:
-        return lambda _scenario: True
+    def against(self, mutant: Mutant, seen: Seen) -> Tried:
+        return Tried(ALONE.killers[0].scenarios())
 
 
 def test_a_known_mistake_is_killed() -> None:
@@ -230,12 +231,13 @@ def test_a_mutant_that_changes_nothing_takes_the_same_steps() -> None:
 
 
 def test_and_survives_all_scenarios() -> None:
-    assert fate(unchanged(), Suspicious(most=1, scenes=("two-pages",))).fate == SURVIVED
+    ((_, without),) = known_alone()
+    assert fate(unchanged(), [(Suspicious(), without)]).fate == SURVIVED
 
 
 def test_a_mutant_in_code_that_no_scenario_reaches() -> None:
     assert fate(unchanged("Removes.split")).fate == UNREACHED
-    assert not list(reached(unchanged("Removes.split"), base().ran))
+    assert not list(reached(unchanged("Removes.split"), known_alone()[0][1].ran))
 
 
 def test_a_step_that_never_ends_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,10 +252,35 @@ def test_a_child_that_dies_is_told_apart() -> None:
     assert (key, answer) == ("x", Died("exit status 1"))
 
 
+# A killer whose scenarios are tests of pytest. Under pytest there can be no other loop, so a process of its own runs it.
+TESTED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from mutants import tested
+from mutants.killer import Killer
+tested.TESTS = Path(sys.argv[2])
+killer = tested.Tested("test_drawn.py")
+killer.within(lambda: print([(scenario.label.rpartition("::")[2], scenario.run()) for scenario in killer.scenarios()]))
+"""
+
+
+def test_tests_are_scenarios(tmp_path: Path, python: Any) -> None:
+    (tmp_path / "test_drawn.py").write_text("def test_right(): pass\n\ndef test_wrong(): assert 1 == 2, 'no'\n")
+    tools = str(Path(__file__).parent.parent / "tools")
+    ran = python(TESTED.replace("sys.argv[1]", repr(tools)).replace("sys.argv[2]", repr(str(tmp_path))))
+    assert ran.stdout.splitlines()[-1] == "[('test_right', None), ('test_wrong', 'AssertionError: no')]", ran.stderr
+
+
+def test_no_tests_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"pytest collects nothing of test_nothing\.py"):
+        tested.Tested("test_nothing.py").within(lambda: None)
+
+
 @pytest.mark.long
 def test_of_a_sample_most_are_killed() -> None:
-    sampled = Target("sampled", LIBRARY.files, Explored(scenes=("two-pages", "nothing-yet", "for-good")))
+    sampled = Target("sampled", LIBRARY.files, (Explored(),))
     found = known(sampled)
     drawn = [m for m in chosen(everything(), None, 60, 2) if m.id not in listed()]
-    fates = dict(tried(drawn, sampled.killer, found, jobs=1, seconds=120))
-    assert sum(f.fate == KILLED for f in fates.values()) >= len(drawn) / 2
+    fates = dict(tried(drawn, found, jobs=1, seconds=120))
+    assert sum(f.fate == KILLED for f in fates.values()) >= len(drawn) * 0.8

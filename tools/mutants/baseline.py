@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mutants.apply import swap
-from mutants.killer import Killer
+from mutants.killer import Killer, Member, Seen
 from mutants.mutant import Mutant, Place
 from mutants.targets import SOURCES
 
@@ -28,10 +28,10 @@ class Ran(NamedTuple):
 
 
 class Baseline(NamedTuple):
-    """All scenarios, the cheapest first, and the killer's record of them."""
+    """All scenarios, the cheapest first, and what their parties were seen to reach."""
 
     ran: list[Ran]
-    record: Any
+    parties: Seen
 
 
 def baseline(killer: Killer, files: Sequence[str]) -> Baseline:
@@ -40,16 +40,15 @@ def baseline(killer: Killer, files: Sequence[str]) -> Baseline:
     vars(builtins)["_seen"] = seen.add
     for file in files:
         swap(file, compile(marked(file), str(SOURCES / file), "exec"))
-    with killer.recording() as record:
-        ran = list(_run_all(killer, seen))
-    return Baseline(sorted(ran, key=lambda run: run.seconds), record)
+    with killer.watching(seen) as parties:
+        ran = list(_run_all(killer, seen, parties))
+    return Baseline(sorted(ran, key=lambda run: run.seconds), parties)
 
 
-# What a party was seen to do counts for all its later scenarios, where it need not be done again, and so does the time of
-# its first. What is seen before a scenario runs is setting the scene.
-def _run_all(killer: Killer, seen: set[Place]) -> Iterator[Ran]:
-    kept: dict[tuple[str, str], set[Place]] = {}
-    alone: dict[tuple[str, str], float] = {}
+# What a party has done before is done again by nobody, and the time of its first scenario is that of all of them. What is
+# seen before a scenario runs is setting the scene; what no party does is done by the host.
+def _run_all(killer: Killer, seen: set[Place], parties: Seen) -> Iterator[Ran]:
+    alone: dict[Member, float] = {}
     scene: set[Place] = set()
     for scenario in killer.scenarios():
         scene |= seen
@@ -59,10 +58,9 @@ def _run_all(killer: Killer, seen: set[Place]) -> Iterator[Ran]:
         seconds = time.process_time() - began
         keys = [(scenario.world, party) for party in scenario.parties]
         for key in keys:
-            kept.setdefault(key, set()).update(seen)
             alone.setdefault(key, seconds)
         seconds += sum(alone[key] for key in keys)
-        reached = scene.union(seen, *(kept[key] for key in keys))
+        reached = scene.union(seen, *(parties[key] for key in keys))
         seen.clear()
         yield Ran(scenario.label, scenario.world, seconds, found, frozenset(reached))
 

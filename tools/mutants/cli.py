@@ -16,7 +16,7 @@ from pathlib import Path
 from mutants import report
 from mutants.equivalent import listed, mistakes
 from mutants.mutant import Mutant, mutants
-from mutants.run import NotClean, chosen, known, tried
+from mutants.run import NotClean, chosen, known, tried, within
 from mutants.targets import TARGETS, Target
 from mutants.trial import KILLED, Fate
 
@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(f"{mutant.id}\n    {mutant.description}" for mutant in wanted))
         return HOLDS
+    fates: dict[str, Fate] = {}
     try:
-        fates = _fates(target, wanted, args)
+        within(target, lambda: _try(target, wanted, args, fates))
     except NotClean as error:
         print(f"mutants: {error}", file=sys.stderr)
         return FAILED
@@ -50,19 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return BAD_INPUT if wrong else HOLDS if report.share(results) >= args.goal else REFUTED
 
 
-def _fates(target: Target, wanted: Sequence[Mutant], args: argparse.Namespace) -> dict[str, Fate]:
+def _try(target: Target, wanted: Sequence[Mutant], args: argparse.Namespace, fates: dict[str, Fate]) -> None:
     began = time.monotonic()
-    base = known(target)
-    _say(f"{len(base.ran)} scenarios hold without mutants, {time.monotonic() - began:.0f} s")
-    fates: dict[str, Fate] = {}
-    for mutant, fate in tried(wanted, target.killer, base, jobs=args.jobs, seconds=args.seconds):
+    base = known(target, jobs=args.jobs)
+    for killer, done in base:
+        _say(f"{killer.name}: {len(done.ran)} hold without mutants, {time.monotonic() - began:.0f} s")
+    for mutant, fate in tried(wanted, base, jobs=args.jobs, seconds=args.seconds):
         fates[mutant.id] = fate
         if args.verbose:
             _say(f"{mutant.id}  {fate.fate} {fate.by} {fate.why} {fate.seconds:.1f} s")
         elif len(fates) % EVERY == 0:
             dead = sum(fate.fate == KILLED for fate in fates.values())
             _say(f"{len(fates)} of {len(wanted)}, {dead} killed, {time.monotonic() - began:.0f} s")
-    return fates
 
 
 def _living(everything: Sequence[Mutant], path: Path | None) -> Sequence[Mutant]:

@@ -8,21 +8,23 @@ all orders in which it can have been told so, it is the same party, and so are a
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mutants.killer import Killer, Scenario
+from mutants.killer import Killer, Member, Scenario, Seen, Tried
 
 if TYPE_CHECKING:
     from guest_memfd.check.explorer import Automaton, Program, Tables
     from guest_memfd.check.scenario import World
-    from mutants.mutant import Mutant
+    from mutants.mutant import Mutant, Place
 
 HYPERVISORS = ("kvm", "pkvm", "gunyah")
 TEARDOWN = "teardown"
+SLOW = "vmm"
 
 JUDGED = ("shared_ids", "shared", "broken", "halted")
 """Tables of host states and what the laws say of each: they depend on the laws and the host, on no code that is mutated."""
@@ -36,54 +38,74 @@ class Told:
     told: list[list[tuple[Any, int]]]
 
 
-@dataclass
-class Record:
-    """What was done in the scenarios: by world the scene and the judged states, by (world, party) what it was told."""
-
-    scenes: dict[str, bytes] = field(default_factory=dict)
-    judged: dict[str, dict[str, Any]] = field(default_factory=dict)
-    parties: dict[tuple[str, str], Told] = field(default_factory=dict)
-
-    def keep(self, world: str, built: World, told: Mapping[int, Mapping[Any, tuple[Any, int]]]) -> None:
-        """Add a world. *told*: by automaton (its id), (place, result in words) -> result and the next place."""
-        self.scenes[world] = built.initial
-        self.judged[world] = {name: getattr(built.tables, name) for name in JUDGED}
-        for automaton in built.tables.automata.values():
-            self.parties[world, automaton.program.name] = _told(automaton, told.get(id(automaton), {}))
-
-
 class Explored(Killer):
-    """The suite for a first look, under every hypervisor.
+    """The suite for a first look, under every hypervisor, but for the slowest: the VMM of two changes, in company.
 
     most: how many parties a scenario has at most. scenes: names, None for all.
     """
 
+    name = "suite"
+
     def __init__(self, most: int = 2, scenes: tuple[str, ...] | None = None) -> None:
         self.most, self.scenes = most, scenes
-        self.worlds: dict[str, World] = {}
+        self.worlds: dict[str, World] = {}              # as they are after all scenarios were explored in them
+        self.told: dict[Member, Told] = {}
 
-    def scenarios(self, record: Record | None = None) -> Iterator[Scenario]:
-        """From new worlds; how the laws judge a state of the host is known from before."""
-        from guest_memfd.check.plan import plan
-        from guest_memfd.check.scenario import world
+    def names(self) -> dict[str, tuple[str, str]]:
+        """World -> hypervisor and scene."""
         from guest_memfd.scenarios import SCENES
 
-        for hypervisor, scene in itertools.product(HYPERVISORS, self.scenes or SCENES):
-            name = f"{hypervisor}, {scene}"
-            built = self.worlds[name] = world("library", hypervisor, scene=scene)
-            if record is not None:
-                vars(built.tables).update(record.judged[name])
-            for parties in plan(built, full=False):
-                if len(parties) <= self.most:
-                    run = partial(_explore, built, parties)
-                    yield Scenario(name, f"{name}: {', '.join(parties)}", run, (*parties, TEARDOWN))
+        return {f"{hypervisor}, {scene}": (hypervisor, scene)
+                for hypervisor, scene in itertools.product(HYPERVISORS, self.scenes or SCENES)}
+
+    def scenarios(self) -> Iterator[Scenario]:
+        """In new worlds."""
+        from guest_memfd.check.scenario import world
+
+        self.worlds = {}
+        for name, (hypervisor, scene) in self.names().items():
+            self.worlds[name] = built = world("library", hypervisor, scene=scene)
+            for parties in self.plan(built):
+                yield _scenario(name, parties, partial(_explore, built, parties))
+
+    def plan(self, built: World) -> Iterator[tuple[str, ...]]:
+        """The parties of each scenario."""
+        from guest_memfd.check.plan import plan
+
+        for parties in plan(built, full=False):
+            if len(parties) <= self.most and (len(parties) == 1 or SLOW not in parties):
+                yield parties
 
     @contextmanager
-    def recording(self) -> Iterator[Record]:
-        """Note all that a party is told."""
+    def watching(self, seen: set[Place]) -> Iterator[dict[Member, set[Place]]]:
+        """A party is at work while the explorer resumes it."""
+        from guest_memfd.check import explorer
+
+        kept: defaultdict[Member, set[Place]] = defaultdict(set)
+        resume = explorer.resume
+
+        def noting(program: Program, path: Any) -> Any:
+            others = seen.copy()
+            seen.clear()
+            try:
+                return resume(program, path)
+            finally:
+                world = next(name for name, built in self.worlds.items() if _has(built, program))
+                kept[world, program.name] |= seen
+                seen.clear()
+                seen.update(others)
+
+        explorer.resume = noting
+        try:
+            yield kept
+        finally:
+            explorer.resume = resume
+
+    def prepare(self) -> None:
+        """Fill the tables, and note all that a party is told."""
         from guest_memfd.check.explorer import Automaton
 
-        record, after = Record(), Automaton.after
+        after = Automaton.after
         told: dict[int, dict[Any, tuple[Any, int]]] = {}
 
         def noting(automaton: Automaton, local: int, result: Any) -> int:
@@ -93,30 +115,82 @@ class Explored(Killer):
 
         Automaton.after = noting  # type: ignore[assignment,method-assign]
         try:
-            yield record
+            for scenario in self.scenarios():
+                scenario.run()
         finally:
             Automaton.after = after  # type: ignore[method-assign]
         for name, built in self.worlds.items():
-            record.keep(name, built, told)
+            for automaton in built.tables.automata.values():
+                self.told[name, automaton.program.name] = _told(automaton, told.get(id(automaton), {}))
 
-    def changed(self, record: Record, mutant: Mutant) -> Callable[[Scenario], bool]:
+    def against(self, mutant: Mutant, seen: Seen) -> Tried:
+        """In the worlds as they were left, with what the mutant may have changed taken out of their tables."""
+        return _Against(self, mutant, seen)
+
+
+class _Against(Tried):
+    # The parties that reach the mutant begin anew; all others are where they were, and so is what they do.
+    def __init__(self, killer: Explored, mutant: Mutant, seen: Seen) -> None:
+        self.killer, self.mutant, self.seen = killer, mutant, seen
+        self.anew = mutant.site.function is None or _is_host(mutant)
+        self.worlds: dict[str, World] = {}
+        self.differing: dict[Member, bool] = {}
+        super().__init__(_scenario(name, parties, partial(self._run, name, parties))
+                         for name, built in killer.worlds.items() for parties in killer.plan(built))
+
+    def _run(self, name: str, parties: tuple[str, ...]) -> str | None:
+        return _explore(self._world(name), parties)
+
+    def _world(self, name: str) -> World:
+        if name not in self.worlds:
+            self.worlds[name] = self._changed(name)
+        return self.worlds[name]
+
+    def _changed(self, name: str) -> World:
+        from guest_memfd.check.scenario import world
+
+        kept, (hypervisor, scene) = self.killer.worlds[name], self.killer.names()[name]
+        built = world("library", hypervisor, scene=scene)
+        if self.anew or built.initial != kept.initial or built.broken_before:
+            vars(built.tables).update({table: getattr(kept.tables, table) for table in JUDGED})
+            return built
+        for program in (*kept.programs.values(), kept.teardown):
+            if self._reaches(name, program.name):
+                _forget(kept.tables, program)
+        return kept
+
+    def _reaches(self, world: str, party: str) -> bool:
+        return not self.mutant.places().isdisjoint(self.seen.get((world, party), ()))
+
+    def changed(self, scenario: Scenario) -> bool:
         """Whether a party of it answers otherwise, or the host: the hypervisor's own half is code of the host."""
-        if mutant.site.function is None or _is_host(mutant):
-            return lambda _scenario: True
-        return partial(self._may_differ, record, {})
-
-    def _may_differ(self, record: Record, known: dict[tuple[str, str], bool], scenario: Scenario) -> bool:
-        built = self.worlds[scenario.world]
-        if built.initial != record.scenes[scenario.world] or built.broken_before:
+        built = self._world(scenario.world)
+        if built is not self.killer.worlds[scenario.world]:
             return True
-        for party in scenario.parties:
-            key = scenario.world, party
-            if key not in known:
-                program = built.teardown if party == TEARDOWN else built.programs[party]
-                known[key] = _differs(record.parties[key], program, built.tables)
-            if known[key]:
-                return True
-        return False
+        return any(self._differs(built, (scenario.world, party)) for party in scenario.parties)
+
+    def _differs(self, built: World, member: Member) -> bool:
+        if member not in self.differing:
+            name = member[1]
+            program = built.teardown if name == TEARDOWN else built.programs[name]
+            self.differing[member] = self._reaches(*member) and _differs(self.killer.told[member], program, built.tables)
+        return self.differing[member]
+
+
+def _scenario(world: str, parties: tuple[str, ...], run: Callable[[], str | None]) -> Scenario:
+    return Scenario(world, f"{world}: {', '.join(parties)}", run, (*parties, TEARDOWN))
+
+
+def _has(built: World, program: Program) -> bool:
+    return built.programs.get(program.name) is program or built.teardown is program
+
+
+def _forget(tables: Tables, program: Program) -> None:
+    tables.automata.pop(program, None)
+    for key in [key for key in tables.steps if key[0] is program]:
+        del tables.steps[key]
+    for end in [end for end in tables.ends if end[0] is program]:
+        del tables.ends[end]
 
 
 def _told(automaton: Automaton, moves: Mapping[Any, tuple[Any, int]]) -> Told:

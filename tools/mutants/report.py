@@ -80,4 +80,6 @@ def _alive(fate: str, results: Sequence[Result]) -> Iterator[str]:
 def _sum(results: Sequence[Result]) -> str:
     counts = Counter(result.column for result in results)
     said = ", ".join(f"{counts[column]} {column}" for column in COLUMNS if counts[column])
+    by = Counter(result.fate.killer for result in results if result.column == KILLED)
+    said += "".join(f"; by the {killer} {number}" for killer, number in by.items() if len(by) > 1)
     return f"{len(results)} mutants: {said}; {share(results):.1f} % killed of those not judged equivalent"

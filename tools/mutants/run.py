@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from mutants.baseline import Baseline, baseline
+from mutants.baseline import baseline
 from mutants.children import Died, each
-from mutants.killer import Killer
 from mutants.mutant import Mutant
 from mutants.site import Site
 from mutants.targets import Target
-from mutants.trial import KILLED, Fate, attempt, fate_of
+from mutants.trial import KILLED, Fate, Known, attempt, fate_of
 
 BASELINE_SECONDS = 3600
 LIKELY = 3
@@ -34,31 +33,38 @@ def chosen(mutants: Sequence[Mutant], only: str | None, sample: int | None, seed
     return [mutant for at, mutant in enumerate(fitting) if at in drawn]
 
 
-def known(target: Target) -> Baseline:
-    """The baseline of *target*; NotClean if something is found without any mutant."""
-    list(target.killer.scenarios())                     # all modules are there when children are born
-    work: Callable[[], Baseline] = partial(baseline, target.killer, target.paths())
-    ((_, answer),) = each([(target.name, work)], jobs=1, seconds=BASELINE_SECONDS)
-    if isinstance(answer, Died):
-        raise NotClean(f"the scenarios cannot be run as they are: {answer.how}")
-    for ran in answer.ran:
-        if ran.found is not None:
-            raise NotClean(f"without any mutant, {ran.label}: {ran.found}")
-    return answer  # type: ignore[no-any-return]
+def within(target: Target, work: Callable[[], None]) -> None:
+    """Do *work* where the scenarios of *target* can be run."""
+    for killer in reversed(target.killers):
+        work = partial(killer.within, work)
+    work()
 
 
-def tried(
-    mutants: Sequence[Mutant], killer: Killer, base: Baseline, *, jobs: int, seconds: float
-) -> Iterator[tuple[Mutant, Fate]]:
+def known(target: Target, *, jobs: int = 1) -> Known:
+    """What each killer of *target* does without a mutant; NotClean if something is found."""
+    for killer in target.killers:
+        killer.prepare()
+    work = [(at, partial(baseline, killer, target.paths())) for at, killer in enumerate(target.killers)]
+    answers = dict(each(work, jobs=jobs, seconds=BASELINE_SECONDS))
+    for at, killer in enumerate(target.killers):
+        if isinstance(answers[at], Died):
+            raise NotClean(f"the {killer.name} cannot be run as it is: {answers[at].how}")
+        for ran in answers[at].ran:
+            if ran.found is not None:
+                raise NotClean(f"without any mutant, {ran.label}: {ran.found}")
+    return [(killer, answers[at]) for at, killer in enumerate(target.killers)]
+
+
+def tried(mutants: Sequence[Mutant], base: Known, *, jobs: int, seconds: float) -> Iterator[tuple[Mutant, Fate]]:
     """Every mutant and what becomes of it, as it becomes known."""
     killers: dict[Site, Counter[str]] = {}              # what kills one mutant of a function kills the next
-    cost = {ran.label: ran.seconds for ran in base.ran}
+    cost = {ran.label: ran.seconds for _, done in base for ran in done.ran}
 
     def likely(site: Site) -> list[str]:
         hits = killers.get(site, Counter())
         return sorted(hits, key=lambda label: cost.get(label, 0) / hits[label])[:LIKELY]
 
-    tasks = ((mutant, partial(attempt, mutant, killer, base, seconds, likely(mutant.site))) for mutant in mutants)
+    tasks = ((mutant, partial(attempt, mutant, base, seconds, likely(mutant.site))) for mutant in mutants)
     for mutant, answer in each(tasks, jobs=jobs, seconds=seconds):
         fate = fate_of(answer)
         if fate.fate == KILLED:

@@ -7,17 +7,18 @@ from typing import NamedTuple
 
 from mutants.explore import Explored
 from mutants.killer import Killer
+from mutants.tested import Tested
 
 SOURCES = Path(__file__).resolve().parent.parent.parent / "src" / "guest_memfd"
 PACKAGE = "guest_memfd"
 
 
 class Target(NamedTuple):
-    """Files (patterns below src/guest_memfd) that are changed, and the scenarios that are to notice."""
+    """Files (patterns below src/guest_memfd) that are changed, and who is to notice: the next if the one before did not."""
 
     name: str
     files: tuple[str, ...]
-    killer: Killer
+    killers: tuple[Killer, ...]
 
     def paths(self) -> list[str]:
         """The files, as in names of mutants."""
@@ -25,7 +26,17 @@ class Target(NamedTuple):
         return sorted(path.relative_to(SOURCES).as_posix() for path in found)
 
 
+LIBRARY = ("core/*.py", "hypervisors/gunyah/*.py", "hypervisors/kvm/*.py", "designs/ours.py")
+MACHINE = tuple(f"hosts/emulated/{part}/**/*.py" for part in ("arm64", "kernel", "gunyah", "kvm", "primitives"))
+ABSTRACTION = ("hosts/emulated/abstraction.py",)
+
+LOCK_STEP = Tested("test_refinement.py")
+ON_THE_MACHINE = Tested(
+    "test_library.py", "test_gunyah_device.py", "test_gunyah_vendor.py", "test_large_files.py", "test_kvm_uapi.py",
+    "test_gunyah_uapi.py", "test_kernel_power.py",
+)
+
 TARGETS: dict[str, Target] = {target.name: target for target in (
-    Target("library", ("core/*.py", "hypervisors/**/*.py", "designs/ours.py"), Explored()),
+    Target("library", LIBRARY, (Explored(), ON_THE_MACHINE)),
 )}
-"""Registration (`__init__.py`) is no part of what is explored."""
+"""Registration (`__init__.py`) is no part of what is explored. Folios of more than one page are on the machine only."""

@@ -13,7 +13,7 @@ from mutants.children import Died
 from mutants.killer import Killer, Scenario
 from mutants.mutant import Mutant
 from mutants.targets import SOURCES
-from mutants.watch import Endless, TimeOver, Watch
+from mutants.watch import Endless, Over, Watch
 
 AT_ONCE = 0.3
 """Seconds for which scenarios are just run. After them it is worth the time to ask which can come out otherwise."""
@@ -24,7 +24,7 @@ KILLED, SURVIVED, SAME, UNREACHED, TIMEOUT = "killed", "survived", "same steps",
 
 
 class Fate(NamedTuple):
-    """What became of a mutant: killed by which scenario, and why; or no time was left.
+    """What became of a mutant: killed by which scenario, why, and whose it is; or no time was left.
 
     It lives if it survived, or takes the same steps in all scenarios, or none reaches it.
     """
@@ -33,22 +33,27 @@ class Fate(NamedTuple):
     by: str = ""
     why: str = ""
     seconds: float = 0.0
+    killer: str = ""
 
 
-def attempt(mutant: Mutant, killer: Killer, known: Baseline, seconds: float, first: Sequence[str] = ()) -> Fate:
+Known = Sequence[tuple[Killer, Baseline]]
+"""Killers in the order in which they try, and what each does without a mutant."""
+
+
+def attempt(mutant: Mutant, known: Known, seconds: float, first: Sequence[str] = ()) -> Fate:
     """Put *mutant* to the test for at most *seconds* of CPU time, in a child. *first*: labels of likely scenarios."""
     began = time.process_time()
-    trial = _Trial(mutant, killer, known, first)
+    trial = _Trial(mutant, known, first)
     try:
         with Watch(seconds, frozenset({str(SOURCES / mutant.site.file)})):
             fate = trial.run()
     except Endless:
         fate = Fate(KILLED, trial.label, "a step never ends")
-    except (TimeOver, MemoryError) as limit:
-        fate = Fate(TIMEOUT, trial.label, type(limit).__name__)
+    except Over as limit:
+        fate = Fate(TIMEOUT, trial.label, str(limit))
     except Exception as error:
         fate = Fate(KILLED, trial.label, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-    return fate._replace(seconds=time.process_time() - began)
+    return fate._replace(seconds=time.process_time() - began, killer=trial.killer)
 
 
 def fate_of(answer: Fate | Died) -> Fate:
@@ -57,35 +62,36 @@ def fate_of(answer: Fate | Died) -> Fate:
 
 
 class _Trial:
-    def __init__(self, mutant: Mutant, killer: Killer, known: Baseline, first: Sequence[str]) -> None:
-        self.mutant, self.killer, self.known, self.first = mutant, killer, known, first
-        self.label = SCENE
+    def __init__(self, mutant: Mutant, known: Known, first: Sequence[str]) -> None:
+        self.mutant, self.known, self.first = mutant, known, first
+        self.label, self.killer = SCENE, ""
         self.differed = 0
 
     def run(self) -> Fate:
-        labels = [run.label for run in reached(self.mutant, self.known.ran)]
-        if not labels:
+        stages = [(killer, base, [run.label for run in reached(self.mutant, base.ran)]) for killer, base in self.known]
+        if not any(labels for _, _, labels in stages):
             return Fate(UNREACHED)
-        labels = sorted(labels, key=lambda label: label not in self.first)
         apply(self.mutant)
-        there = {scenario.label: scenario for scenario in self.killer.scenarios(self.known.record)}
-        for scenario in self._worth([there[label] for label in labels if label in there]):
-            self.label = scenario.label
-            why = scenario.run()
-            if why is not None:
-                return Fate(KILLED, self.label, why)
+        for killer, base, labels in stages:
+            self.killer = killer.name
+            for scenario in self._worth(killer, base, sorted(labels, key=lambda label: label not in self.first)):
+                self.label = scenario.label
+                why = scenario.run()
+                if why is not None:
+                    return Fate(KILLED, self.label, why)
         return Fate(SURVIVED, f"{self.differed} scenarios") if self.differed else Fate(SAME)
 
     # First the cheap ones, whatever they are; then those that can come out otherwise than without the mutant.
-    def _worth(self, scenarios: list[Scenario]) -> Iterator[Scenario]:
+    def _worth(self, killer: Killer, base: Baseline, labels: Sequence[str]) -> Iterator[Scenario]:
+        there = killer.against(self.mutant, base.parties)
+        scenarios = [there.scenarios[label] for label in labels if label in there.scenarios]
         began = time.process_time()
         done: list[Scenario] = []
         for scenario in itertools.takewhile(lambda _: time.process_time() - began < AT_ONCE, scenarios):
             yield scenario
             done.append(scenario)
-        changed = self.killer.changed(self.known.record, self.mutant)
         for at, scenario in enumerate(scenarios):
-            if changed(scenario):
+            if there.changed(scenario):
                 self.differed += 1
                 if at >= len(done):
                     yield scenario

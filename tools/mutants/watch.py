@@ -1,7 +1,8 @@
-"""Watches a child from within: when its time is over, and when it goes round in the mutant for ever."""
+"""Watches a child from within: when its time or memory is over, and when it goes round in the mutant for ever."""
 
 from __future__ import annotations
 
+import resource
 import signal
 from types import FrameType
 from typing import Any
@@ -10,11 +11,15 @@ TICK = 1.0
 """Seconds of CPU time. Nothing that is mutated takes a thousandth of it when it is right."""
 
 
-class TimeOver(BaseException):
-    """The CPU time is used up."""
+MEMORY = 4 << 30
+"""Bytes that may be resident. (Address space is no measure: an emulated CPU reserves a GiB of it.)"""
 
 
-class Endless(BaseException):
+class Over(KeyboardInterrupt):
+    """The CPU time or the memory is used up. (pytest takes any other exception for a test that fails.)"""
+
+
+class Endless(KeyboardInterrupt):
     """One and the same call has been running from one tick to the next."""
 
 
@@ -36,7 +41,11 @@ class Watch:
     def _tick(self, _number: int, frame: Any) -> None:
         self.left -= TICK
         if self.left <= 0:
-            raise TimeOver
+            raise Over("the time is over")
+        with open("/proc/self/statm") as file:
+            resident = int(file.read().split()[1]) * resource.getpagesize()
+        if resident > MEMORY:
+            raise Over("more memory than there is for a mutant")
         while frame is not None and frame.f_code.co_filename not in self.files:
             frame = frame.f_back
         if frame is not None and frame is self.last:

@@ -1,0 +1,106 @@
+"""Tests of the project as killers: each test is a scenario.
+
+pytest collects once, and the work is done inside of its loop: children are born with all tests at hand. A test that
+starts a process of its own does not see the mutant there.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mutants.killer import Killer, Scenario
+
+if TYPE_CHECKING:
+    import pytest
+
+TESTS = Path(__file__).resolve().parent.parent.parent / "tests"
+PACKAGE = "guest_memfd"
+
+
+class Tested(Killer):
+    """The quick tests in *files* of tests/."""
+
+    name = "tests"
+
+    def __init__(self, *files: str) -> None:
+        self.files = files
+        self.items: list[pytest.Item] = []
+        self.package: Any = None
+        self.said: list[pytest.TestReport] = []
+
+    def within(self, work: Callable[[], None]) -> None:
+        """Do *work* where the tests are collected."""
+        import pytest
+
+        loop = _Loop(self, work)
+        off = ("terminal", "cacheprovider", "xdist", "unraisableexception", "threadexception")
+        arguments = [*(f"-pno:{plugin}" for plugin in off), "-s", "-m", "not long"]
+        code = pytest.main([*arguments, *(str(TESTS / file) for file in self.files)], plugins=[loop])
+        if loop.error is not None:
+            raise loop.error
+        if not loop.begun:
+            raise RuntimeError(f"pytest collects nothing of {', '.join(self.files)}: {code!r}")
+
+    def scenarios(self) -> Iterator[Scenario]:
+        """None if the package was imported anew: the tests know the old one."""
+        if sys.modules[PACKAGE] is self.package:
+            for item in self.items:
+                yield Scenario(self.name, item.nodeid, partial(self._run, item))
+
+    # The first failure's first line.
+    def _run(self, item: pytest.Item) -> str | None:
+        self.said.clear()
+        with _Quiet():
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            gc.collect()                                # children do not collect by themselves, and a machine is large
+        failed = next((report for report in self.said if report.failed), None)
+        return None if failed is None else _words(failed)
+
+
+def _words(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash else report.longrepr).partition("\n")[0] or report.when or "failed"
+
+
+class _Loop:
+    # A plugin: takes the place of the loop that runs the tests.
+    def __init__(self, tested: Tested, work: Callable[[], None]) -> None:
+        self.tested, self.work = tested, work
+        self.begun = False
+        self.error: BaseException | None = None
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.begun = bool(session.items)
+        self.tested.items, self.tested.package = session.items, sys.modules[PACKAGE]
+        if self.begun:
+            try:
+                self.work()
+            except BaseException as error:              # pytest would make an internal error of it
+                self.error = error
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.tested.said.append(report)
+
+
+class _Quiet:
+    # What a test prints is nobody's concern.
+    def __enter__(self) -> None:
+        sys.stdout.flush()
+        self.kept = os.dup(1), os.dup(2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for fd in (1, 2):
+            os.dup2(nowhere, fd)
+        os.close(nowhere)
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+        for fd, kept in zip((1, 2), self.kept, strict=True):
+            os.dup2(kept, fd)
+            os.close(kept)
