@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Mapping, Sequence
 
-from guest_memfd.check.cost import BOUND, Cost
+from guest_memfd.check.cost import Cost
 from guest_memfd.check.verdict import LawReport, Report
 from guest_memfd.hosts.scene import Scene
 from guest_memfd.report.counterexample import wrap
@@ -108,7 +108,7 @@ def _block(
 def costs(counted: Mapping[tuple[str, str], Cost | None], style: Style) -> Iterator[str]:
     """One line per design and hypervisor, alike hypervisors together: operations per folio lent and taken back."""
     heads = "".join(f"{head:>{len(head) + 2}}" for head in COST_HEADS.values())
-    yield style.head("cost per folio of order 0, lent to the guest and taken back (operations; !: over the bound)")
+    yield style.head("cost per folio of order 0, lent to the guest and taken back (operations)")
     yield f"{'':<{COST_WIDTH}}{heads}"
     alike: dict[tuple[str, Cost], list[str]] = {}
     for (design, hypervisor), cost in counted.items():
@@ -116,13 +116,10 @@ def costs(counted: Mapping[tuple[str, str], Cost | None], style: Style) -> Itera
             alike.setdefault((design, cost), []).append(hypervisor)
     for (design, cost), hypervisors in alike.items():
         yield f"{design + ' on ' + ', '.join(hypervisors):<{COST_WIDTH}}{_counts(vars(cost))}"
-    yield f"{'bound stated by the library':<{COST_WIDTH}}{_counts(BOUND)}"
     trusting = {design for design, cost in alike if cost.direct_map_writes and not cost.flushes}
     if trusting:
         yield f"no flush of its own, and so safe only where the hypervisor flushes: {', '.join(sorted(trusting))}"
 
 
-# A count over the bound gets a mark.
 def _counts(counts: Mapping[str, int]) -> str:
-    marked = {what: f"{'!' if counts[what] > BOUND[what] else ''}{counts[what]}" for what in COST_HEADS}
-    return "".join(f"{marked[what]:>{len(head) + 2}}" for what, head in COST_HEADS.items())
+    return "".join(f"{counts[what]:>{len(head) + 2}}" for what, head in COST_HEADS.items())
