@@ -49,6 +49,7 @@ class Tested(Killer):
 
     def scenarios(self) -> Iterator[Scenario]:
         """None if the package was imported anew: the tests know the old one."""
+        gc.freeze()                                     # what there is already is looked at by no collection
         if sys.modules[PACKAGE] is self.package:
             for item in self.items:
                 yield Scenario(self.name, item.nodeid, partial(self._run, item))

@@ -81,20 +81,25 @@ class Lookup(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What an operation asks the host for: direct-map entries written, kernel TLB flushes, hypercalls."""
+    """What an operation asks the host for: direct-map entries written, kernel TLB flushes, hypercalls.
 
-    writes: int
-    flushes: int
-    calls: int
+    stalls: how often it makes others wait, by taking the invalidate lock exclusively or draining the lru_add batches.
+    """
+
+    writes: int = 0
+    flushes: int = 0
+    calls: int = 0
+    stalls: int = 0
 
 
 class Bound(NamedTuple):
-    """What an operation may ask for at most: per folio of its range, and flushes *once* for all of it."""
+    """What an operation may ask for at most: per folio of its range; flushes *once*, and stalls, for all of it."""
 
     writes: int = 0
     flushes: int = 0
     calls: int = 0
     once: int = 0
+    stalls: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ LAWS: Registry[Law] = Registry("law", "guest_memfd.laws", {law.name: law for law
         "at every change of a direct-map entry", note=access.library_alone,
         broken_by=Violator("gunyah-v17", "gunyah", ("vcpu",), "module gunyah changes the direct map itself")),
     Law("bounded-cost",
-        "direct-map writes, TLB flushes and hypercalls of an operation stay within what the design states",
+        "direct-map writes, TLB flushes, hypercalls and stalls of an operation stay within what the design states",
         "Dave Hansen, 5 Dec 2025; arch/x86/mm/pat/set_memory.c",
         "when an operation ends", note=operations.bounded_cost,
         broken_by=Violator("AllocateDonates", "pkvm", ("vmm-pages",),

@@ -60,6 +60,8 @@ def all_or_nothing(note: Any) -> Evidence:
     """What an operation returned, and what it did, must agree; it keeps to its range, and a refusal names its place."""
     if isinstance(note, notes.OutOfScope):
         return f"{note.op} {note.what} outside of its range"
+    if isinstance(note, notes.Unannounced):
+        return f"{note.op} {note.what}, which its mmu_invalidate_begin() had left out"
     if not isinstance(note, notes.Ended):
         return None
     if note.ret < 0 and -note.ret not in (*DOCUMENTED.get(note.op, ()), *note.documented):
@@ -190,7 +192,8 @@ def bounded_cost(note: Any) -> Evidence:
     folios, most = max(len(note.scope), 1), note.bound_of_cost
     bounds = {"direct-map writes": (note.cost.writes, most.writes * folios),
               "TLB flushes": (note.cost.flushes, most.flushes * folios + most.once),
-              "hypercalls": (note.cost.calls, most.calls * folios)}
+              "hypercalls": (note.cost.calls, most.calls * folios),
+              "stalls": (note.cost.stalls, most.stalls)}
     for what, (count, bound) in bounds.items():
         if count > bound:
             return f"{note.op} of {folios} pages takes {count} {what}, and at most {bound} are stated"

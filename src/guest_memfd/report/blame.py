@@ -60,7 +60,7 @@ class _About:
 
 
 def _of_note(note: Any, about: _About) -> Iterator[str]:
-    if isinstance(note, notes.OutOfScope):
+    if isinstance(note, (notes.OutOfScope, notes.Unannounced)):
         yield from (f"{about.page(note.pgoff)}.{name}" for name in ("attr", "cached"))
     elif isinstance(note, notes.Ended):
         yield from _of_operation(note, about)

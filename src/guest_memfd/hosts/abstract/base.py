@@ -96,8 +96,15 @@ class Base:
         if ghost.op and self.file.inode != st.EVICTED and not ghost.scope >> index & 1:
             self.notes.append(notes.OutOfScope(st.OPS[ghost.op - 1], what, index))
 
+    def done_to(self, what: str, index: int) -> None:
+        """The current party's operation does something to page *index* that users of it must hear of beforehand."""
+        self.out_of_scope(what, index)
+        ghost = self.state.ghost(self.who)
+        if ghost.op and ghost.begun and not ghost.announced >> index & 1:
+            self.notes.append(notes.Unannounced(st.OPS[ghost.op - 1], what, index))
+
     def count(self, what: str) -> None:
-        """The operation that the current party is in asks for one more of *what*: writes, flushes or calls."""
+        """The operation that the current party is in asks for one more of *what*: writes, flushes, calls, stalls."""
         ghost = self.state.ghost(self.who)
         if ghost.op:
             setattr(ghost, what, getattr(ghost, what) + 1)

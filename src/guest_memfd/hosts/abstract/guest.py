@@ -207,7 +207,11 @@ class GuestSide(Mappings):
                 vm.gpc = 0
         vm.gpc_fresh = 0
         vm.progress += 1
-        self.state.ghost(self.who).begun += 1
+        ghost = self.state.ghost(self.who)
+        ghost.begun += 1
+        for index in range(max(start, 0), min(start + nr, self.sizes.pages)):
+            ghost.announced |= 1 << index
+            self.out_of_scope("announces an invalidation", index)
 
     def mmu_invalidate_end(self) -> None:
         """The sequence moves on: whoever sampled it before must look again."""
@@ -217,6 +221,7 @@ class GuestSide(Mappings):
                 self.die("mmu_invalidate_end without begin")
             return
         ghost.begun -= 1
+        ghost.announced = 0
         self.vm.progress -= 1
         self.vm.gpc_fresh = 0
 

@@ -51,6 +51,8 @@ class Locks(Base):
             return STAY
         setattr(self.file, f"{sem}_q", 0)
         setattr(self.file, f"{sem}_w", me)
+        if sem == "invalidate":
+            self.count("stalls")
         return None
 
     def up_write(self, sem: str) -> None:

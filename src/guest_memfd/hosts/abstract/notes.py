@@ -78,6 +78,14 @@ class OutOfScope(NamedTuple):
     pgoff: int
 
 
+class Unannounced(NamedTuple):
+    """An operation did something to a page that its mmu_invalidate_begin() had left out."""
+
+    op: str
+    what: str
+    pgoff: int
+
+
 class Ended(NamedTuple):
     """An operation has come to its end, and still holds its lock."""
 
@@ -162,5 +170,5 @@ class Warned(NamedTuple):
     what: str
 
 
-Note = (Access | Abort | DirectMapChange | MadePrivate | StrayGuest | Refused | OutOfScope | Ended | Returned | Given
+Note = (Access | Abort | DirectMapChange | MadePrivate | StrayGuest | Refused | OutOfScope | Unannounced | Ended | Returned | Given
         | Contained | Freed | Destroyed | UseAfterFree | Broken | Warned)

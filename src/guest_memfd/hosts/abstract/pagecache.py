@@ -52,7 +52,7 @@ class PageCache(Mappings):
         ghost = self.state.ghost(self.who)
         if ghost.op:
             ghost.removed |= 1 << index
-        self.out_of_scope("removes the folio", index)
+        self.done_to("removes the folio", index)
 
     def split_folio(self, folio: Folio) -> int:
         """Every folio is a single page here."""
@@ -104,6 +104,7 @@ class PageCache(Mappings):
 
     def lru_add_drain_all(self) -> None:
         """The batches let go of their references."""
+        self.count("stalls")
         for frame in self.state.frames():
             if frame.lru:
                 frame.lru = 0

@@ -90,7 +90,7 @@ FILE_FIELDS = {
     "inodes": "references on the inode: the file, and each VMA",
     "evictor": "party number + 1 of who dropped the last reference and evicts the inode",
     "vma": "user mappings of the file (VMAs)",
-    "reserved": "nodes preallocated for the attribute tree",
+    "reserved": "bit mask of the pages for which the attribute tree has preallocated nodes",
     "refuses_readers": "AS_NO_DIRECT_MAP: readers of page-cache folios are turned away",
 }
 VM_FIELDS = {
@@ -111,7 +111,9 @@ PARTY_FIELDS = {
     "writes": "ghost: direct-map entries it has written",
     "flushes": "ghost: kernel TLB flushes it has asked for",
     "calls": "ghost: hypercalls it has made",
+    "stalls": "ghost: how often it has made others wait (locks taken exclusively, batches drained)",
     "begun": "invalidations it has begun and not ended",
+    "announced": "ghost: bit mask of the pages whose invalidation it has begun and not ended",
     "ended": "ghost: 1 + errno with which it has ended, before it returns",
 }
 GLOBALS = {

@@ -32,7 +32,7 @@ class World(PageCache, GuestSide):
         self._clear(ghost)
         ghost.op = st.OPS.index(op) + 1
         ghost.gfn = 0 if gfn is None else gfn + 1
-        ghost.scope = sum(1 << i for i in range(max(start, 0), min(start + nr, self.sizes.pages)))
+        ghost.scope = self._mask(start, nr)
 
     def end_op(self, ret: int, error_index: int | None) -> None:
         """Report how it ended, in the state it is about to unlock."""
@@ -51,7 +51,7 @@ class World(PageCache, GuestSide):
             tuple(why for bit, why in enumerate(st.REASONS) if ghost.reasons >> bit & 1),
             self._members(ghost.places),
             ghost.gfn - 1 if ghost.gfn else None,
-            Cost(ghost.writes, ghost.flushes, ghost.calls),
+            Cost(ghost.writes, ghost.flushes, ghost.calls, ghost.stalls),
             (*self.hypervisor.errnos.get(op, ()), *self.errnos.get(op, ())), self.bounds.get(op)))
         self._clear(ghost)
         if op not in UNREPORTED:
@@ -78,7 +78,11 @@ class World(PageCache, GuestSide):
     @staticmethod
     def _clear(ghost: st.PartyGhost) -> None:
         ghost.op = ghost.gfn = ghost.scope = ghost.toggled = ghost.removed = ghost.reasons = ghost.places = 0
-        ghost.writes = ghost.flushes = ghost.calls = ghost.ended = 0
+        ghost.writes = ghost.flushes = ghost.calls = ghost.stalls = ghost.ended = 0
+
+    # Of the pages of [start, start+nr) that there are.
+    def _mask(self, start: int, nr: int) -> int:
+        return sum(1 << i for i in range(max(start, 0), min(start + nr, self.sizes.pages)))
 
     def _members(self, mask: int) -> tuple[int, ...]:
         return tuple(i for i in range(self.sizes.pages) if mask >> i & 1)
@@ -108,12 +112,12 @@ class World(PageCache, GuestSide):
             ghost = self.state.ghost(self.who)
             if ghost.op:
                 ghost.toggled ^= 1 << index
-            self.out_of_scope("changes the attribute", index)
+            self.done_to("changes the attribute", index)
             setattr(page, field, value)
             if page.cached:
                 self._attribute_changed(self.state.frame(page.cached - 1), page)
         elif field == "binding" and page.binding != value:
-            self.out_of_scope("changes the binding", index)
+            self.done_to("changes the binding", index)
         setattr(page, field, value)
 
     # A page that becomes shared is given to the host as it is; one that becomes private is the guest's.
@@ -126,19 +130,21 @@ class World(PageCache, GuestSide):
     def xa_store_reserved(self, tree: str, start: int, values: Entries) -> None:
         """A store that changes the attribute tree needs its reservation."""
         if tree == "attributes":
-            if self.file.reserved < len(values):
+            if self._mask(start, len(values)) & ~self.file.reserved:
                 self.die("store into the attribute tree without preallocated nodes")
             self.file.reserved = 0
         self.xa_store(tree, start, values)
 
     def xa_reserve(self, tree: str, start: int, nr: int) -> int:
         """The nodes are there until they are used or given back."""
-        self.file.reserved = nr
+        if tree == "attributes":
+            self.file.reserved = self._mask(start, nr)
         return 0
 
     def xa_release(self, tree: str) -> None:
         """Given back unused."""
-        self.file.reserved = 0
+        if tree == "attributes":
+            self.file.reserved = 0
 
     # -- files and inodes ----------------------------------------------------------------------------------------
 
@@ -202,12 +208,14 @@ class World(PageCache, GuestSide):
             self.die("destroy_inode of an inode that is in use")
         if any(self.page(i).cached for i in range(self.sizes.pages)):
             self.die("destroy_inode of an inode whose page cache is not empty")
+        if self.file.reserved:
+            self.die("destroy_inode of an inode with preallocated nodes")
         self.file.inode, self.file.evictor = st.DESTROYED, 0
         for index in range(self.sizes.pages):
             page = self.page(index)
             page.attr = page.binding = 0
             page.expect = st.ZERO
-        self.file.reserved = self.file.refuses_readers = 0
+        self.file.refuses_readers = 0
 
     # -- module and VM -------------------------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ def _gfn(host: EmulatedHost, gfn: st.Gfn) -> None:
 def _ghost(host: EmulatedHost, ghost: st.PartyGhost, pages: int) -> None:
     tracer = host.machine.tracer
     ghost.begun = host.vm.begun[ghost.number]
+    ghost.announced = _mask(tracer.announced.get(ghost.number, range(0)), pages)
     ghost.ended = 1 - tracer.ended[ghost.number] if ghost.number in tracer.ended else 0
     operation = tracer.operations.get(ghost.number)
     if operation is not None:
@@ -100,7 +101,7 @@ def _ghost(host: EmulatedHost, ghost: st.PartyGhost, pages: int) -> None:
 
 
 def _mask(members: range | set[int], pages: int) -> int:
-    return sum(1 << i for i in members if i < pages)
+    return sum(1 << i for i in members if 0 <= i < pages)
 
 
 def _file(host: EmulatedHost, file: st.File) -> None:
@@ -112,7 +113,7 @@ def _file(host: EmulatedHost, file: st.File) -> None:
     file.fd, file.files, file.inodes = inode.fd, inode.files, inode.references
     file.inode, file.evictor = inode.life, 0 if inode.evictor is None else inode.evictor + 1
     file.vma = len(inode.mapping.vmas) if inode.mapping else 0
-    file.reserved, file.refuses_readers = inode.reserved, inode.refuses_readers
+    file.reserved, file.refuses_readers = _mask(inode.reserved, inode.size), inode.refuses_readers
 
 
 def _vm(host: EmulatedHost, record: st.Vm) -> None:

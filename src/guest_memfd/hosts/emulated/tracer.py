@@ -44,7 +44,7 @@ class Operation:
     removed: set[int] = field(default_factory=set)
     reasons: int = 0                                    # what has stood against it (hosts/abstract/state.py REASONS)
     places: set[int] = field(default_factory=set)       # pages at which something did
-    cost: dict[str, int] = field(default_factory=lambda: {"writes": 0, "flushes": 0, "calls": 0})
+    cost: dict[str, int] = field(default_factory=lambda: {"writes": 0, "flushes": 0, "calls": 0, "stalls": 0})
 
     def first_of(self, index: int, nr: int = 1) -> int | None:
         """The first of pages [index, index+nr) that it is about, None if it is about none of them."""
@@ -61,6 +61,7 @@ class Tracer:
         self.expected: dict[tuple[Inode, int], int] = {}
         self.operations: dict[int, Operation] = {}
         self.asked: set[int] = set()                    # physical addresses of pages whose mapping the guest had asked for
+        self.announced: dict[int, range] = {}           # task -> pages whose invalidation it has begun and not ended
         self.ended: dict[int, int] = {}                 # task -> how its operation has ended, before it returns
 
     # -- contents ------------------------------------------------------------------------------------------------
@@ -159,13 +160,30 @@ class Tracer:
         if operation is not None and host.inode.life != EVICTED and operation.first_of(index, nr) is None:
             host.notes.append(notes.OutOfScope(operation.op, what, index))
 
+    def announces(self, host: Base, start: int, nr: int) -> None:
+        """The task begins to invalidate pages [start, start+nr)."""
+        pages = range(max(start, 0), max(min(start + nr, host.inode.size), 0))
+        self.announced[host.who] = pages
+        operation = self.operations.get(host.who)
+        if operation is not None and host.inode.life != EVICTED:
+            beyond = next((i for i in (pages.start, pages.stop - 1) if pages and operation.first_of(i, 1) is None), None)
+            if beyond is not None:
+                host.notes.append(notes.OutOfScope(operation.op, "announces an invalidation", beyond))
+
+    def done_to(self, host: Base, what: str, index: int, nr: int = 1) -> None:
+        """The task's operation does something to a folio that its users must hear of beforehand."""
+        self.out_of_scope(host, what, index, nr)
+        operation, announced = self.operations.get(host.who), self.announced.get(host.who)
+        if operation is not None and announced is not None and not announced.start <= index < announced.stop:
+            host.notes.append(notes.Unannounced(operation.op, what, index))
+
     def removed(self, host: Base, index: int, nr: int) -> None:
         """A folio has left the file: whoever reads there next is to find zeros."""
         operation = self.operations.get(host.who)
         if operation is not None and operation.nr <= JUDGED:
             operation.removed.update(range(index, index + nr))
         self.expected.pop((host.inode, index), None)
-        self.out_of_scope(host, "removes the folio", index)
+        self.done_to(host, "removes the folio", index)
 
     def attributes(self, host: Base, start: int, values: Entries) -> list[Page]:
         """Attributes are about to change: the folios in the file for which they do."""
@@ -180,7 +198,7 @@ class Tracer:
         changed = [start + i for i in range(len(values)) if old[i] != values[i]]
         for index in changed:
             operation.toggled ^= {index}
-            self.out_of_scope(host, "changes the attribute", index)
+            self.done_to(host, "changes the attribute", index)
         pages = (inode.find(index) for index in changed)
         return list({page.pa: page for page in pages if page is not None}.values())
 
@@ -194,7 +212,7 @@ class Tracer:
                 operation.places.add(page.index if first is None else first)
 
     def counts(self, task: int, what: str) -> None:
-        """The operation of *task* asks for one more of *what*: writes, flushes or calls."""
+        """The operation of *task* asks for one more of *what*: writes, flushes, calls or stalls."""
         operation = self.operations.get(task)
         if operation is not None:
             operation.cost[what] += 1

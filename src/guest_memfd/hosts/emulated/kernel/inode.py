@@ -32,7 +32,7 @@ class Inode:
     pages: dict[int, Page] = field(default_factory=dict)        # page index of the head -> folio
     orders: dict[int, int] = field(default_factory=dict)        # order -> folios of it in `pages`
     trees: dict[str, MapleTree] = field(default_factory=lambda: {name: MapleTree() for name in TREES})
-    reserved: int = 0                                           # entries that maple nodes are preallocated for
+    reserved: range = range(0)                                  # pages for which the attribute tree has preallocated nodes
     refuses_readers: bool = False                               # AS_NO_DIRECT_MAP
     invalidate: Rwsem = field(default_factory=Rwsem)
     bindings: Rwsem = field(default_factory=Rwsem)
@@ -85,7 +85,7 @@ class Inode:
 
     def destroy(self) -> None:
         """What was kept in it goes with its memory. (``provided`` is a VM's, and only found through it here.)"""
-        self.life, self.evictor, self.reserved, self.refuses_readers = DESTROYED, None, 0, False
+        self.life, self.evictor, self.refuses_readers = DESTROYED, None, False
         self.trees |= {name: MapleTree() for name in ("attributes", "bindings")}
 
     def bound(self) -> bool:

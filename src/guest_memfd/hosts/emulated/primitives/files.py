@@ -60,9 +60,10 @@ class Files(GuestSide):
     def xa_store_reserved(self, tree: Tree, start: int, values: Entries) -> None:
         """A store that changes the attribute tree needs its reservation."""
         if tree == "attributes":
-            if self.inode.reserved < len(values):
+            there = self.inode.reserved
+            if not there.start <= start <= start + len(values) <= there.stop:
                 self.die("store into the attribute tree without preallocated nodes")
-            self.inode.reserved = 0
+            self.inode.reserved = range(0)
         self._store(tree, start, values)
 
     def xa_reserve(self, tree: Tree, start: int, nr: int) -> int:
@@ -70,12 +71,14 @@ class Files(GuestSide):
         if self.machine.slab_fails():
             self.against(st.FAILURE)
             return -ENOMEM
-        self.inode.reserved = nr
+        if tree == "attributes":
+            self.inode.reserved = range(start, start + nr)
         return 0
 
     def xa_release(self, tree: Tree) -> None:
         """Given back unused."""
-        self.inode.reserved = 0
+        if tree == "attributes":
+            self.inode.reserved = range(0)
 
     # -- files and inodes ----------------------------------------------------------------------------------------
 
@@ -143,6 +146,8 @@ class Files(GuestSide):
             self.die("destroy_inode of an inode that is in use")
         if inode.pages:
             self.die("destroy_inode of an inode whose page cache is not empty")
+        if inode.reserved:
+            self.die("destroy_inode of an inode with preallocated nodes")
         inode.destroy()
         self.machine.tracer.destroyed(inode)
         del self.machine.inodes[inode]

@@ -105,6 +105,7 @@ class GuestSide(UserMappings):
             vm.gpc = None
         vm.gpc_fresh = False
         vm.begun[self.who] += 1
+        self.machine.tracer.announces(self, start, nr)
 
     def mmu_invalidate_end(self) -> None:
         """The sequence moves on: whoever sampled it before must look again."""
@@ -114,6 +115,7 @@ class GuestSide(UserMappings):
                 self.die("mmu_invalidate_end without begin")
             return
         self.vm.begun[self.who] -= 1
+        self.machine.tracer.announced.pop(self.who, None)
         self.vm.gpc_fresh = False
 
     # It is found through the bindings (kvm_gmem_invalidate_begin()): without one there is no VM to tell.

@@ -39,6 +39,8 @@ class Locks(Base):
             return STAY
         if not taken:
             self.wait()
+        if sem == "invalidate":
+            self.machine.tracer.counts(self.who, "stalls")
         return None
 
     def up_write(self, sem: Sem) -> None:

@@ -68,7 +68,7 @@ class PageCache(Contents):
         page.take("lru")
         batch[page.pa] = page
         if len(batch) >= FOLIO_BATCH or page.order:
-            self.lru_add_drain_all()
+            self._drain()
 
     def filemap_remove_folio(self, folio: Folio) -> None:
         """Leaves the page cache; whoever still has a reference keeps the frames."""
@@ -142,6 +142,10 @@ class PageCache(Contents):
 
     def lru_add_drain_all(self) -> None:
         """The batches let go of their references."""
+        self.machine.tracer.counts(self.who, "stalls")
+        self._drain()
+
+    def _drain(self) -> None:
         batch, self.machine.lru_batch = self.machine.lru_batch, {}
         for page in sorted(batch.values(), key=lambda p: p.pa):
             page.drop("lru")
