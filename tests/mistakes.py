@@ -337,6 +337,13 @@ class VetoesForOneFile(OurLibrary):
         return -EPERM if (yield from self.host.open_files()) == 1 else 0
 
 
+class CountsTheFirst(OurLibrary):
+    """References are counted of the first folio of a range only."""
+
+    def unexpected_refs(self, folios: tuple[Held, ...]) -> Steps[int | None]:
+        return (yield from super().unexpected_refs(folios[:1]))
+
+
 class RestoresOnce(OurLibrary):
     """Where leaves are merged again, putting a page back may have to split one, and can fail."""
 

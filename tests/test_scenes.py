@@ -30,7 +30,7 @@ class Shown(NamedTuple):
 SHOWN = {
     "crossed": Shown("GfnIsIndex", "kvm", "vcpu", "no-false-refusal"),
     "both-private": Shown("OnlyTheFirstComesBack", "pkvm", "vcpu stop", "nothing-lost"),
-    "both-shared": Shown("UnmapsTheLast", "kvm", "vmm2 device", "one-owner"),
+    "both-shared": Shown("CountsTheFirst", "kvm", "repeater device", "pins-respected"),
     "unbound": Shown("AsksForTheUnbound", "kvm", "vmm-pages", "host-survives"),
     "nothing-yet": Shown("CreateKeepsTheModule", "kvm", "creator", "nothing-lost"),
     "for-good": Shown("LeaksTwice", "pkvm", "vcpu2 stop", "nothing-lost"),
@@ -92,6 +92,8 @@ def test_sizes_are_the_scenes() -> None:
     ({"shared": (2,)}, "page 2 cannot be shared, the file has 2 pages"),
     ({"slots": (Slot(0, 1, 2),)}, r"its slots bind pages \[1, 2\] of a file of 2 pages"),
     ({"slots": (Slot(0, 0, 1), Slot(0, 1, 1))}, r"its slots have gfns \[0, 0\]"),
+    ({"frames": 1, "populated": True}, "2 pages of files that are there have to fit into 1 frames to be populated"),
+    ({"made": False, "populated": True}, "have to fit into 3 frames to be populated"),
     ({"failures": 256}, "failures must be 0 to 255, not 256"),
     ({"pages": True}, "pages must be 1 to 4, not True"),
 ])

@@ -45,6 +45,9 @@ QUICK_PARTNER, QUICK_WITHOUT = "vcpu2", ("vmm",)
 """A first look at a scene without triples: everybody alone and with this vCPU, which touches one page; but for the VMM that
 does two things one after the other, since half of the time would be its. One call at a time is there: vmm2, pinner."""
 
+QUICK_PARTNERS = {"both-shared": (QUICK_PARTNER, "repeater")}
+"""Where it is not that vCPU alone: what is there to be converted, all of it at once, meets everybody, too."""
+
 LONG = {
     "vmm-life": ("vcpu", "vmm2", "stop", "memory-failure"),
     "vmm-pages": ("vcpu2", "vmm2", "drainer", "stop", "power"),
@@ -71,7 +74,8 @@ def plan(world: World, *, full: bool = True) -> list[Scenario]:
     brief = not full and world.scene.name not in TRIPLES
     if brief:
         usual = [name for name in usual if name not in QUICK_WITHOUT]
-    pairs = [*(pair for pair in itertools.combinations(usual, 2) if not brief or QUICK_PARTNER in pair),
+    partners = {*QUICK_PARTNERS.get(world.scene.name, (QUICK_PARTNER,))}
+    pairs = [*(pair for pair in itertools.combinations(usual, 2) if not brief or partners.intersection(pair)),
              *_long_pairs(world, long)]
     triples = _triples(world, full=full)
     chosen = [*((name,) for name in (*usual, *long)), *(_ordered(names, pair) for pair in pairs), *triples]

@@ -79,7 +79,7 @@ class World:
         if results == [-EOPNOTSUPP] and not self.scene.kernel.changes_direct_map:
             self.refused = results[0]
         elif any(results):
-            raise DesignRaised(f"design {self.design.name!r} cannot create and bind a file: {results}")
+            raise DesignRaised(f"design {self.design.name!r} cannot create, bind and populate a file: {results}")
         return shared
 
     # What breaks while the scene is set is a finding of no steps.
@@ -112,7 +112,7 @@ class World:
 
 
 def set_scene(library: Design) -> Steps[list[int]]:
-    """Create the file of the library's scene and bind it slot by slot: what each returned, up to a create that fails."""
+    """Create the file of the library's scene, bind it slot by slot, populate it: what each returned, up to a failed create."""
     user, scene = Host("user"), library.scene
     ret = yield from library.create(scene.pages, scene.shared)
     yield from user.op_returned("create", 0, scene.pages, ret)
@@ -120,6 +120,10 @@ def set_scene(library: Design) -> Steps[list[int]]:
     for slot in scene.slots if not ret else ():
         ret = yield from library.bind(slot.gfn, slot.start, slot.nr)
         yield from user.op_returned("bind", slot.start, slot.nr, ret)
+        results.append(ret)
+    if scene.populated and not any(results):
+        ret = yield from library.allocate(0, scene.pages)
+        yield from user.op_returned("allocate", 0, scene.pages, ret)
         results.append(ret)
     return results
 

@@ -54,6 +54,7 @@ class Scene:
     slots: what is bound before anybody starts, in every file (file n belongs to VM n, or to the only VM there is).
     failures, refusals: how many injected failures, and how many refusals for good, one run may have.
     made: whether the file exists when the parties begin; if not, somebody has to create and bind it.
+    populated: whether all its pages have been allocated by then.
 
     Raises BadInput for a scene that cannot be.
     """
@@ -70,6 +71,7 @@ class Scene:
     files: int = 1
     vms: int = 1
     made: bool = True
+    populated: bool = False
 
     def __post_init__(self) -> None:
         for what, most in MOST.items():
@@ -77,6 +79,9 @@ class Scene:
             least = 0 if what in ("failures", "refusals") else 1
             if type(number) is not int or not least <= number <= most:
                 raise BadInput(f"scene {self.name!r}: {what} must be {least} to {most}, not {number!r}")
+        if self.populated and (not self.made or self.files * self.pages > self.frames):
+            raise BadInput(f"scene {self.name!r}: {self.files * self.pages} pages of files that are there have to fit "
+                           f"into {self.frames} frames to be populated")
         if self.vms > self.files:
             raise BadInput(f"scene {self.name!r}: {self.vms} VMs need as many files, not {self.files}")
         for index in self.shared:
@@ -115,7 +120,8 @@ class Scene:
     def differences(self) -> Iterator[str]:
         """In words, where it differs from the plainest scene."""
         usual = Scene()
-        for name in ("pages", "frames", "shared", "slots", "failures", "refusals", "files", "vms", "made"):
+        for name in ("pages", "frames", "shared", "slots", "failures", "refusals", "files", "vms", "made",
+                     "populated"):
             if getattr(self, name) != getattr(usual, name):
                 yield f"{name} {getattr(self, name)}"
         for name, value in vars(self.kernel).items():
