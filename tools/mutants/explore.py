@@ -132,7 +132,7 @@ class _Against(Tried):
     # The parties that reach the mutant begin anew; all others are where they were, and so is what they do.
     def __init__(self, killer: Explored, mutant: Mutant, seen: Seen) -> None:
         self.killer, self.mutant, self.seen = killer, mutant, seen
-        self.anew = mutant.site.function is None or _is_host(mutant)
+        self.anew = mutant.site.function is None or mutant.site.is_hypercall
         self.worlds: dict[str, World] = {}
         self.differing: dict[Member, bool] = {}
         super().__init__(_scenario(name, parties, partial(self._run, name, parties))
@@ -216,11 +216,6 @@ def _differs(before: Told, program: Program, tables: Tables) -> bool:
     except BadInput:
         return True
     return False
-
-
-def _is_host(mutant: Mutant) -> bool:
-    function = mutant.site.function
-    return function is not None and bool(function.args.args) and function.args.args[0].arg.strip("_") == "stage2"
 
 
 def _explore(built: World, names: tuple[str, ...]) -> str | None:

@@ -1,7 +1,7 @@
 """Sites: the functions of a file, and the values that its classes and the file itself give to names.
 
 Rule of this file: what cannot go wrong is no part of a site - annotations, docstrings, abstract methods, protocols, words
-for people, and the tracepoints that only the laws read.
+for people, what can be injected, and the tracepoints that only the laws read.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ class Site:
         function = self.function
         text = ast.unparse(function.returns) if function and function.returns else ""
         return text.removeprefix("Steps[").removesuffix("]") if text.startswith("Steps[") else text
+
+    @property
+    def is_hypercall(self) -> bool:
+        """Whether it is code of the hypervisor's own half, behind a hypercall."""
+        return self.function is not None and bool(self.function.args.args) and (
+            self.function.args.args[0].arg.strip("_") == "stage2")
 
     @property
     def generator(self) -> bool:

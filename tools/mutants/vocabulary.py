@@ -5,8 +5,8 @@ from __future__ import annotations
 TRACEPOINTS = frozenset({"begin_op", "end_op", "warn"})
 """Steps that do nothing: the laws or a person reads them."""
 
-TEXT = frozenset({"title", "name", "source", "notes", "consents"})
-"""Names and arguments that are words for people."""
+TEXT = frozenset({"title", "name", "source", "notes", "consents", "fallible", "final", "errnos"})
+"""Names and arguments that are words for people, or say what a test host may inject."""
 
 NUMBERS = frozenset({"gfn", "index", "start", "nr", "size", "pgoff", "head", "at"})
 """Variables and attributes that hold a page index, a gfn or a length."""

@@ -112,7 +112,7 @@ class World:
 
 
 def set_scene(library: Design) -> Steps[list[int]]:
-    """Create the file of the library's scene, bind it slot by slot, populate it: what each returned, up to a failed create."""
+    """Create the file of the library's scene, bind it slot by slot, populate it: what each returned, up to a failure."""
     user, scene = Host("user"), library.scene
     ret = yield from library.create(scene.pages, scene.shared)
     yield from user.op_returned("create", 0, scene.pages, ret)

@@ -26,7 +26,8 @@ class Design(Library):
     """Names of its own that neither it nor the library calls, but a party of the same plugin does."""
     bounds: ClassVar[Mapping[str, Bound]] = {
         "fault": Bound(writes=1, flushes=1, calls=2, stalls=0), "user_fault": Bound(writes=2, stalls=0),
-        "allocate": Bound(stalls=0), "to_private": Bound(writes=1, calls=4, once=1, stalls=2), "to_shared": Bound(calls=4), "punch": Bound(writes=2, calls=4),
+        "allocate": Bound(stalls=0), "to_private": Bound(writes=1, calls=4, once=1, stalls=2), "to_shared": Bound(calls=4),
+        "punch": Bound(writes=2, calls=4),
         "unbind": Bound(calls=4), "teardown": Bound(calls=4),
     }
     """What an operation costs at most, each of its hypercalls made twice where the first fails (law bounded-cost). One that

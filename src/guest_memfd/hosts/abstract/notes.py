@@ -170,5 +170,5 @@ class Warned(NamedTuple):
     what: str
 
 
-Note = (Access | Abort | DirectMapChange | MadePrivate | StrayGuest | Refused | OutOfScope | Unannounced | Ended | Returned | Given
-        | Contained | Freed | Destroyed | UseAfterFree | Broken | Warned)
+Note = (Access | Abort | DirectMapChange | MadePrivate | StrayGuest | Refused | OutOfScope | Unannounced | Ended | Returned
+        | Given | Contained | Freed | Destroyed | UseAfterFree | Broken | Warned)

@@ -1,0 +1,189 @@
+"""What the hypervisors' own halves answer and change on the abstract host, call by call, as their documents say it.
+
+Sources: Gunyah, docs/api/gunyah_api.md (MEMEXTENT_DONATE, ADDRSPACE_MAP, ADDRSPACE_UNMAP, ADDRSPACE_MODIFY_PAGES); pKVM,
+arch/arm64/kvm/hyp/nvhe/mem_protect.c (transitions and their return codes). A row says what was there, what was asked
+for, the answer, and all that changed: whatever it does not name must be as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+from driver import Bench
+
+from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.host import Folio, Primitive
+from guest_memfd.hosts.scene import Scene
+
+EINVAL, EBUSY, EPERM, ENOENT = -22, -16, -1, -2
+P = Folio(0)
+FLUSHED = {"pfn1.stale": 0}
+"""Taking a page from the host ends in a flush of its TLBs, other pages' entries included."""
+
+GUESTS = {"pfn0.owner": "guest", "pfn0.s2": 0, "pfn0.content": "secret", "page0.expect": "secret"}
+HAS = {**GUESTS, "pfn0.gmap": 1}
+HOLDS = {**HAS, "pfn0.locked_in": 1}
+SHARES = {"pfn0.owner": "shared", "pfn0.gmap": 1}
+BORROWS = {"pfn0.owner": "borrowed", "pfn0.gmap": 1, "pfn0.content": "data", "page0.expect": "data"}
+DYING = {"vm0.vm": st.DYING}
+
+
+class Row(NamedTuple):
+    before: dict[str, Any]
+    call: tuple[Any, ...]
+    ret: int
+    after: dict[str, Any]
+
+
+GUNYAH = [
+    Row({}, ("donate_to_protected", P), 0, {"pfn0.owner": "guest", "pfn0.s2": 0, **FLUSHED}),
+    Row(GUESTS, ("donate_to_protected", P), EINVAL, {}),
+    Row(SHARES, ("donate_to_protected", P), EINVAL, {}),
+    Row(GUESTS, ("donate_from_protected", P), 0, {"pfn0.owner": "host", "pfn0.s2": 1}),
+    Row(HAS, ("donate_from_protected", P), EBUSY, {}),                                          # it never unmaps
+    Row({}, ("donate_from_protected", P), EINVAL, {}),
+    Row(SHARES, ("donate_from_protected", P), EINVAL, {}),
+    Row({}, ("donate_to_sibling", P), 0, {"pfn0.owner": "shared"}),
+    Row(GUESTS, ("donate_to_sibling", P), EINVAL, {}),
+    Row(SHARES, ("donate_to_sibling", P), EINVAL, {}),
+    Row(SHARES, ("donate_from_sibling", P), 0, {"pfn0.owner": "host"}),                         # mappings move with it
+    Row({}, ("donate_from_sibling", P), EINVAL, {}),
+    Row(GUESTS, ("donate_from_sibling", P), EINVAL, {}),
+    Row(GUESTS, ("map_private", 0, P), 0, {"pfn0.gmap": 1, "pfn0.locked_in": 1}),
+    Row({**GUESTS, "pfn1.gmap": 2}, ("map_private", 1, P), 0, {"pfn0.gmap": 2, "pfn0.locked_in": 1, "pfn1.gmap": 0}),
+    Row({}, ("map_private", 0, P), EINVAL, {}),
+    Row({"pfn0.owner": "shared"}, ("map_private", 0, P), EINVAL, {}),
+    Row({"pfn0.owner": "shared"}, ("map_vmmio", 0, P), 0, {"pfn0.gmap": 1}),
+    Row({}, ("map_vmmio", 0, P), EINVAL, {}),
+    Row(GUESTS, ("map_vmmio", 0, P), EINVAL, {}),
+    Row(HAS, ("unmap_private", 0, P, True), 0, {"pfn0.gmap": 0}),
+    Row(HAS, ("unmap_private", 0, P, False), 0, {"pfn0.gmap": 0, "pfn0.gstale": 1}),            # NOSYNC
+    Row({**HAS, **DYING}, ("unmap_private", 0, P, True), 0, {"pfn0.gmap": 0}),
+    Row(HOLDS, ("unmap_private", 0, P, True), EBUSY, {}),
+    Row({**HOLDS, **DYING}, ("unmap_private", 0, P, True), 0,
+        {"pfn0.gmap": 0, "pfn0.locked_in": 0, "pfn0.content": "zero", "page0.expect": "any"}),
+    Row(HAS, ("unmap_private", 1, P, True), EINVAL, {}),
+    Row(GUESTS, ("unmap_private", 0, P, True), EINVAL, {}),
+    Row(SHARES, ("unmap_private", 0, P, True), EINVAL, {}),
+    Row(SHARES, ("unmap_vmmio", 0, P, True), 0, {"pfn0.gmap": 0}),
+    Row(SHARES, ("unmap_vmmio", 0, P, False), 0, {"pfn0.gmap": 0, "pfn0.gstale": 1}),
+    Row(SHARES, ("unmap_vmmio", 1, P, True), EINVAL, {}),
+    Row({"pfn0.owner": "shared"}, ("unmap_vmmio", 0, P, True), EINVAL, {}),
+    Row(HAS, ("unmap_vmmio", 0, P, True), EINVAL, {}),
+]
+
+RECLAIMED = {"pfn0.owner": "host", "pfn0.gmap": 0, "pfn0.content": "zero", "page0.expect": "any"}
+PKVM = [
+    Row({}, ("donate_guest", 0, P), 0,
+        {"pfn0.owner": "guest", "pfn0.s2": 0, "pfn0.gmap": 1, "pfn0.locked_in": 1, **FLUSHED}),
+    Row({"gfn0.gpoison": 1}, ("donate_guest", 0, P), EPERM, {}),
+    Row(GUESTS, ("donate_guest", 0, P), EPERM, {}),
+    Row(SHARES, ("donate_guest", 0, P), EPERM, {}),
+    Row({}, ("share_guest", 0, P), 0, {"pfn0.owner": "shared", "pfn0.gmap": 1}),
+    Row({"gfn0.gpoison": 1}, ("share_guest", 0, P), EPERM, {}),
+    Row({"gfn1.gpoison": 1}, ("share_guest", 0, P), 0, {"pfn0.owner": "shared", "pfn0.gmap": 1}),
+    Row(GUESTS, ("share_guest", 0, P), EPERM, {}),
+    Row(SHARES, ("share_guest", 0, P), EPERM, {}),
+    Row(SHARES, ("unshare_guest", 0, P), 0, {"pfn0.owner": "host", "pfn0.gmap": 0}),
+    Row({}, ("unshare_guest", 0, P), ENOENT, {}),
+    Row(HOLDS, ("unshare_guest", 0, P), ENOENT, {}),
+    Row(BORROWS, ("unshare_guest", 0, P), ENOENT, {}),
+    Row(BORROWS, ("unshare", 0, P), 0, {"pfn0.owner": "guest", "pfn0.s2": 0, "pfn0.locked_in": 1, **FLUSHED}),
+    Row({}, ("unshare", 0, P), EPERM, {}),
+    Row(SHARES, ("unshare", 0, P), EPERM, {}),
+    Row(HOLDS, ("unshare", 0, P), EPERM, {}),
+    *(Row(before, ("check_consent", 0, P, converting), ret, {}) for before, converting, ret in (
+        (HOLDS, False, EBUSY), (HOLDS, True, EBUSY), ({**HOLDS, **DYING}, False, 0), ({**HOLDS, **DYING}, True, EBUSY),
+        (BORROWS, False, EBUSY), (BORROWS, True, 0), ({**BORROWS, **DYING}, False, 0), ({**BORROWS, **DYING}, True, 0),
+        ({}, False, 0), ({}, True, 0), (SHARES, False, 0), (SHARES, True, 0))),
+    Row({}, ("reclaim_dying_guest_page", 0, P), 0, {}),
+    Row(DYING, ("reclaim_dying_guest_page", 0, P), 0, {}),
+    Row(HOLDS, ("reclaim_dying_guest_page", 0, P), EPERM, {}),
+    Row(BORROWS, ("reclaim_dying_guest_page", 0, P), EPERM, {}),
+    Row({**HOLDS, **DYING}, ("reclaim_dying_guest_page", 0, P), 0, {**RECLAIMED, "pfn0.s2": 1, "pfn0.locked_in": 0}),
+    Row({**BORROWS, **DYING}, ("reclaim_dying_guest_page", 0, P), 0, RECLAIMED),
+]
+
+KVM = [
+    Row({}, ("mmu_map", 1, P), 0, {"pfn0.gmap": 2}),
+    Row({"pfn0.gmap": 2}, ("mmu_unmap", 1, P), 0, {"pfn0.gmap": 0}),
+    Row({"pfn0.gmap": 2}, ("mmu_unmap", 0, P), 0, {}),
+]
+
+# What a guest, or the host by an access of its own, makes the hypervisor do: (hypervisor, before, primitive, result, after).
+BY_OTHERS = [
+    ("gunyah", HOLDS, Primitive("guest_consents", (0,), "guest"), "ok",
+     {"pfn0.locked_in": 0, "pfn0.content": "data", "page0.expect": "any"}),
+    ("gunyah", SHARES, Primitive("guest_consents", (0,), "guest"), "ok", {}),
+    ("gunyah", HAS, Primitive("guest_access", (0, False), "guest"), "ok", {"pfn0.locked_in": 1}),
+    ("gunyah", SHARES, Primitive("guest_access", (0, False), "guest"), "ok", {}),
+    ("pkvm", HOLDS, Primitive("guest_consents", (0,), "guest"), "ok",
+     {"pfn0.owner": "borrowed", "pfn0.locked_in": 0, "pfn0.s2": 1, "pfn0.content": "data", "page0.expect": "data"}),
+    ("pkvm", SHARES, Primitive("guest_consents", (0,), "guest"), "ok", {}),
+    ("pkvm", BORROWS, Primitive("guest_consents", (0,), "guest"), "ok", {}),
+    ("pkvm", HOLDS, Primitive("image_copy", (0,), "power"), "copied",                           # a plain access of the host
+     {"pfn0.owner": "host", "pfn0.s2": 1, "pfn0.gmap": 0, "pfn0.locked_in": 0, "pfn0.content": "zero", "gfn0.gpoison": 1}),
+]
+WORDS: dict[str, dict[int, str]] = {
+    "owner": dict(enumerate(st.OWNERS)), "content": dict(enumerate(st.CONTENTS)),
+    "expect": {**dict(enumerate(st.CONTENTS)), st.ANY: "any"},
+}
+
+
+def placed(before: dict[str, Any], hypervisor: str) -> Bench:
+    """Page 0 of the file is frame 0, which is as *before* says; the host has a stale entry for frame 1."""
+    bench = Bench(hypervisor, scene=Scene())
+    assert bench.do(lambda lib: lib.allocate(0, 1)) == 0
+    state = bench.state
+    changed = {"pfn0.content": "zero", "pfn1.stale": 1, **before}
+    for name, value in changed.items():
+        record, _, field = name.partition(".")
+        numbers = {word: number for number, word in WORDS.get(field, {}).items()}
+        setattr(records(state)[record], field, numbers.get(value, value))
+    bench.shared = state.save()
+    return bench
+
+
+def records(state: st.State) -> dict[str, Any]:
+    kinds = {"pfn": state.frames(), "page": state.pages(), "gfn": state.gfns(),
+             "vm": state.vms()}
+    return {f"{kind}{record.number}": record for kind, members in kinds.items() for record in members}
+
+
+def fields(state: st.State) -> dict[str, Any]:
+    """All that there is of pages, gfns and VMs, ghosts left out."""
+    return {f"{name}.{field}": WORDS[field][getattr(record, field)] if field in WORDS else getattr(record, field)
+            for name, record in records(state).items()
+            for field in (*FIELDS[name.rstrip("0123456789")],)}
+
+
+FIELDS = {"pfn": tuple(field for field in st.FRAME_FIELDS if field != "asked"), "page": st.PAGE_FIELDS,
+          "gfn": st.GFN_FIELDS, "vm": st.VM_FIELDS}
+
+
+def done(bench: Bench, primitive: Primitive) -> tuple[Any, dict[str, Any]]:
+    """What *primitive* says, and what it has changed."""
+    was = fields(bench.state)
+    outcome = next(o for o in bench.machine.outcomes(bench.shared, 0, primitive) if not o.failed)
+    now = fields(st.State(outcome.shared))
+    return outcome.result, {name: value for name, value in now.items() if value != was[name]}
+
+
+@pytest.mark.parametrize(("hypervisor", "row"), [
+    *(("gunyah", row) for row in GUNYAH), *(("pkvm", row) for row in PKVM), *(("kvm", row) for row in KVM)])
+def test_a_hypercall_answers_and_changes_what_it_should(hypervisor: str, row: Row) -> None:
+    bench = placed(row.before, hypervisor)
+    assert done(bench, Primitive("hypercall", row.call, "module")) == (row.ret, row.after)
+
+
+@pytest.mark.parametrize(("hypervisor", "before", "primitive", "result", "after"), BY_OTHERS)
+def test_what_others_make_the_hypervisor_do(
+    hypervisor: str, before: dict[str, Any], primitive: Primitive, result: str, after: dict[str, Any],
+) -> None:
+    assert done(placed(before, hypervisor), primitive) == (result, after)
+
+
+@pytest.mark.parametrize(("hypervisor", "rows"), [("gunyah", GUNYAH), ("pkvm", PKVM), ("kvm", KVM)])
+def test_every_hypercall_is_asked(hypervisor: str, rows: list[Row]) -> None:
+    assert {row.call[0] for row in rows} == {*Bench(hypervisor).hypervisor.hypercalls}
