@@ -31,7 +31,10 @@ MACHINE = tuple(f"hosts/emulated/{part}/**/*.py" for part in ("arm64", "kernel",
 ABSTRACTION = ("hosts/emulated/abstraction.py",)
 
 LOCK_STEP = Tested("test_refinement.py")
-BESIDE_THE_SUITE = Tested("test_library.py", "test_hypercalls.py", "test_large_files.py", "test_gunyah_device.py")
+BESIDE_THE_SUITE = Tested(
+    "test_folios.py", "test_drivers.py", "test_hypercalls.py", "test_library.py", "test_power.py", "test_large_files.py",
+    "test_gunyah_device.py",
+)
 
 TARGETS: dict[str, Target] = {target.name: target for target in (
     Target("library", LIBRARY, (Explored(), BESIDE_THE_SUITE)),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 TESTS = Path(__file__).resolve().parent.parent.parent / "tests"
 PACKAGE = "guest_memfd"
+OFF = ("terminal", "cacheprovider", "xdist", "unraisableexception", "threadexception")
+ARGUMENTS = (*(f"-pno:{plugin}" for plugin in OFF), "-s", "-m", "not long")
 
 
 class Tested(Killer):
@@ -32,41 +34,68 @@ class Tested(Killer):
         self.files = files
         self.items: list[pytest.Item] = []
         self.package: Any = None
-        self.said: list[pytest.TestReport] = []
+        self.reports = _Reports()
 
     def within(self, work: Callable[[], None]) -> None:
         """Do *work* where the tests are collected."""
         import pytest
 
         loop = _Loop(self, work)
-        off = ("terminal", "cacheprovider", "xdist", "unraisableexception", "threadexception")
-        arguments = [*(f"-pno:{plugin}" for plugin in off), "-s", "-m", "not long"]
-        code = pytest.main([*arguments, *(str(TESTS / file) for file in self.files)], plugins=[loop])
+        code = pytest.main([*ARGUMENTS, *self._paths()], plugins=[loop, self.reports])
         if loop.error is not None:
             raise loop.error
         if not loop.begun:
             raise RuntimeError(f"pytest collects nothing of {', '.join(self.files)}: {code!r}")
 
     def scenarios(self) -> Iterator[Scenario]:
-        """None if the package was imported anew: the tests know the old one."""
+        """Each of them; all in one if the package was imported anew, as the tests at hand know the old one."""
         gc.freeze()                                     # what there is already is looked at by no collection
         if sys.modules[PACKAGE] is self.package:
             for item in self.items:
                 yield Scenario(self.name, item.nodeid, partial(self._run, item))
+        else:
+            yield Scenario(self.name, "all of them", self._run_anew)
+
+    def _run_anew(self) -> str | None:
+        import pytest
+
+        for name in [name for name, module in sys.modules.items() if _is_a_test(module)]:
+            del sys.modules[name]
+        reports = _Reports()
+        with _Quiet():
+            pytest.main([*ARGUMENTS, "-x", *self._paths()], plugins=[reports])
+        failed = next((report for report in reports.said if report.failed), None)
+        return None if failed is None else f"{failed.nodeid}: {_words(failed)}"
+
+    def _paths(self) -> list[str]:
+        return [str(TESTS / file) for file in self.files]
 
     # The first failure's first line.
     def _run(self, item: pytest.Item) -> str | None:
-        self.said.clear()
+        self.reports.said.clear()
         with _Quiet():
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
             gc.collect()                                # children do not collect by themselves, and a machine is large
-        failed = next((report for report in self.said if report.failed), None)
+        failed = next((report for report in self.reports.said if report.failed), None)
         return None if failed is None else _words(failed)
 
 
 def _words(report: pytest.TestReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     return str(crash.message if crash else report.longrepr).partition("\n")[0] or report.when or "failed"
+
+
+def _is_a_test(module: Any) -> bool:
+    return str(getattr(module, "__file__", None)).startswith(f"{TESTS}{os.sep}")
+
+
+class _Reports:
+    # A plugin that keeps what becomes of tests.
+    def __init__(self) -> None:
+        self.said: list[pytest.TestReport] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.said.append(report)
 
 
 class _Loop:
@@ -85,9 +114,6 @@ class _Loop:
             except BaseException as error:              # pytest would make an internal error of it
                 self.error = error
         return True
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.tested.said.append(report)
 
 
 class _Quiet:

@@ -85,6 +85,8 @@ class _Trial:
     def _worth(self, killer: Killer, base: Baseline, labels: Sequence[str]) -> Iterator[Scenario]:
         there = killer.against(self.mutant, base.parties)
         scenarios = [there.scenarios[label] for label in labels if label in there.scenarios]
+        if not scenarios and self.mutant.site.function is None:         # all anew, under labels of their own
+            scenarios = [*there.scenarios.values()]
         began = time.process_time()
         done: list[Scenario] = []
         for scenario in itertools.takewhile(lambda _: time.process_time() - began < AT_ONCE, scenarios):

@@ -1,0 +1,117 @@
+"""The drivers' halves: which hypercalls a driver makes for each operation of the library, and what it makes of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from scripted import script
+
+from guest_memfd.core.ops import GuestMemfdOps
+from guest_memfd.hosts.host import Folio
+from guest_memfd.hypervisors.gunyah.client import GunyahOps
+from guest_memfd.hypervisors.kvm.default import KvmOps
+from guest_memfd.hypervisors.kvm.pkvm import PkvmOps
+
+EPERM, ENOENT, EIO, EAGAIN, ENOMEM, EBUSY, EINVAL = -1, -2, -5, -11, -12, -16, -22
+P, GFN = Folio(7), 3
+
+Row = tuple[Callable[[GuestMemfdOps], Any], Sequence[tuple[str, int]], Any]
+
+
+def invalidate(private: bool, reason: Any) -> Callable[[GuestMemfdOps], Any]:
+    return lambda ops: ops.invalidate(GFN, P, private, reason)
+
+
+def prepare_private(ops: GuestMemfdOps) -> Any:
+    return ops.prepare_private(GFN, P)
+
+
+def prepare_shared(ops: GuestMemfdOps) -> Any:
+    return ops.prepare_shared(GFN, P)
+
+
+def make_shared(ops: GuestMemfdOps) -> Any:
+    return ops.make_shared(GFN, P)
+
+
+def make_private(ops: GuestMemfdOps) -> Any:
+    return ops.make_private(GFN, P)
+
+
+def reclaim(ops: GuestMemfdOps) -> Any:
+    return ops.reclaim(GFN, P)
+
+
+TO_PROTECTED, TO_SIBLING = "hypercall(donate_to_protected, pfn7)", "hypercall(donate_to_sibling, pfn7)"
+FROM_PROTECTED, FROM_SIBLING = "hypercall(donate_from_protected, pfn7)", "hypercall(donate_from_sibling, pfn7)"
+MAP_PRIVATE, MAP_VMMIO = "hypercall(map_private, 3, pfn7)", "hypercall(map_vmmio, 3, pfn7)"
+UNMAP_PRIVATE, UNMAP_VMMIO = "hypercall(unmap_private, 3, pfn7, True)", "hypercall(unmap_vmmio, 3, pfn7, True)"
+
+GUNYAH: list[Row] = [
+    # A donate that says "not the owner" has been made before.
+    *((ops, [(donate, first), (mapped, last)], last) for first in (0, EINVAL) for last in (0, ENOMEM)
+      for ops, donate, mapped in ((prepare_private, TO_PROTECTED, MAP_PRIVATE), (prepare_shared, TO_SIBLING, MAP_VMMIO))),
+    (prepare_private, [(TO_PROTECTED, ENOMEM)], ENOMEM), (prepare_shared, [(TO_SIBLING, ENOMEM)], ENOMEM),
+    # What is busy is asked once more, what is not mapped is as it should be; a shared page goes back to the host then.
+    (invalidate(True, "punch"), [(UNMAP_PRIVATE, 0)], 0),
+    (invalidate(True, "punch"), [(UNMAP_PRIVATE, EINVAL)], 0),
+    (invalidate(True, "punch"), [(UNMAP_PRIVATE, EBUSY)], EBUSY),
+    (invalidate(True, "punch"), [(UNMAP_PRIVATE, EIO)], EIO),
+    (invalidate(True, "punch"), [(UNMAP_PRIVATE, EAGAIN), (UNMAP_PRIVATE, 0)], 0),
+    (invalidate(True, "punch"), [(UNMAP_PRIVATE, EAGAIN), (UNMAP_PRIVATE, EAGAIN)], EAGAIN),
+    (invalidate(True, "punch"), [(UNMAP_PRIVATE, EAGAIN), (UNMAP_PRIVATE, EBUSY)], EBUSY),
+    (invalidate(False, "punch"), [(UNMAP_VMMIO, 0), (FROM_SIBLING, 0)], 0),
+    (invalidate(False, "punch"), [(UNMAP_VMMIO, EINVAL), (FROM_SIBLING, EINVAL)], 0),
+    (invalidate(False, "punch"), [(UNMAP_VMMIO, 0), (FROM_SIBLING, EIO)], EIO),
+    (invalidate(False, "punch"), [(UNMAP_VMMIO, EIO)], EIO),
+    (invalidate(False, "punch"), [(UNMAP_VMMIO, EAGAIN), (UNMAP_VMMIO, 0), (FROM_SIBLING, 0)], 0),
+    (invalidate(False, "punch"), [(UNMAP_VMMIO, EAGAIN), (UNMAP_VMMIO, EAGAIN)], EAGAIN),
+    *((ops, [(FROM_PROTECTED, first)], last) for ops in (reclaim, make_shared)
+      for first, last in ((0, 0), (EINVAL, 0), (EAGAIN, EAGAIN), (EBUSY, EBUSY), (EIO, EIO))),
+    (make_private, [], None),
+    (GuestMemfdOps.release, [], None),
+]
+
+DONATE, SHARE = "hypercall(donate_guest, 3, pfn7)", "hypercall(share_guest, 3, pfn7)"
+UNSHARE_GUEST, UNSHARE = "hypercall(unshare_guest, 3, pfn7)", "hypercall(unshare, 3, pfn7)"
+RECLAIM = "hypercall(reclaim_dying_guest_page, 3, pfn7)"
+ASK, ASK_TO_CONVERT = "hypercall(check_consent, 3, pfn7, False)", "hypercall(check_consent, 3, pfn7, True)"
+
+PKVM: list[Row] = [
+    *((ops, [(call, first)], last) for ops, call in ((prepare_private, DONATE), (prepare_shared, SHARE))
+      for first, last in ((0, 0), (EPERM, 0), (ENOMEM, ENOMEM))),
+    *((invalidate(True, reason), [(ASK_TO_CONVERT if reason == "to_shared" else ASK, ret)], ret)
+      for reason in ("to_private", "to_shared", "punch", "unbind", "error") for ret in (0, EBUSY)),
+    (invalidate(True, "teardown"), [], 0),
+    *((invalidate(False, reason), [(UNSHARE_GUEST, ret)], ret)
+      for reason in ("punch", "to_private", "teardown") for ret in (0, EIO)),
+    # Not lent by the host: the guest's own, which it lets the host use.
+    (invalidate(False, "to_private"), [(UNSHARE_GUEST, ENOENT)], 0),
+    (invalidate(False, "punch"), [(UNSHARE_GUEST, ENOENT), (RECLAIM, 0)], 0),
+    (invalidate(False, "teardown"), [(UNSHARE_GUEST, ENOENT), (RECLAIM, 0)], 0),
+    (invalidate(False, "unbind"), [(UNSHARE_GUEST, ENOENT), (RECLAIM, EPERM)], EBUSY),
+    (invalidate(False, "punch"), [(UNSHARE_GUEST, ENOENT), (RECLAIM, EAGAIN)], EAGAIN),
+    *((reclaim, [(RECLAIM, ret)], ret) for ret in (0, EPERM, EAGAIN, EIO)),
+    (make_shared, [], 0),
+    (make_private, [(UNSHARE, 0)], None), (make_private, [(UNSHARE, EPERM)], None),
+    (GuestMemfdOps.release, [], None),
+]
+
+MAP, UNMAP = "hypercall(mmu_map, 3, pfn7)", "hypercall(mmu_unmap, 3, pfn7)"
+KVM: list[Row] = [
+    *((ops, [(MAP, ret)], ret) for ops in (prepare_private, prepare_shared) for ret in (0, ENOMEM)),
+    *((invalidate(private, reason), [(UNMAP, ret)], ret) for private in (True, False) for reason in ("punch", "teardown")
+      for ret in (0, EAGAIN)),
+    (make_shared, [], 0), (make_private, [], None), (reclaim, [], 0), (GuestMemfdOps.release, [], None),
+]
+
+
+@pytest.mark.parametrize(("ops", "row"), [
+    *((GunyahOps, row) for row in GUNYAH), *((PkvmOps, row) for row in PKVM), *((KvmOps, row) for row in KVM)])
+def test_a_driver_makes_these_calls_and_answers_so(ops: type[GuestMemfdOps], row: Row) -> None:
+    operation, calls, answer = row
+    driver = ops()
+    steps = driver.release() if operation is GuestMemfdOps.release else operation(driver)
+    assert script(steps, *(ret for _, ret in calls)) == (answer, [call for call, _ in calls])

@@ -1,0 +1,280 @@
+"""What the library asks the page cache for, step by step: holes, folios of more than one page, batches, races.
+
+The page cache is the test's own, a few lines; the steps expected are those that the docstrings of core/folio.py,
+core/convert.py and core/invalidate.py promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from scripted import asked
+
+from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.core.convert import Conversion
+from guest_memfd.core.file import runs
+from guest_memfd.core.folio import Grabbed, Held
+from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.hosts.host import EAGAIN, EBUSY, EEXIST, EHWPOISON, ENOMEM, Folio, Locked, Lookup, Primitive
+from guest_memfd.hypervisors.kvm.default import KvmOps
+
+
+class Splitting(OurLibrary):
+    """Folios of two pages, single pages where those are not to be had."""
+
+    order, splits = 1, True
+
+
+@dataclass
+class PageCache:
+    """Folios by the page index of their head; what the trees say; references; what fails, by primitive."""
+
+    folios: dict[int, Folio] = field(default_factory=dict)
+    attributes: dict[int, int] = field(default_factory=dict)
+    bound: dict[int, int] = field(default_factory=dict)
+    refs: dict[Folio, int] = field(default_factory=dict)
+    batched: set[Folio] = field(default_factory=set)
+    private: set[Folio] = field(default_factory=set)
+    fails: dict[str, list[int]] = field(default_factory=dict)
+
+    def heads(self, index: int) -> Iterator[int]:
+        yield from (head for head, folio in self.folios.items() if head <= index < head + folio.nr)
+
+    def __call__(self, primitive: Primitive) -> Any:
+        args = primitive.args
+        if self.fails.get(primitive.name):
+            return self.fails[primitive.name].pop(0)
+        return getattr(self, f"_{primitive.name}", lambda *_args: 0)(*args)
+
+    def _xa_load(self, tree: str, start: int, nr: int) -> tuple[int, ...]:
+        entries, hole = (self.attributes, PRIVATE_PAGE) if tree == "attributes" else (self.bound, 0)
+        return tuple(entries.get(index, hole) for index in range(start, start + nr))
+
+    def _filemap_get_folio(self, index: int) -> Lookup | None:
+        return next((Lookup(self.folios[head], head) for head in self.heads(index)), None)
+
+    def _filemap_find_folio(self, index: int, nr: int) -> int:
+        return min((head for head in self.folios if index <= head < index + nr), default=index + nr)
+
+    def _filemap_add_folio(self, index: int, order: int) -> Lookup:
+        head = index >> order << order
+        self.folios[head] = Folio(100 + head, order)
+        return Lookup(self.folios[head], head)
+
+    def _lock_folio(self, folio: Folio) -> Locked:
+        head = next((head for head, known in self.folios.items() if known == folio), None)
+        return Locked(head, True, folio in self.private, False)
+
+    def _folio_ref_count(self, folio: Folio) -> int:
+        return self.refs.get(folio, folio.nr + 1) + (folio in self.batched)
+
+    def _lru_add_drain_all(self) -> None:
+        self.batched.clear()
+
+    def _split_folio(self, folio: Folio) -> int:
+        head = next(self.heads(next(h for h, f in self.folios.items() if f == folio)))
+        del self.folios[head]
+        self.folios |= {head + at: Folio(folio.pfn + at) for at in range(folio.nr)}
+        return 0
+
+
+def library(size: int = 64, design: type[OurLibrary] = OurLibrary) -> OurLibrary:
+    return design(KvmOps(), size)
+
+
+def gets(*indexes: int) -> list[str]:
+    return [f"filemap_get_folio({index})" for index in indexes]
+
+
+LOADS = 2
+"""present() begins with a look at both trees."""
+
+
+# -- present -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "nr", "steps"), [
+    ([], 1, gets(0)),
+    ([], 14, gets(*range(14))),
+    ([], 15, [*gets(*range(15)), "filemap_find_folio(15, 0)"]),
+    ([], 40, [*gets(*range(15)), "filemap_find_folio(15, 25)"]),
+    ([20], 40, [*gets(*range(15)), "filemap_find_folio(15, 25)", *gets(*range(20, 36)), "filemap_find_folio(36, 4)"]),
+    ([14], 29, gets(*range(29))),                       # a hit: counting begins again
+    ([0, 1, 2], 3, gets(0, 1, 2)),
+    ([15], 16, [*gets(*range(15)), "filemap_find_folio(15, 1)", *gets(15)]),
+])
+def test_holes_are_looked_at_one_by_one_and_then_skipped(heads: list[int], nr: int, steps: list[str]) -> None:
+    cache = PageCache({head: Folio(head) for head in heads})
+    found, done = asked(library().present(0, nr), cache)
+    assert [held.pgoff for held in found] == heads
+    assert done[LOADS:] == steps
+
+
+def test_folios_are_told_by_their_heads() -> None:
+    two, one = Folio(8, 1), Folio(3)
+    cache = PageCache({4: two, 6: one}, {4: PRIVATE_PAGE, 5: PRIVATE_PAGE, 6: SHARED_PAGE}, {4: 11, 5: 12})
+    found, done = asked(library().present(5, 3), cache)
+    assert found == (Held(two, 4, 10, True), Held(one, 6, None, False))
+    assert done == ["xa_load(bindings, 5, 3)", "xa_load(attributes, 5, 3)", *gets(5, 6, 7)]
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def held(*folios: Folio) -> tuple[Held, ...]:
+    return tuple(Held(folio, 10 + at, at, False) for at, folio in enumerate(folios))
+
+
+COUNT = "folio_ref_count(pfn{})"
+
+
+@pytest.mark.parametrize(("refs", "batched", "busy", "steps"), [
+    ({}, (), None, ["folio_ref_count(pfn0)", "folio_ref_count(pfn1)"]),
+    ({}, (1,), None, ["folio_ref_count(pfn0)", "folio_ref_count(pfn1)", "lru_add_drain_all()", "folio_ref_count(pfn1)"]),
+    ({0: 3}, (), 10, ["folio_ref_count(pfn0)", "lru_add_drain_all()", "folio_ref_count(pfn0)"]),
+    ({1: 3}, (0,), 11, ["folio_ref_count(pfn0)", "lru_add_drain_all()", "folio_ref_count(pfn0)", "folio_ref_count(pfn1)"]),
+    ({0: 1}, (), None, ["folio_ref_count(pfn0)", "folio_ref_count(pfn1)"]),
+])
+def test_batches_are_drained_once_and_only_if_somebody_seems_to_refer(
+    refs: dict[int, int], batched: tuple[int, ...], busy: int | None, steps: list[str],
+) -> None:
+    cache = PageCache(refs={Folio(n): count for n, count in refs.items()}, batched={Folio(n) for n in batched})
+    assert asked(library().unexpected_refs(held(Folio(0), Folio(1))), cache) == (busy, steps)
+
+
+@pytest.mark.parametrize(("refs", "busy"), [(5, None), (6, 10), (4, None)])
+def test_a_folio_of_four_pages_has_five_references(refs: int, busy: int | None) -> None:
+    folio = Folio(4, 2)
+    assert asked(library().unexpected_refs(held(folio)), PageCache(refs={folio: refs}))[0] == busy
+
+
+def test_one_flush_is_for_all_that_were_zapped() -> None:
+    cache = PageCache({0: Folio(0), 1: Folio(1), 2: Folio(2)}, dict.fromkeys(range(3), SHARED_PAGE), private={Folio(1)})
+    result, done = asked(library().make_private(0, 3), cache)
+    assert result == Conversion(0)
+    flushes = [step for step in done if step.startswith("flush")]
+    assert flushes == ["flush_tlb_kernel_range((Folio(pfn=0, order=0), Folio(pfn=2, order=0)))"]
+    assert done.index(flushes[0]) > done.index("set_direct_map_invalid_noflush(pfn2)")
+
+
+def test_a_zap_that_fails_ends_the_batch_and_what_was_zapped_is_flushed() -> None:
+    cache = PageCache({0: Folio(0), 1: Folio(1), 2: Folio(2)}, dict.fromkeys(range(3), SHARED_PAGE),
+                      fails={"set_direct_map_invalid_noflush": [0, -ENOMEM]})
+    result, done = asked(library().make_private(0, 3), cache)
+    assert result == Conversion(-ENOMEM)
+    assert "flush_tlb_kernel_range((Folio(pfn=0, order=0),))" in done
+    assert "lock_folio(pfn2)" not in done
+    assert "xa_release(attributes)" in done
+    assert not any(step.startswith("xa_store_reserved") for step in done)
+
+
+@pytest.mark.parametrize(("name", "entry"), [("make_private", PRIVATE_PAGE), ("make_shared", SHARED_PAGE)])
+def test_what_is_so_already_costs_a_look(name: str, entry: int) -> None:
+    convert = getattr(library(), name)
+    result, done = asked(convert(2, 3), PageCache(attributes=dict.fromkeys(range(64), entry)))
+    assert result == Conversion(0)
+    assert [step for step in done if "op(" not in step] == [
+        "down_write(invalidate)", "xa_load(attributes, 2, 3)", "up_write(invalidate)"]
+
+
+# -- grab --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folio_that_has_moved_is_looked_up_again() -> None:
+    answers: Iterator[Any] = iter([Lookup(Folio(1), 5), Locked(4, True, False, False), 0, 0, Lookup(Folio(2), 5),
+                                   Locked(5, True, True, False)])
+    result, done = asked(library().grab_folio(5), lambda _primitive: next(answers))
+    assert result == Grabbed(Folio(2), 5, True)
+    assert done == ["filemap_get_folio(5)", "lock_folio(pfn1)", "unlock_folio(pfn1)", "folio_put(pfn1, lookup)",
+                    "filemap_get_folio(5)", "lock_folio(pfn2)"]
+
+
+def test_poison_is_told_and_let_go() -> None:
+    answers: Iterator[Any] = iter([Lookup(Folio(1), 5), Locked(5, True, False, True), 0, 0])
+    result, done = asked(library().grab_folio(5), lambda _primitive: next(answers))
+    assert result == -EHWPOISON
+    assert done[2:] == ["unlock_folio(pfn1)", "folio_put(pfn1, lookup)"]
+
+
+@pytest.mark.parametrize(("design", "errors", "orders", "result"), [
+    (OurLibrary, [-ENOMEM], [0], -ENOMEM),
+    (OurLibrary, [-EEXIST] * 3, [0, 0, 0], -EAGAIN),
+    (OurLibrary, [-EEXIST, -ENOMEM], [0, 0], -ENOMEM),
+    (Splitting, [-ENOMEM, -ENOMEM], [1, 0], -ENOMEM),
+    (Splitting, [-ENOMEM], [1, 0], 5),
+    (Splitting, [], [1], 4),
+    (Splitting, [-EEXIST], [1, 0], 5),                  # somebody has part of the range: a single page fits beside it
+])
+def test_a_folio_is_allocated_whole_if_it_can_be(
+    design: type[OurLibrary], errors: list[int], orders: list[int], result: int,
+) -> None:
+    grabbed, done = asked(library(design=design).grab_folio(5), PageCache(fails={"filemap_add_folio": errors}))
+    assert [step for step in done if "add" in step] == [f"filemap_add_folio(5, {order})" for order in orders]
+    assert grabbed == result if isinstance(grabbed, int) else grabbed.pgoff == result
+
+
+@pytest.mark.parametrize(("errors", "result", "attempts"), [([], 0, 1), ([-ENOMEM], 0, 2), ([-ENOMEM] * 2, -ENOMEM, 2)])
+def test_an_entry_of_the_direct_map_is_put_back_in_two_attempts(errors: list[int], result: int, attempts: int) -> None:
+    folio = Folio(1)
+    ret, done = asked(library().restore(folio), PageCache(fails={"set_direct_map_default_noflush": [*errors]}))
+    assert ret == result
+    assert done.count("set_direct_map_default_noflush(pfn1)") == attempts
+    assert done[attempts:] == ([] if ret else ["folio_set_private(pfn1, False)", "pm_account(-1)"])
+
+
+# -- removal -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_punch_splits_what_it_cuts_and_nothing_else() -> None:
+    cache = PageCache({head: Folio(head, 1) for head in (0, 2, 4)})
+    result, done = asked(library(6, Splitting).punch_hole(1, 4), cache)
+    assert result == Conversion(0)
+    assert [step for step in done if step.startswith("split")] == ["split_folio(pfn0/o1)", "split_folio(pfn4/o1)"]
+    assert [step for step in done if step.startswith("filemap_remove")] == [
+        "filemap_remove_folio(pfn1)", "filemap_remove_folio(pfn2/o1)", "filemap_remove_folio(pfn4)"]
+    assert done.count("mmu_invalidate_begin(1, 4)") == done.count("mmu_invalidate_end()") == 1
+    balanced(done)
+
+
+def test_a_split_that_fails_frees_nothing_and_names_its_page() -> None:
+    cache = PageCache({0: Folio(0, 1), 2: Folio(2, 1)}, fails={"split_folio": [-EBUSY]})
+    result, done = asked(library(4, Splitting).punch_hole(1, 3), cache)
+    assert result == Conversion(-EBUSY, 1)
+    assert not any(step.startswith("filemap_remove") for step in done)
+    balanced(done)
+
+
+# Who locks, unlocks, and who looks up, puts: by frames, as a split folio goes by another name.
+def balanced(done: list[str]) -> None:
+    pfns = [step.partition("(")[2].rstrip(")").partition(",")[0].partition("/")[0] for step in done]
+    for pfn in {pfn for pfn in pfns if pfn.startswith("pfn")}:
+        mine = [step.partition("(")[0] for step, about in zip(done, pfns, strict=True) if about == pfn]
+        assert mine.count("lock_folio") == mine.count("unlock_folio"), pfn
+
+
+def test_what_is_unmapped_for_broken_memory_is_that_folio() -> None:
+    folio = Folio(8, 2)
+    cache = PageCache({4: folio}, dict.fromkeys(range(4, 8), SHARED_PAGE), {4: 1})
+    result, done = asked(library().error_folio(folio, Locked(4, True, False, True)), _alive(cache))
+    assert result == "delayed"
+    assert done == [
+        "igrab()", "unlock_folio(pfn8/o2)", "down_read(invalidate)", "lock_folio(pfn8/o2)", "unlock_folio(pfn8/o2)",
+        "mmu_invalidate_begin(4, 4)", "unmap_mapping_pages(4, 4)", "xa_load(bindings, 4, 1)", "xa_load(attributes, 4, 1)",
+        "hypercall(mmu_unmap, 0, pfn8/o2)", "mmu_invalidate_end()", "up_read(invalidate)", "iput()", "lock_folio(pfn8/o2)"]
+
+
+def _alive(cache: PageCache) -> Any:
+    return lambda primitive: primitive.name == "igrab" or cache(primitive)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pages", "found"), [
+    ((), []), ((3,), [(3, 1)]), ((1, 2, 3), [(1, 3)]), ((0, 2), [(0, 1), (2, 1)]), ((5, 1, 2, 4, 1), [(1, 2), (4, 2)]),
+])
+def test_runs_of_pages(pages: tuple[int, ...], found: list[tuple[int, int]]) -> None:
+    assert runs(pages) == found
