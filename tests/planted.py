@@ -163,7 +163,7 @@ class ReferencesKeptOnRefusal(OurLibrary):
 
 
 class SharedWithoutAsking(OurLibrary):
-    def _give_to_host(self, start: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
+    def _give_to_host(self, folios: tuple[Held, ...]) -> Steps[Conversion]:
         yield from nothing()
         return Conversion(0)
 
@@ -186,7 +186,7 @@ class StoredWithoutReserve(OurLibrary):
     def _make_shared(self, start: int, nr: int) -> Steps[Conversion]:
         yield from self.host.mmu_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
-        result = yield from self._give_to_host(start, folios)
+        result = yield from self._give_to_host(folios)
         yield from self.put_all(folios)
         if not result.ret:
             yield from self.host.xa_store_reserved("attributes", start, Entries(1, nr))

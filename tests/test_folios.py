@@ -17,8 +17,22 @@ from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.file import runs
 from guest_memfd.core.folio import Grabbed, Held
+from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.host import EAGAIN, EBUSY, EEXIST, EHWPOISON, ENOMEM, Folio, Locked, Lookup, Primitive
+from guest_memfd.hosts.host import (
+    EAGAIN,
+    EBUSY,
+    EEXIST,
+    EFAULT,
+    EHWPOISON,
+    EIO,
+    ENOMEM,
+    Folio,
+    Locked,
+    Lookup,
+    Primitive,
+    Steps,
+)
 from guest_memfd.hypervisors.kvm.default import KvmOps
 
 
@@ -38,7 +52,8 @@ class PageCache:
     refs: dict[Folio, int] = field(default_factory=dict)
     batched: set[Folio] = field(default_factory=set)
     private: set[Folio] = field(default_factory=set)
-    fails: dict[str, list[int]] = field(default_factory=dict)
+    fails: dict[str, list[Any]] = field(default_factory=dict)
+    taken: int = 0
 
     def heads(self, index: int) -> Iterator[int]:
         yield from (head for head, folio in self.folios.items() if head <= index < head + folio.nr)
@@ -54,7 +69,12 @@ class PageCache:
         return tuple(entries.get(index, hole) for index in range(start, start + nr))
 
     def _filemap_get_folio(self, index: int) -> Lookup | None:
-        return next((Lookup(self.folios[head], head) for head in self.heads(index)), None)
+        hit = next((Lookup(self.folios[head], head) for head in self.heads(index)), None)
+        self.taken += hit is not None
+        return hit
+
+    def _folio_put(self, folio: Folio, kind: str) -> None:
+        self.taken -= 1
 
     def _filemap_find_folio(self, index: int, nr: int) -> int:
         return min((head for head in self.folios if index <= head < index + nr), default=index + nr)
@@ -236,19 +256,23 @@ def test_a_punch_splits_what_it_cuts_and_nothing_else() -> None:
     assert [step for step in done if step.startswith("filemap_remove")] == [
         "filemap_remove_folio(pfn1)", "filemap_remove_folio(pfn2/o1)", "filemap_remove_folio(pfn4)"]
     assert done.count("mmu_invalidate_begin(1, 4)") == done.count("mmu_invalidate_end()") == 1
-    balanced(done)
+    assert done[done.index("split_folio(pfn0/o1)") + 1] == "unlock_folio(pfn0)"     # its head is a single page now
+    balanced(cache, done)
 
 
-def test_a_split_that_fails_frees_nothing_and_names_its_page() -> None:
-    cache = PageCache({0: Folio(0, 1), 2: Folio(2, 1)}, fails={"split_folio": [-EBUSY]})
-    result, done = asked(library(4, Splitting).punch_hole(1, 3), cache)
-    assert result == Conversion(-EBUSY, 1)
+@pytest.mark.parametrize(("start", "nr", "splits", "page"), [
+    (1, 3, [-EBUSY], 1), (0, 3, [-EBUSY], 2), (1, 2, [0, -EBUSY], 2)])
+def test_a_split_that_fails_frees_nothing_and_names_its_page(start: int, nr: int, splits: list[int], page: int) -> None:
+    cache = PageCache({0: Folio(0, 1), 2: Folio(2, 1)}, fails={"split_folio": splits})
+    result, done = asked(library(4, Splitting).punch_hole(start, nr), cache)
+    assert result == Conversion(-EBUSY, page)
     assert not any(step.startswith("filemap_remove") for step in done)
-    balanced(done)
+    balanced(cache, done)
 
 
-# Who locks, unlocks, and who looks up, puts: by frames, as a split folio goes by another name.
-def balanced(done: list[str]) -> None:
+# Who locks, unlocks, by frames, as a split folio goes by another name; and who looks up, puts.
+def balanced(cache: PageCache, done: list[str]) -> None:
+    assert cache.taken == 0
     pfns = [step.partition("(")[2].rstrip(")").partition(",")[0].partition("/")[0] for step in done]
     for pfn in {pfn for pfn in pfns if pfn.startswith("pfn")}:
         mine = [step.partition("(")[0] for step, about in zip(done, pfns, strict=True) if about == pfn]
@@ -267,7 +291,114 @@ def test_what_is_unmapped_for_broken_memory_is_that_folio() -> None:
 
 
 def _alive(cache: PageCache) -> Any:
-    return lambda primitive: primitive.name == "igrab" or cache(primitive)
+    return lambda primitive: primitive.name in ("igrab", "get_file") or cache(primitive)
+
+
+# -- what the VMM is answered -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("attribute", "fails", "answer"), [
+    (SHARED_PAGE, {"vmf_insert_folio": [True]}, "ok"),
+    (SHARED_PAGE, {"vmf_insert_folio": [False]}, "retry"),                                  # the VMA has gone
+    (SHARED_PAGE, {"set_direct_map_default_noflush": [-ENOMEM, -ENOMEM]}, "SIGBUS"),
+    (PRIVATE_PAGE, {}, "SIGBUS"),
+    (0, {}, "SIGBUS"),                                  # a hole is read as neither
+])
+def test_a_fault_of_the_vmm_is_answered(attribute: int, fails: dict[str, list[Any]], answer: str) -> None:
+    folio = Folio(1)
+    cache = PageCache({3: folio}, {3: attribute}, private={folio}, fails=fails)
+    result, done = asked(library().user_fault(3), cache)
+    assert result == answer
+    assert f"end_op({-EFAULT if answer == 'SIGBUS' else 0}, None)" in done
+    assert [step for step in done if step.endswith("(invalidate)")] == ["down_read(invalidate)", "up_read(invalidate)"]
+    assert cache.taken == 0
+
+
+# -- what the hypervisor is asked --------------------------------------------------------------------------------------
+
+
+class Recorded(KvmOps):
+    """Says what it is asked, and answers as it is told."""
+
+    def __init__(self, *answers: int) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.answers = list(answers)
+
+    def _asked(self, call: str) -> Steps[int]:
+        yield from ()
+        self.calls.append(call)
+        return self.answers.pop(0) if self.answers else 0
+
+    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+        return self._asked(f"invalidate {gfn} {reason}")
+
+    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
+        return self._asked(f"reclaim {gfn}")
+
+    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+        return self._asked(f"make_shared {gfn}")
+
+    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+        yield from self._asked(f"make_private {gfn}")
+
+    def release(self) -> Steps[None]:
+        yield from self._asked("release")
+
+
+def two(attribute: int) -> PageCache:
+    """Pages 2 and 3, bound to gfns 6 and 7."""
+    return PageCache({2: Folio(2), 3: Folio(3)}, {2: attribute, 3: attribute}, {2: 7, 3: 8})
+
+
+@pytest.mark.parametrize(("name", "attribute", "answers", "result", "calls"), [
+    ("make_private", SHARED_PAGE, [], Conversion(0), "invalidate invalidate make_private make_private"),
+    ("make_private", SHARED_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), "invalidate invalidate"),
+    ("make_shared", PRIVATE_PAGE, [], Conversion(0), "invalidate invalidate make_shared make_shared"),
+    ("make_shared", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), "invalidate invalidate"),
+    ("make_shared", PRIVATE_PAGE, [0, 0, 0, -EAGAIN], Conversion(-EAGAIN, 3),
+     "invalidate invalidate make_shared make_shared"),
+    ("punch_hole", PRIVATE_PAGE, [], Conversion(0), "invalidate invalidate reclaim reclaim"),
+    ("punch_hole", SHARED_PAGE, [], Conversion(0), "invalidate invalidate"),
+    ("punch_hole", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), "invalidate invalidate"),
+    ("punch_hole", PRIVATE_PAGE, [0, 0, -EAGAIN], Conversion(0), "invalidate invalidate reclaim reclaim reclaim"),
+    ("punch_hole", PRIVATE_PAGE, [0, 0, 0, -EAGAIN, -EAGAIN], Conversion(-EAGAIN, 3),
+     "invalidate invalidate reclaim reclaim reclaim"),
+    ("unbind", PRIVATE_PAGE, [], Conversion(0), "invalidate invalidate reclaim reclaim"),
+    ("unbind", SHARED_PAGE, [], Conversion(0), "invalidate invalidate"),
+    ("unbind", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), "invalidate invalidate"),
+    ("unbind", PRIVATE_PAGE, [0, 0, 0, -EIO], Conversion(-EIO, 3), "invalidate invalidate reclaim reclaim"),
+])
+def test_the_hypervisor_is_asked_for_every_page_before_any_is_taken(
+    name: str, attribute: int, answers: list[int], result: Conversion, calls: str,
+) -> None:
+    ops, cache = Recorded(*answers), two(attribute)
+    file = OurLibrary(ops, 64)
+    got, done = asked(getattr(file, name)(2, 2), _alive(cache))
+    assert got == result
+    assert [call.partition(" ")[0] for call in ops.calls] == calls.split()
+    reason = {"make_private": "to_private", "make_shared": "to_shared", "punch_hole": "punch"}.get(name, name)
+    assert [call for call in ops.calls if "invalidate" in call] == [f"invalidate {gfn} {reason}" for gfn in (6, 7)]
+    assert ("xa_store_reserved" in str(done)) == (result.ret == 0 and name != "punch_hole")
+    assert cache.taken == 0
+
+
+@pytest.mark.parametrize(("answers", "ret", "calls", "stored"), [
+    ([], 0, ["invalidate 6 teardown", "reclaim 6", "invalidate 7 teardown", "reclaim 7", "release"], True),
+    ([0, 0, 0, -EAGAIN, -EAGAIN], -EAGAIN,
+     ["invalidate 6 teardown", "reclaim 6", "invalidate 7 teardown", "reclaim 7", "reclaim 7"], False),
+    ([0, -EIO], 0, ["invalidate 6 teardown", "reclaim 6", "invalidate 7 teardown", "reclaim 7", "release"], True),
+    ([-EIO], 0, ["invalidate 6 teardown", "invalidate 7 teardown", "reclaim 7", "release"], True),
+])
+def test_a_dying_vm_gives_everything_back(answers: list[int], ret: int, calls: list[str], stored: bool) -> None:
+    ops, cache = Recorded(*answers), two(PRIVATE_PAGE)
+    got, done = asked(OurLibrary(ops, 64).vm_teardown(), _alive(cache))
+    assert (got, ops.calls) == (ret, calls)
+    assert ("xa_store_reserved(bindings, 0, 0 x 64)" in done) == stored
+    given_up = [step for step in done if "leak" in step or "filemap_remove" in step]
+    assert given_up == (["leak_folio(pfn2)", "filemap_remove_folio(pfn2)"] if -EIO in answers else [])
+    assert f"end_op({ret}, {3 if ret else None})" in done
+    assert cache.taken == 0
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,6 @@ from guest_memfd.hosts.host import Host
 SHARED_PAGE, PRIVATE_PAGE = 1, 2
 """Entries of the attribute tree. 0 is a hole and must not be read as either."""
 
-PAGE_SIZE = 4096
-"""Bytes per page; offsets in errors are multiples of it."""
-
 
 def filled(entries: Sequence[int]) -> int:
     """How many of *entries* are no holes."""

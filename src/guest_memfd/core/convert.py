@@ -2,7 +2,7 @@
 
 What is left behind after a refusal: no page has changed its attribute. Pages may have left the host's and the guest's
 page tables (both fault them in again), and may be out of the direct map while shared (the next host access restores
-them). The page index of the first page that refused is returned beside the error, never one before the range.
+them). The page index of the first page that refused is returned beside the error.
 
 Source: "guest_memfd: In-place conversion" v8-v13, 2026: order of the steps.
 """
@@ -61,10 +61,10 @@ class Converts(Folios):
         host = self.host
         busy = yield from self.unexpected_refs(folios)
         if busy is not None:
-            return Conversion(-EAGAIN, max(busy, start))
+            return Conversion(-EAGAIN, busy)
         ret, index = yield from self.invalidate_guest(folios, "to_private")
         if ret:
-            return Conversion(ret, max(index, start))
+            return Conversion(ret, index)
         ret = yield from host.xa_reserve("attributes", start, nr)
         if ret:
             return Conversion(ret)
@@ -136,7 +136,7 @@ class Converts(Folios):
             return Conversion(ret)
         yield from host.mmu_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
-        result = yield from self._give_to_host(start, folios)
+        result = yield from self._give_to_host(folios)
         yield from self.put_all(folios)
         if result.ret:
             yield from host.xa_release("attributes")
@@ -145,13 +145,13 @@ class Converts(Folios):
         yield from host.mmu_invalidate_end()
         return result
 
-    def _give_to_host(self, start: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
+    def _give_to_host(self, folios: tuple[Held, ...]) -> Steps[Conversion]:
         ret, index = yield from self.invalidate_guest(folios, "to_shared")
         if ret:
-            return Conversion(ret, max(index, start))
+            return Conversion(ret, index)
         for held in folios:
             if held.gfn is not None and held.private:
                 ret = yield from self.ops.make_shared(held.gfn, held.folio)
                 if ret:
-                    return Conversion(ret, max(held.pgoff, start))
+                    return Conversion(ret, held.pgoff)
         return Conversion(0)

@@ -60,6 +60,8 @@ def all_or_nothing(note: Any) -> Evidence:
     """What an operation returned, and what it did, must agree; it keeps to its range, and a refusal names its place."""
     if isinstance(note, notes.OutOfScope):
         return f"{note.op} {note.what} outside of its range"
+    if isinstance(note, notes.Returned) and note.begun:
+        return f"{note.op} returns, and the invalidation it has begun goes on for ever"
     if isinstance(note, notes.Unannounced):
         return f"{note.op} {note.what}, which its mmu_invalidate_begin() had left out"
     if not isinstance(note, notes.Ended):

@@ -118,6 +118,7 @@ class Returned(NamedTuple):
     error_index: int | None
     size: int                           # of the file, in pages
     ended: int | None                   # with what errno the operation had ended, None if it never said
+    begun: bool = False                 # an invalidation that was begun has not been ended
 
 
 class Given(NamedTuple):

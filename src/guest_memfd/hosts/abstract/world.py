@@ -71,7 +71,7 @@ class World(PageCache, GuestSide):
         ghost = self.state.ghost(self.who)
         under_way = bool(ghost.op)
         self.notes.append(notes.Returned(op, start, nr, ret, error_index, self.sizes.pages,
-                                         1 - ghost.ended if ghost.ended else None))
+                                         1 - ghost.ended if ghost.ended else None, bool(ghost.begun)))
         if under_way or ghost.ended:
             self._clear(ghost)
 

@@ -233,7 +233,8 @@ class Tracer:
 
     def returned(self, host: Base, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
         """What the caller is told, beside what the operation had said."""
-        host.notes.append(notes.Returned(op, start, nr, ret, error_index, host.inode.size, self.ended.get(host.who)))
+        host.notes.append(notes.Returned(op, start, nr, ret, error_index, host.inode.size, self.ended.get(host.who),
+                                         host.who in self.announced))
         self.forget(host.who)
 
     def end(self, host: Base, ret: int, error_index: int | None) -> None:
