@@ -108,6 +108,10 @@ KVM: list[Row] = [
 ]
 
 
+def test_protected_hypervisors_zero_what_they_give_back() -> None:
+    assert (KvmOps.scrubs, PkvmOps.scrubs, GunyahOps.scrubs) == (False, True, True)
+
+
 @pytest.mark.parametrize(("ops", "row"), [
     *((GunyahOps, row) for row in GUNYAH), *((PkvmOps, row) for row in PKVM), *((KvmOps, row) for row in KVM)])
 def test_a_driver_makes_these_calls_and_answers_so(ops: type[GuestMemfdOps], row: Row) -> None:

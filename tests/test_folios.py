@@ -125,6 +125,8 @@ LOADS = 2
     ([14], 29, gets(*range(29))),                       # a hit: counting begins again
     ([0, 1, 2], 3, gets(0, 1, 2)),
     ([15], 16, [*gets(*range(15)), "filemap_find_folio(15, 1)", *gets(15)]),
+    ([15, 40], 41, [*gets(*range(15)), "filemap_find_folio(15, 26)", *gets(*range(15, 31)), "filemap_find_folio(31, 10)",
+                    *gets(40)]),
 ])
 def test_holes_are_looked_at_one_by_one_and_then_skipped(heads: list[int], nr: int, steps: list[str]) -> None:
     cache = PageCache({head: Folio(head) for head in heads})
@@ -212,6 +214,13 @@ def test_a_folio_that_has_moved_is_looked_up_again() -> None:
                     "filemap_get_folio(5)", "lock_folio(pfn2)"]
 
 
+@pytest.mark.parametrize("uptodate", [True, False])
+def test_what_is_not_up_to_date_is_zeroed(uptodate: bool) -> None:
+    answers: Iterator[Any] = iter([Lookup(Folio(1), 5), Locked(5, uptodate, False, False), 0, 0])
+    _, done = asked(library().grab_folio(5), lambda _primitive: next(answers))
+    assert done[2:] == ([] if uptodate else ["clear_folio(pfn1)", "folio_mark_uptodate(pfn1)"])
+
+
 def test_poison_is_told_and_let_go() -> None:
     answers: Iterator[Any] = iter([Lookup(Folio(1), 5), Locked(5, True, False, True), 0, 0])
     result, done = asked(library().grab_folio(5), lambda _primitive: next(answers))
@@ -267,6 +276,8 @@ def test_a_split_that_fails_frees_nothing_and_names_its_page(start: int, nr: int
     result, done = asked(library(4, Splitting).punch_hole(start, nr), cache)
     assert result == Conversion(-EBUSY, page)
     assert not any(step.startswith("filemap_remove") for step in done)
+    failed = len(done) - 1 - [step.startswith("split_folio") for step in reversed(done)].index(True)
+    assert done[failed + 1] == done[failed].replace("split", "unlock")
     balanced(cache, done)
 
 
@@ -303,6 +314,7 @@ def _alive(cache: PageCache) -> Any:
     (SHARED_PAGE, {"set_direct_map_default_noflush": [-ENOMEM, -ENOMEM]}, "SIGBUS"),
     (PRIVATE_PAGE, {}, "SIGBUS"),
     (0, {}, "SIGBUS"),                                  # a hole is read as neither
+    (SHARED_PAGE, {"filemap_get_folio": [None], "filemap_add_folio": [-ENOMEM]}, "SIGBUS"),
 ])
 def test_a_fault_of_the_vmm_is_answered(attribute: int, fails: dict[str, list[Any]], answer: str) -> None:
     folio = Folio(1)
@@ -352,22 +364,20 @@ def two(attribute: int) -> PageCache:
 
 
 @pytest.mark.parametrize(("name", "attribute", "answers", "result", "calls"), [
-    ("make_private", SHARED_PAGE, [], Conversion(0), "invalidate invalidate make_private make_private"),
-    ("make_private", SHARED_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), "invalidate invalidate"),
-    ("make_shared", PRIVATE_PAGE, [], Conversion(0), "invalidate invalidate make_shared make_shared"),
-    ("make_shared", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), "invalidate invalidate"),
-    ("make_shared", PRIVATE_PAGE, [0, 0, 0, -EAGAIN], Conversion(-EAGAIN, 3),
-     "invalidate invalidate make_shared make_shared"),
-    ("punch_hole", PRIVATE_PAGE, [], Conversion(0), "invalidate invalidate reclaim reclaim"),
-    ("punch_hole", SHARED_PAGE, [], Conversion(0), "invalidate invalidate"),
-    ("punch_hole", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), "invalidate invalidate"),
-    ("punch_hole", PRIVATE_PAGE, [0, 0, -EAGAIN], Conversion(0), "invalidate invalidate reclaim reclaim reclaim"),
-    ("punch_hole", PRIVATE_PAGE, [0, 0, 0, -EAGAIN, -EAGAIN], Conversion(-EAGAIN, 3),
-     "invalidate invalidate reclaim reclaim reclaim"),
-    ("unbind", PRIVATE_PAGE, [], Conversion(0), "invalidate invalidate reclaim reclaim"),
-    ("unbind", SHARED_PAGE, [], Conversion(0), "invalidate invalidate"),
-    ("unbind", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), "invalidate invalidate"),
-    ("unbind", PRIVATE_PAGE, [0, 0, 0, -EIO], Conversion(-EIO, 3), "invalidate invalidate reclaim reclaim"),
+    ("make_private", SHARED_PAGE, [], Conversion(0), "make_private 6, make_private 7"),
+    ("make_private", SHARED_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), ""),
+    ("make_shared", PRIVATE_PAGE, [], Conversion(0), "make_shared 6, make_shared 7"),
+    ("make_shared", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), ""),
+    ("make_shared", PRIVATE_PAGE, [0, 0, 0, -EAGAIN], Conversion(-EAGAIN, 3), "make_shared 6, make_shared 7"),
+    ("punch_hole", PRIVATE_PAGE, [], Conversion(0), "reclaim 6, reclaim 7"),
+    ("punch_hole", SHARED_PAGE, [], Conversion(0), ""),
+    ("punch_hole", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), ""),
+    ("punch_hole", PRIVATE_PAGE, [0, 0, -EAGAIN], Conversion(0), "reclaim 6, reclaim 6, reclaim 7"),
+    ("punch_hole", PRIVATE_PAGE, [0, 0, 0, -EAGAIN, -EAGAIN], Conversion(-EAGAIN, 3), "reclaim 6, reclaim 7, reclaim 7"),
+    ("unbind", PRIVATE_PAGE, [], Conversion(0), "reclaim 6, reclaim 7"),
+    ("unbind", SHARED_PAGE, [], Conversion(0), ""),
+    ("unbind", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), ""),
+    ("unbind", PRIVATE_PAGE, [0, 0, 0, -EIO], Conversion(-EIO, 3), "reclaim 6, reclaim 7"),
 ])
 def test_the_hypervisor_is_asked_for_every_page_before_any_is_taken(
     name: str, attribute: int, answers: list[int], result: Conversion, calls: str,
@@ -376,11 +386,56 @@ def test_the_hypervisor_is_asked_for_every_page_before_any_is_taken(
     file = OurLibrary(ops, 64)
     got, done = asked(getattr(file, name)(2, 2), _alive(cache))
     assert got == result
-    assert [call.partition(" ")[0] for call in ops.calls] == calls.split()
     reason = {"make_private": "to_private", "make_shared": "to_shared", "punch_hole": "punch"}.get(name, name)
-    assert [call for call in ops.calls if "invalidate" in call] == [f"invalidate {gfn} {reason}" for gfn in (6, 7)]
+    assert ", ".join(ops.calls) == ", ".join(filter(None, [f"invalidate 6 {reason}, invalidate 7 {reason}", calls]))
     assert ("xa_store_reserved" in str(done)) == (result.ret == 0 and name != "punch_hole")
     assert cache.taken == 0
+
+
+@pytest.mark.parametrize(("name", "entry"), [
+    ("make_shared", PRIVATE_PAGE), ("make_private", SHARED_PAGE), ("punch_hole", PRIVATE_PAGE)])
+def test_of_what_is_bound_to_nothing_the_hypervisor_is_not_asked(name: str, entry: int) -> None:
+    ops, cache = Recorded(), two(entry)
+    cache.bound.clear()
+    assert asked(getattr(OurLibrary(ops, 64), name)(2, 2), cache)[0] == Conversion(0)
+    assert ops.calls == []
+
+
+def test_of_what_is_so_already_the_hypervisor_is_asked_to_let_go_only() -> None:
+    ops, cache = Recorded(), two(PRIVATE_PAGE)
+    cache.attributes[3] = SHARED_PAGE
+    assert asked(OurLibrary(ops, 64).make_shared(2, 2), cache)[0] == Conversion(0)
+    assert ops.calls == ["invalidate 6 to_shared", "invalidate 7 to_shared", "make_shared 6"]
+
+
+@pytest.mark.parametrize("scrubs", [True, False])
+def test_the_library_zeroes_what_the_hypervisor_does_not(scrubs: bool) -> None:
+    ops = Recorded()
+    ops.scrubs = scrubs
+    _, done = asked(OurLibrary(ops, 64).punch_hole(2, 2), two(PRIVATE_PAGE))
+    assert [step for step in done if "clear" in step] == (
+        [] if scrubs else ["clear_folio_local(pfn2)", "clear_folio_local(pfn3)"])
+
+
+def test_a_vm_without_a_file_is_released() -> None:
+    ops = Recorded()
+    assert asked(OurLibrary(ops, 64).vm_teardown(), PageCache(fails={"get_file": [False]})) == (0, ["get_file()"])
+    assert ops.calls == ["release"]
+
+
+def test_the_last_reference_may_be_that_of_memory_failure() -> None:
+    folio = Folio(8)
+    cache = PageCache({4: folio}, {4: SHARED_PAGE}, fails={"igrab": [True], "iput": [True]})
+    _, done = asked(library().error_folio(folio, Locked(4, True, False, True)), cache)
+    assert done[-3:] == ["destroy_inode()", "module_put()", "lock_folio(pfn8)"]
+    assert "filemap_remove_folio(pfn8)" in done
+
+
+@pytest.mark.parametrize(("start", "nr"), [(64, 1), (70, 2)])
+def test_a_punch_past_the_end_touches_nothing(start: int, nr: int) -> None:
+    result, done = asked(library().punch_hole(start, nr), PageCache())
+    assert result == Conversion(0)
+    assert [step for step in done if "op(" not in step] == ["down_write(invalidate)", "up_write(invalidate)"]
 
 
 @pytest.mark.parametrize(("answers", "ret", "calls", "stored"), [

@@ -15,6 +15,7 @@ from driver import Bench
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import Folio, Primitive
 from guest_memfd.hosts.scene import Scene
+from guest_memfd.hypervisors.hypervisor import DATA_ABORT, SEA
 
 EINVAL, EBUSY, EPERM, ENOENT = -22, -16, -1, -2
 P = Folio(0)
@@ -182,6 +183,20 @@ def test_what_others_make_the_hypervisor_do(
     hypervisor: str, before: dict[str, Any], primitive: Primitive, result: str, after: dict[str, Any],
 ) -> None:
     assert done(placed(before, hypervisor), primitive) == (result, after)
+
+
+def test_what_no_guest_maps_is_not_reclaimed_by_force() -> None:
+    bench = placed(GUESTS, "pkvm")
+    assert done(bench, Primitive("image_copy", (0,), "power")) == (None, {})
+    assert bench.machine.outcomes(bench.shared, 0, Primitive("image_copy", (0,), "power"))[0].notes[-1].survived is False
+
+
+@pytest.mark.parametrize(("hypervisor", "told"), [
+    ("kvm", (None, False, None, True)), ("pkvm", (DATA_ABORT, True, "MEM_SHARE", True)),
+    ("gunyah", (SEA, True, "relinquish", False))])
+def test_what_a_hypervisor_is(hypervisor: str, told: tuple[Any, ...]) -> None:
+    one = Bench(hypervisor).hypervisor
+    assert (one.abort, one.tracks_owner, one.consents, one.pfn_cache) == told
 
 
 @pytest.mark.parametrize(("hypervisor", "rows"), [("gunyah", GUNYAH), ("pkvm", PKVM), ("kvm", KVM)])

@@ -44,3 +44,4 @@ def test_policies(hypervisor: str, law: str) -> None:
 def test_count_is_blunter(design: type[OurLibrary], answer: int) -> None:
     """While no page is away the notifier lets the machine hibernate; the count refuses because a file is open."""
     assert Bench("kvm", design).do(lambda lib: lib.hibernate_prepare()) == answer
+    assert Bench("kvm", design, opened=False).do(lambda lib: lib.hibernate_prepare()) == 0

@@ -89,7 +89,6 @@ class Folios(HostMapping):
                 index, misses = index + 1, misses + 1
                 if misses == MISSES:
                     index = yield from self.host.filemap_find_folio(index, start + nr - index)
-                    misses = 0
             else:
                 misses = 0
                 at = index - start

@@ -30,12 +30,12 @@ class Removes(Converts):
         """
         if start < 0 or nr <= 0:
             return Conversion(-EINVAL)
-        nr = max(min(nr, self.size - start), 0)
+        nr = min(nr, self.size - start)
         if not self.splits and not self.whole(start, nr):
             return Conversion(-EINVAL)
         yield from self.host.begin_op("punch", start, nr)
         yield from self.host.down_write("invalidate")
-        result = yield from self.remove_range(start, nr, "punch")
+        result = (yield from self.remove_range(start, nr, "punch")) if nr > 0 else Conversion(0)
         yield from self.host.end_op(result.ret, result.error_index)
         yield from self.host.up_write("invalidate")
         return result

@@ -330,7 +330,10 @@ class Host:
         return self._do("vma_covers", start, nr)
 
     def unmap_mapping_pages(self, start: int, nr: int) -> Steps[None]:
-        """Remove all user page-table entries of [start, start+nr), TLBs included (mm/memory.c)."""
+        """Remove all user page-table entries of [start, start+nr), TLBs included (mm/memory.c).
+
+        Never for no pages: the kernel takes a length of 0 for everything up to the end, so hosts stop there.
+        """
         return self._do("unmap_mapping_pages", start, nr)
 
     # -- guest side ----------------------------------------------------------------------------------------------

@@ -117,6 +117,10 @@ def _unbound(note: notes.Ended) -> Evidence:
     return f"{note.op} returns 0 and a page is still bound" if note.ret == 0 and any(note.bound) else None
 
 
+def _created(note: notes.Ended) -> Evidence:
+    return "create returns 0 and a page is neither private nor shared" if note.ret == 0 and 0 in note.attrs else None
+
+
 def _bound(note: notes.Ended) -> Evidence:
     first = note.bound[0] if note.bound else 0
     if note.ret == 0 and (not first or note.bound != tuple(range(first, first + len(note.bound)))):
@@ -126,7 +130,7 @@ def _bound(note: notes.Ended) -> Evidence:
 
 _ENDINGS: dict[str, Callable[[notes.Ended], Evidence]] = {
     "punch": _punched, "to_private": _converted, "to_shared": _converted, "allocate": _allocated, "unbind": _unbound,
-    "teardown": _unbound, "bind": _bound,
+    "teardown": _unbound, "bind": _bound, "create": _created,
 }
 
 

@@ -224,6 +224,8 @@ class Mappings(Base):
 
     def unmap_mapping_pages(self, start: int, nr: int) -> None:
         """Entries and user TLBs together."""
+        if nr <= 0:
+            self.die("unmap_mapping_pages of no pages, which means all up to the end of the file")
         first = self.file.number * self.sizes.pages
         for frame in self.state.frames():
             if frame.user and start < frame.user - first <= min(start + nr, self.sizes.pages):

@@ -73,6 +73,8 @@ class UserMappings(PageCache):
 
     def unmap_mapping_pages(self, start: int, nr: int) -> None:
         """Entries and user TLBs together."""
+        if nr <= 0:
+            self.die("unmap_mapping_pages of no pages, which means all up to the end of the file")
         if self.inode.mapping is not None:
             self.inode.mapping.zap(start, nr)
 
