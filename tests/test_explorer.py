@@ -530,5 +530,5 @@ def test_places_without_end_between_two_steps_are_refused() -> None:
         while (yield from US.xa_load("attributes", 0, 1)) == (0,):
             reads += 1
 
-    with pytest.raises(DesignRaised, match=r"'p0' goes on and on .* from xa_load\(attributes, 0, 1\) on"):
+    with pytest.raises(DesignRaised, match=r"'p0' goes on and on .*, at xa_load\(attributes, 0, 1\)"):
         explorer(Toy(xa_load=lambda byte, party, args: [end((0,), byte)]), counts).run()

@@ -32,6 +32,9 @@ from guest_memfd.hosts.host import LOADS, PRIMITIVES, SILENT, Primitive
 SHARED_BITS, LOCAL_BITS = 26, 16
 SHARED_MASK, LOCAL_MASK = (1 << SHARED_BITS) - 1, (1 << LOCAL_BITS) - 1
 
+MOST_SILENT = 200
+"""Silent primitives that a party may take one after the other."""
+
 NEVER_ENDS = "from here on no operation ever ends"
 """Evidence of a livelock."""
 
@@ -448,11 +451,7 @@ class Tables:
         seen: dict[int, int] = {}
         start: Any = Watched(state, seen) if self.footprints else state
         passed: Passed[Way] = Passed()
-        try:
-            ways = [*self._expand(automaton, Way(local, start), passed, None), *passed.traps()]
-        except RecursionError as error:
-            raise DesignRaised(f"party {automaton.program.name!r} goes on and on without a step that others can see, "
-                               f"from {automaton.waits_on[local]} on") from error
+        ways = [*self._expand(automaton, Way(local, start), passed, None), *passed.traps()]
         for i, way in enumerate(ways):
             whole: Any = way.change
             after = bytes(whole)
@@ -464,8 +463,13 @@ class Tables:
         return ways
 
     # The ways of one step on from *here*, whose change is the whole state; *before* is the silent place it comes from.
-    def _expand(self, automaton: Automaton, here: Way, passed: Passed[Way], before: Place | None) -> Iterator[Way]:
+    def _expand(
+        self, automaton: Automaton, here: Way, passed: Passed[Way], before: Place | None, behind: int = 0
+    ) -> Iterator[Way]:
         primitive = automaton.waits_on[here.local]
+        if behind > MOST_SILENT:
+            raise DesignRaised(f"party {automaton.program.name!r} goes on and on without a step that others can see, at "
+                               f"{primitive}")
         if primitive is None or primitive.name not in SILENT:
             passed.leaves(before)
             yield from (here,) if primitive is None else self._perform(automaton, here, primitive)
@@ -482,7 +486,7 @@ class Tables:
                 yield way
                 continue
             fused = way._replace(primitive=None, result=None, failed=False)
-            yield from self._expand(automaton, fused, passed, place)
+            yield from self._expand(automaton, fused, passed, place, behind + 1)
             if primitive.name in LOADS:
                 passed.leaves(place)
                 yield way
