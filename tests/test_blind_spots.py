@@ -98,6 +98,7 @@ def test_mistake_is_seen(spot: Spot) -> None:
     assert shortest(found, spot.law, spot.evidence) == spot.steps
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", sorted({*((s.hypervisor, s.scene, s.parties) for s in SPOTS), *ELSEWHERE}), ids="-".join)
 def test_library_holds_there(where: tuple[str, str, str]) -> None:
     hypervisor, scene, parties = where

@@ -12,7 +12,7 @@ from toy import ToyLaw, end, run
 from guest_memfd.check.explorer import Finding
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(CALLS, st.lists(CODE, min_size=1, max_size=3), st.integers(1, BYTES - 1))
 def test_counts_agree_and_traces_lead_where_they_say(calls: list[Any], codes: list[Code], bad: int) -> None:
     def call(byte: int, party: int, args: tuple[Any, ...]) -> list[Any]:

@@ -89,6 +89,7 @@ def test_caught(name: str) -> None:
     assert law in {finding.law for finding in found}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("hypervisor", "parties"), sorted({(h, p) for h, p, _ in CAUGHT.values()}))
 def test_library_holds_where_mistakes_are_caught(hypervisor: str, parties: str) -> None:
     names = parties.split()

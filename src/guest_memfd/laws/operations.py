@@ -117,8 +117,10 @@ def _unbound(note: notes.Ended) -> Evidence:
     return f"{note.op} returns 0 and a page is still bound" if note.ret == 0 and any(note.bound) else None
 
 
+# A design without attributes has none of any page.
 def _created(note: notes.Ended) -> Evidence:
-    return "create returns 0 and a page is neither private nor shared" if note.ret == 0 and 0 in note.attrs else None
+    hole = note.ret == 0 and 0 in note.attrs and any(note.attrs)
+    return "create returns 0 and a page is neither private nor shared" if hole else None
 
 
 def _bound(note: notes.Ended) -> Evidence:
