@@ -26,7 +26,8 @@ from guest_memfd.scenarios import PARTIES, SCENES
 
 ALL = len(LAWS)
 FIRST_LOOK = ("every party alone, every pair and the triples unload-while-stopping and scan-and-a-call in two-pages, "
-              "and every party but vmm alone and with vcpu2 in 9 other scenes (no long-lived VMM)")
+              "and every party but vmm alone and with vcpu2 in 9 other scenes, with repeater in both-shared "
+              "(no long-lived VMM)")
 LOAD = ["--parties", "vcpu,zeropad"]
 """The smallest scenario there is to see something in; each test that only needs some result uses it."""
 

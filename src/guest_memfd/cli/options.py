@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guest_memfd.check.plan import NAMED, ON_REQUEST, QUICK, QUICK_PARTNER, QUICK_WITHOUT, TRIPLES
+from guest_memfd.check.plan import NAMED, ON_REQUEST, QUICK, QUICK_PARTNER, QUICK_PARTNERS, QUICK_WITHOUT, TRIPLES
 from guest_memfd.check.suite import check_many
 from guest_memfd.check.verdict import Limits, Report
 from guest_memfd.designs import DESIGNS
@@ -106,7 +106,9 @@ class Scope:
         brief = [scene for scene in scenes if scene not in TRIPLES]
         where = listed(brief) if self.scenes else f"{len(brief)} other scenes"
         looks = [f"every party alone, every pair and the triples {listed(QUICK)} in {listed(whole)}"] if whole else []
-        looks += [f"every party but {listed(QUICK_WITHOUT)} alone and with {QUICK_PARTNER} in {where}"] if brief else []
+        others = [f"{listed(names[1:])} in {scene}" for scene, names in QUICK_PARTNERS.items() if scene in brief]
+        partners = f"{QUICK_PARTNER} in {where}" + "".join(f", with {other}" for other in others)
+        looks += [f"every party but {listed(QUICK_WITHOUT)} alone and with {partners}"] if brief else []
         return f"{', and '.join(looks)} (no long-lived VMM)"
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import EBUSY, EFAULT, EHWPOISON, EOPNOTSUPP, EPERM, Bound, Folio, Steps
+from guest_memfd.hosts.host import EBUSY, EFAULT, EHWPOISON, EINVAL, EOPNOTSUPP, EPERM, Bound, Folio, Steps
 
 
 class GuestmemRfc1(Design):
@@ -186,6 +186,8 @@ class GuestmemRfc1(Design):
     def allocate(self, start: int, nr: int) -> Steps[int]:
         """fallocate: tests for NULL, gets an error pointer (S41)."""
         host = self.host
+        if not self.has(start, nr):
+            return -EINVAL
         yield from host.begin_op("allocate", start, nr)
         yield from host.down_read("invalidate")
         for index in range(start, start + nr):
@@ -200,9 +202,11 @@ class GuestmemRfc1(Design):
 
     def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
         """Whatever invalidate_begin says, the answer is 0 (S40)."""
+        nr = min(nr, self.size - start)
         yield from self.host.begin_op("punch", start, nr)
         yield from self.host.down_write("invalidate")
-        yield from self.remove_range(start, nr, "punch")
+        if nr > 0:
+            yield from self.remove_range(start, nr, "punch")
         yield from self.host.end_op(0)
         yield from self.host.up_write("invalidate")
         return Conversion(0)

@@ -21,6 +21,7 @@ from guest_memfd.designs.design import Design
 from guest_memfd.hosts.host import (
     EAGAIN,
     EBUSY,
+    EINVAL,
     ENOENT,
     EOPNOTSUPP,
     EPERM,
@@ -104,8 +105,9 @@ class GunyahV17(Design):
     def unbind(self, start: int, nr: int) -> Steps[Conversion]:
         """MAP_MEM with UNMAP: invalidate_lock, then bindings_lock; the whole binding or -ENOENT."""
         host = self.driver
+        if not (yield from host.get_file()):                # fget() of the ioctl's argument
+            return Conversion(-EINVAL)
         yield from host.begin_op("unbind", start, nr)
-        yield from host.get_file()                          # fget() of the ioctl's argument
         yield from host.down_write("invalidate")
         yield from host.down_write("bindings")
         (bound,) = yield from host.xa_load("bindings", start, 1)
