@@ -229,6 +229,7 @@ class Mappings(Base):
         first = self.file.number * self.sizes.pages
         for frame in self.state.frames():
             if frame.user and start < frame.user - first <= min(start + nr, self.sizes.pages):
+                self.out_of_scope("takes the page from the VMM", frame.user - first - 1)
                 frame.user = 0
 
     # -- GUP -----------------------------------------------------------------------------------------------------

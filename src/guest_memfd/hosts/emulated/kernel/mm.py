@@ -62,15 +62,18 @@ class FileMapping:
             self.tables[ia // SLOT].map(ia % SLOT, PAGE, pa, USER_PAGE)
             self.present[index] = pa
 
-    def zap(self, start: int, nr: int) -> None:
-        """Remove the entries of [start, start+nr), and from every CPU's TLB."""
+    def zap(self, start: int, nr: int) -> list[int]:
+        """Remove the entries of [start, start+nr), and from every CPU's TLB: the page indexes that had one."""
         end = start + nr
+        had = []
         for index in [i for i in self.present if start <= i < end] if nr > 1 else [start]:
             if self.present.pop(index, None) is not None:
+                had.append(index)
                 ia = index * PAGE
                 self.tables[ia // SLOT].unmap(ia % SLOT, PAGE)
                 for slot in self.vmas:
                     tlbi.vae1is(self.mm.tlbs, slot * SLOT + ia, ASID, self.mm.vmid)
+        return had
 
     def free(self) -> None:
         """The last VMA has gone: its tables go back."""

@@ -76,7 +76,8 @@ class UserMappings(PageCache):
         if nr <= 0:
             self.die("unmap_mapping_pages of no pages, which means all up to the end of the file")
         if self.inode.mapping is not None:
-            self.inode.mapping.zap(start, nr)
+            for index in self.inode.mapping.zap(start, nr):
+                self.machine.tracer.out_of_scope(self, "takes the page from the VMM", index)
 
     # -- GUP -----------------------------------------------------------------------------------------------------
 
