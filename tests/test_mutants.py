@@ -160,6 +160,15 @@ def test_the_list_of_equivalents_names_mutants_and_gives_reasons() -> None:
     assert mistakes(listed(), [mutant.id for mutant in everything()], {}) == []
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_has_files_and_tests(name: str) -> None:
+    target = TARGETS[name]
+    assert target.paths()
+    for killer in target.killers:
+        if isinstance(killer, tested.Tested):
+            assert all(list(tested.TESTS.glob(file)) for file in killer.files)
+
+
 def test_mistakes_of_the_list_are_told() -> None:
     read = dict(entries(["# words", "", "a:1  # is the same", "b:1", "c:1  # dead", "d:1  # gone"]))
     fates = {"a:1": Fate(SURVIVED), "c:1": Fate(KILLED, "kvm: vcpu", "one-owner: two")}
@@ -273,7 +282,7 @@ def test_tests_are_scenarios(tmp_path: Path, python: Any) -> None:
 
 
 def test_no_tests_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"pytest collects nothing of test_nothing\.py"):
+    with pytest.raises(RuntimeError, match=r"there are no tests in test_nothing\.py"):
         tested.Tested("test_nothing.py").within(lambda: None)
 
 

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotClean as error:
         print(f"mutants: {error}", file=sys.stderr)
         return FAILED
-    equivalent = listed()
+    files = target.paths()
+    equivalent = {name: why for name, why in listed().items() if name.partition(":")[0] in files}
     results = [report.Result(mutant, fates[mutant.id], equivalent.get(mutant.id)) for mutant in wanted]
     print(report.as_json(results) if args.json else report.text(results))
     wrong = mistakes(equivalent, [mutant.id for mutant in everything], fates)

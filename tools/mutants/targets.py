@@ -27,16 +27,23 @@ class Target(NamedTuple):
 
 
 LIBRARY = ("core/*.py", "hypervisors/gunyah/*.py", "hypervisors/kvm/*.py", "designs/ours.py")
-MACHINE = tuple(f"hosts/emulated/{part}/**/*.py" for part in ("arm64", "kernel", "gunyah", "kvm", "primitives"))
-ABSTRACTION = ("hosts/emulated/abstraction.py",)
+PARTS = ("arm64", "drivers", "gunyah", "kernel", "kvm", "pkvm", "primitives")
 
-LOCK_STEP = Tested("test_refinement.py")
 BESIDE_THE_SUITE = Tested(
     "test_folios.py", "test_drivers.py", "test_hypercalls.py", "test_library.py", "test_power.py", "test_large_files.py",
     "test_gunyah_device.py",
 )
 
+ON_THE_MACHINE = Tested(
+    "test_abstraction.py", "test_refinement.py", "test_planted_machine.py", "test_machine_*.py", "test_emulated_parts.py",
+    "test_arm64_*.py", "test_cpu.py", "test_asm.py", "test_mem_abort.py", "test_linear_map.py", "test_kernel_power.py",
+    "test_module_loader.py", "test_gunyah_*.py", "test_kvm_*.py", "test_pkvm_el2.py", "test_large_files.py",
+)
+"""Lock step with the abstract host, and the tests of the machine's parts."""
+
 TARGETS: dict[str, Target] = {target.name: target for target in (
     Target("library", LIBRARY, (Explored(), BESIDE_THE_SUITE)),
+    Target("machine", tuple(f"hosts/emulated/{part}/**/*.py" for part in PARTS), (ON_THE_MACHINE,)),
+    Target("abstraction", ("hosts/emulated/abstraction.py",), (ON_THE_MACHINE,)),
 )}
 """Registration (`__init__.py`) is no part of what is explored. Folios of more than one page are on the machine only."""

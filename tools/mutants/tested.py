@@ -26,7 +26,7 @@ ARGUMENTS = (*(f"-pno:{plugin}" for plugin in OFF), "-s", "-m", "not long")
 
 
 class Tested(Killer):
-    """The quick tests in *files* of tests/."""
+    """The quick tests in *files* of tests/ (patterns)."""
 
     name = "tests"
 
@@ -40,12 +40,13 @@ class Tested(Killer):
         """Do *work* where the tests are collected."""
         import pytest
 
-        loop = _Loop(self, work)
-        code = pytest.main([*ARGUMENTS, *self._paths()], plugins=[loop, self.reports])
+        loop, paths = _Loop(self, work), self._paths()
+        if paths:
+            pytest.main([*ARGUMENTS, *paths], plugins=[loop, self.reports])
         if loop.error is not None:
             raise loop.error
         if not loop.begun:
-            raise RuntimeError(f"pytest collects nothing of {', '.join(self.files)}: {code!r}")
+            raise RuntimeError(f"there are no tests in {', '.join(self.files)}, or pytest cannot collect them")
 
     def scenarios(self) -> Iterator[Scenario]:
         """Each of them; all in one if the package was imported anew, as the tests at hand know the old one."""
@@ -68,7 +69,7 @@ class Tested(Killer):
         return None if failed is None else f"{failed.nodeid}: {_words(failed)}"
 
     def _paths(self) -> list[str]:
-        return [str(TESTS / file) for file in self.files]
+        return [str(path) for file in self.files for path in sorted(TESTS.glob(file))]
 
     # The first failure's first line.
     def _run(self, item: pytest.Item) -> str | None:
