@@ -26,7 +26,7 @@ NEEDED = {
     "vmm-pages": ("AllocateDonates", "pkvm", "two-pages", "vmm-pages", "no-false-refusal"),
     "vmm-mapped": ("PunchLeavesUserEntries", "kvm", "two-pages", "vmm-mapped", "no-stale-mapping"),
     "vmm-any": ("AllocateDonates", "pkvm", "two-pages", "vmm-any", "bounded-cost"),
-    "vmm-odd": ("guestmem-rfc1", "gunyah", "two-pages", "vmm-odd", "host-survives"),
+    "vmm-odd": ("gunyah-v17", "gunyah", "two-pages", "vmm-odd", "all-or-nothing"),
     "creator": ("CreateKeepsTheModule", "kvm", "nothing-yet", "creator", "nothing-lost"),
     "pinner": ("ReferencesIgnored", "kvm", "two-pages", "pinner", "pins-respected"),
     "vmm2": ("PunchTellsNoCache", "kvm", "two-pages", "vmm2 pfn-cache", "no-stale-mapping"),
