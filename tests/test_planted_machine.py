@@ -135,7 +135,7 @@ def only_the_first_vma_is_flushed(patch: pytest.MonkeyPatch) -> None:
 @mistake("kvm", "vmm")
 def unmapping_leaves_out_the_last_page(patch: pytest.MonkeyPatch) -> None:
     right = mm.FileMapping.zap
-    patch.setattr(mm.FileMapping, "zap", lambda self, start, nr: right(self, start, nr - 1) if nr > 1 else None)
+    patch.setattr(mm.FileMapping, "zap", lambda self, start, nr: right(self, start, nr - 1) if nr > 1 else [])
 
 
 @mistake("kvm", "vmm")
