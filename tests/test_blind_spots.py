@@ -65,8 +65,8 @@ SPOTS = [
     Spot("AllocateDonates", "pkvm", "two-pages", "vmm-pages", "no-false-refusal", 21, "punch returns -EBUSY, and nothing"),
     Spot("AllocateDonates", "gunyah", "two-pages", "vmm-pages", "no-false-refusal", 22, "punch returns -EBUSY, and nothing"),
     Spot("FreesWhatIsRefused", "pkvm", "for-good", "vcpu2 stop", "nothing-lost", 50, "a page is freed while it is the gues"),
-    Spot("LeaksTwice", "pkvm", "for-good", "vcpu2 stop", "nothing-lost", 52, "a page that the hypervisor keeps is not give"),
-    Spot("LeaksAtOnce", "pkvm", "two-pages", "vcpu2 stop", "nothing-lost", 51, "a page is kept out of use for ever, and th"),
+    Spot("LeaksTwice", "pkvm", "for-good", "vcpu2 stop", "nothing-lost", 53, "a page that the hypervisor keeps is not give"),
+    Spot("LeaksAtOnce", "pkvm", "two-pages", "vcpu2 stop", "nothing-lost", 52, "a page is kept out of use for ever, and th"),
     Spot("AnyKernelWillDo", "kvm", "no-direct-map-changes", "vcpu2 kcore", "guest-private", 18, "copy_from_kernel_nofault"),
     Spot("ReadersWelcome", "kvm", "two-pages", "vcpu2 page-cache-reader", "host-survives", 15, "read_folio takes a transl"),
 ]

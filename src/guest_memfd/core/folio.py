@@ -155,12 +155,13 @@ class Folios(HostMapping):
     def leak(self, held: Held) -> Steps[int]:
         """Give up the locked folio that the hypervisor will never give back: out of the file, out of use, counted; 0.
 
-        It is private, so no user page table has it. Its hole in the direct map stays, and it stays counted as away from the
-        host: nobody may come near it.
+        The VMM may still map it, if the guest had only let the host use it. Its hole in the direct map stays, and it stays
+        counted as away from the host: nobody may come near it.
         Source: snp_leak_pages() (arch/x86/virt/svm/sev.c); drivers/hv, 03f5a999adba.
         """
         host, folio = self.host, held.folio
         yield from host.warn(f"{folio} stays with the hypervisor for ever")
+        yield from host.unmap_mapping_pages(held.pgoff, folio.nr)
         yield from host.leak_folio(folio)
         yield from host.filemap_remove_folio(folio)
         return 0
