@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from leave_out import answered
+
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.core.ops import Reason
@@ -51,16 +53,7 @@ class BindsToTheDead(OurLibrary):
     """A binding to a VM that has been stopped: nobody takes it away."""
 
     def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
-        alive, self.host.vm_state = self.host.vm_state, _running      # type: ignore[method-assign]
-        try:
-            return (yield from super().bind(gfn, start, nr))
-        finally:
-            self.host.vm_state = alive                                # type: ignore[method-assign]
-
-
-def _running() -> Steps[str]:
-    yield from ()
-    return "running"
+        return (yield from answered(super().bind(gfn, start, nr), {"vm_state": "running"}))
 
 
 class Removal(OurLibrary):
@@ -203,16 +196,7 @@ class AnyKernelWillDo(OurLibrary):
     """create() does not ask whether the direct map can be changed."""
 
     def create(self, size: int, shared: tuple[int, ...] = ()) -> Steps[int]:
-        asks, self.host.can_set_direct_map = self.host.can_set_direct_map, _yes     # type: ignore[method-assign]
-        try:
-            return (yield from super().create(size, shared))
-        finally:
-            self.host.can_set_direct_map = asks                                     # type: ignore[method-assign]
-
-
-def _yes() -> Steps[bool]:
-    yield from ()
-    return True
+        return (yield from answered(super().create(size, shared), {"can_set_direct_map": True}))
 
 
 class ReadersWelcome(OurLibrary):

@@ -9,6 +9,7 @@ A mutant that nothing kills is a hole in the laws or in the scenarios, or it is 
     mutant.py       all changes of all sites, with names that last
     apply.py        a mutant takes the place of the code it was made of
     explore.py      the scenarios that have to notice: the only file that knows the suite
+    tested.py       tests of the project that have to notice what the suite does not
     killer.py       what scenarios are, whatever they do
     baseline.py     what runs where, and what it costs
     trial.py        one mutant against its scenarios

@@ -33,6 +33,7 @@ BESIDE_THE_SUITE = Tested(
     "test_folios.py", "test_drivers.py", "test_hypercalls.py", "test_library.py", "test_power.py", "test_large_files.py",
     "test_gunyah_device.py",
 )
+"""Scripted answers, folios of more than one page, and calls that the library never makes: no scene has them."""
 
 ON_THE_MACHINE = Tested(
     "test_abstraction.py", "test_refinement.py", "test_planted_machine.py", "test_machine_*.py", "test_emulated_parts.py",
@@ -46,4 +47,4 @@ TARGETS: dict[str, Target] = {target.name: target for target in (
     Target("machine", tuple(f"hosts/emulated/{part}/**/*.py" for part in PARTS), (ON_THE_MACHINE,)),
     Target("abstraction", ("hosts/emulated/abstraction.py",), (ON_THE_MACHINE,)),
 )}
-"""Registration (`__init__.py`) is no part of what is explored. Folios of more than one page are on the machine only."""
+"""Registration (`__init__.py`) is no part of what is explored."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from guest_memfd.check.explorer import Machine, Program, local_key, resume
+from guest_memfd.check.explorer import Machine, Program, resume
 from guest_memfd.check.outcome import STAY
+from guest_memfd.check.place import local_key
 from guest_memfd.hosts.host import LOADS, SILENT, Primitive
 
 Path = tuple[Any, ...]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from guest_memfd.check.explorer import Explorer, Program, Tables, describe, local_key, perform, resume, send
+from guest_memfd.check.explorer import Explorer, Program, Tables, perform, resume, send
 from guest_memfd.check.outcome import Outcome
+from guest_memfd.check.place import local_key
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.names import misspelt as misspelt_design
-from guest_memfd.errors import BadInput, DesignRaised, PluginError, UnknownName
+from guest_memfd.errors import BadInput, DesignRaised, PluginError, UnknownName, describe
 from guest_memfd.hosts.abstract import AbstractHost
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import EOPNOTSUPP, Host, Primitive, Steps
