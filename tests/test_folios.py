@@ -25,6 +25,7 @@ from guest_memfd.hosts.host import (
     EEXIST,
     EFAULT,
     EHWPOISON,
+    EINVAL,
     EIO,
     ENOMEM,
     Folio,
@@ -257,6 +258,14 @@ def test_an_entry_of_the_direct_map_is_put_back_in_two_attempts(errors: list[int
 # -- removal -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("start", "nr", "cut"), [(1, 3, [0]), (2, 3, [4]), (1, 5, [0]), (0, 1, [0]), (2, 2, [])])
+def test_a_folio_that_ends_where_the_range_ends_is_not_split(start: int, nr: int, cut: list[int]) -> None:
+    cache = PageCache({head: Folio(head, 1) for head in (0, 2, 4)})
+    result, done = asked(library(6, Splitting).punch_hole(start, nr), cache)
+    assert result == Conversion(0)
+    assert [step for step in done if step.startswith("split")] == [f"split_folio(pfn{head}/o1)" for head in cut]
+
+
 def test_a_punch_splits_what_it_cuts_and_nothing_else() -> None:
     cache = PageCache({head: Folio(head, 1) for head in (0, 2, 4)})
     result, done = asked(library(6, Splitting).punch_hole(1, 4), cache)
@@ -389,7 +398,7 @@ def test_the_hypervisor_is_asked_for_every_page_before_any_is_taken(
     reason = {"make_private": "to_private", "make_shared": "to_shared", "punch_hole": "punch"}.get(name, name)
     assert ", ".join(ops.calls) == ", ".join(filter(None, [f"invalidate 6 {reason}, invalidate 7 {reason}", calls]))
     assert ("xa_store_reserved" in str(done)) == (result.ret == 0 and name != "punch_hole")
-    assert cache.taken == 0
+    balanced(cache, done)
 
 
 @pytest.mark.parametrize(("name", "entry"), [
@@ -431,6 +440,16 @@ def test_the_last_reference_may_be_that_of_memory_failure() -> None:
     assert "filemap_remove_folio(pfn8)" in done
 
 
+def test_a_file_that_is_just_going_takes_its_broken_pages_along() -> None:
+    result, done = asked(library().error_folio(Folio(8), Locked(4, True, False, True)), lambda _primitive: False)
+    assert (result, done) == ("failed", ["igrab()"])
+
+
+@pytest.mark.parametrize(("start", "nr"), [(-1, 1), (0, 0), (0, -1)])
+def test_a_punch_of_no_range_is_refused_before_anything_is_asked_for(start: int, nr: int) -> None:
+    assert asked(library().punch_hole(start, nr), PageCache()) == (Conversion(-EINVAL), [])
+
+
 @pytest.mark.parametrize(("start", "nr"), [(64, 1), (70, 2)])
 def test_a_punch_past_the_end_touches_nothing(start: int, nr: int) -> None:
     result, done = asked(library().punch_hole(start, nr), PageCache())
@@ -454,7 +473,27 @@ def test_a_dying_vm_gives_everything_back(answers: list[int], ret: int, calls: l
     assert given_up == (["unmap_mapping_pages(2, 1)", "leak_folio(pfn2)", "filemap_remove_folio(pfn2)"]
                         if -EIO in answers else [])
     assert f"end_op({ret}, {3 if ret else None})" in done
-    assert cache.taken == 0
+    balanced(cache, done)
+
+
+def test_what_cannot_be_put_back_into_the_direct_map_is_kept() -> None:
+    cache = two(PRIVATE_PAGE)
+    cache.private, cache.fails = {Folio(2), Folio(3)}, {"set_direct_map_default_noflush": [-ENOMEM, -ENOMEM]}
+    result, done = asked(library().punch_hole(2, 2), cache)
+    assert result == Conversion(0)
+    assert [step for step in done if "leak" in step] == ["leak_folio(pfn2)"]
+    balanced(cache, done)
+
+
+@pytest.mark.parametrize(("start", "nr", "page"), [(1, 3, 0), (0, 3, 2), (1, 2, 0)])
+def test_a_folio_that_stays_with_the_hypervisor_is_not_split(start: int, nr: int, page: int) -> None:
+    cache = PageCache({0: Folio(0, 1), 2: Folio(2, 1)}, dict.fromkeys(range(4), PRIVATE_PAGE), {n: n + 1 for n in range(4)})
+    ops = Recorded(0, 0, -EIO)
+    result, done = asked(Splitting(ops, 4).punch_hole(start, nr), cache)
+    assert result == Conversion(-EIO, max(page, start))
+    assert ops.calls[2:] == [f"reclaim {page}"]
+    assert not any(step.startswith(("split_folio", "filemap_remove")) for step in done)
+    balanced(cache, done)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
