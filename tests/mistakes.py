@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from leave_out import answered
+from leave_out import answered, without
 
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import Grabbed, Held
@@ -326,6 +326,13 @@ class CountsTheFirst(OurLibrary):
 
     def unexpected_refs(self, folios: tuple[Held, ...]) -> Steps[int | None]:
         return (yield from super().unexpected_refs(folios[:1]))
+
+
+class SharesUnannounced(OurLibrary):
+    """Who else looks at attributes - a fault that is being handled without the lock - never hears that they change."""
+
+    def _make_shared(self, start: int, nr: int) -> Steps[Conversion]:
+        return (yield from without(super()._make_shared(start, nr), "mmu_invalidate_begin", "mmu_invalidate_end"))
 
 
 class RestoresOnce(OurLibrary):

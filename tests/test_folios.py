@@ -183,6 +183,15 @@ def test_one_flush_is_for_all_that_were_zapped() -> None:
     assert done.index(flushes[0]) > done.index("set_direct_map_invalid_noflush(pfn2)")
 
 
+def test_nothing_is_flushed_where_nothing_was_zapped() -> None:
+    cache = PageCache({0: Folio(0)}, {0: SHARED_PAGE}, private={Folio(0)})
+    _, done = asked(library().make_private(0, 1), cache)
+    assert not any(step.startswith("flush") for step in done)
+    ret, done = asked(library().zap(Folio(1)), PageCache(fails={"set_direct_map_invalid_noflush": [-ENOMEM]}))
+    assert ret == -ENOMEM
+    assert done[-2:] == ["folio_set_private(pfn1, False)", "pm_account(-1)"]
+
+
 def test_a_zap_that_fails_ends_the_batch_and_what_was_zapped_is_flushed() -> None:
     cache = PageCache({0: Folio(0), 1: Folio(1), 2: Folio(2)}, dict.fromkeys(range(3), SHARED_PAGE),
                       fails={"set_direct_map_invalid_noflush": [0, -ENOMEM]})
@@ -244,6 +253,13 @@ def test_a_folio_is_allocated_whole_if_it_can_be(
     grabbed, done = asked(library(design=design).grab_folio(5), PageCache(fails={"filemap_add_folio": errors}))
     assert [step for step in done if "add" in step] == [f"filemap_add_folio(5, {order})" for order in orders]
     assert grabbed == result if isinstance(grabbed, int) else grabbed.pgoff == result
+
+
+def test_an_allocation_ends_at_the_first_page_that_is_not_to_be_had() -> None:
+    ret, done = asked(library().allocate(3, 4), PageCache(fails={"filemap_add_folio": [Lookup(Folio(3), 3), -ENOMEM]}))
+    assert ret == -ENOMEM
+    assert [step for step in done if "add" in step or "end_op" in step] == [
+        "filemap_add_folio(3, 0)", "filemap_add_folio(4, 0)", "end_op(-12, 4)"]
 
 
 @pytest.mark.parametrize(("errors", "result", "attempts"), [([], 0, 1), ([-ENOMEM], 0, 2), ([-ENOMEM] * 2, -ENOMEM, 2)])
@@ -312,6 +328,21 @@ def test_what_is_unmapped_for_broken_memory_is_that_folio() -> None:
 
 def _alive(cache: PageCache) -> Any:
     return lambda primitive: primitive.name in ("igrab", "get_file") or cache(primitive)
+
+
+@pytest.mark.parametrize("bound", [0, 6, 8, 9])
+def test_a_page_that_is_not_bound_there_is_not_given_to_the_guest(bound: int) -> None:
+    cache = two(PRIVATE_PAGE)
+    cache.bound[2] = bound
+    ret, done = asked(library().guest_fault(6, 2), _alive(cache))
+    assert ret == -EFAULT
+    assert done[-3:] == ["end_op(-14, None)", "up_read(invalidate)", "fput()"]
+    assert not any(step.startswith("filemap") for step in done)
+
+
+@pytest.mark.parametrize("index", [64, 65])
+def test_past_the_end_there_is_nothing_to_map(index: int) -> None:
+    assert asked(library().user_fault(index), PageCache()) == ("SIGBUS", [])
 
 
 # -- what the VMM is answered -----------------------------------------------------------------------------------------
@@ -399,6 +430,21 @@ def test_the_hypervisor_is_asked_for_every_page_before_any_is_taken(
     assert ", ".join(ops.calls) == ", ".join(filter(None, [f"invalidate 6 {reason}, invalidate 7 {reason}", calls]))
     assert ("xa_store_reserved" in str(done)) == (result.ret == 0 and name != "punch_hole")
     balanced(cache, done)
+
+
+@pytest.mark.parametrize(("name", "attribute", "ranged"), [
+    ("make_private", SHARED_PAGE, {"unmap_mapping_pages", "mmu_invalidate_begin", "xa_reserve"}),
+    ("make_shared", PRIVATE_PAGE, {"mmu_invalidate_begin", "xa_reserve"}),
+    ("punch_hole", PRIVATE_PAGE, {"unmap_mapping_pages", "mmu_invalidate_begin"}),
+    ("unbind", PRIVATE_PAGE, {"mmu_invalidate_begin"}),
+])
+def test_what_is_done_to_a_range_is_done_to_all_of_it_and_no_more(name: str, attribute: int, ranged: set[str]) -> None:
+    _, done = asked(getattr(library(), name)(2, 2), _alive(two(attribute)))
+    about = [step for step in done if step.partition("(")[0] in ("unmap_mapping_pages", "mmu_invalidate_begin", "xa_reserve")]
+    assert {step.partition("(")[0] for step in about} == ranged
+    assert all(step.endswith("2, 2)") for step in about)
+    stores = [at for at, step in enumerate(done) if step.startswith("xa_store_reserved")]
+    assert all(done.index("mmu_invalidate_begin(2, 2)") < at < done.index("mmu_invalidate_end()") for at in stores)
 
 
 @pytest.mark.parametrize(("name", "entry"), [

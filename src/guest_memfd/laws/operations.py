@@ -63,7 +63,7 @@ def all_or_nothing(note: Any) -> Evidence:
     if isinstance(note, notes.Returned) and note.begun:
         return f"{note.op} returns, and the invalidation it has begun goes on for ever"
     if isinstance(note, notes.Unannounced):
-        return f"{note.op} {note.what}, which its mmu_invalidate_begin() had left out"
+        return f"{note.op} {note.what}, which no mmu_invalidate_begin() of its own has announced"
     if not isinstance(note, notes.Ended):
         return None
     if note.ret < 0 and -note.ret not in (*DOCUMENTED.get(note.op, ()), *note.documented):

@@ -96,11 +96,14 @@ class Base:
         if ghost.op and self.file.inode != st.EVICTED and not ghost.scope >> index & 1:
             self.notes.append(notes.OutOfScope(st.OPS[ghost.op - 1], what, index))
 
-    def done_to(self, what: str, index: int) -> None:
-        """The current party's operation does something to page *index* that users of it must hear of beforehand."""
+    def done_to(self, what: str, index: int, *, always: bool = False) -> None:
+        """The current party's operation does something to page *index* that users of it must hear of beforehand.
+
+        *always*: that is so even if the operation has begun no invalidation at all: there is a VM to be told.
+        """
         self.out_of_scope(what, index)
         ghost = self.state.ghost(self.who)
-        if ghost.op and ghost.begun and not ghost.announced >> index & 1:
+        if ghost.op and (always or ghost.begun) and not ghost.announced >> index & 1:
             self.notes.append(notes.Unannounced(st.OPS[ghost.op - 1], what, index))
 
     def count(self, what: str) -> None:

@@ -227,10 +227,14 @@ class GuestSide(Mappings):
 
     # Invalidation goes through the bindings (kvm_gmem_invalidate_begin()): without one there is no VM to tell.
     def _is_bound(self, what: str) -> bool:
-        bound = any(self.page(index).binding for index in range(self.sizes.pages))
+        bound = self.bound()
         if bound and self.vm.vm == st.GONE:
             self.gone(f"the VM, in {what}")
         return bound
+
+    def bound(self) -> bool:
+        """Whether any page of the file is bound."""
+        return any(self.page(index).binding for index in range(self.sizes.pages))
 
     # -- gfn_to_pfn_cache ----------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ class OutOfScope(NamedTuple):
 
 
 class Unannounced(NamedTuple):
-    """An operation did something to a page that its mmu_invalidate_begin() had left out."""
+    """An operation did something to a page that no mmu_invalidate_begin() of its own has announced."""
 
     op: str
     what: str

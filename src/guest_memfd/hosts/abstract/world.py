@@ -112,7 +112,7 @@ class World(PageCache, GuestSide):
             ghost = self.state.ghost(self.who)
             if ghost.op:
                 ghost.toggled ^= 1 << index
-            self.done_to("changes the attribute", index)
+            self.done_to("changes the attribute", index, always=self.bound())
             setattr(page, field, value)
             if page.cached:
                 self._attribute_changed(self.state.frame(page.cached - 1), page)

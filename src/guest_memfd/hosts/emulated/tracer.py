@@ -170,10 +170,15 @@ class Tracer:
             if beyond is not None:
                 host.notes.append(notes.OutOfScope(operation.op, "announces an invalidation", beyond))
 
-    def done_to(self, host: Base, what: str, index: int, nr: int = 1) -> None:
-        """The task's operation does something to a folio that its users must hear of beforehand."""
+    def done_to(self, host: Base, what: str, index: int, nr: int = 1, *, always: bool = False) -> None:
+        """The task's operation does something to a folio that its users must hear of beforehand.
+
+        *always*: that is so even if the operation has begun no invalidation at all: there is a VM to be told.
+        """
         self.out_of_scope(host, what, index, nr)
         operation, announced = self.operations.get(host.who), self.announced.get(host.who)
+        if announced is None and always:
+            announced = range(0)
         if operation is not None and announced is not None and not announced.start <= index < announced.stop:
             host.notes.append(notes.Unannounced(operation.op, what, index))
 
@@ -198,7 +203,7 @@ class Tracer:
         changed = [start + i for i in range(len(values)) if old[i] != values[i]]
         for index in changed:
             operation.toggled ^= {index}
-            self.done_to(host, "changes the attribute", index)
+            self.done_to(host, "changes the attribute", index, always=inode.bound())
         pages = (inode.find(index) for index in changed)
         return list({page.pa: page for page in pages if page is not None}.values())
 
