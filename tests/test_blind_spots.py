@@ -69,7 +69,7 @@ SPOTS = [
     Spot("LeaksAtOnce", "pkvm", "two-pages", "vcpu2 stop", "nothing-lost", 52, "a page is kept out of use for ever, and th"),
     Spot("AnyKernelWillDo", "kvm", "no-direct-map-changes", "vcpu2 kcore", "guest-private", 18, "copy_from_kernel_nofault"),
     Spot("UnmapsTheLast", "kvm", "both-shared", "vmm2 device", "one-owner", 37, "the VMM's page table maps a page that is"),
-    Spot("SharesUnannounced", "kvm", "both-private", "vmm2", "all-or-nothing", 6, "to_shared changes the attribute, which no"),
+    Spot("SharesUnannounced", "kvm", "both-private", "vmm2", "all-or-nothing", 6, "to_shared changes the attribute, wh"),
     Spot("ReadersWelcome", "kvm", "two-pages", "vcpu2 page-cache-reader", "host-survives", 15, "read_folio takes a transl"),
 ]
 

@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 
+from guest_memfd.check.plan import plan
 from guest_memfd.check.scenario import World
 from guest_memfd.cli.main import VERBS, main
 from guest_memfd.core import GuestMemfdOps
@@ -29,7 +31,7 @@ from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.laws.operations import DOCUMENTED
 from guest_memfd.plugins import Registry
-from guest_memfd.scenarios import PARTIES
+from guest_memfd.scenarios import PARTIES, SCENES
 
 ROOT = Path(__file__).parent.parent
 DOCS, SOURCE = ROOT / "docs", ROOT / "src"
@@ -225,6 +227,27 @@ def test_what_the_example_design_forgets(hypervisor: str, laws: set[str]) -> Non
 def test_the_library_holds_with_the_example_party(hypervisor: str) -> None:
     world = World(DESIGNS["library"], HYPERVISORS[hypervisor], [example("preallocating_party").PREALLOC, *ALL])
     assert broken(world, ("prealloc", "vcpu"), ("prealloc", "memory-failure"), ("prealloc", "unloader")) == set()
+
+
+@pytest.mark.usefixtures("examples")
+@pytest.mark.parametrize(("fd", "laws"), [(True, set()), (False, {"lifetimes"})])
+def test_a_system_call_in_flight_holds_the_file(fd: bool, laws: set[str]) -> None:
+    party = replace(example("preallocating_party").PREALLOC, fd=fd)
+    world = World(DESIGNS["library"], HYPERVISORS["kvm"], [party, *ALL])
+    assert broken(world, ("prealloc", "vmm", "stop")) == laws
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("examples")
+@pytest.mark.parametrize("hypervisor", ["kvm", "pkvm", "gunyah", "tiny"])
+def test_examples_in_the_whole_suite(hypervisor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    party, tiny = example("preallocating_party").PREALLOC, example("tiny_hypervisor").TINY
+    monkeypatch.setitem(PARTIES._known, party.name, party)
+    on = tiny if hypervisor == "tiny" else HYPERVISORS[hypervisor]
+    for scene in SCENES.values():
+        world = World(DESIGNS["library"], on, [party, *ALL], scene=scene)
+        asked = [names for names in plan(world, full=False) if party.name in names or on is tiny]
+        assert broken(world, *asked) == set(), scene.name
 
 
 @pytest.mark.usefixtures("examples")

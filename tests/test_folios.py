@@ -440,7 +440,7 @@ def test_the_hypervisor_is_asked_for_every_page_before_any_is_taken(
 ])
 def test_what_is_done_to_a_range_is_done_to_all_of_it_and_no_more(name: str, attribute: int, ranged: set[str]) -> None:
     _, done = asked(getattr(library(), name)(2, 2), _alive(two(attribute)))
-    about = [step for step in done if step.partition("(")[0] in ("unmap_mapping_pages", "mmu_invalidate_begin", "xa_reserve")]
+    about = [step for step in done if step.startswith(("unmap_mapping_pages", "mmu_invalidate_begin", "xa_reserve"))]
     assert {step.partition("(")[0] for step in about} == ranged
     assert all(step.endswith("2, 2)") for step in about)
     stores = [at for at, step in enumerate(done) if step.startswith("xa_store_reserved")]

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 
+from guest_memfd.check.coverage import Coverage
 from guest_memfd.check.scenario import World
 from guest_memfd.check.verdict import Found, LawReport, Limits, Report
 from guest_memfd.check.work import Answer, Task
@@ -26,9 +29,10 @@ class Winner:
 
 @dataclass
 class Case:
-    """One question: its worlds by their numbers, and what has been answered."""
+    """One question: its worlds by their numbers, and what has been answered. suite: it is not about one scenario."""
 
     judged: Sequence[str]
+    suite: bool = True
     worlds: dict[int, World] = field(default_factory=dict)
     scenarios: int = 0
     answers: dict[Task, Answer] = field(default_factory=dict)
@@ -74,14 +78,19 @@ class Case:
         self.found.sort(key=lambda f: (len(f[1].finding.steps), rank[f[1].law], f[0], f[1].evidence))
         found = tuple(each for _, each in self.found)
         reached = self._reached(limits)
+        coverage = reduce(or_, (answer.coverage for answer in self.answers.values()), Coverage())
+        no_file = all(world.refused for world in self.worlds.values())
+        missing = () if no_file else coverage.missing(suite=self.suite)
+        proved = not reached and not missing
         first = next(iter(self.worlds.values()))
         return Report(
             first.design.name, first.hypervisor.name,
-            "refuted" if found else "undetermined" if reached else "holds",
-            {law: _law(law, found, reached) for law in self.judged}, found,
+            "refuted" if found else "holds" if proved else "undetermined",
+            {law: _law(law, found, proved=proved) for law in self.judged}, found,
             sum(a.states for a in self.answers.values()), sum(a.transitions for a in self.answers.values()),
             seconds, self.scenarios, reached, limits.failures, tuple(world.scene.name for world in self.worlds.values()),
             tuple(world.scene.name for world in self.worlds.values() if world.refused),
+            missing, coverage.never(),
         )
 
     def _reached(self, limits: Limits) -> tuple[str, ...]:
@@ -96,8 +105,8 @@ class Case:
         return tuple(reached)
 
 
-def _law(law: str, found: Sequence[Found], reached: Sequence[str]) -> LawReport:
+def _law(law: str, found: Sequence[Found], *, proved: bool) -> LawReport:
     first = next((f for f in found if f.law == law), None)
     if first is None:
-        return LawReport(law, "undetermined" if reached else "holds")
+        return LawReport(law, "holds" if proved else "undetermined")
     return LawReport(law, "refuted", len(first.finding.steps), first.parties, first.evidence, first.finding, first.scene)

@@ -20,6 +20,7 @@ from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.hypervisors.names import misspelt as misspelt_hypervisor
 from guest_memfd.laws import LAWS, Law
 from guest_memfd.scenarios import PARTIES, SCENES, TEARDOWN, Party
+from guest_memfd.scenarios.party import system_call
 
 MOST_ROLES = 250
 """A party's number is kept in a byte, beside 0 for nobody; two numbers are the teardown's and the scene's."""
@@ -57,7 +58,8 @@ class World:
 
     def _program(self, number: int, party: Party) -> Program:
         def start() -> Generator[Primitive, Any, Any]:
-            return _of_file(party.file, party.procedure(self.library, self.hypervisor))
+            steps = party.procedure(self.library, self.hypervisor)
+            return _of_file(party.file, system_call(self.library, steps) if party.fd else steps)
 
         return Program(number, party.name, start)
 
@@ -138,6 +140,9 @@ def _library(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Desi
         library = design(hypervisor.ops(), scene.pages)
     except Exception as error:
         raise DesignRaised(f"design {design.name!r} cannot be made: {describe(error)}") from error
+    order = getattr(library, "order", 0)
+    if order:
+        raise BadInput(f"design {design.name!r} has folios of order {order}; the abstract host has order 0 only")
     library.scene = scene
     return library
 

@@ -62,7 +62,7 @@ def check_many(
     places = _scenes(scenes, alone=parties is not None)
     cases, worlds, tasks = [], list[World](), list[Task]()
     for design, hypervisor in pairs:
-        case = Case(judged)
+        case = Case(judged, suite=parties is None)
         for place in places:
             built = world(design, hypervisor, scene=place, failures=limits.failures, laws=judged)
             asked = plan(built, full=full) if parties is None else [_one(built, parties)]

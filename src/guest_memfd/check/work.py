@@ -10,7 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+from guest_memfd.check.coverage import Coverage, covered
 from guest_memfd.check.explorer import NEVER_ENDS, Finding, Result, Tables
 from guest_memfd.check.scenario import World
 
@@ -18,6 +20,7 @@ ROOMY = 200_000
 """Host states after which kept tables are given up: some 500 MB, and what they save is a third of the time at most."""
 
 EVER = 1 << 60
+NOTHING = Coverage()
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Task:
 class Answer:
     """What exploring saw. broken: (law, evidence, steps). traces: the findings, if these tables could tell.
 
-    limit: ``states`` or ``seconds``, if one was reached.
+    limit: ``states`` or ``seconds``, if one was reached. coverage: what has happened on the tables it was explored on.
     """
 
     states: int
@@ -48,6 +51,7 @@ class Answer:
     limit: str | None
     broken: tuple[tuple[str, str, int], ...] = ()
     traces: tuple[Finding, ...] | None = None
+    coverage: Coverage = NOTHING
 
 
 class Bench:
@@ -57,6 +61,7 @@ class Bench:
         self.worlds, self.max_states, self.deadline = worlds, max_states or EVER, deadline
         self._tables: Tables | None = None
         self._world = -1
+        self._seen, self._coverage = 0, NOTHING      # facts of these tables that have been looked at
 
     def do(self, task: Task) -> Answer:
         """Explore; raises what a design, party or hypervisor raises."""
@@ -72,13 +77,20 @@ class Bench:
         limit = None if result.limit is None else "states" if result.states > self.max_states else "seconds"
         broken = tuple((f.law, f.evidence, len(f.steps)) for f in result.findings)
         traces = tuple(result.findings) if untouched else None
-        return Answer(result.states, result.transitions, result.seconds, limit, broken, traces)
+        coverage = NOTHING if task.apart else self._covered(tables)
+        return Answer(result.states, result.transitions, result.seconds, limit, broken, traces, coverage)
 
     def _kept(self, number: int) -> Tables:
         if self._tables is None or self._world != number or len(self._tables.shared) > ROOMY:
             self._tables = None                         # first let the old ones go
             self._tables, self._world = _new(self.worlds[number]), number
+            self._seen, self._coverage = 0, NOTHING
         return self._tables
+
+    def _covered(self, kept: Tables) -> Coverage:
+        self._coverage |= covered(islice(kept.facts, self._seen, None))
+        self._seen = len(kept.facts)
+        return self._coverage
 
     # No deadline here: it has been that deep before.
     def _trace(self, world: World, parties: tuple[str, ...], wanted: tuple[tuple[str, str, int], ...]) -> Answer:

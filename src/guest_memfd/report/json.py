@@ -36,6 +36,7 @@ def check(report: Report, survived: Sequence[Survived], explored: str) -> dict[s
         "findings": [_found(found) for found in report.findings],
         "survived": [event._asdict() for event in survived],
         "scenes": list(report.scenes), "refused": list(report.refused),
+        "missing": list(report.missing), "never": list(report.never),
         "scenarios": report.scenarios, "states": report.states, "transitions": report.transitions,
         "limits": list(report.limits), "seconds": round(report.seconds, 3),
     }
@@ -49,6 +50,7 @@ def compare(
     rows = [
         {"design": r.design, "hypervisor": r.hypervisor, "verdict": r.verdict, "laws": _laws(r, traces=False),
          "cost": _cost(costs.get((r.design, r.hypervisor))), "scenes": list(r.scenes), "refused": list(r.refused),
+         "missing": list(r.missing), "never": list(r.never),
          "scenarios": r.scenarios, "states": r.states, "transitions": r.transitions, "limits": list(r.limits),
          "seconds": round(r.seconds, 3)}
         for r in reports

@@ -30,3 +30,4 @@ def _diagnostics(report: Report, law: LawReport) -> Iterator[str]:
         yield f"{law.steps} steps of {', '.join(law.parties or ())}: {law.evidence}"
     elif law.verdict == "undetermined":
         yield from report.limits
+        yield from (f"it never was that {event}" for event in report.missing)

@@ -54,6 +54,8 @@ def _clause(group: Sequence[Report], explored: str) -> str:
         kept = f"all {laws} laws" if laws > 1 else next(iter(report.laws))
         return (f"keeps {kept} on {where}, in every interleaving of {explored} with {injected(report)} "
                 f"({states:,} states)")
+    if not report.limits:
+        return f"breaks no law on {where}, but nothing is proved: it never was that {'; '.join(report.missing)}"
     return f"was not explored to the end on {where}, so nothing is proved there ({'; '.join(report.limits)})"
 
 

@@ -39,7 +39,7 @@ def tables(reports: Sequence[Report], titles: Mapping[str, str], explored: str, 
             yield ""
     yield from wrap(f"kept: in every interleaving of {explored}.  12 V+M: broken in 12 steps with V and M there, "
                     "and in no fewer.  *: one of them is an injected failure.  ': in a scene that is named below.  "
-                    "0: broken before anybody moves.  ?: a limit was reached, nothing is proved.", "")
+                    "0: broken before anybody moves.  ?: nothing is proved: a limit was reached, or nothing happened.", "")
     if letters:
         yield from wrap(", ".join(f"{letter} {party}" for party, letter in letters.items()) + ".", "")
     yield from _elsewhere(reports)

@@ -52,6 +52,8 @@ def headline(report: Report, style: Style) -> str:
         return style.head(what) + style.bad(f"refuted, {broken} of {_laws(len(judged))} broken")
     if report.verdict == "holds":
         return style.head(what) + style.good(f"holds, {_laws(len(judged))} kept")
+    if not report.limits:
+        return style.head(what) + style.doubt(f"holds, but nothing happened: it never was that {'; '.join(report.missing)}")
     return style.head(what) + style.doubt("undetermined, nothing is proved: " + "; ".join(report.limits))
 
 
@@ -116,9 +118,20 @@ def amount(reports: Sequence[Report], explored: str) -> Iterator[str]:
     if len(scenes) > 1:
         yield from wrap(", ".join(scenes), "scenes:   ")
     yield from _refused(reports)
+    yield from _never(reports)
     for report in reports:
         for limit in report.limits:
             yield f"limit: {report.design} on {report.hypervisor}: {limit}"
+
+
+# What a verdict says nothing about, for it never happened.
+def _never(reports: Sequence[Report]) -> Iterator[str]:
+    if len(reports) == 1 and reports[0].never:
+        yield from wrap("; ".join(reports[0].never), "never:    ")
+    elif len(reports) > 1:
+        for report in reports:
+            if report.missing:
+                yield from wrap(f"{report.design} on {report.hypervisor}: {'; '.join(report.missing)}", "never:    ")
 
 
 # A kernel that a design will not work on: there is no file, and nothing can go wrong with it.

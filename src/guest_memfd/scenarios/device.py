@@ -45,6 +45,7 @@ def pinner(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     yield from design.munmap()
 
 
-PINNER = Party("pinner", "a VMM that converts or punches a page which its own device has pinned", pinner, role="vmm")
+PINNER = Party("pinner", "a VMM that converts or punches a page which its own device has pinned", pinner, role="vmm",
+               fd=False)
 DEVICE = Party("device", "a device (pin, DMA) or a kernel user (get, copy) that keeps a page across munmap", device,
-               task=False)
+               task=False, fd=False)

@@ -52,9 +52,9 @@ def creator(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 
 CREATOR = Party("creator", "a VMM that creates a file and binds it", creator, role="vmm",
-                exists=lambda design, hypervisor: not design.scene.made)
+                exists=lambda design, hypervisor: not design.scene.made, fd=False)
 OTHER_STOP = Party("other-stop", "stop and reclaim of the second VM", stop, file=1,
-                   exists=lambda design, hypervisor: design.scene.vms > 1)
-UNLOADER = Party("unloader", "somebody who unloads the hypervisor's module", unloader)
-STOP = Party("stop", "VM stop and reclaim", stop)
-TEARDOWN = Party("teardown", "the end of the world", teardown, task=False)
+                   exists=lambda design, hypervisor: design.scene.vms > 1, fd=False)
+UNLOADER = Party("unloader", "somebody who unloads the hypervisor's module", unloader, fd=False)
+STOP = Party("stop", "VM stop and reclaim", stop, fd=False)
+TEARDOWN = Party("teardown", "the end of the world", teardown, task=False, fd=False)

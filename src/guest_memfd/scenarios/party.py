@@ -6,10 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import Steps
+from guest_memfd.hosts.host import Host, Steps
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 
+USER = Host("user")
+
 Procedure = Callable[[Design, Hypervisor], Steps[None]]
+
+
+def system_call(design: Design, steps: Steps[None]) -> Steps[None]:
+    """*steps* between fdget() and fdput(): nothing if the descriptor is closed; the last reference may go with it."""
+    if (yield from USER.fdget()):
+        yield from steps
+        yield from design.close()
 
 
 def _always(_design: Design, _hypervisor: Hypervisor) -> bool:
@@ -22,6 +31,8 @@ class Party:
 
     task: it is a task that freezing stops (a kernel thread or a device is not).
     file: number of the file it works on, and so of its VM.
+    fd: what it does it does in system calls on the file's descriptor, and so holds the file meanwhile; once that is closed
+        it does nothing. Not so: a guest, a device, the kernel itself, a task that closes the descriptor.
     role: whoever has the same role is never in a scenario together with it: they are one task that does different things.
     """
 
@@ -30,5 +41,6 @@ class Party:
     procedure: Procedure
     task: bool = True
     exists: Callable[[Design, Hypervisor], bool] = _always
+    fd: bool = True
     file: int = 0
     role: str = ""

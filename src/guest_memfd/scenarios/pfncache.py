@@ -35,4 +35,4 @@ def use() -> Steps[None]:
 
 
 PFN_CACHE = Party("pfn-cache", "a user of a kernel mapping of a guest page (gfn_to_pfn_cache)", pfn_cache,
-                  exists=lambda design, hypervisor: hypervisor.pfn_cache)
+                  exists=lambda design, hypervisor: hypervisor.pfn_cache, fd=False)

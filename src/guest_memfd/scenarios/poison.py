@@ -27,4 +27,4 @@ def memory_failure(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     yield from MM.folio_put(folio)
 
 
-MEMORY_FAILURE = Party("memory-failure", "the memory-failure handler", memory_failure, task=False)
+MEMORY_FAILURE = Party("memory-failure", "the memory-failure handler", memory_failure, task=False, fd=False)

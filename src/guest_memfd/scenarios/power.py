@@ -25,4 +25,4 @@ def hibernate(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     yield from design.hibernate_post()
 
 
-POWER = Party("power", "the power manager: hibernation, image copy, resume; suspend to RAM", hibernate, task=False)
+POWER = Party("power", "the power manager: hibernation, image copy, resume; suspend to RAM", hibernate, task=False, fd=False)

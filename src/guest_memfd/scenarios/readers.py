@@ -41,7 +41,7 @@ def drainer(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 
 PAGE_CACHE_READER = Party("page-cache-reader", "a reader of page-cache folios that is no GUP (buildid, uprobes)",
-                          page_cache_reader)
-DRAINER = Party("drainer", "somebody who drains the lru_add batches", drainer, task=False)
-ZEROPAD = Party("zeropad", "a zero-padding load from the page before", zeropad, task=False)
-KCORE = Party("kcore", "a scan of physical memory through /proc/kcore", kcore, task=False)
+                          page_cache_reader, fd=False)
+DRAINER = Party("drainer", "somebody who drains the lru_add batches", drainer, task=False, fd=False)
+ZEROPAD = Party("zeropad", "a zero-padding load from the page before", zeropad, task=False, fd=False)
+KCORE = Party("kcore", "a scan of physical memory through /proc/kcore", kcore, task=False, fd=False)

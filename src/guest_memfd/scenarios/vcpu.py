@@ -55,8 +55,8 @@ def until_served(design: Design, hypervisor: Hypervisor) -> Steps[None]:
             return
 
 
-VCPU = Party("vcpu", "a vCPU that faults pages in, gives them up, and writes them again", vcpu)
-VCPU2 = Party("vcpu2", "a second vCPU on the same page", second_vcpu)
-PATIENT_VCPU = Party("patient-vcpu", "a vCPU that goes on until it has its page", until_served)
+VCPU = Party("vcpu", "a vCPU that faults pages in, gives them up, and writes them again", vcpu, fd=False)
+VCPU2 = Party("vcpu2", "a second vCPU on the same page", second_vcpu, fd=False)
+PATIENT_VCPU = Party("patient-vcpu", "a vCPU that goes on until it has its page", until_served, fd=False)
 OTHER_VCPU = Party("other-vcpu", "a vCPU of the second VM", vcpu, file=1,
-                   exists=lambda design, hypervisor: design.scene.vms > 1)
+                   exists=lambda design, hypervisor: design.scene.vms > 1, fd=False)

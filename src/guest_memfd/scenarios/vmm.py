@@ -117,21 +117,15 @@ def life(*allowed: str) -> Procedure:
 
 
 def second_thread(design: Design, hypervisor: Hypervisor) -> Steps[None]:
-    """One system call of another thread, which holds the file for as long as it takes."""
-    if not (yield from USER.fdget()):
-        return
+    """One system call of another thread."""
     what = yield from USER.choose("thread", "allocate", "punch", "to_private", "to_shared", "unbind", "bind")
     yield from _change(design, what, 0, design.scene.pages)
-    yield from design.close()
 
 
 def repeater(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Convert, and again as long as the answer is to try again; private for as long as that takes."""
-    if not (yield from USER.fdget()):
-        return
     while (yield from _change(design, "to_private", 0, design.scene.pages)) == -EAGAIN:
         pass
-    yield from design.close()
 
 
 def odd_requests(design: Design, hypervisor: Hypervisor) -> Steps[None]:
@@ -145,16 +139,18 @@ def odd_requests(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     yield from change(design, what, start, nr)
 
 
-VMM = Party("vmm", "a VMM thread that maps, touches, unmaps, allocates, punches, converts, unbinds, closes", vmm, role="vmm")
+VMM = Party("vmm", "a VMM thread that maps, touches, unmaps, allocates, punches, converts, unbinds, closes", vmm, role="vmm",
+            fd=False)
 VMM_LIFE = Party("vmm-life", "a VMM that binds, unbinds, punches and closes, any three one after the other",
-                 life("bind", "unbind", "punch", "close"), role="vmm")
+                 life("bind", "unbind", "punch", "close"), role="vmm", fd=False)
 VMM_PAGES = Party("vmm-pages", "a VMM that allocates, punches and converts, any three one after the other",
-                  life("allocate", "punch", "to_private", "to_shared"), role="vmm")
+                  life("allocate", "punch", "to_private", "to_shared"), role="vmm", fd=False)
 VMM_MAPPED = Party("vmm-mapped", "a VMM that maps, touches, punches and converts, any three one after the other",
-                   life("map", "touch", "punch", "to_private"), role="vmm")
+                   life("map", "touch", "punch", "to_private"), role="vmm", fd=False)
 VMM_ANY = Party("vmm-any", "a VMM that does any three of all that a VMM can do, one after the other",
-                life("map", "touch", "allocate", "punch", "to_private", "to_shared", "bind", "unbind", "close"), role="vmm")
-VMM_ODD = Party("vmm-odd", "a VMM that asks for what is no page of the file", odd_requests, role="vmm")
+                life("map", "touch", "allocate", "punch", "to_private", "to_shared", "bind", "unbind", "close"), role="vmm",
+                fd=False)
+VMM_ODD = Party("vmm-odd", "a VMM that asks for what is no page of the file", odd_requests, role="vmm", fd=False)
 VMM2 = Party("vmm2", "a second thread of the VMM, in one system call", second_thread)
 REPEATER = Party("repeater", "a thread of the VMM that repeats a conversion while the answer is -EAGAIN", repeater,
                  role="vmm2")
