@@ -379,6 +379,25 @@ def numbers(result: Result) -> tuple[int, int, list[tuple[str, int]]]:
     return result.states, result.transitions, [(f.evidence, len(f.steps)) for f in result.findings]
 
 
+def test_of_runs_as_long_the_one_with_fewer_failures_is_told() -> None:
+    # Bytes 10 and more have spent a failure; both ways break the law in the second step, the failing one is tried first.
+    class Spends(Toy):
+        def spared(self, shared: bytes) -> int:
+            return int(shared[0] < 10)
+
+    def twice() -> Steps[None]:
+        yield from US.clear_folio(PAGE)
+        yield from US.folio_mark_uptodate(PAGE)
+
+    machine = Spends(
+        clear_folio=lambda byte, party, args: [end(-1, 10, failed=True), end(0, 1)],
+        folio_mark_uptodate=lambda byte, party, args: [end(0, byte + 1, "broken")],
+    )
+    law = ToyLaw(notes=("broken",))
+    finding, = Explorer(Tables(machine, [law]), [Program(0, "a", twice)], b"\0").run().findings
+    assert (len(finding.steps), finding.injected) == (2, 0)
+
+
 def test_programs_of_one_number_have_tables_of_their_own() -> None:
     machine = Toy(clear_folio=lambda byte, party, args: [end(None, byte + 1, party)])
 

@@ -23,6 +23,8 @@ from guest_memfd.hosts.scene import Scene
 from guest_memfd.laws import LAWS, Law
 from guest_memfd.report import blame, counterexample, ktap, progress, steps, table, terminal
 from guest_memfd.report.blame import offending
+from guest_memfd.report.choices import sentence as chosen
+from guest_memfd.report.counterexample import length
 from guest_memfd.report.sentence import sentence
 from guest_memfd.report.style import WIDTH, Style
 from guest_memfd.scenarios import PARTIES, SCENES
@@ -293,12 +295,55 @@ def report(
                   refused=tuple(refused))
 
 
+def broken(law: str, evidence: str, steps: int, *parties: str, scene: Scene | None = None, failed: int = 0, torn: int = 0,
+           ) -> LawReport:
+    """A law that breaks in so many steps; *failed* of them are injected failures, the last *torn* those of the teardown."""
+    run = [Step("teardown" if n >= steps - torn else parties[0], (), None, None, n < failed, b"", ()) for n in range(steps)]
+    return LawReport(law, "refuted", steps, parties, evidence, Finding(law, evidence, run), scene)
+
+
 PAIRS = "every pair of parties"
 ALL = len(LAWS)
-DEAD = LawReport("host-survives", "refuted", 8, ("vcpu", "zeropad"), "the load takes an abort")
-LEAK = LawReport("guest-private", "refuted", 3, ("kcore",), "the scan reads a secret")
-CROSSED = LawReport("fault-served", "refuted", 5, ("patient-vcpu",), "the fault is for ever", None, SCENES["crossed"])
-AT_ONCE = LawReport("library-alone", "refuted", 0, ("vcpu",), "the module does it itself", None, Scene())
+DEAD = broken("host-survives", "the load takes an abort", 8, "vcpu", "zeropad")
+LEAK = broken("guest-private", "the scan reads a secret", 3, "kcore")
+CROSSED = broken("fault-served", "the fault is for ever", 5, "patient-vcpu", scene=SCENES["crossed"])
+AT_ONCE = broken("library-alone", "the module does it itself", 0, "vcpu", scene=Scene())
+
+
+@pytest.mark.parametrize(("choices", "words"), [
+    (["gfn 0"], "gfn 0"),
+    (["VMM to_private", "range 1 1"], "converts page 1 to private"),
+    (["VMM to_shared", "range 0 2"], "converts pages 0 to 1 to shared"),
+    (["VMM punch", "range 2 -1"], "punches -1 pages from 2 on"),
+    (["VMM map", "page 0", "then punch"], "maps page 0, punches"),
+    (["thread to_private"], "converts to private"),
+    (["VMM close"], "closes the file"),
+    (["then stop"], "ends"),
+    (["range 0 x"], "range 0 x"),
+    (["FOLL_PIN True", "next to 0"], "FOLL_PIN True, next to 0"),
+])
+def test_choices_read_as_sentences(choices: list[str], words: str) -> None:
+    assert chosen(choices) == words
+
+
+def test_the_step_that_breaks_a_law_says_who_reached_what_and_how(load: Finding) -> None:
+    access = ACCESS._replace(who="kernel", via="stale TLB entry", content="secret", guests=True, write=False, pfn=1)
+    reads = Step("kcore", (), Primitive("copy_from_kernel_nofault", (1,), "mm"), None, False, load.initial, (access,))
+    told = [line for line in steps.lines([reads, reads], load.initial) if "~" in line]
+    assert told == ["     ~ kernel reads secret from pfn1, which is the guest's alone, through the stale TLB entry"]
+
+
+def test_the_length_of_a_run_says_whose_steps_and_which_failures_it_has() -> None:
+    def told(steps: int, **how: int) -> str:
+        finding = broken("progress", "...", steps, "vcpu", "vmm", **how).finding        # type: ignore[arg-type]
+        assert finding is not None
+        return length(finding.steps, ("vcpu", "vmm"))
+
+    assert told(0) == "before anybody moves"
+    assert told(9) == "9 steps of vcpu, vmm"
+    assert told(9, torn=4) == "5 steps of vcpu, vmm and 4 of the teardown"
+    assert told(9, failed=1) == "9 steps of vcpu, vmm, one an injected failure"
+    assert told(9, torn=1, failed=2) == "8 steps of vcpu, vmm and 1 of the teardown, 2 of them injected failures"
 
 
 def test_the_sentence_says_what_was_found_and_under_whom() -> None:

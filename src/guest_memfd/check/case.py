@@ -1,7 +1,7 @@
 """One question of a suite: the answers of its scenarios in all its scenes, and what they come to together.
 
 Rule of this file: answers may come in any order. Of each way to break a law the shortest trace over all scenarios wins,
-the earlier scenario where two are as short.
+where two are as short the one with fewer injected failures, then the earlier scenario.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from guest_memfd.laws import LAWS
 
 @dataclass(frozen=True)
 class Winner:
-    """The scenario with the shortest trace so far, and how long that is."""
+    """The scenario with the shortest trace so far, how long that is, and how many injected failures it has."""
 
     steps: int
+    injected: int
     task: Task
 
 
@@ -47,12 +48,12 @@ class Case:
     def take(self, task: Task, answer: Answer) -> None:
         """Add what a scenario came to."""
         self.answers[task] = answer
-        for law, evidence, steps in answer.broken:
+        for law, evidence, steps, injected in answer.broken:
             if law not in self.judged:
                 continue
             best = self.winners.get((law, evidence))
-            if best is None or (steps, task.order) < (best.steps, best.task.order):
-                self.winners[law, evidence] = Winner(steps, task)
+            if best is None or (steps, injected, task.order) < (best.steps, best.injected, best.task.order):
+                self.winners[law, evidence] = Winner(steps, injected, task)
 
     def to_trace(self) -> dict[Task, list[tuple[str, str, int]]]:
         """Scenario -> the ways to break a law of which it has the shortest trace."""
@@ -75,7 +76,8 @@ class Case:
     def report(self, limits: Limits, seconds: float) -> Report:
         """All of it together."""
         rank = {law: n for n, law in enumerate(LAWS)}
-        self.found.sort(key=lambda f: (len(f[1].finding.steps), rank[f[1].law], f[0], f[1].evidence))
+        self.found.sort(key=lambda f: (len(f[1].finding.steps), f[1].finding.injected, rank[f[1].law], f[0],
+                                       f[1].evidence))
         found = tuple(each for _, each in self.found)
         reached = self._reached(limits)
         coverage = reduce(or_, (answer.coverage for answer in self.answers.values()), Coverage())

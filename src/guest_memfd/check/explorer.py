@@ -43,6 +43,9 @@ class Machine(Protocol):
     A machine with a true attribute `footprints` promises that its outcomes depend on nothing but the bytes it reads,
     one by one, as ``state[at]``, and that all its states are of one length. Then it may be handed a `Watched` state,
     and has to return watched ones; each step is worked out once for all states that agree in what was read.
+
+    One with a method `spared` (state -> int) says how many failures it has not injected yet: of two runs of one length the
+    one with fewer failures is told.
     """
 
     def outcomes(self, shared: bytes, party: int, primitive: Primitive) -> Sequence[Outcome]:
@@ -95,12 +98,17 @@ class Step(NamedTuple):
 
 @dataclass
 class Finding:
-    """A law that broke: the evidence, and the shortest way there."""
+    """A law that broke: the evidence, and the shortest way there; of ways as short, one with the fewest failures."""
 
     law: str
     evidence: str
     steps: list[Step] = field(default_factory=list)
     initial: bytes = b""
+
+    @property
+    def injected(self) -> int:
+        """How many of the steps are injected failures."""
+        return sum(step.failed for step in self.steps)
 
 
 @dataclass
@@ -304,6 +312,7 @@ class Tables:
         self.footprints = getattr(machine, "footprints", False)
         self.judges = [(law.name, Remembered(law.in_state) if self.footprints else law.in_state) for law in laws
                        if getattr(law, "state", True)]
+        self.spared: Callable[[bytes], int] = getattr(machine, "spared", lambda _shared: 0)
         self.shared_ids: dict[bytes, int] = {}
         self.shared: list[bytes] = []
         self.broken: list[tuple[tuple[str, str], ...]] = []      # per shared state: (law, evidence) it breaks
@@ -493,7 +502,7 @@ class Explorer:
         findings += self._at_ends()
         findings += [Finding("progress", NEVER_ENDS, self.trace(*at), self.initial) for at in lost]
         unique: dict[tuple[str, str], Finding] = {}
-        for finding in sorted(findings, key=lambda f: len(f.steps)):
+        for finding in sorted(findings, key=lambda f: (len(f.steps), f.injected)):
             unique.setdefault((finding.law, finding.evidence), finding)
         return Result(
             states, transitions, list(unique.values()), limit, len(self.ends), len(self.levels) - 1,
@@ -548,10 +557,15 @@ class Explorer:
                 return added
             moves = tables.moves(automaton, local, shared)
             known = steps.flagged[key] = tuple(to), tuple((broken, m) for m in moves for broken in tables.judge(m))
+        level = len(self.levels) - 1
         for broken, move in known[1]:
-            if broken not in self.findings:
-                self.findings[broken] = len(self.levels) - 1, self._first(i, key), i, move
+            told = self.findings.get(broken)
+            if told is None or (told[0] == level and self._spared(move.shared) > self._spared(told[3].shared)):
+                self.findings[broken] = level, self._first(i, key), i, move
         return known[0]
+
+    def _spared(self, shared: int) -> int:
+        return self.tables.spared(self.tables.shared[shared])
 
     # The first state of the last level in which party *i* and the shared state are as *key* says.
     def _first(self, i: int, key: int) -> int:
@@ -597,11 +611,11 @@ class Explorer:
 
     # States from which nobody moves: all done (then the world is torn down and judged), a panic, or a deadlock.
     def _at_ends(self) -> list[Finding]:
-        shortest: dict[tuple[str, str], tuple[int, int, int, list[Step]]] = {}
+        shortest: dict[tuple[str, str], tuple[tuple[int, int], int, int, list[Step]]] = {}
         torn: set[int] = set()
         for level, code in self.ends:
             for law, evidence, more in self._at_end(level, code, torn):
-                length = level + len(more)
+                length = level + len(more), -self._spared(code & SHARED_MASK)
                 known = shortest.get((law, evidence))
                 if known is None or length < known[0]:
                     shortest[law, evidence] = (length, level, code, more)

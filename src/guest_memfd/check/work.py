@@ -40,8 +40,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What exploring saw. broken: (law, evidence, steps). traces: the findings, if these tables could tell.
+    """What exploring saw. broken: (law, evidence, steps, injected failures among them).
 
+    traces: the findings, if these tables could tell.
     limit: ``states`` or ``seconds``, if one was reached. coverage: what has happened on the tables it was explored on.
     """
 
@@ -49,7 +50,7 @@ class Answer:
     transitions: int
     seconds: float
     limit: str | None
-    broken: tuple[tuple[str, str, int], ...] = ()
+    broken: tuple[tuple[str, str, int, int], ...] = ()
     traces: tuple[Finding, ...] | None = None
     coverage: Coverage = NOTHING
 
@@ -75,7 +76,7 @@ class Bench:
         untouched = not tables.shared
         result = world.explorer(task.parties, tables).run(self.max_states, left)
         limit = None if result.limit is None else "states" if result.states > self.max_states else "seconds"
-        broken = tuple((f.law, f.evidence, len(f.steps)) for f in result.findings)
+        broken = tuple((f.law, f.evidence, len(f.steps), f.injected) for f in result.findings)
         traces = tuple(result.findings) if untouched else None
         coverage = NOTHING if task.apart else self._covered(tables)
         return Answer(result.states, result.transitions, result.seconds, limit, broken, traces, coverage)

@@ -14,7 +14,7 @@ from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.report import json
-from guest_memfd.report.counterexample import BEFORE, wrap
+from guest_memfd.report.counterexample import length, wrap
 from guest_memfd.report.style import Style
 
 HOSTS = ("abstract", "emulated")
@@ -69,7 +69,7 @@ def _words(again: Replay, style: Style) -> Iterator[str]:
 
 def _same(again: Replay, style: Style) -> Iterator[str]:
     trace = again.trace
-    how = f"{len(again.steps)} steps of {', '.join(trace.parties)}" if again.steps else BEFORE
+    how = length(again.steps, trace.parties)
     yield style.bad(f"the same verdict: {trace.law} is broken") + f", {trace.design} on {trace.hypervisor}, {how}"
     yield from wrap(trace.evidence, "  ")
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from guest_memfd.check.explorer import Finding
+from guest_memfd.check.explorer import Finding, Step
 from guest_memfd.hosts.abstract import show
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.scene import Scene
@@ -14,6 +14,7 @@ from guest_memfd.laws import LAWS
 from guest_memfd.report import steps
 from guest_memfd.report.blame import offending
 from guest_memfd.report.style import WIDTH, Style
+from guest_memfd.scenarios import TEARDOWN
 
 # Round a marked field until the text is wrapped: a wrapped colour code would count as text.
 _ON, _OFF = "\x01", "\x02"
@@ -21,6 +22,17 @@ _ON, _OFF = "\x01", "\x02"
 
 BEFORE = "before anybody moves"
 """When something breaks that is found in no steps: creating the file and binding it was enough."""
+
+
+def length(steps: Sequence[Step], parties: Sequence[str]) -> str:
+    """``12 steps of vcpu, vmm and 3 of the teardown, one an injected failure``: the teardown's are nobody's of *parties*."""
+    if not steps:
+        return BEFORE
+    last = sum(step.party == TEARDOWN.name for step in steps)
+    failed = sum(step.failed for step in steps)
+    torn = f" and {last} of the teardown" if last else ""
+    injected = f", {failed} of them injected failures" if failed > 1 else ", one an injected failure" if failed else ""
+    return f"{len(steps) - last} steps of {', '.join(parties)}{torn}{injected}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ def screen(example: Counterexample, style: Style) -> Iterator[str]:
     """The lines of the screen."""
     finding = example.finding
     law = LAWS[finding.law]
-    how = f"{len(finding.steps)} steps of {', '.join(example.parties)}" if finding.steps else BEFORE
+    how = length(finding.steps, example.parties)
     yield style.bad(f"{law.name} is broken: {example.design} on {example.hypervisor}, {how}")
     yield from wrap(f"{example.scene.name}: {example.scene.title}", "  scene    ")
     yield from wrap(law.sentence, "  law      ")

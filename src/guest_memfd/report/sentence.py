@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from guest_memfd.check.verdict import LawReport, Report
 from guest_memfd.hosts.scene import Scene
-from guest_memfd.report.counterexample import BEFORE
+from guest_memfd.report.counterexample import BEFORE, length
 from guest_memfd.scenarios import SCENES
 
 
@@ -46,7 +46,8 @@ def _clause(group: Sequence[Report], explored: str) -> str:
         broken = len(_broken(report))
         more = f"{broken} of {laws} laws on {where}, first {gravest.law}"
         what = f"{gravest.law} on {where}" if broken == 1 else more
-        after = f"after {gravest.steps} steps of {listed(gravest.parties or ())}" if gravest.steps else BEFORE
+        who = (listed(gravest.parties or ()),)
+        after = f"after {length(gravest.finding.steps, who)}" if gravest.steps and gravest.finding else BEFORE
         scene = "" if gravest.scene is None or gravest.scene == Scene() else f" in scene {gravest.scene.name}"
         return f"breaks {what}: {after}{scene}, {gravest.evidence}"
     if report.verdict == "holds":

@@ -13,6 +13,7 @@ from guest_memfd.errors import errno_name
 from guest_memfd.hosts.abstract import notes, show
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import Entries, Folio, Host, Primitive
+from guest_memfd.report.choices import sentence
 from guest_memfd.report.style import WIDTH
 
 
@@ -30,6 +31,8 @@ def lines(steps: Sequence[Step], initial: bytes) -> Iterator[str]:
             yield from _wrapped(f"     | {told}", "     | ") if told else ()
         for fact in facts(step, before):
             yield from _wrapped(f"     ~ {fact}", "       ")
+        for reach in reaches(step) if number == len(steps) else ():
+            yield from _wrapped(f"     ~ {reach}", "       ")
         before = step.shared
 
 
@@ -39,7 +42,7 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 def action(step: Step) -> str:
     """``[gfn 0] guest_access(gfn=0, write) -> fault`` of one step."""
-    chosen = f"[{', '.join(step.choices)}] " if step.choices else ""
+    chosen = f"[{sentence(step.choices)}] " if step.choices else ""
     if step.primitive is None:
         return f"{chosen}done"
     answer = "none" if step.result is None and _may_be_none(step.primitive.name) else result(step.result)
@@ -105,6 +108,15 @@ def facts(step: Step, before: bytes) -> Iterator[str]:
         words = _fact(note)
         if words:
             yield words
+
+
+def reaches(step: Step) -> Iterator[str]:
+    """Who reached which page in *step*, by which way, and what was there: for the step that breaks a law."""
+    for note in step.notes:
+        if isinstance(note, notes.Access):
+            whose = ", which is the guest's alone" if note.guests else ", which is free" if note.free else ""
+            does = "writes to" if note.write else f"reads {note.content} from"
+            yield f"{note.who} {does} pfn{note.pfn}{whose}, through the {note.via}"
 
 
 def _fact(note: Any) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from guest_memfd.check.explorer import Finding
 from guest_memfd.check.survived import Survived
 from guest_memfd.check.verdict import Found, LawReport, Report
 from guest_memfd.hosts.scene import Scene
-from guest_memfd.report.counterexample import BEFORE, Counterexample, commands, screen, wrap
+from guest_memfd.report.counterexample import Counterexample, commands, length, screen, wrap
 from guest_memfd.report.sentence import injected
 from guest_memfd.report.style import Style
 
@@ -27,7 +28,7 @@ def check(
         yield ""
         yield style.head("other ways to break a law")
         for found in others:
-            how = _how(len(found.finding.steps), found.parties, found.scene)
+            how = _how(found.finding, found.parties, found.scene)
             yield from wrap(f"{how}: {found.evidence}", f"  {found.law:<16} ")
     for found in report.findings if verbose else _first(report):
         yield ""
@@ -62,15 +63,17 @@ def _laws(count: int) -> str:
 
 
 # The plainest scene goes without saying.
-def _how(steps: int | None, parties: Sequence[str], scene: Scene | None) -> str:
+def _how(finding: Finding, parties: Sequence[str], scene: Scene | None) -> str:
     where = "" if scene is None or scene == Scene() else f" in scene {scene.name}"
-    return f"in {steps} steps of {', '.join(parties)}{where}" if steps else f"{BEFORE}{where}"
+    return f"{'in ' if finding.steps else ''}{length(finding.steps, parties)}{where}"
 
 
 def _law(law: LawReport, style: Style) -> Iterator[str]:
     name = f"  {law.law:<16} "
-    if law.verdict == "refuted" and law.parties is not None:
-        yield f"{name}{style.bad('broken')} {_how(law.steps, law.parties, law.scene)}"
+    if law.finding is not None and law.parties is not None:
+        first, *rest = wrap(f"broken {_how(law.finding, law.parties, law.scene)}", name, " " * len(name))
+        yield first.replace("broken", style.bad("broken"), 1)
+        yield from rest
         yield from wrap(law.evidence or "", " " * len(name))
     elif law.verdict == "holds":
         yield f"{name}{style.good('kept')}"

@@ -83,6 +83,11 @@ class AbstractHost(Locks, World):
         """Whether the kernel has panicked."""
         return bool(shared[st.PANIC_AT])
 
+    def spared(self, shared: bytes) -> int:
+        """Failures and refusals for good that have not been injected yet."""
+        state = st.State(shared)
+        return int(state.failures) + int(state.refusals)
+
     def outcomes(self, shared: bytes, party: int, primitive: Primitive) -> list[Outcome]:
         """All ways *primitive*, asked for by *party*, can end; none when it has to wait."""
         perform = getattr(self, primitive.name, None)
