@@ -170,16 +170,15 @@ class AllocateDonates(OurLibrary):
 class FreesWhatIsRefused(OurLibrary):
     """A page that will never come back is freed like any other."""
 
-    def leak(self, held: Held) -> Steps[int]:
+    def leak(self, held: Held) -> Steps[None]:
         yield from self.host.unmap_mapping_pages(held.pgoff, held.folio.nr)
         yield from self.host.filemap_remove_folio(held.folio)
-        return 0
 
 
 class LeaksTwice(OurLibrary):
-    def leak(self, held: Held) -> Steps[int]:
+    def leak(self, held: Held) -> Steps[None]:
         yield from self.host.leak_folio(held.folio)
-        return (yield from super().leak(held))
+        yield from super().leak(held)
 
 
 class LeaksAtOnce(OurLibrary):

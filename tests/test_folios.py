@@ -21,12 +21,14 @@ from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hosts.host import (
     EAGAIN,
+    EBADF,
     EBUSY,
     EEXIST,
     EFAULT,
     EHWPOISON,
     EINVAL,
     EIO,
+    ENOENT,
     ENOMEM,
     Folio,
     Locked,
@@ -41,6 +43,18 @@ class Splitting(OurLibrary):
     """Folios of two pages, single pages where those are not to be had."""
 
     order, splits = 1, True
+
+
+class Whole(OurLibrary):
+    """Folios of two pages or none."""
+
+    order = 1
+
+
+class Mapped(OurLibrary):
+    """Private pages stay in the direct map."""
+
+    no_direct_map = False
 
 
 @dataclass
@@ -242,6 +256,8 @@ def test_poison_is_told_and_let_go() -> None:
     (OurLibrary, [-ENOMEM], [0], -ENOMEM),
     (OurLibrary, [-EEXIST] * 3, [0, 0, 0], -EAGAIN),
     (OurLibrary, [-EEXIST, -ENOMEM], [0, 0], -ENOMEM),
+    (Whole, [-ENOMEM], [1], -ENOMEM),
+    (Whole, [-EEXIST] * 3, [1, 1, 1], -EAGAIN),
     (Splitting, [-ENOMEM, -ENOMEM], [1, 0], -ENOMEM),
     (Splitting, [-ENOMEM], [1, 0], 5),
     (Splitting, [], [1], 4),
@@ -364,6 +380,66 @@ def test_a_fault_of_the_vmm_is_answered(attribute: int, fails: dict[str, list[An
     assert f"end_op({-EFAULT if answer == 'SIGBUS' else 0}, None)" in done
     assert [step for step in done if step.endswith("(invalidate)")] == ["down_read(invalidate)", "up_read(invalidate)"]
     assert cache.taken == 0
+
+
+# -- life --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("design", "size", "shared"), [
+    (OurLibrary, 0, ()), (OurLibrary, -1, ()), (OurLibrary, 2, (0, 5)), (OurLibrary, 2, (5, 0)), (OurLibrary, 2, (-1, 0)),
+    (OurLibrary, 2, (0, 2)), (Splitting, 3, ()), (Splitting, 4, (0,)), (Splitting, 4, (1, 2)),
+])
+def test_a_file_that_cannot_be_is_refused_before_anything_is_asked_for(
+    design: type[OurLibrary], size: int, shared: tuple[int, ...],
+) -> None:
+    assert asked(library(4, design).create(size, shared), PageCache()) == (-EINVAL, [])
+
+
+@pytest.mark.parametrize("design", [OurLibrary, Mapped])
+def test_readers_are_turned_away_where_private_pages_leave_the_direct_map(design: type[OurLibrary]) -> None:
+    ret, done = asked(library(4, design).create(4, (1,)), lambda primitive: int(primitive.name in ASKS))
+    assert ret == 0
+    assert [step for step in done if "direct_map" in step] == (
+        ["can_set_direct_map()", "mapping_set_no_direct_map()"] if design.no_direct_map else [])
+    assert [step for step in done if "xa_store" in step] == ["xa_store(attributes, 0, 2 x 4)", "xa_store(attributes, 1, 1)"]
+
+
+ASKS = ("can_set_direct_map", "try_module_get")
+
+
+@pytest.mark.parametrize(("operation", "args", "answer", "errno"), [
+    ("bind", (6, 2, 2), -EBADF, EBADF), ("unbind", (2, 2), Conversion(-ENOENT), ENOENT)])
+def test_of_a_file_that_has_gone_nothing_is_touched(operation: str, args: Any, answer: Any, errno: int) -> None:
+    ret, done = asked(getattr(library(), operation)(*args), PageCache(fails={"get_file": [False]}))
+    assert ret == answer
+    assert done[1:] == ["get_file()", f"end_op({-errno}, None)"]
+
+
+# gfn 0 on is bound to page 2 on, and is no page index.
+@pytest.mark.parametrize(("bound", "start", "ret"), [
+    ({2: 1, 3: 2}, 3, -EEXIST), ({2: 1, 3: 2}, 4, 0), ({2: 1, 3: 2}, 1, -EEXIST), ({}, 3, 0)])
+def test_a_page_is_bound_once_and_the_first_binding_holds_the_file(bound: dict[int, int], start: int, ret: int) -> None:
+    cache = PageCache(bound=bound, fails={"vm_state": ["running"]})
+    got, done = asked(library().bind(40, start, 2), _alive(cache))
+    assert got == ret
+    assert done[3] == "xa_load(bindings, 0, 64)"
+    assert done[-2 if ret or bound else -1:] == [
+        "up_write(invalidate)", *(["fput()"] if ret or bound else [])]
+
+
+def test_of_pages_that_are_not_bound_nothing_is_announced() -> None:
+    result, done = asked(library().unbind(4, 2), _alive(two(SHARED_PAGE)))
+    assert result == Conversion(-ENOENT)
+    assert done[3:] == ["xa_load(bindings, 0, 64)", "end_op(-2, None)", "up_write(invalidate)", "fput()"]
+
+
+def test_a_vm_is_let_go_when_all_is_back_and_before_the_file_may_go() -> None:
+    class Released(KvmOps):
+        def release(self) -> Steps[None]:
+            yield from self.host.hypercall("release")
+
+    _, done = asked(OurLibrary(Released(), 64).vm_teardown(), _alive(two(SHARED_PAGE)))
+    assert done[-4:] == ["up_write(invalidate)", "hypercall(release)", "fput()", "fput()"]
 
 
 # -- what the hypervisor is asked --------------------------------------------------------------------------------------

@@ -177,7 +177,8 @@ class Files(Removes):
             if not ret:
                 ret = yield from self.take_back(held)
             if ret == -EIO and leaks:
-                ret = yield from self.leak(held)
+                yield from self.leak(held)
+                ret = 0
             yield from self.host.unlock_folio(held.folio)
             if ret:
                 return ret, held.pgoff

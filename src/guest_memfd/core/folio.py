@@ -152,8 +152,8 @@ class Folios(HostMapping):
             ret = yield from self.ops.reclaim(held.gfn, held.folio)
         return ret
 
-    def leak(self, held: Held) -> Steps[int]:
-        """Give up the locked folio that the hypervisor will never give back: out of the file, out of use, counted; 0.
+    def leak(self, held: Held) -> Steps[None]:
+        """Give up the locked folio that the hypervisor will never give back: out of the file, out of use, counted.
 
         The VMM may still map it, if the guest had only let the host use it. Its hole in the direct map stays, and it stays
         counted as away from the host: nobody may come near it.
@@ -164,4 +164,3 @@ class Folios(HostMapping):
         yield from host.unmap_mapping_pages(held.pgoff, folio.nr)
         yield from host.leak_folio(folio)
         yield from host.filemap_remove_folio(folio)
-        return 0
