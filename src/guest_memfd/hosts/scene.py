@@ -7,7 +7,7 @@ are explored.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from guest_memfd.errors import BadInput
 
@@ -17,6 +17,17 @@ MOST = {"pages": 4, "frames": 6, "files": 2, "vms": 2, "failures": 255, "refusal
 MOST_GFNS = 8
 
 
+_KINDS = {"int": int, "bool": bool, "str": str}
+
+
+# A scene may come from a file, where a number may be anything.
+def _typed(thing: Slot | Kernel | Scene) -> None:
+    for each in fields(thing):
+        kind, value = _KINDS.get(str(each.type)), getattr(thing, each.name)
+        if kind is not None and type(value) is not kind:
+            raise BadInput(f"{each.name!r} of a {type(thing).__name__.lower()} must be of type {each.type}, not {value!r}")
+
+
 @dataclass(frozen=True)
 class Slot:
     """A memslot: gfns [gfn, gfn+nr) are pages [start, start+nr) of the file."""
@@ -24,6 +35,11 @@ class Slot:
     gfn: int
     start: int
     nr: int
+
+    def __post_init__(self) -> None:
+        _typed(self)
+        if not 1 <= self.nr <= MOST["pages"]:
+            raise BadInput(f"a slot has 1 to {MOST['pages']} pages, not {self.nr}")
 
     def index(self, gfn: int) -> int | None:
         """The page index of *gfn*, None if the slot does not have it."""
@@ -44,6 +60,9 @@ class Kernel:
     merges_leaves: bool = False
     init_on_free: bool = True
     asks_mapping: bool = True
+
+    def __post_init__(self) -> None:
+        _typed(self)
 
 
 @dataclass(frozen=True)
@@ -79,14 +98,15 @@ class Scene:
             least = 0 if what in ("failures", "refusals") else 1
             if type(number) is not int or not least <= number <= most:
                 raise BadInput(f"scene {self.name!r}: {what} must be {least} to {most}, not {number!r}")
+        _typed(self)
         if self.populated and (not self.made or self.files * self.pages > self.frames):
             raise BadInput(f"scene {self.name!r}: {self.files * self.pages} pages of files that are there have to fit "
                            f"into {self.frames} frames to be populated")
         if self.vms > self.files:
             raise BadInput(f"scene {self.name!r}: {self.vms} VMs need as many files, not {self.files}")
         for index in self.shared:
-            if not 0 <= index < self.pages:
-                raise BadInput(f"scene {self.name!r}: page {index} cannot be shared, the file has {self.pages} pages")
+            if type(index) is not int or not 0 <= index < self.pages:
+                raise BadInput(f"scene {self.name!r}: page {index!r} cannot be shared, the file has {self.pages} pages")
         bound = [index for slot in self.slots for index in range(slot.start, slot.start + slot.nr)]
         if len(set(bound)) < len(bound) or any(not 0 <= index < self.pages for index in bound):
             raise BadInput(f"scene {self.name!r}: its slots bind pages {bound} of a file of {self.pages} pages")

@@ -1,0 +1,9 @@
+"""All kinds of input, by name."""
+
+from __future__ import annotations
+
+from fuzz.kind import Kind
+from fuzz.lines import Lines
+from fuzz.traces import Traces
+
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Lines, Traces)}
