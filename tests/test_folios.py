@@ -417,7 +417,7 @@ def test_of_a_file_that_has_gone_nothing_is_touched(operation: str, args: Any, a
 
 # gfn 0 on is bound to page 2 on, and is no page index.
 @pytest.mark.parametrize(("bound", "start", "ret"), [
-    ({2: 1, 3: 2}, 3, -EEXIST), ({2: 1, 3: 2}, 4, 0), ({2: 1, 3: 2}, 1, -EEXIST), ({}, 3, 0)])
+    ({2: 1, 3: 2}, 3, -EEXIST), ({2: 1, 3: 2}, 4, 0), ({2: 1, 3: 2}, 1, -EEXIST), ({}, 3, 0), ({5: 6}, 3, 0)])
 def test_a_page_is_bound_once_and_the_first_binding_holds_the_file(bound: dict[int, int], start: int, ret: int) -> None:
     cache = PageCache(bound=bound, fails={"vm_state": ["running"]})
     got, done = asked(library().bind(40, start, 2), _alive(cache))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fuzz.kind import Kind
 from fuzz.lines import Lines
+from fuzz.lives import GunyahLives, KvmLives, PkvmLives
 from fuzz.traces import Traces
 
-KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Lines, Traces)}
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Lines, Traces, KvmLives, PkvmLives, GunyahLives)}
