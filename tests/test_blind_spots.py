@@ -108,7 +108,7 @@ def test_library_holds_there(where: tuple[str, str, str]) -> None:
 
 
 def test_a_create_that_goes_round_for_ever() -> None:
-    with pytest.raises(DesignRaised, match="scene goes round for ever, at can_set_direct_map"):
+    with pytest.raises(DesignRaised, match=r"'scene' of design .* goes round for ever, at can_set_direct_map"):
         World(GoesRound, HYPERVISORS["kvm"], [PARTIES["vcpu"]])
 
 

@@ -656,8 +656,8 @@ def test_a_law_that_raises_is_named(tmp_path: Path) -> None:
     plugins = installed(tmp_path, f"{ENTRIES}stumbles = gmem_test_plugin:stumbles\n")
     done = run("check", "library", "--hypervisor", "kvm", *LOAD, path=plugins)
     assert (done.returncode, done.stdout) == (4, "")
-    assert re.fullmatch(r"gmem: law 'stumbles' raised ZeroDivisionError: integer division or modulo by zero "
-                        r"\(gmem_test_plugin.py:\d+ in <lambda>\), asked about a State\n", done.stderr)
+    assert re.fullmatch(r"gmem: law 'stumbles', asked about a State, raised ZeroDivisionError: integer division or "
+                        r"modulo by zero \(gmem_test_plugin.py:\d+ in <lambda>\)\n", done.stderr)
 
 
 def test_list_says_which_laws_do_not_load(plugins: Path) -> None:

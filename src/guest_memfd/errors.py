@@ -16,7 +16,9 @@
 import difflib
 import errno as errnos
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any
 
 _KERNEL_NAMES = {errnos.EAGAIN: "EAGAIN", errnos.EDEADLK: "EDEADLK", errnos.EOPNOTSUPP: "EOPNOTSUPP", 133: "EHWPOISON"}
 # Where Python knows two names for a number, or none.
@@ -27,16 +29,47 @@ def errno_name(errno: int) -> str:
     return _KERNEL_NAMES.get(errno) or errnos.errorcode.get(errno, str(errno))
 
 
+def shown(value: object) -> str:
+    """``repr(value)`` in one short line; the name of its type where it has none, because code of third parties raises."""
+    return _short(_words(repr, value, f"a {type(value).__name__}"))
+
+
 def describe(error: BaseException) -> str:
-    """``TypeError: message (file:line in function)`` of the innermost frame."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    """``TypeError: message (file:line in function)``; the place is where the author of the code has to look."""
+    trace, frames = error.__traceback__, []
+    while trace is not None:
+        frames.append((trace.tb_frame, trace.tb_lineno))
         trace = trace.tb_next
-    place = ""
-    if trace is not None:
-        code = trace.tb_frame.f_code
-        place = f" ({code.co_filename.rpartition('/')[2]}:{trace.tb_lineno} in {code.co_qualname})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+    message = _short(_words(str, error, "(its __str__ raises)"))
+    return f"{type(error).__name__}{message and f': {message}'}{f' ({place_of(frames)})' if frames else ''}"
+
+
+def place_of(frames: Sequence[tuple[FrameType, int]]) -> str:
+    """``file:line in function`` of the innermost of *frames* that is a third party's; of the innermost if none is."""
+    theirs = [frame for frame in frames if not _is_of_python_or_ours(frame[0].f_code.co_filename)]
+    frame, line = (theirs or frames)[-1]
+    code = frame.f_code
+    return f"{code.co_filename.rpartition('/')[2]}:{line} in {code.co_qualname}"
+
+
+_OURS, _PYTHON = os.path.dirname(__file__) + os.sep, os.path.dirname(os.__file__) + os.sep
+_MOST = 300
+
+
+def _is_of_python_or_ours(file: str) -> bool:
+    return file.startswith((_OURS, "<frozen")) or (file.startswith(_PYTHON) and "-packages" + os.sep not in file)
+
+
+def _words(how: Callable[[Any], str], value: object, otherwise: str) -> str:
+    try:
+        return how(value)
+    except (Exception, SystemExit, GeneratorExit):
+        return otherwise
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MOST else f"{line[:_MOST]}..."
 
 
 class GuestMemfdError(Exception):

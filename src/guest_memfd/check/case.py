@@ -15,7 +15,6 @@ from guest_memfd.check.coverage import Coverage
 from guest_memfd.check.scenario import World
 from guest_memfd.check.verdict import Found, LawReport, Limits, Report
 from guest_memfd.check.work import Answer, Task
-from guest_memfd.errors import InternalError
 from guest_memfd.laws import LAWS
 
 
@@ -63,14 +62,18 @@ class Case:
         return wanted
 
     def take_traces(self, task: Task, wanted: Iterable[tuple[str, str, int]], answer: Answer) -> None:
-        """Add the traces of a scenario; raises InternalError when they are not what was found before."""
+        """Add the traces of a scenario; raises InternalError when they are not what was found before.
+
+        DesignRaised where that may be the doing of a third party.
+        """
         traces = {(f.law, f.evidence): f for f in answer.traces or ()}
+        world = self.worlds[task.world]
         for law, evidence, steps in wanted:
             finding = traces.get((law, evidence))
             if finding is None or len(finding.steps) != steps:
-                raise InternalError(f"{', '.join(task.parties)}: {law} ({evidence}) breaks in {steps} steps on the "
-                                    f"tables of the suite, and not on new ones")
-            found = Found(law, evidence, task.parties, finding, self.worlds[task.world].scene)
+                raise world.blame(f"{', '.join(task.parties)}: {law} ({evidence}) breaks in {steps} steps on the tables of "
+                                  "the suite, and not on new ones")
+            found = Found(law, evidence, task.parties, finding, world.scene)
             self.found.append((task.order, found))
 
     def report(self, limits: Limits, seconds: float) -> Report:

@@ -14,21 +14,31 @@ docs/explorer.md says what a verdict means.
 from __future__ import annotations
 
 import inspect
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import GeneratorType
 from typing import Any, NamedTuple, Protocol
 
+from guest_memfd.check.asked import unlike
 from guest_memfd.check.footprint import Remembered, Watched, grow
 from guest_memfd.check.livelock import never_ending
 from guest_memfd.check.outcome import STAY, Outcome
 from guest_memfd.check.place import freeze, local_key
 from guest_memfd.check.silent import Passed, Place
-from guest_memfd.errors import BadInput, DesignRaised, InternalError, NotAPrimitive, describe
-from guest_memfd.hosts.host import LOADS, PRIMITIVES, SILENT, Primitive
+from guest_memfd.errors import DesignRaised, InternalError, NotAPrimitive, place_of, shown
+from guest_memfd.foreign import Guard
+from guest_memfd.hosts.host import LOADS, PRIMITIVES, SILENT, Host, Primitive
 
 SHARED_BITS, LOCAL_BITS = 26, 16
 SHARED_MASK, LOCAL_MASK = (1 << SHARED_BITS) - 1, (1 << LOCAL_BITS) - 1
+
+MOST_OPTIONS = 1000
+"""Options of a choice, and one."""
+
+MOST_STEPS = 1000
+"""Primitives that lead a party to where it stands: the longest way of what is shipped takes a tenth of them."""
 
 MOST_SILENT = 200
 """Silent primitives that a party may take one after the other."""
@@ -76,12 +86,22 @@ class Law(Protocol):
 class Program:
     """A party: its number (which lock holder it is, the same in every scenario), its name, how to start its procedure.
 
-    Several programs may have one number, as long as no scenario has two of them.
+    Several programs may have one number, as long as no scenario has two of them. anew: how to start it on new instances of
+    design and hypervisor, where any of it is a third party's; then it is watched. of: whose design it is, in words.
     """
 
     number: int
     name: str
     start: Callable[[], Generator[Primitive, Any, Any]]
+    anew: Callable[[], Generator[Primitive, Any, Any]] | None = None
+    of: str = ""
+
+    def __str__(self) -> str:
+        return f"party {self.name!r}{self.of}"
+
+    def guard(self) -> Guard:
+        """Around all of its code."""
+        return Guard(self, timed=self.anew is not None)
 
 
 class Step(NamedTuple):
@@ -132,63 +152,113 @@ class Result:
 def check_primitive(program: Program, primitive: object, generator: Generator[Any, Any, Any]) -> Primitive:
     """Return *primitive* if it is one; raises `NotAPrimitive` naming the line that yielded something else."""
     if isinstance(primitive, Primitive) and primitive.name in PRIMITIVES:
+        wrong = unlike(primitive) if program.anew is not None else None
+        if wrong is not None:
+            raise NotAPrimitive(f"{program}: {wrong} ({where(generator)})")
+        if primitive.name == "choose" and len(primitive.args) > MOST_OPTIONS:
+            raise DesignRaised(f"{program} offers {len(primitive.args) - 1} options to choose from at {where(generator)}; "
+                               f"at most {MOST_OPTIONS - 1} can be explored")
         return primitive
-    raise NotAPrimitive(
-        f"party {program.name!r} yielded {primitive!r} at {where(generator)}; "
-        "a procedure may only 'yield from' the primitives of its host (hosts/host.py)"
-    )
+    meant = "that is a procedure: write 'yield from' for 'yield'" if inspect.isgenerator(primitive) else (
+        "a procedure may only 'yield from' the primitives of its host (hosts/host.py)")
+    raise NotAPrimitive(f"{program} yielded {shown(primitive)} at {where(generator)}; {meant}")
 
 
 def where(generator: Generator[Any, Any, Any]) -> str:
-    """``file:line in function`` of the innermost frame of a suspended procedure."""
+    """``file:line in function`` of the innermost frame of a suspended procedure that is a third party's, if one is."""
     inner: Any = generator
-    place = "its end"
+    frames = []
     while inner is not None and inspect.isgenerator(inner) and inner.gi_frame is not None:
-        frame = inner.gi_frame
-        place = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+        frames.append((inner.gi_frame, inner.gi_frame.f_lineno))
         inner = inner.gi_yieldfrom
-    return place
+    asking = [frame for frame in frames if frame[0].f_globals.get("__name__") != Host.__module__]
+    return place_of(asking or frames) if frames else "its end"
 
 
-def resume(program: Program, path: Sequence[Any]) -> tuple[Generator[Primitive, Any, Any], Primitive | None]:
-    """Start *program* and send it *path*: the generator, and the primitive it waits on (None: done).
+Started = tuple[Generator[Primitive, Any, Any], Primitive | None]
+"""A procedure that is suspended, and the primitive it waits on (None: done)."""
 
-    Raises DesignRaised when the procedure raises, NotAPrimitive when it yields something else.
+
+def resume(
+    program: Program, path: Sequence[Any], asked: Sequence[Primitive | None] | None = None, *, anew: bool = False
+) -> Started:
+    """Start *program*, *anew* on new instances, and send it *path*. *asked*: what it asked for before, on the same path.
+
+    Raises DesignRaised when the procedure raises, does not come back, or asks for something else this time; NotAPrimitive
+    when it yields something else than primitives.
     """
-    try:
-        generator = program.start()
-    except Exception as error:
-        raise DesignRaised(f"party {program.name!r} raised {describe(error)}") from error
-    try:
-        primitive = send(program, generator, None)
-        for result in path:
-            primitive = send(program, generator, result)
-    except StopIteration:
-        return generator, None
-    return generator, primitive
+    with program.guard():
+        start = program.anew if anew and program.anew else program.start
+        generator = start()
+        if not isinstance(generator, GeneratorType):
+            raise DesignRaised(f"{program} is no procedure: it is {shown(generator)}; one that has nothing to ask for says "
+                               "'yield from ()'")
+        at = 0
+        try:
+            primitive = next(generator)
+            for at, result in enumerate(path, 1):
+                if asked is None:
+                    check_primitive(program, primitive, generator)
+                elif primitive != asked[at - 1]:
+                    raise differs(program, at - 1, asked[at - 1], primitive, generator)
+                primitive = generator.send(result)
+        except StopIteration:
+            if at < len(path):
+                raise differs(program, at, asked[at] if asked else "something", None, generator) from None
+            return generator, None
+        return generator, check_primitive(program, primitive, generator)
+
+
+def differs(
+    program: Program, results: int, before: object, now: object, generator: Generator[Any, Any, Any]
+) -> DesignRaised:
+    """*program* is not deterministic: what it asked for *before*, and what *now*, after so many *results*."""
+    words = ["came to its end" if what is None else f"did {what if isinstance(what, Primitive) else shown(what)}"
+             for what in (before, now)]
+    return DesignRaised(f"{program} is not deterministic: after the same {results} results it {words[0]} and then "
+                        f"{words[1]} ({where(generator)}); what it does must follow from the results alone")
 
 
 def send(program: Program, generator: Generator[Primitive, Any, Any], result: Any) -> Primitive:
     """Let the procedure of *program* go on with *result*: what it waits on next; StopIteration at its end.
 
-    Raises DesignRaised when the procedure raises, NotAPrimitive when it yields something else.
+    Raises DesignRaised when the procedure raises or does not come back, NotAPrimitive when it yields something else.
     """
-    try:
-        return check_primitive(program, generator.send(result), generator)
-    except (StopIteration, BadInput):
-        raise
-    except (Exception, SystemExit, GeneratorExit) as error:
-        raise DesignRaised(f"party {program.name!r} raised {describe(error)}") from error
+    with program.guard():
+        try:
+            return check_primitive(program, generator.send(result), generator)
+        except StopIteration as stop:
+            ended = stop
+    raise ended
 
 
 def perform(machine: Machine, shared: bytes, party: int, primitive: Primitive) -> tuple[Outcome, ...]:
-    """The outcomes of *primitive*; raises DesignRaised when carrying it out raises (wrong arguments, a hypercall)."""
-    try:
-        return tuple(machine.outcomes(shared, party, primitive))
-    except BadInput:
-        raise
-    except Exception as error:
-        raise DesignRaised(f"{primitive}, asked for by {primitive.caller}, raised {describe(error)}") from error
+    """The outcomes of *primitive*; raises DesignRaised when carrying it out raises (wrong arguments, a hypercall).
+
+    A machine with a true attribute `foreign` runs code of third parties: it is asked twice, and has to answer the same.
+    """
+    theirs = getattr(machine, "foreign", "")
+    asked = Asked(primitive, theirs)
+    with Guard(asked, timed=bool(theirs)):
+        outcomes = tuple(machine.outcomes(shared, party, primitive))
+        if theirs and (again := tuple(machine.outcomes(shared, party, primitive))) != outcomes:
+            first, second = next(pair for pair in itertools.zip_longest(outcomes, again) if pair[0] != pair[1])
+            raise DesignRaised(f"{asked} is not deterministic: in the same state it {_end(first)} and then {_end(second)}")
+        return outcomes
+
+
+class Asked(NamedTuple):
+    """Who asks for *primitive*, in words, for a message; *theirs*: whose hypervisor carries it out."""
+
+    primitive: Primitive
+    theirs: str
+
+    def __str__(self) -> str:
+        return f"{self.primitive}, asked for by {self.primitive.caller}{self.theirs},"
+
+
+def _end(outcome: Outcome | None) -> str:
+    return "did not end so" if outcome is None else f"returned {outcome.result}"
 
 
 class Automaton:
@@ -197,30 +267,53 @@ class Automaton:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.ids: dict[Any, int] = {}
+        self.before: list[int] = []                              # per place: the one that it was first reached from
         self.paths: list[tuple[Any, ...]] = []
         self.waits_on: list[Primitive | None] = []
         self.ways: list[Any] = []                                # per place: the tree of what was worked out (Tables)
         self.moves: dict[tuple[int, Any], int] = {}
-        generator, primitive = resume(program, ())
-        self._intern(local_key(generator) if primitive else "done", (), primitive)
+        self._run(-1, ())
 
-    def _intern(self, key: Any, path: tuple[Any, ...], primitive: Primitive | None) -> int:
+    # Where *path* leads to, by way of the place *before*.
+    def _run(self, before: int, path: tuple[Any, ...]) -> int:
+        asked = self._asked(before)
+        generator, primitive = resume(self.program, path, asked)
+        if self.program.anew is not None:
+            now, again = resume(self.program, path, asked, anew=True)
+            if again != primitive:
+                raise differs(self.program, len(path), primitive, again, now)
+        with self.program.guard():                      # of what they keep in local variables
+            return self._intern(local_key(generator) if primitive else "done", before, path, primitive)
+
+    def _asked(self, local: int) -> list[Primitive | None]:
+        asked = []
+        while local >= 0:
+            asked.append(self.waits_on[local])
+            local = self.before[local]
+        asked.reverse()
+        return asked
+
+    def _intern(self, key: Any, before: int, path: tuple[Any, ...], primitive: Primitive | None) -> int:
         try:
             known = self.ids.get(key)
         except TypeError as error:
-            raise DesignRaised(f"party {self.program.name!r} keeps what has no hash in a local variable ({error}); "
+            raise DesignRaised(f"{self.program} keeps what has no hash in a local variable ({error}); "
                                "use tuples, numbers and strings") from error
         if known is None:
             known = self.ids[key] = len(self.paths)
             if known > LOCAL_MASK:
-                raise DesignRaised(f"party {self.program.name!r} has more than {LOCAL_MASK} places to stand; does it "
+                raise DesignRaised(f"{self.program} has more than {LOCAL_MASK} places to stand; does it "
                                    "count without end, or keep objects that equal nothing but themselves?")
+            if len(path) > MOST_STEPS:
+                raise DesignRaised(f"{self.program} goes on and on: {MOST_STEPS} steps have led to no end, and to no place "
+                                   f"where it has stood before, at {primitive}; does it count without end?")
+            self.before.append(before)
             self.paths.append(path)
             self.waits_on.append(primitive)
             self.ways.append(None)
         elif self.waits_on[known] != primitive:
             raise DesignRaised(
-                f"party {self.program.name!r}: two histories share a local state but continue with "
+                f"{self.program}: two histories share a local state but continue with "
                 f"{self.waits_on[known]} and {primitive}; keep loop state in local variables"
             )
         return known
@@ -230,9 +323,7 @@ class Automaton:
         memo = (local, freeze(result))
         known = self.moves.get(memo)
         if known is None:
-            path = (*self.paths[local], result)
-            generator, primitive = resume(self.program, path)
-            known = self.moves[memo] = self._intern(local_key(generator) if primitive else "done", path, primitive)
+            known = self.moves[memo] = self._run(local, (*self.paths[local], result))
         return known
 
     def cyclic(self) -> bool:
@@ -395,7 +486,7 @@ class Tables:
     ) -> Iterator[Way]:
         primitive = automaton.waits_on[here.local]
         if behind > MOST_SILENT:
-            raise DesignRaised(f"party {automaton.program.name!r} goes on and on without a step that others can see, at "
+            raise DesignRaised(f"{automaton.program} goes on and on without a step that others can see, at "
                                f"{primitive}")
         if primitive is None or primitive.name not in SILENT:
             passed.leaves(before)

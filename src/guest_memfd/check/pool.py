@@ -161,7 +161,8 @@ class Pool:
     def _again(self, task: Task, failed: Failed) -> None:
         self.bench.deadline = None
         self.bench.do(Task(task.order, task.world, task.parties, apart=True))
-        raise InternalError(f"exploring {', '.join(task.parties)} raised {failed.what}, and does not when repeated")
+        raise self.bench.worlds[task.world].blame(
+            f"exploring {', '.join(task.parties)} raised {failed.what}, and does not when repeated")
 
 
 def _attempt(bench: Bench, task: Task) -> Answer | Failed:

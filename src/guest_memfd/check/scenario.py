@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from guest_memfd.check.explorer import Explorer, Program, Tables, perform, resume, send
+from guest_memfd.check.explorer import Explorer, Program, Tables, perform, resume, send, where
 from guest_memfd.check.outcome import Outcome
 from guest_memfd.check.place import local_key
+from guest_memfd.check.rehearsal import Rehearsal
+from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.names import misspelt as misspelt_design
-from guest_memfd.errors import BadInput, DesignRaised, PluginError, UnknownName, describe
+from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, InternalError, PluginError, UnknownName, shown
+from guest_memfd.foreign import Guard, foreign
 from guest_memfd.hosts.abstract import AbstractHost
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import EOPNOTSUPP, Host, Primitive, Steps
@@ -21,6 +24,9 @@ from guest_memfd.hypervisors.names import misspelt as misspelt_hypervisor
 from guest_memfd.laws import LAWS, Law
 from guest_memfd.scenarios import PARTIES, SCENES, TEARDOWN, Party
 from guest_memfd.scenarios.party import system_call
+
+MOST_ALONE = 2000
+"""Steps of a procedure that runs alone."""
 
 MOST_ROLES = 250
 """A party's number is kept in a byte, beside 0 for nobody; two numbers are the teardown's and the scene's."""
@@ -38,34 +44,61 @@ class World:
         failures: int | None = None, laws: Sequence[Law] | None = None,
     ) -> None:
         self.design, self.hypervisor, self.scene = design, hypervisor, scene or SCENES["two-pages"]
+        self.foreign = foreign(design, hypervisor.ops, *_code(hypervisor))
+        self.named = f" of design {design.name!r} on {hypervisor.name!r}"
         self.library = _library(design, hypervisor, self.scene)
-        self.parties = [p for p in parties if p.exists(self.library, hypervisor)]
+        self.parties = [p for p in parties if self._exists(p)]
         roles = list(dict.fromkeys(p.role or p.name for p in self.parties))
         if len(roles) > MOST_ROLES:
             raise BadInput(f"{len(roles)} parties are registered, and there are numbers for {MOST_ROLES}; "
                            "uninstall a plugin")
         self.programs = {p.name: self._program(roles.index(p.role or p.name), p) for p in self.parties}
-        self.teardown = Program(len(roles), TEARDOWN.name, self._tear_down)
+        self.teardown = self._program_of(len(roles), TEARDOWN.name, self._tear_down)
         self.setting = len(roles) + 1
         tasks = frozenset(self.programs[p.name].number for p in self.parties if p.task)
         self.machine = AbstractHost(hypervisor, self.scene, len(roles) + 2, sea_fixup=design.sea_fixup, tasks=tasks,
                                     bounds=design.bounds, errnos=design.errnos)
+        self.machine.foreign = self.named if foreign(*_code(hypervisor)) else ""
         self.laws = tuple(LAWS.values()) if laws is None else tuple(laws)
         self.broken_before: list[tuple[str, str]] = []
         self.refused = 0
         self.initial = self._initial(self.scene.failures if failures is None else failures)
+        self.rehearsal = Rehearsal(self.machine, self.programs, self.initial)
         self.tables = Tables(self.machine, self.laws)
 
+    def blame(self, what: str) -> GuestMemfdError:
+        """The error to raise for *what* is not the same when it is repeated: a third party's, if any of it is, or ours."""
+        if any(program.anew is not None for program in self.programs.values()):
+            return DesignRaised(f"something{self.named} is not deterministic: {what}")
+        return InternalError(what)
+
+    def _exists(self, party: Party) -> bool:
+        who, theirs = f"`exists` of party {party.name!r}{self.named}", self.foreign or foreign(party.exists)
+        with Guard(who, timed=theirs):
+            there = party.exists(self.library, self.hypervisor)
+            again = party.exists(self.library, self.hypervisor) if theirs else there
+        if type(there) is not bool:
+            raise DesignRaised(f"{who} answered {shown(there)}, not True or False")
+        if there != again:
+            raise DesignRaised(f"{who} is not deterministic: it answered {there} and then {again}")
+        return there
+
     def _program(self, number: int, party: Party) -> Program:
-        def start() -> Generator[Primitive, Any, Any]:
-            steps = party.procedure(self.library, self.hypervisor)
-            return _of_file(party.file, system_call(self.library, steps) if party.fd else steps)
+        def start(library: Design) -> Steps[Any]:
+            steps = party.procedure(library, self.hypervisor)
+            return _of_file(party.file, system_call(library, steps) if party.fd else steps)
 
-        return Program(number, party.name, start)
+        return self._program_of(number, party.name, start, foreign=foreign(party.procedure))
 
-    def _tear_down(self) -> Steps[None]:
+    def _program_of(
+        self, number: int, name: str, start: Callable[[Design], Steps[Any]], *, foreign: bool = False
+    ) -> Program:
+        anew = (lambda: start(_made(self.design, self.hypervisor, self.scene))) if foreign or self.foreign else None
+        return Program(number, name, lambda: start(self.library), anew, self.named)
+
+    def _tear_down(self, library: Design) -> Steps[None]:
         for file in range(self.scene.files):
-            yield from _of_file(file, TEARDOWN.procedure(self.library, self.hypervisor))
+            yield from _of_file(file, TEARDOWN.procedure(library, self.hypervisor))
 
     def _initial(self, failures: int) -> bytes:
         shared = self.machine.initial()
@@ -77,7 +110,7 @@ class World:
 
     # A design may refuse a kernel that it cannot work on, and nothing else: then there is no file.
     def _set(self, shared: bytes, file: int) -> bytes:
-        program = Program(self.setting, "scene", lambda: _of_file(file, set_scene(self.library)))
+        program = self._program_of(self.setting, "scene", lambda library: _of_file(file, set_scene(library)))
         shared, results = run_alone(self.machine, program, shared, self._judge)
         if results == [-EOPNOTSUPP] and not self.scene.kernel.changes_direct_map:
             self.refused = results[0]
@@ -136,15 +169,25 @@ def _library(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Desi
                               ("hypervisor", hypervisor.name, misspelt_hypervisor(hypervisor))):
         if wrong is not None:
             raise PluginError(f"{what} {name!r}: {wrong}")
-    try:
-        library = design(hypervisor.ops(), scene.pages)
-    except Exception as error:
-        raise DesignRaised(f"design {design.name!r} cannot be made: {describe(error)}") from error
+    with Guard(f"making design {design.name!r} on {hypervisor.name!r}", timed=foreign(design, hypervisor.ops)):
+        return _made(design, hypervisor, scene)
+
+
+def _made(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Design:
+    ops = hypervisor.ops()
+    if not isinstance(ops, GuestMemfdOps):
+        raise PluginError(f"hypervisor {hypervisor.name!r}: its ops make {shown(ops)}, which is no GuestMemfdOps")
+    library = design(ops, scene.pages)
     order = getattr(library, "order", 0)
     if order:
         raise BadInput(f"design {design.name!r} has folios of order {order}; the abstract host has order 0 only")
     library.scene = scene
     return library
+
+
+# What of a hypervisor the machine runs.
+def _code(hypervisor: Hypervisor) -> list[Callable[..., Any]]:
+    return [*hypervisor.hypercalls.values(), hypervisor.guest_consents, hypervisor.guest_touches, hypervisor.force_reclaim]
 
 
 # What a party of another file asks for is about that file; the library keeps nothing of a file in itself.
@@ -202,20 +245,30 @@ def run_alone(
     """
     generator, primitive = resume(program, ())
     passed: set[Any] = set()
+    path: list[Any] = []
+    asked: list[Primitive | None] = []
+    returned = None
     while primitive is not None:
         place = (local_key(generator), shared)
         if place in passed:
-            raise DesignRaised(f"{program.name} goes round for ever, at {primitive}")
+            raise DesignRaised(f"{program} goes round for ever, at {primitive} ({where(generator)})")
+        if len(passed) > MOST_ALONE:
+            raise DesignRaised(f"{program} goes on and on: {MOST_ALONE} steps have led to no end, at {primitive} "
+                               f"({where(generator)})")
         passed.add(place)
         outcomes = perform(machine, shared, program.number, primitive)
         if not outcomes:
-            raise DesignRaised(f"{program.name} waits for ever in {primitive}")
+            raise DesignRaised(f"{program} waits for ever in {primitive} ({where(generator)})")
         seen(primitive, outcomes[0])
         shared = outcomes[0].shared
         if machine.halted(shared):
-            raise DesignRaised(f"the kernel panics in {program.name}: {outcomes[0].notes}")
+            raise DesignRaised(f"the kernel panics in {program}: {outcomes[0].notes}")
+        asked.append(primitive)
+        path.append(outcomes[0].result)
         try:
             primitive = send(program, generator, outcomes[0].result)
         except StopIteration as stop:
-            return shared, stop.value
-    return shared, None
+            primitive, returned = None, stop.value
+    if program.anew is not None:
+        resume(program, path, asked, anew=True)
+    return shared, returned

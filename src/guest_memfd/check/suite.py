@@ -66,6 +66,7 @@ def check_many(
         for place in places:
             built = world(design, hypervisor, scene=place, failures=limits.failures, laws=judged)
             asked = plan(built, full=full) if parties is None else [_one(built, parties)]
+            built.rehearsal.walk(party for names in asked for party in names)
             case.add(len(worlds), built, len(asked))
             tasks += [Task(len(tasks) + at, len(worlds), names) for at, names in enumerate(asked)]
             worlds.append(built)

@@ -67,6 +67,7 @@ class Bench:
     def do(self, task: Task) -> Answer:
         """Explore; raises what a design, party or hypervisor raises."""
         world = self.worlds[task.world]
+        world.rehearsal.repeat(task.parties)
         if task.trace is not None:
             return self._trace(world, task.parties, task.trace)
         left = EVER if self.deadline is None else self.deadline - time.monotonic()

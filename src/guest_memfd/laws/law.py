@@ -9,9 +9,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from guest_memfd.errors import BadInput, describe
+from guest_memfd.errors import BadInput, shown
+from guest_memfd.foreign import Guard, foreign
 from guest_memfd.hosts.abstract import state as st
 
 Evidence = str | None
@@ -63,14 +65,29 @@ class Law:
         """Evidence in the state after teardown."""
         return self._ask(self.end, st.State(shared)) if self.end else None
 
+    @cached_property
+    def _theirs(self) -> bool:
+        return foreign(*(judge for judge in (self.state, self.note, self.end) if judge is not None))
+
+    # A third party's is asked twice, and has to answer the same.
     def _ask(self, judge: Callable[[Any], Evidence], thing: Any) -> Evidence:
-        try:
+        with Guard(_Question(self.name, thing), BadInput, timed=self._theirs):
             evidence = judge(thing)
-        except Exception as error:
-            raise BadInput(f"law {self.name!r} raised {describe(error)}, asked about {_a(thing)}") from error
-        if evidence is None or (isinstance(evidence, str) and evidence):
-            return evidence
-        raise BadInput(f"law {self.name!r} answered {evidence!r}, asked about {_a(thing)}; evidence is words, or None")
+            again = judge(thing) if self._theirs else evidence
+        if not (evidence is None or (isinstance(evidence, str) and evidence)):
+            raise BadInput(f"{_Question(self.name, thing)} answered {shown(evidence)}; evidence is words, or None")
+        if again != evidence:
+            raise BadInput(f"{_Question(self.name, thing)} is not deterministic: it answered {shown(evidence)} and then "
+                           f"{shown(again)}")
+        return evidence
+
+
+class _Question(NamedTuple):
+    law: str
+    about: object
+
+    def __str__(self) -> str:
+        return f"law {self.law!r}, asked about {_a(self.about)},"
 
 
 def _a(thing: object) -> str:
@@ -84,17 +101,17 @@ JUDGES = ("state", "note", "end")
 def lacks(thing: object) -> str | None:
     """What is wrong with *thing* as a law of somebody else's; None if nothing is."""
     if not isinstance(thing, Law):
-        return f"{thing!r} is no guest_memfd.laws.Law"
+        return f"{shown(thing)} is no guest_memfd.laws.Law"
     for what in ("sentence", "source", "when"):
         words = getattr(thing, what)
         if not isinstance(words, str) or not words.strip() or "\n" in words:
-            return f"its {what} is not a line of words: {words!r}"
+            return f"its {what} is not a line of words: {shown(words)}"
     if ". " in thing.sentence:
         return f"it is more than one sentence: {thing.sentence!r}"
     if thing.broken_by is not None and not isinstance(thing.broken_by, Violator):
-        return f"what it is broken by is no guest_memfd.laws.Violator: {thing.broken_by!r}"
+        return f"what it is broken by is no guest_memfd.laws.Violator: {shown(thing.broken_by)}"
     judges = {what: getattr(thing, what) for what in JUDGES if getattr(thing, what) is not None}
-    wrong = [f"its {what} is no function of one argument: {judge!r}" for what, judge in judges.items()
+    wrong = [f"its {what} is no function of one argument: {shown(judge)}" for what, judge in judges.items()
              if not _takes_one(judge)]
     return wrong[0] if wrong else None if judges else f"it judges nothing: it needs one of {', '.join(JUDGES)}"
 

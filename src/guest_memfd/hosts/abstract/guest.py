@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from guest_memfd.errors import shown
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.mappings import Mappings
@@ -135,7 +136,7 @@ class GuestSide(Mappings):
         self._refused = False
         ret = code(self, *args)
         if type(ret) is not int or not -MAX_ERRNO <= ret <= 0:
-            raise TypeError(f"hypercall {name!r} of {self.hypervisor.name!r} returned {ret!r}, not 0 or -errno")
+            raise TypeError(f"hypercall {name!r} of {self.hypervisor.name!r} returned {shown(ret)}, not 0 or -errno")
         # A guest that has never asked for a page, nor written to it, cannot be said to hold on to it.
         if self._refused and (frame is None or frame.asked or frame.content != st.ZERO):
             self.against(st.HELD, frame)

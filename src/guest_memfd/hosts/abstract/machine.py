@@ -54,6 +54,8 @@ class AbstractHost(Locks, World):
     """
 
     footprints = True
+    foreign = ""
+    """Whose hypervisor it is, in words, if any of its code is a third party's."""
 
     def __init__(
         self, hypervisor: Hypervisor, scene: Scene, parties: int, *, sea_fixup: bool = False,

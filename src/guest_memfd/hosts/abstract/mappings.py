@@ -7,6 +7,7 @@ chooses, and only some kinds consult the table.
 
 from __future__ import annotations
 
+from guest_memfd.errors import shown
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.base import Base
@@ -53,7 +54,10 @@ class Mappings(Base):
             self.notes.append(notes.Abort(
                 what, 2, frame.number, kind, True, "a translation fault goes through the exception table"))
             return "fixed"
-        if not self.hypervisor.force_reclaim(self, frame.number):
+        reclaimed = self.hypervisor.force_reclaim(self, frame.number)
+        if type(reclaimed) is not bool:
+            raise TypeError(f"force_reclaim of {self.hypervisor.name!r} returned {shown(reclaimed)}, not True or False")
+        if not reclaimed:
             self.notes.append(notes.Abort(what, 2, frame.number, kind, False, "no exception-table entry: oops"))
             self.panic()
         self.notes.append(notes.Abort(what, 2, frame.number, kind, True, "the page is reclaimed by force"))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from guest_memfd.check.outcome import STAY
+from guest_memfd.foreign import Guard
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.emulated.errors import Blocked, KernelPanic
 from guest_memfd.hosts.emulated.kernel.inode import Inode
@@ -76,10 +77,11 @@ class EmulatedHost(Lifetimes, Locks, DirectMap, Power):
         """
         result: Any = None
         while True:
-            try:
-                primitive = procedure.send(result)
-            except StopIteration as stop:
-                return stop.value
+            with Guard("a procedure of the library"):
+                try:
+                    primitive = procedure.send(result)
+                except StopIteration as stop:
+                    return stop.value
             result = self.perform(primitive, who)
             if result is STAY:                          # queued for a lock: nobody is there who would let go of it
                 raise Blocked

@@ -1,0 +1,104 @@
+"""Code of third parties is called inside of `Guard`, and nowhere else: whatever it does is told as its doing.
+
+It may raise anything, SystemExit as well, so that a run does not end without a word; and it may never come back.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import signal
+import threading
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any
+
+from guest_memfd.errors import BadInput, DesignRaised, describe, place_of
+
+TICK = 1.0
+"""Seconds between two looks at code that does not come back."""
+
+PATIENCE = 5
+"""So many looks, at each of which the process runs: one that is stopped, or starved, is not blamed."""
+
+OURS = ("guest_memfd.", "builtins", "abc", "typing", "functools")
+
+
+def foreign(*things: Any) -> bool:
+    """Whether any of *things* - a class with all it inherits, a function, an object - is not of this package."""
+    return any(not part.startswith(OURS) for thing in things for part in _modules(thing))
+
+
+def _modules(thing: Any) -> list[str]:
+    if isinstance(thing, partial):
+        return _modules(thing.func)
+    if inspect.isclass(thing):
+        return [str(each.__module__) for each in thing.__mro__]
+    return [str(getattr(thing, "__module__", None) or type(thing).__module__)]
+
+
+class _Endless(BaseException):
+    pass
+
+
+class Guard:
+    """`with Guard(who):` runs code of *who*, a third party (its str says which); raises *error* for what it does wrong.
+
+    BadInput passes, for that has been told, and so does ^C. timed: code that has not come back after PATIENCE looks is
+    stopped; not outside of the main thread, nor where somebody else uses the timer.
+    """
+
+    def __init__(self, who: object, error: type[BadInput] = DesignRaised, *, timed: bool = False) -> None:
+        self.who, self.error, self.timed = who, error, timed
+        self._before: Any = None
+        self._left = 0
+
+    def __enter__(self) -> Guard:
+        if self.timed:
+            self._watch()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: TracebackType | None) -> None:
+        if self._left:
+            self._left = 0
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+        if raised is None or isinstance(raised, BadInput) or _is_the_machines(raised):
+            return
+        if isinstance(raised, _Endless):
+            raise self.error(f"{self.who} does not come back: after {PATIENCE * TICK:g} seconds it is still at "
+                             f"{raised.args[0]}") from None
+        raise self.error(f"{self.who} raised {describe(raised)}") from raised
+
+    def _watch(self) -> None:
+        if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+            return
+        self._left = PATIENCE
+        self._before = signal.signal(signal.SIGALRM, self._look)
+        signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
+
+    def _look(self, _signal: int, frame: FrameType | None) -> None:
+        if self._left == 1:
+            raise _Endless(place_of(_frames(frame)))
+        self._left -= bool(self._left)
+
+
+def _frames(frame: FrameType | None) -> list[tuple[FrameType, int]]:
+    frames = []
+    while frame is not None:
+        frames.append((frame, frame.f_lineno))
+        frame = frame.f_back
+    return frames[::-1]
+
+
+# ^C, and memory that has run out, are nobody's doing unless a statement raised them: the interpreter does it elsewhere.
+def _is_the_machines(raised: BaseException) -> bool:
+    trace = raised.__traceback__
+    if not isinstance(raised, KeyboardInterrupt | MemoryError) or trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] not in _RAISE
+
+
+_RAISE = {dis.opmap["RAISE_VARARGS"], dis.opmap["RERAISE"]}
