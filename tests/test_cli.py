@@ -618,9 +618,13 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return installed(tmp_path_factory.mktemp("site"), ENTRIES)
 
 
-def test_a_good_plugin_is_one_more_design(plugins: Path) -> None:
+LEFT_OUT = ("gmem: left out: law plugin 'mute': it judges nothing: it needs one of state, note, end\n"
+            "gmem: left out: party plugin 'nobody': 42 is no guest_memfd.scenarios.Party\n")
+
+
+def test_a_good_plugin_is_one_more_design_and_what_is_left_out_is_told(plugins: Path) -> None:
     done = run("check", "good", "--hypervisor", "kvm", *LOAD, path=plugins)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, LEFT_OUT)
     assert "good on kvm: holds" in done.stdout
 
 
@@ -643,7 +647,7 @@ def test_a_bad_plugin_is_named_with_what_is_wrong(plugins: Path, argv: str, says
 def test_a_good_law_is_one_more_law(tmp_path: Path) -> None:
     plugins = installed(tmp_path, f"{ENTRIES}hoards-every-page-for-ever = gmem_test_plugin:hoards\n")
     done = run("check", "library", "--hypervisor", "kvm", "--parties", "vcpu,stop", path=plugins)
-    assert (done.returncode, done.stderr) == (2, "")
+    assert (done.returncode, done.stderr) == (2, LEFT_OUT)
     assert re.search(r"^  hoards-every-page-for-ever broken in \d+ steps of vcpu", done.stdout, re.MULTILINE)
     assert f"1 of {ALL + 1} laws broken" in done.stdout
     alone = run("check", "library", "--hypervisor", "kvm", *LOAD, "--law", "hoards-every-page-for-ever", path=plugins)
@@ -656,7 +660,8 @@ def test_a_law_that_raises_is_named(tmp_path: Path) -> None:
     plugins = installed(tmp_path, f"{ENTRIES}stumbles = gmem_test_plugin:stumbles\n")
     done = run("check", "library", "--hypervisor", "kvm", *LOAD, path=plugins)
     assert (done.returncode, done.stdout) == (4, "")
-    assert re.fullmatch(r"gmem: law 'stumbles', asked about a State, raised ZeroDivisionError: integer division or "
+    assert re.fullmatch(re.escape(LEFT_OUT) +
+                        r"gmem: law 'stumbles', asked about a State, raised ZeroDivisionError: integer division or "
                         r"modulo by zero \(gmem_test_plugin.py:\d+ in <lambda>\)\n", done.stderr)
 
 
@@ -674,8 +679,31 @@ def test_a_design_that_raises_is_shown_with_the_way_there(plugins: Path) -> None
     assert re.search(r"^  1\. vcpu: .*guest_access", done.stderr, re.MULTILINE)
 
 
+def test_compare_tells_which_designs_and_hypervisors_it_leaves_out(plugins: Path) -> None:
+    done = run("compare", "--scene", "two-pages", "--parties", "drainer", "-q", path=plugins)
+    assert done.returncode == 0
+    for name in ("design plugin 'gone'", "design plugin 'number'", "hypervisor plugin 'half'", "party plugin 'nobody'",
+                 "law plugin 'mute'"):
+        assert done.stderr.count(f"gmem: left out: {name}") == 1
+
+
+@pytest.mark.parametrize(("ends", "words"), [
+    ("raise SystemExit(0)", "SystemExit: 0"), ("raise GeneratorExit", "GeneratorExit"),
+    ("raise BaseException", "BaseException"), ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ("raise type('X', (Exception,), {'__str__': lambda self: 1 / 0})", r"X: \(its __str__ raises\)"),
+    ("def", "SyntaxError: invalid syntax .*"),
+])
+def test_a_plugin_that_ends_the_process_at_import_is_told(tmp_path: Path, ends: str, words: str) -> None:
+    plugins = installed(tmp_path, "[guest_memfd.designs]\ngood = gmem_test_plugin:Good\n")
+    (plugins / "gmem_test_plugin.py").write_text(ends)
+    done = run("check", "good", "--hypervisor", "kvm", *LOAD, path=plugins)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert re.match(rf"gmem: design plugin 'good' \(gmem_test_plugin:Good\) does not import: {words}", done.stderr)
+    assert "does not load: design plugin 'good'" in run("list", "designs", path=plugins).stdout
+
+
 def test_list_says_which_plugins_do_not_load(plugins: Path) -> None:
     done = run("list", path=plugins)
-    assert done.returncode == 0
+    assert (done.returncode, done.stderr) == (0, "")
     assert "does not load: design plugin 'gone'" in done.stdout
     assert "\n  good " in done.stdout

@@ -31,15 +31,15 @@ LAW = Law("mine", "nothing is ever wrong", "a test", "always", note=never)
 @pytest.mark.parametrize(("law", "wrong"), [
     (42, "42 is no guest_memfd.laws.Law"),
     (replace(LAW, note=None), "it judges nothing: it needs one of state, note, end"),
-    (replace(LAW, state=3), "its state is no function of one argument: 3"),
-    (replace(LAW, end=lambda: None), "its end is no function of one argument: <function"),
-    (replace(LAW, note=lambda note, state: None), "its note is no function of one argument: <function"),
-    (replace(LAW, sentence=""), "its sentence is not a line of words: ''"),
-    (replace(LAW, sentence=None), "its sentence is not a line of words: None"),
-    (replace(LAW, sentence="two\nlines"), "its sentence is not a line of words: 'two\\nlines'"),
+    (replace(LAW, state=3), "its state is 3"),
+    (replace(LAW, end=lambda: None), "its end is <function"),
+    (replace(LAW, note=lambda note, state: None), "its note is <function"),
+    (replace(LAW, sentence=""), "its sentence is '', and has to be a line of words"),
+    (replace(LAW, sentence=None), "its sentence is None, and has to be a line of words"),
+    (replace(LAW, sentence="two\nlines"), "its sentence is 'two\\nlines', and has to be a line of words"),
     (replace(LAW, sentence="It is so. It is not"), "it is more than one sentence: 'It is so. It is not'"),
-    (replace(LAW, source=" "), "its source is not a line of words: ' '"),
-    (replace(LAW, when=7), "its when is not a line of words: 7"),
+    (replace(LAW, source=" "), "its source is ' ', and has to be a line of words"),
+    (replace(LAW, when=7), "its when is 7, and has to be a line of words"),
 ])
 def test_what_is_no_law_is_refused_with_what_it_lacks(law: Any, wrong: str) -> None:
     assert str(lacks(law)).startswith(wrong)

@@ -11,6 +11,9 @@
     +-- Signalled              touching a mapping would have killed the process: SIGBUS or SIGSEGV: exit code 4
     +-- HostUnavailable        the host asked for is not on this machine: exit code 5
     +-- InternalError          our own bug, please report it: exit code 1
+
+    UserWarning
+    +-- PluginLeftOut          a plugin that does not load is left out of all that there is
 """
 
 import difflib
@@ -41,12 +44,16 @@ def describe(error: BaseException) -> str:
         frames.append((trace.tb_frame, trace.tb_lineno))
         trace = trace.tb_next
     message = _short(_words(str, error, "(its __str__ raises)"))
-    return f"{type(error).__name__}{message and f': {message}'}{f' ({place_of(frames)})' if frames else ''}"
+    place = place_of(frames)
+    return f"{type(error).__name__}{message and f': {message}'}{place and f' ({place})'}"
 
 
 def place_of(frames: Sequence[tuple[FrameType, int]]) -> str:
-    """``file:line in function`` of the innermost of *frames* that is a third party's; of the innermost if none is."""
-    theirs = [frame for frame in frames if not _is_of_python_or_ours(frame[0].f_code.co_filename)]
+    """``file:line in function`` of the innermost of *frames* that is a third party's, or of all; '' in Python's own."""
+    theirs = [frame for frame in frames if not frame[0].f_code.co_filename.startswith(_OURS)]
+    theirs = [frame for frame in theirs if not _is_of_python(frame[0].f_code.co_filename)]
+    if not theirs and (not frames or _is_of_python(frames[-1][0].f_code.co_filename)):
+        return ""
     frame, line = (theirs or frames)[-1]
     code = frame.f_code
     return f"{code.co_filename.rpartition('/')[2]}:{line} in {code.co_qualname}"
@@ -56,8 +63,8 @@ _OURS, _PYTHON = os.path.dirname(__file__) + os.sep, os.path.dirname(os.__file__
 _MOST = 300
 
 
-def _is_of_python_or_ours(file: str) -> bool:
-    return file.startswith((_OURS, "<frozen")) or (file.startswith(_PYTHON) and "-packages" + os.sep not in file)
+def _is_of_python(file: str) -> bool:
+    return file.startswith("<frozen") or (file.startswith(_PYTHON) and "-packages" + os.sep not in file)
 
 
 def _words(how: Callable[[Any], str], value: object, otherwise: str) -> str:
@@ -138,3 +145,7 @@ class HostUnavailable(GuestMemfdError):
 
 class InternalError(GuestMemfdError):
     """A contradiction inside this package: a bug of ours."""
+
+
+class PluginLeftOut(UserWarning):
+    """All hypervisors, designs, parties or laws were asked for, and one that is registered does not load."""

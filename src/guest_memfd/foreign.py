@@ -45,11 +45,13 @@ class Guard:
     """`with Guard(who):` runs code of *who*, a third party (its str says which); raises *error* for what it does wrong.
 
     BadInput passes, for that has been told, and so does ^C. timed: code that has not come back after PATIENCE looks is
-    stopped; not outside of the main thread, nor where somebody else uses the timer.
+    stopped; not outside of the main thread, nor where somebody else uses the timer. did: what it did when it raised.
     """
 
-    def __init__(self, who: object, error: type[BadInput] = DesignRaised, *, timed: bool = False) -> None:
-        self.who, self.error, self.timed = who, error, timed
+    def __init__(
+        self, who: object, error: type[BadInput] = DesignRaised, *, timed: bool = False, did: str = "raised"
+    ) -> None:
+        self.who, self.error, self.timed, self.did = who, error, timed, did
         self._before: Any = None
         self._left = 0
 
@@ -68,7 +70,7 @@ class Guard:
         if isinstance(raised, _Endless):
             raise self.error(f"{self.who} does not come back: after {PATIENCE * TICK:g} seconds it is still at "
                              f"{raised.args[0]}") from None
-        raise self.error(f"{self.who} raised {describe(raised)}") from raised
+        raise self.error(f"{self.who} {self.did} {describe(raised)}") from raised
 
     def _watch(self) -> None:
         if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:

@@ -6,7 +6,9 @@ Rule of this file: nothing of the class is run, and when in doubt all is well.
 from __future__ import annotations
 
 import difflib
+import dis
 import inspect
+import itertools
 from collections.abc import Collection
 from types import FunctionType
 from typing import Any
@@ -64,10 +66,23 @@ def _misfit(name: str, value: object, base: type) -> str | None:
         return "a method, but it overrides an attribute"
     if _is_method(original) and not _is_method(value):
         return "an attribute, but it overrides a method"
+    if inspect.isgeneratorfunction(original) and _returns_constants(value):
+        return "which is no procedure: one that has nothing to ask for says 'yield from ()'"
     new, old = _signature(value), _signature(original)
     if new is None or old is None or _takes(new, old):
         return None
     return f"which takes ({_list(new)}), but it is called with ({_list(old)})"
+
+
+# A plain function may hand on another's procedure, and never a constant.
+def _returns_constants(method: Any) -> bool:
+    function = getattr(method, "__func__", method)
+    if not isinstance(function, FunctionType) or inspect.isgeneratorfunction(function):
+        return False
+    code = [step.opname for step in dis.get_instructions(function)]
+    returned = [before if name == "RETURN_VALUE" else name for before, name in itertools.pairwise(code)
+                if name.startswith("RETURN_")]          # from Python 3.12 on there is RETURN_CONST
+    return bool(returned) and all(name in ("LOAD_CONST", "RETURN_CONST") for name in returned)
 
 
 def _is_of_the_class(annotation: object) -> bool:

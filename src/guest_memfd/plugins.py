@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, ValuesView
 from importlib import metadata
 from typing import Any, Generic, TypeVar
 
-from guest_memfd.errors import PluginError, UnknownName
+from guest_memfd.errors import PluginError, PluginLeftOut, UnknownName
+from guest_memfd.foreign import Guard
 
 T = TypeVar("T")
 
@@ -15,37 +17,45 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Things of one *kind* by name, as in a dictionary. Entry points of *group* are looked at once, at the first question.
 
-    Names that are built in are answered without looking.
+    Names that are built in are answered without looking. Whoever asks for all is warned (PluginLeftOut) of those that do
+    not load.
     """
 
     def __init__(self, kind: str, group: str, builtin: dict[str, T], check: Callable[[T], str | None] | None = None):
         self.kind, self.group, self._known, self._check = kind, group, dict(builtin), check
         self._broken: dict[str, str] = {}
-        self._looked = False
+        self._looked = self._told = False
 
     def _look(self) -> None:
         if self._looked:
             return
         self._looked = True
         for entry in metadata.entry_points(group=self.group):
-            if entry.name in self._known:
-                self._broken[entry.name] = f"{self.kind} plugin {entry.name!r} ({entry.value}): the name is taken"
-                continue
+            who = f"{self.kind} plugin {entry.name!r} ({entry.value})"
             try:
-                self.add(entry.name, entry.load())
+                if entry.name in self._known:
+                    raise PluginError(f"{who}: the name is taken")
+                with Guard(who, PluginError, did="does not import:"):
+                    thing = entry.load()
+                self.add(entry.name, thing)
             except PluginError as error:
                 self._broken[entry.name] = str(error)
-            except Exception as error:
-                self._broken[entry.name] = (
-                    f"{self.kind} plugin {entry.name!r} ({entry.value}) does not import: {type(error).__name__}: {error}"
-                )
+
+    # Whoever asks for all of them is told, once, which are not among them.
+    def _all(self) -> dict[str, T]:
+        self._look()
+        for reason in () if self._told else self._broken.values():
+            warnings.warn(f"left out: {reason}", PluginLeftOut, stacklevel=3)
+        self._told = True
+        return self._known
 
     def add(self, name: str, thing: Any) -> None:
         """Register *thing*; raises PluginError saying what it lacks."""
-        lacks = missing_operations(thing) or (self._check(thing) if self._check else None)
-        named = getattr(thing, "name", name)
-        if not lacks and named != name:
-            lacks = f"it calls itself {named!r}; the entry point and the name must be the same"
+        with Guard(f"{self.kind} plugin {name!r}", PluginError, did="cannot be looked at: it raised"):
+            lacks = missing_operations(thing) or (self._check(thing) if self._check else None)
+            named = getattr(thing, "name", name)
+            if not lacks and named != name:
+                lacks = f"it calls itself {named!r}; the entry point and the name must be the same"
         if lacks:
             raise PluginError(f"{self.kind} plugin {name!r}: {lacks}")
         self._known[name] = thing
@@ -66,12 +76,10 @@ class Registry(Generic[T]):
         return name in self._known
 
     def __iter__(self) -> Iterator[str]:
-        self._look()
-        return iter(self._known)
+        return iter(self._all())
 
     def __len__(self) -> int:
-        self._look()
-        return len(self._known)
+        return len(self._all())
 
     def get(self, name: str) -> T | None:
         """The thing called *name*, None if there is none, or none that loads."""
@@ -79,8 +87,7 @@ class Registry(Generic[T]):
 
     def values(self) -> ValuesView[T]:
         """All things that load, in the order of their names."""
-        self._look()
-        return self._known.values()
+        return self._all().values()
 
     def broken(self) -> dict[str, str]:
         """Name -> what is wrong, of the plugins that do not load."""

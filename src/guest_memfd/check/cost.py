@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from guest_memfd.check.outcome import Outcome
 from guest_memfd.check.scenario import World, run_alone
 from guest_memfd.designs import Design
-from guest_memfd.errors import DesignRaised
+from guest_memfd.errors import DesignRaised, NotAPrimitive
 from guest_memfd.hosts.host import Primitive
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios import PARTIES
@@ -41,7 +41,7 @@ def cost(design: type[Design], hypervisor: Hypervisor) -> Cost | None:
     try:
         lent, _ = run_alone(world.machine, world.programs["vcpu2"], world.initial, count)
         run_alone(world.machine, world.teardown, lent, count)
-    except DesignRaised:
+    except (DesignRaised, NotAPrimitive):
         return None
     writes = counted["set_direct_map_invalid_noflush"] + counted["set_direct_map_default_noflush"]
     return Cost(writes, counted["flush_tlb_kernel_range"], int(writes > 0), counted["hypercall"])

@@ -209,6 +209,17 @@ def resume(
         return generator, check_primitive(program, primitive, generator)
 
 
+def dismiss(program: Program, generator: Generator[Primitive, Any, Any]) -> None:
+    """Let go of a suspended procedure; what it asks for in a `finally` is nobody's to do."""
+    for _ in range(MOST_SILENT if program.anew is not None else 0):
+        with program.guard():
+            try:
+                generator.close()
+            except RuntimeError:                        # it has ignored GeneratorExit, and may do so once more
+                continue
+        return
+
+
 def differs(
     program: Program, results: int, before: object, now: object, generator: Generator[Any, Any, Any]
 ) -> DesignRaised:
@@ -282,8 +293,11 @@ class Automaton:
             now, again = resume(self.program, path, asked, anew=True)
             if again != primitive:
                 raise differs(self.program, len(path), primitive, again, now)
+            dismiss(self.program, now)
         with self.program.guard():                      # of what they keep in local variables
-            return self._intern(local_key(generator) if primitive else "done", before, path, primitive)
+            known = self._intern(local_key(generator) if primitive else "done", before, path, primitive)
+        dismiss(self.program, generator)
+        return known
 
     def _asked(self, local: int) -> list[Primitive | None]:
         asked = []

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from guest_memfd.check.explorer import Machine, Program, differs, perform, resume, send
+from guest_memfd.check.explorer import Machine, Program, differs, dismiss, perform, resume, send
 from guest_memfd.check.outcome import STAY
 from guest_memfd.errors import BadInput, DesignRaised
 from guest_memfd.hosts.host import Primitive
@@ -52,6 +52,7 @@ class Rehearsal:
             generator, now = resume(self.programs[name], path[:-1], asked[:-1], anew=anew)
             if now != asked[-1]:
                 raise differs(self.programs[name], len(path) - 1, asked[-1], now, generator)
+            dismiss(self.programs[name], generator)
 
     def _walk(self, program: Program) -> list[tuple[Primitive, Any]]:
         walk: list[tuple[Primitive, Any]] = []
@@ -68,4 +69,5 @@ class Rehearsal:
                     result, shared = outcomes[0].result, outcomes[0].shared
                 walk.append((primitive, result))
                 primitive = send(program, generator, result)
+            dismiss(program, generator)
         return walk

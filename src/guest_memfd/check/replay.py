@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from guest_memfd.check.explorer import Finding, Program, Step, perform, resume, word
+from guest_memfd.check.explorer import Finding, Program, Step, dismiss, perform, resume, word
 from guest_memfd.check.outcome import STAY, Outcome
 from guest_memfd.check.scenario import World, world
 from guest_memfd.check.trace import Trace, TraceStep, version
@@ -95,11 +95,18 @@ class _Party:
     def __init__(self, program: Program) -> None:
         self.program, self.name = program, program.name
         self.path: list[Any] = []
-        self.waits_on = resume(program, ())[1]
+        self.asked: list[Primitive | None] = []
+        self.waits_on = self._stand()
 
     def go_on(self, result: Any) -> None:
         self.path.append(result)
-        self.waits_on = resume(self.program, self.path)[1]
+        self.asked.append(self.waits_on)
+        self.waits_on = self._stand()
+
+    def _stand(self) -> Primitive | None:
+        procedure, waits_on = resume(self.program, self.path, self.asked)
+        dismiss(self.program, procedure)
+        return waits_on
 
 
 class _Run:

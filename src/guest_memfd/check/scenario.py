@@ -11,7 +11,7 @@ from guest_memfd.check.place import local_key
 from guest_memfd.check.rehearsal import Rehearsal
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.designs import DESIGNS, Design
-from guest_memfd.designs.names import misspelt as misspelt_design
+from guest_memfd.designs.names import lacks as lacks_design
 from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, InternalError, PluginError, UnknownName, shown
 from guest_memfd.foreign import Guard, foreign
 from guest_memfd.hosts.abstract import AbstractHost
@@ -20,9 +20,10 @@ from guest_memfd.hosts.host import EOPNOTSUPP, Host, Primitive, Steps
 from guest_memfd.hosts.scene import Scene
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.hypervisor import Hypervisor
-from guest_memfd.hypervisors.names import misspelt as misspelt_hypervisor
+from guest_memfd.hypervisors.names import lacks as lacks_hypervisor
 from guest_memfd.laws import LAWS, Law
 from guest_memfd.scenarios import PARTIES, SCENES, TEARDOWN, Party
+from guest_memfd.scenarios.party import lacks as lacks_party
 from guest_memfd.scenarios.party import system_call
 
 MOST_ALONE = 2000
@@ -44,9 +45,13 @@ class World:
         failures: int | None = None, laws: Sequence[Law] | None = None,
     ) -> None:
         self.design, self.hypervisor, self.scene = design, hypervisor, scene or SCENES["two-pages"]
+        _look_at(design, hypervisor)
         self.foreign = foreign(design, hypervisor.ops, *_code(hypervisor))
         self.named = f" of design {design.name!r} on {hypervisor.name!r}"
         self.library = _library(design, hypervisor, self.scene)
+        for party in parties:
+            if foreign(party.procedure) and (wrong := lacks_party(party)) is not None:
+                raise PluginError(f"party {shown(party.name)}: {wrong}")
         self.parties = [p for p in parties if self._exists(p)]
         roles = list(dict.fromkeys(p.role or p.name for p in self.parties))
         if len(roles) > MOST_ROLES:
@@ -81,6 +86,9 @@ class World:
             raise DesignRaised(f"{who} answered {shown(there)}, not True or False")
         if there != again:
             raise DesignRaised(f"{who} is not deterministic: it answered {there} and then {again}")
+        if there and party.file >= self.scene.files:
+            raise DesignRaised(f"{who} answered True in scene {self.scene.name!r}, which has no file {party.file}, "
+                               "the one that it works on")
         return there
 
     def _program(self, number: int, party: Party) -> Program:
@@ -164,11 +172,14 @@ def set_scene(library: Design) -> Steps[list[int]]:
     return results
 
 
-def _library(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Design:
-    for what, name, wrong in (("design", design.name, misspelt_design(design)),
-                              ("hypervisor", hypervisor.name, misspelt_hypervisor(hypervisor))):
+def _look_at(design: type[Design], hypervisor: Hypervisor) -> None:
+    for what, thing, wrong in (("design", design, lacks_design(design)),
+                               ("hypervisor", hypervisor, lacks_hypervisor(hypervisor))):
         if wrong is not None:
-            raise PluginError(f"{what} {name!r}: {wrong}")
+            raise PluginError(f"{what} {shown(getattr(thing, 'name', thing))}: {wrong}")
+
+
+def _library(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Design:
     with Guard(f"making design {design.name!r} on {hypervisor.name!r}", timed=foreign(design, hypervisor.ops)):
         return _made(design, hypervisor, scene)
 

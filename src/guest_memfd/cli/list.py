@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from guest_memfd.check.plan import NAMED
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
-from guest_memfd.errors import UnknownName
+from guest_memfd.errors import PluginLeftOut, UnknownName
 from guest_memfd.guests import GUESTS
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
@@ -89,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kind is not None and arguments.kind not in KINDS:
         raise UnknownName("kind of thing", arguments.kind, KINDS)
     kinds = [arguments.kind] if arguments.kind else [*KINDS]
-    with Output(arguments.output) as out:
+    with Output(arguments.output) as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PluginLeftOut)      # what does not load is said in the list
         if arguments.json:
             broken = {kind: REGISTRIES[kind].broken() for kind in kinds if kind in REGISTRIES}
             entries = {kind: [*KINDS[kind]()] for kind in kinds}

@@ -13,11 +13,12 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from guest_memfd.errors import BadInput, GuestMemfdError, InternalError, UnknownName
 
@@ -64,6 +65,7 @@ class Version(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line *argv* (default: sys.argv) and return its exit code."""
     _standard_streams()
+    warnings.showwarning = _warn
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -101,6 +103,14 @@ def _crash(error: Exception) -> int:
         raise error
     first = str(error).partition("\n")[0]
     return _fail(f"internal error: {type(error).__name__}: {first}; please report (GMEM_DEBUG=1 shows where)", 1)
+
+
+# A warning is a line like any other.
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    _fail(str(message), 0)
 
 
 def _fail(message: str, code: int) -> int:

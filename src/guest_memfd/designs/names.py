@@ -1,11 +1,40 @@
-"""Names in a design: what it defines must override something of the library, or be called by somebody."""
+"""What is wrong with a design of somebody else's: with its fields, or with names that override nothing.
+
+What it defines must override something of the library, or be called by somebody.
+"""
 
 from __future__ import annotations
 
+from typing import get_args
+
+from guest_memfd.core.power import PowerPolicy
 from guest_memfd.designs.design import Design
+from guest_memfd.errors import shown
+from guest_memfd.fields import COUNT, ERRNOS, FLAG, LINE, NAME, NAMES, SOME_NAMES, Kind, one_of, table, wrong
+from guest_memfd.forgotten import in_class
+from guest_memfd.hosts.host import OPS, Bound
+from guest_memfd.hosts.scene import Scene
 from guest_memfd.overrides import unfit
+
+FIELDS = {
+    "name": NAME, "title": LINE, "source": LINE, "sea_fixup": FLAG, "gup": FLAG, "no_direct_map": FLAG, "splits": FLAG,
+    "order": COUNT, "power": one_of(*get_args(PowerPolicy)), "hypervisors": SOME_NAMES.or_none(), "offers": NAMES,
+    "bounds": table("operations", Kind("Bound of whole numbers", lambda value: isinstance(value, Bound) and all(
+        map(COUNT.fits, value))), OPS),
+    "errnos": ERRNOS, "scene": Kind("a Scene", lambda value: isinstance(value, Scene)),
+}
 
 
 def misspelt(design: type[Design]) -> str | None:
     """What *design* defines that nothing will ever call, or that does not fit what it overrides; None if all is well."""
     return unfit(design, Design)
+
+
+def lacks(thing: object) -> str | None:
+    """What is wrong with *thing* as a design; None if nothing is."""
+    if not (isinstance(thing, type) and issubclass(thing, Design)):
+        return f"{shown(thing)} is no subclass of guest_memfd.designs.Design"
+    missing = [what for what in ("name", "title", "source") if not hasattr(thing, what)]
+    if missing:
+        return f"{thing.__qualname__} lacks {', '.join(missing)}"
+    return misspelt(thing) or wrong(thing, FIELDS) or in_class(thing)

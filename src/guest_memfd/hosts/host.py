@@ -137,6 +137,10 @@ Sem = Literal["invalidate", "bindings"]
 Tree = Literal["attributes", "bindings", "provided"]
 """The library's (and v17's) maple trees and xarrays, index -> small integer, 0 for none."""
 
+OPS = ("fault", "user_fault", "mmap", "allocate", "punch", "to_private", "to_shared", "unbind", "teardown", "create", "bind",
+       "error")
+"""Operations that begin_op names."""
+
 
 class Host:
     """The primitives, as seen by code that runs as *caller*.

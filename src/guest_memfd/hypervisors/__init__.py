@@ -6,16 +6,9 @@ from guest_memfd.hypervisors.gunyah.client import GUNYAH
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.hypervisors.kvm.default import KVM
 from guest_memfd.hypervisors.kvm.pkvm import PKVM
-from guest_memfd.hypervisors.names import misspelt
+from guest_memfd.hypervisors.names import lacks
 from guest_memfd.plugins import Registry
 
-
-def _lacks(thing: object) -> str | None:
-    if not isinstance(thing, Hypervisor):
-        return f"{thing!r} is no guest_memfd.hypervisors.hypervisor.Hypervisor"
-    return misspelt(thing)
-
-
 HYPERVISORS: Registry[Hypervisor] = Registry(
-    "hypervisor", "guest_memfd.hypervisors", {h.name: h for h in (KVM, PKVM, GUNYAH)}, _lacks
+    "hypervisor", "guest_memfd.hypervisors", {h.name: h for h in (KVM, PKVM, GUNYAH)}, lacks
 )

@@ -6,13 +6,13 @@ it answers with evidence in words, or None. It never repairs, filters or forgive
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from guest_memfd.errors import BadInput, shown
+from guest_memfd.fields import LINE, NAME, takes, wrong
 from guest_memfd.foreign import Guard, foreign
 from guest_memfd.hosts.abstract import state as st
 
@@ -96,33 +96,19 @@ def _a(thing: object) -> str:
 
 
 JUDGES = ("state", "note", "end")
+FIELDS = {"name": NAME, "sentence": LINE, "source": LINE, "when": LINE} | dict.fromkeys(JUDGES, takes(1).or_none())
 
 
 def lacks(thing: object) -> str | None:
     """What is wrong with *thing* as a law of somebody else's; None if nothing is."""
     if not isinstance(thing, Law):
         return f"{shown(thing)} is no guest_memfd.laws.Law"
-    for what in ("sentence", "source", "when"):
-        words = getattr(thing, what)
-        if not isinstance(words, str) or not words.strip() or "\n" in words:
-            return f"its {what} is not a line of words: {shown(words)}"
+    if (words := wrong(thing, FIELDS)) is not None:
+        return words
     if ". " in thing.sentence:
         return f"it is more than one sentence: {thing.sentence!r}"
     if thing.broken_by is not None and not isinstance(thing.broken_by, Violator):
         return f"what it is broken by is no guest_memfd.laws.Violator: {shown(thing.broken_by)}"
-    judges = {what: getattr(thing, what) for what in JUDGES if getattr(thing, what) is not None}
-    wrong = [f"its {what} is no function of one argument: {shown(judge)}" for what, judge in judges.items()
-             if not _takes_one(judge)]
-    return wrong[0] if wrong else None if judges else f"it judges nothing: it needs one of {', '.join(JUDGES)}"
-
-
-def _takes_one(judge: object) -> bool:
-    if not callable(judge):
-        return False
-    try:
-        inspect.signature(judge).bind(None)
-    except TypeError:
-        return False
-    except ValueError:                                  # Python cannot tell
-        pass
-    return True
+    if all(getattr(thing, what) is None for what in JUDGES):
+        return f"it judges nothing: it needs one of {', '.join(JUDGES)}"
+    return None

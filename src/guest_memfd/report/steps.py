@@ -12,7 +12,7 @@ from guest_memfd.check.explorer import Step
 from guest_memfd.errors import errno_name
 from guest_memfd.hosts.abstract import notes, show
 from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import Entries, Folio, Host, Primitive
+from guest_memfd.hosts.host import OPS, Entries, Folio, Host, Primitive
 from guest_memfd.report.choices import sentence
 from guest_memfd.report.style import WIDTH
 
@@ -103,7 +103,7 @@ def facts(step: Step, before: bytes) -> Iterator[str]:
     """What a step was about beyond its result: operations that begin and end, aborts, refusals, losses."""
     for field, old, new in st.changes(before, step.shared):
         if show.ghost(field) and field.endswith(".op") and new and not old:
-            yield f"{st.OPS[new - 1]} begins"
+            yield f"{OPS[new - 1]} begins"
     for note in step.notes:
         words = _fact(note)
         if words:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from guest_memfd.designs.design import Design
+from guest_memfd.errors import shown
+from guest_memfd.fields import COUNT, FLAG, LINE, NAME, Kind, takes, wrong
+from guest_memfd.forgotten import beside
 from guest_memfd.hosts.host import Host, Steps
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 
@@ -44,3 +47,16 @@ class Party:
     fd: bool = True
     file: int = 0
     role: str = ""
+
+
+FIELDS = {
+    "name": NAME, "title": LINE, "procedure": takes(2), "task": FLAG, "exists": takes(2), "fd": FLAG,
+    "file": COUNT, "role": Kind("a name, or ''", lambda value: value == "" or NAME.fits(value)),
+}
+
+
+def lacks(thing: object) -> str | None:
+    """What is wrong with *thing* as a party of somebody else's; None if nothing is."""
+    if not isinstance(thing, Party):
+        return f"{shown(thing)} is no guest_memfd.scenarios.Party"
+    return wrong(thing, FIELDS) or beside(thing.procedure)

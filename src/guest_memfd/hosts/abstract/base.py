@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
+from guest_memfd.hosts.host import OPS
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.scene import Kernel
@@ -94,7 +95,7 @@ class Base:
         """Note it when the current party's operation is not about page *index*; an eviction is about all pages."""
         ghost = self.state.ghost(self.who)
         if ghost.op and self.file.inode != st.EVICTED and not ghost.scope >> index & 1:
-            self.notes.append(notes.OutOfScope(st.OPS[ghost.op - 1], what, index))
+            self.notes.append(notes.OutOfScope(OPS[ghost.op - 1], what, index))
 
     def done_to(self, what: str, index: int, *, always: bool = False) -> None:
         """The current party's operation does something to page *index* that users of it must hear of beforehand.
@@ -104,7 +105,7 @@ class Base:
         self.out_of_scope(what, index)
         ghost = self.state.ghost(self.who)
         if ghost.op and (always or ghost.begun) and not ghost.announced >> index & 1:
-            self.notes.append(notes.Unannounced(st.OPS[ghost.op - 1], what, index))
+            self.notes.append(notes.Unannounced(OPS[ghost.op - 1], what, index))
 
     def count(self, what: str) -> None:
         """The operation that the current party is in asks for one more of *what*: writes, flushes, calls, stalls."""

@@ -6,7 +6,7 @@ from guest_memfd.errors import shown
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.mappings import Mappings
-from guest_memfd.hosts.host import Folio
+from guest_memfd.hosts.host import OPS, Folio
 
 MAX_ERRNO = 4095
 
@@ -45,7 +45,7 @@ class GuestSide(Mappings):
             if other.gmap == entry.number + 1 and other.number != pfn:
                 other.gmap = other.asked = 0
         if not frame.gmap:
-            frame.asked = int(self.state.ghost(self.who).op == st.OPS.index("fault") + 1)
+            frame.asked = int(self.state.ghost(self.who).op == OPS.index("fault") + 1)
         frame.gmap = entry.number + 1
         if frame.gstale == frame.gmap:
             frame.gstale = 0

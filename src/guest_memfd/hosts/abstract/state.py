@@ -127,10 +127,6 @@ GLOBALS = {
     "refusals": "refusals for good that may still happen",
     "leaked": "pages the library has counted as never coming back",
 }
-OPS = ("fault", "user_fault", "mmap", "allocate", "punch", "to_private", "to_shared", "unbind", "teardown", "create", "bind",
-       "error")
-"""Operations that begin_op names."""
-
 REASONS = ("a failure", "the guest holds on", "a reference", "hibernation", "a poisoned page", "somebody else", "an end",
            "a refusal for good")
 """What may stand against an operation: an injected failure, or no free frame; a refusal of the hypervisor by its rules;

@@ -8,7 +8,7 @@ from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.guest import GuestSide
 from guest_memfd.hosts.abstract.pagecache import PageCache
-from guest_memfd.hosts.host import EAGAIN, EBUSY, Bound, Cost, Entries, Folio
+from guest_memfd.hosts.host import EAGAIN, EBUSY, OPS, Bound, Cost, Entries, Folio
 
 TREES = {"attributes": "attr", "bindings": "binding"}
 """Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""
@@ -30,7 +30,7 @@ class World(PageCache, GuestSide):
         """Remember what the operation is about."""
         ghost = self.state.ghost(self.who)
         self._clear(ghost)
-        ghost.op = st.OPS.index(op) + 1
+        ghost.op = OPS.index(op) + 1
         ghost.gfn = 0 if gfn is None else gfn + 1
         ghost.scope = self._mask(start, nr)
 
@@ -41,7 +41,7 @@ class World(PageCache, GuestSide):
             return
         scope = self._members(ghost.scope)
         pages = [self.page(i) for i in scope]
-        op = st.OPS[ghost.op - 1]
+        op = OPS[ghost.op - 1]
         self.notes.append(notes.Ended(
             op, ret, error_index, scope, self._members(ghost.toggled), self._members(ghost.removed),
             tuple(i for i, p in zip(scope, pages, strict=True) if p.cached), tuple(p.attr for p in pages),

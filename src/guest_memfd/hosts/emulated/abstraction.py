@@ -10,6 +10,7 @@ from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.kernel.page import KINDS, Page
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.emulated.ram import PAGE
+from guest_memfd.hosts.host import OPS
 
 
 def abstraction(host: EmulatedHost, sizes: st.Sizes, failures: int = 0, refusals: int = 0) -> bytes:
@@ -91,7 +92,7 @@ def _ghost(host: EmulatedHost, ghost: st.PartyGhost, pages: int) -> None:
     ghost.ended = 1 - tracer.ended[ghost.number] if ghost.number in tracer.ended else 0
     operation = tracer.operations.get(ghost.number)
     if operation is not None:
-        ghost.op = st.OPS.index(operation.op) + 1
+        ghost.op = OPS.index(operation.op) + 1
         ghost.gfn = 0 if operation.gfn is None else operation.gfn + 1
         ghost.scope = _mask(range(operation.start, operation.start + operation.nr), pages)
         ghost.toggled, ghost.removed = _mask(operation.toggled, pages), _mask(operation.removed, pages)
