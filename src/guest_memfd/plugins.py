@@ -23,6 +23,7 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str, group: str, builtin: dict[str, T], check: Callable[[T], str | None] | None = None):
         self.kind, self.group, self._known, self._check = kind, group, dict(builtin), check
+        self.builtin = tuple(builtin.values())
         self._broken: dict[str, str] = {}
         self._looked = self._told = False
 

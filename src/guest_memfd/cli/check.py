@@ -10,6 +10,7 @@ from guest_memfd.check.plan import NAMED
 from guest_memfd.check.survived import Survived, survived
 from guest_memfd.check.trace import save
 from guest_memfd.check.verdict import Report
+from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
 from guest_memfd.cli.output import Output, TraceFolder
 from guest_memfd.errors import BadInput
@@ -20,7 +21,8 @@ from guest_memfd.report.progress import Progress
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
-    parser.add_argument("design", metavar="DESIGN", help="which design (gmem list designs)")
+    parser.add_argument("design", metavar="DESIGN", help="which design (gmem list designs, or FILE.py:NAME)")
+    add_load(parser)
     add_scope(parser)
     add_output(parser)
     parser.add_argument("--quick", action="store_true", help="a first look, as compare takes: a tenth of the time")
@@ -34,8 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Explore, print, save; returns the exit code of the worst verdict."""
     if arguments.json and arguments.ktap:
         raise BadInput("--json and --ktap exclude each other")
+    load_all(arguments)
+    (design,) = designs_of(arguments, [arguments.design])
     scope = scope_of(arguments, full=not arguments.quick)
-    pairs = [(arguments.design, hypervisor) for hypervisor in scope.hypervisors_of(arguments.design)]
+    pairs = [(design, hypervisor) for hypervisor in scope.hypervisors_of(design)]
     with ExitStack() as stack:
         out = stack.enter_context(Output(arguments.output))
         folder = None
@@ -65,7 +69,7 @@ def _text(arguments: argparse.Namespace, scope: Scope, reports: Sequence[Report]
         return json.dump(objects if len(objects) > 1 else objects[0])
     screens = [
         "\n".join(terminal.check(report, seen, out.style, explored=scope.words(), folder=arguments.save_traces,
-                                 verbose=arguments.verbose))
+                                 verbose=arguments.verbose, loads=arguments.load))
         for report, seen in zip(reports, survivals, strict=True)
     ]
     return "\n\n".join(screens)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from guest_memfd.check.cost import Cost, cost
 from guest_memfd.check.verdict import Report
+from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
@@ -25,7 +26,8 @@ Costs = dict[tuple[str, str], Cost | None]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
-    parser.add_argument("designs", metavar="DESIGN", nargs="*", help="which designs (default: all)")
+    parser.add_argument("designs", metavar="DESIGN", nargs="*", help="which designs (names, or FILE.py:NAME; default: all)")
+    add_load(parser)
     add_scope(parser)
     add_output(parser)
     parser.add_argument("--full", action="store_true",
@@ -38,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Explore all, print the table."""
     began = time.perf_counter()
+    load_all(arguments)
+    chosen = designs_of(arguments, arguments.designs)
     scope = scope_of(arguments, full=arguments.full)
-    pairs = _pairs(arguments.designs or list(DESIGNS), scope, chosen=bool(arguments.designs))
+    pairs = _pairs(chosen or list(DESIGNS), scope, chosen=bool(chosen))
     with Output(arguments.output) as out:
         reports = scope.explore(pairs, Progress(quiet=arguments.quiet))
         counted = {pair: cost(DESIGNS[pair[0]], HYPERVISORS[pair[1]]) for pair in pairs}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from guest_memfd.check.plan import NAMED
+from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
@@ -82,11 +83,13 @@ REGISTRIES: dict[str, Registry[Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
     parser.add_argument("kind", metavar="KIND", nargs="?", help=f"one of {', '.join(KINDS)}")
+    add_load(parser)
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the names and what they stand for."""
+    load_all(arguments)
     if arguments.kind is not None and arguments.kind not in KINDS:
         raise UnknownName("kind of thing", arguments.kind, KINDS)
     kinds = [arguments.kind] if arguments.kind else [*KINDS]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from guest_memfd.check.replay import Replay, replay
 from guest_memfd.check.trace import Trace, load
+from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput, UnknownName
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a trace that gmem check --save-traces has saved")
     parser.add_argument("--on", metavar="HOST", default="abstract",
                         help="abstract (default), or emulated: on real page tables and instructions, too")
+    add_load(parser)
     add_output(parser)
     parser.epilog = ("The same verdict exits 2, for the law is broken again; a trace that diverges exits 3, for it\n"
                      f"says nothing about this program any more.\n\n{parser.epilog}")
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay and say what came of it."""
+    load_all(arguments)
     host, _, machine = arguments.on.partition(":")
     if host not in HOSTS:
         raise UnknownName("host", host, HOSTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from shlex import quote
 
 from guest_memfd.check.explorer import Finding, Step
 from guest_memfd.hosts.abstract import show
@@ -105,17 +106,24 @@ def _coloured(line: str, style: Style) -> str:
 
 
 def commands(
-    design: str, hypervisor: str, scene: Scene, parties: Sequence[str], law: str, *, failures: int | None, folder: str | None
+    design: str, hypervisor: str, scene: Scene, parties: Sequence[str], law: str, *, failures: int | None,
+    folder: str | None, loads: Sequence[str] = (),
 ) -> tuple[tuple[str, str], ...]:
-    """What saves (unless it is saved in *folder*), replays and exports the trace of *law*."""
-    file = f"{folder or 'traces'}/{trace_name(design, hypervisor, law)}"
+    """What saves (unless it is saved in *folder*), replays and exports the trace of *law*, with files to be loaded."""
+    more = loading(loads)
+    file = f"{folder or 'traces'}/{trace_name(design, hypervisor, law)}{more}"
     injected = "" if failures is None else f" --failures {failures}"
     where = "" if scene == Scene() else f" --scene {scene.name}"
     what, who = f"gmem check {design} --hypervisor {hypervisor}{where}", f"--parties {','.join(parties)}"
     between = " " if len(f"{_INDENT}{what} {who} \\") <= WIDTH else _GOES_ON
-    save = f"{what}{between}{who}{_GOES_ON}--law {law}{injected} --save-traces traces"
+    save = f"{what}{between}{who}{_GOES_ON}--law {law}{injected}{more} --save-traces traces"
     return (*(() if folder else (("save", save),)),
             ("replay", f"gmem replay {file}"), ("export", f"gmem explain {file} --json"))
+
+
+def loading(files: Sequence[str]) -> str:
+    """`` --load FILE`` for each of *files*."""
+    return "".join(f" --load {quote(file)}" for file in files)
 
 
 _INDENT = " " * 11

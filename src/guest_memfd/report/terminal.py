@@ -14,11 +14,13 @@ from guest_memfd.report.style import Style
 
 
 def check(
-    report: Report, survived: Sequence[Survived], style: Style, *, explored: str, folder: str | None, verbose: bool
+    report: Report, survived: Sequence[Survived], style: Style, *, explored: str, folder: str | None, verbose: bool,
+    loads: Sequence[str] = (),
 ) -> Iterator[str]:
     """The lines on one design under one hypervisor; *verbose* shows the way to every finding and not to the first only.
 
     explored: which scenarios, in words; folder: where the traces have been saved, None if nowhere.
+    loads: files that have to be loaded to see it again.
     """
     yield headline(report, style)
     for law in report.laws.values():
@@ -32,7 +34,7 @@ def check(
             yield from wrap(f"{how}: {found.evidence}", f"  {found.law:<16} ")
     for found in report.findings if verbose else _first(report):
         yield ""
-        again = _again(report, found, folder)
+        again = _again(report, found, folder, loads)
         example = Counterexample(report.design, report.hypervisor, found.scene, found.parties, found.finding, again)
         yield from screen(example, style)
     if survived:
@@ -91,11 +93,11 @@ def _first(report: Report) -> Iterator[Found]:
 
 
 # Of each law the shortest trace is saved, and no other.
-def _again(report: Report, found: Found, folder: str | None) -> tuple[tuple[str, str], ...]:
+def _again(report: Report, found: Found, folder: str | None, loads: Sequence[str]) -> tuple[tuple[str, str], ...]:
     if found.evidence != report.laws[found.law].evidence:
         return ()
     return commands(report.design, report.hypervisor, found.scene, found.parties, found.law, failures=report.failures,
-                    folder=folder)
+                    folder=folder, loads=loads)
 
 
 def _others(report: Report) -> list[Found]:

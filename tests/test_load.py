@@ -1,0 +1,102 @@
+"""Designs, hypervisors, parties and laws of a file: no package is needed, and what is wrong with the file is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "docs" / "examples"
+
+DESIGN = '''
+from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.hypervisors.kvm.default import KVM      # which is not this file's
+from beside import TITLE
+
+
+class Base(OurLibrary):
+    pass
+
+
+class One(Base):
+    name, title, source = "one", TITLE, "a test"
+
+
+class Two(One):
+    name = "two"
+
+
+NUMBER = 42
+'''
+
+
+def gmem(*argv: str, at: Path) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-m", "guest_memfd.cli.main", *argv], cwd=at, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"}, timeout=500, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(DESIGN)
+    (tmp_path / "beside.py").write_text("TITLE = 'a title'\n")
+    return tmp_path
+
+
+SMALL = ("--hypervisor", "kvm", "--parties", "drainer", "-q")
+
+
+def test_a_design_of_a_file_is_checked_and_leaves_nothing_there(folder: Path) -> None:
+    assert gmem("check", "mine.py:One", *SMALL, at=folder) == (0, "one on kvm: holds, 16 laws kept\n", "")
+    assert gmem("check", "two", "--load", "mine.py", *SMALL, at=folder) == (0, "two on kvm: holds, 16 laws kept\n", "")
+    assert gmem("check", f"{folder}/mine.py:Two", "--load", "mine.py:Two", *SMALL, at=ROOT)[0] == 4     # there is none here
+    assert sorted(each.name for each in folder.iterdir()) == ["beside.py", "mine.py"]
+
+
+def test_all_kinds_are_loaded_and_the_way_to_see_it_again_works(tmp_path: Path) -> None:
+    files = ("tiny_hypervisor.py:TINY", "preallocating_party.py", "frugal_law.py")
+    loads = [word for file in files for word in ("--load", str(EXAMPLES / file))]
+    listed = gmem("list", *loads, at=tmp_path)[1]
+    for name in ("tiny", "prealloc", "zeroed-once"):
+        assert f"\n  {name} " in listed
+    code, told, _ = gmem("check", "none", "--hypervisor", "tiny", "--parties", "vcpu,zeropad", "--law", "host-survives",
+                         "--save-traces", "traces", *loads, at=tmp_path)
+    assert code == 2
+    again = f"gmem replay traces/none-tiny-host-survives.json {' '.join(loads)}"
+    assert f"  replay   {again}\n" in told
+    assert gmem(*again.split()[1:], at=tmp_path)[:2][0] == 2
+    assert gmem(*again.replace("replay", "explain", 1).split()[1:], at=tmp_path)[0] == 0
+    assert "unknown hypervisor 'tiny'" in gmem("replay", "traces/none-tiny-host-survives.json", at=tmp_path)[2]
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    ("check mine.py:Tow", "mine.py:Tow: the file has no 'Tow'; did you mean 'Two'?"),
+    ("check mine.py", "mine.py: it has the designs one, two; FILE:NAME names one"),
+    ("check mine.py:NUMBER", "mine.py:NUMBER is 42, and none of designs, hypervisors, parties or laws"),
+    ("check mine.py:KVM", "mine.py:KVM: that is no design; FILE:NAME names one"),
+    ("check mine.py:Base", "mine.py:Base: there is a design called 'library'; choose another name"),
+    ("check none.py:X", "cannot load 'none.py': No such file or directory"),
+    ("check library --load .", "cannot load '.': Is a directory"),
+    ("check library --load beside.py", "beside.py has no designs, hypervisors, parties or laws"),
+    ("check library --load notes.txt", "cannot load 'notes.txt': that is no Python file (.py)"),
+    ("check library --load in/json.py", "cannot load 'in/json.py': there is a module 'json' already ("),
+    ("check broken.py:X", "broken.py does not load: SyntaxError: "),
+    ("check exits.py:X", "exits.py does not load: SystemExit: 0 (exits.py:1 in <module>)"),
+    ("check taken.py:X", "taken.py:X: there is a design called 'library'; choose another name"),
+    ("check wrong.py:X", "wrong.py:X: design plugin 'x': its title is 7, and has to be a line of words"),
+    ("compare wrong.py:X", "wrong.py:X: design plugin 'x': its title is 7, and has to be a line of words"),
+    ("list --load exits.py", "exits.py does not load: SystemExit: 0 (exits.py:1 in <module>)"),
+])
+def test_what_is_wrong_with_a_file_is_told(folder: Path, argv: str, words: str) -> None:
+    design = "from guest_memfd.designs.ours import OurLibrary\nclass X(OurLibrary):\n    "
+    (folder / "in").mkdir()
+    for name, text in (("in/json.py", ""), ("broken.py", "def"), ("exits.py", "raise SystemExit(0)"), ("notes.txt", "x"),
+                       ("taken.py", f"{design}title = 'another'"), ("wrong.py", f"{design}name, title = 'x', 7")):
+        (folder / name).write_text(text)
+    code, out, error = gmem(*argv.split(), at=folder)
+    assert (code, out) == (4, "")
+    assert error.startswith(f"gmem: {words}")
+    assert error.count("\n") == 1
