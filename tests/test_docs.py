@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import io
 import re
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 from guest_memfd.check.plan import plan
 from guest_memfd.check.scenario import World
 from guest_memfd.cli.main import VERBS, main
-from guest_memfd.core import GuestMemfdOps
+from guest_memfd.core import GuestMemfdOps, Library
 from guest_memfd.core.power import PowerPolicy
 from guest_memfd.designs import DESIGNS
 from guest_memfd.hosts import host
@@ -295,6 +296,14 @@ def test_registering_works_as_told(
     assert [*fresh] == [entry]
     assert fresh.broken() == {}
     assert fresh[entry].name == entry
+
+
+def test_all_that_a_design_can_replace_is_in_the_table_with_its_file() -> None:
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+) \| \[(core/\w+.py)\]", page("write-a-design"), re.M)
+    told = {name: file for names, file in rows for name in re.findall(r"`(\w+)`", names)}
+    procedures = dict(inspect.getmembers(Library, inspect.isgeneratorfunction))
+    assert told == {name: f"core/{Path(inspect.getfile(procedure)).name}" for name, procedure in procedures.items()
+                    if not name.startswith("_")}
 
 
 # -- names, links, docstrings -----------------------------------------------------------------------------------------
