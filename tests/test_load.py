@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from guest_memfd.cli.main import main
+from guest_memfd.designs import DESIGNS
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
 
@@ -90,13 +93,63 @@ def test_all_kinds_are_loaded_and_the_way_to_see_it_again_works(tmp_path: Path) 
     ("compare wrong.py:X", "wrong.py:X: design plugin 'x': its title is 7, and has to be a line of words"),
     ("list --load exits.py", "exits.py does not load: SystemExit: 0 (exits.py:1 in <module>)"),
 ])
-def test_what_is_wrong_with_a_file_is_told(folder: Path, argv: str, words: str) -> None:
+def test_what_is_wrong_with_a_file_is_told(
+    folder: Path, argv: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     design = "from guest_memfd.designs.ours import OurLibrary\nclass X(OurLibrary):\n    "
     (folder / "in").mkdir()
     for name, text in (("in/json.py", ""), ("broken.py", "def"), ("exits.py", "raise SystemExit(0)"), ("notes.txt", "x"),
                        ("taken.py", f"{design}title = 'another'"), ("wrong.py", f"{design}name, title = 'x', 7")):
         (folder / name).write_text(text)
-    code, out, error = gmem(*argv.split(), at=folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(DESIGNS, "_known", dict(DESIGNS._known))
+    before = {*sys.modules}
+    assert main(argv.split()) == 4
+    for name in {"mine", "beside", "taken", "wrong"} - before:
+        sys.modules.pop(name, None)
+    assert not {"broken", "exits"} & {*sys.modules}     # what did not load is not there
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"gmem: {words}")
+    assert told.err.count("\n") == 1
+
+
+DEPENDS = """
+import os
+from guest_memfd.designs.ours import OurLibrary
+
+
+class X(OurLibrary):
+    name, title, source = "x", "a test", "a test"
+
+    def zap(self, folio):
+        yield from self.host.warn(f"{%s}")
+        return (yield from super().zap(folio))
+"""
+
+
+@pytest.mark.parametrize("on", [
+    "hash('a')", pytest.param("os.getpid() % 2", marks=pytest.mark.long), pytest.param("id(self)", marks=pytest.mark.long),
+    pytest.param("[*{'a', 'b', 'c', 'd', 'e', 'f'}]", marks=pytest.mark.long)])
+def test_what_follows_a_hash_or_a_process_is_told(folder: Path, on: str) -> None:
+    (folder / "depends.py").write_text(DEPENDS % on)
+    code, out, error = gmem("check", "depends.py:X", "--hypervisor", "kvm", "--parties", "vcpu2", "-q", at=folder)
     assert (code, out) == (4, "")
-    assert error.startswith(f"gmem: {words}")
-    assert error.count("\n") == 1
+    assert error.startswith("gmem: party 'vcpu2' of design 'x' on 'kvm' is not deterministic: after the same ")
+
+
+@pytest.mark.long
+def test_compare_tells_it_as_well_and_what_a_plugin_prints_is_no_answer(folder: Path) -> None:
+    (folder / "depends.py").write_text("print('hello')\n" + DEPENDS % "hash('a')")
+    small = ("--hypervisor", "kvm", "--parties", "vcpu2", "-q")
+    assert gmem("compare", "depends.py:X", *small, at=folder)[0] == 4
+    (folder / "same.py").write_text("print('hello')\n" + DEPENDS % "1")
+    assert gmem("check", "same.py:X", *small, at=folder)[0] == 0
+
+
+def test_what_raises_in_another_process_alone_is_told(folder: Path) -> None:
+    (folder / "depends.py").write_text(DEPENDS % "1 // (os.environ.get('PYTHONHASHSEED') is None)")
+    code, _, error = gmem("check", "depends.py:X", "--hypervisor", "kvm", "--parties", "vcpu2", "-q", at=folder)
+    assert code == 4
+    assert " results it did warn(1) -> None, and in another process nothing more; " in error

@@ -30,7 +30,7 @@ class Rehearsal:
 
     def walk(self, names: Iterable[str]) -> None:
         """Walk the parties *names*, once, and once more on other instances; DesignRaised where that is not the same."""
-        for name in self.programs.keys() & set(names) - self.walks.keys():
+        for name in sorted(self.programs.keys() & set(names) - self.walks.keys()):
             self.walks[name] = self._walk(self.programs[name])
             self._again(name, anew=True)
 
@@ -38,7 +38,7 @@ class Rehearsal:
         """In another process: do the same. Raises DesignRaised where that is not what comes."""
         if os.getpid() == self.process:
             return
-        for name in self.walks.keys() & set(names):
+        for name in sorted(self.walks.keys() & set(names)):
             self._again(name)
             walk = self.walks.pop(name)
             for at, (now, then) in enumerate(zip(self._walk(self.programs[name]), walk, strict=False)):

@@ -10,6 +10,7 @@ from guest_memfd.check.plan import NAMED
 from guest_memfd.check.survived import Survived, survived
 from guest_memfd.check.trace import save
 from guest_memfd.check.verdict import Report
+from guest_memfd.cli.elsewhere import same_elsewhere
 from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
 from guest_memfd.cli.output import Output, TraceFolder
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder = None
         if arguments.save_traces is not None:
             folder = stack.enter_context(TraceFolder(arguments.save_traces))
+        same_elsewhere(pairs, scope, arguments.load)
         reports = scope.explore(pairs, Progress(quiet=arguments.quiet))
         out.write(_text(arguments, scope, reports, out))
         if folder is not None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from guest_memfd.check.cost import Cost, cost
 from guest_memfd.check.verdict import Report
+from guest_memfd.cli.elsewhere import same_elsewhere
 from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
 from guest_memfd.cli.output import Output
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     scope = scope_of(arguments, full=arguments.full)
     pairs = _pairs(chosen or list(DESIGNS), scope, chosen=bool(chosen))
     with Output(arguments.output) as out:
+        same_elsewhere(pairs, scope, arguments.load)
         reports = scope.explore(pairs, Progress(quiet=arguments.quiet))
         counted = {pair: cost(DESIGNS[pair[0]], HYPERVISORS[pair[1]]) for pair in pairs}
         sentences = {
