@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,13 +95,30 @@ def test_what_ends_the_process_is_told(kind: type[BaseException]) -> None:
 
 def test_the_interrupt_of_the_one_who_runs_it_is_nobodys_doing() -> None:
     def does(self: Design) -> Steps[None]:
-        import signal
-
         signal.raise_signal(signal.SIGINT)
         yield from ()
 
     with pytest.raises(KeyboardInterrupt):
         check(zapping(does), "kvm", parties=["vcpu"], jobs=1)
+
+
+def test_what_a_signal_handler_raises_is_nobodys_doing() -> None:
+    class Over(SystemExit):
+        pass
+
+    def over(_number: int, _frame: Any) -> None:
+        raise Over
+
+    def does(self: Design) -> Steps[None]:
+        signal.raise_signal(signal.SIGUSR1)
+        yield from ()
+
+    before = signal.signal(signal.SIGUSR1, over)
+    try:
+        with pytest.raises(Over):
+            check(zapping(does), "kvm", parties=["vcpu"], jobs=1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_what_has_no_words_has_a_type() -> None:

@@ -65,11 +65,13 @@ class Guard:
             self._left = 0
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._before)
-        if raised is None or isinstance(raised, BadInput) or _is_the_machines(raised):
+        if raised is None or isinstance(raised, BadInput):
             return
         if isinstance(raised, _Endless):
             raise self.error(f"{self.who} does not come back: after {PATIENCE * TICK:g} seconds it is still at "
                              f"{raised.args[0]}") from None
+        if _is_the_machines(raised):
+            return
         raise self.error(f"{self.who} {self.did} {describe(raised)}") from raised
 
     def _watch(self) -> None:
@@ -93,14 +95,24 @@ def _frames(frame: FrameType | None) -> list[tuple[FrameType, int]]:
     return frames[::-1]
 
 
-# ^C, and memory that has run out, are nobody's doing unless a statement raised them: the interpreter does it elsewhere.
+# What a signal handler raises is nobody's doing; nor is ^C, or memory that has run out, unless a statement raised them: the
+# interpreter does it elsewhere.
 def _is_the_machines(raised: BaseException) -> bool:
-    trace = raised.__traceback__
-    if not isinstance(raised, KeyboardInterrupt | MemoryError) or trace is None:
-        return False
-    while trace.tb_next is not None:
+    trace, codes = raised.__traceback__, set()
+    raising = 0
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        codes.add(code)
+        raising = code.co_code[trace.tb_lasti]
         trace = trace.tb_next
-    return trace.tb_frame.f_code.co_code[trace.tb_lasti] not in _RAISE
+    if isinstance(raised, KeyboardInterrupt | MemoryError) and raising not in _RAISE:
+        return True
+    handlers = () if isinstance(raised, Exception) else map(signal.getsignal, signal.valid_signals())
+    return any(_code(handler) in codes for handler in handlers)
+
+
+def _code(handler: Any) -> Any:
+    return getattr(getattr(handler, "__func__", handler), "__code__", None)
 
 
 _RAISE = {dis.opmap["RAISE_VARARGS"], dis.opmap["RERAISE"]}

@@ -84,11 +84,11 @@ class Explored(Killer):
         kept: defaultdict[Member, set[Place]] = defaultdict(set)
         resume = explorer.resume
 
-        def noting(program: Program, path: Any) -> Any:
+        def noting(program: Program, path: Any, asked: Any = None) -> Any:
             others = seen.copy()
             seen.clear()
             try:
-                return resume(program, path)
+                return resume(program, path, asked)
             finally:
                 world = next(name for name, built in self.worlds.items() if _has(built, program))
                 kept[world, program.name] |= seen
