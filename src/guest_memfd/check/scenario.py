@@ -22,6 +22,7 @@ from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.hypervisors.names import lacks as lacks_hypervisor
 from guest_memfd.laws import LAWS, Law
+from guest_memfd.plugins import Registry
 from guest_memfd.scenarios import PARTIES, SCENES, TEARDOWN, Party
 from guest_memfd.scenarios.party import lacks as lacks_party
 from guest_memfd.scenarios.party import system_call
@@ -172,11 +173,13 @@ def set_scene(library: Design) -> Steps[list[int]]:
     return results
 
 
+# What is built in need not be looked at, world after world.
 def _look_at(design: type[Design], hypervisor: Hypervisor) -> None:
-    for what, thing, wrong in (("design", design, lacks_design(design)),
-                               ("hypervisor", hypervisor, lacks_hypervisor(hypervisor))):
-        if wrong is not None:
-            raise PluginError(f"{what} {shown(getattr(thing, 'name', thing))}: {wrong}")
+    asked: list[tuple[Registry[Any], Any, Callable[[object], str | None]]] = [
+        (DESIGNS, design, lacks_design), (HYPERVISORS, hypervisor, lacks_hypervisor)]
+    for registry, thing, lacks in asked:
+        if not any(thing is each for each in registry.builtin) and (wrong := lacks(thing)) is not None:
+            raise PluginError(f"{registry.kind} {shown(getattr(thing, 'name', thing))}: {wrong}")
 
 
 def _library(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Design:
