@@ -37,8 +37,8 @@ def _modules(thing: Any) -> list[str]:
     return [str(getattr(thing, "__module__", None) or type(thing).__module__)]
 
 
-class _Endless(BaseException):
-    pass
+class Endless(BaseException):
+    """Cause of the error for code that has not come back."""
 
 
 class Guard:
@@ -67,9 +67,9 @@ class Guard:
             signal.signal(signal.SIGALRM, self._before)
         if raised is None or isinstance(raised, BadInput):
             return
-        if isinstance(raised, _Endless):
+        if isinstance(raised, Endless):
             raise self.error(f"{self.who} does not come back: after {PATIENCE * TICK:g} seconds it is still at "
-                             f"{raised.args[0]}") from None
+                             f"{raised.args[0]}") from raised
         if _is_the_machines(raised):
             return
         raise self.error(f"{self.who} {self.did} {describe(raised)}") from raised
@@ -83,7 +83,7 @@ class Guard:
 
     def _look(self, _signal: int, frame: FrameType | None) -> None:
         if self._left == 1:
-            raise _Endless(place_of(_frames(frame)))
+            raise Endless(place_of(_frames(frame)))
         self._left -= bool(self._left)
 
 

@@ -1,18 +1,19 @@
 """Code of third parties does the same in every process: it is walked once before they part, and again in each.
 
 Rule of this file: it judges nothing. Where a procedure raises, waits or stops the kernel, the walk ends; the explorer tells.
+What never comes back is told at once: nobody waits for it twice.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from guest_memfd.check.explorer import Machine, Program, differs, dismiss, perform, resume, send
 from guest_memfd.check.outcome import STAY
 from guest_memfd.errors import BadInput, DesignRaised
+from guest_memfd.foreign import Endless
 from guest_memfd.hosts.host import Primitive
 
 LONGEST = 300
@@ -56,18 +57,26 @@ class Rehearsal:
 
     def _walk(self, program: Program) -> list[tuple[Primitive, Any]]:
         walk: list[tuple[Primitive, Any]] = []
-        shared = self.initial
-        with suppress(BadInput, StopIteration):
-            generator, primitive = resume(program, ())
-            while primitive is not None and len(walk) < LONGEST:
-                if primitive.name == "choose":
-                    result = primitive.args[1]
-                else:
-                    outcomes = perform(self.machine, shared, program.number, primitive)
-                    if not outcomes or outcomes[0].result is STAY or self.machine.halted(outcomes[0].shared):
-                        break
-                    result, shared = outcomes[0].result, outcomes[0].shared
-                walk.append((primitive, result))
-                primitive = send(program, generator, result)
-            dismiss(program, generator)
+        try:
+            self._take(program, walk)
+        except StopIteration:
+            pass
+        except BadInput as error:
+            if isinstance(error.__cause__, Endless):
+                raise
         return walk
+
+    def _take(self, program: Program, walk: list[tuple[Primitive, Any]]) -> None:
+        shared = self.initial
+        generator, primitive = resume(program, ())
+        while primitive is not None and len(walk) < LONGEST:
+            if primitive.name == "choose":
+                result = primitive.args[1]
+            else:
+                outcomes = perform(self.machine, shared, program.number, primitive)
+                if not outcomes or outcomes[0].result is STAY or self.machine.halted(outcomes[0].shared):
+                    break
+                result, shared = outcomes[0].result, outcomes[0].shared
+            walk.append((primitive, result))
+            primitive = send(program, generator, result)
+        dismiss(program, generator)
