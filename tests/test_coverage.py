@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,11 +37,6 @@ class Order9(OurLibrary):
 
 class Order1(OurLibrary):
     name, title, order, splits = "order-1", "folios of two pages, or of one", 1, True
-
-
-@pytest.fixture
-def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DESIGNS._known, NoMemory.name, NoMemory)
 
 
 def test_where_no_page_is_ever_had_nothing_is_proved() -> None:
@@ -97,8 +94,14 @@ def test_what_the_host_cannot_do_is_refused(design: type[OurLibrary], order: int
         check(design, "kvm", parties=FAULTS, scenes=["both-private"])
 
 
-def test_it_is_said_and_the_exit_code_is_3(no_memory: None, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["check", NoMemory.name, "--hypervisor", "kvm", "--parties", ",".join(FAULTS), "--law", "one-owner"]
+def test_it_is_said_and_the_exit_code_is_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "no_memory.py"
+    file.write_text(f"""from typing import Any
+from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.hosts.host import ENOMEM, Steps
+
+{inspect.getsource(NoMemory)}""")
+    asked = ["check", f"{file}:NoMemory", "--hypervisor", "kvm", "--parties", ",".join(FAULTS), "--law", "one-owner"]
     assert main(asked) == 3
     out = capsys.readouterr().out
     assert "no-memory on kvm: holds, but nothing happened: it never was that the guest used a page" in out

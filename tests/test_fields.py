@@ -62,6 +62,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "party": {
         "name": NAME_NOT, "title": WORDS, "procedure": [None, "x", lambda: 0, lambda a, b, c: 0], "task": FLAG_NOT,
         "exists": [None, True, lambda design: True], "file": [-1, "0", None, True], "role": ["a b", None, 7],
+        "fd": FLAG_NOT,
     },
     "law": {
         "name": NAME_NOT, "sentence": WORDS, "source": WORDS, "when": WORDS, "state": ["x", lambda: None],

@@ -11,7 +11,7 @@ from fuzz.kinds import KINDS
 
 def main() -> int:
     """0 if every input was answered as it should be, 2 if not."""
-    parser = argparse.ArgumentParser(prog="fuzz", description="random inputs, and whether they are answered as they should be")
+    parser = argparse.ArgumentParser(prog="fuzz", description="random inputs, and whether each is answered as it should be")
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"default: all ({', '.join(KINDS)})")
     parser.add_argument("--count", type=int, default=1000, help="inputs of each kind")
     parser.add_argument("--start", type=int, default=0, help="number of the first")

@@ -17,11 +17,12 @@ LONGEST = 400
 """Characters of a message; what it quotes is cut."""
 
 CODES = range(6)
+LISTS = ("designs", "laws", "parties", "scenes", "hypervisors", "guests", "scenarios")
 USUALLY = ("check", "list", "explain", "replay")
-VALUES = ("", "-", "--", "0", "-1", "1", "07", "1e3", "nan", "inf", "9" * 5000, "x" * 5000, "a,b", ",", "\x1b[31m", "\udc80",
-          "\u202e", "/", "/dev/null", ".", "no/such/file", "\n", "%s", "{}", "'", '"', "\\", "kvm,kvm")
-OPTIONS = ("--hypervisor", "--scene", "--parties", "--scenario", "--law", "--failures", "--max-states", "--max-seconds", "-j",
-           "--jobs", "--json", "-o", "--quick", "--ktap", "-q", "-v", "--on", "--help", "--version", "--full", "-x", "--no-such")
+VALUES = ("", "-", "--", "0", "-1", "1", "07", "1e3", "nan", "inf", "9" * 5000, "x" * 5000, "a,b", ",", "\x1b[31m",
+          "\udc80", "\u202e", "/", "/dev/null", ".", "no/such/file", "\n", "%s", "{}", "'", '"', "\\", "kvm,kvm")
+OPTIONS = ("--hypervisor", "--scene", "--parties", "--scenario", "--law", "--failures", "--max-states", "--max-seconds",
+           "-j", "--jobs", "--json", "-o", "--quick", "--ktap", "-q", "-v", "--on", "--help", "--version", "--full", "-x", "--no-such")
 
 
 class Lines(Kind):
@@ -41,7 +42,7 @@ class Lines(Kind):
         if verb == "check":
             argv += [self._name(choose, DESIGNS), "--parties", self._name(choose, PARTIES), "--max-states", "50", "-j", "1"]
         elif choose.random() < 0.7:
-            argv.append(choose.choice((*VALUES, "designs", "laws", "parties", "scenes", "hypervisors", "guests", "scenarios")))
+            argv.append(choose.choice((*VALUES, *LISTS)))
         for _ in range(choose.randrange(4)):
             option = choose.choice(OPTIONS)
             named = {"--hypervisor": HYPERVISORS, "--scene": SCENES, "--law": LAWS, "--parties": PARTIES}.get(option)

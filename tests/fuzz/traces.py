@@ -15,8 +15,8 @@ from fuzz.lines import answer
 from guest_memfd.check.suite import check
 from guest_memfd.check.trace import save
 
-ODD: tuple[Any, ...] = (None, True, -1, 0, 1 << 70, 1.5, "", "x" * 3000, "\x1b[2J", "\udc80", [], {}, [[]], [None] * 20, "kvm",
-                        {"Folio": [0, 0]}, {"Folio": [-1, "x"]}, {"Entries": [1, -5]}, "vcpu")
+ODD: tuple[Any, ...] = (None, True, -1, 0, 1 << 70, 1.5, "", "x" * 3000, "\x1b[2J", "\udc80", [], {}, [[]], [None] * 20,
+                        "kvm", {"Folio": [0, 0]}, {"Folio": [-1, "x"]}, {"Entries": [1, -5]}, "vcpu")
 
 
 @cache
@@ -37,8 +37,7 @@ class Traces(Kind):
     def try_one(self, choose: random.Random, said: list[str]) -> str | None:
         """Answered as any command line is."""
         changed = copy.deepcopy(trace())
-        for _ in range(choose.choice((1, 1, 1, 2, 5))):
-            said.append(_change(changed, choose))
+        said += [_change(changed, choose) for _ in range(choose.choice((1, 1, 1, 2, 5)))]
         raw = bytearray(json.dumps(changed), "utf-8", "surrogatepass")
         if choose.random() < 0.2:
             at = choose.randrange(len(raw))
