@@ -25,6 +25,7 @@ NUMBERS = {
     "KVM_SET_USER_MEMORY_REGION2": 0x40A0AE49, "KVM_GET_DIRTY_LOG": 0x4010AE42, "KVM_SET_MEMORY_ATTRIBUTES": 0x4020AED2,
     "KVM_SET_MEMORY_ATTRIBUTES2": 0xC080AED2, "KVM_CREATE_GUEST_MEMFD": 0xC040AED4, "KVM_PRE_FAULT_MEMORY": 0xC040AED5,
     "KVM_GET_REGS": 0x8090AE81, "KVM_SET_REGS": 0x4090AE82, "KVM_GET_SREGS": 0x8138AE83, "KVM_SET_SREGS": 0x4138AE84,
+    "KVM_SET_CPUID2": 0x4008AE90,
     "KVM_SET_SIGNAL_MASK": 0x4004AE8B, "KVM_GET_STATS_FD": 0xAECE, "KVM_GET_ONE_REG": 0x4010AEAB,
     "KVM_SET_ONE_REG": 0x4010AEAC, "KVM_ARM_PREFERRED_TARGET": 0x8020AEAF, "KVM_ARM_VCPU_INIT": 0x4020AEAE,
     "KVM_GET_VCPU_EVENTS": 0x8040AE9F, "KVM_SET_VCPU_EVENTS": 0x4040AEA0,
@@ -112,6 +113,7 @@ KVM_STRUCTS = {
     kvm_x86.Segment: ("struct kvm_segment", "__x86_64__", {}),
     kvm_x86.Dtable: ("struct kvm_dtable", "__x86_64__", {}),
     kvm_x86.Sregs: ("struct kvm_sregs", "__x86_64__", {}),
+    kvm_x86.CpuidEntry2: ("struct kvm_cpuid_entry2", "__x86_64__", {}),
     kvm_arm64.VcpuInit: ("struct kvm_vcpu_init", "__aarch64__", {}),
 }
 MEMORY_STRUCTS = {
@@ -170,6 +172,7 @@ def _source() -> str:
         for name, *_ in struct._fields_:
             row(f"{struct.__name__}.{name}", f"offsetof(struct kvm_run, {member}.{other.get(name, name)})", guard)
     row("SignalMask.sigset", "offsetof(struct kvm_signal_mask, sigset)", "")
+    row("Cpuid2.entries", "offsetof(struct kvm_cpuid2, entries)", "__x86_64__")
     for name in NAMES:
         row(name, name, name)
     return "\n".join([*lines, "}"])
@@ -204,6 +207,11 @@ def test_exits_lie_where_the_header_has_them(header: dict[str, int], struct: typ
 
 def test_a_signal_mask_follows_its_length_at_once(header: dict[str, int]) -> None:
     assert kvm.SignalMask.sigset.offset == header["SignalMask.sigset"]
+
+
+def test_cpuid_entries_follow_their_number_at_once(header: dict[str, int]) -> None:
+    if "Cpuid2.entries" in header:
+        assert kvm_x86.Cpuid2.entries.offset == header["Cpuid2.entries"]
 
 
 @pytest.mark.parametrize("name", NAMES)

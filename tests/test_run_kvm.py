@@ -32,7 +32,9 @@ from guest_memfd.guests import CONSOLE, CONTROL, GUESTS, SHARED_BASE, SHARED_LIN
 from guest_memfd.guests.loader import Image, load
 from guest_memfd.guests.target import REAL_MODE, X86_64
 from guest_memfd.hosts.linux import fault_path, syscall
+from guest_memfd.hosts.linux.abi import kvm_x86
 from guest_memfd.hosts.linux.anonymous import Anonymous
+from guest_memfd.hosts.linux.guest_x86 import SmallGuest
 from guest_memfd.hosts.linux.system import System
 from guest_memfd.hosts.linux.vcpu_x86 import X86Vcpu
 from guest_memfd.hosts.uapi.kvm import Cap
@@ -432,9 +434,19 @@ def test_a_call_that_fails_is_an_error_and_what_was_counted_is_told(monkeypatch:
 
     monkeypatch.setattr(X86Vcpu, "run", runs_out)
     code, said = run("hello")
-    assert code == 4
+    assert code == 5
     assert re.search(r"^9 exits, 2 pages of guest_memfd, \d", said, re.M), said
-    assert said.endswith("gmem: KVM_RUN: ENOMEM (Cannot allocate memory)\n")
+    assert said.splitlines()[-1].startswith("gmem: KVM_RUN: ENOMEM (Cannot allocate memory); the machine, or a limit")
+
+
+@on_kvm
+def test_a_call_that_this_kvm_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(self: X86Vcpu, sregs: object) -> None:
+        raise SyscallFailed(EINVAL, "KVM_SET_SREGS")
+
+    monkeypatch.setattr(X86Vcpu, "set_sregs", refuses)
+    assert run("hello") == (5, "gmem: KVM_SET_SREGS: EINVAL (Invalid argument); the KVM of this kernel refuses it; without: "
+                               "--on emulated:arm64/kvm\n")
 
 
 def test_what_fits() -> None:
@@ -455,6 +467,40 @@ def test_what_fits() -> None:
         with pytest.raises(BadInput, match="would reach"):
             Layout(private, shared, base=base)
     assert Layout(SHARED_BASE, PAGE, base=0).end == SHARED_BASE
+
+
+# A kernel checks EFER against CPUID from 6.18.y and 7.2.y on, whichever module runs the guest.
+@on_kvm
+def test_cpuid_comes_before_the_registers_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, object]] = []
+    real = syscall.ioctl
+
+    def ioctl(fd: int, request: int, argument: object = 0, *, call: str, why: str = "") -> int:
+        asked.append((call, argument))
+        return real(fd, request, argument, call=call, why=why)
+
+    monkeypatch.setattr(syscall, "ioctl", ioctl)
+    with System() as system, SmallGuest(system) as guest:
+        for _ in range(2):
+            guest.start(b"\xeb\xfe")
+            assert isinstance(guest.vcpu.run(0.01), Intr)
+    names = [name for name, _ in asked]
+    assert names.count("KVM_SET_CPUID2") == 1                   # after the first run it could not be another
+    assert names.index("KVM_SET_CPUID2") < names.index("KVM_SET_SREGS")
+    cpuid = dict(asked)["KVM_SET_CPUID2"]
+    assert isinstance(cpuid, kvm_x86.Cpuid2)
+    (entry,) = cpuid.entries
+    assert (cpuid.nent, entry.function, entry.edx) == (1, 0x8000_0001, 1 << 29 | 1 << 20 | 1 << 11)
+
+
+# Where the table is said to be 64 KiB long, kvm_intel and kvm_amd look for it at address 0, where there is no slot.
+@on_kvm
+def test_there_is_no_table_to_look_an_exception_up_in() -> None:
+    with System() as system, SmallGuest(system) as guest:
+        guest.start(b"\x0f\x0b")                               # ud2
+        sregs = guest.vcpu.get_sregs()
+        assert (sregs.idt.limit, sregs.gdt.limit) == (0, 0)
+        assert isinstance(guest.vcpu.run(5), Shutdown)
 
 
 # -- the clock -----------------------------------------------------------------------------------------------------------
@@ -575,8 +621,8 @@ def test_no_address_space_for_the_memory_is_an_error_and_nothing_stays() -> None
     used = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
     with limit(resource.RLIMIT_AS, used + (1 << 30)):
         code, said = run("hello", "--memory", "8G")
-    assert code == 4
-    assert said.endswith("gmem: mmap: ENOMEM (Cannot allocate memory): 0x200000000 bytes at 0x0\n")
+    assert code == 5
+    assert "gmem: mmap: ENOMEM (Cannot allocate memory): 0x200000000 bytes at 0x0; the machine, or a limit" in said
     assert run("hello", "--memory", "8G")[0] == 0
 
 

@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         code = exit_code(report)
         if arguments.json:
             out.write(json.dump(_object(arguments, order, report, code)))
-    _tell(order, report, arguments.verbose)
+    if report.exits:
+        _tell(order, report, arguments.verbose)
     if report.failed is not None:
         raise report.failed
     return code

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from errno import EMFILE, ENOMEM
 
 from guest_memfd.errors import GuestMemfdError, HostUnavailable, Signalled, SyscallFailed
 from guest_memfd.guests.loader import Image
@@ -19,6 +20,12 @@ from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import Outcome, drive
+
+_HELP = {
+    ENOMEM: "the machine, or a limit of this process (ulimit -v), has no room for it: give the guest less memory",
+    EMFILE: "this process may open more descriptors with ulimit -n",
+}
+_REFUSED = "the KVM of this kernel refuses it; without: --on emulated:arm64/kvm"
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class Report(Outcome):
 def run(order: Order, say: Callable[[str], None], log: Callable[[str], None]) -> Report:
     """The whole life of a guest; *say* gets what it says, as it says it, and *log* what happens.
 
-    Raises HostUnavailable, and BadInput for an image that does not fit; whatever else goes wrong is in the report.
+    Raises HostUnavailable, and BadInput for an image that does not fit; whatever else goes wrong is in the report, a call
+    that fails as HostUnavailable.
     """
     fit(order.layout, order.image, order.real_mode)
     report, console = Report(), Console(say)
@@ -56,6 +64,8 @@ def run(order: Order, say: Callable[[str], None], log: Callable[[str], None]) ->
                 _inside(order, system, stack, console, report, log)
         except HostUnavailable:
             raise
+        except SyscallFailed as error:
+            report.failed = HostUnavailable(f"{error}; {_HELP.get(error.errno, _REFUSED)}")
         except GuestMemfdError as error:
             report.failed = error
     console.end()

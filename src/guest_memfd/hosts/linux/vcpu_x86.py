@@ -20,7 +20,9 @@ _LEAF = _TABLE | x86.Pte.D | x86.Pte.PS
 
 
 class X86Vcpu(Vcpu):
-    """`Vcpu` with KVM_GET_REGS, KVM_GET_SREGS and their opposites. All calls raise SyscallFailed."""
+    """`Vcpu` with KVM_GET_REGS, KVM_GET_SREGS, their opposites and KVM_SET_CPUID2. All calls raise SyscallFailed."""
+
+    _has_cpuid = False
 
     def get_regs(self) -> x86.Regs:
         """KVM_GET_REGS."""
@@ -44,6 +46,13 @@ class X86Vcpu(Vcpu):
         self.complete()
         syscall.ioctl(self.fileno(), x86.SET_SREGS, sregs, call="KVM_SET_SREGS")
 
+    def set_cpuid2(self, function: int, *, eax: int = 0, ebx: int = 0, ecx: int = 0, edx: int = 0) -> None:
+        """KVM_SET_CPUID2: CPUID *function* answers this and every other one zeros. Before the first run only."""
+        entry = x86.CpuidEntry2(function=function, eax=eax, ebx=ebx, ecx=ecx, edx=edx)
+        syscall.ioctl(self.fileno(), x86.SET_CPUID2, x86.Cpuid2(nent=1, entries=(entry,)), call="KVM_SET_CPUID2",
+                      why=f"function {function:#x}")
+        self._has_cpuid = True
+
     def enter_real_mode(self, ip: int, segment: int = 0, **registers: int) -> None:
         """The next run starts at *ip* in real mode, with *registers* and the others 0.
 
@@ -60,13 +69,18 @@ class X86Vcpu(Vcpu):
         """The next run starts at *rip*, in 64-bit mode at CPL 3, on the page tables at *cr3* (see `identity_tables`).
 
         There are no descriptor tables: an exception is a triple fault. Neither HLT nor IN and OUT can end such a program; a
-        store to an address that no slot backs does, as an Mmio exit.
+        store to an address that no slot backs does, as an Mmio exit. A vCPU whose CPUID nobody has set gets one that says
+        long mode, NX and SYSCALL, and nothing else.
         """
+        if not self._has_cpuid:
+            self.set_cpuid2(x86.EXTENDED_FEATURES, edx=x86.USER_FEATURES)
         sregs = self.get_sregs()
         code = x86.Segment(limit=0xFFFF_FFFF, selector=x86.USER_CS, type=11, present=1, dpl=3, s=1, l=1, g=1)
         data = x86.Segment(limit=0xFFFF_FFFF, selector=x86.USER_DS, type=3, present=1, dpl=3, db=1, s=1, g=1)
         sregs.cs = code
         sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data
+        # After a reset the table is 64 KiB long and at 0, where there may be no memory: KVM cannot go on then.
+        sregs.idt.limit = sregs.gdt.limit = 0
         sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = x86.USER_CR0, cr3, x86.USER_CR4, x86.USER_EFER
         self.set_sregs(sregs)
         self.set_regs(x86.Regs(rip=rip, rflags=x86.RFLAGS_ONE, **registers))

@@ -45,14 +45,29 @@ class Sregs(Words):
                 ("interrupt_bitmap", c_uint64 * 4)]
 
 
+class CpuidEntry2(Words):
+    """struct kvm_cpuid_entry2: what CPUID answers in the guest for one *function*."""
+
+    _fields_ = [*((name, c_uint32) for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx")),
+                ("padding", c_uint32 * 3)]
+
+
+class Cpuid2(Words):
+    """struct kvm_cpuid2 with room for one entry; its number encodes the size of what comes before the entries."""
+
+    _fields_ = [("nent", c_uint32), ("padding", c_uint32), ("entries", CpuidEntry2 * 1)]
+
+
 GET_REGS, SET_REGS = ior(KVMIO, 0x81, ctypes.sizeof(Regs)), iow(KVMIO, 0x82, ctypes.sizeof(Regs))
 GET_SREGS, SET_SREGS = ior(KVMIO, 0x83, ctypes.sizeof(Sregs)), iow(KVMIO, 0x84, ctypes.sizeof(Sregs))
+SET_CPUID2 = iow(KVMIO, 0x90, Cpuid2.entries.offset)
 
 COMMANDS = (
     Command("KVM_GET_REGS", "vCPU", GET_REGS, Regs),
     Command("KVM_SET_REGS", "vCPU", SET_REGS, Regs),
     Command("KVM_GET_SREGS", "vCPU", GET_SREGS, Sregs),
     Command("KVM_SET_SREGS", "vCPU", SET_SREGS, Sregs),
+    Command("KVM_SET_CPUID2", "vCPU", SET_CPUID2),
 )
 
 
@@ -98,6 +113,14 @@ class Efer(IntFlag):
     NX = 1 << 11
 
 
+class ExtendedFeature(IntFlag):
+    """CPUID function `EXTENDED_FEATURES`, edx."""
+
+    SYSCALL = 1 << 11
+    NX = 1 << 20
+    LM = 1 << 29
+
+
 class Pte(IntFlag):
     """Entry of a page table, at any level; `PS` makes it a leaf above the last one."""
 
@@ -112,6 +135,9 @@ class Pte(IntFlag):
 USER_CR0 = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.AM | Cr0.PG
 USER_CR4 = Cr4.PAE | Cr4.OSFXSR | Cr4.OSXMMEXCPT
 USER_EFER = Efer.SCE | Efer.LME | Efer.LMA | Efer.NX
+EXTENDED_FEATURES = 0x8000_0001
+USER_FEATURES = ExtendedFeature.LM | ExtendedFeature.NX | ExtendedFeature.SYSCALL
+"""What CPUID has to offer before EFER may have the bits above: __kvm_valid_efer() in arch/x86/kvm/x86.c."""
 USER_CS, USER_DS = 0x33, 0x2B
 """Selectors, with RPL 3."""
 RFLAGS_ONE = 1 << 1
