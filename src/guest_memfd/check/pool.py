@@ -10,28 +10,35 @@ fork everything is done here.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from guest_memfd.check.work import Answer, Bench, Task
-from guest_memfd.errors import BadInput, InternalError
+from guest_memfd.errors import BadInput, HostUnavailable, InternalError
 
 OnDone = Callable[[Task, Answer], None]
 
 
+_PDEATHSIG = 1
+"""prctl(2): the signal that a process gets when its parent ends (include/uapi/linux/prctl.h)."""
+
+
 class Failed(NamedTuple):
-    """A task raised; in words."""
+    """A task raised; in words. *for_memory*: because there was none left, which says nothing about the task."""
 
     what: str
+    for_memory: bool = False
 
 
 class Schedule:
@@ -79,12 +86,22 @@ class Pool:
         if self.jobs > 1:
             fork = multiprocessing.get_context("fork")
             for _ in range(self.jobs):
-                ours, theirs = fork.Pipe()
-                process = fork.Process(target=_serve, args=(theirs, [*self._workers, ours], self.bench), daemon=True)
-                process.start()
-                theirs.close()
-                self._workers[ours] = process
+                # Where there is no room for one more process or pipe, those that there are do all of it, or this one.
+                with suppress(OSError):
+                    self._start(*fork.Pipe(), fork)
         return self
+
+    def _start(self, ours: Connection, theirs: Connection, fork: Any) -> None:
+        args = (theirs, [*self._workers, ours], self.bench, os.getpid())
+        process = fork.Process(target=_serve, args=args, daemon=True)
+        try:
+            process.start()
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._workers[ours] = process
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -99,12 +116,15 @@ class Pool:
     def run(self, schedule: Schedule, on_done: OnDone) -> dict[Task, Answer]:
         """Do all tasks; raises what the first of them (in their order, not in time) raises.
 
-        InternalError when a process dies, or when what failed there does not fail here.
+        HostUnavailable when there is no memory left. InternalError when a process dies, or when what failed there does not
+        fail here.
         """
         answers: dict[Task, Answer] = {}
         failed: dict[Task, Failed] = {}
         for task, answer in self.attempt(schedule):
             if isinstance(answer, Failed):
+                if answer.for_memory:
+                    raise HostUnavailable(f"there was no memory left to explore {', '.join(task.parties)}; {_LESS}")
                 failed[task] = answer
                 schedule.drop_after(task.order)
             else:
@@ -150,10 +170,9 @@ class Pool:
         except (EOFError, ConnectionResetError):
             process = self._workers[ours]
             process.join()
-            raise InternalError(
-                f"the process that explored {', '.join(task.parties)} has died ({_ending(process)}); "
-                "fewer jobs, or a limit of states, need less memory"
-            ) from None
+            words = f"the process that explored {', '.join(task.parties)} has died ({_ending(process)}); {_LESS}"
+            # Nobody else kills with that signal as a rule: the kernel does when memory is short.
+            raise (HostUnavailable if process.exitcode == -signal.SIGKILL else InternalError)(words) from None
         return answer
 
     # On new tables and in this process, so that the error has its class and cause, and the trace in it is the same
@@ -169,18 +188,40 @@ def _attempt(bench: Bench, task: Task) -> Answer | Failed:
     try:
         return bench.do(task)
     except Exception as error:
+        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+            bench.forget()
+            return Failed("MemoryError", for_memory=True)
         return Failed(f"{type(error).__name__}: {error}")
 
 
-def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # ^C is the parent's to handle
+def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench, parent: int) -> None:
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):       # a terminal's: the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for other in others:                                # so that the end of the parent ends us
+    _end_with(parent)
+    for other in others:
         other.close()
     gc.disable()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            theirs.send(_attempt(bench, theirs.recv()))
+            answer = _attempt(bench, theirs.recv())
+            try:
+                theirs.send(answer)
+            except MemoryError:
+                del answer
+                bench.forget()
+                theirs.send(Failed("MemoryError", for_memory=True))
+
+
+# However the parent ends, and whatever is explored then. It may have ended already.
+def _end_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+_LESS = "fewer processes (-j 1) or a limit (--max-states N) need less"
 
 
 def _ending(process: BaseProcess) -> str:

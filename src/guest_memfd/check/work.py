@@ -82,9 +82,13 @@ class Bench:
         coverage = NOTHING if task.apart else self._covered(tables)
         return Answer(result.states, result.transitions, result.seconds, limit, broken, traces, coverage)
 
+    def forget(self) -> None:
+        """Give the kept tables up."""
+        self._tables = None
+
     def _kept(self, number: int) -> Tables:
         if self._tables is None or self._world != number or len(self._tables.shared) > ROOMY:
-            self._tables = None                         # first let the old ones go
+            self.forget()                               # first let the old ones go
             self._tables, self._world = _new(self.worlds[number]), number
             self._seen, self._coverage = 0, NOTHING
         return self._tables
@@ -96,7 +100,7 @@ class Bench:
 
     # No deadline here: it has been that deep before.
     def _trace(self, world: World, parties: tuple[str, ...], wanted: tuple[tuple[str, str, int], ...]) -> Answer:
-        self._tables = None
+        self.forget()
         endless = any(evidence == NEVER_ENDS for _, evidence, _ in wanted)
         deepest = EVER if endless else max(steps for _, _, steps in wanted)
         result: Result = world.explorer(parties, _new(world)).run(self.max_states, EVER, deepest)

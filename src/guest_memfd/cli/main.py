@@ -3,12 +3,13 @@
 Rule of this file: nothing heavy is imported before the verb is known, so that help and mistakes answer at once.
 
 Exit codes: 0 holds, 1 our own failure, 2 refuted, 3 undetermined (or a replay that diverges), 4 bad input, 5 the host
-asked for is not available.
+asked for is not available, or has no memory or no descriptors left. A signal ends with 128 and its number.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import re
@@ -20,7 +21,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, NoReturn, TextIO
 
-from guest_memfd.errors import BadInput, GuestMemfdError, InternalError, UnknownName
+from guest_memfd.cli import room
+from guest_memfd.cli.stop import Stopped, stoppable
+from guest_memfd.errors import BadInput, GuestMemfdError, HostUnavailable, InternalError, UnknownName
 
 VERBS = {
     "compare": "the table: designs x hypervisors x laws, what breaks in how many steps, and what each design costs",
@@ -35,6 +38,10 @@ VERBS = {
 EXIT_CODES = """\
 exit codes: 0 holds, 1 failure of gmem itself, 2 refuted, 3 undetermined (a limit was reached, or a replay
 diverges), 4 bad input, 5 host not available.  NO_COLOR is obeyed; GMEM_DEBUG=1 shows tracebacks."""
+
+
+LONGEST = 400
+"""Characters of a message; from longer ones the middle is left out."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,25 +70,44 @@ class Version(argparse.Action):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line *argv* (default: sys.argv) and return its exit code."""
-    _standard_streams()
-    warnings.showwarning = _warn
+    """Run the command line *argv* (default: sys.argv) and return its exit code.
+
+    A signal that ends a process is 128 and its number, as a shell says it: everything begun has been taken away by then.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-    except InternalError as error:
-        return _crash(error)
-    except GuestMemfdError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return 130
+        with stoppable():
+            _standard_streams()
+            warnings.showwarning = _warn
+            room.keep()
+            code = _run(words)
+            sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        return 128 + (error.number if isinstance(error, Stopped) else 2)
     except BrokenPipeError:
-        # Whoever read us has seen enough; without this the interpreter would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop_writing()
         return 141
     except Exception as error:
-        return _crash(error)
+        return _told(error, words)
+    finally:
+        room.give_back()
     return code
+
+
+# argparse ends the process after --help and --version; there is something to flush.
+def _run(words: list[str]) -> int:
+    try:
+        return run(words)
+    except SystemExit as done:
+        return int(done.code or 0)
+
+
+# Whoever read us has seen enough, or there is no room; without this the interpreter would complain again at exit.
+def _stop_writing() -> None:
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 # A descriptor that the caller has closed must not become a VM's, and text that the locale has no letters for is no failure.
@@ -98,11 +124,39 @@ def _standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _crash(error: Exception) -> int:
+def _told(error: Exception, words: Sequence[str]) -> int:
+    lacks = not isinstance(error, HostUnavailable) and room.lacks(error)
+    room.give_back()
+    if isinstance(error, GuestMemfdError) and not isinstance(error, InternalError) and not lacks:
+        return _fail(str(error), error.exit_code)
     if os.environ.get("GMEM_DEBUG"):
         raise error
-    first = str(error).partition("\n")[0]
-    return _fail(f"internal error: {type(error).__name__}: {first}; please report (GMEM_DEBUG=1 shows where)", 1)
+    if lacks:
+        less = "fewer processes (-j 1) or a limit (--max-states N) need less; " if {*words} & {"check", "compare"} else ""
+        return _fail(f"there is no memory left; {less}ulimit -v may allow more", 5)
+    if isinstance(error, OSError):
+        if (why := _unwritable()) is not None:
+            _stop_writing()
+            return _fail(f"cannot write to standard output: {why}", 4)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return _fail(f"{error.strerror}: no descriptor is left; ulimit -n may allow more", 5)
+    return _fail(f"internal error: {_words(error)}; please report (GMEM_DEBUG=1 shows where)", 1)
+
+
+# Why standard output takes nothing; None if it does.
+def _unwritable() -> str | None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _words(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    except Exception:
+        return f"{type(error).__name__}, which cannot say what it is about"
 
 
 # A warning is a line like any other.
@@ -115,8 +169,14 @@ def _warn(
 
 def _fail(message: str, code: int) -> int:
     with suppress(OSError):
-        print(f"gmem: {message}", file=sys.stderr)
+        print("\n".join(map(_shown, f"gmem: {message}".split("\n"))), file=sys.stderr)
     return code
+
+
+# Names and numbers that somebody else has chosen may hold control characters, and be of any length.
+def _shown(line: str) -> str:
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    return line if len(line) <= LONGEST else f"{line[:LONGEST * 2 // 3]} ... {line[5 - LONGEST // 3:]}"
 
 
 def run(argv: list[str]) -> int:

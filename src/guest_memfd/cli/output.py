@@ -1,4 +1,4 @@
-"""Where a result goes: standard output, or a file that is either complete or untouched.
+"""Where a result goes: a stream, which is written as it is, or a file, which is either complete or untouched.
 
 Rule of this file: whether the file can be written is found out before any work starts, and nothing is seen under its
 name until the work is done.
@@ -6,52 +6,75 @@ name until the work is done.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
+import shutil
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from guest_memfd.cli import room
+from guest_memfd.cli.stop import deafen
 from guest_memfd.errors import BadInput
 from guest_memfd.report.counterexample import trace_name
 from guest_memfd.report.style import Style, style_for
+
+_LINKS = 40
+"""As many symbolic links as Linux follows in one path."""
+_OF_A_PROCESS = re.compile(r"/proc/[^/]+(/task/\d+)?/fd")
 
 
 class Output:
     """A place for the result; `with Output(path) as out: ... out.write(text)`. None and ``-`` mean standard output.
 
-    Raises BadInput on entry when *path* cannot be written. On an exception the file stays as it was.
+    A device, a pipe, and whatever a descriptor stands for (``/dev/stdout``, ``/dev/fd/3``, the file that standard output
+    goes to anyway) is written to as it is; a file keeps its mode and owner, and on an exception stays as it was. What UTF-8
+    has no letter for is written as an escape. Raises BadInput on entry when *path* cannot be written.
     """
 
     def __init__(self, path: str | None) -> None:
-        self.path = None if path in (None, "-") else Path(os.path.realpath(str(path)))
-        self.named = path
+        self.named = None if path == "-" else path
         self._stream: TextIO = sys.stdout
         self._beside: Path | None = None
+        self._path = Path()
 
     @property
     def style(self) -> Style:
-        """Colours only on a terminal."""
-        return Style() if self.path else style_for(sys.stdout)
+        """Colours, and the width, of the terminal that it goes to; as for a mail where it goes to none."""
+        return style_for(self._stream)
 
     def __enter__(self) -> Output:
-        if self.path is not None:
+        if self.named is not None:
             try:
-                self._open(self.path)
+                self._open(self.named)
             except OSError as error:
-                raise BadInput(f"cannot write to {self.named!r}: {error.strerror}") from error
+                raise _unwritable(self.named, error) from error
         return self
 
-    # A device or a pipe is written to as it is; replacing it by a file would be worse than a half-written result.
-    def _open(self, path: Path) -> None:
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            self._stream = path.open("w", encoding="utf-8")
+    def _open(self, named: str) -> None:
+        descriptor = _descriptor(named)
+        if descriptor is not None:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                raise OSError(errno.EBADF, "it is open for reading only")
+            # A duplicate shares the place in the file, so that whoever writes there next goes on behind us.
+            self._stream = _text(os.dup(descriptor))
             return
-        if path.exists():
-            path.open("r+b").close()
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._stream = beside.open("x", encoding="utf-8")
+        if _OF_A_PROCESS.fullmatch(os.path.dirname(named)):
+            self._stream = _text(os.open(named, os.O_WRONLY | os.O_APPEND))
+            return
+        self._path = Path(os.path.realpath(named))
+        if self._path.exists() and not stat.S_ISREG(self._path.stat().st_mode):
+            self._stream = _text(os.open(self._path, os.O_WRONLY))
+            return
+        if self._path.exists():
+            self._path.open("r+b").close()
+        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        self._stream = _text(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         self._beside = beside
 
     def write(self, text: str) -> None:
@@ -62,27 +85,78 @@ class Output:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise BadInput(f"cannot write to {self.named or 'standard output'!r}: {error.strerror}") from error
+            raise _unwritable(self.named or "standard output", error) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.path is None:
+        if kind is not None:
+            deafen()
+            room.give_back()
+        if self.named is None:
             return
         try:
-            self._stream.close()
+            with suppress(BrokenPipeError):             # said when it was written to
+                self._stream.close()
             if self._beside is not None and kind is None:
-                os.replace(self._beside, self.path)
+                _into_place(self._beside, self._path)
         except OSError as failed:
-            self._discard()
             if kind is None:
-                raise BadInput(f"cannot write to {self.named!r}: {failed.strerror}") from failed
-        if kind is not None:
-            self._discard()
+                raise _unwritable(self.named, failed) from failed
+        finally:
+            if self._beside is not None:
+                with suppress(OSError):
+                    os.unlink(self._beside)
 
-    def _discard(self) -> None:
-        if self._beside is not None:
-            self._beside.unlink(missing_ok=True)
+
+def _text(descriptor: int) -> TextIO:
+    return open(descriptor, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def _unwritable(named: str, error: OSError) -> BadInput:
+    return BadInput(f"cannot write to {named!r}: {error.strerror}")
+
+
+# The descriptor of this process that *named* stands for, if any: by its name, or because standard output or standard error
+# go to that very file, which would be lost with all that is in it if another took its place.
+def _descriptor(named: str) -> int | None:
+    path, ours = named, os.path.realpath("/proc/self/fd")
+    for _ in range(_LINKS):
+        folder, name = os.path.split(path)
+        if name.isdecimal() and os.path.realpath(folder or ".") == ours:
+            return int(name)
+        if not os.path.islink(path) or _OF_A_PROCESS.fullmatch(folder):
+            break
+        path = os.path.join(folder, os.readlink(path))
+    for standard in (1, 2):
+        with suppress(OSError):
+            there = os.fstat(standard)
+            if stat.S_ISREG(there.st_mode) and os.path.samestat(there, os.stat(named)):
+                return standard
+    return None
+
+
+# A file that has another owner, several names, or may not be replaced (a mount point) gets the new content, all the others
+# are replaced, which nobody can see half done.
+def _into_place(beside: Path, path: Path) -> None:
+    try:
+        old = path.stat()
+    except FileNotFoundError:
+        os.replace(beside, path)
+        return
+    try:
+        new = beside.stat()
+        if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+            os.chown(beside, old.st_uid, old.st_gid)
+        os.chmod(beside, stat.S_IMODE(old.st_mode))
+        if old.st_nlink == 1:
+            os.replace(beside, path)
+            return
+    except OSError:
+        pass
+    with beside.open("rb") as source, path.open("r+b") as target:
+        shutil.copyfileobj(source, target)
+        target.truncate()
 
 
 class TraceFolder:
@@ -105,9 +179,13 @@ class TraceFolder:
             raise BadInput(f"cannot write to folder {str(self.path)!r}: Permission denied")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._made and not any(self.path.iterdir()):
-            self.path.rmdir()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            deafen()
+            room.give_back()
+        if self._made:
+            with suppress(OSError):                     # there is something in it
+                self.path.rmdir()
 
     def file(self, design: str, hypervisor: str, law: str) -> Path:
         """Where the trace of *law* goes."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from guest_memfd.cli.output import Output
 from guest_memfd.cli.run import PAGE, RUN, Lines, fill, log, refuse, size, tell
-from guest_memfd.errors import BadInput, UnknownName
+from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.guests.loader import load
 from guest_memfd.report import json
 from guest_memfd.vmm.emulated import Order, Report, Run
@@ -24,6 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
         with Lines((lambda _text: None) if arguments.json else out.write) as lines:
             report = Run(order, lines.say, log).run()
         code = exit_code(report)
+        if isinstance(report.failed, HostUnavailable) and not arguments.json:
+            raise report.failed
         if arguments.json:
             out.write(json.dump(_object(arguments, report, code)))
         elif report.panic or report.read:

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
         with Lines((lambda _text: None) if arguments.json else out.write) as lines:
             report = run_guest(order, lines.say, log if arguments.verbose else lambda _text: None)
         code = exit_code(report)
+        if report.failed is not None and not (report.exits or arguments.json):
+            raise report.failed
         if arguments.json:
             out.write(json.dump(_object(arguments, order, report, code)))
     if report.exits:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-from guest_memfd.errors import BadInput
+from guest_memfd.errors import BadInput, HostUnavailable
 
 PAGE = 4096
 BASE = 0x8000_0000
@@ -32,7 +32,7 @@ class BusError(Exception):
 class Ram:
     """*size* bytes from physical address *base* on; all zeros at first.
 
-    Raises BadInput when the size is no positive multiple of a page, or the machine refuses the address range.
+    Raises BadInput when the size is no positive multiple of a page, HostUnavailable when there is no address range for it.
     """
 
     def __init__(self, size: int, base: int = BASE) -> None:
@@ -41,8 +41,11 @@ class Ram:
         self.size, self.base, self.end = size, base, base + size
         try:
             self._store = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        except (OSError, OverflowError) as error:
+        except OverflowError as error:
             raise BadInput(f"no address range for RAM of {size:#x} bytes: {error}") from error
+        except OSError as error:
+            raise HostUnavailable(f"no address range for RAM of {size:#x} bytes: {error.strerror}; ulimit -v may allow more"
+                                  ) from error
         self._bytes = memoryview(self._store)
         self._words = self._bytes.cast("Q")
 

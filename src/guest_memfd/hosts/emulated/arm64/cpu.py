@@ -8,6 +8,7 @@ What hypervisors trap is trapped here by the same bits (HCR_EL2.TWI, TVM, TTLB),
 from __future__ import annotations
 
 import importlib
+import mmap
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,9 @@ _EL1H, _DAIF, _NZCV = 5, 0xf << 6, 0xf << 28
 # Instructions between two looks at the clock. It begins with few, because an exclusive pair costs as much as a thousand
 # additions, and doubles as long as a slice stays below some milliseconds.
 _FIRST, _MOST, _SECONDS = 1 << 12, 1 << 24, 0.005
+# Bytes for code as Unicorn has translated it, which it takes at once and begins anew when they are full; its own choice is
+# 1 GiB. And bytes for all else that it asks for.
+_TRANSLATED, _SPARE = 32 << 20, 32 << 20
 _PERMISSION = {"r": 0, "w": 1, "x": 2}
 
 
@@ -59,20 +63,32 @@ _PERMISSION = {"r": 0, "w": 1, "x": 2}
 def _unicorn() -> tuple[Any, Any]:
     try:
         return importlib.import_module("unicorn"), importlib.import_module("unicorn.arm64_const")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise HostUnavailable("the emulated host executes on Unicorn, which is not installed; "
                               "pip install -e '.[emu]'") from error
+    except ImportError as error:
+        raise HostUnavailable(f"the emulated host executes on Unicorn, which does not load: {error}") from error
+
+
+# Unicorn ends this process by itself where it finds no memory, so there has to be enough before it is asked for anything.
+def _look_for_room() -> None:
+    try:
+        mmap.mmap(-1, _TRANSLATED + _SPARE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError as error:
+        raise HostUnavailable(f"a CPU that executes on Unicorn needs {_TRANSLATED + _SPARE >> 20} MiB of address space: "
+                              f"{error.strerror}; ulimit -v may allow more") from error
 
 
 class Cpu:
     """A CPU at EL1 with the MMU off, on *ram*; *translate* is asked for every page it touches.
 
     *tlbi* is told of each TLB invalidation that EL1 executes: its name in capitals and the value of its register.
-    Raises HostUnavailable when Unicorn is missing.
+    Raises HostUnavailable when Unicorn is missing, or the memory for it.
     """
 
     def __init__(self, ram: Ram, translate: Translate, tlbi: Callable[[str, int], None] | None = None) -> None:
         unicorn, reg = _unicorn()
+        _look_for_room()
         self.ram, self.translate, self.tlbi = ram, translate, tlbi
         self._error: type[Exception] = unicorn.UcError
         self._access = {unicorn.UC_MEM_READ: "r", unicorn.UC_MEM_WRITE: "w", unicorn.UC_MEM_FETCH: "x"}
@@ -84,6 +100,7 @@ class Cpu:
         # Armv8.0: no large-system atomics, no PAN. The model that has them ends this process on some undefined words.
         uc.ctl_set_cpu_model(reg.UC_CPU_ARM64_A72)
         uc.ctl_set_page_size(_PAGE)
+        uc.ctl_set_tcg_buffer_size(_TRANSLATED)
         uc.ctl_set_tlb_mode(unicorn.UC_TLB_VIRTUAL)
         uc.ctl_exits_enabled(True)                          # and there are none: no address is special
         uc.mem_map_ptr(ram.base, ram.size, unicorn.UC_PROT_ALL, ram.pointer)

@@ -1,0 +1,38 @@
+"""Memory kept back for when there is none left, so that what was begun can be taken away, and the reason be told."""
+
+from __future__ import annotations
+
+import errno
+
+RESERVE = 32 << 20
+"""Bytes. They are addresses only: nobody touches them, so no memory stands behind them."""
+_PLENTY = 8 << 20
+
+_kept: list[bytes] = []
+
+
+def keep() -> None:
+    """Keep RESERVE bytes back; raises MemoryError where there are none."""
+    _kept[:] = [bytes(RESERVE)]
+
+
+def give_back() -> None:
+    """Let whoever cleans up have the reserve."""
+    _kept.clear()
+
+
+def lacks(error: BaseException) -> bool:
+    """Whether *error* comes of a lack of memory: its own, or that of what it was raised from, or there is none left now.
+
+    The last is for errors in which the interpreter, or a library that does not load, does not say so.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, MemoryError) or (isinstance(link, OSError) and link.errno == errno.ENOMEM):
+            return True
+        link = link.__cause__
+    try:
+        bytes(_PLENTY)
+    except MemoryError:
+        return True
+    return False
