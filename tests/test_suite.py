@@ -23,7 +23,7 @@ from guest_memfd.check.suite import Limits, Report, check, check_many
 from guest_memfd.check.work import Task
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, InternalError, NotAPrimitive
+from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, HostUnavailable, NotAPrimitive
 from guest_memfd.hosts.host import Folio, Host, Steps
 from guest_memfd.hosts.scene import Scene, Slot
 from guest_memfd.hypervisors import HYPERVISORS
@@ -444,7 +444,7 @@ def test_a_design_that_raises_is_told_with_the_trace_to_it() -> None:
 
 
 def test_a_worker_that_dies_is_named() -> None:
-    with pytest.raises(InternalError, match=r"has died \(signal SIGKILL\); fewer jobs, or a limit of states"):
+    with pytest.raises(HostUnavailable, match=r"has died \(signal SIGKILL\); fewer processes .* or a limit"):
         check(KillsItsProcess, "gunyah", scenes=PLAIN, full=False, jobs=2)
 
 

@@ -30,6 +30,7 @@ from guest_memfd.errors import BadInput, HostUnavailable, InternalError
 OnDone = Callable[[Task, Answer], None]
 
 
+MOST_JOBS = 1024
 _PDEATHSIG = 1
 """prctl(2): the signal that a process gets when its parent ends (include/uapi/linux/prctl.h)."""
 
@@ -242,9 +243,10 @@ def _without_gc() -> Iterator[None]:
 
 
 def jobs_for(jobs: int | None) -> int:
-    """How many processes to use: *jobs*, or (None) one for every CPU this process may run on; BadInput below 1."""
+    """How many processes to use: *jobs*, or (None) one for each CPU this process may run on; BadInput if too many."""
     if jobs is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if jobs < 1:
-        raise BadInput(f"the number of jobs must be at least 1, not {jobs}")
+    if not 1 <= jobs <= MOST_JOBS:
+        raise BadInput(f"the number of jobs must be at least 1, not {jobs}" if jobs < 1 else
+                       f"the number of jobs must be {MOST_JOBS} at most, not {jobs}")
     return jobs

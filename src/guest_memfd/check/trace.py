@@ -30,16 +30,38 @@ SCHEMA = "guest-memfd-trace/3"
 """Name and version; the version changes when a field goes, or changes its meaning."""
 
 
-def _entries(*numbers: Any) -> Entries:
-    if not all(type(number) is int for number in numbers):
-        raise TypeError("entries are integers")
-    return Entries(*numbers)
+_DEEPEST, _LONGEST, _MOST_ORDER = 50, 4000, 63
+"""Of what a trace holds: how deep it nests, characters of a string; and the order of a folio."""
+
+
+def _folio(pfn: Any, order: Any) -> Folio:
+    if type(pfn) is not int or type(order) is not int or not (pfn >= 0 and 0 <= order <= _MOST_ORDER):
+        raise TypeError("a folio is a page frame number and an order")
+    return Folio(pfn, order)
+
+
+def _lookup(folio: Any, pgoff: Any) -> Lookup:
+    if type(folio) is not Folio or type(pgoff) is not int:
+        raise TypeError("a lookup is a folio and a page index")
+    return Lookup(folio, pgoff)
+
+
+def _locked(pgoff: Any, *flags: Any) -> Locked:
+    if type(pgoff) not in (int, type(None)) or not all(type(flag) is bool for flag in flags):
+        raise TypeError("what a lock protects is a page index and three flags")
+    return Locked(pgoff, *flags)
+
+
+def _entries(first: Any, nr: Any, step: Any) -> Entries:
+    if not all(type(number) is int for number in (first, nr, step)) or nr < 0:
+        raise TypeError("entries are integers, and a number of them")
+    return Entries(first, nr, step)
 
 
 VALUES: dict[str, tuple[type, Callable[..., Any], Callable[[Any], Iterable[Any]]]] = {
-    "folio": (Folio, Folio, tuple),
-    "lookup": (Lookup, Lookup, tuple),
-    "locked": (Locked, Locked, tuple),
+    "folio": (Folio, _folio, tuple),
+    "lookup": (Lookup, _lookup, tuple),
+    "locked": (Locked, _locked, tuple),
     "entries": (Entries, _entries, astuple),
     "tuple": (tuple, lambda *members: members, tuple),
     "waits": (type(STAY), lambda: STAY, lambda _: ()),
@@ -143,7 +165,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
 def loads(text: str) -> Trace:
     """The trace in *text*; raises TraceError whose words continue "trace X ..."."""
     try:
-        top = json.loads(text)
+        top = _sane(json.loads(text), 0)
     except (ValueError, RecursionError) as error:
         if text[:1] == "{" and isinstance(error, json.JSONDecodeError) and _at_the_end(text, error):
             raise TraceError(f"is truncated: it ends in line {error.lineno}, in the middle of an object") from error
@@ -163,6 +185,24 @@ def loads(text: str) -> Trace:
         tuple(_decode_step(_Fields(step, f" of step {n}")) for n, step in enumerate(whole.list("steps"), 1)),
         whole.text("version"),
     )
+
+
+# What will be shown to somebody: no control characters, which a terminal would obey, no letters that cannot be written, and
+# nothing beyond what a trace has. Newlines and tabs are left: they wrap like blanks.
+def _sane(value: Any, depth: int) -> Any:
+    if depth > _DEEPEST:
+        raise TraceError(f"nests deeper than {_DEEPEST} levels")
+    if isinstance(value, list):
+        return [_sane(member, depth + 1) for member in value]
+    if isinstance(value, dict):
+        return {_sane(key, depth + 1): _sane(member, depth + 1) for key, member in value.items()}
+    if isinstance(value, int) and not -1 << 64 < value < 1 << 64:
+        raise TraceError("has a number of more than 64 bits")
+    if not isinstance(value, str):
+        return value
+    if len(value) > _LONGEST:
+        raise TraceError(f"has a string of {len(value)} characters; {_LONGEST} is the most")
+    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in value)
 
 
 # A string or a word (true, null) that the end of the file cuts in two is reported where it starts.

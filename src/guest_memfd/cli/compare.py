@@ -16,7 +16,6 @@ from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report import json, terminal
-from guest_memfd.report.counterexample import wrap
 from guest_memfd.report.progress import Progress
 from guest_memfd.report.sentence import sentence
 from guest_memfd.report.style import Style
@@ -83,9 +82,9 @@ def _lines(
     yield from tables(reports, titles, words, style)
     yield ""
     for text in sentences.values():
-        yield from wrap(text, "- ")
+        yield from style.wrap(text, "- ")
     yield ""
     yield from costs(counted, style)
     yield ""
-    yield "how a law breaks, step by step: gmem check DESIGN --hypervisor NAME --quick --law LAW"
-    yield from terminal.amount(reports, words)
+    yield from style.wrap("gmem check DESIGN --hypervisor NAME --quick --law LAW", "how a law breaks, step by step: ", "  ")
+    yield from terminal.amount(reports, words, style)

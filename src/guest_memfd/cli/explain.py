@@ -11,7 +11,8 @@ from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.cli.replay import diverged
 from guest_memfd.report import json
-from guest_memfd.report.counterexample import Counterexample, loading, screen
+from guest_memfd.report.counterexample import Counterexample, screen
+from guest_memfd.report.counterexample import again as commands_of
 from guest_memfd.report.steps import lines
 
 
@@ -32,10 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
             out.write(json.dump({**json.replayed(again, json.EXPLAIN), "trace": json.trace(again.finding)}))
         elif again.divergence is not None:
             out.write("\n".join([*diverged(again, out.style), "", out.style.head("up to there"),
-                                 *lines(again.steps, again.initial)]))
+                                 *lines(again.steps, again.initial, out.style)]))
         else:
-            file = f"{arguments.file}{loading(arguments.load)}"
-            commands = (("replay", f"gmem replay {file}"), ("export", f"gmem explain {file} --json"))
-            example = Counterexample(trace.design, trace.hypervisor, trace.scene, trace.parties, again.finding, commands)
+            example = Counterexample(trace.design, trace.hypervisor, trace.scene, trace.parties, again.finding,
+                                     commands_of(arguments.file, arguments.load))
             out.write("\n".join(screen(example, out.style)))
     return 0 if again.same else 3

@@ -18,7 +18,6 @@ from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.plugins import Registry
 from guest_memfd.report import json
-from guest_memfd.report.counterexample import wrap
 from guest_memfd.report.style import Style
 from guest_memfd.scenarios import PARTIES, SCENES
 
@@ -112,8 +111,9 @@ def _lines(kind: str, style: Style) -> Iterator[str]:
         first = f"  {entry.pop('name')}".ljust(len(indent))
         for what, words in entry.items():
             said = ", ".join(words) if isinstance(words, list) else words
-            yield from wrap(said if what in ("title", "parties") else f"{what.replace('_', ' ')}: {said}", first, indent)
+            label = "" if what in ("title", "parties") else f"{what.replace('_', ' ')}: "
+            yield from style.wrap(label + said, first, indent)
             first = indent
     if kind in REGISTRIES:
         for reason in REGISTRIES[kind].broken().values():
-            yield from wrap(reason, "  does not load: ")
+            yield from style.wrap(reason, "  does not load: ")

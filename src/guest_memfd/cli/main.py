@@ -36,19 +36,28 @@ VERBS = {
 }
 
 EXIT_CODES = """\
-exit codes: 0 holds, 1 failure of gmem itself, 2 refuted, 3 undetermined (a limit was reached, or a replay
-diverges), 4 bad input, 5 host not available.  NO_COLOR is obeyed; GMEM_DEBUG=1 shows tracebacks."""
+exit codes: 0 holds, 1 failure of gmem itself, 2 refuted, 3 undetermined (a limit was reached, or a replay diverges), 4 bad
+input, 5 host not available, or no memory left, 128 and its number for a signal.  NO_COLOR and COLUMNS are obeyed;
+GMEM_DEBUG=1 shows tracebacks."""
 
 
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 LONGEST = 400
 """Characters of a message; from longer ones the middle is left out."""
+
+
+class Formatter(argparse.HelpFormatter):
+    """argparse's, with what comes last in as many paragraphs as it was written in."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(super(Formatter, self)._fill_text(each, width, indent) for each in text.split("\n\n"))
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors that go where all others go."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Formatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise BadInput instead of exiting."""
@@ -135,21 +144,12 @@ def _told(error: Exception, words: Sequence[str]) -> int:
         less = "fewer processes (-j 1) or a limit (--max-states N) need less; " if {*words} & {"check", "compare"} else ""
         return _fail(f"there is no memory left; {less}ulimit -v may allow more", 5)
     if isinstance(error, OSError):
-        if (why := _unwritable()) is not None:
+        if error.filename is None and error.errno in _UNWRITABLE:
             _stop_writing()
-            return _fail(f"cannot write to standard output: {why}", 4)
+            return _fail(f"cannot write to standard output: {error.strerror}", 4)
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return _fail(f"{error.strerror}: no descriptor is left; ulimit -n may allow more", 5)
     return _fail(f"internal error: {_words(error)}; please report (GMEM_DEBUG=1 shows where)", 1)
-
-
-# Why standard output takes nothing; None if it does.
-def _unwritable() -> str | None:
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        return error.strerror
-    return None
 
 
 def _words(error: Exception) -> str:

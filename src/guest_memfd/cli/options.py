@@ -16,6 +16,8 @@ from guest_memfd.report.progress import Progress
 from guest_memfd.report.sentence import listed
 from guest_memfd.scenarios import SCENES
 
+_MOST = 10**18
+
 
 def add_scope(parser: argparse.ArgumentParser) -> None:
     """What to explore, and how far."""
@@ -45,9 +47,12 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def whole(text: str) -> int:
     """An argparse type: a whole number; whether it makes sense is checked where it is used."""
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not -_MOST < number < _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is beyond {_MOST}")
+    return number
 
 
 def seconds(text: str) -> float:

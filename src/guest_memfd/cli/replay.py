@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from itertools import chain
 
 from guest_memfd.check.replay import Replay, replay
 from guest_memfd.check.trace import Trace, load
@@ -15,7 +16,7 @@ from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.report import json
-from guest_memfd.report.counterexample import length, wrap
+from guest_memfd.report.counterexample import length
 from guest_memfd.report.style import Style
 
 HOSTS = ("abstract", "emulated")
@@ -61,8 +62,9 @@ def _emulated(trace: Trace, out: Output, *, as_json: bool) -> int:
         out.write(json.dump(json.replayed(shown.again, json.REPLAY) | {
             "machine": str(shown.both.host.machine), "evidence": shown.evidence(), "state": list(shown.lines())}))
     else:
+        lines = chain.from_iterable(out.style.wrap(line, "  ", "      ") for line in shown.lines())
         out.write("\n".join([*_words(shown.again, out.style), f"on the emulated machine ({shown.both.host.machine}):",
-                             *wrap(shown.evidence(), "  "), *(f"  {line}" for line in shown.lines())]))
+                             *out.style.wrap(shown.evidence(), "  "), *lines]))
     return 2 if shown.same else 3
 
 
@@ -73,8 +75,9 @@ def _words(again: Replay, style: Style) -> Iterator[str]:
 def _same(again: Replay, style: Style) -> Iterator[str]:
     trace = again.trace
     how = length(again.steps, trace.parties)
-    yield style.bad(f"the same verdict: {trace.law} is broken") + f", {trace.design} on {trace.hypervisor}, {how}"
-    yield from wrap(trace.evidence, "  ")
+    yield from style.lead(f"the same verdict: {trace.law} is broken", style.bad,
+                          f", {trace.design} on {trace.hypervisor}, {how}")
+    yield from style.wrap(trace.evidence, "  ")
 
 
 def diverged(again: Replay, style: Style) -> Iterator[str]:
@@ -82,5 +85,5 @@ def diverged(again: Replay, style: Style) -> Iterator[str]:
     if again.divergence is not None:
         trace = again.trace
         yield style.doubt(f"diverges at step {again.divergence.step} of {len(trace.steps)}")
-        yield from wrap(again.divergence.why, "  ")
-        yield from wrap(f"{trace.law}, {trace.design} on {trace.hypervisor}: {trace.evidence}", "  recorded: ")
+        yield from style.wrap(again.divergence.why, "  ")
+        yield from style.wrap(f"{trace.law}, {trace.design} on {trace.hypervisor}: {trace.evidence}", "  recorded: ")

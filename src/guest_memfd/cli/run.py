@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from guest_memfd.cli.options import add_output, seconds
 from guest_memfd.errors import BadInput, UnknownName
+from guest_memfd.report.style import style_for
 
 if TYPE_CHECKING:
     from guest_memfd.vmm.loop import Outcome
@@ -24,6 +25,7 @@ RUN = "guest-memfd-run/1"
 EMULATED = ("emulated:arm64/gunyah", "emulated:arm64/pkvm", "emulated:arm64/kvm")
 _MODULES = {**dict.fromkeys(EMULATED, "run_emulated"), "kvm": "run_kvm"}
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
+_DIGITS = 30
 PAGE = 4096
 
 
@@ -83,6 +85,8 @@ def size(option: str, text: str, least: int = PAGE) -> int:
     match = re.fullmatch(r"(0x[0-9a-f]+|\d+)([KMGT]?)(iB|B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         raise BadInput(f"{option} {text!r} is no size; write 64K, 16M or 2G")
+    if len(match[1]) > _DIGITS:
+        raise BadInput(f"{option}: a size of {len(match[1])} digits")
     number = int(match[1], 0 if match[1][:2].lower() == "0x" else 10)
     number = number if not match[2] else number << _UNITS[match[2].upper()]
     if number < least:
@@ -119,7 +123,9 @@ class Lines:
 
 
 def log(text: str) -> None:
-    """A line for people; if nobody can get it, the guest runs all the same."""
+    """A line for people, wrapped on a terminal; if nobody can get it, the guest runs all the same."""
+    if sys.stderr.isatty():
+        text = "\n".join(style_for(sys.stderr).wrap(text, "", "  ")) if text.strip() == text else text
     with suppress(OSError):
         print(text, file=sys.stderr)
 

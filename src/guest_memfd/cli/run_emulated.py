@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from guest_memfd.cli.output import Output
@@ -69,7 +70,7 @@ def _fail(text: str | None) -> Any:
     if text is None:
         return None
     who, _, number = text.partition(":")
-    if who not in ("kernel", "el2", "slab") or not number.isdecimal():
+    if who not in ("kernel", "el2", "slab") or not re.fullmatch(r"[0-9]{1,9}", number):
         raise BadInput(f"--fail {text}: kernel:N (pages), slab:N (small objects) or el2:N; N counts allocations from 0")
     return who, int(number)
 

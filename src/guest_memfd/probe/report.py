@@ -9,7 +9,6 @@ from typing import Any
 from guest_memfd.probe.bugs import VERDICTS, Found
 from guest_memfd.probe.row import Judged
 from guest_memfd.probe.survey import Survey
-from guest_memfd.report.counterexample import wrap
 from guest_memfd.report.style import Style
 
 SCHEMA = "guest-memfd-probe/1"
@@ -80,7 +79,7 @@ def as_text(found: Survey, style: Style, *, verbose: bool = False) -> Iterator[s
         yield style.head("offers")
         for line in _offers(found.offers.facts):
             name, _, words = line.partition(": ")
-            yield from wrap(words, f"  {name:<22}", " " * 24)
+            yield from style.wrap(words, f"  {name:<22}", " " * 24)
     if "behaviour" in found.parts:
         yield style.head("behaviour") + f": {_summary(found)}"
         yield from _behaviour(found, style, verbose)
@@ -90,7 +89,7 @@ def as_text(found: Survey, style: Style, *, verbose: bool = False) -> Iterator[s
         for bug in found.bugs:
             yield from _bug_lines(bug, style, verbose, again=bug.seen in said)
             said.add(bug.seen)
-    first, *rest = wrap(f"{_left(found)}; {found.seconds:.1f} seconds", "left behind: ", "  ")
+    first, *rest = style.wrap(f"{_left(found)}; {found.seconds:.1f} seconds", "left behind: ", "  ")
     yield from (first.replace("left behind", style.head("left behind"), 1), *rest)
 
 
@@ -132,11 +131,12 @@ def _behaviour(found: Survey, style: Style, verbose: bool) -> Iterator[str]:
             continue
         said = colour.get(judged.verdict, style.good)(f"{judged.verdict:<8}")
         result = judged.result if judged.verdict != "differs" else f"{judged.result}, expected {judged.expected}"
-        yield f"  {said} {judged.row.id}: {result or judged.why}"
-        yield from wrap(judged.row.says, " " * 11)
+        first, *rest = style.wrap(f"{judged.row.id}: {result or judged.why}", f"  {judged.verdict:<8} ")
+        yield first.replace(f"{judged.verdict:<8}", said, 1)
+        yield from (*rest, *style.wrap(judged.row.says, " " * 11))
     if not verbose:
         for why, number in Counter(judged.why for judged in found.behaviour if judged.verdict == "skipped").items():
-            yield from wrap(f"{number} rows: {why}", "  skipped  ")
+            yield from style.wrap(f"{number} rows: {why}", "  skipped  ")
 
 
 # again: the same has been said of a bug before.
@@ -144,15 +144,15 @@ def _bug_lines(found: Found, style: Style, verbose: bool, again: bool) -> Iterat
     colour = {"present": style.bad, "fixed": style.good}.get(found.verdict, style.doubt)
     width = max(map(len, VERDICTS))
     indent = " " * (width + 3)
-    first, *rest = wrap(f"{found.bug.id}: {found.bug.title}", f"  {found.verdict:<{width}} ")
+    first, *rest = style.wrap(f"{found.bug.id}: {found.bug.title}", f"  {found.verdict:<{width}} ")
     yield first.replace(found.verdict, colour(found.verdict), 1)
     yield from rest
     label = "seen" if found.verdict in ("present", "fixed") else "why"
-    yield from wrap(found.seen.partition("; ")[0] if again else found.seen, f"{indent}{label}: ", indent)
+    yield from style.wrap(found.seen.partition("; ")[0] if again else found.seen, f"{indent}{label}: ", indent)
     if verbose or found.verdict == "present":
-        yield from wrap(found.bug.means, f"{indent}for a VMM: ", indent)
+        yield from style.wrap(found.bug.means, f"{indent}for a VMM: ", indent)
     if verbose:
-        yield from wrap(found.bug.commit, f"{indent}fix: ", indent)
+        yield from style.wrap(found.bug.commit, f"{indent}fix: ", indent)
 
 
 def _left(found: Survey) -> str:

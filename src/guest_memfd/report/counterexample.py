@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
+import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from shlex import quote
 
 from guest_memfd.check.explorer import Finding, Step
 from guest_memfd.hosts.abstract import show
@@ -14,13 +14,15 @@ from guest_memfd.hosts.scene import Scene
 from guest_memfd.laws import LAWS
 from guest_memfd.report import steps
 from guest_memfd.report.blame import offending
-from guest_memfd.report.style import WIDTH, Style
+from guest_memfd.report.style import Style
 from guest_memfd.scenarios import TEARDOWN
 
 # Round a marked field until the text is wrapped: a wrapped colour code would count as text.
 _ON, _OFF = "\x01", "\x02"
 
 
+Command = tuple[str, tuple[str, ...]]
+"""What it is for, and its parts, between which it may go on in the next line."""
 BEFORE = "before anybody moves"
 """When something breaks that is found in no steps: creating the file and binding it was enough."""
 
@@ -45,7 +47,7 @@ class Counterexample:
     scene: Scene
     parties: tuple[str, ...]
     finding: Finding
-    commands: tuple[tuple[str, str], ...] = ()
+    commands: tuple[Command, ...] = ()
 
 
 def screen(example: Counterexample, style: Style) -> Iterator[str]:
@@ -53,29 +55,23 @@ def screen(example: Counterexample, style: Style) -> Iterator[str]:
     finding = example.finding
     law = LAWS[finding.law]
     how = length(finding.steps, example.parties)
-    yield style.bad(f"{law.name} is broken: {example.design} on {example.hypervisor}, {how}")
-    yield from wrap(f"{example.scene.name}: {example.scene.title}", "  scene    ")
-    yield from wrap(law.sentence, "  law      ")
-    yield from wrap(law.source, "  source   ")
-    yield from wrap(finding.evidence, "  broken   ")
+    yield from map(style.bad, style.wrap(f"{law.name} is broken: {example.design} on {example.hypervisor}, {how}", "", "  "))
+    yield from style.wrap(f"{example.scene.name}: {example.scene.title}", "  scene    ")
+    yield from style.wrap(law.sentence, "  law      ")
+    yield from style.wrap(law.source, "  source   ")
+    yield from style.wrap(finding.evidence, "  broken   ")
     yield style.head("initially")
     for line in show.overview(finding.initial):
-        yield from wrap(line, "  ", "          ")
+        yield from style.wrap(line, "  ", "          ")
     if finding.steps:
         yield style.head("then")
-        yield from steps.lines(finding.steps, finding.initial)
+        yield from steps.lines(finding.steps, finding.initial, style)
         yield style.head("finally") + " (* marks what breaks the law)"
         yield from _final(finding, style)
     if example.commands:
         yield style.head("again")
-        yield from (f"{'  ' + what:<{len(_INDENT)}}{command}" for what, command in example.commands)
-
-
-def wrap(text: str, first: str, following: str | None = None) -> list[str]:
-    """*text* behind *first*, wrapped to the width of a report; continuation lines behind *following* (as wide)."""
-    indent = " " * len(first) if following is None else following
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False,
-                         break_long_words=False) or [first.rstrip()]
+        for what, parts in example.commands:
+            yield from _command(f"{'  ' + what:<{_INDENT}}", parts, style)
 
 
 def _final(finding: Finding, style: Style) -> Iterator[str]:
@@ -89,7 +85,7 @@ def _final(finding: Finding, style: Style) -> Iterator[str]:
     lines += [f"gfn{n}: {show.gfn(fields, n, marked, _mark)}" for n in range(counts["gfn"]) if f"gfn{n}" in told]
     lines += [line] if (line := show.around(fields, usual, marked, _mark, names)) else []
     for line in lines:
-        yield from (_coloured(part, style) for part in wrap(line, "  ", "    "))
+        yield from (_coloured(part, style) for part in style.wrap(line, "  ", "    "))
 
 
 def _mark(words: str) -> str:
@@ -108,27 +104,50 @@ def _coloured(line: str, style: Style) -> str:
 def commands(
     design: str, hypervisor: str, scene: Scene, parties: Sequence[str], law: str, *, failures: int | None,
     folder: str | None, loads: Sequence[str] = (),
-) -> tuple[tuple[str, str], ...]:
+) -> tuple[Command, ...]:
     """What saves (unless it is saved in *folder*), replays and exports the trace of *law*, with files to be loaded."""
-    more = loading(loads)
-    file = f"{folder or 'traces'}/{trace_name(design, hypervisor, law)}{more}"
+    file = os.path.join(folder or "traces", trace_name(design, hypervisor, law))
     injected = "" if failures is None else f" --failures {failures}"
     where = "" if scene == Scene() else f" --scene {scene.name}"
     what, who = f"gmem check {design} --hypervisor {hypervisor}{where}", f"--parties {','.join(parties)}"
-    between = " " if len(f"{_INDENT}{what} {who} \\") <= WIDTH else _GOES_ON
-    save = f"{what}{between}{who}{_GOES_ON}--law {law}{injected}{more} --save-traces traces"
-    return (*(() if folder else (("save", save),)),
-            ("replay", f"gmem replay {file}"), ("export", f"gmem explain {file} --json"))
+    save = (what, who, f"--law {law}{injected}{_loading(loads)} --save-traces traces")
+    return (*(() if folder else (("save", save),)), *again(file, loads))
 
 
-def loading(files: Sequence[str]) -> str:
-    """`` --load FILE`` for each of *files*."""
-    return "".join(f" --load {quote(file)}" for file in files)
+def again(file: str, loads: Sequence[str] = ()) -> tuple[Command, ...]:
+    """What replays and exports the trace in *file*, with files to be loaded."""
+    more = _loading(loads)
+    return (("replay", (f"gmem replay {pasted(file)}{more}",)),
+            ("export", (f"gmem explain {pasted(file)}{more}", "--json")))
 
 
-_INDENT = " " * 11
-_GOES_ON = f" \\\n{_INDENT}  "
-"""A command that goes on in the next line."""
+def _loading(files: Sequence[str]) -> str:
+    return "".join(f" --load {pasted(file)}" for file in files)
+
+
+def pasted(path: str) -> str:
+    """*path* so that a shell that gets it pasted means that path, and a terminal shows it and obeys nothing in it."""
+    if path.isprintable():
+        return shlex.quote(path)
+    return f"$'{''.join(f'{chr(92)}{byte:03o}' if byte in _ESCAPED else chr(byte) for byte in os.fsencode(path))}'"
+
+
+_ESCAPED = {*range(0x20), 0x27, 0x5C, *range(0x7F, 0x100)}
+
+
+_INDENT = 11
+"""Columns before a command."""
+
+
+def _command(line: str, parts: Sequence[str], style: Style) -> Iterator[str]:
+    first, *rest = parts
+    line += first
+    for part in rest:
+        if len(f"{line} {part} \\") > style.width:
+            yield f"{line} \\"
+            line = " " * (_INDENT + 1)
+        line += f" {part}"
+    yield line
 
 
 def trace_name(design: str, hypervisor: str, law: str) -> str:

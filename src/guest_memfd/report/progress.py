@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TextIO
 
+from guest_memfd.report.style import columns
+
 PATIENCE = 1.0
 """Seconds before anything is shown: what takes less needs no bar."""
 
@@ -58,7 +60,7 @@ class _Line:
     def show(self, done: int, total: int, words: str) -> None:
         """Rewrite the line."""
         bar = "#" * (20 * done // max(total, 1))
-        self.stream.write(f"\r[{bar:<20}] {100 * done // max(total, 1)}% {words}"[:100] + "\033[K")
+        self.stream.write(f"\r[{bar:<20}] {100 * done // max(total, 1)}% {words}"[:columns(self.stream)] + "\033[K")
         self.stream.flush()
 
     def clear(self) -> None:

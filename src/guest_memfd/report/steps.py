@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -14,30 +13,26 @@ from guest_memfd.hosts.abstract import notes, show
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import OPS, Entries, Folio, Host, Primitive
 from guest_memfd.report.choices import sentence
-from guest_memfd.report.style import WIDTH
+from guest_memfd.report.style import Style
 
 
-def lines(steps: Sequence[Step], initial: bytes) -> Iterator[str]:
+def lines(steps: Sequence[Step], initial: bytes, style: Style) -> Iterator[str]:
     """All steps from *initial* on, each wrapped to the width of a report."""
     names = lock_holders(steps, initial)
     before = initial
     for number, step in enumerate(steps, 1):
         head = f"{number:>3}. {step.party}: {action(step)}"
         told = "; ".join(show.changed(before, step.shared, names))
-        if told and len(head) + len(told) + 4 <= WIDTH:
+        if told and len(head) + len(told) + 4 <= style.width:
             yield f"{head}  | {told}"
         else:
-            yield from _wrapped(head, "     ")
-            yield from _wrapped(f"     | {told}", "     | ") if told else ()
+            yield from style.wrap(f"{step.party}: {action(step)}", f"{number:>3}. ")
+            yield from style.wrap(told, "     | ", "     | ") if told else ()
         for fact in facts(step, before):
-            yield from _wrapped(f"     ~ {fact}", "       ")
+            yield from style.wrap(fact, "     ~ ")
         for reach in reaches(step) if number == len(steps) else ():
-            yield from _wrapped(f"     ~ {reach}", "       ")
+            yield from style.wrap(reach, "     ~ ")
         before = step.shared
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def action(step: Step) -> str:

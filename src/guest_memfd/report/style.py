@@ -1,20 +1,25 @@
-"""Emphasis: ANSI colours where somebody looks at a terminal and wants them, plain text everywhere else."""
+"""Emphasis and width: colours and all columns of a terminal; elsewhere plain text that is as wide as a mail."""
 
 from __future__ import annotations
 
 import os
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
 WIDTH = 100
-"""Columns of all reports: what fits into a mail with one level of quoting."""
+"""Columns where there is no terminal: what fits into a mail with one level of quoting."""
+NARROWEST = 40
+"""Columns below which nothing is made to fit."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """How to emphasise: with colours or not at all."""
+    """How to emphasise, with colours or not at all, and how many columns a line may have."""
 
     colours: bool = False
+    width: int = WIDTH
 
     def good(self, text: str) -> str:
         """Kept, holds."""
@@ -35,8 +40,31 @@ class Style:
     def _in(self, text: str, code: str) -> str:
         return f"\033[{code}m{text}\033[0m" if self.colours else text
 
+    def wrap(self, text: str, first: str = "", following: str | None = None) -> list[str]:
+        """*text* behind *first*, wrapped at words to the width; continuation lines behind *following* (as wide)."""
+        indent = " " * len(first) if following is None else following
+        return textwrap.wrap(text, self.width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False,
+                             break_long_words=False) or [first.rstrip()]
+
+    def lead(self, head: str, emphasis: Callable[[str], str], text: str, following: str = "  ") -> list[str]:
+        """*head*, with *emphasis*, and *text* behind it, wrapped as by `wrap`; a head that is itself wrapped has none."""
+        first, *rest = self.wrap(head + text, "", following)
+        return [emphasis(head) + first.removeprefix(head) if first.startswith(head) else first, *rest]
+
 
 def style_for(stream: TextIO) -> Style:
-    """Colours when *stream* is a terminal that has them, unless NO_COLOR is set (https://no-color.org)."""
+    """Colours when *stream* is a terminal that has them, unless NO_COLOR is set (https://no-color.org); its `columns`."""
     wanted = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return Style(wanted)
+    return Style(wanted, columns(stream))
+
+
+def columns(stream: TextIO) -> int:
+    """COLUMNS of the environment if it is set, those of the terminal that *stream* is, or WIDTH; NARROWEST at least."""
+    given = os.environ.get("COLUMNS", "")
+    wide = int(given) if given.isdecimal() and len(given) < 6 else 0
+    if not wide and stream.isatty():
+        try:
+            wide = os.get_terminal_size(stream.fileno()).columns
+        except OSError:
+            wide = 0
+    return max(wide or WIDTH, NARROWEST)

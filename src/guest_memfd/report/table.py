@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from guest_memfd.check.cost import Cost
 from guest_memfd.check.verdict import LawReport, Report
 from guest_memfd.hosts.scene import Scene
-from guest_memfd.report.counterexample import wrap
-from guest_memfd.report.style import WIDTH, Style
+from guest_memfd.report.style import Style
 
 LETTERS = {
     "vcpu": "V", "vcpu2": "W", "patient-vcpu": "X", "other-vcpu": "O", "vmm": "M", "vmm-life": "L", "vmm-pages": "G",
@@ -32,17 +31,17 @@ def tables(reports: Sequence[Report], titles: Mapping[str, str], explored: str, 
     letters, first = letters_for(reports), _first_column(reports)
     for hypervisor in dict.fromkeys(report.hypervisor for report in reports):
         block = [report for report in reports if report.hypervisor == hypervisor]
-        yield from wrap(titles[hypervisor], f"{hypervisor}: ", "    ")
+        yield from style.wrap(titles[hypervisor], f"{hypervisor}: ", "    ")
         widths = [max(len(r.design), *(len(cell(law, letters)) for law in r.laws.values())) + 2 for r in block]
-        for columns in _fitting(widths, first):
+        for columns in _fitting(widths, first, style.width):
             yield from _block([(block[i], widths[i]) for i in columns], first, letters, style)
             yield ""
-    yield from wrap(f"kept: in every interleaving of {explored}.  12 V+M: broken in 12 steps with V and M there, "
+    yield from style.wrap(f"kept: in every interleaving of {explored}.  12 V+M: broken in 12 steps with V and M there, "
                     "and in no fewer.  *: one of them is an injected failure.  ': in a scene that is named below.  "
                     "0: broken before anybody moves.  ?: nothing is proved: a limit was reached, or nothing happened.", "")
     if letters:
-        yield from wrap(", ".join(f"{letter} {party}" for party, letter in letters.items()) + ".", "")
-    yield from _elsewhere(reports)
+        yield from style.wrap(", ".join(f"{letter} {party}" for party, letter in letters.items()) + ".", "")
+    yield from _elsewhere(reports, style)
 
 
 def _first_column(reports: Sequence[Report]) -> int:
@@ -50,7 +49,7 @@ def _first_column(reports: Sequence[Report]) -> int:
 
 
 # Scene -> what breaks there, where it is not the plainest.
-def _elsewhere(reports: Sequence[Report]) -> Iterator[str]:
+def _elsewhere(reports: Sequence[Report], style: Style) -> Iterator[str]:
     scenes: dict[str, dict[str, list[str]]] = {}
     for report in reports:
         for law in report.laws.values():
@@ -59,7 +58,7 @@ def _elsewhere(reports: Sequence[Report]) -> Iterator[str]:
                 broken.setdefault(f"{law.law} of {report.design}", []).append(report.hypervisor)
     for scene, broken in scenes.items():
         said = "; ".join(f"{what} on {', '.join(hypervisors)}" for what, hypervisors in broken.items())
-        yield from wrap(f"{said}.", f"' in scene {scene}: ", "  ")
+        yield from style.wrap(f"{said}.", f"' in scene {scene}: ", "  ")
 
 
 def letters_for(reports: Sequence[Report]) -> dict[str, str]:
@@ -81,10 +80,10 @@ def cell(law: LawReport, letters: Mapping[str, str]) -> str:
 
 
 # Columns of one block, as many as fit; the rest goes below.
-def _fitting(widths: Sequence[int], first: int) -> Iterator[list[int]]:
+def _fitting(widths: Sequence[int], first: int, most: int) -> Iterator[list[int]]:
     columns: list[int] = []
     for i in range(len(widths)):
-        if columns and first + sum(widths[j] for j in columns) + widths[i] > WIDTH:
+        if columns and first + sum(widths[j] for j in columns) + widths[i] > most:
             yield columns
             columns = []
         columns.append(i)
@@ -107,19 +106,32 @@ def _block(
 
 def costs(counted: Mapping[tuple[str, str], Cost | None], style: Style) -> Iterator[str]:
     """One line per design and hypervisor, alike hypervisors together: operations per folio lent and taken back."""
-    heads = "".join(f"{head:>{len(head) + 2}}" for head in COST_HEADS.values())
-    yield style.head("cost per folio of order 0, lent to the guest and taken back (operations)")
-    yield f"{'':<{COST_WIDTH}}{heads}"
+    heads, widths = _cost_heads(style)
+    yield from style.lead("cost per folio of order 0, lent to the guest and taken back (operations)", style.head, "")
+    yield from heads
     alike: dict[tuple[str, Cost], list[str]] = {}
     for (design, hypervisor), cost in counted.items():
         if cost is not None:
             alike.setdefault((design, cost), []).append(hypervisor)
     for (design, cost), hypervisors in alike.items():
-        yield f"{design + ' on ' + ', '.join(hypervisors):<{COST_WIDTH}}{_counts(vars(cost))}"
+        yield f"{design + ' on ' + ', '.join(hypervisors):<{COST_WIDTH}}{_counts(vars(cost), widths)}"
     trusting = {design for design, cost in alike if cost.direct_map_writes and not cost.flushes}
     if trusting:
-        yield f"no flush of its own, and so safe only where the hypervisor flushes: {', '.join(sorted(trusting))}"
+        yield from style.wrap("no flush of its own, and so safe only where the hypervisor flushes: "
+                              f"{', '.join(sorted(trusting))}", "", "  ")
 
 
-def _counts(counts: Mapping[str, int]) -> str:
-    return "".join(f"{counts[what]:>{len(head) + 2}}" for what, head in COST_HEADS.items())
+# The line, or where there is no room for it the two lines, above the columns, and how wide those are.
+def _cost_heads(style: Style) -> tuple[list[str], list[int]]:
+    heads = list(COST_HEADS.values())
+    if COST_WIDTH + sum(len(head) + 2 for head in heads) <= style.width:
+        rows = [heads]
+    else:
+        rows = [list(row) for row in zip(*(head.rsplit(" ", 1) for head in heads), strict=True)]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    return [" " * COST_WIDTH + "".join(f"{head:>{width}}" for head, width in zip(row, widths, strict=True))
+            for row in rows], widths
+
+
+def _counts(counts: Mapping[str, int], widths: Sequence[int]) -> str:
+    return "".join(f"{counts[what]:>{width}}" for what, width in zip(COST_HEADS, widths, strict=True))

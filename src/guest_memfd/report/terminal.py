@@ -8,7 +8,7 @@ from guest_memfd.check.explorer import Finding
 from guest_memfd.check.survived import Survived
 from guest_memfd.check.verdict import Found, LawReport, Report
 from guest_memfd.hosts.scene import Scene
-from guest_memfd.report.counterexample import Counterexample, commands, length, screen, wrap
+from guest_memfd.report.counterexample import Command, Counterexample, commands, length, screen
 from guest_memfd.report.sentence import injected
 from guest_memfd.report.style import Style
 
@@ -22,7 +22,7 @@ def check(
     explored: which scenarios, in words; folder: where the traces have been saved, None if nowhere.
     loads: files that have to be loaded to see it again.
     """
-    yield headline(report, style)
+    yield from _headline(report, style)
     for law in report.laws.values():
         yield from _law(law, style)
     others = _others(report)
@@ -31,7 +31,7 @@ def check(
         yield style.head("other ways to break a law")
         for found in others:
             how = _how(found.finding, found.parties, found.scene)
-            yield from wrap(f"{how}: {found.evidence}", f"  {found.law:<16} ")
+            yield from style.wrap(f"{how}: {found.evidence}", f"  {found.law:<16} ")
     for found in report.findings if verbose else _first(report):
         yield ""
         again = _again(report, found, folder, loads)
@@ -40,24 +40,40 @@ def check(
     if survived:
         yield ""
         yield style.head("aborts that the kernel survives")
-        yield from _survived(survived)
+        yield from _survived(survived, style)
     yield ""
-    yield from amount([report], explored)
+    yield from amount([report], explored, style)
     yield f"time: {report.seconds:.1f} s"
 
 
 def headline(report: Report, style: Style) -> str:
-    """``none on gunyah: refuted, 2 of 9 laws broken``."""
+    """``none on gunyah: refuted, 2 of 9 laws broken``, in one line."""
+    return style.head(_about(report)) + _EMPHASIS[report.verdict](style, _found(report))
+
+
+# In as many lines as it takes.
+def _headline(report: Report, style: Style) -> list[str]:
+    if len(_about(report) + _found(report)) <= style.width:
+        return [headline(report, style)]
+    return style.lead(_about(report), style.head, _found(report))
+
+
+def _about(report: Report) -> str:
+    return f"{report.design} on {report.hypervisor}: "
+
+
+def _found(report: Report) -> str:
     judged = list(report.laws.values())
-    broken = sum(law.verdict == "refuted" for law in judged)
-    what = f"{report.design} on {report.hypervisor}: "
     if report.verdict == "refuted":
-        return style.head(what) + style.bad(f"refuted, {broken} of {_laws(len(judged))} broken")
+        return f"refuted, {sum(law.verdict == 'refuted' for law in judged)} of {_laws(len(judged))} broken"
     if report.verdict == "holds":
-        return style.head(what) + style.good(f"holds, {_laws(len(judged))} kept")
+        return f"holds, {_laws(len(judged))} kept"
     if not report.limits:
-        return style.head(what) + style.doubt(f"holds, but nothing happened: it never was that {'; '.join(report.missing)}")
-    return style.head(what) + style.doubt("undetermined, nothing is proved: " + "; ".join(report.limits))
+        return f"holds, but nothing happened: it never was that {'; '.join(report.missing)}"
+    return f"undetermined, nothing is proved: {'; '.join(report.limits)}"
+
+
+_EMPHASIS = {"refuted": Style.bad, "holds": Style.good, "undetermined": Style.doubt}
 
 
 def _laws(count: int) -> str:
@@ -73,10 +89,10 @@ def _how(finding: Finding, parties: Sequence[str], scene: Scene | None) -> str:
 def _law(law: LawReport, style: Style) -> Iterator[str]:
     name = f"  {law.law:<16} "
     if law.finding is not None and law.parties is not None:
-        first, *rest = wrap(f"broken {_how(law.finding, law.parties, law.scene)}", name, " " * len(name))
+        first, *rest = style.wrap(f"broken {_how(law.finding, law.parties, law.scene)}", name)
         yield first.replace("broken", style.bad("broken"), 1)
         yield from rest
-        yield from wrap(law.evidence or "", " " * len(name))
+        yield from style.wrap(law.evidence or "", " " * len(name))
     elif law.verdict == "holds":
         yield f"{name}{style.good('kept')}"
     else:
@@ -93,7 +109,7 @@ def _first(report: Report) -> Iterator[Found]:
 
 
 # Of each law the shortest trace is saved, and no other.
-def _again(report: Report, found: Found, folder: str | None, loads: Sequence[str]) -> tuple[tuple[str, str], ...]:
+def _again(report: Report, found: Found, folder: str | None, loads: Sequence[str]) -> tuple[Command, ...]:
     if found.evidence != report.laws[found.law].evidence:
         return ()
     return commands(report.design, report.hypervisor, found.scene, found.parties, found.law, failures=report.failures,
@@ -104,47 +120,47 @@ def _others(report: Report) -> list[Found]:
     return [f for f in report.findings if f.evidence != report.laws[f.law].evidence]
 
 
-def _survived(survived: Sequence[Survived]) -> Iterator[str]:
+def _survived(survived: Sequence[Survived], style: Style) -> Iterator[str]:
     ways: dict[tuple[str, int, str], list[str]] = {}
     for event in survived:
         ways.setdefault((event.kind, event.stage, event.why), []).append(f"{event.party}'s {event.what}")
     for (kind, stage, why), who in ways.items():
-        yield from wrap(f"{' and '.join(who)}: {kind} at stage {stage}; {why}", "  ", "    ")
+        yield from style.wrap(f"{' and '.join(who)}: {kind} at stage {stage}; {why}", "  ", "    ")
 
 
-def amount(reports: Sequence[Report], explored: str) -> Iterator[str]:
+def amount(reports: Sequence[Report], explored: str, style: Style) -> Iterator[str]:
     """How much was explored, and what was not."""
     scenarios, states, transitions = (
         sum(getattr(r, what) for r in reports) for what in ("scenarios", "states", "transitions"))
-    yield from wrap(f"{explored}, {scenarios} scenario{'' if scenarios == 1 else 's'}, {injected(reports[0])}",
+    yield from style.wrap(f"{explored}, {scenarios} scenario{'' if scenarios == 1 else 's'}, {injected(reports[0])}",
                     "explored: ")
     yield f"          {states:,} states, {transitions:,} transitions"
     scenes = dict.fromkeys(scene for report in reports for scene in report.scenes)
     if len(scenes) > 1:
-        yield from wrap(", ".join(scenes), "scenes:   ")
-    yield from _refused(reports)
-    yield from _never(reports)
+        yield from style.wrap(", ".join(scenes), "scenes:   ")
+    yield from _refused(reports, style)
+    yield from _never(reports, style)
     for report in reports:
         for limit in report.limits:
-            yield f"limit: {report.design} on {report.hypervisor}: {limit}"
+            yield from style.wrap(f"{report.design} on {report.hypervisor}: {limit}", "limit: ")
 
 
 # What a verdict says nothing about, for it never happened.
-def _never(reports: Sequence[Report]) -> Iterator[str]:
+def _never(reports: Sequence[Report], style: Style) -> Iterator[str]:
     if len(reports) == 1 and reports[0].never:
-        yield from wrap("; ".join(reports[0].never), "never:    ")
+        yield from style.wrap("; ".join(reports[0].never), "never:    ")
     elif len(reports) > 1:
         for report in reports:
             if report.missing:
-                yield from wrap(f"{report.design} on {report.hypervisor}: {'; '.join(report.missing)}", "never:    ")
+                yield from style.wrap(f"{report.design} on {report.hypervisor}: {'; '.join(report.missing)}", "never:    ")
 
 
 # A kernel that a design will not work on: there is no file, and nothing can go wrong with it.
-def _refused(reports: Sequence[Report]) -> Iterator[str]:
+def _refused(reports: Sequence[Report], style: Style) -> Iterator[str]:
     scenes: dict[str, dict[str, list[str]]] = {}
     for report in reports:
         for scene in report.refused:
             scenes.setdefault(scene, {}).setdefault(report.design, []).append(report.hypervisor)
     for scene, designs in scenes.items():
         who = "; ".join(f"{design} on {', '.join(hypervisors)}" for design, hypervisors in designs.items())
-        yield from wrap(f"no file in scene {scene}: {who}", "refused:  ")
+        yield from style.wrap(f"no file in scene {scene}: {who}", "refused:  ")
