@@ -319,8 +319,8 @@ def test_commands_exist(command: str) -> None:
     _, verb, *rest = command.split()
     assert verb in VERBS
     printed = io.StringIO()
-    with redirect_stdout(printed), pytest.raises(SystemExit):
-        main([verb, "--help"])
+    with redirect_stdout(printed):
+        assert main([verb, "--help"]) == 0
     for word in rest:
         if word.startswith("-"):
             assert word.partition("=")[0] in printed.getvalue(), f"gmem {verb} has no {word}"
