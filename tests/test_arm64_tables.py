@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 
@@ -101,15 +100,13 @@ def test_other_granules(granule: Granule) -> None:
     assert box.buddy.free_pages == box.all
 
 
-def test_a_tebibyte_of_blocks_takes_milliseconds() -> None:
+def test_a_tebibyte_of_blocks_is_two_tables() -> None:
     ram = Ram(TIB)
     buddy = Buddy(ram, ram.base, 64 * MIB)
-    begin = time.perf_counter()
     one = PageTable(ram, buddy, 1)
     one.map(0, TIB, 0, BITS)
     two = PageTable(ram, buddy, 2, ia_bits=40, start_level=1, concatenated=2)
     two.map(0, TIB, 0, S2BITS)
-    assert time.perf_counter() - begin < 10
     assert len(one.tables) == 2
     assert not two.tables
     assert walk(ram, TIB - 8, "w", 1, Stage1(Tcr(), one.root, 0), Stage2(Vtcr(), two.root)).pa == TIB - 8

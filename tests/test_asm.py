@@ -208,7 +208,7 @@ def execute(source: str, **x: int) -> Cpu:
     for name, value in x.items():
         cpu.set_x(int(name[1:]), value)
     cpu.pc, cpu.sp = CODE, CODE + 0x8000
-    assert cpu.run(timeout=10) == Breakpoint(0)
+    assert cpu.run(timeout=300) == Breakpoint(0)
     return cpu
 
 

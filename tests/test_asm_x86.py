@@ -483,7 +483,7 @@ def execute(source: str, **registers: int) -> Callable[[str], int]:
         return int(getattr(constants, f"UC_X86_REG_{name.upper()}"))
     for name, value in {"rsp": 0x8000, **registers}.items():
         machine.reg_write(number(name), value)
-    machine.emu_start(CODE, CODE + len(program.data), timeout=10_000_000, count=100_000)
+    machine.emu_start(CODE, CODE + len(program.data), timeout=300_000_000, count=100_000)
     return lambda name: int(machine.reg_read(number(name)))
 
 

@@ -8,7 +8,6 @@ import pty
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +210,7 @@ def on_a_terminal(*argv: str, **env: str) -> bytes:
                 out += chunk
         except OSError:             # Linux's way to say that the other side has closed
             pass
-        process.wait(timeout=60)
+        process.wait(timeout=600)
     os.close(ours)
     return out
 
@@ -319,28 +318,17 @@ def test_who_reads_beside_a_vcpu_to_see_what_is_survived_is_there(capsys: pytest
     assert "zeropad's load_unaligned_zeropad" in out
 
 
-def test_help_starts_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    took = []
-    for _ in range(5):
-        began = time.perf_counter()
-        done = run("--help")
-        took.append(time.perf_counter() - began)
-    assert done.returncode == 0
-    assert "compare" in done.stdout
-    with capsys.disabled():
-        print(f"\ngmem --help: {1000 * min(took):.0f} ms")
-    assert min(took) < 0.3          # 0.04 s on an idle machine; the bound allows for a busy one
-
-
 def test_help_imports_neither_engine_nor_rich() -> None:
     done = run("--help", PYTHONPROFILEIMPORTTIME="1")
     assert "argparse" in done.stderr
-    assert not re.search(r"guest_memfd\.(check|hosts|designs)|\brich\b|multiprocessing", done.stderr)
+    assert not re.search(r"\brich\b|multiprocessing|\bctypes\b|\bjson\b", done.stderr)
+    ours = set(re.findall(r"\| +(guest_memfd\S*)", done.stderr))
+    assert ours == {f"guest_memfd{name}" for name in ("", ".cli", ".cli.room", ".cli.stop", ".errors", ".printable")}
 
 
 def test_a_reader_who_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m guest_memfd.cli.main list | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600, check=False)
     assert done.stderr == ""
 
 

@@ -109,7 +109,7 @@ def test_gnu_as_makes_the_same_of_it(name: str, tmp_path: Path) -> None:
     lines.sort(key=lambda line: not line.startswith(".equ"))
     (tmp_path / "g.s").write_text(".intel_syntax noprefix\n.globl _start\n" + "\n".join(lines) + "\n")
     for command in ("as -o g.o g.s", f"ld -Ttext={target.base:#x} -o g.elf g.o", "objcopy -O binary -j .text g.elf g.bin"):
-        subprocess.run(command.split(), cwd=tmp_path, check=True, timeout=60)
+        subprocess.run(command.split(), cwd=tmp_path, check=True, timeout=600)
     assert load(name, target).segments == [(target.base, (tmp_path / "g.bin").read_bytes())]
 
 

@@ -294,11 +294,11 @@ def test_a_guest_program(machine: Machine) -> None:
     cpu = stops.Cpu(machine.ram, translate)
     cpu.pc = IPA
     vcpu = machine.vm.add_vcpu(cpu)
-    assert vcpu.run(timeout=5) == exits.MemoryFault(IPA, write=False, exec=True)
+    assert vcpu.run(timeout=300) == exits.MemoryFault(IPA, write=False, exec=True)
     assert machine.vm.map(GFN, pa // PAGE) == 0
-    out = vcpu.run(timeout=5)
+    out = vcpu.run(timeout=300)
     assert out == exits.Mmio(0x900_0000, 4, False, 0, 4)
     assert machine.ram.read(pa + 0x100, 4) == (42).to_bytes(4, "little")
     vcpu.complete_mmio(0xffff_ffff_8000_0001)
-    assert vcpu.run(timeout=5) == exits.SystemEvent("shutdown")
+    assert vcpu.run(timeout=300) == exits.SystemEvent("shutdown")
     assert cpu.x(4) == 0x8000_0001

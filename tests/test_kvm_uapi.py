@@ -325,7 +325,7 @@ def test_the_clock_ends_everything(opened: Opened, source: str) -> None:
     vcpu = opened.load(source)
     began = time.monotonic()
     assert vcpu.run(0.1) == kvm_run.Intr()
-    assert 0.09 < time.monotonic() - began < 30
+    assert time.monotonic() - began > 0.09
 
 
 def test_immediate_exit(opened: Opened) -> None:

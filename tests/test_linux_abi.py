@@ -184,8 +184,8 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         pytest.skip("needs gcc" if GCC is None else f"needs {KVM_HEADER}")
     folder = tmp_path_factory.mktemp("abi")
     (folder / "rows.c").write_text(_source())
-    subprocess.run([GCC, "-o", folder / "rows", folder / "rows.c"], check=True, timeout=60)
-    out = subprocess.run([folder / "rows"], check=True, capture_output=True, text=True, timeout=10).stdout
+    subprocess.run([GCC, "-o", folder / "rows", folder / "rows.c"], check=True, timeout=600)
+    out = subprocess.run([folder / "rows"], check=True, capture_output=True, text=True, timeout=600).stdout
     return {name: int(value) for name, value in (line.split() for line in out.splitlines())}
 
 

@@ -20,7 +20,7 @@ REASON = no_guests() or ("" if shutil.which("gcc") else "needs gcc")
 @pytest.mark.skipif(bool(REASON), reason=REASON)
 def test_every_row_is_there() -> None:
     run = subprocess.run([sys.executable, BENCH, "--quick", "--rounds", "1", "--secret-pages", "2"], capture_output=True,
-                         text=True, timeout=120, check=False,
+                         text=True, timeout=600, check=False,
                          env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)})
     assert run.returncode == 0, run.stderr
     for row in ("create, close", "fallocate, a page", "punch, nothing", "fallocate and punch", "bind, unbind",

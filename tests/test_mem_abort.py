@@ -501,7 +501,7 @@ class Machine(FakeKernel):
         cpu.set_x(30, RETURN)
         cpu.pc = self.text.va(name)
         while True:
-            stop = cpu.run(timeout=10)
+            stop = cpu.run(timeout=300)
             assert isinstance(stop, Abort), stop
             if stop.pc == RETURN:
                 return cpu.x(0), cpu.x(1)

@@ -24,7 +24,7 @@ def run(pytester: pytest.Pytester, source: str, *options: str) -> pytest.RunResu
     pytester.makepyfile(source)
     more = () if INSTALLED else ("-p", "guest_memfd.testing.plugin")
     return pytester.runpytest_subprocess(*more, "-p", "no:cacheprovider", "-p", "no:xdist", "-rs", "--strict-markers",
-                                         *options, timeout=120)
+                                         *options, timeout=600)
 
 
 def shown(result: pytest.RunResult) -> str:

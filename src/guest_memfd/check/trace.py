@@ -25,6 +25,7 @@ from guest_memfd.errors import BadInput, TraceError
 from guest_memfd.hosts.host import Entries, Folio, Locked, Lookup, Primitive
 from guest_memfd.hosts.scene import Kernel, Scene, Slot
 from guest_memfd.laws import LAWS
+from guest_memfd.printable import printable
 
 SCHEMA = "guest-memfd-trace/3"
 """Name and version; the version changes when a field goes, or changes its meaning."""
@@ -202,7 +203,7 @@ def _sane(value: Any, depth: int) -> Any:
         return value
     if len(value) > _LONGEST:
         raise TraceError(f"has a string of {len(value)} characters; {_LONGEST} is the most")
-    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in value)
+    return printable(value, but="\n\t")
 
 
 # A string or a word (true, null) that the end of the file cuts in two is reported where it starts.

@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TextIO
 from guest_memfd.cli import room
 from guest_memfd.cli.stop import Stopped, stoppable
 from guest_memfd.errors import BadInput, GuestMemfdError, HostUnavailable, InternalError, UnknownName
+from guest_memfd.printable import printable
 
 VERBS = {
     "compare": "the table: designs x hypervisors x laws, what breaks in how many steps, and what each design costs",
@@ -175,7 +176,7 @@ def _fail(message: str, code: int) -> int:
 
 # Names and numbers that somebody else has chosen may hold control characters, and be of any length.
 def _shown(line: str) -> str:
-    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    line = printable(line)
     return line if len(line) <= LONGEST else f"{line[:LONGEST * 2 // 3]} ... {line[5 - LONGEST // 3:]}"
 
 

@@ -10,13 +10,14 @@ from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.hosts.linux.abi.kvm import PATH
 from guest_memfd.probe import report
+from guest_memfd.probe.against import Against, compare, read
 from guest_memfd.probe.survey import PARTS, Survey, survey
 from guest_memfd.report import json
 
 EXIT_CODES = """\
-exit codes: 0 nothing differs (rows that were skipped, and bugs that are present, included), 2 a row differs from what
-is expected of this kernel, 1 failure of gmem itself, 4 bad input, 5 neither KVM nor memfd_secret is here, or what
---kvm names is no KVM."""
+exit codes: 0 nothing differs (rows that were skipped, and bugs that are present, included), 2 a row differs from what is
+expected of this kernel, or something is worse than --against FILE, 1 failure of gmem itself, 4 bad input, 5 neither KVM
+nor memfd_secret is here, or what --kvm names is no KVM."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--row", metavar="GLOB,...", action="append",
                        help="rows of the behaviour table whose id matches (repeat, or a,b)")
     group.add_argument("--kvm", metavar="PATH", help=f"the device node of KVM, which must be one (default {PATH}, if there)")
+    group.add_argument("--against", metavar="FILE", help="say what has changed since a survey that --json has written, on "
+                       "another kernel perhaps; a row with another result, or a bug that has come back, exits 2")
     add_output(parser)
     parser.add_argument("--ktap", action="store_true", help="for test harnesses, as the kernel's tests report")
     parser.add_argument("-v", "--verbose", action="store_true", help="every row, and all there is to say about every bug")
@@ -40,15 +43,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise HostUnavailable(f"gmem probe asks a Linux kernel; this is {sys.platform}")
     globs = [glob.strip() for given in arguments.row or ("*",) for glob in given.split(",")]
     parts = _parts(arguments.part, arguments.row is not None)
+    old = None if arguments.against is None else read(arguments.against)
     with Output(arguments.output) as out:
         found = survey(arguments.kvm or PATH, parts=parts, globs=globs)
-        out.write(_text(arguments, found, out))
+        against = None if old is None else compare(arguments.against, old, report.as_json(found))
+        out.write(_text(arguments, found, against, out))
     has = found.offers.features
     if found.absent:
         raise HostUnavailable(f"neither KVM nor memfd_secret is here: {has.why('kvm')}; {has.why('secretmem')}")
     if arguments.kvm is not None and "kvm" not in has:
         raise HostUnavailable(f"--kvm {has.why('kvm')}")
-    return 2 if found.differing else 0
+    return 2 if found.differing or (against is not None and against.worse) else 0
 
 
 # To ask for rows is to ask for the behaviour table.
@@ -64,9 +69,10 @@ def _parts(given: str | None, rows: bool) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part in names)
 
 
-def _text(arguments: argparse.Namespace, found: Survey, out: Output) -> str:
+def _text(arguments: argparse.Namespace, found: Survey, against: Against | None, out: Output) -> str:
     if arguments.json:
-        return json.dump(report.as_json(found))
+        return json.dump(report.as_json(found) | ({} if against is None else report.against_json(against)))
     if arguments.ktap:
-        return "\n".join(report.as_ktap(found))
-    return "\n".join(report.as_text(found, out.style, verbose=arguments.verbose))
+        return "\n".join([*report.as_ktap(found), *(report.against_ktap(against) if against else ())])
+    return "\n".join([*report.as_text(found, out.style, verbose=arguments.verbose),
+                      *(report.against_text(against, out.style) if against else ())])

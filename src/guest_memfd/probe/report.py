@@ -6,13 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from guest_memfd.probe.bugs import VERDICTS, Found
+from guest_memfd.probe.against import Against
+from guest_memfd.probe.bugs import SEVERITIES, TRAP, VERDICTS, Found
 from guest_memfd.probe.row import Judged
-from guest_memfd.probe.survey import Survey
+from guest_memfd.probe.survey import SCHEMA, Survey
 from guest_memfd.report.style import Style
-
-SCHEMA = "guest-memfd-probe/1"
-"""Name and version of the JSON object."""
 
 ROW_VERDICTS = ("expected", "differs", "unknown", "skipped")
 
@@ -27,6 +25,9 @@ def as_json(found: Survey) -> dict[str, Any]:
         parts["behaviour"] = [_row(judged) for judged in found.behaviour]
     if "bugs" in found.parts:
         parts["known_bugs"] = [_bug(bug) for bug in found.bugs]
+        counts = Counter(bug.verdict for bug in found.bugs)
+        parts["bug_summary"] = {**{verdict: counts[verdict] for verdict in VERDICTS},
+                                "present_by_severity": dict(_severities(found))}
     left = {"descriptors": found.left.descriptors, "children": found.left.children, "mappings": found.left.mappings,
             "vms": found.left.vms, "direct_map_split_kb": dict(found.left.split)}
     return {**parts, "left": left, "seconds": round(found.seconds, 3)}
@@ -39,9 +40,29 @@ def _row(judged: Judged) -> dict[str, Any]:
 
 
 def _bug(found: Found) -> dict[str, Any]:
-    return {"id": found.bug.id, "title": found.bug.title, "verdict": found.verdict, "seen": found.seen,
-            "commit": found.bug.commit,
-            "means": found.bug.means}
+    return {"id": found.bug.id, "title": found.bug.title, "severity": found.bug.severity, "verdict": found.verdict,
+            "seen": found.seen, "commit": found.bug.commit, "means": found.bug.means}
+
+
+def against_json(against: Against) -> dict[str, Any]:
+    """What goes into the object besides, where there is an earlier survey."""
+    return {"against": {"file": against.file, "kernel": against.kernel, "worse": against.worse,
+                        "changes": [vars(change) for change in against.changes], "only_in_one": against.alone}}
+
+
+def _severities(found: Survey) -> Iterator[tuple[str, int]]:
+    for severity in SEVERITIES:
+        number = sum(bug.bug.severity == severity and bug.verdict == "present" for bug in found.bugs)
+        if number:
+            yield severity, number
+
+
+def _bug_summary(found: Survey) -> str:
+    counts = Counter(bug.verdict for bug in found.bugs)
+    kinds = ", ".join(f"{number} {severity}{'s' if number > 1 and severity != 'severe' else ''}"
+                      for severity, number in _severities(found))
+    said = [f"{counts[verdict]} {verdict}{f' ({kinds})' if verdict == 'present' and kinds else ''}" for verdict in VERDICTS]
+    return ", ".join(said)
 
 
 def _counts(found: Survey) -> Mapping[str, int]:
@@ -53,21 +74,46 @@ def _counts(found: Survey) -> Mapping[str, int]:
 
 
 def as_ktap(found: Survey) -> Iterator[str]:
-    """A test per row; bugs are told in diagnostics, since having one fails nothing that was expected."""
+    """A test per row and per known bug. A trap that is there is an expected failure, a bug or worse is a failure."""
     yield "KTAP version 1"
     if "offers" in found.parts:
         yield from (f"# {line}" for line in _offers(found.offers.facts))
-    yield from (f"# bug {bug.bug.id}: {bug.verdict}: {bug.seen}" for bug in found.bugs)
-    yield f"1..{len(found.behaviour)}"
+    yield f"1..{len(found.behaviour) + len(found.bugs)}"
     for number, judged in enumerate(found.behaviour, 1):
         if judged.verdict in ("differs", "unknown"):
             yield f"# {judged.row.says}"
             yield f"# result {judged.result}, expected {judged.expected or 'not known'}"
         directive = {"skipped": f" # SKIP {judged.why}", "unknown": f" # SKIP {judged.why}"}.get(judged.verdict, "")
         yield f"{'not ok' if judged.verdict == 'differs' else 'ok'} {number} {judged.row.id}{directive}"
-    counts = _counts(found)
-    yield (f"# Totals: pass:{counts['expected']} fail:{counts['differs']} xfail:0 xpass:0 "
-           f"skip:{counts['skipped'] + counts['unknown']} error:0")
+    for number, bug in enumerate(found.bugs, len(found.behaviour) + 1):
+        yield from _bug_test(number, bug)
+    if found.bugs:
+        yield f"# known bugs: {_bug_summary(found)}"
+    counts, bugs = _counts(found), Counter(map(_bug_result, found.bugs))
+    yield (f"# Totals: pass:{counts['expected'] + bugs['pass']} fail:{counts['differs'] + bugs['fail']} "
+           f"xfail:{bugs['xfail']} xpass:0 skip:{counts['skipped'] + counts['unknown'] + bugs['skip']} error:0")
+
+
+def against_ktap(against: Against) -> Iterator[str]:
+    """Diagnostics that follow, where there is an earlier survey."""
+    yield f"# against {against.file}, {against.kernel}: {_changed(against)}"
+    yield from (f"# {change.what} {change.id}: was {change.was}, is {change.now}" for change in against.changes)
+
+
+def _bug_result(bug: Found) -> str:
+    if bug.verdict == "present":
+        return "xfail" if bug.bug.severity == TRAP else "fail"
+    return "pass" if bug.verdict == "fixed" else "skip"
+
+
+def _bug_test(number: int, bug: Found) -> Iterator[str]:
+    result = _bug_result(bug)
+    if bug.verdict == "present":
+        yield f"# {bug.bug.severity}: {bug.bug.title}"
+        yield f"# {bug.seen}"
+        yield f"# for a VMM: {bug.bug.means}"
+    directive = {"xfail": f" # XFAIL {bug.bug.means}", "skip": f" # SKIP {bug.verdict}: {bug.seen}"}.get(result, "")
+    yield f"{'not ok' if result == 'fail' else 'ok'} {number} bug.{bug.bug.id}{directive}"
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -84,13 +130,29 @@ def as_text(found: Survey, style: Style, *, verbose: bool = False) -> Iterator[s
         yield style.head("behaviour") + f": {_summary(found)}"
         yield from _behaviour(found, style, verbose)
     if "bugs" in found.parts:
-        yield style.head("known bugs")
+        yield from style.lead("known bugs", style.head, f": {_bug_summary(found)}")
         said: set[str] = set()
         for bug in found.bugs:
             yield from _bug_lines(bug, style, verbose, again=bug.seen in said)
             said.add(bug.seen)
     first, *rest = style.wrap(f"{_left(found)}; {found.seconds:.1f} seconds", "left behind: ", "  ")
     yield from (first.replace("left behind", style.head("left behind"), 1), *rest)
+
+
+def against_text(against: Against, style: Style) -> Iterator[str]:
+    """What has changed since an earlier survey."""
+    yield from style.lead(f"against {against.file}", style.head, f" ({against.kernel}): {_changed(against)}")
+    for change in against.changes:
+        first, *rest = style.wrap(f"{change.id}: was {change.was}, is {change.now}", f"  {change.what:<5} ")
+        yield style.bad(first) if change.worse else first
+        yield from rest
+
+
+def _changed(against: Against) -> str:
+    what = Counter(change.what for change in against.changes)
+    said = [f"{number} {kind}{'s' if number > 1 else ''}" for kind, number in what.items()]
+    alone = f"; {against.alone} rows and bugs have an answer in one of them only" if against.alone else ""
+    return f"{', '.join(said) or 'nothing'} changed{alone}"
 
 
 def _offers(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -144,7 +206,8 @@ def _bug_lines(found: Found, style: Style, verbose: bool, again: bool) -> Iterat
     colour = {"present": style.bad, "fixed": style.good}.get(found.verdict, style.doubt)
     width = max(map(len, VERDICTS))
     indent = " " * (width + 3)
-    first, *rest = style.wrap(f"{found.bug.id}: {found.bug.title}", f"  {found.verdict:<{width}} ")
+    severity = f" ({found.bug.severity})" if verbose or found.verdict == "present" else ""
+    first, *rest = style.wrap(f"{found.bug.id}{severity}: {found.bug.title}", f"  {found.verdict:<{width}} ")
     yield first.replace(found.verdict, colour(found.verdict), 1)
     yield from rest
     label = "seen" if found.verdict in ("present", "fixed") else "why"

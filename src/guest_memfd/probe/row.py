@@ -60,10 +60,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a row: *result*, or the reason it could not be tried (*unfit*)."""
+    """What came of a row: *result*, or the reason it could not be tried (*unfit*). *late*: no answer came in time."""
 
     result: str | None = None
     unfit: str | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True)

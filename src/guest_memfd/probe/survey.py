@@ -21,6 +21,8 @@ from guest_memfd.probe.offers import Offers, look
 from guest_memfd.probe.row import Features, Judged, Outcome, Row, judge, missing
 from guest_memfd.probe.rows import ROWS
 
+SCHEMA = "guest-memfd-probe/1"
+"""Name and version of a survey as JSON."""
 PARTS = ("offers", "behaviour", "bugs")
 
 
