@@ -153,11 +153,11 @@ def _cloexec(here: Here) -> str:
     return f"{_inherited(shown)} a new guest_memfd {_closes(shown)} on exec"
 
 
-def _inherited(flags: str) -> str:
+def _inherited(flags: str | None) -> str:
     return "present:" if flags == "0x0" else "fixed:"
 
 
-def _closes(flags: str) -> str:
+def _closes(flags: str | None) -> str:
     return "is not closed" if flags == "0x0" else "is closed"
 
 
