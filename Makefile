@@ -17,7 +17,7 @@ compare: .venv/installed
 	@$(BIN)/gmem compare
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not long"
+	$(BIN)/python -m pytest -q -n 2 -m "not long"
 
 test-long: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 -m long

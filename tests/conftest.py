@@ -1,4 +1,4 @@
-"""What all tests share: a way to run Python as a process of its own, with the same places to import from."""
+"""What all tests share: a way to run Python as a process of its own, and which of them go to one worker."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+
+# A shell may export it, and then text would be wrapped otherwise than the pages show it.
+os.environ.pop("COLUMNS", None)
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -20,3 +24,17 @@ def python() -> Python:
                               env={**os.environ, "PYTHONPATH": places, **env})
 
     return run
+
+
+# Tests of one class share what takes seconds to make, so they go to one worker; all others go to whoever is free.
+# (xdist's groups do not work with pytest 9.2: xdist 3.8 puts them into an attribute that is not there any more.)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByClass(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = nodeid.partition("[")[0]
+            return name.rpartition("::")[0] if name.count("::") > 1 else nodeid
+
+    return ByClass(config, log)

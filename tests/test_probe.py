@@ -38,8 +38,6 @@ from guest_memfd.report.style import Style
 
 NO_KVM = no_kvm()
 needs_kvm = pytest.mark.skipif(bool(NO_KVM), reason=NO_KVM)
-one_worker = pytest.mark.xdist_group("survey")
-"""Tests that share `here_and_now`, which takes seconds."""
 NOWHERE = "/dev/kvm-that-is-not-there"
 
 
@@ -350,33 +348,64 @@ def here_and_now() -> Survey:
     return survey()
 
 
+# One class, so that one worker has them all (conftest.py): the survey takes seconds.
 @needs_kvm
-@one_worker
-def test_this_kernel_is_as_expected(here_and_now: Survey) -> None:
-    if SETTLED not in here_and_now.offers.features:
-        pytest.skip(here_and_now.offers.features.why(SETTLED))
-    differing = [(j.row.id, j.result, j.expected) for j in here_and_now.behaviour if j.verdict in ("differs", "unknown")]
-    assert differing == []
-    assert [j.why for j in here_and_now.behaviour if "our own failure" in j.why] == []
-    assert sum(j.verdict == "expected" for j in here_and_now.behaviour) >= 150
+class TestThisKernel:
+    def test_this_kernel_is_as_expected(self, here_and_now: Survey) -> None:
+        if SETTLED not in here_and_now.offers.features:
+            pytest.skip(here_and_now.offers.features.why(SETTLED))
+        differing = [(j.row.id, j.result, j.expected) for j in here_and_now.behaviour if j.verdict in ("differs", "unknown")]
+        assert differing == []
+        assert [j.why for j in here_and_now.behaviour if "our own failure" in j.why] == []
+        assert sum(j.verdict == "expected" for j in here_and_now.behaviour) >= 150
 
+    def test_nothing_is_left_behind(self, here_and_now: Survey) -> None:
+        assert here_and_now.left.nothing
 
-@needs_kvm
-@one_worker
-def test_nothing_is_left_behind(here_and_now: Survey) -> None:
-    assert here_and_now.left.nothing
+    def test_bugs_have_verdicts(self, here_and_now: Survey) -> None:
+        found = {each.bug.id: each for each in here_and_now.bugs}
+        assert [*found] == [bug.id for bug in BUGS]
+        assert all(each.verdict in bugs.VERDICTS and each.seen for each in found.values())
+        assert [each.seen for each in found.values() if "unexpected" in each.seen or "our own failure" in each.seen] == []
+        overflow = next(j for j in here_and_now.behaviour if j.row.id == "slot.offset-overflow")
+        if overflow.result is not None:
+            assert found["bind-offset-overflow"].verdict == {"ok": "present", "EINVAL": "fixed"}[overflow.result]
 
+    def test_json_has_its_schema(self, here_and_now: Survey) -> None:
+        found = json.loads(json.dumps(report.as_json(here_and_now)))
+        assert found["schema"] == "guest-memfd-probe/1"
+        assert {"kernel", "kvm", "vcpu", "memfd_secret", "page_sizes", "limits", "module_parameters", "direct_map_kb",
+                "hibernation", "transparent_hugepages", "not_here"} <= found["offers"].keys()
+        assert {"api_version", "capabilities", "guest_memfd_flags", "vm_types", "max_slots"} <= found["offers"]["kvm"].keys()
+        for each in found["behaviour"]:
+            assert [*each] == ["id", "says", "operation", "input", "result", "expected", "verdict", "why"]
+            assert each["verdict"] in report.ROW_VERDICTS
+            assert (each["verdict"] == "skipped") <= bool(each["why"])
+        for each in found["known_bugs"]:
+            assert [*each] == ["id", "title", "severity", "verdict", "seen", "commit", "means"]
+        assert found["summary"]["rows"] == len(found["behaviour"]) == sum(
+            found["summary"][verdict] for verdict in report.ROW_VERDICTS)
+        assert {"descriptors", "children", "mappings", "vms", "direct_map_split_kb"} == found["left"].keys()
 
-@needs_kvm
-@one_worker
-def test_bugs_have_verdicts(here_and_now: Survey) -> None:
-    found = {each.bug.id: each for each in here_and_now.bugs}
-    assert [*found] == [bug.id for bug in BUGS]
-    assert all(each.verdict in bugs.VERDICTS and each.seen for each in found.values())
-    assert [each.seen for each in found.values() if "unexpected" in each.seen or "our own failure" in each.seen] == []
-    overflow = next(j for j in here_and_now.behaviour if j.row.id == "slot.offset-overflow")
-    if overflow.result is not None:
-        assert found["bind-offset-overflow"].verdict == {"ok": "present", "EINVAL": "fixed"}[overflow.result]
+    def test_ktap_has_a_plan_and_a_line_per_row(self, here_and_now: Survey) -> None:
+        lines = [*report.as_ktap(here_and_now)]
+        tests = [line for line in lines if re.match(r"(not )?ok ", line)]
+        assert lines[0] == "KTAP version 1"
+        assert f"1..{len(tests)}" in lines
+        assert len(tests) == len(ROWS) + len(BUGS)
+        assert lines[-1].startswith("# Totals: pass:")
+        totals = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", lines[-1])}
+        assert sum(totals.values()) == len(tests)
+        assert totals["fail"] == sum(line.startswith("not ok") for line in tests)
+        assert totals["xfail"] == sum("# XFAIL" in line for line in tests)
+
+    def test_text_fits_and_verbose_shows_every_row(self, here_and_now: Survey) -> None:
+        brief = [*report.as_text(here_and_now, Style())]
+        long = [*report.as_text(here_and_now, Style(), verbose=True)]
+        assert max(map(len, brief)) <= 100
+        assert len(long) > 2 * len(ROWS) > len(brief)
+        assert all(any(f" {each.id}: " in line for line in long) for each in ROWS)
+        assert "\033[" in "\n".join(report.as_text(here_and_now, Style(colours=True)))
 
 
 @needs_kvm
@@ -614,25 +643,6 @@ def test_parts_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert [each["id"] for each in found["behaviour"]] == ["secret.flag-0x1", "secret.flag-0x10"][:len(found["behaviour"])]
 
 
-@needs_kvm
-@one_worker
-def test_json_has_its_schema(here_and_now: Survey) -> None:
-    found = json.loads(json.dumps(report.as_json(here_and_now)))
-    assert found["schema"] == "guest-memfd-probe/1"
-    assert {"kernel", "kvm", "vcpu", "memfd_secret", "page_sizes", "limits", "module_parameters", "direct_map_kb",
-            "hibernation", "transparent_hugepages", "not_here"} <= found["offers"].keys()
-    assert {"api_version", "capabilities", "guest_memfd_flags", "vm_types", "max_slots"} <= found["offers"]["kvm"].keys()
-    for each in found["behaviour"]:
-        assert [*each] == ["id", "says", "operation", "input", "result", "expected", "verdict", "why"]
-        assert each["verdict"] in report.ROW_VERDICTS
-        assert (each["verdict"] == "skipped") <= bool(each["why"])
-    for each in found["known_bugs"]:
-        assert [*each] == ["id", "title", "severity", "verdict", "seen", "commit", "means"]
-    assert found["summary"]["rows"] == len(found["behaviour"]) == sum(
-        found["summary"][verdict] for verdict in report.ROW_VERDICTS)
-    assert {"descriptors", "children", "mappings", "vms", "direct_map_split_kb"} == found["left"].keys()
-
-
 def test_vms_without_a_process_are_counted_where_debugfs_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(left, "DEBUGFS", tmp_path / "kvm")
     blind = left.count()
@@ -643,21 +653,6 @@ def test_vms_without_a_process_are_counted_where_debugfs_tells(monkeypatch: pyte
     (tmp_path / "kvm" / "1073741824-5").mkdir()                         # no process has such a number
     after = left.since(before)
     assert (after.vms, after.nothing, left.since(blind).vms) == (1, False, None)
-
-
-@needs_kvm
-@one_worker
-def test_ktap_has_a_plan_and_a_line_per_row(here_and_now: Survey) -> None:
-    lines = [*report.as_ktap(here_and_now)]
-    tests = [line for line in lines if re.match(r"(not )?ok ", line)]
-    assert lines[0] == "KTAP version 1"
-    assert f"1..{len(tests)}" in lines
-    assert len(tests) == len(ROWS) + len(BUGS)
-    assert lines[-1].startswith("# Totals: pass:")
-    totals = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", lines[-1])}
-    assert sum(totals.values()) == len(tests)
-    assert totals["fail"] == sum(line.startswith("not ok") for line in tests)
-    assert totals["xfail"] == sum("# XFAIL" in line for line in tests)
 
 
 def found_bugs(*verdicts: tuple[str, str]) -> Survey:
@@ -748,14 +743,3 @@ def test_against_itself_nothing_has_changed(tmp_path: Path, capsys: pytest.Captu
     old["behaviour"][0]["result"] = "ok"
     Path(file).write_text(json.dumps(old))
     assert gmem("--row", "create.size-0,create.null", "--against", file) == 2
-
-
-@needs_kvm
-@one_worker
-def test_text_fits_and_verbose_shows_every_row(here_and_now: Survey) -> None:
-    brief = [*report.as_text(here_and_now, Style())]
-    long = [*report.as_text(here_and_now, Style(), verbose=True)]
-    assert max(map(len, brief)) <= 100
-    assert len(long) > 2 * len(ROWS) > len(brief)
-    assert all(any(f" {each.id}: " in line for line in long) for each in ROWS)
-    assert "\033[" in "\n".join(report.as_text(here_and_now, Style(colours=True)))
