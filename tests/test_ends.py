@@ -58,8 +58,8 @@ def one_line(said: str) -> str:
 
 @pytest.mark.parametrize(("argv", "mib", "says"), [
     (["check", "library", "--parties", "vcpu,vmm,stop", "-j", "1"], 80, "no memory left to explore vcpu, vmm, stop"),
-    (["check", "library", "--hypervisor", "kvm", "--scene", "two-pages,crossed", "--parties", "vcpu,vmm,stop", "-j", "2"],
-     80, "no memory left to explore vcpu, vmm, stop"),
+    pytest.param(["check", "library", "--hypervisor", "kvm", "--scene", "two-pages,crossed", "--parties", "vcpu,vmm,stop",
+                  "-j", "2"], 80, "no memory left to explore vcpu, vmm, stop", marks=pytest.mark.long),
     (["check", "library", "--parties", "vcpu"], 30, "there is no memory left; fewer processes"),
     (["run", "hello"], 200, "no address range for RAM of 0x10000000 bytes"),
     (["run", "hello"], 370, "a CPU that executes on Unicorn needs"),
@@ -142,7 +142,8 @@ def busy(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM"])
+@pytest.mark.parametrize("name", [
+    pytest.param("SIGHUP", marks=pytest.mark.long), pytest.param("SIGINT", marks=pytest.mark.long), "SIGQUIT", "SIGTERM"])
 def test_a_signal_leaves_nothing_behind(busy: subprocess.Popen[str], tmp_path: Path, name: str) -> None:
     workers = children(busy.pid)
     assert [*tmp_path.iterdir()]
@@ -195,9 +196,9 @@ def test_what_is_ignored_stays_ignored(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("shell", [
-    '"$@" -o /dev/stdout >> log', '"$@" -o /proc/self/fd/1 >> log', '"$@" -o log >> log', '"$@" -o /dev/fd/5 5>> log',
+    '"$@" -o /dev/stdout >> log', '"$@" -o log >> log', '"$@" -o /dev/fd/5 5>> log',
     '"$@" -o "$PWD/link" >> log', '{ echo first; "$@" -o /dev/stdout; echo last; } > log',
-    'exec 6>>log; "$@" -o /proc/$$/fd/6',
+    pytest.param('exec 6>>log; "$@" -o /proc/$$/fd/6', marks=pytest.mark.long),
 ])
 def test_a_stream_is_written_and_not_replaced(tmp_path: Path, shell: str) -> None:
     log = tmp_path / "log"
@@ -433,7 +434,8 @@ def on_a_terminal(width: int, *argv: str, **env: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("argv", "uses"), [
-    (LOAD, 110), (["compare", "none", "library", "--parties", "vcpu,zeropad"], 110), (["check", "--help"], 90),
+    (LOAD, 110), (["check", "--help"], 90),
+    pytest.param(["compare", "none", "library", "--parties", "vcpu,zeropad"], 110, marks=pytest.mark.long),
 ])
 def test_text_is_as_wide_as_the_terminal(argv: list[str], uses: int) -> None:
     assert max(map(len, on_a_terminal(80, *argv))) <= 80

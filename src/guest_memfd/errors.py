@@ -9,7 +9,7 @@
     |   +-- TraceError         a trace file that cannot be read or does not fit
     +-- SyscallFailed          a system call or an ioctl returned -1; `errno` says why: exit code 4
     +-- Signalled              touching a mapping would have killed the process: SIGBUS or SIGSEGV: exit code 4
-    +-- HostUnavailable        the host asked for is not on this machine: exit code 5
+    +-- HostUnavailable        the host asked for is not on this machine, or there is no memory for it: exit code 5
     +-- InternalError          our own bug, please report it: exit code 1
 
     UserWarning
@@ -138,7 +138,7 @@ class Signalled(GuestMemfdError):
 
 
 class HostUnavailable(GuestMemfdError):
-    """The host asked for is not available here; the message says what is missing and how to get it."""
+    """The host asked for, or memory to explore in, is not available here; the message says what is missing and what helps."""
 
     exit_code = 5
 
