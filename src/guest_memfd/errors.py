@@ -138,7 +138,7 @@ class Signalled(GuestMemfdError):
 
 
 class HostUnavailable(GuestMemfdError):
-    """The host asked for, or memory to explore in, is not available here; the message says what is missing and what helps."""
+    """The host asked for, or memory to explore in, is not here; the message says what is missing and what helps."""
 
     exit_code = 5
 
