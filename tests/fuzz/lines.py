@@ -19,10 +19,11 @@ LONGEST = 400
 CODES = range(6)
 LISTS = ("designs", "laws", "parties", "scenes", "hypervisors", "guests", "scenarios")
 USUALLY = ("check", "list", "explain", "replay")
-VALUES = ("", "-", "--", "0", "-1", "1", "07", "1e3", "nan", "inf", "9" * 5000, "x" * 5000, "a,b", ",", "\x1b[31m",
-          "\udc80", "\u202e", "/", "/dev/null", ".", "no/such/file", "\n", "%s", "{}", "'", '"', "\\", "kvm,kvm")
+VALUES = ("", "-", "--", "0", "-1", "1", "07", "1e3", "nan", "inf", "9" * 5000, "x" * 5000, "a,b", ",",
+          "\x1b[31m", "\udc80", "\u202e", "/", "/dev/null", ".", "no/such/file", "\n", "%s", "{}", "'", '"', "\\", "kvm,kvm")
 OPTIONS = ("--hypervisor", "--scene", "--parties", "--scenario", "--law", "--failures", "--max-states", "--max-seconds",
-           "-j", "--jobs", "--json", "-o", "--quick", "--ktap", "-q", "-v", "--on", "--help", "--version", "--full", "-x", "--no-such")
+           "-j", "--jobs", "--json", "-o", "--quick", "--ktap", "-q", "-v", "--on", "--help", "--version", "--full", "-x",
+           "--no-such")
 
 
 class Lines(Kind):

@@ -27,7 +27,7 @@ ODD = (-1, 1, 7, PAGE - 1, PAGE + 1, 1 << 31, 1 << 32, 1 << 52, (1 << 63) - 1, 1
 EHWPOISON = 133
 DOCUMENTED = {
     errno.EAGAIN, errno.EBADF, errno.EBUSY, errno.EEXIST, errno.EFAULT, errno.EFBIG, errno.EINTR, errno.EINVAL, errno.EIO,
-    errno.ENODEV, errno.ENOENT, errno.ENOMEM, errno.EOPNOTSUPP, errno.EOVERFLOW, errno.EPERM, EHWPOISON,
+    errno.ENODEV, errno.ENOENT, errno.ENOMEM, errno.ENOTTY, errno.EOPNOTSUPP, errno.EOVERFLOW, errno.EPERM, EHWPOISON,
 }
 """errno values that a call may return at all."""
 
