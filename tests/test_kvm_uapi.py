@@ -320,6 +320,15 @@ def test_a_read_that_is_not_answered_finds_zeros(opened: Opened) -> None:
     assert vcpu.run(5) == kvm_run.Mmio(0x900_0000, 8, True, bytes(8))
 
 
+def test_an_answer_that_nobody_waits_for(opened: Opened) -> None:
+    vcpu = opened.load("_start: ldr x1, =0x09000000\n ldr x2, [x1]\n str x2, [x1]\n b _start\n")
+    refused(errno.EINVAL, vcpu.answer, b"\1")
+    vcpu.run(5)
+    vcpu.answer(b"\2")
+    assert vcpu.run(5) == kvm_run.Mmio(0x900_0000, 8, True, b"\2" + bytes(7))
+    refused(errno.EINVAL, vcpu.answer, b"\1")
+
+
 @pytest.mark.parametrize("source", ["_start: b _start", "_start: wfi\n b _start", "_start: mov x0, #0x7000000000\n br x0"])
 def test_the_clock_ends_everything(opened: Opened, source: str) -> None:
     vcpu = opened.load(source)

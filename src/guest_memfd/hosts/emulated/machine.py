@@ -1,7 +1,8 @@
 """One emulated arm64 machine: RAM, CPUs with their TLBs, EL2, and Linux on it. Rule of this file: parts, put together.
 
 Who changes what: the primitives (primitives/) act for Linux, drivers/ talk to EL2, hostcpu.py executes. The machine
-answers the questions that need several parts.
+answers the questions that need several parts. What a VMM calls - `open`, what it gives, `audit` - may be called from any
+thread. Whoever uses a part of the machine by itself while other threads are about does so inside of ``with machine.lock``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from guest_memfd.hosts.emulated.kernel.mm import SLOT, Mm
 from guest_memfd.hosts.emulated.kernel.module import Loader, Module, ModuleImage
 from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.kernel.text import KernelText
+from guest_memfd.hosts.emulated.lock import Turns
 from guest_memfd.hosts.emulated.ram import PAGE, Ram
 from guest_memfd.hosts.emulated.tracer import Tracer
 from guest_memfd.hosts.emulated.vm import Vm
@@ -95,6 +97,7 @@ class Machine:
 
     def __init__(self, name: str, config: Config = Config()) -> None:
         self.config, self.hypervisor = config, HYPERVISORS[name]
+        self.lock = Turns()
         if config.cpus < 1:
             raise BadInput(f"a machine needs a CPU, not {config.cpus}")
         if config.ram < 16 << 20:
@@ -180,19 +183,22 @@ class Machine:
         """
         from guest_memfd.hosts.emulated.dev import open_device
 
-        return open_device(self, path, design)
+        with self.lock:
+            return open_device(self, path, design)
 
     def audit(self) -> list[str]:
         """What has not come back, now that every VM and file is gone: see audit.py."""
         from guest_memfd.hosts.emulated.audit import audit
 
-        return audit(self)
+        with self.lock:
+            return audit(self)
 
     def stray_mappings(self) -> list[str]:
         """Which mappings lead to memory that is free, or that its file no longer holds, now: see stray.py."""
         from guest_memfd.hosts.emulated.stray import stray_mappings
 
-        return stray_mappings(self)
+        with self.lock:
+            return stray_mappings(self)
 
     # -- frames ------------------------------------------------------------------------------------------------------
 

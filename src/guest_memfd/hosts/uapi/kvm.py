@@ -214,7 +214,9 @@ class KvmVcpu(Owner, Protocol):
         """KVM_RUN; after *timeout* seconds a signal interrupts it. EINVAL for a vCPU that is not initialised."""
 
     def answer(self, data: bytes) -> None:
-        """Fill in what the last exit waits for: the data of an MMIO read, or a hypercall's result."""
+        """Fill in what the last exit waits for: the data of an MMIO read, or a hypercall's result. EINVAL when it waits for
+        nothing.
+        """
 
     def get_one_reg(self, reg: int) -> int:
         """KVM_GET_ONE_REG; ENOENT for a register that there is not, EPERM where the host may not look."""

@@ -56,6 +56,8 @@ _FIRST, _MOST, _SECONDS = 1 << 12, 1 << 24, 0.005
 # Bytes for code as Unicorn has translated it, which it takes at once and begins anew when they are full; its own choice is
 # 1 GiB. And bytes for all else that it asks for.
 _TRANSLATED, _SPARE = 32 << 20, 32 << 20
+# Translations between two looks at who waits: an instruction or more is executed in every run.
+_FILLS = 64
 _PERMISSION = {"r": 0, "w": 1, "x": 2}
 
 
@@ -115,6 +117,9 @@ class Cpu:
         self._seen: set[int] = set()                        # of these, the ones compared in this run
         self._fetched: dict[int, int] = {}                  # where this run's instructions come from, by page
         self._deadline: float | None = None
+        self._fills = 0                                     # of this run
+        self.kicked: Callable[[], bool] = lambda: False
+        """Whether `run` is to come back before its time, asked between slices."""
         self._forget()
 
     # -- registers -----------------------------------------------------------------------------------------------
@@ -200,7 +205,9 @@ class Cpu:
         access = self._access[kind]
         el = self.el
         try:
-            if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._fills += 1
+            late = self._deadline is not None and time.monotonic() >= self._deadline
+            if late or (self._fills % _FILLS == 0 and self.kicked()):
                 self._stop = Expired()
                 uc.emu_stop()
             pa, _size, *permissions = self.translate(va, access, el)
@@ -246,9 +253,10 @@ class Cpu:
     def run(self, timeout: float | None = None, instructions: int | None = None) -> Stop:
         """Execute until something stops it: *timeout* seconds, a number of *instructions*, or an exception.
 
-        What *translate* raises other than Fault leaves `run` as it is. Without either limit this may never return, but
-        always sees ^C.
+        What *translate* raises other than Fault leaves `run` as it is. Without either limit this may never return unless
+        it is `kicked`, but always sees ^C.
         """
+        self._fills = 0
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._seen.clear()
         self._fetched.clear()
@@ -271,7 +279,8 @@ class Cpu:
             if instructions is not None:
                 instructions -= count
             before, now = now, time.monotonic()
-            if self._deadline is not None and now >= self._deadline and instructions != 0:
+            late = self._deadline is not None and now >= self._deadline
+            if instructions != 0 and (late or self.kicked()):
                 return Expired()
             if now - before < _SECONDS and slice_ < _MOST:
                 slice_ *= 2

@@ -8,9 +8,11 @@ one doubleword are copied from and to the frame the instruction arrived at.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from errno import EBADF, EINVAL, EOPNOTSUPP
+from functools import wraps
 from stat import S_IFREG
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from guest_memfd.core.base import SHARED_PAGE
@@ -26,6 +28,7 @@ from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_H
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.kernel.page import Page
+    from guest_memfd.hosts.emulated.lock import Turns
     from guest_memfd.hosts.emulated.machine import Machine
     from guest_memfd.hosts.emulated.vm import Vm
 
@@ -124,8 +127,49 @@ class FileHost(EmulatedHost):
         return ran.signal or ran.reached[-1] & -PAGE
 
 
+# One call into the machine at a time; who is in a call holds the descriptor (fget()).
+def _call(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(self: Owned, *args: Any, **more: Any) -> Any:
+        with self._lock:
+            self._calls += 1
+            try:
+                return function(self, *args, **more)
+            finally:
+                self._calls -= 1
+                self._put()
+    return call
+
+
 class Owned(owned.Owned):
-    """Used after it has been given up, it is EBADF."""
+    """Used after it has been given up, it is EBADF. Every public method and property of a subclass is a call into its machine.
+
+    Calls from several threads are made one after the other. Given up while another thread is inside of a call, it goes when
+    that comes back.
+    """
+
+    _lock: Turns
+    _calls = 0
+    _released = False
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        for name, thing in list(vars(cls).items()):
+            if isinstance(thing, FunctionType) and not name.startswith("_"):
+                setattr(cls, name, _call(thing))
+            elif isinstance(thing, property) and thing.fget is not None:
+                setattr(cls, name, property(_call(thing.fget), thing.fset and _call(thing.fset), doc=thing.__doc__))
+
+    def close(self) -> None:
+        """Give it up; a second time changes nothing."""
+        with self._lock:
+            self.closed = True
+            self._put()
+
+    def _put(self) -> None:
+        if self.closed and not self._calls and not self._released:
+            self._released = True
+            self._release()
 
     def _in_use(self, call: str) -> None:
         if self.closed:
@@ -137,6 +181,7 @@ class Mapped(Owned):
 
     def __init__(self, file: GuestMemoryFile, offset: int, size: int) -> None:
         self.file, self.offset, self.size = file, offset, size
+        self._lock = file.machine.lock
 
     @property
     def address(self) -> int:
@@ -197,6 +242,7 @@ class GuestMemoryFile(Owned, ABC):
 
     def __init__(self, machine: Machine, library: Design, size: int, vm: Vm, shared: tuple[int, ...] = ()) -> None:
         self.machine, self.library, self.size = machine, library, size
+        self._lock = machine.lock
         self.host = self.make_host(vm, max(size // PAGE, 1))            # a file of no pages has one that nobody gets to
         self.mappings: list[Mapped] = []
         self._created(self.run(library.create(self.host.inode.size, shared)))

@@ -28,6 +28,7 @@ class Device(Owned):
         if issubclass(design, GuestmemRfc1):
             raise BadInput(f"design {design.name!r} has no conversion, so it cannot lend and take back for /dev/gunyah")
         self.machine, self.design = machine, design
+        self._lock = machine.lock
 
     @property
     def posted(self) -> bool:

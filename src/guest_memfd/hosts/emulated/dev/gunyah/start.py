@@ -147,7 +147,6 @@ def _boot(vm: VmFile, core: GuestCore) -> None:
 
 def populate(vm: VmFile, vcpu: VcpuFile) -> None:
     """The vCPU's resource ticket: its capability, once the Resource Manager has told of it."""
-    if vm.linux.handle is not None and vm.status in (VmState.READY, VmState.RUNNING):
-        caps = vm.linux.handle.vcpu_caps
-        if vcpu.index < len(caps):
-            vcpu.cap = caps[vcpu.index]
+    handle = vm.linux.handle
+    if handle is not None and vm.status in (VmState.READY, VmState.RUNNING) and vcpu.index < len(handle.vcpu_caps):
+        vcpu.give(handle.vcpu_caps[vcpu.index], handle.vcpus[vcpu.index].cpu)

@@ -6,6 +6,7 @@ The wait for an interrupt, which nobody here sends, ends as a signal ends it: -E
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from errno import EINTR, EINVAL, ENODEV
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,14 @@ from guest_memfd.hosts.emulated.gunyah import hypercalls as n
 from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, remap
 from guest_memfd.hosts.emulated.gunyah.rm.lifecycle import VmState
 from guest_memfd.hosts.emulated.gunyah.vcpu import Action, VcpuState
+from guest_memfd.hosts.emulated.lock import Turns
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.host import EAGAIN, ENOENT, EPERM
 from guest_memfd.hosts.uapi.gunyah import Exit, ResumeAction, VcpuRun, VmStatus
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.dev.gunyah.vm import VmFile
+    from guest_memfd.hosts.emulated.guestcore import GuestCore
 
 _SIGN = 1 << 63
 _WRITE, _EXECUTE = 1, 2
@@ -37,6 +40,7 @@ class VcpuFile(Owned):
 
     def __init__(self, vm: VmFile, index: int) -> None:
         self.vm, self.index = vm, index
+        self._lock, self._mutex = vm.machine.lock, Turns()
         self.page = VcpuRun()
         self.cap: int | None = None
         self.removed = False
@@ -49,7 +53,21 @@ class VcpuFile(Owned):
         self.vm.put()
 
     def run(self) -> Exit:
-        """VCPU_RUN."""
+        """VCPU_RUN; a second thread waits until the first has come back (vcpu->run_lock)."""
+        with ExitStack() as stack:
+            with self._lock.released():
+                stack.enter_context(self._mutex)
+            return self._run()
+
+    # Whether the guest is to come out: a signal, or somebody waits for the machine.
+    def _kicked(self) -> bool:
+        return bool(self._lock.wanted or self.page.immediate_exit)
+
+    def give(self, cap: int, core: GuestCore) -> None:
+        """The Resource Manager has told of the vCPU: its capability, and what executes it."""
+        self.cap, core.kicked = cap, self._kicked
+
+    def _run(self) -> Exit:
         call, vm = "VCPU_RUN", self.vm
         self._in_use(call)
         if self.removed:
@@ -65,6 +83,9 @@ class VcpuFile(Owned):
                 raise SyscallFailed(EINTR, call, "immediate_exit")
             if self._enter():
                 break
+            self._lock.give_way()
+            if vm.machine.dead is not None:
+                raise vm.machine.dead
         return self.page.exit
 
     # What user space made of the last MMIO exit.
@@ -116,7 +137,7 @@ class VcpuFile(Owned):
         if state == VcpuState.FAULT:
             self.vm.machine.log(f"Unknown vCPU state: {state:#x}")
             raise SyscallFailed(EINTR, "VCPU_RUN", f"the guest touched {data[0]:#x}, which is nothing; it never goes on")
-        if state == VcpuState.READY:
+        if state == VcpuState.READY and not self._kicked():
             raise SyscallFailed(EINTR, "VCPU_RUN", "a time slice is over, and a signal comes")
         return False
 

@@ -47,6 +47,7 @@ class VmFile(Owned):
 
     def __init__(self, device: Device) -> None:
         self.machine, self.posted = device.machine, device.posted
+        self._lock = self.machine.lock
         driver = self.machine.driver
         assert isinstance(driver, GunyahDriver)
         self.driver = driver

@@ -34,6 +34,7 @@ class System(Owned):
         if machine.hypervisor.module != "kvm":
             raise BadInput(f"a machine under {machine.hypervisor.name} has no /dev/kvm")
         self.machine, self.design = machine, design
+        self._lock = machine.lock
 
     def get_api_version(self) -> int:
         """KVM_GET_API_VERSION."""

@@ -7,7 +7,8 @@ waits for one waits until a signal comes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from errno import EFAULT, EINVAL, EIO, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from guest_memfd.hosts.emulated.arm64 import sysreg
 from guest_memfd.hosts.emulated.dev.file import Owned
 from guest_memfd.hosts.emulated.guestcore import GuestCore
 from guest_memfd.hosts.emulated.kvm import vcpu as exits
+from guest_memfd.hosts.emulated.lock import Turns
 from guest_memfd.hosts.emulated.pkvm import hypercalls as pkvm
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.host import EAGAIN
@@ -32,6 +34,8 @@ CALL = "KVM_RUN"
 _EVENTS = {"shutdown": uapi.SystemEventType.SHUTDOWN, "reset": uapi.SystemEventType.RESET}
 _SYSREGS = {regs.sys_reg(*encoding): name for name, encoding in sysreg.ENCODINGS.items()} | {regs.ELR_EL1: "ELR_EL1"}
 _FIELDS = {regs.PC: "pc", regs.PSTATE: "pstate", regs.SP_EL1: "sp"}
+_NAP = 0.01
+"""Seconds between two looks of a guest that waits."""
 _SAME_FAULT = 1000
 """How often a page that has been mapped may fault again at the same instruction before it is a bug of ours."""
 
@@ -45,7 +49,10 @@ class Vcpu(Owned):
 
     def __init__(self, vm: Vm, inner: exits.Vcpu, index: int, core: GuestCore) -> None:
         self.vm, self.inner, self.index, self.core = vm, inner, index, core
+        self._lock, self._mutex = vm.machine.lock, Turns()
         self.immediate_exit = False
+        """kvm_run.immediate_exit: while another thread has it set, `run` comes back with Intr, and does not begin."""
+        core.kicked = lambda: self._lock.wanted or self.immediate_exit
         self._waits: uapi.Exit | None = None            # the exit that `answer` is about
         self._answer = b""
         self._counts = {"exits": 0, "faults": 0, "mmio_exit_user": 0}
@@ -55,24 +62,34 @@ class Vcpu(Owned):
     # -- KVM_RUN -------------------------------------------------------------------------------------------------
 
     def run(self, timeout: float | None = None) -> uapi.Exit:
-        """KVM_RUN until an exit, or for *timeout* seconds; raises SyscallFailed(EIO) once the VM is dead, KernelPanic."""
-        self._in_use(CALL)
-        if self.vm.machine.dead is not None:
-            raise self.vm.machine.dead
-        if self.vm.vm.state != st.RUNNING:
-            raise SyscallFailed(EIO, CALL, "the VM is dead")
-        self._complete()
-        self._load()
-        self._has_run = True
-        end = None if timeout is None else time.monotonic() + timeout
-        while not self.immediate_exit and (end is None or time.monotonic() < end):
-            out = self.inner.run(None if end is None else max(end - time.monotonic(), 0))
-            self._counts["exits"] += 1
-            told = self._translate(out, end)
-            if told is not None:
-                self._waits = told
-                return told
-        return uapi.Intr()
+        """KVM_RUN until an exit, or for *timeout* seconds; raises SyscallFailed(EIO) once the VM is dead, KernelPanic.
+
+        A second thread waits until the first has come back (vcpu->mutex).
+        """
+        with self._alone(CALL):
+            self._load()
+            self._complete()
+            self._has_run = True
+            end = None if timeout is None else time.monotonic() + timeout
+            while not self.immediate_exit and (end is None or time.monotonic() < end):
+                out = self.inner.run(None if end is None else max(end - time.monotonic(), 0))
+                self._counts["exits"] += 1
+                told = self._translate(out, end)
+                if told is not None:
+                    self._waits = told
+                    return told
+                self._lock.give_way()
+                self._load()
+            return uapi.Intr()
+
+    # The vCPU's own ioctls, one at a time. Who waits for it is not in the way of others.
+    @contextmanager
+    def _alone(self, call: str) -> Iterator[str]:
+        with ExitStack() as stack:
+            with self._lock.released():
+                stack.enter_context(self._mutex)
+            self._in_use(call)
+            yield call
 
     # What user space gets to see; None: the guest goes on.
     def _translate(self, out: exits.Exit, end: float | None) -> uapi.Exit | None:
@@ -89,11 +106,16 @@ class Vcpu(Owned):
             case exits.InternalError(why):
                 return uapi.InternalError(why)
             case exits.Wfi():
-                if end is not None:
-                    time.sleep(max(end - time.monotonic(), 0))
+                self._sleep(end)
                 return uapi.Intr()
-            case _:
-                return uapi.Intr()
+            case _:                                             # its time is up, or it was kicked
+                return None
+
+    # Nobody sends interrupts: up to the end of the time, or until another thread wants it to come back.
+    def _sleep(self, end: float | None) -> None:
+        with self._lock.released():
+            while end is not None and not self.immediate_exit and (left := end - time.monotonic()) > 0:
+                time.sleep(min(left, _NAP))
 
     def _fault(self, ipa: int) -> uapi.Exit | None:
         vm, gfn = self.vm, ipa // PAGE
@@ -130,48 +152,60 @@ class Vcpu(Owned):
     # kvm_arch_vcpu_load(): hypercalls about a VM's pages go by the vCPU that EL2 has loaded.
     def _load(self) -> None:
         machine, handle = self.vm.machine, self.vm.vm.handle
+        if machine.dead is not None:
+            raise machine.dead
+        if self.vm.vm.state != st.RUNNING:
+            raise SyscallFailed(EIO, CALL, "the VM is dead")
         if machine.hypervisor.name != "pkvm" or machine.el2.loaded.get(0) is self.inner:
             return
         for call in ((pkvm.VCPU_PUT,), (pkvm.VCPU_LOAD, handle.handle, self.index)):
             machine.el2.hvc([pkvm.BASE + call[0], *call[1:]] + [0] * (18 - len(call)), 0)
 
     def answer(self, data: bytes) -> None:
-        """The data of the MMIO read that `run` came back with, or the hypercall's result; little-endian."""
+        """The data of the MMIO read that `run` came back with, or the hypercall's result; little-endian.
+
+        EINVAL when the last exit waits for nothing.
+        """
         self._in_use(CALL)
-        self._answer = data
+        match self._waits:
+            case uapi.Mmio(is_write=False) | uapi.HypercallExit():
+                self._answer = bytes(memoryview(data))
+            case _:
+                raise SyscallFailed(EINVAL, CALL, f"the last exit, {self._waits}, waits for nothing")
 
     def inject_external_abort(self) -> None:
         """KVM_SET_VCPU_EVENTS: the access that `run` came back with ends in an external abort, wherever it was to go."""
-        self._in_use("KVM_SET_VCPU_EVENTS")
-        if isinstance(self._waits, uapi.Mmio):
-            self.inner.abort_mmio()
-            self._waits = None
+        with self._alone("KVM_SET_VCPU_EVENTS"):
+            if isinstance(self._waits, uapi.Mmio):
+                self.inner.abort_mmio()
+                self._waits = None
 
     # -- registers, statistics -------------------------------------------------------------------------------------
 
     def get_one_reg(self, reg: int) -> int:
         """KVM_GET_ONE_REG: ENOENT; EPERM for a protected guest that has run."""
-        self._may_look("KVM_GET_ONE_REG", reg)
-        if reg in regs.X:
-            return self.core.x(regs.X.index(reg))
-        if reg in _FIELDS:
-            return int(getattr(self.core, _FIELDS[reg]))
-        return self.core.sysreg(_SYSREGS[reg])
+        with self._alone("KVM_GET_ONE_REG") as call:
+            self._may_look(call, reg)
+            if reg in regs.X:
+                return self.core.x(regs.X.index(reg))
+            if reg in _FIELDS:
+                return int(getattr(self.core, _FIELDS[reg]))
+            return self.core.sysreg(_SYSREGS[reg])
 
     def set_one_reg(self, reg: int, value: int) -> None:
         """KVM_SET_ONE_REG; as `get_one_reg`."""
-        self._may_look("KVM_SET_ONE_REG", reg)
-        if _FIELDS.get(reg) == "pstate" and value & 0x1F not in _MODES:
-            raise SyscallFailed(EINVAL, "KVM_SET_ONE_REG", f"PSTATE {value:#x}: a guest is at EL0t, EL1t or EL1h")
-        if reg in regs.X:
-            self.core.set_x(regs.X.index(reg), value)
-        elif reg in _FIELDS:
-            setattr(self.core, _FIELDS[reg], value)
-        else:
-            self.core.set_sysreg(_SYSREGS[reg], value)
+        with self._alone("KVM_SET_ONE_REG") as call:
+            self._may_look(call, reg)
+            if _FIELDS.get(reg) == "pstate" and value & 0x1F not in _MODES:
+                raise SyscallFailed(EINVAL, call, f"PSTATE {value:#x}: a guest is at EL0t, EL1t or EL1h")
+            if reg in regs.X:
+                self.core.set_x(regs.X.index(reg), value)
+            elif reg in _FIELDS:
+                setattr(self.core, _FIELDS[reg], value)
+            else:
+                self.core.set_sysreg(_SYSREGS[reg], value)
 
     def _may_look(self, call: str, reg: int) -> None:
-        self._in_use(call)
         if reg not in regs.X and reg not in _FIELDS and reg not in _SYSREGS:
             raise SyscallFailed(ENOENT, call, f"register {reg:#x}")
         if self.vm.protected and self._has_run:

@@ -37,6 +37,7 @@ class Vm(Owned):
     def __init__(self, system: System, protected: bool) -> None:
         self.system = system
         self.machine: Machine = system.machine
+        self._lock = self.machine.lock
         self.design: type[Design] = system.design
         self.protected = protected
         self.slots = Slots(lambda file: isinstance(file, GuestMemfd) and file.owner is self)

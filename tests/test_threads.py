@@ -1,0 +1,208 @@
+"""Threads of a VMM: every call into a machine is one after the other, and a guest that loops is in nobody's way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+from threaded import NR, PAGE, Vmm, vmm
+
+from guest_memfd.errors import SyscallFailed
+from guest_memfd.hosts.emulated.arm64.asm import assemble
+from guest_memfd.hosts.emulated.dev.file import Owned
+from guest_memfd.hosts.emulated.lock import Turns
+from guest_memfd.hosts.emulated.machine import Config, Machine
+from guest_memfd.hosts.uapi import kvm_arm64, kvm_run
+from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
+
+pytest.importorskip("unicorn")
+
+HYPERVISORS = ("kvm", "pkvm", "gunyah")
+
+
+def live(made: Vmm, changes: int, seed: int) -> None:
+    made.run(changes, seed)
+    made.end()
+    assert made.done
+
+
+@pytest.mark.parametrize("vcpus", [1, 3])
+@pytest.mark.parametrize("name", HYPERVISORS)
+def test_memory_changes_while_guests_run(name: str, vcpus: int) -> None:
+    live(vmm(name, vcpus), 30, seed=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", HYPERVISORS)
+def test_memory_changes_for_long(name: str) -> None:
+    """GUEST_MEMFD_CHANGES: how many; 5,000 are most of a minute."""
+    live(vmm(name, 4), int(os.environ.get("GUEST_MEMFD_CHANGES", "5000")), seed=2)
+
+
+# -- one vCPU ----------------------------------------------------------------------------------------------------------
+
+BASE = 0x8000_0000
+
+
+class Looping:
+    """A guest of plain KVM that loops for ever, and a thread that runs it without a limit."""
+
+    def __init__(self, source: str = "_start: b _start") -> None:
+        self.machine = Machine("kvm", Config(ram=32 << 20))
+        self.vm = self.machine.open("/dev/kvm").create_vm()
+        self.file = self.vm.create_guest_memfd(NR * PAGE, SHARED)
+        self.vm.set_user_memory_region2(0, MemFlag.GUEST_MEMFD, BASE, NR * PAGE, guest_memfd=self.file)
+        with self.file.mmap() as mapping:
+            mapping.write(0, assemble(source, BASE, "test").data)
+        self.vcpu = self.vm.create_vcpu()
+        self.vcpu.set_one_reg(kvm_arm64.PC, BASE)
+        self.out: list[Any] = []
+        self.threads: list[threading.Thread] = []
+
+    def run(self) -> None:
+        """Another thread in KVM_RUN; it is inside when this returns."""
+        thread = threading.Thread(target=lambda: self.out.append(self.vcpu.run()), daemon=True)
+        self.threads.append(thread)
+        before = self.vcpu.statistics()["exits"]
+        thread.start()
+        while len(self.threads) == 1 and self.vcpu.statistics()["exits"] == before:
+            pass
+
+    def join(self) -> None:
+        """All of them come back."""
+        for thread in self.threads:
+            thread.join()
+
+
+def test_a_punch_gets_in_while_the_guest_loops() -> None:
+    guest = Looping()
+    guest.run()
+    guest.file.fallocate(1, PAGE, PAGE)
+    guest.file.punch_hole(PAGE, PAGE)
+    with guest.file.mmap() as mapping:
+        mapping.write(2 * PAGE, b"here")
+    assert not guest.out
+    guest.vcpu.immediate_exit = True
+    guest.join()
+    assert guest.out == [kvm_run.Intr()]
+
+
+def test_the_text_of_a_looping_guest_may_be_changed() -> None:
+    guest = Looping()
+    guest.run()
+    with guest.file.mmap() as mapping:
+        mapping.write(4, assemble("_start: movz x1, #0x0900, lsl #16\n str x1, [x1]", BASE, "test").data)
+        mapping.write(0, assemble("_start: nop", BASE, "test").data)
+    guest.join()
+    assert guest.out == [kvm_run.Mmio(0x900_0000, 8, True, (0x900_0000).to_bytes(8, "little"))]
+
+
+@pytest.mark.parametrize("source", ["_start: b _start", "_start: wfi\n b _start"])
+def test_a_thread_makes_another_come_back(source: str) -> None:
+    guest = Looping(source)
+    thread = threading.Thread(target=lambda: guest.out.append(guest.vcpu.run(1e6)), daemon=True)
+    thread.start()
+    guest.vcpu.immediate_exit = True
+    thread.join()
+    assert guest.out == [kvm_run.Intr()]
+
+
+def test_a_second_thread_waits_for_the_vcpu() -> None:
+    guest = Looping()
+    guest.run()
+    guest.run()
+    asked = threading.Thread(target=lambda: guest.out.append(guest.vcpu.get_one_reg(kvm_arm64.PC)), daemon=True)
+    asked.start()
+    guest.file.punch_hole(PAGE, PAGE)
+    assert not guest.out
+    guest.vcpu.immediate_exit = True
+    guest.join()
+    asked.join()
+    assert sorted(guest.out, key=str) == [BASE, kvm_run.Intr(), kvm_run.Intr()]
+
+
+def test_a_vcpu_that_is_closed_while_it_runs_goes_when_it_comes_back() -> None:
+    guest = Looping()
+    guest.run()
+    for owner in (guest.vcpu, guest.vm, guest.file):
+        owner.close()
+    assert [vm.vmid for vm in guest.machine.vms] == [1]
+    with pytest.raises(SyscallFailed, match="EBADF"):
+        guest.vcpu.answer(b"")
+    guest.vcpu.immediate_exit = True
+    guest.join()
+    assert guest.out == [kvm_run.Intr()]
+    assert not guest.machine.vms
+    assert guest.machine.audit() == []
+
+
+# -- the lock ----------------------------------------------------------------------------------------------------------
+
+
+def every(kind: type[Owned]) -> list[type[Owned]]:
+    return [kind, *(below for sub in kind.__subclasses__() for below in every(sub))]
+
+
+def test_every_call_of_every_object_of_a_device_takes_its_turn() -> None:
+    missed = [f"{kind.__name__}.{name}" for kind in every(Owned)[1:] for name, thing in vars(kind).items()
+              if not name.startswith("_") and callable(thing) and not hasattr(thing, "__wrapped__")]
+    assert missed == []
+
+
+def waits(lock: Turns, names: list[str], name: str) -> threading.Thread:
+    """A thread that waits for its turn, behind all that wait already."""
+    def take() -> None:
+        with lock, lock:
+            names.append(name)
+    before = len(lock._queue)
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    while len(lock._queue) == before:
+        pass
+    return thread
+
+
+def test_turns_are_taken_in_the_order_in_which_threads_came() -> None:
+    lock, names = Turns(), list[str]()
+    with lock, lock:
+        threads = [waits(lock, names, name) for name in "abc"]
+        assert lock.wanted
+        assert not names
+        lock.give_way()
+        assert names == ["a", "b", "c"]
+        lock.give_way()
+    for thread in threads:
+        thread.join()
+    assert not lock.wanted
+
+
+def test_a_signal_while_waiting_leaves_the_queue() -> None:
+    lock, names = Turns(), list[str]()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            done.wait()
+    holder = threading.Thread(target=hold, daemon=True)
+    holder.start()
+    held.wait()
+
+    def interrupt() -> None:
+        while not lock.wanted:
+            pass
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    killer = threading.Thread(target=interrupt, daemon=True)
+    killer.start()
+    with pytest.raises(KeyboardInterrupt), lock:
+        raise AssertionError("it is held")
+    assert not lock.wanted
+    thread = waits(lock, names, "next")
+    done.set()
+    for one in (holder, killer, thread):
+        one.join()
+    with lock:
+        assert names == ["next"]
