@@ -434,7 +434,7 @@ def test_capability_errors() -> None:
 
 
 def test_a_vm_without_capabilities_does_not_exist(m: Machine) -> None:
-    m.el2.cspace.limit = m.el2.cspace._live + 2
+    m.el2.cspace.limit = len(m.el2.cspace._entries) + 2
     before = m.snapshot()
     with pytest.raises(Refused) as refused:
         m.el2.create_vm("late")

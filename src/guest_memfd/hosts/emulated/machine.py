@@ -176,6 +176,14 @@ class Machine:
         """A VM that a device has made."""
         self._vms.append(vm)
 
+    def forget_vm(self, vm: Vm) -> None:
+        """It has been destroyed: nobody executes it, or finds it, any more."""
+        vm.state = st.GONE
+        if vm in self._vms:
+            self._vms.remove(vm)
+            for core in (vcpu.cpu for vcpu in vm.handle.vcpus if vcpu.cpu is not None):
+                core.release()
+
     def open(self, path: str, design: str = "library") -> Any:
         """open(2) of a device; what is behind it is served by *design*. Raises SyscallFailed(ENOENT), UnknownName.
 
@@ -339,4 +347,4 @@ class Machine:
     @property
     def vms(self) -> Sequence[Vm]:
         """VMs that have not been destroyed."""
-        return [vm for vm in self._vms if vm.state != st.GONE]
+        return self._vms

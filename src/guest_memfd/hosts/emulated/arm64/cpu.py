@@ -122,6 +122,15 @@ class Cpu:
         """Whether `run` is to come back before its time, asked between slices."""
         self._forget()
 
+    def release(self) -> None:
+        """Give Unicorn's instance back, megabytes of memory; the CPU is of no use afterwards."""
+        # The object is part of a cycle of ctypes', which the collector may find much later. Closed without it, the handle,
+        # which the object's finalizer has as well, is cleared.
+        handle = self._uc._uch
+        self._uc.release_handle(handle)
+        handle.value = None
+        del self._uc
+
     # -- registers -----------------------------------------------------------------------------------------------
 
     def x(self, n: int) -> int:

@@ -142,7 +142,7 @@ def _call(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Owned(owned.Owned):
-    """Used after it has been given up, it is EBADF. Every public method and property of a subclass is a call into its machine.
+    """Used after it has been given up, it is EBADF. Every public method and property is a call into the machine.
 
     Calls from several threads are made one after the other. Given up while another thread is inside of a call, it goes when
     that comes back.

@@ -79,4 +79,5 @@ class KvmDriver(KvmGuests):
     def vm_destroyed(self, vm: Vm) -> None:
         """kvm_free_stage2_pgd()."""
         vm.handle.destroy()
+        del self.el2.vms[vm.vmid]
         self.machine.kernel_pages.free(vm.handle.pgt.root, (first_tables() - 1).bit_length())

@@ -57,31 +57,27 @@ class CapabilitySpace:
 
     def __init__(self, limit: int = 65536) -> None:
         self.limit = limit
-        self._entries: dict[int, _Entry | None] = {}
-        self._live = 0
+        self._entries: dict[int, _Entry] = {}
         self._next = _FIRST
 
     def grant(self, thing: object, rights: int) -> int:
         """A new capability; raises Refused(CSPACE_FULL)."""
-        if self._live == self.limit:
+        if len(self._entries) == self.limit:
             raise Refused(GunyahError.CSPACE_FULL, f"{self.limit} capabilities are in use")
         cap = self._next
         self._next += 1
-        self._live += 1
         self._entries[cap] = _Entry(thing, int(rights))
         return cap
 
     def revoke(self, cap: int) -> None:
-        """The number stays known, and answers CAP_REVOKED from now on."""
-        if self._entries.get(cap) is not None:
-            self._live -= 1
-            self._entries[cap] = None
+        """The number is never used again, and answers CAP_REVOKED from now on."""
+        self._entries.pop(cap, None)
 
     def lookup(self, cap: int, kind: type[T], rights: int) -> T:
         """The object behind *cap*; raises Refused: CAP_NULL, CAP_REVOKED, WRONG_OBJECT_TYPE, INSUFFICIENT_RIGHTS."""
-        if cap not in self._entries:
+        if not _FIRST <= cap < self._next:
             raise Refused(GunyahError.CSPACE_CAP_NULL, f"no capability {cap:#x}")
-        entry = self._entries[cap]
+        entry = self._entries.get(cap)
         if entry is None:
             raise Refused(GunyahError.CSPACE_CAP_REVOKED, f"capability {cap:#x} was revoked")
         if not isinstance(entry.thing, kind):

@@ -6,7 +6,8 @@ KVM picks as few levels as 16 concatenated first tables allow: 40 bits of IPA st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from itertools import chain
 
 from guest_memfd.hosts.emulated.arm64.registers import Vtcr
 from guest_memfd.hosts.emulated.arm64.tables import PageTable
@@ -18,6 +19,15 @@ from guest_memfd.hosts.emulated.ram import PAGE, Ram
 
 IPA_BITS = 40
 _ORDERS = (0, 9, 18)
+
+
+LAST_VMID = (1 << 16) - 1
+"""VTTBR_EL2 has 16 bits for it (FEAT_VMID16); 0 is the host's."""
+
+
+def next_vmid(last: int, used: Container[int]) -> int:
+    """The first VMID behind *last*, from 1 on again after `LAST_VMID`, that is not *used*."""
+    return next(vmid for vmid in chain(range(last + 1, LAST_VMID + 1), range(1, last + 1)) if vmid not in used)
 
 
 def first_tables(ipa_bits: int = IPA_BITS) -> int:

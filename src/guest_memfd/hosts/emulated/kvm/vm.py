@@ -12,7 +12,7 @@ from guest_memfd.hosts.emulated.arm64.fault import Fault
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
 from guest_memfd.hosts.emulated.arm64.walk import Stage2
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
-from guest_memfd.hosts.emulated.kvm.guest import IPA_BITS, GuestStage2
+from guest_memfd.hosts.emulated.kvm.guest import IPA_BITS, GuestStage2, next_vmid
 from guest_memfd.hosts.emulated.kvm.pgtable import TableSource, leaf_attributes
 from guest_memfd.hosts.emulated.kvm.vcpu import GuestCpu, Vcpu
 from guest_memfd.hosts.emulated.pkvm.host_stage2 import Inject
@@ -75,12 +75,14 @@ class Kvm:
 
     def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb]) -> None:
         self.ram, self.source, self.tlbs = ram, source, list(tlbs)
-        self._vmids = 0
+        self.vms: dict[int, Vm] = {}
+        self._last = 0
 
     def create_vm(self, bound: Callable[[int], bool], ipa_bits: int = IPA_BITS) -> Vm:
         """KVM_CREATE_VM; raises OutOfMemory without a first table."""
-        self._vmids += 1
-        return Vm(self.ram, self.source, self.tlbs, self._vmids, bound, ipa_bits)
+        self._last = next_vmid(self._last, self.vms)
+        vm = self.vms[self._last] = Vm(self.ram, self.source, self.tlbs, self._last, bound, ipa_bits)
+        return vm
 
     def stage2(self) -> Stage2 | None:
         """The host has none."""

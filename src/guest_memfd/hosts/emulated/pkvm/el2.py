@@ -12,7 +12,7 @@ from guest_memfd.hosts.emulated.arm64.access import Transfer
 from guest_memfd.hosts.emulated.arm64.fault import Fault
 from guest_memfd.hosts.emulated.arm64.tlb import Tlb
 from guest_memfd.hosts.emulated.arm64.walk import Stage2
-from guest_memfd.hosts.emulated.kvm.guest import IPA_BITS, first_tables
+from guest_memfd.hosts.emulated.kvm.guest import IPA_BITS, first_tables, next_vmid
 from guest_memfd.hosts.emulated.kvm.pgtable import TableSource
 from guest_memfd.hosts.emulated.pkvm import hypercalls, transitions
 from guest_memfd.hosts.emulated.pkvm.annotation import Owner, Release
@@ -39,7 +39,7 @@ class El2:
         self.host = HostStage2(ram, source, tlbs, regions or [Region(ram.base, ram.size)], pa_bits, release)
         self.vms: dict[int, Vm] = {}
         self.loaded: dict[int, PkvmVcpu] = {}
-        self._created = 0
+        self._created = self._last = 0
         for base, size in reserved:
             self._reserve(base >> PAGE_SHIFT, size >> PAGE_SHIFT)
 
@@ -77,7 +77,8 @@ class El2:
         if pgd % (nr * PAGE) or transitions.donate_hyp(self, pgd >> PAGE_SHIFT, nr):
             raise BadInput(f"{nr} pages at {pgd:#x} cannot become first-level tables of a VM")
         self._created += 1
-        vm = Vm(self, _FIRST_HANDLE + self._created - 1, self._created, pgd, protected, bound, ipa_bits)
+        self._last = next_vmid(self._last, {vm.vmid for vm in self.vms.values()})
+        vm = Vm(self, _FIRST_HANDLE + self._created - 1, self._last, pgd, protected, bound, ipa_bits)
         self.vms[vm.handle] = vm
         return vm
 

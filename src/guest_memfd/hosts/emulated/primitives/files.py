@@ -193,8 +193,8 @@ class Files(GuestSide):
         """
         if self.vm.gpc_readers:
             self.wait()
-        self.vm.state = st.GONE
         self.machine.driver.vm_destroyed(self.vm)
+        self.machine.forget_vm(self.vm)
         self.vm.gpc, self.vm.gpc_fresh = None, False
         self.module_put()
 

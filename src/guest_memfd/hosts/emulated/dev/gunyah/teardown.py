@@ -96,4 +96,6 @@ def _reset(vm: VmFile) -> None:
     if ret:
         warn(vm, f"VMID {vm.vmid:#x} cannot be given back")
         return
-    vm.linux.state, vm.linux.handle = st.GONE, None
+    vm.machine.forget_vm(vm.linux)
+    vm.linux.handle = None
+    vm.rm.forget(vm.vmid)

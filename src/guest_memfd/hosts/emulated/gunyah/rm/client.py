@@ -65,6 +65,12 @@ class RmClient:
                 self._noted(Notification(message.id, message.body))
         return [message for message in found if message.type != MessageType.NOTIFICATION]
 
+    def forget(self, vmid: int) -> None:
+        """The VMID has been given back: what has been told of its VM is of no more interest."""
+        self.notifications = [n for n in self.notifications
+                              if n.id not in (Id.VM_STATUS, Id.VM_EXITED) or struct.unpack_from("<H", n.body)[0] != vmid]
+        self.status.pop(vmid, None)
+
     def _noted(self, notification: Notification) -> None:
         self.notifications.append(notification)
         if notification.id == Id.VM_STATUS:
