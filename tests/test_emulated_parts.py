@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from guest_memfd.hosts.emulated.arm64.tlb import Tlb
 from guest_memfd.hosts.emulated.buddy import Buddy, OutOfMemory
 from guest_memfd.hosts.emulated.kernel.inode import Inode
 from guest_memfd.hosts.emulated.kernel.maple import MapleTree
-from guest_memfd.hosts.emulated.kernel.mm import SLOT, Mm
+from guest_memfd.hosts.emulated.kernel.mm import CHUNK, FIRST, FileMapping, Mm
 from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.machine import Config, Machine
 from guest_memfd.hosts.emulated.ram import PAGE, BusError, Ram
@@ -150,12 +151,84 @@ def test_vmas_share_entries_and_lose_them_with_the_last() -> None:
     assert inode.mapping is not None
     inode.mapping.insert(2, ram.base + 5 * PAGE)
     assert inode.mapping.lookup(2) == ram.base + 5 * PAGE
-    assert [slot * SLOT for slot in inode.mapping.vmas] == [SLOT, 2 * SLOT]
+    assert [vma.address for vma in inode.mapping.vmas] == [FIRST, FIRST + CHUNK * PAGE]
     mm.munmap(inode)
     assert inode.mapping.lookup(2) == ram.base + 5 * PAGE
     mm.munmap(inode)
     assert inode.mapping is None
     assert source.free_pages == free
+
+
+class Space:
+    """An address space in 32 MiB, and a file of 4 GiB."""
+
+    def __init__(self) -> None:
+        self.ram = Ram(32 * MIB)
+        self.source = Buddy(self.ram, self.ram.base, self.ram.size)
+        self.mm = Mm(self.ram, self.source, [Tlb()], vmid=0)
+        self.free, self.inode = self.source.free_pages, Inode(1 << 20, "kvm")
+
+    @property
+    def mapping(self) -> FileMapping:
+        assert self.inode.mapping is not None
+        return self.inode.mapping
+
+
+def test_an_entry_goes_with_the_last_vma_that_shows_it() -> None:
+    space = Space()
+    pa = space.ram.base
+    for window in ((0, 4), (2, 4), (1000, 2), (1001, 1)):
+        space.mm.mmap(space.inode, *window)
+    for index in (1, 3, 1000, 1001):
+        space.mapping.insert(index, pa + index * PAGE)
+    assert [vma.va(vma.start) % (2 * MIB) for vma in space.mapping.vmas] == [0, 2 * PAGE, 488 * PAGE, 489 * PAGE]
+    assert all(space.mm.find(vma.va(vma.start)) == (space.inode, vma.start) for vma in space.mapping.vmas)
+    space.mm.munmap(space.inode, (0, 4))
+    assert sorted(space.mapping.present) == [3, 1000, 1001]
+    space.mm.munmap(space.inode, (1000, 2))
+    assert sorted(space.mapping.present) == [3, 1001]
+    assert space.mapping.lookup(1000) is None
+    space.mm.munmap(space.inode)
+    space.mm.munmap(space.inode)
+    assert space.inode.mapping is None
+    assert space.source.free_pages == space.free
+    assert space.mm.find(FIRST) is None
+
+
+@pytest.mark.parametrize("failing", range(8))
+def test_want_of_tables_leaves_nothing_behind(failing: int) -> None:
+    space = Space()
+    space.mm.mmap(space.inode, 0, 1)
+    space.mm.mmap(space.inode, 0, 1 << 19)                  # 2 GiB, so that the third is below another table
+    space.mm.mmap(space.inode, 0, 1)
+    before = space.source.free_pages
+    space.source.fail_at(failing)
+    try:
+        space.mapping.insert(0, space.ram.base)
+    except OutOfMemory:
+        assert space.source.free_pages == before
+        assert space.mapping.lookup(0) is None
+        space.mapping.insert(0, space.ram.base)
+    space.source.fail_at(failing)
+    with suppress(OutOfMemory):
+        space.mm.mmap(space.inode, 0, 1 << 19)
+    space.source.fail_at(None)
+    while space.inode.mapping is not None:
+        space.mm.munmap(space.inode)
+    assert space.source.free_pages == space.free
+
+
+def test_address_space_is_used_again_when_all_of_it_has_been() -> None:
+    space = Space()
+    size = 1 << 35                                          # pages: half of what there is, and a bit
+    for _ in range(4):
+        space.mm.mmap(space.inode, 0, size)
+        space.mm.mmap(space.inode, 0, 1)
+        space.mm.munmap(space.inode, (0, size))
+    with pytest.raises(OutOfMemory, match="address space"):
+        space.mm.mmap(space.inode, 0, 1 << 36)
+    assert len(space.mapping.vmas) == 4
+    assert len({vma.base for vma in space.mapping.vmas}) == 4
 
 
 @pytest.mark.parametrize("hypervisor", ["kvm", "pkvm", "gunyah"])

@@ -17,6 +17,7 @@ from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.hosts.emulated.arm64.asm import assemble
 from guest_memfd.hosts.emulated.dev.kvm import System
+from guest_memfd.hosts.emulated.kernel import mm
 from guest_memfd.hosts.emulated.machine import Config, Machine
 from guest_memfd.hosts.host import Bound, Steps
 from guest_memfd.hosts.uapi import kvm, kvm_arm64, kvm_run
@@ -235,6 +236,111 @@ def test_slots_that_are_refused(opened: Opened, what: dict[str, Any], code: int)
     file = opened.vm.create_guest_memfd(4 * PAGE, MMAP)
     refused(code, opened.bind, **{"file": file, "size": 4 * PAGE, **what})
     opened.bind(file, 4 * PAGE)
+
+
+LAST_BYTE = (1 << 63) - 1
+
+
+@pytest.mark.parametrize(("mode", "offset", "nr", "code"), [
+    (1, -PAGE, PAGE, errno.EINVAL), (1, 0, -PAGE, errno.EINVAL), (0x100, 0, 0, errno.EINVAL),
+    (0x100, PAGE, LAST_BYTE, errno.EOPNOTSUPP), (2, PAGE, LAST_BYTE, errno.EOPNOTSUPP),
+    (9, PAGE, LAST_BYTE, errno.EOPNOTSUPP), (0, 1, LAST_BYTE, errno.EFBIG), (8, PAGE, LAST_BYTE, errno.EFBIG),
+    (0x11, PAGE, LAST_BYTE, errno.EFBIG),
+    (3, PAGE, LAST_BYTE + 1 - PAGE, errno.EFBIG), (0, 0, PAGE, errno.EOPNOTSUPP), (0x11, 0, PAGE, errno.EOPNOTSUPP),
+])
+def test_what_the_vfs_looks_at_before_the_file_does(opened: Opened, mode: int, offset: int, nr: int, code: int) -> None:
+    refused(code, opened.vm.create_guest_memfd(PAGE, SHARED).fallocate, mode, offset, nr)
+
+
+@pytest.mark.parametrize(("offset", "nr", "code"), [
+    (1, PAGE, errno.EINVAL), (0, 0, errno.EINVAL), (-PAGE, PAGE, errno.EOVERFLOW), (0, 1 << 48, errno.ENOMEM),
+    (-PAGE, 1 << 48, errno.ENOMEM), (LAST_BYTE + 1 - PAGE, 1, errno.EOVERFLOW),
+    (LAST_BYTE + 1 - 2 * PAGE, PAGE, errno.ENODEV),
+])
+def test_what_mmap_looks_at_before_the_file_does(opened: Opened, offset: int, nr: int, code: int) -> None:
+    refused(code, opened.vm.create_guest_memfd(PAGE).mmap, offset, nr)
+
+
+def test_a_process_has_so_many_mappings(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mm, "MAX_VMAS", 300)
+    file = opened.vm.create_guest_memfd(2 * PAGE, SHARED)
+    mappings = [file.mmap(n % 2 * PAGE, PAGE) for n in range(300)]
+    refused(errno.ENOMEM, file.mmap)
+    mappings[0].write(0, b"first")
+    assert mappings[298].read(0, 5) == b"first"
+    assert mappings[299].read(0, 5) == bytes(5)
+    mappings.pop(0).close()
+    file.mmap().close()
+    assert mappings[-1].read(0, 5) == bytes(5)
+    for mapping in mappings:
+        mapping.close()
+    file.close()
+    opened.vm.close()
+    opened.ends()
+
+
+@pytest.mark.long
+def test_as_many_mappings_as_linux_allows() -> None:
+    opened = Opened("kvm")
+    file = opened.vm.create_guest_memfd(PAGE, SHARED)
+    mappings = [file.mmap() for _ in range(65530)]
+    refused(errno.ENOMEM, file.mmap)
+    mappings[-1].write(0, b"last")
+    assert mappings[0].read(0, 4) == b"last"
+    for mapping in mappings:
+        mapping.close()
+    file.close()
+    opened.vm.close()
+    opened.ends()
+
+
+@pytest.mark.parametrize("size", [1 << 47, 1 << 62])
+def test_a_page_of_a_huge_file_is_mapped(opened: Opened, size: int) -> None:
+    file = opened.vm.create_guest_memfd(size, SHARED)
+    for offset in (0, size // 2, size - PAGE):
+        with file.mmap(offset, PAGE) as one, file.mmap(offset, PAGE) as other:
+            one.write(8, b"here")
+            assert other.read(8, 4) == b"here"
+        file.punch_hole(offset, PAGE)
+    file.close()
+    opened.vm.close()
+    opened.ends()
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 63, 1 << 64, -(1 << 63) - 1])
+def test_numbers_that_are_none_of_a_kernels(opened: Opened, value: int) -> None:
+    vm = opened.vm
+    file = vm.create_guest_memfd(PAGE, SHARED)
+    for call in (
+        lambda: vm.create_guest_memfd(value), lambda: vm.create_guest_memfd(PAGE, value),
+        lambda: file.set_memory_attributes2(MemoryAttributes2(value, PAGE, 0)),
+        lambda: file.set_memory_attributes2(MemoryAttributes2(0, value, 0)),
+        lambda: file.set_memory_attributes2(MemoryAttributes2(0, PAGE, value)),
+        lambda: file.set_memory_attributes2(MemoryAttributes2(0, PAGE, 0, value)),
+        lambda: vm.set_user_memory_region2(value, 4, 0, PAGE, guest_memfd=file),
+        lambda: vm.set_user_memory_region2(0, value, 0, PAGE, guest_memfd=file),
+        lambda: vm.set_user_memory_region2(0, 4, value, PAGE, guest_memfd=file),
+        lambda: vm.set_user_memory_region2(0, 4, 0, value, guest_memfd=file),
+        lambda: vm.set_user_memory_region2(0, 4, 0, PAGE, userspace_addr=value, guest_memfd=file),
+        lambda: vm.set_user_memory_region2(0, 4, 0, PAGE, guest_memfd_offset=value, guest_memfd=file),
+    ):
+        with pytest.raises((SyscallFailed, BadInput)) as failed:
+            call()
+        if isinstance(failed.value, SyscallFailed):
+            assert failed.value.errno in (errno.EINVAL, errno.EFAULT)
+        else:
+            assert "does not fit" in str(failed.value)
+
+
+def test_an_address_beyond_the_guests_is_looked_at_last(opened: Opened) -> None:
+    file = opened.vm.create_guest_memfd(PAGE, SHARED)
+    closed = opened.vm.create_guest_memfd(PAGE, SHARED)
+    closed.close()
+    refused(errno.EBADF, opened.bind, closed, PAGE, 1 << 40)
+    refused(errno.EBADF, opened.bind, None, PAGE, 1 << 40)
+    refused(errno.EINVAL, opened.bind, file, 2 * PAGE, 1 << 40)
+    refused(errno.EFAULT, opened.bind, file, PAGE, 1 << 40)
+    opened.bind(file, PAGE)
 
 
 def test_whose_file_and_where(opened: Opened) -> None:

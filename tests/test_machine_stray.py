@@ -120,7 +120,7 @@ def test_a_punch_that_leaves_user_entries_is_told() -> None:
     bound = Bound(LeavesUserEntries, on_free="nothing")
     folio = bound.touched()
     told = bound.punched(1)
-    va = bound.host.inode.mapping.va(1)                             # type: ignore[union-attr]
+    va = bound.host.inode.mapping.vmas[0].va(1)                     # type: ignore[union-attr]
     assert told == [f"the VMM's page table leads from {va:#x} {free(folio)}",
                     f"an entry in the TLB of CPU 0, VMID 0x0, leads from {va:#x} {free(folio)}"]
     assert set(told) <= set(bound.machine.audit())
@@ -163,9 +163,9 @@ def test_a_tlb_entry_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.startswith("an entry in the TLB of CPU 0") and line.endswith(free(folio))  # noqa: PT018
 
 
-def test_a_slot_that_outlives_its_vma_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_that_outlives_its_vma_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Mm._write
-    monkeypatch.setattr(Mm, "_write", lambda self, slot, value: right(self, slot, value) if value else None)
+    monkeypatch.setattr(Mm, "_write", lambda self, *args: right(self, *args) if args[-1] else None)
     bound = Bound(OurLibrary)
     bound.touched()
     bound.host.run(bound.library.munmap())

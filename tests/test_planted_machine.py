@@ -128,8 +128,8 @@ def user_entries_go_and_their_tlb_entries_stay(patch: pytest.MonkeyPatch) -> Non
 
 @mistake("kvm", "vmm", "vmm2", "device")
 def only_the_first_vma_is_flushed(patch: pytest.MonkeyPatch) -> None:
-    right = tlbi.vae1is
-    patch.setattr(tlbi, "vae1is", lambda tlbs, va, asid, vmid: right(tlbs, va, asid, vmid) if va < 2 * mm.SLOT else None)
+    right, second = tlbi.vae1is, mm.FIRST + mm.CHUNK * PAGE
+    patch.setattr(tlbi, "vae1is", lambda tlbs, va, asid, vmid: right(tlbs, va, asid, vmid) if va < second else None)
 
 
 @mistake("kvm", "vmm")

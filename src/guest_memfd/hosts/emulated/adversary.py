@@ -40,9 +40,9 @@ class Adversary:
         self.walk_late()
         mapping = host.inode.mapping
         if mapping is not None:
-            for slot in mapping.vmas:
+            for vma in mapping.vmas:
                 for index in range(host.inode.size):
-                    mmu.prefetch(mapping.va(index, slot), cpu.stage1, stage2)
+                    mmu.prefetch(vma.va(index), cpu.stage1, stage2)
         if host.vm in machine.vms:
             for gfn in range(host.inode.size if host.scene is None else host.scene.beyond):
                 pa_now = machine.driver.lookup(host.vm, gfn * PAGE)

@@ -26,7 +26,7 @@ from guest_memfd.hosts.emulated.hostcpu import HostCpu
 from guest_memfd.hosts.emulated.kernel import direct_map as dm
 from guest_memfd.hosts.emulated.kernel.inode import Inode
 from guest_memfd.hosts.emulated.kernel.linear_map import LinearMap
-from guest_memfd.hosts.emulated.kernel.mm import SLOT, Mm
+from guest_memfd.hosts.emulated.kernel.mm import Mm
 from guest_memfd.hosts.emulated.kernel.module import Loader, Module, ModuleImage
 from guest_memfd.hosts.emulated.kernel.page import Page
 from guest_memfd.hosts.emulated.kernel.text import KernelText
@@ -298,8 +298,9 @@ class Machine:
                 if e.kind != "stage2" and e.vmid == self.driver.host_vmid and not e.ia >> 55)
 
     def user_indexes(self, pa: int) -> Iterator[int]:
-        """Which pages of a file TLBs take *pa* for: VMAs begin at multiples of a slot (kernel/mm.py)."""
-        return (e.ia % SLOT // PAGE for e in self._user_entries() if e.oa == pa)
+        """Which pages of a file TLBs take *pa* for."""
+        found = (self.vmm.find(e.ia) for e in self._user_entries() if e.oa == pa)
+        return (at[1] for at in found if at is not None)
 
     def guest_maps(self, pa: int) -> bool:
         """Whether any VM's stage 2 maps *pa*."""

@@ -15,8 +15,7 @@ from guest_memfd.hosts.emulated.arm64.entry import TlbEntry
 from guest_memfd.hosts.emulated.arm64.reached import reached
 from guest_memfd.hosts.emulated.arm64.tlb import VA_MASK, Tlb
 from guest_memfd.hosts.emulated.kernel.direct_map import VALID, level_size
-from guest_memfd.hosts.emulated.kernel.inode import Inode
-from guest_memfd.hosts.emulated.kernel.mm import SLOT
+from guest_memfd.hosts.emulated.kernel.mm import FIRST
 from guest_memfd.hosts.emulated.ram import PAGE
 
 if TYPE_CHECKING:
@@ -30,46 +29,34 @@ _KERNEL_BITS = ~VA_MASK & (1 << 64) - 1
 
 def stray_mappings(machine: Machine) -> list[str]:
     """One line for every way to memory that there should be no way to; at any moment between two primitives."""
-    vmas = Vmas(machine)
     # A CPU may have one translation twice, with and without stage 2.
     return list(dict.fromkeys((
-        *_user_entries(machine, vmas), *_guest_entries(machine), *_caches(machine), *_tlbs(machine, vmas))))
+        *_user_entries(machine), *_guest_entries(machine), *_caches(machine), *_tlbs(machine))))
 
 
-class Vmas:
-    """The VMM's address space: which file each slot of it shows (kernel/mm.py)."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        # Slot -> the file mapped there, and the first slot of its VMA.
-        self.at: dict[int, tuple[Inode, int]] = {
-            first + at: (inode, first) for inode in machine.inodes if inode.mapping is not None
-            for first in inode.mapping.vmas for at in range(inode.mapping.slots)}
-
-    def against(self, va: int, pa: int) -> str:
-        """What is wrong with user address *va* leading to the page at *pa*; nothing: an empty string."""
-        if self.machine.first_free(pa, PAGE) is not None:
-            return "which is free"
-        slot = va // SLOT
-        if not slot:                                        # the VMM's own text
-            return ""
-        if slot not in self.at:
-            return "where no file is mapped"
-        inode, first = self.at[slot]
-        index = (va - first * SLOT) // PAGE
-        page = inode.find(index)
-        held = page is not None and page.pa + (index - page.index) * PAGE == pa
-        return "" if held else f"which its file does not hold as page {index}"
+# What is wrong with user address *va* leading to the page at *pa*; nothing: an empty string.
+def _against_user(machine: Machine, va: int, pa: int) -> str:
+    if machine.first_free(pa, PAGE) is not None:
+        return "which is free"
+    if va < FIRST:                                          # the VMM's own text
+        return ""
+    found = machine.vmm.find(va)
+    if found is None:
+        return "where no file is mapped"
+    inode, index = found
+    page = inode.find(index)
+    held = page is not None and page.pa + (index - page.index) * PAGE == pa
+    return "" if held else f"which its file does not hold as page {index}"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
-def _user_entries(machine: Machine, vmas: Vmas) -> Iterator[str]:
+def _user_entries(machine: Machine) -> Iterator[str]:
     for entry in reached(machine.ram, machine.vmm.table):
         if entry.table:
             why = "a table that is free" if machine.first_free(entry.pa, PAGE) is not None else ""
         else:                                               # a page: Linux maps no blocks there
-            why = vmas.against(entry.ia, entry.pa)
+            why = _against_user(machine, entry.ia, entry.pa)
         if why:
             yield f"the VMM's page table leads from {entry.ia:#x} to {entry.pa:#x}, {why}"
 
@@ -99,10 +86,10 @@ def _caches(machine: Machine) -> Iterator[str]:
 
 # -- TLBs --------------------------------------------------------------------------------------------------------------
 
-def _tlbs(machine: Machine, vmas: Vmas) -> Iterator[str]:
+def _tlbs(machine: Machine) -> Iterator[str]:
     for cpu, tlb in enumerate(machine.tlbs):
         for entry in tlb.entries():
-            for ia, pa, why in _against(machine, vmas, entry):
+            for ia, pa, why in _against(machine, entry):
                 yield f"an entry in the TLB of CPU {cpu}, VMID {entry.vmid:#x}, leads from {ia:#x} to {pa:#x}, {why}"
         yield from (f"a walk in the TLB of CPU {cpu}, VMID {vmid:#x}, goes on at {table:#x}, a table that is free"
                     for vmid, table in _free_tables(machine, tlb))
@@ -117,7 +104,7 @@ def _free_tables(machine: Machine, tlb: Tlb) -> Iterator[tuple[int, int]]:
 
 
 # Where the entry leads astray: from, to, and what is wrong with it.
-def _against(machine: Machine, vmas: Vmas, entry: TlbEntry) -> Iterator[tuple[int, int, str]]:
+def _against(machine: Machine, entry: TlbEntry) -> Iterator[tuple[int, int, str]]:
     if entry.vmid != machine.driver.host_vmid:
         # What a guest's own stage 1 says of intermediate addresses leads nowhere by itself.
         free = None if entry.kind == "stage1" else machine.first_free(entry.oa, entry.size)
@@ -128,7 +115,7 @@ def _against(machine: Machine, vmas: Vmas, entry: TlbEntry) -> Iterator[tuple[in
     elif entry.ia & _KERNEL_HALF:
         yield from _against_kernel(machine, entry)
     else:
-        why = vmas.against(entry.ia, entry.oa)
+        why = _against_user(machine, entry.ia, entry.oa)
         if why:
             yield entry.ia, entry.oa, why
 

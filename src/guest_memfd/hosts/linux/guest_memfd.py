@@ -81,7 +81,7 @@ class GuestMemfd(MemoryFile):
 
     def set_memory_attributes2(self, attributes: uapi.MemoryAttributes2) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES2; raises SyscallFailed with `attributes.error_offset` filled in, ENOTTY without it."""
-        words = abi.MemoryAttributes2.from_buffer_copy(attributes.pack())
+        words = abi.MemoryAttributes2.from_buffer_copy(attributes.pack())       # a number that does not fit is BadInput
         try:
             syscall.ioctl(self.fileno(), uapi.SET_MEMORY_ATTRIBUTES2, words, call="KVM_SET_MEMORY_ATTRIBUTES2",
                           why=f"{attributes.size:#x} bytes at {attributes.offset:#x}")

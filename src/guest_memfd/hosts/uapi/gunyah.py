@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple, Protocol, Self
 
 from guest_memfd.hosts.uapi.ioctl import io, iow
 from guest_memfd.hosts.uapi.memory import GuestMemory, Owner
+from guest_memfd.hosts.uapi.words import packed
 
 PATH = "/dev/gunyah"
 _KIND = "G"
@@ -27,7 +28,7 @@ class CreateMemArgs(NamedTuple):
 
     def pack(self) -> bytes:
         """64 bytes."""
-        return struct.pack("<QQ48x", *self)
+        return packed("<QQ48x", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -46,7 +47,7 @@ class MapMemArgs(NamedTuple):
 
     def pack(self) -> bytes:
         """32 bytes."""
-        return struct.pack("<QIIQQ", *self)
+        return packed("<QIIQQ", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -62,7 +63,7 @@ class VmDtbConfig(NamedTuple):
 
     def pack(self) -> bytes:
         """16 bytes."""
-        return struct.pack("<QQ", *self)
+        return packed("<QQ", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -79,7 +80,7 @@ class FnDesc(NamedTuple):
 
     def pack(self) -> bytes:
         """16 bytes."""
-        return struct.pack("<IIQ", *self)
+        return packed("<IIQ", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -96,7 +97,7 @@ class VmBootContext(NamedTuple):
 
     def pack(self) -> bytes:
         """16 bytes."""
-        return struct.pack("<IIQ", *self)
+        return packed("<IIQ", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -111,7 +112,7 @@ class FnVcpuArg(NamedTuple):
 
     def pack(self) -> bytes:
         """4 bytes."""
-        return struct.pack("<I", *self)
+        return packed("<I", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -129,7 +130,7 @@ class FnIrqfdArg(NamedTuple):
 
     def pack(self) -> bytes:
         """16 bytes."""
-        return struct.pack("<IIII", *self)
+        return packed("<IIII", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -149,7 +150,7 @@ class FnIoeventfdArg(NamedTuple):
 
     def pack(self) -> bytes:
         """32 bytes."""
-        return struct.pack("<QQIiII", *self)
+        return packed("<QQIiII", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:

@@ -16,14 +16,14 @@ from typing import NamedTuple, Protocol, Self
 from guest_memfd.hosts.uapi.ioctl import io, iow, iowr
 from guest_memfd.hosts.uapi.kvm_run import Exit
 from guest_memfd.hosts.uapi.memory import GuestMemory, Owner
+from guest_memfd.hosts.uapi.words import packed
 
 KVMIO = 0xAE
 API_VERSION = 12
 
 # -- structures ------------------------------------------------------------------------------------------------------
 
-_U64X8, _REGION2, _ATTRIBUTES = struct.Struct("<8Q"), struct.Struct("<IIQQQQII14Q"), struct.Struct("<4Q")
-_ATTRIBUTES2 = struct.Struct("<5Q11Q")
+_U64X8, _REGION2, _ATTRIBUTES, _ATTRIBUTES2 = "<8Q", "<IIQQQQII14Q", "<4Q", "<5Q11Q"
 
 
 class CreateGuestMemfd(NamedTuple):
@@ -35,12 +35,12 @@ class CreateGuestMemfd(NamedTuple):
 
     def pack(self) -> bytes:
         """The bytes of the structure."""
-        return _U64X8.pack(self.size, self.flags, *[0] * 6)
+        return packed(_U64X8, type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, raw: bytes) -> Self:
         """From the bytes of the structure."""
-        size, flags, *_ = _U64X8.unpack(raw)
+        size, flags, *_ = struct.unpack(_U64X8, raw)
         return cls(size, flags)
 
 
@@ -61,12 +61,12 @@ class UserMemoryRegion2(NamedTuple):
 
     def pack(self) -> bytes:
         """The bytes of the structure."""
-        return _REGION2.pack(*self, *[0] * 15)
+        return packed(_REGION2, type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, raw: bytes) -> Self:
         """From the bytes of the structure."""
-        return cls(*_REGION2.unpack(raw)[:7])
+        return cls(*struct.unpack(_REGION2, raw)[:7])
 
 
 class MemoryAttributes(NamedTuple):
@@ -80,12 +80,12 @@ class MemoryAttributes(NamedTuple):
 
     def pack(self) -> bytes:
         """The bytes of the structure."""
-        return _ATTRIBUTES.pack(*self)
+        return packed(_ATTRIBUTES, type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, raw: bytes) -> Self:
         """From the bytes of the structure."""
-        return cls(*_ATTRIBUTES.unpack(raw))
+        return cls(*struct.unpack(_ATTRIBUTES, raw))
 
 
 @dataclass
@@ -104,12 +104,13 @@ class MemoryAttributes2:
 
     def pack(self) -> bytes:
         """The bytes of the structure."""
-        return _ATTRIBUTES2.pack(self.offset, self.size, self.attributes, self.flags, self.error_offset, *[0] * 11)
+        return packed(_ATTRIBUTES2, type(self).__name__, self.offset, self.size, self.attributes, self.flags,
+                      self.error_offset)
 
     @classmethod
     def unpack(cls, raw: bytes) -> Self:
         """From the bytes of the structure."""
-        return cls(*_ATTRIBUTES2.unpack(raw)[:5])
+        return cls(*struct.unpack(_ATTRIBUTES2, raw)[:5])
 
 
 class PreFaultMemory(NamedTuple):
@@ -122,12 +123,12 @@ class PreFaultMemory(NamedTuple):
 
     def pack(self) -> bytes:
         """The bytes of the structure."""
-        return _U64X8.pack(*self, *[0] * 5)
+        return packed(_U64X8, type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, raw: bytes) -> Self:
         """From the bytes of the structure."""
-        return cls(*_U64X8.unpack(raw)[:3])
+        return cls(*struct.unpack(_U64X8, raw)[:3])
 
 
 # -- ioctls ----------------------------------------------------------------------------------------------------------
@@ -139,14 +140,14 @@ GET_VCPU_MMAP_SIZE = io(KVMIO, 0x04)
 CREATE_VCPU = io(KVMIO, 0x41)
 GET_DIRTY_LOG = iow(KVMIO, 0x42, 16)
 SET_USER_MEMORY_REGION = iow(KVMIO, 0x46, 32)
-SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, _REGION2.size)
+SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, struct.calcsize(_REGION2))
 RUN = io(KVMIO, 0x80)
 GET_ONE_REG, SET_ONE_REG = iow(KVMIO, 0xAB, 16), iow(KVMIO, 0xAC, 16)
-SET_MEMORY_ATTRIBUTES = iow(KVMIO, 0xD2, _ATTRIBUTES.size)
-SET_MEMORY_ATTRIBUTES2 = iowr(KVMIO, 0xD2, _ATTRIBUTES2.size)
+SET_MEMORY_ATTRIBUTES = iow(KVMIO, 0xD2, struct.calcsize(_ATTRIBUTES))
+SET_MEMORY_ATTRIBUTES2 = iowr(KVMIO, 0xD2, struct.calcsize(_ATTRIBUTES2))
 """On the descriptor of a guest_memfd, not on that of a VM."""
-CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, _U64X8.size)
-PRE_FAULT_MEMORY = iowr(KVMIO, 0xD5, _U64X8.size)
+CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, struct.calcsize(_U64X8))
+PRE_FAULT_MEMORY = iowr(KVMIO, 0xD5, struct.calcsize(_U64X8))
 
 
 class Cap(IntEnum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from errno import EBADF, EINVAL, EOPNOTSUPP
+from errno import EBADF, EFBIG, EINVAL, ENOMEM, EOPNOTSUPP, EOVERFLOW
 from functools import wraps
 from stat import S_IFREG
 from types import FunctionType
@@ -21,10 +21,21 @@ from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.hosts import owned
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.emulated.buddy import OutOfMemory
+from guest_memfd.hosts.emulated.kernel.mm import FIRST, MAX_VMAS
+from guest_memfd.hosts.emulated.kernel.oops import TASK_SIZE
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.host import ENOMEM, Entries, Folio, Primitive, Steps
-from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Stat
+from guest_memfd.hosts.host import Entries, Folio, Primitive, Steps
+from guest_memfd.hosts.uapi.memory import (
+    FALLOC_FL_COLLAPSE_RANGE,
+    FALLOC_FL_INSERT_RANGE,
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_UNSHARE_RANGE,
+    FALLOC_FL_WRITE_ZEROES,
+    FALLOC_FL_ZERO_RANGE,
+    Stat,
+)
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.kernel.page import Page
@@ -39,6 +50,8 @@ _FAULTS = 3
 """How often one access may fault before it is a SIGBUS: somebody keeps taking the page away."""
 
 _WORD = 8
+_LAST_BYTE = (1 << 63) - 1
+"""MAX_LFS_FILESIZE."""
 
 
 class FileHost(EmulatedHost):
@@ -51,6 +64,7 @@ class FileHost(EmulatedHost):
     def __init__(self, machine: Machine, vm: Vm, size: int, library: Design) -> None:
         super().__init__(machine, vm, size, bounds=library.bounds, errnos=library.errnos)
         self.windows = []
+        self.window = 0, 0                              # what mmap(2) or munmap(2) is about
 
     def asked(self, page: Page) -> bool:
         """A device gives a guest what it has asked for, and nothing else."""
@@ -61,11 +75,23 @@ class FileHost(EmulatedHost):
         return any(first < start + nr and start < first + length for first, length in self.windows)
 
     def mmap(self) -> int:
-        """A VMA, for which there may be no page table."""
+        """A VMA over the window, for which there may be no page table, or no address space."""
+        if not self.inode.fd:
+            return -EBADF
+        if self.machine.slab_fails():
+            self.against(st.FAILURE)
+            return -ENOMEM
         try:
-            return super().mmap()
+            self.machine.vmm.mmap(self.inode, *self.window)
         except OutOfMemory:
             return -ENOMEM
+        self.inode.references += 1
+        return 0
+
+    def munmap(self) -> bool:
+        """The VMA over the window."""
+        self.machine.vmm.munmap(self.inode, self.window)
+        return self.put_inode()
 
     def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
         """VM_FAULT_OOM is the same to the caller as a VMA that went: the access is tried again."""
@@ -121,9 +147,10 @@ class FileHost(EmulatedHost):
     # One instruction: the frame it arrived at, or a signal.
     def _executed(self, index: int, at: int, value: int | None) -> int | str:
         mapping = self.inode.mapping
-        if mapping is None:
+        vma = mapping.covering(index) if mapping is not None else None
+        if vma is None:
             return "SIGSEGV"
-        ran = self.machine.cpu.user(mapping.va(index) + at, value is not None, value or 0)
+        ran = self.machine.cpu.user(vma.va(index) + at, value is not None, value or 0)
         return ran.signal or ran.reached[-1] & -PAGE
 
 
@@ -231,6 +258,15 @@ class Mapped(Owned):
             self.file.unmap(self)
 
 
+# vfs_fallocate() (fs/open.c): one operation at a time, of which three change what comes behind the range.
+def _mode_exists(mode: int) -> bool:
+    operation = mode & ~FALLOC_FL_KEEP_SIZE
+    if operation == FALLOC_FL_PUNCH_HOLE:
+        return mode != operation
+    keeps = (0, FALLOC_FL_ZERO_RANGE, FALLOC_FL_UNSHARE_RANGE)
+    return operation in keeps or mode in (FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE, FALLOC_FL_WRITE_ZEROES)
+
+
 class GuestMemoryFile(Owned, ABC):
     """A guest_memfd of *size* bytes (uapi/memory.py GuestMemory), served by the design *library*.
 
@@ -285,6 +321,10 @@ class GuestMemoryFile(Owned, ABC):
         self._in_use("fallocate")
         if offset < 0 or nr <= 0:
             raise SyscallFailed(EINVAL, "fallocate", f"{nr} bytes at {offset}")
+        if not _mode_exists(mode):
+            raise SyscallFailed(EOPNOTSUPP, "fallocate", f"mode {mode:#x}")
+        if offset + nr > _LAST_BYTE:
+            raise SyscallFailed(EFBIG, "fallocate", f"{nr:#x} bytes at {offset:#x}")
         self.check_fallocate(mode, offset, nr)
         if mode & FALLOC_FL_PUNCH_HOLE:
             result = self.run(self.library.punch_hole(offset // PAGE, nr // PAGE))
@@ -304,20 +344,30 @@ class GuestMemoryFile(Owned, ABC):
         """mmap(2) of PROT_READ | PROT_WRITE; *nr* None: to the end of the file. Raises SyscallFailed."""
         self._in_use("mmap")
         nr = self.size - offset if nr is None else nr
-        if nr <= 0 or offset < 0 or offset % PAGE:
-            raise SyscallFailed(EINVAL, "mmap", f"{nr} bytes at {offset}")
+        self._may_map(offset, nr)
         self.check_mmap(offset, nr, shared)
-        window = offset // PAGE, -(-nr // PAGE)
+        window = self.host.window = offset // PAGE, -(-nr // PAGE)
         self.check(self.run(self.map_range(*window)), "mmap")
         mapped = Mapped(self, offset, nr)
         self.host.windows.append(window)
         self.mappings.append(mapped)
         return mapped
 
+    # do_mmap() (mm/mmap.c), before it asks the file.
+    def _may_map(self, offset: int, nr: int) -> None:
+        if nr <= 0 or offset % PAGE:
+            raise SyscallFailed(EINVAL, "mmap", f"{nr} bytes at {offset}")
+        length = -(-nr // PAGE) * PAGE
+        if length > TASK_SIZE - FIRST or self.machine.vmm.full:
+            raise SyscallFailed(ENOMEM, "mmap", f"{nr:#x} bytes, and {MAX_VMAS} VMAs at most")
+        if offset % (1 << 64) + length > _LAST_BYTE:
+            raise SyscallFailed(EOVERFLOW, "mmap", f"{nr:#x} bytes at {offset:#x}")
+
     def unmap(self, mapped: Mapped) -> None:
         """munmap(2) of one of this file's mappings."""
         self.mappings.remove(mapped)
-        self.host.windows.remove((mapped.offset // PAGE, -(-mapped.size // PAGE)))
+        self.host.window = mapped.offset // PAGE, -(-mapped.size // PAGE)
+        self.host.windows.remove(self.host.window)
         self.run(self.library.munmap())
 
     def fstat(self) -> Stat:
@@ -352,4 +402,5 @@ class GuestMemoryFile(Owned, ABC):
     def address(self, index: int) -> int:
         """Where the VMM sees page *index* (or would)."""
         mapping = self.host.inode.mapping
-        return 0 if mapping is None else mapping.va(index)
+        vma = mapping.covering(index) if mapping is not None else None
+        return 0 if vma is None else vma.va(index)

@@ -41,10 +41,11 @@ class UserMappings(PageCache):
         """One instruction at EL0; what stage 1 refuses is the fault handler's, what stage 2 refuses a signal."""
         machine = self.machine
         mapping = self.inode.mapping
-        if mapping is None or not mapping.vmas:
+        vma = mapping.covering(index) if mapping is not None else None
+        if vma is None:
             return "SIGSEGV"
         before = machine.tracer.contents()
-        ran = machine.cpu.user(mapping.va(index), write)
+        ran = machine.cpu.user(vma.va(index), write)
         if ran.signal is not None:
             return ran.signal
         page = machine.page_at(ran.reached[-1])

@@ -15,7 +15,7 @@ from guest_memfd.hosts.emulated.dev.gunyah.memory import MemoryFile
 from guest_memfd.hosts.emulated.dev.gunyah.posted import PostedDriver, PostedFile
 from guest_memfd.hosts.emulated.dev.gunyah.vm import VmFile
 from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.uapi.gunyah import MemFlag
+from guest_memfd.hosts.uapi.gunyah import CreateMemArgs, MemFlag
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.machine import Machine
@@ -47,7 +47,8 @@ class Device(Owned):
     def create_guest_mem(self, size: int, flags: int = 0) -> MemoryFile:
         """CREATE_GUEST_MEM."""
         self._in_use("CREATE_GUEST_MEM")
-        if size % PAGE or size < 0:
+        flags, size = CreateMemArgs.unpack(CreateMemArgs(flags, size).pack())
+        if size % PAGE or size >> 63:
             raise SyscallFailed(EINVAL, "CREATE_GUEST_MEM", f"{size:#x} bytes are no whole pages")
         if flags & ~int(MemFlag.CLOEXEC | MemFlag.ALLOW_HUGEPAGE):
             raise SyscallFailed(EINVAL, "CREATE_GUEST_MEM", f"flags {flags:#x}")

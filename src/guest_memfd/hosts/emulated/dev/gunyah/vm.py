@@ -30,8 +30,10 @@ from guest_memfd.hosts.uapi.gunyah import (
     FnType,
     FnVcpuArg,
     MapFlag,
+    MapMemArgs,
     MemFlag,
     RegisterSet,
+    VmBootContext,
     VmDtbConfig,
 )
 
@@ -103,6 +105,8 @@ class VmFile(Owned):
         """MAP_MEM."""
         call = "MAP_MEM"
         self._in_use(call)
+        asked = MapMemArgs.unpack(MapMemArgs(guest_addr, flags, 0, offset, size).pack())
+        guest_addr, flags, _, offset, size = asked
         if getattr(memory, "closed", False):
             raise SyscallFailed(EINVAL, call, "guest_mem_fd is not open")
         if not isinstance(memory, MemoryFile):
@@ -164,12 +168,13 @@ class VmFile(Owned):
     def set_dtb_config(self, guest_phys_addr: int, size: int) -> None:
         """SET_DTB_CONFIG."""
         self._in_use("SET_DTB_CONFIG")
-        self.dtb = VmDtbConfig(guest_phys_addr, size)
+        self.dtb = VmDtbConfig.unpack(VmDtbConfig(guest_phys_addr, size).pack())
 
     def set_boot_context(self, reg: int, value: int, reserved: int = 0) -> None:
         """SET_BOOT_CONTEXT."""
         call = "SET_BOOT_CONTEXT"
         self._in_use(call)
+        reg, reserved, value = VmBootContext.unpack(VmBootContext(reg, reserved, value).pack())
         which, index = reg >> 8 & 0xFF, reg & 0xFF
         if reserved or reg >> 16 or which not in tuple(RegisterSet) or index >= REGISTERS[RegisterSet(which)]:
             raise SyscallFailed(EINVAL, call, f"register {reg:#x}, reserved word {reserved:#x}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.emulated.dev.file import GuestMemoryFile
 from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, GuestMemfdFlag, MemoryAttributes2
+from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, CreateGuestMemfd, GuestMemfdFlag, MemoryAttributes2
 from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ class GuestMemfd(GuestMemoryFile):
     created_by = CREATE
 
     def __init__(self, vm: Vm, size: int, flags: int) -> None:
+        size, flags = CreateGuestMemfd.unpack(CreateGuestMemfd(size, flags).pack())
         if flags & ~int(SHARED):
             raise SyscallFailed(EINVAL, CREATE, f"flags {flags:#x}")
-        if size <= 0 or size % PAGE or size > _BIGGEST:
+        if not size or size % PAGE or size > _BIGGEST:
             raise SyscallFailed(EINVAL, CREATE, f"a size of {size} bytes")
         if not flags & GuestMemfdFlag.INIT_SHARED and not vm.has_private_memory:
             raise SyscallFailed(EINVAL, CREATE, "a VM of this type has no private memory")
@@ -60,10 +61,11 @@ class GuestMemfd(GuestMemoryFile):
     def set_memory_attributes2(self, attributes: MemoryAttributes2) -> None:
         """Convert in place; raises SyscallFailed with `attributes.error_offset` set where a page refused."""
         self._in_use(ATTRIBUTES)
-        start, size, wanted = attributes.offset, attributes.size, attributes.attributes
-        if attributes.flags or wanted & ~PRIVATE or not self.owner.has_private_memory:
+        asked = MemoryAttributes2.unpack(attributes.pack())
+        start, size, wanted = asked.offset, asked.size, asked.attributes
+        if asked.flags or wanted & ~PRIVATE or not self.owner.has_private_memory:
             raise SyscallFailed(EINVAL, ATTRIBUTES, f"flags {attributes.flags:#x}, attributes {wanted:#x}")
-        if size <= 0 or start < 0 or (start | size) % PAGE or start + size > self.size:
+        if not size or (start | size) % PAGE or start + size > self.size:
             raise SyscallFailed(EINVAL, ATTRIBUTES, f"{size:#x} bytes at {start:#x} of a file of {self.size:#x}")
         convert = self.library.make_private if wanted else self.library.make_shared
         result = self.run(convert(start // PAGE, size // PAGE))

@@ -1,7 +1,8 @@
 """Memory slots: which part of which file is where in the guest. Rule of this file: what KVM_SET_USER_MEMORY_REGION2 refuses.
 
-Checks in the order of virt/kvm/kvm_main.c check_memory_region_flags(), kvm_set_memory_region() and virt/kvm/guest_memfd.c
-kvm_gmem_bind(). The process has no memory but guest_memfd, so a slot without a file is refused, too.
+Checks in the order of virt/kvm/kvm_main.c check_memory_region_flags() and kvm_set_memory_region(), of virt/kvm/guest_memfd.c
+kvm_gmem_bind() and, behind that, of arch/arm64/kvm/mmu.c kvm_arch_prepare_memory_region(). The process has no memory but
+guest_memfd, so a slot without a file is refused, too.
 """
 
 from __future__ import annotations
@@ -72,8 +73,6 @@ class Slots:
         gfn, nr = region.guest_phys_addr // PAGE, region.memory_size // PAGE
         if any(s.gfn < gfn + nr and gfn < s.gfn + s.nr for s in self.by_id.values()):
             refuse(EEXIST, "another slot covers part of these guest addresses")
-        if gfn + nr > 1 << IPA_BITS - 12:
-            refuse(EFAULT, f"beyond {IPA_BITS} bits of guest address")
         if not region.flags & MemFlag.GUEST_MEMFD:
             refuse(EINVAL, "this process has no memory but guest_memfd")
         self._check_file(region, file)
@@ -84,17 +83,21 @@ class Slots:
         valid = MemFlag.GUEST_MEMFD if flags & MemFlag.GUEST_MEMFD else MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY
         if flags & ~int(valid):
             refuse(EINVAL, f"flags {flags:#x}")
-        if min(size, region.guest_phys_addr, region.userspace_addr) < 0:
-            refuse(EINVAL, "a number below zero is one near 2^64")
         if (size | region.guest_phys_addr | region.userspace_addr) % PAGE or region.userspace_addr + size > _USER:
             refuse(EINVAL, "an address or the size is no multiple of a page")
         offset = region.guest_memfd_offset
-        if flags & MemFlag.GUEST_MEMFD and (offset % PAGE or offset < 0 or offset + size >= 1 << 64):
+        if flags & MemFlag.GUEST_MEMFD and (offset % PAGE or offset + size >= 1 << 64):
             refuse(EINVAL, f"offset {offset:#x}")
-        if not 0 <= region.slot < NR_SLOTS:
+        if region.slot >= NR_SLOTS:
             refuse(EINVAL, f"slot {region.slot:#x}")
         if region.guest_phys_addr + size >= 1 << 64 or size // PAGE > _MAX_PAGES:
             refuse(EINVAL, f"{size:#x} bytes at {region.guest_phys_addr:#x}")
+
+    @staticmethod
+    def check_reach(slot: Slot) -> None:
+        """Raise SyscallFailed(EFAULT) for one that is not within the guest's addresses; it has been bound by then."""
+        if slot.gfn + slot.nr > 1 << IPA_BITS - 12:
+            refuse(EFAULT, f"beyond {IPA_BITS} bits of guest address")
 
     def _check_file(self, region: UserMemoryRegion2, file: GuestMemory | None) -> None:
         if file is None or file.closed:

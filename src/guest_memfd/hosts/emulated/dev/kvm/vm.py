@@ -74,7 +74,8 @@ class Vm(Owned):
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION2; refuses as `Slots.check` says, EBUSY when the guest holds on to a deleted page."""
         self._in_use(CALL)
-        region = UserMemoryRegion2(slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset)
+        region = UserMemoryRegion2.unpack(UserMemoryRegion2(
+            slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset).pack())
         self.slots.check(region, guest_memfd)
         if not memory_size:
             self._delete(slot)
@@ -83,6 +84,11 @@ class Vm(Owned):
         new = Slot(guest_phys_addr // PAGE, memory_size // PAGE, guest_memfd, guest_memfd_offset // PAGE)
         guest_memfd.check(guest_memfd.run(guest_memfd.library.bind(new.gfn, new.start, new.nr)), CALL,
                           f"pages from {new.start:#x} on at {guest_phys_addr:#x}")
+        try:
+            self.slots.check_reach(new)
+        except SyscallFailed:
+            guest_memfd.run(guest_memfd.library.unbind(new.start, new.nr))
+            raise
         self.slots.by_id[slot] = new
 
     def _delete(self, number: int) -> None:
