@@ -45,7 +45,8 @@ def test_dma_through_a_pin_is_seen_by_the_vmm() -> None:
     folio = mapped.pin(0)
     assert mapped.host.perform_by_name("pin_access", folio, True, True, caller="mm") == "ok"
     assert mapped.host.perform_by_name("user_access", 0, False) == "ok"
-    assert mapped.machine.cpu.user(mapped.host.inode.mapping.vmas[0].va(0), False).x0 == int.from_bytes(b"DEVICEIO", "little")
+    va = mapped.host.inode.mapping.vmas[0].va(0)
+    assert mapped.machine.cpu.user(va, False).x0 == int.from_bytes(b"DEVICEIO", "little")
 
 
 @pytest.mark.parametrize("foll_pin", [True, False])
