@@ -48,7 +48,7 @@ GUNYAH = [
     Row({}, ("donate_to_sibling", P), 0, {"pfn0.owner": "shared"}),
     Row(GUESTS, ("donate_to_sibling", P), EINVAL, {}),
     Row(SHARES, ("donate_to_sibling", P), EINVAL, {}),
-    Row(SHARES, ("donate_from_sibling", P), 0, {"pfn0.owner": "host"}),                         # mappings move with it
+    Row(SHARES, ("donate_from_sibling", P), 0, {"pfn0.owner": "host", "pfn0.gmap": 0}),         # mappings move with it
     Row({}, ("donate_from_sibling", P), EINVAL, {}),
     Row(GUESTS, ("donate_from_sibling", P), EINVAL, {}),
     Row(GUESTS, ("map_private", 0, P), 0, {"pfn0.gmap": 1, "pfn0.locked_in": 1}),

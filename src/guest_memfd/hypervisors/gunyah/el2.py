@@ -39,9 +39,12 @@ def donate_to_sibling(stage2: Stage2, folio: Folio) -> int:
 
 
 def donate_from_sibling(stage2: Stage2, folio: Folio) -> int:
-    """TO_SIBLING back; mappings recorded on the extent move with it. -EINVAL: not the owner."""
+    """TO_SIBLING back: what maps the page by way of the guest's extent maps it no longer. -EINVAL: not the owner."""
     if stage2.owner(folio.pfn) != "shared":
         return -EINVAL
+    gfn = stage2.guest_maps(folio.pfn)
+    if gfn is not None:
+        stage2.guest_unmap(gfn, folio.pfn)
     stage2.set_owner(folio.pfn, "host")
     return 0
 

@@ -255,4 +255,4 @@ class GunyahDriver(Driver):
         if not any(list(memdb.ranges(extent)) for extent in (handle.guest_private, handle.guest_shared)):
             handle.destroy()
         else:
-            handle.space.table.destroy()
+            handle.space.abandon()

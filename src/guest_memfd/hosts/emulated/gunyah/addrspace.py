@@ -61,6 +61,7 @@ class AddressSpace(Mappings):
         self.memdb, self.relock, self.layout = memdb, relock, layout
         self._alive = alive
         self.ranges = ConfiguredRanges()
+        self._recorded: list[Extent] = []                   # extents with a recorded mapping here
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -125,6 +126,8 @@ class AddressSpace(Mappings):
     def _map_private(self, extent: Extent, vbase: int, attributes: Attributes, start: int, end: int) -> None:
         if not attributes.kernel & Access.W:
             raise Refused(GunyahError.ARG_INVAL, "a private page has to be writable for the kernel of the VM")
+        if extent.alone is not self:
+            raise Refused(GunyahError.DENIED, f"{extent!r} holds no private pages of {self!r}")
         self._check_configured("private", vbase, end - start)
         self._check_owner(extent, start, end, GunyahError.DENIED)
         bits = private.encode(attributes) | private.PRIVATE | private.LOCKED | private.WRITABLE
@@ -155,22 +158,32 @@ class AddressSpace(Mappings):
         owned = list(self.memdb.ranges(extent))
         with Stock(self.source, self.tables_for_mapping(mapping, extent.base, owned)) as stock:
             extent.record(mapping)
+            self._recorded.append(extent)
             self.apply(mapping, extent.base, owned, stock)
 
     def unmap_whole(self, extent: Extent, vbase: int) -> None:
         """Forget a recorded mapping and unmap what it maps; raises Refused(ADDR_INVAL) when it is not recorded."""
         mapping = extent.forget(self, vbase)
+        self._recorded.remove(extent)
         distance = vbase - extent.base
         owned = list(self.memdb.ranges(extent))
         try:
             need = sum(self.table.tables_for_cut(low + distance, high + distance) for low, high in owned)
             with Stock(self.source, need) as stock:
                 for low, high in owned:
-                    self.withdraw(mapping, extent.base, low, high, stock)
+                    self.withdraw(low, high, distance, stock)
         except Refused:
             extent.mappings.append(mapping)
+            self._recorded.append(extent)
             raise
         self.sync_all()
+
+    def abandon(self) -> None:
+        """Its VM has ended, and what it had stays whose it was: the tables go, and with them every place in it."""
+        for extent in self._recorded:
+            extent.forget_all(self)
+        self._recorded.clear()
+        super().abandon()
 
     # -- unmap ---------------------------------------------------------------------------------------------------
 

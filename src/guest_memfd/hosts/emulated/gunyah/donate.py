@@ -5,13 +5,13 @@ Checks and their order: docs/api/gunyah_api.md and hyp/mem/memextent_sparse of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from guest_memfd.hosts.emulated.gunyah.addrspace import AddressSpace, check_range
 from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, Refused
-from guest_memfd.hosts.emulated.gunyah.memextent import Extent, Mapping
+from guest_memfd.hosts.emulated.gunyah.memextent import Extent
 from guest_memfd.hosts.emulated.gunyah.stage2 import Stock
 
 if TYPE_CHECKING:
@@ -61,39 +61,63 @@ def check_family(kind: Donation, source: Extent, to: Extent) -> None:
         raise Refused(GunyahError.MEMEXTENT_TYPE, "only sparse extents give and take pages")
 
 
-def donate(memdb: MemDb, pages: PageSource, spaces: Iterable[AddressSpace], options: Options, source: Extent, to: Extent,
+def donate(memdb: MemDb, pages: PageSource, spaces: Sequence[AddressSpace], options: Options, source: Extent, to: Extent,
            offset: int, size: int) -> None:
     """MEMEXTENT_DONATE: [offset, offset+size) of *source* becomes *to*'s; offsets of sparse extents are physical addresses.
 
     Raises Refused, and nothing has moved: ARG_ALIGN; ARG_SIZE; ARG_INVAL outside the extent; DENIED; MEMEXTENT_TYPE;
-    MEMDB_NOT_OWNER; BUSY when FROM_PROTECTED meets a mapping in any of *spaces*; NOMEM.
+    MEMDB_NOT_OWNER; BUSY when pages that are one VM's alone are mapped in any of *spaces*; NOMEM. What else maps a page
+    of *source* there does so no longer, however it was mapped.
     """
     end = check_range(offset, size, source.size, outside=GunyahError.ARG_INVAL)
     check_family(options.type, source, to)
     memdb.change(offset, end, source, to)
     try:
-        if options.type == Donation.FROM_PROTECTED and any(space.maps_any(offset, end) for space in spaces):
+        protected = options.type == Donation.FROM_PROTECTED or source.alone is not None
+        if protected and any(space.maps_any(offset, end) for space in spaces):
             raise Refused(GunyahError.BUSY, f"[{offset:#x}, {end:#x}) is still mapped")
-        _move_mappings(pages, source, to, offset, end, options)
+        _move_mappings(pages, spaces, source, to, offset, end, options)
     except Refused:
         memdb.change(offset, end, to, source)
         raise
 
 
-# What both extents map at the same place stays as it is; that is how a shared page stays the host's to use.
-def _move_mappings(pages: PageSource, source: Extent, to: Extent, start: int, end: int, options: Options) -> None:
-    gone = [m for m in source.mappings if m not in to.mappings]
+# What both extents map at the same place stays as it is; that is how a shared page stays the host's to use. Nobody but its
+# VM may reach a page that becomes one VM's alone, not even by what a TLB has kept of a mapping that is gone already.
+def _move_mappings(pages: PageSource, spaces: Sequence[AddressSpace], source: Extent, to: Extent, start: int, end: int,
+                   options: Options) -> None:
+    kept = {(m.space, m.vbase - source.base) for m in source.mappings if m in to.mappings}
+    gone = list(shown(spaces, start, end, kept))
     new = [m for m in to.mappings if m not in source.mappings]
-    with Stock(pages, _tables(gone, new, to.base, start, end)) as stock:
-        for mapping in gone:
-            mapping.space.withdraw(mapping, source.base, start, end, stock)
-        if options.sync or options.type == Donation.TO_PROTECTED:
-            for space in {mapping.space: None for mapping in gone}:
-                space.sync_all()
+    need = tables_for_withdrawal(gone) + sum(m.space.tables_for_mapping(m, to.base, [(start, end)]) for m in new)
+    with Stock(pages, need) as stock:
+        for place in gone:
+            place.space.withdraw(place.start, place.end, place.distance, stock)
+        affected = {place.space for place in gone} if options.sync or to.alone is not None else set()
+        if to.alone is not None:
+            affected |= {space for space in spaces if space.stale and space is not to.alone}
+        for space in affected:
+            space.sync_all()
         for mapping in new:
             mapping.space.apply(mapping, to.base, [(start, end)], stock)
 
 
-def _tables(gone: list[Mapping], new: list[Mapping], base: int, start: int, end: int) -> int:
-    cuts = sum(m.space.table.tables_for_cut(start + m.vbase, end + m.vbase) for m in gone)
-    return cuts + sum(m.space.tables_for_mapping(m, base, [(start, end)]) for m in new)
+class Place(NamedTuple):
+    """Physical [start, end) appears in *space*, *distance* further on."""
+
+    space: AddressSpace
+    start: int
+    end: int
+    distance: int
+
+
+def shown(spaces: Iterable[AddressSpace], start: int, end: int,
+          kept: Container[tuple[AddressSpace, int]]) -> Iterator[Place]:
+    """Where *spaces* show physical [start, end); (space, distance) pairs of *kept* are left out."""
+    return (Place(space, low, high, distance) for space in spaces for low, high, distance in space.places(start, end)
+            if (space, distance) not in kept)
+
+
+def tables_for_withdrawal(places: Iterable[Place]) -> int:
+    """How many tables it takes at most to unmap *places*."""
+    return sum(p.space.table.tables_for_cut(p.start + p.distance, p.end + p.distance) for p in places)

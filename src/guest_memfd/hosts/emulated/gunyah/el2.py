@@ -20,7 +20,7 @@ from guest_memfd.hosts.emulated.arm64.tlb import Tlb
 from guest_memfd.hosts.emulated.gunyah import private
 from guest_memfd.hosts.emulated.gunyah.addrspace import AddressSpace
 from guest_memfd.hosts.emulated.gunyah.capabilities import CapabilitySpace
-from guest_memfd.hosts.emulated.gunyah.donate import Options, donate
+from guest_memfd.hosts.emulated.gunyah.donate import Options, donate, shown, tables_for_withdrawal
 from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, Refused
 from guest_memfd.hosts.emulated.gunyah.hypercalls import Hypercalls
 from guest_memfd.hosts.emulated.gunyah.memdb import MemDb
@@ -126,19 +126,35 @@ class Gunyah:
 
     def donate(self, options: Options, source: Extent, to: Extent, offset: int, size: int) -> None:
         """MEMEXTENT_DONATE, see donate.py."""
-        spaces = [self.hlos, *(vm.space for vm in self.vms.values())]
-        donate(self.memdb, self.source, spaces, options, source, to, offset, size)
+        donate(self.memdb, self.source, self._spaces, options, source, to, offset, size)
+
+    def sync(self) -> None:
+        """What a series of donations without synchronisation, by the host, ends with."""
+        for space in self._spaces:
+            if space.stale or space is self.hlos:
+                space.sync_all()
+
+    @property
+    def _spaces(self) -> list[AddressSpace]:
+        return [self.hlos, *(vm.space for vm in self.vms.values())]
 
     def take_back(self, vm: Vm) -> None:
-        """All memory of a dead VM becomes the host's again: what was private is sanitised first.
+        """All memory of a dead VM becomes the host's again, and leaves other VMs: what was private is sanitised first.
 
         Raises Refused(NOMEM), and nothing has changed, when the host's own table cannot grow.
         """
         identity = next(m for m in self.host_extent.mappings if m.space is self.hlos)
         private_ranges = list(self.memdb.ranges(vm.guest_private))
         shared_ranges = list(self.memdb.ranges(vm.guest_shared))
-        with Stock(self.source, self.hlos.tables_for_mapping(identity, 0, private_ranges)) as stock:
+        others = [other.space for other in self.vms.values() if other is not vm]
+        gone = [place for start, end in shared_ranges for place in shown(others, start, end, ())]
+        need = self.hlos.tables_for_mapping(identity, 0, private_ranges) + tables_for_withdrawal(gone)
+        with Stock(self.source, need) as stock:
             vm.space.destroy()
+            for place in gone:
+                place.space.withdraw(place.start, place.end, place.distance, stock)
+            for space in {place.space for place in gone}:
+                space.sync_all()
             for start, end in private_ranges:
                 self.memdb.change(start, end, vm.guest_private, self.host_extent)
             for start, end in shared_ranges:

@@ -36,6 +36,7 @@ class Mappings:
         self._places: RangeMap[tuple[int, ...]] = RangeMap(())
         # Guest addresses unmapped with NOSYNC: TLBs may still have them.
         self._unsynced: RangeMap[bool] = RangeMap(False)
+        self._abandoned = False
 
     def __repr__(self) -> str:
         return f"<address space of {self.name}>"
@@ -48,6 +49,17 @@ class Mappings:
     def maps_any(self, start: int, end: int) -> bool:
         """Whether any page of physical [start, end) is mapped."""
         return not self._places.only(start, end, ())
+
+    def places(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Where it shows physical [start, end): (pa, end, distance from there to its own address) of each run."""
+        if not self._abandoned:
+            for low, high, distances in self._places.runs(start, end):
+                yield from ((low, high, distance) for distance in distances)
+
+    @property
+    def stale(self) -> bool:
+        """Whether a TLB may still have what was unmapped with NOSYNC."""
+        return not self._unsynced.only(0, 1 << IA_BITS, False)
 
     def mappings(self) -> Iterator[Leaf]:
         """Every valid leaf, in order of addresses."""
@@ -143,9 +155,9 @@ class Mappings:
         for low, high in ranges:
             self._put(low + away, low, high, bits, stock)
 
-    def withdraw(self, mapping: Mapping, base: int, start: int, end: int, stock: Stock) -> None:
-        """Unmap physical [start, end) from where *mapping* of an extent that begins at *base* has it; no TLBI."""
-        vbase, stop = start - base + mapping.vbase, end - base + mapping.vbase
+    def withdraw(self, start: int, end: int, distance: int, stock: Stock) -> None:
+        """Unmap physical [start, end) from where it is at *distance*; no TLBI."""
+        vbase, stop = start + distance, end + distance
         self.table.cut(vbase, stop, stock)
         self.remove([leaf for leaf in self.table.leaves(vbase, stop) if leaf.valid and leaf.oa - leaf.ipa == start - vbase])
         self.leave_stale(vbase, stop)
@@ -153,9 +165,14 @@ class Mappings:
     def destroy(self) -> None:
         """Unmap everything, sanitise what was private, and give the tables back."""
         gone = [(leaf.oa, leaf.oa + leaf.size, leaf.value) for leaf in self.mappings()]
-        self.table.destroy()
+        self.abandon()
         self._places = RangeMap(())
         self.sanitise(gone)
+
+    def abandon(self) -> None:
+        """Give the tables back; it maps nothing any more, and knows what it had."""
+        self.table.destroy()
+        self._abandoned = True
 
 
 def _without(gone: int, places: tuple[int, ...]) -> tuple[int, ...]:

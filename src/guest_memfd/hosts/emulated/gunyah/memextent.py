@@ -2,7 +2,8 @@
 
 Every page belongs to exactly one extent (memdb.py). A recorded mapping says where the whole of an extent appears in an
 address space; pages that come in by a donation appear there, pages that leave disappear. PARTIAL maps of single folios
-are not recorded: a driver maps each folio at its own distance, and an extent has four slots.
+are not recorded: a driver maps each folio at its own distance, and an extent has four slots. Each address space knows where
+it shows which page (mappings.py), so that a page that leaves its extent leaves these places, too.
 Source: docs/api/gunyah_api.md, hyp/mem/memextent_sparse of the hypervisor.
 """
 
@@ -74,7 +75,10 @@ class Mapping:
 
 @dataclass(eq=False)
 class Extent:
-    """A set of pages. Sparse extents can have any pages donated in and out; others hold [base, base+size) for good."""
+    """A set of pages. Sparse extents can have any pages donated in and out; others hold [base, base+size) for good.
+
+    *alone*: the address space of the one VM that may have these pages, for as long as they are here.
+    """
 
     name: str
     parent: Extent | None = None
@@ -82,6 +86,7 @@ class Extent:
     base: int = 0
     size: int = 1 << 48
     attributes: Attributes = RWX
+    alone: AddressSpace | None = None
     mappings: list[Mapping] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -92,6 +97,10 @@ class Extent:
         if len(self.mappings) == MAX_MAPPINGS:
             raise Refused(GunyahError.MEMEXTENT_MAPPINGS_FULL, f"{self!r} has {MAX_MAPPINGS} mappings already")
         self.mappings.append(mapping)
+
+    def forget_all(self, space: AddressSpace) -> None:
+        """*space* ends: so does every mapping in it."""
+        self.mappings = [mapping for mapping in self.mappings if mapping.space is not space]
 
     def forget(self, space: AddressSpace, vbase: int) -> Mapping:
         """Drop the record of a mapping and return it; raises Refused(ADDR_INVAL) when there is none."""

@@ -76,7 +76,7 @@ class Vm:
         self.cspace = CapabilitySpace()
         self.vcpus: list[Vcpu] = []
         self.vcpu_caps: list[int] = []
-        self.guest_private = Extent(f"{name}.private", parent=el2.host_extent)
+        self.guest_private = Extent(f"{name}.private", parent=el2.host_extent, alone=self.space)
         self.guest_shared = Extent(f"{name}.shared", parent=el2.root_extent)
         self.guest_shared.record(Mapping(el2.hlos, 0, RWX))
         self.caps = self._grant()

@@ -280,13 +280,13 @@ class Memparcels:
         except RmRefused:
             self._untake(parcel, done)
             raise
-        self._el2.hlos.sync_all()
+        self._el2.sync()
         parcel.pieces += done
 
     def _untake(self, parcel: Parcel, pieces: list[Sgl]) -> None:
         for piece in pieces:
             self._el2.donate(_QUIET, parcel.extent, self._el2.host_extent, piece.ipa, piece.size)
-        self._el2.hlos.sync_all()
+        self._el2.sync()
 
     def _unplace(self, vm: Vm, parcel: Parcel, placed: list[Placed]) -> None:
         for ipa, pa, size in placed:
