@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from guest_memfd.core.base import filled
 from guest_memfd.core.convert import Conversion
-from guest_memfd.core.folio import Grabbed
+from guest_memfd.core.folio import MISSES, Grabbed
 from guest_memfd.designs.design import Design
 from guest_memfd.hosts.host import (
     EAGAIN,
@@ -30,6 +30,7 @@ from guest_memfd.hosts.host import (
     Folio,
     Host,
     Locked,
+    Lookup,
     Steps,
 )
 
@@ -276,12 +277,9 @@ class GunyahV17(Design):
     def invalidate_pages2(self, first: int, last: int) -> Steps[int]:
         """mm/truncate.c: unmap, launder and drop each folio of page indexes [first, last]; -EBUSY for those that stay."""
         host = self.driver
-        ret, index = 0, first
-        while index <= min(last, self.size - 1):
-            hit = yield from host.filemap_get_folio(index)
-            if hit is None:
-                index += 1
-                continue
+        ret, index, end = 0, first, min(last + 1, self.size)
+        while (found := (yield from self.cached(index, end))) is not None:
+            index, hit = found
             locked = yield from host.lock_folio(hit.folio)
             yield from host.unmap_mapping_pages(hit.pgoff, hit.folio.nr)
             if (yield from self.launder_if_provided(index, hit.folio, locked.private)):
@@ -291,6 +289,18 @@ class GunyahV17(Design):
             yield from self.unlock_and_put(hit.folio)
             index = hit.pgoff + hit.folio.nr
         return ret
+
+    def cached(self, index: int, end: int) -> Steps[tuple[int, Lookup] | None]:
+        """The first of pages [index, end) that is in the page cache, with its folio referenced; holes are walked over."""
+        host, misses = self.driver, 0
+        while index < end:
+            hit = yield from host.filemap_get_folio(index)
+            if hit is not None:
+                return index, hit
+            index, misses = index + 1, misses + 1
+            if misses >= MISSES and index < end:
+                index = yield from host.filemap_find_folio(index, end - index)
+        return None
 
     def launder_if_provided(self, index: int, folio: Folio, private: bool) -> Steps[int]:
         """release_folio / launder_folio: shared pages are taken back as well, without touching the direct map."""
@@ -340,12 +350,12 @@ class GunyahV17(Design):
 
     def evict(self) -> Steps[None]:
         """The inode goes: truncate_inode_pages() drops what is cached, whoever owns it."""
-        host = self.driver
-        for index in range(self.size):
-            hit = yield from host.filemap_get_folio(index)
-            if hit is not None:
-                yield from host.lock_folio(hit.folio)
-                yield from host.filemap_remove_folio(hit.folio)
-                yield from self.unlock_and_put(hit.folio)
+        host, index = self.driver, 0
+        while (found := (yield from self.cached(index, self.size))) is not None:
+            index, hit = found
+            yield from host.lock_folio(hit.folio)
+            yield from host.filemap_remove_folio(hit.folio)
+            yield from self.unlock_and_put(hit.folio)
+            index += 1
         yield from host.destroy_inode()
         yield from host.module_put()

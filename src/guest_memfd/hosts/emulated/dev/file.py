@@ -330,7 +330,16 @@ class GuestMemoryFile(Owned, ABC):
             result = self.run(self.library.punch_hole(offset // PAGE, nr // PAGE))
             self.check(result.ret, "fallocate", self._where(result.error_index))
         else:
+            self._check_room(offset // PAGE, nr // PAGE)
             self.check(self.run(self.library.allocate(offset // PAGE, nr // PAGE)), "fallocate")
+
+    # What there is no memory for fails at its first page here, and not at its last.
+    def _check_room(self, start: int, nr: int) -> None:
+        free = self.machine.folios.free_pages
+        if nr > free:
+            there = sum(page.nr for index, page in self.host.inode.pages.items() if start <= index < start + nr)
+            if nr - there > free:
+                raise SyscallFailed(ENOMEM, "fallocate", f"{nr - there} pages, of which {free} are free")
 
     @staticmethod
     def _where(index: int | None) -> str:
