@@ -374,17 +374,34 @@ def test_a_pin_refuses_the_conversion_and_says_where(opened: Opened) -> None:
     file = opened.vm.create_guest_memfd(8 * PAGE, SHARED)
     with file.mmap() as mapping:
         mapping.write(3 * PAGE, b"data")
-        found = file.host.inode.find(3)
-        assert found is not None
-        found.take("pin")
-        request = MemoryAttributes2(PAGE, 6 * PAGE, PRIVATE)
-        refused(errno.EAGAIN, file.set_memory_attributes2, request)
-        assert request.error_offset == 3 * PAGE
-        assert mapping.read(3 * PAGE, 4) == b"data"
-        found.drop("pin")
+        with mapping.pin(3 * PAGE + 7):
+            request = MemoryAttributes2(PAGE, 6 * PAGE, PRIVATE)
+            refused(errno.EAGAIN, file.set_memory_attributes2, request)
+            assert request.error_offset == 3 * PAGE
+            assert mapping.read(3 * PAGE, 4) == b"data"
         file.set_memory_attributes2(request)
         with pytest.raises(Signalled):
             mapping.read(3 * PAGE, 4)
+        refused(errno.EFAULT, mapping.pin, 3 * PAGE)
+        with pytest.raises(BadInput):
+            mapping.pin(8 * PAGE)
+
+
+def test_a_pin_outlives_its_mapping_and_its_file(opened: Opened) -> None:
+    file = opened.vm.create_guest_memfd(PAGE, SHARED)
+    mapping = file.mmap()
+    pins = [mapping.pin(), mapping.pin(8)]                  # of a page that nobody has touched before
+    for owner in (mapping, file, opened.vm):
+        owner.close()
+    assert any("pin 2" in line for line in opened.machine.audit())
+    for pin in pins:
+        pin.close()
+    opened.ends()
+
+
+def test_a_design_that_nobody_may_pin() -> None:
+    with Opened("kvm", "secretmem").vm.create_guest_memfd(PAGE, SHARED).mmap() as mapping:
+        refused(errno.EFAULT, mapping.pin)
 
 
 def test_want_of_memory_refuses_the_conversion(opened: Opened) -> None:

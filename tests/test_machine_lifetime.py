@@ -20,6 +20,7 @@ from guest_memfd.hosts.emulated.kernel.inode import ALIVE, DESTROYED, EVICTED, N
 from guest_memfd.hosts.emulated.machine import Config, Machine
 from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.emulated.primitives.lifetime import LOCKS, ON_INODE
+from guest_memfd.hosts.emulated.vm import Vm
 from guest_memfd.hosts.host import PRIMITIVES, Entries, Folio, Host, Primitive, Steps
 from guest_memfd.hypervisors import HYPERVISORS
 
@@ -364,3 +365,14 @@ def test_a_file_that_only_its_binding_keeps_comes_back_with_the_vm(design: str, 
     scene.close()
     assert file.host.inode.life == DESTROYED
     assert scene.machine.audit() == []
+
+
+@pytest.mark.parametrize("break_it", [
+    lambda machine: EmulatedHost(machine, Vm(None, 0), 1).die("for a test"),
+    lambda machine: EmulatedHost(machine, Vm(None, 0), 1).gone("for a test"),
+    lambda machine: machine.cpu.call("plain_read", 0xFFFF_8000_DEAD_0000),
+], ids=["BUG", "KASAN", "oops"])
+def test_a_panic_says_that_it_is_emulated(break_it: Any) -> None:
+    with pytest.raises(KernelPanic) as died:
+        break_it(Machine("kvm", Config(ram=32 << 20)))
+    assert "Hardware name: emulated machine of guest-memfd" in died.value.text

@@ -291,6 +291,7 @@ def test_sizes_that_are_none(text: str) -> None:
 
 
 @pytest.mark.parametrize(("options", "words"), [
+    (["--on", "emulated:x86_64/kvm"], "--on emulated:x86_64/kvm: not yet; emulated machines are arm64"),
     (["--on", "emulated:arm64/gunya"], "did you mean 'emulated:arm64/gunyah'"), (["--on", "xen"], "unknown host 'xen'"),
     (["--design", "libary"], "did you mean 'library'"), (["--memory", "0"], "at least a page"),
     (["--memory", "5000"], "no multiple of a page"), (["--memory", "1G"], "more than the machine's RAM"),

@@ -58,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the guest; returns 0 off, 2 crash, panic or a broken law, 3 timeout. Raises BadInput, HostUnavailable."""
+    host, _, machine = arguments.on.partition(":")
+    if host == "emulated" and machine.partition("/")[0] == "x86_64":
+        raise BadInput(f"--on {arguments.on}: not yet; emulated machines are arm64 ({', '.join(EMULATED)}), and x86-64 "
+                       "guests run on kvm, where this machine has one")
     if arguments.on not in _MODULES:
         raise UnknownName("host", arguments.on, _MODULES)
     if not 0 < arguments.timeout < 1e9:

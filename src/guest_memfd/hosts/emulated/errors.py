@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+HARDWARE = "Hardware name: emulated machine of guest-memfd, not the machine that it runs on"
+"""A line of every panic, where Linux has the name of the board."""
+
 
 class Blocked(Exception):  # noqa: N818 - a signal, not an error
     """The primitive has to wait; nothing has changed."""

@@ -17,7 +17,7 @@ from guest_memfd.hosts.emulated.arm64.permission import Access
 from guest_memfd.hosts.emulated.arm64.registers import Tcr
 from guest_memfd.hosts.emulated.arm64.syndrome import Syndrome
 from guest_memfd.hosts.emulated.arm64.walk import Entry, Stage1
-from guest_memfd.hosts.emulated.errors import KernelPanic
+from guest_memfd.hosts.emulated.errors import HARDWARE, KernelPanic
 from guest_memfd.hosts.emulated.kernel import mem_abort
 from guest_memfd.hosts.emulated.kernel.mem_abort import KernelDied, MmFault
 from guest_memfd.hosts.emulated.kernel.mm import LOAD, STORE
@@ -147,13 +147,14 @@ class HostCpu:
         for _ in range(LOCKUP):
             yield self.core.run()
         raise KernelPanic(f"watchdog: BUG: soft lockup - CPU#{self.cpu} stuck for 26s! [{self.comm}:{self.pid}]\n"
-                          f"pc : {self.symbol_at(self.core.pc)}\nKernel panic - not syncing: softlockup: hung tasks")
+                          f"{HARDWARE}\npc : {self.symbol_at(self.core.pc)}\n"
+                          "Kernel panic - not syncing: softlockup: hung tasks")
 
     # What becomes of each abort of kernel text, up to its return.
     def _kernel_aborts(self) -> Iterator[mem_abort.Outcome | None]:
         for stop in self._stops():
             if not isinstance(stop, c.Abort):
-                raise KernelPanic(f"kernel text stops with {stop!r} at {self.symbol_at(self.core.pc)}")
+                raise KernelPanic(f"kernel text stops with {stop!r} at {self.symbol_at(self.core.pc)}\n{HARDWARE}")
             if stop.pc == RETURN:
                 return
             yield self._abort(stop.fault)
@@ -173,7 +174,7 @@ class HostCpu:
             if not isinstance(stop, c.Abort):
                 if isinstance(stop, c.Svc):
                     break
-                raise KernelPanic(f"the VMM's text stops with {stop!r}")
+                raise KernelPanic(f"the VMM's text stops with {stop!r}\n{HARDWARE}")
             outcome = self._abort(stop.fault)
             if isinstance(outcome, mem_abort.UserSignal):
                 return "fault" if self._missing(stop.fault) else _SIGNALS[outcome.signal]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from errno import EBADF, EFBIG, EINVAL, ENOMEM, EOPNOTSUPP, EOVERFLOW
+from errno import EBADF, EFAULT, EFBIG, EINVAL, ENOMEM, EOPNOTSUPP, EOVERFLOW
 from functools import wraps
 from stat import S_IFREG
 from types import FunctionType
@@ -225,6 +225,22 @@ class Mapped(Owned):
         for index, within, length, done in self._pieces("write", at, len(data)):
             self._access(index, within, length, data[done:done + length])
 
+    def pin(self, at: int = 0) -> Pinned:
+        """Pin the page that holds byte *at*, as O_DIRECT, a device or a fixed buffer of io_uring does (pin_user_pages()).
+
+        Until it is closed the page is not converted to private: EAGAIN, with its offset in the file. Raises SyscallFailed:
+        EFAULT for a page that the VMM cannot have, or of a design that lets nobody pin; BadInput beyond the mapping.
+        """
+        (index, *_), file = next(self._pieces("pin", at, 1)), self.file
+        for _attempt in range(_FAULTS):
+            folio = file.perform(Primitive("gup_read_pte", (index,), "mm")) if file.library.gup else None
+            if folio is not None and file.perform(Primitive("gup_try_get", (folio,), "mm")):
+                file.perform(Primitive("gup_recheck", (index, folio, True), "mm"))
+                return Pinned(file, folio)
+            if not file.library.gup or file.run(file.library.user_fault(index)) == "SIGBUS":
+                break
+        raise SyscallFailed(EFAULT, "pin_user_pages", f"page {index} of the file")
+
     # What of [at, at+nr) lies in each page: its index in the file, first byte there, bytes, bytes before it.
     def _pieces(self, call: str, at: int, nr: int) -> Iterator[tuple[int, int, int, int]]:
         self._in_use(call)
@@ -265,6 +281,18 @@ def _mode_exists(mode: int) -> bool:
         return mode != operation
     keeps = (0, FALLOC_FL_ZERO_RANGE, FALLOC_FL_UNSHARE_RANGE)
     return operation in keeps or mode in (FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE, FALLOC_FL_WRITE_ZEROES)
+
+
+class Pinned(Owned):
+    """A pin on *folio* of *file*; it outlives the mapping, and the file."""
+
+    def __init__(self, file: GuestMemoryFile, folio: Folio) -> None:
+        self.file, self.folio = file, folio
+        self._lock = file.machine.lock
+
+    def _release(self) -> None:
+        if self.file.machine.dead is None:
+            self.file.perform(Primitive("unpin", (self.folio, True), "mm"))
 
 
 class GuestMemoryFile(Owned, ABC):

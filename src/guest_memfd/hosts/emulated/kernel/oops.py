@@ -11,6 +11,7 @@ from typing import Protocol
 
 from guest_memfd.hosts.emulated.arm64.descriptor import Entry
 from guest_memfd.hosts.emulated.arm64.syndrome import Syndrome
+from guest_memfd.hosts.emulated.errors import HARDWARE
 from guest_memfd.hosts.emulated.kernel.extable import Registers
 
 TASK_SIZE = 1 << 48
@@ -129,6 +130,7 @@ def die(what: str, esr: int, regs: PtRegs, kernel: Reporter, before: Sequence[st
              f"Internal error: {what}: {esr:016x} [#{kernel.die_counter}] SMP",
              f"Modules linked in:{kernel.modules()}",
              f"CPU: {kernel.cpu} UID: 0 PID: {kernel.pid} Comm: {kernel.comm} Not tainted {kernel.uname}",
+             HARDWARE,
              *show_regs(regs, kernel),
              "Call trace:",
              f" {kernel.symbol_at(regs.pc)} (P)",

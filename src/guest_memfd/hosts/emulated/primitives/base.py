@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.emulated.errors import Blocked, KernelPanic
+from guest_memfd.hosts.emulated.errors import HARDWARE, Blocked, KernelPanic
 from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hosts.host import Bound, Caller, Folio
 
@@ -41,12 +41,12 @@ class Base:
     def die(self, why: str) -> NoReturn:
         """BUG(): the kernel stops for a reason that is no abort."""
         self.notes.append(notes.Broken(why))
-        raise KernelPanic(f"kernel BUG: {why}\nKernel panic - not syncing: Oops - BUG: Fatal exception")
+        raise KernelPanic(f"kernel BUG: {why}\n{HARDWARE}\nKernel panic - not syncing: Oops - BUG: Fatal exception")
 
     def gone(self, what: str) -> NoReturn:
         """The memory that the primitive works on has been freed: KASAN sees it, and the kernel stops (mm/kasan/report.c)."""
         self.notes.append(notes.UseAfterFree(what))
-        raise KernelPanic(f"BUG: KASAN: slab-use-after-free of {what}\n"
+        raise KernelPanic(f"BUG: KASAN: slab-use-after-free of {what}\n{HARDWARE}\n"
                           "Kernel panic - not syncing: kasan.fault=panic set ...")
 
     def must_have(self, index: int) -> None:
