@@ -711,8 +711,9 @@ def test_the_whole_oops() -> None:
         "Modules linked in: gunyah",
     ]
     assert lines[15] == "CPU: 0 UID: 0 PID: 123 Comm: cat Not tainted 7.3.4 #1"
-    assert lines[17:19] == ["pc : plain_write+0x0/0x8", f"lr : {RETURN:#x}"]
-    assert lines[29] == f"x2 : {machine.processor.x(2):016x} x1 : 000000000000cafe x0 : {at:016x}"
+    assert lines[16].startswith("Hardware name: emulated machine of guest-memfd")
+    assert lines[18:20] == ["pc : plain_write+0x0/0x8", f"lr : {RETURN:#x}"]
+    assert lines[30] == f"x2 : {machine.processor.x(2):016x} x1 : 000000000000cafe x0 : {at:016x}"
     assert lines[-1] == "---[ end trace 0000000000000000 ]---"
 
 
@@ -751,14 +752,14 @@ def test_registers_are_printed_from_x29_down() -> None:
     regs = Regs(file=list(range(31)))
     regs.pstate = 1 << 30 | 1 << 28 | 1 << 9 | 1 << 7 | 1 << 22 | 1 << 24 | 5
     lines = do_mem_abort(DABT | 0x10, VA, regs, FakeKernel()).text.splitlines()  # type: ignore[union-attr]
-    assert lines[3] == "pstate: 51400285 (nZcV DaIf +PAN -UAO -TCO +DIT -SSBS BTYPE=--)"
+    assert lines[4] == "pstate: 51400285 (nZcV DaIf +PAN -UAO -TCO +DIT -SSBS BTYPE=--)"
     regs.pstate = 0b1010 << 28 | 1 << 23 | 1 << 25 | 1 << 12 | 1 << 8 | 1 << 6 | 5
     other = do_mem_abort(DABT | 0x10, VA, regs, FakeKernel()).text.splitlines()  # type: ignore[union-attr]
-    assert other[3] == "pstate: a2801145 (NzCv dAiF -PAN +UAO +TCO -DIT +SSBS BTYPE=--)"
-    assert lines[4:8] == [f"pc : {PC:#x}", "lr : 0x1e", f"sp : {regs.sp:016x}",
+    assert other[4] == "pstate: a2801145 (NzCv dAiF -PAN +UAO +TCO -DIT +SSBS BTYPE=--)"
+    assert lines[5:9] == [f"pc : {PC:#x}", "lr : 0x1e", f"sp : {regs.sp:016x}",
                           "x29: 000000000000001d x28: 000000000000001c x27: 000000000000001b"]
-    assert lines[16] == "x2 : 0000000000000002 x1 : 0000000000000001 x0 : 0000000000000000"
-    assert lines[17:] == ["Call trace:", f" {PC:#x} (P)", " 0x1e", "---[ end trace 0000000000000000 ]---"]
+    assert lines[17] == "x2 : 0000000000000002 x1 : 0000000000000001 x0 : 0000000000000000"
+    assert lines[18:] == ["Call trace:", f" {PC:#x} (P)", " 0x1e", "---[ end trace 0000000000000000 ]---"]
 
 
 def test_a_syndrome_with_an_instruction_in_it() -> None:
