@@ -197,7 +197,7 @@ def a_page_is_given_to_the_guest_twice(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("gunyah", "vcpu", "zeropad")
 def the_host_keeps_its_mapping_of_a_lent_page(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(AddressSpace, "withdraw", lambda self, mapping, base, start, end, stock: None)
+    patch.setattr(AddressSpace, "withdraw", lambda self, start, end, distance, stock: None)
 
 
 @mistake("gunyah", "vcpu", "vcpu2", "vmm", design="none")
@@ -247,8 +247,8 @@ def the_abort_is_of_the_other_kind(patch: pytest.MonkeyPatch) -> None:
 @mistake("gunyah", "vcpu", "zeropad")
 def a_donation_is_one_page_too_long(patch: pytest.MonkeyPatch) -> None:
     right = donate._move_mappings
-    patch.setattr(donate, "_move_mappings", lambda pages, source, to, start, end, options: right(
-        pages, source, to, start + PAGE, end + PAGE, options))
+    patch.setattr(donate, "_move_mappings", lambda pages, spaces, source, to, start, end, options: right(
+        pages, spaces, source, to, start + PAGE, end + PAGE, options))
 
 
 # -- Linux's books -------------------------------------------------------------------------------------------------
