@@ -4,13 +4,14 @@
 # make bench     how fast the explorer is; make bench-emulated: what lending costs on the emulated machine
 # make bench-linux  what our calls of the real kernel cost beside the same in C, and memfd_secret beside memfd
 # make mutants   the library with one small thing wrong, some thousand times over: what does nobody notice (an hour and more)
+# make fuzz      random command lines, traces, guests, plugins, lives of a VMM, hypercalls (FUZZ='lines --count 100000')
 # Needs python3 (3.11 or later, with venv), and for benchmarks gcc (two of them) and spin (one). Nothing is written outside of this folder.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: compare test test-long lint mutants bench bench-emulated bench-linux clean
+.PHONY: compare test test-long lint mutants fuzz bench bench-emulated bench-linux clean
 
 compare: .venv/installed
 	@echo "exploring every pair of parties under every design: a minute or two, more on a busy machine" >&2
@@ -28,6 +29,9 @@ lint: .venv/dev
 
 mutants: .venv/installed
 	PYTHONPATH=tools $(BIN)/python -m mutants $(MUTANTS)
+
+fuzz: .venv/dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
 bench: .venv/installed
 	$(BIN)/python bench/engine.py

@@ -107,7 +107,7 @@ def _on(
 
     def made() -> None:
         result = getattr(thing, method)(*args, **named)
-        if more:
+        if more and result is not None:
             held.setdefault(more, []).append(result)
 
     shown = ", ".join([*map(_short, args), *(f"{key}={_short(value)}" for key, value in named.items())])
@@ -167,7 +167,8 @@ class KvmLives(Lives):
                 lambda: on("vcpu", "answer", bytes(choose.randrange(10))), lambda: on("vcpu", "close"),
             ]
             if "mapping" in held:
-                does.append(lambda: on("mapping", "write", 0, self.code))
+                code = choose.choice((self.code, choose.randbytes(64)))
+                does.append(lambda: on("mapping", "write", 0, code))
         return choose.choice([*does, *of_file(choose, held)])()
 
     @staticmethod
@@ -206,7 +207,8 @@ class GunyahLives(Lives):
                 lambda: on("vm", "set_boot_context", number(choose, *range(4)), RAM),
                 lambda: on("vm", "start"), lambda: on("vm", "start"),
                 lambda: on("vm", "add_vcpu", number(choose, 0, 1), more="vcpu"),
-                lambda: on("vm", "add_function", kind, arg), lambda: on("vm", "remove_function", kind, arg),
+                lambda: on("vm", "add_function", kind, arg, more="vcpu" if kind == FnType.VCPU else "function"),
+                lambda: on("vm", "remove_function", kind, arg),
                 lambda: on("vm", "close"),
             ]
         if "vcpu" in held:
