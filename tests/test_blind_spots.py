@@ -130,7 +130,8 @@ def gives_up(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     yield from guest.guest_consents(0)
 
 
-SHARING = [Party("vcpu", "a guest that shares its page", gives_up), Party("vmm", "to_shared, punch", shares_and_punches),
+SHARING = [Party("vcpu", "a guest that shares its page", gives_up, fd=False),
+           Party("vmm", "to_shared, punch", shares_and_punches, fd=False),
            PARTIES["stop"]]
 
 

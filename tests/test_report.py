@@ -329,7 +329,7 @@ def test_choices_read_as_sentences(choices: list[str], words: str) -> None:
 def test_the_step_that_breaks_a_law_says_who_reached_what_and_how(load: Finding) -> None:
     access = ACCESS._replace(who="kernel", via="stale TLB entry", content="secret", guests=True, write=False, pfn=1)
     reads = Step("kcore", (), Primitive("copy_from_kernel_nofault", (1,), "mm"), None, False, load.initial, (access,))
-    told = [line for line in steps.lines([reads, reads], load.initial) if "~" in line]
+    told = [line for line in steps.lines([reads, reads], load.initial, Style()) if "~" in line]
     assert told == ["     ~ kernel reads secret from pfn1, which is the guest's alone, through the stale TLB entry"]
 
 
