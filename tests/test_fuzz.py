@@ -16,8 +16,8 @@ from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.emulated.pkvm import transitions
 from guest_memfd.hosts.emulated.pkvm.states import State
 
-LONG = {"lines": 2000, "traces": 2000, "guests": 50_000, "plugins": 150, "kvm": 700, "pkvm": 700, "gunyah": 700,
-        "gunyah-calls": 500, "pkvm-calls": 1000}
+LONG = {"lines": 700, "traces": 1000, "guests": 40_000, "plugins": 60, "kvm": 400, "pkvm": 400, "gunyah": 400,
+        "gunyah-calls": 400, "pkvm-calls": 1000}
 """Inputs of each kind; a life is a dozen of calls, and one of the last two is thirty."""
 
 
