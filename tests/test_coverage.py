@@ -16,7 +16,7 @@ from guest_memfd.designs import DESIGNS
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput
 from guest_memfd.hosts.abstract.notes import Ended, Returned
-from guest_memfd.hosts.host import ENOMEM, Bound, Cost, Steps
+from guest_memfd.hosts.host import ENOMEM, EOPNOTSUPP, Bound, Cost, Steps
 
 FAULTS = ["vcpu2", "stop"]
 
@@ -82,6 +82,7 @@ def test_what_is_missed_was_asked_for() -> None:
     assert seen.events == {"a conversion was refused"}
     assert seen.missing(suite=True) == ("a page became private", "a punch removed a page")
     assert seen.missing(suite=False) == ()
+    assert covered([("vmm", Returned("to_private", 0, 1, -EOPNOTSUPP, None, 2, None))]).missing(suite=True) == ()
     more = seen | covered([("vmm", ended("punch", 0, removed=(0,))), ("vcpu", Returned("fault", 0, 1, 0, None, 2, 0))])
     assert more.missing(suite=True) == ("the guest used a private page", "a page became private")
     assert more.missing(suite=False) == ("the guest used a page",)

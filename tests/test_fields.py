@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from guest_memfd.check.scenario import World
+from guest_memfd.check.suite import check
 from guest_memfd.core import GuestMemfdOps, Reason
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs import names as designs
@@ -262,3 +263,9 @@ def test_an_override_that_is_no_procedure_is_told() -> None:
     words = "which is no procedure: one that has nothing to ask for says 'yield from ()'"
     assert designs.misspelt(design(zap=zap)) == f"Theirs defines 'zap', {words}"
     assert designs.misspelt(design(flush=flush)) == f"Theirs defines 'flush', {words}"
+
+
+def test_a_design_that_is_handed_in_is_looked_at_before_it_is_used() -> None:
+    theirs = type("Theirs", (OurLibrary,), {"name": "theirs", "title": "a design", "hypervisors": int})
+    with pytest.raises(PluginError, match="its hypervisors is"):
+        check(theirs, "kvm", parties=["vcpu2"])

@@ -47,7 +47,7 @@ class Lives(Kind):
 
     def __init__(self) -> None:
         self.host: Emulated | None = None
-        self.code = assemble(GUEST, RAM)
+        self.code = assemble(GUEST, RAM).data
 
     def try_one(self, choose: random.Random, said: list[str]) -> str | None:
         """Calls, each of which returns, fails with an errno that calls have, or is a signal."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guest_memfd.hosts.abstract.notes import Abort, Access, Contained, Ended, Freed, Refused, Returned
+from guest_memfd.hosts.host import EOPNOTSUPP
 
 Seen = Callable[[Any], object]
 
@@ -84,5 +85,5 @@ class Coverage:
 def covered(facts: Iterable[tuple[str, Any]]) -> Coverage:
     """What *facts*, of (party, note), tell of."""
     notes = [note for _party, note in facts]
-    asked = frozenset(note.op for note in notes if isinstance(note, Ended | Returned))
+    asked = frozenset(note.op for note in notes if isinstance(note, Ended | Returned) and note.ret != -EOPNOTSUPP)
     return Coverage(frozenset(event for event, seen in EVENTS.items() if any(map(seen, notes))), asked)

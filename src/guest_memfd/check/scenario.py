@@ -234,6 +234,7 @@ def world(
         hypervisor = HYPERVISORS[hypervisor]
     if isinstance(scene, str):
         scene = scene_of(scene)
+    _look_at(design, hypervisor)                        # before any of their fields is used
     if design.hypervisors is not None and hypervisor.name not in design.hypervisors:
         raise BadInput(
             f"design {design.name!r} was posted for {', '.join(design.hypervisors)} only, not for {hypervisor.name!r}"
