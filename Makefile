@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: compare test test-long lint mutants fuzz bench bench-emulated bench-linux clean
 
 compare: .venv/installed
-	@echo "exploring every pair of parties under every design: a minute or two, more on a busy machine" >&2
+	@echo "exploring every pair of parties under every design: two or three minutes, more on a busy machine" >&2
 	@$(BIN)/gmem compare
 
 test: lint

@@ -2,8 +2,9 @@
 
 Rule of this file: nothing heavy is imported before the verb is known, so that help and mistakes answer at once.
 
-Exit codes: 0 holds, 1 our own failure, 2 refuted, 3 undetermined (or a replay that diverges), 4 bad input, 5 the host
-asked for is not available, or has no memory or no descriptors left. A signal ends with 128 and its number.
+Exit codes: 0 holds, 1 our own failure, 2 refuted, 3 undetermined (a limit was reached, nothing happened, a replay
+diverges), 4 bad input, 5 the host asked for is not available, or has no memory or no descriptors left. A signal ends with
+128 and its number.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ VERBS = {
     "replay": "run a saved trace again: the same verdict, or where it diverges and why",
     "probe": "ask this kernel: what its guest_memfd and memfd_secret offer, do, and get wrong",
     "run": "a guest program, its memory from guest_memfd: emulated and judged by the laws, or on the real /dev/kvm",
-    "list": "what there is: guests, designs, hypervisors, parties, laws, scenarios",
+    "list": "what there is: guests, designs, hypervisors, scenes, parties, laws, scenarios",
 }
 
 EXIT_CODES = """\
-exit codes: 0 holds, 1 failure of gmem itself, 2 refuted, 3 undetermined (a limit was reached, or a replay diverges), 4 bad
-input, 5 host not available, or no memory left, 128 and its number for a signal.  NO_COLOR and COLUMNS are obeyed;
-GMEM_DEBUG=1 shows tracebacks."""
+exit codes: 0 holds, 1 failure of gmem itself, 2 refuted, 3 undetermined (a limit was reached, nothing happened, a
+replay diverges), 4 bad input, 5 host not available, or no memory left, 128 and its number for a signal.  NO_COLOR and
+COLUMNS are obeyed; GMEM_DEBUG=1 shows tracebacks."""
 
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
