@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,25 @@ def test_what_translate_raises_leaves_run(monkeypatch: pytest.MonkeyPatch) -> No
         assert machine.cpu.pc == CODE + 4
     monkeypatch.setattr(machine.cpu, "translate", machine.translate)
     assert machine.run() == Hvc(0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("between"), None])
+def test_a_signal_at_the_border_of_a_callback_leaves_run(
+    error: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine("nop\nldr x1, [x0]\nhvc #0")
+    machine.map(VA, DATA)
+    before = sys.unraisablehook
+
+    def translate(va: int, access: str, el: int) -> Any:
+        if access == "r":                               # what ctypes does with what is raised there
+            sys.unraisablehook(SimpleNamespace(exc_type=KeyboardInterrupt, exc_value=error))
+        return machine.translate(va, access, el)
+
+    monkeypatch.setattr(machine.cpu, "translate", translate)
+    with pytest.raises(KeyboardInterrupt):
+        machine.run(x0=VA)
+    assert sys.unraisablehook is before
 
 
 def test_without_unicorn_the_host_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

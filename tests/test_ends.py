@@ -403,6 +403,49 @@ def test_a_full_device_for_standard_output(argv: str, unbuffered: str) -> None:
     assert "No space left on device" in done.stderr
 
 
+@pytest.mark.parametrize(("raised", "code", "says"), [(lambda: Stopped(15), 143, ""), (MemoryError, 5, "no memory left")])
+@pytest.mark.parametrize("at", [20, 50])
+def test_what_ends_a_run_half_way_is_no_broken_law(
+    at: int, raised: Callable[[], BaseException], code: int, says: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("unicorn")
+    from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
+
+    real, count = EmulatedHost.perform, iter(range(at))
+
+    def perform(self: EmulatedHost, *args: Any) -> Any:
+        if next(count, None) is None:
+            raise raised()
+        return real(self, *args)
+
+    monkeypatch.setattr(EmulatedHost, "perform", perform)
+    assert main(["run", "hello", "--on", "emulated:arm64/gunyah"]) == code
+    said = capsys.readouterr()
+    assert "law" not in said.err + said.out
+    assert says in said.err
+
+
+def test_a_name_may_be_as_long_as_names_are(tmp_path: Path) -> None:
+    file = tmp_path / ("x" * 250)
+    assert main(["list", "laws", "-o", str(file)]) == 0
+    assert file.read_text().count("host-survives")
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_device_is_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "/dev/zero"]) == 4
+    assert "'/dev/zero' is a device; a file or a pipe is wanted" in capsys.readouterr().err
+
+
+def test_without_descriptors_nothing_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (6, 6))
+    assert main(["probe"]) == 5
+    assert "needs 64 descriptors, and a process may have 6 here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("descriptors", [6, 10])
 def test_few_descriptors(tmp_path: Path, descriptors: int) -> None:
     code, said = ended(*LOAD, "--scene", "two-pages,crossed", "-j", "2", "-q", "-o", "out", where=tmp_path,

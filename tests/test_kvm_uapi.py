@@ -242,7 +242,8 @@ LAST_BYTE = (1 << 63) - 1
 
 
 @pytest.mark.parametrize(("mode", "offset", "nr", "code"), [
-    (1, -PAGE, PAGE, errno.EINVAL), (1, 0, -PAGE, errno.EINVAL), (0x100, 0, 0, errno.EINVAL),
+    (1, -PAGE, PAGE, errno.EINVAL), (1, LAST_BYTE + 1, PAGE, errno.EINVAL), (1, 0, -PAGE, errno.EINVAL),
+    (0x100, 0, 0, errno.EINVAL),
     (0x100, PAGE, LAST_BYTE, errno.EOPNOTSUPP), (2, PAGE, LAST_BYTE, errno.EOPNOTSUPP),
     (9, PAGE, LAST_BYTE, errno.EOPNOTSUPP), (0, 1, LAST_BYTE, errno.EFBIG), (8, PAGE, LAST_BYTE, errno.EFBIG),
     (0x11, PAGE, LAST_BYTE, errno.EFBIG),

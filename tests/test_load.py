@@ -37,7 +37,8 @@ NUMBER = 42
 
 
 def gmem(*argv: str, at: Path) -> tuple[int, str, str]:
-    done = subprocess.run([sys.executable, "-m", "guest_memfd.cli.main", *argv], cwd=at, capture_output=True, text=True,
+    command = [sys.executable, "-P", "-m", "guest_memfd.cli.main", *argv]
+    done = subprocess.run(command, cwd=at, capture_output=True, text=True,
                           env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"}, timeout=500, check=False)
     return done.returncode, done.stdout, done.stderr
 
@@ -146,6 +147,26 @@ def test_compare_tells_it_as_well_and_what_a_plugin_prints_is_no_answer(folder: 
     assert gmem("compare", "depends.py:X", *small, at=folder)[0] == 4
     (folder / "same.py").write_text("print('hello')\n" + DEPENDS % "1")
     assert gmem("check", "same.py:X", *small, at=folder)[0] == 0
+
+
+def test_what_lies_about_is_not_run(folder: Path) -> None:
+    (folder / "json.py").write_text("open('ran', 'w'); raise SystemExit(4)")
+    (folder / "same.py").write_text(DEPENDS % "1")
+    code, _, error = gmem("check", "same.py:X", "--hypervisor", "kvm", "--parties", "vcpu2", "-q", at=folder)
+    assert (code, error) == (0, "")
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(("file", "text", "words"), [
+    ("leaves.py", "import os; os._exit(0)", "leaves.py does not load: SystemExit: os._exit(0)"),
+    ("abc_leaves.py", DEPENDS % "os._exit(0)", "raised SystemExit: os._exit(0)"),
+    ("forks.py", DEPENDS % "os.fork()", "is not deterministic"),
+])
+def test_who_leaves_by_another_door_is_told(folder: Path, file: str, text: str, words: str) -> None:
+    (folder / file).write_text(text)
+    code, out, error = gmem("check", f"{file}:X", "--hypervisor", "kvm", "--parties", "vcpu2", "-q", at=folder)
+    assert (code, out) == (4, "")
+    assert words in error
 
 
 def test_what_raises_in_another_process_alone_is_told(folder: Path) -> None:

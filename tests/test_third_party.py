@@ -38,8 +38,13 @@ class Mute(BaseException):
         raise ValueError("no words")
 
 
+class Muter(BaseException):
+    def __str__(self) -> str:
+        raise Muter
+
+
 ENDS: list[type[BaseException]] = [
-    SystemExit, GeneratorExit, KeyboardInterrupt, MemoryError, StopIteration, Mute, BaseException]
+    SystemExit, GeneratorExit, KeyboardInterrupt, MemoryError, StopIteration, Mute, Muter, BaseException]
 OF, ON_H = "of design 'theirs' on 'kvm'", "of design 'library' on 'h'"
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from threaded import NR, PAGE, Vmm, vmm
 
-from guest_memfd.errors import SyscallFailed
+from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.hosts.emulated.arm64.asm import assemble
 from guest_memfd.hosts.emulated.dev.file import Owned
 from guest_memfd.hosts.emulated.lock import Turns
 from guest_memfd.hosts.emulated.machine import Config, Machine
+from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
 from guest_memfd.hosts.uapi import kvm_arm64, kvm_run
 from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
 
@@ -177,6 +178,57 @@ def test_turns_are_taken_in_the_order_in_which_threads_came() -> None:
     for thread in threads:
         thread.join()
     assert not lock.wanted
+
+
+@pytest.mark.parametrize("name", ["kvm", "pkvm", "gunyah"])
+def test_a_machine_that_was_interrupted_can_be_closed_and_no_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = vmm(name, 1)
+    with vm.vm, vm.ram, vm.window, vm.vcpus[0]:
+        monkeypatch.setattr(EmulatedHost, "perform", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            vm.ram.punch_hole(0, PAGE)
+        monkeypatch.undo()
+        with pytest.raises(BadInput, match="was interrupted half way"):
+            vm.ram.punch_hole(0, PAGE)
+    assert vm.ram.closed
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_who_gave_way_has_his_turn_again_before_a_signal_is_raised() -> None:
+    lock = Turns()
+    inside, go = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with lock:
+            inside.set()
+            go.wait()
+    thread = threading.Thread(target=other, daemon=True)
+
+    def interrupt() -> None:
+        inside.wait()
+        while not lock.wanted:                          # the main thread waits to have it back
+            pass
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        go.set()
+    killer = threading.Thread(target=interrupt, daemon=True)
+
+    def gives_way() -> None:
+        with lock:
+            thread.start()
+            while not lock.wanted:
+                pass
+            killer.start()
+            lock.give_way()
+
+    with pytest.raises(KeyboardInterrupt):
+        gives_way()
+    assert lock._owner is None
+    assert lock._depth == 0
+    for each in (thread, killer):
+        each.join()
 
 
 def test_a_signal_while_waiting_leaves_the_queue() -> None:

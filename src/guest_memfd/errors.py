@@ -70,7 +70,9 @@ def _is_of_python(file: str) -> bool:
 def _words(how: Callable[[Any], str], value: object, otherwise: str) -> str:
     try:
         return how(value)
-    except (Exception, SystemExit, GeneratorExit):
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return otherwise
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from guest_memfd.core.library import Library
 from guest_memfd.core.ops import GuestMemfdOps
-from guest_memfd.foreign import OURS, foreign
+from guest_memfd.foreign import foreign, ours
 from guest_memfd.hosts.host import PRIMITIVES, Host
 
 OPERATIONS = frozenset(GuestMemfdOps.__abstractmethods__)
@@ -26,7 +26,7 @@ SCOPES = ast.FunctionDef | ast.Lambda | ast.ClassDef | ast.AsyncFunctionDef
 def in_class(cls: type) -> str | None:
     """The first such place in a method that *cls* has of third parties, in words; None if there is none."""
     for each in cls.__mro__:
-        for method in () if each.__module__.startswith(OURS) else vars(each).values():
+        for method in () if ours(each.__module__) else vars(each).values():
             function = inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else method
             if isinstance(function, FunctionType) and (found := _in(function, each)) is not None:
                 return found

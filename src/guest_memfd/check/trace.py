@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from importlib import metadata
@@ -125,7 +126,7 @@ def save(report: Report, found: Found | LawReport, path: str | os.PathLike[str])
 
 def write(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write *trace* to *path*, all of it or nothing; raises BadInput when that cannot be."""
-    beside = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    beside = Path(path).with_name(f".gmem.{os.getpid()}.trace.tmp")
     try:
         try:
             beside.write_text(dumps(trace), encoding="utf-8")
@@ -152,6 +153,8 @@ def load(path: str | os.PathLike[str]) -> Trace:
     """Read the trace file *path*; raises TraceError when it is unreadable, no JSON, of another schema or incomplete."""
     name = os.fspath(path)
     try:
+        if stat.S_ISCHR(os.stat(path).st_mode):
+            raise TraceError(f"trace {name!r} is a device; a file or a pipe is wanted")
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise TraceError(f"cannot read trace {name!r}: {error.strerror}") from error

@@ -78,13 +78,23 @@ def _ask(question: str) -> Iterator[Walks]:
             if process.returncode == DesignRaised.exit_code:
                 raise DesignRaised(f"in another process it goes otherwise: {answer.strip()}")
             if process.returncode == 0:
-                yield json.loads(answer)
+                yield _walked(answer)
+
+
+# An interpreter that ended well has answered, unless somebody else ended it, or wrote in between.
+def _walked(answer: str) -> Walks:
+    try:
+        walks: Walks = json.loads(answer)
+    except ValueError:
+        what = "ends the process" if not answer.strip() else "writes where the answer goes, or goes on twice"
+        raise DesignRaised(f"in another process it {what}, and not by raising SystemExit") from None
+    return walks
 
 
 def _start(package: str, seed: str) -> subprocess.Popen[str] | None:
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     try:
-        return subprocess.Popen([sys.executable, "-m", __name__], encoding="utf-8", **pipes,
+        return subprocess.Popen([sys.executable, "-P", "-m", __name__], encoding="utf-8", **pipes,
                                 env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": package})
     except OSError:
         return None

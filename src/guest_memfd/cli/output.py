@@ -73,7 +73,7 @@ class Output:
             return
         if self._path.exists():
             self._path.open("r+b").close()
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        beside = self._path.with_name(f".gmem.{os.getpid()}.tmp")       # its own name may be as long as a name can be
         self._stream = _text(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         self._beside = beside
 

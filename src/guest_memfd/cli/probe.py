@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 
 from guest_memfd.cli.options import add_output
@@ -13,6 +14,9 @@ from guest_memfd.probe import report
 from guest_memfd.probe.against import Against, compare, read
 from guest_memfd.probe.survey import PARTS, Survey, survey
 from guest_memfd.report import json
+
+FEWEST = 64
+"""Descriptors; with fewer, what fails for want of one would be taken for what the kernel answers."""
 
 EXIT_CODES = """\
 exit codes: 0 nothing differs (rows that were skipped, and bugs that are present, included), 2 a row differs from what is
@@ -41,6 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadInput("--json and --ktap exclude each other")
     if not sys.platform.startswith("linux"):
         raise HostUnavailable(f"gmem probe asks a Linux kernel; this is {sys.platform}")
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors < FEWEST:
+        raise HostUnavailable(f"gmem probe needs {FEWEST} descriptors, and a process may have {descriptors} here; ulimit -n "
+                              "may allow more")
     globs = [glob.strip() for given in arguments.row or ("*",) for glob in given.split(",")]
     parts = _parts(arguments.part, arguments.row is not None)
     old = None if arguments.against is None else read(arguments.against)

@@ -145,7 +145,8 @@ class Run:
             report.ended = drive(self.guest, order.timeout)
         finally:
             report.seconds = time.perf_counter() - began
-            self._count()
+            if not machine.lock.abandoned:
+                self._count()
         report.window = self._window()
         if order.reader and names is not None:
             report.read = readers.read(order.reader, machine, self._kernel(), names)

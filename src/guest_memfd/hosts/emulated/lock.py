@@ -16,9 +16,14 @@ from types import TracebackType
 
 
 class Turns:
-    """A reentrant lock that goes from thread to thread in the order in which they came."""
+    """A reentrant lock that goes from thread to thread in the order in which they came.
+
+    abandoned: something that is no error of the call - a signal, memory that ran out - ended one in the middle, so that what
+    is behind the lock is half done, with locks held and folios between two owners. Nobody shall touch it any more.
+    """
 
     def __init__(self) -> None:
+        self.abandoned = False
         self._books = threading.Lock()
         self._owner: int | None = None
         self._depth = 0
@@ -50,7 +55,7 @@ class Turns:
         try:
             yield
         finally:
-            self._acquire(depth)
+            self._take_back(depth)
 
     def give_way(self) -> None:
         """Let those in who wait now."""
@@ -68,6 +73,7 @@ class Turns:
             self._queue.append((me, turn))
         try:
             turn.acquire()
+            self._depth = depth
         except BaseException:                               # a signal: it may have become ours all the same
             with self._books:
                 if (me, turn) in self._queue:
@@ -75,7 +81,18 @@ class Turns:
                 else:
                     self._hand_over()
             raise
-        self._depth = depth
+
+    # Whoever let go of it inside of a call must have it again before he leaves: what a signal raises meanwhile comes later.
+    def _take_back(self, depth: int) -> None:
+        raised: BaseException | None = None
+        while True:
+            try:
+                self._acquire(depth)
+                break
+            except BaseException as error:
+                raised = raised or error
+        if raised is not None:
+            raise raised
 
     # To the first who waits; the caller has the books.
     def _hand_over(self) -> None:

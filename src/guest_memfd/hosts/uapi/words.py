@@ -17,6 +17,12 @@ def word(name: str, value: int, bits: int) -> int:
     return value % (1 << bits)
 
 
+def signed(name: str, value: int, bits: int) -> int:
+    """The same as a signed word: what is too large for one wraps as in C."""
+    one = word(name, value, bits)
+    return one - (1 << bits) if one >> bits - 1 else one
+
+
 def packed(form: str, name: str, *values: int) -> bytes:
     """The bytes of structure *name*, whose fields are *form* (struct's letters Q, I and i, and padding); raises as `word`.
 
@@ -26,6 +32,5 @@ def packed(form: str, name: str, *values: int) -> bytes:
     letters = [letter for nr, letter in re.findall(r"(\d*)([QIi])", form) for _ in range(int(nr or 1))]
     for letter, value in zip(letters, (*values, *[0] * (len(letters) - len(values))), strict=True):
         bits = _BITS[letter]
-        one = word(name, value, bits)
-        words.append(one - (1 << bits) if letter == "i" and one >> bits - 1 else one)
+        words.append(signed(name, value, bits) if letter == "i" else word(name, value, bits))
     return struct.pack(form, *words)

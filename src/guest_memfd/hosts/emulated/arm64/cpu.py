@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import mmap
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -300,10 +301,13 @@ class Cpu:
         while True:
             self._forget()
             failed = False
+            told, sys.unraisablehook = sys.unraisablehook, self._lost
             try:
                 self._uc.emu_start(self.pc, 0, count=count)
             except self._error:
                 failed = True
+            finally:
+                sys.unraisablehook = told
             if self._raised is not None:
                 raise self._raised
             if self._changed:
@@ -322,10 +326,14 @@ class Cpu:
                 return stop
             self.flush()
 
+    # What a signal raises while Unicorn calls us, before or behind our own code, comes here and nowhere else.
+    def _lost(self, what: sys.UnraisableHookArgs) -> None:
+        self._raised = self._raised or what.exc_value or what.exc_type()
+
     # What the refused access was, exactly. The page was asked for; now ask for the byte.
     def _refused(self) -> Stop | None:
         if self._miss is None:
-            raise self._error(f"Unicorn stopped at {self.pc:#x} for no reason of ours")
+            raise RuntimeError(f"Unicorn stopped at {self.pc:#x} for no reason of ours")
         page, access, el = self._miss
         pc = self.pc
         va = pc if access == "x" else self._address(page, pc)

@@ -36,6 +36,7 @@ from guest_memfd.hosts.uapi.memory import (
     FALLOC_FL_ZERO_RANGE,
     Stat,
 )
+from guest_memfd.hosts.uapi.words import signed, word
 
 if TYPE_CHECKING:
     from guest_memfd.hosts.emulated.kernel.page import Page
@@ -159,9 +160,15 @@ def _call(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(self: Owned, *args: Any, **more: Any) -> Any:
         with self._lock:
+            if self._lock.abandoned:
+                raise BadInput("a call into this machine was interrupted half way; it is of no use any more, make another")
             self._calls += 1
             try:
                 return function(self, *args, **more)
+            except BaseException as error:
+                if not isinstance(error, Exception) or isinstance(error, MemoryError):
+                    self._lock.abandoned = True
+                raise
             finally:
                 self._calls -= 1
                 self._put()
@@ -172,7 +179,7 @@ class Owned(owned.Owned):
     """Used after it has been given up, it is EBADF. Every public method and property is a call into the machine.
 
     Calls from several threads are made one after the other. Given up while another thread is inside of a call, it goes when
-    that comes back.
+    that comes back. After a call that a signal has ended half way only `close` works, and does nothing.
     """
 
     _lock: Turns
@@ -196,7 +203,8 @@ class Owned(owned.Owned):
     def _put(self) -> None:
         if self.closed and not self._calls and not self._released:
             self._released = True
-            self._release()
+            if not self._lock.abandoned:
+                self._release()
 
     def _in_use(self, call: str) -> None:
         if self.closed:
@@ -346,6 +354,7 @@ class GuestMemoryFile(Owned, ABC):
 
     def fallocate(self, mode: int, offset: int, nr: int) -> None:
         """fallocate(2); raises SyscallFailed."""
+        mode, offset, nr = word("mode", mode, 32), signed("offset", offset, 64), signed("len", nr, 64)
         self._in_use("fallocate")
         if offset < 0 or nr <= 0:
             raise SyscallFailed(EINVAL, "fallocate", f"{nr} bytes at {offset}")
