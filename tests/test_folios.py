@@ -229,8 +229,9 @@ def test_what_is_so_already_costs_a_look(name: str, entry: int) -> None:
 # -- grab --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folio_that_has_moved_is_looked_up_again() -> None:
-    answers: Iterator[Any] = iter([Lookup(Folio(1), 5), Locked(4, True, False, False), 0, 0, Lookup(Folio(2), 5),
+@pytest.mark.parametrize("to", [4, 6, None])
+def test_a_folio_that_has_moved_is_looked_up_again(to: int | None) -> None:
+    answers: Iterator[Any] = iter([Lookup(Folio(1), 5), Locked(to, True, False, False), 0, 0, Lookup(Folio(2), 5),
                                    Locked(5, True, True, False)])
     result, done = asked(library().grab_folio(5), lambda _primitive: next(answers))
     assert result == Grabbed(Folio(2), 5, True)
