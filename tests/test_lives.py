@@ -150,7 +150,7 @@ def test_memory_stays_flat(name: str) -> None:
         live(machine)
     gc.collect()
     _, before = memory()
-    for _ in range(int(os.environ.get("GUEST_MEMFD_LIVES", "200"))):
+    for _ in range(int(os.environ.get("GUEST_MEMFD_LIVES", "100"))):
         live(machine)
     assert memory()[1] - before < 20 << 20
     assert machine.audit() == []

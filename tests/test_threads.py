@@ -40,7 +40,7 @@ def test_memory_changes_while_guests_run(name: str, vcpus: int) -> None:
 @pytest.mark.parametrize("name", HYPERVISORS)
 def test_memory_changes_for_long(name: str) -> None:
     """GUEST_MEMFD_CHANGES: how many; 5,000 are most of a minute."""
-    live(vmm(name, 4), int(os.environ.get("GUEST_MEMFD_CHANGES", "1000")), seed=2)
+    live(vmm(name, 4), int(os.environ.get("GUEST_MEMFD_CHANGES", "500")), seed=2)
 
 
 # -- one vCPU ----------------------------------------------------------------------------------------------------------
