@@ -15,6 +15,7 @@ from fuzz.lives import KvmLives
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.hosts.emulated.pkvm import transitions
 from guest_memfd.hosts.emulated.pkvm.states import State
+from guest_memfd.scenarios import PARTIES
 
 LONG = {"lines": 700, "traces": 1000, "guests": 40_000, "plugins": 60, "kvm": 400, "pkvm": 400, "gunyah": 400,
         "gunyah-calls": 400, "pkvm-calls": 1000}
@@ -34,6 +35,12 @@ def test_a_few(name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_many(name: str) -> None:
     assert wrong(name, range(LONG[name])) == []
+
+
+def test_no_plugin_stays() -> None:
+    before = [*PARTIES]
+    assert wrong("plugins", range(2_000_000, 2_000_020)) == []
+    assert [*PARTIES] == before
 
 
 def test_an_input_is_made_of_its_number_alone() -> None:

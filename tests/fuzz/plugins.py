@@ -59,6 +59,8 @@ class Plugins(Kind):
         except BadInput as error:
             words = str(error)
             return f"an error of {len(words)} characters" if len(words) > LONGEST else None
+        finally:
+            PARTIES._known.pop("theirs", None)          # for nobody else
         return None if report.verdict in ("holds", "refuted", "undetermined") else f"verdict {report.verdict!r}"
 
     @staticmethod
