@@ -245,10 +245,10 @@ def test_examples_in_the_whole_suite(hypervisor: str, monkeypatch: pytest.Monkey
     party, tiny = example("preallocating_party").PREALLOC, example("tiny_hypervisor").TINY
     monkeypatch.setitem(PARTIES._known, party.name, party)
     on = tiny if hypervisor == "tiny" else HYPERVISORS[hypervisor]
-    for scene in SCENES.values():
-        world = World(DESIGNS["library"], on, [party, *ALL], scene=scene)
+    for scene in ("two-pages", "both-shared", "two-vms"):
+        world = World(DESIGNS["library"], on, [party, *ALL], scene=SCENES[scene])
         asked = [names for names in plan(world, full=False) if party.name in names or on is tiny]
-        assert broken(world, *asked) == set(), scene.name
+        assert broken(world, *asked) == set(), scene
 
 
 @pytest.mark.usefixtures("examples")

@@ -17,7 +17,7 @@ from guest_memfd.hosts.emulated.pkvm import transitions
 from guest_memfd.hosts.emulated.pkvm.states import State
 from guest_memfd.scenarios import PARTIES
 
-LONG = {"lines": 700, "traces": 1000, "guests": 40_000, "plugins": 60, "kvm": 400, "pkvm": 400, "gunyah": 400,
+LONG = {"lines": 700, "traces": 1000, "guests": 10_000, "plugins": 60, "kvm": 400, "pkvm": 400, "gunyah": 400,
         "gunyah-calls": 400, "pkvm-calls": 1000}
 """Inputs of each kind; a life is a dozen of calls, and one of the last two is thirty."""
 
