@@ -95,7 +95,10 @@ def test_what_the_host_cannot_do_is_refused(design: type[OurLibrary], order: int
         check(design, "kvm", parties=FAULTS, scenes=["both-private"])
 
 
-def test_it_is_said_and_the_exit_code_is_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_said_and_the_exit_code_is_3(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DESIGNS, "_known", {**DESIGNS._known})              # what is loaded goes again
     file = tmp_path / "no_memory.py"
     file.write_text(f"""from typing import Any
 from guest_memfd.designs.ours import OurLibrary
