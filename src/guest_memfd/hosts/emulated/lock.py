@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 
@@ -56,6 +56,14 @@ class Turns:
             yield
         finally:
             self._take_back(depth)
+
+    @contextmanager
+    def behind(self, other: Turns) -> Iterator[None]:
+        """Hold *other* as well while the block runs; whoever waits for that is in nobody's way here."""
+        with ExitStack() as stack:
+            with self.released():
+                stack.enter_context(other)
+            yield
 
     def give_way(self) -> None:
         """Let those in who wait now."""

@@ -6,7 +6,6 @@ The wait for an interrupt, which nobody here sends, ends as a signal ends it: -E
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from errno import EINTR, EINVAL, ENODEV
 from typing import TYPE_CHECKING
 
@@ -54,9 +53,7 @@ class VcpuFile(Owned):
 
     def run(self) -> Exit:
         """VCPU_RUN; a second thread waits until the first has come back (vcpu->run_lock)."""
-        with ExitStack() as stack:
-            with self._lock.released():
-                stack.enter_context(self._mutex)
+        with self._lock.behind(self._mutex):
             return self._run()
 
     # Whether the guest is to come out: a signal, or somebody waits for the machine.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from errno import EFAULT, EINVAL, EIO, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
@@ -82,12 +82,10 @@ class Vcpu(Owned):
                 self._load()
             return uapi.Intr()
 
-    # The vCPU's own ioctls, one at a time. Who waits for it is not in the way of others.
+    # The vCPU's own ioctls, one at a time.
     @contextmanager
     def _alone(self, call: str) -> Iterator[str]:
-        with ExitStack() as stack:
-            with self._lock.released():
-                stack.enter_context(self._mutex)
+        with self._lock.behind(self._mutex):
             self._in_use(call)
             yield call
 
