@@ -10,11 +10,14 @@ import inspect
 import os
 import signal
 import threading
+from collections.abc import Callable
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from guest_memfd.errors import BadInput, DesignRaised, PluginError, describe, place_of
+
+T = TypeVar("T")
 
 TICK = 1.0
 """Seconds between two looks at code that does not come back."""
@@ -98,6 +101,15 @@ class Guard:
         if self._left == 1:
             raise Endless(place_of(_frames(frame)))
         self._left -= bool(self._left)
+
+
+def asked_twice(
+    who: object, question: Callable[..., T], *about: Any, theirs: bool, error: type[BadInput] = DesignRaised
+) -> tuple[T, T]:
+    """What *question* of *who* answers, and once more if it is a third party's: whoever asks compares them."""
+    with Guard(who, error, timed=theirs):
+        first = question(*about)
+        return first, question(*about) if theirs else first
 
 
 # In place of os._exit(), after which nobody could say whose doing it was.

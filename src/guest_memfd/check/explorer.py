@@ -28,7 +28,7 @@ from guest_memfd.check.outcome import STAY, Outcome
 from guest_memfd.check.place import freeze, local_key
 from guest_memfd.check.silent import Passed, Place
 from guest_memfd.errors import DesignRaised, InternalError, NotAPrimitive, place_of, shown
-from guest_memfd.foreign import Guard
+from guest_memfd.foreign import Guard, asked_twice
 from guest_memfd.hosts.host import LOADS, PRIMITIVES, SILENT, Host, Primitive
 
 SHARED_BITS, LOCAL_BITS = 26, 16
@@ -250,12 +250,11 @@ def perform(machine: Machine, shared: bytes, party: int, primitive: Primitive) -
     """
     theirs = getattr(machine, "foreign", "")
     asked = Asked(primitive, theirs)
-    with Guard(asked, timed=bool(theirs)):
-        outcomes = tuple(machine.outcomes(shared, party, primitive))
-        if theirs and (again := tuple(machine.outcomes(shared, party, primitive))) != outcomes:
-            first, second = next(pair for pair in itertools.zip_longest(outcomes, again) if pair[0] != pair[1])
-            raise DesignRaised(f"{asked} is not deterministic: in the same state it {_end(first)} and then {_end(second)}")
-        return outcomes
+    outcomes, again = asked_twice(asked, lambda: tuple(machine.outcomes(shared, party, primitive)), theirs=bool(theirs))
+    if theirs and again != outcomes:
+        first, second = next(pair for pair in itertools.zip_longest(outcomes, again) if pair[0] != pair[1])
+        raise DesignRaised(f"{asked} is not deterministic: in the same state it {_end(first)} and then {_end(second)}")
+    return outcomes
 
 
 class Asked(NamedTuple):

@@ -13,7 +13,7 @@ from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.names import lacks as lacks_design
 from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, InternalError, PluginError, UnknownName, shown
-from guest_memfd.foreign import Guard, foreign
+from guest_memfd.foreign import Guard, asked_twice, foreign
 from guest_memfd.hosts.abstract import AbstractHost
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import EOPNOTSUPP, Host, Primitive, Steps
@@ -80,9 +80,7 @@ class World:
 
     def _exists(self, party: Party) -> bool:
         who, theirs = f"`exists` of party {party.name!r}{self.named}", self.foreign or foreign(party.exists)
-        with Guard(who, timed=theirs):
-            there = party.exists(self.library, self.hypervisor)
-            again = party.exists(self.library, self.hypervisor) if theirs else there
+        there, again = asked_twice(who, party.exists, self.library, self.hypervisor, theirs=theirs)
         if type(there) is not bool:
             raise DesignRaised(f"{who} answered {shown(there)}, not True or False")
         if there != again:

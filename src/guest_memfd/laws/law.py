@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from guest_memfd.errors import BadInput, shown
 from guest_memfd.fields import LINE, NAME, takes, wrong
-from guest_memfd.foreign import Guard, foreign
+from guest_memfd.foreign import asked_twice, foreign
 from guest_memfd.hosts.abstract import state as st
 
 Evidence = str | None
@@ -71,9 +71,7 @@ class Law:
 
     # A third party's is asked twice, and has to answer the same.
     def _ask(self, judge: Callable[[Any], Evidence], thing: Any) -> Evidence:
-        with Guard(_Question(self.name, thing), BadInput, timed=self._theirs):
-            evidence = judge(thing)
-            again = judge(thing) if self._theirs else evidence
+        evidence, again = asked_twice(_Question(self.name, thing), judge, thing, theirs=self._theirs, error=BadInput)
         if not (evidence is None or (isinstance(evidence, str) and evidence)):
             raise BadInput(f"{_Question(self.name, thing)} answered {shown(evidence)}; evidence is words, or None")
         if again != evidence:
