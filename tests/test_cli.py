@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from terminal import on_a_terminal
 
 from guest_memfd.check.plan import NAMED, ON_REQUEST, QUICK
 from guest_memfd.check.trace import SCHEMA
@@ -196,23 +196,6 @@ def test_ktap_does_not_pass_what_is_undetermined(capsys: pytest.CaptureFixture[s
     results = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not ok")]
     assert len(results) == ALL
     assert all(line.endswith("# undetermined") for line in results)
-
-
-def on_a_terminal(*argv: str, **env: str) -> bytes:
-    """What gmem writes when its standard output is a terminal."""
-    ours, theirs = pty.openpty()
-    with subprocess.Popen([sys.executable, "-m", "guest_memfd.cli.main", *argv], stdout=theirs,
-                          stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm", **env}) as process:
-        os.close(theirs)
-        out = b""
-        try:
-            while chunk := os.read(ours, 65536):
-                out += chunk
-        except OSError:             # Linux's way to say that the other side has closed
-            pass
-        process.wait(timeout=600)
-    os.close(ours)
-    return out
 
 
 def test_colours_are_for_terminals_and_no_color_is_obeyed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
-import pty
 import re
 import resource
 import signal
 import stat
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from terminal import on_a_terminal
 
 from guest_memfd.check import pool
 from guest_memfd.check.pool import Pool, Schedule
@@ -459,21 +456,9 @@ def test_few_descriptors(tmp_path: Path, descriptors: int) -> None:
 # -- the width ---------------------------------------------------------------------------------------------------------
 
 
-def on_a_terminal(width: int, *argv: str, **env: str) -> list[str]:
+def lines_on_a_terminal(width: int, *argv: str, **env: str) -> list[str]:
     """The lines of gmem on a terminal of *width* columns, without colours."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-    with subprocess.Popen([*GMEM, *argv], stdout=theirs, stderr=subprocess.DEVNULL,
-                          env={**os.environ, "NO_COLOR": "1", **env}):
-        os.close(theirs)
-        out = b""
-        try:
-            while chunk := os.read(ours, 65536):
-                out += chunk
-        except OSError:             # Linux's way to say that the other side has closed
-            pass
-    os.close(ours)
-    return out.decode().replace("\r", "").splitlines()
+    return on_a_terminal(*argv, width=width, NO_COLOR="1", **env).decode().replace("\r", "").splitlines()
 
 
 @pytest.mark.parametrize(("argv", "uses"), [
@@ -481,12 +466,12 @@ def on_a_terminal(width: int, *argv: str, **env: str) -> list[str]:
     pytest.param(["compare", "none", "library", "--parties", "vcpu,zeropad"], 110, marks=pytest.mark.long),
 ])
 def test_text_is_as_wide_as_the_terminal(argv: list[str], uses: int) -> None:
-    assert max(map(len, on_a_terminal(80, *argv))) <= 80
-    assert uses < max(map(len, on_a_terminal(140, *argv))) <= 140
+    assert max(map(len, lines_on_a_terminal(80, *argv))) <= 80
+    assert uses < max(map(len, lines_on_a_terminal(140, *argv))) <= 140
 
 
 def test_columns_is_obeyed() -> None:
-    assert max(map(len, on_a_terminal(140, "list", COLUMNS="80"))) <= 80
+    assert max(map(len, lines_on_a_terminal(140, "list", COLUMNS="80"))) <= 80
 
 
 def test_where_there_is_no_terminal_text_is_as_wide_as_a_mail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def errno_name(errno: int) -> str:
 
 def shown(value: object) -> str:
     """``repr(value)`` in one short line; the name of its type where it has none, because code of third parties raises."""
-    return _short(_words(repr, value, f"a {type(value).__name__}"))
+    return _short(words(repr, value, f"a {type(value).__name__}"))
 
 
 def describe(error: BaseException) -> str:
@@ -43,7 +43,7 @@ def describe(error: BaseException) -> str:
     while trace is not None:
         frames.append((trace.tb_frame, trace.tb_lineno))
         trace = trace.tb_next
-    message = _short(_words(str, error, "(its __str__ raises)"))
+    message = _short(words(str, error, "(its __str__ raises)"))
     place = place_of(frames)
     return f"{type(error).__name__}{message and f': {message}'}{place and f' ({place})'}"
 
@@ -67,7 +67,8 @@ def _is_of_python(file: str) -> bool:
     return file.startswith("<frozen") or (file.startswith(_PYTHON) and "-packages" + os.sep not in file)
 
 
-def _words(how: Callable[[Any], str], value: object, otherwise: str) -> str:
+def words(how: Callable[[Any], str], value: object, otherwise: str) -> str:
+    """*value* in the words that *how* makes of it; *otherwise* where its own code raises."""
     try:
         return how(value)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+from collections.abc import Iterable
 
 from fuzz.kind import Kind
 from guest_memfd.cli.main import main
@@ -56,8 +57,8 @@ class Lines(Kind):
                 argv.append(choose.choice(VALUES))
         return argv
 
-    def _name(self, choose: random.Random, names: object) -> str:
-        known = list(names)  # type: ignore[call-overload]
+    def _name(self, choose: random.Random, names: Iterable[str]) -> str:
+        known = list(names)
         return choose.choice(known) if choose.random() < 0.8 else choose.choice((*VALUES, choose.choice(known)[:-1]))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import random
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -84,9 +85,9 @@ class Lives(Kind):
             thing.close()
         return wrong
 
+    @abstractmethod
     def call(self, choose: random.Random, held: dict[str, list[Any]]) -> tuple[str, Callable[[], Any]]:
         """A call in words, and how to make it; what it opens is held."""
-        raise NotImplementedError
 
 
 def number(choose: random.Random, *usual: int) -> int:

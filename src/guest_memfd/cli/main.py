@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TextIO
 
 from guest_memfd.cli import room
 from guest_memfd.cli.stop import Stopped, stoppable
-from guest_memfd.errors import BadInput, GuestMemfdError, HostUnavailable, InternalError, UnknownName
+from guest_memfd.errors import BadInput, GuestMemfdError, HostUnavailable, InternalError, UnknownName, words
 from guest_memfd.printable import printable
 
 VERBS = {
@@ -85,13 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A signal that ends a process is 128 and its number, as a shell says it: everything begun has been taken away by then.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
         with stoppable():
             _standard_streams()
             warnings.showwarning = _warn
             room.keep()
-            code = _run(words)
+            code = _run(given)
             sys.stdout.flush()
     except KeyboardInterrupt as error:
         return 128 + (error.number if isinstance(error, Stopped) else 2)
@@ -99,16 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _stop_writing()
         return 141
     except Exception as error:
-        return _told(error, words)
+        return _told(error, given)
     finally:
         room.give_back()
     return code
 
 
 # argparse ends the process after --help and --version; there is something to flush.
-def _run(words: list[str]) -> int:
+def _run(argv: list[str]) -> int:
     try:
-        return run(words)
+        return run(argv)
     except SystemExit as done:
         return int(done.code or 0)
 
@@ -135,7 +135,7 @@ def _standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _told(error: Exception, words: Sequence[str]) -> int:
+def _told(error: Exception, argv: Sequence[str]) -> int:
     lacks = not isinstance(error, HostUnavailable) and room.lacks(error)
     room.give_back()
     if isinstance(error, GuestMemfdError) and not isinstance(error, InternalError) and not lacks:
@@ -143,7 +143,7 @@ def _told(error: Exception, words: Sequence[str]) -> int:
     if os.environ.get("GMEM_DEBUG"):
         raise error
     if lacks:
-        less = "fewer processes (-j 1) or a limit (--max-states N) need less; " if {*words} & {"check", "compare"} else ""
+        less = "fewer processes (-j 1) or a limit (--max-states N) need less; " if {*argv} & {"check", "compare"} else ""
         return _fail(f"there is no memory left; {less}ulimit -v may allow more", 5)
     if isinstance(error, OSError):
         if error.filename is None and error.errno in _UNWRITABLE:
@@ -151,14 +151,10 @@ def _told(error: Exception, words: Sequence[str]) -> int:
             return _fail(f"cannot write to standard output: {error.strerror}", 4)
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return _fail(f"{error.strerror}: no descriptor is left; ulimit -n may allow more", 5)
-    return _fail(f"internal error: {_words(error)}; please report (GMEM_DEBUG=1 shows where)", 1)
-
-
-def _words(error: Exception) -> str:
-    try:
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    except Exception:
-        return f"{type(error).__name__}, which cannot say what it is about"
+    name = type(error).__name__
+    what = words(lambda raised: f"{name}: {str(raised).partition(chr(10))[0]}", error,
+                 f"{name}, which cannot say what it is about")
+    return _fail(f"internal error: {what}; please report (GMEM_DEBUG=1 shows where)", 1)
 
 
 # A warning is a line like any other.

@@ -72,7 +72,7 @@ def letters_for(reports: Sequence[Report]) -> dict[str, str]:
 def cell(law: LawReport, letters: Mapping[str, str]) -> str:
     """``kept``, ``12 V+M``, ``12 V+M*``, ``12 V+M'`` in a scene that is not the plainest, ``0``, ``?``."""
     if law.verdict == "refuted":
-        failed = law.finding is not None and any(step.failed for step in law.finding.steps)
+        failed = law.finding is not None and law.finding.injected > 0
         elsewhere = law.scene is not None and law.scene != Scene()
         who = f" {'+'.join(letters[party] for party in law.parties or ())}" if law.steps else ""
         return f"{law.steps}{who}{'*' * failed}{chr(39) * elsewhere}"
