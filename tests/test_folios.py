@@ -334,12 +334,12 @@ def balanced(cache: PageCache, done: list[str]) -> None:
 
 def test_what_is_unmapped_for_broken_memory_is_that_folio() -> None:
     folio = Folio(8, 2)
-    cache = PageCache({4: folio}, dict.fromkeys(range(4, 8), SHARED_PAGE), {4: 1})
-    result, done = asked(library().error_folio(folio, Locked(4, True, False, True)), _alive(cache))
+    cache = PageCache({8: folio}, dict.fromkeys(range(8, 12), SHARED_PAGE), {8: 1})
+    result, done = asked(library().error_folio(folio, Locked(8, True, False, True)), _alive(cache))
     assert result == "delayed"
     assert done == [
         "igrab()", "unlock_folio(pfn8/o2)", "down_read(invalidate)", "lock_folio(pfn8/o2)", "unlock_folio(pfn8/o2)",
-        "mmu_invalidate_begin(4, 4)", "unmap_mapping_pages(4, 4)", "xa_load(bindings, 4, 1)", "xa_load(attributes, 4, 1)",
+        "mmu_invalidate_begin(8, 4)", "unmap_mapping_pages(8, 4)", "xa_load(bindings, 8, 1)", "xa_load(attributes, 8, 1)",
         "hypercall(mmu_unmap, 0, pfn8/o2)", "mmu_invalidate_end()", "up_read(invalidate)", "iput()", "lock_folio(pfn8/o2)"]
 
 
@@ -540,6 +540,15 @@ def test_of_what_is_so_already_the_hypervisor_is_asked_to_let_go_only() -> None:
     assert ops.calls == ["invalidate 6 to_shared", "invalidate 7 to_shared", "make_shared 6"]
 
 
+def test_a_page_that_the_guest_keeps_is_not_split_either() -> None:
+    ops = Recorded(-EBUSY)
+    cache = PageCache({0: Folio(0, 1)}, dict.fromkeys(range(2), PRIVATE_PAGE), {0: 1, 1: 2})
+    result, done = asked(Splitting(ops, 4).punch_hole(1, 1), cache)
+    assert (result, ops.calls) == (Conversion(-EBUSY, 1), ["invalidate 0 punch"])
+    assert not any(step.startswith(("split", "filemap_remove")) for step in done)
+    balanced(cache, done)
+
+
 @pytest.mark.parametrize("scrubs", [True, False])
 def test_the_library_zeroes_what_the_hypervisor_does_not(scrubs: bool) -> None:
     ops = Recorded()
@@ -560,7 +569,18 @@ def test_the_last_reference_may_be_that_of_memory_failure() -> None:
     cache = PageCache({4: folio}, {4: SHARED_PAGE}, fails={"igrab": [True], "iput": [True]})
     _, done = asked(library().error_folio(folio, Locked(4, True, False, True)), cache)
     assert done[-3:] == ["destroy_inode()", "module_put()", "lock_folio(pfn8)"]
-    assert "filemap_remove_folio(pfn8)" in done
+    assert [done.count(step) for step in ("filemap_remove_folio(pfn8)", "destroy_inode()")] == [1, 1]
+
+
+def test_of_broken_memory_that_is_not_bound_no_guest_is_told() -> None:
+    folio = Folio(8)
+    result, done = asked(library().error_folio(folio, Locked(4, True, False, True)), _alive(PageCache({4: folio})))
+    assert result == "delayed"
+    assert not any(step.startswith("hypercall") for step in done)
+
+
+def test_broken_memory_that_has_left_the_file_is_no_business_of_it() -> None:
+    assert asked(library().error_folio(Folio(8), Locked(None, True, False, True)), PageCache()) == ("failed", [])
 
 
 def test_a_file_that_is_just_going_takes_its_broken_pages_along() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from guest_memfd import foreign
 from guest_memfd.cli.main import main
 from guest_memfd.designs import DESIGNS
 
@@ -146,7 +148,25 @@ def test_compare_tells_it_as_well_and_what_a_plugin_prints_is_no_answer(folder: 
     small = ("--hypervisor", "kvm", "--parties", "vcpu2", "-q")
     assert gmem("compare", "depends.py:X", *small, at=folder)[0] == 4
     (folder / "same.py").write_text("print('hello')\n" + DEPENDS % "1")
-    assert gmem("check", "same.py:X", *small, at=folder)[0] == 0
+    assert gmem("check", "same.py:X", *small, at=folder)[:2] == (0, "x on kvm: holds, 16 laws kept\n")
+
+
+def test_what_a_plugin_prints_goes_to_standard_error(folder: Path) -> None:
+    (folder / "mine.py").write_text(f"print('hello')\n{DESIGN}")
+    code, out, error = gmem("list", "designs", "--json", "--load", "mine.py", at=folder)
+    assert (code, error) == (0, "hello\n")
+    assert "one" in [entry["name"] for entry in json.loads(out)["designs"]]
+
+
+def test_a_file_that_never_ends_is_told_with_its_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(foreign, "TICK", 0.02)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (folder / "endless.py").write_text("while True:\n    pass\n")
+    assert main(["list", "--load", f"{folder}/endless.py"]) == 4
+    still = "does not come back: after 0.6 seconds it is still at endless.py:"
+    assert capsys.readouterr().err.startswith(f"gmem: {folder}/endless.py {still}")
 
 
 def test_what_lies_about_is_not_run(folder: Path) -> None:

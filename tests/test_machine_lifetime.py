@@ -219,12 +219,16 @@ def test_a_file_reference_that_is_not_there_is_a_bug() -> None:
 
 @pytest.mark.parametrize(("left", "why"), [
     ("a reference", "destroy_inode of an inode that is in use"),
-    ("a page", "destroy_inode of an inode whose page cache is not empty")])
+    ("a page", "destroy_inode of an inode whose page cache is not empty"),
+    ("a lock", "destroy_inode of an inode whose invalidate_lock is held")])
 def test_an_inode_is_destroyed_when_nothing_is_left_in_it(left: str, why: str) -> None:
     life = Life()
     assert life.host.run(life.library.allocate(0, 1)) == 0
     life.stop()
-    if left == "a page":
+    if left == "a lock":
+        assert life.host.run(life.library.punch_hole(0, 1)).ret == 0
+        life.host.perform_by_name("down_read", "invalidate", caller="library")
+    if left != "a reference":
         life.host.perform_by_name("fd_close")
         life.host.perform_by_name("fput", caller="library")
         assert life.host.perform_by_name("iput", caller="library")

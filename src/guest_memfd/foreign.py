@@ -25,6 +25,9 @@ TICK = 1.0
 PATIENCE = 5
 """So many looks, at each of which the process runs: one that is stopped, or starved, is not blamed."""
 
+IMPORTING = 30
+"""The same of an import: what it imports may be large, and the machine slow."""
+
 OURS = {"guest_memfd", "builtins", "abc", "typing", "functools"}
 """Top-level modules of what is not foreign."""
 
@@ -54,14 +57,15 @@ class Endless(BaseException):
 class Guard:
     """`with Guard(who):` runs code of *who*, a third party (its str says which); raises *error* for what it does wrong.
 
-    BadInput passes, for that has been told, and so does ^C. timed: code that has not come back after PATIENCE looks is
+    BadInput passes, for that has been told, and so does ^C. timed: code that has not come back after *patience* looks is
     stopped; not outside of the main thread, nor where somebody else uses the timer. did: what it did when it raised.
     """
 
     def __init__(
-        self, who: object, error: type[BadInput] = DesignRaised, *, timed: bool = False, did: str = "raised"
+        self, who: object, error: type[BadInput] = DesignRaised, *, timed: bool = False, patience: int = PATIENCE,
+        did: str = "raised",
     ) -> None:
-        self.who, self.error, self.timed, self.did = who, error, timed, did
+        self.who, self.error, self.timed, self.patience, self.did = who, error, timed, patience, did
         self._before: Any = None
         self._theirs = timed or error is PluginError
         self._exit: Any = None
@@ -75,27 +79,34 @@ class Guard:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: TracebackType | None) -> None:
-        if self._theirs:
-            os._exit = self._exit
-        if self._left:
-            self._left = 0
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._before)
-        if raised is None or isinstance(raised, BadInput):
-            return
+        told = None
+        try:
+            if raised is not None and not isinstance(raised, BadInput | Endless) and not _is_the_machines(raised):
+                told = f"{self.who} {self.did} {describe(raised)}"      # which is its code, too: an exception's __str__
+        except Endless as endless:
+            raised = endless
+        finally:
+            if self._theirs:
+                os._exit = self._exit
+            self._rest()
         if isinstance(raised, Endless):
-            raise self.error(f"{self.who} does not come back: after {PATIENCE * TICK:g} seconds it is still at "
+            raise self.error(f"{self.who} does not come back: after {self.patience * TICK:g} seconds it is still at "
                              f"{raised.args[0]}") from raised
-        if _is_the_machines(raised):
-            return
-        raise self.error(f"{self.who} {self.did} {describe(raised)}") from raised
+        if told is not None:
+            raise self.error(told) from raised
 
     def _watch(self) -> None:
         if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
             return
-        self._left = PATIENCE
+        self._left = self.patience
         self._before = signal.signal(signal.SIGALRM, self._look)
         signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
+
+    def _rest(self) -> None:
+        if self._left:
+            self._left = 0
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
 
     def _look(self, _signal: int, frame: FrameType | None) -> None:
         if self._left == 1:

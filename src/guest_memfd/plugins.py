@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any, Generic, TypeVar
 
 from guest_memfd.errors import PluginError, PluginLeftOut, UnknownName
-from guest_memfd.foreign import Guard
+from guest_memfd.foreign import IMPORTING, Guard
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Registry(Generic[T]):
             try:
                 if entry.name in self._known:
                     raise PluginError(f"{who}: the name is taken")
-                with Guard(who, PluginError, did="does not import:"):
+                with Guard(who, PluginError, timed=True, patience=IMPORTING, did="does not import:"):
                     thing = entry.load()
                 self.add(entry.name, thing)
             except PluginError as error:
@@ -52,7 +52,7 @@ class Registry(Generic[T]):
 
     def add(self, name: str, thing: Any) -> None:
         """Register *thing*; raises PluginError saying what it lacks."""
-        with Guard(f"{self.kind} plugin {name!r}", PluginError, did="cannot be looked at: it raised"):
+        with Guard(f"{self.kind} plugin {name!r}", PluginError, timed=True, did="cannot be looked at: it raised"):
             lacks = missing_operations(thing) or (self._check(thing) if self._check else None)
             named = getattr(thing, "name", name)
             if not lacks and named != name:

@@ -199,7 +199,7 @@ def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench, paren
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):       # a terminal's: the parent's to handle
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _end_with(parent)
+    end_with(parent)
     for other in others:
         other.close()
     gc.disable()
@@ -214,11 +214,11 @@ def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench, paren
                 theirs.send(Failed("MemoryError", for_memory=True))
 
 
-# However the parent ends, and whatever is explored then. It may have ended already.
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
+    """Let this process end when *parent*, which started it, does: however it ends, and whatever is done then."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if os.getppid() != parent:                          # it has ended already
         os._exit(1)
 
 

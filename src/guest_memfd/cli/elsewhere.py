@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from guest_memfd.check.plan import NAMED
+from guest_memfd.check.pool import end_with
 from guest_memfd.check.scenario import world
 from guest_memfd.cli.load import load
 from guest_memfd.cli.options import Scope
@@ -40,7 +41,8 @@ def same_elsewhere(pairs: Pairs, scope: Scope, loads: Sequence[str]) -> None:
         return
     scene = scope.scenes[0] if scope.scenes else "two-pages"
     here = _walks(pairs, scene, parties)
-    question = json.dumps({"path": sys.path, "loads": loads, "pairs": pairs, "scene": scene, "parties": parties})
+    question = json.dumps({"path": sys.path, "loads": loads, "pairs": pairs, "scene": scene, "parties": parties,
+                           "parent": os.getpid()})
     for there in _ask(question):
         _compare(here, there)
 
@@ -74,6 +76,8 @@ def _ask(question: str) -> Iterator[Walks]:
     with ExitStack() as running:
         others = [running.enter_context(process) for seed in seeds if (process := _start(str(package), seed)) is not None]
         for process in others:
+            running.callback(process.kill)              # an error, or a signal, does not wait for the rest
+        for process in others:
             answer, _ = process.communicate(question)
             if process.returncode == DesignRaised.exit_code:
                 raise DesignRaised(f"in another process it goes otherwise: {answer.strip()}")
@@ -103,6 +107,7 @@ def _start(package: str, seed: str) -> subprocess.Popen[str] | None:
 def main() -> int:
     """In the other interpreter: answer the question on standard input."""
     question = json.load(sys.stdin)
+    end_with(question["parent"])
     sys.path[:] = question["path"]
     answer, sys.stdout = sys.stdout, sys.stderr         # what a plugin prints is no answer
     try:

@@ -17,7 +17,7 @@ from typing import Any
 
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, PluginError, shown
-from guest_memfd.foreign import Guard
+from guest_memfd.foreign import IMPORTING, Guard
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.laws import LAWS, Law
@@ -132,7 +132,7 @@ def _module(path: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
-        with Guard(str(path), PluginError, did="does not load:"):
+        with Guard(str(path), PluginError, timed=True, patience=IMPORTING, did="does not load:"):
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]

@@ -189,7 +189,10 @@ def run(argv: list[str]) -> int:
         _reject(extra, top)
         raise BadInput(f"no verb given: {', '.join(VERBS)}; see gmem --help")
     _reject(extra, own)
-    return int(module.run(arguments))
+    from guest_memfd.cli.output import reserved
+
+    with reserved():
+        return int(module.run(arguments))
 
 
 def _parsers(verb: str | None, module: ModuleType | None) -> tuple[Parser, Parser | None]:

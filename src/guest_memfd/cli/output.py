@@ -13,7 +13,8 @@ import re
 import shutil
 import stat
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -29,6 +30,20 @@ _LINKS = 40
 _OF_A_PROCESS = re.compile(r"/proc/[^/]+(/task/\d+)?/fd")
 
 
+_ours: TextIO | None = None
+
+
+@contextmanager
+def reserved() -> Iterator[None]:
+    """Within the block standard output is Output's alone: what anybody else prints, a plugin, goes to standard error."""
+    global _ours
+    _ours, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, _ours = _ours, None
+
+
 class Output:
     """A place for the result; `with Output(path) as out: ... out.write(text)`. None and ``-`` mean standard output.
 
@@ -39,7 +54,7 @@ class Output:
 
     def __init__(self, path: str | None) -> None:
         self.named = None if path == "-" else path
-        self._stream: TextIO = sys.stdout
+        self._stream: TextIO = _ours or sys.stdout
         self._beside: Path | None = None
         self._path = Path()
 

@@ -210,6 +210,8 @@ class World(PageCache, GuestSide):
             self.die("destroy_inode of an inode whose page cache is not empty")
         if self.file.reserved:
             self.die("destroy_inode of an inode with preallocated nodes")
+        if self.file.invalidate_w or self.file.invalidate_r:        # lockdep: "held lock freed!"
+            self.die("destroy_inode of an inode whose invalidate_lock is held")
         self.file.inode, self.file.evictor = st.DESTROYED, 0
         for index in range(self.sizes.pages):
             page = self.page(index)

@@ -140,7 +140,10 @@ class Files(GuestSide):
         return self.put_inode()
 
     def destroy_inode(self) -> None:
-        """Nobody finds it any more; BUG_ON()s of clear_inode() and of destroy_inode() come first (fs/inode.c)."""
+        """Nobody finds it any more; BUG_ON()s of clear_inode() and of destroy_inode() come first (fs/inode.c).
+
+        A lock in it that is still held is for lockdep to find (debug_check_no_locks_freed(), kernel/locking/lockdep.c).
+        """
         inode = self.inode
         if inode.life != EVICTED:
             self.die("destroy_inode of an inode that is in use")
@@ -148,6 +151,8 @@ class Files(GuestSide):
             self.die("destroy_inode of an inode whose page cache is not empty")
         if inode.reserved:
             self.die("destroy_inode of an inode with preallocated nodes")
+        if inode.invalidate.writer is not None or inode.invalidate.readers:
+            self.die("destroy_inode of an inode whose invalidate_lock is held")
         inode.destroy()
         self.machine.tracer.destroyed(inode)
         del self.machine.inodes[inode]
