@@ -185,8 +185,9 @@ def test_what_others_make_the_hypervisor_do(
     assert done(placed(before, hypervisor), primitive) == (result, after)
 
 
-def test_what_no_guest_maps_is_not_reclaimed_by_force() -> None:
-    bench = placed(GUESTS, "pkvm")
+@pytest.mark.parametrize("before", [GUESTS, {**SHARES, "pfn0.s2": 0}])
+def test_what_no_guest_maps_or_owns_is_not_reclaimed_by_force(before: dict[str, Any]) -> None:
+    bench = placed(before, "pkvm")
     assert done(bench, Primitive("image_copy", (0,), "power")) == (None, {})
     assert bench.machine.outcomes(bench.shared, 0, Primitive("image_copy", (0,), "power"))[0].notes[-1].survived is False
 

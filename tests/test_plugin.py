@@ -23,8 +23,8 @@ with_kvm = pytest.mark.skipif(bool(NO_KVM), reason=NO_KVM)
 def run(pytester: pytest.Pytester, source: str, *options: str) -> pytest.RunResult:
     pytester.makepyfile(source)
     more = () if INSTALLED else ("-p", "guest_memfd.testing.plugin")
-    return pytester.runpytest_subprocess(*more, "-p", "no:cacheprovider", "-p", "no:xdist", "-rs", "--strict-markers",
-                                         *options, timeout=600)
+    without = [f"-pno:{plugin}" for plugin in ("cacheprovider", "xdist", "hypothesispytest")]       # a second and more
+    return pytester.runpytest_subprocess(*more, *without, "-rs", "--strict-markers", *options, timeout=600)
 
 
 def shown(result: pytest.RunResult) -> str:
