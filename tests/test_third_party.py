@@ -185,6 +185,25 @@ def polls(self: Design) -> Steps[None]:
         yield from self.host.can_set_direct_map()
 
 
+def looks_up(self: Design) -> Steps[None]:
+    while True:
+        yield from self.host.filemap_get_folio(0)
+
+
+def flushes(self: Design) -> Steps[None]:
+    while True:
+        yield from self.host.flush_tlb_kernel_range((Folio(0),))
+
+
+@pytest.mark.parametrize(("loops", "law", "words"), [
+    (looks_up, "host-survives", "filemap_get_folio(0) takes more than 255 references, and puts none"),
+    (flushes, "progress", "")])
+def test_what_is_counted_without_end_is_refuted(loops: Callable[[Design], Steps[None]], law: str, words: str) -> None:
+    (found,) = World(zapping(loops), KVM, [PARTIES["vcpu"]]).explorer(["vcpu"]).run().findings
+    assert found.law == law
+    assert words in found.evidence
+
+
 @pytest.fixture
 def short_of_breath(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guest_memfd.check.explorer.MOST_STEPS", 100)

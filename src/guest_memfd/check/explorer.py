@@ -40,6 +40,9 @@ MOST_OPTIONS = 1000
 MOST_STEPS = 1000
 """Primitives that lead a party to where it stands: the longest way of what is shipped takes a tenth of them."""
 
+_ENDS = 20
+"""Steps that a message shows of the beginning, and of the end, of a long way."""
+
 MOST_SILENT = 200
 """Silent primitives that a party may take one after the other."""
 
@@ -678,7 +681,10 @@ class Explorer:
 
     def _after(self, error: DesignRaised, level: int, code: int) -> DesignRaised:
         lines = [step_line(step) for step in self.trace(level, code)]
-        shown = "\n".join(f"  {n}. {line}" for n, line in enumerate(lines, 1)) or "  (at once)"
+        numbered = [f"  {n}. {line}" for n, line in enumerate(lines, 1)] or ["  (at once)"]
+        if len(numbered) > 2 * _ENDS:
+            numbered[_ENDS:-_ENDS] = [f"  ... {len(numbered) - 2 * _ENDS} more"]
+        shown = "\n".join(numbered)
         return DesignRaised(f"{error}, after\n{shown}")
 
     def _finding(self, broken: tuple[str, str], level: int, code: int, i: int, move: Move) -> Finding:

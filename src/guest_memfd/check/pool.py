@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from guest_memfd.check.work import Answer, Bench, Task
-from guest_memfd.errors import BadInput, HostUnavailable, InternalError
+from guest_memfd.errors import BadInput, DesignRaised, HostUnavailable, InternalError
 
 OnDone = Callable[[Task, Answer], None]
 
@@ -189,7 +189,8 @@ def _attempt(bench: Bench, task: Task) -> Answer | Failed:
     try:
         return bench.do(task)
     except Exception as error:
-        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+        cause = None if isinstance(error, DesignRaised) else error.__cause__        # whose doing it is has been told
+        if isinstance(error, MemoryError) or isinstance(cause, MemoryError):
             bench.forget()
             return Failed("MemoryError", for_memory=True)
         return Failed(f"{type(error).__name__}: {error}")

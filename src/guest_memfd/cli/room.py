@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from guest_memfd.errors import DesignRaised, PluginError
+
 RESERVE = 32 << 20
 """Bytes. They are addresses only: nobody touches them, so no memory stands behind them."""
 _PLENTY = 8 << 20
@@ -24,10 +26,11 @@ def give_back() -> None:
 def lacks(error: BaseException) -> bool:
     """Whether *error* comes of a lack of memory: its own, or that of what it was raised from, or there is none left now.
 
-    The last is for errors in which the interpreter, or a library that does not load, does not say so.
+    The last is for errors in which the interpreter, or a library that does not load, does not say so. A third party's
+    ``raise MemoryError`` is none.
     """
     link: BaseException | None = error
-    while link is not None:
+    while link is not None and not isinstance(link, DesignRaised | PluginError):
         if isinstance(link, MemoryError) or (isinstance(link, OSError) and link.errno == errno.ENOMEM):
             return True
         link = link.__cause__

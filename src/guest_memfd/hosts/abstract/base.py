@@ -111,7 +111,7 @@ class Base:
         """The operation that the current party is in asks for one more of *what*: writes, flushes, calls, stalls."""
         ghost = self.state.ghost(self.who)
         if ghost.op:
-            setattr(ghost, what, getattr(ghost, what) + 1)
+            setattr(ghost, what, min(getattr(ghost, what) + 1, st.MANY))
 
     def against(self, reason: int, frame: st.Frame | None = None) -> None:
         """Something stands against the operation that the current party is in: at *frame*, if it is a page's doing."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from guest_memfd.check.outcome import Outcome
 from guest_memfd.errors import BadInput
+from guest_memfd.hosts.abstract import notes
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.abstract.base import Blocked, Panicked
 from guest_memfd.hosts.abstract.locks import Locks
@@ -124,6 +125,12 @@ class AbstractHost(Locks, World):
         except Blocked:
             return []
         except Panicked:
+            self.state.panic = 1
+            result = None
+        except ValueError as error:                     # of a bytearray; and a hypercall may be somebody else's
+            if primitive.name == "hypercall" or not str(error).startswith("byte must be in range"):
+                raise
+            self.notes.append(notes.Broken(f"{primitive} takes more than {st.MANY} references, and puts none"))
             self.state.panic = 1
             result = None
         return [Outcome(result, self.state.save(), tuple(self.notes))]

@@ -26,6 +26,9 @@ CONTENTS = ("zero", "junk", "data", "secret")
 """junk: left by an unknown previous owner; data: host and guest may both know it; secret: written by the guest while
 the page was private."""
 
+MANY = 255
+"""As much as a field counts; from there on it stays."""
+
 ANY = 255
 """Expected content of a page nobody can rely on (relinquished, or never written)."""
 

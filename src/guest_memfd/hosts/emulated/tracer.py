@@ -220,7 +220,7 @@ class Tracer:
         """The operation of *task* asks for one more of *what*: writes, flushes, calls or stalls."""
         operation = self.operations.get(task)
         if operation is not None:
-            operation.cost[what] += 1
+            operation.cost[what] = min(operation.cost[what] + 1, st.MANY)
 
     def mapped(self, task: int, page: Page) -> None:
         """*task* has mapped *page* into the guest: whether the guest had asked for it."""
