@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 from driver import Bench
+from scripted import asked
 
 from guest_memfd.check.scenario import World
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hosts.abstract import state as st
 from guest_memfd.hosts.host import EPERM
 from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.scenarios import PARTIES
 
 PARTNERS = ("vcpu", "power")
@@ -45,3 +47,11 @@ def test_count_is_blunter(design: type[OurLibrary], answer: int) -> None:
     """While no page is away the notifier lets the machine hibernate; the count refuses because a file is open."""
     assert Bench("kvm", design).do(lambda lib: lib.hibernate_prepare()) == answer
     assert Bench("kvm", design, opened=False).do(lambda lib: lib.hibernate_prepare()) == 0
+
+
+@pytest.mark.parametrize(("design", "asked_for"), [
+    (OurLibrary, ["pm_prepare(hibernate)", "pm_post()"]), (ByCount, ["open_files()"]), (ByNobody, [])])
+def test_each_policy_asks_for_its_own_and_no_more(design: type[OurLibrary], asked_for: list[str]) -> None:
+    library = design(KvmOps(), 1)
+    steps = [*asked(library.hibernate_prepare(), lambda _: 0)[1], *asked(library.hibernate_post(), lambda _: None)[1]]
+    assert steps == asked_for
