@@ -46,7 +46,7 @@ class Explored(Killer):
 
     name = "suite"
 
-    def __init__(self, most: int = 2, scenes: tuple[str, ...] | None = None) -> None:
+    def __init__(self, most: int = 3, scenes: tuple[str, ...] | None = None) -> None:
         self.most, self.scenes = most, scenes
         self.worlds: dict[str, World] = {}              # as they are after all scenarios were explored in them
         self.told: dict[Member, Told] = {}
