@@ -1,5 +1,5 @@
 # make compare   set up .venv and print the table: which design keeps the host alive
-# make test      set up, then style, types and the quick tests
+# make test      set up, then style, types and the quick tests (T=tests/test_cli.py: those alone)
 # make test-long the tests that take minutes
 # make bench     how fast the explorer is; make bench-emulated: what lending costs on the emulated machine
 # make bench-linux  what our calls of the real kernel cost beside the same in C, and memfd_secret beside memfd
@@ -18,7 +18,7 @@ compare: .venv/installed
 	@$(BIN)/gmem compare
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 -m "not long"
+	$(BIN)/python -m pytest -q $(if $(T),$(T),-n 2 -m "not long")
 
 test-long: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 -m long

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from guest_memfd.check.explorer import Program
-from guest_memfd.check.outcome import Outcome
-from guest_memfd.hosts.host import Folio, Host, Locked, Lookup, Primitive, Steps
+from guest_memfd.explore.engine.explorer import Program
+from guest_memfd.words.outcome import Outcome
+from guest_memfd.words.primitives import Folio, Host, Locked, Lookup, Primitive, Steps
 
 KERNEL, GUEST = Host("library"), Host("guest")
 

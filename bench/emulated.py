@@ -12,13 +12,13 @@ import resource
 import time
 from typing import NamedTuple
 
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.emulated.arm64.asm import assemble
-from guest_memfd.hosts.emulated.guestcore import GuestCore
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
-from guest_memfd.hosts.emulated.ram import PAGE
 from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.hw.arm64.guestcore import GuestCore
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.primitives.host import EmulatedHost
 
 GIB = 1 << 30
 AUDITED = 100_000

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from conversion import HostSurvives, Pages, parties
 
-from guest_memfd.check.explorer import Explorer, Tables
-from guest_memfd.check.naive import explore
+from guest_memfd.explore.engine.explorer import Explorer, Tables
+from guest_memfd.explore.engine.naive import explore
 
 PAGES = 2
 MODEL = Path(__file__).with_name("conversion.pml")

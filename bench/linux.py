@@ -1,4 +1,4 @@
-"""What the calls of hosts/linux cost beside the same calls in C, in one process on the same descriptors.
+"""What the calls of linux cost beside the same calls in C, in one process on the same descriptors.
 
     python bench/linux.py                   small calls, 1 GiB calls, safe touches, 256 pages of each kind of memory
     python bench/linux.py --secret-pages N  touch N pages of memfd_secret: this splits the direct map until the next boot
@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guest_memfd.errors import BadInput, HostUnavailable
-from guest_memfd.hosts.linux.abi.memory import Advice
-from guest_memfd.hosts.linux.fd import Descriptor
-from guest_memfd.hosts.linux.guest_x86 import RESULT, SmallGuest
-from guest_memfd.hosts.linux.mapping import PAGE, Mapping
-from guest_memfd.hosts.linux.secret import Secret
-from guest_memfd.hosts.linux.system import System
-from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
-from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE
+from guest_memfd.linux.abi.memory import Advice
+from guest_memfd.linux.fd import Descriptor
+from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
+from guest_memfd.linux.mapping import PAGE, Mapping
+from guest_memfd.linux.secret import Secret
+from guest_memfd.linux.system import System
+from guest_memfd.uapi.kvm import SHARED, MemFlag
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE
 
 GIB, GPA, SIZE = 1 << 30, 0x100_0000, 16 * PAGE
 STORE_FOR_EVER = bytes.fromhex("488906" "ebfb")         # mov [rsi], rax; jmp the mov

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 from toy import US, Does, Toy, end
 
-from guest_memfd.hosts.host import Steps
+from guest_memfd.words.primitives import Steps
 
 BYTES = 5
 Code = Sequence[Any]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from guest_memfd.abstract import AbstractHost
+from guest_memfd.abstract import state as st
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.abstract import AbstractHost
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import Primitive, Steps
-from guest_memfd.hosts.scene import Kernel, Scene
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
+from guest_memfd.words.primitives import Primitive, Steps
+from guest_memfd.words.scene import Kernel, Scene
 
 MERGING = Scene(kernel=Kernel(merges_leaves=True))
 """Two pages, on a kernel where restoring a page in the direct map may fail, too."""

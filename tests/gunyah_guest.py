@@ -11,9 +11,9 @@ from typing import Any, Self
 
 from judged import judged
 
-from guest_memfd.hosts.emulated.arm64.asm import assemble
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.uapi.gunyah import Exit, MapFlag, MmioExit, RegisterSet, ResumeAction, boot_register
+from guest_memfd.asm.arm64.asm import assemble
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.uapi.gunyah import Exit, MapFlag, MmioExit, RegisterSet, ResumeAction, boot_register
 
 PAGE = 4096
 RAM, RAM_PAGES, DTB_PAGE = 0x8000_0000, 16, 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guest_memfd.hosts.emulated.machine import Machine
+from guest_memfd.machine.boot import Machine
 from guest_memfd.vmm.ghosts import ProgramTracer
 from guest_memfd.vmm.watch import Watch
 

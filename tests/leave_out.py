@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from guest_memfd.hosts.host import Steps
+from guest_memfd.words.primitives import Steps
 
 
 def without(procedure: Steps[Any], *names: str) -> Steps[Any]:

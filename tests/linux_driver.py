@@ -1,4 +1,4 @@
-"""What the tests of hosts/linux share: errnos, limits, and children that are waited for with an end."""
+"""What the tests of linux share: errnos, limits, and children that are waited for with an end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from guest_memfd.errors import HostUnavailable, SyscallFailed
-from guest_memfd.hosts.linux.system import System
+from guest_memfd.linux.system import System
 from guest_memfd.probe.left import DEBUGFS
 
 SECONDS = 300.0

@@ -12,11 +12,11 @@ from leave_out import answered, without
 
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import Grabbed, Held
+from guest_memfd.core.hypervisor import Stage2
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.host import EFAULT, EHWPOISON, EIO, ENOENT, ENOMEM, EPERM, Folio, Locked, Steps
-from guest_memfd.hypervisors.hypervisor import Stage2
 from guest_memfd.hypervisors.kvm import pkvm
+from guest_memfd.words.primitives import EFAULT, EHWPOISON, EIO, ENOENT, ENOMEM, EPERM, Folio, Locked, Steps
 
 # -- of the library ----------------------------------------------------------------------------------------------------
 

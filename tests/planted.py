@@ -10,9 +10,9 @@ from guest_memfd.core.convert import CACHE_AND_LOOKUP, Conversion
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.host import EAGAIN, Entries, Folio, Locked, Steps
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
 from guest_memfd.hypervisors.kvm.default import KvmOps
+from guest_memfd.words.primitives import EAGAIN, Entries, Folio, Locked, Steps
 
 
 def nothing() -> Steps[int]:

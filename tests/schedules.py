@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterable
 from functools import cache
 
-from guest_memfd.check import refine
-from guest_memfd.check.scenario import World, world
 from guest_memfd.designs import DESIGNS
-from guest_memfd.hosts.emulated.machine import Config, Machine
+from guest_memfd.explore.engine.scenario import World, world
+from guest_memfd.lockstep import refinement
+from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.scenarios import SCENES as ALL_SCENES
 
 HYPERVISORS = ("kvm", "pkvm", "gunyah")
@@ -17,7 +17,7 @@ PAIRS = [(h, name) for h in HYPERVISORS for name in DESIGNS if h in (DESIGNS[nam
 """Every design under every hypervisor it was posted for."""
 
 
-SCENES = tuple(scene.name for scene in ALL_SCENES.values() if refine.unfit(scene) is None)
+SCENES = tuple(scene.name for scene in ALL_SCENES.values() if refinement.unfit(scene) is None)
 """Scenes that an emulated machine can be put into."""
 
 
@@ -31,21 +31,21 @@ def machine(there: World, rng: random.Random) -> Machine:
     release = rng.choice(("7.3", "7.3", "6.12"))
     return Machine(there.hypervisor.name, Config(
         ram=16 << 20, apart=rng.choice((2, 2, 16, 512)), release=release, bbml3=release == "7.3" and rng.random() < 0.5,
-        tlb_range=rng.random() < 0.5, sea_fixup=there.design.sea_fixup, **refine.kernel_of(there.scene)))
+        tlb_range=rng.random() < 0.5, sea_fixup=there.design.sea_fixup, **refinement.kernel_of(there.scene)))
 
 
 def schedule(
     hypervisor: str, design: str, seed: int, parties: tuple[str, ...] | None = None, scene: str | None = None,
-) -> refine.Pair:
-    """One schedule of some parties in some scene and the end of the world; raises refine.Diverged with the seed."""
+) -> refinement.Pair:
+    """One schedule of some parties in some scene and the end of the world; raises refinement.Diverged with the seed."""
     rng = random.Random(seed)
     there = built(hypervisor, design, scene or ("two-pages" if parties else rng.choice(SCENES)))
-    both = refine.pair(there, machine(there, rng), failures=1)
+    both = refinement.pair(there, machine(there, rng), failures=1)
     names = parties or drawn(there, rng)
     try:
-        refine.run(both, names, rng)
-    except refine.Diverged as diverged:
-        raise refine.Diverged(
+        refinement.run(both, names, rng)
+    except refinement.Diverged as diverged:
+        raise refinement.Diverged(
             f"seed {seed}, scene {there.scene.name}, parties {','.join(names)}: {diverged}") from diverged
     return both
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-from guest_memfd.hosts.host import Primitive
+from guest_memfd.words.primitives import Primitive
 
 
 def asked(steps: Generator[Primitive, Any, Any], answer: Callable[[Primitive], Any]) -> tuple[Any, list[str]]:

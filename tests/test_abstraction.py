@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pytest
 from schedules import SCENES, schedule
 
-from guest_memfd.check import refine
-from guest_memfd.hosts.abstract import state as st
+from guest_memfd.abstract import state as st
+from guest_memfd.lockstep import refinement
 
 FIELDS = (*(f"{kind}.{field}" for kind, fields in st.RECORDS.items() for field in fields), *st.GLOBALS)
 
@@ -69,7 +69,7 @@ def field_of(name: str) -> str:
     return f"{record.rstrip('0123456789')}.{field}" if record else field
 
 
-def run(directed: Directed, seed: int) -> refine.Pair:
+def run(directed: Directed, seed: int) -> refinement.Pair:
     return schedule(directed.hypervisor, directed.design, seed, directed.parties, directed.scene)
 
 
@@ -77,7 +77,7 @@ def run(directed: Directed, seed: int) -> refine.Pair:
 def shown() -> dict[str, Shown]:
     """For each field the shortest way to a state in which it is not 0, of all schedules that `DIRECTED` needs."""
     found: dict[str, Shown] = {}
-    right = refine.abstraction
+    right = refinement.abstraction
     for directed in DIRECTED:
         seed = 0
         while seed < WITHIN and not found.keys() >= set(directed.fields):
@@ -88,7 +88,7 @@ def shown() -> dict[str, Shown]:
                 return states[-1]
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(refine, "abstraction", recorded)
+                patch.setattr(refinement, "abstraction", recorded)
                 run(directed, seed)
             for field, steps in first_seen(states):
                 if field not in found or steps < found[field].steps:
@@ -123,7 +123,7 @@ def test_it_does_not_look_away(field: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert field not in shown(), f"it can be seen: not that {NEVER[field]}"
         return
     there = shown()[field]
-    right = refine.abstraction
+    right = refinement.abstraction
 
     def blind(*args: object) -> bytes:
         state = bytearray(right(*args))  # type: ignore[arg-type]
@@ -132,8 +132,8 @@ def test_it_does_not_look_away(field: str, monkeypatch: pytest.MonkeyPatch) -> N
                 state[at] = 0
         return bytes(state)
 
-    monkeypatch.setattr(refine, "abstraction", blind)
-    with pytest.raises(refine.Diverged) as diverged:
+    monkeypatch.setattr(refinement, "abstraction", blind)
+    with pytest.raises(refinement.Diverged) as diverged:
         run(there.directed, there.seed)
     said = re.findall(r"(\S+): abstract \d+, emulated (\d+)", str(diverged.value))
     assert {(field_of(name), number) for name, number in said} == {(field, "0")}

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.emulated.arm64 import descriptor as d
-from guest_memfd.hosts.emulated.arm64.fault import (
+from guest_memfd.machine.hw.arm64 import descriptor as d
+from guest_memfd.machine.hw.arm64.fault import (
     ACCESS_FLAG,
     ADDRESS_SIZE,
     ALIGNMENT,
@@ -19,9 +19,9 @@ from guest_memfd.hosts.emulated.arm64.fault import (
     Fault,
     LoadStore,
 )
-from guest_memfd.hosts.emulated.arm64.granule import GRANULES, K4, K16, K64, Granule
-from guest_memfd.hosts.emulated.arm64.registers import Tcr, Vtcr
-from guest_memfd.hosts.emulated.arm64.syndrome import Syndrome
+from guest_memfd.machine.hw.arm64.granule import GRANULES, K4, K16, K64, Granule
+from guest_memfd.machine.hw.arm64.registers import Tcr, Vtcr
+from guest_memfd.machine.hw.arm64.syndrome import Syndrome
 
 # -- geometry ------------------------------------------------------------------------------------------------------------
 

@@ -13,14 +13,14 @@ from oracle.compare import NO_ADDRESS_SIZE, S1PTW_CODE, Tally, compare, to_probe
 from oracle.scenes import CODE, RAM, TABLES, TABLES_END, Scene, make
 from oracle.unicorn_mmu import UnicornMmu
 
-from guest_memfd.hosts.emulated.arm64 import permission, regime
-from guest_memfd.hosts.emulated.arm64 import walk as walker
-from guest_memfd.hosts.emulated.arm64.fault import ADDRESS_SIZE, Fault, LoadStore
-from guest_memfd.hosts.emulated.arm64.mmu import Mmu
-from guest_memfd.hosts.emulated.arm64.registers import Features, Tcr, Vtcr
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.arm64.walk import Stage1, Stage2
-from guest_memfd.hosts.emulated.ram import Ram
+from guest_memfd.machine.hw.arm64 import permission, regime
+from guest_memfd.machine.hw.arm64 import walk as walker
+from guest_memfd.machine.hw.arm64.fault import ADDRESS_SIZE, Fault, LoadStore
+from guest_memfd.machine.hw.arm64.mmu import Mmu
+from guest_memfd.machine.hw.arm64.registers import Features, Tcr, Vtcr
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.arm64.walk import Stage1, Stage2
+from guest_memfd.machine.hw.ram import Ram
 
 NOP = struct.pack("<I", 0xd503201f)
 

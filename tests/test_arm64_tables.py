@@ -7,17 +7,17 @@ import random
 import pytest
 
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.emulated.arm64 import bbm, tlbi
-from guest_memfd.hosts.emulated.arm64 import descriptor as d
-from guest_memfd.hosts.emulated.arm64.fault import Fault
-from guest_memfd.hosts.emulated.arm64.granule import K4, K16, K64, Granule
-from guest_memfd.hosts.emulated.arm64.mmu import Mmu
-from guest_memfd.hosts.emulated.arm64.registers import Tcr, Vtcr
-from guest_memfd.hosts.emulated.arm64.tables import PageTable
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.arm64.walk import Stage1, Stage2, walk
-from guest_memfd.hosts.emulated.buddy import Buddy, OutOfMemory
-from guest_memfd.hosts.emulated.ram import Ram
+from guest_memfd.machine.hw.arm64 import bbm, tlbi
+from guest_memfd.machine.hw.arm64 import descriptor as d
+from guest_memfd.machine.hw.arm64.fault import Fault
+from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
+from guest_memfd.machine.hw.arm64.mmu import Mmu
+from guest_memfd.machine.hw.arm64.registers import Tcr, Vtcr
+from guest_memfd.machine.hw.arm64.tables import PageTable
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.arm64.walk import Stage1, Stage2, walk
+from guest_memfd.machine.hw.buddy import Buddy, OutOfMemory
+from guest_memfd.machine.hw.ram import Ram
 
 BITS = d.AF | d.SH_INNER | d.PXN | d.UXN
 S2BITS = d.AF | d.SH_INNER | d.NORMAL_WB << d.MEMATTR_SHIFT | d.S2_READ | d.S2_WRITE

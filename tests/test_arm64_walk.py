@@ -8,14 +8,14 @@ from itertools import product
 import pytest
 
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.emulated.arm64 import descriptor as d
-from guest_memfd.hosts.emulated.arm64.fault import Fault
-from guest_memfd.hosts.emulated.arm64.granule import K4, K16, K64, Granule
-from guest_memfd.hosts.emulated.arm64.registers import Features, Tcr, Vtcr
-from guest_memfd.hosts.emulated.arm64.tables import PageTable
-from guest_memfd.hosts.emulated.arm64.walk import Stage1, Stage2, Translation, walk
-from guest_memfd.hosts.emulated.buddy import Buddy
-from guest_memfd.hosts.emulated.ram import Ram
+from guest_memfd.machine.hw.arm64 import descriptor as d
+from guest_memfd.machine.hw.arm64.fault import Fault
+from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
+from guest_memfd.machine.hw.arm64.registers import Features, Tcr, Vtcr
+from guest_memfd.machine.hw.arm64.tables import PageTable
+from guest_memfd.machine.hw.arm64.walk import Stage1, Stage2, Translation, walk
+from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import Ram
 
 KERNEL = d.AF | d.SH_INNER | d.UXN
 ALL2 = d.AF | d.SH_INNER | d.NORMAL_WB << d.MEMATTR_SHIFT | d.S2_READ | d.S2_WRITE

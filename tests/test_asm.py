@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from guest_memfd.asm.arm64.asm import assemble
+from guest_memfd.asm.arm64.operand import bitmask
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.emulated.arm64.asm import assemble
-from guest_memfd.hosts.emulated.arm64.cpu import Breakpoint, Cpu
-from guest_memfd.hosts.emulated.arm64.operand import bitmask
-from guest_memfd.hosts.emulated.ram import Ram
+from guest_memfd.machine.hw.arm64.cpu import Breakpoint, Cpu
+from guest_memfd.machine.hw.ram import Ram
 
 # The Arm ARM's encoding of each, checked against another assembler.
 KNOWN = """

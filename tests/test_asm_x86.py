@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from guest_memfd.asm.x86_64.asm import assemble
+from guest_memfd.asm.x86_64.forms import FORMS
+from guest_memfd.asm.x86_64.operand import REGISTERS, SEGMENTS
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.emulated.x86_64.asm import assemble
-from guest_memfd.hosts.emulated.x86_64.forms import FORMS
-from guest_memfd.hosts.emulated.x86_64.operand import REGISTERS, SEGMENTS
 
 # Worked out from the Intel SDM vol. 2 by hand: the instruction's page, and tables 2-1 to 2-3 for ModRM and SIB.
 KNOWN_64 = """

@@ -11,20 +11,20 @@ from typing import NamedTuple
 import mistakes
 import pytest
 
-from guest_memfd.check.explorer import Finding
-from guest_memfd.check.scenario import World, world
+from guest_memfd.abstract.state import State
+from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import DesignRaised
-from guest_memfd.hosts.abstract.state import State
-from guest_memfd.hosts.host import EIO, EOPNOTSUPP, Host, Steps
-from guest_memfd.hosts.scene import Kernel, Scene
+from guest_memfd.explore.engine.explorer import Finding
+from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.hypervisors import HYPERVISORS
-from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.hypervisors.kvm import pkvm
 from guest_memfd.laws import LAWS
 from guest_memfd.scenarios import PARTIES, SCENES, Party
 from guest_memfd.scenarios.vmm import change
+from guest_memfd.words.primitives import EIO, EOPNOTSUPP, Host, Steps
+from guest_memfd.words.scene import Kernel, Scene
 
 USER = Host("user")
 ENOUGH = 60_000

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from guest_memfd.check.scenario import World
 from guest_memfd.designs import DESIGNS
+from guest_memfd.explore.engine.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import PARTIES
 

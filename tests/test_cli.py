@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from terminal import on_a_terminal
 
-from guest_memfd.check.plan import NAMED, ON_REQUEST, QUICK
-from guest_memfd.check.trace import SCHEMA
-from guest_memfd.check.verdict import Limits
 from guest_memfd.cli.check import READERS
 from guest_memfd.cli.main import main
 from guest_memfd.cli.options import Scope
+from guest_memfd.explore.suite.plan import NAMED, ON_REQUEST, QUICK
+from guest_memfd.explore.suite.verdict import Limits
+from guest_memfd.explore.trace import SCHEMA
 from guest_memfd.laws import LAWS
 from guest_memfd.report.sentence import listed
 from guest_memfd.scenarios import PARTIES, SCENES
@@ -329,7 +329,7 @@ def test_output_goes_to_a_file_whole(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_an_unwritable_output_is_found_out_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("guest_memfd.cli.options.check_many", lambda *_, **__: pytest.fail("explored before looking"))
+    monkeypatch.setattr("guest_memfd.cli.options.compare", lambda *_, **__: pytest.fail("explored before looking"))
     (tmp_path / "file").touch()
     for where in (tmp_path / "missing" / "out", tmp_path, tmp_path / "file" / "out"):
         assert str(where) in refused(capsys, "check", "none", "-o", str(where))
@@ -413,7 +413,7 @@ def test_our_own_failure_exits_1_and_asks_for_a_report(
         raise ZeroDivisionError("two\nlines")
 
     monkeypatch.delenv("GMEM_DEBUG", raising=False)
-    monkeypatch.setattr("guest_memfd.cli.options.check_many", fail)
+    monkeypatch.setattr("guest_memfd.cli.options.compare", fail)
     assert gmem("check", "none") == 1
     err = capsys.readouterr().err
     assert err.startswith("gmem: internal error: ZeroDivisionError: two")
@@ -425,7 +425,7 @@ def test_an_interrupt_is_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("guest_memfd.cli.options.check_many", interrupt)
+    monkeypatch.setattr("guest_memfd.cli.options.compare", interrupt)
     assert gmem("check", "none") == 130
     assert capsys.readouterr() == ("", "")
 
@@ -506,7 +506,7 @@ from dataclasses import replace
 
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.abstract import notes
+from guest_memfd.words import facts
 from guest_memfd.hypervisors.kvm.default import KVM, KvmOps
 from guest_memfd.laws import Law
 from guest_memfd.core.ops import GuestMemfdOps
@@ -545,7 +545,7 @@ number = 42
 
 
 def frees(note):
-    return "a page is freed" if isinstance(note, notes.Freed) else None
+    return "a page is freed" if isinstance(note, facts.Freed) else None
 
 
 hoards = Law("hoards-every-page-for-ever", "no page is ever freed", "a test", "when a page is freed", note=frees)

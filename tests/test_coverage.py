@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.check.coverage import EVENTS, Coverage, covered
-from guest_memfd.check.suite import check
 from guest_memfd.cli.main import main
 from guest_memfd.designs import DESIGNS
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.abstract.notes import Ended, Returned
-from guest_memfd.hosts.host import ENOMEM, EOPNOTSUPP, Bound, Cost, Steps
+from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.suite.coverage import EVENTS, Coverage, covered
+from guest_memfd.words.facts import Ended, Returned
+from guest_memfd.words.primitives import ENOMEM, EOPNOTSUPP, Bound, Cost, Steps
 
 FAULTS = ["vcpu2", "stop"]
 
@@ -102,7 +102,7 @@ def test_it_is_said_and_the_exit_code_is_3(
     file = tmp_path / "no_memory.py"
     file.write_text(f"""from typing import Any
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.host import ENOMEM, Steps
+from guest_memfd.words.primitives import ENOMEM, Steps
 
 {inspect.getsource(NoMemory)}""")
     asked = ["check", f"{file}:NoMemory", "--hypervisor", "kvm", "--parties", ",".join(FAULTS), "--law", "one-owner"]

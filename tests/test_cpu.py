@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.errors import HostUnavailable
-from guest_memfd.hosts.emulated.arm64.access import access_of, address_of, writes_back
-from guest_memfd.hosts.emulated.arm64.asm import assemble
-from guest_memfd.hosts.emulated.arm64.cpu import (
+from guest_memfd.machine.hw.arm64.access import access_of, address_of, writes_back
+from guest_memfd.machine.hw.arm64.cpu import (
     Abort,
     Breakpoint,
     Bus,
@@ -27,11 +27,11 @@ from guest_memfd.hosts.emulated.arm64.cpu import (
     Undefined,
     Wfi,
 )
-from guest_memfd.hosts.emulated.arm64.fault import ALIGNMENT, PERMISSION, TRANSLATION, Fault
-from guest_memfd.hosts.emulated.arm64.regime import Stage1
-from guest_memfd.hosts.emulated.arm64.registers import Tcr
-from guest_memfd.hosts.emulated.arm64.walk import walk
-from guest_memfd.hosts.emulated.ram import Ram
+from guest_memfd.machine.hw.arm64.fault import ALIGNMENT, PERMISSION, TRANSLATION, Fault
+from guest_memfd.machine.hw.arm64.regime import Stage1
+from guest_memfd.machine.hw.arm64.registers import Tcr
+from guest_memfd.machine.hw.arm64.walk import walk
+from guest_memfd.machine.hw.ram import Ram
 
 BASE = 0x8000_0000
 CODE, DATA = BASE, BASE + 0x10_0000

@@ -10,9 +10,9 @@ import pytest
 
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import Signalled, SyscallFailed
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.host import Primitive
-from guest_memfd.hosts.uapi.kvm import SHARED, MemoryAttributes2
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.uapi.kvm import SHARED, MemoryAttributes2
+from guest_memfd.words.primitives import Primitive
 
 pytest.importorskip("unicorn")
 

@@ -20,19 +20,19 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 
-from guest_memfd.check.plan import plan
-from guest_memfd.check.scenario import World
+from guest_memfd.abstract import state as st
 from guest_memfd.cli.main import VERBS, main
 from guest_memfd.core import GuestMemfdOps, Library
 from guest_memfd.core.power import PowerPolicy
 from guest_memfd.designs import DESIGNS
-from guest_memfd.hosts import host
-from guest_memfd.hosts.abstract import state as st
+from guest_memfd.explore.engine.scenario import World
+from guest_memfd.explore.suite.plan import plan
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.laws.operations import DOCUMENTED
-from guest_memfd.plugins import Registry
+from guest_memfd.plugins.registry import Registry
 from guest_memfd.scenarios import PARTIES, SCENES
+from guest_memfd.words import primitives
 
 ROOT = Path(__file__).parent.parent
 DOCS, SOURCE = ROOT / "docs", ROOT / "src"
@@ -103,10 +103,10 @@ def test_refusals_are_those_the_laws_allow() -> None:
     operation = ""
     for row in rows(section(page("library"), "What a refusal leaves")):
         operation = row[0] or operation
-        told.setdefault(operation, set()).update(getattr(host, name) for name in re.findall(r"-(E[A-Z]+)", row[1]))
+        told.setdefault(operation, set()).update(getattr(primitives, name) for name in re.findall(r"-(E[A-Z]+)", row[1]))
     for law_name, name in OPERATIONS.items():
         assert told[name], name
-        assert told[name] <= {host.EINVAL, *DOCUMENTED[law_name]}, name
+        assert told[name] <= {primitives.EINVAL, *DOCUMENTED[law_name]}, name
 
 
 def test_every_power_policy_is_told() -> None:
@@ -115,7 +115,7 @@ def test_every_power_policy_is_told() -> None:
 
 def test_what_takes_no_step_is_told() -> None:
     bullets = re.findall(r"^- (.+)$", section(page("explorer"), "What takes no step of its own"), re.M)
-    assert set(chain.from_iterable(re.findall(r"`(\w+)`", bullet) for bullet in bullets)) == host.SILENT
+    assert set(chain.from_iterable(re.findall(r"`(\w+)`", bullet) for bullet in bullets)) == primitives.SILENT
 
 
 @pytest.mark.parametrize(("heading", "fields"), [

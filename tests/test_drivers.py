@@ -9,10 +9,10 @@ import pytest
 from scripted import script
 
 from guest_memfd.core.ops import GuestMemfdOps
-from guest_memfd.hosts.host import Folio
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
 from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.hypervisors.kvm.pkvm import PkvmOps
+from guest_memfd.words.primitives import Folio
 
 EPERM, ENOENT, EIO, EAGAIN, ENOMEM, EBUSY, EINVAL = -1, -2, -5, -11, -12, -16, -22
 P, GFN = Folio(7), 3

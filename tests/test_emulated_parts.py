@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as given_by
 
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.buddy import Buddy, OutOfMemory
-from guest_memfd.hosts.emulated.kernel.inode import Inode
-from guest_memfd.hosts.emulated.kernel.maple import MapleTree
-from guest_memfd.hosts.emulated.kernel.mm import CHUNK, FIRST, FileMapping, Mm
-from guest_memfd.hosts.emulated.kernel.page import Page
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.emulated.ram import PAGE, BusError, Ram
-from guest_memfd.hosts.host import Entries
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.buddy import Buddy, OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE, BusError, Ram
+from guest_memfd.machine.linux.inode import Inode
+from guest_memfd.machine.linux.maple import MapleTree
+from guest_memfd.machine.linux.mm import CHUNK, FIRST, FileMapping, Mm
+from guest_memfd.machine.linux.page import Page
+from guest_memfd.words.primitives import Entries
 
 MIB = 1 << 20
 

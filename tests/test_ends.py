@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from terminal import on_a_terminal
 
-from guest_memfd.check import pool
-from guest_memfd.check.pool import Pool, Schedule
-from guest_memfd.check.work import Answer, Bench, Task
 from guest_memfd.cli.main import LONGEST, main
 from guest_memfd.cli.output import Output
 from guest_memfd.cli.stop import Stopped
 from guest_memfd.errors import BadInput, HostUnavailable
+from guest_memfd.explore.suite import pool
+from guest_memfd.explore.suite.pool import Pool, Schedule
+from guest_memfd.explore.suite.work import Answer, Bench, Task
 from guest_memfd.report.counterexample import pasted
 from guest_memfd.report.style import WIDTH, Style, columns
 
@@ -82,7 +82,7 @@ def test_memory_that_a_design_runs_out_of_is_no_failure_of_the_design(
             raise BadInput("design 'x' raised MemoryError") from error
 
     monkeypatch.delenv("GMEM_DEBUG", raising=False)
-    monkeypatch.setattr("guest_memfd.cli.options.check_many", runs_out)
+    monkeypatch.setattr("guest_memfd.cli.options.compare", runs_out)
     assert main(LOAD) == 5
     assert one_line(capsys.readouterr().err).startswith("gmem: there is no memory left; fewer processes")
 
@@ -179,7 +179,7 @@ def test_what_is_ignored_stays_ignored(tmp_path: Path, monkeypatch: pytest.Monke
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr("guest_memfd.cli.options.check_many", look)
+        monkeypatch.setattr("guest_memfd.cli.options.compare", look)
         assert main([*LOAD, "-o", str(tmp_path / "out")]) == 143
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
@@ -371,7 +371,7 @@ def test_an_exception_that_cannot_say_what_it_is_about(
         raise MuteError
 
     monkeypatch.delenv("GMEM_DEBUG", raising=False)
-    monkeypatch.setattr("guest_memfd.cli.options.check_many", fail)
+    monkeypatch.setattr("guest_memfd.cli.options.compare", fail)
     assert main(LOAD) == 1
     assert "internal error: MuteError, which cannot say" in capsys.readouterr().err
 
@@ -407,7 +407,7 @@ def test_what_ends_a_run_half_way_is_no_broken_law(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("unicorn")
-    from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
+    from guest_memfd.machine.primitives.host import EmulatedHost
 
     real, count = EmulatedHost.perform, iter(range(at))
 

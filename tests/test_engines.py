@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from guest_memfd.check.explorer import Explorer, Result, Tables
-from guest_memfd.check.naive import explore
-from guest_memfd.check.scenario import World, world
+from guest_memfd.abstract import AbstractHost
 from guest_memfd.designs import DESIGNS
-from guest_memfd.hosts.abstract import AbstractHost
+from guest_memfd.explore.engine.explorer import Explorer, Result, Tables
+from guest_memfd.explore.engine.naive import explore
+from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import SCENES
 

@@ -7,10 +7,10 @@ import re
 import pytest
 from toy import PAGE, PANIC, US, Toy, ToyLaw, end, explorer, run
 
-from guest_memfd.check.explorer import NEVER_ENDS, Explorer, Finding, Program, Result, Tables, step_line
-from guest_memfd.check.outcome import STAY
 from guest_memfd.errors import DesignRaised, NotAPrimitive
-from guest_memfd.hosts.host import Primitive, Steps
+from guest_memfd.explore.engine.explorer import NEVER_ENDS, Explorer, Finding, Program, Result, Tables, step_line
+from guest_memfd.words.outcome import STAY
+from guest_memfd.words.primitives import Primitive, Steps
 
 
 def nothing() -> Steps[None]:

@@ -9,23 +9,23 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.check.scenario import World
-from guest_memfd.check.suite import check
 from guest_memfd.core import GuestMemfdOps, Reason
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs import names as designs
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import DesignRaised, PluginError, PluginLeftOut
-from guest_memfd.forgotten import beside, in_class
-from guest_memfd.hosts.host import Bound, Folio, Host, Steps
+from guest_memfd.explore.engine.scenario import World
+from guest_memfd.explore.suite.check import check
 from guest_memfd.hypervisors import HYPERVISORS, Hypervisor
 from guest_memfd.hypervisors import names as hypervisors
 from guest_memfd.hypervisors.kvm.default import KVM, KvmOps
 from guest_memfd.laws import LAWS, Law
 from guest_memfd.laws import law as laws
-from guest_memfd.plugins import Registry
+from guest_memfd.plugins.forgotten import beside, in_class
+from guest_memfd.plugins.registry import Registry
 from guest_memfd.scenarios import PARTIES, Party
 from guest_memfd.scenarios import party as parties
+from guest_memfd.words.primitives import Bound, Folio, Host, Steps
 
 USER = Host("user")
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from scripted import asked
 
-from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.file import runs
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.host import (
+from guest_memfd.hypervisors.kvm.default import KvmOps
+from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.words.primitives import (
     EAGAIN,
     EBADF,
     EBUSY,
@@ -36,7 +37,6 @@ from guest_memfd.hosts.host import (
     Primitive,
     Steps,
 )
-from guest_memfd.hypervisors.kvm.default import KvmOps
 
 
 class Splitting(OurLibrary):

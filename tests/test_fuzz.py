@@ -13,8 +13,8 @@ from fuzz.kinds import KINDS
 from fuzz.lives import KvmLives
 
 from guest_memfd.errors import SyscallFailed
-from guest_memfd.hosts.emulated.pkvm import transitions
-from guest_memfd.hosts.emulated.pkvm.states import State
+from guest_memfd.machine.el2.pkvm import transitions
+from guest_memfd.machine.el2.pkvm.states import State
 from guest_memfd.scenarios import PARTIES
 
 LONG = {"lines": 700, "traces": 1000, "guests": 10_000, "plugins": 60, "kvm": 400, "pkvm": 400, "gunyah": 400,

@@ -8,13 +8,13 @@ from guest_memfd.errors import UnknownName
 from guest_memfd.guests import CONSOLE, GUESTS, PRIVATE_BASE, SECRET, SHARED_BASE, SHARED_LINE, SYSTEM_OFF, guest, source
 from guest_memfd.guests.bootinfo import BootInfo, Hypervisor
 from guest_memfd.guests.loader import fits, load
-from guest_memfd.hosts.emulated.arm64.access import access_of
-from guest_memfd.hosts.emulated.arm64.cpu import Abort, Bus, Cpu, Expired, Hvc, Stop
-from guest_memfd.hosts.emulated.arm64.fault import EXTERNAL_ABORT, TRANSLATION, Fault
-from guest_memfd.hosts.emulated.arm64.regime import Stage1
-from guest_memfd.hosts.emulated.arm64.registers import Tcr
-from guest_memfd.hosts.emulated.arm64.walk import walk
-from guest_memfd.hosts.emulated.ram import Ram
+from guest_memfd.machine.hw.arm64.access import access_of
+from guest_memfd.machine.hw.arm64.cpu import Abort, Bus, Cpu, Expired, Hvc, Stop
+from guest_memfd.machine.hw.arm64.fault import EXTERNAL_ABORT, TRANSLATION, Fault
+from guest_memfd.machine.hw.arm64.regime import Stage1
+from guest_memfd.machine.hw.arm64.registers import Tcr
+from guest_memfd.machine.hw.arm64.walk import walk
+from guest_memfd.machine.hw.ram import Ram
 
 PAGE = 4096
 PRIVATE, SHARED = 32 * PAGE, 2 * PAGE

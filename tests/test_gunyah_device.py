@@ -24,15 +24,15 @@ import pytest
 from gunyah_guest import CALL, DEFAULT, DTB_PAGE, LEND, PAGE, RAM, RW, RWX, SHARE, Scene, peek, poke
 
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed, UnknownName
-from guest_memfd.hosts.emulated.buddy import OutOfMemory
-from guest_memfd.hosts.emulated.errors import KernelPanic
-from guest_memfd.hosts.emulated.gunyah.rm.errors import RmError, remap
-from guest_memfd.hosts.emulated.gunyah.rm.lifecycle import VmState
-from guest_memfd.hosts.emulated.gunyah.rm.payloads import Id
-from guest_memfd.hosts.emulated.kernel.module import DIRECT_MAP_EXPORTS, Loader, Module, ModuleImage
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.uapi import gunyah as u
-from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.el2.gunyah.rm.errors import RmError, remap
+from guest_memfd.machine.el2.gunyah.rm.lifecycle import VmState
+from guest_memfd.machine.el2.gunyah.rm.payloads import Id
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.linux.module import DIRECT_MAP_EXPORTS, Loader, Module, ModuleImage
+from guest_memfd.machine.linux.panic import KernelPanic
+from guest_memfd.uapi import gunyah as u
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 
 LENT, SHARED, HUGE = 0xA000_0000, 0x8_0000, 2 << 20
 DESIGNS = ("library", "gunyah-v17")

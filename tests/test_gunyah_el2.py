@@ -10,36 +10,36 @@ from typing import Any
 import pytest
 from effort import calls
 
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.errors import InternalError
-from guest_memfd.hosts.emulated.arm64.access import Transfer
-from guest_memfd.hosts.emulated.arm64.asm import assemble
-from guest_memfd.hosts.emulated.arm64.descriptor import ADDRESS, VALID
-from guest_memfd.hosts.emulated.arm64.fault import Fault
-from guest_memfd.hosts.emulated.arm64.mmu import Mmu
-from guest_memfd.hosts.emulated.arm64.registers import Tcr
-from guest_memfd.hosts.emulated.arm64.stop import Abort, Breakpoint, Bus, Expired, Hvc, Smc, Stop, Svc, Undefined, Wfi
-from guest_memfd.hosts.emulated.arm64.tables import PageTable
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.arm64.walk import Stage1, walk
-from guest_memfd.hosts.emulated.buddy import Buddy
-from guest_memfd.hosts.emulated.guestcore import GuestCore
-from guest_memfd.hosts.emulated.gunyah import hypercalls as hc
-from guest_memfd.hosts.emulated.gunyah import private
-from guest_memfd.hosts.emulated.gunyah.addrspace import AddressSpace, MapFlag
-from guest_memfd.hosts.emulated.gunyah.capabilities import CapabilitySpace, ExtentRight, SpaceRight, VcpuRight
-from guest_memfd.hosts.emulated.gunyah.config import MAX_RANGES, RangeOp
-from guest_memfd.hosts.emulated.gunyah.donate import NOSYNC, Donation
-from guest_memfd.hosts.emulated.gunyah.el2 import FIRST_VMID, HLOS_VMID, LAST_VMID, Gunyah
-from guest_memfd.hosts.emulated.gunyah.errors import GunyahError as E
-from guest_memfd.hosts.emulated.gunyah.errors import Refused, remap
-from guest_memfd.hosts.emulated.gunyah.memdb import MemDb
-from guest_memfd.hosts.emulated.gunyah.memextent import Access, Attributes, Extent
-from guest_memfd.hosts.emulated.gunyah.rangemap import RangeMap
-from guest_memfd.hosts.emulated.gunyah.stage2 import IA_BITS, Stage2Table, Stock
-from guest_memfd.hosts.emulated.gunyah.vcpu import Action, Run, VcpuState
-from guest_memfd.hosts.emulated.gunyah.vm import Exit, Psci, Vm
-from guest_memfd.hosts.emulated.ram import PAGE, Ram
 from guest_memfd.hypervisors.gunyah import el2 as abstract
+from guest_memfd.machine.el2.gunyah import hypercalls as hc
+from guest_memfd.machine.el2.gunyah import private
+from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace, MapFlag
+from guest_memfd.machine.el2.gunyah.capabilities import CapabilitySpace, ExtentRight, SpaceRight, VcpuRight
+from guest_memfd.machine.el2.gunyah.config import MAX_RANGES, RangeOp
+from guest_memfd.machine.el2.gunyah.donate import NOSYNC, Donation
+from guest_memfd.machine.el2.gunyah.el2 import FIRST_VMID, HLOS_VMID, LAST_VMID, Gunyah
+from guest_memfd.machine.el2.gunyah.errors import GunyahError as E
+from guest_memfd.machine.el2.gunyah.errors import Refused, remap
+from guest_memfd.machine.el2.gunyah.memdb import MemDb
+from guest_memfd.machine.el2.gunyah.memextent import Access, Attributes, Extent
+from guest_memfd.machine.el2.gunyah.rangemap import RangeMap
+from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, Stage2Table, Stock
+from guest_memfd.machine.el2.gunyah.vcpu import Action, Run, VcpuState
+from guest_memfd.machine.el2.gunyah.vm import Exit, Psci, Vm
+from guest_memfd.machine.hw.arm64.access import Transfer
+from guest_memfd.machine.hw.arm64.descriptor import ADDRESS, VALID
+from guest_memfd.machine.hw.arm64.fault import Fault
+from guest_memfd.machine.hw.arm64.guestcore import GuestCore
+from guest_memfd.machine.hw.arm64.mmu import Mmu
+from guest_memfd.machine.hw.arm64.registers import Tcr
+from guest_memfd.machine.hw.arm64.stop import Abort, Breakpoint, Bus, Expired, Hvc, Smc, Stop, Svc, Undefined, Wfi
+from guest_memfd.machine.hw.arm64.tables import PageTable
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.arm64.walk import Stage1, walk
+from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import PAGE, Ram
 
 GIB, MIB = 1 << 30, 1 << 20
 SIZES = (PAGE, 2 * MIB, GIB)

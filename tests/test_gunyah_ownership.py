@@ -12,26 +12,26 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.hosts.emulated.arm64.fault import Fault
-from guest_memfd.hosts.emulated.arm64.mmu import Mmu
-from guest_memfd.hosts.emulated.arm64.registers import Tcr
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.arm64.walk import Stage1
-from guest_memfd.hosts.emulated.buddy import Buddy
-from guest_memfd.hosts.emulated.gunyah import hypercalls as hc
-from guest_memfd.hosts.emulated.gunyah import private
-from guest_memfd.hosts.emulated.gunyah.addrspace import AddressSpace, MapFlag
-from guest_memfd.hosts.emulated.gunyah.config import RangeOp
-from guest_memfd.hosts.emulated.gunyah.donate import NOSYNC, Donation
-from guest_memfd.hosts.emulated.gunyah.el2 import HLOS_VMID, Gunyah
-from guest_memfd.hosts.emulated.gunyah.errors import GunyahError as E
-from guest_memfd.hosts.emulated.gunyah.errors import Refused
-from guest_memfd.hosts.emulated.gunyah.memextent import Access, Attributes
-from guest_memfd.hosts.emulated.gunyah.rm.errors import RmRefused
-from guest_memfd.hosts.emulated.gunyah.rm.memparcel import Memparcels, Transaction
-from guest_memfd.hosts.emulated.gunyah.rm.payloads import ACCEPT_DONE, Accept, Acl, MemRequest, Sgl
-from guest_memfd.hosts.emulated.gunyah.vm import Vm
-from guest_memfd.hosts.emulated.ram import PAGE, Ram
+from guest_memfd.machine.el2.gunyah import hypercalls as hc
+from guest_memfd.machine.el2.gunyah import private
+from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace, MapFlag
+from guest_memfd.machine.el2.gunyah.config import RangeOp
+from guest_memfd.machine.el2.gunyah.donate import NOSYNC, Donation
+from guest_memfd.machine.el2.gunyah.el2 import HLOS_VMID, Gunyah
+from guest_memfd.machine.el2.gunyah.errors import GunyahError as E
+from guest_memfd.machine.el2.gunyah.errors import Refused
+from guest_memfd.machine.el2.gunyah.memextent import Access, Attributes
+from guest_memfd.machine.el2.gunyah.rm.errors import RmRefused
+from guest_memfd.machine.el2.gunyah.rm.memparcel import Memparcels, Transaction
+from guest_memfd.machine.el2.gunyah.rm.payloads import ACCEPT_DONE, Accept, Acl, MemRequest, Sgl
+from guest_memfd.machine.el2.gunyah.vm import Vm
+from guest_memfd.machine.hw.arm64.fault import Fault
+from guest_memfd.machine.hw.arm64.mmu import Mmu
+from guest_memfd.machine.hw.arm64.registers import Tcr
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.arm64.walk import Stage1
+from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import PAGE, Ram
 
 MIB = 1 << 20
 POOL = 8 * MIB

@@ -9,19 +9,14 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.hosts.emulated.arm64.mmu import Mmu
-from guest_memfd.hosts.emulated.arm64.registers import Tcr
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.arm64.walk import Stage1
-from guest_memfd.hosts.emulated.buddy import Buddy
-from guest_memfd.hosts.emulated.gunyah.el2 import FIRST_VMID, HLOS_VMID, LAST_VMID, Gunyah
-from guest_memfd.hosts.emulated.gunyah.errors import GunyahError, Refused
-from guest_memfd.hosts.emulated.gunyah.rm import payloads as p
-from guest_memfd.hosts.emulated.gunyah.rm.client import RmClient
-from guest_memfd.hosts.emulated.gunyah.rm.errors import RmError, RmRefused, of_hypervisor, remap
-from guest_memfd.hosts.emulated.gunyah.rm.lifecycle import ALLOWED, Auth, VmState
-from guest_memfd.hosts.emulated.gunyah.rm.memparcel import MAX_PARCELS, NotifyFlag, Transaction
-from guest_memfd.hosts.emulated.gunyah.rm.message import (
+from guest_memfd.machine.el2.gunyah.el2 import FIRST_VMID, HLOS_VMID, LAST_VMID, Gunyah
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.rm import payloads as p
+from guest_memfd.machine.el2.gunyah.rm.client import RmClient
+from guest_memfd.machine.el2.gunyah.rm.errors import RmError, RmRefused, of_hypervisor, remap
+from guest_memfd.machine.el2.gunyah.rm.lifecycle import ALLOWED, Auth, VmState
+from guest_memfd.machine.el2.gunyah.rm.memparcel import MAX_PARCELS, NotifyFlag, Transaction
+from guest_memfd.machine.el2.gunyah.rm.message import (
     API,
     BODY,
     MAX_BODY,
@@ -32,10 +27,15 @@ from guest_memfd.hosts.emulated.gunyah.rm.message import (
     Receiver,
     fragments,
 )
-from guest_memfd.hosts.emulated.gunyah.rm.payloads import Accept, Acl, Append, Id, MemFlag, MemRequest, Sgl
-from guest_memfd.hosts.emulated.gunyah.rm.server import ResourceManager
-from guest_memfd.hosts.emulated.gunyah.vm import Exit
-from guest_memfd.hosts.emulated.ram import PAGE, Ram
+from guest_memfd.machine.el2.gunyah.rm.payloads import Accept, Acl, Append, Id, MemFlag, MemRequest, Sgl
+from guest_memfd.machine.el2.gunyah.rm.server import ResourceManager
+from guest_memfd.machine.el2.gunyah.vm import Exit
+from guest_memfd.machine.hw.arm64.mmu import Mmu
+from guest_memfd.machine.hw.arm64.registers import Tcr
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.arm64.walk import Stage1
+from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import PAGE, Ram
 
 GIB, MIB = 1 << 30, 1 << 20
 POOL = 16 * MIB

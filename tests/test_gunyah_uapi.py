@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from guest_memfd.hosts.uapi import gunyah as u
+from guest_memfd.uapi import gunyah as u
 
 NUMBERS = {
     "CREATE_VM": 0x4700, "CREATE_GUEST_MEM": 0x40404708, "SET_DTB_CONFIG": 0x40104702, "START": 0x4703,

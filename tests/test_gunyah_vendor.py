@@ -29,11 +29,11 @@ from gunyah_guest import (
 )
 
 from guest_memfd.errors import Signalled, SyscallFailed
-from guest_memfd.hosts.emulated.errors import KernelPanic
-from guest_memfd.hosts.emulated.gunyah.rm.payloads import Id
-from guest_memfd.hosts.uapi import gunyah as u
-from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE
 from guest_memfd.laws import LAWS
+from guest_memfd.machine.el2.gunyah.rm.payloads import Id
+from guest_memfd.machine.linux.panic import KernelPanic
+from guest_memfd.uapi import gunyah as u
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE
 
 LENT, SHARED, HUGE = 0xA000_0000, 0x8_0000, 2 << 20
 MAGIC, OTHER = 0x0123_4567_89AB_CDEF, 0xFEED_FACE_CAFE_F00D

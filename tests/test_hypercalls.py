@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 from driver import Bench
 
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import Folio, Primitive
-from guest_memfd.hosts.scene import Scene
-from guest_memfd.hypervisors.hypervisor import DATA_ABORT, SEA
+from guest_memfd.abstract import state as st
+from guest_memfd.core.hypervisor import DATA_ABORT, SEA
+from guest_memfd.words.pagestate import ANY, CONTENTS, DYING, OWNERS
+from guest_memfd.words.primitives import Folio, Primitive
+from guest_memfd.words.scene import Scene
 
 EINVAL, EBUSY, EPERM, ENOENT = -22, -16, -1, -2
 P = Folio(0)
@@ -27,7 +28,7 @@ HAS = {**GUESTS, "pfn0.gmap": 1}
 HOLDS = {**HAS, "pfn0.locked_in": 1}
 SHARES = {"pfn0.owner": "shared", "pfn0.gmap": 1}
 BORROWS = {"pfn0.owner": "borrowed", "pfn0.gmap": 1, "pfn0.content": "data", "page0.expect": "data"}
-DYING = {"vm0.vm": st.DYING}
+DYING = {"vm0.vm": DYING}
 
 
 class Row(NamedTuple):
@@ -127,8 +128,8 @@ BY_OTHERS = [
      {"pfn0.owner": "host", "pfn0.s2": 1, "pfn0.gmap": 0, "pfn0.locked_in": 0, "pfn0.content": "zero", "gfn0.gpoison": 1}),
 ]
 WORDS: dict[str, dict[int, str]] = {
-    "owner": dict(enumerate(st.OWNERS)), "content": dict(enumerate(st.CONTENTS)),
-    "expect": {**dict(enumerate(st.CONTENTS)), st.ANY: "any"},
+    "owner": dict(enumerate(OWNERS)), "content": dict(enumerate(CONTENTS)),
+    "expect": {**dict(enumerate(CONTENTS)), ANY: "any"},
 }
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.buddy import Buddy
-from guest_memfd.hosts.emulated.kernel.kcore import read_kcore
-from guest_memfd.hosts.emulated.kernel.linear_map import LinearMap
-from guest_memfd.hosts.emulated.kernel.page_poison import PAGE_POISON, PageChecks
-from guest_memfd.hosts.emulated.kernel.snapshot import (
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.linux.kcore import read_kcore
+from guest_memfd.machine.linux.linear_map import LinearMap
+from guest_memfd.machine.linux.page_poison import PAGE_POISON, PageChecks
+from guest_memfd.machine.linux.snapshot import (
     NOTIFY_BAD,
     NOTIFY_DONE,
     NOTIFY_OK,
@@ -29,8 +30,7 @@ from guest_memfd.hosts.emulated.kernel.snapshot import (
     safe_copy_page,
     saveable_page,
 )
-from guest_memfd.hosts.emulated.ram import PAGE, Ram
-from guest_memfd.hosts.host import EAGAIN, EBUSY, EINVAL, ENOMEM, EOPNOTSUPP, EPERM
+from guest_memfd.words.primitives import EAGAIN, EBUSY, EINVAL, ENOMEM, EOPNOTSUPP, EPERM
 
 BASE = 0x8000_0000
 PAGES = 16

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.hosts.emulated.arm64 import cpu as stops
-from guest_memfd.hosts.emulated.arm64.fault import TRANSLATION, Fault
-from guest_memfd.hosts.emulated.arm64.mmu import Mmu
-from guest_memfd.hosts.emulated.arm64.regime import Stage1
-from guest_memfd.hosts.emulated.arm64.registers import Tcr
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.buddy import Buddy
-from guest_memfd.hosts.emulated.kvm import vcpu as exits
-from guest_memfd.hosts.emulated.kvm.guest import first_tables
-from guest_memfd.hosts.emulated.kvm.vm import Kvm
-from guest_memfd.hosts.emulated.ram import PAGE, Ram
-from guest_memfd.hosts.host import EINVAL, ENOMEM
+from guest_memfd.machine.el2.kvm import vcpu as exits
+from guest_memfd.machine.el2.kvm.guest import first_tables
+from guest_memfd.machine.el2.kvm.vm import Kvm
+from guest_memfd.machine.hw.arm64 import cpu as stops
+from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault
+from guest_memfd.machine.hw.arm64.mmu import Mmu
+from guest_memfd.machine.hw.arm64.regime import Stage1
+from guest_memfd.machine.hw.arm64.registers import Tcr
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.primitives import EINVAL, ENOMEM
 
 MIB = 1 << 20
 GFN = 0x4_0000

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from judged import judged
 
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
-from guest_memfd.hosts.emulated.arm64.asm import assemble
-from guest_memfd.hosts.emulated.dev.kvm import System
-from guest_memfd.hosts.emulated.kernel import mm
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.host import Bound, Steps
-from guest_memfd.hosts.uapi import kvm, kvm_arm64, kvm_run
-from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, GuestMemfdFlag, MemFlag, MemoryAttributes2
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.dev.kvm import System
+from guest_memfd.machine.linux import mm
+from guest_memfd.uapi import kvm, kvm_arm64, kvm_run
+from guest_memfd.uapi.kvm import PRIVATE, SHARED, GuestMemfdFlag, MemFlag, MemoryAttributes2
+from guest_memfd.words.primitives import Bound, Steps
 
 pytest.importorskip("unicorn")
 

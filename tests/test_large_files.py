@@ -15,7 +15,7 @@ import pytest
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.library import Library
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.hosts.host import EINVAL, Entries, Folio, Locked, Lookup, Primitive, Steps
+from guest_memfd.words.primitives import EINVAL, Entries, Folio, Locked, Lookup, Primitive, Steps
 
 TIB = 1 << 28
 """Pages."""

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.check.suite import check
+from guest_memfd.abstract import state as st
 from guest_memfd.errors import BadInput, PluginError, UnknownName
-from guest_memfd.hosts.abstract import notes
-from guest_memfd.hosts.abstract import state as st
+from guest_memfd.explore.suite.check import check
 from guest_memfd.laws import LAWS, Law
 from guest_memfd.laws.law import lacks
-from guest_memfd.plugins import Registry
+from guest_memfd.plugins.registry import Registry
+from guest_memfd.words import facts
 
-FREED = notes.Freed(0, "host", "zero", False)
+FREED = facts.Freed(0, "host", "zero", False)
 
 
 def never(thing: Any) -> None:
@@ -105,7 +105,7 @@ def test_a_registry_is_asked_like_a_dictionary() -> None:
 
 def test_a_law_that_is_added_is_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LAWS, "_known", dict(LAWS._known))
-    LAWS.add("mine", replace(LAW, note=lambda note: "a page is freed" if isinstance(note, notes.Freed) else None))
+    LAWS.add("mine", replace(LAW, note=lambda note: "a page is freed" if isinstance(note, facts.Freed) else None))
     report = check("library", "kvm", parties=["vcpu"], jobs=1)
     assert {found.law: found.evidence for found in report.findings} == {"mine": "a page is freed"}
     assert [*report.laws][-1] == "mine"

@@ -11,11 +11,23 @@ from driver import Bench
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.designs import Design
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.abstract.notes import StrayGuest
-from guest_memfd.hosts.host import EAGAIN, EBUSY, EEXIST, EFAULT, EHWPOISON, EINVAL, ENODEV, ENOENT, ENOMEM, Host, Steps
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import TEARDOWN
+from guest_memfd.words.facts import StrayGuest
+from guest_memfd.words.pagestate import CONTENTS, SHARED_PAGE
+from guest_memfd.words.primitives import (
+    EAGAIN,
+    EBUSY,
+    EEXIST,
+    EFAULT,
+    EHWPOISON,
+    EINVAL,
+    ENODEV,
+    ENOENT,
+    ENOMEM,
+    Host,
+    Steps,
+)
 
 ALL = pytest.mark.parametrize("hypervisor", ["kvm", "pkvm", "gunyah"])
 GUEST, USER, MM = Host("guest"), Host("user"), Host("mm")
@@ -60,7 +72,7 @@ def test_private_page_leaves_the_host(hypervisor: str) -> None:
     frame = bench.state.frame(0)
     assert (frame.s1, frame.stale, frame.private, frame.gmap) == (0, 0, 1, 1)
     assert frame.s2 == (hypervisor == "kvm")
-    assert st.CONTENTS[frame.content] == "secret"
+    assert CONTENTS[frame.content] == "secret"
     assert bench.do(lambda lib: lib.mmap()) == 0
     assert bench.do(user_write(0)) == "SIGBUS"
     bench.do(lambda lib: lib.munmap())
@@ -109,7 +121,7 @@ def test_guest_that_holds_on_refuses(hypervisor: str) -> None:
     bench.do(touch(0))
     for attempt in (lambda lib: lib.make_shared(0, 2), lambda lib: lib.punch_hole(0, 2), lambda lib: lib.unbind(0, 2)):
         assert bench.do(attempt) == Conversion(-EBUSY, 0)
-    assert st.CONTENTS[bench.state.frame(0).content] == "secret"
+    assert CONTENTS[bench.state.frame(0).content] == "secret"
     end(bench)
 
 
@@ -128,7 +140,7 @@ def test_reference_refuses_with_its_page(hypervisor: str) -> None:
 
     folio = bench.do(pin)
     assert bench.do(lambda lib: lib.make_private(0, 2)) == Conversion(-EAGAIN, 1)
-    assert bench.state.page(1).attr == st.SHARED_PAGE
+    assert bench.state.page(1).attr == SHARED_PAGE
     bench.do(lambda lib: MM.unpin(folio, False))
     assert bench.do(lambda lib: lib.make_private(0, 2)) == Conversion(0)
     bench.do(lambda lib: lib.munmap())

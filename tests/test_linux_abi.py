@@ -1,4 +1,4 @@
-"""The tables of hosts/linux/abi against a C program made from this machine's headers, and against recorded numbers."""
+"""The tables of linux/abi against a C program made from this machine's headers, and against recorded numbers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from guest_memfd.hosts.linux.abi import gunyah, gunyah_android, kvm, kvm_arm64, kvm_x86, memfd_secret, memory
-from guest_memfd.hosts.linux.abi.table import Command
-from guest_memfd.hosts.uapi import kvm as uapi
+from guest_memfd.linux.abi import gunyah, gunyah_android, kvm, kvm_arm64, kvm_x86, memfd_secret, memory
+from guest_memfd.linux.abi.table import Command
+from guest_memfd.uapi import kvm as uapi
 
 KNOWN = platform.machine() in ("x86_64", "aarch64")
 ALL = (*kvm.COMMANDS, *kvm_x86.COMMANDS, *kvm_arm64.COMMANDS, *gunyah.COMMANDS, *gunyah_android.COMMANDS)

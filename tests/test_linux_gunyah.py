@@ -1,4 +1,4 @@
-"""hosts/linux/gunyah.py: every call of series v17, as number and bytes, through a C library that only writes them down.
+"""linux/gunyah.py: every call of series v17, as number and bytes, through a C library that only writes them down.
 
 The table is recorded by hand from include/uapi/linux/gunyah.h of the series. No machine here has /dev/gunyah.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from guest_memfd.errors import BadInput, HostUnavailable, SyscallFailed
-from guest_memfd.hosts.linux import syscall
-from guest_memfd.hosts.linux.gunyah import Device, Vcpu, Vm
-from guest_memfd.hosts.uapi.gunyah import (
+from guest_memfd.linux import syscall
+from guest_memfd.linux.gunyah import Device, Vcpu, Vm
+from guest_memfd.uapi.gunyah import (
     ExitReason,
     FnIoeventfdArg,
     FnIrqfdArg,

@@ -1,4 +1,4 @@
-"""hosts/linux against the /dev/kvm of the machine the tests run on; skipped, with the reason, where there is none.
+"""linux against the /dev/kvm of the machine the tests run on; skipped, with the reason, where there is none.
 
 Nothing here waits without an end: every KVM_RUN has a timeout, every child is waited for with one.
 """
@@ -24,17 +24,17 @@ import pytest
 from linux_driver import errno_of, fails, in_child, limit, lowest_free, no_guests, nothing_stays_open, opened
 
 from guest_memfd.errors import BadInput, HostUnavailable, Signalled, SyscallFailed
-from guest_memfd.hosts.linux import guest_x86, syscall
-from guest_memfd.hosts.linux.abi.memory import Advice
-from guest_memfd.hosts.linux.guest_memfd import GuestMemfd
-from guest_memfd.hosts.linux.guest_x86 import RESULT, SmallGuest
-from guest_memfd.hosts.linux.kick import KICK, this_thread
-from guest_memfd.hosts.linux.mapping import BUS_ADRERR, PAGE
-from guest_memfd.hosts.linux.system import System
-from guest_memfd.hosts.linux.vm import Vm
-from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, Cap, GuestMemfdFlag, MemFlag, MemoryAttributes2
-from guest_memfd.hosts.uapi.kvm_run import Intr, MemoryFault, Mmio, Unknown
-from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from guest_memfd.linux import guest_x86, syscall
+from guest_memfd.linux.abi.memory import Advice
+from guest_memfd.linux.guest_memfd import GuestMemfd
+from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
+from guest_memfd.linux.kick import KICK, this_thread
+from guest_memfd.linux.mapping import BUS_ADRERR, PAGE
+from guest_memfd.linux.system import System
+from guest_memfd.linux.vm import Vm
+from guest_memfd.uapi.kvm import PRIVATE, SHARED, Cap, GuestMemfdFlag, MemFlag, MemoryAttributes2
+from guest_memfd.uapi.kvm_run import Intr, MemoryFault, Mmio, Unknown
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 
 GPA, SIZE = 0x100_0000, 16 * PAGE
 SECONDS = 300.0

@@ -15,9 +15,9 @@ import pytest
 from linux_driver import no_guests
 
 from guest_memfd.errors import SyscallFailed, errno_name
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.linux.system import System
-from guest_memfd.hosts.uapi.kvm import SHARED
+from guest_memfd.linux.system import System
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.uapi.kvm import SHARED
 
 pytest.importorskip("unicorn")
 REASON = no_guests()

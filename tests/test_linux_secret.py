@@ -1,4 +1,4 @@
-"""hosts/linux/secret.py against the kernel's memfd_secret(2): what it can do, and every limit that its file claims.
+"""linux/secret.py against the kernel's memfd_secret(2): what it can do, and every limit that its file claims.
 
 A touched page splits the direct map for good, so these tests touch as few as they can.
 """
@@ -16,15 +16,15 @@ import pytest
 from linux_driver import errno_of, fails, in_child, limit, lowest_free
 
 from guest_memfd.errors import HostUnavailable, Signalled, SyscallFailed
-from guest_memfd.hosts.linux import syscall
-from guest_memfd.hosts.linux.abi.memfd_secret import SECRETMEM_MAGIC
-from guest_memfd.hosts.linux.abi.memory import Advice, Iovec, numbers
-from guest_memfd.hosts.linux.guest_x86 import RESULT, SmallGuest
-from guest_memfd.hosts.linux.mapping import BUS_ADRERR, PAGE, Mapping
-from guest_memfd.hosts.linux.secret import Secret
-from guest_memfd.hosts.linux.system import System
-from guest_memfd.hosts.uapi.kvm_run import Unknown
-from guest_memfd.hosts.uapi.memory import FALLOC_FL_KEEP_SIZE
+from guest_memfd.linux import syscall
+from guest_memfd.linux.abi.memfd_secret import SECRETMEM_MAGIC
+from guest_memfd.linux.abi.memory import Advice, Iovec, numbers
+from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
+from guest_memfd.linux.mapping import BUS_ADRERR, PAGE, Mapping
+from guest_memfd.linux.secret import Secret
+from guest_memfd.linux.system import System
+from guest_memfd.uapi.kvm_run import Unknown
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE
 
 
 def why_not() -> str:

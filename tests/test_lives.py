@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.errors import SyscallFailed
-from guest_memfd.hosts.emulated.arm64.asm import assemble
-from guest_memfd.hosts.emulated.kvm.guest import LAST_VMID, next_vmid
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.uapi import kvm_arm64
-from guest_memfd.hosts.uapi.gunyah import MapFlag, RegisterSet, boot_register
-from guest_memfd.hosts.uapi.kvm import PRIVATE, GuestMemfdFlag, MemFlag, MemoryAttributes2
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.el2.kvm.guest import LAST_VMID, next_vmid
+from guest_memfd.uapi import kvm_arm64
+from guest_memfd.uapi.gunyah import MapFlag, RegisterSet, boot_register
+from guest_memfd.uapi.kvm import PRIVATE, GuestMemfdFlag, MemFlag, MemoryAttributes2
 
 pytest.importorskip("unicorn")
 

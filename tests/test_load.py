@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from guest_memfd import foreign
 from guest_memfd.cli.main import main
 from guest_memfd.designs import DESIGNS
+from guest_memfd.plugins import guard
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -161,7 +161,7 @@ def test_what_a_plugin_prints_goes_to_standard_error(folder: Path) -> None:
 def test_a_file_that_never_ends_is_told_with_its_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(foreign, "TICK", 0.02)
+    monkeypatch.setattr(guard, "TICK", 0.02)
     monkeypatch.setattr(sys, "path", sys.path[:])
     (folder / "endless.py").write_text("while True:\n    pass\n")
     assert main(["list", "--load", f"{folder}/endless.py"]) == 4

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from guest_memfd.designs import DESIGNS
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
-from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.host import EAGAIN, EFAULT, Folio
 from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.scenarios.gup import pin_user_page
+from guest_memfd.words.primitives import EAGAIN, EFAULT, Folio
 
 
 class Mapped:

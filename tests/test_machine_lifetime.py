@@ -14,15 +14,15 @@ from leave_out import without
 from guest_memfd.core.convert import Conversion
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.abstract import notes
-from guest_memfd.hosts.emulated.errors import Blocked, KernelPanic
-from guest_memfd.hosts.emulated.kernel.inode import ALIVE, DESTROYED, EVICTED, NO_INODE
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
-from guest_memfd.hosts.emulated.primitives.lifetime import LOCKS, ON_INODE
-from guest_memfd.hosts.emulated.vm import Vm
-from guest_memfd.hosts.host import PRIMITIVES, Entries, Folio, Host, Primitive, Steps
 from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.hypcalls.vm import Vm
+from guest_memfd.machine.linux.panic import Blocked, KernelPanic
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.machine.primitives.lifetime import LOCKS, ON_INODE
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import ALIVE, DESTROYED, EVICTED, NO_INODE
+from guest_memfd.words.primitives import PRIMITIVES, Entries, Folio, Host, Primitive, Steps
 
 VMM, VCPU = 0, 1
 """Numbers of two tasks."""
@@ -59,10 +59,10 @@ class Life:
         """*run* ends the kernel by a use after free: of what."""
         with pytest.raises(KernelPanic, match="KASAN: slab-use-after-free") as panic:
             run(*args)
-        (note,) = [note for note in self.host.notes if isinstance(note, notes.UseAfterFree)]
+        (note,) = [note for note in self.host.notes if isinstance(note, facts.UseAfterFree)]
         assert self.machine.dead is panic.value
         assert f"slab-use-after-free of {note.what}" in self.machine.console[0]
-        assert not any(isinstance(other, notes.Broken) for other in self.host.notes)
+        assert not any(isinstance(other, facts.Broken) for other in self.host.notes)
         assert self.machine.audit() == [f"the kernel has stopped: {panic.value}"]
         return note.what
 

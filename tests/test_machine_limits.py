@@ -7,13 +7,13 @@ from errno import EINVAL
 import pytest
 
 from guest_memfd.errors import BadInput, SyscallFailed
-from guest_memfd.hosts.emulated.errors import Blocked
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
-from guest_memfd.hosts.emulated.vm import Vm
-from guest_memfd.hosts.host import Host, Primitive
-from guest_memfd.hosts.uapi import kvm_arm64 as regs
-from guest_memfd.hosts.uapi.kvm import SHARED, GuestMemfdFlag, MemFlag
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.hypcalls.vm import Vm
+from guest_memfd.machine.linux.panic import Blocked
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.uapi import kvm_arm64 as regs
+from guest_memfd.uapi.kvm import SHARED, GuestMemfdFlag, MemFlag
+from guest_memfd.words.primitives import Host, Primitive
 
 PAGE = 4096
 

@@ -14,15 +14,15 @@ from guest_memfd.designs.none import NoDesign
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.designs.secretmem import Secretmem
 from guest_memfd.errors import BadInput, SyscallFailed
-from guest_memfd.hosts.emulated.errors import KernelPanic
-from guest_memfd.hosts.emulated.kernel.kcore import read_kcore
-from guest_memfd.hosts.emulated.kernel.page import Page
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
-from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.emulated.services import Services
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.kcore import read_kcore
+from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.panic import KernelPanic
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.machine.primitives.services import Services
 
 RODATA = {"full": True, "on": True, "noalias": False, "off": False}
 """The kernel parameter -> whether set_direct_map_*() do anything."""

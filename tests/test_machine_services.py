@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 
 from guest_memfd.designs import DESIGNS
-from guest_memfd.hosts.emulated import hostcpu
-from guest_memfd.hosts.emulated.errors import KernelPanic
-from guest_memfd.hosts.emulated.kernel.kcore import read_kcore
-from guest_memfd.hosts.emulated.kernel.page_poison import PageChecks
-from guest_memfd.hosts.emulated.kernel.snapshot import (
+from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.machine.board import hostcpu
+from guest_memfd.machine.board.config import InjectKind
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.kcore import read_kcore
+from guest_memfd.machine.linux.page_poison import PageChecks
+from guest_memfd.machine.linux.panic import KernelPanic
+from guest_memfd.machine.linux.snapshot import (
     Event,
     Image,
     Notifier,
@@ -17,13 +21,10 @@ from guest_memfd.hosts.emulated.kernel.snapshot import (
     notifier_from_errno,
     safe_copy_page,
 )
-from guest_memfd.hosts.emulated.kernel.trans_pgd import trans_pgd_create_copy
-from guest_memfd.hosts.emulated.machine import Config, InjectKind, Machine
-from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
-from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.emulated.services import Services
-from guest_memfd.hosts.host import EBUSY
-from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.machine.linux.trans_pgd import trans_pgd_create_copy
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.machine.primitives.services import Services
+from guest_memfd.words.primitives import EBUSY
 
 SECRET = b"GUESTGST"
 

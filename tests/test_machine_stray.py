@@ -19,18 +19,18 @@ from guest_memfd.core.folio import Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.design import Design
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.emulated.arm64 import tlbi
-from guest_memfd.hosts.emulated.arm64.reached import reached
-from guest_memfd.hosts.emulated.arm64.tables import PageTable
-from guest_memfd.hosts.emulated.buddy import Buddy
-from guest_memfd.hosts.emulated.kernel.mm import Mm
-from guest_memfd.hosts.emulated.kvm.tlb import Maintenance
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
-from guest_memfd.hosts.emulated.ram import PAGE, Ram
-from guest_memfd.hosts.host import Folio, Primitive, Steps
-from guest_memfd.hosts.uapi.kvm import SHARED
 from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.el2.kvm.tlb import Maintenance
+from guest_memfd.machine.hw.arm64 import tlbi
+from guest_memfd.machine.hw.arm64.reached import reached
+from guest_memfd.machine.hw.arm64.tables import PageTable
+from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.linux.mm import Mm
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.uapi.kvm import SHARED
+from guest_memfd.words.primitives import Folio, Primitive, Steps
 
 MIB = 1 << 20
 

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.hosts.emulated.arm64.cpu import Abort, Cpu
-from guest_memfd.hosts.emulated.arm64.fault import TRANSLATION, Fault
-from guest_memfd.hosts.emulated.arm64.mmu import Mmu
-from guest_memfd.hosts.emulated.arm64.regime import Stage1
-from guest_memfd.hosts.emulated.arm64.registers import Tcr
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.buddy import Buddy
-from guest_memfd.hosts.emulated.kernel.extable import ExceptionEntry, ExceptionTable, Type, registers
-from guest_memfd.hosts.emulated.kernel.fault_info import (
+from guest_memfd.machine.hw.arm64.cpu import Abort, Cpu
+from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault
+from guest_memfd.machine.hw.arm64.mmu import Mmu
+from guest_memfd.machine.hw.arm64.regime import Stage1
+from guest_memfd.machine.hw.arm64.registers import Tcr
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.linux.extable import ExceptionEntry, ExceptionTable, Type, registers
+from guest_memfd.machine.linux.fault_info import (
     BUS_ADRALN,
     BUS_ADRERR,
     BUS_MCEERR_AR,
@@ -29,8 +30,8 @@ from guest_memfd.hosts.emulated.kernel.fault_info import (
     SIGSEGV,
     fault_info,
 )
-from guest_memfd.hosts.emulated.kernel.linear_map import LinearMap
-from guest_memfd.hosts.emulated.kernel.mem_abort import (
+from guest_memfd.machine.linux.linear_map import LinearMap
+from guest_memfd.machine.linux.mem_abort import (
     Fixed,
     KernelDied,
     MmFault,
@@ -40,9 +41,8 @@ from guest_memfd.hosts.emulated.kernel.mem_abort import (
     UserSignal,
     do_mem_abort,
 )
-from guest_memfd.hosts.emulated.kernel.text import KIMAGE_VADDR, ROUTINES, KernelText
-from guest_memfd.hosts.emulated.ram import PAGE, Ram
-from guest_memfd.hosts.host import EAGAIN, EFAULT, EPERM
+from guest_memfd.machine.linux.text import KIMAGE_VADDR, ROUTINES, KernelText
+from guest_memfd.words.primitives import EAGAIN, EFAULT, EPERM
 
 U64 = (1 << 64) - 1
 BASE = 0x8000_0000

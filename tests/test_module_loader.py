@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.hosts.emulated.kernel.module import (
+from guest_memfd.machine.linux.module import (
     DIRECT_MAP_EXPORTS,
     EWOULDBLOCK,
     GPL_LICENSES,
@@ -23,7 +23,7 @@ from guest_memfd.hosts.emulated.kernel.module import (
     export_symbol_ns_gpl,
     module_matches,
 )
-from guest_memfd.hosts.host import EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, EPERM
+from guest_memfd.words.primitives import EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, EPERM
 
 
 def load(loader: Loader, name: str, **options: Any) -> Module:

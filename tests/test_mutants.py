@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from mutants import tested, watch
+from mutants.apply import swap
 from mutants.baseline import reached
 from mutants.change import replaced, rewritten, source
 from mutants.children import Died, each
@@ -254,6 +257,45 @@ def test_a_step_that_never_ends_is_killed(monkeypatch: pytest.MonkeyPatch) -> No
     site = function("Parts.has")
     endless = Mutant(site, "endless", 1, rewritten(next(site.statements()), "while True: pass"))
     assert fate(endless).why == "a step never ends"
+
+
+def test_the_code_of_whatever_is_a_function_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """
+from functools import cache
+
+class Part:
+    at = 0
+
+    @property
+    def place(self):
+        return 1
+
+    @place.setter
+    def place(self, to):
+        self.at = to + 1
+
+    @staticmethod
+    def still():
+        return 1
+
+    @classmethod
+    def made(cls):
+        return 1
+
+NUMBERS = [n for n in (1, 2)]
+LATER = lambda: 1
+
+@cache
+def once():
+    return 1
+"""
+    module = ModuleType("guest_memfd.part")
+    monkeypatch.setitem(sys.modules, "guest_memfd.part", module)
+    exec(compile(text, "part.py", "exec"), vars(module))
+    swap("part.py", compile(re.sub(r"\b1\b", "2", text), "part.py", "exec"))
+    part = module.Part()
+    part.place = 10
+    assert (part.at, part.place, part.still(), part.made(), module.once()) == (12, 2, 2, 2, 2)
 
 
 def test_a_child_that_dies_is_told_apart() -> None:

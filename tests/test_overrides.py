@@ -12,18 +12,18 @@ from typing import Any, ClassVar
 import planted
 import pytest
 
-from guest_memfd.check.scenario import World
 from guest_memfd.core import GuestMemfdOps, Reason
 from guest_memfd.designs import DESIGNS, Design, misspelt
 from guest_memfd.designs.guestmem_rfc1 import GuestmemRfc1
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import PluginError
-from guest_memfd.hosts.host import Folio, Steps
+from guest_memfd.explore.engine.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors import names as hypervisor_names
 from guest_memfd.hypervisors.gunyah.client import GUNYAH, GunyahOps
-from guest_memfd.overrides import unfit
+from guest_memfd.plugins.overrides import unfit
 from guest_memfd.scenarios import PARTIES
+from guest_memfd.words.primitives import Folio, Steps
 
 Slip = tuple[type, str]
 

@@ -10,30 +10,31 @@ from effort import calls
 from hypothesis import given, settings
 from hypothesis import strategies as st_
 
+from guest_memfd.abstract import AbstractHost
+from guest_memfd.abstract import state as st
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.abstract import AbstractHost
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.emulated.arm64 import cpu as stops
-from guest_memfd.hosts.emulated.arm64.access import Transfer
-from guest_memfd.hosts.emulated.arm64.fault import TRANSLATION, Fault
-from guest_memfd.hosts.emulated.arm64.mmu import Mmu
-from guest_memfd.hosts.emulated.arm64.regime import Stage1
-from guest_memfd.hosts.emulated.arm64.registers import Tcr
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.buddy import Buddy
-from guest_memfd.hosts.emulated.kvm import vcpu as exits
-from guest_memfd.hosts.emulated.pkvm import checks
-from guest_memfd.hosts.emulated.pkvm import hypercalls as hc
-from guest_memfd.hosts.emulated.pkvm import transitions as t
-from guest_memfd.hosts.emulated.pkvm.annotation import LOCKED, POISONED, Annotation, Owner, Type
-from guest_memfd.hosts.emulated.pkvm.el2 import El2
-from guest_memfd.hosts.emulated.pkvm.host_stage2 import Inject, MachineDead, Region
-from guest_memfd.hosts.emulated.pkvm.states import HypPage, State, Vmemmap
-from guest_memfd.hosts.emulated.pkvm.vm import MEM_SHARE, MEM_UNSHARE, Vm
-from guest_memfd.hosts.emulated.ram import PAGE, Ram
-from guest_memfd.hosts.host import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM, Folio
-from guest_memfd.hosts.scene import Scene
 from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.machine.el2.kvm import vcpu as exits
+from guest_memfd.machine.el2.pkvm import checks
+from guest_memfd.machine.el2.pkvm import hypercalls as hc
+from guest_memfd.machine.el2.pkvm import transitions as t
+from guest_memfd.machine.el2.pkvm.annotation import LOCKED, POISONED, Annotation, Owner, Type
+from guest_memfd.machine.el2.pkvm.el2 import El2
+from guest_memfd.machine.el2.pkvm.host_stage2 import MachineDead, Region
+from guest_memfd.machine.el2.pkvm.states import HypPage, State, Vmemmap
+from guest_memfd.machine.el2.pkvm.vm import MEM_SHARE, MEM_UNSHARE, Vm
+from guest_memfd.machine.hw.arm64 import cpu as stops
+from guest_memfd.machine.hw.arm64.access import Transfer
+from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject
+from guest_memfd.machine.hw.arm64.mmu import Mmu
+from guest_memfd.machine.hw.arm64.regime import Stage1
+from guest_memfd.machine.hw.arm64.registers import Tcr
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.pagestate import DYING, OWNERS
+from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM, Folio
+from guest_memfd.words.scene import Scene
 
 MIB, GIB = 1 << 20, 1 << 30
 GFN = 0x4_0000
@@ -579,7 +580,7 @@ class Both:
         el2, vm, abstract = self.machine.el2, self.machine.vm, self.abstract
         frame = self.held[gfn]
         if name == "die":
-            abstract.vm.vm, vm.dying = st.DYING, True
+            abstract.vm.vm, vm.dying = DYING, True
         elif name == "replace":                                 # the file has another page there: both hosts' free frames
             spare = ({0, 1, 2} - set(self.held)).pop()
             if abstract.owner(frame) == "host" and abstract.guest_maps(frame) is None:
@@ -600,7 +601,7 @@ class Both:
         el2, vm, state = self.machine.el2, self.machine.vm, self.abstract.state
         for frame, pfn in zip(state.frames(), self.frames, strict=True):
             gmap = vm.guest_maps(pfn * PAGE)
-            assert el2.owner(pfn * PAGE) == st.OWNERS[frame.owner]
+            assert el2.owner(pfn * PAGE) == OWNERS[frame.owner]
             assert el2.host_may(pfn * PAGE) == frame.s2
             assert (0 if gmap is None else gmap // PAGE + 1) == frame.gmap
         for gfn in state.gfns():

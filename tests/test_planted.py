@@ -9,9 +9,9 @@ import planted
 import pytest
 from driver import MERGING
 
-from guest_memfd.check.scenario import World
 from guest_memfd.core import GuestMemfdOps
 from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.explore.engine.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import PARTIES
 

@@ -8,34 +8,34 @@ from typing import Any
 import pytest
 from schedules import steps
 
-from guest_memfd.check import refine
-from guest_memfd.check.refine import Diverged
-from guest_memfd.hosts.emulated.arm64 import descriptor as d
-from guest_memfd.hosts.emulated.arm64 import tlbi
-from guest_memfd.hosts.emulated.arm64.tlb import Tlb
-from guest_memfd.hosts.emulated.drivers.driver import Driver
-from guest_memfd.hosts.emulated.gunyah import donate, private
-from guest_memfd.hosts.emulated.gunyah.addrspace import AddressSpace
-from guest_memfd.hosts.emulated.gunyah.el2 import Gunyah
-from guest_memfd.hosts.emulated.gunyah.memdb import MemDb
-from guest_memfd.hosts.emulated.gunyah.stage2 import Stage2Table as GunyahTable
-from guest_memfd.hosts.emulated.kernel import mm
-from guest_memfd.hosts.emulated.kernel.direct_map import KernelTable
-from guest_memfd.hosts.emulated.kernel.extable import ExceptionTable
-from guest_memfd.hosts.emulated.kernel.kernel_flush import KernelFlush
-from guest_memfd.hosts.emulated.kernel.linear_map import LinearMap
-from guest_memfd.hosts.emulated.kernel.maple import MapleTree
-from guest_memfd.hosts.emulated.kernel.page import Page
-from guest_memfd.hosts.emulated.kernel.rwsem import Rwsem
-from guest_memfd.hosts.emulated.kvm.tlb import Maintenance
-from guest_memfd.hosts.emulated.pkvm import transitions
-from guest_memfd.hosts.emulated.pkvm.host_stage2 import HostStage2
-from guest_memfd.hosts.emulated.primitives.directmap import DirectMap
-from guest_memfd.hosts.emulated.primitives.files import Files
-from guest_memfd.hosts.emulated.primitives.guest import GuestSide
-from guest_memfd.hosts.emulated.primitives.pagecache import PageCache
-from guest_memfd.hosts.emulated.primitives.power import Power
-from guest_memfd.hosts.emulated.ram import PAGE, Ram
+from guest_memfd.lockstep import refinement
+from guest_memfd.lockstep.refinement import Diverged
+from guest_memfd.machine.el2.gunyah import donate, private
+from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace
+from guest_memfd.machine.el2.gunyah.el2 import Gunyah
+from guest_memfd.machine.el2.gunyah.memdb import MemDb
+from guest_memfd.machine.el2.gunyah.stage2 import Stage2Table as GunyahTable
+from guest_memfd.machine.el2.kvm.tlb import Maintenance
+from guest_memfd.machine.el2.pkvm import transitions
+from guest_memfd.machine.el2.pkvm.host_stage2 import HostStage2
+from guest_memfd.machine.hw.arm64 import descriptor as d
+from guest_memfd.machine.hw.arm64 import tlbi
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hypcalls.driver import Driver
+from guest_memfd.machine.linux import mm
+from guest_memfd.machine.linux.direct_map import KernelTable
+from guest_memfd.machine.linux.extable import ExceptionTable
+from guest_memfd.machine.linux.kernel_flush import KernelFlush
+from guest_memfd.machine.linux.linear_map import LinearMap
+from guest_memfd.machine.linux.maple import MapleTree
+from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.rwsem import Rwsem
+from guest_memfd.machine.primitives.directmap import DirectMap
+from guest_memfd.machine.primitives.files import Files
+from guest_memfd.machine.primitives.guest import GuestSide
+from guest_memfd.machine.primitives.pagecache import PageCache
+from guest_memfd.machine.primitives.power import Power
 
 SCHEDULES = 150
 """A mistake has to show within so many."""
@@ -278,7 +278,7 @@ def readers_overtake_a_queued_writer(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("kvm", "vmm")
 def a_range_store_is_one_entry_short(patch: pytest.MonkeyPatch) -> None:
-    from guest_memfd.hosts.host import Entries
+    from guest_memfd.words.primitives import Entries
 
     right = MapleTree.store
     patch.setattr(MapleTree, "store", lambda self, start, values: right(
@@ -350,8 +350,8 @@ def the_setters_work_after_all(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("kvm", "vmm", "drainer", scene="quiet-free")
 def the_allocator_writes_to_what_it_frees(patch: pytest.MonkeyPatch) -> None:
-    right = refine.kernel_of
-    patch.setattr(refine, "kernel_of", lambda scene: {**right(scene), "on_free": "poison"})
+    right = refinement.kernel_of
+    patch.setattr(refinement, "kernel_of", lambda scene: {**right(scene), "on_free": "poison"})
 
 
 @mistake("kvm", "vcpu", "vcpu2", "memory-failure")

@@ -94,7 +94,7 @@ def test_a_test_that_failed_has_failed_once(pytester: pytest.Pytester) -> None:
 def test_a_law_that_is_broken_is_an_error(pytester: pytest.Pytester) -> None:
     source = """
         import pytest
-        from guest_memfd.hosts.abstract import notes
+        from guest_memfd.words import facts
 
         def test_it(gmem_host):
             gmem_host._watch.breaks("guest-private", "the test says so", "nowhere")
@@ -245,7 +245,7 @@ def test_what_enter_promises(pytester: pytest.Pytester, host: str) -> None:
     source = """
         import pytest
         from guest_memfd.errors import BadInput
-        from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
+        from guest_memfd.uapi.kvm import SHARED, MemFlag
 
         LAST = 0xfffff000
         STORE = {"arm64": "str x5, [x1]\\n b .", "x86_64": "mov [rsi], r9\\n jmp ."}

@@ -6,13 +6,13 @@ import pytest
 from driver import Bench
 from scripted import asked
 
-from guest_memfd.check.scenario import World
+from guest_memfd.abstract import state as st
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import EPERM
+from guest_memfd.explore.engine.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.scenarios import PARTIES
+from guest_memfd.words.primitives import EPERM
 
 PARTNERS = ("vcpu", "power")
 

@@ -23,15 +23,16 @@ import pytest
 from linux_driver import no_kvm
 
 from guest_memfd.cli.main import main
-from guest_memfd.probe import bugs, child, left, offers, report
+from guest_memfd.probe import bugs, left, offers, report
 from guest_memfd.probe.against import compare
+from guest_memfd.probe.ask import child
+from guest_memfd.probe.ask.calls import call, load, name_of
+from guest_memfd.probe.ask.child import Slate, Unfit, perform
+from guest_memfd.probe.ask.here import PAGE, SIZE, Here
+from guest_memfd.probe.ask.row import SETTLED, Features, Outcome, Row, judge
 from guest_memfd.probe.bugs import BUG, BUGS, SEVERITIES, Bug, Found, find
-from guest_memfd.probe.calls import call, load, name_of
-from guest_memfd.probe.child import Slate, Unfit, perform
-from guest_memfd.probe.here import PAGE, SIZE, Here
 from guest_memfd.probe.left import count, since
 from guest_memfd.probe.offers import Offers, look, version_of
-from guest_memfd.probe.row import SETTLED, Features, Outcome, Row, judge
 from guest_memfd.probe.rows import ROWS
 from guest_memfd.probe.survey import Survey, survey
 from guest_memfd.report.style import Style

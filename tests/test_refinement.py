@@ -9,12 +9,12 @@ from itertools import product
 import pytest
 from schedules import HYPERVISORS, PAIRS, SCENES, built, machine, steps
 
-from guest_memfd.check import refine
-from guest_memfd.check.refine import Diverged
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.emulated.kernel.kernel_flush import KernelFlush
-from guest_memfd.hosts.scene import Kernel
+from guest_memfd.lockstep import refinement
+from guest_memfd.lockstep.refinement import Diverged
+from guest_memfd.machine.linux.kernel_flush import KernelFlush
 from guest_memfd.scenarios import SCENES as ALL_SCENES
+from guest_memfd.words.scene import Kernel
 
 LONG = 100_000
 """Steps that the long test takes at least, over all designs and hypervisors."""
@@ -37,18 +37,18 @@ def test_the_library_in_every_scene(hypervisor: str, scene: str) -> None:
 
 
 def test_the_scenes_left_out_are_those_that_no_machine_can_be_put_into() -> None:
-    assert {name: refine.unfit(scene) for name, scene in ALL_SCENES.items() if name not in SCENES} == {
+    assert {name: refinement.unfit(scene) for name, scene in ALL_SCENES.items() if name not in SCENES} == {
         "two-vms": "a machine beside the abstract host has one file and one VM"}
     with pytest.raises(BadInput, match="scene 'two-vms' is none for a machine: a machine beside"):
         steps("kvm", "library", range(1), scene="two-vms")
     asks_nobody = replace(ALL_SCENES["two-pages"], kernel=Kernel(asks_mapping=False))
-    assert refine.unfit(asks_nobody) == "readers of the emulated kernel ask AS_NO_DIRECT_MAP"
+    assert refinement.unfit(asks_nobody) == "readers of the emulated kernel ask AS_NO_DIRECT_MAP"
 
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_both_hosts_begin_where_the_explorer_begins(scene: str) -> None:
     there = built("pkvm", "library", scene)
-    both = refine.pair(there, machine(there, random.Random(0)), there.scene.failures)
+    both = refinement.pair(there, machine(there, random.Random(0)), there.scene.failures)
     assert both.shared == there.initial
     assert not both.broken
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from guest_memfd.check.evidence import OnMachine, on_machine
-from guest_memfd.check.suite import check
-from guest_memfd.check.trace import Trace, trace_of, write
 from guest_memfd.cli.main import main
 from guest_memfd.errors import BadInput
+from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.trace import Trace, trace_of, write
+from guest_memfd.lockstep.evidence import OnMachine, on_machine
 from guest_memfd.scenarios import SCENES
 
 DOC = Path(__file__).parents[1] / "docs" / "emulated-host.md"
@@ -80,7 +80,7 @@ def test_the_panic_is_the_kernels_own(panic: OnMachine) -> None:
 
 
 def test_a_step_that_the_machine_does_not_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from guest_memfd.hosts.emulated.primitives.pagecache import PageCache
+    from guest_memfd.machine.primitives.pagecache import PageCache
 
     monkeypatch.setattr(PageCache, "folio_ref_count", lambda self, folio: 7)
     monkeypatch.setattr(PageCache, "folio_mark_uptodate", lambda self, folio: None)

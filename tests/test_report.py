@@ -9,17 +9,15 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from guest_memfd.check.cost import Cost
-from guest_memfd.check.explorer import Finding, Step
-from guest_memfd.check.scenario import world
-from guest_memfd.check.suite import check
-from guest_memfd.check.survived import survived
-from guest_memfd.check.verdict import Found, LawReport, Report
+from guest_memfd.abstract import show
+from guest_memfd.abstract import state as st
 from guest_memfd.designs.none import NoDesign
-from guest_memfd.hosts.abstract import notes, show
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import EAGAIN, Entries, Folio, Locked, Primitive, Steps
-from guest_memfd.hosts.scene import Scene
+from guest_memfd.explore.engine.cost import Cost
+from guest_memfd.explore.engine.explorer import Finding, Step
+from guest_memfd.explore.engine.scenario import world
+from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.suite.survived import survived
+from guest_memfd.explore.suite.verdict import Found, LawReport, Report
 from guest_memfd.laws import LAWS, Law
 from guest_memfd.report import blame, counterexample, ktap, progress, steps, table, terminal
 from guest_memfd.report.blame import offending
@@ -28,6 +26,10 @@ from guest_memfd.report.counterexample import length
 from guest_memfd.report.sentence import sentence
 from guest_memfd.report.style import WIDTH, Style
 from guest_memfd.scenarios import PARTIES, SCENES
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import ALIVE, ANY, DESTROYED, DYING, GONE, GUEST, PRIVATE_PAGE, SECRET, SHARED_PAGE
+from guest_memfd.words.primitives import EAGAIN, Entries, Folio, Locked, Primitive, Steps
+from guest_memfd.words.scene import Scene
 
 SIZES = st.Sizes(frames=3, pages=2, gfns=3, files=2, vms=2, parties=4)
 
@@ -50,11 +52,11 @@ def load() -> Finding:
 
 
 @pytest.mark.parametrize(("field", "number", "words"), [
-    ("pfn0.owner", st.GUEST, "guest"), ("pfn1.content", st.SECRET, "secret"), ("pfn0.s1", 0, "zapped"),
+    ("pfn0.owner", GUEST, "guest"), ("pfn1.content", SECRET, "secret"), ("pfn0.s1", 0, "zapped"),
     ("pfn0.s2", 0, "withheld"), ("pfn0.gmap", 2, "gfn1"), ("pfn0.slot", 0, "none"), ("pfn0.lock", 0, "free"),
     ("pfn0.lock", 3, "party 2"), ("pfn0.provided", 2, "2"), ("gfn0.provided", 2, "pfn0 lent"),
-    ("page1.expect", st.ANY, "anything"), ("page1.attr", st.PRIVATE_PAGE, "private"), ("vm0.vm", st.DYING, "dying"),
-    ("panic", 1, "yes"), ("vm0.gpc", 3, "pfn2"), ("failures", 1, "1"), ("file0.inode", st.DESTROYED, "destroyed"),
+    ("page1.expect", ANY, "anything"), ("page1.attr", PRIVATE_PAGE, "private"), ("vm0.vm", DYING, "dying"),
+    ("panic", 1, "yes"), ("vm0.gpc", 3, "pfn2"), ("failures", 1, "1"), ("file0.inode", DESTROYED, "destroyed"),
     ("file1.evictor", 3, "party 2"), ("file0.fd", 1, "open"),
 ])
 def test_numbers_go_by_their_names(field: str, number: int, words: str) -> None:
@@ -71,7 +73,7 @@ def test_every_field_of_a_state_can_be_shown() -> None:
 def test_changes_leave_out_the_laws_own_notes() -> None:
     state = st.State.empty(SIZES)
     before = state.save()
-    state.frame(1).owner = st.GUEST
+    state.frame(1).owner = GUEST
     state.frame(1).lock = 3
     state.ghost(2).op = 1
     state.panic = 1
@@ -226,11 +228,11 @@ def after(note: Any, file: int = 0, **fields: int) -> Step:
     return Step("vcpu", (), Primitive("end_op", (0,), "library", file), None, False, state.save(), (note,))
 
 
-ACCESS = notes.Access("kernel", "copy_from_kernel_nofault", "direct map", pfn=1, write=False, content="secret", guests=True,
+ACCESS = facts.Access("kernel", "copy_from_kernel_nofault", "direct map", pfn=1, write=False, content="secret", guests=True,
                       held=True, pgoff=0, expect=None, free=False, broken=False)
-NOTHING = notes.Cost(0, 0, 0)
-ENDED = notes.Ended(op="to_private", ret=0, error_index=None, scope=(0,), toggled=(), removed=(), left=(0,),
-                    attrs=(st.SHARED_PAGE,), bound=(1,), batched=(), mapped=(), reasons=(), places=(), gfn=None,
+NOTHING = facts.Cost(0, 0, 0)
+ENDED = facts.Ended(op="to_private", ret=0, error_index=None, scope=(0,), toggled=(), removed=(), left=(0,),
+                    attrs=(SHARED_PAGE,), bound=(1,), batched=(), mapped=(), reasons=(), places=(), gfn=None,
                     cost=NOTHING, documented=(), bound_of_cost=None)
 
 
@@ -240,27 +242,27 @@ ENDED = notes.Ended(op="to_private", ret=0, error_index=None, scope=(0,), toggle
      {"pfn1.owner", "pfn1.content", "pfn1.allocated", "pfn1.user"}),
     ("poison-contained", after(ACCESS._replace(who="VMM", broken=True, via="user mapping"), pfn1__user=2, pfn1__poison=1),
      {"pfn1.owner", "pfn1.content", "pfn1.poison", "pfn1.user"}),
-    ("poison-contained", after(notes.Given("the guest", 2), pfn2__gmap=1, pfn2__poison=1, pfn2__handled=1),
+    ("poison-contained", after(facts.Given("the guest", 2), pfn2__gmap=1, pfn2__poison=1, pfn2__handled=1),
      {"pfn2.gmap", "pfn2.poison", "pfn2.handled"}),
-    ("poison-contained", after(notes.Contained(0, "delayed", ("the kernel",), ()), pfn0__poison=1, vm1__gpc=1, vm0__gpc=2),
+    ("poison-contained", after(facts.Contained(0, "delayed", ("the kernel",), ()), pfn0__poison=1, vm1__gpc=1, vm0__gpc=2),
      {"pfn0.poison", "vm1.gpc"}),
-    ("lifetimes", after(notes.UseAfterFree("the inode, in down_read"), 1, file1__inode=st.DESTROYED, file0__inode=st.ALIVE),
+    ("lifetimes", after(facts.UseAfterFree("the inode, in down_read"), 1, file1__inode=DESTROYED, file0__inode=ALIVE),
      {"file1.inode"}),
-    ("lifetimes", after(notes.UseAfterFree("the VM, in hypercall"), 1, vm1__vm=st.GONE), {"vm1.vm"}),
-    ("pins-respected", after(notes.MadePrivate("donated", 1, 0, True), vm1__gpc=2), {"pfn1.owner", "vm1.gpc"}),
-    ("all-or-nothing", after(ENDED, page0__cached=1, page0__attr=st.SHARED_PAGE), {"page0.attr", "page0.cached"}),
-    ("all-or-nothing", after(ENDED, 1, page2__cached=1, page2__attr=st.SHARED_PAGE), {"page2.attr", "page2.cached"}),
+    ("lifetimes", after(facts.UseAfterFree("the VM, in hypercall"), 1, vm1__vm=GONE), {"vm1.vm"}),
+    ("pins-respected", after(facts.MadePrivate("donated", 1, 0, True), vm1__gpc=2), {"pfn1.owner", "vm1.gpc"}),
+    ("all-or-nothing", after(ENDED, page0__cached=1, page0__attr=SHARED_PAGE), {"page0.attr", "page0.cached"}),
+    ("all-or-nothing", after(ENDED, 1, page2__cached=1, page2__attr=SHARED_PAGE), {"page2.attr", "page2.cached"}),
     ("fault-served", after(ENDED._replace(op="fault"), page0__cached=2, page0__binding=1),
      {"page0.cached", "page0.binding"}),
-    ("no-false-refusal", after(notes.Returned("punch", 0, 1, 0, None, 2, -16)), set()),
-    ("host-survives", after(notes.Broken("BUG_ON()"), panic=1), {"panic"}),
+    ("no-false-refusal", after(facts.Returned("punch", 0, 1, 0, None, 2, -16)), set()),
+    ("host-survives", after(facts.Broken("BUG_ON()"), panic=1), {"panic"}),
 ])
 def test_a_law_on_facts_blames_what_the_fact_is_about(law: str, step: Step, blamed: set[str]) -> None:
     (evidence,) = filter(None, map(LAWS[law].on_note, step.notes))
     assert offending(Finding(law, evidence, [step], st.State.empty(SIZES).save())) == blamed
 
 
-@pytest.mark.parametrize("kind", get_args(notes.Note), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", get_args(facts.Note), ids=lambda kind: kind.__name__)
 def test_any_fact_can_be_blamed_and_told(kind: type) -> None:
     hints = get_type_hints(kind)
     note = kind(**{name: EXAMPLES[str(hint)] for name, hint in hints.items()})
@@ -270,13 +272,13 @@ def test_any_fact_can_be_blamed_and_told(kind: type) -> None:
         patched.setattr(blame, "LAWS", {"blind": blind})
         blamed = offending(Finding("blind", "it is so", [step], st.State.empty(SIZES).save()))
     assert blamed <= st.fields_of(step.shared).keys()
-    assert all(steps.facts(step, step.shared))
+    assert all(steps.told_of(step, step.shared))
 
 
 EXAMPLES: dict[str, Any] = {
     "<class 'str'>": "words", "<class 'int'>": 1, "<class 'bool'>": True, "tuple[int, ...]": (0, 1),
-    "tuple[str, ...]": ("a failure",), "int | None": 0, "str | None": "zero", str(notes.Cost): NOTHING,
-    "guest_memfd.hosts.host.Bound | None": None,
+    "tuple[str, ...]": ("a failure",), "int | None": 0, "str | None": "zero", str(facts.Cost): NOTHING,
+    "guest_memfd.words.primitives.Bound | None": None,
 }
 """Type of a field of a fact -> something of that type."""
 

@@ -18,7 +18,7 @@ from guest_memfd.cli.run import size
 from guest_memfd.errors import BadInput
 from guest_memfd.guests import GUESTS, SHARED_LINE
 from guest_memfd.guests.loader import load
-from guest_memfd.hosts.emulated.machine import Machine
+from guest_memfd.machine.boot import Machine
 from guest_memfd.vmm.emulated import Order, Report, Run
 from guest_memfd.vmm.layout import Layout
 

@@ -30,14 +30,14 @@ from guest_memfd.errors import BadInput, GuestMemfdError, SyscallFailed
 from guest_memfd.guests import CONSOLE, CONTROL, GUESTS, SHARED_BASE, SHARED_LINE
 from guest_memfd.guests.loader import Image, load
 from guest_memfd.guests.target import REAL_MODE, X86_64
-from guest_memfd.hosts.linux import fault_path, syscall
-from guest_memfd.hosts.linux.abi import kvm_x86
-from guest_memfd.hosts.linux.anonymous import Anonymous
-from guest_memfd.hosts.linux.guest_x86 import SmallGuest
-from guest_memfd.hosts.linux.system import System
-from guest_memfd.hosts.linux.vcpu_x86 import X86Vcpu
-from guest_memfd.hosts.uapi.kvm import Cap
-from guest_memfd.hosts.uapi.kvm_run import (
+from guest_memfd.linux import fault_path, syscall
+from guest_memfd.linux.abi import kvm_x86
+from guest_memfd.linux.anonymous import Anonymous
+from guest_memfd.linux.guest_x86 import SmallGuest
+from guest_memfd.linux.system import System
+from guest_memfd.linux.vcpu_x86 import X86Vcpu
+from guest_memfd.uapi.kvm import Cap
+from guest_memfd.uapi.kvm_run import (
     Exit,
     FailEntry,
     InternalError,
@@ -644,7 +644,7 @@ def test_a_guest_runs_where_a_container_refuses_to_count_pages(monkeypatch: pyte
 
 
 def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("guest_memfd.hosts.linux.system.System.__init__.__defaults__", ("/nowhere/kvm",))
+    monkeypatch.setattr("guest_memfd.linux.system.System.__init__.__defaults__", ("/nowhere/kvm",))
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     code, said = run("hello")
     assert (code, said) == (5, "gmem: /nowhere/kvm: No such file or directory; load kvm_intel, kvm_amd or kvm_pvm, or start "

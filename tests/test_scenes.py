@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import mistakes
 import pytest
 
-from guest_memfd.check.scenario import World
+from guest_memfd.abstract import state as st
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.scene import MOST, Scene, Slot
+from guest_memfd.explore.engine.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import PARTIES, SCENES
+from guest_memfd.words.scene import MOST, Scene, Slot
 
 PAGE = (Path(__file__).parent.parent / "docs" / "scenes.md").read_text(encoding="utf-8")
 

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import pytest
 
-from guest_memfd.check.explorer import Tables
-from guest_memfd.check.scenario import world as built
-from guest_memfd.hosts.abstract import AbstractHost
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import PRIMITIVES, Entries
+from guest_memfd.abstract import AbstractHost
+from guest_memfd.abstract import state as st
+from guest_memfd.explore.engine.explorer import Tables
+from guest_memfd.explore.engine.scenario import world as built
 from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.words.pagestate import CONTENTS, INODE_STATES, OWNERS, VM_STATES
+from guest_memfd.words.primitives import PRIMITIVES, Entries
 
 Scenario = tuple[str, ...]
 
@@ -73,7 +74,7 @@ def test_every_field_takes_two_values(values: dict[str, set[int]], field: str) -
 
 
 @pytest.mark.parametrize(("field", "words"), [
-    ("pfn.owner", st.OWNERS), ("pfn.content", st.CONTENTS), ("vm.vm", st.VM_STATES), ("file.inode", st.INODE_STATES),
+    ("pfn.owner", OWNERS), ("pfn.content", CONTENTS), ("vm.vm", VM_STATES), ("file.inode", INODE_STATES),
 ])
 def test_every_word_of_an_enumeration_occurs(values: dict[str, set[int]], field: str, words: tuple[str, ...]) -> None:
     assert values[field] == set(range(len(words)))

@@ -15,20 +15,20 @@ from itertools import pairwise
 
 import pytest
 
-from guest_memfd.check import work
-from guest_memfd.check.plan import LONG, NAMED, ON_REQUEST, QUICK, TRIPLES, WHERE, plan
-from guest_memfd.check.pool import Schedule
-from guest_memfd.check.scenario import world
-from guest_memfd.check.suite import Limits, Report, check, check_many
-from guest_memfd.check.work import Task
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, HostUnavailable, NotAPrimitive
-from guest_memfd.hosts.host import Folio, Host, Steps
-from guest_memfd.hosts.scene import Scene, Slot
+from guest_memfd.explore.engine.scenario import world
+from guest_memfd.explore.suite import work
+from guest_memfd.explore.suite.check import Limits, Report, check, compare
+from guest_memfd.explore.suite.plan import LONG, NAMED, ON_REQUEST, QUICK, TRIPLES, WHERE, plan
+from guest_memfd.explore.suite.pool import Schedule
+from guest_memfd.explore.suite.work import Task
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.scenarios import PARTIES, SCENES
+from guest_memfd.words.primitives import Folio, Host, Steps
+from guest_memfd.words.scene import Scene, Slot
 
 SHORT = Limits(states=200)
 """Enough of every scenario to find something in bad designs, in seconds."""
@@ -288,7 +288,7 @@ def test_a_limit_of_states_leaves_the_verdict_undetermined_and_is_named(jobs: in
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_limit_of_seconds_ends_the_whole_run(jobs: int) -> None:
     pairs = [("library", "kvm"), ("library", "pkvm")]
-    (first, second) = check_many(pairs, scenes=PLAIN, full=False, limits=Limits(seconds=0.5), jobs=jobs)
+    (first, second) = compare(pairs, scenes=PLAIN, full=False, limits=Limits(seconds=0.5), jobs=jobs)
     for report in (first, second):
         assert report.verdict == "undetermined"
         assert report.limits[0].startswith("more than 0.5 seconds in all (")
@@ -307,9 +307,9 @@ CASES = [("none", "gunyah"), ("guestmem-rfc1", "kvm"), ("gunyah-v17", "gunyah")]
 PLACES = ["two-vms", "nothing-yet"]
 REPORTS = f"""
 import dataclasses
-from guest_memfd.check.suite import Limits, check_many
-from guest_memfd.check.trace import dumps, trace_of
-for report in check_many({CASES!r}, scenes={PLACES!r}, full=False, limits=Limits(states=60), jobs=JOBS):
+from guest_memfd.explore.suite.check import Limits, compare
+from guest_memfd.explore.trace import dumps, trace_of
+for report in compare({CASES!r}, scenes={PLACES!r}, full=False, limits=Limits(states=60), jobs=JOBS):
     print(dataclasses.replace(report, seconds=0.0))
     for found in report.findings:
         print(dumps(trace_of(report, found)))
@@ -328,7 +328,7 @@ def test_reports_do_not_depend_on_hash_seed_or_jobs(python: Callable[..., subpro
 
 def test_reports_do_not_depend_on_what_the_tables_held_before(monkeypatch: pytest.MonkeyPatch) -> None:
     def reports() -> list[Report]:
-        return list(map(timeless, check_many(CASES, scenes=PLACES, full=False, limits=SHORT, jobs=1)))
+        return list(map(timeless, compare(CASES, scenes=PLACES, full=False, limits=SHORT, jobs=1)))
 
     kept = reports()
     monkeypatch.setattr(work, "ROOMY", -1)
@@ -336,7 +336,7 @@ def test_reports_do_not_depend_on_what_the_tables_held_before(monkeypatch: pytes
 
 
 def test_each_pair_is_judged_as_if_alone() -> None:
-    together = check_many(CASES, scenes=PLACES, full=False, limits=SHORT, jobs=2)
+    together = compare(CASES, scenes=PLACES, full=False, limits=SHORT, jobs=2)
     alone = [check(*case, scenes=PLACES, full=False, limits=SHORT, jobs=1) for case in CASES]
     assert list(map(timeless, together)) == list(map(timeless, alone))
 
@@ -454,7 +454,7 @@ def test_without_fork_everything_is_done_here(monkeypatch: pytest.MonkeyPatch) -
 def test_interrupting_ends_all_processes_at_once() -> None:
     # A shell that runs us in the background has ^C ignored, and children inherit that.
     code = ("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            "from guest_memfd.check.suite import check\nprint('go', flush=True)\ncheck('library', 'kvm', jobs=2)")
+            "from guest_memfd.explore.suite.check import check\nprint('go', flush=True)\ncheck('library', 'kvm', jobs=2)")
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})

@@ -14,21 +14,21 @@ from typing import Any
 import pytest
 from toy import PAGE, US, Toy, explorer
 
-from guest_memfd import foreign
-from guest_memfd.check.cost import cost
-from guest_memfd.check.explorer import MOST_OPTIONS
-from guest_memfd.check.scenario import World, world
-from guest_memfd.check.suite import check
 from guest_memfd.core import GuestMemfdOps
+from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, DesignRaised, NotAPrimitive, describe, shown
-from guest_memfd.hosts.host import Folio, Primitive, Steps
-from guest_memfd.hypervisors.hypervisor import Hypervisor
+from guest_memfd.explore.engine.cost import cost
+from guest_memfd.explore.engine.explorer import MOST_OPTIONS
+from guest_memfd.explore.engine.scenario import World, world
+from guest_memfd.explore.suite.check import check
 from guest_memfd.hypervisors.kvm.default import KVM, KvmOps
 from guest_memfd.hypervisors.kvm.pkvm import PKVM
 from guest_memfd.laws import Law
+from guest_memfd.plugins import guard
 from guest_memfd.scenarios import PARTIES, Party
+from guest_memfd.words.primitives import Folio, Primitive, Steps
 
 Does = Callable[[], object]
 
@@ -150,7 +150,7 @@ def test_a_place_is_where_the_author_has_to_look() -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign, "TICK", 0.02)
+    monkeypatch.setattr(guard, "TICK", 0.02)
 
 
 def goes_round(*_: Any) -> Any:
@@ -206,8 +206,8 @@ def test_what_is_counted_without_end_is_refuted(loops: Callable[[Design], Steps[
 
 @pytest.fixture
 def short_of_breath(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("guest_memfd.check.explorer.MOST_STEPS", 100)
-    monkeypatch.setattr("guest_memfd.check.scenario.MOST_ALONE", 100)
+    monkeypatch.setattr("guest_memfd.explore.engine.explorer.MOST_STEPS", 100)
+    monkeypatch.setattr("guest_memfd.explore.engine.scenario.MOST_ALONE", 100)
 
 
 @pytest.mark.usefixtures("short_of_breath")
@@ -432,6 +432,6 @@ def test_a_yield_without_from_is_told() -> None:
 
 
 def test_nothing_of_this_is_asked_of_what_is_ours() -> None:
-    assert not foreign.foreign(OurLibrary, KVM.ops, *KVM.hypercalls.values(), PARTIES["vcpu"].procedure)
-    assert foreign.foreign(design())
+    assert not guard.foreign(OurLibrary, KVM.ops, *KVM.hypercalls.values(), PARTIES["vcpu"].procedure)
+    assert guard.foreign(design())
     assert world("library", "kvm").programs["vcpu"].anew is None

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from threaded import NR, PAGE, Vmm, vmm
 
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.errors import BadInput, SyscallFailed
-from guest_memfd.hosts.emulated.arm64.asm import assemble
-from guest_memfd.hosts.emulated.dev.file import Owned
-from guest_memfd.hosts.emulated.lock import Turns
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
-from guest_memfd.hosts.uapi import kvm_arm64, kvm_run
-from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
+from guest_memfd.machine.board.lock import Turns
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.dev.file import Owned
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.uapi import kvm_arm64, kvm_run
+from guest_memfd.uapi.kvm import SHARED, MemFlag
 
 pytest.importorskip("unicorn")
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.check.explorer import NEVER_ENDS
-from guest_memfd.check.outcome import STAY
-from guest_memfd.check.replay import Replay, replay
-from guest_memfd.check.suite import Limits, Report, check
-from guest_memfd.check.trace import SCHEMA, Trace, TraceStep, dumps, load, loads, save, trace_of, write
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, TraceError, UnknownName
-from guest_memfd.hosts.host import Entries, Folio, Host, Locked, Lookup, Primitive, Steps
-from guest_memfd.hosts.scene import Kernel, Scene, Slot
+from guest_memfd.explore.engine.explorer import NEVER_ENDS
+from guest_memfd.explore.replay import Replay, replay
+from guest_memfd.explore.suite.check import Limits, Report, check
+from guest_memfd.explore.trace import SCHEMA, Trace, TraceStep, dumps, load, loads, save, trace_of, write
 from guest_memfd.scenarios import SCENES
+from guest_memfd.words.outcome import STAY
+from guest_memfd.words.primitives import Entries, Folio, Host, Locked, Lookup, Primitive, Steps
+from guest_memfd.words.scene import Kernel, Scene, Slot
 
 Json = dict[str, Any]
 

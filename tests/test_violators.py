@@ -10,11 +10,11 @@ import mistakes
 import planted
 import pytest
 
-from guest_memfd.check.suite import check
-from guest_memfd.check.verdict import Found
 from guest_memfd.cli.main import main
 from guest_memfd.core import GuestMemfdOps
 from guest_memfd.designs import DESIGNS, Design
+from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.suite.verdict import Found
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS, Law, Violator
 from guest_memfd.laws.law import lacks

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mistakes
 import pytest
 
-from guest_memfd.check.scenario import world
-from guest_memfd.check.walk import walk
+from guest_memfd.explore.engine.scenario import world
+from guest_memfd.explore.engine.walk import walk
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import SCENES
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from judged import judged
 
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.errors import SyscallFailed
-from guest_memfd.hosts.emulated.arm64.asm import assemble
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.uapi import kvm_arm64, kvm_run
-from guest_memfd.hosts.uapi.gunyah import MapFlag, MmioExit, RegisterSet, ResumeAction, boot_register
-from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, GuestMemfdFlag, MemFlag, MemoryAttributes2
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.uapi import kvm_arm64, kvm_run
+from guest_memfd.uapi.gunyah import MapFlag, MmioExit, RegisterSet, ResumeAction, boot_register
+from guest_memfd.uapi.kvm import PRIVATE, SHARED, GuestMemfdFlag, MemFlag, MemoryAttributes2
 
 PAGE = 4096
 RAM, WINDOW, NR = 0x8000_0000, 0x4000_0000, 16

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from guest_memfd.check.explorer import Explorer, Program, Result, Tables
-from guest_memfd.check.naive import explore
-from guest_memfd.check.outcome import Outcome
-from guest_memfd.hosts.host import Folio, Host, Primitive, Steps
+from guest_memfd.explore.engine.explorer import Explorer, Program, Result, Tables
+from guest_memfd.explore.engine.naive import explore
+from guest_memfd.words.outcome import Outcome
+from guest_memfd.words.primitives import Folio, Host, Primitive, Steps
 
 PAGE = Folio(0)
 US = Host("user")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from guest_memfd.designs import Design
-from guest_memfd.hosts.host import Folio, Steps
+from guest_memfd import Design, Folio, Steps
 
 
 class NoFlush(Design):

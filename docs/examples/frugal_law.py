@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from guest_memfd.hosts.abstract import notes
-from guest_memfd.laws import Law, Violator
+from guest_memfd import Law, Violator, facts
 
 
 def zeroed_once(note: Any) -> str | None:
     """Whoever zeroes a page has a reason to: somebody has written to it, or nobody knows."""
-    if isinstance(note, notes.Access) and note.what.startswith("clear_folio") and note.content == "zero":
+    if isinstance(note, facts.Access) and note.what.startswith("clear_folio") and note.content == "zero":
         return f"{note.what} clears a page that holds zeros"
     return None
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from guest_memfd.designs import Design
-from guest_memfd.hosts.host import Host, Steps
-from guest_memfd.hypervisors.hypervisor import Hypervisor
-from guest_memfd.scenarios import Party
+from guest_memfd import Design, Host, Hypervisor, Party, Steps
 
 USER = Host("user")
 

@@ -3,8 +3,8 @@
 import pytest
 
 from guest_memfd.errors import Signalled, SyscallFailed
-from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, MemFlag, MemoryAttributes2
-from guest_memfd.hosts.uapi.kvm_run import Mmio
+from guest_memfd.uapi.kvm import PRIVATE, SHARED, MemFlag, MemoryAttributes2
+from guest_memfd.uapi.kvm_run import Mmio
 
 RAM, SIZE, PAGE = 0x8000_0000, 1 << 20, 4096
 DONE = 0x0900_0000          # no memory is here: a store ends KVM_RUN

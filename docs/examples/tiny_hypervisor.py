@@ -5,9 +5,9 @@ Its guests cannot give a page up, so every conversion and punch of a page the gu
 
 from __future__ import annotations
 
-from guest_memfd.core import GuestMemfdOps, Reason
-from guest_memfd.hosts.host import EBUSY, ENOMEM, EPERM, Folio, Steps
-from guest_memfd.hypervisors.hypervisor import SEA, Hypervisor, Stage2
+from errno import EBUSY, ENOMEM, EPERM
+
+from guest_memfd import SEA, Folio, GuestMemfdOps, Hypervisor, Reason, Stage2, Steps
 
 # -- its own half: what each hypercall does, in one atomic step -------------------------------------------------------
 

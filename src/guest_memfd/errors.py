@@ -109,7 +109,7 @@ class PluginError(BadInput):
 
 
 class NotAPrimitive(BadInput):
-    """A procedure yielded something that is no primitive of `hosts/host.py`."""
+    """A procedure yielded something that is no primitive of `words/primitives.py`."""
 
 
 class DesignRaised(BadInput):

@@ -14,10 +14,10 @@ from test_pkvm_el2 import GFN, GIB, PAGE, Script
 from test_pkvm_el2 import Machine as PkvmMachine
 
 from fuzz.kind import Kind
-from guest_memfd.hosts.emulated.gunyah import hypercalls as gunyah
-from guest_memfd.hosts.emulated.pkvm import hypercalls as pkvm
-from guest_memfd.hosts.emulated.pkvm import transitions
-from guest_memfd.hosts.emulated.pkvm.states import State
+from guest_memfd.machine.el2.gunyah import hypercalls as gunyah
+from guest_memfd.machine.el2.pkvm import hypercalls as pkvm
+from guest_memfd.machine.el2.pkvm import transitions
+from guest_memfd.machine.el2.pkvm.states import State
 
 STEPS = 30
 WORDS = 18

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 from fuzz.kind import Kind
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
-from guest_memfd.hosts.emulated.arm64.asm import assemble
-from guest_memfd.hosts.uapi.gunyah import FnType, FnVcpuArg, MapFlag
-from guest_memfd.hosts.uapi.kvm import PRIVATE, SHARED, MemoryAttributes2
 from guest_memfd.testing.hosts import Emulated
+from guest_memfd.uapi.gunyah import FnType, FnVcpuArg, MapFlag
+from guest_memfd.uapi.kvm import PRIVATE, SHARED, MemoryAttributes2
 
 PAGE, RAM, PAGES, CALLS = 4096, 0x8000_0000, 6, 24
 SLICE = 0.002
@@ -174,7 +174,7 @@ class KvmLives(Lives):
 
     @staticmethod
     def _registers() -> tuple[int, ...]:
-        from guest_memfd.hosts.uapi import kvm_arm64
+        from guest_memfd.uapi import kvm_arm64
 
         return (kvm_arm64.PC, *list(kvm_arm64.X)[:4], kvm_arm64.VBAR_EL1)
 

@@ -7,15 +7,15 @@ from dataclasses import fields, replace
 from typing import Any
 
 from fuzz.kind import Kind
-from guest_memfd.check.suite import check
-from guest_memfd.check.verdict import Limits
+from guest_memfd.core.hypervisor import Stage2
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.host import PRIMITIVES, Host, Steps
+from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.suite.verdict import Limits
 from guest_memfd.hypervisors import HYPERVISORS, Hypervisor
-from guest_memfd.hypervisors.hypervisor import Stage2
 from guest_memfd.scenarios import PARTIES, Party
+from guest_memfd.words.primitives import PRIMITIVES, Host, Steps
 
 LONGEST = 2000
 """Characters of an error; the way to it is told line by line."""

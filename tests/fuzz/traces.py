@@ -12,8 +12,8 @@ from typing import Any
 
 from fuzz.kind import Kind
 from fuzz.lines import answer
-from guest_memfd.check.suite import check
-from guest_memfd.check.trace import save
+from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.trace import save
 
 ODD: tuple[Any, ...] = (None, True, -1, 0, 1 << 70, 1.5, "", "x" * 3000, "\x1b[2J", "\udc80", [], {}, [[]], [None] * 20,
                         "kvm", {"Folio": [0, 0]}, {"Folio": [-1, "x"]}, {"Entries": [1, -5]}, "vcpu")

@@ -9,9 +9,9 @@ from typing import Protocol
 from oracle.format import Ok, Probe, Probes, Refused
 from oracle.scenes import Scene
 
-from guest_memfd.hosts.emulated.arm64 import walk as walker
-from guest_memfd.hosts.emulated.arm64.fault import ADDRESS_SIZE, Fault
-from guest_memfd.hosts.emulated.arm64.walk import Memory, Stage1, Stage2
+from guest_memfd.machine.hw.arm64 import walk as walker
+from guest_memfd.machine.hw.arm64.fault import ADDRESS_SIZE, Fault
+from guest_memfd.machine.hw.arm64.walk import Memory, Stage1, Stage2
 
 NO_ADDRESS_SIZE = "QEMU 5.0 raises no address size faults"
 S1PTW_CODE = "QEMU 5.0 gives another status code to stage-2 faults on a stage-1 walk"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from guest_memfd.hosts.emulated.arm64.granule import K4, K16, K64, Granule
-from guest_memfd.hosts.emulated.arm64.registers import Features, Tcr, Vtcr
-from guest_memfd.hosts.emulated.arm64.walk import Stage1, Stage2
-from guest_memfd.hosts.emulated.ram import Ram
+from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
+from guest_memfd.machine.hw.arm64.registers import Features, Tcr, Vtcr
+from guest_memfd.machine.hw.arm64.walk import Stage1, Stage2
+from guest_memfd.machine.hw.ram import Ram
 
 RAM = 64 << 20
 CODE = 0x1000

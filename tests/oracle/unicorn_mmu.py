@@ -20,7 +20,7 @@ from unicorn.arm64_const import (
 )
 from unicorn.unicorn_const import UC_PROT_ALL
 
-from guest_memfd.hosts.emulated.ram import Ram
+from guest_memfd.machine.hw.ram import Ram
 
 SYSREG = {
     "SCTLR_EL1": (3, 0, 1, 0, 0), "TTBR0_EL1": (3, 0, 2, 0, 0), "TTBR1_EL1": (3, 0, 2, 0, 1), "TCR_EL1": (3, 0, 2, 0, 2),

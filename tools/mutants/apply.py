@@ -37,8 +37,9 @@ def swap(file: str, code: CodeType) -> None:
         thing: Any = module
         for part in name.split("."):
             thing = vars(thing)[part]
-        assert isinstance(thing, FunctionType)
-        thing.__code__ = changed
+        for function in _behind(thing):
+            if function.__code__.co_firstlineno == changed.co_firstlineno:
+                function.__code__ = changed
 
 
 def module_of(file: str) -> str:
@@ -46,9 +47,22 @@ def module_of(file: str) -> str:
     return f"{PACKAGE}.{file.removesuffix('.py').replace('/', '.')}"
 
 
+# The functions of a property, and what decorators of Python's have wrapped.
+def _behind(thing: Any) -> Iterator[FunctionType]:
+    if isinstance(thing, property):
+        yield from (part for part in (thing.fget, thing.fset, thing.fdel) if isinstance(part, FunctionType))
+    while not isinstance(thing, FunctionType) and hasattr(thing, "__wrapped__"):
+        thing = thing.__wrapped__
+    if isinstance(thing, FunctionType):
+        yield thing
+
+
+# Not lambdas and comprehensions of a module or a class: they have run, or are in some table.
 def _functions(code: CodeType) -> Iterator[tuple[str, CodeType]]:
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
+            if inner.co_name.startswith("<"):
+                continue
             if inner.co_flags & 0x1:                    # CO_OPTIMIZED: a function, not a class body
                 yield inner.co_qualname, inner
             else:
@@ -57,7 +71,7 @@ def _functions(code: CodeType) -> Iterator[tuple[str, CodeType]]:
 
 # An errno that the file has not imported may be the one that is returned now.
 def _know_errnos(module: ModuleType) -> None:
-    host = importlib.import_module(f"{PACKAGE}.hosts.host")
+    host = importlib.import_module(f"{PACKAGE}.words.primitives")
     for name, value in vars(host).items():
         if name.startswith("E") and name.isupper():
             vars(module).setdefault(name, value)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from mutants.killer import Killer, Member, Scenario, Seen, Tried
 
 if TYPE_CHECKING:
-    from guest_memfd.check.explorer import Automaton, Program, Tables
-    from guest_memfd.check.scenario import World
+    from guest_memfd.explore.engine.explorer import Automaton, Program, Tables
+    from guest_memfd.explore.engine.scenario import World
     from mutants.mutant import Mutant, Place
 
 HYPERVISORS = ("kvm", "pkvm", "gunyah")
@@ -60,7 +60,7 @@ class Explored(Killer):
 
     def scenarios(self) -> Iterator[Scenario]:
         """In new worlds."""
-        from guest_memfd.check.scenario import world
+        from guest_memfd.explore.engine.scenario import world
 
         self.worlds = {}
         for name, (hypervisor, scene) in self.names().items():
@@ -70,7 +70,7 @@ class Explored(Killer):
 
     def plan(self, built: World) -> Iterator[tuple[str, ...]]:
         """The parties of each scenario."""
-        from guest_memfd.check.plan import plan
+        from guest_memfd.explore.suite.plan import plan
 
         for parties in plan(built, full=False):
             if len(parties) <= self.most and (len(parties) == 1 or SLOW not in parties):
@@ -79,7 +79,7 @@ class Explored(Killer):
     @contextmanager
     def watching(self, seen: set[Place]) -> Iterator[dict[Member, set[Place]]]:
         """A party is at work while the explorer resumes it."""
-        from guest_memfd.check import explorer
+        from guest_memfd.explore.engine import explorer
 
         kept: defaultdict[Member, set[Place]] = defaultdict(set)
         resume = explorer.resume
@@ -103,7 +103,7 @@ class Explored(Killer):
 
     def prepare(self) -> None:
         """Fill the tables, and note all that a party is told."""
-        from guest_memfd.check.explorer import Automaton
+        from guest_memfd.explore.engine.explorer import Automaton
 
         after = Automaton.after
         told: dict[int, dict[Any, tuple[Any, int]]] = {}
@@ -147,7 +147,7 @@ class _Against(Tried):
         return self.worlds[name]
 
     def _changed(self, name: str) -> World:
-        from guest_memfd.check.scenario import world
+        from guest_memfd.explore.engine.scenario import world
 
         kept, (hypervisor, scene) = self.killer.worlds[name], self.killer.names()[name]
         built = world("library", hypervisor, scene=scene)

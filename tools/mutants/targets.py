@@ -8,6 +8,7 @@ from typing import NamedTuple
 from mutants.explore import Explored
 from mutants.killer import Killer
 from mutants.tested import Tested
+from mutants.vocabulary import ABSTRACTION
 
 SOURCES = Path(__file__).resolve().parent.parent.parent / "src" / "guest_memfd"
 PACKAGE = "guest_memfd"
@@ -27,7 +28,7 @@ class Target(NamedTuple):
 
 
 LIBRARY = ("core/*.py", "hypervisors/gunyah/*.py", "hypervisors/kvm/*.py", "designs/ours.py")
-PARTS = ("arm64", "drivers", "gunyah", "kernel", "kvm", "pkvm", "primitives")
+PARTS = ("hw/arm64", "hypcalls", "el2", "linux", "primitives")
 
 BESIDE_THE_SUITE = Tested(
     "test_folios.py", "test_drivers.py", "test_hypercalls.py", "test_library.py", "test_power.py", "test_large_files.py",
@@ -44,7 +45,7 @@ ON_THE_MACHINE = Tested(
 
 TARGETS: dict[str, Target] = {target.name: target for target in (
     Target("library", LIBRARY, (Explored(), BESIDE_THE_SUITE)),
-    Target("machine", tuple(f"hosts/emulated/{part}/**/*.py" for part in PARTS), (ON_THE_MACHINE,)),
-    Target("abstraction", ("hosts/emulated/abstraction.py",), (ON_THE_MACHINE,)),
+    Target("machine", tuple(f"machine/{part}/**/*.py" for part in PARTS), (ON_THE_MACHINE,)),
+    Target("abstraction", (ABSTRACTION,), (ON_THE_MACHINE,)),
 )}
 """Registration (`__init__.py`) is no part of what is explored."""

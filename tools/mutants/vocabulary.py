@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+ABSTRACTION = "lockstep/abstraction.py"
+"""A file of functions that look at a machine, and do nothing to it."""
+
 TRACEPOINTS = frozenset({"begin_op", "end_op", "warn"})
 """Steps that do nothing: the laws or a person reads them."""
 

@@ -6,15 +6,15 @@ import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from guest_memfd.check.plan import NAMED
-from guest_memfd.check.survived import Survived, survived
-from guest_memfd.check.trace import save
-from guest_memfd.check.verdict import Report
 from guest_memfd.cli.elsewhere import same_elsewhere
 from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
 from guest_memfd.cli.output import Output, TraceFolder
 from guest_memfd.errors import BadInput
+from guest_memfd.explore.suite.plan import NAMED
+from guest_memfd.explore.suite.survived import Survived, survived
+from guest_memfd.explore.suite.verdict import Report
+from guest_memfd.explore.trace import save
 from guest_memfd.report import json, terminal
 from guest_memfd.report.ktap import ktap
 from guest_memfd.report.progress import Progress

@@ -6,14 +6,14 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 
-from guest_memfd.check.cost import Cost, cost
-from guest_memfd.check.verdict import Report
 from guest_memfd.cli.elsewhere import same_elsewhere
 from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
+from guest_memfd.explore.engine.cost import Cost, cost
+from guest_memfd.explore.suite.verdict import Report
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report import json, terminal
 from guest_memfd.report.progress import Progress

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from guest_memfd.check.replay import replay
-from guest_memfd.check.trace import load
 from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.cli.replay import diverged
+from guest_memfd.explore.replay import replay
+from guest_memfd.explore.trace import load
 from guest_memfd.report import json
 from guest_memfd.report.counterexample import Counterexample, screen
 from guest_memfd.report.counterexample import again as commands_of

@@ -7,16 +7,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from guest_memfd.check.plan import NAMED
 from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import PluginLeftOut, UnknownName
+from guest_memfd.explore.suite.plan import NAMED
 from guest_memfd.guests import GUESTS
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
-from guest_memfd.plugins import Registry
+from guest_memfd.plugins.registry import Registry
 from guest_memfd.report import json
 from guest_memfd.report.style import Style
 from guest_memfd.scenarios import PARTIES, SCENES

@@ -15,13 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, PluginError, shown
-from guest_memfd.foreign import IMPORTING, Guard
 from guest_memfd.hypervisors import HYPERVISORS
-from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.laws import LAWS, Law
-from guest_memfd.plugins import Registry
+from guest_memfd.plugins.guard import IMPORTING, Guard
+from guest_memfd.plugins.registry import Registry
 from guest_memfd.scenarios import PARTIES, Party
 
 KINDS: dict[type, Registry[Any]] = {Hypervisor: HYPERVISORS, Party: PARTIES, Law: LAWS}

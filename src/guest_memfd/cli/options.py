@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guest_memfd.check.plan import NAMED, ON_REQUEST, QUICK, QUICK_PARTNER, QUICK_PARTNERS, QUICK_WITHOUT, TRIPLES
-from guest_memfd.check.suite import check_many
-from guest_memfd.check.verdict import Limits, Report
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
+from guest_memfd.explore.suite.check import compare
+from guest_memfd.explore.suite.plan import NAMED, ON_REQUEST, QUICK, QUICK_PARTNER, QUICK_PARTNERS, QUICK_WITHOUT, TRIPLES
+from guest_memfd.explore.suite.verdict import Limits, Report
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report.progress import Progress
 from guest_memfd.report.sentence import listed
@@ -84,13 +84,13 @@ class Scope:
         return self.hypervisors or DESIGNS[design].hypervisors or tuple(HYPERVISORS)
 
     def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress) -> list[Report]:
-        """`check_many` of (design, hypervisor) *pairs*."""
+        """`compare` of (design, hypervisor) *pairs*."""
         with progress:
-            return check_many(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
+            return compare(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
                               limits=self.limits, full=self.full, jobs=self.jobs, progress=progress)
 
     def words(self) -> str:
-        """Which scenarios are explored: ``vcpu and zeropad``, or what check/plan.py has, in one clause."""
+        """Which scenarios are explored: ``vcpu and zeropad``, or what explore/suite/plan.py has, in one clause."""
         where = f" in {listed(self.scenes)}" if self.scenes else ""
         if self.parties is not None:
             return listed(self.parties) + where

@@ -9,12 +9,12 @@ import argparse
 from collections.abc import Iterator
 from itertools import chain
 
-from guest_memfd.check.replay import Replay, replay
-from guest_memfd.check.trace import Trace, load
 from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput, UnknownName
+from guest_memfd.explore.replay import Replay, replay
+from guest_memfd.explore.trace import Trace, load
 from guest_memfd.report import json
 from guest_memfd.report.counterexample import length
 from guest_memfd.report.style import Style
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _emulated(trace: Trace, out: Output, *, as_json: bool) -> int:
-    from guest_memfd.check.evidence import on_machine
+    from guest_memfd.lockstep.evidence import on_machine
 
     shown = on_machine(trace)
     if as_json:

@@ -8,7 +8,7 @@
     folio.py        one folio: found, zeroed, taken out
     direct_map.py   the only code that changes the direct map
     power.py        hibernation
-    ops.py          what a hypervisor supplies
+    ops.py          what a hypervisor supplies; hypervisor.py: the record that names it
 """
 
 from guest_memfd.core.library import Library

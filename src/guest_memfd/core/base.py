@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guest_memfd.core.ops import GuestMemfdOps
-from guest_memfd.hosts.host import Host
-
-SHARED_PAGE, PRIVATE_PAGE = 1, 2
-"""Entries of the attribute tree. 0 is a hole and must not be read as either."""
+from guest_memfd.words.primitives import Host
 
 
 def filled(entries: Sequence[int]) -> int:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.core.folio import Folios, Held
-from guest_memfd.hosts.host import EAGAIN, EINVAL, Entries, Folio, Steps
+from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.words.primitives import EAGAIN, EINVAL, Entries, Folio, Steps
 
 CACHE_AND_LOOKUP = 2
 """References a folio of order 0 has when nobody but the page cache and we know it; in general nr pages + 1."""

@@ -11,7 +11,7 @@ for guest_memfd" v12; the flush belongs to removal (Mike Rapoport on the first l
 from __future__ import annotations
 
 from guest_memfd.core.power import Power
-from guest_memfd.hosts.host import Folio, Steps
+from guest_memfd.words.primitives import Folio, Steps
 
 ATTEMPTS = 2
 """How often an entry is put back before the page is given up: the failure is want of memory, which passes."""

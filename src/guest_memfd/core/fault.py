@@ -6,10 +6,10 @@ is made, so there is no sequence to recheck. (KVM's own path drops the lock befo
 
 from __future__ import annotations
 
-from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.core.folio import Grabbed
 from guest_memfd.core.invalidate import Removes
-from guest_memfd.hosts.host import EFAULT, EINVAL, Steps
+from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.words.primitives import EFAULT, EINVAL, Steps
 
 
 class Faults(Removes):

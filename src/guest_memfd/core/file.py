@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from itertools import chain
 
-from guest_memfd.core.base import PRIVATE_PAGE, SHARED_PAGE, filled
+from guest_memfd.core.base import filled
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import Held
 from guest_memfd.core.invalidate import Removes
 from guest_memfd.core.ops import Reason
-from guest_memfd.hosts.host import EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP, Entries, Steps
+from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.words.primitives import EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP, Entries, Steps
 
 
 def runs(pages: tuple[int, ...]) -> list[tuple[int, int]]:

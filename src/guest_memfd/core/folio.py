@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from guest_memfd.core.base import PRIVATE_PAGE
 from guest_memfd.core.direct_map import HostMapping
 from guest_memfd.core.ops import Reason
-from guest_memfd.hosts.host import EAGAIN, EEXIST, EHWPOISON, EIO, Folio, Steps
+from guest_memfd.words.pagestate import PRIVATE_PAGE
+from guest_memfd.words.primitives import EAGAIN, EEXIST, EHWPOISON, EIO, Folio, Steps
 
 LOOKUPS = 3
 """Attempts to look a folio up while others add and remove it, before -EAGAIN."""

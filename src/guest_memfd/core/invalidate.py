@@ -8,11 +8,11 @@ Source: kvm_gmem_punch_hole(), kvm_gmem_error_folio() (virt/kvm/guest_memfd.c).
 
 from __future__ import annotations
 
-from guest_memfd.core.base import PRIVATE_PAGE
 from guest_memfd.core.convert import Conversion, Converts
 from guest_memfd.core.folio import Held
 from guest_memfd.core.ops import Reason
-from guest_memfd.hosts.host import EINVAL, Folio, Locked, Steps
+from guest_memfd.words.pagestate import PRIVATE_PAGE
+from guest_memfd.words.primitives import EINVAL, Folio, Locked, Steps
 
 
 def _cut(held: Held, start: int, nr: int) -> bool:

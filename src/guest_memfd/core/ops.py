@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Literal
 
-from guest_memfd.hosts.host import Folio, Host, Steps
+from guest_memfd.words.primitives import Folio, Host, Steps
 
 Reason = Literal["to_private", "to_shared", "punch", "unbind", "error", "teardown"]
 """Why a page is taken from the guest. Under ``teardown`` the VM is dying and `invalidate` may not refuse."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Literal
 
 from guest_memfd.core.base import Parts
-from guest_memfd.hosts.host import EPERM, Steps
+from guest_memfd.words.primitives import EPERM, Steps
 
 PowerPolicy = Literal["count", "notifier", "none"]
 

@@ -9,7 +9,7 @@ from guest_memfd.designs.names import lacks, misspelt
 from guest_memfd.designs.none import Fixup, NoDesign
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.designs.secretmem import Secretmem
-from guest_memfd.plugins import Registry
+from guest_memfd.plugins.registry import Registry
 
 DESIGNS: Registry[type[Design]] = Registry("design", "guest_memfd.designs", {
     d.name: d for d in (NoDesign, GunyahV17, Fixup, Secretmem, GuestmemRfc1, OurLibrary)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from guest_memfd.core import Library
-from guest_memfd.hosts.host import Bound
-from guest_memfd.hosts.scene import Scene
+from guest_memfd.words.primitives import Bound
+from guest_memfd.words.scene import Scene
 
 
 class Design(Library):

@@ -17,7 +17,7 @@ from typing import ClassVar
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import EBUSY, EFAULT, EHWPOISON, EINVAL, EOPNOTSUPP, EPERM, Bound, Folio, Steps
+from guest_memfd.words.primitives import EBUSY, EFAULT, EHWPOISON, EINVAL, EOPNOTSUPP, EPERM, Bound, Folio, Steps
 
 
 class GuestmemRfc1(Design):

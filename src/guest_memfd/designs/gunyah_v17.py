@@ -5,7 +5,7 @@ pages, PG_private for what is lent, an rw-semaphore around the bindings, "launde
 as posted and marked with the numbers of docs/bugs.md. Patches 19, 20, 23, 24, 28/35.
 
 Left out: platform hooks, RM calls. In scenarios page 0 is bound FORCE_LEND, page 1 FORCE_SHARE, each by a binding of its
-own; files behind /dev/gunyah have any bindings, and parcels (hosts/emulated/dev/gunyah/posted.py). Lending and sharing
+own; files behind /dev/gunyah have any bindings, and parcels (machine/dev/gunyah/posted.py). Lending and sharing
 are this hypervisor's hypercalls.
 """
 
@@ -18,7 +18,7 @@ from guest_memfd.core.base import filled
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import MISSES, Grabbed
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import (
+from guest_memfd.words.primitives import (
     EAGAIN,
     EBUSY,
     EINVAL,

@@ -10,11 +10,11 @@ from typing import get_args
 from guest_memfd.core.power import PowerPolicy
 from guest_memfd.designs.design import Design
 from guest_memfd.errors import shown
-from guest_memfd.fields import COUNT, ERRNOS, FLAG, LINE, NAME, NAMES, SOME_NAMES, Kind, one_of, table, wrong
-from guest_memfd.forgotten import in_class
-from guest_memfd.hosts.host import OPS, Bound
-from guest_memfd.hosts.scene import Scene
-from guest_memfd.overrides import unfit
+from guest_memfd.plugins.fields import COUNT, ERRNOS, FLAG, LINE, NAME, NAMES, SOME_NAMES, Kind, one_of, table, wrong
+from guest_memfd.plugins.forgotten import in_class
+from guest_memfd.plugins.overrides import unfit
+from guest_memfd.words.primitives import OPS, Bound
+from guest_memfd.words.scene import Scene
 
 FIELDS = {
     "name": NAME, "title": LINE, "source": LINE, "sea_fixup": FLAG, "gup": FLAG, "no_direct_map": FLAG, "splits": FLAG,

@@ -6,7 +6,7 @@ Differs from our library only in that nothing touches the direct map and nothing
 from __future__ import annotations
 
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import Folio, Steps
+from guest_memfd.words.primitives import Folio, Steps
 
 
 class NoDesign(Design):

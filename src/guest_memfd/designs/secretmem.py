@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import Bound, Steps
+from guest_memfd.words.primitives import Bound, Steps
 
 
 class Secretmem(Design):

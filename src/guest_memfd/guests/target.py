@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from guest_memfd.guests import PRIVATE_BASE
 
 if TYPE_CHECKING:
-    from guest_memfd.hosts.emulated.assembler import Program
+    from guest_memfd.asm.assembler import Program
 
 
 
@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
     def assemble(self, source: str, origin: int, name: str) -> Program:
         """*source* at *origin*; raises BadInput as ``name:line: what is wrong``."""
-        module = importlib.import_module(f"guest_memfd.hosts.emulated.{self.architecture}.asm")
+        module = importlib.import_module(f"guest_memfd.asm.{self.architecture}.asm")
         program: Program = module.assemble(source, origin, name)
         return program
 

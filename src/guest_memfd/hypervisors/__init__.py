@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.hypervisors.gunyah.client import GUNYAH
-from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.hypervisors.kvm.default import KVM
 from guest_memfd.hypervisors.kvm.pkvm import PKVM
 from guest_memfd.hypervisors.names import lacks
-from guest_memfd.plugins import Registry
+from guest_memfd.plugins.registry import Registry
 
 HYPERVISORS: Registry[Hypervisor] = Registry(
     "hypervisor", "guest_memfd.hypervisors", {h.name: h for h in (KVM, PKVM, GUNYAH)}, lacks

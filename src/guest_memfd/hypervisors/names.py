@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 
+from guest_memfd.core.hypervisor import DATA_ABORT, SEA, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.errors import shown
-from guest_memfd.fields import ERRNOS, FLAG, LINE, LINES, MINUS_ERRNO, NAME, Kind, one_of, table, takes, wrong
-from guest_memfd.forgotten import in_class
-from guest_memfd.hypervisors.hypervisor import DATA_ABORT, SEA, Hypervisor
-from guest_memfd.overrides import unfit
+from guest_memfd.plugins.fields import ERRNOS, FLAG, LINE, LINES, MINUS_ERRNO, NAME, Kind, one_of, table, takes, wrong
+from guest_memfd.plugins.forgotten import in_class
+from guest_memfd.plugins.overrides import unfit
 
 FIELDS = {
     "name": NAME, "title": LINE, "module": NAME, "ops": Kind("a subclass of GuestMemfdOps", callable),
@@ -38,7 +38,7 @@ def misspelt(hypervisor: Hypervisor) -> str | None:
 def lacks(thing: object) -> str | None:
     """What is wrong with *thing* as a hypervisor; None if nothing is."""
     if not isinstance(thing, Hypervisor):
-        return f"{shown(thing)} is no guest_memfd.hypervisors.hypervisor.Hypervisor"
+        return f"{shown(thing)} is no guest_memfd.core.hypervisor.Hypervisor"
     return wrong(thing, FIELDS) or misspelt(thing) or _ops(thing)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from guest_memfd.laws import access, operations, pages
 from guest_memfd.laws.law import Law, Violator, lacks
-from guest_memfd.plugins import Registry
+from guest_memfd.plugins.registry import Registry
 
 LAWS: Registry[Law] = Registry("law", "guest_memfd.laws", {law.name: law for law in (
     Law("host-survives",

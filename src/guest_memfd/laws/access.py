@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from guest_memfd.hosts.abstract import notes
 from guest_memfd.laws.law import Evidence
+from guest_memfd.words import facts
 
 ANYTHING = frozenset({"load_unaligned_zeropad", "copy_from_kernel_nofault", "safe_copy_page", "free-time poisoning"})
 """Accesses of the kernel that are not meant for any page in particular."""
@@ -18,16 +18,16 @@ def through(via: str) -> str:
 
 def host_survives(note: Any) -> Evidence:
     """Every abort that the kernel takes on its own must be one that it can handle."""
-    if isinstance(note, notes.Abort) and not note.survived:
+    if isinstance(note, facts.Abort) and not note.survived:
         return f"{note.what} takes a {note.kind} (stage {note.stage}): {note.why}"
-    if isinstance(note, notes.Broken):
+    if isinstance(note, facts.Broken):
         return note.what
     return None
 
 
 def guest_private(note: Any) -> Evidence:
     """Only the guest reads what it wrote in private; only the guest writes where it may write in private."""
-    if not isinstance(note, notes.Access) or note.who == "guest" or not note.guests:
+    if not isinstance(note, facts.Access) or note.who == "guest" or not note.guests:
         return None
     if note.who == "library":
         broken = note.write and note.held
@@ -41,9 +41,9 @@ def guest_private(note: Any) -> Evidence:
 
 def no_stale_data(note: Any) -> Evidence:
     """A reader finds zeros or what was last put there on purpose."""
-    if isinstance(note, notes.Destroyed):
+    if isinstance(note, facts.Destroyed):
         return f"the guest's data is lost: {note.how}"
-    if not isinstance(note, notes.Access) or note.who not in ("guest", "VMM", "device"):
+    if not isinstance(note, facts.Access) or note.who not in ("guest", "VMM", "device"):
         return None
     if note.content == "junk":
         return f"the {note.who} receives a page with somebody else's data"
@@ -54,41 +54,41 @@ def no_stale_data(note: Any) -> Evidence:
 
 def free_memory(note: Any) -> Evidence:
     """Who means a page means one that somebody has."""
-    if not isinstance(note, notes.Access) or not note.free or note.what in ANYTHING:
+    if not isinstance(note, facts.Access) or not note.free or note.what in ANYTHING:
         return None
     return f"{note.what} {'writes' if note.write else 'reads'} free memory, through {through(note.via)}"
 
 
 def lifetimes(note: Any) -> Evidence:
     """No primitive is called on what is gone."""
-    return f"use after free of {note.what}" if isinstance(note, notes.UseAfterFree) else None
+    return f"use after free of {note.what}" if isinstance(note, facts.UseAfterFree) else None
 
 
 def library_alone(note: Any) -> Evidence:
     """Core kernel code may change the direct map; a module may not."""
-    if isinstance(note, notes.DirectMapChange) and note.caller not in ("library", "mm"):
+    if isinstance(note, facts.DirectMapChange) and note.caller not in ("library", "mm"):
         return f"module {note.caller} changes the direct map itself"
     return None
 
 
 def poison_note(note: Any) -> Evidence:
     """Once memory_failure() has done with a page nobody gets it, and its word is what has become of it."""
-    if isinstance(note, notes.Given):
+    if isinstance(note, facts.Given):
         return f"{note.whom} is given a page whose memory is broken"
-    if isinstance(note, notes.Access) and note.broken and note.who in ("guest", "VMM"):
+    if isinstance(note, facts.Access) and note.broken and note.who in ("guest", "VMM"):
         return f"the {note.who} reaches a page whose memory is broken, through {through(note.via)}"
-    if isinstance(note, notes.DirectMapChange) and note.broken and not note.invalid:
+    if isinstance(note, facts.DirectMapChange) and note.broken and not note.invalid:
         return "a page whose memory is broken is put back into the direct map"
-    if isinstance(note, notes.Ended) and "a poisoned page" in note.reasons and note.op in ("fault", "allocate"):
+    if isinstance(note, facts.Ended) and "a poisoned page" in note.reasons and note.op in ("fault", "allocate"):
         return f"{note.op} of a page whose memory is broken returns 0" if not note.ret else None
-    return _contained(note) if isinstance(note, notes.Contained) else None
+    return _contained(note) if isinstance(note, facts.Contained) else None
 
 
 NO_EXCUSE = frozenset({"a poisoned page", "somebody else"})
 """What may stand against memory_failure() and is no reason to give up: what it is about, and a lock that passes."""
 
 
-def _contained(note: notes.Contained) -> Evidence:
+def _contained(note: facts.Contained) -> Evidence:
     if note.result not in ("delayed", "failed"):
         return f"memory_failure() is told {note.result!r}, which means nothing to it"
     if note.result == "delayed" and note.reached:

@@ -1,6 +1,6 @@
 """What a law is: a sentence, its source, and the functions that judge.
 
-A law sees facts (notes of `hosts/abstract/notes.py`), states, and the end of the world after everything was torn down;
+A law sees facts (notes of `words/facts.py`), states, and the end of the world after everything was torn down;
 it answers with evidence in words, or None. It never repairs, filters or forgives.
 """
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from guest_memfd.abstract import state as st
 from guest_memfd.errors import BadInput, shown
-from guest_memfd.fields import LINE, NAME, takes, wrong
-from guest_memfd.foreign import asked_twice, foreign
-from guest_memfd.hosts.abstract import state as st
+from guest_memfd.plugins.fields import LINE, NAME, takes, wrong
+from guest_memfd.plugins.guard import asked_twice, foreign
 
 Evidence = str | None
 

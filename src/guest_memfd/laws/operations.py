@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from guest_memfd.errors import errno_name
-from guest_memfd.hosts.abstract import notes
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import (
+from guest_memfd.laws.law import Evidence
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.words.primitives import (
     EAGAIN,
     EBADF,
     EBUSY,
@@ -22,7 +23,6 @@ from guest_memfd.hosts.host import (
     ENOMEM,
     EOPNOTSUPP,
 )
-from guest_memfd.laws.law import Evidence
 
 DOCUMENTED: dict[str, tuple[int, ...]] = {
     "fault": (EFAULT, ENOMEM, EHWPOISON, EAGAIN),
@@ -58,13 +58,13 @@ PASSING: dict[str, frozenset[str]] = {
 
 def all_or_nothing(note: Any) -> Evidence:
     """What an operation returned, and what it did, must agree; it keeps to its range, and a refusal names its place."""
-    if isinstance(note, notes.OutOfScope):
+    if isinstance(note, facts.OutOfScope):
         return f"{note.op} {note.what} outside of its range"
-    if isinstance(note, notes.Returned) and note.begun:
+    if isinstance(note, facts.Returned) and note.begun:
         return f"{note.op} returns, and the invalidation it has begun goes on for ever"
-    if isinstance(note, notes.Unannounced):
+    if isinstance(note, facts.Unannounced):
         return f"{note.op} {note.what}, which no mmu_invalidate_begin() of its own has announced"
-    if not isinstance(note, notes.Ended):
+    if not isinstance(note, facts.Ended):
         return None
     if note.ret < 0 and -note.ret not in (*DOCUMENTED.get(note.op, ()), *note.documented):
         return f"{note.op} returns errno {-note.ret}, which is not documented for it"
@@ -78,7 +78,7 @@ NAMING = frozenset({"punch", "to_private", "to_shared", "unbind"})
 """Operations that return the page index of the first page that refused."""
 
 
-def _place(note: notes.Ended) -> Evidence:
+def _place(note: facts.Ended) -> Evidence:
     if note.ret in (0, -ENOMEM, -ENOENT) or not note.places:
         return None
     if note.error_index is None:
@@ -89,7 +89,7 @@ def _place(note: notes.Ended) -> Evidence:
     return None
 
 
-def _punched(note: notes.Ended) -> Evidence:
+def _punched(note: facts.Ended) -> Evidence:
     if note.ret == 0 and note.left:
         return "punch returns 0 and a page of the hole is still there"
     if note.ret == -EBUSY and note.removed:
@@ -97,10 +97,10 @@ def _punched(note: notes.Ended) -> Evidence:
     return None
 
 
-def _converted(note: notes.Ended) -> Evidence:
+def _converted(note: facts.Ended) -> Evidence:
     if note.ret < 0 and note.toggled:
         return f"{note.op} is refused and has changed a page"
-    wanted = st.PRIVATE_PAGE if note.op == "to_private" else st.SHARED_PAGE
+    wanted = PRIVATE_PAGE if note.op == "to_private" else SHARED_PAGE
     if note.ret == 0 and any(attr != wanted for attr in note.attrs):
         return f"{note.op} returns 0 and a page has not been converted"
     # Only this way are references counted; -EAGAIN on the way back is the hypervisor's.
@@ -109,28 +109,28 @@ def _converted(note: notes.Ended) -> Evidence:
     return None
 
 
-def _allocated(note: notes.Ended) -> Evidence:
+def _allocated(note: facts.Ended) -> Evidence:
     return "allocate returns 0 and a page is not there" if note.ret == 0 and note.left != note.scope else None
 
 
-def _unbound(note: notes.Ended) -> Evidence:
+def _unbound(note: facts.Ended) -> Evidence:
     return f"{note.op} returns 0 and a page is still bound" if note.ret == 0 and any(note.bound) else None
 
 
 # A design without attributes has none of any page.
-def _created(note: notes.Ended) -> Evidence:
+def _created(note: facts.Ended) -> Evidence:
     hole = note.ret == 0 and 0 in note.attrs and any(note.attrs)
     return "create returns 0 and a page is neither private nor shared" if hole else None
 
 
-def _bound(note: notes.Ended) -> Evidence:
+def _bound(note: facts.Ended) -> Evidence:
     first = note.bound[0] if note.bound else 0
     if note.ret == 0 and (not first or note.bound != tuple(range(first, first + len(note.bound)))):
         return "bind returns 0 and a page is not bound to its gfn"
     return None
 
 
-_ENDINGS: dict[str, Callable[[notes.Ended], Evidence]] = {
+_ENDINGS: dict[str, Callable[[facts.Ended], Evidence]] = {
     "punch": _punched, "to_private": _converted, "to_shared": _converted, "allocate": _allocated, "unbind": _unbound,
     "teardown": _unbound, "bind": _bound, "create": _created,
 }
@@ -138,13 +138,13 @@ _ENDINGS: dict[str, Callable[[notes.Ended], Evidence]] = {
 
 def no_false_refusal(note: Any) -> Evidence:
     """An operation fails because of something, with the errno for it; and who asked is told what has happened."""
-    if isinstance(note, notes.Ended) and note.ret < 0 and not _stands_against(note):
+    if isinstance(note, facts.Ended) and note.ret < 0 and not _stands_against(note):
         against = f" (only {', '.join(note.reasons)})" if note.reasons else ""
         return f"{note.op} returns -{errno_name(-note.ret)}, and nothing stands against it{against}"
-    return _returned(note) if isinstance(note, notes.Returned) else None
+    return _returned(note) if isinstance(note, facts.Returned) else None
 
 
-def _stands_against(note: notes.Ended) -> bool:
+def _stands_against(note: facts.Ended) -> bool:
     errno = -note.ret
     if "an end" in note.reasons and errno in (EFAULT, ENOENT):
         return True
@@ -162,13 +162,13 @@ def _stands_against(note: notes.Ended) -> bool:
 
 
 # Of the guest: it is not bound there. Of the VMM: it is not shared, or there is no page to be had.
-def _is_not_there(note: notes.Ended) -> bool:
+def _is_not_there(note: facts.Ended) -> bool:
     if note.op == "fault":
         return note.gfn is None or note.bound != (note.gfn + 1,)
-    return note.attrs != (st.SHARED_PAGE,) or bool(note.reasons)
+    return note.attrs != (SHARED_PAGE,) or bool(note.reasons)
 
 
-def _returned(note: notes.Returned) -> Evidence:
+def _returned(note: facts.Returned) -> Evidence:
     valid = note.start >= 0 and note.nr > 0 and (note.op == "punch" or note.start + note.nr <= note.size)
     if not valid:
         refused = note.ret in (-EINVAL, -EOPNOTSUPP)
@@ -188,14 +188,14 @@ def _errno(ret: int) -> str:
 
 def fault_served(note: Any) -> Evidence:
     """A guest that is told to go on can go on."""
-    if isinstance(note, notes.Ended) and note.op == "fault" and note.ret == 0 and note.mapped != note.scope:
+    if isinstance(note, facts.Ended) and note.op == "fault" and note.ret == 0 and note.mapped != note.scope:
         return "a fault returns 0, and the guest does not map the page: it faults again, for ever"
     return None
 
 
 def bounded_cost(note: Any) -> Evidence:
     """An operation asks the host for no more than the design states."""
-    if not isinstance(note, notes.Ended) or note.bound_of_cost is None:
+    if not isinstance(note, facts.Ended) or note.bound_of_cost is None:
         return None
     folios, most = max(len(note.scope), 1), note.bound_of_cost
     bounds = {"direct-map writes": (note.cost.writes, most.writes * folios),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from guest_memfd.hosts.abstract import notes
-from guest_memfd.hosts.abstract import state as st
+from guest_memfd.abstract import state as st
 from guest_memfd.laws.access import through
 from guest_memfd.laws.law import Evidence
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import BORROWED, DESTROYED, GUEST, HOST, KEPT, NO_INODE
 
 
 def one_owner_note(note: Any) -> Evidence:
     """The guest reaches only what is its own."""
-    if isinstance(note, notes.StrayGuest):
+    if isinstance(note, facts.StrayGuest):
         return f"the guest reaches a page that it no longer owns, through {through(note.via)}"
     return None
 
@@ -23,7 +24,7 @@ def one_owner(state: st.State) -> Evidence:
         if frame.lock or (frame.slot and state.file_of(frame.slot - 1).invalidate_w):
             continue
         if not frame.allocated:
-            if frame.owner != st.HOST:
+            if frame.owner != HOST:
                 return "a free page is still the guest's"
         elif frame.slot:
             evidence = _one_story(state, frame)
@@ -34,11 +35,11 @@ def one_owner(state: st.State) -> Evidence:
 
 def _one_story(state: st.State, frame: st.Frame) -> Evidence:
     private = state.private(frame)
-    if frame.owner == st.GUEST and not private:
+    if frame.owner == GUEST and not private:
         return "the hypervisor says guest, the library says shared"
     if private and frame.user:
         return "the VMM's page table maps a page that is private to the guest"
-    if private and frame.gmap and frame.s2 and frame.owner != st.BORROWED and (frame.s1 or frame.stale):
+    if private and frame.gmap and frame.s2 and frame.owner != BORROWED and (frame.s1 or frame.stale):
         return "guest and host both reach a private page"
     return None
 
@@ -59,7 +60,7 @@ def no_stale_mapping(state: st.State) -> Evidence:
 
 def nothing_lost_note(note: Any) -> Evidence:
     """What is freed is the host's, out of the guest's reach, and says nothing of the guest."""
-    if not isinstance(note, notes.Freed):
+    if not isinstance(note, facts.Freed):
         return None
     if note.owner != "host" or note.guest_reaches:
         return f"a page is freed while it is the guest's (owner {note.owner})"
@@ -76,7 +77,7 @@ def nothing_lost(state: st.State) -> Evidence:
             return evidence
     kept = [frame for frame in state.frames() if frame.kept]
     left = {
-        "the inode": any(file.inode not in (st.NO_INODE, st.DESTROYED) for file in state.all_files()),
+        "the inode": any(file.inode not in (NO_INODE, DESTROYED) for file in state.all_files()),
         "the file": any(file.files for file in state.all_files()),
         "the module": state.module,
         "a page is still counted as away, and so": state.away - sum(frame.private for frame in kept),
@@ -92,7 +93,7 @@ def nothing_lost(state: st.State) -> Evidence:
 
 
 def _lost(frame: st.Frame) -> Evidence:
-    if frame.allocated == st.KEPT:
+    if frame.allocated == KEPT:
         return "a page is kept out of use for ever"
     if frame.allocated:
         return f"a page is never freed ({_references(frame)})"
@@ -107,7 +108,7 @@ def _leaked(frame: st.Frame) -> Evidence:
         return "a page is kept out of use for ever, and the hypervisor had not refused for good"
     if frame.kept == 1 and frame.refs() == 1:
         return None
-    if frame.owner == st.HOST and not frame.kept:       # it came back in the end, by another way
+    if frame.owner == HOST and not frame.kept:       # it came back in the end, by another way
         return _lost(frame)
     return f"a page that the hypervisor keeps is not given up properly ({_references(frame)})"
 
@@ -119,7 +120,7 @@ def _references(frame: st.Frame) -> str:
 
 def pins_respected_note(note: Any) -> Evidence:
     """Nobody holds a way in when a page becomes private."""
-    if isinstance(note, notes.MadePrivate):
+    if isinstance(note, facts.MadePrivate):
         if note.pins:
             return f"a page is {note.how} while somebody holds a reference to reach it by"
         if note.cached_mapping:

@@ -15,15 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from guest_memfd.hosts.uapi.kvm import MemFlag
-from guest_memfd.probe.calls import FAILED, attempt, call, name_of, store
-from guest_memfd.probe.child import Slate, perform
-from guest_memfd.probe.guest import Guest
-from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, bind, punch, resident
+from guest_memfd.probe.ask.calls import FAILED, attempt, call, name_of, store
+from guest_memfd.probe.ask.child import Slate, perform
+from guest_memfd.probe.ask.guest import Guest
+from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, bind, punch, resident
+from guest_memfd.probe.ask.row import Features
 from guest_memfd.probe.offers import direct_map, version_of
-from guest_memfd.probe.row import Features
 from guest_memfd.probe.rows import create, fallocate, guest, memory, pins, slots
 from guest_memfd.probe.rows.slots import BEYOND, GMEM, GPA
+from guest_memfd.uapi.kvm import MemFlag
 
 VERDICTS = ("present", "fixed", "cannot tell", "not tested")
 SEVERE, BUG, TRAP = "severe", "bug", "trap"

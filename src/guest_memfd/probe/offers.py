@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from guest_memfd.errors import GuestMemfdError
-from guest_memfd.hosts.linux.abi.kvm import PATH
-from guest_memfd.hosts.linux.system import System
-from guest_memfd.hosts.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, Cap
-from guest_memfd.probe.calls import call, store
-from guest_memfd.probe.child import Slate, Unfit, perform, ptrace_works
-from guest_memfd.probe.guest import Guest
-from guest_memfd.probe.here import PAGE, SIZE, Here, bind, create, resident
-from guest_memfd.probe.row import SETTLED, Features
+from guest_memfd.linux.abi.kvm import PATH
+from guest_memfd.linux.system import System
+from guest_memfd.probe.ask.calls import call, store
+from guest_memfd.probe.ask.child import Slate, Unfit, perform, ptrace_works
+from guest_memfd.probe.ask.guest import Guest
+from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind, create, resident
+from guest_memfd.probe.ask.row import SETTLED, Features
 from guest_memfd.probe.rows.slots import GMEM, GPA
+from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, Cap
 
 _PARAMETERS = {
     "kvm": ("gmem_in_place_conversion", "guest_memfd_tlb_flush", "tdp_mmu", "nx_huge_pages", "mmio_caching",

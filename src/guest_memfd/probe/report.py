@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from guest_memfd.probe.against import Against
+from guest_memfd.probe.ask.row import Judged
 from guest_memfd.probe.bugs import SEVERITIES, TRAP, VERDICTS, Found
-from guest_memfd.probe.row import Judged
 from guest_memfd.probe.survey import SCHEMA, Survey
 from guest_memfd.report.style import Style
 

@@ -12,13 +12,13 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.linux.abi.kvm import PATH
+from guest_memfd.linux.abi.kvm import PATH
+from guest_memfd.probe.ask.child import TIMEOUT, Slate, perform
+from guest_memfd.probe.ask.here import Here
+from guest_memfd.probe.ask.row import Features, Judged, Outcome, Row, judge, missing
 from guest_memfd.probe.bugs import BUGS, Bug, Found, find
-from guest_memfd.probe.child import TIMEOUT, Slate, perform
-from guest_memfd.probe.here import Here
 from guest_memfd.probe.left import Left, count, since
 from guest_memfd.probe.offers import Offers, look
-from guest_memfd.probe.row import Features, Judged, Outcome, Row, judge, missing
 from guest_memfd.probe.rows import ROWS
 
 SCHEMA = "guest-memfd-probe/1"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from guest_memfd.check.explorer import Finding, Step
-from guest_memfd.hosts.abstract import notes
-from guest_memfd.hosts.abstract import state as st
+from guest_memfd.abstract import state as st
+from guest_memfd.explore.engine.explorer import Finding, Step
 from guest_memfd.laws import LAWS
+from guest_memfd.words import facts
 
 _REACHED_THROUGH = {
     "direct map": ("s1",), "stale TLB entry": ("stale",), "user mapping": ("user",), "DMA": ("pin", "get"),
@@ -60,23 +60,23 @@ class _About:
 
 
 def _of_note(note: Any, about: _About) -> Iterator[str]:
-    if isinstance(note, (notes.OutOfScope, notes.Unannounced)):
+    if isinstance(note, (facts.OutOfScope, facts.Unannounced)):
         yield from (f"{about.page(note.pgoff)}.{name}" for name in ("attr", "cached"))
-    elif isinstance(note, notes.Ended):
+    elif isinstance(note, facts.Ended):
         yield from _of_operation(note, about)
-    elif isinstance(note, notes.Broken):
+    elif isinstance(note, facts.Broken):
         yield "panic"
-    elif isinstance(note, notes.UseAfterFree):
+    elif isinstance(note, facts.UseAfterFree):
         inode = (f"file{about.file}.inode", f"file{about.file}.evictor")
         yield from inode if "inode" in note.what else (f"vm{about.vm}.vm",)
     elif hasattr(note, "pfn"):
-        if isinstance(note, (notes.MadePrivate, notes.Contained)):
+        if isinstance(note, (facts.MadePrivate, facts.Contained)):
             yield from (f"vm{vm.number}.gpc" for vm in about.state.vms() if vm.gpc == note.pfn + 1)
         yield from (f"pfn{note.pfn}.{name}" for name in _of_frame(note))
 
 
 # What an operation was about, or what it left there: attributes, bindings, pages that are or are not in the file.
-def _of_operation(note: notes.Ended, about: _About) -> Iterator[str]:
+def _of_operation(note: facts.Ended, about: _About) -> Iterator[str]:
     if note.op in ("fault", "bind", "unbind", "teardown"):
         yield from (f"{about.page(i)}.binding" for i in note.scope)
     yield from (f"{about.page(i)}.attr" for i in note.toggled or note.scope)
@@ -84,22 +84,22 @@ def _of_operation(note: notes.Ended, about: _About) -> Iterator[str]:
 
 
 def _of_frame(note: Any) -> tuple[str, ...]:
-    if isinstance(note, notes.Abort):
+    if isinstance(note, facts.Abort):
         return ("s1",) if note.stage == 1 else ("s1", "stale", "s2", "owner")
-    if isinstance(note, notes.Access):
+    if isinstance(note, facts.Access):
         broken = ("poison", "handled") if note.broken else ()
         return ("owner", "content", *(("allocated",) if note.free else ()), *broken, *_REACHED_THROUGH.get(note.via, ()))
-    if isinstance(note, notes.Freed):
+    if isinstance(note, facts.Freed):
         return ("owner", "content", "gmap", "gstale")
-    if isinstance(note, notes.MadePrivate):
+    if isinstance(note, facts.MadePrivate):
         return ("owner", "pin", "get", "user")
-    if isinstance(note, notes.StrayGuest):
+    if isinstance(note, facts.StrayGuest):
         return ("owner", "slot", "gmap", "gstale")
-    if isinstance(note, notes.Given):
+    if isinstance(note, facts.Given):
         return ("poison", "handled", "gmap", "user")
-    if isinstance(note, notes.Contained):
+    if isinstance(note, facts.Contained):
         return ("poison", "handled", "user", "gmap", "gstale")
-    return ("s1",) if isinstance(note, notes.DirectMapChange) else ("content",)
+    return ("s1",) if isinstance(note, facts.DirectMapChange) else ("content",)
 
 
 # A field is to blame when the law no longer says the same once this field alone is as it was at first, or is content

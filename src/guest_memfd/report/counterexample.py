@@ -7,15 +7,15 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from guest_memfd.check.explorer import Finding, Step
-from guest_memfd.hosts.abstract import show
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.scene import Scene
+from guest_memfd.abstract import show
+from guest_memfd.abstract import state as st
+from guest_memfd.explore.engine.explorer import Finding, Step
 from guest_memfd.laws import LAWS
 from guest_memfd.report import steps
 from guest_memfd.report.blame import offending
 from guest_memfd.report.style import Style
 from guest_memfd.scenarios import TEARDOWN
+from guest_memfd.words.scene import Scene
 
 # Round a marked field until the text is wrapped: a wrapped colour code would count as text.
 _ON, _OFF = "\x01", "\x02"

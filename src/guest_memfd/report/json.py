@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from guest_memfd.check.cost import Cost
-from guest_memfd.check.explorer import Finding, Step
-from guest_memfd.check.replay import Replay
-from guest_memfd.check.survived import Survived
-from guest_memfd.check.verdict import Found, Report
-from guest_memfd.hosts.abstract import show
+from guest_memfd.abstract import show
+from guest_memfd.explore.engine.cost import Cost
+from guest_memfd.explore.engine.explorer import Finding, Step
+from guest_memfd.explore.replay import Replay
+from guest_memfd.explore.suite.survived import Survived
+from guest_memfd.explore.suite.verdict import Found, Report
 from guest_memfd.report.blame import offending
 from guest_memfd.report.steps import call, lock_holders, result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from guest_memfd.check.verdict import LawReport, Report
+from guest_memfd.explore.suite.verdict import LawReport, Report
 from guest_memfd.report.counterexample import length
 
 

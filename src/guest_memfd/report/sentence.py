@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guest_memfd.check.verdict import LawReport, Report
-from guest_memfd.hosts.scene import Scene
+from guest_memfd.explore.suite.verdict import LawReport, Report
 from guest_memfd.report.counterexample import BEFORE, length
 from guest_memfd.scenarios import SCENES
+from guest_memfd.words.scene import Scene
 
 
 def sentence(design: str, title: str, reports: Sequence[Report], explored: str) -> str:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from guest_memfd.check.explorer import Step
+from guest_memfd.abstract import show
+from guest_memfd.abstract import state as st
 from guest_memfd.errors import errno_name
-from guest_memfd.hosts.abstract import notes, show
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.host import OPS, Entries, Folio, Host, Primitive
+from guest_memfd.explore.engine.explorer import Step
 from guest_memfd.report.choices import sentence
 from guest_memfd.report.style import Style
+from guest_memfd.words import facts
+from guest_memfd.words.primitives import OPS, Entries, Folio, Host, Primitive
 
 
 def lines(steps: Sequence[Step], initial: bytes, style: Style) -> Iterator[str]:
@@ -28,7 +29,7 @@ def lines(steps: Sequence[Step], initial: bytes, style: Style) -> Iterator[str]:
         else:
             yield from style.wrap(f"{step.party}: {action(step)}", f"{number:>3}. ")
             yield from style.wrap(told, "     | ", "     | ") if told else ()
-        for fact in facts(step, before):
+        for fact in told_of(step, before):
             yield from style.wrap(fact, "     ~ ")
         for reach in reaches(step) if number == len(steps) else ():
             yield from style.wrap(reach, "     ~ ")
@@ -94,7 +95,7 @@ def result(value: Any) -> str:
     return str(value)
 
 
-def facts(step: Step, before: bytes) -> Iterator[str]:
+def told_of(step: Step, before: bytes) -> Iterator[str]:
     """What a step was about beyond its result: operations that begin and end, aborts, refusals, losses."""
     for field, old, new in st.changes(before, step.shared):
         if show.ghost(field) and field.endswith(".op") and new and not old:
@@ -108,35 +109,35 @@ def facts(step: Step, before: bytes) -> Iterator[str]:
 def reaches(step: Step) -> Iterator[str]:
     """Who reached which page in *step*, by which way, and what was there: for the step that breaks a law."""
     for note in step.notes:
-        if isinstance(note, notes.Access):
+        if isinstance(note, facts.Access):
             whose = ", which is the guest's alone" if note.guests else ", which is free" if note.free else ""
             does = "writes to" if note.write else f"reads {note.content} from"
             yield f"{note.who} {does} pfn{note.pfn}{whose}, through the {note.via}"
 
 
 def _fact(note: Any) -> str | None:
-    if isinstance(note, notes.Abort):
+    if isinstance(note, facts.Abort):
         end = "survived" if note.survived else "the kernel stops"
         return f"stage-{note.stage} abort on pfn{note.pfn}, {note.kind}; {end}: {note.why}"
-    if isinstance(note, notes.Refused):
+    if isinstance(note, facts.Refused):
         return f"{note.call} refuses by rule: {result(-note.errno)}"
-    if isinstance(note, notes.Ended):
+    if isinstance(note, facts.Ended):
         where = "" if note.error_index is None else f" at page {note.error_index}"
         return f"{note.op} returns {result(note.ret)}{where}"
-    if isinstance(note, notes.Returned):
+    if isinstance(note, facts.Returned):
         return None if note.ret == note.ended else f"{note.op} returns {result(note.ret)} to whoever asked"
-    if isinstance(note, notes.Given):
+    if isinstance(note, facts.Given):
         return f"pfn{note.pfn}, whose memory is broken, is mapped for {note.whom}"
-    if isinstance(note, notes.Destroyed):
+    if isinstance(note, facts.Destroyed):
         return f"what pfn{note.pfn} held is lost: {note.how}"
-    if isinstance(note, notes.Broken):
+    if isinstance(note, facts.Broken):
         return f"the kernel stops: {note.what}"
-    if isinstance(note, notes.UseAfterFree):
+    if isinstance(note, facts.UseAfterFree):
         return f"use after free of {note.what}"
-    if isinstance(note, notes.Contained):
+    if isinstance(note, facts.Contained):
         left = f"; {', '.join(note.reached)} still reaches it" if note.reached else ""
         return f"memory failure of pfn{note.pfn}: {note.result}{left}"
-    return f"WARN_ON: {note.what}" if isinstance(note, notes.Warned) else None
+    return f"WARN_ON: {note.what}" if isinstance(note, facts.Warned) else None
 
 
 def lock_holders(steps: Sequence[Step], initial: bytes) -> dict[int, str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Mapping, Sequence
 
-from guest_memfd.check.cost import Cost
-from guest_memfd.check.verdict import LawReport, Report
-from guest_memfd.hosts.scene import Scene
+from guest_memfd.explore.engine.cost import Cost
+from guest_memfd.explore.suite.verdict import LawReport, Report
 from guest_memfd.report.style import Style
+from guest_memfd.words.scene import Scene
 
 LETTERS = {
     "vcpu": "V", "vcpu2": "W", "patient-vcpu": "X", "other-vcpu": "O", "vmm": "M", "vmm-life": "L", "vmm-pages": "G",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from guest_memfd.check.explorer import Finding
-from guest_memfd.check.survived import Survived
-from guest_memfd.check.verdict import Found, LawReport, Report
-from guest_memfd.hosts.scene import Scene
+from guest_memfd.explore.engine.explorer import Finding
+from guest_memfd.explore.suite.survived import Survived
+from guest_memfd.explore.suite.verdict import Found, LawReport, Report
 from guest_memfd.report.counterexample import Command, Counterexample, commands, length, screen
 from guest_memfd.report.sentence import injected
 from guest_memfd.report.style import Style
+from guest_memfd.words.scene import Scene
 
 
 def check(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guest_memfd.plugins import Registry
+from guest_memfd.plugins.registry import Registry
 from guest_memfd.scenarios.device import DEVICE, PINNER
 from guest_memfd.scenarios.lifetime import CREATOR, OTHER_STOP, STOP, TEARDOWN, UNLOADER
 from guest_memfd.scenarios.party import Party, lacks

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import Folio, Host, Steps
-from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios.gup import gup_fast
 from guest_memfd.scenarios.party import Party
 from guest_memfd.scenarios.vmm import change, user_touch
+from guest_memfd.words.primitives import Folio, Host, Steps
 
 MM = Host("mm")
 

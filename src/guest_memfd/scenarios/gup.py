@@ -6,7 +6,7 @@ Rule of this file: GUP-fast holds no lock, so it looks twice; GUP-slow lets the 
 from __future__ import annotations
 
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import EAGAIN, EFAULT, Folio, Host, Steps
+from guest_memfd.words.primitives import EAGAIN, EFAULT, Folio, Host, Steps
 
 MM = Host("mm")
 ATTEMPTS = 3

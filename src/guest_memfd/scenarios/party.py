@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.errors import shown
-from guest_memfd.fields import COUNT, FLAG, LINE, NAME, Kind, takes, wrong
-from guest_memfd.forgotten import beside
-from guest_memfd.hosts.host import Host, Steps
-from guest_memfd.hypervisors.hypervisor import Hypervisor
+from guest_memfd.plugins.fields import COUNT, FLAG, LINE, NAME, Kind, takes, wrong
+from guest_memfd.plugins.forgotten import beside
+from guest_memfd.words.primitives import Host, Steps
 
 USER = Host("user")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import Host, Steps
-from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios.party import Party
+from guest_memfd.words.primitives import Host, Steps
 
 MM = Host("mm")
 

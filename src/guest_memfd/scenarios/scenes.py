@@ -5,7 +5,7 @@ Rule of this file: a scene that adds nothing goes. tests/test_scenes.py has, for
 
 from __future__ import annotations
 
-from guest_memfd.hosts.scene import Kernel, Scene, Slot
+from guest_memfd.words.scene import Kernel, Scene, Slot
 
 SCENES: dict[str, Scene] = {scene.name: scene for scene in (
     Scene(),

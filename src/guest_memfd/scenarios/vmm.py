@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
-from guest_memfd.hosts.host import EAGAIN, EBADF, Host, Steps
-from guest_memfd.hypervisors.hypervisor import Hypervisor
 from guest_memfd.scenarios.party import Party, Procedure
+from guest_memfd.words.primitives import EAGAIN, EBADF, Host, Steps
 
 USER = Host("user")
 

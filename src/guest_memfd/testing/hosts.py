@@ -1,6 +1,6 @@
 """The hosts a VMM can be tested on. Rule of this file: one interface, and a reason in words for whatever a host cannot do.
 
-What comes from `open` keeps the promises of hosts/uapi on every host. A guest's code cannot be the same everywhere, so a
+What comes from `open` keeps the promises of uapi on every host. A guest's code cannot be the same everywhere, so a
 test gives it for each architecture, and `enter` does what an architecture wants done before its first instruction.
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from guest_memfd.errors import BadInput, SyscallFailed
-from guest_memfd.hosts.linux import fd
-from guest_memfd.hosts.uapi import kvm as uapi
-from guest_memfd.hosts.uapi import kvm_arm64
-from guest_memfd.hosts.uapi.gunyah import PATH as GUNYAH
-from guest_memfd.hosts.uapi.kvm import KvmVcpu, KvmVm, MemoryAttributes2
+from guest_memfd.linux import fd
+from guest_memfd.uapi import kvm as uapi
+from guest_memfd.uapi import kvm_arm64
+from guest_memfd.uapi.gunyah import PATH as GUNYAH
+from guest_memfd.uapi.kvm import KvmVcpu, KvmVm, MemoryAttributes2
 
 KVM = "/dev/kvm"
 NEEDS = {
@@ -104,7 +104,7 @@ class Emulated(Host):
 
     def __init__(self, hypervisor: str, design: str = "library", ram: int = 64 << 20) -> None:
         super().__init__()
-        from guest_memfd.hosts.emulated.machine import Config, Machine
+        from guest_memfd.machine.boot import Config, Machine
         from guest_memfd.vmm.ghosts import ProgramTracer
         from guest_memfd.vmm.watch import Watch
 
@@ -190,7 +190,7 @@ class LinuxKvm(Linux):
 
     def open(self) -> Any:
         """As every host's."""
-        from guest_memfd.hosts.linux.system import System
+        from guest_memfd.linux.system import System
 
         return self._stack.enter_context(System())
 
@@ -201,7 +201,7 @@ class LinuxKvm(Linux):
         if need == "vcpu":
             known = self.architecture == "x86_64"
             return "" if known else f"how to start a guest is known for x86_64, not for {self.architecture}"
-        from guest_memfd.hosts.linux.system import System
+        from guest_memfd.linux.system import System
 
         with System() as system:
             if need == "mmap":
@@ -222,9 +222,9 @@ class LinuxKvm(Linux):
 
     def enter(self, vm: KvmVm, vcpu: KvmVcpu, pc: int, *arguments: int) -> None:
         """As every host's."""
-        from guest_memfd.hosts.linux.guest_x86 import IdentityMap
-        from guest_memfd.hosts.linux.vcpu_x86 import X86Vcpu
-        from guest_memfd.hosts.linux.vm import Vm
+        from guest_memfd.linux.guest_x86 import IdentityMap
+        from guest_memfd.linux.vcpu_x86 import X86Vcpu
+        from guest_memfd.linux.vm import Vm
 
         if not (isinstance(vm, Vm) and isinstance(vcpu, X86Vcpu)):
             raise BadInput(self.lacks("vcpu") or f"{vm!r} and {vcpu!r} are not this host's")
@@ -243,7 +243,7 @@ class LinuxGunyah(Linux):
 
     def open(self) -> Any:
         """As every host's."""
-        from guest_memfd.hosts.linux.gunyah import Device
+        from guest_memfd.linux.gunyah import Device
 
         return self._stack.enter_context(Device())
 

@@ -1,4 +1,4 @@
-"""A tiny VMM over /dev/kvm or /dev/gunyah (hosts/uapi): one vCPU, private memory, a shared window, a console.
+"""A tiny VMM over /dev/kvm or /dev/gunyah (uapi): one vCPU, private memory, a shared window, a console.
 
     layout.py     where the guest's memory is, and what goes there before it starts
     devices.py    the console, the balloon, and what is no device

@@ -16,14 +16,12 @@ from typing import Any, Literal, get_args
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, GuestMemfdError, Signalled, SyscallFailed
 from guest_memfd.guests.loader import Image
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.emulated.buddy import OutOfMemory
-from guest_memfd.hosts.emulated.errors import Blocked, KernelPanic
-from guest_memfd.hosts.emulated.gunyah.vcpu import VcpuState
-from guest_memfd.hosts.emulated.machine import Config, Machine
-from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
-from guest_memfd.hosts.emulated.vm import Vm
-from guest_memfd.hosts.host import Primitive
+from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.el2.gunyah.vcpu import VcpuState
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hypcalls.vm import Vm
+from guest_memfd.machine.linux.panic import Blocked, KernelPanic
+from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.vmm import readers
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.ghosts import ProgramTracer
@@ -33,6 +31,8 @@ from guest_memfd.vmm.layout import PAGE, Layout
 from guest_memfd.vmm.loop import SLICE, Ended, Outcome, drive
 from guest_memfd.vmm.readers import Read
 from guest_memfd.vmm.watch import Broken, Watch
+from guest_memfd.words.pagestate import GONE
+from guest_memfd.words.primitives import Primitive
 
 Where = Literal["kernel", "el2", "slab"]
 """Whose allocator is made to fail: Linux's for pages, the hypervisor's, Linux's for small objects."""
@@ -165,7 +165,7 @@ class Run:
 
     # The kernel itself: no file and no VM is involved.
     def _kernel(self) -> EmulatedHost:
-        return EmulatedHost(self.machine, Vm(None, 0, st.GONE), 1)
+        return EmulatedHost(self.machine, Vm(None, 0, GONE), 1)
 
     def _window(self) -> bytes | None:
         try:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from guest_memfd.core.base import PRIVATE_PAGE
-from guest_memfd.hosts.abstract import notes
-from guest_memfd.hosts.abstract import state as st
-from guest_memfd.hosts.emulated.kernel.inode import Inode
-from guest_memfd.hosts.emulated.kernel.page import Page
-from guest_memfd.hosts.emulated.primitives.base import Base
-from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.emulated.tracer import Tracer
+from guest_memfd.machine.board.tracer import Task, Tracer
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.inode import Inode
+from guest_memfd.machine.linux.page import Page
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import ANY, DATA, JUNK, PRIVATE_PAGE, SECRET, ZERO
 
 _ZEROS = bytes(PAGE)
 
@@ -27,10 +25,10 @@ class ProgramTracer(Tracer):
     def content(self, page: Page) -> int:
         """ZERO; SECRET; DATA for a page that has been cleared in this life; JUNK for any other."""
         if self.machine.ram.read(page.pa, PAGE) == _ZEROS:
-            return st.ZERO
+            return ZERO
         if page.pa in self.secret:
-            return st.SECRET
-        return st.DATA if page.uptodate else st.JUNK
+            return SECRET
+        return DATA if page.uptodate else JUNK
 
     def contents(self) -> Callable[[Page], int]:
         """`content`, asked afterwards: no write makes a page other than it was in a way that a law would miss."""
@@ -39,9 +37,9 @@ class ProgramTracer(Tracer):
     def declassify(self, page: Page) -> None:
         """The guest agrees that the host reads the page, whatever it holds by now."""
         self.secret.discard(page.pa)
-        self.expect(page, st.ANY)
+        self.expect(page, ANY)
 
-    def access(self, host: Base, page: Page, who: str, what: str, via: str, write: bool, content: int) -> notes.Access:
+    def access(self, host: Task, page: Page, who: str, what: str, via: str, write: bool, content: int) -> facts.Access:
         """As for every tracer; a write finds nothing that could be expected."""
         fact = super().access(host, page, who, what, via, write, content)
         return fact._replace(expect=None) if write else fact
@@ -52,7 +50,7 @@ class ProgramTracer(Tracer):
         machine = self.machine
         owned = machine.driver.owner(page.pa) == "guest"
         if machine.guest_maps(page.pa):
-            self.expect(page, st.ANY)
+            self.expect(page, ANY)
             if owned or (isinstance(page.inode, Inode) and page.inode.entry("attributes", page.index) == PRIVATE_PAGE):
                 self.secret.add(page.pa)
         elif owned and not sanitised and machine.driver.forgets:

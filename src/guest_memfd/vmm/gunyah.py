@@ -13,9 +13,9 @@ from guest_memfd.errors import SyscallFailed, errno_name
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import Hypervisor
 from guest_memfd.guests.loader import Image
-from guest_memfd.hosts.uapi import gunyah
-from guest_memfd.hosts.uapi.gunyah import GunyahDevice, GunyahVcpu, GunyahVm, MapFlag, MemFlag, RegisterSet, ResumeAction
-from guest_memfd.hosts.uapi.memory import GuestMemory
+from guest_memfd.uapi import gunyah
+from guest_memfd.uapi.gunyah import GunyahDevice, GunyahVcpu, GunyahVm, MapFlag, MemFlag, RegisterSet, ResumeAction
+from guest_memfd.uapi.memory import GuestMemory
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import PAGE, Layout
 from guest_memfd.vmm.loop import SAME_ABORT, Debugger, Ended

@@ -10,8 +10,8 @@ from guest_memfd.errors import SyscallFailed
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import Hypervisor
 from guest_memfd.guests.loader import Image
-from guest_memfd.hosts.uapi import kvm, kvm_arm64, kvm_run
-from guest_memfd.hosts.uapi.kvm import (
+from guest_memfd.uapi import kvm, kvm_arm64, kvm_run
+from guest_memfd.uapi.kvm import (
     SHARED,
     GuestMemfdFlag,
     KvmGuestMemory,

@@ -15,12 +15,12 @@ from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.guests import CONSOLE, CONSOLE_PORT, CONTROL, CONTROL_PORT, SHARED_BASE
 from guest_memfd.guests.bootinfo import Hypervisor
 from guest_memfd.guests.loader import Image
-from guest_memfd.hosts.linux.guest_memfd import GuestMemfd
-from guest_memfd.hosts.linux.guest_x86 import IdentityMap, x86_vcpu
-from guest_memfd.hosts.linux.mapping import Mapping
-from guest_memfd.hosts.linux.system import System
-from guest_memfd.hosts.uapi import kvm_run
-from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
+from guest_memfd.linux.guest_memfd import GuestMemfd
+from guest_memfd.linux.guest_x86 import IdentityMap, x86_vcpu
+from guest_memfd.linux.mapping import Mapping
+from guest_memfd.linux.system import System
+from guest_memfd.uapi import kvm_run
+from guest_memfd.uapi.kvm import SHARED, MemFlag
 from guest_memfd.vmm.devices import Balloon, Console, Device, Nobody
 from guest_memfd.vmm.layout import PAGE, Layout
 from guest_memfd.vmm.loop import Debugger, Ended

@@ -14,8 +14,8 @@ from errno import EMFILE, ENOMEM
 
 from guest_memfd.errors import GuestMemfdError, HostUnavailable, Signalled, SyscallFailed
 from guest_memfd.guests.loader import Image
-from guest_memfd.hosts.linux import fault_path
-from guest_memfd.hosts.linux.system import System
+from guest_memfd.linux import fault_path
+from guest_memfd.linux.system import System
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
 from guest_memfd.vmm.layout import Layout

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from guest_memfd.core.base import PRIVATE_PAGE
 from guest_memfd.errors import BadInput
-from guest_memfd.hosts.emulated.kernel.page import Page
-from guest_memfd.hosts.emulated.machine import Machine
-from guest_memfd.hosts.emulated.primitives.contents import BEFORE
-from guest_memfd.hosts.emulated.primitives.host import EmulatedHost
-from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.host import Primitive
+from guest_memfd.machine.boot import Machine
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.primitives.contents import BEFORE
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.words.pagestate import PRIVATE_PAGE
+from guest_memfd.words.primitives import Primitive
 
 READERS = ("zeropad", "kcore", "plain")
 NAME = b"/boot/initrd.img"

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from guest_memfd.hosts.abstract import notes
-from guest_memfd.hosts.emulated.kernel.page import Page
-from guest_memfd.hosts.emulated.ram import PAGE
-from guest_memfd.hosts.host import Folio, Primitive
 from guest_memfd.laws import LAWS
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.page import Page
+from guest_memfd.words import facts
+from guest_memfd.words.primitives import Folio, Primitive
 
 MOVES = frozenset({
     "filemap_add_folio", "filemap_remove_folio", "set_direct_map_invalid_noflush", "set_direct_map_default_noflush",
@@ -59,7 +59,7 @@ class Watch:
         """Faults that the library was asked to handle for the guest."""
         self.broken: dict[str, Broken] = {}
 
-    def __call__(self, primitive: Primitive, facts: Sequence[notes.Note]) -> None:
+    def __call__(self, primitive: Primitive, facts: Sequence[facts.Note]) -> None:
         """Judge *facts*."""
         self.counts[primitive.name] += 1
         fault = primitive.name == "begin_op" and primitive.args[0] == "fault"

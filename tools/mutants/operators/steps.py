@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from mutants.change import Change, dropped, replaced, rewritten, source
 from mutants.site import Site, called
-from mutants.vocabulary import CALM, COUNTED, PASSED_ON, SUCCESS, TRACEPOINTS
+from mutants.vocabulary import ABSTRACTION, CALM, COUNTED, PASSED_ON, SUCCESS, TRACEPOINTS
 
 ERRORS = frozenset({"ret", "result", "busy"})
 """Variables whose truth is an error."""
@@ -62,9 +62,10 @@ def repeat_step(site: Site) -> Iterator[Change]:
 def swap_steps(site: Site) -> Iterator[Change]:
     """Two steps that follow each other are taken in the other order, each with the look at its result.
 
-    Not in a hypercall's own code: all of that is one step, and nobody can look in between.
+    Not in a hypercall's own code: all of that is one step, and nobody can look in between. Nor in the abstraction, which
+    changes nothing.
     """
-    if site.is_hypercall:
+    if site.is_hypercall or site.file == ABSTRACTION:
         return
     for block in site.blocks():
         units = _units(block)

@@ -5,10 +5,10 @@ A -EINVAL from a donate means "not the owner": the page is where it should be al
 
 from __future__ import annotations
 
+from guest_memfd.core.hypervisor import SEA, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.hosts.host import EAGAIN, EINVAL, EIO, ENOMEM, Folio, Steps
 from guest_memfd.hypervisors.gunyah import el2
-from guest_memfd.hypervisors.hypervisor import SEA, Hypervisor
+from guest_memfd.words.primitives import EAGAIN, EINVAL, EIO, ENOMEM, Folio, Steps
 
 
 class GunyahOps(GuestMemfdOps):

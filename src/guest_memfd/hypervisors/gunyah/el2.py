@@ -6,8 +6,8 @@ and `shared`. Source: docs/api/gunyah_api.md of the Gunyah hypervisor (2024), er
 
 from __future__ import annotations
 
-from guest_memfd.hosts.host import EBUSY, EINVAL, Folio
-from guest_memfd.hypervisors.hypervisor import Stage2
+from guest_memfd.core.hypervisor import Stage2
+from guest_memfd.words.primitives import EBUSY, EINVAL, Folio
 
 
 def donate_to_protected(stage2: Stage2, folio: Folio) -> int:

@@ -6,9 +6,9 @@ Sources: virt/kvm/guest_memfd.c, arch/x86/kvm/mmu.
 
 from __future__ import annotations
 
+from guest_memfd.core.hypervisor import Hypervisor, Stage2
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.hosts.host import ENOMEM, Folio, Steps
-from guest_memfd.hypervisors.hypervisor import Hypervisor, Stage2
+from guest_memfd.words.primitives import ENOMEM, Folio, Steps
 
 
 def mmu_map(stage2: Stage2, gfn: int, folio: Folio) -> int:

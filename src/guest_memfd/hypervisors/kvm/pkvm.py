@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from guest_memfd.core.hypervisor import DATA_ABORT, Hypervisor, Stage2
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.hosts.host import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM, EPERM, Folio, Steps
-from guest_memfd.hypervisors.hypervisor import DATA_ABORT, Hypervisor, Stage2
+from guest_memfd.words.primitives import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM, EPERM, Folio, Steps
 
 # -- EL2 -----------------------------------------------------------------------------------------------------------
 

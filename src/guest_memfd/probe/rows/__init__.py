@@ -6,7 +6,7 @@ Each file owns one kind of operation, has functions that do it to a `Here`, and 
 
 from __future__ import annotations
 
-from guest_memfd.probe.row import Row
+from guest_memfd.probe.ask.row import Row
 from guest_memfd.probe.rows import create, fallocate, files, guest, lifetime, mapping, memory, pins, secret, slots
 
 ROWS: tuple[Row, ...] = (

@@ -7,13 +7,13 @@ import os
 import resource
 import socket
 
-from guest_memfd.hosts.linux.abi import kvm as abi
-from guest_memfd.hosts.uapi import kvm
-from guest_memfd.hosts.uapi.kvm import SHARED
-from guest_memfd.probe.calls import KEEP_SIZE, call, load, store
-from guest_memfd.probe.child import Unfit
-from guest_memfd.probe.here import PAGE, SIZE, Here, create, resident
-from guest_memfd.probe.row import Row, among
+from guest_memfd.linux.abi import kvm as abi
+from guest_memfd.probe.ask.calls import KEEP_SIZE, call, load, store
+from guest_memfd.probe.ask.child import Unfit
+from guest_memfd.probe.ask.here import PAGE, SIZE, Here, create, resident
+from guest_memfd.probe.ask.row import Row, among
+from guest_memfd.uapi import kvm
+from guest_memfd.uapi.kvm import SHARED
 
 _GB = 1 << 30
 

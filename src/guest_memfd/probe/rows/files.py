@@ -14,13 +14,13 @@ import struct
 import time
 from collections.abc import Callable
 
-from guest_memfd.hosts.linux.abi import kvm as abi
-from guest_memfd.hosts.linux.abi.memfd_secret import SECRETMEM_MAGIC
-from guest_memfd.hosts.linux.abi.memory import Iovec
-from guest_memfd.hosts.uapi import kvm
-from guest_memfd.probe.calls import AT_EMPTY_PATH, AT_FDCWD, KEEP_SIZE, call
-from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, resident
-from guest_memfd.probe.row import Row, among
+from guest_memfd.linux.abi import kvm as abi
+from guest_memfd.linux.abi.memfd_secret import SECRETMEM_MAGIC
+from guest_memfd.linux.abi.memory import Iovec
+from guest_memfd.probe.ask.calls import AT_EMPTY_PATH, AT_FDCWD, KEEP_SIZE, call
+from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, resident
+from guest_memfd.probe.ask.row import Row, among
+from guest_memfd.uapi import kvm
 
 ANON_INODE_FS_MAGIC = 0x09041934
 """f_type of anon_inode (include/uapi/linux/magic.h)."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from guest_memfd.hosts.uapi.kvm import SHARED
-from guest_memfd.probe.calls import ADVICE, KEEP_SIZE, call, load, store
-from guest_memfd.probe.guest import Guest
-from guest_memfd.probe.here import PAGE, SIZE, Here, bind, punch, resident
-from guest_memfd.probe.row import Row, among
+from guest_memfd.probe.ask.calls import ADVICE, KEEP_SIZE, call, load, store
+from guest_memfd.probe.ask.guest import Guest
+from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind, punch, resident
+from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.probe.rows.slots import GMEM, GPA
+from guest_memfd.uapi.kvm import SHARED
 
 
 def _text(address: int) -> str:

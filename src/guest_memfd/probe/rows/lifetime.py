@@ -11,12 +11,12 @@ from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
 
-from guest_memfd.hosts.uapi.kvm import SHARED
-from guest_memfd.probe.calls import KEEP_SIZE, call
-from guest_memfd.probe.child import Unfit
-from guest_memfd.probe.here import Here, bind
-from guest_memfd.probe.row import Row, among
+from guest_memfd.probe.ask.calls import KEEP_SIZE, call
+from guest_memfd.probe.ask.child import Unfit
+from guest_memfd.probe.ask.here import Here, bind
+from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.probe.rows.slots import GMEM, GPA
+from guest_memfd.uapi.kvm import SHARED
 
 SIZE = 16 << 20
 """Bytes of the file: far more than /proc/meminfo is wrong by."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from guest_memfd.hosts.uapi.kvm import SHARED
-from guest_memfd.probe import calls
-from guest_memfd.probe.calls import (
+from guest_memfd.probe.ask import calls
+from guest_memfd.probe.ask.calls import (
     KEEP_SIZE,
     MAP_PRIVATE,
     MAP_SHARED,
@@ -20,8 +19,9 @@ from guest_memfd.probe.calls import (
     load,
     store,
 )
-from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, punch, resident
-from guest_memfd.probe.row import Row, among
+from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, punch, resident
+from guest_memfd.probe.ask.row import Row, among
+from guest_memfd.uapi.kvm import SHARED
 
 FAR = 1 << 40
 

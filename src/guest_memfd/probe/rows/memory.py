@@ -6,11 +6,11 @@ import ctypes
 import re
 from pathlib import Path
 
-from guest_memfd.hosts.uapi.kvm import SHARED
-from guest_memfd.probe.calls import ADVICE, FAILED, MAP_SHARED, RW, attempt, call, load, store
-from guest_memfd.probe.child import Unfit
-from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, resident
-from guest_memfd.probe.row import Row, among
+from guest_memfd.probe.ask.calls import ADVICE, FAILED, MAP_SHARED, RW, attempt, call, load, store
+from guest_memfd.probe.ask.child import Unfit
+from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, resident
+from guest_memfd.probe.ask.row import Row, among
+from guest_memfd.uapi.kvm import SHARED
 
 _MARK = b"\x5a" * SIZE
 

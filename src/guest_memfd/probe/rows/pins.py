@@ -10,12 +10,12 @@ import os
 import struct
 from collections.abc import Callable
 
-from guest_memfd.hosts.linux.abi.memory import Iovec
-from guest_memfd.hosts.uapi.kvm import SHARED
-from guest_memfd.probe.calls import FAILED, attempt, call, load, store
-from guest_memfd.probe.child import Unfit
-from guest_memfd.probe.here import PAGE, SECRET, SIZE, Here, punch
-from guest_memfd.probe.row import Row, among
+from guest_memfd.linux.abi.memory import Iovec
+from guest_memfd.probe.ask.calls import FAILED, attempt, call, load, store
+from guest_memfd.probe.ask.child import Unfit
+from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, punch
+from guest_memfd.probe.ask.row import Row, among
+from guest_memfd.uapi.kvm import SHARED
 
 _TEXT = b"pinned page"
 _FUTEX_WAIT, _FUTEX_PRIVATE = 0, 128

@@ -6,12 +6,12 @@ import ctypes
 import os
 from collections.abc import Callable
 
-from guest_memfd.hosts.linux.abi import kvm as abi
-from guest_memfd.hosts.uapi import kvm
-from guest_memfd.hosts.uapi.kvm import SHARED, MemFlag
-from guest_memfd.probe.calls import KEEP_SIZE, attempt, call, load, store
-from guest_memfd.probe.here import PAGE, SIZE, Here, bind
-from guest_memfd.probe.row import Row, among
+from guest_memfd.linux.abi import kvm as abi
+from guest_memfd.probe.ask.calls import KEEP_SIZE, attempt, call, load, store
+from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind
+from guest_memfd.probe.ask.row import Row, among
+from guest_memfd.uapi import kvm
+from guest_memfd.uapi.kvm import SHARED, MemFlag
 
 GMEM = int(MemFlag.GUEST_MEMFD)
 GPA = 1 << 28

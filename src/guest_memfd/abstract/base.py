@@ -1,0 +1,125 @@
+"""What the mixins of the abstract host share: the state under the knife, and how a primitive waits or dies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from guest_memfd.abstract import state as st
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import EVICTED, GUEST, MANY, SECRET
+from guest_memfd.words.primitives import OPS
+
+if TYPE_CHECKING:
+    from guest_memfd.core.hypervisor import Hypervisor
+    from guest_memfd.words.scene import Kernel
+
+
+class Blocked(Exception):  # noqa: N818 - a signal, not an error
+    """The primitive has to wait."""
+
+
+class Panicked(Exception):  # noqa: N818
+    """The kernel stopped in the middle of the primitive."""
+
+
+class Base:
+    """The state a primitive works on, whose file and VM it is about, who asked for it, and what it leaves for the laws."""
+
+    hypervisor: Hypervisor
+    kernel: Kernel
+    sea_fixup: bool
+    tasks: frozenset[int]
+    sizes: st.Sizes
+    state: st.State
+    file: st.File
+    vm: st.Vm
+
+    def __init__(self) -> None:
+        self.notes: list[Any] = []
+        self.who = 0
+        self.caller = "library"
+
+    def wait(self) -> NoReturn:
+        """The primitive cannot go on now; whoever asked waits."""
+        raise Blocked
+
+    def panic(self) -> NoReturn:
+        """The kernel stops after an abort that has been noted."""
+        raise Panicked
+
+    def die(self, why: str) -> NoReturn:
+        """The kernel stops for a reason that is no abort: BUG_ON, a wild pointer."""
+        self.notes.append(facts.Broken(why))
+        raise Panicked
+
+    def gone(self, what: str) -> NoReturn:
+        """The primitive was called on an object whose memory is gone: nobody can say what happens next."""
+        self.notes.append(facts.UseAfterFree(what))
+        raise Panicked
+
+    # -- numbers: of pages and gfns, counted on from file to file and from VM to VM --------------------------------
+
+    def page(self, index: int) -> st.Page:
+        """Page *index* of the file; outside of it the kernel stops."""
+        if not 0 <= index < self.sizes.pages:
+            self.die(f"page {index} is used, of a file of {self.sizes.pages} pages")
+        return self.state.page(self.file.number * self.sizes.pages + index)
+
+    def index(self, number: int) -> int:
+        """The page index, in its own file, of page record *number*."""
+        return number % self.sizes.pages
+
+    def ours(self, frame: st.Frame) -> int | None:
+        """The page index at which the current file holds *frame*."""
+        number = frame.slot - 1 - self.file.number * self.sizes.pages
+        return number if frame.slot and 0 <= number < self.sizes.pages else None
+
+    def gfn(self, gfn: int) -> st.Gfn:
+        """Record of *gfn* of the VM; outside of what it has the kernel stops."""
+        if not 0 <= gfn < self.sizes.gfns:
+            self.die(f"gfn {gfn} is used, of a VM of {self.sizes.gfns} guest frames")
+        return self.state.gfn(self.vm.number * self.sizes.gfns + gfn)
+
+    def vm_of(self, file: int) -> int:
+        """The VM that *file* belongs to."""
+        return min(file, self.sizes.vms - 1)
+
+    # -- what the laws are told --------------------------------------------------------------------------------------
+
+    def guests(self, frame: st.Frame) -> bool:
+        """Whether *frame* is private to a guest: by the hypervisor, by what it holds, or by the library's word."""
+        if frame.owner == GUEST or frame.content == SECRET:
+            return True
+        return bool(frame.gmap) and bool(frame.slot) and self.state.private(frame)
+
+    def out_of_scope(self, what: str, index: int) -> None:
+        """Note it when the current party's operation is not about page *index*; an eviction is about all pages."""
+        ghost = self.state.ghost(self.who)
+        if ghost.op and self.file.inode != EVICTED and not ghost.scope >> index & 1:
+            self.notes.append(facts.OutOfScope(OPS[ghost.op - 1], what, index))
+
+    def done_to(self, what: str, index: int, *, always: bool = False) -> None:
+        """The current party's operation does something to page *index* that users of it must hear of beforehand.
+
+        *always*: that is so even if the operation has begun no invalidation at all: there is a VM to be told.
+        """
+        self.out_of_scope(what, index)
+        ghost = self.state.ghost(self.who)
+        if ghost.op and (always or ghost.begun) and not ghost.announced >> index & 1:
+            self.notes.append(facts.Unannounced(OPS[ghost.op - 1], what, index))
+
+    def count(self, what: str) -> None:
+        """The operation that the current party is in asks for one more of *what*: writes, flushes, calls, stalls."""
+        ghost = self.state.ghost(self.who)
+        if ghost.op:
+            setattr(ghost, what, min(getattr(ghost, what) + 1, MANY))
+
+    def against(self, reason: int, frame: st.Frame | None = None) -> None:
+        """Something stands against the operation that the current party is in: at *frame*, if it is a page's doing."""
+        ghost = self.state.ghost(self.who)
+        if not ghost.op:
+            return
+        ghost.reasons |= reason
+        index = None if frame is None else self.ours(frame)
+        if index is not None:
+            ghost.places |= 1 << index

@@ -1,0 +1,278 @@
+"""The guest's side of the abstract host: stage-2 tables for the hypervisors' EL2 code, guest accesses, pfn caches."""
+
+from __future__ import annotations
+
+from guest_memfd.abstract import state as st
+from guest_memfd.abstract.mappings import Mappings
+from guest_memfd.errors import shown
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import ANY, DATA, FOR_GOOD, GONE, GUEST, HELD, HOST, OWNERS, RUNNING, SECRET, ZERO
+from guest_memfd.words.primitives import OPS, Folio
+
+MAX_ERRNO = 4095
+
+
+class GuestSide(Mappings):
+    """hypercall ... gpc_drop; and the `core.hypervisor.Stage2` protocol that EL2 code works on."""
+
+    _refused = False
+
+    # -- Stage2: what a hypervisor can do ------------------------------------------------------------------------
+
+    def owner(self, pfn: int) -> str:
+        """The hypervisor's record, as far as it is about this VM: what is another guest's is none of its business."""
+        frame = self.state.frame(pfn)
+        return OWNERS[frame.owner] if frame.owner == HOST or frame.of == self.vm.number else "other guest"
+
+    def set_owner(self, pfn: int, owner: str) -> None:
+        """Change the record; GUEST makes the frame private to the guest."""
+        frame = self.state.frame(pfn)
+        frame.owner = OWNERS.index(owner)
+        frame.of = self.vm.number if frame.owner != HOST else 0
+        if owner == "guest":
+            self.note_private(frame, "donated")
+
+    def host_maps(self, pfn: int, allowed: bool) -> None:
+        """Host stage 2. Taking a page away ends in TLBI VMALLE1IS, which empties the host's stage-1 TLBs as well."""
+        self.state.frame(pfn).s2 = int(allowed)
+        if not allowed:
+            for frame in self.state.frames():
+                frame.stale = 0
+
+    def guest_map(self, gfn: int, pfn: int) -> None:
+        """Guest stage 2: gfn -> pfn, in place of what it mapped. A TLB entry that says the same has outlived nothing."""
+        entry, frame = self.gfn(gfn), self.state.frame(pfn)
+        for other in self.state.frames():
+            if other.gmap == entry.number + 1 and other.number != pfn:
+                other.gmap = other.asked = 0
+        if not frame.gmap:
+            frame.asked = int(self.state.ghost(self.who).op == OPS.index("fault") + 1)
+        frame.gmap = entry.number + 1
+        if frame.gstale == frame.gmap:
+            frame.gstale = 0
+        entry.gpoison = 0
+        if frame.handled:
+            self.notes.append(facts.Given("the guest", pfn))
+
+    def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
+        """Remove gfn -> pfn; False when it is not mapped so. Without *flush* TLBs keep it."""
+        entry, frame = self.gfn(gfn).number + 1, self.state.frame(pfn)
+        if flush:
+            frame.gstale = 0
+        if frame.gmap != entry:
+            return False
+        frame.gmap = frame.asked = 0
+        if not flush:
+            frame.gstale = entry
+        index = self.ours(frame)
+        if index is not None:
+            self.out_of_scope("takes the page from the guest", index)
+        return True
+
+    def guest_maps(self, pfn: int) -> int | None:
+        """The gfn of this VM that maps *pfn*, if any."""
+        gfn = self.state.frame(pfn).gmap - 1 - self.vm.number * self.sizes.gfns
+        return gfn if 0 <= gfn < self.sizes.gfns else None
+
+    def scrub(self, pfn: int) -> None:
+        """Zero and clean the page, at EL2."""
+        frame = self.state.frame(pfn)
+        frame.content = ZERO
+
+    def destroy(self, pfn: int, gfn: int, how: str) -> None:
+        """Take the page from a living guest that never agreed: its contents are lost, its next access says so."""
+        self.scrub(pfn)
+        self.notes.append(facts.Destroyed(pfn, how))
+        self.gfn(gfn).gpoison = 1
+
+    def poisoned(self, gfn: int) -> bool:
+        """What `destroy` left."""
+        return bool(self.gfn(gfn).gpoison)
+
+    def locked_in(self, pfn: int) -> bool:
+        """Whether the guest holds on to the page."""
+        return bool(self.state.frame(pfn).locked_in)
+
+    def set_locked_in(self, pfn: int, locked: bool) -> None:
+        """The guest holds on, or lets go."""
+        self.state.frame(pfn).locked_in = int(locked)
+
+    def declassify(self, pfn: int) -> None:
+        """The guest agrees that the host may read what it wrote."""
+        frame = self.state.frame(pfn)
+        if frame.content == SECRET:
+            frame.content = DATA
+            self._expect(frame, DATA)
+
+    def forget(self, pfn: int) -> None:
+        """The guest gives up the contents: nobody relies on them from here on."""
+        frame = self.state.frame(pfn)
+        if frame.slot:
+            self.state.page(frame.slot - 1).expect = ANY
+
+    def vm_alive(self) -> bool:
+        """Whether the VM still runs."""
+        return self.vm.vm == RUNNING
+
+    def refuse(self, call: str, errno: int) -> int:
+        """Return -errno, and let the laws know that this is a rule and not a failure."""
+        self.notes.append(facts.Refused(call, errno))
+        self._refused = True
+        return -errno
+
+    # -- primitives ----------------------------------------------------------------------------------------------
+
+    def hypercall(self, name: str, *args: object) -> int:
+        """Run the hypervisor's own code; what it has once refused for good it refuses ever after."""
+        code = self.hypervisor.hypercalls.get(name)
+        if code is None:
+            raise LookupError(f"hypervisor {self.hypervisor.name!r} has no hypercall {name!r}")
+        if self.vm.vm == GONE:
+            self.gone("the VM, in hypercall")
+        self.count("calls")
+        frame = self.subject(args)
+        if frame is not None and frame.stuck and name in self.hypervisor.final:
+            self.against(FOR_GOOD, frame)
+            return self.hypervisor.final[name]
+        self._refused = False
+        ret = code(self, *args)
+        if type(ret) is not int or not -MAX_ERRNO <= ret <= 0:
+            raise TypeError(f"hypercall {name!r} of {self.hypervisor.name!r} returned {shown(ret)}, not 0 or -errno")
+        # A guest that has never asked for a page, nor written to it, cannot be said to hold on to it.
+        if self._refused and (frame is None or frame.asked or frame.content != ZERO):
+            self.against(HELD, frame)
+        return ret
+
+    def subject(self, args: tuple[object, ...]) -> st.Frame | None:
+        """The frame a hypercall is about: that of the first folio among its arguments."""
+        folio = next((arg for arg in args if isinstance(arg, Folio)), None)
+        return None if folio is None else self.state.frame(folio.pfn)
+
+
+    def note_private(self, frame: st.Frame, how: str) -> None:
+        """A frame is the guest's alone from now on."""
+        cached = any(vm.gpc == frame.number + 1 for vm in self.state.vms())
+        self.notes.append(facts.MadePrivate(how, frame.number, frame.pin + frame.get, cached))
+
+    def guest_access(self, gfn: int, write: bool) -> str:
+        """Through a TLB entry that should be gone if there is one, as a hit comes before a walk; else guest stage 2."""
+        entry = self.gfn(gfn)
+        if self.vm.vm != RUNNING:
+            return "stopped"
+        reached = (f for f in self.state.frames() if entry.number + 1 in (f.gmap, f.gstale))
+        frame = min(reached, key=lambda f: f.gstale != entry.number + 1, default=None)
+        if frame is None:
+            return "poisoned" if entry.gpoison else "fault"
+        via = "guest mapping" if frame.gmap == entry.number + 1 else "stale guest TLB entry"
+        if not self._guest_may(frame, gfn):
+            self.notes.append(facts.StrayGuest(frame.number, via))
+            return "ok"
+        self.note_access(frame, "guest", "guest access", via, write)
+        if frame.gmap == entry.number + 1:              # a TLB hit is nothing the hypervisor sees
+            self.hypervisor.guest_touches(self, frame.number)
+        if write:
+            private = frame.owner == GUEST or (frame.owner == HOST and self.state.private(frame))
+            frame.content = SECRET if private else DATA
+            self._expect(frame, frame.content)
+        return "ok"
+
+    # The guest's own: the page the file holds at the index that this gfn is bound to.
+    def _guest_may(self, frame: st.Frame, gfn: int) -> bool:
+        if self.ours(frame) is None or self.state.page(frame.slot - 1).binding != gfn + 1:
+            return False
+        if not self.hypervisor.tracks_owner:
+            return True
+        return frame.owner != HOST and frame.of == self.vm.number
+
+    def guest_consents(self, gfn: int) -> str:
+        """The hypervisor's own way of letting go."""
+        if self.vm.vm != RUNNING:
+            return "stopped"
+        entry = self.gfn(gfn)
+        frame = next((f for f in self.state.frames() if f.gmap == entry.number + 1), None)
+        if frame is None:
+            return "fault"
+        self.hypervisor.guest_consents(self, frame.number)
+        return "ok"
+
+    def mmu_invalidate_begin(self, start: int, nr: int) -> None:
+        """Kernel mappings of the range end; a reader of the cache's lock is waited for."""
+        if not self._is_bound("mmu_invalidate_begin"):
+            return
+        vm = self.vm
+        if vm.gpc:
+            frame = self.state.frame(vm.gpc - 1)
+            index = self.ours(frame)
+            if not frame.slot or (index is not None and start <= index < start + nr):
+                if vm.gpc_readers:
+                    self.wait()
+                vm.gpc = 0
+        vm.gpc_fresh = 0
+        vm.progress += 1
+        ghost = self.state.ghost(self.who)
+        ghost.begun += 1
+        for index in range(max(start, 0), min(start + nr, self.sizes.pages)):
+            ghost.announced |= 1 << index
+            self.out_of_scope("announces an invalidation", index)
+
+    def mmu_invalidate_end(self) -> None:
+        """The sequence moves on: whoever sampled it before must look again."""
+        ghost, bound = self.state.ghost(self.who), self._is_bound("mmu_invalidate_end")
+        if not ghost.begun:
+            if bound:
+                self.die("mmu_invalidate_end without begin")
+            return
+        ghost.begun -= 1
+        ghost.announced = 0
+        self.vm.progress -= 1
+        self.vm.gpc_fresh = 0
+
+    # Invalidation goes through the bindings (kvm_gmem_invalidate_begin()): without one there is no VM to tell.
+    def _is_bound(self, what: str) -> bool:
+        bound = self.bound()
+        if bound and self.vm.vm == GONE:
+            self.gone(f"the VM, in {what}")
+        return bound
+
+    def bound(self) -> bool:
+        """Whether any page of the file is bound."""
+        return any(self.page(index).binding for index in range(self.sizes.pages))
+
+    # -- gfn_to_pfn_cache ----------------------------------------------------------------------------------------
+
+    def gpc_begin(self, index: int) -> bool:
+        """Sample the sequence, if there is a memslot to come back to."""
+        if not self.page(index).binding:
+            return False
+        self.vm.gpc_fresh = 1
+        return True
+
+    def gpc_commit(self, folio: Folio) -> bool:
+        """mmu_notifier_retry_cache()."""
+        if self.vm.progress or not self.vm.gpc_fresh:
+            return False
+        self.vm.gpc = folio.pfn + 1
+        return True
+
+    def gpc_read_lock(self) -> bool:
+        """Valid and locked, or neither."""
+        if not self.vm.gpc:
+            return False
+        self.vm.gpc_readers = 1
+        return True
+
+    def gpc_access(self, write: bool) -> str:
+        """A plain access of the kernel through its cached mapping, which is the direct map."""
+        frame = self.state.frame(self.vm.gpc - 1)
+        self.kernel_access(frame, "kernel", "gfn_to_pfn_cache user", write=write, fixup=False)
+        if write:
+            self._written(frame)
+        return "ok"
+
+    def gpc_read_unlock(self) -> None:
+        """Let invalidations go on."""
+        self.vm.gpc_readers = 0
+
+    def gpc_drop(self) -> None:
+        """The cache is given up."""
+        self.vm.gpc = self.vm.gpc_fresh = 0

@@ -1,0 +1,179 @@
+"""The abstract host: how a primitive is carried out on a state, all its possible ends, and who has to wait.
+
+One method per primitive, spread over the mixins by subject; this file owns what they have in common: injected
+failures, refusals for good, frozen tasks, objects whose memory and code whose module is gone, and the panic that ends
+everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from guest_memfd.abstract import state as st
+from guest_memfd.abstract.base import Blocked, Panicked
+from guest_memfd.abstract.locks import Locks
+from guest_memfd.abstract.world import World
+from guest_memfd.errors import BadInput
+from guest_memfd.words import facts
+from guest_memfd.words.outcome import Outcome
+from guest_memfd.words.pagestate import DESTROYED, EVICTED, FAILURE, FOR_GOOD, JUNK, MANY
+from guest_memfd.words.primitives import EAGAIN, ENOMEM, Bound, Primitive
+
+if TYPE_CHECKING:
+    from guest_memfd.core.hypervisor import Hypervisor
+    from guest_memfd.words.scene import Scene
+
+FALLIBLE = {
+    "filemap_add_folio": -ENOMEM,
+    "set_direct_map_invalid_noflush": -ENOMEM,
+    "xa_store": -ENOMEM,
+    "xa_reserve": -ENOMEM,
+    "mmap": -ENOMEM,
+    "alloc_inode": -ENOMEM,
+}
+"""Primitives that can fail for want of memory, and what they return then."""
+
+OF_INODE = frozenset({
+    "filemap_get_folio", "filemap_find_folio", "filemap_add_folio", "filemap_remove_folio", "unmap_mapping_pages",
+    "vmf_insert_folio", "destroy_inode", "iput", "mapping_set_no_direct_map", "mapping_no_direct_map",
+})
+"""Primitives that work on the inode: it has to be there."""
+
+OF_INODE_BY_NAME = frozenset({
+    "down_read", "down_read_trylock", "up_read", "down_write", "up_write", "xa_load", "xa_store", "xa_store_reserved",
+    "xa_reserve", "xa_release",
+})
+"""Primitives that work on it if the lock or the tree they name is the inode's: a driver keeps its own in its VM."""
+
+
+class AbstractHost(Locks, World):
+    """A `check.explorer.Machine` with the fields of `state`: the host of *scene* under *hypervisor*.
+
+    parties: how many party numbers there are. tasks: those of parties that are tasks and can be frozen.
+    sea_fixup: whether do_sea() consults the exception table (the design `fixup` changes that).
+    bounds, errnos: operation -> what the design says that it costs at most, and may return.
+    """
+
+    footprints = True
+    foreign = ""
+    """Whose hypervisor it is, in words, if any of its code is a third party's."""
+
+    def __init__(
+        self, hypervisor: Hypervisor, scene: Scene, parties: int, *, sea_fixup: bool = False,
+        tasks: frozenset[int] = frozenset(), bounds: Mapping[str, Bound] | None = None,
+        errnos: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.hypervisor, self.scene, self.kernel = hypervisor, scene, scene.kernel
+        self.sea_fixup, self.tasks = sea_fixup, tasks
+        self.bounds, self.errnos = bounds or {}, errnos or {}
+        self.sizes = st.Sizes(scene.frames, scene.pages, scene.beyond + 1, scene.files, scene.vms, parties)
+        restore = {"set_direct_map_default_noflush": -ENOMEM} if scene.kernel.merges_leaves else {}
+        self.fallible = FALLIBLE | restore if scene.kernel.changes_direct_map else {
+            name: errno for name, errno in FALLIBLE.items() if not name.startswith("set_direct_map")}
+
+    def initial(self, failures: int = 0, refusals: int = 0) -> bytes:
+        """A host with free frames, running VMs that hold the module, and no file yet."""
+        state = st.State.empty(self.sizes)
+        for frame in state.frames():
+            frame.s1 = frame.s2 = 1
+            frame.content = JUNK
+        state.module = self.sizes.vms
+        state.failures, state.refusals = failures, refusals
+        return state.save()
+
+    def halted(self, shared: bytes) -> bool:
+        """Whether the kernel has panicked."""
+        return bool(shared[st.PANIC_AT])
+
+    def spared(self, shared: bytes) -> int:
+        """Failures and refusals for good that have not been injected yet."""
+        state = st.State(shared)
+        return int(state.failures) + int(state.refusals)
+
+    def outcomes(self, shared: bytes, party: int, primitive: Primitive) -> list[Outcome]:
+        """All ways *primitive*, asked for by *party*, can end; none when it has to wait."""
+        perform = getattr(self, primitive.name, None)
+        if perform is None:
+            raise BadInput(f"the abstract host has no primitive {primitive.name!r}")
+        if self._is_frozen(shared, party):
+            return []
+        ends = self._perform(perform, shared, party, primitive)
+        errno = self._errno(primitive)
+        if ends and errno and st.State(shared).failures:
+            ends.append(self._fail(shared, party, primitive, errno))
+        if ends and primitive.name == "hypercall" and primitive.args[0] in self.hypervisor.final:
+            ends += self._refuse_for_good(shared, party, primitive, ends[0])
+        return ends
+
+    # A frozen task does not run; freezing waited until it held nothing.
+    def _is_frozen(self, shared: bytes, party: int) -> bool:
+        return party in self.tasks and bool(st.State(shared).frozen)
+
+    def _look_at(self, shared: bytes, party: int, primitive: Primitive) -> None:
+        self.state, self.notes, self.who, self.caller = st.State(shared), [], party, primitive.caller
+        self.file = self.state.file(primitive.file)
+        self.vm = self.state.vm(self.vm_of(primitive.file))
+
+    def _perform(
+        self, perform: Callable[..., Any], shared: bytes, party: int, primitive: Primitive
+    ) -> list[Outcome]:
+        self._look_at(shared, party, primitive)
+        try:
+            self._must_be_there(primitive)
+            result = perform(*primitive.args)
+        except Blocked:
+            return []
+        except Panicked:
+            self.state.panic = 1
+            result = None
+        except ValueError as error:                     # of a bytearray; and a hypercall may be somebody else's
+            if primitive.name == "hypercall" or not str(error).startswith("byte must be in range"):
+                raise
+            self.notes.append(facts.Broken(f"{primitive} takes more than {MANY} references, and puts none"))
+            self.state.panic = 1
+            result = None
+        return [Outcome(result, self.state.save(), tuple(self.notes))]
+
+    # The module whose code runs, and the inode it works on.
+    def _must_be_there(self, primitive: Primitive) -> None:
+        if primitive.caller == self.hypervisor.module and self.state.unloaded:
+            self.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
+        if primitive.name in OF_INODE or (primitive.name in OF_INODE_BY_NAME and self._is_the_inodes(primitive)):
+            life = self.file.inode
+            if life == DESTROYED or (life == EVICTED and self.file.evictor != self.who + 1):
+                self.gone(f"the inode, in {primitive.name}")
+
+    def _is_the_inodes(self, primitive: Primitive) -> bool:
+        what = primitive.args[0]
+        return what in ("invalidate", "attributes") or (what == "bindings" and primitive.name.startswith("xa_")
+                                                        and primitive.caller == "library")
+
+    def _errno(self, primitive: Primitive) -> int:
+        if primitive.name == "hypercall":
+            return self.hypervisor.fallible.get(primitive.args[0], 0)
+        return self.fallible.get(primitive.name, 0)
+
+    def _fail(self, shared: bytes, party: int, primitive: Primitive, errno: int) -> Outcome:
+        self._look_at(shared, party, primitive)
+        self.state.failures -= 1
+        if primitive.name == "hypercall":
+            self.count("calls")
+        self.against(FAILURE, self._frame_of(primitive) if errno == -EAGAIN else None)
+        return Outcome(errno, self.state.save(), (), failed=True)
+
+    # The hypervisor says no where it might have said yes, and will say so ever after.
+    def _refuse_for_good(self, shared: bytes, party: int, primitive: Primitive, done: Outcome) -> list[Outcome]:
+        self._look_at(shared, party, primitive)
+        frame = self._frame_of(primitive)
+        if not self.state.refusals or done.result != 0 or frame is None or frame.stuck:
+            return []
+        self.state.refusals -= 1
+        frame.stuck = 1
+        self.count("calls")
+        self.against(FOR_GOOD, frame)
+        return [Outcome(self.hypervisor.final[primitive.args[0]], self.state.save(), (), failed=True)]
+
+    def _frame_of(self, primitive: Primitive) -> st.Frame | None:
+        return self.subject(primitive.args) if primitive.name == "hypercall" else None

@@ -1,0 +1,286 @@
+"""Who can reach a frame on the abstract host: the direct map and its stale copies, user mappings, pins - and aborts.
+
+An access of the kernel passes two gates, stage 1 and stage 2, as arch/arm64/mm/fault.c has it: a stage-1
+translation fault goes through the exception table; a stage-2 abort is injected by the hypervisor as the kind it
+chooses, and only some kinds consult the table.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.abstract import state as st
+from guest_memfd.abstract.base import Base
+from guest_memfd.core.hypervisor import DATA_ABORT, SEA
+from guest_memfd.errors import shown
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTS, DATA, EVICTED, FREE, GUEST, JUNK, KEPT, OWNERS, ZERO
+from guest_memfd.words.primitives import EBADF, Folio
+
+
+class Mappings(Base):
+    """clear_folio ... unpin, and `kernel_access`, the one way the kernel touches memory."""
+
+    # -- accesses ------------------------------------------------------------------------------------------------
+
+    def note_access(self, frame: st.Frame, who: str, what: str, via: str, write: bool) -> None:
+        """Record that *who* reached the contents."""
+        number = frame.slot - 1 if frame.slot else None
+        expect = self.state.page(number).expect if number is not None else ANY
+        self.notes.append(facts.Access(
+            who, what, via, frame.number, write, CONTENTS[frame.content], self.guests(frame),
+            bool(frame.gmap) or frame.owner == GUEST, None if number is None else self.index(number),
+            None if expect == ANY else CONTENTS[expect], frame.allocated == FREE, bool(frame.handled)))
+
+    def kernel_access(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
+        """One access through the direct map: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
+        if not frame.s1 and not frame.stale:
+            self.notes.append(facts.Abort(
+                what, 1, frame.number, "translation fault", fixup,
+                "a stage-1 fault goes through the exception table" if fixup else "no exception-table entry: oops"))
+            return "fixed" if fixup else self.panic()
+        if not frame.s2:
+            return self._stage2_abort(frame, who, what, write=write, fixup=fixup)
+        self.note_access(frame, who, what, "direct map" if frame.s1 else "stale TLB entry", write)
+        return "ok"
+
+    def _stage2_abort(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
+        kind = self.hypervisor.abort or DATA_ABORT
+        if kind == SEA:
+            survived = fixup and self.sea_fixup
+            why = ("do_sea() consults the exception table in this design" if survived else
+                   "do_sea() does not look at exception tables" if not self.sea_fixup else
+                   "this access has no exception-table entry")
+            self.notes.append(facts.Abort(what, 2, frame.number, SEA, survived, why))
+            return "fixed" if survived else self.panic()
+        if fixup:
+            self.notes.append(facts.Abort(
+                what, 2, frame.number, kind, True, "a translation fault goes through the exception table"))
+            return "fixed"
+        reclaimed = self.hypervisor.force_reclaim(self, frame.number)
+        if type(reclaimed) is not bool:
+            raise TypeError(f"force_reclaim of {self.hypervisor.name!r} returned {shown(reclaimed)}, not True or False")
+        if not reclaimed:
+            self.notes.append(facts.Abort(what, 2, frame.number, kind, False, "no exception-table entry: oops"))
+            self.panic()
+        self.notes.append(facts.Abort(what, 2, frame.number, kind, True, "the page is reclaimed by force"))
+        self.note_access(frame, who, what, "direct map", write)
+        return "ok"
+
+    def load_unaligned_zeropad(self, pfn: int) -> str:
+        """A word load that runs into *pfn*: it has an exception-table entry."""
+        return self.kernel_access(self.state.frame(pfn), "kernel", "load_unaligned_zeropad", write=False, fixup=True)
+
+    def copy_from_kernel_nofault(self, pfn: int) -> str:
+        """/proc/kcore: it has an exception-table entry; poisoned pages are skipped."""
+        frame = self.state.frame(pfn)
+        if frame.poison:
+            return "skipped"
+        return self.kernel_access(frame, "kernel", "copy_from_kernel_nofault", write=False, fixup=True)
+
+    def read_folio(self, folio: Folio) -> str:
+        """A plain read through the direct map, of a folio that the reader found in the page cache."""
+        return self.kernel_access(self.state.frame(folio.pfn), "kernel", "read_folio", write=False, fixup=False)
+
+    def clear_folio(self, folio: Folio) -> None:
+        """A plain write through the direct map."""
+        frame = self.state.frame(folio.pfn)
+        self.kernel_access(frame, "library", "clear_folio", write=True, fixup=False)
+        frame.content = ZERO
+
+    def clear_folio_local(self, folio: Folio) -> None:
+        """A write through a private mapping of this CPU: stage 2 still has a say."""
+        frame = self.state.frame(folio.pfn)
+        if not frame.s2:
+            self._stage2_abort(frame, "library", "clear_folio_local", write=True, fixup=False)
+        self.note_access(frame, "library", "clear_folio_local", "local mapping", True)
+        frame.content = ZERO
+
+    def image_copy(self, pfn: int) -> str:
+        """safe_copy_page() (kernel/power/snapshot.c): map a hole for the moment, copy plainly, make it again and flush."""
+        frame = self.state.frame(pfn)
+        if not frame.allocated or frame.poison:
+            return "skipped"
+        hole = not frame.s1
+        if hole:
+            frame.s1 = 1
+        self.kernel_access(frame, "image", "safe_copy_page", write=False, fixup=False)
+        if hole:
+            frame.s1 = frame.stale = 0
+        return "copied"
+
+    def _expect(self, frame: st.Frame, content: int) -> None:
+        if frame.slot:
+            self.state.page(frame.slot - 1).expect = content
+
+    def _written(self, frame: st.Frame) -> None:
+        frame.content = DATA
+        self._expect(frame, DATA)
+
+    # -- the last reference --------------------------------------------------------------------------------
+
+    def free_if_unused(self, frame: st.Frame) -> None:
+        """free_pages_prepare(): debug options write to the page, and whoever gets it next finds what it holds."""
+        if frame.refs() or frame.allocated != ALLOCATED:
+            return
+        if frame.poison:
+            frame.allocated = KEPT
+            return
+        self.notes.append(facts.Freed(
+            frame.number, OWNERS[frame.owner], CONTENTS[frame.content], bool(frame.gmap or frame.gstale)))
+        if frame.lock:
+            self.die(f"pfn{frame.number} is freed while locked")
+        if self.kernel.init_on_free:
+            self.kernel_access(frame, "allocator", "free-time poisoning", write=True, fixup=False)
+            frame.content = JUNK
+        frame.allocated = FREE
+        frame.uptodate = frame.private = 0
+
+    # -- direct map ----------------------------------------------------------------------------------------------
+
+    def can_set_direct_map(self) -> bool:
+        """Whether this kernel can change single pages of it."""
+        return self.kernel.changes_direct_map
+
+    def set_direct_map_invalid_noflush(self, folio: Folio) -> int:
+        """The entry goes, TLBs keep it. Where it cannot be changed nothing is done, and that is no error."""
+        frame = self.state.frame(folio.pfn)
+        self._changes(frame, invalid=True)
+        if self.kernel.changes_direct_map and frame.s1:
+            frame.s1, frame.stale = 0, 1
+        return 0
+
+    def set_direct_map_default_noflush(self, folio: Folio) -> int:
+        """Invalid to valid: nothing stale can be left."""
+        frame = self.state.frame(folio.pfn)
+        self._changes(frame, invalid=False)
+        if self.kernel.changes_direct_map:
+            frame.s1, frame.stale = 1, 0
+        return 0
+
+    def _changes(self, frame: st.Frame, *, invalid: bool) -> None:
+        self.notes.append(facts.DirectMapChange(self.caller, frame.number, invalid, bool(frame.handled)))
+        self.count("writes")
+
+    def flush_tlb_kernel_range(self, folios: tuple[Folio, ...]) -> None:
+        """All CPUs."""
+        self.count("flushes")
+        for folio in folios:
+            self.state.frame(folio.pfn).stale = 0
+
+    # -- user mappings -------------------------------------------------------------------------------------------
+
+    def mmap(self) -> int:
+        """Over the whole file, through the VMM's descriptor."""
+        if not self.file.fd:
+            return -EBADF
+        self.file.vma += 1
+        self.file.inodes += 1
+        return 0
+
+    def munmap(self) -> bool:
+        """The VMA's inode reference goes with it; entries are shared by all VMAs and go with the last."""
+        self.file.vma -= 1
+        if not self.file.vma:
+            self.unmap_mapping_pages(0, self.sizes.pages)
+        return self.drop_inode()
+
+    def drop_inode(self) -> bool:
+        """One reference on the inode less; True: the last one, and the caller evicts it."""
+        if not self.file.inodes:
+            self.die("iput of an inode without references")
+        self.file.inodes -= 1
+        if self.file.inodes:
+            return False
+        self.file.inode, self.file.evictor = EVICTED, self.who + 1
+        return True
+
+    # The VMM's page table: what it maps at page *index* of the file, if anything.
+    def _pte(self, index: int) -> st.Frame | None:
+        number = self.page(index).number
+        return next((f for f in self.state.frames() if f.user == number + 1), None)
+
+    def user_access(self, index: int, write: bool) -> str:
+        """Through the VMM's page table; at EL0 an abort of stage 2 is a signal (arch/arm64/mm/fault.c)."""
+        if not self.file.vma:
+            return "SIGSEGV"
+        frame = self._pte(index)
+        if frame is None:
+            return "fault"
+        if not frame.s2:
+            return "SIGSEGV" if self.hypervisor.abort == DATA_ABORT else "SIGBUS"
+        self.note_access(frame, "VMM", "user access", "user mapping", write)
+        if write:
+            self._written(frame)
+        return "ok"
+
+    def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
+        """Under the page-table lock: only while the VMA is there; an entry that is there stays."""
+        if not self.file.vma:
+            return False
+        if self._pte(index) is None:
+            frame = self.state.frame(folio.pfn)
+            if frame.handled:
+                self.notes.append(facts.Given("the VMM", frame.number))
+            frame.user = self.page(index).number + 1
+        return True
+
+    def vma_covers(self, start: int, nr: int) -> bool:
+        """A VMA covers every page."""
+        return bool(self.file.vma) and start < self.sizes.pages and nr > 0
+
+    def unmap_mapping_pages(self, start: int, nr: int) -> None:
+        """Entries and user TLBs together."""
+        if nr <= 0:
+            self.die("unmap_mapping_pages of no pages, which means all up to the end of the file")
+        first = self.file.number * self.sizes.pages
+        for frame in self.state.frames():
+            if frame.user and start < frame.user - first <= min(start + nr, self.sizes.pages):
+                self.out_of_scope("takes the page from the VMM", frame.user - first - 1)
+                frame.user = 0
+
+    # -- GUP -----------------------------------------------------------------------------------------------------
+
+    def gup_read_pte(self, index: int) -> Folio | None:
+        """Look, hold nothing."""
+        frame = self._pte(index)
+        return Folio(frame.number) if frame else None
+
+    def gup_try_get(self, folio: Folio) -> bool:
+        """Fails only when the count is zero: the frame may be another folio by now."""
+        frame = self.state.frame(folio.pfn)
+        if not frame.refs():
+            return False
+        frame.spec += 1
+        return True
+
+    def gup_recheck(self, index: int, folio: Folio, foll_pin: bool) -> bool:
+        """Keep or drop the speculative reference."""
+        frame = self.state.frame(folio.pfn)
+        frame.spec -= 1
+        if frame.user != self.page(index).number + 1:
+            self.free_if_unused(frame)
+            return False
+        if foll_pin:
+            frame.pin += 1
+        else:
+            frame.get += 1
+        return True
+
+    def pin_access(self, folio: Folio, write: bool, dma: bool) -> str:
+        """A device reaches the frame whatever the tables say (no IOMMU in between); the kernel uses the direct map."""
+        frame = self.state.frame(folio.pfn)
+        if dma:
+            self.note_access(frame, "device", "DMA", "DMA", write)
+        elif self.kernel_access(frame, "kernel", "copy through a GUP reference", write=write, fixup=False) != "ok":
+            return "fault"
+        if write:
+            self._written(frame)
+        return "ok"
+
+    def unpin(self, folio: Folio, foll_pin: bool) -> None:
+        """The reference goes; perhaps the last."""
+        frame = self.state.frame(folio.pfn)
+        if foll_pin:
+            frame.pin -= 1
+        else:
+            frame.get -= 1
+        self.free_if_unused(frame)

@@ -1,0 +1,126 @@
+"""Page cache and references of the abstract host: look-up, insertion, removal, and what the last put does."""
+
+from __future__ import annotations
+
+from guest_memfd.abstract import state as st
+from guest_memfd.abstract.mappings import Mappings
+from guest_memfd.words.pagestate import ALLOCATED, CONTENTION, FAILURE, FREE, JUNK, REFERENCE, ZERO
+from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
+
+
+class PageCache(Mappings):
+    """filemap_get_folio ... folio_set_private."""
+
+    def filemap_get_folio(self, index: int) -> Lookup | None:
+        """A hit comes with a transient reference."""
+        page = self.page(index)
+        if not page.cached:
+            return None
+        frame = self.state.frame(page.cached - 1)
+        frame.lookup += 1
+        return Lookup(Folio(frame.number), index)
+
+    def filemap_find_folio(self, index: int, nr: int) -> int:
+        """The first slot that is taken."""
+        end = min(index + nr, self.sizes.pages)
+        return next((i for i in range(index, end) if self.page(i).cached), index + nr)
+
+    def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
+        """Allocates the lowest free frame; this host has no free block above order 0."""
+        page = self.page(index)
+        frame = next((f for f in self.state.frames() if f.allocated == FREE), None)
+        if frame is None or order:
+            self.against(FAILURE)
+            return -ENOMEM
+        if page.cached:
+            self.against(CONTENTION)
+            return -EEXIST
+        frame.allocated, frame.content = ALLOCATED, JUNK
+        frame.slot, frame.cache, frame.lru, frame.lookup = page.number + 1, 1, 1, 1
+        frame.lock = self.who + 1
+        page.cached = frame.number + 1
+        return Lookup(Folio(frame.number), index)
+
+    def filemap_remove_folio(self, folio: Folio) -> None:
+        """Leaves the page cache; whoever still has a reference keeps the frame."""
+        frame = self._locked(folio, "filemap_remove_folio")
+        if not frame.slot:
+            self.die(f"{folio} is not in the page cache")
+        page = self.state.page(frame.slot - 1)
+        index = self.index(page.number)
+        page.cached = frame.slot = frame.cache = 0
+        page.expect = ZERO
+        ghost = self.state.ghost(self.who)
+        if ghost.op:
+            ghost.removed |= 1 << index
+        self.done_to("removes the folio", index)
+
+    def split_folio(self, folio: Folio) -> int:
+        """Every folio is a single page here."""
+        self._locked(folio, "split_folio")
+        return -EBUSY
+
+    def folio_put(self, folio: Folio, kind: str = "lookup") -> None:
+        """The last reference frees."""
+        frame = self.state.frame(folio.pfn)
+        count = getattr(frame, kind)
+        if not count:
+            self.die(f"reference count of {folio} drops below zero ({kind})")
+        setattr(frame, kind, count - 1)
+        self.free_if_unused(frame)
+
+    def folio_get(self, folio: Folio, kind: str = "provided") -> None:
+        """A lasting reference."""
+        frame = self.state.frame(folio.pfn)
+        setattr(frame, kind, getattr(frame, kind) + 1)
+
+    def leak_folio(self, folio: Folio) -> None:
+        """Out of use for ever: a reference that nobody drops, and a count that says so."""
+        frame = self.state.frame(folio.pfn)
+        frame.kept += 1
+        self.state.leaked += 1
+
+    def folio_ref_count(self, folio: Folio) -> int:
+        """All references."""
+        frame = self.state.frame(folio.pfn)
+        if frame.refs() > frame.cache + frame.lru + 1:
+            self.against(REFERENCE, frame)
+        return frame.refs()
+
+    def folio_maybe_dma_pinned(self, folio: Folio) -> bool:
+        """FOLL_PIN only."""
+        return bool(self.state.frame(folio.pfn).pin)
+
+    def folio_mapped(self, folio: Folio) -> bool:
+        """Whether a user page table maps it."""
+        return bool(self.state.frame(folio.pfn).user)
+
+    def mapping_set_no_direct_map(self) -> None:
+        """AS_NO_DIRECT_MAP."""
+        self.file.refuses_readers = 1
+
+    def mapping_no_direct_map(self) -> bool:
+        """What a reader of page-cache folios asks, on a kernel that knows the question."""
+        return bool(self.kernel.asks_mapping and self.file.refuses_readers)
+
+    def lru_add_drain_all(self) -> None:
+        """The batches let go of their references."""
+        self.count("stalls")
+        for frame in self.state.frames():
+            if frame.lru:
+                frame.lru = 0
+                self.free_if_unused(frame)
+
+    def folio_mark_uptodate(self, folio: Folio) -> None:
+        """Under the folio lock."""
+        self._locked(folio, "folio_mark_uptodate").uptodate = 1
+
+    def folio_set_private(self, folio: Folio, private: bool) -> None:
+        """Under the folio lock."""
+        self._locked(folio, "folio_set_private").private = int(private)
+
+    def _locked(self, folio: Folio, what: str) -> st.Frame:
+        frame = self.state.frame(folio.pfn)
+        if frame.lock != self.who + 1:
+            self.die(f"{what} of {folio} without its lock")
+        return frame

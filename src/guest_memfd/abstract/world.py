@@ -1,0 +1,360 @@
+"""Around the pages on the abstract host: trees, files, inodes, the module, the VM, power, and the laws' ghosts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from guest_memfd.abstract import state as st
+from guest_memfd.abstract.guest import GuestSide
+from guest_memfd.abstract.pagecache import PageCache
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import (
+    ALIVE,
+    DESTROYED,
+    DYING,
+    EVICTED,
+    GONE,
+    GONE_BEFORE,
+    HIBERNATION,
+    HOST,
+    PRIVATE_PAGE,
+    REASONS,
+    RUNNING,
+    VM_STATES,
+    ZERO,
+)
+from guest_memfd.words.primitives import EAGAIN, EBUSY, OPS, UNREPORTED, Bound, Cost, Entries, Folio
+
+TREES = {"attributes": "attr", "bindings": "binding"}
+"""Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""
+
+
+class World(PageCache, GuestSide):
+    """xa_load ... vm_destroyed, begin_op, end_op."""
+
+    bounds: Mapping[str, Bound]
+    errnos: Mapping[str, tuple[int, ...]]
+
+    # -- tracepoints ---------------------------------------------------------------------------------------------
+
+    def begin_op(self, op: str, start: int, nr: int, gfn: int | None) -> None:
+        """Remember what the operation is about."""
+        ghost = self.state.ghost(self.who)
+        self._clear(ghost)
+        ghost.op = OPS.index(op) + 1
+        ghost.gfn = 0 if gfn is None else gfn + 1
+        ghost.scope = self._mask(start, nr)
+
+    def end_op(self, ret: int, error_index: int | None) -> None:
+        """Report how it ended, in the state it is about to unlock."""
+        ghost = self.state.ghost(self.who)
+        if not ghost.op:
+            return
+        scope = self._members(ghost.scope)
+        pages = [self.page(i) for i in scope]
+        op = OPS[ghost.op - 1]
+        self.notes.append(facts.Ended(
+            op, ret, error_index, scope, self._members(ghost.toggled), self._members(ghost.removed),
+            tuple(i for i, p in zip(scope, pages, strict=True) if p.cached), tuple(p.attr for p in pages),
+            tuple(p.binding for p in pages),
+            tuple(i for i, p in zip(scope, pages, strict=True) if p.cached and self.state.frame(p.cached - 1).lru),
+            tuple(i for i, p in zip(scope, pages, strict=True) if self._guest_has(p)),
+            tuple(why for bit, why in enumerate(REASONS) if ghost.reasons >> bit & 1),
+            self._members(ghost.places),
+            ghost.gfn - 1 if ghost.gfn else None,
+            Cost(ghost.writes, ghost.flushes, ghost.calls, ghost.stalls),
+            (*self.hypervisor.errnos.get(op, ()), *self.errnos.get(op, ())), self.bounds.get(op)))
+        self._clear(ghost)
+        if op not in UNREPORTED:
+            ghost.ended = 1 - ret
+
+    # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
+    def _guest_has(self, page: st.Page) -> bool:
+        if self.vm.vm != RUNNING:
+            return True
+        if not page.binding or not page.cached:
+            return False
+        entry, frame = self.gfn(page.binding - 1), self.state.frame(page.cached - 1)
+        return frame.gmap == entry.number + 1 or bool(entry.gpoison or frame.poison)
+
+    def op_returned(self, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
+        """What the caller is told, beside what the operation had said."""
+        ghost = self.state.ghost(self.who)
+        under_way = bool(ghost.op)
+        self.notes.append(facts.Returned(op, start, nr, ret, error_index, self.sizes.pages,
+                                         1 - ghost.ended if ghost.ended else None, bool(ghost.begun)))
+        if under_way or ghost.ended:
+            self._clear(ghost)
+
+    @staticmethod
+    def _clear(ghost: st.PartyGhost) -> None:
+        ghost.op = ghost.gfn = ghost.scope = ghost.toggled = ghost.removed = ghost.reasons = ghost.places = 0
+        ghost.writes = ghost.flushes = ghost.calls = ghost.stalls = ghost.ended = 0
+
+    # Of the pages of [start, start+nr) that there are.
+    def _mask(self, start: int, nr: int) -> int:
+        return sum(1 << i for i in range(max(start, 0), min(start + nr, self.sizes.pages)))
+
+    def _members(self, mask: int) -> tuple[int, ...]:
+        return tuple(i for i in range(self.sizes.pages) if mask >> i & 1)
+
+    # -- trees ---------------------------------------------------------------------------------------------------
+
+    def xa_load(self, tree: str, start: int, nr: int) -> tuple[int, ...]:
+        """Entries past the end of the file, or of the VM's gfns, are holes."""
+        if tree == "provided":
+            return tuple(self.gfn(i).provided if 0 <= i < self.sizes.gfns else 0 for i in range(start, start + nr))
+        field = TREES[tree]
+        return tuple(getattr(self.page(i), field) if 0 <= i < self.sizes.pages else 0 for i in range(start, start + nr))
+
+    def xa_store(self, tree: str, start: int, values: Entries) -> int:
+        """Stores past the end go nowhere on this host of few pages."""
+        for i, value in enumerate(values, start):
+            if tree == "provided":
+                if 0 <= i < self.sizes.gfns:
+                    self.gfn(i).provided = value
+            elif 0 <= i < self.sizes.pages:
+                self._store(TREES[tree], i, value)
+        return 0
+
+    def _store(self, field: str, index: int, value: int) -> None:
+        page = self.page(index)
+        if field == "attr" and page.attr != value:
+            ghost = self.state.ghost(self.who)
+            if ghost.op:
+                ghost.toggled ^= 1 << index
+            self.done_to("changes the attribute", index, always=self.bound())
+            setattr(page, field, value)
+            if page.cached:
+                self._attribute_changed(self.state.frame(page.cached - 1), page)
+        elif field == "binding" and page.binding != value:
+            self.done_to("changes the binding", index)
+        setattr(page, field, value)
+
+    # A page that becomes shared is given to the host as it is; one that becomes private is the guest's.
+    def _attribute_changed(self, frame: st.Frame, page: st.Page) -> None:
+        if page.attr == PRIVATE_PAGE:
+            self.note_private(frame, "converted")
+        else:
+            self.declassify(frame.number)
+
+    def xa_store_reserved(self, tree: str, start: int, values: Entries) -> None:
+        """A store that changes the attribute tree needs its reservation."""
+        if tree == "attributes":
+            if self._mask(start, len(values)) & ~self.file.reserved:
+                self.die("store into the attribute tree without preallocated nodes")
+            self.file.reserved = 0
+        self.xa_store(tree, start, values)
+
+    def xa_reserve(self, tree: str, start: int, nr: int) -> int:
+        """The nodes are there until they are used or given back."""
+        if tree == "attributes":
+            self.file.reserved = self._mask(start, nr)
+        return 0
+
+    def xa_release(self, tree: str) -> None:
+        """Given back unused."""
+        if tree == "attributes":
+            self.file.reserved = 0
+
+    # -- files and inodes ----------------------------------------------------------------------------------------
+
+    def alloc_inode(self) -> int:
+        """A file and its inode."""
+        self.file.files = self.file.inodes = 1
+        self.file.inode = ALIVE
+        self.file.refuses_readers = 0
+        return 0
+
+    def fd_install(self) -> None:
+        """User space sees it."""
+        self.file.fd = 1
+
+    def fd_close(self) -> bool:
+        """The descriptor goes; its file reference is the caller's to drop."""
+        open_before, self.file.fd = bool(self.file.fd), 0
+        return open_before
+
+    def fdget(self) -> bool:
+        """Not from a descriptor that is closed."""
+        if not self.file.fd:
+            return False
+        self.file.files += 1
+        return True
+
+    def fd_open(self) -> bool:
+        """Whether the VMM's descriptor is open."""
+        return bool(self.file.fd)
+
+    def get_file(self) -> bool:
+        """Not from a file whose last reference has gone."""
+        if not self.file.files:
+            self.against(GONE_BEFORE)
+            return False
+        self.file.files += 1
+        return True
+
+    def fput(self) -> bool:
+        """True: the last one."""
+        if not self.file.files:
+            self.die("fput of a file without references")
+        self.file.files -= 1
+        return not self.file.files
+
+    def igrab(self) -> bool:
+        """Not while it is being evicted."""
+        if self.file.inode != ALIVE:
+            self.against(GONE_BEFORE)
+            return False
+        self.file.inodes += 1
+        return True
+
+    def iput(self) -> bool:
+        """True: the last one."""
+        return self.drop_inode()
+
+    def destroy_inode(self) -> None:
+        """Its memory goes, and what its page cache still has with it."""
+        if self.file.inode != EVICTED:
+            self.die("destroy_inode of an inode that is in use")
+        if any(self.page(i).cached for i in range(self.sizes.pages)):
+            self.die("destroy_inode of an inode whose page cache is not empty")
+        if self.file.reserved:
+            self.die("destroy_inode of an inode with preallocated nodes")
+        if self.file.invalidate_w or self.file.invalidate_r:        # lockdep: "held lock freed!"
+            self.die("destroy_inode of an inode whose invalidate_lock is held")
+        self.file.inode, self.file.evictor = DESTROYED, 0
+        for index in range(self.sizes.pages):
+            page = self.page(index)
+            page.attr = page.binding = 0
+            page.expect = ZERO
+        self.file.refuses_readers = 0
+
+    # -- module and VM -------------------------------------------------------------------------------------------
+
+    def try_module_get(self) -> bool:
+        """Not once it is gone."""
+        if self.state.unloaded:
+            self.against(GONE_BEFORE)
+            return False
+        self.state.module += 1
+        return True
+
+    def module_put(self) -> None:
+        """A reference too many is a bug."""
+        if not self.state.module:
+            self.die("module_put without a reference")
+        self.state.module -= 1
+
+    def delete_module(self) -> int:
+        """Only when nobody holds it; its exit code gives back nothing by itself."""
+        if self.state.module:
+            return -EBUSY
+        self.state.unloaded = 1
+        return 0
+
+    def vm_state(self) -> str:
+        """running, dying, gone."""
+        if self.vm.vm != RUNNING:
+            self.against(GONE_BEFORE)
+        return VM_STATES[self.vm.vm]
+
+    def vm_kill(self) -> bool:
+        """The vCPUs leave the guest and do not come back."""
+        if self.vm.vm != RUNNING:
+            return False
+        self.vm.vm = DYING
+        return True
+
+    def vm_destroyed(self) -> None:
+        """Stage-2 tables and their TLB entries go with the VM; memory it still owns does not come back by itself.
+
+        Whoever uses a kernel mapping of a guest page holds the VM, so this waits for him.
+        """
+        if self.vm.gpc_readers:
+            self.wait()
+        self.vm.vm = GONE
+        first = self.vm.number * self.sizes.gfns
+        for frame in self.state.frames():
+            if first < frame.gmap <= first + self.sizes.gfns:
+                frame.gmap = frame.asked = 0
+            if frame.owner != HOST and frame.of == self.vm.number:
+                frame.locked_in = 0
+            if first < frame.gstale <= first + self.sizes.gfns:
+                frame.gstale = 0
+        for gfn in range(self.sizes.gfns):
+            self.gfn(gfn).gpoison = 0
+        self.vm.gpc = self.vm.gpc_fresh = 0
+        self.module_put()
+
+    # -- power ---------------------------------------------------------------------------------------------------
+
+    def pm_account(self, pages: int) -> int:
+        """Counted and refused atomically."""
+        if pages > 0 and self.state.preparing:
+            self.against(HIBERNATION)
+            return -EAGAIN
+        if self.state.away + pages < 0:
+            self.die("more pages come back to the host than had left it")
+        self.state.away += pages
+        return 0
+
+    def pm_prepare(self, what: str) -> int:
+        """Veto, or close the door."""
+        if self.state.away:
+            return -EBUSY
+        self.state.preparing = 1
+        return 0
+
+    def pm_post(self) -> None:
+        """The door opens."""
+        self.state.preparing = 0
+
+    def open_files(self) -> int:
+        """secretmem_users."""
+        return sum(file.files > 0 for file in self.state.all_files())
+
+    def freeze_processes(self) -> None:
+        """Tasks stop where they can: outside of every memory operation."""
+        held = any(f.invalidate_w or f.invalidate_r or f.invalidate_q or f.bindings_w or f.bindings_r or f.bindings_q
+                   for f in self.state.all_files())
+        if (held or any(f.lock or f.lookup or f.spec for f in self.state.frames())
+                or any(vm.gpc_readers for vm in self.state.vms())):
+            self.wait()
+        self.state.frozen = 1
+
+    def thaw_processes(self) -> None:
+        """They run again."""
+        self.state.frozen = 0
+
+    def hwpoison(self, index: int) -> Folio | None:
+        """Hardware reports the frame at *index*; memory_failure() holds a reference while it works."""
+        page = self.page(index)
+        if not page.cached:
+            return None
+        frame = self.state.frame(page.cached - 1)
+        if frame.poison:
+            return None
+        frame.poison = 1
+        frame.lookup += 1
+        return Folio(frame.number)
+
+    def memory_failure_done(self, folio: Folio, result: str) -> None:
+        """Who still reaches the page now, and what the handler makes of it."""
+        frame, ghost = self.state.frame(folio.pfn), self.state.ghost(self.who)
+        reached = {"the guest": (frame.gmap or frame.gstale) and self.vm.vm == RUNNING, "the VMM": frame.user,
+                   "the kernel": any(vm.gpc == frame.number + 1 for vm in self.state.vms())}
+        reasons = tuple(why for bit, why in enumerate(REASONS) if ghost.reasons >> bit & 1)
+        self.notes.append(facts.Contained(frame.number, result, tuple(who for who, how in reached.items() if how), reasons))
+        frame.handled = int(result == "delayed")
+        self._clear(ghost)
+
+    # -- saying so -----------------------------------------------------------------------------------------------
+
+    def warn(self, what: str) -> None:
+        """WARN_ON()."""
+        self.notes.append(facts.Warned(what))
+
+    def bug(self, what: str) -> None:
+        """BUG_ON()."""
+        self.die(what)

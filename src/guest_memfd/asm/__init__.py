@@ -1,0 +1,1 @@
+"""Assemblers for the guests: a toolchain, no part of a host."""

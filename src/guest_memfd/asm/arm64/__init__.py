@@ -1,0 +1,1 @@
+"""The assembler for A64."""

@@ -1,0 +1,1 @@
+"""The explorer: programs, places, tables, search."""

@@ -1,0 +1,1 @@
+"""Which scenarios a verdict takes, and who works them off."""

@@ -1,0 +1,171 @@
+"""The suite: which scenes and scenarios a question is put to, and what their answers come to together.
+
+Rule of this file: a report depends on the question alone, not on how the work was split or what was explored before.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from guest_memfd.core.hypervisor import Hypervisor
+from guest_memfd.designs import Design
+from guest_memfd.errors import BadInput, UnknownName
+from guest_memfd.explore.engine.scenario import World, scene_of, world
+from guest_memfd.explore.suite.case import Case
+from guest_memfd.explore.suite.plan import NAMED, plan
+from guest_memfd.explore.suite.pool import Pool, Schedule, jobs_for
+from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report
+from guest_memfd.explore.suite.work import Answer, Bench, Task
+from guest_memfd.laws import LAWS
+from guest_memfd.scenarios import SCENES
+from guest_memfd.words.scene import Scene
+
+__all__ = ["NAMED", "Found", "LawReport", "Limits", "Report", "check", "compare"]
+
+Progress = Callable[[int, int, str], None]
+Question = tuple[str | type[Design], str | Hypervisor]
+"""A design and a hypervisor: names, or the things themselves."""
+
+PERCENT = 100
+NO_LIMITS = Limits()
+
+
+def check(
+    design: str | type[Design], hypervisor: str | Hypervisor, *, scenes: Sequence[str | Scene] | None = None,
+    parties: Sequence[str] | None = None, scenario: str | None = None, laws: Sequence[str] | None = None,
+    limits: Limits = NO_LIMITS, full: bool = True, jobs: int | None = None, progress: Progress | None = None,
+) -> Report:
+    """Judge *design* under *hypervisor*: in *scenes* (None: all), on one scenario of parties or on the suite.
+
+    parties: those of one scenario, or a *scenario* of NAMED; without scenes it is put into the plainest one. laws: names of
+    those to judge by, None for all. full: the whole suite, or what is enough for a first look. jobs: processes, None for
+    one per CPU. progress is called with (done, 100, what was done last), done in per cent of the estimated work. Raises
+    BadInput (unknown names, parties that do not exist there, impossible limits), and what a design that misbehaves raises.
+    """
+    question: Question = (design, hypervisor)
+    return compare([question], scenes=scenes, parties=parties, scenario=scenario, laws=laws, limits=limits, full=full,
+                      jobs=jobs, progress=progress)[0]
+
+
+def compare(
+    pairs: Sequence[Question], *, scenes: Sequence[str | Scene] | None = None, parties: Sequence[str] | None = None,
+    scenario: str | None = None, laws: Sequence[str] | None = None, limits: Limits = NO_LIMITS, full: bool = True,
+    jobs: int | None = None, progress: Progress | None = None,
+) -> list[Report]:
+    """`check` for many designs and hypervisors at once, which share the processes; reports in the order of *pairs*."""
+    jobs = jobs_for(jobs)
+    judged = _judged(laws)
+    parties = _parties(parties, scenario)
+    places = _scenes(scenes, alone=parties is not None)
+    cases, worlds, tasks = [], list[World](), list[Task]()
+    for design, hypervisor in pairs:
+        case = Case(judged, suite=parties is None)
+        for place in places:
+            built = world(design, hypervisor, scene=place, failures=limits.failures, laws=judged)
+            asked = plan(built, full=full) if parties is None else [_one(built, parties)]
+            built.rehearsal.walk(party for names in asked for party in names)
+            case.add(len(worlds), built, len(asked))
+            tasks += [Task(len(tasks) + at, len(worlds), names) for at, names in enumerate(asked)]
+            worlds.append(built)
+        cases.append(case)
+    of = {number: case for case in cases for number in case.worlds}
+    deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
+    bench = Bench(worlds, limits.states, deadline)
+    with Pool(bench, min(jobs, len(tasks))) as pool:
+        weights = _weigh(pool, tasks, of) if len(tasks) > 1 else dict.fromkeys(tasks, 1.0)
+        clock = _Clock(worlds, of, weights, progress)
+        for task, answer in pool.run(Schedule(tasks, weights), clock.done).items():
+            of[task.world].take(task, answer)
+        _trace(pool, cases, clock)
+    return [case.report(limits, clock.seconds(case)) for case in cases]
+
+
+def _judged(laws: Sequence[str] | None) -> list[str]:
+    for law in laws or ():
+        LAWS[law]                                       # says why, if there is no such law, or it does not load
+    judged = [law for law in LAWS if laws is None or law in laws]
+    if not judged:
+        raise BadInput("no law to judge by")
+    return judged
+
+
+def _parties(parties: Sequence[str] | None, scenario: str | None) -> Sequence[str] | None:
+    if scenario is None:
+        return parties
+    if parties is not None:
+        raise BadInput(f"either parties or a scenario, not both ({', '.join(parties)} and {scenario!r})")
+    if scenario not in NAMED:
+        raise UnknownName("scenario", scenario, NAMED)
+    return NAMED[scenario]
+
+
+def _scenes(scenes: Sequence[str | Scene] | None, *, alone: bool) -> list[Scene]:
+    if scenes is None:
+        return list(SCENES.values())[:1] if alone else list(SCENES.values())
+    if not scenes:
+        raise BadInput(f"no scene to explore; known: {', '.join(SCENES)}")
+    return [scene_of(scene) if isinstance(scene, str) else scene for scene in scenes]
+
+
+def _one(built: World, parties: Sequence[str]) -> tuple[str, ...]:
+    built.must_have(parties)
+    return tuple(name for name in built.programs if name in parties)
+
+
+# How many states a scenario has is near the product of what its parties have alone (correlation of the logarithms: 0.96),
+# and those cost little to count: in the first of the scenes, for the others are like it. A party that fails alone fails in
+# a scenario, too, and is told then.
+def _weigh(pool: Pool, tasks: Sequence[Task], of: Mapping[int, Case]) -> dict[Task, float]:
+    first = {number: min(case.worlds) for number, case in of.items()}
+    parties = sorted({(task.world, party) for task in tasks for party in task.parties if task.world == first[task.world]})
+    alone = [Task(order, number, (party,), apart=True) for order, (number, party) in enumerate(parties)]
+    states = {
+        (task.world, *task.parties): answer.states
+        for task, answer in pool.attempt(Schedule(alone, dict.fromkeys(alone, 1.0))) if isinstance(answer, Answer)
+    }
+    return {task: float(math.prod(states.get((first[task.world], p)) or 1 for p in task.parties)) for task in tasks}
+
+
+# The traces that no new tables have told yet.
+def _trace(pool: Pool, cases: Sequence[Case], clock: _Clock) -> None:
+    again: dict[Task, Task] = {}
+    for case in cases:
+        for task, wanted in case.to_trace().items():
+            if case.answers[task].traces is None:
+                again[replace(task, trace=tuple(wanted))] = task
+    told = pool.run(Schedule(list(again), {new: clock.weights[task] for new, task in again.items()}), clock.done)
+    answers = {again[new]: answer for new, answer in told.items()}
+    for case in cases:
+        for task, wanted in case.to_trace().items():
+            case.take_traces(task, wanted, answers.get(task, case.answers[task]))
+
+
+class _Clock:
+    """Says how far the work is, and keeps the time of each case, from the start of its first task to its last's end."""
+
+    def __init__(
+        self, worlds: Sequence[World], of: Mapping[int, Case], weights: Mapping[Task, float], progress: Progress | None
+    ) -> None:
+        self.worlds, self.of, self.weights, self.progress = worlds, of, weights, progress
+        self.total = sum(weights.values())
+        self.finished = 0.0
+        self.began: dict[int, float] = {}
+        self.ended: dict[int, float] = {}
+
+    def done(self, task: Task, answer: Answer) -> None:
+        """One more task is done."""
+        now, case = time.monotonic(), id(self.of[task.world])
+        self.began[case] = min(self.began.get(case, math.inf), now - answer.seconds)
+        self.ended[case] = now
+        self.finished += self.weights.get(task, 0)
+        if self.progress is not None:
+            world = self.worlds[task.world]
+            self.progress(int(PERCENT * self.finished / self.total), PERCENT,
+                          f"{world.design.name} on {world.hypervisor.name}, {world.scene.name}: {', '.join(task.parties)}")
+
+    def seconds(self, case: Case) -> float:
+        """Wall seconds of *case*."""
+        return max(self.ended.get(id(case), 0.0) - self.began.get(id(case), 0.0), 0.0)

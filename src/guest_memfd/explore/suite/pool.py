@@ -1,0 +1,253 @@
+"""Doing the tasks of a suite in several processes, all of them busy until the end.
+
+Rule of this file: it decides who does what when, and nothing else; what comes out is the same for any number of jobs.
+A process stays with one world as long as there is work in it, because it keeps that world's tables; then it opens the
+world with most work left, and at the end helps where most is left. Within a world the biggest scenario comes first.
+
+Processes are forked, so that they inherit the worlds (procedures are closures, and cannot be sent). Where there is no
+fork everything is done here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from guest_memfd.errors import BadInput, DesignRaised, HostUnavailable, InternalError
+from guest_memfd.explore.suite.work import Answer, Bench, Task
+
+OnDone = Callable[[Task, Answer], None]
+
+
+MOST_JOBS = 1024
+_PDEATHSIG = 1
+"""prctl(2): the signal that a process gets when its parent ends (include/uapi/linux/prctl.h)."""
+
+
+class Failed(NamedTuple):
+    """A task raised; in words. *for_memory*: because there was none left, which says nothing about the task."""
+
+    what: str
+    for_memory: bool = False
+
+
+class Schedule:
+    """What is still to be done. *weights* says how much work a task is thought to be."""
+
+    def __init__(self, tasks: Sequence[Task], weights: Mapping[Task, float]) -> None:
+        self.waiting: dict[int, list[Task]] = {}
+        self.left: dict[int, float] = {}
+        self.opened: set[int] = set()
+        self.weights = weights
+        for task in sorted(tasks, key=lambda t: (weights[t], -t.order)):
+            self.waiting.setdefault(task.world, []).append(task)
+            self.left[task.world] = self.left.get(task.world, 0) + weights[task]
+
+    def next(self, last: int | None) -> Task | None:
+        """A task for a process that has worked on world *last*; None when there is none."""
+        world = last if last is not None and self.waiting.get(last) else self._heaviest()
+        if world is None:
+            return None
+        self.opened.add(world)
+        task = self.waiting[world].pop()
+        self.left[world] -= self.weights[task]
+        return task
+
+    def _heaviest(self) -> int | None:
+        open_ = [world for world, tasks in self.waiting.items() if tasks]
+        untouched = [world for world in open_ if world not in self.opened]
+        return max(untouched or open_, key=lambda world: (self.left[world], -world), default=None)
+
+    def drop_after(self, order: int) -> None:
+        """Forget the tasks that come after number *order*: one before them has failed."""
+        for world, tasks in self.waiting.items():
+            self.waiting[world] = [task for task in tasks if task.order < order]
+
+
+class Pool:
+    """*jobs* processes at *bench*; one: this one. A context manager: the processes end with it, whatever happens."""
+
+    def __init__(self, bench: Bench, jobs: int) -> None:
+        self.bench = bench
+        self.jobs = jobs if "fork" in multiprocessing.get_all_start_methods() else 1
+        self._workers: dict[Connection, BaseProcess] = {}
+
+    def __enter__(self) -> Pool:
+        if self.jobs > 1:
+            fork = multiprocessing.get_context("fork")
+            for _ in range(self.jobs):
+                # Where there is no room for one more process or pipe, those that there are do all of it, or this one.
+                with suppress(OSError):
+                    self._start(*fork.Pipe(), fork)
+        return self
+
+    def _start(self, ours: Connection, theirs: Connection, fork: Any) -> None:
+        args = (theirs, [*self._workers, ours], self.bench, os.getpid())
+        process = fork.Process(target=_serve, args=args, daemon=True)
+        try:
+            process.start()
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._workers[ours] = process
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._workers.values():
+            process.terminate()
+        for ours, process in self._workers.items():
+            process.join()
+            ours.close()
+        self._workers.clear()
+
+    def run(self, schedule: Schedule, on_done: OnDone) -> dict[Task, Answer]:
+        """Do all tasks; raises what the first of them (in their order, not in time) raises.
+
+        HostUnavailable when there is no memory left. InternalError when a process dies, or when what failed there does not
+        fail here.
+        """
+        answers: dict[Task, Answer] = {}
+        failed: dict[Task, Failed] = {}
+        for task, answer in self.attempt(schedule):
+            if isinstance(answer, Failed):
+                if answer.for_memory:
+                    raise HostUnavailable(f"there was no memory left to explore {', '.join(task.parties)}; {_LESS}")
+                failed[task] = answer
+                schedule.drop_after(task.order)
+            else:
+                answers[task] = answer
+                on_done(task, answer)
+        if failed:
+            first = min(failed, key=lambda task: task.order)
+            self._again(first, failed[first])
+        return answers
+
+    def attempt(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
+        """Do all tasks, whatever fails; in the order in which they end."""
+        if self._workers:
+            yield from self._spread(schedule)
+            return
+        last = None
+        with _without_gc():
+            while (task := schedule.next(last)) is not None:
+                last = task.world
+                yield task, _attempt(self.bench, task)
+
+    def _spread(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
+        busy: dict[Connection, Task] = {}
+        last: dict[Connection, int | None] = dict.fromkeys(self._workers)
+        idle = list(self._workers)
+        while True:
+            for ours in idle:
+                task = schedule.next(last[ours])
+                if task is not None:
+                    busy[ours], last[ours] = task, task.world
+                    with suppress(BrokenPipeError, ConnectionResetError):   # it has died: said when it is waited for
+                        ours.send(task)
+            if not busy:
+                return
+            idle = [ours for ours in connection.wait(list(busy)) if isinstance(ours, Connection)]
+            for ours in idle:
+                task = busy.pop(ours)
+                yield task, self._receive(ours, task)
+
+    def _receive(self, ours: Connection, task: Task) -> Answer | Failed:
+        try:
+            answer: Answer | Failed = ours.recv()
+        except (EOFError, ConnectionResetError):
+            process = self._workers[ours]
+            process.join()
+            words = f"the process that explored {', '.join(task.parties)} has died ({_ending(process)}); {_LESS}"
+            # Nobody else kills with that signal as a rule: the kernel does when memory is short.
+            raise (HostUnavailable if process.exitcode == -signal.SIGKILL else InternalError)(words) from None
+        return answer
+
+    # On new tables and in this process, so that the error has its class and cause, and the trace in it is the same
+    # however the work was split.
+    def _again(self, task: Task, failed: Failed) -> None:
+        self.bench.deadline = None
+        self.bench.do(Task(task.order, task.world, task.parties, apart=True))
+        raise self.bench.worlds[task.world].blame(
+            f"exploring {', '.join(task.parties)} raised {failed.what}, and does not when repeated")
+
+
+def _attempt(bench: Bench, task: Task) -> Answer | Failed:
+    try:
+        return bench.do(task)
+    except Exception as error:
+        cause = None if isinstance(error, DesignRaised) else error.__cause__        # whose doing it is has been told
+        if isinstance(error, MemoryError) or isinstance(cause, MemoryError):
+            bench.forget()
+            return Failed("MemoryError", for_memory=True)
+        return Failed(f"{type(error).__name__}: {error}")
+
+
+def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench, parent: int) -> None:
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):       # a terminal's: the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with(parent)
+    for other in others:
+        other.close()
+    gc.disable()
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            answer = _attempt(bench, theirs.recv())
+            try:
+                theirs.send(answer)
+            except MemoryError:
+                del answer
+                bench.forget()
+                theirs.send(Failed("MemoryError", for_memory=True))
+
+
+def end_with(parent: int) -> None:
+    """Let this process end when *parent*, which started it, does: however it ends, and whatever is done then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:                          # it has ended already
+        os._exit(1)
+
+
+_LESS = "fewer processes (-j 1) or a limit (--max-states N) need less"
+
+
+def _ending(process: BaseProcess) -> str:
+    code = process.exitcode or 0
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+# Tables hold millions of small tuples and no cycles: looking for cycles costs a quarter of the time and finds none.
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def jobs_for(jobs: int | None) -> int:
+    """How many processes to use: *jobs*, or (None) one for each CPU this process may run on; BadInput if too many."""
+    if jobs is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not 1 <= jobs <= MOST_JOBS:
+        raise BadInput(f"the number of jobs must be at least 1, not {jobs}" if jobs < 1 else
+                       f"the number of jobs must be {MOST_JOBS} at most, not {jobs}")
+    return jobs

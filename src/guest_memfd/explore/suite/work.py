@@ -1,0 +1,111 @@
+"""One piece of a suite, in whichever process it is done: explore one scenario, on tables that are kept or on new ones.
+
+Rule of this file: what is answered depends on the task alone. How long a shortest trace is does; which of several
+shortest traces comes out depends on the order in which states were numbered, so traces leave here only if they were
+found on tables that nothing had been explored on before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from guest_memfd.explore.engine.explorer import NEVER_ENDS, Finding, Result, Tables
+from guest_memfd.explore.engine.scenario import World
+from guest_memfd.explore.suite.coverage import Coverage, covered
+
+ROOMY = 200_000
+"""Host states after which kept tables are given up: some 500 MB, and what they save is a third of the time at most."""
+
+EVER = 1 << 60
+NOTHING = Coverage()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Explore *parties* in world number *world*; *order* is its place among all tasks of the run.
+
+    trace: (law, evidence, steps) that are wanted with their traces, None for a first look.
+    apart: do not keep the tables.
+    """
+
+    order: int
+    world: int
+    parties: tuple[str, ...]
+    trace: tuple[tuple[str, str, int], ...] | None = None
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What exploring saw. broken: (law, evidence, steps, injected failures among them).
+
+    traces: the findings, if these tables could tell.
+    limit: ``states`` or ``seconds``, if one was reached. coverage: what has happened on the tables it was explored on.
+    """
+
+    states: int
+    transitions: int
+    seconds: float
+    limit: str | None
+    broken: tuple[tuple[str, str, int, int], ...] = ()
+    traces: tuple[Finding, ...] | None = None
+    coverage: Coverage = NOTHING
+
+
+class Bench:
+    """Where tasks are done: the worlds, and the tables of the one that was worked on last."""
+
+    def __init__(self, worlds: Sequence[World], max_states: int | None, deadline: float | None) -> None:
+        self.worlds, self.max_states, self.deadline = worlds, max_states or EVER, deadline
+        self._tables: Tables | None = None
+        self._world = -1
+        self._seen, self._coverage = 0, NOTHING      # facts of these tables that have been looked at
+
+    def do(self, task: Task) -> Answer:
+        """Explore; raises what a design, party or hypervisor raises."""
+        world = self.worlds[task.world]
+        world.rehearsal.repeat(task.parties)
+        if task.trace is not None:
+            return self._trace(world, task.parties, task.trace)
+        left = EVER if self.deadline is None else self.deadline - time.monotonic()
+        if left <= 0:
+            return Answer(0, 0, 0.0, "seconds")
+        tables = _new(world) if task.apart else self._kept(task.world)
+        untouched = not tables.shared
+        result = world.explorer(task.parties, tables).run(self.max_states, left)
+        limit = None if result.limit is None else "states" if result.states > self.max_states else "seconds"
+        broken = tuple((f.law, f.evidence, len(f.steps), f.injected) for f in result.findings)
+        traces = tuple(result.findings) if untouched else None
+        coverage = NOTHING if task.apart else self._covered(tables)
+        return Answer(result.states, result.transitions, result.seconds, limit, broken, traces, coverage)
+
+    def forget(self) -> None:
+        """Give the kept tables up."""
+        self._tables = None
+
+    def _kept(self, number: int) -> Tables:
+        if self._tables is None or self._world != number or len(self._tables.shared) > ROOMY:
+            self.forget()                               # first let the old ones go
+            self._tables, self._world = _new(self.worlds[number]), number
+            self._seen, self._coverage = 0, NOTHING
+        return self._tables
+
+    def _covered(self, kept: Tables) -> Coverage:
+        self._coverage |= covered(islice(kept.facts, self._seen, None))
+        self._seen = len(kept.facts)
+        return self._coverage
+
+    # No deadline here: it has been that deep before.
+    def _trace(self, world: World, parties: tuple[str, ...], wanted: tuple[tuple[str, str, int], ...]) -> Answer:
+        self.forget()
+        endless = any(evidence == NEVER_ENDS for _, evidence, _ in wanted)
+        deepest = EVER if endless else max(steps for _, _, steps in wanted)
+        result: Result = world.explorer(parties, _new(world)).run(self.max_states, EVER, deepest)
+        return Answer(result.states, result.transitions, result.seconds, None, traces=tuple(result.findings))
+
+
+def _new(world: World) -> Tables:
+    return Tables(world.machine, world.laws)

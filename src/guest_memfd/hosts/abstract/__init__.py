@@ -1,5 +1,0 @@
-"""The abstract host: a page is a few small fields, so that every interleaving can be explored."""
-
-from guest_memfd.hosts.abstract.machine import AbstractHost
-
-__all__ = ["AbstractHost"]

@@ -1,0 +1,74 @@
+"""What owns a file descriptor. Rules of this file: closed once, EBADF afterwards, and never inherited by an exec."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from errno import EBADF
+
+from guest_memfd.errors import BadInput, SyscallFailed
+from guest_memfd.uapi import owned
+
+dropped: Callable[[str], object] | None = None
+"""Told of what was never closed, in place of the warning: for tests that count."""
+
+
+class Owned(owned.Owned):
+    """Given up by the garbage collector if by nobody else, which is a ResourceWarning, as for Python's own files."""
+
+    closed = True                   # until there is something to close: a constructor may raise
+
+    # At the end of the interpreter the kernel closes everything, and nothing here can be relied on.
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.closed or finalizing():
+            return
+        try:
+            if dropped is None:
+                warnings.warn(f"never closed: {self!r}", ResourceWarning, source=self, stacklevel=1)
+            else:
+                dropped(repr(self))
+        finally:
+            self.close()
+
+
+class Descriptor(Owned):
+    """Owner of *fd*, which is called *name* in messages. The kernel opens most of these without O_CLOEXEC; it is set here.
+
+    Another thread's fork and exec in between still inherits it: nothing can be done about that from outside the kernel.
+    """
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd, self.name, self.closed = fd, name, False
+        try:
+            os.set_inheritable(fd, False)
+        except OSError as error:
+            self.close()
+            raise SyscallFailed(error.errno or 0, "FIOCLEX", name) from error
+
+    def fileno(self) -> int:
+        """The descriptor; raises SyscallFailed(EBADF) once closed."""
+        if self.closed:
+            raise SyscallFailed(EBADF, self.name, "it has been closed")
+        return self._fd
+
+    # The kernel refuses -1, too: the shortest calls leave it to that instead of asking `fileno`.
+    def _release(self) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}, {'closed' if self.closed else f'fd {self._fd}'}>"
+
+
+def number_of(owner: object) -> int:
+    """The descriptor of something the kernel is told about; -1, which it refuses, once closed or for None.
+
+    Raises BadInput for what was never a descriptor of this host.
+    """
+    if owner is None:
+        return -1
+    if not isinstance(owner, Descriptor):
+        raise BadInput(f"{owner!r} is no file of the Linux host")
+    return owner._fd

@@ -1,0 +1,122 @@
+"""/dev/gunyah, series v17. Rule of this file: one method, one ioctl, with the argument as `abi.gunyah` lays it out.
+
+Arguments that the driver refuses go to it as they are; so does a closed descriptor, as -1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from errno import EACCES, ENODEV, ENOENT, ENXIO, EPERM
+from mmap import MAP_SHARED, PROT_READ, PROT_WRITE
+from typing import cast
+
+from guest_memfd.errors import SyscallFailed
+from guest_memfd.linux import syscall
+from guest_memfd.linux.abi import gunyah as abi
+from guest_memfd.linux.fd import Descriptor, number_of
+from guest_memfd.linux.guest_memfd import MemoryFile
+from guest_memfd.linux.system import open_device
+from guest_memfd.uapi.gunyah import PATH, Exit, FnType, FnVcpuArg, GunyahDevice, Ioctl, MemFlag, VcpuRun
+from guest_memfd.uapi.memory import GuestMemory
+
+_HELP = {
+    ENOENT: "this is no Gunyah host, or its kernel lacks the Gunyah driver",
+    ENODEV: "the driver found no Gunyah hypervisor below it",
+    ENXIO: "the device node is there but no driver serves it",
+    EACCES: "become root, or a member of the group that owns it",
+    EPERM: "a device policy (a container's, for example) forbids it",
+}
+
+
+class Device(Descriptor):
+    """uapi/gunyah.py GunyahDevice. Raises HostUnavailable."""
+
+    def __init__(self, path: str = PATH) -> None:
+        super().__init__(open_device(path, _HELP), path)
+
+    def create_vm(self, arg: int = 0) -> Vm:
+        """CREATE_VM."""
+        return Vm(syscall.ioctl(self.fileno(), Ioctl.CREATE_VM, arg, call="GUNYAH_CREATE_VM", why=f"argument {arg}"))
+
+    def create_guest_mem(self, size: int, flags: int = MemFlag.CLOEXEC) -> MemoryFile:
+        """CREATE_GUEST_MEM, bytes; close-on-exec is set whatever *flags* say."""
+        fd = syscall.ioctl(self.fileno(), Ioctl.CREATE_GUEST_MEM, abi.CreateMemArgs(flags, size),
+                           call="GUNYAH_CREATE_GUEST_MEM", why=f"{size:#x} bytes, flags {flags:#x}")
+        return MemoryFile(fd, "gunyah-guest-mem", size)
+
+
+class Vm(Descriptor):
+    """uapi/gunyah.py GunyahVm, of *fd*."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd, "gunyah-vm")
+
+    def map_mem(self, memory: GuestMemory, guest_addr: int, offset: int, size: int, flags: int) -> None:
+        """MAP_MEM, also to unmap."""
+        syscall.ioctl(self.fileno(), Ioctl.MAP_MEM, abi.MapMemArgs(guest_addr, flags, number_of(memory), offset, size),
+                      call="GUNYAH_VM_MAP_MEM", why=f"{size:#x} bytes at {guest_addr:#x}, flags {flags:#x}")
+
+    def set_dtb_config(self, guest_phys_addr: int, size: int) -> None:
+        """SET_DTB_CONFIG, bytes."""
+        syscall.ioctl(self.fileno(), Ioctl.SET_DTB_CONFIG, abi.VmDtbConfig(guest_phys_addr, size),
+                      call="GUNYAH_VM_SET_DTB_CONFIG", why=f"{size:#x} bytes at {guest_phys_addr:#x}")
+
+    def set_boot_context(self, reg: int, value: int, reserved: int = 0) -> None:
+        """SET_BOOT_CONTEXT; again after a signal, which may hit it while it waits for the VM's lock."""
+        argument = abi.VmBootContext(reg, reserved, value)
+        syscall.until_done(lambda: syscall.ioctl(self.fileno(), Ioctl.SET_BOOT_CONTEXT, argument,
+                                                 call="GUNYAH_VM_SET_BOOT_CONTEXT", why=f"register {reg:#x}"))
+
+    def start(self) -> None:
+        """START."""
+        syscall.ioctl(self.fileno(), Ioctl.START, call="GUNYAH_VM_START")
+
+    def add_function(self, kind: int, arg: bytes) -> Vcpu | None:
+        """ADD_FUNCTION; a Vcpu for that kind."""
+        fd = self._function(Ioctl.ADD_FUNCTION, "GUNYAH_VM_ADD_FUNCTION", kind, arg)
+        return Vcpu(fd) if kind == FnType.VCPU else None
+
+    def remove_function(self, kind: int, arg: bytes) -> None:
+        """REMOVE_FUNCTION."""
+        self._function(Ioctl.REMOVE_FUNCTION, "GUNYAH_VM_REMOVE_FUNCTION", kind, arg)
+
+    def _function(self, request: int, call: str, kind: int, arg: bytes) -> int:
+        data = ctypes.create_string_buffer(arg, len(arg))
+        return syscall.ioctl(self.fileno(), request, abi.FnDesc(kind, len(arg), ctypes.addressof(data)),
+                             call=call, why=f"function {kind}, {len(arg)} bytes")
+
+    def add_vcpu(self, index: int) -> Vcpu:
+        """ADD_FUNCTION of a vCPU."""
+        made = self.add_function(FnType.VCPU, FnVcpuArg(index).pack())
+        assert made is not None
+        return made
+
+
+class Vcpu(Descriptor):
+    """uapi/gunyah.py GunyahVcpu, of *fd*; `page` is what the driver shows, not a copy."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd, "gunyah-vcpu")
+        try:
+            self._size = syscall.ioctl(fd, Ioctl.VCPU_MMAP_SIZE, call="GUNYAH_VCPU_MMAP_SIZE")
+            self._address = syscall.mmap(fd, 0, self._size, PROT_READ | PROT_WRITE, MAP_SHARED)
+        except SyscallFailed:
+            self.closed = True
+            super()._release()
+            raise
+        self._view = memoryview((ctypes.c_ubyte * self._size).from_address(self._address)).cast("B")
+        self.page = VcpuRun(cast(bytearray, self._view))        # written and read in place, as a bytearray would be
+
+    def run(self) -> Exit:
+        """VCPU_RUN."""
+        syscall.ioctl(self.fileno(), Ioctl.VCPU_RUN, call="GUNYAH_VCPU_RUN")
+        return self.page.exit
+
+    def _release(self) -> None:
+        self._view.release()                # whoever uses `page` now gets a ValueError
+        syscall.munmap(self._address, self._size)
+        super()._release()
+
+
+_KEPT: type[GunyahDevice] = Device
+# For the type checker: Device, and through it VMs, vCPUs, files and mappings, keep what uapi/ promises.

@@ -1,0 +1,133 @@
+"""The abstraction function: what the abstract host would call the state that the emulated machine is in.
+
+Rule of this file: every field is read from where the machine keeps it - descriptors in RAM, EL2's records, TLBs, struct
+folio, bytes - or from the tracer, if it is a ghost. Nothing is remembered between two calls.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.abstract import state as st
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.page import KINDS, Page
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.words.pagestate import ALLOCATED, FREE, GONE, KEPT, OWNERS, ZERO
+from guest_memfd.words.primitives import OPS
+
+
+def abstraction(host: EmulatedHost, sizes: st.Sizes, failures: int = 0, refusals: int = 0) -> bytes:
+    """The state of abstract, of *sizes*, that *host*'s machine is in: frame i is the i-th of those it watches.
+
+    *failures* and *refusals* are the scheduler's to know: how many may still be injected.
+    """
+    state = st.State.empty(sizes)
+    for frame, pa in zip(state.frames(), host.machine.watched, strict=True):
+        _frame(host, frame, pa)
+    for page in state.pages():
+        _page(host, page)
+    for gfn in state.gfns():
+        _gfn(host, gfn)
+    for ghost in state.ghosts():
+        _ghost(host, ghost, sizes.pages)
+    _file(host, state.file())
+    _vm(host, state.vm())
+    _globals(host, state)
+    state.failures, state.refusals = failures, refusals
+    return state.save()
+
+
+def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
+    machine, driver, vm = host.machine, host.machine.driver, host.vm
+    frame.owner = OWNERS.index(driver.owner(pa))
+    frame.s1 = machine.kernel_maps(pa)
+    frame.stale = not frame.s1 and machine.holds_kernel(pa)
+    frame.s2 = machine.host_reaches(pa)
+    if vm.state != GONE:
+        mapped = driver.guest_maps(vm, pa)
+        frame.gmap = 0 if mapped is None else mapped // PAGE + 1
+        frame.asked = mapped is not None and pa in machine.tracer.asked
+        stale = machine.stale_guest_gfn(vm, pa)
+        frame.gstale = 0 if stale is None else stale + 1
+        frame.locked_in = driver.locked_in(vm, pa)
+    frame.user = _shown_at(host, pa)
+    frame.stuck = pa in driver.stuck
+    page = machine.pages.get(pa // PAGE)
+    frame.content = machine.tracer.content(page or Page(pa, 0))
+    frame.allocated = KEPT if page and page.retired else ALLOCATED if page else FREE
+    if page is not None:
+        if page.refcount != page.kinds():
+            raise AssertionError(f"pfn {pa // PAGE:#x}: {page.refcount} references, {page.kinds()} by kind")
+        for kind in KINDS:
+            setattr(frame, kind, getattr(page, kind))
+        frame.slot = page.index + 1 if page.inode is host.inode else 0
+        frame.lock = 0 if page.lock is None else page.lock + 1
+        frame.uptodate, frame.private, frame.poison = page.uptodate, page.private, page.hwpoison
+        frame.handled = page.handled
+
+
+# Page index + 1 at which the VMM's page table has the frame; a TLB entry that says otherwise goes first.
+def _shown_at(host: EmulatedHost, pa: int) -> int:
+    mapping = host.inode.mapping
+    table = {index for index in range(host.inode.size) if mapping.lookup(index) == pa} if mapping is not None else set()
+    outlived = set(host.machine.user_indexes(pa)) - table
+    return min(outlived or table, default=-1) + 1
+
+
+def _page(host: EmulatedHost, page: st.Page) -> None:
+    machine, inode, index = host.machine, host.inode, page.number
+    cached = inode.find(index)
+    page.cached = machine.number(cached.pa) + 1 if cached else 0
+    page.attr = inode.entry("attributes", index)
+    page.binding = inode.entry("bindings", index)
+    page.expect = machine.tracer.expected.get((inode, index), ZERO)
+
+
+def _gfn(host: EmulatedHost, gfn: st.Gfn) -> None:
+    gfn.provided = host.inode.entry("provided", gfn.number)
+    gfn.gpoison = host.vm.state != GONE and host.machine.driver.poisoned(host.vm, gfn.number)
+
+
+def _ghost(host: EmulatedHost, ghost: st.PartyGhost, pages: int) -> None:
+    tracer = host.machine.tracer
+    ghost.begun = host.vm.begun[ghost.number]
+    ghost.announced = _mask(tracer.announced.get(ghost.number, range(0)), pages)
+    ghost.ended = 1 - tracer.ended[ghost.number] if ghost.number in tracer.ended else 0
+    operation = tracer.operations.get(ghost.number)
+    if operation is not None:
+        ghost.op = OPS.index(operation.op) + 1
+        ghost.gfn = 0 if operation.gfn is None else operation.gfn + 1
+        ghost.scope = _mask(range(operation.start, operation.start + operation.nr), pages)
+        ghost.toggled, ghost.removed = _mask(operation.toggled, pages), _mask(operation.removed, pages)
+        ghost.reasons, ghost.places = operation.reasons, _mask(operation.places, pages)
+        for what, count in operation.cost.items():
+            setattr(ghost, what, count)
+
+
+def _mask(members: range | set[int], pages: int) -> int:
+    return sum(1 << i for i in members if 0 <= i < pages)
+
+
+def _file(host: EmulatedHost, file: st.File) -> None:
+    inode = host.inode
+    for name, sem in (("invalidate", inode.invalidate), ("bindings", inode.bindings)):
+        setattr(file, f"{name}_w", 0 if sem.writer is None else sem.writer + 1)
+        setattr(file, f"{name}_r", sem.readers)
+        setattr(file, f"{name}_q", 0 if sem.queued is None else sem.queued + 1)
+    file.fd, file.files, file.inodes = inode.fd, inode.files, inode.references
+    file.inode, file.evictor = inode.life, 0 if inode.evictor is None else inode.evictor + 1
+    file.vma = len(inode.mapping.vmas) if inode.mapping else 0
+    file.reserved, file.refuses_readers = _mask(inode.reserved, inode.size), inode.refuses_readers
+
+
+def _vm(host: EmulatedHost, record: st.Vm) -> None:
+    vm = host.vm
+    record.vm, record.progress = vm.state, vm.begun.total()
+    record.gpc = host.machine.number(vm.gpc.pa) + 1 if vm.gpc else 0
+    record.gpc_fresh, record.gpc_readers = vm.gpc_fresh, vm.gpc_readers
+
+
+def _globals(host: EmulatedHost, state: st.State) -> None:
+    machine = host.machine
+    state.module, state.unloaded = machine.module.refcount, machine.unloaded
+    state.away, state.preparing, state.frozen = machine.power.away, machine.power.preparing, machine.power.frozen
+    state.leaked = machine.leaked
+    state.panic = machine.dead is not None

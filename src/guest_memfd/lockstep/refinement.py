@@ -1,0 +1,256 @@
+"""Refinement: the same schedule on the abstract and on the emulated host, compared after every primitive.
+
+Rule of this file: one procedure per party, two hosts. The abstract host says what may happen; the emulated machine has
+to do just that - the same result, the same facts for the laws, and a state whose abstraction is the abstract state. A
+failure is injected only where the machine can really fail.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from guest_memfd.abstract import state as st
+from guest_memfd.errors import BadInput, GuestMemfdError
+from guest_memfd.explore.engine.scenario import World, set_scene
+from guest_memfd.laws import LAWS
+from guest_memfd.lockstep.abstraction import abstraction
+from guest_memfd.machine.adversary import Adversary
+from guest_memfd.machine.boot import Machine
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.panic import Blocked, KernelPanic
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.words import facts
+from guest_memfd.words.outcome import STAY, Outcome
+from guest_memfd.words.primitives import SILENT, Folio, Lookup, Primitive, Steps
+from guest_memfd.words.scene import Scene
+
+PFNS = frozenset({"load_unaligned_zeropad", "copy_from_kernel_nofault", "image_copy"})
+"""Primitives whose first argument is a frame number."""
+
+
+class Diverged(GuestMemfdError):  # noqa: N818 - named after what happened
+    """The two hosts do not agree; the message says in which step, and on what."""
+
+
+@dataclass
+class Pair:
+    """Both hosts, in the same state, and what has happened to them."""
+
+    world: World
+    host: EmulatedHost
+    adversary: Adversary
+    shared: bytes = b""
+    steps: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)         # law -> first evidence, from the emulated side
+    ended: str = ""                                               # why nothing more can happen: a panic, a stray guest
+
+    # -- one primitive on both -----------------------------------------------------------------------------------
+
+    def blocked(self, who: int, primitive: Primitive) -> bool:
+        """Whether *primitive* has to wait; both hosts must say the same."""
+        if self.world.machine.outcomes(self.shared, who, primitive):
+            return False
+        try:
+            result = self.host.perform(self._out(primitive), who)
+        except Blocked:
+            return True
+        raise self._diverged(who, primitive, f"waits on the abstract host, returns {result!r} on the emulated one")
+
+    def outcomes(self, who: int, primitive: Primitive) -> list[Outcome]:
+        """What the abstract host allows and the emulated machine can do."""
+        allowed = self.world.machine.outcomes(self.shared, who, primitive)
+        if len(allowed) > 1 and not self.adversary.can_fail(self.host, self._out(primitive)):
+            return allowed[:1]
+        return allowed
+
+    def step(self, who: int, primitive: Primitive, outcome: Outcome) -> Any:
+        """Carry *primitive* out on both, as *outcome* has it; the result. Raises Diverged."""
+        self.steps.append(f"{who} {primitive}{' fails' if outcome.failed else ''}")
+        self.adversary.speculate(self.host)
+        if outcome.failed:
+            if not self.adversary.can_fail(self.host, self._out(primitive)):
+                raise self._diverged(who, primitive, "cannot fail on the emulated machine as it is now")
+            self.adversary.fail_next(self._out(primitive), outcome.result)
+        try:
+            result = self._in(self.host.perform(self._out(primitive), who))
+        except Blocked:
+            raise self._diverged(who, primitive, "waits on the emulated host only") from None
+        except KernelPanic:
+            result = None
+        self._compare(who, primitive, outcome, result)
+        self.shared = outcome.shared
+        self._judge()
+        return result
+
+    def _compare(self, who: int, primitive: Primitive, outcome: Outcome, result: Any) -> None:
+        if result is not outcome.result and result != outcome.result:
+            raise self._diverged(who, primitive, f"returns {outcome.result!r} on the abstract host, {result!r} here")
+        said, seen = _comparable(outcome.notes), _comparable(self.host.notes)
+        if said != seen:
+            raise self._diverged(who, primitive, f"abstract facts {said}\n  emulated facts {seen}")
+        left = st.State(outcome.shared)
+        now = abstraction(self.host, self.world.machine.sizes, left.failures, left.refusals)
+        stray = any(isinstance(note, facts.StrayGuest) for note in outcome.notes)
+        if now != outcome.shared and not stray:
+            differences = ", ".join(f"{name}: abstract {old}, emulated {new}"
+                                    for name, old, new in st.changes(outcome.shared, now))
+            raise self._diverged(who, primitive, differences)
+        # The abstract host lets a stray guest read and write nothing; from here on the two would drift apart.
+        if stray:
+            self.ended = "a guest strayed"
+        elif self.world.machine.halted(outcome.shared):
+            self.ended = "the kernel has stopped"
+
+    # The state is the machine's as well: they have just been compared.
+    def _judge(self) -> None:
+        for law in self.world.laws:
+            words = [law.in_state(self.shared), *map(law.on_note, self.host.notes)]
+            for evidence in words:
+                if evidence is not None:
+                    self.broken.setdefault(law.name, evidence)
+
+    def _diverged(self, who: int, primitive: Primitive, what: str) -> Diverged:
+        last = "\n  ".join(self.steps[-12:])
+        return Diverged(f"{self.world.design.name} on {self.world.hypervisor.name}, {self.host.machine}: party {who}, "
+                        f"{primitive}:\n  {what}\nafter\n  {last}")
+
+    # -- frame numbers -------------------------------------------------------------------------------------------
+
+    def _out(self, primitive: Primitive) -> Primitive:
+        args = tuple(map(self._real, primitive.args))
+        if primitive.name in PFNS:
+            args = (self.host.machine.watched[primitive.args[0]] // PAGE, *args[1:])
+        return primitive._replace(args=args)
+
+    def _real(self, value: Any) -> Any:
+        if isinstance(value, Folio):
+            return Folio(self.host.machine.watched[value.pfn] // PAGE, value.order)
+        return tuple(map(self._real, value)) if type(value) is tuple else value
+
+    def _in(self, value: Any) -> Any:
+        if isinstance(value, Folio):
+            return Folio(self.host.machine.number(value.pfn * PAGE), value.order)
+        if isinstance(value, Lookup):
+            return Lookup(self._in(value.folio), value.pgoff)
+        return value
+
+
+# Facts in an order of their own, and without the words that say why: those are each host's evidence.
+def _comparable(notes: Sequence[Any]) -> list[str]:
+    return sorted(repr(f._replace(why="") if isinstance(f, facts.Abort) else f) for f in notes)
+
+
+@dataclass
+class Runner:
+    """A party on its way: its number, its procedure, and the primitive it wants next (None: it has ended).
+
+    pace: how fast it is beside the others; without differences, short parties would always be over early.
+    """
+
+    number: int
+    procedure: Steps[Any]
+    pending: Primitive | None = None
+    pace: float = 1.0
+
+    def resume(self, result: Any, choose: Callable[[Sequence[Any]], Any]) -> None:
+        """Let it go on with *result* up to its next primitive."""
+        try:
+            self.pending = self.procedure.send(result)
+            while self.pending.name == "choose":
+                self.pending = self.procedure.send(choose(self.pending.args[1:]))
+        except StopIteration:
+            self.pending = None
+
+
+def unfit(scene: Scene) -> str | None:
+    """Why no machine can be put into *scene*, in words; None where one can."""
+    if scene.files > 1 or scene.vms > 1:
+        return "a machine beside the abstract host has one file and one VM"
+    if not scene.kernel.asks_mapping:
+        return "readers of the emulated kernel ask AS_NO_DIRECT_MAP"
+    return None
+
+
+def kernel_of(scene: Scene) -> dict[str, Any]:
+    """How the machine for *scene* has to be configured (machine/boot.py Config).
+
+    It never merges leaves. So putting a page back splits none and cannot fail; what a kernel that merges may do is not seen.
+    """
+    return {"scattered": scene.frames, "rodata": "full" if scene.kernel.changes_direct_map else "noalias",
+            "on_free": "poison" if scene.kernel.init_on_free else "nothing"}
+
+
+def pair(world: World, machine: Machine, failures: int = 0) -> Pair:
+    """Both hosts in the scene of *world*, as the explorer's initial state; *failures* may be injected then.
+
+    Raises BadInput where no machine can be put into that scene.
+    """
+    scene, why = world.scene, unfit(world.scene)
+    if why is not None:
+        raise BadInput(f"scene {scene.name!r} is none for a machine: {why}")
+    host = EmulatedHost(machine, machine.create_vm(scene.beyond + 1), scene.pages, tasks=world.machine.tasks, scene=scene,
+                        bounds=world.design.bounds, errnos=world.design.errnos)
+    both = Pair(world, host, machine.adversary, world.machine.initial())
+    if scene.made:
+        alone(both, Runner(world.setting, set_scene(world.library)))
+    both.steps.clear()
+    state = st.State(both.shared)
+    state.failures, state.refusals = failures, scene.refusals
+    both.shared = state.save()
+    return both
+
+
+def alone(both: Pair, runner: Runner) -> None:
+    """Drive one procedure to its end with nobody else around and no failures."""
+    runner.resume(None, lambda options: options[0])
+    while runner.pending is not None and not both.ended:
+        primitive = runner.pending
+        if both.blocked(runner.number, primitive):
+            return
+        outcome = both.outcomes(runner.number, primitive)[0]
+        result = both.step(runner.number, primitive, outcome)
+        if result is not STAY:
+            runner.resume(result, lambda options: options[0])
+
+
+def run(both: Pair, names: Sequence[str], rng: random.Random) -> int:
+    """One random schedule of the parties *names*, then the end of the world: how many steps. Raises Diverged."""
+    world = both.world
+    runners = [Runner(world.programs[n].number, world.programs[n].start()) for n in names]
+    for runner in runners:
+        runner.pace = 10 ** rng.uniform(-2, 0)
+        runner.resume(None, rng.choice)
+    while not both.ended and _turn(both, [r for r in runners if r.pending is not None], rng):
+        pass
+    if not both.ended and not any(r.pending for r in runners):
+        alone(both, Runner(world.teardown.number, world.teardown.start()))
+        if not both.ended:
+            for law in LAWS.values():
+                evidence = law.at_end(abstraction(both.host, world.machine.sizes))
+                if evidence is not None:
+                    both.broken.setdefault(law.name, evidence)
+    return len(both.steps)
+
+
+# One step of a party that can move, silent primitives and all; False when nobody can.
+def _turn(both: Pair, runners: list[Runner], rng: random.Random) -> bool:
+    for runner in sorted(runners, key=lambda r: rng.expovariate(r.pace)):
+        moved = False
+        while runner.pending is not None and not both.ended:
+            primitive = runner.pending
+            if both.blocked(runner.number, primitive):
+                break
+            outcomes = both.outcomes(runner.number, primitive)
+            outcome = rng.choice(outcomes[1:]) if len(outcomes) > 1 and rng.random() < 0.1 else outcomes[0]
+            result = both.step(runner.number, primitive, outcome)
+            moved = True
+            if result is not STAY:
+                runner.resume(result, rng.choice)
+            if primitive.name not in SILENT:
+                break
+        if moved:
+            return True
+    return False

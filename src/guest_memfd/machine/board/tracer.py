@@ -1,0 +1,299 @@
+"""What the laws remember of a run on the emulated machine and the machine itself does not: secrecy, intent, expectation.
+
+Rule of this file: ghosts only. Nothing in the machine reads them, so nothing the machine does can depend on them. What a
+page holds is read from its bytes; only whether words that a guest wrote are a *secret* cannot be told from bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.inode import Inode
+from guest_memfd.machine.linux.page import Page
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import ANY, CONTENTS, DATA, EVICTED, JUNK, MANY, REASONS, RUNNING, SECRET, ZERO
+from guest_memfd.words.primitives import UNREPORTED, Bound, Cost, Entries
+
+if TYPE_CHECKING:
+    from guest_memfd.machine.board.board import Board
+    from guest_memfd.machine.hypcalls.vm import Vm
+
+GUEST_TOKEN, USER_TOKEN, DEVICE_TOKEN, KERNEL_TOKEN = b"GUESTGST", b"VMM-USER", b"DEVICEIO", b"KERNELGP"
+"""The first doubleword of a page, when that party was the last to write to it."""
+
+JUDGED = 1 << 16
+"""Operations on more pages than this are not reported to the laws, page by page as the facts are."""
+
+_TOKENS = frozenset((GUEST_TOKEN, USER_TOKEN, DEVICE_TOKEN, KERNEL_TOKEN))
+_ZEROS = bytes(PAGE)
+
+
+class Task(Protocol):
+    """Whose primitive is under way: the task, its file, and where facts about it go."""
+
+    who: int
+    inode: Inode
+    notes: list[facts.Note]
+    bounds: Mapping[str, Bound]
+    errnos: Mapping[str, tuple[int, ...]]
+
+    def vm_at(self, index: int) -> Vm:
+        """The VM that page *index* of the file is bound to, or would be."""
+
+    def private(self, page: Page) -> bool:
+        """Whether *page* is private, by what the library says."""
+
+
+@dataclass
+class Operation:
+    """The operation a task is in."""
+
+    op: str
+    start: int
+    nr: int
+    gfn: int | None = None                              # where the guest has faulted, if that is what it is about
+    toggled: set[int] = field(default_factory=set)      # pages whose attribute changed an odd number of times
+    removed: set[int] = field(default_factory=set)
+    reasons: int = 0                                    # what has stood against it (abstract/state.py REASONS)
+    places: set[int] = field(default_factory=set)       # pages at which something did
+    cost: dict[str, int] = field(default_factory=lambda: {"writes": 0, "flushes": 0, "calls": 0, "stalls": 0})
+
+    def first_of(self, index: int, nr: int = 1) -> int | None:
+        """The first of pages [index, index+nr) that it is about, None if it is about none of them."""
+        first = max(index, self.start)
+        return first if first < min(index + nr, self.start + self.nr) else None
+
+
+class Tracer:
+    """Ghosts of one machine."""
+
+    def __init__(self, machine: Board) -> None:
+        self.machine = machine
+        self.secret: set[int] = set()                   # physical addresses of pages that hold what a guest wrote in private
+        self.expected: dict[tuple[Inode, int], int] = {}
+        self.operations: dict[int, Operation] = {}
+        self.asked: set[int] = set()                    # physical addresses of pages whose mapping the guest had asked for
+        self.announced: dict[int, range] = {}           # task -> pages whose invalidation it has begun and not ended
+        self.ended: dict[int, int] = {}                 # task -> how its operation has ended, before it returns
+
+    # -- contents ------------------------------------------------------------------------------------------------
+
+    def content(self, page: Page) -> int:
+        """ZERO, JUNK, DATA or SECRET, by the first 4 KiB of *page*."""
+        raw = self.machine.ram.read(page.pa, PAGE)
+        if raw == _ZEROS:
+            return ZERO
+        if raw[:8] not in _TOKENS:
+            return JUNK
+        return SECRET if page.pa in self.secret else DATA
+
+    def contents(self) -> Callable[[Page], int]:
+        """`content` of the frames in use as it is now, for after an access whose target is not known before."""
+        before = {pa: self.content(Page(pa, 0)) for pa in self.machine.watched}
+        return lambda page: before.get(page.pa, JUNK)
+
+    def wrote(self, page: Page, content: int) -> None:
+        """*page* now holds DATA or a SECRET, and whoever may read it is to find that."""
+        if content == SECRET:
+            self.secret.add(page.pa)
+        else:
+            self.secret.discard(page.pa)
+        self.expect(page, content)
+
+    def expect(self, page: Page, content: int) -> None:
+        """Whoever may read the page of the file is to find *content*."""
+        if isinstance(page.inode, Inode):
+            self.expected[page.inode, page.index] = content
+
+    def declassify(self, page: Page) -> None:
+        """The guest agrees that the host reads what it wrote."""
+        if self.content(page) == SECRET:
+            self.wrote(page, DATA)
+
+    def consented(self, page: Page) -> None:
+        """The guest has given *page* up; under a hypervisor whose guests relinquish, nobody relies on it any more."""
+        self.declassify(page)
+        if self.machine.driver.forgets:
+            self.expect(page, ANY)
+
+    def after_hypercall(self, page: Page, sanitised: bool) -> None:
+        """The hypervisor zeroed *page*: nobody relies on what it held."""
+        if sanitised:
+            self.secret.discard(page.pa)
+            self.expect(page, ANY)
+
+    def reclaimed_by_force(self, host: Task, page: Page) -> None:
+        """EL2 took the page from a guest that never agreed, and zeroed it."""
+        self.secret.discard(page.pa)
+        host.notes.append(facts.Destroyed(
+            self.machine.number(page.pa), "reclaimed by force because the host touched it"))
+
+    def freed(self, page: Page) -> None:
+        """The allocator has written to it."""
+        self.secret.discard(page.pa)
+
+    def access(self, host: Task, page: Page, who: str, what: str, via: str, write: bool, content: int) -> facts.Access:
+        """The fact that *who* reached a page that held *content*."""
+        index = page.index if isinstance(page.inode, Inode) else None
+        expect = self.expected.get((page.inode, page.index), ZERO) if isinstance(page.inode, Inode) else ANY
+        machine = self.machine
+        owner, mapped = machine.driver.owner(page.pa), machine.guest_maps(page.pa)
+        guests = owner == "guest" or content == SECRET or (mapped and index is not None and host.private(page))
+        return facts.Access(who, what, via, machine.number(page.pa), write, CONTENTS[content], guests,
+                            mapped or owner == "guest", index, None if expect == ANY else CONTENTS[expect],
+                            page.pa // PAGE not in machine.pages, page.handled)
+
+    def destroyed(self, inode: Inode) -> None:
+        """The file is gone: nobody reads there any more."""
+        self.expected = {(file, index): content for (file, index), content in self.expected.items() if file is not inode}
+
+    def split(self, page: Page) -> None:
+        """A folio becomes single pages: what is known of it is known of each."""
+        inode, index = page.inode, page.index
+        if page.pa in self.secret:
+            self.secret.update(page.pa + at * PAGE for at in range(page.nr))
+        if isinstance(inode, Inode) and (inode, index) in self.expected:
+            self.expected |= {(inode, index + at): self.expected[inode, index] for at in range(page.nr)}
+
+    # -- operations ----------------------------------------------------------------------------------------------
+
+    def begin(self, host: Task, op: str, start: int, nr: int, gfn: int | None = None) -> None:
+        """The task starts *op* on pages [start, start+nr)."""
+        first = max(start, 0)
+        self.ended.pop(host.who, None)
+        self.operations[host.who] = Operation(op, first, max(min(start + nr, host.inode.size) - first, 0), gfn)
+
+    def out_of_scope(self, host: Task, what: str, index: int, nr: int = 1) -> None:
+        """Note it when the task's operation is about none of pages [index, index+nr), which are one folio's.
+
+        Who evicts the inode is about all of them.
+        """
+        operation = self.operations.get(host.who)
+        if operation is not None and host.inode.life != EVICTED and operation.first_of(index, nr) is None:
+            host.notes.append(facts.OutOfScope(operation.op, what, index))
+
+    def announces(self, host: Task, start: int, nr: int) -> None:
+        """The task begins to invalidate pages [start, start+nr)."""
+        pages = range(max(start, 0), max(min(start + nr, host.inode.size), 0))
+        self.announced[host.who] = pages
+        operation = self.operations.get(host.who)
+        if operation is not None and host.inode.life != EVICTED:
+            beyond = next((i for i in (pages.start, pages.stop - 1) if pages and operation.first_of(i, 1) is None), None)
+            if beyond is not None:
+                host.notes.append(facts.OutOfScope(operation.op, "announces an invalidation", beyond))
+
+    def done_to(self, host: Task, what: str, index: int, nr: int = 1, *, always: bool = False) -> None:
+        """The task's operation does something to a folio that its users must hear of beforehand.
+
+        *always*: that is so even if the operation has begun no invalidation at all: there is a VM to be told.
+        """
+        self.out_of_scope(host, what, index, nr)
+        operation, announced = self.operations.get(host.who), self.announced.get(host.who)
+        if announced is None and always:
+            announced = range(0)
+        if operation is not None and announced is not None and not announced.start <= index < announced.stop:
+            host.notes.append(facts.Unannounced(operation.op, what, index))
+
+    def removed(self, host: Task, index: int, nr: int) -> None:
+        """A folio has left the file: whoever reads there next is to find zeros."""
+        operation = self.operations.get(host.who)
+        if operation is not None and operation.nr <= JUDGED:
+            operation.removed.update(range(index, index + nr))
+        self.expected.pop((host.inode, index), None)
+        self.done_to(host, "removes the folio", index)
+
+    def attributes(self, host: Task, start: int, values: Entries) -> list[Page]:
+        """Attributes are about to change: the folios in the file for which they do."""
+        operation, inode = self.operations.get(host.who), host.inode
+        old = inode.trees["attributes"].load(start, len(values))
+        if old.count(values.first) == len(values):
+            return []
+        if operation is None:
+            return [p for i, p in inode.pages.items() if start <= i < start + len(values)]
+        if len(values) > JUDGED:
+            return [p for i, p in inode.pages.items() if start <= i < start + len(values)]
+        changed = [start + i for i in range(len(values)) if old[i] != values[i]]
+        for index in changed:
+            operation.toggled ^= {index}
+            self.done_to(host, "changes the attribute", index, always=inode.bound())
+        pages = (inode.find(index) for index in changed)
+        return list({page.pa: page for page in pages if page is not None}.values())
+
+    def against(self, task: int, reason: int, page: Page | None) -> None:
+        """Something stands against the operation of *task*: at *page* of its file, if it is a page's doing."""
+        operation = self.operations.get(task)
+        if operation is not None:
+            operation.reasons |= reason
+            if page is not None:
+                first = operation.first_of(page.index, page.nr)
+                operation.places.add(page.index if first is None else first)
+
+    def counts(self, task: int, what: str) -> None:
+        """The operation of *task* asks for one more of *what*: writes, flushes, calls or stalls."""
+        operation = self.operations.get(task)
+        if operation is not None:
+            operation.cost[what] = min(operation.cost[what] + 1, MANY)
+
+    def mapped(self, task: int, page: Page) -> None:
+        """*task* has mapped *page* into the guest: whether the guest had asked for it."""
+        operation = self.operations.get(task)
+        if operation is not None and operation.op == "fault":
+            self.asked.add(page.pa)
+        else:
+            self.asked.discard(page.pa)
+
+    def forget(self, task: int) -> tuple[str, ...]:
+        """The operation of *task* is over: what stood against it."""
+        operation = self.operations.pop(task, None)
+        self.ended.pop(task, None)
+        return _reasons(operation.reasons) if operation is not None else ()
+
+    def returned(self, host: Task, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
+        """What the caller is told, beside what the operation had said."""
+        host.notes.append(facts.Returned(op, start, nr, ret, error_index, host.inode.size, self.ended.get(host.who),
+                                         host.who in self.announced))
+        self.forget(host.who)
+
+    def end(self, host: Task, ret: int, error_index: int | None) -> None:
+        """Report how the task's operation ended."""
+        operation = self.operations.pop(host.who, None)
+        if operation is None:
+            return
+        if operation.op not in UNREPORTED:
+            self.ended[host.who] = ret
+        if operation.nr <= JUDGED:
+            host.notes.append(self._ended(host, operation, ret, error_index))
+
+    def _ended(self, host: Task, operation: Operation, ret: int, error_index: int | None) -> facts.Ended:
+        inode = host.inode
+        scope = tuple(range(operation.start, operation.start + operation.nr))
+        attributes = inode.trees["attributes"].load(operation.start, operation.nr)
+        bindings = inode.trees["bindings"].load(operation.start, operation.nr)
+        left = tuple(i for i in scope if inode.find(i) is not None)
+        batched = tuple(i for i in left if (page := inode.find(i)) is not None and page.lru)
+        mapped = tuple(i for i, entry in zip(scope, bindings, strict=True) if self._guest_has(host, i, entry))
+        return facts.Ended(
+            operation.op, ret, error_index, scope, tuple(sorted(operation.toggled)),
+            tuple(sorted(operation.removed)), left, tuple(attributes), tuple(bindings), batched, mapped,
+            _reasons(operation.reasons), tuple(sorted(operation.places)),
+            operation.gfn, Cost(**operation.cost),
+            (*self.machine.hypervisor.errnos.get(operation.op, ()), *host.errnos.get(operation.op, ())),
+            host.bounds.get(operation.op))
+
+    # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
+    def _guest_has(self, host: Task, index: int, entry: int) -> bool:
+        vm, page = host.vm_at(index), host.inode.find(index)
+        if vm.state != RUNNING or vm.handle is None:
+            return True
+        if not entry or page is None:
+            return False
+        driver, ipa = self.machine.driver, (entry - 1) * PAGE
+        return driver.lookup(vm, ipa) == page.pa + (index - page.index) * PAGE or (
+            page.hwpoison or driver.poisoned(vm, entry - 1))
+
+
+def _reasons(mask: int) -> tuple[str, ...]:
+    return tuple(why for bit, why in enumerate(REASONS) if mask >> bit & 1)

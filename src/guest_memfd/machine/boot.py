@@ -1,0 +1,95 @@
+"""A machine, booted. Rule of this file: the only one that knows all of it.
+
+What a VMM calls - `open`, what it gives, `audit` - may be called from any thread. Whoever uses a part of the machine by
+itself while other threads are about does so inside of ``with machine.lock``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import ENOENT
+from typing import Any
+
+from guest_memfd.designs import DESIGNS
+from guest_memfd.errors import SyscallFailed, UnknownName
+from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.machine.adversary import Adversary
+from guest_memfd.machine.audit import audit
+from guest_memfd.machine.board.board import Board
+from guest_memfd.machine.board.config import Config
+from guest_memfd.machine.dev import gunyah, kvm
+from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.hypcalls.driver import Driver
+from guest_memfd.machine.hypcalls.gunyah import GunyahDriver
+from guest_memfd.machine.hypcalls.hardware import Hardware
+from guest_memfd.machine.hypcalls.kvm import KvmDriver
+from guest_memfd.machine.hypcalls.pkvm import PkvmDriver
+from guest_memfd.machine.stray import stray_mappings
+from guest_memfd.uapi.gunyah import PATH as GUNYAH
+
+__all__ = ["Config", "Machine", "boot"]
+
+KVM = "/dev/kvm"
+DEFAULT = Config()
+
+
+class Machine(Board):
+    """A machine under hypervisor *name*; raises UnknownName, BadInput when it is too small, HostUnavailable."""
+
+    def __init__(self, name: str, config: Config = DEFAULT) -> None:
+        hypervisor = HYPERVISORS[name]
+        hardware = Hardware(config.ram, config.cpus)
+        drivers: dict[str, Callable[[], Driver]] = {
+            "kvm": lambda: KvmDriver(hardware, hypervisor),
+            "pkvm": lambda: PkvmDriver(hardware, hypervisor),
+            "gunyah": lambda: GunyahDriver(hardware, hypervisor, inject=config.inject),
+        }
+        if name not in drivers:
+            raise UnknownName("hypervisor of the emulated machine", name, drivers)
+        super().__init__(config, hypervisor, hardware, drivers[name])
+        self.adversary = Adversary(self)
+        self.driver.cpu_of_guest = self.adversary.cpu_of_guest
+        if config.scattered:
+            self._scatter(config.scattered)
+            self.linear_map.tables.before_store = self.adversary.walk_late
+
+    # What lies between the frames is the kernel's own, such as slabs of names.
+    def _scatter(self, nr: int) -> None:
+        order = (self.config.apart * nr - 1).bit_length()
+        start = self.kernel_pages.alloc(order)
+        self.folios = Buddy(self.ram, start, PAGE << order)
+        for _ in range(1 << order):
+            self.folios.alloc()
+        self.watched = [start + PAGE * (self.config.apart * i + 1) for i in range(nr)]
+        for pa in self.watched:
+            self.ram.fill(pa, PAGE, 0x5A)
+            self.folios.free(pa)
+
+    def open(self, path: str, design: str = "library") -> Any:
+        """open(2) of a device; what is behind it is served by *design*. Raises SyscallFailed(ENOENT), UnknownName.
+
+        The device exists where its hypervisor runs: dev/gunyah implements uapi/gunyah.py, dev/kvm uapi/kvm.py.
+        """
+        chosen = DESIGNS[design]
+        with self.lock:
+            if path == GUNYAH and self.hypervisor.name == "gunyah":
+                return gunyah.Device(self, chosen)
+            if path == KVM and self.hypervisor.module == "kvm":
+                return kvm.System(self, chosen)
+        raise SyscallFailed(ENOENT, f"open {path}", f"the machine runs {self.hypervisor.name}")
+
+    def audit(self) -> list[str]:
+        """What has not come back, now that every VM and file is gone: see audit.py."""
+        with self.lock:
+            return audit(self)
+
+    def stray_mappings(self) -> list[str]:
+        """Which mappings lead to memory that is free, or that its file no longer holds, now: see stray.py."""
+        with self.lock:
+            return stray_mappings(self)
+
+
+def boot(hypervisor: str, ram: int = 1 << 30) -> Machine:
+    """A machine of *ram* bytes under *hypervisor*: `open` its device. Raises UnknownName, BadInput, HostUnavailable."""
+    return Machine(hypervisor, Config(ram=ram))

@@ -1,0 +1,451 @@
+"""A guest_memfd file on the emulated machine, and mappings of it. Rule of this file: bytes to pages, results to errnos.
+
+What a page is and who may have it is the library's; which arguments a device's file refuses, and in which order, is the
+subclass's. An access of the VMM is a load or store that EL0 executes on every page it touches; the bytes beside that
+one doubleword are copied from and to the frame the instruction arrived at.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from errno import EBADF, EFAULT, EFBIG, EINVAL, ENOMEM, EOPNOTSUPP, EOVERFLOW
+from functools import wraps
+from stat import S_IFREG
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from guest_memfd.designs import Design
+from guest_memfd.errors import BadInput, Signalled, SyscallFailed
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.mm import FIRST, MAX_VMAS
+from guest_memfd.machine.linux.oops import TASK_SIZE
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.uapi import owned
+from guest_memfd.uapi.memory import (
+    FALLOC_FL_COLLAPSE_RANGE,
+    FALLOC_FL_INSERT_RANGE,
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_UNSHARE_RANGE,
+    FALLOC_FL_WRITE_ZEROES,
+    FALLOC_FL_ZERO_RANGE,
+    Stat,
+)
+from guest_memfd.uapi.words import signed, word
+from guest_memfd.words.pagestate import ANY, DATA, FAILURE, SECRET, SHARED_PAGE
+from guest_memfd.words.primitives import Entries, Folio, Primitive, Steps
+
+if TYPE_CHECKING:
+    from guest_memfd.machine.board.board import Board
+    from guest_memfd.machine.board.lock import Turns
+    from guest_memfd.machine.hypcalls.vm import Vm
+    from guest_memfd.machine.linux.page import Page
+
+BUS_ADRERR = 2
+"""si_code of the SIGBUS that a fault handler asks for (include/uapi/asm-generic/siginfo.h)."""
+
+_FAULTS = 3
+"""How often one access may fault before it is a SIGBUS: somebody keeps taking the page away."""
+
+_WORD = 8
+_LAST_BYTE = (1 << 63) - 1
+"""MAX_LFS_FILESIZE."""
+
+
+class FileHost(EmulatedHost):
+    """The primitives for one file, with VMAs over parts of it, and copies by user space."""
+
+    windows: list[tuple[int, int]]
+    """First page and number of pages of every VMA."""
+
+    # What operations cost is judged in a run as well, and what they return: every device hands on what its design states.
+    def __init__(self, machine: Board, vm: Vm, size: int, library: Design) -> None:
+        super().__init__(machine, vm, size, bounds=library.bounds, errnos=library.errnos)
+        self.windows = []
+        self.window = 0, 0                              # what mmap(2) or munmap(2) is about
+
+    def asked(self, page: Page) -> bool:
+        """A device gives a guest what it has asked for, and nothing else."""
+        return True
+
+    def vma_covers(self, start: int, nr: int) -> bool:
+        """Whether one of the VMAs does."""
+        return any(first < start + nr and start < first + length for first, length in self.windows)
+
+    def mmap(self) -> int:
+        """A VMA over the window, for which there may be no page table, or no address space."""
+        if not self.inode.fd:
+            return -EBADF
+        if self.machine.slab_fails():
+            self.against(FAILURE)
+            return -ENOMEM
+        try:
+            self.machine.vmm.mmap(self.inode, *self.window)
+        except OutOfMemory:
+            return -ENOMEM
+        self.inode.references += 1
+        return 0
+
+    def munmap(self) -> bool:
+        """The VMA over the window."""
+        self.machine.vmm.munmap(self.inode, self.window)
+        return self.put_inode()
+
+    def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
+        """VM_FAULT_OOM is the same to the caller as a VMA that went: the access is tried again."""
+        try:
+            return super().vmf_insert_folio(index, folio)
+        except OutOfMemory:
+            return False
+
+    def user_read(self, index: int, within: int, nr: int) -> bytes | str:
+        """EL0 loads the doubleword at byte *within* of page *index*, and with it *nr* bytes; or what stops it."""
+        pa = self._executed(index, within & -_WORD, None)
+        if isinstance(pa, str):
+            return pa
+        self._saw(pa, write=False)
+        return self.machine.ram.read(pa + within, nr)
+
+    # For the laws. What these bytes should be nobody has recorded; that the page was zeroed before its use, the file has.
+    def _saw(self, pa: int, *, write: bool) -> None:
+        page, tracer = self.machine.page_at(pa), self.machine.tracer
+        tracer.expect(page, ANY)
+        content = SECRET if page.pa in tracer.secret else DATA if page.uptodate else tracer.content(page)
+        self.note_access(page, "VMM", "user access", "user mapping", write, content)
+
+    def user_write(self, index: int, within: int, data: bytes) -> str:
+        """EL0 stores one doubleword of *data* at byte *within* of page *index*, and the rest with it.
+
+        ``ok``, or what stops it.
+        """
+        at, end = -(-within // _WORD) * _WORD, within + len(data)
+        if at + _WORD <= end:
+            word = data[at - within:at - within + _WORD]
+        else:
+            at = within & -_WORD
+            old = self._executed(index, at, None)
+            if isinstance(old, str):
+                return old
+            word = self._merged(old + at, within - at, data)
+        pa = self._executed(index, at, int.from_bytes(word, "little"))
+        if isinstance(pa, str):
+            return pa
+        self._saw(pa, write=True)
+        self.machine.ram.write(pa + within, data)
+        self.machine.tracer.secret.discard(self.machine.page_at(pa).pa)
+        return "ok"
+
+    # The doubleword at *pa* once *data* has been put at its byte *first*.
+    def _merged(self, pa: int, first: int, data: bytes) -> bytes:
+        word = bytearray(self.machine.ram.read(pa, _WORD))
+        part = data[:_WORD - first]
+        word[first:first + len(part)] = part
+        return bytes(word)
+
+    # One instruction: the frame it arrived at, or a signal.
+    def _executed(self, index: int, at: int, value: int | None) -> int | str:
+        mapping = self.inode.mapping
+        vma = mapping.covering(index) if mapping is not None else None
+        if vma is None:
+            return "SIGSEGV"
+        ran = self.machine.cpu.user(vma.va(index) + at, value is not None, value or 0)
+        return ran.signal or ran.reached[-1] & -PAGE
+
+
+# One call into the machine at a time; who is in a call holds the descriptor (fget()).
+def _call(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(self: Owned, *args: Any, **more: Any) -> Any:
+        with self._lock:
+            if self._lock.abandoned:
+                raise BadInput("a call into this machine was interrupted half way; it is of no use any more, make another")
+            self._calls += 1
+            try:
+                return function(self, *args, **more)
+            except BaseException as error:
+                if not isinstance(error, Exception) or isinstance(error, MemoryError):
+                    self._lock.abandoned = True
+                raise
+            finally:
+                self._calls -= 1
+                self._put()
+    return call
+
+
+class Owned(owned.Owned):
+    """Used after it has been given up, it is EBADF. Every public method and property is a call into the machine.
+
+    Calls from several threads are made one after the other. Given up while another thread is inside of a call, it goes when
+    that comes back. After a call that a signal has ended half way only `close` works, and does nothing.
+    """
+
+    _lock: Turns
+    _calls = 0
+    _released = False
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        for name, thing in list(vars(cls).items()):
+            if isinstance(thing, FunctionType) and not name.startswith("_"):
+                setattr(cls, name, _call(thing))
+            elif isinstance(thing, property) and thing.fget is not None:
+                setattr(cls, name, property(_call(thing.fget), thing.fset and _call(thing.fset), doc=thing.__doc__))
+
+    def close(self) -> None:
+        """Give it up; a second time changes nothing."""
+        with self._lock:
+            self.closed = True
+            self._put()
+
+    def _put(self) -> None:
+        if self.closed and not self._calls and not self._released:
+            self._released = True
+            if not self._lock.abandoned:
+                self._release()
+
+    def _in_use(self, call: str) -> None:
+        if self.closed:
+            raise SyscallFailed(EBADF, call, "it has been closed")
+
+
+class Mapped(Owned):
+    """A VMA of *file*: *size* bytes from file offset *offset* on (uapi/memory.py Mapping)."""
+
+    def __init__(self, file: GuestMemoryFile, offset: int, size: int) -> None:
+        self.file, self.offset, self.size = file, offset, size
+        self._lock = file.machine.lock
+
+    @property
+    def address(self) -> int:
+        """Where the VMM sees it."""
+        return self.file.address(self.offset // PAGE)
+
+    def read(self, at: int, nr: int) -> bytes:
+        """*nr* bytes from byte *at* on; raises Signalled, BadInput beyond the mapping."""
+        return b"".join(self._access(index, within, length)
+                        for index, within, length, _ in self._pieces("read", at, nr))
+
+    def write(self, at: int, data: bytes) -> None:
+        """Store *data* from byte *at* on; raises as `read`. Pages before the one that refused have been written."""
+        for index, within, length, done in self._pieces("write", at, len(data)):
+            self._access(index, within, length, data[done:done + length])
+
+    def pin(self, at: int = 0) -> Pinned:
+        """Pin the page that holds byte *at*, as O_DIRECT, a device or a fixed buffer of io_uring does (pin_user_pages()).
+
+        Until it is closed the page is not converted to private: EAGAIN, with its offset in the file. Raises SyscallFailed:
+        EFAULT for a page that the VMM cannot have, or of a design that lets nobody pin; BadInput beyond the mapping.
+        """
+        (index, *_), file = next(self._pieces("pin", at, 1)), self.file
+        for _attempt in range(_FAULTS):
+            folio = file.perform(Primitive("gup_read_pte", (index,), "mm")) if file.library.gup else None
+            if folio is not None and file.perform(Primitive("gup_try_get", (folio,), "mm")):
+                file.perform(Primitive("gup_recheck", (index, folio, True), "mm"))
+                return Pinned(file, folio)
+            if not file.library.gup or file.run(file.library.user_fault(index)) == "SIGBUS":
+                break
+        raise SyscallFailed(EFAULT, "pin_user_pages", f"page {index} of the file")
+
+    # What of [at, at+nr) lies in each page: its index in the file, first byte there, bytes, bytes before it.
+    def _pieces(self, call: str, at: int, nr: int) -> Iterator[tuple[int, int, int, int]]:
+        self._in_use(call)
+        if at < 0 or nr < 0 or at + nr > self.size:
+            raise BadInput(f"{call} of {nr:#x} bytes at {at:#x} of a mapping of {self.size:#x} bytes")
+        done = 0
+        while done < nr:
+            index, within = divmod(self.offset + at + done, PAGE)
+            length = min(PAGE - within, nr - done)
+            yield index, within, length, done
+            done += length
+
+    # A load of *length* bytes, or a store of *data*; faults go to the library.
+    def _access(self, index: int, within: int, length: int, data: bytes | None = None) -> bytes:
+        file = self.file
+        name, args = ("user_read", (index, within, length)) if data is None else ("user_write", (index, within, data))
+        for _attempt in range(_FAULTS):
+            seen = file.perform(Primitive(name, args, "user"))
+            if isinstance(seen, bytes):
+                return seen
+            if seen == "ok":
+                return b""
+            if seen != "fault":
+                raise Signalled(seen, file.address(index) + within)
+            if file.run(file.library.user_fault(index)) == "SIGBUS":
+                break
+        raise Signalled("SIGBUS", file.address(index) + within, BUS_ADRERR)
+
+    def _release(self) -> None:
+        if self.file.machine.dead is None:
+            self.file.unmap(self)
+
+
+# vfs_fallocate() (fs/open.c): one operation at a time, of which three change what comes behind the range.
+def _mode_exists(mode: int) -> bool:
+    operation = mode & ~FALLOC_FL_KEEP_SIZE
+    if operation == FALLOC_FL_PUNCH_HOLE:
+        return mode != operation
+    keeps = (0, FALLOC_FL_ZERO_RANGE, FALLOC_FL_UNSHARE_RANGE)
+    return operation in keeps or mode in (FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE, FALLOC_FL_WRITE_ZEROES)
+
+
+class Pinned(Owned):
+    """A pin on *folio* of *file*; it outlives the mapping, and the file."""
+
+    def __init__(self, file: GuestMemoryFile, folio: Folio) -> None:
+        self.file, self.folio = file, folio
+        self._lock = file.machine.lock
+
+    def _release(self) -> None:
+        if self.file.machine.dead is None:
+            self.file.perform(Primitive("unpin", (self.folio, True), "mm"))
+
+
+class GuestMemoryFile(Owned, ABC):
+    """A guest_memfd of *size* bytes (uapi/memory.py GuestMemory), served by the design *library*.
+
+    *vm*: whose driver answers the hypercalls about its pages. *shared*: page indexes born shared. Raises
+    SyscallFailed from its creation, under the name `created_by`. A subclass says what its device refuses.
+    """
+
+    created_by = "CREATE_GUEST_MEMFD"
+
+    def __init__(self, machine: Board, library: Design, size: int, vm: Vm, shared: tuple[int, ...] = ()) -> None:
+        self.machine, self.library, self.size = machine, library, size
+        self._lock = machine.lock
+        self.host = self.make_host(vm, max(size // PAGE, 1))            # a file of no pages has one that nobody gets to
+        self.mappings: list[Mapped] = []
+        self._created(self.run(library.create(self.host.inode.size, shared)))
+
+    # -EOPNOTSUPP: this kernel cannot do what the library is for.
+    def _created(self, ret: int) -> None:
+        rodata = self.machine.config.rodata
+        why = f"the direct map cannot be changed (rodata={rodata})" if ret == -EOPNOTSUPP else ""
+        self.check(ret, self.created_by, why)
+
+    def make_host(self, vm: Vm, pages: int) -> FileHost:
+        """The primitives for this file."""
+        return FileHost(self.machine, vm, pages, self.library)
+
+    # -- what a device decides -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_fallocate(self, mode: int, offset: int, nr: int) -> None:
+        """Raise SyscallFailed for arguments that this file's fallocate() refuses, in its order."""
+
+    def init_shared(self) -> None:
+        """All of the new file is shared: there is no page yet whose state could differ from its attribute."""
+        ret = self.perform(Primitive("xa_store", ("attributes", 0, Entries(SHARED_PAGE, self.host.inode.size)), "library"))
+        if ret:
+            self.close()
+            raise SyscallFailed(-ret, self.created_by)
+
+    @abstractmethod
+    def check_mmap(self, offset: int, nr: int, shared: bool) -> None:
+        """Raise SyscallFailed for a mapping this file's mmap() refuses; the generic checks come before."""
+
+    def map_range(self, start: int, nr: int) -> Steps[int]:
+        """The library's part of mmap(2)."""
+        return self.library.mmap()
+
+    # -- system calls --------------------------------------------------------------------------------------------
+
+    def fallocate(self, mode: int, offset: int, nr: int) -> None:
+        """fallocate(2); raises SyscallFailed."""
+        mode, offset, nr = word("mode", mode, 32), signed("offset", offset, 64), signed("len", nr, 64)
+        self._in_use("fallocate")
+        if offset < 0 or nr <= 0:
+            raise SyscallFailed(EINVAL, "fallocate", f"{nr} bytes at {offset}")
+        if not _mode_exists(mode):
+            raise SyscallFailed(EOPNOTSUPP, "fallocate", f"mode {mode:#x}")
+        if offset + nr > _LAST_BYTE:
+            raise SyscallFailed(EFBIG, "fallocate", f"{nr:#x} bytes at {offset:#x}")
+        self.check_fallocate(mode, offset, nr)
+        if mode & FALLOC_FL_PUNCH_HOLE:
+            result = self.run(self.library.punch_hole(offset // PAGE, nr // PAGE))
+            self.check(result.ret, "fallocate", self._where(result.error_index))
+        else:
+            self._check_room(offset // PAGE, nr // PAGE)
+            self.check(self.run(self.library.allocate(offset // PAGE, nr // PAGE)), "fallocate")
+
+    # What there is no memory for fails at its first page here, and not at its last.
+    def _check_room(self, start: int, nr: int) -> None:
+        free = self.machine.folios.free_pages
+        if nr > free:
+            there = sum(page.nr for index, page in self.host.inode.pages.items() if start <= index < start + nr)
+            if nr - there > free:
+                raise SyscallFailed(ENOMEM, "fallocate", f"{nr - there} pages, of which {free} are free")
+
+    @staticmethod
+    def _where(index: int | None) -> str:
+        return "" if index is None else f"page {index} stays"
+
+    def punch_hole(self, offset: int, nr: int) -> None:
+        """fallocate(2) with KEEP_SIZE | PUNCH_HOLE."""
+        self.fallocate(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, nr)
+
+    def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> Mapped:
+        """mmap(2) of PROT_READ | PROT_WRITE; *nr* None: to the end of the file. Raises SyscallFailed."""
+        self._in_use("mmap")
+        nr = self.size - offset if nr is None else nr
+        self._may_map(offset, nr)
+        self.check_mmap(offset, nr, shared)
+        window = self.host.window = offset // PAGE, -(-nr // PAGE)
+        self.check(self.run(self.map_range(*window)), "mmap")
+        mapped = Mapped(self, offset, nr)
+        self.host.windows.append(window)
+        self.mappings.append(mapped)
+        return mapped
+
+    # do_mmap() (mm/mmap.c), before it asks the file.
+    def _may_map(self, offset: int, nr: int) -> None:
+        if nr <= 0 or offset % PAGE:
+            raise SyscallFailed(EINVAL, "mmap", f"{nr} bytes at {offset}")
+        length = -(-nr // PAGE) * PAGE
+        if length > TASK_SIZE - FIRST or self.machine.vmm.full:
+            raise SyscallFailed(ENOMEM, "mmap", f"{nr:#x} bytes, and {MAX_VMAS} VMAs at most")
+        if offset % (1 << 64) + length > _LAST_BYTE:
+            raise SyscallFailed(EOVERFLOW, "mmap", f"{nr:#x} bytes at {offset:#x}")
+
+    def unmap(self, mapped: Mapped) -> None:
+        """munmap(2) of one of this file's mappings."""
+        self.mappings.remove(mapped)
+        self.host.window = mapped.offset // PAGE, -(-mapped.size // PAGE)
+        self.host.windows.remove(self.host.window)
+        self.run(self.library.munmap())
+
+    def fstat(self) -> Stat:
+        """fstat(2): neither driver counts blocks."""
+        self._in_use("fstat")
+        return Stat(S_IFREG, self.size, 0)
+
+    # Nobody is left to close anything for once Linux has stopped.
+    def _release(self) -> None:
+        if self.machine.dead is None and self.perform(Primitive("fd_close", (), "user")):
+            self.run(self.library.close())
+
+    # -- running the library -------------------------------------------------------------------------------------
+
+    def perform(self, primitive: Primitive) -> Any:
+        """One primitive for this file's user; raises KernelPanic, again if Linux has stopped before."""
+        if self.machine.dead is not None:
+            raise self.machine.dead
+        return self.host.perform(primitive, 0)
+
+    def run(self, procedure: Steps[Any]) -> Any:
+        """A procedure to its end; raises KernelPanic as `perform`."""
+        if self.machine.dead is not None:
+            raise self.machine.dead
+        return self.host.run(procedure)
+
+    def check(self, ret: int, call: str, why: str = "") -> None:
+        """Raise SyscallFailed when *ret* is -errno."""
+        if ret < 0:
+            raise SyscallFailed(-ret, call, why)
+
+    def address(self, index: int) -> int:
+        """Where the VMM sees page *index* (or would)."""
+        mapping = self.host.inode.mapping
+        vma = mapping.covering(index) if mapping is not None else None
+        return 0 if vma is None else vma.va(index)

@@ -1,0 +1,64 @@
+"""Bindings: which part of which file a guest has where. Rule of this file: arithmetic of ranges, in pages.
+
+Source: struct gunyah_gmem_binding and its users in drivers/virt/gunyah/guest_memfd.c (series v17, patch 24).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from guest_memfd.uapi.gunyah import ACCESS_MASK, MapFlag
+
+if TYPE_CHECKING:
+    from guest_memfd.machine.dev.gunyah.memory import MemoryFile
+    from guest_memfd.machine.hypcalls.gunyah import DeviceVm
+
+
+@dataclass(eq=False)
+class Binding:
+    """Pages [start, start+nr) of *file* at *gfn* of *vm*; *flags* as MAP_MEM had them."""
+
+    vm: DeviceVm
+    file: MemoryFile
+    gfn: int
+    start: int
+    nr: int
+    flags: MapFlag
+
+    @property
+    def lend(self) -> bool:
+        """Whether the guest alone may have it: everything that is not FORCE_SHARE."""
+        return self.flags & ACCESS_MASK != MapFlag.FORCE_SHARE
+
+    @property
+    def writable(self) -> bool:
+        """Whether the guest may write."""
+        return bool(self.flags & MapFlag.ALLOW_WRITE)
+
+    @property
+    def end(self) -> int:
+        """The first gfn behind it."""
+        return self.gfn + self.nr
+
+    def has(self, gfn: int, nr: int = 1) -> bool:
+        """Whether all of these gfns are in it."""
+        return self.gfn <= gfn and gfn + nr <= self.end
+
+    def meets(self, gfn: int, nr: int) -> bool:
+        """Whether any of these gfns is in it."""
+        return gfn < self.end and self.gfn < gfn + nr
+
+    def covers(self, start: int, nr: int) -> bool:
+        """Whether any of these pages of the file is in it."""
+        return start < self.start + self.nr and self.start < start + nr
+
+    def index(self, gfn: int) -> int:
+        """The page of the file at *gfn*."""
+        return self.start + gfn - self.gfn
+
+    def trim(self, gfn: int, nr: int) -> None:
+        """An edge goes."""
+        if gfn == self.gfn:
+            self.gfn, self.start = self.gfn + nr, self.start + nr
+        self.nr -= nr

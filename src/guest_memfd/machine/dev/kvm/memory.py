@@ -1,0 +1,76 @@
+"""KVM's guest_memfd. Rule of this file: what its ioctls and system calls refuse, in the order of virt/kvm/guest_memfd.c.
+
+KVM_SET_MEMORY_ATTRIBUTES2 is that of "guest_memfd: In-place conversion" v13.
+"""
+
+from __future__ import annotations
+
+from errno import EINVAL, ENODEV, EOPNOTSUPP
+from typing import TYPE_CHECKING
+
+from guest_memfd.errors import SyscallFailed
+from guest_memfd.machine.dev.file import GuestMemoryFile
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.uapi.kvm import PRIVATE, SHARED, CreateGuestMemfd, GuestMemfdFlag, MemoryAttributes2
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+
+if TYPE_CHECKING:
+    from guest_memfd.machine.dev.kvm.vm import Vm
+
+CREATE = "KVM_CREATE_GUEST_MEMFD"
+ATTRIBUTES = "KVM_SET_MEMORY_ATTRIBUTES2"
+_BIGGEST = (1 << 63) - PAGE
+
+
+class GuestMemfd(GuestMemoryFile):
+    """A guest_memfd of *vm* (uapi/kvm.py KvmGuestMemory); raises SyscallFailed from its creation."""
+
+    created_by = CREATE
+
+    def __init__(self, vm: Vm, size: int, flags: int) -> None:
+        size, flags = CreateGuestMemfd.unpack(CreateGuestMemfd(size, flags).pack())
+        if flags & ~int(SHARED):
+            raise SyscallFailed(EINVAL, CREATE, f"flags {flags:#x}")
+        if not size or size % PAGE or size > _BIGGEST:
+            raise SyscallFailed(EINVAL, CREATE, f"a size of {size} bytes")
+        if not flags & GuestMemfdFlag.INIT_SHARED and not vm.has_private_memory:
+            raise SyscallFailed(EINVAL, CREATE, "a VM of this type has no private memory")
+        self.owner, self.flags = vm, flags
+        pages = size // PAGE
+        machine = vm.machine
+        super().__init__(machine, vm.design(machine.hypervisor.ops(), pages), size, vm.vm)
+        if flags & GuestMemfdFlag.INIT_SHARED:
+            self.init_shared()
+
+    def check_fallocate(self, mode: int, offset: int, nr: int) -> None:
+        """Allocating and punching, both with KEEP_SIZE; nothing else."""
+        if mode not in (FALLOC_FL_KEEP_SIZE, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
+            raise SyscallFailed(EOPNOTSUPP, "fallocate", f"mode {mode:#x}")
+        if (offset | nr) % PAGE:
+            raise SyscallFailed(EINVAL, "fallocate", "no multiple of a page")
+        if not mode & FALLOC_FL_PUNCH_HOLE and offset + nr > self.size:
+            raise SyscallFailed(EINVAL, "fallocate", f"past the end of the file, {self.size:#x}")
+
+    def check_mmap(self, offset: int, nr: int, shared: bool) -> None:
+        """Only of a file that was created for it, and only shared; how long is not looked at."""
+        if not self.flags & GuestMemfdFlag.MMAP:
+            raise SyscallFailed(ENODEV, "mmap", "the file was created without GUEST_MEMFD_FLAG_MMAP")
+        if not shared:
+            raise SyscallFailed(EINVAL, "mmap", "MAP_PRIVATE")
+
+    def set_memory_attributes2(self, attributes: MemoryAttributes2) -> None:
+        """Convert in place; raises SyscallFailed with `attributes.error_offset` set where a page refused."""
+        self._in_use(ATTRIBUTES)
+        asked = MemoryAttributes2.unpack(attributes.pack())
+        start, size, wanted = asked.offset, asked.size, asked.attributes
+        if asked.flags or wanted & ~PRIVATE or not self.owner.has_private_memory:
+            raise SyscallFailed(EINVAL, ATTRIBUTES, f"flags {attributes.flags:#x}, attributes {wanted:#x}")
+        if not size or (start | size) % PAGE or start + size > self.size:
+            raise SyscallFailed(EINVAL, ATTRIBUTES, f"{size:#x} bytes at {start:#x} of a file of {self.size:#x}")
+        convert = self.library.make_private if wanted else self.library.make_shared
+        result = self.run(convert(start // PAGE, size // PAGE))
+        if result.ret:
+            index = start // PAGE if result.error_index is None else result.error_index
+            attributes.error_offset = index * PAGE
+            why = f"design {self.library.name!r} has none" if result.ret == -EOPNOTSUPP else f"the page at {index * PAGE:#x}"
+            raise SyscallFailed(-result.ret, ATTRIBUTES, why)

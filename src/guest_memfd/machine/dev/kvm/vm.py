@@ -1,0 +1,142 @@
+"""A VM of /dev/kvm: its files, slots and vCPUs. Rule of this file: who keeps the VM, and what its end gives back.
+
+The descriptor of the VM and those of its vCPUs keep it. When the last is closed, whatever the order, its memory comes back
+through the library, file by file, and then the VM goes. Files outlive it, without a VM that they could be bound to.
+"""
+
+from __future__ import annotations
+
+from errno import EEXIST, EINVAL, ENOTTY
+from typing import TYPE_CHECKING
+
+from guest_memfd.errors import SyscallFailed
+from guest_memfd.machine.dev.file import Owned
+from guest_memfd.machine.dev.kvm.memory import GuestMemfd
+from guest_memfd.machine.dev.kvm.slots import CALL, Slot, Slots
+from guest_memfd.machine.dev.kvm.vcpu import Vcpu
+from guest_memfd.machine.hw.arm64.guestcore import GuestCore
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.uapi.kvm import UserMemoryRegion2
+from guest_memfd.uapi.memory import GuestMemory
+from guest_memfd.words.pagestate import GONE
+from guest_memfd.words.primitives import Primitive
+
+if TYPE_CHECKING:
+    from guest_memfd.designs import Design
+    from guest_memfd.machine.board.board import Board
+    from guest_memfd.machine.dev.kvm.system import System
+    from guest_memfd.machine.hypcalls.vm import Vm as MachineVm
+
+NR_VCPUS = 512
+
+
+class Vm(Owned):
+    """uapi/kvm.py KvmVm. *protected*: EL2 keeps the host out of its private memory. Raises OutOfMemory."""
+
+    def __init__(self, system: System, protected: bool) -> None:
+        self.system = system
+        self.machine: Board = system.machine
+        self._lock = self.machine.lock
+        self.design: type[Design] = system.design
+        self.protected = protected
+        self.slots = Slots(lambda file: isinstance(file, GuestMemfd) and file.owner is self)
+        self.vm: MachineVm = self.machine.create_vm(0)
+        handle = self.vm.handle
+        handle.bound = self.slots.covers
+        if self.machine.hypervisor.name == "pkvm":
+            handle.protected = protected
+        # Primitives about the VM itself, for which no file is needed.
+        self.host = EmulatedHost(self.machine, self.vm, 1)
+        self.vcpus: dict[int, Vcpu] = {}
+        self._users = 1
+
+    @property
+    def has_private_memory(self) -> bool:
+        """kvm_arch_has_private_mem(): under plain KVM as far as the library goes, under protected KVM by the VM's type."""
+        return self.protected or self.machine.hypervisor.name == "kvm"
+
+    # -- ioctls --------------------------------------------------------------------------------------------------
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION."""
+        self._in_use("KVM_CHECK_EXTENSION")
+        return self.system.check_extension(cap)
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
+        """KVM_CREATE_GUEST_MEMFD; EINVAL, ENOMEM."""
+        self._in_use("KVM_CREATE_GUEST_MEMFD")
+        return GuestMemfd(self, size, flags)
+
+    def set_user_memory_region2(
+        self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, *, userspace_addr: int = 0,
+        guest_memfd: GuestMemory | None = None, guest_memfd_offset: int = 0,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2; refuses as `Slots.check` says, EBUSY when the guest holds on to a deleted page."""
+        self._in_use(CALL)
+        region = UserMemoryRegion2.unpack(UserMemoryRegion2(
+            slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset).pack())
+        self.slots.check(region, guest_memfd)
+        if not memory_size:
+            self._delete(slot)
+            return
+        assert isinstance(guest_memfd, GuestMemfd)
+        new = Slot(guest_phys_addr // PAGE, memory_size // PAGE, guest_memfd, guest_memfd_offset // PAGE)
+        guest_memfd.check(guest_memfd.run(guest_memfd.library.bind(new.gfn, new.start, new.nr)), CALL,
+                          f"pages from {new.start:#x} on at {guest_phys_addr:#x}")
+        try:
+            self.slots.check_reach(new)
+        except SyscallFailed:
+            guest_memfd.run(guest_memfd.library.unbind(new.start, new.nr))
+            raise
+        self.slots.by_id[slot] = new
+
+    def _delete(self, number: int) -> None:
+        slot = self.slots.by_id[number]
+        result = slot.file.run(slot.file.library.unbind(slot.start, slot.nr))
+        slot.file.check(result.ret, CALL, f"page {result.error_index} of the file stays with the guest")
+        del self.slots.by_id[number]
+
+    def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES: ENOTTY, because attributes belong to the file here."""
+        self._in_use("KVM_SET_MEMORY_ATTRIBUTES")
+        raise SyscallFailed(ENOTTY, "KVM_SET_MEMORY_ATTRIBUTES", "attributes belong to the guest_memfd")
+
+    def create_vcpu(self, vcpu_id: int = 0) -> Vcpu:
+        """KVM_CREATE_VCPU, and KVM_ARM_VCPU_INIT for the preferred target; EINVAL, EEXIST."""
+        call = "KVM_CREATE_VCPU"
+        self._in_use(call)
+        if not 0 <= vcpu_id < NR_VCPUS:
+            raise SyscallFailed(EINVAL, call, f"id {vcpu_id}")
+        if vcpu_id in self.vcpus:
+            raise SyscallFailed(EEXIST, call, f"id {vcpu_id}")
+        machine, vm, handle = self.machine, self.vm, self.vm.handle
+        core = GuestCore(machine.ram, machine.tlbs, vcpu_id % len(machine.tlbs), lambda: machine.driver.guest_stage2(vm))
+        if handle.vcpus and handle.vcpus[0].cpu is None:        # pKVM's driver has made the first one
+            handle.vcpus[0].cpu, handle.vcpus[0].bound = core, handle.bound
+        else:
+            handle.add_vcpu(core)
+        self.vcpus[vcpu_id] = Vcpu(self, handle.vcpus[-1], len(handle.vcpus) - 1, core)
+        self._users += 1
+        return self.vcpus[vcpu_id]
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def put(self) -> None:
+        """A descriptor is closed; the last one ends the VM."""
+        self._users -= 1
+        if self._users or self.machine.dead is not None:
+            return
+        self._perform("vm_kill")
+        for file in dict.fromkeys(slot.file for slot in self.slots.by_id.values()):
+            if file.run(file.library.vm_teardown()):
+                return                                  # what is bound stays, and with it the VM
+        self.slots.by_id.clear()
+        if self.vm.state != GONE:
+            self._perform("vm_destroyed")
+
+    def _perform(self, name: str) -> None:
+        self.host.perform(Primitive(name, (), "user"), 0)
+
+    def _release(self) -> None:
+        self.put()

@@ -1,0 +1,1 @@
+"""What runs at EL2: KVM with VHE, pKVM, Gunyah."""

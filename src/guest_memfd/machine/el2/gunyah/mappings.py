@@ -1,0 +1,179 @@
+"""What a stage-2 table maps, forwards and backwards. Rule of this file: the reverse map is a cache of the table.
+
+Changes here are checked by the caller (addrspace.py, donate.py); they take their memory first and then cannot fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from guest_memfd.machine.el2.gunyah import private
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.memextent import Mapping
+from guest_memfd.machine.el2.gunyah.rangemap import RangeMap
+from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, Leaf, PageSource, Stage2Table, Stock
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE, Ram
+
+# Bits whose change is live (software bits, access flag).
+_CHANGING = private.PRIVATE | private.LOCKED | private.NO_SANITISE | private.WRITABLE | 1 << 10
+VISIBLE = 0x3FC | 3 << 53
+"""Bits of a leaf that are attributes: MemAttr, S2AP, SH, XN."""
+
+
+class Mappings:
+    """The table of the VM with this VMID, and where each physical page appears. Raises Refused(NOMEM)."""
+
+    def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], vmid: int, name: str) -> None:
+        self.ram, self.source, self.name = ram, source, name
+        try:
+            self.table = Stage2Table(ram, source, tlbs, vmid)
+        except OutOfMemory:
+            raise Refused(GunyahError.NOMEM, f"no table for {name}") from None
+        # Physical address -> distances at which guest addresses map it; tests compare it with the table.
+        self._places: RangeMap[tuple[int, ...]] = RangeMap(())
+        # Guest addresses unmapped with NOSYNC: TLBs may still have them.
+        self._unsynced: RangeMap[bool] = RangeMap(False)
+        self._abandoned = False
+
+    def __repr__(self) -> str:
+        return f"<address space of {self.name}>"
+
+    def maps(self, pa: int) -> int | None:
+        """The lowest address that maps the page at *pa*, if any."""
+        places = self._places.get(pa)
+        return (pa & -PAGE) + places[0] if places else None
+
+    def maps_any(self, start: int, end: int) -> bool:
+        """Whether any page of physical [start, end) is mapped."""
+        return not self._places.only(start, end, ())
+
+    def places(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Where it shows physical [start, end): (pa, end, distance from there to its own address) of each run."""
+        if not self._abandoned:
+            for low, high, distances in self._places.runs(start, end):
+                yield from ((low, high, distance) for distance in distances)
+
+    @property
+    def stale(self) -> bool:
+        """Whether a TLB may still have what was unmapped with NOSYNC."""
+        return not self._unsynced.only(0, 1 << IA_BITS, False)
+
+    def mappings(self) -> Iterator[Leaf]:
+        """Every valid leaf, in order of addresses."""
+        return (leaf for leaf in self.table.leaves(0, 1 << IA_BITS) if leaf.valid)
+
+    # -- one piece -----------------------------------------------------------------------------------------------
+
+    def others(self, vbase: int, start: int, end: int) -> list[tuple[int, int, int]]:
+        """What [vbase, ...) maps other than the pages of [start, end) in their order: (pa, end, descriptor)."""
+        found = []
+        for leaf in self.table.leaves(vbase, vbase + end - start):
+            if leaf.valid and leaf.oa - leaf.ipa != start - vbase:
+                low, high = max(leaf.ipa, vbase), min(leaf.ipa + leaf.size, vbase + end - start)
+                found.append((leaf.oa + low - leaf.ipa, leaf.oa + high - leaf.ipa, leaf.value))
+        return found
+
+    def sanitise(self, gone: list[tuple[int, int, int]]) -> None:
+        """Zero what leaves the guest, unless it said otherwise."""
+        for start, end, value in gone:
+            if value & private.PRIVATE and not value & private.NO_SANITISE:
+                self.ram.zero(start, end - start)
+
+    def place(self, vbase: int, start: int, end: int, bits: int) -> None:
+        """Map physical [start, end) at *vbase* in place of whatever is there; private pages that go are sanitised.
+
+        Entries that say so already stay, which is how a page is only locked again. Raises Refused(NOMEM).
+        """
+        stop = vbase + end - start
+        found = list(self.table.leaves(vbase, stop))
+        if all(leaf.valid and leaf.oa - leaf.ipa == start - vbase and vbase <= leaf.ipa and leaf.ipa + leaf.size <= stop
+               and not (leaf.value ^ bits) & VISIBLE for leaf in found):
+            for leaf in found:
+                self.table.rewrite(leaf, leaf.value & ~_CHANGING | bits & _CHANGING)
+            return
+        need = self.table.tables_for_cut(vbase, stop) + self.table.tables_for_fill(vbase, stop, start)
+        with Stock(self.source, need) as stock:
+            self._put(vbase, start, end, bits, stock)
+
+    def _put(self, vbase: int, start: int, end: int, bits: int, stock: Stock) -> None:
+        stop = vbase + end - start
+        replaced = self.others(vbase, start, end)
+        self.table.cut(vbase, stop, stock)
+        if not self._unsynced.only(vbase, stop, False):
+            self.sync(vbase, stop)
+        self._forget(vbase, stop)
+        self.table.fill(vbase, stop, start, bits, stock)
+        self._remember(start, end, vbase - start)
+        self.sanitise(replaced)
+
+    def _remember(self, start: int, end: int, distance: int) -> None:
+        self._places.update(start, end, lambda places: tuple(sorted({*places, distance})))
+
+    def _forget(self, vbase: int, stop: int) -> None:
+        for leaf in self.table.leaves(vbase, stop):
+            if leaf.valid:
+                distance = leaf.ipa - leaf.oa
+                low, high = max(leaf.ipa, vbase) - distance, min(leaf.ipa + leaf.size, stop) - distance
+                self._places.update(low, high, partial(_without, distance))
+
+    def remove(self, found: list[Leaf]) -> list[tuple[int, int, int]]:
+        """Make whole leaves invalid, without TLBI: (pa, end, descriptor) of each."""
+        for leaf in found:
+            self._forget(leaf.ipa, leaf.ipa + leaf.size)
+            self.table.rewrite(leaf, 0)
+        return [(leaf.oa, leaf.oa + leaf.size, leaf.value) for leaf in found]
+
+    def sync(self, start: int, end: int) -> None:
+        """No TLB has anything of [start, end) afterwards."""
+        self.table.sync(start, end)
+        self._unsynced.set(start, end, False)
+
+    def leave_stale(self, start: int, end: int) -> None:
+        """[start, end) was unmapped with NOSYNC: whoever maps something there has to synchronise first."""
+        self._unsynced.set(start, end, True)
+
+    def sync_all(self) -> None:
+        """What a series of NOSYNC calls ends with."""
+        self.table.sync_all()
+        self._unsynced = RangeMap(False)
+
+    # -- recorded mappings of an extent ------------------------------------------------------------------------------
+
+    def tables_for_mapping(self, mapping: Mapping, base: int, ranges: list[tuple[int, int]]) -> int:
+        """How many tables `apply` takes at most."""
+        away = mapping.vbase - base
+        table = self.table
+        return sum(table.tables_for_cut(low + away, high + away) + table.tables_for_fill(low + away, high + away, low)
+                   for low, high in ranges)
+
+    def apply(self, mapping: Mapping, base: int, ranges: list[tuple[int, int]], stock: Stock) -> None:
+        """Map physical *ranges* of an extent that begins at *base* where *mapping* says."""
+        away, bits = mapping.vbase - base, private.encode(mapping.attributes)
+        for low, high in ranges:
+            self._put(low + away, low, high, bits, stock)
+
+    def withdraw(self, start: int, end: int, distance: int, stock: Stock) -> None:
+        """Unmap physical [start, end) from where it is at *distance*; no TLBI."""
+        vbase, stop = start + distance, end + distance
+        self.table.cut(vbase, stop, stock)
+        self.remove([leaf for leaf in self.table.leaves(vbase, stop) if leaf.valid and leaf.oa - leaf.ipa == start - vbase])
+        self.leave_stale(vbase, stop)
+
+    def destroy(self) -> None:
+        """Unmap everything, sanitise what was private, and give the tables back."""
+        gone = [(leaf.oa, leaf.oa + leaf.size, leaf.value) for leaf in self.mappings()]
+        self.abandon()
+        self._places = RangeMap(())
+        self.sanitise(gone)
+
+    def abandon(self) -> None:
+        """Give the tables back; it maps nothing any more, and knows what it had."""
+        self.table.destroy()
+        self._abandoned = True
+
+
+def _without(gone: int, places: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(distance for distance in places if distance != gone)

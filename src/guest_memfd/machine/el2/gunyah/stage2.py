@@ -1,0 +1,272 @@
+"""A VM's stage-2 page table as ranges of leaves. Rule of this file: memory is taken before anything is changed.
+
+Every operation that may need tables first says how many (`tables_for_...`); the caller takes them all (`Stock`) and only
+then changes descriptors, so running out of memory leaves everything as it was. Blocks are as large as address and size
+allow, and a table below which nothing is mapped gives way to one. A block that has to give way to smaller entries goes
+through break-before-make: invalid, TLBI, table (Arm ARM D8.16.1; the TLBI sequence is that of
+arch/arm64/kvm/hyp/nvhe/tlb.c, in the VM's own context).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.hw.arm64 import tlbi
+from guest_memfd.machine.hw.arm64.descriptor import ADDRESS, TABLE, VALID, leaf, table
+from guest_memfd.machine.hw.arm64.granule import K4
+from guest_memfd.machine.hw.arm64.regime import Stage2
+from guest_memfd.machine.hw.arm64.registers import Vtcr
+from guest_memfd.machine.hw.arm64.tables import PageTable
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE, Ram
+
+IA_BITS = 44
+"""Intermediate physical addresses of every VM: from level 0 on with one first table, 16 TiB."""
+_START = 0
+_PS = 5         # 48 bits
+# (31 + 1) << (5 * 3 + 1) pages: what one range operation can name.
+_LARGEST_RANGE = 32 << 16 << 12
+
+
+class PageSource(Protocol):
+    """Where the hypervisor's own pages come from."""
+
+    def alloc_table(self) -> int:
+        """One zeroed page; raises OutOfMemory."""
+
+    def free_table(self, pa: int) -> None:
+        """Give it back."""
+
+
+class Stock:
+    """Table pages taken in advance; what is left over goes back at the end of the ``with`` block.
+
+    Raises Refused(NOMEM), with everything given back, when there are not *count* pages.
+    """
+
+    def __init__(self, source: PageSource, count: int) -> None:
+        self._source = source
+        self._pages: list[int] = []
+        try:
+            for _ in range(count):
+                self._pages.append(source.alloc_table())
+        except OutOfMemory:
+            self.__exit__()
+            raise Refused(GunyahError.NOMEM, f"{count} tables are needed") from None
+
+    def __enter__(self) -> Stock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._pages:
+            self._source.free_table(self._pages.pop())
+
+    def take(self) -> int:
+        """One page; there is one, because the caller counted."""
+        return self._pages.pop()
+
+
+class Leaf(NamedTuple):
+    """An entry that maps [ipa, ipa+size) or, when invalid, maps nothing there."""
+
+    ipa: int
+    size: int
+    level: int
+    address: int
+    value: int
+
+    @property
+    def valid(self) -> bool:
+        """Whether it maps anything."""
+        return bool(self.value & VALID)
+
+    @property
+    def oa(self) -> int:
+        """Physical address that *ipa* goes to."""
+        return self.value & ADDRESS & -self.size
+
+
+# log2 of what an entry maps, by level.
+_SHIFT = [K4.level_shift(level) for level in range(4)]
+
+
+def _is_table(value: int, level: int) -> bool:
+    return level < 3 and value & 3 == TABLE
+
+
+class Stage2Table:
+    """The table of the VM with this VMID; all addresses and sizes are bytes, multiples of 4 KiB."""
+
+    def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], vmid: int) -> None:
+        self._ram, self._source, self._tlbs, self.vmid = ram, source, tlbs, vmid
+        self.pages = PageTable(ram, source, 2, granule=K4, ia_bits=IA_BITS, start_level=_START)
+        self.registers = Stage2(Vtcr(t0sz=64 - IA_BITS, sl0=2, tg0=K4, ps=_PS), vmid << 48 | self.pages.root)
+
+    # Entries of one table that meet [start, end): (its address, value, first byte, end).
+    def _entries(self, at: int, level: int, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        read, shift = self._ram.read64, _SHIFT[level]
+        while start < end:
+            address = at + 8 * (start >> shift & 511)
+            high = min(end, (start >> shift) + 1 << shift)
+            yield address, read(address), start, high
+            start = high
+
+    def leaf(self, ipa: int) -> Leaf:
+        """The entry that decides one address."""
+        read, at, level = self._ram.read64, self.pages.root, _START
+        while True:
+            shift = _SHIFT[level]
+            address = at + 8 * (ipa >> shift & 511)
+            value = read(address)
+            if not _is_table(value, level):
+                return Leaf(ipa >> shift << shift, 1 << shift, level, address, value)
+            at, level = value & ADDRESS, level + 1
+
+    def leaves(self, start: int, end: int) -> Iterator[Leaf]:
+        """The entries that decide [start, end), in order; the first and the last may reach beyond it."""
+        first = self.leaf(start)
+        if end <= first.ipa + first.size:
+            yield first
+        else:
+            yield from self._leaves(self.pages.root, _START, start, end)
+
+    def _leaves(self, at: int, level: int, start: int, end: int) -> Iterator[Leaf]:
+        size = 1 << _SHIFT[level]
+        for address, value, low, high in self._entries(at, level, start, end):
+            if _is_table(value, level):
+                yield from self._leaves(value & ADDRESS, level + 1, low, high)
+            else:
+                yield Leaf(low & -size, size, level, address, value)
+
+    # -- cutting -------------------------------------------------------------------------------------------------
+
+    def tables_for_cut(self, start: int, end: int) -> int:
+        """How many tables `cut` takes."""
+        split = set()
+        for at in (start, end):
+            found = self.leaf(at) if at < 1 << IA_BITS else None
+            if found is not None and found.valid and at % found.size:
+                split |= {(level, at >> _SHIFT[level]) for level in range(found.level, 3) if at % (1 << _SHIFT[level])}
+        return len(split)
+
+    def cut(self, start: int, end: int, stock: Stock) -> None:
+        """Split blocks until no entry reaches across *start* or *end*; what is mapped stays mapped."""
+        for at in (start, end):
+            while at < 1 << IA_BITS:
+                found = self.leaf(at)
+                if not found.valid or at % found.size == 0:
+                    break
+                self._split(found, stock)
+
+    def _split(self, block: Leaf, stock: Stock) -> None:
+        below, page = block.level + 1, stock.take()
+        attributes = block.value & ~(ADDRESS | 3)
+        for index in range(512):
+            self._ram.write64(page + 8 * index, leaf(block.oa + index * (1 << _SHIFT[below]), attributes, below))
+        self.pages.write(block.address, block.level, 0, block.ipa)
+        self.sync(block.ipa, block.ipa + block.size)
+        self.pages.write(block.address, block.level, table(page), block.ipa)
+
+    # -- removing ------------------------------------------------------------------------------------------------
+
+    def clear(self, start: int, end: int) -> None:
+        """Make [start, end) invalid, without TLBI. No entry reaches across the ends (`cut`)."""
+        self._clear(self.pages.root, _START, start, end)
+
+    def _clear(self, at: int, level: int, start: int, end: int) -> None:
+        for address, value, low, high in self._entries(at, level, start, end):
+            if _is_table(value, level):
+                self._clear(value & ADDRESS, level + 1, low, high)
+            elif value:
+                self.pages.write(address, level, 0, low)
+
+    def rewrite(self, found: Leaf, value: int) -> None:
+        """Change software bits, access flag or permissions of an entry in place."""
+        self.pages.write(found.address, found.level, value, found.ipa)
+
+    # -- mapping -------------------------------------------------------------------------------------------------
+
+    # Whether one entry at this level can map all of [low, high) to pa.
+    @staticmethod
+    def _fits(level: int, low: int, high: int, pa: int) -> bool:
+        size = 1 << _SHIFT[level]
+        return level > 0 and high - low == size and pa % size == 0
+
+    def tables_for_fill(self, start: int, end: int, pa: int) -> int:
+        """How many tables `fill` takes at most."""
+        return self._need(self.pages.root, _START, start, end, pa)
+
+    # *at* None: a table that is not there yet.
+    def _need(self, at: int | None, level: int, start: int, end: int, pa: int) -> int:
+        size, need, low = (1 << _SHIFT[level]), 0, start
+        while low < end:
+            high = min(end, (low & -size) + size)
+            if not self._fits(level, low, high, pa + low - start):
+                value = 0 if at is None else self._ram.read64(at + 8 * (low // size & 511))
+                there = _is_table(value, level)
+                need += not there
+                need += self._need(value & ADDRESS if there else None, level + 1, low, high, pa + low - start)
+            low = high
+        return need
+
+    def fill(self, start: int, end: int, pa: int, attributes: int, stock: Stock) -> None:
+        """Map [start, end) to [pa, ...). What was mapped there is removed first, TLBs included; nothing partly covered
+        by the range may be mapped (`cut`).
+        """
+        if any(found.valid for found in self.leaves(start, end)):
+            self.clear(start, end)
+            self.sync(start, end)
+        self._fill(self.pages.root, _START, start, end, pa, attributes, stock)
+
+    def _fill(self, at: int, level: int, start: int, end: int, pa: int, attributes: int, stock: Stock) -> None:
+        for address, value, low, high in self._entries(at, level, start, end):
+            to = pa + low - start
+            there = _is_table(value, level)
+            if self._fits(level, low, high, to):
+                if there:
+                    self._unhook(address, value, level, low, high)
+                self.pages.write(address, level, leaf(to, attributes, level), low)
+                continue
+            below = value & ADDRESS if there else stock.take()
+            if not there:
+                self.pages.write(address, level, table(below), low)
+            self._fill(below, level + 1, low, high, to, attributes, stock)
+
+    # A table without a valid entry below it makes room for a block. A walk may have cached the way to it.
+    def _unhook(self, address: int, value: int, level: int, low: int, high: int) -> None:
+        self.pages.write(address, level, 0, low)
+        self.sync(low, high)
+        self._free(value & ADDRESS, level + 1)
+
+    def _free(self, at: int, level: int) -> None:
+        if level < 3:
+            for index in range(512):
+                value = self._ram.read64(at + 8 * index)
+                if _is_table(value, level):
+                    self._free(value & ADDRESS, level + 1)
+        self._source.free_table(at)
+
+    def destroy(self) -> None:
+        """Give all tables back; nothing of this VMID may be left in a TLB afterwards."""
+        self._free(self.pages.root, _START)
+        self.sync_all()
+
+    # -- TLB maintenance -----------------------------------------------------------------------------------------
+
+    def sync(self, start: int, end: int) -> None:
+        """DSB ISH; TLBI IPAS2E1IS, or RIPAS2E1IS; DSB ISH; TLBI VMALLE1IS; DSB ISH; ISB, for [start, end)."""
+        if end - start > _LARGEST_RANGE:
+            self.sync_all()
+            return
+        if end - start == PAGE:
+            tlbi.ipas2e1is(self._tlbs, start, self.vmid)
+        else:
+            tlbi.ripas2e1is(self._tlbs, start, end - start, self.vmid)
+        tlbi.vmalle1is(self._tlbs, self.vmid)
+
+    def sync_all(self) -> None:
+        """TLBI VMALLS12E1IS: nothing of this VMID remains, of either stage."""
+        tlbi.vmalls12e1is(self._tlbs, self.vmid)

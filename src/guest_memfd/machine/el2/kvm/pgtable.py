@@ -1,0 +1,215 @@
+"""A stage-2 table as KVM keeps it. Rule of this file: a valid entry is broken and flushed before another takes its place.
+
+After arch/arm64/kvm/hyp/pgtable.c: an entry that changes is LOCKED first, then its TLB entries go, then the new entry is
+written; a table that no longer holds anything is freed after its parent entry has gone the same way. A block that has
+to make room for a page is dropped as a whole, and whoever needs the rest of it faults it in again. All the table pages
+that an operation needs are allocated before it changes anything.
+
+Descriptors are stored by arm64's PageTable.write, which watches over break-before-make.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from guest_memfd.machine.el2.kvm.tlb import Maintenance
+from guest_memfd.machine.hw.arm64 import descriptor as d
+from guest_memfd.machine.hw.arm64.tables import PageTable
+from guest_memfd.machine.hw.ram import PAGE, Ram
+
+LOCKED = 1 << 60
+"""Software's note in an invalid entry: break-before-make is under way (KVM_INVALID_PTE_TYPE_LOCKED, 7.3)."""
+STATE_SHIFT = 55
+"""pKVM keeps the page state of guests in the software bits 56:55."""
+
+LAST_LEVEL = 3
+_STRIDE = 9
+
+
+class TableSource(Protocol):
+    """Where table pages come from: a pool of EL2, or a memcache; raises buddy.OutOfMemory."""
+
+    def alloc_table(self) -> int:
+        """One zeroed page."""
+
+    def free_table(self, pa: int) -> None:
+        """Take a page back."""
+
+
+class Leaf(NamedTuple):
+    """The entry that decides an address: it maps, it is annotated, or it is empty."""
+
+    level: int
+    address: int
+    value: int
+
+    @property
+    def valid(self) -> bool:
+        """Whether it maps."""
+        return bool(self.value & d.VALID)
+
+    @property
+    def order(self) -> int:
+        """log2 of the 4 KiB pages it decides."""
+        return (LAST_LEVEL - self.level) * _STRIDE
+
+    @property
+    def oa(self) -> int:
+        """Output address of the first byte, of an entry that maps."""
+        return d.output_address(self.value, self.level)
+
+
+def leaf_attributes(prot: str, *, device: bool = False, state: int = 0) -> int:
+    """Attribute bits for *prot*, letters of "rwx"; *state* goes into bits 56:55 (kvm_pgtable.h, stage2_set_prot_attr())."""
+    bits = d.AF | d.SH_INNER | (d.DEVICE_NGNRE if device else d.NORMAL_WB) << d.MEMATTR_SHIFT | state << STATE_SHIFT
+    bits |= d.S2_READ * ("r" in prot) | d.S2_WRITE * ("w" in prot)
+    return bits if "x" in prot else bits | d.S2_XN
+
+
+def level_of(order: int) -> int:
+    """The level whose leaves map 1 << *order* pages of 4 KiB: 0, 9 or 18."""
+    return LAST_LEVEL - order // _STRIDE
+
+
+class Stage2Table:
+    """One stage-2 tree with a 4 KiB granule, for input addresses of *ia_bits*; orders are 0, 9 or 18.
+
+    *locked* is what an entry says in the middle of break-before-make.
+    """
+
+    def __init__(self, ram: Ram, table: PageTable, source: TableSource, tlbs: Maintenance, locked: int = LOCKED) -> None:
+        self.ram, self.table, self.source, self.tlbs, self.locked = ram, table, source, tlbs, locked
+        table.live_check = tlbs.holds
+        # How many entries of a table other than the first are in use (KVM: the table page's refcount).
+        self._used: dict[int, int] = {}
+
+    @property
+    def root(self) -> int:
+        """Physical address of the first table."""
+        return self.table.root
+
+    @property
+    def tables(self) -> int:
+        """Table pages in use, without the first."""
+        return len(self._used)
+
+    def _index(self, ia: int, level: int) -> int:
+        return ia >> 12 + (LAST_LEVEL - level) * _STRIDE & (1 << _STRIDE) - 1
+
+    # The entries from the first level down to *level*, or to the first that is no table.
+    def _path(self, ia: int, level: int = LAST_LEVEL) -> list[Leaf]:
+        return [Leaf(*entry) for entry in self.table.path(ia) if entry.level <= level]
+
+    def leaf(self, ia: int) -> Leaf:
+        """What decides *ia*; beyond the input size that is an empty entry which is nowhere."""
+        if ia >> self.table.ia_bits:
+            return Leaf(self.table.start_level, 0, 0)
+        return Leaf(*self.table.lookup(ia))
+
+    def empty(self, ia: int, order: int) -> bool:
+        """Whether nothing in the aligned range maps and nothing in it is annotated."""
+        return self._empty(self._path(ia, level_of(order))[-1])
+
+    def _empty(self, entry: Leaf) -> bool:
+        if d.kind(entry.value, entry.level) != "table":
+            return not entry.value
+        base = d.table_address(entry.value)
+        return not self._used[base] or all(
+            self._empty(Leaf(entry.level + 1, at, self.ram.read64(at))) for at in range(base, base + PAGE, 8))
+
+    # -- changes -----------------------------------------------------------------------------------------------
+
+    def map(self, ia: int, order: int, oa: int, attributes: int) -> None:
+        """Map the aligned range with one leaf, whatever was there; raises OutOfMemory with nothing changed."""
+        self._install(ia, order, d.leaf(oa, attributes, level_of(order)))
+
+    def annotate(self, ia: int, order: int, note: int) -> None:
+        """Unmap the aligned range and leave *note* in its one entry; raises OutOfMemory with nothing changed."""
+        self._install(ia, order, note)
+
+    def _install(self, ia: int, order: int, value: int) -> None:
+        level = level_of(order)
+        entry = self._path(ia, level)[-1]
+        if entry.level < level and entry.value and not entry.valid:
+            raise ValueError(f"{ia:#x} is annotated as part of a larger range, which would be forgotten")
+        new = value if entry.level == level else self._chain(ia, entry.level, level, value)
+        if entry.value != new:
+            self._replace(ia, entry, new)
+
+    # New tables from *above* down to *level* with *value* at the bottom; the descriptor of the uppermost.
+    def _chain(self, ia: int, above: int, level: int, value: int) -> int:
+        made: list[int] = []
+        try:
+            while len(made) < level - above:
+                made.append(self.source.alloc_table())
+        except Exception:
+            for pa in made:
+                self.source.free_table(pa)
+            raise
+        for at, pa in zip(range(level, above, -1), made, strict=True):
+            self.table.write(pa + 8 * self._index(ia, at), at, value)
+            self._used[pa] = 1
+            value = d.table(pa)
+        return value
+
+    # stage2_try_break_pte(), then stage2_make_pte().
+    def _replace(self, ia: int, entry: Leaf, value: int) -> None:
+        if entry.valid:
+            self._write(ia, entry, self.locked)
+            self._flush(ia, entry)
+        self._write(ia, entry, value)
+        if entry.valid and d.kind(entry.value, entry.level) == "table":
+            self._free(entry)
+        self._count(entry, bool(value) - bool(entry.value))
+
+    def _write(self, ia: int, entry: Leaf, value: int) -> None:
+        self.table.write(entry.address, entry.level, value, ia)
+
+    def _flush(self, ia: int, entry: Leaf) -> None:
+        size = PAGE << entry.order
+        if d.kind(entry.value, entry.level) == "table":
+            self.tlbs.flush_range(ia & -size, size)
+        else:
+            self.tlbs.flush_ipa(ia & -size, entry.level)
+
+    def _count(self, entry: Leaf, change: int) -> None:
+        page = entry.address & -PAGE
+        if page in self._used:
+            self._used[page] += change
+
+    def _free(self, entry: Leaf) -> None:
+        base = d.table_address(entry.value)
+        for at in range(base, base + PAGE, 8) if self._used[base] else ():
+            below = Leaf(entry.level + 1, at, self.ram.read64(at))
+            if d.kind(below.value, below.level) == "table":
+                self._free(below)
+        del self._used[base]
+        self.source.free_table(base)
+
+    def unmap(self, ia: int) -> Leaf:
+        """Clear what decides *ia*, mapping or note, and free tables that hold nothing any more; returns what was there."""
+        path = self._path(ia)
+        entry = path.pop()
+        if entry.value:
+            self._clear(ia, entry)
+            while len(path) and not self._used.get(d.table_address(path[-1].value), 1):
+                self._clear(ia, path.pop())
+        return entry
+
+    def _clear(self, ia: int, entry: Leaf) -> None:
+        self._write(ia, entry, 0)
+        if entry.valid:
+            self._flush(ia, entry)
+            if d.kind(entry.value, entry.level) == "table":
+                self._free(entry)
+        self._count(entry, -1)
+
+    def destroy(self) -> None:
+        """Free every table but the first, which is emptied; the caller sees to the TLBs."""
+        size = PAGE << (LAST_LEVEL - self.table.start_level) * _STRIDE
+        for ia in range(0, 1 << self.table.ia_bits, size):
+            entry = self._path(ia, self.table.start_level)[-1]
+            if d.kind(entry.value, entry.level) == "table":
+                self._free(entry)
+            if entry.value:
+                self._write(ia, entry, 0)

@@ -1,0 +1,41 @@
+"""TLB maintenance after a change of stage 2. Rule of this file: what KVM flushes, in which order, for which VMID.
+
+arch/arm64/kvm/hyp/nvhe/tlb.c: DSB; TLBI IPAS2E1IS, which stage-2-only entries obey; DSB; TLBI VMALLE1IS, since
+combined entries and what stage-1 walks left behind obey only that; DSB; ISB, all in the context of the VMID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from guest_memfd.machine.hw.arm64 import tlbi
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+
+# What one range operation covers at most with 4 KiB pages: 32 << 16 of them.
+_RANGE = 1 << 33
+
+
+class Maintenance:
+    """The TLBs of all CPUs, as one VMID's stage 2 flushes them."""
+
+    def __init__(self, tlbs: Sequence[Tlb], vmid: int) -> None:
+        self.tlbs, self.vmid = list(tlbs), vmid
+
+    def flush_ipa(self, ipa: int, level: int) -> None:
+        """__kvm_tlb_flush_vmid_ipa(): one leaf at *level*."""
+        tlbi.ipas2e1is(self.tlbs, ipa, self.vmid, level)
+        tlbi.vmalle1is(self.tlbs, self.vmid)
+
+    def flush_range(self, ipa: int, size: int) -> None:
+        """__kvm_tlb_flush_vmid_range(): *size* bytes, whatever their level."""
+        for at in range(ipa, ipa + size, _RANGE):
+            tlbi.ripas2e1is(self.tlbs, at, min(_RANGE, ipa + size - at), self.vmid)
+        tlbi.vmalle1is(self.tlbs, self.vmid)
+
+    def flush_all(self) -> None:
+        """__kvm_tlb_flush_vmid(): both stages."""
+        tlbi.vmalls12e1is(self.tlbs, self.vmid)
+
+    def holds(self, ipa: int, size: int) -> bool:
+        """Whether some TLB still translates *ipa*, for `PageTable.live_check`."""
+        return any(tlb.holds_stage2(ipa, self.vmid) for tlb in self.tlbs)

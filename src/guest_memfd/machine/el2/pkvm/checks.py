@@ -1,0 +1,82 @@
+"""What has to be so before a page changes hands. Rule of this file: it answers, and changes nothing.
+
+The names are those of arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3), without the underscores. Frame numbers and orders
+(0, 9, 18) count 4 KiB pages; an answer is 0 or -errno.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from guest_memfd.machine.el2.kvm.pgtable import STATE_SHIFT, Leaf
+from guest_memfd.machine.el2.pkvm.annotation import Annotation, Type
+from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT, HypPage, State
+from guest_memfd.words.primitives import EHWPOISON, EINVAL, ENOENT, EPERM
+
+if TYPE_CHECKING:
+    from guest_memfd.machine.el2.pkvm.el2 import El2
+    from guest_memfd.machine.el2.pkvm.vm import Vm
+
+E2BIG = 7
+_ORDER_OF = {1 << order: order for order in ORDERS}
+
+
+def transition_order(nr: int, *frames: int) -> int:
+    """The order of *nr* pages at *frames* if that is one leaf, else -EINVAL (guest_check_transition_size())."""
+    order = _ORDER_OF.get(nr, -EINVAL)
+    return -EINVAL if order >= 0 and any(frame & nr - 1 for frame in frames) else order
+
+
+def range_allowed_memory(el2: El2, pfn: int, nr: int) -> int:
+    """-EPERM: no memory, or nobody's; -EINVAL: the range leaves its region (check_range_allowed_memory())."""
+    region = el2.host.region(pfn << PAGE_SHIFT)
+    if region is None or region.nomap:
+        return -EPERM
+    return 0 if pfn + nr << PAGE_SHIFT <= region.end else -EINVAL
+
+
+def host_page_state(el2: El2, pfn: int, order: int, state: State) -> int:
+    """-EPERM unless all pages are in *state* for the host; what `range_allowed_memory` says comes first."""
+    ret = range_allowed_memory(el2, pfn, 1 << order)
+    if ret:
+        return ret
+    return 0 if all(page.host is state for page in el2.vmemmap.pages(pfn, order)) else -EPERM
+
+
+def host_and_hyp(el2: El2, pfn: int, order: int, host: State, hyp: State) -> int:
+    """As `host_page_state`, and -EPERM unless all pages are in state *hyp* for the hypervisor."""
+    ret = host_page_state(el2, pfn, order, host)
+    if ret:
+        return ret
+    return 0 if all(page.hyp is hyp for page in el2.vmemmap.pages(pfn, order)) else -EPERM
+
+
+def guest_page_state(entry: Leaf) -> State:
+    """From the software bits of an entry that maps, inferred for one that does not (guest_get_page_state())."""
+    if entry.valid:
+        return State(entry.value >> STATE_SHIFT & 3)
+    note = Annotation.decode(entry.value)
+    return State.POISON if note and note.type is Type.POISONED else State.NOPAGE
+
+
+def valid_guest_leaf(vm: Vm, gfn: int, order: int) -> tuple[int, Leaf]:
+    """The guest's entry and 0, -EHWPOISON, -ENOENT, or -E2BIG for another order (get_valid_guest_pte())."""
+    entry = vm.pgt.leaf(gfn << PAGE_SHIFT)
+    state = guest_page_state(entry)
+    if state is State.POISON:
+        return -EHWPOISON, entry
+    if state is State.NOPAGE:
+        return -ENOENT, entry
+    return (0 if entry.order == order else -E2BIG), entry
+
+
+def guest_is_empty(vm: Vm, gfn: int, order: int) -> bool:
+    """Whether the guest is at NOPAGE there; POISON is not."""
+    return vm.pgt.empty(gfn << PAGE_SHIFT, order)
+
+
+def may_share(page: HypPage, protected: bool) -> bool:
+    """Whether one more guest may borrow a page; ADDITION: a *protected* guest borrows it alone."""
+    if page.host is State.OWNED:
+        return page.hyp is State.NOPAGE
+    return page.host is State.SHARED_OWNED and page.guests > 0 and not protected

@@ -1,0 +1,168 @@
+"""The host's own stage 2. Rule of this file: the host reaches what nobody withheld, and learns of the rest by an abort.
+
+An identity map with VMID 0 that starts empty (kvm/hyp/nvhe/mem_protect.c): a fault on an empty entry maps the largest
+block that fits between the entry and the memory region, RWX for memory, RW for devices. A page that is given away is an
+annotated entry, for which blocks have to come apart; nothing ever puts them together again. Sizes of annotations here
+are those of a leaf, 4 KiB, 2 MiB or 1 GiB; upstream annotates pages only.
+
+When the pool of table pages is empty, all device mappings are dropped and the operation is tried once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from guest_memfd.machine.el2.kvm.pgtable import Leaf, Stage2Table, TableSource, leaf_attributes
+from guest_memfd.machine.el2.kvm.tlb import Maintenance
+from guest_memfd.machine.el2.pkvm.annotation import LOCKED, Annotation, Owner, Release, Type
+from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT
+from guest_memfd.machine.hw.arm64.access import Transfer
+from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject, LoadStore
+from guest_memfd.machine.hw.arm64.registers import PA_BITS, Vtcr
+from guest_memfd.machine.hw.arm64.tables import PageTable
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.arm64.walk import Stage2
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE, Ram
+
+VMID = 0
+MEMORY = leaf_attributes("rwx")
+DEVICE = leaf_attributes("rw", device=True)
+
+_S1PTW = 1 << 7
+# EC of an abort from a lower EL; bit 26 of ESR makes it one from the same EL.
+_SAME_EL = 1 << 26
+
+
+class Region(NamedTuple):
+    """A memblock region: bytes of memory from *base* on. *nomap*: memory that neither host nor guests may have."""
+
+    base: int
+    size: int
+    nomap: bool = False
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.base + self.size
+
+
+class MachineDead(Exception):  # noqa: N818 - it says what has become of the machine
+    """BUG() at EL2: the whole machine stops, with this text on the console."""
+
+
+class HostStage2:
+    """The host's stage 2 of *pa_bits* of identity-mapped addresses; *source* is EL2's pool of table pages.
+
+    *release* picks the format of annotations and what becomes of an access to an annotated page.
+    """
+
+    def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb], regions: Sequence[Region],
+                 pa_bits: int, release: Release) -> None:
+        self.regions, self.release, self.pa_bits = sorted(regions), release, pa_bits
+        self.vtcr = Vtcr.for_ipa(pa_bits, ps=PA_BITS.index(pa_bits))
+        start = self.vtcr.start_level
+        assert start is not None
+        self.page_table = PageTable(ram, source, 2, ia_bits=pa_bits, start_level=start,
+                                    concatenated=1 << max(0, pa_bits - PAGE_SHIFT - 9 * (4 - start)))
+        self.pgt = Stage2Table(ram, self.page_table, source, Maintenance(tlbs, VMID), LOCKED.encode(release))
+        self._registers = Stage2(self.vtcr, self.pgt.root | VMID << 48)
+
+    def registers(self) -> Stage2:
+        """VTCR_EL2 and VTTBR_EL2 while the host runs."""
+        return self._registers
+
+    def region(self, pa: int) -> Region | None:
+        """The memory region of an address."""
+        return next((r for r in self.regions if r.base <= pa < r.end), None)
+
+    # -- faults --------------------------------------------------------------------------------------------------
+
+    def may(self, pa: int) -> bool:
+        """Whether the host's access to *pa* would succeed, at once or after a fault that maps it."""
+        entry = self.pgt.leaf(pa)
+        return entry.valid or not entry.value
+
+    def abort(self, fault: Fault, el: int, transfer: Transfer | None = None) -> Inject | None:
+        """handle_host_mem_abort(): None when the host tries again; *transfer* is the instruction, for ESR_EL2.ISV.
+
+        Raises MachineDead where EL2 has BUG(): the pool is empty, and in 6.12 also on an access to an annotated page.
+        """
+        ipa = fault.ipa
+        assert ipa is not None
+        entry = self.pgt.leaf(ipa)
+        if entry.valid:
+            return None                         # -EEXIST: another CPU was faster
+        if entry.value:
+            return self._refuse(fault, el, transfer, entry)
+        order = self._largest(ipa, entry.order)
+        at = ipa & -(PAGE << order)
+        try:
+            self._try(lambda: self.pgt.map(at, order, at, MEMORY if self.region(at) else DEVICE))
+        except OutOfMemory as error:
+            raise MachineDead(f"kernel BUG at arch/arm64/kvm/hyp/nvhe/mem_protect.c: host_stage2_idmap({ipa:#x}) "
+                              f"returned -ENOMEM ({error})") from error
+        return None
+
+    # host_inject_mem_abort(): the host sees its own ESR_EL2 with a mark that no other abort of EL1 has.
+    def _refuse(self, fault: Fault, el: int, transfer: Transfer | None, entry: Leaf) -> Inject:
+        if self.release == "6.12":
+            raise MachineDead(f"kernel BUG at arch/arm64/kvm/hyp/nvhe/mem_protect.c: host_stage2_idmap({fault.ipa:#x}) "
+                              f"returned -EPERM: {Annotation.decode(entry.value, self.release)!r}")
+        esr = fault.esr_el2(None if transfer is None else LoadStore(
+            transfer.register, transfer.size, transfer.sixty_four, transfer.sign_extend))
+        esr |= _S1PTW | (_SAME_EL if el else 0)
+        return Inject(esr, fault.va if fault.kind == TRANSLATION else None)
+
+    # host_stage2_adjust_range(): the order of the largest block in the empty entry that stays inside its region. Devices
+    # get pages.
+    def _largest(self, pa: int, most: int) -> int:
+        region = self.region(pa)
+        for order in reversed(ORDERS):
+            start = pa & -(PAGE << order)
+            if region and order <= most and region.base <= start and start + (PAGE << order) <= region.end:
+                return order
+        return 0
+
+    # -- ownership -----------------------------------------------------------------------------------------------
+
+    def _try(self, operation: Callable[[], None]) -> None:
+        try:
+            operation()
+        except OutOfMemory:
+            self.unmap_devices()
+            operation()
+
+    def unmap_devices(self) -> None:
+        """host_stage2_unmap_dev_all(): what it drops is faulted in again."""
+        edges = [0, *(edge for r in self.regions for edge in (r.base, r.end)), 1 << self.pa_bits]
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            at = start
+            while at < end:
+                entry = self.pgt.leaf(at)
+                size = PAGE << entry.order
+                if entry.valid:
+                    self.pgt.unmap(at)
+                at = (at & -size) + size
+
+    def give_away(self, pfn: int, order: int, owner: Owner, handle: int = 0, gfn: int = 0) -> None:
+        """Annotate an aligned range of 1 << *order* pages; no TLB keeps it then. Raises OutOfMemory, nothing changed.
+
+        The host's stage-1 entries go with it: TLBI VMALLE1IS runs even if the host never touched the range.
+        """
+        note = Annotation(Type.DONATION, owner, handle, gfn).encode(self.release)
+        pa = pfn << PAGE_SHIFT
+        before = self.pgt.leaf(pa)
+        self._try(lambda: self.pgt.annotate(pa, order, note))
+        if not before.valid:
+            self.pgt.tlbs.flush_ipa(pa, before.level)
+
+    def take_back(self, pfn: int, order: int) -> None:
+        """Map an annotated range RWX again. Raises OutOfMemory, nothing changed: never when its entry is that size."""
+        pa = pfn << PAGE_SHIFT
+        self._try(lambda: self.pgt.map(pa, order, pa, MEMORY))
+
+    def note(self, pa: int) -> Annotation | None:
+        """What the host's entry of *pa* says about its owner; None for one that maps or is empty."""
+        return Annotation.decode(self.pgt.leaf(pa).value, self.release)

@@ -1,0 +1,343 @@
+"""Pages change hands here. Rule of this file: all checks, then the one change that can fail, then the rest.
+
+Procedures and return codes are those of arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3). What differs, and is marked so:
+
+- Sizes. Upstream donates and reclaims pages; here a range may also be 2 MiB or 1 GiB (nr = 512, 262144 pages), all of
+  whose pages are in one state, and is one leaf on both sides. share_guest() has upstream's 2 MiB, and 1 GiB as well.
+- ADDITION: share_guest() and unshare_guest() for protected guests, unshare(), check_consent(): conversion in place.
+
+All addresses are frame numbers of 4 KiB pages. Every procedure returns 0 or -errno and, unless it returns 0, has changed
+nothing but the memcache, which it may have refilled. -ENOMEM of the host's side has no counterpart upstream, where the
+pool has a page for every table there can be.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from guest_memfd.machine.el2.kvm.pgtable import Leaf, leaf_attributes
+from guest_memfd.machine.el2.pkvm import checks
+from guest_memfd.machine.el2.pkvm.annotation import POISONED, Owner
+from guest_memfd.machine.el2.pkvm.states import PAGE_SHIFT, HypPage, State
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM
+
+if TYPE_CHECKING:
+    from guest_memfd.machine.el2.pkvm.el2 import El2
+    from guest_memfd.machine.el2.pkvm.vm import Vm
+
+
+def _set(el2: El2, pfn: int, order: int, host: State, hyp: State = State.NOPAGE, guests: int = 0) -> None:
+    el2.vmemmap.set(pfn, order, HypPage(host=host, hyp=hyp, guests=guests))
+
+
+def _guest_map(vm: Vm, gfn: int, order: int, pfn: int, state: State, prot: str = "rwx") -> None:
+    vm.pgt.map(gfn << PAGE_SHIFT, order, pfn << PAGE_SHIFT, leaf_attributes(prot, state=state))
+    vm.mapped(gfn, pfn)
+
+
+def _guest_unmap(vm: Vm, gfn: int) -> None:
+    entry = vm.pgt.unmap(gfn << PAGE_SHIFT)
+    vm.unmapped(gfn, entry.oa >> PAGE_SHIFT)
+
+
+# host_stage2_set_owner_metadata_locked() with the donation's data.
+def _donated(el2: El2, vm: Vm, pfn: int, order: int, gfn: int) -> int:
+    try:
+        el2.host.give_away(pfn, order, Owner.GUEST, vm.handle, gfn)
+    except OutOfMemory:
+        return -ENOMEM
+    _set(el2, pfn, order, State.NOPAGE)
+    return 0
+
+
+# host_stage2_set_owner_locked() to the host: mapped RWX at once, in the entry that was annotated.
+def _returned(el2: El2, pfn: int, order: int) -> None:
+    el2.host.take_back(pfn, order)
+    _set(el2, pfn, order, State.OWNED)
+
+
+# -- host and hypervisor -------------------------------------------------------------------------------------------
+
+
+def share_hyp(el2: El2, pfn: int) -> int:
+    """host OWNED -> SHARED_OWNED, hypervisor SHARED_BORROWED."""
+    ret = checks.host_and_hyp(el2, pfn, 0, State.OWNED, State.NOPAGE)
+    if not ret:
+        _set(el2, pfn, 0, State.SHARED_OWNED, State.SHARED_BORROWED)
+    return ret
+
+
+def unshare_hyp(el2: El2, pfn: int) -> int:
+    """The way back; -EBUSY while pinned."""
+    ret = checks.host_and_hyp(el2, pfn, 0, State.SHARED_OWNED, State.SHARED_BORROWED)
+    if not ret and el2.vmemmap.page(pfn).refcount:
+        ret = -EBUSY
+    if not ret:
+        _set(el2, pfn, 0, State.OWNED)
+    return ret
+
+
+def pin_shared_mem(el2: El2, pfn: int) -> int:
+    """hyp_pin_shared_mem() of one page."""
+    ret = checks.host_and_hyp(el2, pfn, 0, State.SHARED_OWNED, State.SHARED_BORROWED)
+    if not ret:
+        page = el2.vmemmap.page(pfn)
+        el2.vmemmap.set(pfn, 0, page._replace(refcount=page.refcount + 1))
+    return ret
+
+
+def unpin_shared_mem(el2: El2, pfn: int) -> None:
+    """hyp_unpin_shared_mem() of one page that is pinned."""
+    page = el2.vmemmap.page(pfn)
+    el2.vmemmap.set(pfn, 0, page._replace(refcount=page.refcount - 1))
+
+
+def donate_hyp(el2: El2, pfn: int, nr: int) -> int:
+    """*nr* pages: host OWNED -> hypervisor OWNED."""
+    for at in range(pfn, pfn + nr):
+        ret = checks.range_allowed_memory(el2, pfn, nr) or checks.host_and_hyp(el2, at, 0, State.OWNED, State.NOPAGE)
+        if ret:
+            return ret
+    for at in range(pfn, pfn + nr):
+        try:
+            el2.host.give_away(at, 0, Owner.HYP)
+        except OutOfMemory:
+            for undo in range(pfn, at):
+                _returned(el2, undo, 0)
+            return -ENOMEM
+        _set(el2, at, 0, State.NOPAGE, State.OWNED)
+    return 0
+
+
+def hyp_donate_host(el2: El2, pfn: int, nr: int) -> int:
+    """*nr* pages: hypervisor OWNED -> host OWNED, mapped RWX; nobody zeroes them here.
+
+    -EINVAL for what EL2 has had from the start, in larger leaves: it is never asked for.
+    """
+    for at in range(pfn, pfn + nr):
+        page = el2.vmemmap.page(at)
+        if page.hyp is not State.OWNED or page.host is not State.NOPAGE:
+            return -EPERM
+        if el2.host.pgt.leaf(at << PAGE_SHIFT).order:
+            return -EINVAL
+    for at in range(pfn, pfn + nr):
+        _returned(el2, at, 0)
+    return 0
+
+
+def share_ffa(el2: El2, pfn: int, nr: int) -> int:
+    """*nr* pages: host OWNED -> SHARED_OWNED, with somebody in the secure world."""
+    return _ffa(el2, pfn, nr, State.OWNED, State.SHARED_OWNED)
+
+
+def unshare_ffa(el2: El2, pfn: int, nr: int) -> int:
+    """The way back."""
+    return _ffa(el2, pfn, nr, State.SHARED_OWNED, State.OWNED)
+
+
+def _ffa(el2: El2, pfn: int, nr: int, old: State, new: State) -> int:
+    for at in range(pfn, pfn + nr):
+        page = el2.vmemmap.page(at)
+        ret = checks.range_allowed_memory(el2, pfn, nr) or checks.host_page_state(el2, at, 0, old)
+        if ret or page.hyp is not State.NOPAGE or page.guests:
+            return ret or -EPERM
+    for at in range(pfn, pfn + nr):
+        _set(el2, at, 0, new)
+    return 0
+
+
+# -- host and guest ------------------------------------------------------------------------------------------------
+
+
+def donate_guest(el2: El2, vm: Vm, pfn: int, gfn: int, nr: int = 1) -> int:
+    """host OWNED, guest NOPAGE -> the guest's, mapped RWX there, annotated in the host's table."""
+    order = checks.transition_order(nr, pfn, gfn)
+    if order < 0:
+        return order
+    ret = checks.host_and_hyp(el2, pfn, order, State.OWNED, State.NOPAGE)
+    if ret:
+        return ret
+    if not vm.in_range(gfn, nr):
+        return -EINVAL
+    if not checks.guest_is_empty(vm, gfn, order):
+        return -EPERM
+    if not vm.memcache_ready():
+        return -ENOMEM
+    ret = _donated(el2, vm, pfn, order, gfn)
+    if not ret:
+        _guest_map(vm, gfn, order, pfn, State.OWNED)
+    return ret
+
+
+def share_guest(el2: El2, vm: Vm, pfn: int, gfn: int, nr: int = 1, prot: str = "rwx") -> int:
+    """The guest borrows: host OWNED -> SHARED_OWNED, or one more guest of a page that guests borrow already.
+
+    ADDITION: protected guests may borrow, too, one at a time, as the abstract host has it.
+    """
+    order = checks.transition_order(nr, pfn, gfn)
+    if order < 0 or not set(prot) <= set("rwx"):
+        return -EINVAL
+    ret = checks.range_allowed_memory(el2, pfn, nr)
+    if ret:
+        return ret
+    if not vm.in_range(gfn, nr):
+        return -EINVAL
+    pages = list(el2.vmemmap.pages(pfn, order))
+    if not all(checks.may_share(page, vm.protected) for page in pages):
+        return -EPERM
+    if not checks.guest_is_empty(vm, gfn, order):
+        return -EPERM
+    if not all(page.may_be_shared_again for page in pages):
+        return -EBUSY
+    if not vm.memcache_ready():
+        return -ENOMEM
+    _count_guests(el2, pfn, order, 1)
+    _guest_map(vm, gfn, order, pfn, State.SHARED_BORROWED, prot)
+    return 0
+
+
+# One guest more or less borrows each of the pages; some of them may be another guest's, too.
+def _count_guests(el2: El2, pfn: int, order: int, change: int) -> None:
+    if order and len(list(el2.vmemmap.pages(pfn, order))) > 1:
+        for at in range(pfn, pfn + (1 << order)):
+            _count_guests(el2, at, 0, change)
+        return
+    guests = el2.vmemmap.page(pfn).guests + change
+    _set(el2, pfn, order, State.SHARED_OWNED if guests else State.OWNED, guests=guests)
+
+
+def unshare_guest(el2: El2, vm: Vm, gfn: int, nr: int = 1) -> int:
+    """What the guest borrowed leaves it; the host is its only user again when no other guest borrows it.
+
+    ADDITION: -ENOENT, where upstream has -EPERM, for a page that a protected guest owns: it has not borrowed it.
+    """
+    order = checks.transition_order(nr, gfn)
+    if order < 0:
+        return order
+    entry = vm.pgt.leaf(gfn << PAGE_SHIFT)
+    if not entry.valid:
+        return -ENOENT
+    if checks.guest_page_state(entry) is not State.SHARED_BORROWED:
+        return -ENOENT if vm.protected else -EPERM
+    if entry.order != order:
+        return -checks.E2BIG
+    _give_borrowed_back(el2, vm, gfn, entry)
+    return 0
+
+
+def _give_borrowed_back(el2: El2, vm: Vm, gfn: int, entry: Leaf) -> None:
+    pfn = entry.oa >> PAGE_SHIFT
+    _guest_unmap(vm, gfn)
+    _count_guests(el2, pfn, entry.order, -1)
+
+
+def reclaim_dying_guest_page(el2: El2, vm: Vm, gfn: int, nr: int = 1) -> int:
+    """A dying guest's page: unmapped there, zeroed, and the host's again; 0 when there is nothing to reclaim.
+
+    -EPERM for a living guest. Upstream returns -EINVAL then, and -ENOENT for a gfn that maps nothing: here it means, as
+    on the abstract host, that the host has the page already. ADDITION: a borrowed page goes back as well.
+    """
+    order = checks.transition_order(nr, gfn)
+    if order < 0:
+        return order
+    ret, entry = checks.valid_guest_leaf(vm, gfn, order)
+    if ret in (-ENOENT, -EHWPOISON):
+        return 0
+    if not vm.dying:
+        return -EPERM
+    if ret:
+        return ret
+    pfn = entry.oa >> PAGE_SHIFT
+    if checks.guest_page_state(entry) is State.SHARED_BORROWED:
+        if not vm.protected:
+            return -EPERM
+        el2.ram.zero(entry.oa, PAGE << order)
+        _give_borrowed_back(el2, vm, gfn, entry)
+        return 0
+    _guest_unmap(vm, gfn)
+    el2.ram.zero(entry.oa, PAGE << order)
+    _returned(el2, pfn, order)
+    return 0
+
+
+def force_reclaim_guest_page(el2: El2, phys: int) -> int:
+    """The host's page after all: the guest's entry is POISONED, then the page is zeroed, then the host maps it.
+
+    *phys* in bytes. Takes the whole leaf that the page was donated with. -EAGAIN: not withheld any more, try the access
+    again; -EPERM: not a guest's own page; -EFAULT: no memory.
+    """
+    pfn = phys >> PAGE_SHIFT
+    if el2.host.region(phys) is None:
+        return -EFAULT
+    if el2.vmemmap.page(pfn).host is not State.NOPAGE:
+        return -EAGAIN
+    note = el2.host.note(phys)
+    if note is None:
+        return -EINVAL
+    if note.owner is not Owner.GUEST or el2.release != "7.3":
+        return -EPERM
+    vm = el2.vms.get(note.handle)
+    if vm is None:
+        return -EAGAIN
+    entry = vm.pgt.leaf(note.gfn << PAGE_SHIFT)
+    if checks.guest_page_state(entry) is not State.OWNED:
+        return -EPERM
+    vm.pgt.annotate(note.gfn << PAGE_SHIFT, entry.order, POISONED.encode())
+    vm.unmapped(note.gfn, entry.oa >> PAGE_SHIFT)
+    el2.ram.zero(entry.oa, PAGE << entry.order)
+    _returned(el2, entry.oa >> PAGE_SHIFT, entry.order)
+    return 0
+
+
+# -- the guest's own calls -----------------------------------------------------------------------------------------
+
+
+def guest_share_host(el2: El2, vm: Vm, gfn: int) -> int:
+    """MEM_SHARE: guest OWNED -> SHARED_OWNED, host NOPAGE -> SHARED_BORROWED, mapped RWX; pages only."""
+    ret, entry = checks.valid_guest_leaf(vm, gfn, 0)
+    if ret:
+        return ret
+    pfn = entry.oa >> PAGE_SHIFT
+    if checks.guest_page_state(entry) is not State.OWNED:
+        return -EPERM
+    ret = checks.host_page_state(el2, pfn, 0, State.NOPAGE)
+    if ret:
+        return ret
+    _guest_map(vm, gfn, 0, pfn, State.SHARED_OWNED)
+    el2.host.take_back(pfn, 0)
+    _set(el2, pfn, 0, State.SHARED_BORROWED)
+    return 0
+
+
+def guest_unshare_host(el2: El2, vm: Vm, gfn: int) -> int:
+    """MEM_UNSHARE: guest SHARED_OWNED -> OWNED, host SHARED_BORROWED -> NOPAGE, annotated; pages only."""
+    ret, entry = checks.valid_guest_leaf(vm, gfn, 0)
+    if ret:
+        return ret
+    pfn = entry.oa >> PAGE_SHIFT
+    if checks.guest_page_state(entry) is not State.SHARED_OWNED:
+        return -EPERM
+    ret = checks.host_page_state(el2, pfn, 0, State.SHARED_BORROWED) or _donated(el2, vm, pfn, 0, gfn)
+    if not ret:
+        _guest_map(vm, gfn, 0, pfn, State.OWNED)
+    return ret
+
+
+# -- additions for conversion in place -----------------------------------------------------------------------------
+
+
+def unshare(el2: El2, vm: Vm, gfn: int) -> int:
+    """ADDITION: the host has let go of what the guest shared, so its MEM_UNSHARE completes; -EPERM: it shares nothing."""
+    ret = guest_unshare_host(el2, vm, gfn)
+    return ret if ret in (0, -ENOMEM) else -EPERM
+
+
+def check_consent(el2: El2, vm: Vm, gfn: int, converting: bool) -> int:
+    """ADDITION: -EBUSY unless the guest has agreed that its page goes: by MEM_SHARE for a conversion, else by dying."""
+    state = checks.guest_page_state(vm.pgt.leaf(gfn << PAGE_SHIFT))
+    if state not in (State.OWNED, State.SHARED_OWNED):
+        return 0
+    free = state is State.SHARED_OWNED if converting else vm.dying
+    return 0 if free else -EBUSY

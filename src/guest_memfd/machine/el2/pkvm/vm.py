@@ -1,0 +1,186 @@
+"""Guests as EL2 knows them. Rule of this file: what a VM lives on, tables included, was the host's and is EL2's for now.
+
+A VM's tables come out of its memcache: pages that the host offers, that EL2 takes (donate_hyp) and gives back when the
+VM is torn down (kvm/hyp/nvhe/pkvm.c). Upstream each vCPU has a memcache; here one serves the VM. vCPUs execute while
+loaded; hypercalls of protected guests are in kvm/hyp/nvhe/pkvm.c as well.
+
+ADDITION: MEM_SHARE and MEM_UNSHARE of a guest also exit to the host, which converts the page; MEM_UNSHARE completes,
+when the vCPU runs next, only if the host has let go by then (transitions.unshare()).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from guest_memfd.machine.el2.kvm.guest import IPA_BITS, GuestStage2, first_tables
+from guest_memfd.machine.el2.kvm.vcpu import (
+    INVALID_PARAMETER,
+    Exit,
+    GuestCpu,
+    Hypercall,
+    InternalError,
+    MemoryFault,
+    Vcpu,
+)
+from guest_memfd.machine.el2.pkvm import checks, transitions
+from guest_memfd.machine.el2.pkvm.states import PAGE_SHIFT, State
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.primitives import EBUSY, ENOENT
+
+if TYPE_CHECKING:
+    from guest_memfd.machine.el2.pkvm.el2 import El2
+
+MEM_SHARE, MEM_UNSHARE = 0xc600_0003, 0xc600_0004
+
+
+class Memcache:
+    """A stack of EL2's pages for one VM's tables, above the first-level tables at *pgd*."""
+
+    def __init__(self, el2: El2, pgd: int) -> None:
+        self._el2, self._pgd = el2, pgd
+        self.pages: list[int] = []
+        self.offered: list[int] = []
+        """Pages (physical addresses) the host offers: struct kvm_hyp_memcache of its vCPU."""
+
+    def refill(self, nr: int) -> bool:
+        """pkvm_refill_memcache(): take offered pages until there are *nr*; False: there are not."""
+        while len(self.pages) < nr and self.offered:
+            if transitions.donate_hyp(self._el2, self.offered[-1] >> PAGE_SHIFT, 1):
+                break
+            self.pages.append(self.offered.pop())
+        return len(self.pages) >= nr
+
+    def alloc(self, order: int = 0) -> int:
+        """The first-level tables, for which a memcache has no pages."""
+        return self._pgd
+
+    def free(self, pa: int, order: int = 0) -> None:
+        """They go back with the VM."""
+
+    def alloc_table(self) -> int:
+        """One zeroed page of EL2's; raises OutOfMemory."""
+        if not self.pages:
+            raise OutOfMemory("the memcache is empty")
+        pa = self.pages.pop()
+        self._el2.ram.zero(pa, PAGE)
+        return pa
+
+    def free_table(self, pa: int) -> None:
+        """A table is no longer needed."""
+        self.pages.append(pa)
+
+
+class Vm(GuestStage2):
+    """A VM with *handle*; *pgd* is the physical address of its first-level tables, which EL2 owns already."""
+
+    def __init__(self, el2: El2, handle: int, vmid: int, pgd: int, protected: bool, bound: Callable[[int], bool],
+                 ipa_bits: int = IPA_BITS) -> None:
+        self.el2, self.handle, self.protected, self.bound = el2, handle, protected, bound
+        self.pgd = [pgd + PAGE * i for i in range(first_tables(ipa_bits))]
+        self.memcache = Memcache(el2, pgd)
+        super().__init__(el2.ram, self.memcache, el2.host.pgt.tlbs.tlbs, vmid, ipa_bits, el2.host.vtcr.ps)
+        self.dying = False
+        self.vcpus: list[PkvmVcpu] = []
+        self.teardown: list[int] = []
+        """Pages given back to the host by `finalize_teardown`."""
+
+    @property
+    def min_pages(self) -> int:
+        """kvm_mmu_cache_min_pages(): table pages that one mapping can take."""
+        return 3 - self.page_table.start_level
+
+    def memcache_ready(self) -> bool:
+        """__guest_check_pgtable_memcache(), after a refill from what the host offers."""
+        return self.memcache.refill(self.min_pages)
+
+    def topup(self, pages: list[int]) -> None:
+        """The host offers pages for tables; EL2 takes them when it needs them."""
+        self.memcache.offered += pages
+
+    def add_vcpu(self, cpu: GuestCpu) -> PkvmVcpu:
+        """__pkvm_init_vcpu()."""
+        self.vcpus.append(PkvmVcpu(self, cpu))
+        return self.vcpus[-1]
+
+    def poisoned(self, ipa: int) -> bool:
+        """__pkvm_vcpu_in_poison_fault() for *ipa*: the page was there, and the host took it by force."""
+        return checks.guest_page_state(self.pgt.leaf(ipa)) is State.POISON
+
+    def start_teardown(self) -> int:
+        """__pkvm_start_teardown_vm(): the VM is dying and never runs again; -EBUSY while a vCPU is loaded."""
+        if any(vcpu.loaded for vcpu in self.vcpus):
+            return -EBUSY
+        self.dying = True
+        return 0
+
+    def finalize_teardown(self) -> int:
+        """__pkvm_finalize_teardown_vm(): EL2's pages go back to the host; -EBUSY for a VM that is not dying.
+
+        Pages of the guest that the host has not reclaimed before stay withheld for good.
+        """
+        if not self.dying:
+            return -EBUSY
+        self.pgt.destroy()
+        self.pgt.tlbs.flush_all()
+        self.teardown = sorted([*self.memcache.pages, *self.pgd])
+        self.memcache.pages.clear()
+        for pa in self.teardown:
+            self.ram.zero(pa, PAGE)
+            transitions.hyp_donate_host(self.el2, pa >> PAGE_SHIFT, 1)
+        del self.el2.vms[self.handle]
+        return 0
+
+
+class PkvmVcpu(Vcpu):
+    """A vCPU of a VM of EL2's."""
+
+    def __init__(self, vm: Vm, cpu: GuestCpu) -> None:
+        super().__init__(cpu, vm.bound)
+        self.vm = vm
+        self.loaded = False
+        self._unsharing: int | None = None      # IPA of a MEM_UNSHARE that the host has to let go of first
+
+    def run(self, timeout: float | None = None, instructions: int | None = None) -> Exit:
+        """__kvm_vcpu_run: as for every vCPU, but -EINVAL (an InternalError) while it is not loaded."""
+        if not self.loaded:
+            return InternalError("-EINVAL: the vCPU is not loaded")
+        if self._unsharing is not None:
+            gfn, self._unsharing = self._unsharing >> PAGE_SHIFT, None
+            done = checks.guest_page_state(self.vm.pgt.leaf(gfn << PAGE_SHIFT)) is State.OWNED
+            self.cpu.set_x(0, 0 if done else INVALID_PARAMETER)
+        return super().run(timeout, instructions)
+
+    def _call(self, number: int) -> Exit | None:
+        if number not in (MEM_SHARE, MEM_UNSHARE) or not self.vm.protected:
+            return super()._call(number)
+        ipa = self.cpu.x(1)
+        if ipa % PAGE or self.cpu.x(2) or self.cpu.x(3) or not self.vm.in_range(ipa >> PAGE_SHIFT, 1):
+            self.cpu.set_x(0, INVALID_PARAMETER)
+            return None
+        return self._share(ipa) if number == MEM_SHARE else self._unshare(ipa)
+
+    def _share(self, ipa: int) -> Exit | None:
+        ret = transitions.guest_share_host(self.vm.el2, self.vm, ipa >> PAGE_SHIFT)
+        if ret == -ENOENT:
+            return self._fault_in(ipa)
+        self.cpu.set_x(0, INVALID_PARAMETER if ret else 0)
+        return None if ret else Hypercall(MEM_SHARE, ipa)
+
+    def _unshare(self, ipa: int) -> Exit | None:
+        state = checks.guest_page_state(self.vm.pgt.leaf(ipa))
+        if state is State.NOPAGE:
+            return self._fault_in(ipa)
+        if state is not State.SHARED_OWNED:
+            self.cpu.set_x(0, INVALID_PARAMETER)
+            return None
+        self._unsharing = ipa
+        return Hypercall(MEM_UNSHARE, ipa)
+
+    # The HVC becomes a write fault of the page, and is executed again when the host has mapped it.
+    def _fault_in(self, ipa: int) -> Exit:
+        self.cpu.pc -= 4
+        if not self.bound(ipa):
+            return InternalError(f"the guest shares IPA {ipa:#x}, where it has no memory")
+        return MemoryFault(ipa, write=True, exec=False)

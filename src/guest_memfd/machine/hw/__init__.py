@@ -1,0 +1,1 @@
+"""The hardware: memory and its allocator; the architecture."""

@@ -1,0 +1,189 @@
+"""The MMU of one CPU. Rule of this file: the TLB answers first, whatever memory says by now; a walk fills it.
+
+A walk that ends in a translation, address size or access flag fault leaves no translation behind, but the table
+descriptors it went through may stay. An entry that fails permission stays.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.machine.hw.arm64 import permission
+from guest_memfd.machine.hw.arm64.entry import TlbEntry
+from guest_memfd.machine.hw.arm64.fault import PERMISSION, TLB_CONFLICT, Fault
+from guest_memfd.machine.hw.arm64.permission import BITS, Access
+from guest_memfd.machine.hw.arm64.regime import Plan, Stage1, Stage2
+from guest_memfd.machine.hw.arm64.tlb import VA_MASK, Tlb
+from guest_memfd.machine.hw.arm64.walk import (
+    Memory,
+    Passed,
+    Translation,
+    Who,
+    begin,
+    check_stage1,
+    descend,
+    effective,
+    select,
+    stage1_off,
+    walk_stage2,
+)
+
+_NG = 1 << 11
+
+
+class Mmu:
+    """Translates for one CPU through *tlb*.
+
+    *conflict_aborts*: whether overlapping entries that disagree end in a TLB conflict abort, as they may without
+    FEAT_BBM level 3; otherwise the oldest of them is used. `hits` and `walks` count.
+    """
+
+    def __init__(self, memory: Memory, tlb: Tlb, *, conflict_aborts: bool = False) -> None:
+        self.memory, self.tlb, self.conflict_aborts = memory, tlb, conflict_aborts
+        self.hits = self.walks = 0
+
+    def translate(self, va: int, access: Access, el: int, s1: Stage1, s2: Stage2 | None = None) -> Translation:
+        """Translate *va* for *access* from *el*; raises Fault."""
+        who: Who = (1, False, va, None, access, el)
+        if not s1.enabled:
+            ipa = stage1_off(va, s1, who)
+            if s2 is None:
+                return Translation(ipa, None, None, 48, permission.ALL, el)
+            entry = self._stage2(ipa, s2, (2, False, va, ipa, access, el))
+            self._check_stage2(entry, va, ipa, False, access, el)
+            return Translation(entry.oa + ipa - entry.ia, None, entry.s2, entry.shift, entry.may2, el)
+        plan = select(s1, va, who)
+        hit = self._combined(va, s1, s2, who)
+        if hit is not None:
+            self.hits += 1
+        else:
+            self.walks += 1
+            first = self._stage1(va, plan, s1, s2, who)
+            assert first.s1 is not None
+            check_stage1(first.may, first.s1.level, s1.pan, who)
+            hit = self._combine(va, first, s2, access, el)
+        return self._answer(hit, va, s1, who)
+
+    def prefetch(self, va: int, s1: Stage1, s2: Stage2 | None = None) -> None:
+        """A speculative access: fills the TLB with whatever is valid on the way, whoever may use it, and never faults."""
+        who: Who = (1, False, va, None, "r", 1)
+        try:
+            if not s1.enabled:
+                if s2 is not None:
+                    ipa = stage1_off(va, s1, who)
+                    self._stage2(ipa, s2, (2, False, va, ipa, "r", 1))
+                return
+            plan = select(s1, va, who)
+            if self._combined(va, s1, s2, who) is None:
+                self._combine(va, self._stage1(va, plan, s1, s2, who), s2, "r", 1)
+        except Fault:
+            pass
+
+    def at_s1(self, va: int, access: Access, el: int, s1: Stage1, s2: Stage2 | None = None) -> Translation:
+        """AT S1E1R, S1E1W, S1E0R and S1E0W: stage 1 alone, so that *pa* is an IPA; PSTATE.PAN does not count.
+
+        *s2* still translates the addresses of the tables. Raises Fault.
+        """
+        who: Who = (1, False, va, None, access, el)
+        if not s1.enabled:
+            return Translation(stage1_off(va, s1, who), None, None, 48, permission.ALL, el)
+        entry = self._stage1(va, select(s1, va, who), s1, s2, who)
+        assert entry.s1 is not None
+        check_stage1(entry.may, entry.s1.level, False, who)
+        return Translation(entry.oa + (va & VA_MASK) - entry.ia, entry.s1, None, entry.shift, entry.may, el)
+
+    # -- a combined entry answers ----------------------------------------------------------------------------------
+
+    def _combined(self, va: int, s1: Stage1, s2: Stage2 | None, who: Who) -> TlbEntry | None:
+        vmid = s2.vmid if s2 is not None else 0
+        if self.conflict_aborts:
+            found = self.tlb.overlapping(vmid, s1.asid, va & VA_MASK)
+            if len(found) > 1 and not all(found[0].agrees(other) for other in found):
+                raise Fault(TLB_CONFLICT, None, *who)
+        return self.tlb.combined(vmid, s1.asid, va & VA_MASK)
+
+    def _answer(self, hit: TlbEntry, va: int, s1: Stage1, who: Who) -> Translation:
+        access, el = who[4], who[5]
+        may, may2, offset = hit.may, hit.may2, (va & VA_MASK) - hit.ia
+        need = BITS[el, access]
+        if s1.pan or not may & need:
+            assert hit.s1 is not None
+            check_stage1(may, hit.s1.level, s1.pan, who)
+            may = effective(may, s1.pan)
+        if not may2 & need:
+            self._check_stage2(hit, va, hit.ipa + offset, False, access, el)
+        return Translation(hit.oa + offset, hit.s1, hit.s2, hit.shift, may & may2, el)
+
+    @staticmethod
+    def _check_stage2(entry: TlbEntry, va: int, ipa: int, s1ptw: bool, access: str, el: int) -> None:
+        if not entry.may2 & BITS[el, "r" if s1ptw else access]:
+            assert entry.s2 is not None
+            raise Fault(PERMISSION, entry.s2.level, 2, s1ptw, va, ipa, access, el)
+
+    # -- the parts it is made of -------------------------------------------------------------------------------------
+
+    # The stage-1-only entry for *va*, kept or walked for.
+    def _stage1(self, va: int, plan: Plan, s1: Stage1, s2: Stage2 | None, who: Who) -> TlbEntry:
+        tlb, vmid, asid, key = self.tlb, s2.vmid if s2 is not None else 0, s1.asid, va & VA_MASK
+        known = tlb.stage1(vmid, asid, key)
+        if known is not None:
+            return known
+        begin(plan, who)
+        access, el = who[4], who[5]
+
+        def locate(ipa: int) -> int:
+            assert s2 is not None
+            entry = self._stage2(ipa, s2, (2, True, va, ipa, access, el))
+            self._check_stage2(entry, va, ipa, True, access, el)
+            return entry.oa + ipa - entry.ia
+
+        passed: list[Passed] = []
+        try:
+            leaf, oa, shift, run, tables = descend(self.memory.read64, plan, va, who, locate if s2 is not None else None,
+                                                   passed, tlb.table1(vmid, asid, key))
+        finally:
+            if passed:
+                tlb.insert_tables(vmid, asid, key, passed)
+        may = permission.stage1(leaf.value, tables, s1.wxn)
+        tag = asid if leaf.value & _NG else None
+        # A run is kept as one entry and singly; the run is the older one and answers while it is there.
+        entries = [TlbEntry("stage1", vmid, tag, key, oa, size, size, leaf.level, may, permission.ALL, leaf, None, oa, shift)
+                   for size in ((run, shift) if run != shift else (shift,))]
+        return self._insert(entries)
+
+    # The stage-2-only entry for *ipa*, kept or walked for; its permissions are the caller's business.
+    def _stage2(self, ipa: int, s2: Stage2, who: Who) -> TlbEntry:
+        tlb, vmid = self.tlb, s2.vmid
+        known = tlb.stage2(vmid, ipa)
+        if known is not None:
+            return known
+        passed: list[Passed] = []
+        try:
+            leaf = walk_stage2(self.memory.read64, s2, ipa, who, passed, tlb.table2(vmid, ipa))
+        finally:
+            if passed:
+                tlb.insert_tables(vmid, None, ipa, passed)
+        entries = [TlbEntry("stage2", vmid, None, ipa, leaf.oa, size, size, leaf.entry.level, permission.ALL, leaf.may, None,
+                            leaf.entry, ipa, leaf.shift)
+                   for size in ((leaf.run, leaf.shift) if leaf.run != leaf.shift else (leaf.shift,))]
+        return self._insert(entries)
+
+    # Entries over both stages, as large as the smaller of the two; where one is a run, one for the single leaves as well.
+    def _combine(self, va: int, first: TlbEntry, s2: Stage2 | None, access: str, el: int) -> TlbEntry:
+        key = va & VA_MASK
+        ipa = first.oa + key - first.ia
+        if s2 is None:
+            second, pa, may2, leaf2, large, unit = None, ipa, permission.ALL, None, 64, 64
+        else:
+            second = self._stage2(ipa, s2, (2, False, va, ipa, access, el))
+            pa, may2, leaf2 = second.oa + ipa - second.ia, second.may2, second.s2
+            large, unit = second.shift, second.unit
+        sizes = ((min(first.shift, large), first.leaf_shift), (min(first.unit, unit), first.unit))
+        entries = [TlbEntry("combined", first.vmid, first.asid, key, pa, shift, leaf_shift, first.level, first.may, may2,
+                            first.s1, leaf2, ipa, shift)
+                   for shift, leaf_shift in (sizes if sizes[0] != sizes[1] else sizes[:1])]
+        return self._insert(entries)
+
+    # The first, which is the oldest from now on, answers.
+    def _insert(self, entries: list[TlbEntry]) -> TlbEntry:
+        for entry in entries:
+            self.tlb.insert(entry)
+        return entries[0]

@@ -1,0 +1,75 @@
+"""Why a CPU stopped. Rule of this file: a stop says what EL2 would be told, and no more.
+
+The PC is behind a call and WFI, and at the instruction for everything else (Arm ARM D1.3,
+"preferred exception return address").
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from guest_memfd.machine.hw.arm64.fault import Fault
+
+
+class Abort(NamedTuple):
+    """A translation fault of the instruction at *pc*, which has done nothing; its va and ipa are exact.
+
+    Of a pair of registers stored across a page the first may be in memory already, as the architecture allows.
+    """
+
+    fault: Fault
+    pc: int
+
+
+class Bus(NamedTuple):
+    """The instruction at *pc* accesses *pa*, where there is no memory: a device, or an external abort."""
+
+    pa: int
+    pc: int
+    va: int
+    access: str
+
+
+class Hvc(NamedTuple):
+    """HVC #imm was executed; the PC is behind it."""
+
+    imm: int
+
+
+class Smc(NamedTuple):
+    """SMC #imm was executed; the PC is behind it."""
+
+    imm: int
+
+
+class Svc(NamedTuple):
+    """SVC #imm was executed; the PC is behind it."""
+
+    imm: int
+
+
+class Wfi(NamedTuple):
+    """WFI was executed; the PC is behind it."""
+
+
+class Breakpoint(NamedTuple):
+    """The PC is at a BRK #imm."""
+
+    imm: int
+
+
+class Undefined(NamedTuple):
+    """The word at *pc* is no instruction that may be executed there, or *pc* is not aligned."""
+
+    pc: int
+
+
+class Expired(NamedTuple):
+    """The time is up."""
+
+
+class Counted(NamedTuple):
+    """As many instructions as allowed were executed."""
+
+
+Stop = Abort | Bus | Hvc | Smc | Svc | Wfi | Breakpoint | Undefined | Expired | Counted

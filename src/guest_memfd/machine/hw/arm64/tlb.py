@@ -1,0 +1,253 @@
+"""A TLB that forgets nothing. Rule of this file: an entry stays until the operation that has to remove it.
+
+Kept, as the architecture permits: stage-1-only, stage-2-only and combined entries, and table descriptors of both
+stages (walk caches). A contiguous run is kept as one entry and singly. A combined entry is as large as the smaller of
+its two leaves and remembers the stage-1 leaf it was cut from: maintenance by any address of it removes all its pieces.
+Table descriptors are kept with the addresses that stage 1 gave them (IPAs), never combined with stage 2.
+Arm ARM D8.16 (TLB maintenance), R_PXKLF and around for what may be cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from guest_memfd.machine.hw.arm64.entry import Context, Sized, Tables
+from guest_memfd.machine.hw.arm64.entry import TlbEntry as TlbEntry
+from guest_memfd.machine.hw.arm64.walk import Passed
+
+VA_MASK = (1 << 56) - 1
+
+
+class Tlb:
+    """The TLB of one CPU."""
+
+    def __init__(self) -> None:
+        self._contexts: dict[int, Context] = {}
+        self._born = 0
+
+    # -- lookup: the oldest of several that overlap, which software should have removed -------------------------------
+
+    def combined(self, vmid: int, asid: int, va: int) -> TlbEntry | None:
+        """The combined entry for VA[55:0] *va*."""
+        context = self._contexts.get(vmid)
+        return None if context is None else _find(context.combined, asid, va)
+
+    def stage1(self, vmid: int, asid: int, va: int) -> TlbEntry | None:
+        """The stage-1-only entry for *va*."""
+        context = self._contexts.get(vmid)
+        return None if context is None else _find(context.stage1, asid, va)
+
+    def stage2(self, vmid: int, ipa: int) -> TlbEntry | None:
+        """The stage-2-only entry for *ipa*."""
+        context = self._contexts.get(vmid)
+        if context is None:
+            return None
+        best = None
+        for shift, pages in context.stage2.items():
+            entry = pages.get(ipa >> shift)
+            if entry is not None and (best is None or entry.born < best.born):
+                best = entry
+        return best
+
+    def table1(self, vmid: int, asid: int, va: int) -> Passed | None:
+        """The deepest stage-1 table descriptor known on the way to *va*."""
+        context = self._contexts.get(vmid)
+        return None if context is None else _deepest(context.tables1.get(asid), va)
+
+    def table2(self, vmid: int, ipa: int) -> Passed | None:
+        """The deepest stage-2 table descriptor known on the way to *ipa*."""
+        context = self._contexts.get(vmid)
+        return None if context is None else _deepest(context.tables2, ipa)
+
+    def overlapping(self, vmid: int, asid: int, va: int) -> list[TlbEntry]:
+        """Every combined entry for *va*; more than one that do not agree are a TLB conflict."""
+        context = self._contexts.get(vmid)
+        lanes = () if context is None else (context.combined.get(asid, {}), context.combined.get(None, {}))
+        return [entry for lane in lanes for shift, pages in lane.items() if (entry := pages.get(va >> shift))]
+
+    # -- filling ------------------------------------------------------------------------------------------------------
+
+    def insert(self, entry: TlbEntry) -> None:
+        """Keep *entry*; one of the same context, size and address is replaced."""
+        self._born += 1
+        entry.born = self._born
+        context = self._context(entry.vmid)
+        shift = entry.shift
+        number = entry.ia >> shift
+        if entry.kind == "stage2":
+            context.stage2.setdefault(shift, {})[number] = entry
+            return
+        lanes = context.combined if entry.kind == "combined" else context.stage1
+        lanes.setdefault(entry.asid, {}).setdefault(shift, {})[number] = entry
+        if entry.leaf_shift > shift:
+            leaves = context.pieces.setdefault(entry.asid, {}).setdefault(entry.leaf_shift, {})
+            leaves.setdefault(entry.ia >> entry.leaf_shift, {})[shift, number] = None
+
+    def insert_tables(self, vmid: int, asid: int | None, ia: int, passed: list[Passed]) -> None:
+        """Keep the table descriptors that a walk of *ia* went through; *asid* None: stage 2."""
+        context = self._context(vmid)
+        lane = context.tables2 if asid is None else context.tables1.setdefault(asid, {})
+        for one in passed:
+            lane.setdefault(one.shift, {})[ia >> one.shift] = one
+
+    def _context(self, vmid: int) -> Context:
+        context = self._contexts.get(vmid)
+        if context is None:
+            context = self._contexts[vmid] = Context()
+        return context
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def entries(self) -> Iterator[TlbEntry]:
+        """Every translation kept, table descriptors left out."""
+        for context in self._contexts.values():
+            for lanes in (context.combined, context.stage1):
+                for lane in lanes.values():
+                    yield from _all(lane)
+            yield from _all(context.stage2)
+
+    def tables(self) -> Iterator[tuple[int, int | None, Passed]]:
+        """Every table descriptor kept: VMID, ASID (None: of stage 2), and where it leads."""
+        for vmid, context in self._contexts.items():
+            for asid, lane in (*context.tables1.items(), (None, context.tables2)):
+                for known in lane.values():
+                    for passed in known.values():
+                        yield vmid, asid, passed
+
+    def holds_stage1(self, va: int, asid: int | None, vmid: int) -> bool:
+        """Whether a stage-1-only or combined entry, global or of *asid* (None: of any), translates *va*."""
+        context = self._contexts.get(vmid)
+        if context is None:
+            return False
+        va &= VA_MASK
+        return any(va >> shift in pages
+                   for lanes in (context.combined, context.stage1) for tag, lane in lanes.items()
+                   if asid is None or tag is None or tag == asid
+                   for shift, pages in lane.items())
+
+    def holds_stage2(self, ipa: int, vmid: int) -> bool:
+        """Whether a stage-2-only or combined entry leads through *ipa*."""
+        context = self._contexts.get(vmid)
+        if context is None:
+            return False
+        return any(ipa >> shift in pages for shift, pages in context.stage2.items()) or any(
+            entry.s2 is not None and ipa >> entry.shift == entry.ipa >> entry.shift
+            for lane in context.combined.values() for entry in _all(lane))
+
+    def of_stage2(self, vmid: int) -> Iterator[TlbEntry]:
+        """The stage-2-only entries of one VMID."""
+        context = self._contexts.get(vmid)
+        return iter(()) if context is None else _all(context.stage2)
+
+    def reaching(self, pa: int) -> list[TlbEntry]:
+        """The entries that lead to physical address *pa*: combined ones and stage-2-only ones."""
+        return [entry for entry in self.entries() if entry.kind != "stage1" and entry.oa <= pa < entry.oa + entry.size]
+
+    # -- removal: what the operations of tlbi.py are made of ----------------------------------------------------------
+
+    def clear(self) -> None:
+        """Everything of all VMIDs."""
+        self._contexts.clear()
+
+    def drop_vmid(self, vmid: int) -> None:
+        """Everything of one VMID."""
+        self._contexts.pop(vmid, None)
+
+    def drop_all_stage1(self, vmid: int) -> None:
+        """All stage-1 information of one VMID: stage-1-only, combined, and stage-1 tables."""
+        context = self._contexts.get(vmid)
+        if context is not None:
+            context.forget_stage1()
+
+    def drop_asid(self, vmid: int, asid: int) -> None:
+        """The stage-1 information of one ASID that is not global."""
+        context = self._contexts.get(vmid)
+        if context is not None:
+            context.forget_asid(asid)
+
+    def drop_va(self, vmid: int, asid: int | None, start: int, size: int, level: int | None, last_only: bool) -> None:
+        """Stage-1 information for [start, start+size), global or of *asid* (None: of any).
+
+        *level*: only leaves of that level, as a TTL hint permits. *last_only*: table descriptors stay.
+        """
+        context = self._contexts.get(vmid)
+        if context is None:
+            return
+        start &= VA_MASK
+        for tag in list(context.stage1.keys() | context.combined.keys() | context.tables1.keys()):
+            if asid is not None and tag is not None and tag != asid:
+                continue
+            for lanes in (context.stage1, context.combined):
+                _drop(lanes.get(tag, {}), start, size, level)
+            self._drop_pieces(context, tag, start, size, level)
+            if not last_only:
+                _drop_tables(context.tables1.get(tag, {}), start, size)
+
+    # The rest of every stage-1 leaf that the range touches.
+    @staticmethod
+    def _drop_pieces(context: Context, tag: int | None, start: int, size: int, level: int | None) -> None:
+        lane = context.combined.get(tag, {})
+        for leaf_shift, leaves in context.pieces.get(tag, {}).items():
+            for leaf in _numbers(leaves, start, size, leaf_shift):
+                for shift, number in list(leaves.get(leaf, ())):
+                    entry = lane.get(shift, {}).get(number)
+                    if entry is None or entry.leaf_shift != leaf_shift or level is None or entry.level == level:
+                        del leaves[leaf][shift, number]
+                        if entry is not None and entry.leaf_shift == leaf_shift:
+                            del lane[shift][number]
+
+    def drop_ipa(self, vmid: int, start: int, size: int, level: int | None, last_only: bool) -> None:
+        """Stage-2-only information for [start, start+size); combined entries stay."""
+        context = self._contexts.get(vmid)
+        if context is None:
+            return
+        _drop(context.stage2, start, size, level)
+        if not last_only:
+            _drop_tables(context.tables2, start, size)
+
+
+def _find(lanes: dict[int | None, Sized], asid: int, va: int) -> TlbEntry | None:
+    best = None
+    for tag in (asid, None):
+        lane = lanes.get(tag)
+        if lane is not None:
+            for shift, pages in lane.items():
+                entry = pages.get(va >> shift)
+                if entry is not None and (best is None or entry.born < best.born):
+                    best = entry
+    return best
+
+
+def _deepest(lane: Tables | None, ia: int) -> Passed | None:
+    best = None
+    for shift, tables in (lane or {}).items():
+        found = tables.get(ia >> shift)
+        if found is not None and (best is None or found.level > best.level):
+            best = found
+    return best
+
+
+def _all(lane: Sized) -> Iterator[TlbEntry]:
+    for pages in lane.values():
+        yield from pages.values()
+
+
+# Which of *known*, numbers at *shift*, the range touches; whichever are fewer are gone through.
+def _numbers(known: Collection[int], start: int, size: int, shift: int) -> list[int]:
+    first, last = start >> shift, (start + size - 1) >> shift
+    if last - first < len(known):
+        return [number for number in range(first, last + 1) if number in known]
+    return [number for number in known if first <= number <= last]
+
+
+def _drop(lane: Sized, start: int, size: int, level: int | None) -> None:
+    for shift, pages in lane.items():
+        for number in _numbers(pages, start, size, shift):
+            if level is None or pages[number].level == level:
+                del pages[number]
+
+
+def _drop_tables(lane: Tables, start: int, size: int) -> None:
+    for shift, tables in lane.items():
+        for number in _numbers(tables, start, size, shift):
+            del tables[number]

@@ -1,0 +1,84 @@
+"""Plain KVM: the driver is the hypervisor, so a hypercall is a call into its MMU code (arch/arm64/kvm/mmu.c)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from guest_memfd.core.hypervisor import Hypervisor
+from guest_memfd.machine.el2.kvm.guest import first_tables
+from guest_memfd.machine.el2.kvm.vm import Kvm
+from guest_memfd.machine.hw.arm64.tables import PageTable
+from guest_memfd.machine.hw.arm64.walk import Stage2
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.hypcalls.driver import Driver
+from guest_memfd.machine.hypcalls.hardware import Hardware
+from guest_memfd.machine.hypcalls.vm import Vm
+from guest_memfd.words.primitives import Folio
+
+
+class KvmGuests(Driver):
+    """Guests whose stage 2 is KVM's own, plain or protected (kvm/guest.py)."""
+
+    def guest_maps(self, vm: Vm, pa: int) -> int | None:
+        """By the guest's table."""
+        found: int | None = vm.handle.guest_maps(pa)
+        return found
+
+    def lookup(self, vm: Vm, ipa: int) -> int | None:
+        """By the guest's table."""
+        leaf = vm.handle.pgt.leaf(ipa)
+        return leaf.oa + (ipa & (PAGE << leaf.order) - 1) if leaf.valid else None
+
+    def guest_stage2(self, vm: Vm) -> Stage2:
+        """The VM's own."""
+        registers: Stage2 = vm.handle.registers()
+        return registers
+
+    def guest_table(self, vm: Vm) -> PageTable:
+        """The VM's own."""
+        table: PageTable = vm.handle.page_table
+        return table
+
+
+class KvmDriver(KvmGuests):
+    """VHE: no host stage 2, nobody owns pages."""
+
+    def __init__(self, hardware: Hardware, hypervisor: Hypervisor) -> None:
+        super().__init__(hardware, hypervisor)
+        self.el2 = Kvm(hardware.ram, hardware.kernel_pages, hardware.tlbs)
+
+    def _mmu_map(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return int(vm.handle.map(gfn, folio.pfn, folio.nr))
+
+    def _mmu_unmap(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return int(vm.handle.unmap(gfn, folio.nr)) if self.guest_maps(vm, folio.pfn * PAGE) == gfn * PAGE else 0
+
+    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+        """Nobody but the host owns anything."""
+        yield from ()
+
+    def owner(self, pa: int) -> str:
+        """The host's, all of it."""
+        return "host"
+
+    def host_may(self, pa: int) -> bool:
+        """Nothing is withheld."""
+        return True
+
+    def locked_in(self, vm: Vm, pa: int) -> bool:
+        """Guests of plain KVM hold on to nothing."""
+        return False
+
+    def create_vm(self, frames: int) -> Vm:
+        """KVM_CREATE_VM."""
+        handle = self.el2.create_vm(lambda ipa: ipa < frames * PAGE)
+        return Vm(handle, handle.vmid)
+
+    def vm_kill(self, vm: Vm) -> None:
+        """Nothing to tell anybody."""
+
+    def vm_destroyed(self, vm: Vm) -> None:
+        """kvm_free_stage2_pgd()."""
+        vm.handle.destroy()
+        del self.el2.vms[vm.vmid]
+        self.hardware.kernel_pages.free(vm.handle.pgt.root, (first_tables() - 1).bit_length())

@@ -1,0 +1,145 @@
+"""Protected KVM: kvm_call_hyp_nvhe(), with the arguments of arch/arm64/kvm/pkvm.c (7.3).
+
+The vCPU stays loaded from creation on, also while the VM is dying: a thread may still be handling the fault that its
+guest took before. (KVM itself waits for its vCPUs before it tears a VM down.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from guest_memfd.core.hypervisor import Hypervisor
+from guest_memfd.machine.el2.kvm.guest import first_tables
+from guest_memfd.machine.el2.pkvm import hypercalls as n
+from guest_memfd.machine.el2.pkvm import transitions
+from guest_memfd.machine.el2.pkvm.el2 import El2
+from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.hypcalls.hardware import Hardware
+from guest_memfd.machine.hypcalls.kvm import KvmGuests
+from guest_memfd.machine.hypcalls.vm import Vm
+from guest_memfd.words.primitives import EBUSY, ENOMEM, EPERM, Folio
+
+_RWX = 7
+_SIGN = 1 << 63
+
+
+class PkvmDriver(KvmGuests):
+    """EL2 owns the host's stage 2."""
+
+    rules = frozenset({("check_consent", -EBUSY), ("reclaim_dying_guest_page", -EPERM)})
+
+    def __init__(self, hardware: Hardware, hypervisor: Hypervisor) -> None:
+        super().__init__(hardware, hypervisor)
+        pool = hardware.el2_pool
+        self.el2 = El2(hardware.ram, pool, hardware.tlbs, reserved=[(pool.start, pool.size)])
+
+    # x0 is the number, x1 comes back as the function's result.
+    def _call(self, number: int, *args: int) -> int:
+        regs = [n.BASE + number, *args] + [0] * (17 - len(args))
+        self.el2.hvc(regs, 0)
+        assert regs[0] == 0, f"EL2 does not know hypercall {number}"
+        return regs[1] - (regs[1] & _SIGN) * 2
+
+    # -ENOMEM of EL2 means that the vCPU's memcache is empty: topup_hyp_memcache().
+    def _topup(self, vm: Vm) -> int:
+        memcache, source = vm.handle.memcache, self.hardware.kernel_pages
+        missing = vm.handle.min_pages - len(memcache.pages) - len(memcache.offered)
+        try:
+            vm.handle.topup([source.alloc() for _ in range(missing)])
+        except OutOfMemory:
+            return -ENOMEM
+        return 0
+
+    def _donate_guest(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return self._topup(vm) or self._call(n.DONATE_GUEST, folio.pfn, gfn, folio.nr)
+
+    def _share_guest(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return self._topup(vm) or self._call(n.SHARE_GUEST, folio.pfn, gfn, folio.nr, _RWX)
+
+    def _unshare_guest(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return self._call(n.UNSHARE_GUEST, vm.handle.handle, gfn, folio.nr)
+
+    def _unshare(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return self._call(n.UNSHARE, vm.handle.handle, gfn)
+
+    def _check_consent(self, vm: Vm, gfn: int, folio: Folio, converting: bool) -> int:
+        return self._call(n.CHECK_CONSENT, vm.handle.handle, gfn, int(converting))
+
+    def _reclaim_dying_guest_page(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        owned = self.owner(folio.pfn * PAGE) != "host"
+        ret = self._call(n.RECLAIM_DYING, vm.handle.handle, gfn, folio.nr)
+        self.sanitised = owned and not ret
+        return ret
+
+    def force_reclaim(self, pa: int) -> int:
+        """__pkvm_force_reclaim_guest_page()."""
+        return self._call(n.FORCE_RECLAIM, pa)
+
+    # -- records and tables --------------------------------------------------------------------------------------
+
+    def owner(self, pa: int) -> str:
+        """hyp_vmemmap."""
+        return str(self.el2.owner(pa))
+
+    def host_may(self, pa: int) -> bool:
+        """Mapped, or mapped by the first fault."""
+        return bool(self.el2.host_may(pa))
+
+    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+        """From hyp_vmemmap; EL2's own pool left out."""
+        for pfn, order in self.el2.vmemmap.recorded():
+            pa = pfn * PAGE
+            owner = self.owner(pa)
+            if owner != "host" and pa < self.hardware.el2_pool.start:
+                yield pa, pa + (PAGE << order), f"is {owner} by EL2's record"
+
+    def host_touches(self, pa: int) -> None:
+        """The first store is a stage-2 fault, which EL2 answers by mapping the page."""
+        if not self.el2.host.pgt.leaf(pa).valid:
+            fault = Fault(TRANSLATION, 3, 2, va=pa, ipa=pa, access="w")
+            assert self.el2.host_abort(fault, 1) is None
+
+    def locked_in(self, vm: Vm, pa: int) -> bool:
+        """Not shared with the host."""
+        return self.owner(pa) == "guest"
+
+    def poisoned(self, vm: Vm, gfn: int) -> bool:
+        """The guest's entry is annotated POISONED."""
+        return bool(vm.handle.poisoned(gfn * PAGE))
+
+    # -- the guest acts, VMs ---------------------------------------------------------------------------------------
+
+    def guest_consents(self, vm: Vm, ipa: int) -> bool:
+        """HVC MEM_SHARE; EL2 refuses it for a page that is not the guest's alone."""
+        return transitions.guest_share_host(self.el2, vm.handle, ipa // PAGE) == 0
+
+    def create_vm(self, frames: int) -> Vm:
+        """__pkvm_init_vm() and one vCPU, loaded; raises OutOfMemory, and nothing is left."""
+        pages = first_tables()
+        pgd = self.hardware.kernel_pages.alloc((pages - 1).bit_length())
+        handle = self.el2.create_vm(pgd, lambda ipa: ipa < frames * PAGE)
+        handle.add_vcpu(None)
+        self._call(n.VCPU_LOAD, handle.handle, 0)
+        vm = Vm(handle, handle.vmid)
+        try:
+            for _ in range(2 * handle.min_pages):
+                handle.topup([self.hardware.kernel_pages.alloc()])
+        except OutOfMemory:
+            self.vm_kill(vm)
+            self.vm_destroyed(vm)
+            raise
+        handle.memcache.refill(2 * handle.min_pages)
+        return vm
+
+    def vm_kill(self, vm: Vm) -> None:
+        """The VM is dying; see the first lines of this file for the loaded vCPU."""
+        vm.handle.dying = True
+
+    def vm_destroyed(self, vm: Vm) -> None:
+        """__pkvm_finalize_teardown_vm(): EL2 gives its tables back; what it never took was the host's all along."""
+        self._call(n.VCPU_PUT)
+        self._call(n.FINALIZE_TEARDOWN, vm.handle.handle)
+        for pa in (*vm.handle.teardown, *vm.handle.memcache.offered):
+            self.hardware.kernel_pages.free(pa)

@@ -1,0 +1,280 @@
+"""Memory aborts as Linux handles them on arm64. Rule of this file: which abort, with which syndrome, from where, ends
+how (arch/arm64/mm/fault.c of 7.3). Which handler an abort goes to is in fault_info.py, what is printed in oops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from guest_memfd.machine.hw.arm64.syndrome import Syndrome
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux import oops
+from guest_memfd.machine.linux.extable import ExceptionTable
+from guest_memfd.machine.linux.fault_info import (
+    BUS_ADRERR,
+    BUS_MCEERR_AR,
+    SEGV_ACCERR,
+    SEGV_MAPERR,
+    SIGBUS,
+    SIGSEGV,
+    fault_info,
+)
+from guest_memfd.machine.linux.oops import TASK_SIZE, Oops, Panic, PtRegs, die, user_mode
+from guest_memfd.words.primitives import EAGAIN
+
+_EC_IABT_LOWER, _EC_IABT, _EC_DABT = 0x20, 0x21, 0x25
+_TRANSLATION = (0x04, 0x05, 0x06, 0x07, 0x2B)
+_PERMISSION = (0x0C, 0x0D, 0x0E, 0x0F)
+_TAG_CHECK = 0x11
+_TAG = 0xFF << 56
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """An exception table entry took care of it; execution continues at `pc`."""
+
+    pc: int
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Run the instruction again; `why` says what has changed, `warning` what the kernel printed."""
+
+    why: str
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class UserSignal:
+    """The task at EL0 gets a signal."""
+
+    signal: int
+    code: int
+    address: int
+
+
+Outcome = Fixed | Retry | UserSignal | Oops | Panic
+
+
+class KernelDied(Exception):  # noqa: N818 - named after what happened
+    """A nested abort ended the kernel; raised by `Kernel.read_aligned`."""
+
+    def __init__(self, outcome: Oops | Panic) -> None:
+        super().__init__(outcome.text)
+        self.outcome = outcome
+
+
+class MmFault(Enum):
+    """What handle_mm_fault() found."""
+
+    DONE = "done"
+    OOM = "oom"
+    SIGBUS = "sigbus"
+    HWPOISON = "hwpoison"
+    BADMAP = "badmap"
+    BADACCESS = "badaccess"
+
+
+class Kernel(oops.Reporter, Protocol):
+    """What the handlers ask of the kernel they run in.
+
+    pkvm                    is_pkvm_initialized()
+    sea_fixup               do_sea() consults the exception table (no kernel does; a design asks for it)
+    pagefault_disabled      faulthandler_disabled(), or no user address space
+    """
+
+    extable: ExceptionTable
+    pkvm: bool
+    sea_fixup: bool
+    pagefault_disabled: bool
+
+    def read_aligned(self, va: int) -> int:
+        """The zero-padding handler's own read of an aligned doubleword; raises KernelDied when that dies."""
+
+    def at_s1e1r(self, va: int) -> int | None:
+        """Physical address by AT S1E1R, stage 1 only; None when PAR_EL1 reports a translation fault."""
+
+    def force_reclaim(self, pa: int) -> int:
+        """__pkvm_force_reclaim_guest_page: 0 or a negative errno."""
+
+    def handle_mm_fault(self, va: int, access: str, user: bool) -> MmFault:
+        """Look for the VMA of user address *va* and let it handle the fault; *access* is r, w or x."""
+
+
+Handler = Callable[[int, int, PtRegs, Kernel], "Outcome | None"]
+
+
+def do_mem_abort(esr: int, far: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+    """do_mem_abort(): an abort taken to EL1. *regs* are changed when the outcome is Fixed."""
+    info = fault_info[esr & 63]
+    try:
+        outcome = _HANDLERS[info.handler](far, esr, regs, kernel)
+    except KernelDied as dead:
+        return dead.outcome
+    if outcome is not None:
+        return outcome
+    if not user_mode(regs):
+        return die_kernel_fault(info.name, far, esr, regs, kernel)
+    return UserSignal(info.signal, info.code, untagged(far))
+
+
+def untagged(far: int) -> int:
+    """untagged_addr(): without the tag of a user address; kernel addresses stay as they are."""
+    return far if far >> 55 & 1 else far & ~_TAG
+
+
+# -- handlers ----------------------------------------------------------------------------------------------------
+
+
+def do_translation_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+    """A user address may have a VMA; a kernel address has no second chance but the exception table."""
+    if untagged(far) < TASK_SIZE:
+        return do_page_fault(far, esr, regs, kernel)
+    return do_bad_area(far, esr, regs, kernel)
+
+
+def do_page_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+    """Permission and access flag faults, and translation faults of user addresses."""
+    va, user = untagged(far), user_mode(regs)
+    if kernel.pagefault_disabled:
+        return do_kernel_fault(far, esr, regs, kernel)
+    if is_pkvm_stage2_abort(esr, kernel):
+        return UserSignal(SIGSEGV, SEGV_ACCERR, far) if user else do_kernel_fault(far, esr, regs, kernel)
+    if va < TASK_SIZE and is_el1_permission_fault(esr):
+        if is_el1_instruction_abort(esr):
+            return die_kernel_fault("execution of user memory", far, esr, regs, kernel)
+        if kernel.extable.search(regs.pc) is None:
+            return die_kernel_fault("access to user memory outside uaccess routines", far, esr, regs, kernel)
+    fault = kernel.handle_mm_fault(va, access_of(esr), user) if va < TASK_SIZE else MmFault.BADMAP
+    if fault is MmFault.DONE:
+        return Retry("the fault was handled")
+    if not user:
+        return do_kernel_fault(far, esr, regs, kernel)
+    if fault is MmFault.OOM:
+        return Retry("the OOM killer has run")
+    return UserSignal(*_SIGNALS[fault], far)
+
+
+_SIGNALS = {MmFault.SIGBUS: (SIGBUS, BUS_ADRERR), MmFault.HWPOISON: (SIGBUS, BUS_MCEERR_AR),
+            MmFault.BADMAP: (SIGSEGV, SEGV_MAPERR), MmFault.BADACCESS: (SIGSEGV, SEGV_ACCERR)}
+
+
+def do_bad_area(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+    """A signal at EL0; at EL1 the exception table or the end."""
+    if user_mode(regs):
+        info = fault_info[esr & 63]
+        return UserSignal(info.signal, info.code, far)
+    return do_kernel_fault(far, esr, regs, kernel)
+
+
+def do_alignment_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+    """As any bad address."""
+    return do_bad_area(far, esr, regs, kernel)
+
+
+def do_tag_check_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+    """As any bad address; do_kernel_fault() knows how to go on."""
+    return do_bad_area(far, esr, regs, kernel)
+
+
+def do_sea(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+    """A synchronous external abort is a hardware error: at EL1 the kernel dies, and no exception table is asked.
+
+    With `sea_fixup` it is, for a data abort at EL1 whose FAR is valid.
+    """
+    syndrome = Syndrome.decode(esr)
+    info = fault_info[esr & 63]
+    if user_mode(regs):
+        return UserSignal(info.signal, info.code, 0 if syndrome.fnv else untagged(far))
+    if kernel.sea_fixup and syndrome.data_abort and not syndrome.fnv and fixup_exception(esr, regs, kernel):
+        return Fixed(regs.pc)
+    return die(info.name, esr, regs, kernel)
+
+
+def do_bad(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> None:
+    """Nobody handles this."""
+
+
+# -- the kernel's own faults -------------------------------------------------------------------------------------
+
+
+def do_kernel_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+    """__do_kernel_fault(): fixup, spurious or pKVM, tag check, and then the oops with the best guess."""
+    if not is_el1_instruction_abort(esr) and fixup_exception(esr, regs, kernel):
+        return Fixed(regs.pc)
+    spurious = is_spurious_el1_translation_fault(far, esr, kernel)
+    if spurious is not None:
+        return spurious
+    if esr >> 26 & 63 == _EC_DABT and esr & 63 == _TAG_CHECK:
+        return Retry("tag checks are off from now on", "BUG: KASAN: invalid-access")
+    return die_kernel_fault(_best_guess(far, esr, kernel), far, esr, regs, kernel)
+
+
+def _best_guess(far: int, esr: int, kernel: Kernel) -> str:
+    if is_el1_permission_fault(esr):
+        if Syndrome.decode(esr).write:
+            return "write to read-only memory"
+        return "execute from non-executable memory" if is_el1_instruction_abort(esr) else "read from unreadable memory"
+    if untagged(far) < PAGE:
+        return "NULL pointer dereference"
+    return "access to hypervisor-protected memory" if is_pkvm_stage2_abort(esr, kernel) else "paging request"
+
+
+def fixup_exception(esr: int, regs: PtRegs, kernel: Kernel) -> bool:
+    """fixup_exception() of arch/arm64/mm/extable.c."""
+    return kernel.extable.fixup(regs, esr, kernel.read_aligned)
+
+
+def is_spurious_el1_translation_fault(far: int, esr: int, kernel: Kernel) -> Retry | None:
+    """A translation fault that stage 1 does not confirm: another CPU was faster, or the page is behind stage 2.
+
+    Under pKVM the page is then taken from its guest by force; -EAGAIN, too, is worth another try.
+    """
+    if esr >> 26 & 63 != _EC_DABT or esr & 63 not in _TRANSLATION:
+        return None
+    pa = kernel.at_s1e1r(far)
+    if pa is None:
+        return None
+    if not is_pkvm_stage2_abort(esr, kernel):
+        return Retry("stage 1 translates it by now",
+                     f"Ignoring spurious kernel translation fault at virtual address {far:016x}")
+    if kernel.force_reclaim(pa) in (0, -EAGAIN):
+        return Retry("the page was reclaimed by force")
+    return None
+
+
+def die_kernel_fault(what: str, far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Oops | Panic:
+    """die_kernel_fault(): the syndrome and the tables first."""
+    before = [f"Unable to handle kernel {what} at virtual address {far:016x}",
+              *oops.mem_abort_decode(esr, fault_info[esr & 63].name), *oops.show_pte(untagged(far), kernel)]
+    return die("Oops", esr, regs, kernel, before)
+
+
+def is_el1_instruction_abort(esr: int) -> bool:
+    """EC: instruction abort without a change of exception level."""
+    return esr >> 26 & 63 == _EC_IABT
+
+
+def is_el1_permission_fault(esr: int) -> bool:
+    """A permission fault taken from EL1."""
+    return esr >> 26 & 63 in (_EC_DABT, _EC_IABT) and esr & 63 in _PERMISSION
+
+
+def is_pkvm_stage2_abort(esr: int, kernel: Kernel) -> bool:
+    """pKVM marks the stage-2 faults that it injects with S1PTW (host_inject_mem_abort, 7.3)."""
+    return kernel.pkvm and Syndrome.decode(esr).s1ptw
+
+
+def access_of(esr: int) -> str:
+    """What the fault is to be handled as: x, w or r; cache maintenance counts as a read."""
+    syndrome = Syndrome.decode(esr)
+    if syndrome.ec == _EC_IABT_LOWER:
+        return "x"
+    return "w" if syndrome.write and not syndrome.cache_maintenance else "r"
+
+
+_HANDLERS: dict[str, Handler] = {handler.__name__: handler for handler in (
+    do_translation_fault, do_page_fault, do_sea, do_tag_check_fault, do_alignment_fault, do_bad)}

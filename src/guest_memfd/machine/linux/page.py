@@ -1,0 +1,58 @@
+"""struct folio: who refers to a block of frames, and its flags. Rule of this file: one count decides, kinds explain.
+
+The kernel has one reference count. Beside it every reference is entered under its kind, as the kernel's own
+ref_tracker does for debugging, so that the laws - and people - can tell a pin from a page-cache reference.
+"""
+
+from __future__ import annotations
+
+from guest_memfd.machine.hw.ram import PAGE
+
+KINDS = ("cache", "lru", "lookup", "provided", "pin", "get", "spec", "kept")
+"""Kinds of references (abstract/state.py FRAME_FIELDS); ``kept`` is never dropped."""
+
+
+class Page:
+    """The head page of an allocated folio at physical address `pa`, 4 KiB << `order` bytes."""
+
+    __slots__ = ("cache", "get", "handled", "hwpoison", "index", "inode", "kept", "lock", "lookup", "lru", "order", "pa",
+                 "pin", "private", "provided", "refcount", "retired", "spec", "uptodate")
+
+    def __init__(self, pa: int, order: int) -> None:
+        self.pa, self.order = pa, order
+        self.refcount = 0
+        self.cache = self.lru = self.lookup = self.provided = self.pin = self.get = self.spec = self.kept = 0
+        self.uptodate = self.private = self.hwpoison = False
+        self.handled = False                            # memory_failure() has done with it
+        self.retired = False                            # broken memory that nobody refers to any more: never free again
+        self.lock: int | None = None                    # the task that holds the folio lock
+        self.inode: object | None = None                # folio->mapping
+        self.index = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return PAGE << self.order
+
+    @property
+    def nr(self) -> int:
+        """Pages."""
+        return 1 << self.order
+
+    def take(self, kind: str, nr: int = 1) -> None:
+        """*nr* more references of *kind*."""
+        setattr(self, kind, getattr(self, kind) + nr)
+        self.refcount += nr
+
+    def drop(self, kind: str, nr: int = 1) -> bool:
+        """*nr* references of *kind* less; True when they were the last of all. Raises ValueError below zero."""
+        count = getattr(self, kind)
+        if count < nr:
+            raise ValueError(kind)
+        setattr(self, kind, count - nr)
+        self.refcount -= nr
+        return not self.refcount
+
+    def kinds(self) -> int:
+        """The sum of what is entered by kind; equals refcount, or the books are cooked."""
+        return self.cache + self.lru + self.lookup + self.provided + self.pin + self.get + self.spec + self.kept

@@ -1,0 +1,78 @@
+"""Temporary copies of the linear map's tables, for kexec and the resume kernel. Rule of this file: every entry that is
+not empty becomes valid and writable, so holes are not there in the copy (copy_pte() in arch/arm64/mm/trans_pgd.c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from guest_memfd.machine.hw.arm64.descriptor import Entry
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.machine.linux import direct_map as dm
+from guest_memfd.words.primitives import ENOMEM
+
+
+class Source(Protocol):
+    """The linear map that is copied."""
+
+    ram: Ram
+    kpti: bool
+
+    @property
+    def root(self) -> int:
+        """swapper_pg_dir."""
+
+    def fault_in(self, va: int) -> bool:
+        """Build what has not been needed yet."""
+
+
+def trans_pgd_create_copy(linear_map: Source, pages: dm.PageSource, start: int, end: int) -> int:
+    """Physical address of a table tree that maps what [start, end), virtual, maps; or -ENOMEM, and nothing is kept.
+
+    *pages* gives the tables. A copy of a hole is valid: whoever runs on the copy reaches everything.
+    """
+    for va in range(start & -dm.PUD_SIZE, end, dm.PUD_SIZE):
+        linear_map.fault_in(va)
+    taken: list[int] = []
+    try:
+        root = _new(pages, taken)
+        _copy(linear_map, pages, taken, (linear_map.root, root), (start, end), 0)
+    except OutOfMemory:
+        for pa in taken:
+            pages.free_table(pa)
+        return -ENOMEM
+    return root
+
+
+def _new(pages: dm.PageSource, taken: list[int]) -> int:
+    taken.append(pages.alloc_table())
+    return taken[-1]
+
+
+def _copy(linear_map: Source, pages: dm.PageSource, taken: list[int], tables: tuple[int, int], span: tuple[int, int],
+          level: int) -> None:
+    ram, (old, new) = linear_map.ram, tables
+    for index, inside in _entries(span, level):
+        value = ram.read64(old + 8 * index)
+        if not value:
+            continue
+        entry = Entry(level, old + 8 * index, value)
+        if dm.is_table(entry):
+            table = _new(pages, taken)
+            _copy(linear_map, pages, taken, (value & dm.OUTPUT, table), inside, level + 1)
+            ram.write64(new + 8 * index, table | dm.VALID | dm.TABLE | value & (dm.TABLE_PXN | dm.TABLE_UXN))
+        else:
+            value = value & ~(dm.RDONLY | dm.PRESENT_INVALID) | dm.VALID | dm.WRITE
+            ram.write64(new + 8 * index, value | (dm.NG if linear_map.kpti else 0))
+
+
+# Index and piece of the range, for every entry of *level* that the range touches.
+def _entries(span: tuple[int, int], level: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    start, end = span
+    size = dm.level_size(level)
+    while start < end:
+        nxt = min(end, (start & -size) + size)
+        yield start >> (39 - 9 * level) & 511, (start, nxt)
+        start = nxt

@@ -1,0 +1,89 @@
+"""What the mixins of the emulated host share: the machine, the file, the task - and how a primitive waits or dies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NoReturn
+
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.panic import HARDWARE, Blocked, KernelPanic
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import PRIVATE_PAGE
+from guest_memfd.words.primitives import Bound, Caller, Folio
+
+if TYPE_CHECKING:
+    from guest_memfd.machine.board.board import Board
+    from guest_memfd.machine.hypcalls.vm import Vm
+    from guest_memfd.machine.linux.inode import Inode
+    from guest_memfd.machine.linux.page import Page
+
+
+class Base:
+    """One guest_memfd file on a machine, and the primitive under way: who asks, and what it leaves for the laws."""
+
+    machine: Board
+    inode: Inode
+    vm: Vm
+    who: int
+    caller: Caller
+    notes: list[facts.Note]
+    bounds: Mapping[str, Bound]
+    errnos: Mapping[str, tuple[int, ...]]
+
+    def vm_at(self, index: int) -> Vm:
+        """The VM that page *index* is bound to, or would be."""
+        return self.vm
+
+    def wait(self) -> NoReturn:
+        """The primitive cannot go on now; whoever asked waits."""
+        raise Blocked
+
+    def die(self, why: str) -> NoReturn:
+        """BUG(): the kernel stops for a reason that is no abort."""
+        self.notes.append(facts.Broken(why))
+        raise KernelPanic(f"kernel BUG: {why}\n{HARDWARE}\nKernel panic - not syncing: Oops - BUG: Fatal exception")
+
+    def gone(self, what: str) -> NoReturn:
+        """The memory that the primitive works on has been freed: KASAN sees it, and the kernel stops (mm/kasan/report.c)."""
+        self.notes.append(facts.UseAfterFree(what))
+        raise KernelPanic(f"BUG: KASAN: slab-use-after-free of {what}\n{HARDWARE}\n"
+                          "Kernel panic - not syncing: kasan.fault=panic set ...")
+
+    def must_have(self, index: int) -> None:
+        """BUG() where the file has no page *index*: what is put there nobody takes out again."""
+        if not 0 <= index < self.inode.size:
+            self.die(f"page {index} is used, of a file of {self.inode.size} pages")
+
+    def against(self, reason: int, page: Page | None = None) -> None:
+        """Something stands against the operation that the task is in: at *page*, if it is a page's doing."""
+        self.machine.tracer.against(self.who, reason, page if page is not None and page.inode is self.inode else None)
+
+    def page(self, folio: Folio) -> Page:
+        """struct folio of *folio*, which somebody holds."""
+        page = self.machine.pages.get(folio.pfn)
+        if page is None:
+            self.die(f"{folio} is used without a reference")
+        return page
+
+    def folio(self, page: Page) -> Folio:
+        """The handle procedures know *page* by."""
+        return Folio(page.pa // PAGE, page.order)
+
+    def locked(self, folio: Folio, what: str) -> Page:
+        """*folio*, which the caller must have locked."""
+        page = self.page(folio)
+        if page.lock != self.who:
+            self.die(f"{what} of {folio} without its lock")
+        return page
+
+    def private(self, page: Page) -> bool:
+        """The library's word on *page*: its attribute, or the mark where a design keeps no attributes."""
+        attribute = self.inode.entry("attributes", page.index) if page.inode is self.inode else 0
+        return attribute == PRIVATE_PAGE if attribute else page.private
+
+    def drop(self, page: Page, kind: str, nr: int = 1) -> None:
+        """Drop *nr* references; a count below zero is a bug of the caller."""
+        try:
+            page.drop(kind, nr)
+        except ValueError:
+            self.die(f"reference count of {self.folio(page)} drops below zero ({kind})")

@@ -1,0 +1,49 @@
+"""What has to be there for a primitive: the module whose code runs, and the inode it works on. Rule of this file: it is
+asked before anything is done, and what is not there ends the kernel.
+
+The life of an inode (fs/inode.c). iput() of the last reference hands it to whoever dropped that: he evicts it, and nobody
+else may use it meanwhile, as nobody else can have held it. destroy_inode() frees its memory; from then on nobody may. A
+VM's end is seen where it is used (guest.py), a folio's where its struct page is looked up (base.py). get_file() may be
+called on a pointer to a file that is gone: the slab of files is never given back (SLAB_TYPESAFE_BY_RCU, fs/file_table.c).
+"""
+
+from __future__ import annotations
+
+from guest_memfd.machine.primitives.base import Base
+from guest_memfd.words.pagestate import DESTROYED, EVICTED
+from guest_memfd.words.primitives import Primitive
+
+ON_INODE = frozenset({
+    "filemap_get_folio", "filemap_find_folio", "filemap_add_folio", "filemap_remove_folio", "xa_load", "xa_store",
+    "xa_store_reserved", "xa_reserve", "xa_release", "unmap_mapping_pages", "vmf_insert_folio", "iput", "destroy_inode",
+    "mapping_set_no_direct_map", "mapping_no_direct_map",
+})
+"""Primitives that read or write an inode, or what is kept in it."""
+
+LOCKS = frozenset({"down_read", "down_read_trylock", "up_read", "down_write", "up_write"})
+"""Primitives that do so when the lock is the inode's, ``invalidate``."""
+
+OF_A_VM = "provided"
+"""The tree that v17 keeps in the VM; "bindings" it does, too, and the library does not."""
+
+
+def works_on_inode(primitive: Primitive) -> bool:
+    """Whether *primitive* touches the memory of the inode."""
+    if primitive.name in LOCKS:
+        return bool(primitive.args[0] == "invalidate")
+    if primitive.name.startswith("xa_"):
+        of_a_vm = primitive.args[0] == OF_A_VM or (primitive.args[0] == "bindings" and primitive.caller != "library")
+        return not of_a_vm
+    return primitive.name in ON_INODE
+
+
+class Lifetimes(Base):
+    """must_be_there."""
+
+    def must_be_there(self, primitive: Primitive) -> None:
+        """End the kernel if the code of *primitive*, or the inode it works on, is gone."""
+        if self.machine.unloaded and primitive.caller == self.machine.module.name:
+            self.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
+        inode = self.inode
+        if inode.life in (EVICTED, DESTROYED) and works_on_inode(primitive) and inode.evictor != self.who:
+            self.gone(f"the inode, in {primitive.name}")

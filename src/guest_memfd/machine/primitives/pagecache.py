@@ -1,0 +1,183 @@
+"""Page cache and references of the emulated host: look-up, insertion, removal, and what the last put does."""
+
+from __future__ import annotations
+
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.page_poison import PAGE_POISON
+from guest_memfd.machine.primitives.contents import Contents
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import CONTENTION, CONTENTS, FAILURE, REFERENCE
+from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
+
+FOLIO_BATCH = 31
+"""Folios that a CPU's lru_add batch holds before it is emptied (include/linux/folio_batch.h)."""
+
+
+class PageCache(Contents):
+    """filemap_get_folio ... folio_set_private."""
+
+    def filemap_get_folio(self, index: int) -> Lookup | None:
+        """A hit comes with a transient reference."""
+        self.must_have(index)
+        page = self.inode.find(index)
+        if page is None:
+            return None
+        page.take("lookup")
+        return Lookup(self.folio(page), page.index)
+
+    def filemap_find_folio(self, index: int, nr: int) -> int:
+        """As xas_find() walks over holes."""
+        return min(self.inode.next(index), index + nr)
+
+    def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
+        """Allocates from the page allocator and inserts, at the index rounded down to the folio's size."""
+        self.must_have(index)
+        head, folios = index >> order << order, self.machine.folios
+        try:
+            pa = folios.alloc(order)
+        except OutOfMemory:
+            self.against(FAILURE)
+            return -ENOMEM
+        if self._occupied(head, order):
+            folios.free(pa, order)
+            self.against(CONTENTION)
+            return -EEXIST
+        page = self.machine.pages[pa // PAGE] = Page(pa, order)
+        page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
+        page.take("lookup")
+        page.lock = self.who
+        self.inode.insert(page, head)
+        self._lru_add(page)
+        return Lookup(self.folio(page), head)
+
+    # Whether a folio is in the way: one that covers the head, or a smaller one further on.
+    def _occupied(self, head: int, order: int) -> bool:
+        inode, end = self.inode, head + (1 << order)
+        if inode.find(head) is not None:
+            return True
+        smaller = sum(count for o, count in inode.orders.items() if o < order)
+        if smaller < 1 << order:
+            return smaller > 0 and any(head <= i < end for i in inode.pages)
+        return any(i in inode.pages for i in range(head, end))
+
+    # folio_add_lru(): a batch per CPU; a large folio empties it at once (mm/swap.c).
+    def _lru_add(self, page: Page) -> None:
+        batch = self.machine.lru_batch
+        page.take("lru")
+        batch[page.pa] = page
+        if len(batch) >= FOLIO_BATCH or page.order:
+            self._drain()
+
+    def filemap_remove_folio(self, folio: Folio) -> None:
+        """Leaves the page cache; whoever still has a reference keeps the frames."""
+        page = self.locked(folio, "filemap_remove_folio")
+        if page.inode is not self.inode:
+            self.die(f"{folio} is not in the page cache")
+        self.inode.remove(page)
+        self.drop(page, "cache", page.nr)
+        self.machine.tracer.removed(self, page.index, page.nr)
+
+    def split_folio(self, folio: Folio) -> int:
+        """Flags and the page cache's references are those of every page; the caller keeps the first, locked."""
+        page = self.locked(folio, "split_folio")
+        if page.refcount != page.nr + 1 or not page.order:
+            self.against(REFERENCE, page)
+            return -EBUSY
+        inode, head = self.inode, page.index
+        if page.inode is not inode:
+            self.die(f"{folio} is not in the page cache")
+        self.machine.tracer.split(page)
+        inode.remove(page)
+        for at in range(page.nr):
+            small = self.machine.pages[page.pa // PAGE + at] = Page(page.pa + at * PAGE, 0)
+            small.take("cache")
+            small.uptodate, small.private = page.uptodate, page.private
+            small.hwpoison, small.handled = page.hwpoison, page.handled
+            inode.insert(small, head + at)
+        first = self.machine.pages[page.pa // PAGE]
+        first.take("lookup")
+        first.lock = page.lock
+        return 0
+
+    def folio_put(self, folio: Folio, kind: str = "lookup") -> None:
+        """The last reference frees."""
+        page = self.page(folio)
+        self.drop(page, kind)
+        self.free_if_unused(page)
+
+    def folio_get(self, folio: Folio, kind: str = "provided") -> None:
+        """A lasting reference."""
+        self.page(folio).take(kind)
+
+    def leak_folio(self, folio: Folio) -> None:
+        """Out of use for ever: a reference that nobody drops, and a count that says so."""
+        self.page(folio).take("kept")
+        self.machine.leaked += 1
+
+    def mapping_set_no_direct_map(self) -> None:
+        """AS_NO_DIRECT_MAP."""
+        self.inode.refuses_readers = True
+
+    def mapping_no_direct_map(self) -> bool:
+        """What a reader of page-cache folios asks."""
+        return self.inode.refuses_readers
+
+    def folio_ref_count(self, folio: Folio) -> int:
+        """All references."""
+        page = self.page(folio)
+        if page.refcount > page.cache + page.lru + 1:
+            self.against(REFERENCE, page)
+        return page.refcount
+
+    def folio_maybe_dma_pinned(self, folio: Folio) -> bool:
+        """FOLL_PIN only."""
+        return bool(self.page(folio).pin)
+
+    def folio_mapped(self, folio: Folio) -> bool:
+        """Whether a user page table maps it."""
+        page = self.page(folio)
+        return self.machine.mapped_by_user(page.pa, page.size)
+
+    def lru_add_drain_all(self) -> None:
+        """The batches let go of their references."""
+        self.machine.tracer.counts(self.who, "stalls")
+        self._drain()
+
+    def _drain(self) -> None:
+        batch, self.machine.lru_batch = self.machine.lru_batch, {}
+        for page in sorted(batch.values(), key=lambda p: p.pa):
+            page.drop("lru")
+            self.free_if_unused(page)
+
+    def folio_mark_uptodate(self, folio: Folio) -> None:
+        """Under the folio lock."""
+        self.locked(folio, "folio_mark_uptodate").uptodate = True
+
+    def folio_set_private(self, folio: Folio, private: bool) -> None:
+        """Under the folio lock."""
+        self.locked(folio, "folio_set_private").private = private
+
+    def free_if_unused(self, page: Page) -> None:
+        """free_pages_prepare(): a poisoned frame stays out of use, any other is written to and freed (mm/page_alloc.c)."""
+        if page.refcount or page.retired:
+            return
+        if page.hwpoison:
+            page.retired = True
+            return
+        machine = self.machine
+        self.notes.append(facts.Freed(
+            machine.number(page.pa), machine.driver.owner(page.pa), CONTENTS[machine.tracer.content(page)],
+            machine.guest_reaches(page)))
+        if page.lock is not None:
+            self.die(f"{self.folio(page)} is freed while locked")
+        if machine.on_free != "nothing":
+            self.kernel_write(page, "allocator", "free-time poisoning")
+            machine.tracer.freed(page)
+        if machine.on_free == "poison":
+            machine.ram.fill(page.pa, page.size, PAGE_POISON)
+        elif machine.on_free == "zero":
+            machine.ram.zero(page.pa, page.size)
+        del machine.pages[page.pa // PAGE]
+        machine.folios.free(page.pa, page.order)

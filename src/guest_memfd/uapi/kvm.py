@@ -1,0 +1,271 @@
+"""/dev/kvm as far as guest memory goes: ioctl numbers, structures, capabilities, and the protocols of its objects.
+
+Rule of this file: what is the same on every architecture; registers and VM types are in kvm_<arch>.py, exits in kvm_run.py.
+Numbers and layouts: include/uapi/linux/kvm.h (7.3), and "guest_memfd: In-place conversion" v8-v13 for
+KVM_SET_MEMORY_ATTRIBUTES2. Structures are little-endian, and have the size the ioctl number says.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping as Map
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import NamedTuple, Protocol, Self
+
+from guest_memfd.uapi.ioctl import io, iow, iowr
+from guest_memfd.uapi.kvm_run import Exit
+from guest_memfd.uapi.memory import GuestMemory, Owner
+from guest_memfd.uapi.words import packed
+
+KVMIO = 0xAE
+API_VERSION = 12
+
+# -- structures ------------------------------------------------------------------------------------------------------
+
+_U64X8, _REGION2, _ATTRIBUTES, _ATTRIBUTES2 = "<8Q", "<IIQQQQII14Q", "<4Q", "<5Q11Q"
+
+
+class CreateGuestMemfd(NamedTuple):
+    """struct kvm_create_guest_memfd: *size* in bytes; six reserved words that nobody checks."""
+
+    size: int
+    flags: int = 0
+
+
+    def pack(self) -> bytes:
+        """The bytes of the structure."""
+        return packed(_U64X8, type(self).__name__, *self)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """From the bytes of the structure."""
+        size, flags, *_ = struct.unpack(_U64X8, raw)
+        return cls(size, flags)
+
+
+class UserMemoryRegion2(NamedTuple):
+    """struct kvm_userspace_memory_region2: *slot* has the id in its low half; sizes and addresses in bytes.
+
+    Its first 32 bytes are struct kvm_userspace_memory_region.
+    """
+
+    slot: int
+    flags: int
+    guest_phys_addr: int
+    memory_size: int
+    userspace_addr: int = 0
+    guest_memfd_offset: int = 0
+    guest_memfd: int = 0
+
+
+    def pack(self) -> bytes:
+        """The bytes of the structure."""
+        return packed(_REGION2, type(self).__name__, *self)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """From the bytes of the structure."""
+        return cls(*struct.unpack(_REGION2, raw)[:7])
+
+
+class MemoryAttributes(NamedTuple):
+    """struct kvm_memory_attributes: guest physical *address* and *size* in bytes."""
+
+    address: int
+    size: int
+    attributes: int
+    flags: int = 0
+
+
+    def pack(self) -> bytes:
+        """The bytes of the structure."""
+        return packed(_ATTRIBUTES, type(self).__name__, *self)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """From the bytes of the structure."""
+        return cls(*struct.unpack(_ATTRIBUTES, raw))
+
+
+@dataclass
+class MemoryAttributes2:
+    """struct kvm_memory_attributes2: *offset* into the file, *size* in bytes.
+
+    The kernel writes *error_offset* when it refuses, and only then: the offset in bytes that it refused at.
+    """
+
+    offset: int
+    size: int
+    attributes: int
+    flags: int = 0
+    error_offset: int = 0
+
+
+    def pack(self) -> bytes:
+        """The bytes of the structure."""
+        return packed(_ATTRIBUTES2, type(self).__name__, self.offset, self.size, self.attributes, self.flags,
+                      self.error_offset)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """From the bytes of the structure."""
+        return cls(*struct.unpack(_ATTRIBUTES2, raw)[:5])
+
+
+class PreFaultMemory(NamedTuple):
+    """struct kvm_pre_fault_memory: *gpa* and *size* in bytes, both moved on as far as it came."""
+
+    gpa: int
+    size: int
+    flags: int = 0
+
+
+    def pack(self) -> bytes:
+        """The bytes of the structure."""
+        return packed(_U64X8, type(self).__name__, *self)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Self:
+        """From the bytes of the structure."""
+        return cls(*struct.unpack(_U64X8, raw)[:3])
+
+
+# -- ioctls ----------------------------------------------------------------------------------------------------------
+
+GET_API_VERSION = io(KVMIO, 0x00)
+CREATE_VM = io(KVMIO, 0x01)
+CHECK_EXTENSION = io(KVMIO, 0x03)
+GET_VCPU_MMAP_SIZE = io(KVMIO, 0x04)
+CREATE_VCPU = io(KVMIO, 0x41)
+GET_DIRTY_LOG = iow(KVMIO, 0x42, 16)
+SET_USER_MEMORY_REGION = iow(KVMIO, 0x46, 32)
+SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, struct.calcsize(_REGION2))
+RUN = io(KVMIO, 0x80)
+GET_ONE_REG, SET_ONE_REG = iow(KVMIO, 0xAB, 16), iow(KVMIO, 0xAC, 16)
+SET_MEMORY_ATTRIBUTES = iow(KVMIO, 0xD2, struct.calcsize(_ATTRIBUTES))
+SET_MEMORY_ATTRIBUTES2 = iowr(KVMIO, 0xD2, struct.calcsize(_ATTRIBUTES2))
+"""On the descriptor of a guest_memfd, not on that of a VM."""
+CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, struct.calcsize(_U64X8))
+PRE_FAULT_MEMORY = iowr(KVMIO, 0xD5, struct.calcsize(_U64X8))
+
+
+class Cap(IntEnum):
+    """KVM_CAP_* that are merged; the number of one that is not differs from tree to tree."""
+
+    NR_VCPUS = 9
+    NR_MEMSLOTS = 10
+    SYNC_MMU = 16
+    MAX_VCPUS = 66
+    ARM_VM_IPA_SIZE = 165
+    EXIT_HYPERCALL = 201
+    USER_MEMORY2 = 231
+    MEMORY_FAULT_INFO = 232
+    MEMORY_ATTRIBUTES = 233
+    GUEST_MEMFD = 234
+    VM_TYPES = 235
+    PRE_FAULT_MEMORY = 236
+    GUEST_MEMFD_FLAGS = 244
+
+
+CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES = 250
+"""As in v8 of the in-place series; it was 246, 248 and 249 before."""
+
+
+class GuestMemfdFlag(IntFlag):
+    """Flags of KVM_CREATE_GUEST_MEMFD; bits from 2 on mean different things in different trees."""
+
+    MMAP = 1 << 0
+    INIT_SHARED = 1 << 1
+
+
+SHARED = GuestMemfdFlag.MMAP | GuestMemfdFlag.INIT_SHARED
+"""For a file that the host maps, and that any guest can run in."""
+
+
+class MemFlag(IntFlag):
+    """Flags of a memory slot."""
+
+    LOG_DIRTY_PAGES = 1 << 0
+    READONLY = 1 << 1
+    GUEST_MEMFD = 1 << 2
+
+
+PRIVATE = 1 << 3
+"""KVM_MEMORY_ATTRIBUTE_PRIVATE, and KVM_MEMORY_EXIT_FLAG_PRIVATE."""
+
+# -- protocols -------------------------------------------------------------------------------------------------------
+
+
+class KvmGuestMemory(GuestMemory, Protocol):
+    """A guest_memfd that KVM made; it stays alive without its VM, and cannot serve another."""
+
+    def set_memory_attributes2(self, attributes: MemoryAttributes2) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES2: convert in place.
+
+        EINVAL flags, attributes, size, alignment, past the end; EAGAIN somebody else refers to a page; EBUSY the hypervisor
+        or the guest refuses; ENOMEM. Nothing has changed its attribute then, and `error_offset` says where.
+        """
+
+
+class KvmVcpu(Owner, Protocol):
+    """A vCPU. All calls raise SyscallFailed."""
+
+    def run(self, timeout: float | None = None) -> Exit:
+        """KVM_RUN; after *timeout* seconds a signal interrupts it. EINVAL for a vCPU that is not initialised."""
+
+    def answer(self, data: bytes) -> None:
+        """Fill in what the last exit waits for: the data of an MMIO read, or a hypercall's result. EINVAL when it waits for
+        nothing.
+        """
+
+    def get_one_reg(self, reg: int) -> int:
+        """KVM_GET_ONE_REG; ENOENT for a register that there is not, EPERM where the host may not look."""
+
+    def set_one_reg(self, reg: int, value: int) -> None:
+        """KVM_SET_ONE_REG; as `get_one_reg`."""
+
+    def inject_external_abort(self) -> None:
+        """KVM_SET_VCPU_EVENTS with exception.ext_dabt_pending: the MMIO access under way ends in an external abort."""
+
+    def statistics(self) -> Map[str, int]:
+        """KVM_GET_STATS_FD: counters by name, ``exits`` and ``aborts_injected`` among them."""
+
+
+class KvmVm(Owner, Protocol):
+    """A VM. All calls raise SyscallFailed."""
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION of this VM; 0 for what it does not have."""
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> KvmGuestMemory:
+        """KVM_CREATE_GUEST_MEMFD; EINVAL for unknown flags, size 0, and a size that is no multiple of a page."""
+
+    def set_user_memory_region2(
+        self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, *, userspace_addr: int = 0,
+        guest_memfd: GuestMemory | None = None, guest_memfd_offset: int = 0,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2; *memory_size* 0 deletes the slot.
+
+        EBADF closed file; EINVAL alignment, slot, flags, not this VM's file, past its end, changing a bound slot; EEXIST
+        guest addresses or file range in use.
+        """
+
+    def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES, where attributes belong to the VM; ENOTTY where they belong to the file."""
+
+    def create_vcpu(self, vcpu_id: int = 0) -> KvmVcpu:
+        """KVM_CREATE_VCPU; EINVAL for an id too large, EEXIST."""
+
+
+class KvmSystem(Owner, Protocol):
+    """/dev/kvm."""
+
+    def get_api_version(self) -> int:
+        """KVM_GET_API_VERSION: 12."""
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION of any VM."""
+
+    def create_vm(self, vm_type: int = 0) -> KvmVm:
+        """KVM_CREATE_VM; EINVAL for a type that there is not. Raises SyscallFailed."""

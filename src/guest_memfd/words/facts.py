@@ -1,0 +1,175 @@
+"""The facts a step leaves for the laws: who touched what, what became of an abort, what an operation returned.
+
+A note says what happened, never whether that was right: judging is the job of laws/.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from guest_memfd.words.primitives import Bound, Cost
+
+
+class Access(NamedTuple):
+    """Somebody reached the contents of a frame."""
+
+    who: str                    # guest, VMM, kernel, device, image, allocator, library
+    what: str                   # the primitive, in words
+    via: str                    # direct map, stale TLB entry, user mapping, DMA, guest mapping, ...
+    pfn: int
+    write: bool
+    content: str                # before the access
+    guests: bool                # the frame was private to the guest
+    held: bool                  # the guest could still reach it, or owned it
+    pgoff: int | None           # page index at which the file holds it
+    expect: str | None          # what a reader there must find; None: nobody can say
+    free: bool                  # the frame was free
+    broken: bool                # its memory is broken, and memory_failure() has done with it
+
+
+class Abort(NamedTuple):
+    """An access of the kernel did not get through."""
+
+    what: str
+    stage: int
+    pfn: int
+    kind: str                   # translation fault, synchronous external abort, ...
+    survived: bool
+    why: str
+
+
+class DirectMapChange(NamedTuple):
+    """A direct-map entry was written by the code of *caller*."""
+
+    caller: str
+    pfn: int
+    invalid: bool
+    broken: bool = False                # its memory is broken, and memory_failure() has done with it
+
+
+class MadePrivate(NamedTuple):
+    """A frame has just become private to the guest: by the library's word, or by the hypervisor's."""
+
+    how: str
+    pfn: int
+    pins: int                   # references through which somebody may still touch it
+    cached_mapping: bool        # a gfn_to_pfn_cache still maps it
+
+
+class StrayGuest(NamedTuple):
+    """The guest reached a frame that is not its own any more."""
+
+    pfn: int
+    via: str
+
+
+class Refused(NamedTuple):
+    """The hypervisor refused a request as a rule, not as a failure."""
+
+    call: str
+    errno: int
+
+
+class OutOfScope(NamedTuple):
+    """An operation did something to a page outside its range."""
+
+    op: str
+    what: str
+    pgoff: int
+
+
+class Unannounced(NamedTuple):
+    """An operation did something to a page that no mmu_invalidate_begin() of its own has announced."""
+
+    op: str
+    what: str
+    pgoff: int
+
+
+class Ended(NamedTuple):
+    """An operation has come to its end, and still holds its lock."""
+
+    op: str
+    ret: int
+    error_index: int | None
+    scope: tuple[int, ...]
+    toggled: tuple[int, ...]            # pages whose attribute is not what it was before
+    removed: tuple[int, ...]            # pages it took out of the page cache
+    left: tuple[int, ...]               # pages of the range that are in the page cache now
+    attrs: tuple[int, ...]              # attributes of the range now
+    bound: tuple[int, ...]              # for each page of the range the gfn + 1 it is bound to now, or 0
+    batched: tuple[int, ...]            # pages of the range that sit in an lru_add batch
+    mapped: tuple[int, ...]             # pages of the range that the guest maps now where they are bound
+    reasons: tuple[str, ...]            # what stood against it on the way
+    places: tuple[int, ...]             # pages at which something did
+    gfn: int | None                     # where the guest has faulted, if that is what it was about
+    cost: Cost
+    documented: tuple[int, ...]         # errno values that hypervisor and design add to those of the library
+    bound_of_cost: Bound | None         # what the design says it costs at most, None if it says nothing
+
+
+class Returned(NamedTuple):
+    """A system call, or an exit of a vCPU, has returned to whoever asked."""
+
+    op: str
+    start: int
+    nr: int
+    ret: int
+    error_index: int | None
+    size: int                           # of the file, in pages
+    ended: int | None                   # with what errno the operation had ended, None if it never said
+    begun: bool = False                 # an invalidation that was begun has not been ended
+
+
+class Given(NamedTuple):
+    """A page was mapped for *whom* while its memory was known to be broken."""
+
+    whom: str
+    pfn: int
+
+
+class Contained(NamedTuple):
+    """memory_failure() has done with a page of the file."""
+
+    pfn: int
+    result: str                         # what error_remove_folio() said: delayed or failed
+    reached: tuple[str, ...]            # who still reaches the page: guest, VMM, kernel
+    reasons: tuple[str, ...]            # what stood against taking it away
+
+
+class UseAfterFree(NamedTuple):
+    """A primitive was called on an object whose memory is gone."""
+
+    what: str
+
+
+class Freed(NamedTuple):
+    """The last reference of a frame went."""
+
+    pfn: int
+    owner: str
+    content: str
+    guest_reaches: bool
+
+
+class Destroyed(NamedTuple):
+    """Contents that somebody relied on were lost without being asked for."""
+
+    pfn: int
+    how: str
+
+
+class Broken(NamedTuple):
+    """The kernel stopped for a reason that is no abort: BUG_ON, a wild pointer, code that is gone."""
+
+    what: str
+
+
+class Warned(NamedTuple):
+    """WARN_ON()."""
+
+    what: str
+
+
+Note = (Access | Abort | DirectMapChange | MadePrivate | StrayGuest | Refused | OutOfScope | Unannounced | Ended | Returned
+        | Given | Contained | Freed | Destroyed | UseAfterFree | Broken | Warned)
