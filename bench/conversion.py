@@ -88,7 +88,7 @@ def stray(page: int, rounds: int) -> Steps[None]:
 
 
 class Pages:
-    """A `check.explorer.Machine`: a few pages, their folio locks, and the invalidate lock.
+    """A `explore.engine.explorer.ExploredHost`: a few pages, their folio locks, and the invalidate lock.
 
     A primitive is a method; it changes `self.raw` and returns its result, or returns BLOCKED and changes nothing.
     """

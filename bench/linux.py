@@ -25,7 +25,7 @@ from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.linux.abi.memory import Advice
 from guest_memfd.linux.fd import Descriptor
 from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
-from guest_memfd.linux.mapping import PAGE, Mapping
+from guest_memfd.linux.mapping import PAGE, LinuxMapping
 from guest_memfd.linux.secret import Secret
 from guest_memfd.linux.system import System
 from guest_memfd.uapi.kvm import SHARED, MemFlag
@@ -208,7 +208,7 @@ class Touched(NamedTuple):
 
 
 def touched(file: Descriptor, size: int) -> Touched:
-    mapping = Mapping(file, 0, size)
+    mapping = LinuxMapping(file, 0, size)
 
     def each() -> None:
         # Not by the safe way, which would be most of the cost; no page of these files is private or missing.

@@ -17,7 +17,7 @@ from guest_memfd.machine.hw.arm64 import permission, regime
 from guest_memfd.machine.hw.arm64 import walk as walker
 from guest_memfd.machine.hw.arm64.fault import ADDRESS_SIZE, Fault, LoadStore
 from guest_memfd.machine.hw.arm64.mmu import Mmu
-from guest_memfd.machine.hw.arm64.registers import Features, Tcr, Vtcr
+from guest_memfd.machine.hw.arm64.registers import CpuFeatures, Tcr, Vtcr
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage1, Stage2
 from guest_memfd.machine.hw.ram import Ram
@@ -88,7 +88,7 @@ def test_a_broken_walker_is_noticed(machine: tuple[Ram, UnicornMmu], monkeypatch
 def test_a_broken_geometry_is_noticed(machine: tuple[Ram, UnicornMmu], monkeypatch: pytest.MonkeyPatch) -> None:
     real = regime._steps
 
-    def no_concatenation(*args: object) -> tuple[regime.Step, ...]:
+    def no_concatenation(*args: object) -> tuple[regime.WalkStep, ...]:
         steps = real(*args)  # type: ignore[arg-type]
         return (steps[0]._replace(mask=steps[0].mask & 0x7ff), *steps[1:])
 
@@ -198,7 +198,7 @@ def _solve(file: fmt.Probes) -> list[fmt.Answer]:
         def read64(self, pa: int) -> int:
             return file.words.get(pa, 0)
 
-    reg, features = file.registers, Features(xnx=False)
+    reg, features = file.registers, CpuFeatures(xnx=False)
     s1 = Stage1(Tcr.decode(reg["TCR_EL1"]), reg["TTBR0_EL1"], reg["TTBR1_EL1"], reg["MAIR_EL1"],
                 enabled=bool(reg["SCTLR_EL1"] & 1), wxn=bool(reg["SCTLR_EL1"] >> 19 & 1), features=features)
     s2 = Stage2(Vtcr.decode(reg["VTCR_EL2"]), reg["VTTBR_EL2"], features) if reg["HCR_EL2"] & 1 else None

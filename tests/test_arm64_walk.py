@@ -11,7 +11,7 @@ from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.fault import Fault
 from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
-from guest_memfd.machine.hw.arm64.registers import Features, Tcr, Vtcr
+from guest_memfd.machine.hw.arm64.registers import CpuFeatures, Tcr, Vtcr
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.walk import Stage1, Stage2, Translation, walk
 from guest_memfd.machine.hw.buddy import Buddy
@@ -36,7 +36,7 @@ class World:
         self.tcr = Tcr(t0sz=64 - bits, t1sz=64 - bits, tg0=granule, tg1=granule, tbi0=0, tbi1=0)
         sl0 = {K4: (2, 1, 0, 3), K16: (3, 2, 1, 0), K64: (3, 2, 1, 0)}[granule2][start2]
         self.vtcr = Vtcr(t0sz=64 - bits2, sl0=sl0, tg0=granule2)
-        self.features = Features()
+        self.features = CpuFeatures()
         self.stage2 = True
         self.more: dict[str, object] = {}
 
@@ -115,7 +115,7 @@ def test_epd_and_e0pd_end_in_level_0(one: World) -> None:
     (49, True, False)])
 def test_size_of_the_half(txsz: int, ttst: bool, fine: bool) -> None:
     world = World(bits=64 - txsz if fine else 48)
-    world.stage2, world.features = False, Features(ttst=ttst)
+    world.stage2, world.features = False, CpuFeatures(ttst=ttst)
     world.t1.map(0, 4096, PAGE, KERNEL)
     world.tcr = replace(world.tcr, t1sz=txsz)
     va = (1 << 64) - (1 << 64 - txsz)
@@ -170,7 +170,7 @@ def test_implemented_size_bounds_ips(one: World) -> None:
     one.tcr = replace(one.tcr, ips=5)
     entry = one.t1.lookup(VA)
     one.ram.write64(entry.address, entry.value | 1 << 44)
-    one.features = Features(pa_bits=44)
+    one.features = CpuFeatures(pa_bits=44)
     assert one.fault() == ("address size", 3, 1, False)
 
 
@@ -179,7 +179,7 @@ def test_52_bits_with_64k_pages() -> None:
     world.stage2 = False
     far = 0xa_0000_0000_0000 | 0x8100_0000
     world.t1.map(VA & -65536, 65536, far, KERNEL)
-    world.tcr, world.features = replace(world.tcr, ips=6), Features(pa_bits=52)
+    world.tcr, world.features = replace(world.tcr, ips=6), CpuFeatures(pa_bits=52)
     assert world.go(VA & -65536 | 8).pa == far | 8
     world.tcr = replace(world.tcr, ips=5)
     assert world.fault(VA & -65536) == ("address size", 3, 1, False)
@@ -190,7 +190,7 @@ def test_52_bits_with_64k_pages() -> None:
     world.ram.write64(entry.address, KERNEL | d.VALID)
     world.tcr = replace(world.tcr, ips=6)
     assert world.go(VA).size == 4 << 40
-    world.features = Features()
+    world.features = CpuFeatures()
     assert world.fault() == ("translation", 1, 1, False)
 
 
@@ -357,7 +357,7 @@ def test_first_levels_and_concatenated_tables(granule: Granule, bits: int, start
     (K4, 0, 22, 34), (K4, 1, 31, 43), (K4, 2, 40, 48), (K16, 0, 15, 29), (K16, 1, 26, 40), (K16, 2, 37, 48),
     (K64, 0, 17, 33), (K64, 1, 30, 46), (K64, 2, 43, 48)])
 def test_sl0_has_to_fit_the_size(granule: Granule, sl0: int, smallest: int, largest: int) -> None:
-    features = Features(ttst=True)
+    features = CpuFeatures(ttst=True)
     for bits in range(16, 49):
         plan = Stage2(Vtcr(t0sz=64 - bits, sl0=sl0, tg0=granule), 0, features).plan
         assert (plan.wrong is None) == (smallest <= bits <= largest), bits
@@ -370,9 +370,9 @@ def test_sl0_has_to_fit_the_size(granule: Granule, sl0: int, smallest: int, larg
 def test_reserved_sl0_and_sizes_beyond_the_implementation() -> None:
     assert Stage2(Vtcr(tg0=K64, sl0=3), 0).plan.wrong == ("translation", 0)
     assert Stage2(Vtcr(t0sz=64 - 30, sl0=3), 0).plan.wrong == ("translation", 0)
-    assert Stage2(Vtcr(t0sz=64 - 44, sl0=2), 0, Features(pa_bits=44)).plan.wrong is None
-    assert Stage2(Vtcr(t0sz=64 - 45, sl0=2), 0, Features(pa_bits=44)).plan.wrong == ("translation", 0)
-    assert Stage2(Vtcr(t0sz=64 - 42, sl0=2), 0, Features(pa_bits=42)).plan.wrong == ("translation", 0)
+    assert Stage2(Vtcr(t0sz=64 - 44, sl0=2), 0, CpuFeatures(pa_bits=44)).plan.wrong is None
+    assert Stage2(Vtcr(t0sz=64 - 45, sl0=2), 0, CpuFeatures(pa_bits=44)).plan.wrong == ("translation", 0)
+    assert Stage2(Vtcr(t0sz=64 - 42, sl0=2), 0, CpuFeatures(pa_bits=42)).plan.wrong == ("translation", 0)
 
 
 def test_linear_for_the_smaller_of_the_two_leaves(two: World) -> None:
@@ -425,7 +425,7 @@ def test_without_xnx_only_the_upper_bit_counts(two: World) -> None:
     entry = two.t2.lookup(PAGE)
     two.ram.write64(entry.address, entry.value | 1 << 53)
     assert two.fault(access="x") == ("permission", 3, 2, False)
-    two.features = Features(xnx=False)
+    two.features = CpuFeatures(xnx=False)
     assert two.go(access="x").executable
     two.ram.write64(entry.address, entry.value | 3 << 53)
     assert two.fault(access="x") == ("permission", 3, 2, False)

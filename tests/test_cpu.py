@@ -14,11 +14,11 @@ from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.errors import HostUnavailable
 from guest_memfd.machine.hw.arm64.access import access_of, address_of, writes_back
 from guest_memfd.machine.hw.arm64.cpu import (
-    Abort,
     Breakpoint,
     Bus,
     Counted,
     Cpu,
+    CpuAbort,
     Expired,
     Hvc,
     Smc,
@@ -74,7 +74,7 @@ class Machine:
 
 
 def abort(stop: Stop) -> tuple[int, str, int]:
-    assert isinstance(stop, Abort)
+    assert isinstance(stop, CpuAbort)
     return stop.fault.far, stop.fault.access, stop.pc
 
 
@@ -203,7 +203,7 @@ def test_a_fetch_aborts_at_the_target() -> None:
     assert abort(machine.run(x0=VA + 0x10)) == (VA + 0x10, "x", VA + 0x10)
     machine.map(VA, DATA, "rw")
     fault = machine.run()
-    assert isinstance(fault, Abort)
+    assert isinstance(fault, CpuAbort)
     assert fault.fault.kind == PERMISSION
 
 
@@ -262,7 +262,7 @@ def test_a_store_to_a_page_that_may_only_be_read() -> None:
     machine.map(VA, DATA, "r")
     stop = machine.run(x0=VA + 8)
     assert abort(stop) == (VA + 8, "w", CODE + 4)
-    assert isinstance(stop, Abort)
+    assert isinstance(stop, CpuAbort)
     assert stop.fault.kind == PERMISSION
 
 
@@ -271,7 +271,7 @@ def test_an_unaligned_exclusive_is_an_alignment_fault() -> None:
     machine.map(VA, DATA)
     stop = machine.run(x0=VA + 1)
     assert abort(stop) == (VA + 1, "r", CODE)
-    assert isinstance(stop, Abort)
+    assert isinstance(stop, CpuAbort)
     assert stop.fault.kind == ALIGNMENT
 
 
@@ -449,7 +449,7 @@ def test_a_guest_maps_itself_and_turns_its_mmu_on() -> None:
     cpu.translate = translate
     stop = machine.run()
     assert abort(stop) == (0x2_4000_0000, "r", cpu.pc)
-    assert isinstance(stop, Abort)
+    assert isinstance(stop, CpuAbort)
     assert (stop.fault.kind, stop.fault.level) == (TRANSLATION, 1)
     assert machine.ram.read64(0x8030_0000) == 42
 
@@ -475,7 +475,7 @@ def test_an_abort_is_delivered_to_the_guest_and_eret_returns() -> None:
     """)
     machine.cpu.pstate = 0x5                # EL1h, nothing masked
     stop = machine.run(x0=VA + 0x123, x1=1)
-    assert isinstance(stop, Abort)
+    assert isinstance(stop, CpuAbort)
     machine.cpu.take_exception(stop.fault.esr_el1(), stop.fault.far)
     assert machine.cpu.pc == machine.symbols["vectors"] + 0x200
     assert machine.run() == Hvc(0)

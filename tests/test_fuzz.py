@@ -14,7 +14,7 @@ from fuzz.lives import KvmLives
 
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.el2.pkvm import transitions
-from guest_memfd.machine.el2.pkvm.states import State
+from guest_memfd.machine.el2.pkvm.states import PkvmState
 from guest_memfd.scenarios import PARTIES
 
 LONG = {"lines": 700, "traces": 1000, "guests": 10_000, "plugins": 60, "kvm": 400, "pkvm": 400, "gunyah": 400,
@@ -96,8 +96,8 @@ def test_lives_see_an_errno_that_no_call_has(monkeypatch: pytest.MonkeyPatch) ->
 def test_hypercalls_see_a_page_that_the_host_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     real = transitions._set
 
-    def keeps(el2: Any, pfn: int, order: int, host: State, *more: Any, **named: Any) -> None:
-        real(el2, pfn, order, State.OWNED if host == State.NOPAGE else host, *more, **named)
+    def keeps(el2: Any, pfn: int, order: int, host: PkvmState, *more: Any, **named: Any) -> None:
+        real(el2, pfn, order, PkvmState.OWNED if host == PkvmState.NOPAGE else host, *more, **named)
 
     monkeypatch.setattr(transitions, "_set", keeps)
     assert any("is the host's alone" in failure.why for failure in KINDS["pkvm-calls"]().run(range(30)))

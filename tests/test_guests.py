@@ -6,10 +6,10 @@ import pytest
 
 from guest_memfd.errors import UnknownName
 from guest_memfd.guests import CONSOLE, GUESTS, PRIVATE_BASE, SECRET, SHARED_BASE, SHARED_LINE, SYSTEM_OFF, guest, source
-from guest_memfd.guests.bootinfo import BootInfo, Hypervisor
+from guest_memfd.guests.bootinfo import BootHypervisor, BootInfo
 from guest_memfd.guests.loader import fits, load
 from guest_memfd.machine.hw.arm64.access import access_of
-from guest_memfd.machine.hw.arm64.cpu import Abort, Bus, Cpu, Expired, Hvc, Stop
+from guest_memfd.machine.hw.arm64.cpu import Bus, Cpu, CpuAbort, Expired, Hvc, Stop
 from guest_memfd.machine.hw.arm64.fault import EXTERNAL_ABORT, TRANSLATION, Fault
 from guest_memfd.machine.hw.arm64.regime import Stage1
 from guest_memfd.machine.hw.arm64.registers import Tcr
@@ -19,7 +19,7 @@ from guest_memfd.machine.hw.ram import Ram
 PAGE = 4096
 PRIVATE, SHARED = 32 * PAGE, 2 * PAGE
 NOT_SUPPORTED, INVALID = (1 << 64) - 1, (1 << 64) - 3
-BOTH = pytest.mark.parametrize("hypervisor", [Hypervisor.GUNYAH, Hypervisor.PKVM])
+BOTH = pytest.mark.parametrize("hypervisor", [BootHypervisor.GUNYAH, BootHypervisor.PKVM])
 
 
 class Ipa:
@@ -35,7 +35,7 @@ class Ipa:
 class Machine:
     """A guest and its VMM: private memory is RAM at the same address, the shared window follows it, the console prints."""
 
-    def __init__(self, name: str, hypervisor: Hypervisor, shared: int = SHARED) -> None:
+    def __init__(self, name: str, hypervisor: BootHypervisor, shared: int = SHARED) -> None:
         image = load(name)
         fits(image, [(PRIVATE_BASE, PRIVATE)])
         self.ram = Ram(PRIVATE + SHARED, PRIVATE_BASE)
@@ -98,7 +98,7 @@ class Machine:
                 assert (transfer.write, transfer.size, stop.pa) == (True, 1, CONSOLE)
                 self.console += chr(self.cpu.x(transfer.register) & 0xff if transfer.register < 31 else 0)
                 self.cpu.pc += 4
-            elif isinstance(stop, Abort) and deliver:
+            elif isinstance(stop, CpuAbort) and deliver:
                 deliver -= 1
                 fault = stop.fault
                 seen = Fault(EXTERNAL_ABORT, None, 1, va=fault.va, access=fault.access, el=fault.el)
@@ -108,7 +108,7 @@ class Machine:
 
 
 @BOTH
-def test_hello_prints_and_keeps_a_secret(hypervisor: Hypervisor) -> None:
+def test_hello_prints_and_keeps_a_secret(hypervisor: BootHypervisor) -> None:
     machine = Machine("hello", hypervisor)
     assert machine.run() is None
     assert machine.console == "hello from a guest\nsecret written\n"
@@ -117,14 +117,14 @@ def test_hello_prints_and_keeps_a_secret(hypervisor: Hypervisor) -> None:
 
 
 @BOTH
-def test_memory_counts_its_pages(hypervisor: Hypervisor) -> None:
+def test_memory_counts_its_pages(hypervisor: BootHypervisor) -> None:
     machine = Machine("memory", hypervisor)
     assert machine.run() is None
     assert machine.console == "31 pages hold what was written\n"
 
 
 def test_memory_notices_a_lost_page() -> None:
-    machine = Machine("memory", Hypervisor.PKVM)
+    machine = Machine("memory", BootHypervisor.PKVM)
     lost = PRIVATE_BASE + 7 * PAGE
     translate = machine.translate
 
@@ -140,34 +140,34 @@ def test_memory_notices_a_lost_page() -> None:
 
 
 @BOTH
-def test_shared_leaves_a_line(hypervisor: Hypervisor) -> None:
+def test_shared_leaves_a_line(hypervisor: BootHypervisor) -> None:
     machine = Machine("shared", hypervisor)
     assert machine.run() is None
     assert machine.console == "line left in the shared window\n"
     assert machine.ram.read(PRIVATE_BASE + PRIVATE, len(SHARED_LINE) + 1) == SHARED_LINE + b"\0"
-    assert machine.opened == ([SHARED_BASE] if hypervisor is Hypervisor.PKVM else [])
+    assert machine.opened == ([SHARED_BASE] if hypervisor is BootHypervisor.PKVM else [])
 
 
 def test_shared_without_a_window() -> None:
-    machine = Machine("shared", Hypervisor.GUNYAH, shared=0)
+    machine = Machine("shared", BootHypervisor.GUNYAH, shared=0)
     assert machine.run() is None
     assert machine.console == "there is no shared window\n"
 
 
 @BOTH
-def test_relinquish_gives_one_page_up(hypervisor: Hypervisor) -> None:
+def test_relinquish_gives_one_page_up(hypervisor: BootHypervisor) -> None:
     machine = Machine("relinquish", hypervisor)
     page = PRIVATE_BASE + PRIVATE // 2
     assert machine.run() is None
-    reads = {Hypervisor.GUNYAH: "page still holds the secret\n", Hypervisor.PKVM: "page reads zeros\n"}[hypervisor]
+    reads = {BootHypervisor.GUNYAH: "page still holds the secret\n", BootHypervisor.PKVM: "page reads zeros\n"}[hypervisor]
     assert machine.console == "page given up\n" + reads + "page in use again\n"
     assert machine.opened == [page]
     assert machine.ram.read64(page) == 1
-    assert machine.calls == [{Hypervisor.GUNYAH: 0xc600_8069, Hypervisor.PKVM: 0xc600_0003}[hypervisor]]
+    assert machine.calls == [{BootHypervisor.GUNYAH: 0xc600_8069, BootHypervisor.PKVM: 0xc600_0003}[hypervisor]]
 
 
 @BOTH
-def test_relinquish_sees_what_the_host_did(hypervisor: Hypervisor) -> None:
+def test_relinquish_sees_what_the_host_did(hypervisor: BootHypervisor) -> None:
     machine = Machine("relinquish", hypervisor)
     hypercall = machine.hypercall
     page = PRIVATE_BASE + PRIVATE // 2
@@ -181,11 +181,11 @@ def test_relinquish_sees_what_the_host_did(hypervisor: Hypervisor) -> None:
     machine.hypercall = taken
     assert machine.run() is None
     assert machine.console == "page given up\npage holds something else\npage in use again\n"
-    assert found == [SECRET if hypervisor is Hypervisor.GUNYAH else bytes(len(SECRET))]
+    assert found == [SECRET if hypervisor is BootHypervisor.GUNYAH else bytes(len(SECRET))]
 
 
 @BOTH
-def test_mmu_runs_on_its_own_tables(hypervisor: Hypervisor) -> None:
+def test_mmu_runs_on_its_own_tables(hypervisor: BootHypervisor) -> None:
     machine = Machine("mmu", hypervisor)
     assert machine.run() is None
     assert machine.console == "MMU off\nMMU on\nsecond mapping agrees\n"
@@ -193,33 +193,33 @@ def test_mmu_runs_on_its_own_tables(hypervisor: Hypervisor) -> None:
 
 
 def test_jump_nowhere_is_a_fetch_from_nowhere() -> None:
-    stop = Machine("jump-nowhere", Hypervisor.GUNYAH).run()
-    assert isinstance(stop, Abort)
+    stop = Machine("jump-nowhere", BootHypervisor.GUNYAH).run()
+    assert isinstance(stop, CpuAbort)
     assert (stop.fault.access, stop.fault.ipa, stop.pc) == ("x", 0x70_0000_0000, 0x70_0000_0000)
 
 
 def test_loop_ends_by_the_clock() -> None:
-    assert Machine("loop", Hypervisor.GUNYAH).run(timeout=0.05) == Expired()
+    assert Machine("loop", BootHypervisor.GUNYAH).run(timeout=0.05) == Expired()
 
 
 def test_fault_forever_faults_again_after_every_delivery() -> None:
-    machine = Machine("fault-forever", Hypervisor.PKVM)
+    machine = Machine("fault-forever", BootHypervisor.PKVM)
     stop = machine.run(deliver=5)
-    assert isinstance(stop, Abort)
+    assert isinstance(stop, CpuAbort)
     assert (stop.fault.access, stop.pc) == ("x", 0x70_0000_0200)
 
 
 def test_outside_is_stopped_or_told() -> None:
-    stop = Machine("outside", Hypervisor.GUNYAH).run()
-    assert isinstance(stop, Abort)
+    stop = Machine("outside", BootHypervisor.GUNYAH).run()
+    assert isinstance(stop, CpuAbort)
     assert (stop.fault.access, stop.fault.ipa) == ("r", PRIVATE_BASE + PRIVATE)
-    machine = Machine("outside", Hypervisor.GUNYAH)
+    machine = Machine("outside", BootHypervisor.GUNYAH)
     assert machine.run(deliver=1) is None
     assert machine.console == f"guest: abort, esr 0000000096000010 far {PRIVATE_BASE + PRIVATE:016x}\n"
 
 
 @BOTH
-def test_bad_hypercalls_are_all_answered(hypervisor: Hypervisor) -> None:
+def test_bad_hypercalls_are_all_answered(hypervisor: BootHypervisor) -> None:
     machine = Machine("bad-hypercall", hypervisor)
     assert machine.run() is None
     assert machine.console.split() == [f"{NOT_SUPPORTED:016x}"] * 2 + [f"{INVALID:016x}"] * 3
@@ -241,7 +241,7 @@ def test_every_guest_says_what_it_shows_and_fits_its_needs(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ARM64 if name != "loop"])
 def test_without_boot_info_a_guest_only_powers_off(name: str) -> None:
-    machine = Machine(name, Hypervisor.GUNYAH)
+    machine = Machine(name, BootHypervisor.GUNYAH)
     machine.ram.write(machine.cpu.x(0), bytes(8))
     assert machine.run() is None
     assert machine.console == ""

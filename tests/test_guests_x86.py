@@ -11,7 +11,7 @@ import pytest
 
 from guest_memfd.errors import BadInput
 from guest_memfd.guests import CONSOLE, CONSOLE_PORT, CONTROL, CONTROL_PORT, GUESTS, SECRET, SHARED_BASE, SHARED_LINE, source
-from guest_memfd.guests.bootinfo import BootInfo, Hypervisor
+from guest_memfd.guests.bootinfo import BootHypervisor, BootInfo
 from guest_memfd.guests.loader import load, read, x86_target
 from guest_memfd.guests.target import REAL_MODE, X86_64, Target
 
@@ -39,7 +39,7 @@ class Machine:
             uc.mem_write(gpa, data)
         info = -(-image.end // PAGE) * PAGE
         if told:
-            uc.mem_write(info, BootInfo(Hypervisor.KVM, self.base, SIZE, SHARED_BASE, SHARED).pack())
+            uc.mem_write(info, BootInfo(BootHypervisor.KVM, self.base, SIZE, SHARED_BASE, SHARED).pack())
         if self.real_mode:
             uc.reg_write(x86.UC_X86_REG_ES, info >> 4)
             uc.reg_write(x86.UC_X86_REG_SS, info >> 4)

@@ -192,7 +192,7 @@ def test_the_checks_say_which_one_it_was(scene: Scene) -> None:
 
 
 def test_huge_files_are_bound_in_multiples(scene: Scene) -> None:
-    file = scene.memory(2 * HUGE, u.MemFlag.ALLOW_HUGEPAGE)
+    file = scene.memory(2 * HUGE, u.GunyahMemFlag.ALLOW_HUGEPAGE)
     for place in ((LENT + PAGE, 0, HUGE), (LENT, PAGE, HUGE), (LENT, 0, PAGE)):
         assert errno_of(scene.vm.map_mem, file, *place, RW) == EINVAL
     scene.vm.map_mem(file, LENT, 0, HUGE, RW)
@@ -324,7 +324,7 @@ def test_a_page_somebody_refers_to_is_not_lent() -> None:
 
 def test_a_huge_page_somebody_refers_to_is_not_lent() -> None:
     scene = Scene("library")
-    file = scene.bound(LENT, HUGE, LEND | RW, u.MemFlag.ALLOW_HUGEPAGE)
+    file = scene.bound(LENT, HUGE, LEND | RW, u.GunyahMemFlag.ALLOW_HUGEPAGE)
     poke(file, MAGIC)
     page = file.host.inode.find(0)
     assert page.order == 9
@@ -353,7 +353,7 @@ def test_punching_one_page_of_two(scene: Scene) -> None:
 
 def test_a_huge_folio_is_split_by_a_punch() -> None:
     scene = Scene("library")
-    file = scene.bound(LENT, HUGE, LEND | RW, u.MemFlag.ALLOW_HUGEPAGE)
+    file = scene.bound(LENT, HUGE, LEND | RW, u.GunyahMemFlag.ALLOW_HUGEPAGE)
     scene.vm.start()
     for at in (0, PAGE, HUGE - 8):
         assert scene.write(LENT + at, MAGIC + at) == 0
@@ -377,7 +377,7 @@ def test_a_huge_folio_is_split_by_a_punch() -> None:
 
 
 def test_a_huge_file_makes_do_with_pages_when_memory_is_in_pieces(scene: Scene) -> None:
-    file = scene.bound(LENT, HUGE, LEND | RW, u.MemFlag.ALLOW_HUGEPAGE)
+    file = scene.bound(LENT, HUGE, LEND | RW, u.GunyahMemFlag.ALLOW_HUGEPAGE)
     folios = scene.machine.folios
     taken = []
     while True:

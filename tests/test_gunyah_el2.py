@@ -15,26 +15,26 @@ from guest_memfd.errors import InternalError
 from guest_memfd.hypervisors.gunyah import el2 as abstract
 from guest_memfd.machine.el2.gunyah import hypercalls as hc
 from guest_memfd.machine.el2.gunyah import private
-from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace, MapFlag
+from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace, AddrMapFlag
 from guest_memfd.machine.el2.gunyah.capabilities import CapabilitySpace, ExtentRight, SpaceRight, VcpuRight
 from guest_memfd.machine.el2.gunyah.config import MAX_RANGES, RangeOp
 from guest_memfd.machine.el2.gunyah.donate import NOSYNC, Donation
 from guest_memfd.machine.el2.gunyah.el2 import FIRST_VMID, HLOS_VMID, LAST_VMID, Gunyah
 from guest_memfd.machine.el2.gunyah.errors import GunyahError as E
-from guest_memfd.machine.el2.gunyah.errors import Refused, remap
+from guest_memfd.machine.el2.gunyah.errors import HypRefused, remap
 from guest_memfd.machine.el2.gunyah.memdb import MemDb
-from guest_memfd.machine.el2.gunyah.memextent import Access, Attributes, Extent
+from guest_memfd.machine.el2.gunyah.memextent import Attributes, Extent, ExtentAccess
 from guest_memfd.machine.el2.gunyah.rangemap import RangeMap
-from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, Stage2Table, Stock
-from guest_memfd.machine.el2.gunyah.vcpu import Action, Run, VcpuState
-from guest_memfd.machine.el2.gunyah.vm import Exit, Psci, Vm
+from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, GunyahStage2Table, Stock
+from guest_memfd.machine.el2.gunyah.vcpu import Action, GunyahRun, VcpuState
+from guest_memfd.machine.el2.gunyah.vm import Exit, GunyahHypVm, Psci
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.descriptor import ADDRESS, VALID
 from guest_memfd.machine.hw.arm64.fault import Fault
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.arm64.mmu import Mmu
 from guest_memfd.machine.hw.arm64.registers import Tcr
-from guest_memfd.machine.hw.arm64.stop import Abort, Breakpoint, Bus, Expired, Hvc, Smc, Stop, Svc, Undefined, Wfi
+from guest_memfd.machine.hw.arm64.stop import Breakpoint, Bus, CpuAbort, Expired, Hvc, Smc, Stop, Svc, Undefined, Wfi
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage1, walk
@@ -44,10 +44,11 @@ from guest_memfd.machine.hw.ram import PAGE, Ram
 GIB, MIB = 1 << 30, 1 << 20
 SIZES = (PAGE, 2 * MIB, GIB)
 POOL = 16 * MIB
-RWX = Attributes(Access.RWX, Access.RWX).value
-RW = Attributes(Access.RW, Access.RW).value
-RX = Attributes(Access.RX, Access.RX).value
-PRIVATE, VMMIO, PARTIAL = MapFlag.PRIVATE | MapFlag.PARTIAL, MapFlag.VMMIO | MapFlag.PARTIAL, int(MapFlag.PARTIAL)
+RWX = Attributes(ExtentAccess.RWX, ExtentAccess.RWX).value
+RW = Attributes(ExtentAccess.RW, ExtentAccess.RW).value
+RX = Attributes(ExtentAccess.RX, ExtentAccess.RX).value
+PARTIAL = int(AddrMapFlag.PARTIAL)
+PRIVATE, VMMIO = AddrMapFlag.PRIVATE | AddrMapFlag.PARTIAL, AddrMapFlag.VMMIO | AddrMapFlag.PARTIAL
 LENT, DEVICE = 0x8000_0000, 0x8_0000
 FULL = (1 << 64) - 1
 
@@ -100,11 +101,11 @@ class Machine:
         return self.donate(Donation.FROM_PROTECTED, self.vm.caps.guest_private, self.vm.caps.host_private, pa, size)
 
     def map(self, ipa: int, pa: int, size: int = PAGE, attributes: int = RWX, flags: int = PRIVATE) -> int:
-        extent = self.vm.caps.guest_private if flags & MapFlag.PRIVATE else self.vm.caps.guest_shared
+        extent = self.vm.caps.guest_private if flags & AddrMapFlag.PRIVATE else self.vm.caps.guest_shared
         return self.hvc(hc.ADDRSPACE_MAP, self.vm.caps.addrspace, extent, ipa, attributes, flags, pa, size)
 
     def unmap(self, ipa: int, pa: int, size: int = PAGE, flags: int = PRIVATE) -> int:
-        extent = self.vm.caps.guest_private if flags & MapFlag.PRIVATE else self.vm.caps.guest_shared
+        extent = self.vm.caps.guest_private if flags & AddrMapFlag.PRIVATE else self.vm.caps.guest_shared
         return self.hvc(hc.ADDRSPACE_UNMAP, self.vm.caps.addrspace, extent, ipa, flags, pa, size)
 
     def lend(self, ipa: int, pa: int, size: int = PAGE) -> None:
@@ -423,11 +424,11 @@ def test_capability_errors() -> None:
         (lambda: space.lookup(cap, Extent, ExtentRight.DONATE), E.CSPACE_INSUFFICIENT_RIGHTS),
     ]
     for attempt, error in attempts:
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(HypRefused) as refused:
             attempt()
         assert refused.value.error == error
     space.revoke(other)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(HypRefused) as refused:
         space.lookup(other, Extent, 0)
     assert refused.value.error == E.CSPACE_CAP_REVOKED
     assert space.grant(extent, 0) not in (cap, other)
@@ -436,7 +437,7 @@ def test_capability_errors() -> None:
 def test_a_vm_without_capabilities_does_not_exist(m: Machine) -> None:
     m.el2.cspace.limit = len(m.el2.cspace._entries) + 2
     before = m.snapshot()
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(HypRefused) as refused:
         m.el2.create_vm("late")
     assert refused.value.error == E.CSPACE_FULL
     assert m.snapshot() == before
@@ -450,9 +451,9 @@ MAP_ERRORS: list[tuple[str, dict[str, int], int]] = [
     ("again", {"twice": 1}, 0),
     ("reserved flag", {"flags": PRIVATE | 1 << 5}, E.ARG_INVAL),
     ("reserved high flag", {"flags": PRIVATE | 1 << 40}, E.ARG_INVAL),
-    ("whole-extent is for unmap", {"flags": PRIVATE | MapFlag.WHOLE}, E.ARG_INVAL),
+    ("whole-extent is for unmap", {"flags": PRIVATE | AddrMapFlag.WHOLE}, E.ARG_INVAL),
     ("private and devices", {"flags": PRIVATE | VMMIO}, E.ARG_INVAL),
-    ("private of the whole", {"flags": MapFlag.PRIVATE}, E.ARG_INVAL),
+    ("private of the whole", {"flags": AddrMapFlag.PRIVATE}, E.ARG_INVAL),
     ("reserved attribute bits", {"attributes": RWX | 8}, E.ARG_INVAL),
     ("no such memory type", {"attributes": 0x77 | 0x10 << 16}, E.ARG_INVAL),
     ("more than the extent allows", {"attributes": 0x77}, E.ARG_INVAL),
@@ -491,7 +492,7 @@ VMMIO_ERRORS: list[tuple[str, dict[str, int], int]] = [
     ("executable", {"attributes": RX}, E.ARG_INVAL),
     ("not configured for devices", {"ipa": LENT}, E.DENIED),
     ("not in the shared extent", {"offset": 4 * PAGE}, E.MEMDB_NOT_OWNER),
-    ("read only is right", {"attributes": Attributes(Access.R, Access.R).value}, 0),
+    ("read only is right", {"attributes": Attributes(ExtentAccess.R, ExtentAccess.R).value}, 0),
 ]
 
 
@@ -613,8 +614,8 @@ UNMAP_ERRORS: list[tuple[str, dict[str, int], int]] = [
     ("reserved flag", {"flags": PRIVATE | 1 << 4}, E.ARG_INVAL),
     ("private and devices", {"flags": PRIVATE | VMMIO}, E.ARG_INVAL),
     ("reserved high flag", {"flags": PRIVATE | 1 << 40}, E.ARG_INVAL),
-    ("partial and whole", {"flags": PRIVATE | MapFlag.WHOLE}, E.ARG_INVAL),
-    ("private of the whole", {"flags": MapFlag.PRIVATE}, E.ARG_INVAL),
+    ("partial and whole", {"flags": PRIVATE | AddrMapFlag.WHOLE}, E.ARG_INVAL),
+    ("private of the whole", {"flags": AddrMapFlag.PRIVATE}, E.ARG_INVAL),
     ("offset misaligned", {"offset": 8}, E.ARG_ALIGN),
     ("guest address misaligned", {"ipa": LENT + 8}, E.ARG_ALIGN),
     ("no size", {"size": 0}, E.ARG_SIZE),
@@ -648,9 +649,9 @@ def test_unmap_of_what_is_not_private_is_busy(m: Machine, pa: int) -> None:
 def test_unmap_vmmio_that_is_not_there_still_synchronises(m: Machine, pa: int) -> None:
     m.share(DEVICE, pa)
     assert m.guest_walk(DEVICE) == pa
-    assert m.unmap(DEVICE, pa, flags=VMMIO | MapFlag.NOSYNC) == 0
+    assert m.unmap(DEVICE, pa, flags=VMMIO | AddrMapFlag.NOSYNC) == 0
     assert m.guest_walk(DEVICE) == pa                              # the TLB's
-    assert m.unmap(DEVICE, pa, flags=VMMIO | MapFlag.NOSYNC) == E.ADDR_INVAL
+    assert m.unmap(DEVICE, pa, flags=VMMIO | AddrMapFlag.NOSYNC) == E.ADDR_INVAL
     assert m.guest_walk(DEVICE) == pa
     assert m.unmap(DEVICE, pa, flags=VMMIO) == E.ADDR_INVAL
     assert m.guest_walk(DEVICE) is None
@@ -661,7 +662,7 @@ def test_unmap_vmmio_that_is_not_there_still_synchronises(m: Machine, pa: int) -
 def test_a_map_over_a_quiet_unmap_is_not_served_by_the_old_entry(m: Machine, pa: int) -> None:
     m.share(DEVICE, pa, 2 * PAGE)
     assert m.guest_walk(DEVICE) == pa
-    assert m.unmap(DEVICE, pa, flags=VMMIO | MapFlag.NOSYNC) == 0
+    assert m.unmap(DEVICE, pa, flags=VMMIO | AddrMapFlag.NOSYNC) == 0
     assert m.map(DEVICE, pa + PAGE, PAGE, RW, VMMIO) == 0
     assert m.guest_walk(DEVICE) == pa + PAGE
     m.check()
@@ -779,11 +780,11 @@ def test_what_locks_an_unlocked_page_again(relock: private.Relock, access: str, 
     m.check()
 
 
-def guest_access(m: Machine, ipa: int, access: Any) -> Abort | None:
+def guest_access(m: Machine, ipa: int, access: Any) -> CpuAbort | None:
     try:
         m.mmus[0].translate(ipa, access, 1, Stage1(Tcr(), 0, 0, enabled=False), m.vm.space.table.registers)
     except Fault as fault:
-        return Abort(fault, 0)
+        return CpuAbort(fault, 0)
     return None
 
 
@@ -836,7 +837,7 @@ def test_unlocking_and_unmapping_parts_of_blocks_without_memory(m: Machine, pa: 
 def test_a_vm_that_has_no_table_does_not_exist(m: Machine) -> None:
     m.pool.fail_at(0)
     before = m.snapshot()
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(HypRefused) as refused:
         m.el2.create_vm("second")
     assert refused.value.error == E.NOMEM
     assert m.snapshot() == before
@@ -847,7 +848,7 @@ def test_a_stock_gives_back_what_is_left(m: Machine) -> None:
     with Stock(m.pool, 5) as stock:
         stock.take()
     assert m.pool.free_pages == free - 1
-    with pytest.raises(Refused, match="NOMEM"):
+    with pytest.raises(HypRefused, match="NOMEM"):
         Stock(m.pool, free)
     assert m.pool.free_pages == free - 1
 
@@ -1014,7 +1015,7 @@ def test_destroying_without_memory_can_be_repeated(m: Machine, pa: int) -> None:
     # The host has no tables for the rest of the gibibyte.
     for n in range(2):
         m.pool.fail_at(n)
-        with pytest.raises(Refused, match="NOMEM"):
+        with pytest.raises(HypRefused, match="NOMEM"):
             m.vm.destroy()
         assert m.el2.owner(pa) == ("guest", m.vm)
         assert m.vm.guest_maps(pa + GIB) == LENT
@@ -1028,7 +1029,7 @@ def test_destroying_without_memory_can_be_repeated(m: Machine, pa: int) -> None:
 def test_vmids_run_out(m: Machine) -> None:
     for _ in range(LAST_VMID - FIRST_VMID):
         m.el2.create_vm("another")
-    with pytest.raises(Refused, match="NORESOURCES"):
+    with pytest.raises(HypRefused, match="NORESOURCES"):
         m.el2.create_vm("one too many")
 
 
@@ -1082,8 +1083,8 @@ class Script:
         self.taken.append((esr, far))
 
 
-def hole(ipa: int, access: str = "r", kind: str = "translation", s1ptw: bool = False) -> Abort:
-    return Abort(Fault(kind, 3, 2, s1ptw, va=ipa, ipa=ipa, access=access, el=1), 0x1000)
+def hole(ipa: int, access: str = "r", kind: str = "translation", s1ptw: bool = False) -> CpuAbort:
+    return CpuAbort(Fault(kind, 3, 2, s1ptw, va=ipa, ipa=ipa, access=access, el=1), 0x1000)
 
 
 def vcpu(m: Machine, *stops: Stop,
@@ -1199,7 +1200,7 @@ def test_a_guest_unlocks_with_a_call(m: Machine, pa: int) -> None:
 
 def test_exceptions_of_the_guest_stay_in_it(m: Machine) -> None:
     own = Fault("translation", 2, 1, va=0x50, access="w", el=0)
-    script, run = vcpu(m, Svc(3), Breakpoint(5), Undefined(0x1000), Abort(own, 0), Bus(0x10, 0, 0x60, "r"), Wfi())
+    script, run = vcpu(m, Svc(3), Breakpoint(5), Undefined(0x1000), CpuAbort(own, 0), Bus(0x10, 0, 0x60, "r"), Wfi())
     assert run()[1] == VcpuState.EXPECTS_WAKEUP
     assert script.taken == [(0x5600_0003, None), (0xf200_0005, None), (0x0200_0000, None), (own.esr_el1(), 0x50),
                             (0x9600_0010, 0x60)]
@@ -1227,8 +1228,8 @@ def test_vcpu_run_needs_a_capability(m: Machine) -> None:
 def test_a_run_of_a_vcpu_reports_its_last_state(m: Machine) -> None:
     vcpu(m, hole(70 * GIB))
     one = m.vm.vcpus[0]
-    assert one.run() == Run(VcpuState.FAULT, (70 * GIB, 0, 0))
-    assert one.run() == Run(VcpuState.FAULT, (70 * GIB, 0, 0))
+    assert one.run() == GunyahRun(VcpuState.FAULT, (70 * GIB, 0, 0))
+    assert one.run() == GunyahRun(VcpuState.FAULT, (70 * GIB, 0, 0))
 
 
 GUEST_PROGRAM = """
@@ -1415,7 +1416,7 @@ def step(m: Machine, name: str, pfn: int, size: int) -> int:
         if name == "unlock":
             assert m.unlock(lent, size) == 0
         elif (stop := guest_access(m, lent, "w")) is not None:
-            assert isinstance(stop, Abort)
+            assert isinstance(stop, CpuAbort)
             assert stop.fault.kind == "access flag"
             assert m.vm.space.touch(lent, "w")
     return 0
@@ -1474,7 +1475,7 @@ def any_call(m: Machine, choose: random.Random, at: int, size: int) -> int:
         case 2:
             return m.unlock(lent, size, 3)
         case 3 | 4:
-            return m.unmap(lent, at, size, PRIVATE | choose.choice((0, MapFlag.NOSYNC)))
+            return m.unmap(lent, at, size, PRIVATE | choose.choice((0, AddrMapFlag.NOSYNC)))
         case 5:
             return m.from_protected(at, size)
         case _:
@@ -1520,7 +1521,7 @@ def test_memdb_moves_all_or_nothing() -> None:
     one, two = Extent("one"), Extent("two")
     db = MemDb(Extent("nowhere"))
     db.insert(0, 4 * PAGE, one)
-    with pytest.raises(Refused, match="MEMDB_NOT_OWNER"):
+    with pytest.raises(HypRefused, match="MEMDB_NOT_OWNER"):
         db.change(3 * PAGE, 5 * PAGE, one, two)
     assert list(db.ranges(one)) == [(0, 4 * PAGE)]
     db.change(PAGE, 2 * PAGE, one, two)
@@ -1538,7 +1539,7 @@ def test_a_split_block_is_broken_before_it_is_made(m: Machine) -> None:
         table.cut(m.ram.base, m.ram.base + 2 * MIB, stock)
     assert [(what, value & VALID if what == "write" else value) for what, value in seen] == [
         ("write", 0), ("sync", GIB), ("write", 1)]
-    assert isinstance(table, Stage2Table)
+    assert isinstance(table, GunyahStage2Table)
 
 
 @pytest.mark.long
@@ -1547,7 +1548,7 @@ def test_effort_per_folio_is_flat(count: int, size: int) -> None:
     ram = Ram((1 << 40) + 512 * MIB)
     pool = Buddy(ram, ram.end - 512 * MIB, 512 * MIB)
     el2 = Gunyah(ram, pool, [Tlb()], reserved=[(ram.end - 512 * MIB, 512 * MIB)])
-    vm: Vm = el2.create_vm("big")
+    vm: GunyahHypVm = el2.create_vm("big")
     vm.space.configure(RangeOp.ADD_PRIVATE, GIB, 8 << 40)
 
     def lend(n: int) -> None:

@@ -14,17 +14,17 @@ import pytest
 
 from guest_memfd.machine.el2.gunyah import hypercalls as hc
 from guest_memfd.machine.el2.gunyah import private
-from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace, MapFlag
+from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace, AddrMapFlag
 from guest_memfd.machine.el2.gunyah.config import RangeOp
 from guest_memfd.machine.el2.gunyah.donate import NOSYNC, Donation
 from guest_memfd.machine.el2.gunyah.el2 import HLOS_VMID, Gunyah
 from guest_memfd.machine.el2.gunyah.errors import GunyahError as E
-from guest_memfd.machine.el2.gunyah.errors import Refused
-from guest_memfd.machine.el2.gunyah.memextent import Access, Attributes
+from guest_memfd.machine.el2.gunyah.errors import HypRefused
+from guest_memfd.machine.el2.gunyah.memextent import Attributes, ExtentAccess
 from guest_memfd.machine.el2.gunyah.rm.errors import RmRefused
 from guest_memfd.machine.el2.gunyah.rm.memparcel import Memparcels, Transaction
 from guest_memfd.machine.el2.gunyah.rm.payloads import ACCEPT_DONE, Accept, Acl, MemRequest, Sgl
-from guest_memfd.machine.el2.gunyah.vm import Vm
+from guest_memfd.machine.el2.gunyah.vm import GunyahHypVm
 from guest_memfd.machine.hw.arm64.fault import Fault
 from guest_memfd.machine.hw.arm64.mmu import Mmu
 from guest_memfd.machine.hw.arm64.registers import Tcr
@@ -35,8 +35,9 @@ from guest_memfd.machine.hw.ram import PAGE, Ram
 
 MIB = 1 << 20
 POOL = 8 * MIB
-RWX, RW = Attributes(Access.RWX, Access.RWX).value, Attributes(Access.RW, Access.RW).value
-PLAIN, PRIVATE, VMMIO = (int(MapFlag.PARTIAL | more) for more in (MapFlag(0), MapFlag.PRIVATE, MapFlag.VMMIO))
+RWX, RW = Attributes(ExtentAccess.RWX, ExtentAccess.RWX).value, Attributes(ExtentAccess.RW, ExtentAccess.RW).value
+PLAIN, PRIVATE, VMMIO = (
+    int(AddrMapFlag.PARTIAL | more) for more in (AddrMapFlag(0), AddrMapFlag.PRIVATE, AddrMapFlag.VMMIO))
 OFF = Stage1(Tcr(), 0, 0, enabled=False)
 LENT, DEVICE, ELSEWHERE = 1 << 32, 1 << 20, 1 << 36
 """Guest addresses that are configured private and VMMIO, and that are neither."""
@@ -57,7 +58,7 @@ class Machine:
         self.parcels = Memparcels(self.el2, lambda vmid: vmid == HLOS_VMID or vmid in self.el2.vms, lambda *_: None)
         self.pages = [self.ram.base + n * PAGE for n in range(NR)]
 
-    def create(self) -> Vm:
+    def create(self) -> GunyahHypVm:
         """A VM that runs, with its ranges configured."""
         vm = self.el2.create_vm("guest")
         vm.space.configure(RangeOp.ADD_PRIVATE, LENT, 1 << 24)
@@ -74,21 +75,23 @@ class Machine:
         """MEMEXTENT_DONATE."""
         return self.hvc(hc.MEMEXTENT_DONATE, kind, source, to, pa, size)
 
-    def map(self, vm: Vm, extent: int, ipa: int, pa: int, flags: int, size: int = PAGE, attributes: int = RW) -> int:
+    def map(
+        self, vm: GunyahHypVm, extent: int, ipa: int, pa: int, flags: int, size: int = PAGE, attributes: int = RW
+    ) -> int:
         """ADDRSPACE_MAP."""
         return self.hvc(hc.ADDRSPACE_MAP, vm.caps.addrspace, extent, ipa, attributes, flags, pa, size)
 
-    def unmap(self, vm: Vm, extent: int, ipa: int, pa: int, flags: int, size: int = PAGE) -> int:
+    def unmap(self, vm: GunyahHypVm, extent: int, ipa: int, pa: int, flags: int, size: int = PAGE) -> int:
         """ADDRSPACE_UNMAP."""
         return self.hvc(hc.ADDRSPACE_UNMAP, vm.caps.addrspace, extent, ipa, flags, pa, size)
 
-    def lend(self, vm: Vm, pa: int, kind: int = Donation.TO_PROTECTED) -> int:
+    def lend(self, vm: GunyahHypVm, pa: int, kind: int = Donation.TO_PROTECTED) -> int:
         """The page becomes the VM's alone, at LENT."""
         caps = vm.caps
         return self.donate(kind, caps.host_private, caps.guest_private, pa) or self.map(
             vm, caps.guest_private, self.at(LENT, pa), pa, PRIVATE, attributes=RWX)
 
-    def share(self, vm: Vm, pa: int) -> int:
+    def share(self, vm: GunyahHypVm, pa: int) -> int:
         """The page becomes the VM's as well as the host's, at DEVICE."""
         caps = vm.caps
         return self.donate(Donation.TO_SIBLING, caps.host_shared, caps.guest_shared, pa) or self.map(
@@ -179,7 +182,7 @@ def test_a_quiet_unmap_is_made_good_before_another_has_the_page_alone(m: Machine
     (mine, other), pa = m.vms, m.pages[0]
     assert m.share(other, pa) == 0
     m.fill()
-    assert m.unmap(other, other.caps.guest_shared, m.at(DEVICE, pa), pa, VMMIO | int(MapFlag.NOSYNC)) == 0
+    assert m.unmap(other, other.caps.guest_shared, m.at(DEVICE, pa), pa, VMMIO | int(AddrMapFlag.NOSYNC)) == 0
     assert m.donate(Donation.TO_SIBLING, other.caps.guest_shared, other.caps.host_shared, pa) == 0
     assert m.lend(mine, pa) == 0
     m.check()
@@ -230,7 +233,7 @@ def test_a_vm_that_goes_takes_its_pages_from_others_and_its_records_along(m: Mac
 # -- anything ----------------------------------------------------------------------------------------------------------
 
 
-def offer(m: Machine, kind: Transaction, vms: tuple[Vm, ...], pa: int) -> int:
+def offer(m: Machine, kind: Transaction, vms: tuple[GunyahHypVm, ...], pa: int) -> int:
     acl = tuple(Acl(vm.vmid, 7 if kind == Transaction.DONATE else 6) for vm in vms)
     acl += (Acl(HLOS_VMID, 6),) if kind == Transaction.SHARE else ()
     return m.parcels.create(HLOS_VMID, kind, MemRequest(0, 0, 0, acl, (Sgl(pa, PAGE),)))
@@ -243,7 +246,7 @@ class Anything:
         self.m, self.choose = m, random.Random(seed)
         self.answers: set[str] = set()
 
-    def vm(self) -> Vm:
+    def vm(self) -> GunyahHypVm:
         return self.choose.choice(list(self.m.el2.vms.values()))
 
     def extent(self) -> int:
@@ -269,7 +272,7 @@ class Anything:
         call: Callable[[], Any] = getattr(self, f"_{name}")
         try:
             self.answers.add(f"{name} {call()}")
-        except (Refused, RmRefused) as refused:
+        except (HypRefused, RmRefused) as refused:
             self.answers.add(f"{name} {refused.error!r}")
         self.m.pool.fail_at(None)
 
@@ -296,7 +299,7 @@ class Anything:
         flags = self.flags()
         if not flags:
             ipa, pa, size = self.choose.choice((1 << 40, 1 << 41)), 0, 0
-        quiet = self.choose.choice((0, int(MapFlag.NOSYNC))) if flags else 0
+        quiet = self.choose.choice((0, int(AddrMapFlag.NOSYNC))) if flags else 0
         return self.m.unmap(self.vm(), self.extent(), ipa, pa, flags | quiet, size)
 
     def _unlock(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from guest_memfd.machine.el2.gunyah.el2 import FIRST_VMID, HLOS_VMID, LAST_VMID, Gunyah
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.rm import payloads as p
 from guest_memfd.machine.el2.gunyah.rm.client import RmClient
 from guest_memfd.machine.el2.gunyah.rm.errors import RmError, RmRefused, of_hypervisor, remap
@@ -27,7 +27,7 @@ from guest_memfd.machine.el2.gunyah.rm.message import (
     Receiver,
     fragments,
 )
-from guest_memfd.machine.el2.gunyah.rm.payloads import Accept, Acl, Append, Id, MemFlag, MemRequest, Sgl
+from guest_memfd.machine.el2.gunyah.rm.payloads import Accept, Acl, Append, Id, MemRequest, RmMemFlag, Sgl
 from guest_memfd.machine.el2.gunyah.rm.server import ResourceManager
 from guest_memfd.machine.el2.gunyah.vm import Exit
 from guest_memfd.machine.hw.arm64.mmu import Mmu
@@ -578,7 +578,7 @@ def test_an_append_that_fails_gives_everything_back(m: Machine) -> None:
 
 def test_append_errors(m: Machine) -> None:
     vmid = m.linux.alloc_vmid()
-    request = MemRequest(0, MemFlag.APPEND, 0, (Acl(vmid, RWX),), SMALL)
+    request = MemRequest(0, RmMemFlag.APPEND, 0, (Acl(vmid, RWX),), SMALL)
     ret, reply = m.linux.call(Id.MEM_LEND, p.encode_mem(request))
     assert ret == 0
     handle, = struct.unpack("<I", reply)
@@ -632,7 +632,7 @@ def test_sanitising_parcels(m: Machine) -> None:
     assert m.linux.mem_reclaim(handle) == 0
     assert m.ram.read64(at) == 5
     _, handle = m.lend(vmid, *SMALL)
-    assert m.linux.call(Id.MEM_RECLAIM, p.encode_handle(handle, MemFlag.SANITIZE))[0] == 0
+    assert m.linux.call(Id.MEM_RECLAIM, p.encode_handle(handle, RmMemFlag.SANITIZE))[0] == 0
     assert m.ram.read64(at) == 0
     _, handle = m.lend(vmid, *SMALL)
     assert m.linux.call(Id.MEM_RECLAIM, p.encode_handle(handle, 2))[0] == -22
@@ -656,7 +656,7 @@ def test_accept_and_release(m: Machine) -> None:
     assert m.linux.mem_reclaim(handle) == -22           # MEM_INUSE
     assert guest.call(Id.MEM_ACCEPT, p.encode_accept(request))[0] == -1
     assert guest.call(Id.MEM_RELEASE, p.encode_handle(handle, 2))[0] == -22
-    assert guest.call(Id.MEM_RELEASE, p.encode_handle(handle, MemFlag.SANITIZE))[0] == 0
+    assert guest.call(Id.MEM_RELEASE, p.encode_handle(handle, RmMemFlag.SANITIZE))[0] == 0
     assert guest.call(Id.MEM_RELEASE, p.encode_handle(handle))[0] == -22
     assert vm.guest_maps(0x9000_0000) is None
     assert m.linux.mem_reclaim(handle) == 0
@@ -752,7 +752,7 @@ def test_starting_takes_no_memory(m: Machine, share: bool) -> None:
     vm = m.rm.vms[vmid].vm
     assert vm is not None
     assert m.el2.owner(m.ram.base) == ("shared" if share else "guest", vm)
-    with pytest.raises(Refused, match="NOMEM"):
+    with pytest.raises(HypRefused, match="NOMEM"):
         m.el2.create_vm("the failure is still pending")
 
 
@@ -760,5 +760,5 @@ def test_a_stop_flag_that_does_not_exist(m: Machine) -> None:
     vmid, _ = m.vm()
     assert m.linux.call(Id.VM_STOP, struct.pack(p.STOP, vmid, 2, 3))[0] == -22
     assert m.linux.call(Id.VM_STOP, struct.pack(p.STOP, vmid, 0, 0))[0] == 0
-    with pytest.raises(Refused, match="NORESOURCES"):
+    with pytest.raises(HypRefused, match="NORESOURCES"):
         m.el2.create_vm("taken", vmid)

@@ -50,7 +50,7 @@ def test_ioeventfd_descriptor_is_signed() -> None:
 def test_run_page_offsets() -> None:
     page = u.VcpuRun()
     assert len(page.raw) == 4096
-    assert (page.exit_reason, page.exit) == (u.ExitReason.UNKNOWN, None)
+    assert (page.exit_reason, page.exit) == (u.GunyahExitReason.UNKNOWN, None)
     page.immediate_exit = 1
     page.set_mmio(0x1122334455667788, b"\xde\xad", 2, True)
     page.resume_action = u.ResumeAction.RETRY
@@ -84,4 +84,4 @@ def test_boot_register_numbers() -> None:
 
 def test_flags() -> None:
     assert u.MapFlag.ALLOW_RWX == u.MapFlag.ALLOW_READ | u.MapFlag.ALLOW_WRITE | u.MapFlag.ALLOW_EXEC == 0x70
-    assert (u.MapFlag.UNMAP, u.MemFlag.CLOEXEC, u.MemFlag.ALLOW_HUGEPAGE) == (0x100, 1, 2)
+    assert (u.MapFlag.UNMAP, u.GunyahMemFlag.CLOEXEC, u.GunyahMemFlag.ALLOW_HUGEPAGE) == (0x100, 1, 2)

@@ -165,7 +165,7 @@ def test_unlocked_page_access(scene: Scene) -> None:
 
 
 def test_partial_page_reclaim(scene: Scene) -> None:
-    file = scene.bound(LENT, HUGE, LEND | RW, u.MemFlag.ALLOW_HUGEPAGE)
+    file = scene.bound(LENT, HUGE, LEND | RW, u.GunyahMemFlag.ALLOW_HUGEPAGE)
     scene.vm.start()
     assert scene.write(LENT, MAGIC) == 0
     assert scene.write(LENT + HUGE - 8, OTHER) == 0
@@ -349,7 +349,7 @@ def test_add_and_remove_vcpu(scene: Scene) -> None:
     scene.vm.remove_function(u.FnType.VCPU, u.FnVcpuArg(0).pack())
     for _ in range(3):
         with scene.vm.add_vcpu(0) as vcpu:
-            assert vcpu.page.exit_reason == u.ExitReason.UNKNOWN
+            assert vcpu.page.exit_reason == u.GunyahExitReason.UNKNOWN
             scene.vm.remove_function(u.FnType.VCPU, u.FnVcpuArg(0).pack())
 
 

@@ -19,11 +19,11 @@ from guest_memfd.machine.linux.snapshot import (
     NOTIFY_OK,
     NOTIFY_STOP_MASK,
     Event,
-    Image,
+    HibernationImage,
     Notifier,
     NotifierChain,
     Policy,
-    Power,
+    SnapshotPower,
     hibernation_available,
     notifier_from_errno,
     notifier_to_errno,
@@ -148,8 +148,8 @@ def test_everything_allocated_is_saved_holes_included() -> None:
     machine = Machine()
     machine.map.set_direct_map_invalid_noflush(page(3))
     machine.ram.zero(page(5), PAGE)
-    image = Power().hibernate(machine)
-    assert isinstance(image, Image)
+    image = SnapshotPower().hibernate(machine)
+    assert isinstance(image, HibernationImage)
     assert sorted(image.pages) == [pa for pa in machine.pages() if pa != page(5)]
     assert image.zero == {page(5)}
     assert image.pages[page(3)] == b"\x04" * PAGE                           # the hole's contents are in it
@@ -199,11 +199,11 @@ def test_a_donated_page_in_the_image_ends_the_kernel() -> None:
     machine = Machine()
     machine.donated.add(page(7))
     with pytest.raises(Died):
-        Power().hibernate(machine)
+        SnapshotPower().hibernate(machine)
     machine = Machine()
     machine.donated.add(page(7))
     machine.offline.add(page(7))
-    assert isinstance(Power().hibernate(machine), Image)
+    assert isinstance(SnapshotPower().hibernate(machine), HibernationImage)
 
 
 def test_memory_that_goes_while_devices_are_suspended() -> None:
@@ -214,17 +214,17 @@ def test_memory_that_goes_while_devices_are_suspended() -> None:
         return 0
 
     machine.suspend_devices = suspend_devices  # type: ignore[method-assign]
-    assert Power().hibernate(machine) == -ENOMEM
+    assert SnapshotPower().hibernate(machine) == -ENOMEM
     assert machine.done == ["freeze", "devices on", "thaw"]
 
 
 def test_an_image_that_does_not_fit() -> None:
     machine = Machine()
     machine.room = PAGES - 1
-    assert Power().hibernate(machine) == -ENOMEM
+    assert SnapshotPower().hibernate(machine) == -ENOMEM
     assert machine.done == ["freeze", "thaw"]                               # noticed before devices are suspended
     machine.free.add(page(0))
-    assert isinstance(Power().hibernate(machine), Image)
+    assert isinstance(SnapshotPower().hibernate(machine), HibernationImage)
 
 
 # -- who may forbid it -------------------------------------------------------------------------------------------
@@ -238,9 +238,9 @@ def test_an_image_that_does_not_fit() -> None:
     (Policy(cxl_mem_active=True), False),
 ])
 def test_hibernation_available(policy: Policy, available: bool) -> None:
-    machine, power = Machine(), Power(policy)
+    machine, power = Machine(), SnapshotPower(policy)
     assert hibernation_available(policy) is available
-    assert isinstance(power.hibernate(machine), Image) is available
+    assert isinstance(power.hibernate(machine), HibernationImage) is available
     if not available:
         assert power.hibernate(machine) == power.open_snapshot_device() == -EPERM
         assert not machine.done
@@ -249,23 +249,23 @@ def test_hibernation_available(policy: Policy, available: bool) -> None:
 
 def test_other_reasons_to_refuse() -> None:
     machine = Machine()
-    assert Power(Policy(compressor="lz9")).hibernate(machine) == -EOPNOTSUPP
-    power = Power()
+    assert SnapshotPower(Policy(compressor="lz9")).hibernate(machine) == -EOPNOTSUPP
+    power = SnapshotPower()
     assert power.open_snapshot_device() == 0
     assert power.open_snapshot_device() == power.hibernate(machine) == -EBUSY
     power.close_snapshot_device()
-    assert isinstance(power.hibernate(machine), Image)
+    assert isinstance(power.hibernate(machine), HibernationImage)
 
 
 def test_secretmem_is_looked_at_only_in_the_beginning() -> None:
-    machine, power = Machine(), Power()
+    machine, power = Machine(), SnapshotPower()
 
     def opens(event: Event) -> int:
         power.policy.secretmem_users = 1
         return NOTIFY_OK
 
     power.chain.register(Notifier("opens", opens))
-    assert isinstance(power.hibernate(machine), Image)
+    assert isinstance(power.hibernate(machine), HibernationImage)
     assert power.hibernate(machine) == -EPERM
 
 
@@ -280,9 +280,9 @@ def recorder(into: list[str], name: str, answer: int = NOTIFY_OK, veto: Event | 
 
 
 def test_the_order_of_hibernation() -> None:
-    machine, power = Machine(), Power()
+    machine, power = Machine(), SnapshotPower()
     power.chain.register(recorder(machine.done, "library"))
-    assert isinstance(power.hibernate(machine), Image)
+    assert isinstance(power.hibernate(machine), HibernationImage)
     assert machine.done == [
         "library HIBERNATION_PREPARE", "freeze", "devices off", *["copy"] * PAGES, "devices on", "thaw",
         "library POST_HIBERNATION"]
@@ -294,9 +294,9 @@ def test_the_order_of_hibernation() -> None:
 @pytest.mark.parametrize(("attribute", "errno", "done"), [
     ("freeze", -EBUSY, ["freeze"]), ("devices", -EAGAIN, ["freeze", "devices off", "thaw"])])
 def test_failures_on_the_way_are_undone(attribute: str, errno: int, done: list[str]) -> None:
-    for operation, prepare, post in ((Power.hibernate, "HIBERNATION_PREPARE", "POST_HIBERNATION"),
-                                     (Power.suspend, "SUSPEND_PREPARE", "POST_SUSPEND")):
-        machine, power = Machine(), Power()
+    for operation, prepare, post in ((SnapshotPower.hibernate, "HIBERNATION_PREPARE", "POST_HIBERNATION"),
+                                     (SnapshotPower.suspend, "SUSPEND_PREPARE", "POST_SUSPEND")):
+        machine, power = Machine(), SnapshotPower()
         setattr(machine, attribute, errno)
         power.chain.register(recorder(machine.done, "library"))
         assert operation(power, machine) == errno
@@ -304,7 +304,7 @@ def test_failures_on_the_way_are_undone(attribute: str, errno: int, done: list[s
 
 
 def test_suspend_copies_nothing() -> None:
-    machine, power = Machine(), Power()
+    machine, power = Machine(), SnapshotPower()
     machine.donated.add(page(1))
     power.chain.register(recorder(machine.done, "library"))
     assert power.suspend(machine) == 0
@@ -326,7 +326,7 @@ def test_notify_bad_is_eperm_and_done_is_nothing() -> None:
     assert notifier_to_errno(NOTIFY_DONE) == notifier_to_errno(NOTIFY_OK) == 0
 
 
-def operations(machine: Machine) -> list[tuple[Callable[[Power], Any], str, str]]:
+def operations(machine: Machine) -> list[tuple[Callable[[SnapshotPower], Any], str, str]]:
     return [(lambda power: power.hibernate(machine), "HIBERNATION_PREPARE", "POST_HIBERNATION"),
             (lambda power: power.open_snapshot_device(), "HIBERNATION_PREPARE", "POST_HIBERNATION"),
             (lambda power: power.suspend(machine), "SUSPEND_PREPARE", "POST_SUSPEND")]
@@ -336,7 +336,7 @@ def operations(machine: Machine) -> list[tuple[Callable[[Power], Any], str, str]
 def test_a_veto_is_undone_for_those_before_it_only(which: int) -> None:
     machine = Machine()
     operation, prepare, post = operations(machine)[which]
-    power, heard = Power(), list[str]()
+    power, heard = SnapshotPower(), list[str]()
     power.chain.register(recorder(heard, "last"))
     power.chain.register(recorder(heard, "veto", notifier_from_errno(-EBUSY))._replace(priority=5))
     power.chain.register(recorder(heard, "second")._replace(priority=10))

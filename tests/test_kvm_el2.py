@@ -178,16 +178,16 @@ class Script:
         self.exceptions.append((esr, far))
 
 
-def abort(ipa: int, access: str = "r", **more: Any) -> stops.Abort:
-    return stops.Abort(Fault(TRANSLATION, 3, 2, va=ipa, ipa=ipa, access=access, **more), 0x1000)
+def abort(ipa: int, access: str = "r", **more: Any) -> stops.CpuAbort:
+    return stops.CpuAbort(Fault(TRANSLATION, 3, 2, va=ipa, ipa=ipa, access=access, **more), 0x1000)
 
 
 def test_a_fault_where_memory_is_bound(machine: Machine) -> None:
     cpu = Script(abort(IPA), abort(IPA + 8, "w"), abort(IPA, "x"))
     vcpu = machine.vm.add_vcpu(cpu)
-    assert vcpu.run() == exits.MemoryFault(IPA, write=False, exec=False)
-    assert vcpu.run() == exits.MemoryFault(IPA + 8, write=True, exec=False)
-    assert vcpu.run() == exits.MemoryFault(IPA, write=False, exec=True)
+    assert vcpu.run() == exits.MemoryFaultExit(IPA, write=False, exec=False)
+    assert vcpu.run() == exits.MemoryFaultExit(IPA + 8, write=True, exec=False)
+    assert vcpu.run() == exits.MemoryFaultExit(IPA, write=False, exec=True)
     assert cpu.pc == 0x1000
 
 
@@ -195,16 +195,16 @@ def test_mmio_write_and_read(machine: Machine) -> None:
     cpu = Script(abort(0x900_0000, "w"), abort(0x900_0008), stops.Wfi(), words={0x1000: STRB_W2_X0})
     cpu.regs[2] = 0x1234
     vcpu = machine.vm.add_vcpu(cpu)
-    assert vcpu.run() == exits.Mmio(0x900_0000, 1, True, 0x34, 2)
+    assert vcpu.run() == exits.MmioAccess(0x900_0000, 1, True, 0x34, 2)
     assert cpu.pc == 0x1004
     cpu.words[0x1000] = LDR_X1_X0
-    assert vcpu.run() == exits.Mmio(0x900_0008, 8, False, 0, 1)
+    assert vcpu.run() == exits.MmioAccess(0x900_0008, 8, False, 0, 1)
     with pytest.raises(ValueError, match="waits for its data"):
         vcpu.run()
     cpu.pc = 0x1000
     vcpu.complete_mmio(0xfeed)
     assert (cpu.regs[1], cpu.pc) == (0xfeed, 0x1004)
-    assert vcpu.run() == exits.Wfi()
+    assert vcpu.run() == exits.WfiExit()
     with pytest.raises(ValueError, match="no MMIO read"):
         vcpu.complete_mmio(0)
 
@@ -212,13 +212,13 @@ def test_mmio_write_and_read(machine: Machine) -> None:
 @pytest.mark.parametrize("word", [LDR_POST, LDP])
 def test_what_has_no_syndrome_is_no_mmio(machine: Machine, word: int) -> None:
     vcpu = machine.vm.add_vcpu(Script(abort(0x900_0000), words={0x1000: word}))
-    assert isinstance(vcpu.run(), exits.InternalError)
+    assert isinstance(vcpu.run(), exits.InternalErrorExit)
 
 
 def test_a_stage_1_walk_or_a_fetch_without_memory_is_aborted(machine: Machine) -> None:
     cpu = Script(abort(0x900_0000, s1ptw=True), abort(0x900_0000, "x"), stops.Wfi(), words={0x1000: LDR_X1_X0})
     vcpu = machine.vm.add_vcpu(cpu)
-    assert vcpu.run() == exits.Wfi()
+    assert vcpu.run() == exits.WfiExit()
     assert [esr for esr, _far in cpu.exceptions] == [0x96000010, 0x86000010]
     assert vcpu.aborts_injected == 2
 
@@ -228,10 +228,10 @@ def test_an_mmio_access_may_be_aborted(machine: Machine, access: str) -> None:
     word = {"r": LDR_X1_X0, "w": 0xf9000001}[access]
     cpu = Script(abort(0x900_0000, access), stops.Wfi(), words={0x1000: word})
     vcpu = machine.vm.add_vcpu(cpu)
-    assert isinstance(vcpu.run(), exits.Mmio)
+    assert isinstance(vcpu.run(), exits.MmioAccess)
     vcpu.abort_mmio()
     assert (cpu.pc, [esr for esr, _far in cpu.exceptions]) == (0x1000, [0x96000010])
-    assert vcpu.run() == exits.Wfi()
+    assert vcpu.run() == exits.WfiExit()
     with pytest.raises(ValueError, match="no MMIO access"):
         vcpu.abort_mmio()
 
@@ -241,34 +241,34 @@ def test_a_guest_that_only_faults_is_interrupted(machine: Machine) -> None:
         def run(self, timeout: float | None = None, instructions: int | None = None) -> stops.Stop:
             return abort(0x900_0000, "x")
 
-    assert machine.vm.add_vcpu(Forever()).run(timeout=0.05) == exits.Expired()
+    assert machine.vm.add_vcpu(Forever()).run(timeout=0.05) == exits.ExpiredExit()
 
 
 def test_psci(machine: Machine) -> None:
     cpu = Script(stops.Hvc(0), stops.Wfi(), stops.Hvc(0), stops.Smc(0), stops.Hvc(0), stops.Wfi())
     vcpu = machine.vm.add_vcpu(cpu)
     cpu.regs[0] = 0x8400_0000
-    assert vcpu.run() == exits.Wfi()
+    assert vcpu.run() == exits.WfiExit()
     assert cpu.regs[0] == 0x10001
     cpu.regs[0] = 0x8400_0008
-    assert vcpu.run() == exits.SystemEvent("shutdown")
+    assert vcpu.run() == exits.SystemEventExit("shutdown")
     cpu.regs[0] = 0x8400_0009
-    assert vcpu.run() == exits.SystemEvent("reset")
+    assert vcpu.run() == exits.SystemEventExit("reset")
     cpu.regs[0] = 0xc600_0003
-    assert vcpu.run() == exits.Wfi()
+    assert vcpu.run() == exits.WfiExit()
     assert cpu.regs[0] == (1 << 64) - 1, "MEM_SHARE is protected KVM's"
 
 
 def test_the_guests_own_exceptions_are_delivered(machine: Machine) -> None:
     fault = Fault(TRANSLATION, 1, 1, va=0xdead000, access="w")
-    cpu = Script(stops.Abort(fault, 0x1000), stops.Svc(7), stops.Breakpoint(9), stops.Undefined(0x1000), stops.Expired())
-    assert machine.vm.add_vcpu(cpu).run() == exits.Expired()
+    cpu = Script(stops.CpuAbort(fault, 0x1000), stops.Svc(7), stops.Breakpoint(9), stops.Undefined(0x1000), stops.Expired())
+    assert machine.vm.add_vcpu(cpu).run() == exits.ExpiredExit()
     assert cpu.exceptions == [(0x96000045, 0xdead000), (0x56000007, None), (0xf2000009, None), (0x02000000, None)]
 
 
 def test_stage_2_to_nowhere(machine: Machine) -> None:
     out = machine.vm.add_vcpu(Script(stops.Bus(0x1_0000_0000, 0x1000, 0x2000, "r"))).run()
-    assert isinstance(out, exits.InternalError)
+    assert isinstance(out, exits.InternalErrorExit)
     assert "0x100000000" in out.why
 
 
@@ -294,11 +294,11 @@ def test_a_guest_program(machine: Machine) -> None:
     cpu = stops.Cpu(machine.ram, translate)
     cpu.pc = IPA
     vcpu = machine.vm.add_vcpu(cpu)
-    assert vcpu.run(timeout=300) == exits.MemoryFault(IPA, write=False, exec=True)
+    assert vcpu.run(timeout=300) == exits.MemoryFaultExit(IPA, write=False, exec=True)
     assert machine.vm.map(GFN, pa // PAGE) == 0
     out = vcpu.run(timeout=300)
-    assert out == exits.Mmio(0x900_0000, 4, False, 0, 4)
+    assert out == exits.MmioAccess(0x900_0000, 4, False, 0, 4)
     assert machine.ram.read(pa + 0x100, 4) == (42).to_bytes(4, "little")
     vcpu.complete_mmio(0xffff_ffff_8000_0001)
-    assert vcpu.run(timeout=300) == exits.SystemEvent("shutdown")
+    assert vcpu.run(timeout=300) == exits.SystemEventExit("shutdown")
     assert cpu.x(4) == 0x8000_0001

@@ -17,7 +17,7 @@ from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.machine.boot import Config, Machine
-from guest_memfd.machine.dev.kvm import System
+from guest_memfd.machine.dev.kvm import KvmDevice
 from guest_memfd.machine.linux import mm
 from guest_memfd.uapi import kvm, kvm_arm64, kvm_run
 from guest_memfd.uapi.kvm import PRIVATE, SHARED, GuestMemfdFlag, MemFlag, MemoryAttributes2
@@ -83,12 +83,12 @@ def page(reason: int, *union: tuple[str, int, Any]) -> bytes:
     (page(39, ("<Q", 32, 8), ("<Q", 40, BASE), ("<Q", 48, PAGE)), 14, kvm_run.MemoryFault(PRIVATE, BASE, PAGE, 14)),
     (page(24, ("<I", 32, 1)), 0, kvm_run.SystemEvent(1)),
     (page(3, ("<Q", 32, 12), ("<Q", 40, BASE)), 0, kvm_run.HypercallExit(12, (BASE, 0, 0, 0, 0, 0))),
-    (page(10), 4, kvm_run.Intr()), (page(17, ("<I", 32, 9)), 0, kvm_run.InternalError("suberror 9")),
-    (page(17, ("<I", 32, 3)), 0, kvm_run.InternalError("KVM_INTERNAL_ERROR_DELIVERY_EV")),
+    (page(10), 4, kvm_run.Intr()), (page(17, ("<I", 32, 9)), 0, kvm_run.KvmInternalError("suberror 9")),
+    (page(17, ("<I", 32, 3)), 0, kvm_run.KvmInternalError("KVM_INTERNAL_ERROR_DELIVERY_EV")),
     (page(17, ("<I", 32, 1), ("<I", 36, 4), ("<Q", 40, 1), ("3s", 48, b"\2\x0f\x0b")), 0,
-     kvm_run.InternalError("KVM_INTERNAL_ERROR_EMULATION, instruction bytes 0f 0b")),
+     kvm_run.KvmInternalError("KVM_INTERNAL_ERROR_EMULATION, instruction bytes 0f 0b")),
     (page(17, ("<I", 32, 1), ("<I", 36, 4), ("3s", 48, b"\2\x0f\x0b")), 0,
-     kvm_run.InternalError("KVM_INTERNAL_ERROR_EMULATION")),
+     kvm_run.KvmInternalError("KVM_INTERNAL_ERROR_EMULATION")),
     (page(0), 14, kvm_run.Unknown(0, 14)), (page(4), 0, kvm_run.Unknown(4)), (page(5), 0, kvm_run.Halt()),
     (page(8), 0, kvm_run.Shutdown()), (page(9, ("<Q", 32, 0x8000_0021)), 0, kvm_run.FailEntry(0x8000_0021)),
     (page(2, ("10s", 32, b"\1\2\xf8\3\2\0\0\0\0\3"), ("4s", 0x300, b"abcd")), 0, kvm_run.Io(0x3F8, 2, 2, True, b"abcd")),
@@ -110,7 +110,7 @@ class Opened:
         self.machine = Machine(hypervisor, Config(ram=32 * MIB))
         self.watch = judged(self.machine)
         self.free = self.machine.kernel_pages.free_pages
-        self.system = System(self.machine, DESIGNS[design] if isinstance(design, str) else design)
+        self.system = KvmDevice(self.machine, DESIGNS[design] if isinstance(design, str) else design)
         self.protected = hypervisor == "pkvm" if protected is None else protected
         self.vm = self.system.create_vm(kvm_arm64.VM_TYPE_PROTECTED if self.protected else 0)
 
@@ -166,7 +166,7 @@ def test_the_system(opened: Opened) -> None:
 def test_protected_vms_need_protected_mode() -> None:
     refused(errno.EINVAL, Opened("kvm").system.create_vm, kvm_arm64.VM_TYPE_PROTECTED)
     with pytest.raises(BadInput, match="gunyah has no /dev/kvm"):
-        System(Machine("gunyah", Config(ram=16 * MIB)), DESIGNS["library"])
+        KvmDevice(Machine("gunyah", Config(ram=16 * MIB)), DESIGNS["library"])
 
 
 def test_an_unprotected_vm_under_pkvm_has_no_private_memory() -> None:

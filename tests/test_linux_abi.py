@@ -47,7 +47,7 @@ LAYOUTS = {
     kvm.PreFaultMemory: (64, {"gpa": 0, "size": 8, "flags": 16, "padding": 24}),
     kvm.RunMmio: (24, {"phys_addr": 0, "data": 8, "len": 16, "is_write": 20}),
     kvm.RunMemoryFault: (24, {"flags": 0, "gpa": 8, "size": 16}),
-    kvm.Run: (2352, {"immediate_exit": 1, "exit_reason": 8, "exit": 32}),
+    kvm.KvmRun: (2352, {"immediate_exit": 1, "exit_reason": 8, "exit": 32}),
     gunyah.CreateMemArgs: (64, {"flags": 0, "size": 8, "reserved": 16}),
     gunyah.MapMemArgs: (32, {"guest_addr": 0, "flags": 8, "guest_mem_fd": 12, "offset": 16, "size": 24}),
     gunyah.VmDtbConfig: (16, {"guest_phys_addr": 0, "size": 8}),
@@ -108,7 +108,7 @@ KVM_STRUCTS = {
     kvm.OneReg: ("struct kvm_one_reg", "", {}),
     kvm.StatsHeader: ("struct kvm_stats_header", "KVM_GET_STATS_FD", {}),
     kvm.StatsDesc: ("struct kvm_stats_desc", "KVM_GET_STATS_FD", {}),
-    kvm.Run: ("struct kvm_run", "", {"exit": "padding", "sync_regs": "s"}),
+    kvm.KvmRun: ("struct kvm_run", "", {"exit": "padding", "sync_regs": "s"}),
     kvm_x86.Regs: ("struct kvm_regs", "__x86_64__", {}),
     kvm_x86.Segment: ("struct kvm_segment", "__x86_64__", {}),
     kvm_x86.Dtable: ("struct kvm_dtable", "__x86_64__", {}),
@@ -202,7 +202,8 @@ def test_exits_lie_where_the_header_has_them(header: dict[str, int], struct: typ
     names = [f"{struct.__name__}.{name}" for name, *_ in struct._fields_]
     if names[0] not in header:
         pytest.skip(f"kvm_run.{UNION[struct][0]} is not in this machine's headers")
-    assert [kvm.Run.exit.offset + getattr(struct, name.split(".")[1]).offset for name in names] == [header[n] for n in names]
+    assert [kvm.KvmRun.exit.offset + getattr(struct, name.split(".")[1]).offset for name in names] == [
+        header[n] for n in names]
 
 
 def test_a_signal_mask_follows_its_length_at_once(header: dict[str, int]) -> None:

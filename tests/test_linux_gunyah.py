@@ -16,14 +16,14 @@ import pytest
 
 from guest_memfd.errors import BadInput, HostUnavailable, SyscallFailed
 from guest_memfd.linux import syscall
-from guest_memfd.linux.gunyah import Device, Vcpu, Vm
+from guest_memfd.linux.gunyah import LinuxGunyahDevice, LinuxGunyahVcpu, LinuxGunyahVm
 from guest_memfd.uapi.gunyah import (
-    ExitReason,
     FnIoeventfdArg,
     FnIrqfdArg,
     FnType,
+    GunyahExitReason,
+    GunyahMemFlag,
     MapFlag,
-    MemFlag,
     MmioExit,
     PageFaultExit,
     RegisterSet,
@@ -75,25 +75,25 @@ def libc(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 @pytest.fixture
-def device(libc: Recorder) -> Iterator[Device]:
-    with Device("/dev/null") as device:
+def device(libc: Recorder) -> Iterator[LinuxGunyahDevice]:
+    with LinuxGunyahDevice("/dev/null") as device:
         yield device
 
 
 @pytest.fixture
-def vm(device: Device) -> Iterator[Vm]:
+def vm(device: LinuxGunyahDevice) -> Iterator[LinuxGunyahVm]:
     with device.create_vm() as vm:
         yield vm
 
 
 @pytest.fixture
-def vcpu(vm: Vm) -> Iterator[Vcpu]:
+def vcpu(vm: LinuxGunyahVm) -> Iterator[LinuxGunyahVcpu]:
     with vm.add_vcpu(3) as vcpu:
         yield vcpu
 
 
 MAP = MapFlag.ALLOW_RWX | MapFlag.FORCE_SHARE
-CALLS: dict[str, tuple[Callable[[Vm], object], int, str]] = {
+CALLS: dict[str, tuple[Callable[[LinuxGunyahVm], object], int, str]] = {
     "set_dtb_config": (lambda vm: vm.set_dtb_config(0x8000_0000, 0x20_0000), 0x40104702,
                        "0000008000000000" "0000200000000000"),
     "start": (lambda vm: vm.start(), 0x4703, "0000000000000000"),
@@ -113,15 +113,15 @@ CALLS: dict[str, tuple[Callable[[Vm], object], int, str]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_call_of_a_vm(libc: Recorder, vm: Vm, name: str) -> None:
+def test_call_of_a_vm(libc: Recorder, vm: LinuxGunyahVm, name: str) -> None:
     call, number, data = CALLS[name]
     libc.calls.clear()
     call(vm)
     assert libc.calls == [(vm.fileno(), number, data)]
 
 
-def test_calls_of_the_device(libc: Recorder, device: Device) -> None:
-    with device.create_vm(), device.create_vm(1), device.create_guest_mem(0x20_0000, MemFlag.ALLOW_HUGEPAGE) as memory:
+def test_calls_of_the_device(libc: Recorder, device: LinuxGunyahDevice) -> None:
+    with device.create_vm(), device.create_vm(1), device.create_guest_mem(0x20_0000, GunyahMemFlag.ALLOW_HUGEPAGE) as memory:
         assert [call[1:] for call in libc.calls] == [
             (0x4700, "0000000000000000"), (0x4700, "0100000000000000"),
             (0x40404708, "0200000000000000" "0000200000000000" + "00" * 48)]
@@ -129,7 +129,9 @@ def test_calls_of_the_device(libc: Recorder, device: Device) -> None:
         assert not os.get_inheritable(memory.fileno())
 
 
-def test_memory_is_mapped_by_its_number_and_a_closed_one_by_none(libc: Recorder, device: Device, vm: Vm) -> None:
+def test_memory_is_mapped_by_its_number_and_a_closed_one_by_none(
+    libc: Recorder, device: LinuxGunyahDevice, vm: LinuxGunyahVm
+) -> None:
     memory = device.create_guest_mem(0x2000)
     number = memory.fileno()
     libc.calls.clear()
@@ -146,7 +148,7 @@ def test_memory_is_mapped_by_its_number_and_a_closed_one_by_none(libc: Recorder,
         vm.map_mem("memory", 0, 0, 0, 0)            # type: ignore[arg-type]
 
 
-def test_a_vcpu_and_its_page(libc: Recorder, vm: Vm, vcpu: Vcpu) -> None:
+def test_a_vcpu_and_its_page(libc: Recorder, vm: LinuxGunyahVm, vcpu: LinuxGunyahVcpu) -> None:
     assert libc.calls[-2:] == [(vm.fileno(), 0x40104704, "01000000" "04000000" "7c" "03000000"),
                                (vcpu.fileno(), 0x4706, "0000000000000000")]
     shared = vcpu.fileno()                          # the other side of the page is the file that stands for the vCPU
@@ -166,7 +168,7 @@ def test_a_vcpu_and_its_page(libc: Recorder, vm: Vm, vcpu: Vcpu) -> None:
     vcpu.page.immediate_exit = 1
     vcpu.page.data = b"\x99\x88"
     vcpu.page.resume_action = ResumeAction.RETRY
-    vcpu.page.exit_reason = ExitReason.MMIO
+    vcpu.page.exit_reason = GunyahExitReason.MMIO
     assert os.pread(shared, 1, 0) == b"\1"
     assert os.pread(shared, 4, 8) == b"\1\0\0\0"
     assert os.pread(shared, 8, 24) == bytes.fromhex("9988000000000000")
@@ -176,7 +178,9 @@ def test_a_vcpu_and_its_page(libc: Recorder, vm: Vm, vcpu: Vcpu) -> None:
         vcpu.page.data                              # noqa: B018
 
 
-def test_errors_keep_their_number_and_say_the_call(libc: Recorder, device: Device, vm: Vm, vcpu: Vcpu) -> None:
+def test_errors_keep_their_number_and_say_the_call(
+    libc: Recorder, device: LinuxGunyahDevice, vm: LinuxGunyahVm, vcpu: LinuxGunyahVcpu
+) -> None:
     for call, name, errno in ((device.create_vm, "GUNYAH_CREATE_VM", EPERM), (vm.start, "GUNYAH_VM_START", EINVAL),
                               (vcpu.run, "GUNYAH_VCPU_RUN", EINTR),
                               (lambda: vm.add_vcpu(1), "GUNYAH_VM_ADD_FUNCTION", EINVAL),
@@ -191,7 +195,7 @@ def test_errors_keep_their_number_and_say_the_call(libc: Recorder, device: Devic
     assert len(libc.calls) == 3, "it has done nothing when a signal comes, so it is made again"
 
 
-def test_a_vcpu_without_a_page_leaves_nothing_open(libc: Recorder, vm: Vm) -> None:
+def test_a_vcpu_without_a_page_leaves_nothing_open(libc: Recorder, vm: LinuxGunyahVm) -> None:
     class NoPage(Recorder):
         def ioctl(self, fd: int, request: int, word: int) -> int:
             self.errnos = [EINVAL] if request == 0x4706 else []
@@ -204,7 +208,7 @@ def test_a_vcpu_without_a_page_leaves_nothing_open(libc: Recorder, vm: Vm) -> No
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_used_after_close(libc: Recorder, device: Device, vm: Vm, vcpu: Vcpu) -> None:
+def test_used_after_close(libc: Recorder, device: LinuxGunyahDevice, vm: LinuxGunyahVm, vcpu: LinuxGunyahVcpu) -> None:
     for thing in (vcpu, vm, device):
         thing.close()
         thing.close()
@@ -218,4 +222,4 @@ def test_used_after_close(libc: Recorder, device: Device, vm: Vm, vcpu: Vcpu) ->
 
 def test_no_gunyah_is_said_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(HostUnavailable, match="no Gunyah host"):
-        Device(str(tmp_path / "gunyah"))
+        LinuxGunyahDevice(str(tmp_path / "gunyah"))

@@ -31,7 +31,7 @@ from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
 from guest_memfd.linux.kick import KICK, this_thread
 from guest_memfd.linux.mapping import BUS_ADRERR, PAGE
 from guest_memfd.linux.system import System
-from guest_memfd.linux.vm import Vm
+from guest_memfd.linux.vm import LinuxVm
 from guest_memfd.uapi.kvm import PRIVATE, SHARED, Cap, GuestMemfdFlag, MemFlag, MemoryAttributes2
 from guest_memfd.uapi.kvm_run import Intr, MemoryFault, Mmio, Unknown
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
@@ -64,7 +64,7 @@ def system() -> Iterator[System]:
 
 
 @pytest.fixture
-def vm(system: System) -> Iterator[Vm]:
+def vm(system: System) -> Iterator[LinuxVm]:
     with system.create_vm() as vm:
         yield vm
 
@@ -112,7 +112,7 @@ def test_a_device_that_is_not_there_is_said_to_be_unavailable(tmp_path: os.PathL
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
-def test_a_new_file(vm: Vm) -> None:
+def test_a_new_file(vm: LinuxVm) -> None:
     with vm.create_guest_memfd(SIZE, SHARED) as memory:
         assert memory.fstat().size == memory.size == SIZE
         assert memory.fstat().blocks == 0
@@ -123,12 +123,12 @@ def test_a_new_file(vm: Vm) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, PAGE - 1, PAGE + 1, 1 << 63, (1 << 64) - PAGE])
-def test_sizes_that_are_refused(vm: Vm, size: int) -> None:
+def test_sizes_that_are_refused(vm: LinuxVm, size: int) -> None:
     with fails(EINVAL):
         vm.create_guest_memfd(size, SHARED)
 
 
-def test_numbers_that_do_not_fit_are_refused_and_not_cut(vm: Vm, guest: SmallGuest) -> None:
+def test_numbers_that_do_not_fit_are_refused_and_not_cut(vm: LinuxVm, guest: SmallGuest) -> None:
     with vm.create_guest_memfd(PAGE, SHARED) as memory:
         for use in (lambda: vm.create_guest_memfd(PAGE, 1 << 64), lambda: vm.create_guest_memfd(1 << 64),
                     lambda: vm.set_user_memory_region2(1 << 32, 4, GPA, PAGE, guest_memfd=memory),
@@ -142,12 +142,12 @@ def test_numbers_that_do_not_fit_are_refused_and_not_cut(vm: Vm, guest: SmallGue
 
 
 @pytest.mark.parametrize("flags", [1 << bit for bit in (2, 3, 31, 32, 63)])
-def test_flags_that_are_refused(vm: Vm, flags: int) -> None:
+def test_flags_that_are_refused(vm: LinuxVm, flags: int) -> None:
     with fails(EINVAL):
         vm.create_guest_memfd(PAGE, flags)
 
 
-def test_fallocate_punch_and_what_is_resident(vm: Vm) -> None:
+def test_fallocate_punch_and_what_is_resident(vm: LinuxVm) -> None:
     with vm.create_guest_memfd(SIZE) as memory:
         memory.fallocate(FALLOC_FL_KEEP_SIZE, 4 * PAGE, 8 * PAGE)
         assert (memory.resident(), memory.resident(0, 5 * PAGE)) == (8, 1)
@@ -160,7 +160,7 @@ def test_fallocate_punch_and_what_is_resident(vm: Vm) -> None:
 
 
 @pytest.mark.parametrize("offset", [(1 << 31) - PAGE, 1 << 31, (1 << 32) - PAGE, 1 << 32, (1 << 40) - PAGE])
-def test_offsets_and_lengths_of_every_width(vm: Vm, offset: int) -> None:
+def test_offsets_and_lengths_of_every_width(vm: LinuxVm, offset: int) -> None:
     with vm.create_guest_memfd(1 << 41, SHARED) as memory:
         memory.fallocate(FALLOC_FL_KEEP_SIZE, offset, 2 * PAGE)
         assert [memory.resident(offset + at, PAGE) for at in (-PAGE, 0, PAGE, 2 * PAGE)] == [0, 1, 1, 0]
@@ -181,14 +181,14 @@ def test_offsets_and_lengths_of_every_width(vm: Vm, offset: int) -> None:
     (FALLOC_FL_KEEP_SIZE, -PAGE, PAGE, EINVAL),
     (FALLOC_FL_KEEP_SIZE, SIZE - PAGE, 2 * PAGE, EINVAL),
 ])
-def test_fallocate_refuses(vm: Vm, mode: int, offset: int, nr: int, errno: int) -> None:
+def test_fallocate_refuses(vm: LinuxVm, mode: int, offset: int, nr: int, errno: int) -> None:
     with vm.create_guest_memfd(SIZE, SHARED) as memory:
         with fails(errno):
             memory.fallocate(mode, offset, nr)
         assert memory.resident() == 0
 
 
-def test_mapping_is_the_file(vm: Vm) -> None:
+def test_mapping_is_the_file(vm: LinuxVm) -> None:
     with vm.create_guest_memfd(SIZE, SHARED) as memory, memory.mmap() as mapping, memory.mmap(2 * PAGE, PAGE) as part:
         data = bytes(range(256)) * 32
         mapping.write(PAGE + 7, data)
@@ -209,7 +209,7 @@ def test_mapping_is_the_file(vm: Vm) -> None:
             mapping.write(-1, b"x")
 
 
-def test_a_touch_past_the_end_is_an_exception_at_the_exact_byte(vm: Vm) -> None:
+def test_a_touch_past_the_end_is_an_exception_at_the_exact_byte(vm: LinuxVm) -> None:
     with vm.create_guest_memfd(2 * PAGE, SHARED) as memory, memory.mmap(0, 4 * PAGE) as mapping:
         with pytest.raises(Signalled) as caught:
             mapping.write(PAGE + 100, b"z" * (2 * PAGE))
@@ -225,7 +225,7 @@ def test_a_touch_past_the_end_is_an_exception_at_the_exact_byte(vm: Vm) -> None:
         assert caught.value.address == mapping.address + 3 * PAGE + 9
 
 
-def test_a_copy_longer_than_one_call_takes(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_longer_than_one_call_takes(vm: LinuxVm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscall, "MOST", 3 * PAGE)
     data = os.urandom(SIZE)
     with vm.create_guest_memfd(SIZE, SHARED) as memory, memory.mmap(0, 2 * SIZE) as mapping:
@@ -236,7 +236,7 @@ def test_a_copy_longer_than_one_call_takes(vm: Vm, monkeypatch: pytest.MonkeyPat
         assert caught.value.address == mapping.address + SIZE
 
 
-def test_a_touch_of_private_memory_is_an_exception(vm: Vm) -> None:
+def test_a_touch_of_private_memory_is_an_exception(vm: LinuxVm) -> None:
     with vm.create_guest_memfd(SIZE, GuestMemfdFlag.MMAP) as memory, memory.mmap() as mapping:
         memory.allocate(0, SIZE)
         for touch in (lambda: mapping.read(PAGE, 1), lambda: mapping.write(PAGE, b"x")):
@@ -245,7 +245,7 @@ def test_a_touch_of_private_memory_is_an_exception(vm: Vm) -> None:
             assert caught.value.address == mapping.address + PAGE
 
 
-def test_mmap_refuses(vm: Vm) -> None:
+def test_mmap_refuses(vm: LinuxVm) -> None:
     with vm.create_guest_memfd(SIZE) as private, fails(ENODEV):
         private.mmap()
     with vm.create_guest_memfd(SIZE, SHARED) as memory:
@@ -254,7 +254,7 @@ def test_mmap_refuses(vm: Vm) -> None:
                 memory.mmap(**arguments)
 
 
-def test_madvise_remove_is_a_punch(vm: Vm) -> None:
+def test_madvise_remove_is_a_punch(vm: LinuxVm) -> None:
     with vm.create_guest_memfd(SIZE, SHARED) as memory, memory.mmap() as mapping:
         mapping.advise(Advice.POPULATE_WRITE)
         assert memory.resident() == 16
@@ -262,7 +262,7 @@ def test_madvise_remove_is_a_punch(vm: Vm) -> None:
         assert memory.resident() == 13
 
 
-def test_attributes_in_place_or_not_at_all(vm: Vm) -> None:
+def test_attributes_in_place_or_not_at_all(vm: LinuxVm) -> None:
     attributes = MemoryAttributes2(0, PAGE, PRIVATE)
     with vm.create_guest_memfd(SIZE, SHARED) as memory:
         in_place = vm.check_extension(Cap.MEMORY_ATTRIBUTES) == 0 and errno_of(
@@ -277,7 +277,7 @@ def test_attributes_in_place_or_not_at_all(vm: Vm) -> None:
 
 # -- slots -------------------------------------------------------------------------------------------------------------
 
-def test_binding_and_what_overlaps(vm: Vm) -> None:
+def test_binding_and_what_overlaps(vm: LinuxVm) -> None:
     twice = (EINVAL, EEXIST)                # before 7.2, and since
 
     def bind(slot: int, gpa: int, size: int, **others: object) -> None:
@@ -301,7 +301,7 @@ def test_binding_and_what_overlaps(vm: Vm) -> None:
             vm.get_dirty_log(1, 8 * PAGE)
 
 
-def test_what_is_no_guest_memory_of_this_vm(system: System, vm: Vm) -> None:
+def test_what_is_no_guest_memory_of_this_vm(system: System, vm: LinuxVm) -> None:
     with system.create_vm() as other, other.create_guest_memfd(SIZE, SHARED) as foreign, fails(EINVAL):
         vm.set_user_memory_region2(1, MemFlag.GUEST_MEMFD, GPA, SIZE, guest_memfd=foreign)
     with fails(EBADF):
@@ -312,7 +312,7 @@ def test_what_is_no_guest_memory_of_this_vm(system: System, vm: Vm) -> None:
         vm.set_user_memory_region2(1, MemFlag.GUEST_MEMFD, GPA, SIZE, guest_memfd="memory")     # type: ignore[arg-type]
 
 
-def test_the_last_slot(vm: Vm) -> None:
+def test_the_last_slot(vm: LinuxVm) -> None:
     slots = vm.check_extension(Cap.NR_MEMSLOTS)
     with vm.create_guest_memfd(SIZE, SHARED) as memory:
         with fails(EINVAL):
@@ -533,7 +533,7 @@ def test_creating_a_vm_is_tried_again_after_a_signal(system: System, monkeypatch
 
 
 @pytest.mark.parametrize("data", [bytearray(b"ab"), memoryview(b"ab"), array.array("B", b"ab")])
-def test_what_has_bytes_is_taken_for_them(vm: Vm, data: Any) -> None:
+def test_what_has_bytes_is_taken_for_them(vm: LinuxVm, data: Any) -> None:
     with vm.create_guest_memfd(PAGE, SHARED) as memory, memory.mmap() as mapping:
         mapping.write(0, data)
         assert mapping.read(0, 3) == b"ab\0"
@@ -654,7 +654,7 @@ def enough_memory() -> bool:
 
 
 @pytest.mark.skipif(not enough_memory(), reason="needs 1 GiB of free memory")
-def test_fallocate_that_is_interrupted_keeps_what_it_has_and_goes_on_if_asked(vm: Vm) -> None:
+def test_fallocate_that_is_interrupted_keeps_what_it_has_and_goes_on_if_asked(vm: LinuxVm) -> None:
     with vm.create_guest_memfd(BIG, SHARED) as memory:
         with ticking(0.005), fails(EINTR):
             memory.fallocate(FALLOC_FL_KEEP_SIZE, 0, BIG)
@@ -667,7 +667,7 @@ def test_fallocate_that_is_interrupted_keeps_what_it_has_and_goes_on_if_asked(vm
         assert count[0] > 1
 
 
-def test_a_handler_that_raises_ends_allocate(vm: Vm) -> None:
+def test_a_handler_that_raises_ends_allocate(vm: LinuxVm) -> None:
     def stop(number: int, frame: object) -> None:
         raise InterruptedError
 
@@ -705,7 +705,7 @@ def test_close_in_every_order(system: System, order: tuple[str, ...]) -> None:
 
 
 @pytest.mark.skipif(not enough_memory(), reason="needs 1 GiB of free memory")
-def test_memory_goes_with_the_last_file_or_mapping(vm: Vm) -> None:
+def test_memory_goes_with_the_last_file_or_mapping(vm: LinuxVm) -> None:
     size = 256 << 20
     memory = vm.create_guest_memfd(size, SHARED)
     with memory.mmap() as mapping:
@@ -738,7 +738,8 @@ def test_what_is_dropped_is_closed(system: System) -> None:
     with pytest.warns(ResourceWarning) as told:
         system.create_vm().create_guest_memfd(SIZE, SHARED).mmap()
     said = " ".join(str(each.message) for each in told)
-    assert all(f"never closed: <{kind}" in said for kind in ("Vm kvm", "GuestMemfd guest_memfd", "Mapping of guest_memfd"))
+    kinds = ("LinuxVm kvm", "GuestMemfd guest_memfd", "Mapping of guest_memfd")
+    assert all(f"never closed: <{kind}" in said for kind in kinds)
     assert len(opened()) == before
 
 
@@ -768,7 +769,7 @@ def test_a_child_may_use_the_file_but_not_the_vm(guest: SmallGuest, bound: Guest
         assert isinstance(guest.vcpu.run(SECONDS), Mmio), "and nothing has changed here"
 
 
-def test_an_exec_inherits_nothing(vm: Vm) -> None:
+def test_an_exec_inherits_nothing(vm: LinuxVm) -> None:
     with vm.create_guest_memfd(PAGE, SHARED) as memory:
         number = memory.fileno()
 

@@ -20,7 +20,7 @@ from guest_memfd.linux import syscall
 from guest_memfd.linux.abi.memfd_secret import SECRETMEM_MAGIC
 from guest_memfd.linux.abi.memory import Advice, Iovec, numbers
 from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
-from guest_memfd.linux.mapping import BUS_ADRERR, PAGE, Mapping
+from guest_memfd.linux.mapping import BUS_ADRERR, PAGE, LinuxMapping
 from guest_memfd.linux.secret import Secret
 from guest_memfd.linux.system import System
 from guest_memfd.uapi.kvm_run import Unknown
@@ -121,7 +121,7 @@ def test_populate_does_nothing_and_most_advice_is_refused(secret: Secret) -> Non
             return sum(int(next(line for line in lines if line.startswith("Rss:")).split()[1])
                        for line in lines if "secretmem" in line)
 
-    with Mapping(secret, 0, 2 * PAGE, flags=MAP_POPULATE) as mapping:
+    with LinuxMapping(secret, 0, 2 * PAGE, flags=MAP_POPULATE) as mapping:
         assert locked() == 0
         mapping.write(0, b"x")
         assert locked() == PAGE // 1024

@@ -15,7 +15,7 @@ from hypothesis import strategies as some
 
 from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.guests import PRIVATE_BASE
-from guest_memfd.guests.loader import Image, fits, load
+from guest_memfd.guests.loader import GuestImage, fits, load
 
 AARCH64, X86_64, ARM = 183, 62, 40
 EXEC, DYN, REL = 2, 3, 1
@@ -73,7 +73,7 @@ def test_a_built_in_guest_by_name() -> None:
 
 def test_a_flat_binary_lies_at_the_base(put: Any) -> None:
     path = put(b"\x1f\x20\x03\xd5" * 3, "guest.bin")
-    assert load(path) == Image([(BASE, b"\x1f\x20\x03\xd5" * 3)], BASE, str(path))
+    assert load(path) == GuestImage([(BASE, b"\x1f\x20\x03\xd5" * 3)], BASE, str(path))
     assert load(str(path), base=0x1000).entry == 0x1000
 
 

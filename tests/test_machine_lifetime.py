@@ -17,10 +17,11 @@ from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.hypcalls.vm import Vm
-from guest_memfd.machine.linux.panic import Blocked, KernelPanic
+from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.primitives.lifetime import LOCKS, ON_INODE
 from guest_memfd.words import facts
+from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import ALIVE, DESTROYED, EVICTED, NO_INODE
 from guest_memfd.words.primitives import PRIMITIVES, Entries, Folio, Host, Primitive, Steps
 

@@ -9,10 +9,10 @@ import pytest
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.hypcalls.vm import Vm
-from guest_memfd.machine.linux.panic import Blocked
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.uapi import kvm_arm64 as regs
 from guest_memfd.uapi.kvm import SHARED, GuestMemfdFlag, MemFlag
+from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.primitives import Host, Primitive
 
 PAGE = 4096

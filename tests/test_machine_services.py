@@ -15,9 +15,9 @@ from guest_memfd.machine.linux.page_poison import PageChecks
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.linux.snapshot import (
     Event,
-    Image,
+    HibernationImage,
     Notifier,
-    Power,
+    SnapshotPower,
     notifier_from_errno,
     safe_copy_page,
 )
@@ -85,8 +85,8 @@ def test_kcore_skips_poisoned_pages_and_what_is_no_ram() -> None:
 
 
 # The library is asked first, through its notifier: nothing is copied while a page is away.
-def _hibernate(lent: Lent, *, veto: bool) -> Image | int:
-    power = Power()
+def _hibernate(lent: Lent, *, veto: bool) -> HibernationImage | int:
+    power = SnapshotPower()
     if veto:
         def notify(event: Event) -> int:
             ret = lent.host.run(lent.library.hibernate_prepare()) if event == Event.HIBERNATION_PREPARE else 0
@@ -103,7 +103,7 @@ def test_the_library_vetoes_hibernation_while_a_page_is_away() -> None:
 def test_without_the_veto_the_image_takes_the_secret_through_the_hole() -> None:
     lent = Lent("kvm", "library")
     image = _hibernate(lent, veto=False)
-    assert isinstance(image, Image)
+    assert isinstance(image, HibernationImage)
     assert image.pages[lent.pa][:8] == SECRET
     assert not lent.machine.linear_map.kernel_page_present(lent.pa)     # and the hole is there again
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from guest_memfd.machine.hw.arm64.cpu import Abort, Cpu
+from guest_memfd.machine.hw.arm64.cpu import Cpu, CpuAbort
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault
 from guest_memfd.machine.hw.arm64.mmu import Mmu
 from guest_memfd.machine.hw.arm64.regime import Stage1
@@ -15,7 +15,7 @@ from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.machine.linux.extable import ExceptionEntry, ExceptionTable, Type, registers
+from guest_memfd.machine.linux.extable import ExceptionEntry, ExceptionTable, ExType, registers
 from guest_memfd.machine.linux.fault_info import (
     BUS_ADRALN,
     BUS_ADRERR,
@@ -111,9 +111,9 @@ class FakeKernel:
         return " gunyah"
 
 
-ZEROPAD = ExceptionEntry(PC, PC + 4, Type.LOAD_UNALIGNED_ZEROPAD, registers(3, 4))
-KACCESS = ExceptionEntry(PC, PC + 8, Type.KACCESS_ERR_ZERO, registers(9, 2))
-UACCESS = ExceptionEntry(PC, PC + 8, Type.UACCESS_ERR_ZERO, registers(9, 31))
+ZEROPAD = ExceptionEntry(PC, PC + 4, ExType.LOAD_UNALIGNED_ZEROPAD, registers(3, 4))
+KACCESS = ExceptionEntry(PC, PC + 8, ExType.KACCESS_ERR_ZERO, registers(9, 2))
+UACCESS = ExceptionEntry(PC, PC + 8, ExType.UACCESS_ERR_ZERO, registers(9, 31))
 
 
 def zeropad(**options: Any) -> tuple[FakeKernel, Regs]:
@@ -153,7 +153,7 @@ def test_error_and_zero_registers(entry: ExceptionEntry) -> None:
 
 def test_bpf_clears_its_register_unless_there_is_none() -> None:
     for data, cleared in ((7, [7]), (5, [])):
-        table, regs = ExceptionTable([ExceptionEntry(PC, PC + 4, Type.BPF, data)]), Regs(file=[77] * 31)
+        table, regs = ExceptionTable([ExceptionEntry(PC, PC + 4, ExType.BPF, data)]), Regs(file=[77] * 31)
         assert table.fixup(regs, DABT | 7, never)
         assert [n for n in range(31) if regs.file[n] != 77] == cleared
 
@@ -161,22 +161,22 @@ def test_bpf_clears_its_register_unless_there_is_none() -> None:
 @pytest.mark.parametrize(("data", "esr", "fixed"), [
     (1, DABT | WNR | 7, True), (0, DABT | 7, True), (1, DABT | 7, False), (0, DABT | WNR | 7, False)])
 def test_cpy_is_fixed_only_on_its_user_side(data: int, esr: int, fixed: bool) -> None:
-    table, regs = ExceptionTable([ExceptionEntry(PC, PC + 4, Type.UACCESS_CPY, data)]), Regs()
+    table, regs = ExceptionTable([ExceptionEntry(PC, PC + 4, ExType.UACCESS_CPY, data)]), Regs()
     assert table.fixup(regs, esr, never) is fixed
     assert regs.pc == PC + 4 * fixed
 
 
 def test_an_entry_without_a_type_is_a_bug() -> None:
     with pytest.raises(ValueError, match="BUG"):
-        ExceptionTable([ExceptionEntry(PC, PC, Type.NONE, 0)]).fixup(Regs(), DABT | 7, never)
+        ExceptionTable([ExceptionEntry(PC, PC, ExType.NONE, 0)]).fixup(Regs(), DABT | 7, never)
 
 
 def test_search_finds_the_exact_instruction() -> None:
     table = ExceptionTable([KACCESS._replace(insn=PC + 8 * n) for n in (5, 1, 3)])
     table.add([ZEROPAD._replace(insn=PC + 16)])
     found = {offset: entry.type for offset in range(0, 64, 4) if (entry := table.search(PC + offset))}
-    assert found == {8: Type.KACCESS_ERR_ZERO, 16: Type.LOAD_UNALIGNED_ZEROPAD, 24: Type.KACCESS_ERR_ZERO,
-                     40: Type.KACCESS_ERR_ZERO}
+    assert found == {8: ExType.KACCESS_ERR_ZERO, 16: ExType.LOAD_UNALIGNED_ZEROPAD, 24: ExType.KACCESS_ERR_ZERO,
+                     40: ExType.KACCESS_ERR_ZERO}
     assert not table.fixup(Regs(), DABT | 7, never)
 
 
@@ -502,7 +502,7 @@ class Machine(FakeKernel):
         cpu.pc = self.text.va(name)
         while True:
             stop = cpu.run(timeout=300)
-            assert isinstance(stop, Abort), stop
+            assert isinstance(stop, CpuAbort), stop
             if stop.pc == RETURN:
                 return cpu.x(0), cpu.x(1)
             outcome = do_mem_abort(self._esr(stop.fault), stop.fault.far, cpu, self)
@@ -563,9 +563,9 @@ def test_text_is_where_it_says() -> None:
     decoded = [ExceptionEntry.decode(KIMAGE_VADDR + at, code[at:at + 12]) for at in range(first, first + 60, 12)]
     assert [table.search(entry.insn) for entry in decoded] == decoded == sorted(decoded)
     assert sorted((machine.text.symbol_at(entry.insn).split("+")[0], entry.type, entry.data) for entry in decoded) == [
-        ("__get_user", Type.UACCESS_ERR_ZERO, 2 | 1 << 5), ("__put_user", Type.UACCESS_ERR_ZERO, 2 | 31 << 5),
-        *[("copy_from_kernel_nofault", Type.KACCESS_ERR_ZERO, 9 | 3 << 5)] * 2,
-        ("load_unaligned_zeropad", Type.LOAD_UNALIGNED_ZEROPAD, 0)]
+        ("__get_user", ExType.UACCESS_ERR_ZERO, 2 | 1 << 5), ("__put_user", ExType.UACCESS_ERR_ZERO, 2 | 31 << 5),
+        *[("copy_from_kernel_nofault", ExType.KACCESS_ERR_ZERO, 9 | 3 << 5)] * 2,
+        ("load_unaligned_zeropad", ExType.LOAD_UNALIGNED_ZEROPAD, 0)]
     for routine in ROUTINES:
         va = machine.text.va(routine.name)
         assert machine.text.symbol_at(va + 4) == f"{routine.name}+0x4/{4 * len(routine.words):#x}"

@@ -16,7 +16,7 @@ from guest_memfd.machine.linux.module import (
     Loader,
     Module,
     ModuleImage,
-    State,
+    ModuleState,
     export_symbol,
     export_symbol_for_modules,
     export_symbol_gpl,
@@ -46,7 +46,7 @@ def test_the_direct_map_is_not_for_modules(symbol: str) -> None:
 @pytest.mark.parametrize("symbol", [export.name for export in DIRECT_MAP_EXPORTS])
 def test_the_refused_patch_would_export_it(symbol: str) -> None:
     loader = Loader(direct_map_exports=True)
-    assert load(loader, "gunyah", imports=(symbol,)).state is State.LIVE
+    assert load(loader, "gunyah", imports=(symbol,)).state is ModuleState.LIVE
     assert loader.load(ModuleImage("vendor", license="Proprietary", imports=(symbol,))) == -ENOENT
     assert loader.load(ModuleImage("third", imports=("flush_tlb_kernel_range",))) == -ENOENT
 

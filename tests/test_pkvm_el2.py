@@ -18,11 +18,11 @@ from guest_memfd.machine.el2.kvm import vcpu as exits
 from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm import hypercalls as hc
 from guest_memfd.machine.el2.pkvm import transitions as t
-from guest_memfd.machine.el2.pkvm.annotation import LOCKED, POISONED, Annotation, Owner, Type
+from guest_memfd.machine.el2.pkvm.annotation import LOCKED, POISONED, Annotation, AnnotationType, PageOwner
 from guest_memfd.machine.el2.pkvm.el2 import El2
 from guest_memfd.machine.el2.pkvm.host_stage2 import MachineDead, Region
-from guest_memfd.machine.el2.pkvm.states import HypPage, State, Vmemmap
-from guest_memfd.machine.el2.pkvm.vm import MEM_SHARE, MEM_UNSHARE, Vm
+from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState, Vmemmap
+from guest_memfd.machine.el2.pkvm.vm import MEM_SHARE, MEM_UNSHARE, PkvmHypVm
 from guest_memfd.machine.hw.arm64 import cpu as stops
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject
@@ -77,7 +77,7 @@ class Machine:
         """An access of the guest; the physical address."""
         return self.cpus[cpu].translate(ipa, access, 1, FLAT, self.vm.registers()).pa
 
-    def states(self, pfn: int, *gfns: int) -> tuple[State, ...]:
+    def states(self, pfn: int, *gfns: int) -> tuple[PkvmState, ...]:
         page = self.el2.vmemmap.page(pfn)
         return page.host, page.hyp, *(checks.guest_page_state(self.vm.pgt.leaf(gfn * PAGE)) for gfn in gfns)
 
@@ -110,14 +110,14 @@ def machine() -> Machine:
 
 def test_a_vmemmap_word_is_struct_hyp_page() -> None:
     assert HypPage().value == 0, "all zeros is the host's page"
-    page = HypPage(refcount=3, order=9, host=State.SHARED_OWNED, hyp=State.SHARED_BORROWED, guests=7)
+    page = HypPage(refcount=3, order=9, host=PkvmState.SHARED_OWNED, hyp=PkvmState.SHARED_BORROWED, guests=7)
     assert page.value == 7 << 32 | (2 ^ 3) << 28 | 1 << 24 | 9 << 16 | 3
     assert HypPage.decode(page.value) == page
     assert repr(page) == "<host SHARED_OWNED hyp SHARED_BORROWED guests=7 refcount=3>"
 
 
 def test_the_vmemmap_keeps_one_word_for_a_range_and_opens_it_for_one_page() -> None:
-    frames, away = Vmemmap(), HypPage(host=State.NOPAGE)
+    frames, away = Vmemmap(), HypPage(host=PkvmState.NOPAGE)
     frames.set(1 << 18, 18, away)
     assert len(frames) == 1
     assert frames.page((1 << 18) + 12345) == away
@@ -133,19 +133,19 @@ def test_the_vmemmap_keeps_one_word_for_a_range_and_opens_it_for_one_page() -> N
 
 
 def test_the_annotations_of_7_3() -> None:
-    note = Annotation(Type.DONATION, Owner.GUEST, handle=0x1000, gfn=0x80010)
+    note = Annotation(AnnotationType.DONATION, PageOwner.GUEST, handle=0x1000, gfn=0x80010)
     assert note.encode() == 2 << 60 | 2 << 1 | (0x1000 | 0x80010 << 16) << 4
     assert Annotation.decode(note.encode()) == note
     assert repr(note) == "<DONATION to guest 0x1000 gfn 0x80010>"
     assert LOCKED.encode() == 1 << 60
     assert POISONED.encode() == 3 << 60
-    assert repr(Annotation(Type.DONATION, Owner.HYP)) == "<DONATION to hyp>"
+    assert repr(Annotation(AnnotationType.DONATION, PageOwner.HYP)) == "<DONATION to hyp>"
     assert Annotation.decode(0) is None
     assert Annotation.decode(0x8000_0707) is None
 
 
 def test_the_annotations_of_6_12() -> None:
-    note = Annotation(Type.DONATION, Owner.HYP)
+    note = Annotation(AnnotationType.DONATION, PageOwner.HYP)
     assert note.encode("6.12") == 1 << 2
     assert Annotation.decode(1 << 2, "6.12") == note
     assert LOCKED.encode("6.12") == 1 << 10
@@ -229,7 +229,7 @@ def test_6_12_has_a_bug_instead() -> None:
     machine = Machine(release="6.12")
     pfn = machine.page()
     assert t.donate_hyp(machine.el2, pfn, 1) == 0
-    assert machine.el2.host.pgt.leaf(pfn * PAGE).value == Owner.HYP << 2
+    assert machine.el2.host.pgt.leaf(pfn * PAGE).value == PageOwner.HYP << 2
     with pytest.raises(MachineDead, match=r"EPERM.*<DONATION to hyp>"):
         machine.touch(pfn * PAGE)
     assert not machine.violations()
@@ -241,7 +241,8 @@ def test_a_block_comes_apart_around_one_page_and_the_rest_is_faulted_in_again(ma
         machine.touch(pfn * PAGE + offset)
     assert machine.el2.host.pgt.leaf(pfn * PAGE).level == 2
     assert t.donate_guest(machine.el2, machine.vm, pfn + 5, GFN) == 0
-    assert machine.el2.host.note((pfn + 5) * PAGE) == Annotation(Type.DONATION, Owner.GUEST, machine.vm.handle, GFN)
+    assert machine.el2.host.note((pfn + 5) * PAGE) == Annotation(
+        AnnotationType.DONATION, PageOwner.GUEST, machine.vm.handle, GFN)
     assert machine.el2.host.pgt.leaf(pfn * PAGE).value == 0
     assert machine.touch(pfn * PAGE) is None
     assert machine.el2.host.pgt.leaf(pfn * PAGE).level == 3
@@ -251,7 +252,8 @@ def test_a_block_comes_apart_around_one_page_and_the_rest_is_faulted_in_again(ma
 
 # -- the table of transitions --------------------------------------------------------------------------------------
 
-NOPAGE, OWNED, LENT, BORROWED, POISON = State.NOPAGE, State.OWNED, State.SHARED_OWNED, State.SHARED_BORROWED, State.POISON
+NOPAGE, OWNED, POISON = PkvmState.NOPAGE, PkvmState.OWNED, PkvmState.POISON
+LENT, BORROWED = PkvmState.SHARED_OWNED, PkvmState.SHARED_BORROWED
 
 Step = tuple[str, int]
 
@@ -259,7 +261,7 @@ Step = tuple[str, int]
 class Situation:
     """One page in one state (host, hypervisor, guest at GFN, guest at GFN + 1), reached by legal calls only."""
 
-    def __init__(self, name: str, states: tuple[State, ...], *calls: str, protected: bool = True) -> None:
+    def __init__(self, name: str, states: tuple[PkvmState, ...], *calls: str, protected: bool = True) -> None:
         self.name, self.states, self.calls, self.protected = name, states, calls, protected
 
     def reach(self) -> tuple[Machine, int]:
@@ -371,7 +373,7 @@ def test_every_call_in_every_situation(situation: str, call: str) -> None:
     assert not machine.violations()
 
 
-EFFECTS: list[tuple[str, str, tuple[State, ...], str]] = [
+EFFECTS: list[tuple[str, str, tuple[PkvmState, ...], str]] = [
     ("the host's", "donate_hyp", (NOPAGE, OWNED, NOPAGE, NOPAGE), "hyp"),
     ("the host's", "share_hyp", (LENT, BORROWED, NOPAGE, NOPAGE), "host"),
     ("the host's", "share_ffa", (LENT, NOPAGE, NOPAGE, NOPAGE), "host"),
@@ -394,7 +396,7 @@ EFFECTS: list[tuple[str, str, tuple[State, ...], str]] = [
 
 
 @pytest.mark.parametrize(("situation", "call", "after", "owner"), EFFECTS)
-def test_what_a_transition_does(situation: str, call: str, after: tuple[State, ...], owner: str) -> None:
+def test_what_a_transition_does(situation: str, call: str, after: tuple[PkvmState, ...], owner: str) -> None:
     machine, pfn = SITUATIONS[situation].reach()
     pa = pfn * PAGE
     machine.ram.write(pa + 100, b"left over")
@@ -807,7 +809,7 @@ def test_two_vms_and_the_host_are_flushed_apart(machine: Machine) -> None:
     assert not machine.tlbs[1].holds_stage2(GFN * PAGE, machine.vm.vmid)
     assert machine.tlbs[0].holds_stage2(GFN * PAGE, other.vmid)
     assert t.donate_guest(machine.el2, other, first, GFN + 1) == 0
-    assert machine.el2.host.note(first * PAGE) == Annotation(Type.DONATION, Owner.GUEST, other.handle, GFN + 1)
+    assert machine.el2.host.note(first * PAGE) == Annotation(AnnotationType.DONATION, PageOwner.GUEST, other.handle, GFN + 1)
 
 
 # -- hypercalls ----------------------------------------------------------------------------------------------------
@@ -918,7 +920,7 @@ def test_an_unprotected_vm_is_not_donated_to() -> None:
     assert hvc(machine, hc.DONATE_GUEST, machine.page(), GFN) == -EINVAL
     assert hvc(machine, hc.SHARE_GUEST, machine.page(), GFN, 1, 7) == 0
     cpu.script = [cpu.call(MEM_SHARE, GFN * PAGE), stops.Wfi()]
-    assert vcpu.run() == exits.Wfi()
+    assert vcpu.run() == exits.WfiExit()
     assert cpu.regs[0] == (1 << 64) - 1, "its guest has no such call"
 
 
@@ -926,12 +928,12 @@ def test_a_vcpu_is_loaded_once(machine: Machine) -> None:
     vcpu, _ = loaded(machine, stops.Wfi())
     assert hvc(machine, hc.VCPU_LOAD, machine.vm.handle, 0, cpu=1) == 0
     assert hvc(machine, hc.DONATE_GUEST, machine.page(), GFN, cpu=1) == -EINVAL, "the load was refused, in silence"
-    assert vcpu.run() == exits.Wfi()
+    assert vcpu.run() == exits.WfiExit()
     machine.vm.add_vcpu(Script())
     assert hvc(machine, hc.VCPU_LOAD, machine.vm.handle, 1) == 0
     assert not machine.vm.vcpus[1].loaded, "this CPU has one"
     assert hvc(machine, hc.VCPU_PUT) == 0
-    assert isinstance(vcpu.run(), exits.InternalError)
+    assert isinstance(vcpu.run(), exits.InternalErrorExit)
     assert machine.vm.start_teardown() == 0
     assert hvc(machine, hc.VCPU_LOAD, machine.vm.handle, 1) == 0
     assert not machine.vm.vcpus[1].loaded, "it is dying"
@@ -944,7 +946,7 @@ def test_mem_share_of_a_page_that_is_not_there_yet(machine: Machine) -> None:
     vcpu, cpu = loaded(machine)
     ipa = GFN * PAGE
     cpu.script = [cpu.call(MEM_SHARE, ipa), cpu.call(MEM_SHARE, ipa)]
-    assert vcpu.run() == exits.MemoryFault(ipa, write=True, exec=False)
+    assert vcpu.run() == exits.MemoryFaultExit(ipa, write=True, exec=False)
     assert cpu.pc == 0x1000, "the call is made again"
     assert hvc(machine, hc.DONATE_GUEST, machine.page(), GFN) == 0
     assert vcpu.run() == exits.Hypercall(MEM_SHARE, ipa)
@@ -963,7 +965,7 @@ def test_mem_unshare_completes_when_the_host_has_let_go(machine: Machine, comple
     assert checks.guest_page_state(machine.vm.pgt.leaf(ipa)) is LENT
     if completed:
         assert hvc(machine, hc.UNSHARE, machine.vm.handle, GFN) == 0
-    assert vcpu.run() == exits.Wfi()
+    assert vcpu.run() == exits.WfiExit()
     assert cpu.regs[0] == result
 
 
@@ -973,23 +975,23 @@ def test_guest_calls_that_are_refused(machine: Machine) -> None:
     assert hvc(machine, hc.DONATE_GUEST, machine.page(), GFN) == 0
     for number, *args in ((MEM_SHARE, ipa + 1), (MEM_SHARE, ipa, 1), (MEM_UNSHARE, ipa), (MEM_SHARE, 1 << 45)):
         cpu.script = [cpu.call(number, *args), stops.Wfi()]
-        assert vcpu.run() == exits.Wfi()
+        assert vcpu.run() == exits.WfiExit()
         assert cpu.regs[0] == refused
     cpu.script = [cpu.call(MEM_UNSHARE, ipa + PAGE)]
-    assert vcpu.run() == exits.MemoryFault(ipa + PAGE, write=True, exec=False)
+    assert vcpu.run() == exits.MemoryFaultExit(ipa + PAGE, write=True, exec=False)
     cpu.script = [cpu.call(MEM_SHARE, 0x1000)]
-    assert isinstance(vcpu.run(), exits.InternalError), "no memory there, ever"
+    assert isinstance(vcpu.run(), exits.InternalErrorExit), "no memory there, ever"
     assert t.force_reclaim_guest_page(machine.el2, machine.vm.guest_maps(machine.vm.pgt.leaf(ipa).oa)
                                       and machine.vm.pgt.leaf(ipa).oa) == 0
     cpu.script = [cpu.call(MEM_SHARE, ipa), stops.Wfi()]
-    assert vcpu.run() == exits.Wfi()
+    assert vcpu.run() == exits.WfiExit()
     assert cpu.regs[0] == refused, "poisoned"
 
 
 # -- cost ----------------------------------------------------------------------------------------------------------
 
 
-def cost(machine: Machine, vm: Vm, first: int, nr: int, order: int, gfn: int) -> tuple[float, float]:
+def cost(machine: Machine, vm: PkvmHypVm, first: int, nr: int, order: int, gfn: int) -> tuple[float, float]:
     """Function calls to donate and to reclaim a leaf of 1 << *order* pages: the mean of the last 100 of *nr*."""
     el2 = machine.el2
 

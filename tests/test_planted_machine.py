@@ -14,7 +14,7 @@ from guest_memfd.machine.el2.gunyah import donate, private
 from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace
 from guest_memfd.machine.el2.gunyah.el2 import Gunyah
 from guest_memfd.machine.el2.gunyah.memdb import MemDb
-from guest_memfd.machine.el2.gunyah.stage2 import Stage2Table as GunyahTable
+from guest_memfd.machine.el2.gunyah.stage2 import GunyahStage2Table as GunyahTable
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
 from guest_memfd.machine.el2.pkvm import transitions
 from guest_memfd.machine.el2.pkvm.host_stage2 import HostStage2
@@ -32,10 +32,10 @@ from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.machine.linux.page import Page
 from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.machine.primitives.directmap import DirectMap
-from guest_memfd.machine.primitives.files import Files
+from guest_memfd.machine.primitives.files import FilePrimitives
 from guest_memfd.machine.primitives.guest import GuestSide
 from guest_memfd.machine.primitives.pagecache import PageCache
-from guest_memfd.machine.primitives.power import Power
+from guest_memfd.machine.primitives.power import PowerPrimitives
 
 SCHEDULES = 150
 """A mistake has to show within so many."""
@@ -303,8 +303,8 @@ def by_address_removes_no_combined_entry(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("gunyah", "vcpu", "vcpu2", design="gunyah-v17", scene="crossed")
 def what_is_provided_ends_with_the_file(patch: pytest.MonkeyPatch) -> None:
-    right = Files._store
-    patch.setattr(Files, "_store", lambda self, tree, start, values: (
+    right = FilePrimitives._store
+    patch.setattr(FilePrimitives, "_store", lambda self, tree, start, values: (
         right(self, tree, start, values) if start < self.inode.size else None))
 
 
@@ -321,7 +321,7 @@ def a_vm_hears_of_files_that_it_has_not_bound(patch: pytest.MonkeyPatch) -> None
 
 @mistake("kvm", "creator", "stop", scene="nothing-yet")
 def a_vm_that_has_stopped_is_bound_all_the_same(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Files, "vm_state", lambda self: "running")
+    patch.setattr(FilePrimitives, "vm_state", lambda self: "running")
 
 
 @mistake("gunyah", "vcpu", "vcpu2", "stop", scene="for-good")
@@ -356,13 +356,13 @@ def the_allocator_writes_to_what_it_frees(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("kvm", "vcpu", "vcpu2", "memory-failure")
 def memory_failure_is_never_done_with_a_page(patch: pytest.MonkeyPatch) -> None:
-    right = Power.memory_failure_done
+    right = PowerPrimitives.memory_failure_done
 
-    def memory_failure_done(self: Power, folio: Any, result: str) -> None:
+    def memory_failure_done(self: PowerPrimitives, folio: Any, result: str) -> None:
         right(self, folio, result)
         self.page(folio).handled = False
 
-    patch.setattr(Power, "memory_failure_done", memory_failure_done)
+    patch.setattr(PowerPrimitives, "memory_failure_done", memory_failure_done)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -29,8 +29,8 @@ from guest_memfd.probe.ask import child
 from guest_memfd.probe.ask.calls import call, load, name_of
 from guest_memfd.probe.ask.child import Slate, Unfit, perform
 from guest_memfd.probe.ask.here import PAGE, SIZE, Here
-from guest_memfd.probe.ask.row import SETTLED, Features, Outcome, Row, judge
-from guest_memfd.probe.bugs import BUG, BUGS, SEVERITIES, Bug, Found, find
+from guest_memfd.probe.ask.row import SETTLED, KernelFeatures, Row, RowOutcome, judge
+from guest_memfd.probe.bugs import BUG, BUGS, SEVERITIES, Bug, BugFound, find
 from guest_memfd.probe.left import count, since
 from guest_memfd.probe.offers import Offers, look, version_of
 from guest_memfd.probe.rows import ROWS
@@ -133,8 +133,8 @@ def test_documentation_names_every_kind_of_row() -> None:
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
-def features(*has: str, **lacks: str) -> Features:
-    return Features("6.18.0", frozenset({SETTLED, "ptrace", "unfiltered", "enough memory", *has} - set(lacks)), lacks)
+def features(*has: str, **lacks: str) -> KernelFeatures:
+    return KernelFeatures("6.18.0", frozenset({SETTLED, "ptrace", "unfiltered", "enough memory", *has} - set(lacks)), lacks)
 
 
 @pytest.mark.parametrize(("result", "expect", "verdict"), [
@@ -144,7 +144,7 @@ def features(*has: str, **lacks: str) -> Features:
     ("EINVAL, 1 pages", "EINVAL, 0 pages", "differs"), ("SIGBUS", "SIGBUS BUS_ADRERR at offset 0x0", "differs"),
 ])
 def test_verdict(result: str, expect: str, verdict: str) -> None:
-    assert judge(row(nothing, expect), Outcome(result), features()).verdict == verdict
+    assert judge(row(nothing, expect), RowOutcome(result), features()).verdict == verdict
 
 
 @pytest.mark.parametrize(("lacking", "result", "expect", "verdict"), [
@@ -153,7 +153,7 @@ def test_verdict(result: str, expect: str, verdict: str) -> None:
     ("ptrace", "SIGSEGV", "SIGBUS BUS_ADRERR at offset 0x0", "differs"), (SETTLED, "ok", "ok", "unknown"),
 ])
 def test_verdict_where_something_is_in_the_way(lacking: str, result: str, expect: str, verdict: str) -> None:
-    judged = judge(row(nothing, expect), Outcome(result), features(**{lacking: "because"}))
+    judged = judge(row(nothing, expect), RowOutcome(result), features(**{lacking: "because"}))
     assert judged.verdict == verdict
     if verdict == "skipped":
         assert "because" in judged.why
@@ -658,9 +658,9 @@ def test_vms_without_a_process_are_counted_where_debugfs_tells(monkeypatch: pyte
 
 def found_bugs(*verdicts: tuple[str, str]) -> Survey:
     """A survey that found *verdicts*, each a severity and what came of the bug, and tried no row."""
-    planted = [Found(Bug(f"bug-{at}", severity, "a title", "a fix", "mind it"), verdict, f"what was seen of bug-{at}")
+    planted = [BugFound(Bug(f"bug-{at}", severity, "a title", "a fix", "mind it"), verdict, f"what was seen of bug-{at}")
                for at, (severity, verdict) in enumerate(verdicts)]
-    offered = Offers(Features("6.18.0"), {"kernel": "6.18.0, x86_64"})
+    offered = Offers(KernelFeatures("6.18.0"), {"kernel": "6.18.0, x86_64"})
     return Survey(("bugs",), offered, (), tuple(planted), since(count()), 1.0)
 
 

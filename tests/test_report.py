@@ -12,7 +12,7 @@ import pytest
 from guest_memfd.abstract import show
 from guest_memfd.abstract import state as st
 from guest_memfd.designs.none import NoDesign
-from guest_memfd.explore.engine.cost import Cost
+from guest_memfd.explore.engine.cost import DesignCost
 from guest_memfd.explore.engine.explorer import Finding, Step
 from guest_memfd.explore.engine.scenario import world
 from guest_memfd.explore.suite.check import check
@@ -463,7 +463,7 @@ def test_laws_and_other_ways_say_scene_and_steps(load: Finding) -> None:
 
 
 def test_the_cost_table_puts_like_with_like() -> None:
-    cheap, dear = Cost(2, 1, 1, 2), Cost(9, 1, 1, 2)
+    cheap, dear = DesignCost(2, 1, 1, 2), DesignCost(9, 1, 1, 2)
     counted = {("a", "kvm"): cheap, ("a", "pkvm"): cheap, ("b", "kvm"): dear, ("c", "kvm"): None}
     lines = list(table.costs(counted, Style()))
     assert sum(line.startswith("a on kvm, pkvm") for line in lines) == 1

@@ -19,7 +19,7 @@ from guest_memfd.errors import BadInput
 from guest_memfd.guests import GUESTS, SHARED_LINE
 from guest_memfd.guests.loader import load
 from guest_memfd.machine.boot import Machine
-from guest_memfd.vmm.emulated import Order, Report, Run
+from guest_memfd.vmm.emulated import EmulatedOrder, EmulatedReport, EmulatedRun
 from guest_memfd.vmm.layout import Layout
 
 pytest.importorskip("unicorn")
@@ -362,9 +362,9 @@ def test_guests_are_listed() -> None:
 # -- memory that runs out --------------------------------------------------------------------------------------------------
 
 
-def starved(guest: str, host: str, who: str, n: int) -> Report:
-    order = Order(load(guest), host, layout=Layout(1 << 20, 1 << 16), ram=32 << 20, timeout=300, fail=(who, n))  # type: ignore
-    return Run(order, lambda text: None, lambda text: None).run()
+def starved(guest: str, host: str, who: str, n: int) -> EmulatedReport:
+    order = EmulatedOrder(load(guest), host, layout=Layout(1 << 20, 1 << 16), ram=32 << 20, timeout=300, fail=(who, n))  # type: ignore
+    return EmulatedRun(order, lambda text: None, lambda text: None).run()
 
 
 @EVERYWHERE

@@ -28,7 +28,7 @@ from pages import agrees, commands
 from guest_memfd.cli.main import main
 from guest_memfd.errors import BadInput, GuestMemfdError, SyscallFailed
 from guest_memfd.guests import CONSOLE, CONTROL, GUESTS, SHARED_BASE, SHARED_LINE
-from guest_memfd.guests.loader import Image, load
+from guest_memfd.guests.loader import GuestImage, load
 from guest_memfd.guests.target import REAL_MODE, X86_64
 from guest_memfd.linux import fault_path, syscall
 from guest_memfd.linux.abi import kvm_x86
@@ -40,9 +40,9 @@ from guest_memfd.uapi.kvm import Cap
 from guest_memfd.uapi.kvm_run import (
     Exit,
     FailEntry,
-    InternalError,
     Intr,
     Io,
+    KvmInternalError,
     MemoryFault,
     Mmio,
     Shutdown,
@@ -52,7 +52,7 @@ from guest_memfd.uapi.kvm_run import (
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
 from guest_memfd.vmm.layout import PAGE, Layout
-from guest_memfd.vmm.loop import Ended, drive
+from guest_memfd.vmm.loop import LoopEnded, drive
 
 ROOT = Path(__file__).parent.parent
 X86 = {name: guest for name, guest in GUESTS.items() if "x86_64" in guest.architectures}
@@ -351,7 +351,7 @@ class Scripted:
         system = stack.enter_context(System())
         self.guest = X86Guest(system, layout, load("loop", X86_64), False, self.console, stack, self.log.append)
 
-    def step(self, told: Exit, monkeypatch: pytest.MonkeyPatch) -> tuple[Ended | None, list[bytes]]:
+    def step(self, told: Exit, monkeypatch: pytest.MonkeyPatch) -> tuple[LoopEnded | None, list[bytes]]:
         answers: list[bytes] = []
         monkeypatch.setattr(self.guest.vcpu, "run", lambda _seconds: told)
         monkeypatch.setattr(self.guest.vcpu, "answer", answers.append)
@@ -407,7 +407,7 @@ def test_one_page_goes_and_its_neighbours_stay(monkeypatch: pytest.MonkeyPatch) 
 @on_kvm
 @pytest.mark.parametrize(("told", "words"), [
     (Shutdown(), "a triple fault"), (FailEntry(0x21), "refuses the vCPU's state: 0x21"),
-    (InternalError("KVM_INTERNAL_ERROR_EMULATION"), "KVM_INTERNAL_ERROR_EMULATION"),
+    (KvmInternalError("KVM_INTERNAL_ERROR_EMULATION"), "KVM_INTERNAL_ERROR_EMULATION"),
     (MemoryFault(0, 0x8000_3000, PAGE, 14), "EFAULT (Bad address): the guest's page at 0x80003000 is gone"),
     (Unknown(7, 0), "ends with reason 7"), (SystemEvent(1), "an exit that nobody here expects"),
 ])
@@ -447,13 +447,13 @@ def test_a_call_that_this_kvm_refuses_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_fits() -> None:
-    image = Image([(0x7C00, b"\xf4")], 0x7C00, "it")
-    high = Image([(0x7C00, bytes(0x100000 - 0x7C00 - PAGE))], 0x7C00, "it")
+    image = GuestImage([(0x7C00, b"\xf4")], 0x7C00, "it")
+    high = GuestImage([(0x7C00, bytes(0x100000 - 0x7C00 - PAGE))], 0x7C00, "it")
     assert fit(Layout(1 << 20, 0, base=0), image, True) == (0x8000, 1)
     assert fit(Layout(2 << 20, 0, base=0), high, True)[0] == 0xFF000
     with pytest.raises(BadInput, match="beyond what real mode reaches"):
-        fit(Layout(2 << 20, 0, base=0), Image([(0x7C00, bytes(0x100000 - 0x7C00))], 0x7C00, "it"), True)
-    low = Image([(0x8000_0000, b"\xf4")], 0x8000_0000, "it")
+        fit(Layout(2 << 20, 0, base=0), GuestImage([(0x7C00, bytes(0x100000 - 0x7C00))], 0x7C00, "it"), True)
+    low = GuestImage([(0x8000_0000, b"\xf4")], 0x8000_0000, "it")
     assert fit(Layout(62 << 30, 0), low, False) == (0x8000_1000, 64)
     with pytest.raises(BadInput, match="62G is the most"):
         fit(Layout((62 << 30) + PAGE, 0), low, False)
@@ -612,7 +612,7 @@ def test_too_few_descriptors_is_an_error_and_nothing_stays() -> None:
 
 
 # What goes wrong with so many descriptors, in words.
-def _life(image: Image, descriptors: int) -> str:
+def _life(image: GuestImage, descriptors: int) -> str:
     try:
         with limit(resource.RLIMIT_NOFILE, descriptors), System() as system, ExitStack() as stack:
             guest = X86Guest(system, Layout(1 << 20), image, False, Console(lambda text: None), stack, lambda text: None)

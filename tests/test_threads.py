@@ -14,7 +14,7 @@ from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.machine.board.lock import Turns
 from guest_memfd.machine.boot import Config, Machine
-from guest_memfd.machine.dev.file import Owned
+from guest_memfd.machine.dev.file import Serialised
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.uapi import kvm_arm64, kvm_run
 from guest_memfd.uapi.kvm import SHARED, MemFlag
@@ -143,12 +143,12 @@ def test_a_vcpu_that_is_closed_while_it_runs_goes_when_it_comes_back() -> None:
 # -- the lock ----------------------------------------------------------------------------------------------------------
 
 
-def every(kind: type[Owned]) -> list[type[Owned]]:
+def every(kind: type[Serialised]) -> list[type[Serialised]]:
     return [kind, *(below for sub in kind.__subclasses__() for below in every(sub))]
 
 
 def test_every_call_of_every_object_of_a_device_takes_its_turn() -> None:
-    missed = [f"{kind.__name__}.{name}" for kind in every(Owned)[1:] for name, thing in vars(kind).items()
+    missed = [f"{kind.__name__}.{name}" for kind in every(Serialised)[1:] for name, thing in vars(kind).items()
               if not name.startswith("_") and callable(thing) and not hasattr(thing, "__wrapped__")]
     assert missed == []
 

@@ -8,7 +8,7 @@ from test_loader import BASE, CODE, dynamic, elf
 
 from fuzz.kind import Kind
 from guest_memfd.errors import BadInput
-from guest_memfd.guests.loader import Source, load
+from guest_memfd.guests.loader import GuestSource, load
 from guest_memfd.guests.target import ARM64, X86_64
 
 TEXT = b"start: mov x0, #1\n        str x0, [x1, #8]!\n        b start\n.align 4\n.quad start, 7\n.ascii \"text\"\n"
@@ -33,7 +33,7 @@ class Guests(Kind):
                 break
         said.append(f"{name}: {bytes(changed).hex()}")
         try:
-            image = load(Source(name, bytes(changed)), choose.choice((ARM64, X86_64)))
+            image = load(GuestSource(name, bytes(changed)), choose.choice((ARM64, X86_64)))
         except BadInput as error:
             words = str(error)
             return f"an error of {len(words)} characters" if len(words) > LONGEST or "\n" in words else None

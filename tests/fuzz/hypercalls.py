@@ -17,7 +17,7 @@ from fuzz.kind import Kind
 from guest_memfd.machine.el2.gunyah import hypercalls as gunyah
 from guest_memfd.machine.el2.pkvm import hypercalls as pkvm
 from guest_memfd.machine.el2.pkvm import transitions
-from guest_memfd.machine.el2.pkvm.states import State
+from guest_memfd.machine.el2.pkvm.states import PkvmState
 
 STEPS = 30
 WORDS = 18
@@ -116,8 +116,8 @@ class PkvmCalls(Kind):
             host = m.el2.vmemmap.page(pfn).host
             if len(mapped) > 1:
                 return f"pfn {pfn:#x} is mapped in VMs {mapped}"
-            if mapped and host == State.OWNED:
+            if mapped and host == PkvmState.OWNED:
                 return f"pfn {pfn:#x} is the host's alone, and VM {mapped[0]} maps it"
-            if host == State.NOPAGE and m.el2.host_may(pfn * PAGE):
+            if host == PkvmState.NOPAGE and m.el2.host_may(pfn * PAGE):
                 return f"pfn {pfn:#x} is not the host's, and the host's stage 2 lets it in"
         return None

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, field
 
 from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
-from guest_memfd.machine.hw.arm64.registers import Features, Tcr, Vtcr
+from guest_memfd.machine.hw.arm64.registers import CpuFeatures, Tcr, Vtcr
 from guest_memfd.machine.hw.arm64.walk import Stage1, Stage2
 from guest_memfd.machine.hw.ram import Ram
 
@@ -20,7 +20,7 @@ TABLES, TABLES_END = 1 << 20, 24 << 20
 AF, SH, FULL = 1 << 10, 3 << 8, 3 << 6
 VA_BITS = {K4: (48, 39, 36, 30, 42), K16: (47, 36, 48, 40), K64: (48, 42, 39)}
 IPA_BITS = {K4: (40, 36, 39, 34, 43, 32), K16: (40, 36, 42, 33), K64: (40, 36, 42, 34)}
-NO_XNX = Features(xnx=False)
+NO_XNX = CpuFeatures(xnx=False)
 
 
 def start_levels(granule: Granule, ia_bits: int) -> list[int]:

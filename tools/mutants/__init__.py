@@ -12,7 +12,7 @@ A mutant that nothing kills is a hole in the laws or in the scenarios, or it is 
     tested.py       tests of the project that have to notice what the suite does not
     killer.py       what scenarios are, whatever they do
     baseline.py     what runs where, and what it costs
-    trial.py        one mutant against its scenarios
+    run.py          all of them, in processes; trial.py: one mutant against its scenarios
     watch.py        when a trial has taken too long, or goes round for ever
     children.py     trials in processes of their own, with limits
     equivalent.py   the list of those that cannot be noticed (equivalent.txt)

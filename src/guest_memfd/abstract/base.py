@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from guest_memfd.abstract import state as st
 from guest_memfd.words import facts
+from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import EVICTED, GUEST, MANY, SECRET
 from guest_memfd.words.primitives import OPS
 
@@ -14,15 +15,11 @@ if TYPE_CHECKING:
     from guest_memfd.words.scene import Kernel
 
 
-class Blocked(Exception):  # noqa: N818 - a signal, not an error
-    """The primitive has to wait."""
-
-
 class Panicked(Exception):  # noqa: N818
     """The kernel stopped in the middle of the primitive."""
 
 
-class Base:
+class AbstractBase:
     """The state a primitive works on, whose file and VM it is about, who asked for it, and what it leaves for the laws."""
 
     hypervisor: Hypervisor
@@ -31,8 +28,8 @@ class Base:
     tasks: frozenset[int]
     sizes: st.Sizes
     state: st.State
-    file: st.File
-    vm: st.Vm
+    file: st.FileRecord
+    vm: st.VmRecord
 
     def __init__(self) -> None:
         self.notes: list[Any] = []
@@ -59,7 +56,7 @@ class Base:
 
     # -- numbers: of pages and gfns, counted on from file to file and from VM to VM --------------------------------
 
-    def page(self, index: int) -> st.Page:
+    def page(self, index: int) -> st.PageRecord:
         """Page *index* of the file; outside of it the kernel stops."""
         if not 0 <= index < self.sizes.pages:
             self.die(f"page {index} is used, of a file of {self.sizes.pages} pages")
@@ -74,7 +71,7 @@ class Base:
         number = frame.slot - 1 - self.file.number * self.sizes.pages
         return number if frame.slot and 0 <= number < self.sizes.pages else None
 
-    def gfn(self, gfn: int) -> st.Gfn:
+    def gfn(self, gfn: int) -> st.GfnRecord:
         """Record of *gfn* of the VM; outside of what it has the kernel stops."""
         if not 0 <= gfn < self.sizes.gfns:
             self.die(f"gfn {gfn} is used, of a VM of {self.sizes.gfns} guest frames")

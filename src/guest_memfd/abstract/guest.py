@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guest_memfd.abstract import state as st
-from guest_memfd.abstract.mappings import Mappings
+from guest_memfd.abstract.mappings import AbstractMappings
 from guest_memfd.errors import shown
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ANY, DATA, FOR_GOOD, GONE, GUEST, HELD, HOST, OWNERS, RUNNING, SECRET, ZERO
@@ -12,7 +12,7 @@ from guest_memfd.words.primitives import OPS, Folio
 MAX_ERRNO = 4095
 
 
-class GuestSide(Mappings):
+class AbstractGuestSide(AbstractMappings):
     """hypercall ... gpc_drop; and the `core.hypervisor.Stage2` protocol that EL2 code works on."""
 
     _refused = False

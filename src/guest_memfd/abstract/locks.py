@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from guest_memfd.abstract.base import Base
+from guest_memfd.abstract.base import AbstractBase
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.pagestate import CONTENTION, POISON
 from guest_memfd.words.primitives import Folio, Locked
 
 
-class Locks(Base):
+class AbstractLocks(AbstractBase):
     """down_read ... unlock_folio."""
 
     def _sem(self, sem: str) -> tuple[int, int, int]:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from guest_memfd.abstract import state as st
-from guest_memfd.abstract.base import Blocked, Panicked
-from guest_memfd.abstract.locks import Locks
-from guest_memfd.abstract.world import World
+from guest_memfd.abstract.base import Panicked
+from guest_memfd.abstract.locks import AbstractLocks
+from guest_memfd.abstract.world import AbstractWorld
 from guest_memfd.errors import BadInput
 from guest_memfd.words import facts
-from guest_memfd.words.outcome import Outcome
+from guest_memfd.words.outcome import Blocked, Outcome
 from guest_memfd.words.pagestate import DESTROYED, EVICTED, FAILURE, FOR_GOOD, JUNK, MANY
 from guest_memfd.words.primitives import EAGAIN, ENOMEM, Bound, Primitive
 
@@ -47,8 +47,8 @@ OF_INODE_BY_NAME = frozenset({
 """Primitives that work on it if the lock or the tree they name is the inode's: a driver keeps its own in its VM."""
 
 
-class AbstractHost(Locks, World):
-    """A `check.explorer.Machine` with the fields of `state`: the host of *scene* under *hypervisor*.
+class AbstractHost(AbstractLocks, AbstractWorld):
+    """A `explore.engine.explorer.ExploredHost` with the fields of `state`: the host of *scene* under *hypervisor*.
 
     parties: how many party numbers there are. tasks: those of parties that are tasks and can be frozen.
     sea_fixup: whether do_sea() consults the exception table (the design `fixup` changes that).

@@ -8,7 +8,7 @@ chooses, and only some kinds consult the table.
 from __future__ import annotations
 
 from guest_memfd.abstract import state as st
-from guest_memfd.abstract.base import Base
+from guest_memfd.abstract.base import AbstractBase
 from guest_memfd.core.hypervisor import DATA_ABORT, SEA
 from guest_memfd.errors import shown
 from guest_memfd.words import facts
@@ -16,7 +16,7 @@ from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTS, DATA, EVICTED,
 from guest_memfd.words.primitives import EBADF, Folio
 
 
-class Mappings(Base):
+class AbstractMappings(AbstractBase):
     """clear_folio ... unpin, and `kernel_access`, the one way the kernel touches memory."""
 
     # -- accesses ------------------------------------------------------------------------------------------------

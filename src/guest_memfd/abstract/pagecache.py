@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from guest_memfd.abstract import state as st
-from guest_memfd.abstract.mappings import Mappings
+from guest_memfd.abstract.mappings import AbstractMappings
 from guest_memfd.words.pagestate import ALLOCATED, CONTENTION, FAILURE, FREE, JUNK, REFERENCE, ZERO
 from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
 
 
-class PageCache(Mappings):
+class AbstractPageCache(AbstractMappings):
     """filemap_get_folio ... folio_set_private."""
 
     def filemap_get_folio(self, index: int) -> Lookup | None:

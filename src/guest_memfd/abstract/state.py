@@ -125,7 +125,7 @@ PANIC_AT: Final = _HEADER + list(GLOBALS).index("panic")
 """Where the byte `panic` is, in every state."""
 
 
-class Layout:
+class StateLayout:
     """Where the records are in a state of given *sizes*."""
 
     __slots__ = ("at", "counts", "names", "size", "sizes")
@@ -143,14 +143,14 @@ class Layout:
 
 
 @lru_cache
-def _layout(sizes: tuple[int, ...]) -> Layout:
-    return Layout(Sizes(*sizes))
+def _layout(sizes: tuple[int, ...]) -> StateLayout:
+    return StateLayout(Sizes(*sizes))
 
 
 _read = bytearray.__getitem__
 
 
-def layout_of(state: bytes | bytearray) -> Layout:
+def layout_of(state: bytes | bytearray) -> StateLayout:
     """The layout of *state*, which is in its first bytes: the same in every state of a host, so nobody is said to look."""
     if isinstance(state, bytes):
         return _layout(tuple(state[:_HEADER]))
@@ -186,19 +186,19 @@ class Frame(_Record):
         return int(self.cache + self.lru + self.lookup + self.provided + self.pin + self.get + self.spec + self.kept)
 
 
-class Page(_Record):
+class PageRecord(_Record):
     """One page of a file; `number` is its page index, counted on from file to file. Fields: PAGE_FIELDS."""
 
 
-class Gfn(_Record):
+class GfnRecord(_Record):
     """One guest frame; `number` is its gfn, counted on from VM to VM. Fields: GFN_FIELDS."""
 
 
-class File(_Record):
+class FileRecord(_Record):
     """A guest_memfd file and its inode. Fields: FILE_FIELDS."""
 
 
-class Vm(_Record):
+class VmRecord(_Record):
     """A VM. Fields: VM_FIELDS."""
 
 
@@ -206,8 +206,8 @@ class PartyGhost(_Record):
     """What the laws remember of the operation a party is in. Fields: PARTY_FIELDS."""
 
 
-for _cls, _fields in ((Frame, FRAME_FIELDS), (Page, PAGE_FIELDS), (Gfn, GFN_FIELDS), (File, FILE_FIELDS), (Vm, VM_FIELDS),
-                      (PartyGhost, PARTY_FIELDS)):
+for _cls, _fields in ((Frame, FRAME_FIELDS), (PageRecord, PAGE_FIELDS), (GfnRecord, GFN_FIELDS), (FileRecord, FILE_FIELDS),
+                      (VmRecord, VM_FIELDS), (PartyGhost, PARTY_FIELDS)):
     for _offset, _name in enumerate(_fields):
         setattr(_cls, _name, _byte(_offset))
 
@@ -246,21 +246,21 @@ class State:
         """Frame *pfn*; IndexError where there is none."""
         return Frame(self.raw, self._at("pfn", pfn, _FRAME_SIZE), pfn)
 
-    def page(self, number: int) -> Page:
+    def page(self, number: int) -> PageRecord:
         """Page *number* (its page index, if it is of the first file); IndexError where there is none."""
-        return Page(self.raw, self._at("page", number, _PAGE_SIZE), number)
+        return PageRecord(self.raw, self._at("page", number, _PAGE_SIZE), number)
 
-    def gfn(self, number: int) -> Gfn:
+    def gfn(self, number: int) -> GfnRecord:
         """Guest frame *number* (its gfn, if it is of the first VM); IndexError where there is none."""
-        return Gfn(self.raw, self._at("gfn", number, _GFN_SIZE), number)
+        return GfnRecord(self.raw, self._at("gfn", number, _GFN_SIZE), number)
 
-    def file(self, number: int = 0) -> File:
+    def file(self, number: int = 0) -> FileRecord:
         """File *number*."""
-        return File(self.raw, self._at("file", number, _FILE_SIZE), number)
+        return FileRecord(self.raw, self._at("file", number, _FILE_SIZE), number)
 
-    def vm(self, number: int = 0) -> Vm:
+    def vm(self, number: int = 0) -> VmRecord:
         """VM *number*."""
-        return Vm(self.raw, self._at("vm", number, _VM_SIZE), number)
+        return VmRecord(self.raw, self._at("vm", number, _VM_SIZE), number)
 
     def ghost(self, party: int) -> PartyGhost:
         """The ghost of *party*."""
@@ -270,19 +270,19 @@ class State:
         """All frames."""
         return map(self.frame, range(self.layout.counts["pfn"]))
 
-    def pages(self) -> Iterator[Page]:
+    def pages(self) -> Iterator[PageRecord]:
         """All pages of all files."""
         return map(self.page, range(self.layout.counts["page"]))
 
-    def gfns(self) -> Iterator[Gfn]:
+    def gfns(self) -> Iterator[GfnRecord]:
         """All guest frames of all VMs."""
         return map(self.gfn, range(self.layout.counts["gfn"]))
 
-    def all_files(self) -> Iterator[File]:
+    def all_files(self) -> Iterator[FileRecord]:
         """All files."""
         return map(self.file, range(self.layout.counts["file"]))
 
-    def vms(self) -> Iterator[Vm]:
+    def vms(self) -> Iterator[VmRecord]:
         """All VMs."""
         return map(self.vm, range(self.layout.counts["vm"]))
 
@@ -290,7 +290,7 @@ class State:
         """The ghosts of all parties."""
         return map(self.ghost, range(self.layout.counts["party"]))
 
-    def file_of(self, page: int) -> File:
+    def file_of(self, page: int) -> FileRecord:
         """The file that page *number* belongs to."""
         return self.file(page // self.layout.sizes.pages)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from guest_memfd.abstract import state as st
-from guest_memfd.abstract.guest import GuestSide
-from guest_memfd.abstract.pagecache import PageCache
+from guest_memfd.abstract.guest import AbstractGuestSide
+from guest_memfd.abstract.pagecache import AbstractPageCache
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import (
     ALIVE,
@@ -29,7 +29,7 @@ TREES = {"attributes": "attr", "bindings": "binding"}
 """Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""
 
 
-class World(PageCache, GuestSide):
+class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     """xa_load ... vm_destroyed, begin_op, end_op."""
 
     bounds: Mapping[str, Bound]
@@ -69,7 +69,7 @@ class World(PageCache, GuestSide):
             ghost.ended = 1 - ret
 
     # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
-    def _guest_has(self, page: st.Page) -> bool:
+    def _guest_has(self, page: st.PageRecord) -> bool:
         if self.vm.vm != RUNNING:
             return True
         if not page.binding or not page.cached:
@@ -132,7 +132,7 @@ class World(PageCache, GuestSide):
         setattr(page, field, value)
 
     # A page that becomes shared is given to the host as it is; one that becomes private is the guest's.
-    def _attribute_changed(self, frame: st.Frame, page: st.Page) -> None:
+    def _attribute_changed(self, frame: st.Frame, page: st.PageRecord) -> None:
         if page.attr == PRIVATE_PAGE:
             self.note_private(frame, "converted")
         else:

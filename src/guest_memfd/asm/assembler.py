@@ -56,11 +56,11 @@ class Malformed(ValueError):  # noqa: N818 - it says it without the suffix
     """An operand that the instruction does not take; the message says why."""
 
 
-class Undefined(Malformed):
+class UndefinedSymbol(Malformed):
     """A symbol that is not defined, or not yet."""
 
 
-class Program(NamedTuple):
+class Assembled(NamedTuple):
     """What `assemble` made: *data* belongs at *origin*; *symbols* are absolute; *listing* is for people.
 
     *bits* is the mode in which its first instruction has to be executed.
@@ -227,7 +227,7 @@ class Assembler(ABC):
         symbols = self.constants if constant else self.symbols
         if name not in symbols:
             numbered = _OF_NUMBER.fullmatch(name)
-            raise Undefined(f"no label {numbered[1]} in that direction" if numbered else f"no symbol {name!r}")
+            raise UndefinedSymbol(f"no label {numbered[1]} in that direction" if numbered else f"no symbol {name!r}")
         return symbols[name]
 
     # -- first pass: addresses -----------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Assembler(ABC):
                 try:
                     self.define(statement.operands[0], self.value(statement.operands[1], constant=True))
                     continue
-                except Undefined:
+                except UndefinedSymbol:
                     pass
                 except Malformed as error:
                     raise self.error(statement.line, f"{statement.word}: {error}") from error
@@ -262,7 +262,7 @@ class Assembler(ABC):
             statement.address = self.here
             try:
                 statement.size = self.size_of(statement)
-            except Undefined as error:
+            except UndefinedSymbol as error:
                 raise self.error(statement.line, f"{error} (it must be defined before this line)") from error
             except Malformed as error:
                 raise self.error(statement.line, f"{statement.word}: {error}") from error
@@ -312,7 +312,7 @@ class Assembler(ABC):
 
     # -- second pass: bytes --------------------------------------------------------------------------------------
 
-    def emit(self) -> Program:
+    def emit(self) -> Assembled:
         """The program, when everything is placed. Raises BadInput."""
         out, listing = bytearray(), []
         for statement in self.statements:
@@ -324,7 +324,7 @@ class Assembler(ABC):
             out += data
             if data or statement.word == ":":
                 listing.append(f"{statement.address:#012x}  {self.shown(data)}  {statement.source.rstrip()}")
-        return Program(bytes(out), dict(self.symbols), "\n".join(listing) + "\n", self.origin)
+        return Assembled(bytes(out), dict(self.symbols), "\n".join(listing) + "\n", self.origin)
 
     def shown(self, data: bytes) -> str:
         """The first bytes of a statement, for the listing."""

@@ -12,7 +12,7 @@ from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
-from guest_memfd.explore.engine.cost import Cost, cost
+from guest_memfd.explore.engine.cost import DesignCost, cost
 from guest_memfd.explore.suite.verdict import Report
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report import json, terminal
@@ -21,7 +21,7 @@ from guest_memfd.report.sentence import sentence
 from guest_memfd.report.style import Style
 from guest_memfd.report.table import costs, tables
 
-Costs = dict[tuple[str, str], Cost | None]
+Costs = dict[tuple[str, str], DesignCost | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

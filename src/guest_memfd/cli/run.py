@@ -19,7 +19,7 @@ from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.report.style import style_for
 
 if TYPE_CHECKING:
-    from guest_memfd.vmm.loop import Outcome
+    from guest_memfd.vmm.loop import LoopOutcome
 
 RUN = "guest-memfd-run/1"
 EMULATED = ("emulated:arm64/gunyah", "emulated:arm64/pkvm", "emulated:arm64/kvm")
@@ -134,7 +134,7 @@ def log(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def tell(outcome: Outcome, endings: dict[str, str], verbose: int) -> None:
+def tell(outcome: LoopOutcome, endings: dict[str, str], verbose: int) -> None:
     """How it ended, in words, unless by the guest's own wish; with registers where they say something.
 
     Before that, with *verbose*, what it left in its shared window.

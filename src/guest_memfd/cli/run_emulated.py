@@ -11,7 +11,7 @@ from guest_memfd.cli.run import PAGE, RUN, Lines, fill, log, refuse, size, tell
 from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.guests.loader import load
 from guest_memfd.report import json
-from guest_memfd.vmm.emulated import Order, Report, Run
+from guest_memfd.vmm.emulated import EmulatedOrder, EmulatedReport, EmulatedRun
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.readers import READERS
 
@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     order = order_of(arguments)
     with Output(arguments.output) as out:
         with Lines((lambda _text: None) if arguments.json else out.write) as lines:
-            report = Run(order, lines.say, log).run()
+            report = EmulatedRun(order, lines.say, log).run()
         code = exit_code(report)
         if isinstance(report.failed, HostUnavailable) and not arguments.json:
             raise report.failed
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 # -- what was asked for ----------------------------------------------------------------------------------------------
 
-def order_of(arguments: argparse.Namespace) -> Order:
+def order_of(arguments: argparse.Namespace) -> EmulatedOrder:
     """Everything checked that can be before a machine is built; raises BadInput, UnknownName, HostUnavailable."""
     refuse(arguments, ("--real-mode",), "is for --on kvm: the emulated machines are arm64's")
     fill(arguments, memory="16M", ram="256M", folio="4K", design="library")
@@ -56,7 +56,7 @@ def order_of(arguments: argparse.Namespace) -> Order:
         raise UnknownName("reader", reader, ("none", *READERS))
     layout = Layout(memory, size("--shared", arguments.shared, least=0), folio)
     hypervisor = arguments.on.rpartition("/")[2]
-    return Order(load(arguments.guest), hypervisor, arguments.design, layout, ram, arguments.timeout,
+    return EmulatedOrder(load(arguments.guest), hypervisor, arguments.design, layout, ram, arguments.timeout,
                  None if reader == "none" else reader, arguments.verbose, _fail(arguments.fail))
 
 
@@ -77,7 +77,7 @@ def _fail(text: str | None) -> Any:
 
 # -- what came of it -------------------------------------------------------------------------------------------------
 
-def exit_code(report: Report) -> int:
+def exit_code(report: EmulatedReport) -> int:
     """2 for a broken law, a crash or a panic; 3 when the time was up; that of the error that stopped it; 0."""
     if report.broken or report.panic:
         return 2
@@ -87,7 +87,7 @@ def exit_code(report: Report) -> int:
     return {"off": 0, "reset": 0, "timeout": 3}.get(report.ended.how, 2)
 
 
-def _read_line(report: Report) -> str:
+def _read_line(report: EmulatedReport) -> str:
     read = report.read
     assert read is not None
     if read.reader == "kcore":
@@ -96,7 +96,7 @@ def _read_line(report: Report) -> str:
 
 
 # Everything that is not the guest's own word.
-def _tell(report: Report, arguments: argparse.Namespace) -> None:
+def _tell(report: EmulatedReport, arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         for line in report.log:
             log(f"host: {line}")
@@ -111,7 +111,7 @@ _ENDINGS = {"timeout": "timeout", "crash": "the guest has crashed", "faults for 
             "panic": "the host has panicked"}
 
 
-def _object(arguments: argparse.Namespace, report: Report, code: int) -> dict[str, Any]:
+def _object(arguments: argparse.Namespace, report: EmulatedReport, code: int) -> dict[str, Any]:
     ended, read = report.ended, report.read
     return {
         "schema": RUN, "guest": arguments.guest, "on": arguments.on, "design": arguments.design, "exit_code": code,

@@ -16,7 +16,7 @@ from guest_memfd.guests.loader import load, read, x86_target
 from guest_memfd.guests.target import REAL_MODE, X86_64
 from guest_memfd.report import json
 from guest_memfd.vmm.layout import Layout
-from guest_memfd.vmm.linux import Order, Report
+from guest_memfd.vmm.linux import LinuxOrder, LinuxReport
 from guest_memfd.vmm.linux import run as run_guest
 
 _THEIRS = ("--design", "--folio", "--ram", "--reader", "--zeropad", "--fail")
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def order_of(arguments: argparse.Namespace) -> Order:
+def order_of(arguments: argparse.Namespace) -> LinuxOrder:
     """Everything checked that can be without a VM; raises BadInput, UnknownName, HostUnavailable."""
     refuse(arguments, _THEIRS, f"is for emulated machines ({', '.join(EMULATED)}); here the kernel that runs is what it is")
     if platform.machine() != "x86_64":
@@ -60,10 +60,10 @@ def order_of(arguments: argparse.Namespace) -> Order:
     fill(arguments, memory="512K" if real_mode else "16M", shared="64K")
     memory, shared = size("--memory", arguments.memory), size("--shared", arguments.shared, least=0)
     layout = Layout(memory, shared, base=0) if real_mode else Layout(memory, shared)
-    return Order(load(found, target), real_mode, layout, arguments.timeout)
+    return LinuxOrder(load(found, target), real_mode, layout, arguments.timeout)
 
 
-def exit_code(report: Report) -> int:
+def exit_code(report: LinuxReport) -> int:
     """2 for a crash; 3 when the time was up; that of the error that stopped it; 0."""
     if report.failed is not None:
         return report.failed.exit_code
@@ -71,7 +71,7 @@ def exit_code(report: Report) -> int:
     return {"off": 0, "crash": 2, "timeout": 3}[report.ended.how]
 
 
-def _tell(order: Order, report: Report, verbose: int) -> None:
+def _tell(order: LinuxOrder, report: LinuxReport, verbose: int) -> None:
     log(f"vCPU in {_MODES[order.real_mode]}: {_FAULT_PATHS[report.native]}")
     if verbose:
         counted = ", ".join(f"{name} {count}" for name, count in sorted(report.statistics.items()) if count)
@@ -81,7 +81,7 @@ def _tell(order: Order, report: Report, verbose: int) -> None:
     log(f"{report.exits} exits{pages}, {report.seconds:.3f} s")
 
 
-def _object(arguments: argparse.Namespace, order: Order, report: Report, code: int) -> dict[str, Any]:
+def _object(arguments: argparse.Namespace, order: LinuxOrder, report: LinuxReport, code: int) -> dict[str, Any]:
     ended = report.ended
     return {
         "schema": RUN, "guest": arguments.guest, "on": arguments.on, "exit_code": code,

@@ -16,7 +16,7 @@ SIZE = _LAYOUT.size
 """Bytes."""
 
 
-class Hypervisor(IntEnum):
+class BootHypervisor(IntEnum):
     """Whose hypercalls the guest has to use."""
 
     GUNYAH = 1
@@ -28,7 +28,7 @@ class Hypervisor(IntEnum):
 class BootInfo(NamedTuple):
     """Where a guest's memory is."""
 
-    hypervisor: Hypervisor
+    hypervisor: BootHypervisor
     private_base: int
     private_size: int
     shared_base: int = 0

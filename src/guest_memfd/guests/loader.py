@@ -33,7 +33,7 @@ _DAMAGED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeEr
 
 
 @dataclass(frozen=True)
-class Image:
+class GuestImage:
     """Bytes at IPAs, and where execution begins; *zeros* are (IPA, bytes) that must read as zero."""
 
     segments: list[tuple[int, bytes]]
@@ -51,7 +51,7 @@ class Image:
         return max(ipa + size for ipa, size in self.ranges())
 
 
-class Source(NamedTuple):
+class GuestSource(NamedTuple):
     """What was asked for, read once: *data* of a file, or the assembly of the *builtin* guest called *name*."""
 
     name: str
@@ -72,13 +72,13 @@ class Source(NamedTuple):
             raise BadInput(f"{self.name}: assembly has to be ASCII") from error
 
 
-def load(given: str | Path | Source, target: Target = ARM64, *, base: int | None = None) -> Image:
+def load(given: str | Path | GuestSource, target: Target = ARM64, *, base: int | None = None) -> GuestImage:
     """The image of a built-in guest or a file, made of *target*'s code.
 
     What has no address of its own is placed at *base*, or where the target has it. Raises BadInput (with the reason in one
     line), UnknownName, and HostUnavailable when an ELF file comes and pyelftools is missing.
     """
-    found = given if isinstance(given, Source) else read(given, target.architecture)
+    found = given if isinstance(given, GuestSource) else read(given, target.architecture)
     base = target.base if base is None else base
     if found.is_assembly:
         return _assembled(found, target, base)
@@ -86,18 +86,18 @@ def load(given: str | Path | Source, target: Target = ARM64, *, base: int | None
         return _elf(found.data, Path(found.name), target, base)
     if not found.data.translate(None, _TEXT):
         raise BadInput(f"{found.name} is text; assembly ends in .s, and what is no ELF file is taken for machine code")
-    return Image([(base, found.data)], base, found.name)
+    return GuestImage([(base, found.data)], base, found.name)
 
 
-def read(path_or_name: str | Path, architecture: str) -> Source:
+def read(path_or_name: str | Path, architecture: str) -> GuestSource:
     """A file, or the built-in guest of that name for *architecture*; raises BadInput, UnknownName."""
     name = str(path_or_name)
     if isinstance(path_or_name, str) and (name in GUESTS or not ("/" in name or "." in name or os.path.exists(name))):
-        return Source(name, source(architecture, guest(name, architecture).name).read_bytes(), builtin=True)
-    return Source(name, _read(Path(path_or_name)))
+        return GuestSource(name, source(architecture, guest(name, architecture).name).read_bytes(), builtin=True)
+    return GuestSource(name, _read(Path(path_or_name)))
 
 
-def x86_target(found: Source, real_mode: bool) -> Target:
+def x86_target(found: GuestSource, real_mode: bool) -> Target:
     """Which of x86's targets *found* is for: a guest's own word, ``.code16`` in its assembly, or *real_mode*.
 
     Raises BadInput.
@@ -111,7 +111,7 @@ def x86_target(found: Source, real_mode: bool) -> Target:
     return REAL_MODE if real_mode else X86_64
 
 
-def fits(image: Image, ranges: Iterable[tuple[int, int]]) -> None:
+def fits(image: GuestImage, ranges: Iterable[tuple[int, int]]) -> None:
     """Raise BadInput unless every segment lies in one of *ranges*, each (IPA, bytes)."""
     ranges = list(ranges)
     for ipa, size in image.ranges():
@@ -122,7 +122,7 @@ def fits(image: Image, ranges: Iterable[tuple[int, int]]) -> None:
                            f"{hint or ''}")
 
 
-def _assembled(found: Source, target: Target, base: int) -> Image:
+def _assembled(found: GuestSource, target: Target, base: int) -> GuestImage:
     shared = source(target.architecture, "common16" if target is REAL_MODE else "common")
     file = f"{found.name}.s" if found.builtin else found.name
     lines = found.text.count("\n") + 1
@@ -135,7 +135,7 @@ def _assembled(found: Source, target: Target, base: int) -> Image:
     entry = program.symbols["_start"]
     if not base <= entry < base + len(program.data):
         raise BadInput(f"{file}: _start is {entry:#x}, and the program lies at {base:#x}..{base + len(program.data):#x}")
-    return Image([(base, program.data)], entry, found.name)
+    return GuestImage([(base, program.data)], entry, found.name)
 
 
 # A mistake behind the guest's own *lines* is one between it and what every guest is assembled with.
@@ -175,7 +175,7 @@ def _read(path: Path) -> bytes:
 
 # -- ELF -------------------------------------------------------------------------------------------------------------
 
-def _elf(data: bytes, path: Path, target: Target, base: int) -> Image:
+def _elf(data: bytes, path: Path, target: Target, base: int) -> GuestImage:
     if not target.machine:
         raise BadInput(f"{path} is an ELF file; {target.title} guests are flat binaries or assembly")
     try:
@@ -196,7 +196,7 @@ def _elf(data: bytes, path: Path, target: Target, base: int) -> Image:
         raise BadInput(f"{path}: no valid ELF file: {str(error) or type(error).__name__}".splitlines()[0]) from error
 
 
-def _segments(elf: Any, path: Path, target: Target, base: int) -> Image:
+def _segments(elf: Any, path: Path, target: Target, base: int) -> GuestImage:
     header, stream = elf.header, elf.stream.getvalue()
     if header["e_machine"] != target.machine:
         raise BadInput(f"{path}: an ELF for {header['e_machine']}; guests are {target.machine}")
@@ -222,7 +222,7 @@ def _segments(elf: Any, path: Path, target: Target, base: int) -> Image:
                 for each in loads if each["p_filesz"]]
     zeros = [(bias + each["p_paddr"] + each["p_filesz"], each["p_memsz"] - each["p_filesz"])
              for each in loads if each["p_memsz"] > each["p_filesz"]]
-    return Image(segments, bias + entry, str(path), zeros)
+    return GuestImage(segments, bias + entry, str(path), zeros)
 
 
 def _check_static(data: bytes, headers: Sequence[Any], path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from guest_memfd.guests import PRIVATE_BASE
 
 if TYPE_CHECKING:
-    from guest_memfd.asm.assembler import Program
+    from guest_memfd.asm.assembler import Assembled
 
 
 
@@ -26,10 +26,10 @@ class Target(NamedTuple):
     machine: str
     base: int
 
-    def assemble(self, source: str, origin: int, name: str) -> Program:
+    def assemble(self, source: str, origin: int, name: str) -> Assembled:
         """*source* at *origin*; raises BadInput as ``name:line: what is wrong``."""
         module = importlib.import_module(f"guest_memfd.asm.{self.architecture}.asm")
-        program: Program = module.assemble(source, origin, name)
+        program: Assembled = module.assemble(source, origin, name)
         return program
 
 

@@ -7,10 +7,10 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
 from guest_memfd.errors import BadInput
 from guest_memfd.linux import syscall
-from guest_memfd.linux.fd import Owned
+from guest_memfd.linux.fd import OwnedFd
 
 
-class Anonymous(Owned):
+class Anonymous(OwnedFd):
     """*size* bytes of zeros at `address`, for a plain slot. Raises SyscallFailed."""
 
     def __init__(self, size: int) -> None:

@@ -15,7 +15,7 @@ dropped: Callable[[str], object] | None = None
 """Told of what was never closed, in place of the warning: for tests that count."""
 
 
-class Owned(owned.Owned):
+class OwnedFd(owned.Owned):
     """Given up by the garbage collector if by nobody else, which is a ResourceWarning, as for Python's own files."""
 
     closed = True                   # until there is something to close: a constructor may raise
@@ -33,7 +33,7 @@ class Owned(owned.Owned):
             self.close()
 
 
-class Descriptor(Owned):
+class Descriptor(OwnedFd):
     """Owner of *fd*, which is called *name* in messages. The kernel opens most of these without O_CLOEXEC; it is set here.
 
     Another thread's fork and exec in between still inherits it: nothing can be done about that from outside the kernel.

@@ -10,7 +10,7 @@ from guest_memfd.linux import syscall
 from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.linux.abi.memory import Cachestat
 from guest_memfd.linux.fd import Descriptor
-from guest_memfd.linux.mapping import PAGE, Mapping
+from guest_memfd.linux.mapping import PAGE, LinuxMapping
 from guest_memfd.uapi import kvm as uapi
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Stat
 
@@ -58,9 +58,9 @@ class MemoryFile(Descriptor):
         """fallocate(2) with KEEP_SIZE | PUNCH_HOLE; raises SyscallFailed."""
         syscall.fallocate(self._fd, _PUNCH, offset, nr)
 
-    def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> Mapping:
+    def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> LinuxMapping:
         """mmap(2) of PROT_READ | PROT_WRITE, bytes; *nr* None: to the end of the file. Raises SyscallFailed."""
-        return Mapping(self, offset, self.size - offset if nr is None else nr, shared=shared)
+        return LinuxMapping(self, offset, self.size - offset if nr is None else nr, shared=shared)
 
     def fstat(self) -> Stat:
         """fstat(2); KVM never counts blocks, `resident` does."""

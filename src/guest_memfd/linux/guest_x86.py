@@ -10,10 +10,10 @@ from contextlib import ExitStack
 
 from guest_memfd.errors import BadInput
 from guest_memfd.linux.anonymous import Anonymous
-from guest_memfd.linux.fd import Owned
+from guest_memfd.linux.fd import OwnedFd
 from guest_memfd.linux.system import System
 from guest_memfd.linux.vcpu_x86 import X86Vcpu, identity_tables
-from guest_memfd.linux.vm import Vm
+from guest_memfd.linux.vm import LinuxVm
 
 BASE, SIZE = 0x10000, 0x10000
 """The plain slot, number 0: page tables first."""
@@ -23,13 +23,13 @@ RESULT = 0x3000_0000
 """No slot is here: a store ends the program as an Mmio exit."""
 
 
-class IdentityMap(Owned):
+class IdentityMap(OwnedFd):
     """Page tables for programs of *vm* at CPL 3, at guest address *base* in a plain slot of their own, *number*.
 
     The first *gib* GiB are mapped to themselves. *base* is CR3. Raises SyscallFailed.
     """
 
-    def __init__(self, vm: Vm, number: int, base: int, gib: int) -> None:
+    def __init__(self, vm: LinuxVm, number: int, base: int, gib: int) -> None:
         tables = identity_tables(base, gib)
         with ExitStack() as undo:
             memory = undo.enter_context(Anonymous(len(tables)))
@@ -42,7 +42,7 @@ class IdentityMap(Owned):
         self._undo.close()
 
 
-class SmallGuest(Owned):
+class SmallGuest(OwnedFd):
     """A VM of *system*, its first vCPU, and the plain slot; guest addresses below 1 GiB are mapped as they are.
 
     Slots from number 1 on are the caller's. Raises SyscallFailed, BadInput where vCPUs are not x86's.
@@ -69,7 +69,7 @@ class SmallGuest(Owned):
         self._undo.close()
 
 
-def x86_vcpu(vm: Vm) -> X86Vcpu:
+def x86_vcpu(vm: LinuxVm) -> X86Vcpu:
     """A vCPU of *vm*; raises BadInput where it is none of x86's."""
     vcpu = vm.create_vcpu()
     if not isinstance(vcpu, X86Vcpu):

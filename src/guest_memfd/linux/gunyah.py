@@ -16,7 +16,7 @@ from guest_memfd.linux.abi import gunyah as abi
 from guest_memfd.linux.fd import Descriptor, number_of
 from guest_memfd.linux.guest_memfd import MemoryFile
 from guest_memfd.linux.system import open_device
-from guest_memfd.uapi.gunyah import PATH, Exit, FnType, FnVcpuArg, GunyahDevice, Ioctl, MemFlag, VcpuRun
+from guest_memfd.uapi.gunyah import PATH, Exit, FnType, FnVcpuArg, GunyahDevice, GunyahMemFlag, Ioctl, VcpuRun
 from guest_memfd.uapi.memory import GuestMemory
 
 _HELP = {
@@ -28,24 +28,25 @@ _HELP = {
 }
 
 
-class Device(Descriptor):
+class LinuxGunyahDevice(Descriptor):
     """uapi/gunyah.py GunyahDevice. Raises HostUnavailable."""
 
     def __init__(self, path: str = PATH) -> None:
         super().__init__(open_device(path, _HELP), path)
 
-    def create_vm(self, arg: int = 0) -> Vm:
+    def create_vm(self, arg: int = 0) -> LinuxGunyahVm:
         """CREATE_VM."""
-        return Vm(syscall.ioctl(self.fileno(), Ioctl.CREATE_VM, arg, call="GUNYAH_CREATE_VM", why=f"argument {arg}"))
+        fd = syscall.ioctl(self.fileno(), Ioctl.CREATE_VM, arg, call="GUNYAH_CREATE_VM", why=f"argument {arg}")
+        return LinuxGunyahVm(fd)
 
-    def create_guest_mem(self, size: int, flags: int = MemFlag.CLOEXEC) -> MemoryFile:
+    def create_guest_mem(self, size: int, flags: int = GunyahMemFlag.CLOEXEC) -> MemoryFile:
         """CREATE_GUEST_MEM, bytes; close-on-exec is set whatever *flags* say."""
         fd = syscall.ioctl(self.fileno(), Ioctl.CREATE_GUEST_MEM, abi.CreateMemArgs(flags, size),
                            call="GUNYAH_CREATE_GUEST_MEM", why=f"{size:#x} bytes, flags {flags:#x}")
         return MemoryFile(fd, "gunyah-guest-mem", size)
 
 
-class Vm(Descriptor):
+class LinuxGunyahVm(Descriptor):
     """uapi/gunyah.py GunyahVm, of *fd*."""
 
     def __init__(self, fd: int) -> None:
@@ -71,10 +72,10 @@ class Vm(Descriptor):
         """START."""
         syscall.ioctl(self.fileno(), Ioctl.START, call="GUNYAH_VM_START")
 
-    def add_function(self, kind: int, arg: bytes) -> Vcpu | None:
+    def add_function(self, kind: int, arg: bytes) -> LinuxGunyahVcpu | None:
         """ADD_FUNCTION; a Vcpu for that kind."""
         fd = self._function(Ioctl.ADD_FUNCTION, "GUNYAH_VM_ADD_FUNCTION", kind, arg)
-        return Vcpu(fd) if kind == FnType.VCPU else None
+        return LinuxGunyahVcpu(fd) if kind == FnType.VCPU else None
 
     def remove_function(self, kind: int, arg: bytes) -> None:
         """REMOVE_FUNCTION."""
@@ -85,14 +86,14 @@ class Vm(Descriptor):
         return syscall.ioctl(self.fileno(), request, abi.FnDesc(kind, len(arg), ctypes.addressof(data)),
                              call=call, why=f"function {kind}, {len(arg)} bytes")
 
-    def add_vcpu(self, index: int) -> Vcpu:
+    def add_vcpu(self, index: int) -> LinuxGunyahVcpu:
         """ADD_FUNCTION of a vCPU."""
         made = self.add_function(FnType.VCPU, FnVcpuArg(index).pack())
         assert made is not None
         return made
 
 
-class Vcpu(Descriptor):
+class LinuxGunyahVcpu(Descriptor):
     """uapi/gunyah.py GunyahVcpu, of *fd*; `page` is what the driver shows, not a copy."""
 
     def __init__(self, fd: int) -> None:
@@ -118,5 +119,5 @@ class Vcpu(Descriptor):
         super()._release()
 
 
-_KEPT: type[GunyahDevice] = Device
+_KEPT: type[GunyahDevice] = LinuxGunyahDevice
 # For the type checker: Device, and through it VMs, vCPUs, files and mappings, keep what uapi/ promises.

@@ -17,7 +17,7 @@ from typing import Any
 
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.linux import syscall
-from guest_memfd.linux.fd import Descriptor, Owned
+from guest_memfd.linux.fd import Descriptor, OwnedFd
 
 PAGE = os.sysconf("SC_PAGESIZE")
 BUS_ADRERR = 2
@@ -29,7 +29,7 @@ _bytes_at = ctypes.pythonapi.PyBytes_AsString
 _bytes_at.argtypes, _bytes_at.restype = (ctypes.py_object,), ctypes.c_void_p
 
 
-class Mapping(Owned):
+class LinuxMapping(OwnedFd):
     """uapi/memory.py Mapping: *nr* bytes of *file* from byte *offset* on. Raises SyscallFailed from mmap(2).
 
     `address`: where it lies, for a memory slot's userspace_addr; whoever touches that by itself takes the signal itself.

@@ -18,7 +18,7 @@ from guest_memfd.linux import syscall
 from guest_memfd.linux.abi.memfd_secret import SecretFlag
 from guest_memfd.linux.abi.memory import numbers
 from guest_memfd.linux.fd import Descriptor
-from guest_memfd.linux.mapping import Mapping
+from guest_memfd.linux.mapping import LinuxMapping
 from guest_memfd.uapi.memory import Stat
 
 
@@ -47,9 +47,9 @@ class Secret(Descriptor):
             os.ftruncate(self.fileno(), size)
         self.size = size
 
-    def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> Mapping:
+    def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> LinuxMapping:
         """mmap(2), bytes; *nr* None: to the end. EAGAIN above RLIMIT_MEMLOCK, EINVAL unless *shared*."""
-        return Mapping(self, offset, self.size - offset if nr is None else nr, shared=shared)
+        return LinuxMapping(self, offset, self.size - offset if nr is None else nr, shared=shared)
 
     def fstat(self) -> Stat:
         """fstat(2)."""

@@ -9,7 +9,7 @@ from guest_memfd.errors import HostUnavailable, SyscallFailed
 from guest_memfd.linux import syscall
 from guest_memfd.linux.abi.kvm import PATH
 from guest_memfd.linux.fd import Descriptor
-from guest_memfd.linux.vm import Vm
+from guest_memfd.linux.vm import LinuxVm
 from guest_memfd.uapi import kvm as uapi
 
 _HELP = {
@@ -61,11 +61,11 @@ class System(Descriptor):
         there = "a guest_memfd that cannot be mapped" if self.check_extension(uapi.Cap.GUEST_MEMFD) else "no guest_memfd"
         return f"/dev/kvm has {there} (KVM_CAP_GUEST_MEMFD_FLAGS is {flags:#x}); Linux 6.18 and later have one that can be"
 
-    def create_vm(self, vm_type: int = 0) -> Vm:
+    def create_vm(self, vm_type: int = 0) -> LinuxVm:
         """KVM_CREATE_VM, again after a signal, which may hit it while it takes the locks of an address space."""
         fd = syscall.until_done(lambda: syscall.ioctl(self.fileno(), uapi.CREATE_VM, vm_type, call="KVM_CREATE_VM",
                                                       why=f"type {vm_type:#x}"))
-        return Vm(fd, self.vcpu_mmap_size)
+        return LinuxVm(fd, self.vcpu_mmap_size)
 
 
 _KEPT: type[uapi.KvmSystem] = System

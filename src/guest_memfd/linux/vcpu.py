@@ -22,9 +22,9 @@ from guest_memfd.uapi import kvm as uapi
 from guest_memfd.uapi import kvm_run as exits
 
 if TYPE_CHECKING:
-    from guest_memfd.linux.vm import Vm
+    from guest_memfd.linux.vm import LinuxVm
 
-_SAYS = abi.Run.exit.offset + ctypes.sizeof(abi.RunUnion)
+_SAYS = abi.KvmRun.exit.offset + ctypes.sizeof(abi.RunUnion)
 """Bytes of the run page that an exit is decoded from; only what an Io writes lies behind them."""
 
 
@@ -32,13 +32,13 @@ _LONGEST = 1e9
 """Seconds."""
 
 
-class Vcpu(Descriptor):
+class LinuxVcpu(Descriptor):
     """uapi/kvm.py KvmVcpu number *vcpu_id* of *vm*; a subclass per architecture has the registers.
 
     `page`: the shared struct kvm_run. One thread at a time may run it, and none may while it is closed.
     """
 
-    def __init__(self, vm: Vm, fd: int, vcpu_id: int) -> None:
+    def __init__(self, vm: LinuxVm, fd: int, vcpu_id: int) -> None:
         super().__init__(fd, f"kvm-vcpu:{vcpu_id}")
         self._size = vm.vcpu_mmap_size
         try:
@@ -47,7 +47,7 @@ class Vcpu(Descriptor):
             self.closed = True
             super()._release()
             raise
-        self.page = abi.Run.from_address(self._address)
+        self.page = abi.KvmRun.from_address(self._address)
         self._thread: Thread | None = None
         self._running = False
         self._last: exits.Exit | None = None

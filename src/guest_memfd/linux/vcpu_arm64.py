@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.linux import syscall
 from guest_memfd.linux.abi.kvm_arm64 import VcpuEvents, VcpuInit
-from guest_memfd.linux.vcpu import Vcpu
+from guest_memfd.linux.vcpu import LinuxVcpu
 from guest_memfd.uapi import kvm_arm64 as arm64
 
 if TYPE_CHECKING:
-    from guest_memfd.linux.vm import Vm
+    from guest_memfd.linux.vm import LinuxVm
 
 
-class Arm64Vcpu(Vcpu):
-    """`Vcpu` after KVM_ARM_VCPU_INIT for the preferred target. Raises SyscallFailed."""
+class Arm64Vcpu(LinuxVcpu):
+    """`LinuxVcpu` after KVM_ARM_VCPU_INIT for the preferred target. Raises SyscallFailed."""
 
-    def __init__(self, vm: Vm, fd: int, vcpu_id: int) -> None:
+    def __init__(self, vm: LinuxVm, fd: int, vcpu_id: int) -> None:
         super().__init__(vm, fd, vcpu_id)
         target = VcpuInit()
         syscall.ioctl(vm.fileno(), arm64.PREFERRED_TARGET, target, call="KVM_ARM_PREFERRED_TARGET")

@@ -12,15 +12,15 @@ from errno import EOPNOTSUPP
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.linux import syscall
 from guest_memfd.linux.abi import kvm_x86 as x86
-from guest_memfd.linux.vcpu import Vcpu
+from guest_memfd.linux.vcpu import LinuxVcpu
 
 _PAGE, _BIG = 0x1000, 2 << 20
 _TABLE = x86.Pte.P | x86.Pte.RW | x86.Pte.US | x86.Pte.A
 _LEAF = _TABLE | x86.Pte.D | x86.Pte.PS
 
 
-class X86Vcpu(Vcpu):
-    """`Vcpu` with KVM_GET_REGS, KVM_GET_SREGS, their opposites and KVM_SET_CPUID2. All calls raise SyscallFailed."""
+class X86Vcpu(LinuxVcpu):
+    """`LinuxVcpu` with KVM_GET_REGS, KVM_GET_SREGS, their opposites and KVM_SET_CPUID2. All calls raise SyscallFailed."""
 
     _has_cpuid = False
 

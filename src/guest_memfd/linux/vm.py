@@ -12,16 +12,16 @@ from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.linux.fd import Descriptor, number_of
 from guest_memfd.linux.guest_memfd import GuestMemfd
 from guest_memfd.linux.mapping import PAGE
-from guest_memfd.linux.vcpu import Vcpu
+from guest_memfd.linux.vcpu import LinuxVcpu
 from guest_memfd.linux.vcpu_arm64 import Arm64Vcpu
 from guest_memfd.linux.vcpu_x86 import X86Vcpu
 from guest_memfd.uapi import kvm as uapi
 from guest_memfd.uapi.memory import GuestMemory
 
-_VCPUS: dict[str, type[Vcpu]] = {"x86_64": X86Vcpu, "aarch64": Arm64Vcpu}
+_VCPUS: dict[str, type[LinuxVcpu]] = {"x86_64": X86Vcpu, "aarch64": Arm64Vcpu}
 
 
-class Vm(Descriptor):
+class LinuxVm(Descriptor):
     """uapi/kvm.py KvmVm, of *fd*. Only the process that made it may use it: EIO in a child.
 
     The kernel reads a slot's userspace_addr for as long as the slot exists: keep what is mapped there.
@@ -69,7 +69,7 @@ class Vm(Descriptor):
                       call="KVM_GET_DIRTY_LOG", why=f"slot {slot:#x}")
         return bitmap.raw
 
-    def create_vcpu(self, vcpu_id: int = 0) -> Vcpu:
+    def create_vcpu(self, vcpu_id: int = 0) -> LinuxVcpu:
         """KVM_CREATE_VCPU; what it is depends on the machine. Raises HostUnavailable where that is not known here."""
         machine = platform.machine()
         if machine not in _VCPUS:

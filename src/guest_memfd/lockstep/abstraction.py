@@ -72,7 +72,7 @@ def _shown_at(host: EmulatedHost, pa: int) -> int:
     return min(outlived or table, default=-1) + 1
 
 
-def _page(host: EmulatedHost, page: st.Page) -> None:
+def _page(host: EmulatedHost, page: st.PageRecord) -> None:
     machine, inode, index = host.machine, host.inode, page.number
     cached = inode.find(index)
     page.cached = machine.number(cached.pa) + 1 if cached else 0
@@ -81,7 +81,7 @@ def _page(host: EmulatedHost, page: st.Page) -> None:
     page.expect = machine.tracer.expected.get((inode, index), ZERO)
 
 
-def _gfn(host: EmulatedHost, gfn: st.Gfn) -> None:
+def _gfn(host: EmulatedHost, gfn: st.GfnRecord) -> None:
     gfn.provided = host.inode.entry("provided", gfn.number)
     gfn.gpoison = host.vm.state != GONE and host.machine.driver.poisoned(host.vm, gfn.number)
 
@@ -106,7 +106,7 @@ def _mask(members: range | set[int], pages: int) -> int:
     return sum(1 << i for i in members if 0 <= i < pages)
 
 
-def _file(host: EmulatedHost, file: st.File) -> None:
+def _file(host: EmulatedHost, file: st.FileRecord) -> None:
     inode = host.inode
     for name, sem in (("invalidate", inode.invalidate), ("bindings", inode.bindings)):
         setattr(file, f"{name}_w", 0 if sem.writer is None else sem.writer + 1)
@@ -118,7 +118,7 @@ def _file(host: EmulatedHost, file: st.File) -> None:
     file.reserved, file.refuses_readers = _mask(inode.reserved, inode.size), inode.refuses_readers
 
 
-def _vm(host: EmulatedHost, record: st.Vm) -> None:
+def _vm(host: EmulatedHost, record: st.VmRecord) -> None:
     vm = host.vm
     record.vm, record.progress = vm.state, vm.begun.total()
     record.gpc = host.machine.number(vm.gpc.pa) + 1 if vm.gpc else 0

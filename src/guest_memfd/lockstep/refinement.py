@@ -20,10 +20,10 @@ from guest_memfd.lockstep.abstraction import abstraction
 from guest_memfd.machine.adversary import Adversary
 from guest_memfd.machine.boot import Machine
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.panic import Blocked, KernelPanic
+from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words import facts
-from guest_memfd.words.outcome import STAY, Outcome
+from guest_memfd.words.outcome import STAY, Blocked, Outcome
 from guest_memfd.words.primitives import SILENT, Folio, Lookup, Primitive, Steps
 from guest_memfd.words.scene import Scene
 

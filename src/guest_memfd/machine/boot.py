@@ -74,9 +74,9 @@ class Machine(Board):
         chosen = DESIGNS[design]
         with self.lock:
             if path == GUNYAH and self.hypervisor.name == "gunyah":
-                return gunyah.Device(self, chosen)
+                return gunyah.GunyahDeviceFile(self, chosen)
             if path == KVM and self.hypervisor.module == "kvm":
-                return kvm.System(self, chosen)
+                return kvm.KvmDevice(self, chosen)
         raise SyscallFailed(ENOENT, f"open {path}", f"the machine runs {self.hypervisor.name}")
 
     def audit(self) -> list[str]:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from guest_memfd.probe.ask.calls import FAILED, attempt, call, name_of, store
 from guest_memfd.probe.ask.child import Slate, perform
-from guest_memfd.probe.ask.guest import Guest
+from guest_memfd.probe.ask.guest import ProbeGuest
 from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, bind, punch, resident
-from guest_memfd.probe.ask.row import Features
+from guest_memfd.probe.ask.row import KernelFeatures
 from guest_memfd.probe.offers import direct_map, version_of
 from guest_memfd.probe.rows import create, fallocate, guest, memory, pins, slots
 from guest_memfd.probe.rows.slots import BEYOND, GMEM, GPA
@@ -50,7 +50,7 @@ class Bug:
 
 
 @dataclass(frozen=True)
-class Found:
+class BugFound:
     """A bug here: the verdict, one of `VERDICTS`, and what it rests on."""
 
     bug: Bug
@@ -58,21 +58,21 @@ class Found:
     seen: str
 
 
-def find(bug: Bug, slate: Slate, path: str, features: Features) -> Found:
+def find(bug: Bug, slate: Slate, path: str, features: KernelFeatures) -> BugFound:
     """Look for *bug*, in a child."""
     if bug.act is None:
-        return Found(bug, "not tested", bug.why)
+        return BugFound(bug, "not tested", bug.why)
     for need in bug.needs:
         if need not in features:
-            return Found(bug, "cannot tell", features.why(need))
+            return BugFound(bug, "cannot tell", features.why(need))
     act = bug.act
     outcome = perform(lambda page: act(Here(page, path, features)), slate)
     if outcome.result is None:
-        return Found(bug, "cannot tell", outcome.unfit or "")
+        return BugFound(bug, "cannot tell", outcome.unfit or "")
     verdict, _, seen = outcome.result.partition(": ")
     if verdict not in VERDICTS:
-        return Found(bug, "cannot tell", f"unexpected: {outcome.result}")
-    return Found(bug, verdict, seen)
+        return BugFound(bug, "cannot tell", f"unexpected: {outcome.result}")
+    return BugFound(bug, verdict, seen)
 
 
 # -- how they show -----------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def find(bug: Bug, slate: Slate, path: str, features: Features) -> Found:
 
 def _offset_overflow(here: Here) -> str:
     runs = "guest" in here.features
-    visitor = Guest(here) if runs else None
+    visitor = ProbeGuest(here) if runs else None
     fd = here.gmem()
     try:
         bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd, BEYOND)
@@ -174,7 +174,7 @@ def _unused(here: Here) -> str:
 
 
 def _own_accesses(here: Here) -> str:
-    visitor, anon = Guest(here), here.memory()
+    visitor, anon = ProbeGuest(here), here.memory()
     store(anon, b"user")
     bind(here.vm, 1, GMEM, GPA, SIZE, anon, here.gmem())
     native, emulated = visitor.load(GPA), visitor.at_cpl_0(GPA)

@@ -19,9 +19,9 @@ from guest_memfd.linux.abi.kvm import PATH
 from guest_memfd.linux.system import System
 from guest_memfd.probe.ask.calls import call, store
 from guest_memfd.probe.ask.child import Slate, Unfit, perform, ptrace_works
-from guest_memfd.probe.ask.guest import Guest
+from guest_memfd.probe.ask.guest import ProbeGuest
 from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind, create, resident
-from guest_memfd.probe.ask.row import SETTLED, Features
+from guest_memfd.probe.ask.row import SETTLED, KernelFeatures
 from guest_memfd.probe.rows.slots import GMEM, GPA
 from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, Cap
 
@@ -54,7 +54,7 @@ class Offers:
     """*facts*: what to show, by name, JSON values only; *features*: what rows need and expect."""
 
     facts: Mapping[str, Any]
-    features: Features
+    features: KernelFeatures
 
 
 def look(path: str = PATH, slate: Slate | None = None) -> Offers:
@@ -80,7 +80,7 @@ def look(path: str = PATH, slate: Slate | None = None) -> Offers:
 
     def attempt(act: Callable[[Here], object]) -> str:
         """Why *act* does not work in a child, or nothing."""
-        here = Here(slate, path, Features(release, frozenset(has), dict(lacks)))
+        here = Here(slate, path, KernelFeatures(release, frozenset(has), dict(lacks)))
         outcome = perform(lambda page: act(here), slate)
         return outcome.unfit or ("" if outcome.result == "ok" else str(outcome.result))
 
@@ -103,7 +103,7 @@ def look(path: str = PATH, slate: Slate | None = None) -> Offers:
     feature("cachestat", attempt(_cachestat_works))
     feature("numa", attempt(_numa_works))
 
-    facts["vcpu"] = _vcpu_kind(slate, path, Features(release, frozenset(has), lacks))
+    facts["vcpu"] = _vcpu_kind(slate, path, KernelFeatures(release, frozenset(has), lacks))
     feature("cpl 0 emulated", "" if facts["vcpu"]["kind"] == EMULATED
             else "this KVM does not emulate a guest's kernel, or it is not known")
     facts |= {
@@ -119,7 +119,7 @@ def look(path: str = PATH, slate: Slate | None = None) -> Offers:
                                   for name in ("enabled", "shmem_enabled", "defrag")},
         "not_here": {name: lacks[name] for name in _TELLING if name in lacks},
     }
-    return Offers(facts, Features(release, frozenset(has), lacks))
+    return Offers(facts, KernelFeatures(release, frozenset(has), lacks))
 
 
 # -- questions to /dev/kvm ---------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def _secret_works(here: Here) -> None:
 
 
 def _guest_works(here: Here) -> None:
-    guest = Guest(here)
+    guest = ProbeGuest(here)
     memory = here.memory()
     store(memory, b"works")
     bind(here.vm, 1, 0, GPA, SIZE, memory)
@@ -197,13 +197,13 @@ def _cachestat_works(here: Here) -> None:
 
 # A slot with a guest_memfd and other memory behind userspace_addr: whose byte does a load at CPL 0 read?
 def _cpl_0(here: Here) -> str:
-    guest, memory = Guest(here), here.memory()
+    guest, memory = ProbeGuest(here), here.memory()
     store(memory, b"user")
     bind(here.vm, 1, GMEM, GPA, SIZE, memory, here.gmem())
     return guest.at_cpl_0(GPA)
 
 
-def _vcpu_kind(slate: Slate, path: str, features: Features) -> dict[str, str]:
+def _vcpu_kind(slate: Slate, path: str, features: KernelFeatures) -> dict[str, str]:
     modules = ", ".join(sorted(entry.name for entry in _entries(SYS_MODULE, "kvm_*"))) or "none visible"
     told = f"modules: {modules}"
     if "guest" not in features or "slots" not in features:

@@ -8,7 +8,7 @@ from typing import Any
 
 from guest_memfd.probe.against import Against
 from guest_memfd.probe.ask.row import Judged
-from guest_memfd.probe.bugs import SEVERITIES, TRAP, VERDICTS, Found
+from guest_memfd.probe.bugs import SEVERITIES, TRAP, VERDICTS, BugFound
 from guest_memfd.probe.survey import SCHEMA, Survey
 from guest_memfd.report.style import Style
 
@@ -39,7 +39,7 @@ def _row(judged: Judged) -> dict[str, Any]:
             "result": judged.result, "expected": judged.expected, "verdict": judged.verdict, "why": judged.why}
 
 
-def _bug(found: Found) -> dict[str, Any]:
+def _bug(found: BugFound) -> dict[str, Any]:
     return {"id": found.bug.id, "title": found.bug.title, "severity": found.bug.severity, "verdict": found.verdict,
             "seen": found.seen, "commit": found.bug.commit, "means": found.bug.means}
 
@@ -100,13 +100,13 @@ def against_ktap(against: Against) -> Iterator[str]:
     yield from (f"# {change.what} {change.id}: was {change.was}, is {change.now}" for change in against.changes)
 
 
-def _bug_result(bug: Found) -> str:
+def _bug_result(bug: BugFound) -> str:
     if bug.verdict == "present":
         return "xfail" if bug.bug.severity == TRAP else "fail"
     return "pass" if bug.verdict == "fixed" else "skip"
 
 
-def _bug_test(number: int, bug: Found) -> Iterator[str]:
+def _bug_test(number: int, bug: BugFound) -> Iterator[str]:
     result = _bug_result(bug)
     if bug.verdict == "present":
         yield f"# {bug.bug.severity}: {bug.bug.title}"
@@ -202,7 +202,7 @@ def _behaviour(found: Survey, style: Style, verbose: bool) -> Iterator[str]:
 
 
 # again: the same has been said of a bug before.
-def _bug_lines(found: Found, style: Style, verbose: bool, again: bool) -> Iterator[str]:
+def _bug_lines(found: BugFound, style: Style, verbose: bool, again: bool) -> Iterator[str]:
     colour = {"present": style.bad, "fixed": style.good}.get(found.verdict, style.doubt)
     width = max(map(len, VERDICTS))
     indent = " " * (width + 3)

@@ -15,8 +15,8 @@ from guest_memfd.errors import BadInput
 from guest_memfd.linux.abi.kvm import PATH
 from guest_memfd.probe.ask.child import TIMEOUT, Slate, perform
 from guest_memfd.probe.ask.here import Here
-from guest_memfd.probe.ask.row import Features, Judged, Outcome, Row, judge, missing
-from guest_memfd.probe.bugs import BUGS, Bug, Found, find
+from guest_memfd.probe.ask.row import Judged, KernelFeatures, Row, RowOutcome, judge, missing
+from guest_memfd.probe.bugs import BUGS, Bug, BugFound, find
 from guest_memfd.probe.left import Left, count, since
 from guest_memfd.probe.offers import Offers, look
 from guest_memfd.probe.rows import ROWS
@@ -33,7 +33,7 @@ class Survey:
     parts: tuple[str, ...]
     offers: Offers
     behaviour: tuple[Judged, ...]
-    bugs: tuple[Found, ...]
+    bugs: tuple[BugFound, ...]
     left: Left
     seconds: float
 
@@ -79,8 +79,8 @@ def _no_row(glob: str, rows: Sequence[Row]) -> BadInput:
     return BadInput(f"no row is called {glob!r}; {hint}")
 
 
-def _try(row: Row, slate: Slate, path: str, features: Features, timeout: float) -> Outcome:
+def _try(row: Row, slate: Slate, path: str, features: KernelFeatures, timeout: float) -> RowOutcome:
     why = missing(row, features)
     if why:
-        return Outcome(unfit=why)
+        return RowOutcome(unfit=why)
     return perform(lambda page: row.act(Here(page, path, features), *row.given), slate, timeout)

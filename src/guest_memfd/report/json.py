@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from guest_memfd.abstract import show
-from guest_memfd.explore.engine.cost import Cost
+from guest_memfd.explore.engine.cost import DesignCost
 from guest_memfd.explore.engine.explorer import Finding, Step
 from guest_memfd.explore.replay import Replay
 from guest_memfd.explore.suite.survived import Survived
@@ -43,7 +43,7 @@ def check(report: Report, survived: Sequence[Survived], explored: str) -> dict[s
 
 
 def compare(
-    reports: Sequence[Report], costs: Mapping[tuple[str, str], Cost | None], sentences: Mapping[str, str],
+    reports: Sequence[Report], costs: Mapping[tuple[str, str], DesignCost | None], sentences: Mapping[str, str],
     explored: str,
 ) -> dict[str, Any]:
     """The whole table, without the traces."""
@@ -59,7 +59,7 @@ def compare(
             "sentences": dict(sentences)}
 
 
-def _cost(cost: Cost | None) -> dict[str, int] | None:
+def _cost(cost: DesignCost | None) -> dict[str, int] | None:
     return None if cost is None else dict(vars(cost))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Mapping, Sequence
 
-from guest_memfd.explore.engine.cost import Cost
+from guest_memfd.explore.engine.cost import DesignCost
 from guest_memfd.explore.suite.verdict import LawReport, Report
 from guest_memfd.report.style import Style
 from guest_memfd.words.scene import Scene
@@ -104,12 +104,12 @@ def _block(
         yield f"{name:<{first}}{''.join(cells)}".rstrip()
 
 
-def costs(counted: Mapping[tuple[str, str], Cost | None], style: Style) -> Iterator[str]:
+def costs(counted: Mapping[tuple[str, str], DesignCost | None], style: Style) -> Iterator[str]:
     """One line per design and hypervisor, alike hypervisors together: operations per folio lent and taken back."""
     heads, widths = _cost_heads(style)
     yield from style.lead("cost per folio of order 0, lent to the guest and taken back (operations)", style.head, "")
     yield from heads
-    alike: dict[tuple[str, Cost], list[str]] = {}
+    alike: dict[tuple[str, DesignCost], list[str]] = {}
     for (design, hypervisor), cost in counted.items():
         if cost is not None:
             alike.setdefault((design, cost), []).append(hypervisor)

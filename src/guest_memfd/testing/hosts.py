@@ -47,7 +47,7 @@ def _quiet(_line: str) -> None:
     pass
 
 
-class Host(ABC):
+class GmemHost(ABC):
     """A host called *name*, with *device* to open, whose guests run *architecture*'s code (as `guests.target` calls it)."""
 
     name: str
@@ -94,7 +94,7 @@ class Host(ABC):
         self._stack.close()
 
 
-class Emulated(Host):
+class Emulated(GmemHost):
     """An emulated arm64 machine under *hypervisor*, whose files *design* serves; all laws are judged all the way.
 
     `machine`: to look at it, and to make its memory run out. *ram*: bytes.
@@ -150,7 +150,7 @@ class Emulated(Host):
         return f"<Emulated {self.name}, design {self.design}>"
 
 
-class Linux(Host):
+class Linux(GmemHost):
     """The kernel of this machine, by way of its *device*."""
 
     architecture = {"aarch64": "arm64"}.get(platform.machine(), platform.machine())
@@ -224,9 +224,9 @@ class LinuxKvm(Linux):
         """As every host's."""
         from guest_memfd.linux.guest_x86 import IdentityMap
         from guest_memfd.linux.vcpu_x86 import X86Vcpu
-        from guest_memfd.linux.vm import Vm
+        from guest_memfd.linux.vm import LinuxVm
 
-        if not (isinstance(vm, Vm) and isinstance(vcpu, X86Vcpu)):
+        if not (isinstance(vm, LinuxVm) and isinstance(vcpu, X86Vcpu)):
             raise BadInput(self.lacks("vcpu") or f"{vm!r} and {vcpu!r} are not this host's")
         if len(arguments) > len(_ARGUMENTS):
             raise BadInput(f"{len(arguments)} arguments; there are registers for {len(_ARGUMENTS)}")
@@ -243,9 +243,9 @@ class LinuxGunyah(Linux):
 
     def open(self) -> Any:
         """As every host's."""
-        from guest_memfd.linux.gunyah import Device
+        from guest_memfd.linux.gunyah import LinuxGunyahDevice
 
-        return self._stack.enter_context(Device())
+        return self._stack.enter_context(LinuxGunyahDevice())
 
     def lacks(self, need: str) -> str:
         """As every host's."""

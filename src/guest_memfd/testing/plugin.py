@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 if TYPE_CHECKING:
-    from guest_memfd.testing.hosts import Host
+    from guest_memfd.testing.hosts import GmemHost
 
 HOSTS = {
     "kvm": ("emulated:arm64/kvm", "emulated:arm64/pkvm", "kvm"),
@@ -69,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def gmem_host(request: pytest.FixtureRequest) -> Iterator[Host]:
+def gmem_host(request: pytest.FixtureRequest) -> Iterator[GmemHost]:
     """A host to test a VMM on (`guest_memfd.testing.hosts.Host`).
 
     Skips where the host is not there, or lacks what the marker wants. After a test that passed, whatever it left open and
@@ -121,7 +121,7 @@ def _asked(node: Any) -> _Asked:
     return asked
 
 
-def _made(request: pytest.FixtureRequest) -> Host:
+def _made(request: pytest.FixtureRequest) -> GmemHost:
     from guest_memfd.errors import BadInput, HostUnavailable, SyscallFailed
     from guest_memfd.testing.hosts import Emulated, LinuxGunyah, LinuxKvm
 
@@ -130,7 +130,7 @@ def _made(request: pytest.FixtureRequest) -> Host:
         pytest.fail("gmem_host is one host after the other: a test or fixture has to name it as an argument", pytrace=False)
     asked = _asked(request.node)
     try:
-        host: Host = {"kvm": LinuxKvm, "gunyah": LinuxGunyah}[name]() if ":" not in name else Emulated(
+        host: GmemHost = {"kvm": LinuxKvm, "gunyah": LinuxGunyah}[name]() if ":" not in name else Emulated(
             name.rpartition("/")[2], request.config.getoption("--gmem-design"), asked.ram)
         host.open().close()
     except (HostUnavailable, SyscallFailed) as error:

@@ -2,6 +2,7 @@
 
     ioctl.py   command numbers, computed as the kernel's _IOC() does
     memory.py  a guest_memfd file, and a mapping of it
+    owned.py   what is given up when it is closed; words.py: flags as words
     kvm.py     /dev/kvm; kvm_run.py its exits, kvm_arm64.py what is arm64's
     gunyah.py  /dev/gunyah (series v17)
 

@@ -175,7 +175,7 @@ class Ioctl(IntEnum):
     SET_BOOT_CONTEXT = iow(_KIND, 0xA, 16)
 
 
-class MemFlag(IntFlag):
+class GunyahMemFlag(IntFlag):
     """Flags of CREATE_GUEST_MEM (GHMF_*)."""
 
     CLOEXEC = 0x1
@@ -212,7 +212,7 @@ IRQFD_LEVEL = 1
 IOEVENTFD_DATAMATCH = 1
 
 
-class ExitReason(IntEnum):
+class GunyahExitReason(IntEnum):
     """vcpu_run.exit_reason."""
 
     UNKNOWN = 0
@@ -307,25 +307,25 @@ class VcpuRun:
         self.raw[0] = value
 
     @property
-    def exit_reason(self) -> ExitReason:
+    def exit_reason(self) -> GunyahExitReason:
         """Which of the three is valid."""
-        return ExitReason(struct.unpack_from("<I", self.raw, 8)[0])
+        return GunyahExitReason(struct.unpack_from("<I", self.raw, 8)[0])
 
     @exit_reason.setter
-    def exit_reason(self, value: ExitReason) -> None:
+    def exit_reason(self, value: GunyahExitReason) -> None:
         struct.pack_into("<I", self.raw, 8, value)
 
     @property
     def exit(self) -> Exit:
         """The exit, decoded."""
         reason = self.exit_reason
-        if reason == ExitReason.MMIO:
+        if reason == GunyahExitReason.MMIO:
             address, data, length, is_write, _ = self.MMIO.unpack_from(self.raw, self.UNION)
             return MmioExit(address, data[:length], bool(is_write))
-        if reason == ExitReason.STATUS:
+        if reason == GunyahExitReason.STATUS:
             status, kind, _, size, words = self.STATUS.unpack_from(self.raw, self.UNION)
             return StatusExit(VmStatus(status), kind, words[:size])
-        if reason == ExitReason.PAGE_FAULT:
+        if reason == GunyahExitReason.PAGE_FAULT:
             address, attempt, _ = self.PAGE_FAULT.unpack_from(self.raw, self.UNION)
             return PageFaultExit(address, attempt)
         return None
@@ -334,17 +334,17 @@ class VcpuRun:
         """The driver: an MMIO exit; resume_action keeps what it was."""
         action = self.raw[37]
         self.MMIO.pack_into(self.raw, self.UNION, phys_addr, data, length, is_write, action)
-        self.exit_reason = ExitReason.MMIO
+        self.exit_reason = GunyahExitReason.MMIO
 
     def set_status(self, status: VmStatus, kind: int, reason: bytes) -> None:
         """The driver: a STATUS exit."""
         self.STATUS.pack_into(self.raw, self.UNION, status, kind, 0, len(reason), reason)
-        self.exit_reason = ExitReason.STATUS
+        self.exit_reason = GunyahExitReason.STATUS
 
     def set_page_fault(self, phys_addr: int, attempt: int) -> None:
         """The driver: a PAGE_FAULT exit; resume_action is preset to FAULT."""
         self.PAGE_FAULT.pack_into(self.raw, self.UNION, phys_addr, attempt, ResumeAction.FAULT)
-        self.exit_reason = ExitReason.PAGE_FAULT
+        self.exit_reason = GunyahExitReason.PAGE_FAULT
 
     @property
     def data(self) -> bytes:

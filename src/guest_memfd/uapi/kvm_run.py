@@ -101,7 +101,7 @@ class Intr(NamedTuple):
     """KVM_RUN returned -1 with EINTR: a signal, or immediate_exit."""
 
 
-class InternalError(NamedTuple):
+class KvmInternalError(NamedTuple):
     """KVM cannot go on with this vCPU; *why* is what there is in words."""
 
     why: str = ""
@@ -120,7 +120,8 @@ class Unknown(NamedTuple):
     errno: int = 0
 
 
-Exit = Mmio | Io | Halt | Shutdown | HypercallExit | SystemEvent | MemoryFault | Intr | FailEntry | InternalError | Unknown
+Exit = (Mmio | Io | Halt | Shutdown | HypercallExit | SystemEvent | MemoryFault | Intr | FailEntry | KvmInternalError
+        | Unknown)
 
 RUN_EXIT_REASON, RUN_UNION, RUN_IMMEDIATE_EXIT = 8, 32, 1
 """Offsets in struct kvm_run."""
@@ -172,5 +173,5 @@ def decode_run(run: bytes, errno: int = 0) -> Exit:
     if reason == ExitReason.FAIL_ENTRY:
         return FailEntry(*_U64.unpack_from(run, RUN_UNION))
     if reason == ExitReason.INTERNAL_ERROR:
-        return InternalError(_internal(run))
+        return KvmInternalError(_internal(run))
     return Unknown(reason, errno)

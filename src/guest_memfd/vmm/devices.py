@@ -9,7 +9,7 @@ from typing import Protocol
 from guest_memfd.guests import CONSOLE
 
 
-class Device(Protocol):
+class MmioDevice(Protocol):
     """What lies at an address or a port."""
 
     def put(self, data: bytes) -> None:

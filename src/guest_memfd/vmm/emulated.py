@@ -15,12 +15,12 @@ from typing import Any, Literal, get_args
 
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, GuestMemfdError, Signalled, SyscallFailed
-from guest_memfd.guests.loader import Image
+from guest_memfd.guests.loader import GuestImage
 from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.el2.gunyah.vcpu import VcpuState
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hypcalls.vm import Vm
-from guest_memfd.machine.linux.panic import Blocked, KernelPanic
+from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.vmm import readers
 from guest_memfd.vmm.devices import Console
@@ -28,9 +28,10 @@ from guest_memfd.vmm.ghosts import ProgramTracer
 from guest_memfd.vmm.gunyah import GunyahGuest
 from guest_memfd.vmm.kvm import KvmGuest
 from guest_memfd.vmm.layout import PAGE, Layout
-from guest_memfd.vmm.loop import SLICE, Ended, Outcome, drive
+from guest_memfd.vmm.loop import SLICE, LoopEnded, LoopOutcome, drive
 from guest_memfd.vmm.readers import Read
-from guest_memfd.vmm.watch import Broken, Watch
+from guest_memfd.vmm.watch import LawBroken, Watch
+from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Primitive
 
@@ -39,10 +40,10 @@ Where = Literal["kernel", "el2", "slab"]
 
 
 @dataclass(frozen=True)
-class Order:
+class EmulatedOrder:
     """What to run, and how. ram: bytes. timeout: seconds. reader: of readers.READERS. fail: (whose, which allocation)."""
 
-    image: Image
+    image: GuestImage
     hypervisor: str
     design: str = "library"
     layout: Layout = Layout()           # noqa: RUF009 - frozen
@@ -54,12 +55,12 @@ class Order:
 
 
 @dataclass
-class Report(Outcome):
+class EmulatedReport(LoopOutcome):
     """What came of it. *lost*: what the audit found."""
 
     panic: str = ""
     read: Read | None = None
-    broken: list[Broken] = field(default_factory=list)
+    broken: list[LawBroken] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     faults: int = 0
     folios: int = 0
@@ -77,10 +78,10 @@ def design_of(name: str, hypervisor: str, folio: int) -> type[Design]:
     return type(found.__name__, (found,), {"order": order}) if order else found
 
 
-class Run:
+class EmulatedRun:
     """One run; *say* gets what the guest says, as it says it, and *log* what `-v` shows. Raises BadInput, UnknownName."""
 
-    def __init__(self, order: Order, say: Callable[[str], None], log: Callable[[str], None]) -> None:
+    def __init__(self, order: EmulatedOrder, say: Callable[[str], None], log: Callable[[str], None]) -> None:
         self.order, self.log = order, log
         self.design = design_of(order.design, order.hypervisor, order.layout.folio)
         self.watch = Watch(order.verbose, log)
@@ -95,10 +96,10 @@ class Run:
         self.machine.judge = self.watch
         self._pages = self._countable()
         self.console = Console(say)
-        self.report = Report()
+        self.report = EmulatedReport()
         self.guest: KvmGuest | GunyahGuest | None = None
 
-    def run(self) -> Report:
+    def run(self) -> EmulatedReport:
         """From boot to audit."""
         report, machine = self.report, self.machine
         try:
@@ -118,7 +119,7 @@ class Run:
         report.console = self.console.text
         if machine.dead is not None:
             report.panic = machine.dead.text
-            report.ended = Ended("panic", report.panic.splitlines()[0])
+            report.ended = LoopEnded("panic", report.panic.splitlines()[0])
         else:
             self._audit()
         report.broken = list(self.watch.broken.values())

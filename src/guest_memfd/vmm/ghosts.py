@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from guest_memfd.machine.board.tracer import Task, Tracer
+from guest_memfd.machine.board.tracer import TracedTask, Tracer
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.page import Page
@@ -39,7 +39,7 @@ class ProgramTracer(Tracer):
         self.secret.discard(page.pa)
         self.expect(page, ANY)
 
-    def access(self, host: Task, page: Page, who: str, what: str, via: str, write: bool, content: int) -> facts.Access:
+    def access(self, host: TracedTask, page: Page, who: str, what: str, via: str, write: bool, content: int) -> facts.Access:
         """As for every tracer; a write finds nothing that could be expected."""
         fact = super().access(host, page, who, what, via, write, content)
         return fact._replace(expect=None) if write else fact

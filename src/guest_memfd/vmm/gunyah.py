@@ -11,14 +11,14 @@ from typing import Protocol
 
 from guest_memfd.errors import SyscallFailed, errno_name
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
-from guest_memfd.guests.bootinfo import Hypervisor
-from guest_memfd.guests.loader import Image
+from guest_memfd.guests.bootinfo import BootHypervisor
+from guest_memfd.guests.loader import GuestImage
 from guest_memfd.uapi import gunyah
-from guest_memfd.uapi.gunyah import GunyahDevice, GunyahVcpu, GunyahVm, MapFlag, MemFlag, RegisterSet, ResumeAction
+from guest_memfd.uapi.gunyah import GunyahDevice, GunyahMemFlag, GunyahVcpu, GunyahVm, MapFlag, RegisterSet, ResumeAction
 from guest_memfd.uapi.memory import GuestMemory
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import PAGE, Layout
-from guest_memfd.vmm.loop import SAME_ABORT, Debugger, Ended
+from guest_memfd.vmm.loop import SAME_ABORT, Debugger, LoopEnded
 
 _HUGE = 2 << 20
 _NAP = 0.01
@@ -41,13 +41,13 @@ class GunyahGuest:
     SyscallFailed, BadInput.
     """
 
-    def __init__(self, device: GunyahDevice, layout: Layout, image: Image, console: Console, stack: ExitStack,
+    def __init__(self, device: GunyahDevice, layout: Layout, image: GuestImage, console: Console, stack: ExitStack,
                  debugger: GunyahDebugger, log: Callable[[str], None]) -> None:
         self.layout, self.console, self.log, self.debugger = layout, console, log, debugger
         self.aborts = self.exits = 0
         self._address, self._unanswerable = -1, 0
         self.vm: GunyahVm = stack.enter_context(device.create_vm())
-        flags = MemFlag.CLOEXEC | (MemFlag.ALLOW_HUGEPAGE if layout.folio >= _HUGE else 0)
+        flags = GunyahMemFlag.CLOEXEC | (GunyahMemFlag.ALLOW_HUGEPAGE if layout.folio >= _HUGE else 0)
         self.memory: GuestMemory = stack.enter_context(device.create_guest_mem(layout.private, flags))
         self._load(image)
         self.vm.map_mem(self.memory, PRIVATE_BASE, 0, layout.private, MapFlag.FORCE_LEND | MapFlag.ALLOW_RWX)
@@ -66,9 +66,9 @@ class GunyahGuest:
         self.vm.start()
 
     # Unmapped again before it is lent: a page that the VMM could touch is not.
-    def _load(self, image: Image) -> None:
+    def _load(self, image: GuestImage) -> None:
         with self.memory.mmap() as mapping:
-            for offset, data in self.layout.contents(image, Hypervisor.GUNYAH):
+            for offset, data in self.layout.contents(image, BootHypervisor.GUNYAH):
                 mapping.write(offset, data)
 
     # One timer at a time, whatever number of exits comes before it goes off: it is the signal that interrupts VCPU_RUN.
@@ -86,17 +86,17 @@ class GunyahGuest:
         self.vcpu.page.immediate_exit = 0
 
     # By our own timer, by the host's, or because the vCPU has nothing to do: then nobody will wake it.
-    def _interrupted(self, ran: float) -> Ended | None:
+    def _interrupted(self, ran: float) -> LoopEnded | None:
         if self.vcpu.page.immediate_exit:
             self._disarm()
             return None
         why = self.debugger.stopped()
         if why is not None:
-            return Ended("crash", why, self.debugger.registers())
+            return LoopEnded("crash", why, self.debugger.registers())
         time.sleep(max(_NAP - ran, 0))
         return None
 
-    def step(self, seconds: float) -> Ended | None:
+    def step(self, seconds: float) -> LoopEnded | None:
         """VCPU_RUN once, and whatever the guest wants of us."""
         self._arm(seconds)
         self.exits += 1
@@ -121,7 +121,7 @@ class GunyahGuest:
         return None
 
     # User space has no way to answer a page fault: resume_action is never read back, so it comes for ever.
-    def _unanswered(self, address: int, attempt: int) -> Ended | None:
+    def _unanswered(self, address: int, attempt: int) -> LoopEnded | None:
         self._unanswerable = self._unanswerable + 1 if address == self._address else 1
         self._address = address
         if self._unanswerable < SAME_ABORT:
@@ -130,12 +130,12 @@ class GunyahGuest:
         why = (f"its access to IPA {address:#x} cannot be emulated: the syndrome describes plain loads and stores of one "
                "register without writeback only") if self.console.has(address) else (
                f"nothing can be mapped at IPA {address:#x} ({what})")
-        return Ended("crash", why, self.debugger.registers())
+        return LoopEnded("crash", why, self.debugger.registers())
 
-    def _status(self, status: gunyah.VmStatus, kind: int) -> Ended:
+    def _status(self, status: gunyah.VmStatus, kind: int) -> LoopEnded:
         if status == gunyah.VmStatus.EXITED and kind in _EXITS:
-            return Ended("off" if _EXITS[kind] == "off" else "reset")
-        return Ended("crash", f"the VM has {status.name}, type {kind}", self.debugger.registers())
+            return LoopEnded("off" if _EXITS[kind] == "off" else "reset")
+        return LoopEnded("crash", f"the VM has {status.name}, type {kind}", self.debugger.registers())
 
     def _mmio(self, out: gunyah.MmioExit) -> None:
         page = self.vcpu.page

@@ -8,8 +8,8 @@ from errno import ENOMEM
 
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
-from guest_memfd.guests.bootinfo import Hypervisor
-from guest_memfd.guests.loader import Image
+from guest_memfd.guests.bootinfo import BootHypervisor
+from guest_memfd.guests.loader import GuestImage
 from guest_memfd.uapi import kvm, kvm_arm64, kvm_run
 from guest_memfd.uapi.kvm import (
     SHARED,
@@ -23,7 +23,7 @@ from guest_memfd.uapi.kvm import (
 )
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import Layout
-from guest_memfd.vmm.loop import Debugger, Ended
+from guest_memfd.vmm.loop import Debugger, LoopEnded
 
 MEM_SHARE, MEM_UNSHARE = 0xC600_0003, 0xC600_0004
 """ARM_SMCCC_VENDOR_HYP_KVM_MEM_SHARE_FUNC_ID and its opposite (include/linux/arm-smccc.h)."""
@@ -38,7 +38,7 @@ class KvmGuest:
     *protected*: KVM_VM_TYPE_ARM_PROTECTED. *log* is told of exits in words. Raises SyscallFailed, BadInput.
     """
 
-    def __init__(self, system: KvmSystem, layout: Layout, image: Image, console: Console, stack: ExitStack,
+    def __init__(self, system: KvmSystem, layout: Layout, image: GuestImage, console: Console, stack: ExitStack,
                  protected: bool, debugger: Debugger, log: Callable[[str], None]) -> None:
         self.layout, self.console, self.log, self.debugger = layout, console, log, debugger
         self.vm: KvmVm = stack.enter_context(system.create_vm(kvm_arm64.VM_TYPE_PROTECTED if protected else 0))
@@ -48,7 +48,7 @@ class KvmGuest:
             # A protected guest opens its window itself, by MEM_SHARE.
             flags = GuestMemfdFlag.MMAP if protected else SHARED
             self.files[SHARED_BASE] = self._slot(stack, _WINDOW, SHARED_BASE, layout.shared, flags)
-        self._load(image, Hypervisor.PKVM if protected else Hypervisor.KVM)
+        self._load(image, BootHypervisor.PKVM if protected else BootHypervisor.KVM)
         self.vcpu: KvmVcpu = stack.enter_context(self.vm.create_vcpu())
         self.vcpu.set_one_reg(kvm_arm64.PC, image.entry)
         self.vcpu.set_one_reg(kvm_arm64.X[0], layout.boot_info(image))
@@ -59,7 +59,7 @@ class KvmGuest:
         self.vm.set_user_memory_region2(number, MemFlag.GUEST_MEMFD, base, size, guest_memfd=file)
         return file
 
-    def _load(self, image: Image, hypervisor: Hypervisor) -> None:
+    def _load(self, image: GuestImage, hypervisor: BootHypervisor) -> None:
         contents = self.layout.contents(image, hypervisor)
         runs = list(self.layout.folios(contents))
         for offset, size in runs:
@@ -75,7 +75,7 @@ class KvmGuest:
         """Those that KVM delivered, and those that `step` asked for."""
         return self.vcpu.statistics()["aborts_injected"]
 
-    def step(self, seconds: float) -> Ended | None:
+    def step(self, seconds: float) -> LoopEnded | None:
         """KVM_RUN once, and whatever the guest wants of us."""
         out = self.vcpu.run(seconds)
         self.exits += 1
@@ -87,17 +87,17 @@ class KvmGuest:
                 self._convert(nr, args[0])
             case kvm_run.SystemEvent(kind):
                 self.log(f"exit SYSTEM_EVENT {kind}")
-                return Ended("off" if kind == kvm_run.SystemEventType.SHUTDOWN else "reset")
+                return LoopEnded("off" if kind == kvm_run.SystemEventType.SHUTDOWN else "reset")
             case kvm_run.MemoryFault(_, gpa, size, errno):
                 self.log(f"exit MEMORY_FAULT {gpa:#x}, {size:#x} bytes, errno {errno}")
                 if errno == ENOMEM:
                     raise SyscallFailed(errno, "KVM_RUN", f"the guest's page at {gpa:#x}")
                 why = SyscallFailed(errno, "KVM_RUN", f"the guest's page at {gpa:#x} is gone")
-                return Ended("crash", str(why), self.debugger.registers())
-            case kvm_run.InternalError(why):
-                return Ended("crash", why, self.debugger.registers())
+                return LoopEnded("crash", str(why), self.debugger.registers())
+            case kvm_run.KvmInternalError(why):
+                return LoopEnded("crash", why, self.debugger.registers())
             case kvm_run.Unknown(reason, errno):
-                return Ended("crash", f"KVM_RUN ends with reason {reason}, errno {errno}", self.debugger.registers())
+                return LoopEnded("crash", f"KVM_RUN ends with reason {reason}, errno {errno}", self.debugger.registers())
         return None
 
     def _mmio(self, out: kvm_run.Mmio) -> None:

@@ -13,17 +13,17 @@ from errno import EINVAL
 
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.guests import CONSOLE, CONSOLE_PORT, CONTROL, CONTROL_PORT, SHARED_BASE
-from guest_memfd.guests.bootinfo import Hypervisor
-from guest_memfd.guests.loader import Image
+from guest_memfd.guests.bootinfo import BootHypervisor
+from guest_memfd.guests.loader import GuestImage
 from guest_memfd.linux.guest_memfd import GuestMemfd
 from guest_memfd.linux.guest_x86 import IdentityMap, x86_vcpu
-from guest_memfd.linux.mapping import Mapping
+from guest_memfd.linux.mapping import LinuxMapping
 from guest_memfd.linux.system import System
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import SHARED, MemFlag
-from guest_memfd.vmm.devices import Balloon, Console, Device, Nobody
+from guest_memfd.vmm.devices import Balloon, Console, MmioDevice, Nobody
 from guest_memfd.vmm.layout import PAGE, Layout
-from guest_memfd.vmm.loop import Debugger, Ended
+from guest_memfd.vmm.loop import Debugger, LoopEnded
 
 _MEMORY, _WINDOW, _TABLES = 0, 1, 2
 """Slots."""
@@ -44,19 +44,21 @@ class X86Guest:
     aborts = 0
     """x86 has nothing that could be delivered."""
 
-    def __init__(self, system: System, layout: Layout, image: Image, real_mode: bool, console: Console, stack: ExitStack,
-                 log: Callable[[str], None]) -> None:
+    def __init__(
+        self, system: System, layout: Layout, image: GuestImage, real_mode: bool, console: Console, stack: ExitStack,
+        log: Callable[[str], None],
+    ) -> None:
         self.layout, self.console, self.log = layout, console, log
         self.debugger: Debugger = self
         self.exits = 0
         balloon = Balloon(self._take)
-        self.devices: Map[int, Device] = {CONSOLE: console, CONTROL + 8: balloon}
-        self.ports: Map[int, Device] = {CONSOLE_PORT: console, CONTROL_PORT: balloon}
+        self.devices: Map[int, MmioDevice] = {CONSOLE: console, CONTROL + 8: balloon}
+        self.ports: Map[int, MmioDevice] = {CONSOLE_PORT: console, CONTROL_PORT: balloon}
         boot_info, gib = fit(layout, image, real_mode)
         self.vm = stack.enter_context(system.create_vm())
         self.memory, self.mapping = self._slot(stack, _MEMORY, layout.base, layout.private)
         self.shared = self._slot(stack, _WINDOW, SHARED_BASE, layout.shared)[1] if layout.shared else None
-        for offset, data in layout.contents(image, Hypervisor.KVM):
+        for offset, data in layout.contents(image, BootHypervisor.KVM):
             self.mapping.write(offset, data)
         self.vcpu = stack.enter_context(x86_vcpu(self.vm))
         if real_mode:
@@ -66,7 +68,7 @@ class X86Guest:
         # As if it had been called: a function compiled for the System V ABI finds its stack where it expects it.
         self.vcpu.enter_user_mode(_TABLES_BASE, image.entry, rdi=boot_info, rsp=boot_info + PAGE - 8)
 
-    def _slot(self, stack: ExitStack, number: int, base: int, size: int) -> tuple[GuestMemfd, Mapping]:
+    def _slot(self, stack: ExitStack, number: int, base: int, size: int) -> tuple[GuestMemfd, LinuxMapping]:
         file = stack.enter_context(self.vm.create_guest_memfd(size, SHARED))
         mapping = stack.enter_context(file.mmap())
         self.vm.set_user_memory_region2(number, MemFlag.GUEST_MEMFD, base, size, guest_memfd=file,
@@ -74,17 +76,17 @@ class X86Guest:
         self.log(f"slot {number}: {base:#x}, {size:#x} bytes of guest_memfd, mapped")
         return file, mapping
 
-    def step(self, seconds: float) -> Ended | None:
+    def step(self, seconds: float) -> LoopEnded | None:
         """KVM_RUN once, and whatever the guest wants of us."""
         out = self.vcpu.run(seconds)
         self.exits += 1
         match out:
             case kvm_run.Mmio(where, _, True) if where == CONTROL:
                 self.log("exit MMIO: power off")
-                return Ended("off")
+                return LoopEnded("off")
             case kvm_run.Halt():
                 self.log("exit HLT")
-                return Ended("off")
+                return LoopEnded("off")
             case kvm_run.Mmio(where, size, is_write, data):
                 self._access(self.devices.get(where), f"MMIO at {where:#x}", size, 1, data if is_write else None)
             case kvm_run.Io(port, size, times, is_write, data):
@@ -93,11 +95,11 @@ class X86Guest:
                 pass
             case _:
                 self.log(f"exit {out}")
-                return Ended("crash", f"{_words(out)}{self._code()}", self.registers())
+                return LoopEnded("crash", f"{_words(out)}{self._code()}", self.registers())
         return None
 
     # *data*: what is stored, all of it (REP OUTS stores more than once); None for a load.
-    def _access(self, device: Device | None, words: str, size: int, times: int, data: bytes | None) -> None:
+    def _access(self, device: MmioDevice | None, words: str, size: int, times: int, data: bytes | None) -> None:
         if device is None:
             device = Nobody()
             self.log(f"exit {words}, {'load' if data is None else 'store'}: nothing there")
@@ -148,7 +150,7 @@ class X86Guest:
         return None if self.shared is None else self.shared.read(0, 64)
 
 
-def fit(layout: Layout, image: Image, real_mode: bool) -> tuple[int, int]:
+def fit(layout: Layout, image: GuestImage, real_mode: bool) -> tuple[int, int]:
     """Where the boot info of *image* goes, and how many GiB of addresses are needed; raises BadInput if there is no room."""
     boot_info, gib = layout.boot_info(image), -(-layout.end // _GIB)
     if real_mode and boot_info >= _REAL_MODE_END:
@@ -166,7 +168,7 @@ def _words(out: kvm_run.Exit) -> str:
             return str(SyscallFailed(errno, "KVM_RUN", f"the guest's page at {gpa:#x} is gone"))
         case kvm_run.Shutdown():
             return "a triple fault: an exception without a handler"
-        case kvm_run.InternalError(why):
+        case kvm_run.KvmInternalError(why):
             return f"KVM cannot go on with an instruction: {why}"
         case kvm_run.FailEntry(reason):
             return f"the processor refuses the vCPU's state: {reason:#x}"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from guest_memfd.errors import BadInput
 from guest_memfd.guests import CONSOLE, PRIVATE_BASE, SHARED_BASE
-from guest_memfd.guests.bootinfo import SIZE, BootInfo, Hypervisor
-from guest_memfd.guests.loader import Image, fits
+from guest_memfd.guests.bootinfo import SIZE, BootHypervisor, BootInfo
+from guest_memfd.guests.loader import GuestImage, fits
 
 PAGE = 4096
 
@@ -44,7 +44,7 @@ class Layout:
         """The first IPA behind the private memory."""
         return self.base + self.private
 
-    def boot_info(self, image: Image) -> int:
+    def boot_info(self, image: GuestImage) -> int:
         """IPA of the boot info: a page of its own behind *image*. Raises BadInput when they do not fit together."""
         fits(image, [(self.base, self.private)])
         where = -(-image.end // PAGE) * PAGE
@@ -53,7 +53,7 @@ class Layout:
                            f"and private memory at {self.end:#x}")
         return where
 
-    def contents(self, image: Image, hypervisor: Hypervisor) -> list[tuple[int, bytes]]:
+    def contents(self, image: GuestImage, hypervisor: BootHypervisor) -> list[tuple[int, bytes]]:
         """(offset into the private memory, bytes) of all that is there at the start; the rest is zeros."""
         info = BootInfo(hypervisor, self.base, self.private, SHARED_BASE if self.shared else 0, self.shared)
         pieces = [*image.segments, (self.boot_info(image), info.pack())]

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from errno import EMFILE, ENOMEM
 
 from guest_memfd.errors import GuestMemfdError, HostUnavailable, Signalled, SyscallFailed
-from guest_memfd.guests.loader import Image
+from guest_memfd.guests.loader import GuestImage
 from guest_memfd.linux import fault_path
 from guest_memfd.linux.system import System
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
 from guest_memfd.vmm.layout import Layout
-from guest_memfd.vmm.loop import Outcome, drive
+from guest_memfd.vmm.loop import LoopOutcome, drive
 
 _HELP = {
     ENOMEM: "the machine, or a limit of this process (ulimit -v), has no room for it: give the guest less memory",
@@ -29,17 +29,17 @@ _REFUSED = "the KVM of this kernel refuses it; without: --on emulated:arm64/kvm"
 
 
 @dataclass(frozen=True)
-class Order:
+class LinuxOrder:
     """What to run, and how. timeout: seconds."""
 
-    image: Image
+    image: GuestImage
     real_mode: bool = False
     layout: Layout = Layout()           # noqa: RUF009 - frozen
     timeout: float = 10.0
 
 
 @dataclass
-class Report(Outcome):
+class LinuxReport(LoopOutcome):
     """What came of it. *native*: as `fault_path.native`; *pages* of its memory, None where the kernel did not tell."""
 
     native: bool | None = None
@@ -47,14 +47,14 @@ class Report(Outcome):
     statistics: Mapping[str, int] = field(default_factory=dict)
 
 
-def run(order: Order, say: Callable[[str], None], log: Callable[[str], None]) -> Report:
+def run(order: LinuxOrder, say: Callable[[str], None], log: Callable[[str], None]) -> LinuxReport:
     """The whole life of a guest; *say* gets what it says, as it says it, and *log* what happens.
 
     Raises HostUnavailable, and BadInput for an image that does not fit; whatever else goes wrong is in the report, a call
     that fails as HostUnavailable.
     """
     fit(order.layout, order.image, order.real_mode)
-    report, console = Report(), Console(say)
+    report, console = LinuxReport(), Console(say)
     with System() as system:
         if why := system.lacks_shared():
             raise HostUnavailable(f"{why}; without: --on emulated:arm64/kvm")
@@ -73,7 +73,7 @@ def run(order: Order, say: Callable[[str], None], log: Callable[[str], None]) ->
     return report
 
 
-def _inside(order: Order, system: System, stack: ExitStack, console: Console, report: Report,
+def _inside(order: LinuxOrder, system: System, stack: ExitStack, console: Console, report: LinuxReport,
             log: Callable[[str], None]) -> None:
     guest = X86Guest(system, order.layout, order.image, order.real_mode, console, stack, log)
     began = time.perf_counter()
@@ -86,7 +86,7 @@ def _inside(order: Order, system: System, stack: ExitStack, console: Console, re
 
 
 # What cannot be counted here is left out: the guest has run all the same.
-def _count(guest: X86Guest, report: Report, log: Callable[[str], None]) -> None:
+def _count(guest: X86Guest, report: LinuxReport, log: Callable[[str], None]) -> None:
     try:
         report.statistics = guest.vcpu.statistics()
         report.pages = guest.memory.resident()

@@ -22,7 +22,7 @@ End = Literal["off", "reset", "timeout", "crash", "faults for ever", "panic"]
 
 
 @dataclass(frozen=True)
-class Ended:
+class LoopEnded:
     """How a guest ended, with the reason in words where there is one, and its registers where they say something."""
 
     how: End
@@ -31,10 +31,10 @@ class Ended:
 
 
 @dataclass
-class Outcome:
+class LoopOutcome:
     """What came of a guest, wherever it ran. *failed*: why it did not come to an end; *window*: where it shares memory."""
 
-    ended: Ended | None = None
+    ended: LoopEnded | None = None
     failed: GuestMemfdError | None = None
     console: str = ""
     window: bytes | None = None
@@ -52,7 +52,7 @@ class Debugger(Protocol):
         """General registers and what the last exception left, by their names."""
 
 
-class Guest(Protocol):
+class LoopGuest(Protocol):
     """A guest that is ready to run."""
 
     @property
@@ -63,11 +63,11 @@ class Guest(Protocol):
     def aborts(self) -> int:
         """How many external aborts have been delivered to it, by the VMM or by the hypervisor."""
 
-    def step(self, seconds: float) -> Ended | None:
+    def step(self, seconds: float) -> LoopEnded | None:
         """Run it up to the next exit, or for *seconds*; None: it can go on."""
 
 
-def drive(guest: Guest, timeout: float) -> Ended:
+def drive(guest: LoopGuest, timeout: float) -> LoopEnded:
     """Run *guest* for *timeout* seconds at most; raises what its host raises."""
     end = time.monotonic() + timeout
     pc, aborts = -1, 0
@@ -82,9 +82,9 @@ def drive(guest: Guest, timeout: float) -> Ended:
             pc, aborts = now, guest.aborts
         elif guest.aborts - aborts >= SAME_ABORT:
             seen = guest.debugger.registers()
-            return Ended("faults for ever", _forever(seen), seen)
+            return LoopEnded("faults for ever", _forever(seen), seen)
     where = guest.debugger.pc()
-    return Ended("timeout", f"{timeout:g} s are over, and the guest is at PC {where:#x}", guest.debugger.registers())
+    return LoopEnded("timeout", f"{timeout:g} s are over, and the guest is at PC {where:#x}", guest.debugger.registers())
 
 
 # Only arm64 delivers aborts.

@@ -41,7 +41,7 @@ def _shown(arg: object) -> str:
     return f"[{' '.join(map(_shown, arg))}]" if type(arg) is tuple else str(arg)
 
 
-class Broken(NamedTuple):
+class LawBroken(NamedTuple):
     """A law that broke first, the evidence, and the primitive that showed it."""
 
     law: str
@@ -57,7 +57,7 @@ class Watch:
         self.counts: Counter[str] = Counter()
         self.faults = 0
         """Faults that the library was asked to handle for the guest."""
-        self.broken: dict[str, Broken] = {}
+        self.broken: dict[str, LawBroken] = {}
 
     def __call__(self, primitive: Primitive, facts: Sequence[facts.Note]) -> None:
         """Judge *facts*."""
@@ -74,4 +74,4 @@ class Watch:
 
     def breaks(self, law: str, evidence: str, where: str) -> None:
         """*law* is broken; its first evidence is kept."""
-        self.broken.setdefault(law, Broken(law, evidence, where))
+        self.broken.setdefault(law, LawBroken(law, evidence, where))

@@ -17,6 +17,10 @@ STAY = _Stay()
 """Result of a step that changed the host but leaves the party where it is (a writer that queues)."""
 
 
+class Blocked(Exception):  # noqa: N818 - a signal, not an error
+    """The primitive has to wait; nothing has changed."""
+
+
 class Outcome(NamedTuple):
     """One way a primitive can end: its result, the host afterwards, what the laws should know, was it a failure."""
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from guest_memfd.asm.arm64.encode import encode, known
 from guest_memfd.asm.arm64.operand import Malformed, register
+from guest_memfd.asm.assembler import Assembled as Assembled
 from guest_memfd.asm.assembler import Assembler, Dialect, Statement
-from guest_memfd.asm.assembler import Program as Program
 
 
 @dataclass(eq=False)
@@ -98,7 +98,7 @@ class _Assembler(Assembler):
         return f"{data[:4][::-1].hex():8}"
 
 
-def assemble(source: str, origin: int = 0, name: str = "source") -> Program:
+def assemble(source: str, origin: int = 0, name: str = "source") -> Assembled:
     """Assemble *source* for the address *origin*.
 
     Raises BadInput as ``name:line: what is wrong``.

@@ -7,8 +7,8 @@ Alignments are filled with 0x90, one byte of NOP each. A number has its shortest
 
 from __future__ import annotations
 
-from guest_memfd.asm.assembler import Assembler, Dialect, Malformed, Statement, Undefined
-from guest_memfd.asm.assembler import Program as Program
+from guest_memfd.asm.assembler import Assembled as Assembled
+from guest_memfd.asm.assembler import Assembler, Dialect, Malformed, Statement, UndefinedSymbol
 from guest_memfd.asm.x86_64.encode import encode
 from guest_memfd.asm.x86_64.encode_memory import Code, Field
 from guest_memfd.asm.x86_64.operand import REGISTERS, Mode
@@ -16,7 +16,7 @@ from guest_memfd.asm.x86_64.operand import REGISTERS, Mode
 _MODES = {".code16": 16, ".code64": 64}
 
 
-class _Assembler(Assembler):
+class _X86Assembler(Assembler):
     dialect = Dialect(comments=("#", "//"), powers=False, padding=0x90, ignored=(".intel_syntax", *_MODES), numbers={
         ".byte": 1, ".hword": 2, ".short": 2, ".word": 2, ".value": 2, ".2byte": 2, ".long": 4, ".int": 4, ".4byte": 4,
         ".quad": 8, ".8byte": 8})
@@ -30,7 +30,7 @@ class _Assembler(Assembler):
     def _constant(self, text: str) -> int | None:
         try:
             return self.value(text, constant=True)
-        except Undefined:
+        except UndefinedSymbol:
             return None
 
     def define(self, name: str, value: int) -> None:
@@ -57,7 +57,7 @@ class _Assembler(Assembler):
                 self.here = statement.address
                 try:
                     self._filled(codes[0], statement)
-                except Undefined as error:
+                except UndefinedSymbol as error:
                     raise self.error(statement.line, f"{statement.word}: {error}") from error
                 except Malformed:
                     del codes[0]
@@ -83,12 +83,12 @@ def _length(code: Code) -> int:
     return sum(len(piece) if isinstance(piece, bytes) else piece.size for piece in code)
 
 
-def assemble(source: str, origin: int = 0, name: str = "source") -> Program:
+def assemble(source: str, origin: int = 0, name: str = "source") -> Assembled:
     """Assemble *source* for the address *origin*; its `bits` are the mode of the first instruction.
 
     Raises BadInput as ``name:line: what is wrong``.
     """
-    assembler = _Assembler(source, origin, name)
+    assembler = _X86Assembler(source, origin, name)
     assembler.place()
     while assembler.lengthen():
         assembler.place()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from guest_memfd.asm.assembler import Malformed
 from guest_memfd.asm.x86_64.encode_memory import Code, Field, modrm, signed, wrapped
 from guest_memfd.asm.x86_64.forms import FORMS, PREFIXES, Form, Pattern
-from guest_memfd.asm.x86_64.operand import Far, Immediate, Memory, Mode, Operand, Register, operand
+from guest_memfd.asm.x86_64.operand import Far, Immediate, MemoryOperand, Mode, Operand, X86Register, operand
 
 _SIZES = {"b": (8,), "w": (16,), "d": (32,), "q": (64,), "f": (48,), "v": (16, 32, 64), "y": (32, 64), "z": (16, 32)}
 _OPERAND_SIZES = {"o16": 16, "o32": 32, "o64": 64}
@@ -35,7 +35,7 @@ def encode(mnemonic: str, texts: list[str], mode: Mode) -> list[Code]:
         mnemonic, texts = mnemonic.lower(), [*([first.strip()] if first else []), *texts[1:]]
     forms = _candidates(mnemonic, prefix, len(texts), mode)
     operands = [operand(text, mode) for text in texts]
-    if prefix == "lock" and not any(isinstance(each, Memory) for each in operands):
+    if prefix == "lock" and not any(isinstance(each, MemoryOperand) for each in operands):
         raise Malformed("only what is in memory can be locked")
     codes, worst = [], _Misfit(0, "")
     for form in forms:
@@ -69,11 +69,11 @@ def _candidates(mnemonic: str, prefix: str, count: int, mode: Mode) -> list[Form
 
 # The letters and names of forms.py under which an operand may stand.
 def _kinds(given: Operand) -> list[str]:
-    if isinstance(given, Register):
+    if isinstance(given, X86Register):
         if given.kind != "general":
             return [given.text.lower(), *{"segment": "S", "control": "C"}.get(given.kind, "")]
         return [given.text.lower(), *"EGRUZ", *"a" * (given.number == 0)]
-    if isinstance(given, Memory):
+    if isinstance(given, MemoryOperand):
         absolute = given.base is None and given.index is None
         beyond = given.number is not None and not -1 << 31 <= wrapped(given.number, given.width) < 1 << 31
         return [*"EM", *"N" * (given.size is None), *"O" * absolute, *"X" * (absolute and beyond)]
@@ -111,7 +111,7 @@ def _common(sized: list[tuple[tuple[int, ...], Operand]], wide: bool, mode: Mode
 def _refuse_unknown(form: Form, operands: list[Operand]) -> None:
     known_sizes = {pattern.size for pattern, given in zip(form.patterns, operands, strict=True) if given.size is not None}
     for pattern, given in zip(form.patterns, operands, strict=True):
-        if isinstance(given, Memory) and pattern.size and given.size is None and pattern.size not in known_sizes:
+        if isinstance(given, MemoryOperand) and pattern.size and given.size is None and pattern.size not in known_sizes:
             raise _Misfit(3, f"the size of {given.text!r} is not known; 'byte ptr' or another is missing")
 
 
@@ -120,9 +120,9 @@ def _code(form: Form, operands: list[Operand], prefix: str, mode: Mode) -> Code:
         raise _Misfit(1, "takes other operands")
     size = _size(form, operands, mode)
     rm, reg, low, absolute = (_at(form, operands, kinds) for kinds in ("EMNRU", "GSCU", "Z", "OX"))
-    number = reg.number if isinstance(reg, Register) else form.digit or 0
+    number = reg.number if isinstance(reg, X86Register) else form.digit or 0
     opcode = form.opcode
-    if isinstance(low, Register):
+    if isinstance(low, X86Register):
         opcode = bytes((*opcode[:-1], opcode[-1] | low.number & 7))
     tail = [piece for pattern, given in zip(form.patterns, operands, strict=True)
             for piece in _tail(form, pattern, given, size, mode)]
@@ -130,17 +130,17 @@ def _code(form: Form, operands: list[Operand], prefix: str, mode: Mode) -> Code:
     return (start + opcode, *(modrm(number & 7, rm) if rm is not None else ()), *tail)
 
 
-def _at(form: Form, operands: list[Operand], kinds: str) -> Register | Memory | None:
+def _at(form: Form, operands: list[Operand], kinds: str) -> X86Register | MemoryOperand | None:
     for pattern, given in zip(form.patterns, operands, strict=True):
-        if pattern.kind in kinds and isinstance(given, Register | Memory):
+        if pattern.kind in kinds and isinstance(given, X86Register | MemoryOperand):
             return given
     return None
 
 
 # In the order of GNU as: segment, address size, operand size, the rest.
-def _prefixes(form: Form, size: int | None, memory: Register | Memory | None, prefix: str, mode: Mode) -> bytes:
+def _prefixes(form: Form, size: int | None, memory: X86Register | MemoryOperand | None, prefix: str, mode: Mode) -> bytes:
     out = []
-    if isinstance(memory, Memory):
+    if isinstance(memory, MemoryOperand):
         if memory.segment is not None and memory.segment.number != _default_segment(memory):
             out.append(_SEGMENT_PREFIXES[memory.segment.number])
         if memory.width != mode.bits:
@@ -151,20 +151,20 @@ def _prefixes(form: Form, size: int | None, memory: Register | Memory | None, pr
 
 
 # SS for addresses that begin at bp or sp.
-def _default_segment(memory: Memory) -> int:
+def _default_segment(memory: MemoryOperand) -> int:
     begins = (memory.base, memory.index) if memory.width == 16 else (memory.base,)
     stack = any(register is not None and register.kind == "general" and register.number in (4, 5) for register in begins)
     return _SS if stack else _DS
 
 
-def _high(register: Register | None) -> int:
+def _high(register: X86Register | None) -> int:
     return register.number >> 3 if register is not None else 0
 
 
-def _rex(form: Form, operands: list[Operand], size: int | None, high: int, rm: Register | Memory | None) -> bytes:
+def _rex(form: Form, operands: list[Operand], size: int | None, high: int, rm: X86Register | MemoryOperand | None) -> bytes:
     rex = (size == 64 and not form.flags & {"wide", "plain"}) << 3 | high << 2
-    rex |= _high(rm.index) << 1 | _high(rm.base) if isinstance(rm, Memory) else _high(rm)
-    registers = [given for given in operands if isinstance(given, Register)]
+    rex |= _high(rm.index) << 1 | _high(rm.base) if isinstance(rm, MemoryOperand) else _high(rm)
+    registers = [given for given in operands if isinstance(given, X86Register)]
     if not rex and not any(given.rex for given in registers):
         return b""
     for given in registers:
@@ -182,7 +182,7 @@ def _tail(form: Form, pattern: Pattern, given: Operand, size: int | None, mode: 
     if isinstance(given, Far):
         width = 32 if size == 32 else 16
         return [Field(given.offset, width // 8, 0, (1 << width) - 1), Field(given.selector, 2, 0, 0xffff)]
-    if isinstance(given, Memory) and pattern.kind in ("O", "X"):
+    if isinstance(given, MemoryOperand) and pattern.kind in ("O", "X"):
         return [Field(given.displacement, mode.bits // 8, -1 << mode.bits - 1, (1 << mode.bits) - 1)]
     return []
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from guest_memfd.asm.assembler import Malformed
-from guest_memfd.asm.x86_64.operand import Memory, Register
+from guest_memfd.asm.x86_64.operand import MemoryOperand, X86Register
 
 
 class Field(NamedTuple):
@@ -39,9 +39,9 @@ def wrapped(number: int, bits: int) -> int:
     return number - (1 << bits) if number >> bits - 1 == 1 else number
 
 
-def modrm(field: int, rm: Register | Memory) -> Code:
+def modrm(field: int, rm: X86Register | MemoryOperand) -> Code:
     """ModRM with *field* in its middle, and what follows. Raises Malformed."""
-    if isinstance(rm, Register):
+    if isinstance(rm, X86Register):
         return (bytes((0xc0 | field << 3 | rm.number & 7,)),)
     if rm.base is not None and rm.base.kind == "rip":
         relative = rm.number is None
@@ -60,7 +60,7 @@ def modrm(field: int, rm: Register | Memory) -> Code:
     return bytes((start | 4, index | base)), _displacement(rm, size)
 
 
-def _modrm16(field: int, rm: Memory) -> Code:
+def _modrm16(field: int, rm: MemoryOperand) -> Code:
     used = tuple(sorted(register.number for register in (rm.base, rm.index) if register is not None))
     if not used:
         return bytes((6 | field << 3,)), _displacement(rm, 2)
@@ -73,7 +73,7 @@ def _mod(size: int) -> int:
 
 
 # A base of number 5 without displacement means something else.
-def _displacement_size(memory: Memory, never_none: bool) -> int:
+def _displacement_size(memory: MemoryOperand, never_none: bool) -> int:
     if memory.number is None:
         return memory.width // 8 if memory.width == 16 else 4
     number = wrapped(memory.number, memory.width)
@@ -82,7 +82,7 @@ def _displacement_size(memory: Memory, never_none: bool) -> int:
     return 1 if -128 <= number < 128 else 2 if memory.width == 16 else 4
 
 
-def _displacement(memory: Memory, size: int) -> bytes | Field:
+def _displacement(memory: MemoryOperand, size: int) -> bytes | Field:
     if memory.number is None:
         if memory.width == 64:
             return signed(memory.displacement, size)

@@ -21,7 +21,7 @@ class Mode(NamedTuple):
     constant: Callable[[str], int | None]
 
 
-class Register(NamedTuple):
+class X86Register(NamedTuple):
     """Any register; *rex* tells that a byte register needs a REX prefix (spl), or cannot stand with one (ah)."""
 
     text: str
@@ -32,14 +32,14 @@ class Register(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryOperand:
     """An address: *number* is its displacement, None where that needs a label; *width* is the size of addresses."""
 
     text: str
     size: int | None
-    segment: Register | None
-    base: Register | None
-    index: Register | None
+    segment: X86Register | None
+    base: X86Register | None
+    index: X86Register | None
     scale: int
     displacement: str
     number: int | None
@@ -65,7 +65,7 @@ class Far(NamedTuple):
     size: int | None = None
 
 
-Operand = Register | Memory | Immediate | Far
+Operand = X86Register | MemoryOperand | Immediate | Far
 
 _SIZES = {"byte": 8, "word": 16, "dword": 32, "fword": 48, "qword": 64}
 _SIZED = re.compile(rf"({'|'.join(_SIZES)})\s+ptr\b\s*", re.IGNORECASE)
@@ -75,16 +75,16 @@ _OFFSET = re.compile(r"^\s*offset\b", re.IGNORECASE)
 _TOKEN = re.compile(f"{ATOM}|.", re.DOTALL)
 _WORDS = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
-_REGISTERS = [Register(prefix + name, number, size)
+_REGISTERS = [X86Register(prefix + name, number, size)
               for number, name in enumerate(_WORDS) for prefix, size in (("", 16), ("e", 32), ("r", 64))]
-_REGISTERS += [Register(f"r{number}{suffix}", number, size)
+_REGISTERS += [X86Register(f"r{number}{suffix}", number, size)
                for number in range(8, 16) for suffix, size in (("b", 8), ("w", 16), ("d", 32), ("", 64))]
-_REGISTERS += [Register(f"{name}l", number, 8) for number, name in enumerate("acdb")]
-_REGISTERS += [Register(f"{name}h", number, 8, rex=False) for number, name in enumerate("acdb", 4)]
-_REGISTERS += [Register(f"{name}l", number, 8, rex=True) for number, name in enumerate(_WORDS) if number > 3]
-_REGISTERS += [Register(name, number, 16, "segment") for number, name in enumerate(SEGMENTS)]
-_REGISTERS += [Register(f"cr{number}", number, 64, "control") for number in (0, 2, 3, 4, 8)]
-_REGISTERS.append(Register("rip", 5, 64, "rip"))
+_REGISTERS += [X86Register(f"{name}l", number, 8) for number, name in enumerate("acdb")]
+_REGISTERS += [X86Register(f"{name}h", number, 8, rex=False) for number, name in enumerate("acdb", 4)]
+_REGISTERS += [X86Register(f"{name}l", number, 8, rex=True) for number, name in enumerate(_WORDS) if number > 3]
+_REGISTERS += [X86Register(name, number, 16, "segment") for number, name in enumerate(SEGMENTS)]
+_REGISTERS += [X86Register(f"cr{number}", number, 64, "control") for number in (0, 2, 3, 4, 8)]
+_REGISTERS.append(X86Register("rip", 5, 64, "rip"))
 REGISTERS = {register.text: register for register in _REGISTERS}
 """By name."""
 
@@ -104,7 +104,7 @@ def operand(text: str, mode: Mode) -> Operand:
     return Immediate(text, expression, mode.constant(expression), expression == text)
 
 
-def _register(text: str, mode: Mode) -> Register:
+def _register(text: str, mode: Mode) -> X86Register:
     found = REGISTERS[text.lower()]
     long = found.number > 7 or found.rex or (found.size == 64 and found.kind != "control")
     if mode.bits == 16 and long:
@@ -112,7 +112,7 @@ def _register(text: str, mode: Mode) -> Register:
     return found._replace(text=text)
 
 
-def _memory(text: str, rest: str, size: int | None, mode: Mode) -> Memory:
+def _memory(text: str, rest: str, size: int | None, mode: Mode) -> MemoryOperand:
     segment, overridden = None, _SEGMENT.match(rest)
     if overridden:
         segment, rest = REGISTERS.get(overridden[1].lower()), rest[overridden.end():]
@@ -136,7 +136,7 @@ def _memory(text: str, rest: str, size: int | None, mode: Mode) -> Memory:
         raise Malformed(f"{text!r} is empty")
     number = mode.constant(displacement) if displacement else 0
     width = _width(text, base, index, scale, mode)
-    return Memory(text, size, segment, base, index, scale or 1, displacement, number, width)
+    return MemoryOperand(text, size, segment, base, index, scale or 1, displacement, number, width)
 
 
 # What is added and subtracted, each with its sign.
@@ -151,7 +151,7 @@ def _terms(text: str) -> list[str]:
 
 
 # The register of a term and its scale, 0 when none is written.
-def _scaled(term: str, mode: Mode) -> tuple[Register | None, int]:
+def _scaled(term: str, mode: Mode) -> tuple[X86Register | None, int]:
     if term.lower() in REGISTERS:
         return _register(term, mode), 0
     for name, _, factor in (term.partition("*"), term.rpartition("*")[::-1]):
@@ -168,7 +168,7 @@ _PAIRS = {(3, 6), (3, 7), (5, 6), (5, 7), (3, None), (5, None), (6, None), (7, N
 
 
 # The size of the address, if there is such an address.
-def _width(text: str, base: Register | None, index: Register | None, scale: int, mode: Mode) -> int:
+def _width(text: str, base: X86Register | None, index: X86Register | None, scale: int, mode: Mode) -> int:
     used = [register for register in (base, index) if register is not None]
     widths = {register.size for register in used} or {mode.bits}
     width = widths.pop()

@@ -19,7 +19,7 @@ from guest_memfd.words.primitives import Primitive
 
 
 @dataclass(frozen=True)
-class Cost:
+class DesignCost:
     """Operations per folio of order 0, lent and taken back by teardown; splits are those of a folio alone in its leaf."""
 
     direct_map_writes: int
@@ -28,7 +28,7 @@ class Cost:
     hypercalls: int
 
 
-def cost(design: type[Design], hypervisor: Hypervisor) -> Cost | None:
+def cost(design: type[Design], hypervisor: Hypervisor) -> DesignCost | None:
     """Count; None where the design was not posted for this hypervisor, or does not survive being alone."""
     if design.hypervisors is not None and hypervisor.name not in design.hypervisors:
         return None
@@ -44,4 +44,4 @@ def cost(design: type[Design], hypervisor: Hypervisor) -> Cost | None:
     except (DesignRaised, NotAPrimitive):
         return None
     writes = counted["set_direct_map_invalid_noflush"] + counted["set_direct_map_default_noflush"]
-    return Cost(writes, counted["flush_tlb_kernel_range"], int(writes > 0), counted["hypercall"])
+    return DesignCost(writes, counted["flush_tlb_kernel_range"], int(writes > 0), counted["hypercall"])

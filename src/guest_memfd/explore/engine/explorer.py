@@ -50,7 +50,7 @@ NEVER_ENDS = "from here on no operation ever ends"
 """Evidence of a livelock."""
 
 
-class Machine(Protocol):
+class ExploredHost(Protocol):
     """What is explored: a host whose whole state is a bytes object.
 
     A machine with a true attribute `footprints` promises that its outcomes depend on nothing but the bytes it reads,
@@ -68,7 +68,7 @@ class Machine(Protocol):
         """Whether the machine has stopped for ever (panic): nothing moves, and that is no deadlock."""
 
 
-class Law(Protocol):
+class JudgingLaw(Protocol):
     """A law as the explorer sees it (laws/ defines them)."""
 
     @property
@@ -246,7 +246,7 @@ def send(program: Program, generator: Generator[Primitive, Any, Any], result: An
     raise ended
 
 
-def perform(machine: Machine, shared: bytes, party: int, primitive: Primitive) -> tuple[Outcome, ...]:
+def perform(machine: ExploredHost, shared: bytes, party: int, primitive: Primitive) -> tuple[Outcome, ...]:
     """The outcomes of *primitive*; raises DesignRaised when carrying it out raises (wrong arguments, a hypercall).
 
     A machine with a true attribute `foreign` runs code of third parties: it is asked twice, and has to answer the same.
@@ -414,7 +414,7 @@ class Steps(dict[int, tuple[int, ...]]):
 class Tables:
     """The tables of one machine under one set of laws; kept from scenario to scenario."""
 
-    def __init__(self, machine: Machine, laws: Sequence[Law]) -> None:
+    def __init__(self, machine: ExploredHost, laws: Sequence[JudgingLaw]) -> None:
         self.machine, self.laws = machine, laws
         self.footprints = getattr(machine, "footprints", False)
         self.judges = [(law.name, Remembered(law.in_state) if self.footprints else law.in_state) for law in laws

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from guest_memfd.explore.engine.explorer import Machine, Program, resume
+from guest_memfd.explore.engine.explorer import ExploredHost, Program, resume
 from guest_memfd.explore.engine.place import local_key
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.primitives import LOADS, SILENT, Primitive
@@ -19,7 +19,7 @@ Here = tuple[bytes, Path]
 """The host, and the results that led one party to where it stands."""
 
 
-def explore(machine: Machine, programs: Sequence[Program], initial: bytes) -> tuple[int, int]:
+def explore(machine: ExploredHost, programs: Sequence[Program], initial: bytes) -> tuple[int, int]:
     """Return (states, transitions) of all interleavings of *programs* on *machine* from *initial*."""
     start: Paths = tuple(() for _ in programs)
     visited = {_identity(initial, programs, start)}
@@ -49,7 +49,7 @@ def _stand(program: Program, path: Path) -> Any:
 
 # Two outcomes of one party that lead to the same state are one transition.
 def _distinct(
-    machine: Machine, programs: Sequence[Program], shared: bytes, paths: Paths
+    machine: ExploredHost, programs: Sequence[Program], shared: bytes, paths: Paths
 ) -> Iterator[tuple[bytes, Paths]]:
     if machine.halted(shared):
         return
@@ -65,7 +65,7 @@ def _distinct(
 
 
 # A step goes on through silent primitives, each place once, and as far as one that it can never come out of.
-def _steps(machine: Machine, program: Program, start: Here) -> Iterator[Here]:
+def _steps(machine: ExploredHost, program: Program, start: Here) -> Iterator[Here]:
     ahead, passed = [start], set()
     while ahead:
         here = ahead.pop()
@@ -82,7 +82,7 @@ def _steps(machine: Machine, program: Program, start: Here) -> Iterator[Here]:
                 yield from ends
 
 
-def _ends(machine: Machine, program: Program, here: Here, primitive: Primitive) -> list[Here]:
+def _ends(machine: ExploredHost, program: Program, here: Here, primitive: Primitive) -> list[Here]:
     shared, path = here
     if primitive.name == "choose":
         return [(shared, (*path, option)) for option in primitive.args[1:]]
@@ -91,7 +91,7 @@ def _ends(machine: Machine, program: Program, here: Here, primitive: Primitive) 
 
 
 # Whether nothing follows from here but choices and tracepoints, for ever.
-def _goes_round(machine: Machine, program: Program, start: Here) -> bool:
+def _goes_round(machine: ExploredHost, program: Program, start: Here) -> bool:
     ahead, passed = [start], set()
     while ahead:
         here = ahead.pop()

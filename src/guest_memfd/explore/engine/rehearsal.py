@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from guest_memfd.errors import BadInput, DesignRaised
-from guest_memfd.explore.engine.explorer import Machine, Program, differs, dismiss, perform, resume, send
+from guest_memfd.explore.engine.explorer import ExploredHost, Program, differs, dismiss, perform, resume, send
 from guest_memfd.plugins.guard import Endless
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.primitives import Primitive
@@ -23,7 +23,7 @@ LONGEST = 300
 class Rehearsal:
     """Walks of *programs* that are third parties', each alone on *machine*, from *initial*."""
 
-    def __init__(self, machine: Machine, programs: Mapping[str, Program], initial: bytes) -> None:
+    def __init__(self, machine: ExploredHost, programs: Mapping[str, Program], initial: bytes) -> None:
         self.machine, self.initial = machine, initial
         self.programs = {name: program for name, program in programs.items() if program.anew is not None}
         self.walks: dict[str, list[tuple[Primitive, Any]]] = {}

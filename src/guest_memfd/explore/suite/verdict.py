@@ -64,7 +64,7 @@ class Report:
     those that were reached, in words. failures: as many could be injected in one run, None: as the scenes say. seconds:
     from the first scenario to the last, the only field that differs from run to run. scenes: where it was put to the
     question; refused: those whose kernel the design will not work on, so that there was no file. missing: what should have
-    happened and never did, so that nothing is proved; never: all that never happened (`check.coverage.EVENTS`).
+    happened and never did, so that nothing is proved; never: all that never happened (`explore.suite.coverage.EVENTS`).
     """
 
     design: str

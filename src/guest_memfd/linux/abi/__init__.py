@@ -1,6 +1,7 @@
 """Tables of the kernel's binary interfaces, one file per device: commands, structures, flags. No code that calls anything.
 
     table.py            what a row of a table is
+    words.py            flags and constants as words
     kvm.py              /dev/kvm, guest memory, the run page: the same on every architecture
     kvm_x86.py          registers and VM types of x86
     kvm_arm64.py        what arm64 adds to it

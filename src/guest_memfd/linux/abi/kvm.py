@@ -149,7 +149,7 @@ class RunUnion(ctypes.Union):
                 ("padding", c_char * 256)]
 
 
-class Run(Words):
+class KvmRun(Words):
     """struct kvm_run, the page that a vCPU shares with user space; `sync_regs` is the architecture's."""
 
     _anonymous_ = ("exit",)

@@ -45,7 +45,7 @@ _POKING = 0xFFFF_FC00_0000_0000
 
 
 @dataclass
-class Power:
+class PowerState:
     """Pages counted as gone from the host, hibernation announced, tasks frozen."""
 
     away: int = 0
@@ -65,7 +65,7 @@ class Board:
         self.pages: dict[int, Page] = {}
         self.lru_batch: dict[int, Page] = {}
         self.inodes: dict[Inode, None] = {}
-        self.power = Power()
+        self.power = PowerState()
         self.dead: KernelPanic | None = None
         self.console: list[str] = []
         self._slab_in: int | None = None

@@ -153,7 +153,7 @@ class HostCpu:
     # What becomes of each abort of kernel text, up to its return.
     def _kernel_aborts(self) -> Iterator[mem_abort.Outcome | None]:
         for stop in self._stops():
-            if not isinstance(stop, c.Abort):
+            if not isinstance(stop, c.CpuAbort):
                 raise KernelPanic(f"kernel text stops with {stop!r} at {self.symbol_at(self.core.pc)}\n{HARDWARE}")
             if stop.pc == RETURN:
                 return
@@ -171,7 +171,7 @@ class HostCpu:
 
     def _run_user(self) -> str | None:
         for stop in self._stops():
-            if not isinstance(stop, c.Abort):
+            if not isinstance(stop, c.CpuAbort):
                 if isinstance(stop, c.Svc):
                     break
                 raise KernelPanic(f"the VMM's text stops with {stop!r}\n{HARDWARE}")

@@ -31,7 +31,7 @@ _TOKENS = frozenset((GUEST_TOKEN, USER_TOKEN, DEVICE_TOKEN, KERNEL_TOKEN))
 _ZEROS = bytes(PAGE)
 
 
-class Task(Protocol):
+class TracedTask(Protocol):
     """Whose primitive is under way: the task, its file, and where facts about it go."""
 
     who: int
@@ -125,7 +125,7 @@ class Tracer:
             self.secret.discard(page.pa)
             self.expect(page, ANY)
 
-    def reclaimed_by_force(self, host: Task, page: Page) -> None:
+    def reclaimed_by_force(self, host: TracedTask, page: Page) -> None:
         """EL2 took the page from a guest that never agreed, and zeroed it."""
         self.secret.discard(page.pa)
         host.notes.append(facts.Destroyed(
@@ -135,7 +135,7 @@ class Tracer:
         """The allocator has written to it."""
         self.secret.discard(page.pa)
 
-    def access(self, host: Task, page: Page, who: str, what: str, via: str, write: bool, content: int) -> facts.Access:
+    def access(self, host: TracedTask, page: Page, who: str, what: str, via: str, write: bool, content: int) -> facts.Access:
         """The fact that *who* reached a page that held *content*."""
         index = page.index if isinstance(page.inode, Inode) else None
         expect = self.expected.get((page.inode, page.index), ZERO) if isinstance(page.inode, Inode) else ANY
@@ -160,13 +160,13 @@ class Tracer:
 
     # -- operations ----------------------------------------------------------------------------------------------
 
-    def begin(self, host: Task, op: str, start: int, nr: int, gfn: int | None = None) -> None:
+    def begin(self, host: TracedTask, op: str, start: int, nr: int, gfn: int | None = None) -> None:
         """The task starts *op* on pages [start, start+nr)."""
         first = max(start, 0)
         self.ended.pop(host.who, None)
         self.operations[host.who] = Operation(op, first, max(min(start + nr, host.inode.size) - first, 0), gfn)
 
-    def out_of_scope(self, host: Task, what: str, index: int, nr: int = 1) -> None:
+    def out_of_scope(self, host: TracedTask, what: str, index: int, nr: int = 1) -> None:
         """Note it when the task's operation is about none of pages [index, index+nr), which are one folio's.
 
         Who evicts the inode is about all of them.
@@ -175,7 +175,7 @@ class Tracer:
         if operation is not None and host.inode.life != EVICTED and operation.first_of(index, nr) is None:
             host.notes.append(facts.OutOfScope(operation.op, what, index))
 
-    def announces(self, host: Task, start: int, nr: int) -> None:
+    def announces(self, host: TracedTask, start: int, nr: int) -> None:
         """The task begins to invalidate pages [start, start+nr)."""
         pages = range(max(start, 0), max(min(start + nr, host.inode.size), 0))
         self.announced[host.who] = pages
@@ -185,7 +185,7 @@ class Tracer:
             if beyond is not None:
                 host.notes.append(facts.OutOfScope(operation.op, "announces an invalidation", beyond))
 
-    def done_to(self, host: Task, what: str, index: int, nr: int = 1, *, always: bool = False) -> None:
+    def done_to(self, host: TracedTask, what: str, index: int, nr: int = 1, *, always: bool = False) -> None:
         """The task's operation does something to a folio that its users must hear of beforehand.
 
         *always*: that is so even if the operation has begun no invalidation at all: there is a VM to be told.
@@ -197,7 +197,7 @@ class Tracer:
         if operation is not None and announced is not None and not announced.start <= index < announced.stop:
             host.notes.append(facts.Unannounced(operation.op, what, index))
 
-    def removed(self, host: Task, index: int, nr: int) -> None:
+    def removed(self, host: TracedTask, index: int, nr: int) -> None:
         """A folio has left the file: whoever reads there next is to find zeros."""
         operation = self.operations.get(host.who)
         if operation is not None and operation.nr <= JUDGED:
@@ -205,7 +205,7 @@ class Tracer:
         self.expected.pop((host.inode, index), None)
         self.done_to(host, "removes the folio", index)
 
-    def attributes(self, host: Task, start: int, values: Entries) -> list[Page]:
+    def attributes(self, host: TracedTask, start: int, values: Entries) -> list[Page]:
         """Attributes are about to change: the folios in the file for which they do."""
         operation, inode = self.operations.get(host.who), host.inode
         old = inode.trees["attributes"].load(start, len(values))
@@ -251,13 +251,13 @@ class Tracer:
         self.ended.pop(task, None)
         return _reasons(operation.reasons) if operation is not None else ()
 
-    def returned(self, host: Task, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
+    def returned(self, host: TracedTask, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
         """What the caller is told, beside what the operation had said."""
         host.notes.append(facts.Returned(op, start, nr, ret, error_index, host.inode.size, self.ended.get(host.who),
                                          host.who in self.announced))
         self.forget(host.who)
 
-    def end(self, host: Task, ret: int, error_index: int | None) -> None:
+    def end(self, host: TracedTask, ret: int, error_index: int | None) -> None:
         """Report how the task's operation ended."""
         operation = self.operations.pop(host.who, None)
         if operation is None:
@@ -267,7 +267,7 @@ class Tracer:
         if operation.nr <= JUDGED:
             host.notes.append(self._ended(host, operation, ret, error_index))
 
-    def _ended(self, host: Task, operation: Operation, ret: int, error_index: int | None) -> facts.Ended:
+    def _ended(self, host: TracedTask, operation: Operation, ret: int, error_index: int | None) -> facts.Ended:
         inode = host.inode
         scope = tuple(range(operation.start, operation.start + operation.nr))
         attributes = inode.trees["attributes"].load(operation.start, operation.nr)
@@ -284,7 +284,7 @@ class Tracer:
             host.bounds.get(operation.op))
 
     # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
-    def _guest_has(self, host: Task, index: int, entry: int) -> bool:
+    def _guest_has(self, host: TracedTask, index: int, entry: int) -> bool:
         vm, page = host.vm_at(index), host.inode.find(index)
         if vm.state != RUNNING or vm.handle is None:
             return True

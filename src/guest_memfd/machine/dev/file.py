@@ -157,7 +157,7 @@ class FileHost(EmulatedHost):
 # One call into the machine at a time; who is in a call holds the descriptor (fget()).
 def _call(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
-    def call(self: Owned, *args: Any, **more: Any) -> Any:
+    def call(self: Serialised, *args: Any, **more: Any) -> Any:
         with self._lock:
             if self._lock.abandoned:
                 raise BadInput("a call into this machine was interrupted half way; it is of no use any more, make another")
@@ -174,7 +174,7 @@ def _call(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class Owned(owned.Owned):
+class Serialised(owned.Owned):
     """Used after it has been given up, it is EBADF. Every public method and property is a call into the machine.
 
     Calls from several threads are made one after the other. Given up while another thread is inside of a call, it goes when
@@ -210,7 +210,7 @@ class Owned(owned.Owned):
             raise SyscallFailed(EBADF, call, "it has been closed")
 
 
-class Mapped(Owned):
+class Mapped(Serialised):
     """A VMA of *file*: *size* bytes from file offset *offset* on (uapi/memory.py Mapping)."""
 
     def __init__(self, file: GuestMemoryFile, offset: int, size: int) -> None:
@@ -290,7 +290,7 @@ def _mode_exists(mode: int) -> bool:
     return operation in keeps or mode in (FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE, FALLOC_FL_WRITE_ZEROES)
 
 
-class Pinned(Owned):
+class Pinned(Serialised):
     """A pin on *folio* of *file*; it outlives the mapping, and the file."""
 
     def __init__(self, file: GuestMemoryFile, folio: Folio) -> None:
@@ -302,7 +302,7 @@ class Pinned(Owned):
             self.file.perform(Primitive("unpin", (self.folio, True), "mm"))
 
 
-class GuestMemoryFile(Owned, ABC):
+class GuestMemoryFile(Serialised, ABC):
     """A guest_memfd of *size* bytes (uapi/memory.py GuestMemory), served by the design *library*.
 
     *vm*: whose driver answers the hypercalls about its pages. *shared*: page indexes born shared. Raises

@@ -68,7 +68,7 @@ class Accessor:
         core.set_x(1, int.from_bytes(token, "little"))
         core.pc = 4 if write else 0
         stop = core.run(instructions=1)
-        if isinstance(stop, c.Abort):
+        if isinstance(stop, c.CpuAbort):
             return stop.fault
         if not isinstance(stop, c.Counted):
             raise AssertionError(f"a single guest access stops with {stop!r}")

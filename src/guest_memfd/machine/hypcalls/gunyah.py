@@ -12,12 +12,12 @@ from typing import Any
 
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.machine.el2.gunyah import hypercalls as n
-from guest_memfd.machine.el2.gunyah.addrspace import MapFlag
+from guest_memfd.machine.el2.gunyah.addrspace import AddrMapFlag
 from guest_memfd.machine.el2.gunyah.config import RangeOp
 from guest_memfd.machine.el2.gunyah.donate import NOSYNC, Donation
 from guest_memfd.machine.el2.gunyah.el2 import HLOS_VMID, Gunyah, InjectKind
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused, remap
-from guest_memfd.machine.el2.gunyah.memextent import RWX, Access, Attributes
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused, remap
+from guest_memfd.machine.el2.gunyah.memextent import RWX, Attributes, ExtentAccess
 from guest_memfd.machine.el2.gunyah.rm.client import RmClient
 from guest_memfd.machine.el2.gunyah.rm.server import ResourceManager
 from guest_memfd.machine.hw.arm64.fault import ACCESS_FLAG, PERMISSION, Fault
@@ -30,9 +30,9 @@ from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.words.primitives import EBUSY, EINVAL, Folio
 
-RW = Attributes(Access.RW, Access.RW)
-RX = Attributes(Access.RX, Access.RX)
-READ = Attributes(Access.R, Access.R)
+RW = Attributes(ExtentAccess.RW, ExtentAccess.RW)
+RX = Attributes(ExtentAccess.RX, ExtentAccess.RX)
+READ = Attributes(ExtentAccess.R, ExtentAccess.R)
 
 _SIGN = 1 << 63
 _UNLOCK = 1
@@ -91,7 +91,7 @@ class GunyahDriver(Driver):
         self._plain = isinstance(vm, DeviceVm) and vm.posted
         try:
             return super().hypercall(vm, name, args)
-        except Refused as refused:                      # by the Resource Manager, for a range it cannot configure
+        except HypRefused as refused:                      # by the Resource Manager, for a range it cannot configure
             return remap(refused.error)
 
     def _call(self, function: int, *args: int) -> int:
@@ -123,21 +123,21 @@ class GunyahDriver(Driver):
 
     def _map(self, vm: Vm, gfn: int, folio: Folio, extent: int, attributes: Attributes, flags: int) -> int:
         return self._call(n.ADDRSPACE_MAP, vm.handle.caps.addrspace, extent, gfn * PAGE, attributes.value,
-                          MapFlag.PARTIAL | flags, folio.pfn * PAGE, folio.nr * PAGE)
+                          AddrMapFlag.PARTIAL | flags, folio.pfn * PAGE, folio.nr * PAGE)
 
     def _unmap(self, vm: Vm, gfn: int, folio: Folio, extent: int, flags: int) -> int:
-        return self._call(n.ADDRSPACE_UNMAP, vm.handle.caps.addrspace, extent, gfn * PAGE, MapFlag.PARTIAL | flags,
+        return self._call(n.ADDRSPACE_UNMAP, vm.handle.caps.addrspace, extent, gfn * PAGE, AddrMapFlag.PARTIAL | flags,
                           folio.pfn * PAGE, folio.nr * PAGE)
 
     def _map_private(self, vm: Vm, gfn: int, folio: Folio) -> int:
         self._configure(vm, gfn, folio.nr, "private")
         attributes = RWX if self._writable(vm, gfn) else RX
-        return self._map(vm, gfn, folio, vm.handle.caps.guest_private, attributes, MapFlag.PRIVATE)
+        return self._map(vm, gfn, folio, vm.handle.caps.guest_private, attributes, AddrMapFlag.PRIVATE)
 
     def _map_vmmio(self, vm: Vm, gfn: int, folio: Folio) -> int:
         self._configure(vm, gfn, folio.nr, "vmmio")
         attributes = RW if self._writable(vm, gfn) else READ
-        return self._map(vm, gfn, folio, vm.handle.caps.guest_shared, attributes, MapFlag.VMMIO)
+        return self._map(vm, gfn, folio, vm.handle.caps.guest_shared, attributes, AddrMapFlag.VMMIO)
 
     @staticmethod
     def _writable(vm: Vm, gfn: int) -> bool:
@@ -145,18 +145,18 @@ class GunyahDriver(Driver):
 
     def _unmap_private(self, vm: Vm, gfn: int, folio: Folio, sync: bool) -> int:
         held = self.locked_in(vm, folio.pfn * PAGE)
-        ret = self._unmap(vm, gfn, folio, vm.handle.caps.guest_private, MapFlag.PRIVATE | (0 if sync else NOSYNC))
+        ret = self._unmap(vm, gfn, folio, vm.handle.caps.guest_private, AddrMapFlag.PRIVATE | (0 if sync else NOSYNC))
         self.sanitised = held and not ret
         return ret
 
     def _unmap_vmmio(self, vm: Vm, gfn: int, folio: Folio, sync: bool) -> int:
-        return self._unmap(vm, gfn, folio, vm.handle.caps.guest_shared, MapFlag.VMMIO | (0 if sync else NOSYNC))
+        return self._unmap(vm, gfn, folio, vm.handle.caps.guest_shared, AddrMapFlag.VMMIO | (0 if sync else NOSYNC))
 
     def configure(self, vm: Vm, gfn: int, nr: int, kind: str) -> int:
         """Have the Resource Manager make guest pages ``private`` or ``vmmio``; 0 or -errno."""
         try:
             self._configure(vm, gfn, nr, kind)
-        except Refused as refused:
+        except HypRefused as refused:
             return remap(refused.error)
         return 0
 

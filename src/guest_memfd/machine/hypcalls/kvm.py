@@ -17,7 +17,7 @@ from guest_memfd.words.primitives import Folio
 
 
 class KvmGuests(Driver):
-    """Guests whose stage 2 is KVM's own, plain or protected (kvm/guest.py)."""
+    """Guests whose stage 2 is KVM's own, plain or protected (el2/kvm/guest.py)."""
 
     def guest_maps(self, vm: Vm, pa: int) -> int | None:
         """By the guest's table."""

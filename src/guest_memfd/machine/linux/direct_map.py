@@ -43,7 +43,7 @@ ROX = 1 << 2
 """Map as text: read-only and executable, and no PXNTable on the way down."""
 
 
-class Memory(Protocol):
+class DirectMapMemory(Protocol):
     """Physical memory as tables need it; `Ram` is one."""
 
     def read64(self, pa: int) -> int: ...  # noqa: D102
@@ -51,7 +51,7 @@ class Memory(Protocol):
     def write(self, pa: int, data: bytes) -> None: ...  # noqa: D102
 
 
-class PageSource(Protocol):
+class DirectMapPages(Protocol):
     """Where table pages come from; `Buddy` is one. alloc_table() raises OutOfMemory."""
 
     def alloc_table(self) -> int: ...  # noqa: D102
@@ -81,7 +81,7 @@ class KernelTable:
     tolerates a change of size (BBML3), so that those are none.
     """
 
-    def __init__(self, memory: Memory, source: PageSource, *, any_size: bool = False) -> None:
+    def __init__(self, memory: DirectMapMemory, source: DirectMapPages, *, any_size: bool = False) -> None:
         self.memory, self.source, self.any_size = memory, source, any_size
         self.violations: list[bbm.Violation] = []
         self.before_store: Callable[[], None] = lambda: None

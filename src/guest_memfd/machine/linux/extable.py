@@ -21,7 +21,7 @@ _DONT_CLEAR = 5
 _U64 = (1 << 64) - 1
 
 
-class Type(IntEnum):
+class ExType(IntEnum):
     """EX_TYPE_*."""
 
     NONE = 0
@@ -37,7 +37,7 @@ class ExceptionEntry(NamedTuple):
 
     insn: int
     fixup: int
-    type: Type
+    type: ExType
     data: int
 
     def encode(self, at: int) -> bytes:
@@ -48,7 +48,7 @@ class ExceptionEntry(NamedTuple):
     def decode(cls, at: int, data: bytes) -> ExceptionEntry:
         """The entry whose 12 bytes are at virtual address *at*; raises ValueError for an unknown type."""
         insn, fixup, kind, fields = struct.unpack("<iiHH", data)
-        return cls(at + insn, at + 4 + fixup, Type(kind), fields)
+        return cls(at + insn, at + 4 + fixup, ExType(kind), fields)
 
 
 def registers(low: int, high: int) -> int:
@@ -148,5 +148,5 @@ def _zeropad(entry: ExceptionEntry, regs: Registers, esr: int, read_aligned: Rea
     return True
 
 
-_HANDLERS = {Type.NONE: _bug, Type.BPF: _bpf, Type.UACCESS_ERR_ZERO: _err_zero, Type.KACCESS_ERR_ZERO: _err_zero,
-             Type.UACCESS_CPY: _uaccess_cpy, Type.LOAD_UNALIGNED_ZEROPAD: _zeropad}
+_HANDLERS = {ExType.NONE: _bug, ExType.BPF: _bpf, ExType.UACCESS_ERR_ZERO: _err_zero, ExType.KACCESS_ERR_ZERO: _err_zero,
+             ExType.UACCESS_CPY: _uaccess_cpy, ExType.LOAD_UNALIGNED_ZEROPAD: _zeropad}

@@ -21,7 +21,7 @@ _LARGE = (dm.PUD_SIZE, dm.CONT_PMD_SIZE, dm.PMD_SIZE, dm.CONT_PTE_SIZE)
 class SplitTable(dm.KernelTable):
     """A table whose leaves can be split; `mapped` is bytes by leaf size, `splits` how many leaves of a size were split."""
 
-    def __init__(self, memory: dm.Memory, source: dm.PageSource, *, any_size: bool = False) -> None:
+    def __init__(self, memory: dm.DirectMapMemory, source: dm.DirectMapPages, *, any_size: bool = False) -> None:
         super().__init__(memory, source, any_size=any_size)
         self.mapped = dict.fromkeys(COUNTERS, 0)
         self.splits = dict.fromkeys(_LARGE, 0)

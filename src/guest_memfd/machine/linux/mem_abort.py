@@ -78,7 +78,7 @@ class MmFault(Enum):
     BADACCESS = "badaccess"
 
 
-class Kernel(oops.Reporter, Protocol):
+class AbortKernel(oops.Reporter, Protocol):
     """What the handlers ask of the kernel they run in.
 
     pkvm                    is_pkvm_initialized()
@@ -104,10 +104,10 @@ class Kernel(oops.Reporter, Protocol):
         """Look for the VMA of user address *va* and let it handle the fault; *access* is r, w or x."""
 
 
-Handler = Callable[[int, int, PtRegs, Kernel], "Outcome | None"]
+Handler = Callable[[int, int, PtRegs, AbortKernel], "Outcome | None"]
 
 
-def do_mem_abort(esr: int, far: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+def do_mem_abort(esr: int, far: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """do_mem_abort(): an abort taken to EL1. *regs* are changed when the outcome is Fixed."""
     info = fault_info[esr & 63]
     try:
@@ -129,14 +129,14 @@ def untagged(far: int) -> int:
 # -- handlers ----------------------------------------------------------------------------------------------------
 
 
-def do_translation_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+def do_translation_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """A user address may have a VMA; a kernel address has no second chance but the exception table."""
     if untagged(far) < TASK_SIZE:
         return do_page_fault(far, esr, regs, kernel)
     return do_bad_area(far, esr, regs, kernel)
 
 
-def do_page_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+def do_page_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """Permission and access flag faults, and translation faults of user addresses."""
     va, user = untagged(far), user_mode(regs)
     if kernel.pagefault_disabled:
@@ -162,7 +162,7 @@ _SIGNALS = {MmFault.SIGBUS: (SIGBUS, BUS_ADRERR), MmFault.HWPOISON: (SIGBUS, BUS
             MmFault.BADMAP: (SIGSEGV, SEGV_MAPERR), MmFault.BADACCESS: (SIGSEGV, SEGV_ACCERR)}
 
 
-def do_bad_area(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+def do_bad_area(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """A signal at EL0; at EL1 the exception table or the end."""
     if user_mode(regs):
         info = fault_info[esr & 63]
@@ -170,17 +170,17 @@ def do_bad_area(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
     return do_kernel_fault(far, esr, regs, kernel)
 
 
-def do_alignment_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+def do_alignment_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """As any bad address."""
     return do_bad_area(far, esr, regs, kernel)
 
 
-def do_tag_check_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+def do_tag_check_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """As any bad address; do_kernel_fault() knows how to go on."""
     return do_bad_area(far, esr, regs, kernel)
 
 
-def do_sea(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+def do_sea(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """A synchronous external abort is a hardware error: at EL1 the kernel dies, and no exception table is asked.
 
     With `sea_fixup` it is, for a data abort at EL1 whose FAR is valid.
@@ -194,14 +194,14 @@ def do_sea(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
     return die(info.name, esr, regs, kernel)
 
 
-def do_bad(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> None:
+def do_bad(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> None:
     """Nobody handles this."""
 
 
 # -- the kernel's own faults -------------------------------------------------------------------------------------
 
 
-def do_kernel_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome:
+def do_kernel_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """__do_kernel_fault(): fixup, spurious or pKVM, tag check, and then the oops with the best guess."""
     if not is_el1_instruction_abort(esr) and fixup_exception(esr, regs, kernel):
         return Fixed(regs.pc)
@@ -213,7 +213,7 @@ def do_kernel_fault(far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Outcome
     return die_kernel_fault(_best_guess(far, esr, kernel), far, esr, regs, kernel)
 
 
-def _best_guess(far: int, esr: int, kernel: Kernel) -> str:
+def _best_guess(far: int, esr: int, kernel: AbortKernel) -> str:
     if is_el1_permission_fault(esr):
         if Syndrome.decode(esr).write:
             return "write to read-only memory"
@@ -223,12 +223,12 @@ def _best_guess(far: int, esr: int, kernel: Kernel) -> str:
     return "access to hypervisor-protected memory" if is_pkvm_stage2_abort(esr, kernel) else "paging request"
 
 
-def fixup_exception(esr: int, regs: PtRegs, kernel: Kernel) -> bool:
+def fixup_exception(esr: int, regs: PtRegs, kernel: AbortKernel) -> bool:
     """fixup_exception() of arch/arm64/mm/extable.c."""
     return kernel.extable.fixup(regs, esr, kernel.read_aligned)
 
 
-def is_spurious_el1_translation_fault(far: int, esr: int, kernel: Kernel) -> Retry | None:
+def is_spurious_el1_translation_fault(far: int, esr: int, kernel: AbortKernel) -> Retry | None:
     """A translation fault that stage 1 does not confirm: another CPU was faster, or the page is behind stage 2.
 
     Under pKVM the page is then taken from its guest by force; -EAGAIN, too, is worth another try.
@@ -246,7 +246,7 @@ def is_spurious_el1_translation_fault(far: int, esr: int, kernel: Kernel) -> Ret
     return None
 
 
-def die_kernel_fault(what: str, far: int, esr: int, regs: PtRegs, kernel: Kernel) -> Oops | Panic:
+def die_kernel_fault(what: str, far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Oops | Panic:
     """die_kernel_fault(): the syndrome and the tables first."""
     before = [f"Unable to handle kernel {what} at virtual address {far:016x}",
               *oops.mem_abort_decode(esr, fault_info[esr & 63].name), *oops.show_pte(untagged(far), kernel)]
@@ -263,7 +263,7 @@ def is_el1_permission_fault(esr: int) -> bool:
     return esr >> 26 & 63 in (_EC_DABT, _EC_IABT) and esr & 63 in _PERMISSION
 
 
-def is_pkvm_stage2_abort(esr: int, kernel: Kernel) -> bool:
+def is_pkvm_stage2_abort(esr: int, kernel: AbortKernel) -> bool:
     """pKVM marks the stage-2 faults that it injects with S1PTW (host_inject_mem_abort, 7.3)."""
     return kernel.pkvm and Syndrome.decode(esr).s1ptw
 

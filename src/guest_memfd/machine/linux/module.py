@@ -73,7 +73,7 @@ def module_matches(name: str, patterns: str) -> bool:
     return False
 
 
-class State(Enum):
+class ModuleState(Enum):
     """MODULE_STATE_*, as far as somebody else can see them."""
 
     COMING = "Loading"
@@ -102,7 +102,7 @@ class Module:
     """A loaded module. `refcount` counts who uses it; modules that link against it are in `users`, too."""
 
     image: ModuleImage
-    state: State = State.COMING
+    state: ModuleState = ModuleState.COMING
     refcount: int = 0
     uses: list[Module] = field(default_factory=list)
     users: list[Module] = field(default_factory=list)
@@ -119,7 +119,7 @@ class Module:
 
     def try_get(self) -> bool:
         """try_module_get(): one more user, unless it is on its way out."""
-        if self.state is State.GOING:
+        if self.state is ModuleState.GOING:
             return False
         self.refcount += 1
         return True
@@ -171,11 +171,11 @@ class Loader:
         self.modules[module.name] = module
         ret = image.init() if image.init else 0
         if ret < 0:
-            module.state = State.GOING
+            module.state = ModuleState.GOING
             self._unlink(module)
             del self.modules[module.name]
             return ret
-        module.state = State.LIVE
+        module.state = ModuleState.LIVE
         return module
 
     # resolve_symbol(): a reference on the module that has it is kept until this one goes.
@@ -186,7 +186,7 @@ class Loader:
         ret = self._verify_namespace(module, export)
         if ret or owner is None or owner in module.uses:
             return ret
-        if owner.state is State.COMING:
+        if owner.state is ModuleState.COMING:
             return -EBUSY
         if not owner.try_get():
             return -ENOENT
@@ -237,13 +237,13 @@ class Loader:
             return -ENOENT
         if module.users:
             return -EWOULDBLOCK
-        if module.state is not State.LIVE:
+        if module.state is not ModuleState.LIVE:
             return -EBUSY
         if module.image.init and not module.image.exit:
             return -EBUSY
         if module.refcount:
             return -EWOULDBLOCK
-        module.state = State.GOING
+        module.state = ModuleState.GOING
         if module.image.exit:
             module.image.exit()
         self._unlink(module)

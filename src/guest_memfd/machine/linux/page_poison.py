@@ -14,7 +14,7 @@ from guest_memfd.machine.hw.ram import PAGE
 PAGE_POISON = 0xAA
 
 
-class Access(Protocol):
+class PoisonAccess(Protocol):
     """Plain accesses of the kernel to a page of the linear map; an abort that is fatal does not return."""
 
     def memset_page(self, pa: int, byte: int) -> None:
@@ -31,8 +31,10 @@ class PageChecks:
     `log` is what the kernel prints.
     """
 
-    def __init__(self, access: Access, linear_map: LinearMap, *, poison: bool = False, init_on_free: bool = False,
-                 init_on_alloc: bool = False) -> None:
+    def __init__(
+        self, access: PoisonAccess, linear_map: PoisonLinearMap, *, poison: bool = False, init_on_free: bool = False,
+        init_on_alloc: bool = False,
+    ) -> None:
         self.access, self.linear_map = access, linear_map
         self.log: list[str] = []
         if poison and (init_on_free or init_on_alloc):
@@ -79,7 +81,7 @@ class PageChecks:
                         f"at {page + wrong[0]:#x}-{page + wrong[-1]:#x}")
 
 
-class LinearMap(Protocol):
+class PoisonLinearMap(Protocol):
     """The linear map as debug_pagealloc needs it."""
 
     debug_pagealloc: bool

@@ -1,13 +1,9 @@
-"""How the emulated machine stops, or waits: three signals, none of which is an error of this program."""
+"""How Linux stops. It is no error of this program."""
 
 from __future__ import annotations
 
 HARDWARE = "Hardware name: emulated machine of guest-memfd, not the machine that it runs on"
 """A line of every panic, where Linux has the name of the board."""
-
-
-class Blocked(Exception):  # noqa: N818 - a signal, not an error
-    """The primitive has to wait; nothing has changed."""
 
 
 class KernelPanic(Exception):  # noqa: N818

@@ -106,7 +106,7 @@ def hibernation_available(policy: Policy) -> bool:
     return not (policy.nohibernate or policy.locked_down or policy.secretmem_users or policy.cxl_mem_active)
 
 
-class Machine(Protocol):
+class SnapshotMachine(Protocol):
     """What hibernate() and the image copy ask of the machine; physical addresses of pages."""
 
     def pages(self) -> Iterable[int]:
@@ -159,7 +159,7 @@ class Machine(Protocol):
 
 
 @dataclass
-class Image:
+class HibernationImage:
     """The pages saved: by physical address; all-zero pages are in a bitmap instead."""
 
     pages: dict[int, bytes] = field(default_factory=dict)
@@ -169,7 +169,7 @@ class Image:
         return pa in self.pages or pa in self.zero
 
 
-def saveable_page(machine: Machine, pa: int) -> bool:
+def saveable_page(machine: SnapshotMachine, pa: int) -> bool:
     """Whether the image must hold the page. A hole in the linear map matters for reserved pages only."""
     if machine.is_nosave(pa) or machine.is_free(pa) or machine.is_offline(pa):
         return False
@@ -178,7 +178,7 @@ def saveable_page(machine: Machine, pa: int) -> bool:
     return not machine.is_guard(pa)
 
 
-def safe_copy_page(machine: Machine, pa: int) -> bytes:
+def safe_copy_page(machine: SnapshotMachine, pa: int) -> bytes:
     """The contents of a page; a hole is mapped for the time of the copy, and made again with a flush."""
     if machine.kernel_page_present(pa):
         return machine.do_copy_page(pa)
@@ -189,18 +189,18 @@ def safe_copy_page(machine: Machine, pa: int) -> bytes:
     return data
 
 
-def saveable_pages(machine: Machine) -> list[int] | int:
+def saveable_pages(machine: SnapshotMachine) -> list[int] | int:
     """What the image will hold, in order; -ENOMEM when the copies do not fit into free memory."""
     saved = [pa for pa in machine.pages() if saveable_page(machine, pa)]
     return saved if len(saved) <= machine.free_pages() else -ENOMEM
 
 
-def swsusp_save(machine: Machine) -> Image | int:
+def swsusp_save(machine: SnapshotMachine) -> HibernationImage | int:
     """Count once more, then copy; -ENOMEM as above."""
     saved = saveable_pages(machine)
     if isinstance(saved, int):
         return saved
-    image = Image()
+    image = HibernationImage()
     for pa in saved:
         data = safe_copy_page(machine, pa)
         if any(data):
@@ -210,7 +210,7 @@ def swsusp_save(machine: Machine) -> Image | int:
     return image
 
 
-class Power:
+class SnapshotPower:
     """system_transition_mutex, the notifier chain, and whether a snapshot is in progress. `log` is the order of things."""
 
     def __init__(self, policy: Policy | None = None) -> None:
@@ -218,7 +218,7 @@ class Power:
         self.snapshot_device_users = 0
         self.log: list[str] = []
 
-    def hibernate(self, machine: Machine) -> Image | int:
+    def hibernate(self, machine: SnapshotMachine) -> HibernationImage | int:
         """hibernate(): the image, or a negative errno and everything as before.
 
         -EPERM (not available), -EOPNOTSUPP (no such compression), -EBUSY (/dev/snapshot is open, or a task does not
@@ -235,14 +235,14 @@ class Power:
         if error:
             return error
         self.log += ["sync", "freeze filesystems", "freeze processes"]
-        result: Image | int = machine.freeze_processes()
+        result: HibernationImage | int = machine.freeze_processes()
         if not result:
             result = self._hibernation_snapshot(machine)
             machine.thaw_processes()
         self.chain.call(Event.POST_HIBERNATION)
         return result
 
-    def _hibernation_snapshot(self, machine: Machine) -> Image | int:
+    def _hibernation_snapshot(self, machine: SnapshotMachine) -> HibernationImage | int:
         self.log += ["memory bitmaps", "prepare devices", "preallocate memory"]
         saved = saveable_pages(machine)
         if isinstance(saved, int):
@@ -256,7 +256,7 @@ class Power:
         machine.resume_devices()
         return image
 
-    def suspend(self, machine: Machine) -> int:
+    def suspend(self, machine: SnapshotMachine) -> int:
         """suspend_prepare() and suspend to RAM: nothing is copied, and nothing looks at secretmem."""
         error = self.chain.call_robust(Event.SUSPEND_PREPARE, Event.POST_SUSPEND)
         if error:

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from typing import NamedTuple
 
 from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.machine.linux.extable import ENTRY_SIZE, ExceptionEntry, ExceptionTable, Type, registers
+from guest_memfd.machine.linux.extable import ENTRY_SIZE, ExceptionEntry, ExceptionTable, ExType, registers
 
 KIMAGE_VADDR = 0xFFFF_8000_8000_0000
 """Where the kernel image is mapped without KASLR (asm/memory.h): not in the linear map."""
@@ -23,7 +23,7 @@ class Recovery(NamedTuple):
     """The instruction at `offset` may fault and continues with the next one; `data` as in ExceptionEntry."""
 
     offset: int
-    type: Type
+    type: ExType
     data: int
 
 
@@ -40,7 +40,7 @@ ROUTINES = (
     Routine("load_unaligned_zeropad", (
         0xF9400000,     # ldr   x0, [x0]
         _RET,
-    ), (Recovery(0, Type.LOAD_UNALIGNED_ZEROPAD, registers(0, 0)),)),
+    ), (Recovery(0, ExType.LOAD_UNALIGNED_ZEROPAD, registers(0, 0)),)),
     # The zero-padding handler's own read: no entry.
     Routine("ex_handler_load_unaligned_zeropad", (
         0xF9400000,     # ldr   x0, [x0]
@@ -80,21 +80,21 @@ ROUTINES = (
         _RET,
         0x928001A0,     # 4: mov   x0, #-14
         _RET,
-    ), (Recovery(0x10, Type.KACCESS_ERR_ZERO, registers(9, 3)), Recovery(0x30, Type.KACCESS_ERR_ZERO, registers(9, 3)))),
+    ), (Recovery(0x10, ExType.KACCESS_ERR_ZERO, registers(9, 3)), Recovery(0x30, ExType.KACCESS_ERR_ZERO, registers(9, 3)))),
     # (int, u64 in x1) __get_user(addr): an unprivileged load
     Routine("__get_user", (
         0x2A1F03E2,     # mov   w2, wzr
         0xF8400801,     # ldtr  x1, [x0]
         0x93407C40,     # sxtw  x0, w2
         _RET,
-    ), (Recovery(4, Type.UACCESS_ERR_ZERO, registers(2, 1)),)),
+    ), (Recovery(4, ExType.UACCESS_ERR_ZERO, registers(2, 1)),)),
     # int __put_user(addr, value): an unprivileged store
     Routine("__put_user", (
         0x2A1F03E2,     # mov   w2, wzr
         0xF8000801,     # sttr  x1, [x0]
         0x93407C40,     # sxtw  x0, w2
         _RET,
-    ), (Recovery(4, Type.UACCESS_ERR_ZERO, registers(2, 31)),)),
+    ), (Recovery(4, ExType.UACCESS_ERR_ZERO, registers(2, 31)),)),
     # void clear_page(page): arch/arm64/lib/clear_page.S where DC ZVA is prohibited
     Routine("clear_page", (
         0x91400401,     #    add   x1, x0, #4096

@@ -14,7 +14,7 @@ from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.words.primitives import ENOMEM
 
 
-class Source(Protocol):
+class PgdSource(Protocol):
     """The linear map that is copied."""
 
     ram: Ram
@@ -28,7 +28,7 @@ class Source(Protocol):
         """Build what has not been needed yet."""
 
 
-def trans_pgd_create_copy(linear_map: Source, pages: dm.PageSource, start: int, end: int) -> int:
+def trans_pgd_create_copy(linear_map: PgdSource, pages: dm.DirectMapPages, start: int, end: int) -> int:
     """Physical address of a table tree that maps what [start, end), virtual, maps; or -ENOMEM, and nothing is kept.
 
     *pages* gives the tables. A copy of a hole is valid: whoever runs on the copy reaches everything.
@@ -46,12 +46,12 @@ def trans_pgd_create_copy(linear_map: Source, pages: dm.PageSource, start: int, 
     return root
 
 
-def _new(pages: dm.PageSource, taken: list[int]) -> int:
+def _new(pages: dm.DirectMapPages, taken: list[int]) -> int:
     taken.append(pages.alloc_table())
     return taken[-1]
 
 
-def _copy(linear_map: Source, pages: dm.PageSource, taken: list[int], tables: tuple[int, int], span: tuple[int, int],
+def _copy(linear_map: PgdSource, pages: dm.DirectMapPages, taken: list[int], tables: tuple[int, int], span: tuple[int, int],
           level: int) -> None:
     ram, (old, new) = linear_map.ram, tables
     for index, inside in _entries(span, level):

@@ -9,6 +9,7 @@
     user.py       VMAs, user accesses, GUP
     guest.py      hypercalls, guest accesses, pfn caches
     files.py      trees, files, inodes, modules, the VM
+    services.py   what reads and writes all RAM: kcore, the hibernation image, page poisoning
     power.py      hibernation, memory failure
     host.py       all of them together, and the only place from which they are called
 """

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.panic import HARDWARE, Blocked, KernelPanic
+from guest_memfd.machine.linux.panic import HARDWARE, KernelPanic
 from guest_memfd.words import facts
+from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import Bound, Caller, Folio
 

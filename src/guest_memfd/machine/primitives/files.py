@@ -10,7 +10,7 @@ from guest_memfd.words.pagestate import ALIVE, DYING, EVICTED, FAILURE, GONE_BEF
 from guest_memfd.words.primitives import EBUSY, ENOMEM, Entries, Tree
 
 
-class Files(GuestSide):
+class FilePrimitives(GuestSide):
     """begin_op ... vm_destroyed."""
 
     def begin_op(self, op: str, start: int, nr: int, gfn: int | None) -> None:

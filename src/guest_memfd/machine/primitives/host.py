@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from guest_memfd.machine.linux.inode import Inode
-from guest_memfd.machine.linux.panic import Blocked, KernelPanic
+from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.directmap import DirectMap
 from guest_memfd.machine.primitives.lifetime import Lifetimes
 from guest_memfd.machine.primitives.locks import Locks
-from guest_memfd.machine.primitives.power import Power
+from guest_memfd.machine.primitives.power import PowerPrimitives
 from guest_memfd.plugins.guard import Guard
-from guest_memfd.words.outcome import STAY
+from guest_memfd.words.outcome import STAY, Blocked
 from guest_memfd.words.primitives import Bound, Caller, Primitive, Steps
 from guest_memfd.words.scene import Scene
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from guest_memfd.machine.hypcalls.vm import Vm
 
 
-class EmulatedHost(Lifetimes, Locks, DirectMap, Power):
+class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
     """One guest_memfd file of *size* pages on *machine*, bound to *vm*.
 
     tasks: numbers of the parties that freezing stops. judge: told of every primitive and the facts it left;

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from guest_memfd.machine.primitives.files import Files
+from guest_memfd.machine.primitives.files import FilePrimitives
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import HIBERNATION, RUNNING
 from guest_memfd.words.primitives import EAGAIN, EBUSY, Folio
 
 
-class Power(Files):
+class PowerPrimitives(FilePrimitives):
     """pm_account ... hwpoison."""
 
     def pm_account(self, pages: int) -> int:

@@ -19,7 +19,7 @@ from contextlib import suppress
 
 from guest_memfd.linux import fd
 from guest_memfd.probe.ask.calls import FAILED, name_of
-from guest_memfd.probe.ask.row import Outcome
+from guest_memfd.probe.ask.row import RowOutcome
 
 TIMEOUT = 2.0
 """Seconds that a row may take."""
@@ -72,13 +72,13 @@ class Slate:
         self._page[_HEAD.size:_HEAD.size + len(data)] = data
         self._page[16:24] = struct.pack("<II", kind, len(data))
 
-    def read(self) -> Outcome | None:
+    def read(self) -> RowOutcome | None:
         """What the child said, if anything."""
         _, _, kind, length = _HEAD.unpack(self._page[:_HEAD.size])
         text = self._page[_HEAD.size:_HEAD.size + length].decode("utf-8", "replace")
         if kind == _RESULT:
-            return Outcome(result=text)
-        return Outcome(unfit=text) if kind == _UNFIT else None
+            return RowOutcome(result=text)
+        return RowOutcome(unfit=text) if kind == _UNFIT else None
 
     def place(self, address: int) -> str:
         """*address* as an offset into the mapping under test, if it is near it."""
@@ -90,7 +90,7 @@ class Slate:
         self._page.close()
 
 
-def perform(act: Callable[[Slate], object], slate: Slate, timeout: float = TIMEOUT) -> Outcome:
+def perform(act: Callable[[Slate], object], slate: Slate, timeout: float = TIMEOUT) -> RowOutcome:
     """Run *act* in a child and return what it came to; None is ``ok``, OSError the errno's name, `Unfit` a reason.
 
     timeout: seconds until the child is killed. On a busy machine that says nothing about the kernel, so it is tried again,
@@ -101,17 +101,17 @@ def perform(act: Callable[[Slate], object], slate: Slate, timeout: float = TIMEO
         return outcome
     again = _once(act, slate, PATIENCE * timeout)
     late = f"no answer in {timeout:g} s, and when it was tried again none in {PATIENCE * timeout:g} s"
-    return Outcome(unfit=late, late=True) if again.late else again
+    return RowOutcome(unfit=late, late=True) if again.late else again
 
 
-def _once(act: Callable[[Slate], object], slate: Slate, timeout: float) -> Outcome:
+def _once(act: Callable[[Slate], object], slate: Slate, timeout: float) -> RowOutcome:
     slate.wipe()
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     try:
         try:
             pid = os.fork()
         except OSError as error:
-            return Outcome(unfit=f"fork: {name_of(error)}")
+            return RowOutcome(unfit=f"fork: {name_of(error)}")
         if pid == 0:
             _child(act, slate)
         with suppress(OSError):
@@ -152,22 +152,22 @@ def _child(act: Callable[[Slate], object], slate: Slate) -> None:
 
 
 # Looks without reaping: as long as the child is there, dead or alive, nobody else can have its number.
-def _watch(pid: int, slate: Slate, timeout: float) -> Outcome:
+def _watch(pid: int, slate: Slate, timeout: float) -> RowOutcome:
     end = time.monotonic() + timeout
     while True:
         seen = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
         if seen is None:
             left = end - time.monotonic()
             if left <= 0:
-                return Outcome(late=True)
+                return RowOutcome(late=True)
             # A SIGCHLD may go to another thread of whoever calls; then the next look is a little later.
             signal.sigtimedwait({signal.SIGCHLD}, min(left, 0.02))
         elif seen.si_code == os.CLD_EXITED:
-            return slate.read() or Outcome(unfit="our own failure: the child said nothing")
+            return slate.read() or RowOutcome(unfit="our own failure: the child said nothing")
         elif seen.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
-            return Outcome(result=signal.Signals(seen.si_status).name)
+            return RowOutcome(result=signal.Signals(seen.si_status).name)
         elif seen.si_status in _FAULTS:
-            return Outcome(result=_fault(pid, seen.si_status, slate))
+            return RowOutcome(result=_fault(pid, seen.si_status, slate))
         else:
             # SIGTRAP: an exec of the row, which the tracer is told about.
             _libc.ptrace(_CONT, pid, None, 0 if seen.si_status == signal.SIGTRAP else seen.si_status)

@@ -20,7 +20,7 @@ SECONDS = 1.0
 """Longest time of one access; a first touch takes microseconds."""
 
 
-class Guest:
+class ProbeGuest:
     """A VM with one vCPU that becomes *here*'s VM; slots from number 1 on are free, guest addresses from 256 MiB on."""
 
     def __init__(self, here: Here) -> None:

@@ -17,7 +17,7 @@ from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.linux.abi.memory import Cachestat, CachestatRange
 from guest_memfd.probe.ask.calls import FAILED, MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PUNCH, RW, attempt, call, name_of
 from guest_memfd.probe.ask.child import Slate, Unfit
-from guest_memfd.probe.ask.row import Features
+from guest_memfd.probe.ask.row import KernelFeatures
 from guest_memfd.uapi import kvm
 from guest_memfd.uapi.kvm import SHARED, GuestMemfdFlag
 
@@ -38,7 +38,7 @@ class Here:
 
     slate: Slate
     path: str
-    features: Features
+    features: KernelFeatures
     _kvm: int = -1
     _vm: int = -1
 

@@ -18,7 +18,7 @@ SETTLED = "6.18 to 7.3"
 
 
 @dataclass(frozen=True)
-class Features:
+class KernelFeatures:
     """What rows need and are judged by: names that this machine *has*, why it *lacks* others, *release* of its kernel."""
 
     release: str
@@ -50,7 +50,7 @@ class Row:
     needs: tuple[str, ...] = ()
     rules: tuple[tuple[str, str | None], ...] = ()
 
-    def expected(self, features: Features) -> str | None:
+    def expected(self, features: KernelFeatures) -> str | None:
         """What a kernel with *features* answers; None where that is not known."""
         for feature, result in self.rules:
             if feature in features:
@@ -59,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RowOutcome:
     """What came of a row: *result*, or the reason it could not be tried (*unfit*). *late*: no answer came in time."""
 
     result: str | None = None
@@ -78,7 +78,7 @@ class Judged:
     why: str = ""
 
 
-def judge(row: Row, outcome: Outcome, features: Features) -> Judged:
+def judge(row: Row, outcome: RowOutcome, features: KernelFeatures) -> Judged:
     """Compare *outcome* with what is expected of a kernel with *features*."""
     result, expected = outcome.result, row.expected(features)
     if result is None:
@@ -98,7 +98,7 @@ def judge(row: Row, outcome: Outcome, features: Features) -> Judged:
 
 # A filter in front of the kernel, and what this process may use up, say nothing about the kernel. Without a filter EPERM is
 # the kernel's own answer, and so is ENOMEM without a limit.
-def _refused(result: str, features: Features) -> str:
+def _refused(result: str, features: KernelFeatures) -> str:
     if result == "ENOSYS":
         return "the system call is not there, or refused by a filter (ENOSYS)"
     if result.startswith(("EMFILE", "ENFILE")):
@@ -110,7 +110,7 @@ def _refused(result: str, features: Features) -> str:
     return ""
 
 
-def missing(row: Row, features: Features) -> str:
+def missing(row: Row, features: KernelFeatures) -> str:
     """Why *row* cannot run here, or nothing."""
     return next((features.why(need) for need in row.needs if need not in features), "")
 

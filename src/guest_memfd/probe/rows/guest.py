@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from guest_memfd.probe.ask.calls import ADVICE, KEEP_SIZE, call, load, store
-from guest_memfd.probe.ask.guest import Guest
+from guest_memfd.probe.ask.guest import ProbeGuest
 from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind, punch, resident
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.probe.rows.slots import GMEM, GPA
@@ -20,7 +20,7 @@ def _text(address: int) -> str:
 
 def stores(here: Here) -> str:
     """The guest stores, the host loads, and the other way round."""
-    guest, fd = Guest(here), here.gmem()
+    guest, fd = ProbeGuest(here), here.gmem()
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
     address = here.map(fd)
     guest.store(GPA + PAGE, b"guest")
@@ -30,14 +30,14 @@ def stores(here: Here) -> str:
 
 def first_touch(here: Here, flags: int) -> str:
     """What the first load shows, and how many pages there are then."""
-    guest, fd = Guest(here), here.gmem(flags)
+    guest, fd = ProbeGuest(here), here.gmem(flags)
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
     return f"{guest.load(GPA + PAGE)}, {resident(fd)} pages"
 
 
 def punched(here: Here) -> str:
     """Load, host's load, store and host's load of a page that is punched while the guest has it."""
-    guest, fd = Guest(here), here.gmem()
+    guest, fd = ProbeGuest(here), here.gmem()
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
     address = here.map(fd)
     guest.store(GPA, b"before")
@@ -49,7 +49,7 @@ def punched(here: Here) -> str:
 
 def beside_user_memory(here: Here, flags: int) -> str:
     """What the guest loads when userspace_addr is other memory; what its store leaves there; pages of the file."""
-    guest, fd, memory = Guest(here), here.gmem(flags), here.memory()
+    guest, fd, memory = ProbeGuest(here), here.gmem(flags), here.memory()
     store(memory, b"anon")
     bind(here.vm, 1, GMEM, GPA, SIZE, memory, fd)
     seen = guest.load(GPA)
@@ -59,14 +59,14 @@ def beside_user_memory(here: Here, flags: int) -> str:
 
 def without_user_memory(here: Here, flags: int) -> str:
     """What the guest loads when userspace_addr is 0."""
-    guest = Guest(here)
+    guest = ProbeGuest(here)
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.gmem(flags))
     return guest.load(GPA)
 
 
 def private_file(here: Here) -> str:
     """A file with MMAP and without INIT_SHARED: the guest's store and load."""
-    guest, fd = Guest(here), here.gmem(1)
+    guest, fd = ProbeGuest(here), here.gmem(1)
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
     guest.store(GPA, b"private")
     return guest.load(GPA)
@@ -74,7 +74,7 @@ def private_file(here: Here) -> str:
 
 def private_file_of_host(here: Here) -> None:
     """The same, and then the host loads."""
-    guest, fd = Guest(here), here.gmem(1)
+    guest, fd = ProbeGuest(here), here.gmem(1)
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
     guest.store(GPA, b"private")
     load(here.map(fd))
@@ -82,7 +82,7 @@ def private_file_of_host(here: Here) -> None:
 
 def all_closed(here: Here, touched: bool, mapped: bool) -> str:
     """Close the last descriptor of a bound file; what the guest's next load comes to, twice."""
-    guest, fd = Guest(here), here.gmem()
+    guest, fd = ProbeGuest(here), here.gmem()
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
     if mapped:
         store(here.map(fd), b"mapped")
@@ -95,7 +95,7 @@ def all_closed(here: Here, touched: bool, mapped: bool) -> str:
 
 def replaced(here: Here) -> str:
     """Close a bound file, delete its slot, bind a new one there: what the guest loads."""
-    guest, old = Guest(here), here.gmem()
+    guest, old = ProbeGuest(here), here.gmem()
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, old)
     guest.store(GPA, b"old")
     os.close(old)
@@ -106,7 +106,7 @@ def replaced(here: Here) -> str:
 
 def slot_deleted(here: Here) -> str:
     """Delete the slot under a page that the guest has; bind the file elsewhere: both loads."""
-    guest, fd = Guest(here), here.gmem()
+    guest, fd = ProbeGuest(here), here.gmem()
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
     guest.store(GPA, b"kept")
     bind(here.vm, 1, 0, 0, 0)
@@ -117,14 +117,14 @@ def slot_deleted(here: Here) -> str:
 
 def past_slot(here: Here) -> str:
     """Load past the end of the slot."""
-    guest = Guest(here)
+    guest = ProbeGuest(here)
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.gmem())
     return guest.load(GPA + SIZE)
 
 
 def host_lets_go(here: Here, how: str) -> str:
     """The host does something to its own mapping; what the guest then loads."""
-    guest, fd = Guest(here), here.gmem()
+    guest, fd = ProbeGuest(here), here.gmem()
     address = here.map(fd)
     bind(here.vm, 1, GMEM, GPA, SIZE, 0 if how == "munmap" else address, fd)
     guest.store(GPA, b"kept")
@@ -139,7 +139,7 @@ def host_lets_go(here: Here, how: str) -> str:
 
 def plain_slot(here: Here, what: str) -> str:
     """A plain slot whose userspace_addr is a mapping of a guest_memfd, or nothing."""
-    guest = Guest(here)
+    guest = ProbeGuest(here)
     if what == "unmapped":
         address = here.hole()
     elif what == "past-eof":
@@ -156,7 +156,7 @@ def plain_slot(here: Here, what: str) -> str:
 
 def emulated_secret(here: Here) -> str:
     """A plain slot whose userspace_addr is a memfd_secret: a load at CPL 0."""
-    guest, address = Guest(here), here.map(here.secret())
+    guest, address = ProbeGuest(here), here.map(here.secret())
     store(address, b"host")
     bind(here.vm, 1, 0, GPA, SIZE, address)
     return guest.at_cpl_0(GPA)
@@ -164,7 +164,7 @@ def emulated_secret(here: Here) -> str:
 
 def plain_slot_punched(here: Here) -> str:
     """The same with a shared file that is punched after the guest's store."""
-    guest, fd = Guest(here), here.gmem()
+    guest, fd = ProbeGuest(here), here.gmem()
     bind(here.vm, 1, 0, GPA, SIZE, here.map(fd))
     guest.store(GPA, b"before")
     punch(fd, 0, SIZE)
@@ -173,7 +173,7 @@ def plain_slot_punched(here: Here) -> str:
 
 def allocated_before(here: Here) -> str:
     """Allocate, then let the guest load: what it sees."""
-    guest, fd = Guest(here), here.gmem()
+    guest, fd = ProbeGuest(here), here.gmem()
     call("fallocate", fd, KEEP_SIZE, 0, SIZE)
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
     return guest.load(GPA + PAGE)

@@ -12,6 +12,6 @@
     posted.py    memory served by the driver as posted
 """
 
-from guest_memfd.machine.dev.gunyah.device import Device
+from guest_memfd.machine.dev.gunyah.device import GunyahDeviceFile
 
-__all__ = ["Device"]
+__all__ = ["GunyahDeviceFile"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from guest_memfd.uapi.gunyah import ACCESS_MASK, MapFlag
 
 if TYPE_CHECKING:
-    from guest_memfd.machine.dev.gunyah.memory import MemoryFile
+    from guest_memfd.machine.dev.gunyah.memory import GunyahMemoryFile
     from guest_memfd.machine.hypcalls.gunyah import DeviceVm
 
 
@@ -20,7 +20,7 @@ class Binding:
     """Pages [start, start+nr) of *file* at *gfn* of *vm*; *flags* as MAP_MEM had them."""
 
     vm: DeviceVm
-    file: MemoryFile
+    file: GunyahMemoryFile
     gfn: int
     start: int
     nr: int

@@ -9,19 +9,19 @@ from guest_memfd.designs import Design
 from guest_memfd.designs.guestmem_rfc1 import GuestmemRfc1
 from guest_memfd.designs.gunyah_v17 import GunyahV17
 from guest_memfd.errors import BadInput, SyscallFailed
-from guest_memfd.machine.dev.file import Owned
+from guest_memfd.machine.dev.file import Serialised
 from guest_memfd.machine.dev.gunyah.lent import LentFile
-from guest_memfd.machine.dev.gunyah.memory import MemoryFile
+from guest_memfd.machine.dev.gunyah.memory import GunyahMemoryFile
 from guest_memfd.machine.dev.gunyah.posted import PostedDriver, PostedFile
 from guest_memfd.machine.dev.gunyah.vm import VmFile
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.uapi.gunyah import CreateMemArgs, MemFlag
+from guest_memfd.uapi.gunyah import CreateMemArgs, GunyahMemFlag
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
 
 
-class Device(Owned):
+class GunyahDeviceFile(Serialised):
     """uapi/gunyah.py GunyahDevice; *design* serves its files. Raises BadInput for one that cannot convert in place."""
 
     def __init__(self, machine: Board, design: type[Design]) -> None:
@@ -44,18 +44,18 @@ class Device(Owned):
             raise SyscallFailed(ENOMEM, "CREATE_VM")
         return VmFile(self)
 
-    def create_guest_mem(self, size: int, flags: int = 0) -> MemoryFile:
+    def create_guest_mem(self, size: int, flags: int = 0) -> GunyahMemoryFile:
         """CREATE_GUEST_MEM."""
         self._in_use("CREATE_GUEST_MEM")
         flags, size = CreateMemArgs.unpack(CreateMemArgs(flags, size).pack())
         if size % PAGE or size >> 63:
             raise SyscallFailed(EINVAL, "CREATE_GUEST_MEM", f"{size:#x} bytes are no whole pages")
-        if flags & ~int(MemFlag.CLOEXEC | MemFlag.ALLOW_HUGEPAGE):
+        if flags & ~int(GunyahMemFlag.CLOEXEC | GunyahMemFlag.ALLOW_HUGEPAGE):
             raise SyscallFailed(EINVAL, "CREATE_GUEST_MEM", f"flags {flags:#x}")
         ops, pages = self.machine.hypervisor.ops(), max(size // PAGE, 1)
         if self.posted:
-            return PostedFile(self.machine, PostedDriver(ops, pages), size, MemFlag(flags))
-        return LentFile(self.machine, self.design(ops, pages), size, MemFlag(flags))
+            return PostedFile(self.machine, PostedDriver(ops, pages), size, GunyahMemFlag(flags))
+        return LentFile(self.machine, self.design(ops, pages), size, GunyahMemFlag(flags))
 
     def _release(self) -> None:
         pass

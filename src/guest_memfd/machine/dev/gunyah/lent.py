@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.designs import Design
 from guest_memfd.machine.dev.gunyah.binding import Binding
-from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, MemoryFile, Parcelled
+from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, GunyahMemoryFile, Parcelled
 from guest_memfd.machine.el2.gunyah.rm.server import DEVICES_END
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.gunyah import GunyahDriver
-from guest_memfd.uapi.gunyah import MemFlag
+from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, Folio, Primitive, Steps
 
@@ -27,11 +27,11 @@ _ATTEMPTS = 3
 """How often the pages of a dead VM are asked for: what can fail there is want of memory."""
 
 
-class LentFile(MemoryFile):
+class LentFile(GunyahMemoryFile):
     """A file of any design that converts in place."""
 
-    def __init__(self, machine: Board, library: Design, size: int, flags: MemFlag) -> None:
-        if flags & MemFlag.ALLOW_HUGEPAGE and size and not size % (PAGE << PMD_ORDER):
+    def __init__(self, machine: Board, library: Design, size: int, flags: GunyahMemFlag) -> None:
+        if flags & GunyahMemFlag.ALLOW_HUGEPAGE and size and not size % (PAGE << PMD_ORDER):
             library.order, library.splits = PMD_ORDER, True
         super().__init__(machine, library, size, flags)
         self.init_shared()

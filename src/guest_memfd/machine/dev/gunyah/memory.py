@@ -16,7 +16,7 @@ from guest_memfd.machine.dev.file import FileHost, GuestMemoryFile
 from guest_memfd.machine.dev.gunyah.binding import Binding
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.gunyah import DeviceVm
-from guest_memfd.uapi.gunyah import MemFlag
+from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from guest_memfd.words.pagestate import GONE, HELD
 from guest_memfd.words.primitives import EBUSY, ENODEV, Folio
@@ -44,7 +44,7 @@ class Parcelled(NamedTuple):
 class MemoryHost(FileHost):
     """The primitives for one file of /dev/gunyah: a hypercall is about the VM that the page is bound to."""
 
-    file: MemoryFile
+    file: GunyahMemoryFile
 
     def hypercall(self, name: str, *args: object) -> int:
         """As any, for the VM of the page. What a memory parcel has is busy; a VM that does not exist has nothing."""
@@ -69,7 +69,7 @@ class MemoryHost(FileHost):
         return self._bound_to(index, 1)
 
 
-class MemoryFile(GuestMemoryFile):
+class GunyahMemoryFile(GuestMemoryFile):
     """A file from CREATE_GUEST_MEM; `bindings` are those of all VMs.
 
     Every procedure below returns 0 or -errno, and raises KernelPanic when Linux stops.
@@ -77,7 +77,7 @@ class MemoryFile(GuestMemoryFile):
 
     created_by = "CREATE_GUEST_MEM"
 
-    def __init__(self, machine: Board, library: Design, size: int, flags: MemFlag) -> None:
+    def __init__(self, machine: Board, library: Design, size: int, flags: GunyahMemFlag) -> None:
         self.flags = flags
         self.bindings: list[Binding] = []
         self.parcelled: set[int] = set()        # physical addresses of what a memory parcel has at the moment

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.designs.gunyah_v17 import GunyahV17, entry_of
 from guest_memfd.machine.dev.gunyah.binding import Binding
-from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, MemoryFile, Parcelled
-from guest_memfd.uapi.gunyah import MemFlag
+from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, GunyahMemoryFile, Parcelled
+from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.words.primitives import EINVAL, Entries, Folio, Lookup, Steps
 
 if TYPE_CHECKING:
@@ -169,13 +169,13 @@ class PostedDriver(GunyahV17):
         yield from self.driver.xa_store_reserved("provided", parcel.gfn, Entries(0, nr - 1 if nr else _ALL))
 
 
-class PostedFile(MemoryFile):
+class PostedFile(GunyahMemoryFile):
     """A file served by `PostedDriver`; all files of a VM share the VM's tree of provided pages."""
 
     library: PostedDriver
 
-    def __init__(self, machine: Board, library: PostedDriver, size: int, flags: MemFlag) -> None:
-        library.huge = bool(flags & MemFlag.ALLOW_HUGEPAGE)
+    def __init__(self, machine: Board, library: PostedDriver, size: int, flags: GunyahMemFlag) -> None:
+        library.huge = bool(flags & GunyahMemFlag.ALLOW_HUGEPAGE)
         super().__init__(machine, library, size, flags)
         library.bindings = self.bindings
 

@@ -17,10 +17,10 @@ from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.dev.gunyah.memory import Parcelled
 from guest_memfd.machine.dev.gunyah.vcpu import VcpuFile
 from guest_memfd.machine.el2.gunyah.el2 import HLOS_VMID
-from guest_memfd.machine.el2.gunyah.errors import Refused, remap
+from guest_memfd.machine.el2.gunyah.errors import HypRefused, remap
 from guest_memfd.machine.el2.gunyah.rm.lifecycle import Auth, VmState
 from guest_memfd.machine.el2.gunyah.rm.payloads import Acl, Id, Sgl
-from guest_memfd.machine.el2.gunyah.vcpu import Run, VcpuState
+from guest_memfd.machine.el2.gunyah.vcpu import GunyahRun, VcpuState
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.gunyah import FnType, MapFlag, RegisterSet
@@ -123,10 +123,10 @@ def _make_vcpus(vm: VmFile) -> None:
         core = GuestCore(machine.ram, machine.tlbs, index % len(machine.tlbs), lambda: handle.space.table.registers)
         try:
             handle.add_vcpu(core, machine.config.slice)
-        except Refused as refused:
+        except HypRefused as refused:
             _check(remap(refused.error), "the Resource Manager makes a vCPU")
         if index:
-            handle.vcpus[index].last = Run(VcpuState.POWERED_OFF)
+            handle.vcpus[index].last = GunyahRun(VcpuState.POWERED_OFF)
         else:
             _boot(vm, core)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.board.lock import Turns
-from guest_memfd.machine.dev.file import Owned
+from guest_memfd.machine.dev.file import Serialised
 from guest_memfd.machine.dev.gunyah.ioevent import Ioeventfd
 from guest_memfd.machine.el2.gunyah import hypercalls as n
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, remap
@@ -31,7 +31,7 @@ _STUCK = 64
 """Exits at one address, one after the other, until somebody sends a signal."""
 
 
-class VcpuFile(Owned):
+class VcpuFile(Serialised):
     """uapi/gunyah.py GunyahVcpu: vCPU number *index* of *vm*, which it holds.
 
     cap: what the hypervisor knows it by; None before START.

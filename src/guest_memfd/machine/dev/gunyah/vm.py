@@ -10,11 +10,11 @@ from errno import EEXIST, EINVAL, ENOENT, ENOMEM
 from typing import TYPE_CHECKING, Any
 
 from guest_memfd.errors import SyscallFailed
-from guest_memfd.machine.dev.file import Owned
+from guest_memfd.machine.dev.file import Serialised
 from guest_memfd.machine.dev.gunyah import start, teardown
 from guest_memfd.machine.dev.gunyah.binding import Binding
 from guest_memfd.machine.dev.gunyah.ioevent import Ioeventfd, Irqfd
-from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, MemoryFile, Parcelled
+from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, GunyahMemoryFile, Parcelled
 from guest_memfd.machine.dev.gunyah.vcpu import VcpuFile
 from guest_memfd.machine.el2.gunyah.rm.client import RmClient
 from guest_memfd.machine.el2.gunyah.rm.lifecycle import VmState
@@ -29,25 +29,25 @@ from guest_memfd.uapi.gunyah import (
     FnIrqfdArg,
     FnType,
     FnVcpuArg,
+    GunyahMemFlag,
     MapFlag,
     MapMemArgs,
-    MemFlag,
     RegisterSet,
     VmBootContext,
     VmDtbConfig,
 )
 
 if TYPE_CHECKING:
-    from guest_memfd.machine.dev.gunyah.device import Device
+    from guest_memfd.machine.dev.gunyah.device import GunyahDeviceFile
 
 _KNOWN = int(MapFlag.ALLOW_RWX | MapFlag.UNMAP) | ACCESS_MASK
 _OVER = (VmState.EXITED, VmState.RESETTING, VmState.RESET)
 
 
-class VmFile(Owned):
+class VmFile(Serialised):
     """uapi/gunyah.py GunyahVm. `references`: its descriptor, and one for every vCPU's."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: GunyahDeviceFile) -> None:
         self.machine, self.posted = device.machine, device.posted
         self._lock = self.machine.lock
         driver = self.machine.driver
@@ -109,7 +109,7 @@ class VmFile(Owned):
         guest_addr, flags, _, offset, size = asked
         if getattr(memory, "closed", False):
             raise SyscallFailed(EINVAL, call, "guest_mem_fd is not open")
-        if not isinstance(memory, MemoryFile):
+        if not isinstance(memory, GunyahMemoryFile):
             raise SyscallFailed(EINVAL, call, "guest_mem_fd is no guest memory")
         if flags & ~_KNOWN:
             raise SyscallFailed(EINVAL, call, f"flags {flags:#x}")
@@ -129,7 +129,7 @@ class VmFile(Owned):
         call, memory = "MAP_MEM", new.file
         if self.machine.slab_fails():
             raise SyscallFailed(ENOMEM, call)
-        if memory.flags & MemFlag.ALLOW_HUGEPAGE and (new.gfn | new.start | new.nr) % (1 << PMD_ORDER):
+        if memory.flags & GunyahMemFlag.ALLOW_HUGEPAGE and (new.gfn | new.start | new.nr) % (1 << PMD_ORDER):
             raise SyscallFailed(EINVAL, call, "a file with ALLOW_HUGEPAGE is bound in multiples of 2 MiB")
         if new.lend and memory.needs_direct_map and not self.machine.linear_map.can_set_direct_map():
             raise SyscallFailed(EINVAL, call, "the direct map cannot be changed (rodata=full)")
@@ -151,7 +151,7 @@ class VmFile(Owned):
         binding.file.bindings.remove(binding)
         self.bindings.remove(binding)
 
-    def _unmap(self, memory: MemoryFile, gfn: int, first: int, nr: int, flags: MapFlag) -> None:
+    def _unmap(self, memory: GunyahMemoryFile, gfn: int, first: int, nr: int, flags: MapFlag) -> None:
         call, found = "MAP_MEM", self.binding_at(gfn, nr)
         if not nr or found is None or found.file is not memory or found.flags != flags or found.index(gfn) != first:
             raise SyscallFailed(ENOENT, call, "no such binding")

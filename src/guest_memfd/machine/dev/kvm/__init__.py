@@ -11,6 +11,6 @@ every slot of a guest_memfd is served from the file alone. Where the library dif
 is followed: a binding holds its file, so a slot outlives the descriptor.
 """
 
-from guest_memfd.machine.dev.kvm.system import System
+from guest_memfd.machine.dev.kvm.system import KvmDevice
 
-__all__ = ["System"]
+__all__ = ["KvmDevice"]

@@ -15,19 +15,19 @@ from guest_memfd.uapi.kvm import PRIVATE, SHARED, CreateGuestMemfd, GuestMemfdFl
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
 if TYPE_CHECKING:
-    from guest_memfd.machine.dev.kvm.vm import Vm
+    from guest_memfd.machine.dev.kvm.vm import KvmVmFile
 
 CREATE = "KVM_CREATE_GUEST_MEMFD"
 ATTRIBUTES = "KVM_SET_MEMORY_ATTRIBUTES2"
 _BIGGEST = (1 << 63) - PAGE
 
 
-class GuestMemfd(GuestMemoryFile):
+class KvmMemoryFile(GuestMemoryFile):
     """A guest_memfd of *vm* (uapi/kvm.py KvmGuestMemory); raises SyscallFailed from its creation."""
 
     created_by = CREATE
 
-    def __init__(self, vm: Vm, size: int, flags: int) -> None:
+    def __init__(self, vm: KvmVmFile, size: int, flags: int) -> None:
         size, flags = CreateGuestMemfd.unpack(CreateGuestMemfd(size, flags).pack())
         if flags & ~int(SHARED):
             raise SyscallFailed(EINVAL, CREATE, f"flags {flags:#x}")

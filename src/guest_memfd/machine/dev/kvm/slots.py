@@ -19,7 +19,7 @@ from guest_memfd.uapi.kvm import MemFlag, UserMemoryRegion2
 from guest_memfd.uapi.memory import GuestMemory
 
 if TYPE_CHECKING:
-    from guest_memfd.machine.dev.kvm.memory import GuestMemfd
+    from guest_memfd.machine.dev.kvm.memory import KvmMemoryFile
 
 CALL = "KVM_SET_USER_MEMORY_REGION2"
 NR_SLOTS = 32767
@@ -28,12 +28,12 @@ _USER = 1 << 48
 
 
 @dataclass(frozen=True)
-class Slot:
+class Memslot:
     """Guest frames [gfn, gfn+nr) are pages from *start* on of *file*."""
 
     gfn: int
     nr: int
-    file: GuestMemfd
+    file: KvmMemoryFile
     start: int
 
     def page(self, gfn: int) -> int:
@@ -46,14 +46,14 @@ def refuse(errno: int, why: str) -> NoReturn:
     raise SyscallFailed(errno, CALL, why)
 
 
-class Slots:
+class Memslots:
     """The slots of one VM by id; *owns* says whether a file was made by this VM."""
 
     def __init__(self, owns: Callable[[GuestMemory], bool]) -> None:
-        self.by_id: dict[int, Slot] = {}
+        self.by_id: dict[int, Memslot] = {}
         self._owns = owns
 
-    def find(self, gfn: int) -> Slot | None:
+    def find(self, gfn: int) -> Memslot | None:
         """The slot that covers *gfn*."""
         return next((s for s in self.by_id.values() if s.gfn <= gfn < s.gfn + s.nr), None)
 
@@ -94,7 +94,7 @@ class Slots:
             refuse(EINVAL, f"{size:#x} bytes at {region.guest_phys_addr:#x}")
 
     @staticmethod
-    def check_reach(slot: Slot) -> None:
+    def check_reach(slot: Memslot) -> None:
         """Raise SyscallFailed(EFAULT) for one that is not within the guest's addresses; it has been bound by then."""
         if slot.gfn + slot.nr > 1 << IPA_BITS - 12:
             refuse(EFAULT, f"beyond {IPA_BITS} bits of guest address")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, SyscallFailed
-from guest_memfd.machine.dev.file import Owned
+from guest_memfd.machine.dev.file import Serialised
 from guest_memfd.machine.dev.kvm.slots import NR_SLOTS
-from guest_memfd.machine.dev.kvm.vm import NR_VCPUS, Vm
+from guest_memfd.machine.dev.kvm.vm import NR_VCPUS, KvmVmFile
 from guest_memfd.machine.el2.kvm.guest import IPA_BITS
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.uapi.kvm import API_VERSION, CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, PRIVATE, SHARED, Cap
@@ -27,7 +27,7 @@ _CAPS = {
 }
 
 
-class System(Owned):
+class KvmDevice(Serialised):
     """/dev/kvm (uapi/kvm.py KvmSystem); *design* serves the files of its VMs. Raises BadInput where there is no KVM."""
 
     def __init__(self, machine: Board, design: type[Design]) -> None:
@@ -46,7 +46,7 @@ class System(Owned):
         self._in_use("KVM_CHECK_EXTENSION")
         return int(_CAPS.get(cap, 0))
 
-    def create_vm(self, vm_type: int = 0) -> Vm:
+    def create_vm(self, vm_type: int = 0) -> KvmVmFile:
         """KVM_CREATE_VM: EINVAL for a type that there is not or more IPA bits than there are, ENOMEM."""
         call = "KVM_CREATE_VM"
         self._in_use(call)
@@ -58,7 +58,7 @@ class System(Owned):
         if vm_type & VM_TYPE_IPA_SIZE not in (0, IPA_BITS):
             raise SyscallFailed(EINVAL, call, f"IPA of {vm_type & VM_TYPE_IPA_SIZE} bits; here it is {IPA_BITS}")
         try:
-            return Vm(self, protected)
+            return KvmVmFile(self, protected)
         except OutOfMemory as error:
             raise SyscallFailed(ENOMEM, call, str(error)) from error
 

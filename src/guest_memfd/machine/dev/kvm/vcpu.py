@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.board.lock import Turns
-from guest_memfd.machine.dev.file import Owned
+from guest_memfd.machine.dev.file import Serialised
 from guest_memfd.machine.el2.kvm import vcpu as exits
 from guest_memfd.machine.el2.pkvm import hypercalls as pkvm
 from guest_memfd.machine.hw.arm64 import sysreg
@@ -27,7 +27,7 @@ from guest_memfd.words.pagestate import PRIVATE_PAGE, RUNNING
 from guest_memfd.words.primitives import EAGAIN
 
 if TYPE_CHECKING:
-    from guest_memfd.machine.dev.kvm.vm import Vm
+    from guest_memfd.machine.dev.kvm.vm import KvmVmFile
 
 CALL = "KVM_RUN"
 _EVENTS = {"shutdown": uapi.SystemEventType.SHUTDOWN, "reset": uapi.SystemEventType.RESET}
@@ -43,10 +43,10 @@ _MODES = (0x0, 0x4, 0x5)
 """PSTATE.M[4:0] of EL0t, EL1t and EL1h."""
 
 
-class Vcpu(Owned):
+class KvmVcpuFile(Serialised):
     """uapi/kvm.py KvmVcpu; *inner* is the hypervisor's, number *index* of its VM, and *core* executes it."""
 
-    def __init__(self, vm: Vm, inner: exits.Vcpu, index: int, core: GuestCore) -> None:
+    def __init__(self, vm: KvmVmFile, inner: exits.VheVcpu, index: int, core: GuestCore) -> None:
         self.vm, self.inner, self.index, self.core = vm, inner, index, core
         self._lock, self._mutex = vm.machine.lock, Turns()
         self.immediate_exit = False
@@ -91,18 +91,18 @@ class Vcpu(Owned):
     # What user space gets to see; None: the guest goes on.
     def _translate(self, out: exits.Exit, end: float | None) -> uapi.Exit | None:
         match out:
-            case exits.MemoryFault(ipa, _, _):
+            case exits.MemoryFaultExit(ipa, _, _):
                 return self._fault(ipa)
-            case exits.Mmio(ipa, size, write, data, _):
+            case exits.MmioAccess(ipa, size, write, data, _):
                 self._counts["mmio_exit_user"] += 1
                 return uapi.Mmio(ipa, size, write, data.to_bytes(8, "little")[:size] if write else b"")
             case exits.Hypercall(number, argument):
                 return uapi.HypercallExit(number, (argument,))
-            case exits.SystemEvent(what):
+            case exits.SystemEventExit(what):
                 return uapi.SystemEvent(_EVENTS[what])
-            case exits.InternalError(why):
-                return uapi.InternalError(why)
-            case exits.Wfi():
+            case exits.InternalErrorExit(why):
+                return uapi.KvmInternalError(why)
+            case exits.WfiExit():
                 self._sleep(end)
                 return uapi.Intr()
             case _:                                             # its time is up, or it was kicked
@@ -135,7 +135,7 @@ class Vcpu(Owned):
         self._again = here, times + 1 if here == where else 0
         if self._again[1] < _SAME_FAULT:
             return None
-        return uapi.InternalError(f"the page at {ipa:#x} is mapped and faults again at PC {here[1]:#x}")
+        return uapi.KvmInternalError(f"the page at {ipa:#x} is mapped and faults again at PC {here[1]:#x}")
 
     # On the way in: what user space said about the last exit.
     def _complete(self) -> None:

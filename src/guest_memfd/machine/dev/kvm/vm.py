@@ -10,10 +10,10 @@ from errno import EEXIST, EINVAL, ENOTTY
 from typing import TYPE_CHECKING
 
 from guest_memfd.errors import SyscallFailed
-from guest_memfd.machine.dev.file import Owned
-from guest_memfd.machine.dev.kvm.memory import GuestMemfd
-from guest_memfd.machine.dev.kvm.slots import CALL, Slot, Slots
-from guest_memfd.machine.dev.kvm.vcpu import Vcpu
+from guest_memfd.machine.dev.file import Serialised
+from guest_memfd.machine.dev.kvm.memory import KvmMemoryFile
+from guest_memfd.machine.dev.kvm.slots import CALL, Memslot, Memslots
+from guest_memfd.machine.dev.kvm.vcpu import KvmVcpuFile
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.host import EmulatedHost
@@ -25,22 +25,22 @@ from guest_memfd.words.primitives import Primitive
 if TYPE_CHECKING:
     from guest_memfd.designs import Design
     from guest_memfd.machine.board.board import Board
-    from guest_memfd.machine.dev.kvm.system import System
+    from guest_memfd.machine.dev.kvm.system import KvmDevice
     from guest_memfd.machine.hypcalls.vm import Vm as MachineVm
 
 NR_VCPUS = 512
 
 
-class Vm(Owned):
+class KvmVmFile(Serialised):
     """uapi/kvm.py KvmVm. *protected*: EL2 keeps the host out of its private memory. Raises OutOfMemory."""
 
-    def __init__(self, system: System, protected: bool) -> None:
+    def __init__(self, system: KvmDevice, protected: bool) -> None:
         self.system = system
         self.machine: Board = system.machine
         self._lock = self.machine.lock
         self.design: type[Design] = system.design
         self.protected = protected
-        self.slots = Slots(lambda file: isinstance(file, GuestMemfd) and file.owner is self)
+        self.slots = Memslots(lambda file: isinstance(file, KvmMemoryFile) and file.owner is self)
         self.vm: MachineVm = self.machine.create_vm(0)
         handle = self.vm.handle
         handle.bound = self.slots.covers
@@ -48,7 +48,7 @@ class Vm(Owned):
             handle.protected = protected
         # Primitives about the VM itself, for which no file is needed.
         self.host = EmulatedHost(self.machine, self.vm, 1)
-        self.vcpus: dict[int, Vcpu] = {}
+        self.vcpus: dict[int, KvmVcpuFile] = {}
         self._users = 1
 
     @property
@@ -63,10 +63,10 @@ class Vm(Owned):
         self._in_use("KVM_CHECK_EXTENSION")
         return self.system.check_extension(cap)
 
-    def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
+    def create_guest_memfd(self, size: int, flags: int = 0) -> KvmMemoryFile:
         """KVM_CREATE_GUEST_MEMFD; EINVAL, ENOMEM."""
         self._in_use("KVM_CREATE_GUEST_MEMFD")
-        return GuestMemfd(self, size, flags)
+        return KvmMemoryFile(self, size, flags)
 
     def set_user_memory_region2(
         self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, *, userspace_addr: int = 0,
@@ -80,8 +80,8 @@ class Vm(Owned):
         if not memory_size:
             self._delete(slot)
             return
-        assert isinstance(guest_memfd, GuestMemfd)
-        new = Slot(guest_phys_addr // PAGE, memory_size // PAGE, guest_memfd, guest_memfd_offset // PAGE)
+        assert isinstance(guest_memfd, KvmMemoryFile)
+        new = Memslot(guest_phys_addr // PAGE, memory_size // PAGE, guest_memfd, guest_memfd_offset // PAGE)
         guest_memfd.check(guest_memfd.run(guest_memfd.library.bind(new.gfn, new.start, new.nr)), CALL,
                           f"pages from {new.start:#x} on at {guest_phys_addr:#x}")
         try:
@@ -102,7 +102,7 @@ class Vm(Owned):
         self._in_use("KVM_SET_MEMORY_ATTRIBUTES")
         raise SyscallFailed(ENOTTY, "KVM_SET_MEMORY_ATTRIBUTES", "attributes belong to the guest_memfd")
 
-    def create_vcpu(self, vcpu_id: int = 0) -> Vcpu:
+    def create_vcpu(self, vcpu_id: int = 0) -> KvmVcpuFile:
         """KVM_CREATE_VCPU, and KVM_ARM_VCPU_INIT for the preferred target; EINVAL, EEXIST."""
         call = "KVM_CREATE_VCPU"
         self._in_use(call)
@@ -116,7 +116,7 @@ class Vm(Owned):
             handle.vcpus[0].cpu, handle.vcpus[0].bound = core, handle.bound
         else:
             handle.add_vcpu(core)
-        self.vcpus[vcpu_id] = Vcpu(self, handle.vcpus[-1], len(handle.vcpus) - 1, core)
+        self.vcpus[vcpu_id] = KvmVcpuFile(self, handle.vcpus[-1], len(handle.vcpus) - 1, core)
         self._users += 1
         return self.vcpus[vcpu_id]
 

@@ -12,11 +12,11 @@ from enum import IntFlag
 
 from guest_memfd.machine.el2.gunyah import private
 from guest_memfd.machine.el2.gunyah.config import ConfiguredRanges, RangeOp
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.mappings import VISIBLE, Mappings
 from guest_memfd.machine.el2.gunyah.memdb import MemDb
-from guest_memfd.machine.el2.gunyah.memextent import Access, Attributes, Extent, Mapping
-from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, Leaf, PageSource, Stock
+from guest_memfd.machine.el2.gunyah.memextent import Attributes, Extent, ExtentAccess, ExtentMapping
+from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, GunyahLeaf, Stock, StockSource
 from guest_memfd.machine.hw.arm64.descriptor import VALID
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import PAGE, Ram
@@ -25,7 +25,7 @@ _LIMIT = 1 << 48
 _PAGE_BITS = PAGE - 1
 
 
-class MapFlag(IntFlag):
+class AddrMapFlag(IntFlag):
     """Flags of map and unmap."""
 
     PARTIAL = 1
@@ -36,25 +36,25 @@ class MapFlag(IntFlag):
 
 
 # As plain numbers: inverting an IntFlag loses the bits that have no name.
-_MAP_FLAGS = int(MapFlag.PARTIAL | MapFlag.PRIVATE | MapFlag.VMMIO | MapFlag.NOSYNC)
-_UNMAP_FLAGS = _MAP_FLAGS | int(MapFlag.WHOLE)
+_MAP_FLAGS = int(AddrMapFlag.PARTIAL | AddrMapFlag.PRIVATE | AddrMapFlag.VMMIO | AddrMapFlag.NOSYNC)
+_UNMAP_FLAGS = _MAP_FLAGS | int(AddrMapFlag.WHOLE)
 
 
 def check_range(start: int, size: int, limit: int, outside: GunyahError = GunyahError.ARG_SIZE) -> int:
     """The end of the range; raises Refused: ARG_ALIGN, ARG_SIZE for 0 and overflow, *outside* beyond *limit*."""
     if (start | size) & _PAGE_BITS:
-        raise Refused(GunyahError.ARG_ALIGN, f"{start:#x}+{size:#x} is not page aligned")
+        raise HypRefused(GunyahError.ARG_ALIGN, f"{start:#x}+{size:#x} is not page aligned")
     if not size or start + size > 1 << 64:
-        raise Refused(GunyahError.ARG_SIZE, f"{size:#x} bytes at {start:#x}")
+        raise HypRefused(GunyahError.ARG_SIZE, f"{size:#x} bytes at {start:#x}")
     if start + size > limit:
-        raise Refused(outside, f"{start:#x}+{size:#x} reaches beyond {limit:#x}")
+        raise HypRefused(outside, f"{start:#x}+{size:#x} reaches beyond {limit:#x}")
     return start + size
 
 
 class AddressSpace(Mappings):
     """The stage 2 of one VM. *alive*: whether its vCPUs may still run, for then locked pages stay."""
 
-    def __init__(self, ram: Ram, memdb: MemDb, source: PageSource, tlbs: list[Tlb], vmid: int, name: str,
+    def __init__(self, ram: Ram, memdb: MemDb, source: StockSource, tlbs: list[Tlb], vmid: int, name: str,
                  alive: Callable[[], bool], relock: private.Relock = "access",
                  layout: private.Layout = "2024-12") -> None:
         super().__init__(ram, source, tlbs, vmid, name)
@@ -79,10 +79,10 @@ class AddressSpace(Mappings):
         ARG_INVAL attributes; ADDR_INVAL vbase; and those of each kind of map.
         """
         if flags & ~_MAP_FLAGS:
-            raise Refused(GunyahError.ARG_INVAL, f"map flags {flags:#x}")
+            raise HypRefused(GunyahError.ARG_INVAL, f"map flags {flags:#x}")
         kind = self._kind(flags)
-        if not flags & MapFlag.PARTIAL:
-            self._map_whole(Mapping(self, vbase, attributes), extent, kind, offset, size)
+        if not flags & AddrMapFlag.PARTIAL:
+            self._map_whole(ExtentMapping(self, vbase, attributes), extent, kind, offset, size)
             return
         end = check_range(offset, size, extent.size)
         self._check_place(extent, vbase, attributes, size)
@@ -94,51 +94,51 @@ class AddressSpace(Mappings):
         else:
             self._check_owner(extent, start, end)
             if any(leaf.valid for leaf in self.table.leaves(vbase, vbase + size)):
-                raise Refused(GunyahError.EXISTING_MAPPING, f"{self!r} maps something in {vbase:#x}+{size:#x}")
+                raise HypRefused(GunyahError.EXISTING_MAPPING, f"{self!r} maps something in {vbase:#x}+{size:#x}")
             self.place(vbase, start, end, private.encode(attributes))
 
     @staticmethod
     def _kind(flags: int) -> str:
-        both = MapFlag.PRIVATE | MapFlag.VMMIO
+        both = AddrMapFlag.PRIVATE | AddrMapFlag.VMMIO
         if flags & both == both:
-            raise Refused(GunyahError.ARG_INVAL, "PRIVATE and VMMIO together")
-        return "private" if flags & MapFlag.PRIVATE else "vmmio" if flags & MapFlag.VMMIO else "plain"
+            raise HypRefused(GunyahError.ARG_INVAL, "PRIVATE and VMMIO together")
+        return "private" if flags & AddrMapFlag.PRIVATE else "vmmio" if flags & AddrMapFlag.VMMIO else "plain"
 
     def _check_place(self, extent: Extent, vbase: int, attributes: Attributes, size: int) -> None:
         if not attributes.within(extent.attributes):
-            raise Refused(GunyahError.ARG_INVAL, f"{attributes} is more than {extent!r} allows")
+            raise HypRefused(GunyahError.ARG_INVAL, f"{attributes} is more than {extent!r} allows")
         if vbase & _PAGE_BITS:
-            raise Refused(GunyahError.ARG_ALIGN, f"vbase {vbase:#x}")
+            raise HypRefused(GunyahError.ARG_ALIGN, f"vbase {vbase:#x}")
         if vbase >= _LIMIT or vbase + size > 1 << IA_BITS:
-            raise Refused(GunyahError.ADDR_INVAL, f"vbase {vbase:#x}")
+            raise HypRefused(GunyahError.ADDR_INVAL, f"vbase {vbase:#x}")
 
     def _check_owner(self, extent: Extent, start: int, end: int,
                      error: GunyahError = GunyahError.MEMDB_NOT_OWNER) -> None:
         if not self.memdb.owns(extent, start, end):
-            raise Refused(error, f"{extent!r} does not own [{start:#x}, {end:#x})")
+            raise HypRefused(error, f"{extent!r} does not own [{start:#x}, {end:#x})")
 
     def _check_configured(self, kind: str, vbase: int, size: int) -> None:
         if self.ranges.kind(vbase, vbase + size) != kind:
-            raise Refused(GunyahError.DENIED, f"{vbase:#x}+{size:#x} is not configured {kind}")
+            raise HypRefused(GunyahError.DENIED, f"{vbase:#x}+{size:#x} is not configured {kind}")
 
     # A page that is private already may only be mapped where it is, and is locked again; the place must not hold another
     # page that the guest has locked.
     def _map_private(self, extent: Extent, vbase: int, attributes: Attributes, start: int, end: int) -> None:
-        if not attributes.kernel & Access.W:
-            raise Refused(GunyahError.ARG_INVAL, "a private page has to be writable for the kernel of the VM")
+        if not attributes.kernel & ExtentAccess.W:
+            raise HypRefused(GunyahError.ARG_INVAL, "a private page has to be writable for the kernel of the VM")
         if extent.alone is not self:
-            raise Refused(GunyahError.DENIED, f"{extent!r} holds no private pages of {self!r}")
+            raise HypRefused(GunyahError.DENIED, f"{extent!r} holds no private pages of {self!r}")
         self._check_configured("private", vbase, end - start)
         self._check_owner(extent, start, end, GunyahError.DENIED)
         bits = private.encode(attributes) | private.PRIVATE | private.LOCKED | private.WRITABLE
         if any(places not in ((), (vbase - start,)) for _, _, places in self._places.runs(start, end)):
-            raise Refused(GunyahError.EXISTING_MAPPING, f"[{start:#x}, {end:#x}) is mapped elsewhere in {self!r}")
+            raise HypRefused(GunyahError.EXISTING_MAPPING, f"[{start:#x}, {end:#x}) is mapped elsewhere in {self!r}")
         self._check_free(vbase, start, end)
         self.place(vbase, start, end, bits)
 
     def _map_vmmio(self, extent: Extent, vbase: int, attributes: Attributes, start: int, end: int) -> None:
-        if (attributes.user | attributes.kernel) & Access.X:
-            raise Refused(GunyahError.ARG_INVAL, "device memory is not executable")
+        if (attributes.user | attributes.kernel) & ExtentAccess.X:
+            raise HypRefused(GunyahError.ARG_INVAL, "device memory is not executable")
         self._check_configured("vmmio", vbase, end - start)
         self._check_owner(extent, start, end)
         self._check_free(vbase, start, end)
@@ -147,13 +147,13 @@ class AddressSpace(Mappings):
     # What the guest holds on to is not replaced, silently or otherwise.
     def _check_free(self, vbase: int, start: int, end: int) -> None:
         if self._alive() and any(value & private.LOCKED for _, _, value in self.others(vbase, start, end)):
-            raise Refused(GunyahError.BUSY, f"{self!r} holds on to what it has in {vbase:#x}+{end - start:#x}")
+            raise HypRefused(GunyahError.BUSY, f"{self!r} holds on to what it has in {vbase:#x}+{end - start:#x}")
 
     # -- the whole of an extent ----------------------------------------------------------------------------------
 
-    def _map_whole(self, mapping: Mapping, extent: Extent, kind: str, offset: int, size: int) -> None:
+    def _map_whole(self, mapping: ExtentMapping, extent: Extent, kind: str, offset: int, size: int) -> None:
         if kind != "plain" or offset or size:
-            raise Refused(GunyahError.ARG_INVAL, "only a PARTIAL map has an offset, a size, PRIVATE or VMMIO")
+            raise HypRefused(GunyahError.ARG_INVAL, "only a PARTIAL map has an offset, a size, PRIVATE or VMMIO")
         self._check_place(extent, mapping.vbase, mapping.attributes, 0)
         owned = list(self.memdb.ranges(extent))
         with Stock(self.source, self.tables_for_mapping(mapping, extent.base, owned)) as stock:
@@ -172,7 +172,7 @@ class AddressSpace(Mappings):
             with Stock(self.source, need) as stock:
                 for low, high in owned:
                     self.withdraw(low, high, distance, stock)
-        except Refused:
+        except HypRefused:
             extent.mappings.append(mapping)
             self._recorded.append(extent)
             raise
@@ -195,18 +195,18 @@ class AddressSpace(Mappings):
         living VM, or no private page; NOMEM.
         """
         if flags & ~_UNMAP_FLAGS:
-            raise Refused(GunyahError.ARG_INVAL, f"unmap flags {flags:#x}")
+            raise HypRefused(GunyahError.ARG_INVAL, f"unmap flags {flags:#x}")
         kind = self._kind(flags)
-        if not flags & MapFlag.PARTIAL:
+        if not flags & AddrMapFlag.PARTIAL:
             if kind != "plain" or offset or size:
-                raise Refused(GunyahError.ARG_INVAL, "only a PARTIAL unmap has an offset, a size, PRIVATE or VMMIO")
+                raise HypRefused(GunyahError.ARG_INVAL, "only a PARTIAL unmap has an offset, a size, PRIVATE or VMMIO")
             self.unmap_whole(extent, vbase)
             return
-        if flags & MapFlag.WHOLE:
-            raise Refused(GunyahError.ARG_INVAL, "PARTIAL and WHOLE together")
+        if flags & AddrMapFlag.WHOLE:
+            raise HypRefused(GunyahError.ARG_INVAL, "PARTIAL and WHOLE together")
         end = check_range(offset, size, extent.size)
         self._check_place(extent, vbase, extent.attributes, size)
-        self._unmap_partial(extent, vbase, kind, extent.base + offset, extent.base + end, not flags & MapFlag.NOSYNC)
+        self._unmap_partial(extent, vbase, kind, extent.base + offset, extent.base + end, not flags & AddrMapFlag.NOSYNC)
 
     def _unmap_partial(self, extent: Extent, vbase: int, kind: str, start: int, end: int, sync: bool) -> None:
         stop = vbase + end - start
@@ -217,12 +217,12 @@ class AddressSpace(Mappings):
         covered = sum(min(leaf.ipa + leaf.size, stop) - max(leaf.ipa, vbase) for leaf in found)
         if kind == "private":
             if covered != end - start:
-                raise Refused(GunyahError.ADDR_INVAL, f"{vbase:#x}+{end - start:#x} does not map all of it")
+                raise HypRefused(GunyahError.ADDR_INVAL, f"{vbase:#x}+{end - start:#x} does not map all of it")
             self._check_given_up(found)
         elif not found:
             if sync:
                 self.sync(vbase, stop)
-            raise Refused(GunyahError.ADDR_INVAL, f"nothing of {extent!r} is mapped at {vbase:#x}")
+            raise HypRefused(GunyahError.ADDR_INVAL, f"nothing of {extent!r} is mapped at {vbase:#x}")
         with Stock(self.source, self.table.tables_for_cut(vbase, stop)) as stock:
             self.table.cut(vbase, stop, stock)
         gone = self.remove([leaf for leaf in self.table.leaves(vbase, stop)
@@ -233,18 +233,18 @@ class AddressSpace(Mappings):
             self.leave_stale(vbase, stop)
         self.sanitise(gone)
 
-    def _check_given_up(self, found: list[Leaf]) -> None:
+    def _check_given_up(self, found: list[GunyahLeaf]) -> None:
         if not all(leaf.value & private.PRIVATE for leaf in found):
-            raise Refused(GunyahError.BUSY, "not a private page")
+            raise HypRefused(GunyahError.BUSY, "not a private page")
         if self._alive() and any(leaf.value & private.LOCKED for leaf in found):
-            raise Refused(GunyahError.BUSY, "the guest holds on to the page")
+            raise HypRefused(GunyahError.BUSY, "the guest holds on to the page")
 
     # -- the rest ------------------------------------------------------------------------------------------------
 
     def configure(self, op: int, base: int, size: int) -> None:
         """addrspace_configure_range; raises Refused: ARG_INVAL, ARG_ALIGN, ARG_SIZE and those of `ConfiguredRanges`."""
         if op not in tuple(RangeOp):
-            raise Refused(GunyahError.ARG_INVAL, f"configure_range operation {op}")
+            raise HypRefused(GunyahError.ARG_INVAL, f"configure_range operation {op}")
         end = check_range(base, size, 1 << IA_BITS)
         self.ranges.apply(RangeOp(op), base, end)
 
@@ -256,7 +256,7 @@ class AddressSpace(Mappings):
         end = check_range(vbase, size, 1 << IA_BITS, outside=GunyahError.ADDR_INVAL)
         first = self.table.leaf(vbase)
         if not first.valid:
-            raise Refused(GunyahError.ADDR_INVAL, f"nothing is mapped at {vbase:#x}")
+            raise HypRefused(GunyahError.ADDR_INVAL, f"nothing is mapped at {vbase:#x}")
         start = first.oa + vbase - first.ipa
         self._check_owner(extent, start, start + PAGE)
         stop = vbase
@@ -276,15 +276,15 @@ class AddressSpace(Mappings):
         wanted = private.modification(flags, self.layout)
         if not wanted.unlock:
             if vbase or size:
-                raise Refused(GunyahError.ARG_INVAL, "a flush has no range")
+                raise HypRefused(GunyahError.ARG_INVAL, "a flush has no range")
             self.sync_all()
             return
         end = check_range(vbase, size, 1 << IA_BITS)
         found = list(self.table.leaves(vbase, end))
         if not all(leaf.valid for leaf in found):
-            raise Refused(GunyahError.ADDR_INVAL, f"not all of {vbase:#x}+{size:#x} is mapped")
+            raise HypRefused(GunyahError.ADDR_INVAL, f"not all of {vbase:#x}+{size:#x} is mapped")
         if not all(leaf.value & private.PRIVATE for leaf in found):
-            raise Refused(GunyahError.DENIED, f"not all of {vbase:#x}+{size:#x} is private")
+            raise HypRefused(GunyahError.DENIED, f"not all of {vbase:#x}+{size:#x} is private")
         with Stock(self.source, self.table.tables_for_cut(vbase, end)) as stock:
             self.table.cut(vbase, end, stock)
         for leaf in self.table.leaves(vbase, end):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import IntFlag
 from typing import NamedTuple, TypeVar
 
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 
 
 class ExtentRight(IntFlag):
@@ -63,7 +63,7 @@ class CapabilitySpace:
     def grant(self, thing: object, rights: int) -> int:
         """A new capability; raises Refused(CSPACE_FULL)."""
         if len(self._entries) == self.limit:
-            raise Refused(GunyahError.CSPACE_FULL, f"{self.limit} capabilities are in use")
+            raise HypRefused(GunyahError.CSPACE_FULL, f"{self.limit} capabilities are in use")
         cap = self._next
         self._next += 1
         self._entries[cap] = _Entry(thing, int(rights))
@@ -76,12 +76,13 @@ class CapabilitySpace:
     def lookup(self, cap: int, kind: type[T], rights: int) -> T:
         """The object behind *cap*; raises Refused: CAP_NULL, CAP_REVOKED, WRONG_OBJECT_TYPE, INSUFFICIENT_RIGHTS."""
         if not _FIRST <= cap < self._next:
-            raise Refused(GunyahError.CSPACE_CAP_NULL, f"no capability {cap:#x}")
+            raise HypRefused(GunyahError.CSPACE_CAP_NULL, f"no capability {cap:#x}")
         entry = self._entries.get(cap)
         if entry is None:
-            raise Refused(GunyahError.CSPACE_CAP_REVOKED, f"capability {cap:#x} was revoked")
+            raise HypRefused(GunyahError.CSPACE_CAP_REVOKED, f"capability {cap:#x} was revoked")
         if not isinstance(entry.thing, kind):
-            raise Refused(GunyahError.CSPACE_WRONG_OBJECT_TYPE, f"capability {cap:#x} is no {kind.__name__}")
+            raise HypRefused(GunyahError.CSPACE_WRONG_OBJECT_TYPE, f"capability {cap:#x} is no {kind.__name__}")
         if rights & ~entry.rights:
-            raise Refused(GunyahError.CSPACE_INSUFFICIENT_RIGHTS, f"capability {cap:#x} lacks {rights & ~entry.rights:#x}")
+            raise HypRefused(
+                GunyahError.CSPACE_INSUFFICIENT_RIGHTS, f"capability {cap:#x} lacks {rights & ~entry.rights:#x}")
         return entry.thing

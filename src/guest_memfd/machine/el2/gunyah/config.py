@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 
 MAX_RANGES = 128
 """Per address space."""
@@ -61,12 +61,12 @@ class ConfiguredRanges:
 
     def _add(self, new: ConfiguredRange, touched: list[ConfiguredRange]) -> None:
         if any(r.kind == new.kind and r.start <= new.start and new.end <= r.end for r in touched):
-            raise Refused(GunyahError.BUSY, f"{new} is configured already")
+            raise HypRefused(GunyahError.BUSY, f"{new} is configured already")
         if touched:
-            raise Refused(GunyahError.ARG_INVAL, f"{new} runs into {touched[0]}")
+            raise HypRefused(GunyahError.ARG_INVAL, f"{new} runs into {touched[0]}")
         beside = [r for r in self._ranges if r.kind == new.kind and (r.end == new.start or new.end == r.start)]
         if len(self._ranges) - len(beside) == MAX_RANGES:
-            raise Refused(GunyahError.NORESOURCES, f"{MAX_RANGES} ranges are configured")
+            raise HypRefused(GunyahError.NORESOURCES, f"{MAX_RANGES} ranges are configured")
         for found in beside:
             self._ranges.remove(found)
         self._ranges.append(ConfiguredRange(
@@ -74,14 +74,14 @@ class ConfiguredRanges:
 
     def _remove(self, gone: ConfiguredRange, touched: list[ConfiguredRange]) -> None:
         if not touched:
-            raise Refused(GunyahError.IDLE, f"nothing is configured in {gone}")
+            raise HypRefused(GunyahError.IDLE, f"nothing is configured in {gone}")
         found = touched[0]
         if found.kind != gone.kind or not (found.start <= gone.start and gone.end <= found.end):
-            raise Refused(GunyahError.ARG_INVAL, f"{gone} is not inside {found}")
+            raise HypRefused(GunyahError.ARG_INVAL, f"{gone} is not inside {found}")
         edges = ((found.start, gone.start), (gone.end, found.end))
         left = [ConfiguredRange(start, end, found.kind) for start, end in edges if start < end]
         if len(self._ranges) - 1 + len(left) > MAX_RANGES:
-            raise Refused(GunyahError.NORESOURCES, f"{MAX_RANGES} ranges are configured")
+            raise HypRefused(GunyahError.NORESOURCES, f"{MAX_RANGES} ranges are configured")
         self._ranges.remove(found)
         self._ranges += left
 

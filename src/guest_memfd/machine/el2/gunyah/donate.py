@@ -10,13 +10,13 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace, check_range
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.memextent import Extent
 from guest_memfd.machine.el2.gunyah.stage2 import Stock
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.memdb import MemDb
-    from guest_memfd.machine.el2.gunyah.stage2 import PageSource
+    from guest_memfd.machine.el2.gunyah.stage2 import StockSource
 
 NOSYNC = 1 << 31
 _TYPE = 0xFF
@@ -42,7 +42,7 @@ class Options(NamedTuple):
     def decode(cls, value: int) -> Options:
         """Raises Refused(ARG_INVAL) for reserved bits and types that do not exist."""
         if value & ~(_TYPE | NOSYNC) or value & _TYPE > max(Donation):
-            raise Refused(GunyahError.ARG_INVAL, f"donate options {value:#x}")
+            raise HypRefused(GunyahError.ARG_INVAL, f"donate options {value:#x}")
         return cls(Donation(value & _TYPE), not value & NOSYNC)
 
 
@@ -56,12 +56,12 @@ def check_family(kind: Donation, source: Extent, to: Extent) -> None:
         Donation.FROM_PROTECTED: source.parent is to,
     }
     if source is to or not related[kind]:
-        raise Refused(GunyahError.DENIED, f"{source!r} to {to!r} is no {kind.name}")
+        raise HypRefused(GunyahError.DENIED, f"{source!r} to {to!r} is no {kind.name}")
     if not (source.sparse and to.sparse):
-        raise Refused(GunyahError.MEMEXTENT_TYPE, "only sparse extents give and take pages")
+        raise HypRefused(GunyahError.MEMEXTENT_TYPE, "only sparse extents give and take pages")
 
 
-def donate(memdb: MemDb, pages: PageSource, spaces: Sequence[AddressSpace], options: Options, source: Extent, to: Extent,
+def donate(memdb: MemDb, pages: StockSource, spaces: Sequence[AddressSpace], options: Options, source: Extent, to: Extent,
            offset: int, size: int) -> None:
     """MEMEXTENT_DONATE: [offset, offset+size) of *source* becomes *to*'s; offsets of sparse extents are physical addresses.
 
@@ -75,16 +75,16 @@ def donate(memdb: MemDb, pages: PageSource, spaces: Sequence[AddressSpace], opti
     try:
         protected = options.type == Donation.FROM_PROTECTED or source.alone is not None
         if protected and any(space.maps_any(offset, end) for space in spaces):
-            raise Refused(GunyahError.BUSY, f"[{offset:#x}, {end:#x}) is still mapped")
+            raise HypRefused(GunyahError.BUSY, f"[{offset:#x}, {end:#x}) is still mapped")
         _move_mappings(pages, spaces, source, to, offset, end, options)
-    except Refused:
+    except HypRefused:
         memdb.change(offset, end, to, source)
         raise
 
 
 # What both extents map at the same place stays as it is; that is how a shared page stays the host's to use. Nobody but its
 # VM may reach a page that becomes one VM's alone, not even by what a TLB has kept of a mapping that is gone already.
-def _move_mappings(pages: PageSource, spaces: Sequence[AddressSpace], source: Extent, to: Extent, start: int, end: int,
+def _move_mappings(pages: StockSource, spaces: Sequence[AddressSpace], source: Extent, to: Extent, start: int, end: int,
                    options: Options) -> None:
     kept = {(m.space, m.vbase - source.base) for m in source.mappings if m in to.mappings}
     gone = list(shown(spaces, start, end, kept))

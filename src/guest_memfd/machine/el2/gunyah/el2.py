@@ -16,13 +16,13 @@ from guest_memfd.machine.el2.gunyah import private
 from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace
 from guest_memfd.machine.el2.gunyah.capabilities import CapabilitySpace
 from guest_memfd.machine.el2.gunyah.donate import Options, donate, shown, tables_for_withdrawal
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.hypercalls import Hypercalls
 from guest_memfd.machine.el2.gunyah.memdb import MemDb
 from guest_memfd.machine.el2.gunyah.memextent import RWX, Extent
-from guest_memfd.machine.el2.gunyah.stage2 import PageSource, Stock
+from guest_memfd.machine.el2.gunyah.stage2 import Stock, StockSource
 from guest_memfd.machine.el2.gunyah.vcpu import SEA_FSC
-from guest_memfd.machine.el2.gunyah.vm import PRIVATE_HOST_RIGHTS, Vm
+from guest_memfd.machine.el2.gunyah.vm import PRIVATE_HOST_RIGHTS, GunyahHypVm
 from guest_memfd.machine.hw.arm64 import permission
 from guest_memfd.machine.hw.arm64.descriptor import AF
 from guest_memfd.machine.hw.arm64.fault import ADDRESS_SIZE, ALIGNMENT, PERMISSION, TRANSLATION, Fault
@@ -43,14 +43,14 @@ _INJECTED = (TRANSLATION, PERMISSION, ADDRESS_SIZE, ALIGNMENT)
 InjectKind = Literal["sea", "fixable"]
 
 
-class Inject(NamedTuple):
+class GunyahInject(NamedTuple):
     """An exception for the host's EL1: ESR_EL1 and FAR_EL1."""
 
     esr: int
     far: int
 
 
-Owner = str | tuple[str, Vm]
+Owner = str | tuple[str, GunyahHypVm]
 
 
 class Gunyah:
@@ -61,7 +61,7 @@ class Gunyah:
     *modify_flags* and *relock*: see private.py. Raises Refused(NOMEM) when the host's tables cannot be had.
     """
 
-    def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], *, reserved: Iterable[tuple[int, int]] = (),
+    def __init__(self, ram: Ram, source: StockSource, tlbs: list[Tlb], *, reserved: Iterable[tuple[int, int]] = (),
                  inject: InjectKind = "sea", modify_flags: private.Layout = "2024-12",
                  relock: private.Relock = "access") -> None:
         self.ram, self.source, self.tlbs = ram, source, tlbs
@@ -72,7 +72,7 @@ class Gunyah:
         self.host_extent = Extent("host", parent=self.root_extent)
         self.cspace = CapabilitySpace()
         self.host_cap = self.cspace.grant(self.host_extent, PRIVATE_HOST_RIGHTS)
-        self.vms: dict[int, Vm] = {}
+        self.vms: dict[int, GunyahHypVm] = {}
         self._roles: dict[Extent, Owner] = {self.host_extent: "host", self.root_extent: "hypervisor"}
         self.memdb.insert(ram.base, ram.end, self.host_extent)
         for start, size in reserved:
@@ -90,7 +90,7 @@ class Gunyah:
         """An HVC of the host: SMCCC in and out, x0..x17 in place."""
         self.hypercalls.call(regs, self.cspace, self.hlos)
 
-    def host_abort(self, fault: Fault, el: int) -> Inject | None:
+    def host_abort(self, fault: Fault, el: int) -> GunyahInject | None:
         """A stage-2 fault of the host; None: nothing is wrong with the tables (any more), run the instruction again.
 
         Raises InternalError for faults that the hypervisor's tables cannot cause.
@@ -102,23 +102,23 @@ class Gunyah:
         if found.valid and found.value & AF and permission.stage2(found.value, True) & need:
             return None
         if self.inject == "fixable":
-            return Inject(fault.esr_el1() | _S1PTW, fault.va)
-        return Inject((_EC[fault.access] | el) << 26 | _IL | SEA_FSC, fault.va)
+            return GunyahInject(fault.esr_el1() | _S1PTW, fault.va)
+        return GunyahInject((_EC[fault.access] | el) << 26 | _IL | SEA_FSC, fault.va)
 
     # -- VMs -----------------------------------------------------------------------------------------------------
 
-    def create_vm(self, name: str, vmid: int | None = None, running: bool = True) -> Vm:
+    def create_vm(self, name: str, vmid: int | None = None, running: bool = True) -> GunyahHypVm:
         """A new VM; *vmid* None: the lowest free one. Raises Refused: NORESOURCES no VMID, NOMEM."""
         if vmid is None:
             vmid = next((v for v in range(FIRST_VMID, LAST_VMID + 1) if v not in self.vms), None)
         if vmid is None or vmid in self.vms:
-            raise Refused(GunyahError.NORESOURCES, "no VMID is free")
-        vm = self.vms[vmid] = Vm(self, name, vmid, running)
+            raise HypRefused(GunyahError.NORESOURCES, "no VMID is free")
+        vm = self.vms[vmid] = GunyahHypVm(self, name, vmid, running)
         self._roles[vm.guest_private] = "guest", vm
         self._roles[vm.guest_shared] = "shared", vm
         return vm
 
-    def forget(self, vm: Vm) -> None:
+    def forget(self, vm: GunyahHypVm) -> None:
         """It has been destroyed."""
         del self.vms[vm.vmid], self._roles[vm.guest_private], self._roles[vm.guest_shared]
 
@@ -138,7 +138,7 @@ class Gunyah:
     def _spaces(self) -> list[AddressSpace]:
         return [self.hlos, *(vm.space for vm in self.vms.values())]
 
-    def take_back(self, vm: Vm) -> None:
+    def take_back(self, vm: GunyahHypVm) -> None:
         """All memory of a dead VM becomes the host's again, and leaves other VMs: what was private is sanitised first.
 
         Raises Refused(NOMEM), and nothing has changed, when the host's own table cannot grow.

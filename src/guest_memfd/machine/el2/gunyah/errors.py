@@ -38,7 +38,7 @@ class GunyahError(IntEnum):
     EXISTING_MAPPING = 200
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not an accident
+class HypRefused(Exception):  # noqa: N818 - an answer, not an accident
     """A hypercall ends with this error; nothing it was asked for has happened."""
 
     def __init__(self, error: GunyahError, why: str) -> None:

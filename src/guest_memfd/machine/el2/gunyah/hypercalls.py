@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace, MapFlag
+from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace, AddrMapFlag
 from guest_memfd.machine.el2.gunyah.capabilities import CapabilitySpace, ExtentRight, SpaceRight, VcpuRight
 from guest_memfd.machine.el2.gunyah.donate import Donation, Options
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.memextent import Attributes, Extent
-from guest_memfd.machine.el2.gunyah.vcpu import Vcpu
+from guest_memfd.machine.el2.gunyah.vcpu import GunyahHypVcpu
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.el2 import Gunyah
@@ -55,11 +55,11 @@ class Hypercalls:
         known = _CALLS.get(regs[0])
         try:
             if known is None:
-                raise Refused(GunyahError.UNIMPLEMENTED, f"function {regs[0]:#x}")
+                raise HypRefused(GunyahError.UNIMPLEMENTED, f"function {regs[0]:#x}")
             if known.reserved and regs[1 + known.arguments]:
-                raise Refused(GunyahError.ARG_INVAL, f"x{1 + known.arguments} is reserved")
+                raise HypRefused(GunyahError.ARG_INVAL, f"x{1 + known.arguments} is reserved")
             results = known.run(self, Caller(cspace, space), regs[1:1 + known.arguments])
-        except Refused as refused:
+        except HypRefused as refused:
             regs[0] = refused.error & _MASK
             if regs[0] and known is not None and known.run is Hypercalls.modify_pages:
                 regs[1] = regs[3]       # nothing was done: all of the size remains
@@ -82,7 +82,7 @@ class Hypercalls:
 
     @staticmethod
     def _pair(caller: Caller, space: int, extent: int, flags: int) -> tuple[AddressSpace, Extent]:
-        secret = bool(flags & MapFlag.PRIVATE)
+        secret = bool(flags & AddrMapFlag.PRIVATE)
         return (caller.cspace.lookup(space, AddressSpace, SpaceRight.MAP_PROTECTED if secret else SpaceRight.MAP),
                 caller.cspace.lookup(extent, Extent, ExtentRight.MAP_PRIVATE if secret else ExtentRight.MAP))
 
@@ -110,7 +110,7 @@ class Hypercalls:
 
     def vcpu_run(self, caller: Caller, args: list[int]) -> tuple[int, ...]:
         """vCPU, three words that answer the last exit; results: state and three words."""
-        run = caller.cspace.lookup(args[0], Vcpu, VcpuRight.RUN).run((args[1], args[2], args[3]))
+        run = caller.cspace.lookup(args[0], GunyahHypVcpu, VcpuRight.RUN).run((args[1], args[2], args[3]))
         return run.state, *run.data
 
     def modify_pages(self, caller: Caller, args: list[int]) -> tuple[int, ...]:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from functools import partial
 
 from guest_memfd.machine.el2.gunyah import private
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
-from guest_memfd.machine.el2.gunyah.memextent import Mapping
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
+from guest_memfd.machine.el2.gunyah.memextent import ExtentMapping
 from guest_memfd.machine.el2.gunyah.rangemap import RangeMap
-from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, Leaf, PageSource, Stage2Table, Stock
+from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, GunyahLeaf, GunyahStage2Table, Stock, StockSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, Ram
@@ -26,12 +26,12 @@ VISIBLE = 0x3FC | 3 << 53
 class Mappings:
     """The table of the VM with this VMID, and where each physical page appears. Raises Refused(NOMEM)."""
 
-    def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], vmid: int, name: str) -> None:
+    def __init__(self, ram: Ram, source: StockSource, tlbs: list[Tlb], vmid: int, name: str) -> None:
         self.ram, self.source, self.name = ram, source, name
         try:
-            self.table = Stage2Table(ram, source, tlbs, vmid)
+            self.table = GunyahStage2Table(ram, source, tlbs, vmid)
         except OutOfMemory:
-            raise Refused(GunyahError.NOMEM, f"no table for {name}") from None
+            raise HypRefused(GunyahError.NOMEM, f"no table for {name}") from None
         # Physical address -> distances at which guest addresses map it; tests compare it with the table.
         self._places: RangeMap[tuple[int, ...]] = RangeMap(())
         # Guest addresses unmapped with NOSYNC: TLBs may still have them.
@@ -61,7 +61,7 @@ class Mappings:
         """Whether a TLB may still have what was unmapped with NOSYNC."""
         return not self._unsynced.only(0, 1 << IA_BITS, False)
 
-    def mappings(self) -> Iterator[Leaf]:
+    def mappings(self) -> Iterator[GunyahLeaf]:
         """Every valid leaf, in order of addresses."""
         return (leaf for leaf in self.table.leaves(0, 1 << IA_BITS) if leaf.valid)
 
@@ -119,7 +119,7 @@ class Mappings:
                 low, high = max(leaf.ipa, vbase) - distance, min(leaf.ipa + leaf.size, stop) - distance
                 self._places.update(low, high, partial(_without, distance))
 
-    def remove(self, found: list[Leaf]) -> list[tuple[int, int, int]]:
+    def remove(self, found: list[GunyahLeaf]) -> list[tuple[int, int, int]]:
         """Make whole leaves invalid, without TLBI: (pa, end, descriptor) of each."""
         for leaf in found:
             self._forget(leaf.ipa, leaf.ipa + leaf.size)
@@ -142,14 +142,14 @@ class Mappings:
 
     # -- recorded mappings of an extent ------------------------------------------------------------------------------
 
-    def tables_for_mapping(self, mapping: Mapping, base: int, ranges: list[tuple[int, int]]) -> int:
+    def tables_for_mapping(self, mapping: ExtentMapping, base: int, ranges: list[tuple[int, int]]) -> int:
         """How many tables `apply` takes at most."""
         away = mapping.vbase - base
         table = self.table
         return sum(table.tables_for_cut(low + away, high + away) + table.tables_for_fill(low + away, high + away, low)
                    for low, high in ranges)
 
-    def apply(self, mapping: Mapping, base: int, ranges: list[tuple[int, int]], stock: Stock) -> None:
+    def apply(self, mapping: ExtentMapping, base: int, ranges: list[tuple[int, int]], stock: Stock) -> None:
         """Map physical *ranges* of an extent that begins at *base* where *mapping* says."""
         away, bits = mapping.vbase - base, private.encode(mapping.attributes)
         for low, high in ranges:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.memextent import Extent
 from guest_memfd.machine.el2.gunyah.rangemap import RangeMap
 
@@ -33,7 +33,7 @@ class MemDb:
     def change(self, start: int, end: int, old: Extent, new: Extent) -> None:
         """Hand [start, end) over; raises Refused(MEMDB_NOT_OWNER), and nothing moves, if any page is not *old*'s."""
         if not self.owns(old, start, end):
-            raise Refused(GunyahError.MEMDB_NOT_OWNER, f"[{start:#x}, {end:#x}) is not all in {old!r}")
+            raise HypRefused(GunyahError.MEMDB_NOT_OWNER, f"[{start:#x}, {end:#x}) is not all in {old!r}")
         self._owners.set(start, end, new)
 
     def ranges(self, extent: Extent, start: int = 0, end: int = 1 << 48) -> Iterator[tuple[int, int]]:

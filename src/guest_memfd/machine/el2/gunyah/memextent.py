@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace
@@ -22,7 +22,7 @@ MAX_MAPPINGS = 4
 """MEMEXTENT_MAX_MAPS: recorded mappings of one extent."""
 
 
-class Access(IntFlag):
+class ExtentAccess(IntFlag):
     """Access bits of one exception level: bits 2:0 (user) and 6:4 (kernel) of the map attributes."""
 
     NONE = 0
@@ -38,8 +38,8 @@ class Access(IntFlag):
 class Attributes:
     """Map attributes: what user and kernel of the VM may do, and the memory type (bits 23:16; 0xF normal write-back)."""
 
-    user: Access
-    kernel: Access
+    user: ExtentAccess
+    kernel: ExtentAccess
     memory_type: int = 0xF
 
     @classmethod
@@ -47,8 +47,8 @@ class Attributes:
         """From the hypercall's word; raises Refused(ARG_INVAL) on reserved bits and memory types that do not exist."""
         memory_type = value >> 16 & 0xFF
         if value & ~0xFF_0077 or memory_type > 0xF:
-            raise Refused(GunyahError.ARG_INVAL, f"map attributes {value:#x} have reserved bits set")
-        return cls(Access(value & 7), Access(value >> 4 & 7), memory_type)
+            raise HypRefused(GunyahError.ARG_INVAL, f"map attributes {value:#x} have reserved bits set")
+        return cls(ExtentAccess(value & 7), ExtentAccess(value >> 4 & 7), memory_type)
 
     @property
     def value(self) -> int:
@@ -60,12 +60,12 @@ class Attributes:
         return not (self.user & ~other.user or self.kernel & ~other.kernel) and self.memory_type == other.memory_type
 
 
-RWX = Attributes(Access.RWX, Access.RWX)
+RWX = Attributes(ExtentAccess.RWX, ExtentAccess.RWX)
 """All access, normal write-back memory."""
 
 
 @dataclass(frozen=True)
-class Mapping:
+class ExtentMapping:
     """The extent's offset 0 (physical address 0 for a sparse one) appears at *vbase* of *space*."""
 
     space: AddressSpace
@@ -87,25 +87,25 @@ class Extent:
     size: int = 1 << 48
     attributes: Attributes = RWX
     alone: AddressSpace | None = None
-    mappings: list[Mapping] = field(default_factory=list)
+    mappings: list[ExtentMapping] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"<extent {self.name}>"
 
-    def record(self, mapping: Mapping) -> None:
+    def record(self, mapping: ExtentMapping) -> None:
         """Remember a mapping; raises Refused(MEMEXTENT_MAPPINGS_FULL)."""
         if len(self.mappings) == MAX_MAPPINGS:
-            raise Refused(GunyahError.MEMEXTENT_MAPPINGS_FULL, f"{self!r} has {MAX_MAPPINGS} mappings already")
+            raise HypRefused(GunyahError.MEMEXTENT_MAPPINGS_FULL, f"{self!r} has {MAX_MAPPINGS} mappings already")
         self.mappings.append(mapping)
 
     def forget_all(self, space: AddressSpace) -> None:
         """*space* ends: so does every mapping in it."""
         self.mappings = [mapping for mapping in self.mappings if mapping.space is not space]
 
-    def forget(self, space: AddressSpace, vbase: int) -> Mapping:
+    def forget(self, space: AddressSpace, vbase: int) -> ExtentMapping:
         """Drop the record of a mapping and return it; raises Refused(ADDR_INVAL) when there is none."""
         for mapping in self.mappings:
             if mapping.space is space and mapping.vbase == vbase:
                 self.mappings.remove(mapping)
                 return mapping
-        raise Refused(GunyahError.ADDR_INVAL, f"{self!r} is not mapped at {vbase:#x}")
+        raise HypRefused(GunyahError.ADDR_INVAL, f"{self!r} is not mapped at {vbase:#x}")

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
-from guest_memfd.machine.el2.gunyah.memextent import Access, Attributes
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
+from guest_memfd.machine.el2.gunyah.memextent import Attributes, ExtentAccess
 from guest_memfd.machine.hw.arm64.descriptor import AF, MEMATTR_SHIFT, S2_READ, S2_WRITE, SH_INNER, XN_SHIFT
 
 PRIVATE = 1 << 55
@@ -28,24 +28,24 @@ Layout = Literal["2024-12", "new"]
 
 # XN[1:0] by (user may execute, kernel may execute).
 _XN = {(True, True): 0, (True, False): 1, (False, False): 2, (False, True): 3}
-_ACCESS = {0: Access.NONE, 1: Access.R, 2: Access.W, 3: Access.RW}
+_ACCESS = {0: ExtentAccess.NONE, 1: ExtentAccess.R, 2: ExtentAccess.W, 3: ExtentAccess.RW}
 
 
 def encode(attributes: Attributes) -> int:
     """Descriptor bits without address and type. S2AP holds for both exception levels: what either may do, both may."""
     data = attributes.user | attributes.kernel
-    xn = _XN[bool(attributes.user & Access.X), bool(attributes.kernel & Access.X)]
+    xn = _XN[bool(attributes.user & ExtentAccess.X), bool(attributes.kernel & ExtentAccess.X)]
     return (attributes.memory_type << MEMATTR_SHIFT | AF | SH_INNER | xn << XN_SHIFT
-            | (S2_READ if data & Access.R else 0) | (S2_WRITE if data & Access.W else 0))
+            | (S2_READ if data & ExtentAccess.R else 0) | (S2_WRITE if data & ExtentAccess.W else 0))
 
 
 def decode(value: int) -> Attributes:
     """The map attributes of a descriptor; reading and writing as for the kernel of the VM."""
     data = _ACCESS[value >> 6 & 3]
     if value & WRITABLE:
-        data |= Access.W
+        data |= ExtentAccess.W
     user, kernel = next(who for who, xn in _XN.items() if xn == value >> XN_SHIFT & 3)
-    return Attributes(data | Access(user), data | Access(kernel), value >> MEMATTR_SHIFT & 15)
+    return Attributes(data | ExtentAccess(user), data | ExtentAccess(kernel), value >> MEMATTR_SHIFT & 15)
 
 
 def lock(value: int) -> int:
@@ -83,5 +83,5 @@ def modification(flags: int, layout: Layout) -> Modify:
     else:
         known, found = 0xD, Modify(bool(flags & 1), bool(flags & 8), not flags & 4, False)
     if flags & ~known or not (found.unlock or found.flush) or (not found.unlock and flags & 2):
-        raise Refused(GunyahError.ARG_INVAL, f"modify_pages flags {flags:#x}")
+        raise HypRefused(GunyahError.ARG_INVAL, f"modify_pages flags {flags:#x}")
     return found

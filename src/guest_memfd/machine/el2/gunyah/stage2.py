@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.descriptor import ADDRESS, TABLE, VALID, leaf, table
 from guest_memfd.machine.hw.arm64.granule import K4
@@ -31,7 +31,7 @@ _PS = 5         # 48 bits
 _LARGEST_RANGE = 32 << 16 << 12
 
 
-class PageSource(Protocol):
+class StockSource(Protocol):
     """Where the hypervisor's own pages come from."""
 
     def alloc_table(self) -> int:
@@ -47,7 +47,7 @@ class Stock:
     Raises Refused(NOMEM), with everything given back, when there are not *count* pages.
     """
 
-    def __init__(self, source: PageSource, count: int) -> None:
+    def __init__(self, source: StockSource, count: int) -> None:
         self._source = source
         self._pages: list[int] = []
         try:
@@ -55,7 +55,7 @@ class Stock:
                 self._pages.append(source.alloc_table())
         except OutOfMemory:
             self.__exit__()
-            raise Refused(GunyahError.NOMEM, f"{count} tables are needed") from None
+            raise HypRefused(GunyahError.NOMEM, f"{count} tables are needed") from None
 
     def __enter__(self) -> Stock:
         return self
@@ -69,7 +69,7 @@ class Stock:
         return self._pages.pop()
 
 
-class Leaf(NamedTuple):
+class GunyahLeaf(NamedTuple):
     """An entry that maps [ipa, ipa+size) or, when invalid, maps nothing there."""
 
     ipa: int
@@ -97,10 +97,10 @@ def _is_table(value: int, level: int) -> bool:
     return level < 3 and value & 3 == TABLE
 
 
-class Stage2Table:
+class GunyahStage2Table:
     """The table of the VM with this VMID; all addresses and sizes are bytes, multiples of 4 KiB."""
 
-    def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], vmid: int) -> None:
+    def __init__(self, ram: Ram, source: StockSource, tlbs: list[Tlb], vmid: int) -> None:
         self._ram, self._source, self._tlbs, self.vmid = ram, source, tlbs, vmid
         self.pages = PageTable(ram, source, 2, granule=K4, ia_bits=IA_BITS, start_level=_START)
         self.registers = Stage2(Vtcr(t0sz=64 - IA_BITS, sl0=2, tg0=K4, ps=_PS), vmid << 48 | self.pages.root)
@@ -114,7 +114,7 @@ class Stage2Table:
             yield address, read(address), start, high
             start = high
 
-    def leaf(self, ipa: int) -> Leaf:
+    def leaf(self, ipa: int) -> GunyahLeaf:
         """The entry that decides one address."""
         read, at, level = self._ram.read64, self.pages.root, _START
         while True:
@@ -122,10 +122,10 @@ class Stage2Table:
             address = at + 8 * (ipa >> shift & 511)
             value = read(address)
             if not _is_table(value, level):
-                return Leaf(ipa >> shift << shift, 1 << shift, level, address, value)
+                return GunyahLeaf(ipa >> shift << shift, 1 << shift, level, address, value)
             at, level = value & ADDRESS, level + 1
 
-    def leaves(self, start: int, end: int) -> Iterator[Leaf]:
+    def leaves(self, start: int, end: int) -> Iterator[GunyahLeaf]:
         """The entries that decide [start, end), in order; the first and the last may reach beyond it."""
         first = self.leaf(start)
         if end <= first.ipa + first.size:
@@ -133,13 +133,13 @@ class Stage2Table:
         else:
             yield from self._leaves(self.pages.root, _START, start, end)
 
-    def _leaves(self, at: int, level: int, start: int, end: int) -> Iterator[Leaf]:
+    def _leaves(self, at: int, level: int, start: int, end: int) -> Iterator[GunyahLeaf]:
         size = 1 << _SHIFT[level]
         for address, value, low, high in self._entries(at, level, start, end):
             if _is_table(value, level):
                 yield from self._leaves(value & ADDRESS, level + 1, low, high)
             else:
-                yield Leaf(low & -size, size, level, address, value)
+                yield GunyahLeaf(low & -size, size, level, address, value)
 
     # -- cutting -------------------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class Stage2Table:
                     break
                 self._split(found, stock)
 
-    def _split(self, block: Leaf, stock: Stock) -> None:
+    def _split(self, block: GunyahLeaf, stock: Stock) -> None:
         below, page = block.level + 1, stock.take()
         attributes = block.value & ~(ADDRESS | 3)
         for index in range(512):
@@ -183,7 +183,7 @@ class Stage2Table:
             elif value:
                 self.pages.write(address, level, 0, low)
 
-    def rewrite(self, found: Leaf, value: int) -> None:
+    def rewrite(self, found: GunyahLeaf, value: int) -> None:
         """Change software bits, access flag or permissions of an entry in place."""
         self.pages.write(found.address, found.level, value, found.ipa)
 

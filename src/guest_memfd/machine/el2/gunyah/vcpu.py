@@ -10,13 +10,13 @@ import time
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from guest_memfd.machine.el2.gunyah.errors import GunyahError, Refused
+from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import ACCESS_FLAG, EXTERNAL_ABORT, PERMISSION, TRANSLATION, Fault
-from guest_memfd.machine.hw.arm64.stop import Abort, Breakpoint, Bus, Hvc, Smc, Stop, Svc, Undefined, Wfi
+from guest_memfd.machine.hw.arm64.stop import Breakpoint, Bus, CpuAbort, Hvc, Smc, Stop, Svc, Undefined, Wfi
 
 if TYPE_CHECKING:
-    from guest_memfd.machine.el2.gunyah.vm import Vm
+    from guest_memfd.machine.el2.gunyah.vm import GunyahHypVm
 
 _PAGE_MASK = -4096
 _EC_UNKNOWN, _EC_SVC, _EC_BRK = 0x00, 0x15, 0x3C
@@ -49,7 +49,7 @@ class Action(IntEnum):
     FAULT = 2
 
 
-class Run(NamedTuple):
+class GunyahRun(NamedTuple):
     """State and the three words that go with it.
 
     VMMIO_READ: IPA, bytes. VMMIO_WRITE: IPA, bytes, value. PAGE_FAULT: IPA of the page, access (0 read, 1 write,
@@ -60,7 +60,7 @@ class Run(NamedTuple):
     data: tuple[int, int, int] = (0, 0, 0)
 
 
-class GuestCpu(Protocol):
+class GunyahGuestCpu(Protocol):
     """The CPU that executes the guest, at EL1 or EL0, translating through the VM's stage 2."""
 
     @property
@@ -90,16 +90,16 @@ class GuestCpu(Protocol):
         """Deliver an exception to EL1."""
 
 
-class Vcpu:
+class GunyahHypVcpu:
     """One virtual CPU. *budget*: seconds of guest execution before the host gets its CPU back."""
 
-    def __init__(self, vm: Vm, cpu: GuestCpu, budget: float | None = None) -> None:
+    def __init__(self, vm: GunyahHypVm, cpu: GunyahGuestCpu, budget: float | None = None) -> None:
         self.vm, self.cpu, self.budget = vm, cpu, budget
-        self.last = Run(VcpuState.READY)
+        self.last = GunyahRun(VcpuState.READY)
         self._transfer: Transfer | None = None
         self._fault: Fault | None = None
 
-    def run(self, resume: tuple[int, int, int] = (0, 0, 0)) -> Run:
+    def run(self, resume: tuple[int, int, int] = (0, 0, 0)) -> GunyahRun:
         """Go on from where the last run ended; *resume* answers it.
 
         After VMMIO_READ: value, action. After VMMIO_WRITE: -, action. After PAGE_FAULT: action; the other words are
@@ -108,7 +108,7 @@ class Vcpu:
         if self.last.state in (VcpuState.POWERED_OFF, VcpuState.FAULT, VcpuState.PSCI_SYSTEM_RESET):
             return self.last
         if not self.vm.running:
-            return Run(VcpuState.BLOCKED)
+            return GunyahRun(VcpuState.BLOCKED)
         self._resume(resume)
         end = None if self.budget is None else time.monotonic() + self.budget
         for _ in range(_EXITS_PER_RUN):
@@ -116,10 +116,10 @@ class Vcpu:
             if run is not None:
                 break
             if end is not None and time.monotonic() >= end:
-                run = Run(VcpuState.READY)
+                run = GunyahRun(VcpuState.READY)
                 break
         else:
-            run = Run(VcpuState.READY)
+            run = GunyahRun(VcpuState.READY)
         self.last = run
         return run
 
@@ -129,7 +129,7 @@ class Vcpu:
         state = self.last.state
         if state == VcpuState.PAGE_FAULT:
             if resume[1] or resume[2]:
-                raise Refused(GunyahError.UNIMPLEMENTED, "resume words 2 and 3 of a page fault are reserved")
+                raise HypRefused(GunyahError.UNIMPLEMENTED, "resume words 2 and 3 of a page fault are reserved")
             if self._action(resume[0]) == Action.FAULT:
                 self._abort_guest()
         elif state in (VcpuState.VMMIO_READ, VcpuState.VMMIO_WRITE):
@@ -138,12 +138,12 @@ class Vcpu:
                 self._abort_guest()
             elif action == Action.EMULATE:
                 self._emulate(resume[0])
-        self.last = Run(VcpuState.READY)
+        self.last = GunyahRun(VcpuState.READY)
 
     @staticmethod
     def _action(word: int) -> Action:
         if word not in (Action.EMULATE, Action.RETRY, Action.FAULT):
-            raise Refused(GunyahError.ARG_INVAL, f"resume action {word:#x}")
+            raise HypRefused(GunyahError.ARG_INVAL, f"resume action {word:#x}")
         return Action(word)
 
     def _emulate(self, value: int) -> None:
@@ -164,14 +164,14 @@ class Vcpu:
     # -- on the way out ------------------------------------------------------------------------------------------
 
     # None: handled, enter the guest again.
-    def _handle(self, stop: Stop) -> Run | None:
+    def _handle(self, stop: Stop) -> GunyahRun | None:
         match stop:
-            case Abort(fault, _):
+            case CpuAbort(fault, _):
                 return self._on_abort(fault)
             case Hvc() | Smc():
                 return self._on_call()
             case Wfi():
-                return Run(VcpuState.EXPECTS_WAKEUP)
+                return GunyahRun(VcpuState.EXPECTS_WAKEUP)
             case Undefined():
                 self._deliver(_EC_UNKNOWN << 26 | _IL)
             case Svc(imm):
@@ -182,10 +182,10 @@ class Vcpu:
                 self._fault = Fault(EXTERNAL_ABORT, None, 2, va=va, access=access, el=self.cpu.el)
                 self._abort_guest()
             case _:
-                return Run(VcpuState.READY)
+                return GunyahRun(VcpuState.READY)
         return None
 
-    def _on_abort(self, fault: Fault) -> Run | None:
+    def _on_abort(self, fault: Fault) -> GunyahRun | None:
         if fault.stage == 1:
             self._deliver(fault.esr_el1(), fault.va)
             return None
@@ -197,18 +197,18 @@ class Vcpu:
         page = ipa & _PAGE_MASK
         kind = self.vm.space.ranges.kind(page, page + 4096)
         if kind is None or fault.kind not in (TRANSLATION, ACCESS_FLAG, PERMISSION):
-            return Run(VcpuState.FAULT, (ipa, 0, 0))
+            return GunyahRun(VcpuState.FAULT, (ipa, 0, 0))
         self._transfer = self.cpu.transfer() if kind == "vmmio" and not fault.s1ptw and fault.access != "x" else None
         if self._transfer is None:
             access = {"r": 0, "w": 1, "x": 2}[fault.access]
-            return Run(VcpuState.PAGE_FAULT, (page, access, int(fault.kind == PERMISSION)))
+            return GunyahRun(VcpuState.PAGE_FAULT, (page, access, int(fault.kind == PERMISSION)))
         transfer = self._transfer
         if not transfer.write:
-            return Run(VcpuState.VMMIO_READ, (ipa, transfer.size, 0))
+            return GunyahRun(VcpuState.VMMIO_READ, (ipa, transfer.size, 0))
         value = 0 if transfer.register == 31 else self.cpu.x(transfer.register)
-        return Run(VcpuState.VMMIO_WRITE, (ipa, transfer.size, value & (1 << 8 * transfer.size) - 1))
+        return GunyahRun(VcpuState.VMMIO_WRITE, (ipa, transfer.size, value & (1 << 8 * transfer.size) - 1))
 
-    def _on_call(self) -> Run | None:
+    def _on_call(self) -> GunyahRun | None:
         regs = [self.cpu.x(n) for n in range(18)]
         run = self.vm.guest_call(regs)
         if run is None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace
 from guest_memfd.machine.el2.gunyah.capabilities import CapabilitySpace, ExtentRight, SpaceRight, VcpuRight
-from guest_memfd.machine.el2.gunyah.errors import Refused
-from guest_memfd.machine.el2.gunyah.memextent import RWX, Extent, Mapping
-from guest_memfd.machine.el2.gunyah.vcpu import GuestCpu, Run, Vcpu, VcpuState
+from guest_memfd.machine.el2.gunyah.errors import HypRefused
+from guest_memfd.machine.el2.gunyah.memextent import RWX, Extent, ExtentMapping
+from guest_memfd.machine.el2.gunyah.vcpu import GunyahGuestCpu, GunyahHypVcpu, GunyahRun, VcpuState
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.el2 import Gunyah
@@ -61,7 +61,7 @@ class Psci(IntEnum):
 _VERSION_1_1 = 1 << 16 | 1
 
 
-class Vm:
+class GunyahHypVm:
     """One VM. *running*: whether its vCPUs may run; pages it has locked stay with it exactly as long.
 
     *on_exit* is told why it stopped. Raises Refused, and nothing of it exists: NOMEM, CSPACE_FULL.
@@ -74,11 +74,11 @@ class Vm:
         self.space = AddressSpace(el2.ram, el2.memdb, el2.source, el2.tlbs, vmid, name, lambda: self.running,
                                   el2.relock, el2.modify_flags)
         self.cspace = CapabilitySpace()
-        self.vcpus: list[Vcpu] = []
+        self.vcpus: list[GunyahHypVcpu] = []
         self.vcpu_caps: list[int] = []
         self.guest_private = Extent(f"{name}.private", parent=el2.host_extent, alone=self.space)
         self.guest_shared = Extent(f"{name}.shared", parent=el2.root_extent)
-        self.guest_shared.record(Mapping(el2.hlos, 0, RWX))
+        self.guest_shared.record(ExtentMapping(el2.hlos, 0, RWX))
         self.caps = self._grant()
 
     # All of them or none.
@@ -89,7 +89,7 @@ class Vm:
             for thing, rights in ((self.guest_private, PRIVATE_GUEST_RIGHTS), (self.guest_shared, SHARED_RIGHTS),
                                   (self.space, SPACE_RIGHTS)):
                 granted.append(cspace.grant(thing, rights))
-        except Refused:
+        except HypRefused:
             for cap in granted:
                 cspace.revoke(cap)
             self.space.destroy()
@@ -99,9 +99,9 @@ class Vm:
     def __repr__(self) -> str:
         return f"<VM {self.name}, VMID {self.vmid:#x}>"
 
-    def add_vcpu(self, cpu: GuestCpu, budget: float | None = None) -> int:
+    def add_vcpu(self, cpu: GunyahGuestCpu, budget: float | None = None) -> int:
         """Give it a vCPU; the host's capability for VCPU_RUN. *budget*: seconds per run, None: until something happens."""
-        vcpu = Vcpu(self, cpu, budget)
+        vcpu = GunyahHypVcpu(self, cpu, budget)
         self.vcpus.append(vcpu)
         cap = self._el2.cspace.grant(vcpu, VcpuRight.RUN)
         self.vcpu_caps.append(cap)
@@ -143,17 +143,17 @@ class Vm:
 
     # -- the guest's own calls -----------------------------------------------------------------------------------
 
-    def guest_call(self, regs: list[int]) -> Run | None:
+    def guest_call(self, regs: list[int]) -> GunyahRun | None:
         """An HVC or SMC of a vCPU, SMCCC in *regs*; None: answered there, the vCPU goes on."""
         number = regs[0] & 0xFFFF_FFFF
         if number == Psci.CPU_OFF:
-            return Run(VcpuState.POWERED_OFF)
+            return GunyahRun(VcpuState.POWERED_OFF)
         if number == Psci.SYSTEM_OFF:
             self.kill(Exit.PLATFORM_OFF)
-            return Run(VcpuState.POWERED_OFF)
+            return GunyahRun(VcpuState.POWERED_OFF)
         if number == Psci.SYSTEM_RESET:
             self.kill(Exit.PLATFORM_RESET)
-            return Run(VcpuState.PSCI_SYSTEM_RESET)
+            return GunyahRun(VcpuState.PSCI_SYSTEM_RESET)
         if number in (Psci.VERSION, Psci.SMCCC_VERSION):
             regs[0] = _VERSION_1_1
         else:

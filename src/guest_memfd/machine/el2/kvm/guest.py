@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from itertools import chain
 
-from guest_memfd.machine.el2.kvm.pgtable import Stage2Table, TableSource
+from guest_memfd.machine.el2.kvm.pgtable import KvmStage2Table, TableSource
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
 from guest_memfd.machine.hw.arm64.registers import Vtcr
 from guest_memfd.machine.hw.arm64.tables import PageTable
@@ -47,7 +47,7 @@ class GuestStage2:
         assert vtcr.start_level is not None
         self.page_table = PageTable(ram, source, 2, ia_bits=ipa_bits, start_level=vtcr.start_level,
                                     concatenated=first_tables(ipa_bits))
-        self.pgt = Stage2Table(ram, self.page_table, source, Maintenance(tlbs, vmid))
+        self.pgt = KvmStage2Table(ram, self.page_table, source, Maintenance(tlbs, vmid))
         self._registers = Stage2(vtcr, self.pgt.root | vmid << 48)
         # First pfn of a leaf -> the gfns that map it. A hint where to look: what the tables say counts.
         self._gfns: dict[int, list[int]] = {}

@@ -36,7 +36,7 @@ class TableSource(Protocol):
         """Take a page back."""
 
 
-class Leaf(NamedTuple):
+class KvmLeaf(NamedTuple):
     """The entry that decides an address: it maps, it is annotated, or it is empty."""
 
     level: int
@@ -71,7 +71,7 @@ def level_of(order: int) -> int:
     return LAST_LEVEL - order // _STRIDE
 
 
-class Stage2Table:
+class KvmStage2Table:
     """One stage-2 tree with a 4 KiB granule, for input addresses of *ia_bits*; orders are 0, 9 or 18.
 
     *locked* is what an entry says in the middle of break-before-make.
@@ -97,25 +97,25 @@ class Stage2Table:
         return ia >> 12 + (LAST_LEVEL - level) * _STRIDE & (1 << _STRIDE) - 1
 
     # The entries from the first level down to *level*, or to the first that is no table.
-    def _path(self, ia: int, level: int = LAST_LEVEL) -> list[Leaf]:
-        return [Leaf(*entry) for entry in self.table.path(ia) if entry.level <= level]
+    def _path(self, ia: int, level: int = LAST_LEVEL) -> list[KvmLeaf]:
+        return [KvmLeaf(*entry) for entry in self.table.path(ia) if entry.level <= level]
 
-    def leaf(self, ia: int) -> Leaf:
+    def leaf(self, ia: int) -> KvmLeaf:
         """What decides *ia*; beyond the input size that is an empty entry which is nowhere."""
         if ia >> self.table.ia_bits:
-            return Leaf(self.table.start_level, 0, 0)
-        return Leaf(*self.table.lookup(ia))
+            return KvmLeaf(self.table.start_level, 0, 0)
+        return KvmLeaf(*self.table.lookup(ia))
 
     def empty(self, ia: int, order: int) -> bool:
         """Whether nothing in the aligned range maps and nothing in it is annotated."""
         return self._empty(self._path(ia, level_of(order))[-1])
 
-    def _empty(self, entry: Leaf) -> bool:
+    def _empty(self, entry: KvmLeaf) -> bool:
         if d.kind(entry.value, entry.level) != "table":
             return not entry.value
         base = d.table_address(entry.value)
         return not self._used[base] or all(
-            self._empty(Leaf(entry.level + 1, at, self.ram.read64(at))) for at in range(base, base + PAGE, 8))
+            self._empty(KvmLeaf(entry.level + 1, at, self.ram.read64(at))) for at in range(base, base + PAGE, 8))
 
     # -- changes -----------------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class Stage2Table:
         return value
 
     # stage2_try_break_pte(), then stage2_make_pte().
-    def _replace(self, ia: int, entry: Leaf, value: int) -> None:
+    def _replace(self, ia: int, entry: KvmLeaf, value: int) -> None:
         if entry.valid:
             self._write(ia, entry, self.locked)
             self._flush(ia, entry)
@@ -162,31 +162,31 @@ class Stage2Table:
             self._free(entry)
         self._count(entry, bool(value) - bool(entry.value))
 
-    def _write(self, ia: int, entry: Leaf, value: int) -> None:
+    def _write(self, ia: int, entry: KvmLeaf, value: int) -> None:
         self.table.write(entry.address, entry.level, value, ia)
 
-    def _flush(self, ia: int, entry: Leaf) -> None:
+    def _flush(self, ia: int, entry: KvmLeaf) -> None:
         size = PAGE << entry.order
         if d.kind(entry.value, entry.level) == "table":
             self.tlbs.flush_range(ia & -size, size)
         else:
             self.tlbs.flush_ipa(ia & -size, entry.level)
 
-    def _count(self, entry: Leaf, change: int) -> None:
+    def _count(self, entry: KvmLeaf, change: int) -> None:
         page = entry.address & -PAGE
         if page in self._used:
             self._used[page] += change
 
-    def _free(self, entry: Leaf) -> None:
+    def _free(self, entry: KvmLeaf) -> None:
         base = d.table_address(entry.value)
         for at in range(base, base + PAGE, 8) if self._used[base] else ():
-            below = Leaf(entry.level + 1, at, self.ram.read64(at))
+            below = KvmLeaf(entry.level + 1, at, self.ram.read64(at))
             if d.kind(below.value, below.level) == "table":
                 self._free(below)
         del self._used[base]
         self.source.free_table(base)
 
-    def unmap(self, ia: int) -> Leaf:
+    def unmap(self, ia: int) -> KvmLeaf:
         """Clear what decides *ia*, mapping or note, and free tables that hold nothing any more; returns what was there."""
         path = self._path(ia)
         entry = path.pop()
@@ -196,7 +196,7 @@ class Stage2Table:
                 self._clear(ia, path.pop())
         return entry
 
-    def _clear(self, ia: int, entry: Leaf) -> None:
+    def _clear(self, ia: int, entry: KvmLeaf) -> None:
         self._write(ia, entry, 0)
         if entry.valid:
             self._flush(ia, entry)

@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol
 
 from guest_memfd.machine.hw.arm64.access import Transfer, access_of, writes_back
 from guest_memfd.machine.hw.arm64.cpu import (
-    Abort,
     Breakpoint,
     Bus,
     Counted,
+    CpuAbort,
     Hvc,
     Smc,
     Stop,
@@ -40,7 +40,7 @@ _SEA = 0x10        # DFSC of a synchronous external abort that is not on a walk
 _ESR = {Svc: 0x15 << 26 | 1 << 25, Breakpoint: 0x3c << 26 | 1 << 25, Undefined: 1 << 25}
 
 
-class Mmio(NamedTuple):
+class MmioAccess(NamedTuple):
     """KVM_EXIT_MMIO: *size* bytes at *ipa*; *data* is what is written. A read waits for `Vcpu.complete_mmio`."""
 
     ipa: int
@@ -50,7 +50,7 @@ class Mmio(NamedTuple):
     register: int
 
 
-class MemoryFault(NamedTuple):
+class MemoryFaultExit(NamedTuple):
     """A stage-2 fault on memory that is bound there: whoever handles it maps something, or returns -EFAULT."""
 
     ipa: int
@@ -58,7 +58,7 @@ class MemoryFault(NamedTuple):
     exec: bool
 
 
-class SystemEvent(NamedTuple):
+class SystemEventExit(NamedTuple):
     """KVM_EXIT_SYSTEM_EVENT: ``shutdown`` or ``reset``."""
 
     what: str
@@ -71,24 +71,24 @@ class Hypercall(NamedTuple):
     argument: int
 
 
-class Wfi(NamedTuple):
+class WfiExit(NamedTuple):
     """The guest waits for an interrupt."""
 
 
-class Expired(NamedTuple):
+class ExpiredExit(NamedTuple):
     """The time, or the number of instructions, that `run` was given is up."""
 
 
-class InternalError(NamedTuple):
+class InternalErrorExit(NamedTuple):
     """KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_ARM_NISV, or an errno of KVM_RUN: the guest cannot go on; in words."""
 
     why: str
 
 
-Exit = Mmio | MemoryFault | SystemEvent | Hypercall | Wfi | Expired | InternalError
+Exit = MmioAccess | MemoryFaultExit | SystemEventExit | Hypercall | WfiExit | ExpiredExit | InternalErrorExit
 
 
-class GuestCpu(Protocol):
+class VheGuestCpu(Protocol):
     """What executes the guest: `arm64.cpu.Cpu`, as far as it is needed here."""
 
     pc: int
@@ -109,10 +109,10 @@ class GuestCpu(Protocol):
         """Deliver a synchronous exception to EL1."""
 
 
-class Vcpu:
+class VheVcpu:
     """One vCPU on *cpu*; *bound* says whether a memslot covers an IPA."""
 
-    def __init__(self, cpu: GuestCpu, bound: Callable[[int], bool]) -> None:
+    def __init__(self, cpu: VheGuestCpu, bound: Callable[[int], bool]) -> None:
         self.cpu, self.bound = cpu, bound
         self._load: Transfer | None = None      # of the MMIO read that user space has not answered yet
         self._fault: tuple[Fault, int] | None = None    # the MMIO access that user space was told of last, and its PC
@@ -128,7 +128,7 @@ class Vcpu:
             if out is not None:
                 return out
             if end is not None and time.monotonic() >= end:
-                return Expired()
+                return ExpiredExit()
 
     def complete_mmio(self, data: int) -> None:
         """The device's answer to an MMIO read, little-endian; the guest goes on behind the load."""
@@ -140,7 +140,7 @@ class Vcpu:
         self.cpu.pc += 4
 
     def abort_mmio(self) -> None:
-        """kvm_inject_sea_dabt() for the access that the last `Mmio` was about; it is not carried out."""
+        """kvm_inject_sea_dabt() for the access that the last `MmioAccess` was about; it is not carried out."""
         if self._fault is None:
             raise ValueError("no MMIO access to abort")
         fault, self.cpu.pc = self._fault
@@ -156,32 +156,33 @@ class Vcpu:
     def _handle(self, stop: Stop) -> Exit | None:
         if isinstance(stop, (Hvc, Smc)):
             return self._call(self.cpu.x(0) & 0xffff_ffff)
-        if isinstance(stop, Abort):
+        if isinstance(stop, CpuAbort):
             if stop.fault.stage == 2:
                 return self._stage2_fault(stop.fault, stop.pc)
             self.cpu.take_exception(stop.fault.esr_el1(), stop.fault.far)
             return None
         if isinstance(stop, Waits):
-            return Wfi()
+            return WfiExit()
         if isinstance(stop, (OutOfTime, Counted)):
-            return Expired()
+            return ExpiredExit()
         if isinstance(stop, Bus):
-            return InternalError(f"stage 2 maps {stop.va:#x} to {stop.pa:#x}, where there is no memory")
+            return InternalErrorExit(f"stage 2 maps {stop.va:#x} to {stop.pa:#x}, where there is no memory")
         self.cpu.take_exception(_ESR[type(stop)] | (0 if isinstance(stop, Undefined) else stop.imm))
         return None
 
     def _stage2_fault(self, fault: Fault, pc: int) -> Exit | None:
         assert fault.ipa is not None
         if self.bound(fault.ipa):
-            return MemoryFault(fault.ipa, fault.access == "w", fault.access == "x")
+            return MemoryFaultExit(fault.ipa, fault.access == "w", fault.access == "x")
         # Instructions or page tables where no memory is: user space could do nothing about it (kvm_handle_guest_abort()).
         if fault.access == "x" or fault.s1ptw:
             self._inject_sea(fault)
             return None
         transfer = self._transfer(pc)
         if transfer is None:
-            return InternalError(f"no memory at IPA {fault.ipa:#x}, and no syndrome to emulate a device with: only plain "
-                                 "loads and stores of one register without writeback have one")
+            return InternalErrorExit(
+                f"no memory at IPA {fault.ipa:#x}, and no syndrome to emulate a device with: only plain loads and stores of "
+                "one register without writeback have one")
         data = 0
         if transfer.write:
             data = self.cpu.x(transfer.register) & (1 << 8 * transfer.size) - 1 if transfer.register < 31 else 0
@@ -189,7 +190,7 @@ class Vcpu:
         else:
             self._load = transfer
         self._fault = fault, pc
-        return Mmio(fault.ipa, transfer.size, transfer.write, data, transfer.register)
+        return MmioAccess(fault.ipa, transfer.size, transfer.write, data, transfer.register)
 
     # What ESR_EL2.ISV would describe.
     def _transfer(self, pc: int) -> Transfer | None:
@@ -201,8 +202,8 @@ class Vcpu:
 
     def _call(self, number: int) -> Exit | None:
         if number == PSCI_SYSTEM_OFF:
-            return SystemEvent("shutdown")
+            return SystemEventExit("shutdown")
         if number == PSCI_SYSTEM_RESET:
-            return SystemEvent("reset")
+            return SystemEventExit("reset")
         self.cpu.set_x(0, _VERSIONS.get(number, NOT_SUPPORTED))
         return None

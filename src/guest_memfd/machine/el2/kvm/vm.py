@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from guest_memfd.machine.el2.kvm.guest import IPA_BITS, GuestStage2, next_vmid
 from guest_memfd.machine.el2.kvm.pgtable import TableSource, leaf_attributes
-from guest_memfd.machine.el2.kvm.vcpu import GuestCpu, Vcpu
+from guest_memfd.machine.el2.kvm.vcpu import VheGuestCpu, VheVcpu
 from guest_memfd.machine.hw.arm64.fault import Fault, Inject
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2
@@ -21,18 +21,18 @@ from guest_memfd.words.primitives import EINVAL, ENOMEM
 _ORDER_OF = {1: 0, 1 << 9: 9, 1 << 18: 18}
 
 
-class Vm(GuestStage2):
+class VheVm(GuestStage2):
     """One VM. *bound* says whether a memslot covers an IPA."""
 
     def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb], vmid: int,
                  bound: Callable[[int], bool], ipa_bits: int = IPA_BITS) -> None:
         super().__init__(ram, source, tlbs, vmid, ipa_bits)
         self.bound = bound
-        self.vcpus: list[Vcpu] = []
+        self.vcpus: list[VheVcpu] = []
 
-    def add_vcpu(self, cpu: GuestCpu) -> Vcpu:
+    def add_vcpu(self, cpu: VheGuestCpu) -> VheVcpu:
         """A vCPU that *cpu* executes."""
-        self.vcpus.append(Vcpu(cpu, self.bound))
+        self.vcpus.append(VheVcpu(cpu, self.bound))
         return self.vcpus[-1]
 
     def map(self, gfn: int, pfn: int, nr: int = 1, prot: str = "rwx") -> int:
@@ -74,13 +74,13 @@ class Kvm:
 
     def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb]) -> None:
         self.ram, self.source, self.tlbs = ram, source, list(tlbs)
-        self.vms: dict[int, Vm] = {}
+        self.vms: dict[int, VheVm] = {}
         self._last = 0
 
-    def create_vm(self, bound: Callable[[int], bool], ipa_bits: int = IPA_BITS) -> Vm:
+    def create_vm(self, bound: Callable[[int], bool], ipa_bits: int = IPA_BITS) -> VheVm:
         """KVM_CREATE_VM; raises OutOfMemory without a first table."""
         self._last = next_vmid(self._last, self.vms)
-        vm = self.vms[self._last] = Vm(self.ram, self.source, self.tlbs, self._last, bound, ipa_bits)
+        vm = self.vms[self._last] = VheVm(self.ram, self.source, self.tlbs, self._last, bound, ipa_bits)
         return vm
 
     def stage2(self) -> Stage2 | None:

@@ -25,7 +25,7 @@ _HANDLE = 0xffff
 _GFN = (1 << 40) - 1
 
 
-class Owner(IntEnum):
+class PageOwner(IntEnum):
     """enum pkvm_component_id."""
 
     HOST = 0
@@ -33,7 +33,7 @@ class Owner(IntEnum):
     GUEST = 2
 
 
-class Type(IntEnum):
+class AnnotationType(IntEnum):
     """enum kvm_invalid_pte_type (7.3)."""
 
     LOCKED = 1
@@ -45,8 +45,8 @@ class Type(IntEnum):
 class Annotation:
     """An annotated entry; *owner*, *handle* and *gfn* (of the first 4 KiB page) belong to donations."""
 
-    type: Type
-    owner: Owner = Owner.HOST
+    type: AnnotationType
+    owner: PageOwner = PageOwner.HOST
     handle: int = 0
     gfn: int = 0
 
@@ -55,9 +55,9 @@ class Annotation:
         if release == "7.3":
             extra = (self.handle & _HANDLE) | (self.gfn & _GFN) << 16
             return self.type << _TYPE_SHIFT | self.owner << 1 | extra << 4
-        if self.type is Type.LOCKED:
+        if self.type is AnnotationType.LOCKED:
             return _LOCKED_612
-        if self.type is Type.DONATION:
+        if self.type is AnnotationType.DONATION:
             return self.owner << 2
         raise ValueError("Linux 6.12 has no annotation for a page that was reclaimed by force")
 
@@ -68,17 +68,17 @@ class Annotation:
             return None
         if release == "7.3":
             extra = (value & _PAYLOAD) >> 4
-            return cls(Type(value >> _TYPE_SHIFT), Owner(value >> 1 & 7), extra & _HANDLE, extra >> 16)
+            return cls(AnnotationType(value >> _TYPE_SHIFT), PageOwner(value >> 1 & 7), extra & _HANDLE, extra >> 16)
         if value & _LOCKED_612:
-            return cls(Type.LOCKED)
-        return cls(Type.DONATION, Owner((value & _OWNER_612) >> 2))
+            return cls(AnnotationType.LOCKED)
+        return cls(AnnotationType.DONATION, PageOwner((value & _OWNER_612) >> 2))
 
     def __repr__(self) -> str:
-        if self.type is not Type.DONATION:
+        if self.type is not AnnotationType.DONATION:
             return f"<{self.type.name}>"
-        whom = f"guest {self.handle:#x} gfn {self.gfn:#x}" if self.owner is Owner.GUEST else self.owner.name.lower()
+        whom = f"guest {self.handle:#x} gfn {self.gfn:#x}" if self.owner is PageOwner.GUEST else self.owner.name.lower()
         return f"<DONATION to {whom}>"
 
 
-LOCKED = Annotation(Type.LOCKED)
-POISONED = Annotation(Type.POISONED)
+LOCKED = Annotation(AnnotationType.LOCKED)
+POISONED = Annotation(AnnotationType.POISONED)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.el2.kvm.pgtable import STATE_SHIFT, Leaf
-from guest_memfd.machine.el2.pkvm.annotation import Annotation, Type
-from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT, HypPage, State
+from guest_memfd.machine.el2.kvm.pgtable import STATE_SHIFT, KvmLeaf
+from guest_memfd.machine.el2.pkvm.annotation import Annotation, AnnotationType
+from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT, HypPage, PkvmState
 from guest_memfd.words.primitives import EHWPOISON, EINVAL, ENOENT, EPERM
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
-    from guest_memfd.machine.el2.pkvm.vm import Vm
+    from guest_memfd.machine.el2.pkvm.vm import PkvmHypVm
 
 E2BIG = 7
 _ORDER_OF = {1 << order: order for order in ORDERS}
@@ -35,7 +35,7 @@ def range_allowed_memory(el2: El2, pfn: int, nr: int) -> int:
     return 0 if pfn + nr << PAGE_SHIFT <= region.end else -EINVAL
 
 
-def host_page_state(el2: El2, pfn: int, order: int, state: State) -> int:
+def host_page_state(el2: El2, pfn: int, order: int, state: PkvmState) -> int:
     """-EPERM unless all pages are in *state* for the host; what `range_allowed_memory` says comes first."""
     ret = range_allowed_memory(el2, pfn, 1 << order)
     if ret:
@@ -43,7 +43,7 @@ def host_page_state(el2: El2, pfn: int, order: int, state: State) -> int:
     return 0 if all(page.host is state for page in el2.vmemmap.pages(pfn, order)) else -EPERM
 
 
-def host_and_hyp(el2: El2, pfn: int, order: int, host: State, hyp: State) -> int:
+def host_and_hyp(el2: El2, pfn: int, order: int, host: PkvmState, hyp: PkvmState) -> int:
     """As `host_page_state`, and -EPERM unless all pages are in state *hyp* for the hypervisor."""
     ret = host_page_state(el2, pfn, order, host)
     if ret:
@@ -51,32 +51,32 @@ def host_and_hyp(el2: El2, pfn: int, order: int, host: State, hyp: State) -> int
     return 0 if all(page.hyp is hyp for page in el2.vmemmap.pages(pfn, order)) else -EPERM
 
 
-def guest_page_state(entry: Leaf) -> State:
+def guest_page_state(entry: KvmLeaf) -> PkvmState:
     """From the software bits of an entry that maps, inferred for one that does not (guest_get_page_state())."""
     if entry.valid:
-        return State(entry.value >> STATE_SHIFT & 3)
+        return PkvmState(entry.value >> STATE_SHIFT & 3)
     note = Annotation.decode(entry.value)
-    return State.POISON if note and note.type is Type.POISONED else State.NOPAGE
+    return PkvmState.POISON if note and note.type is AnnotationType.POISONED else PkvmState.NOPAGE
 
 
-def valid_guest_leaf(vm: Vm, gfn: int, order: int) -> tuple[int, Leaf]:
+def valid_guest_leaf(vm: PkvmHypVm, gfn: int, order: int) -> tuple[int, KvmLeaf]:
     """The guest's entry and 0, -EHWPOISON, -ENOENT, or -E2BIG for another order (get_valid_guest_pte())."""
     entry = vm.pgt.leaf(gfn << PAGE_SHIFT)
     state = guest_page_state(entry)
-    if state is State.POISON:
+    if state is PkvmState.POISON:
         return -EHWPOISON, entry
-    if state is State.NOPAGE:
+    if state is PkvmState.NOPAGE:
         return -ENOENT, entry
     return (0 if entry.order == order else -E2BIG), entry
 
 
-def guest_is_empty(vm: Vm, gfn: int, order: int) -> bool:
+def guest_is_empty(vm: PkvmHypVm, gfn: int, order: int) -> bool:
     """Whether the guest is at NOPAGE there; POISON is not."""
     return vm.pgt.empty(gfn << PAGE_SHIFT, order)
 
 
 def may_share(page: HypPage, protected: bool) -> bool:
     """Whether one more guest may borrow a page; ADDITION: a *protected* guest borrows it alone."""
-    if page.host is State.OWNED:
-        return page.hyp is State.NOPAGE
-    return page.host is State.SHARED_OWNED and page.guests > 0 and not protected
+    if page.host is PkvmState.OWNED:
+        return page.hyp is PkvmState.NOPAGE
+    return page.host is PkvmState.SHARED_OWNED and page.guests > 0 and not protected

@@ -11,10 +11,10 @@ from guest_memfd.errors import BadInput
 from guest_memfd.machine.el2.kvm.guest import IPA_BITS, first_tables, next_vmid
 from guest_memfd.machine.el2.kvm.pgtable import TableSource
 from guest_memfd.machine.el2.pkvm import hypercalls, transitions
-from guest_memfd.machine.el2.pkvm.annotation import Owner, Release
+from guest_memfd.machine.el2.pkvm.annotation import PageOwner, Release
 from guest_memfd.machine.el2.pkvm.host_stage2 import HostStage2, Region
-from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT, HypPage, State, Vmemmap
-from guest_memfd.machine.el2.pkvm.vm import PkvmVcpu, Vm
+from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT, HypPage, PkvmState, Vmemmap
+from guest_memfd.machine.el2.pkvm.vm import PkvmHypVm, PkvmVcpu
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import Fault, Inject
 from guest_memfd.machine.hw.arm64.tlb import Tlb
@@ -37,7 +37,7 @@ class El2:
         self.ram, self.release = ram, release
         self.vmemmap = Vmemmap()
         self.host = HostStage2(ram, source, tlbs, regions or [Region(ram.base, ram.size)], pa_bits, release)
-        self.vms: dict[int, Vm] = {}
+        self.vms: dict[int, PkvmHypVm] = {}
         self.loaded: dict[int, PkvmVcpu] = {}
         self._created = self._last = 0
         for base, size in reserved:
@@ -47,8 +47,8 @@ class El2:
     def _reserve(self, pfn: int, nr: int) -> None:
         while nr:
             order = max(o for o in ORDERS if not pfn & (1 << o) - 1 and 1 << o <= nr)
-            self.host.give_away(pfn, order, Owner.HYP)
-            self.vmemmap.set(pfn, order, HypPage(host=State.NOPAGE, hyp=State.OWNED))
+            self.host.give_away(pfn, order, PageOwner.HYP)
+            self.vmemmap.set(pfn, order, HypPage(host=PkvmState.NOPAGE, hyp=PkvmState.OWNED))
             pfn, nr = pfn + (1 << order), nr - (1 << order)
 
     # -- the machine's questions -------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ class El2:
     # -- VMs -----------------------------------------------------------------------------------------------------
 
     def create_vm(self, pgd: int, bound: Callable[[int], bool], *, protected: bool = True,
-                  ipa_bits: int = IPA_BITS) -> Vm:
+                  ipa_bits: int = IPA_BITS) -> PkvmHypVm:
         """__pkvm_init_vm(): the host donates its pages at *pgd* (first_tables() of them, aligned) for the first tables.
 
         Raises BadInput when they are not the host's to give.
@@ -78,7 +78,7 @@ class El2:
             raise BadInput(f"{nr} pages at {pgd:#x} cannot become first-level tables of a VM")
         self._created += 1
         self._last = next_vmid(self._last, {vm.vmid for vm in self.vms.values()})
-        vm = Vm(self, _FIRST_HANDLE + self._created - 1, self._last, pgd, protected, bound, ipa_bits)
+        vm = PkvmHypVm(self, _FIRST_HANDLE + self._created - 1, self._last, pgd, protected, bound, ipa_bits)
         self.vms[vm.handle] = vm
         return vm
 
@@ -87,9 +87,9 @@ class El2:
     def owner(self, pa: int) -> str:
         """``host``, ``guest`` (donated), ``shared`` (a guest borrows it), ``borrowed`` (a guest's), or ``hyp``."""
         page = self.vmemmap.page(pa >> PAGE_SHIFT)
-        if page.host is State.NOPAGE:
-            return "hyp" if page.hyp is State.OWNED else "guest"
-        if page.host is State.SHARED_BORROWED:
+        if page.host is PkvmState.NOPAGE:
+            return "hyp" if page.hyp is PkvmState.OWNED else "guest"
+        if page.host is PkvmState.SHARED_BORROWED:
             return "borrowed"
         return "shared" if page.guests else "host"
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from guest_memfd.machine.el2.kvm.pgtable import Leaf, Stage2Table, TableSource, leaf_attributes
+from guest_memfd.machine.el2.kvm.pgtable import KvmLeaf, KvmStage2Table, TableSource, leaf_attributes
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
-from guest_memfd.machine.el2.pkvm.annotation import LOCKED, Annotation, Owner, Release, Type
+from guest_memfd.machine.el2.pkvm.annotation import LOCKED, Annotation, AnnotationType, PageOwner, Release
 from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject, LoadStore
@@ -66,7 +66,7 @@ class HostStage2:
         assert start is not None
         self.page_table = PageTable(ram, source, 2, ia_bits=pa_bits, start_level=start,
                                     concatenated=1 << max(0, pa_bits - PAGE_SHIFT - 9 * (4 - start)))
-        self.pgt = Stage2Table(ram, self.page_table, source, Maintenance(tlbs, VMID), LOCKED.encode(release))
+        self.pgt = KvmStage2Table(ram, self.page_table, source, Maintenance(tlbs, VMID), LOCKED.encode(release))
         self._registers = Stage2(self.vtcr, self.pgt.root | VMID << 48)
 
     def registers(self) -> Stage2:
@@ -106,7 +106,7 @@ class HostStage2:
         return None
 
     # host_inject_mem_abort(): the host sees its own ESR_EL2 with a mark that no other abort of EL1 has.
-    def _refuse(self, fault: Fault, el: int, transfer: Transfer | None, entry: Leaf) -> Inject:
+    def _refuse(self, fault: Fault, el: int, transfer: Transfer | None, entry: KvmLeaf) -> Inject:
         if self.release == "6.12":
             raise MachineDead(f"kernel BUG at arch/arm64/kvm/hyp/nvhe/mem_protect.c: host_stage2_idmap({fault.ipa:#x}) "
                               f"returned -EPERM: {Annotation.decode(entry.value, self.release)!r}")
@@ -146,12 +146,12 @@ class HostStage2:
                     self.pgt.unmap(at)
                 at = (at & -size) + size
 
-    def give_away(self, pfn: int, order: int, owner: Owner, handle: int = 0, gfn: int = 0) -> None:
+    def give_away(self, pfn: int, order: int, owner: PageOwner, handle: int = 0, gfn: int = 0) -> None:
         """Annotate an aligned range of 1 << *order* pages; no TLB keeps it then. Raises OutOfMemory, nothing changed.
 
         The host's stage-1 entries go with it: TLBI VMALLE1IS runs even if the host never touched the range.
         """
-        note = Annotation(Type.DONATION, owner, handle, gfn).encode(self.release)
+        note = Annotation(AnnotationType.DONATION, owner, handle, gfn).encode(self.release)
         pa = pfn << PAGE_SHIFT
         before = self.pgt.leaf(pa)
         self._try(lambda: self.pgt.annotate(pa, order, note))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from guest_memfd.machine.el2.pkvm import transitions
-from guest_memfd.machine.el2.pkvm.vm import PkvmVcpu, Vm
+from guest_memfd.machine.el2.pkvm.vm import PkvmHypVm, PkvmVcpu
 from guest_memfd.words.primitives import EINVAL, ENOENT
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _PROT = ((4, "r"), (2, "w"), (1, "x"))
 Handler = Callable[["El2", list[int], int], int]
 
 
-def _vm(el2: El2, handle: int) -> Vm | None:
+def _vm(el2: El2, handle: int) -> PkvmHypVm | None:
     return el2.vms.get(handle)
 
 

@@ -19,7 +19,7 @@ ORDERS = (0, 9, 18)
 _COUNT_MAX = (1 << 32) - 1
 
 
-class State(IntEnum):
+class PkvmState(IntEnum):
     """enum pkvm_page_state; POISON exists only for guests, and only as an annotation of their page-table entry."""
 
     OWNED = 0
@@ -34,8 +34,8 @@ class HypPage(NamedTuple):
 
     refcount: int = 0
     order: int = 0
-    host: State = State.OWNED
-    hyp: State = State.NOPAGE
+    host: PkvmState = PkvmState.OWNED
+    hyp: PkvmState = PkvmState.NOPAGE
     guests: int = 0
 
     @property
@@ -46,7 +46,8 @@ class HypPage(NamedTuple):
     @classmethod
     def decode(cls, value: int) -> HypPage:
         """Unpack eight bytes."""
-        return cls(value & 0xffff, value >> 16 & 0xff, State(value >> 24 & 3), State((value >> 28 & 3) ^ 3), value >> 32)
+        states = PkvmState(value >> 24 & 3), PkvmState((value >> 28 & 3) ^ 3)
+        return cls(value & 0xffff, value >> 16 & 0xff, *states, value >> 32)
 
     @property
     def may_be_shared_again(self) -> bool:

@@ -15,47 +15,47 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.el2.kvm.pgtable import Leaf, leaf_attributes
+from guest_memfd.machine.el2.kvm.pgtable import KvmLeaf, leaf_attributes
 from guest_memfd.machine.el2.pkvm import checks
-from guest_memfd.machine.el2.pkvm.annotation import POISONED, Owner
-from guest_memfd.machine.el2.pkvm.states import PAGE_SHIFT, HypPage, State
+from guest_memfd.machine.el2.pkvm.annotation import POISONED, PageOwner
+from guest_memfd.machine.el2.pkvm.states import PAGE_SHIFT, HypPage, PkvmState
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
-    from guest_memfd.machine.el2.pkvm.vm import Vm
+    from guest_memfd.machine.el2.pkvm.vm import PkvmHypVm
 
 
-def _set(el2: El2, pfn: int, order: int, host: State, hyp: State = State.NOPAGE, guests: int = 0) -> None:
+def _set(el2: El2, pfn: int, order: int, host: PkvmState, hyp: PkvmState = PkvmState.NOPAGE, guests: int = 0) -> None:
     el2.vmemmap.set(pfn, order, HypPage(host=host, hyp=hyp, guests=guests))
 
 
-def _guest_map(vm: Vm, gfn: int, order: int, pfn: int, state: State, prot: str = "rwx") -> None:
+def _guest_map(vm: PkvmHypVm, gfn: int, order: int, pfn: int, state: PkvmState, prot: str = "rwx") -> None:
     vm.pgt.map(gfn << PAGE_SHIFT, order, pfn << PAGE_SHIFT, leaf_attributes(prot, state=state))
     vm.mapped(gfn, pfn)
 
 
-def _guest_unmap(vm: Vm, gfn: int) -> None:
+def _guest_unmap(vm: PkvmHypVm, gfn: int) -> None:
     entry = vm.pgt.unmap(gfn << PAGE_SHIFT)
     vm.unmapped(gfn, entry.oa >> PAGE_SHIFT)
 
 
 # host_stage2_set_owner_metadata_locked() with the donation's data.
-def _donated(el2: El2, vm: Vm, pfn: int, order: int, gfn: int) -> int:
+def _donated(el2: El2, vm: PkvmHypVm, pfn: int, order: int, gfn: int) -> int:
     try:
-        el2.host.give_away(pfn, order, Owner.GUEST, vm.handle, gfn)
+        el2.host.give_away(pfn, order, PageOwner.GUEST, vm.handle, gfn)
     except OutOfMemory:
         return -ENOMEM
-    _set(el2, pfn, order, State.NOPAGE)
+    _set(el2, pfn, order, PkvmState.NOPAGE)
     return 0
 
 
 # host_stage2_set_owner_locked() to the host: mapped RWX at once, in the entry that was annotated.
 def _returned(el2: El2, pfn: int, order: int) -> None:
     el2.host.take_back(pfn, order)
-    _set(el2, pfn, order, State.OWNED)
+    _set(el2, pfn, order, PkvmState.OWNED)
 
 
 # -- host and hypervisor -------------------------------------------------------------------------------------------
@@ -63,25 +63,25 @@ def _returned(el2: El2, pfn: int, order: int) -> None:
 
 def share_hyp(el2: El2, pfn: int) -> int:
     """host OWNED -> SHARED_OWNED, hypervisor SHARED_BORROWED."""
-    ret = checks.host_and_hyp(el2, pfn, 0, State.OWNED, State.NOPAGE)
+    ret = checks.host_and_hyp(el2, pfn, 0, PkvmState.OWNED, PkvmState.NOPAGE)
     if not ret:
-        _set(el2, pfn, 0, State.SHARED_OWNED, State.SHARED_BORROWED)
+        _set(el2, pfn, 0, PkvmState.SHARED_OWNED, PkvmState.SHARED_BORROWED)
     return ret
 
 
 def unshare_hyp(el2: El2, pfn: int) -> int:
     """The way back; -EBUSY while pinned."""
-    ret = checks.host_and_hyp(el2, pfn, 0, State.SHARED_OWNED, State.SHARED_BORROWED)
+    ret = checks.host_and_hyp(el2, pfn, 0, PkvmState.SHARED_OWNED, PkvmState.SHARED_BORROWED)
     if not ret and el2.vmemmap.page(pfn).refcount:
         ret = -EBUSY
     if not ret:
-        _set(el2, pfn, 0, State.OWNED)
+        _set(el2, pfn, 0, PkvmState.OWNED)
     return ret
 
 
 def pin_shared_mem(el2: El2, pfn: int) -> int:
     """hyp_pin_shared_mem() of one page."""
-    ret = checks.host_and_hyp(el2, pfn, 0, State.SHARED_OWNED, State.SHARED_BORROWED)
+    ret = checks.host_and_hyp(el2, pfn, 0, PkvmState.SHARED_OWNED, PkvmState.SHARED_BORROWED)
     if not ret:
         page = el2.vmemmap.page(pfn)
         el2.vmemmap.set(pfn, 0, page._replace(refcount=page.refcount + 1))
@@ -97,17 +97,17 @@ def unpin_shared_mem(el2: El2, pfn: int) -> None:
 def donate_hyp(el2: El2, pfn: int, nr: int) -> int:
     """*nr* pages: host OWNED -> hypervisor OWNED."""
     for at in range(pfn, pfn + nr):
-        ret = checks.range_allowed_memory(el2, pfn, nr) or checks.host_and_hyp(el2, at, 0, State.OWNED, State.NOPAGE)
+        ret = checks.range_allowed_memory(el2, pfn, nr) or checks.host_and_hyp(el2, at, 0, PkvmState.OWNED, PkvmState.NOPAGE)
         if ret:
             return ret
     for at in range(pfn, pfn + nr):
         try:
-            el2.host.give_away(at, 0, Owner.HYP)
+            el2.host.give_away(at, 0, PageOwner.HYP)
         except OutOfMemory:
             for undo in range(pfn, at):
                 _returned(el2, undo, 0)
             return -ENOMEM
-        _set(el2, at, 0, State.NOPAGE, State.OWNED)
+        _set(el2, at, 0, PkvmState.NOPAGE, PkvmState.OWNED)
     return 0
 
 
@@ -118,7 +118,7 @@ def hyp_donate_host(el2: El2, pfn: int, nr: int) -> int:
     """
     for at in range(pfn, pfn + nr):
         page = el2.vmemmap.page(at)
-        if page.hyp is not State.OWNED or page.host is not State.NOPAGE:
+        if page.hyp is not PkvmState.OWNED or page.host is not PkvmState.NOPAGE:
             return -EPERM
         if el2.host.pgt.leaf(at << PAGE_SHIFT).order:
             return -EINVAL
@@ -129,19 +129,19 @@ def hyp_donate_host(el2: El2, pfn: int, nr: int) -> int:
 
 def share_ffa(el2: El2, pfn: int, nr: int) -> int:
     """*nr* pages: host OWNED -> SHARED_OWNED, with somebody in the secure world."""
-    return _ffa(el2, pfn, nr, State.OWNED, State.SHARED_OWNED)
+    return _ffa(el2, pfn, nr, PkvmState.OWNED, PkvmState.SHARED_OWNED)
 
 
 def unshare_ffa(el2: El2, pfn: int, nr: int) -> int:
     """The way back."""
-    return _ffa(el2, pfn, nr, State.SHARED_OWNED, State.OWNED)
+    return _ffa(el2, pfn, nr, PkvmState.SHARED_OWNED, PkvmState.OWNED)
 
 
-def _ffa(el2: El2, pfn: int, nr: int, old: State, new: State) -> int:
+def _ffa(el2: El2, pfn: int, nr: int, old: PkvmState, new: PkvmState) -> int:
     for at in range(pfn, pfn + nr):
         page = el2.vmemmap.page(at)
         ret = checks.range_allowed_memory(el2, pfn, nr) or checks.host_page_state(el2, at, 0, old)
-        if ret or page.hyp is not State.NOPAGE or page.guests:
+        if ret or page.hyp is not PkvmState.NOPAGE or page.guests:
             return ret or -EPERM
     for at in range(pfn, pfn + nr):
         _set(el2, at, 0, new)
@@ -151,12 +151,12 @@ def _ffa(el2: El2, pfn: int, nr: int, old: State, new: State) -> int:
 # -- host and guest ------------------------------------------------------------------------------------------------
 
 
-def donate_guest(el2: El2, vm: Vm, pfn: int, gfn: int, nr: int = 1) -> int:
+def donate_guest(el2: El2, vm: PkvmHypVm, pfn: int, gfn: int, nr: int = 1) -> int:
     """host OWNED, guest NOPAGE -> the guest's, mapped RWX there, annotated in the host's table."""
     order = checks.transition_order(nr, pfn, gfn)
     if order < 0:
         return order
-    ret = checks.host_and_hyp(el2, pfn, order, State.OWNED, State.NOPAGE)
+    ret = checks.host_and_hyp(el2, pfn, order, PkvmState.OWNED, PkvmState.NOPAGE)
     if ret:
         return ret
     if not vm.in_range(gfn, nr):
@@ -167,11 +167,11 @@ def donate_guest(el2: El2, vm: Vm, pfn: int, gfn: int, nr: int = 1) -> int:
         return -ENOMEM
     ret = _donated(el2, vm, pfn, order, gfn)
     if not ret:
-        _guest_map(vm, gfn, order, pfn, State.OWNED)
+        _guest_map(vm, gfn, order, pfn, PkvmState.OWNED)
     return ret
 
 
-def share_guest(el2: El2, vm: Vm, pfn: int, gfn: int, nr: int = 1, prot: str = "rwx") -> int:
+def share_guest(el2: El2, vm: PkvmHypVm, pfn: int, gfn: int, nr: int = 1, prot: str = "rwx") -> int:
     """The guest borrows: host OWNED -> SHARED_OWNED, or one more guest of a page that guests borrow already.
 
     ADDITION: protected guests may borrow, too, one at a time, as the abstract host has it.
@@ -194,7 +194,7 @@ def share_guest(el2: El2, vm: Vm, pfn: int, gfn: int, nr: int = 1, prot: str = "
     if not vm.memcache_ready():
         return -ENOMEM
     _count_guests(el2, pfn, order, 1)
-    _guest_map(vm, gfn, order, pfn, State.SHARED_BORROWED, prot)
+    _guest_map(vm, gfn, order, pfn, PkvmState.SHARED_BORROWED, prot)
     return 0
 
 
@@ -205,10 +205,10 @@ def _count_guests(el2: El2, pfn: int, order: int, change: int) -> None:
             _count_guests(el2, at, 0, change)
         return
     guests = el2.vmemmap.page(pfn).guests + change
-    _set(el2, pfn, order, State.SHARED_OWNED if guests else State.OWNED, guests=guests)
+    _set(el2, pfn, order, PkvmState.SHARED_OWNED if guests else PkvmState.OWNED, guests=guests)
 
 
-def unshare_guest(el2: El2, vm: Vm, gfn: int, nr: int = 1) -> int:
+def unshare_guest(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> int:
     """What the guest borrowed leaves it; the host is its only user again when no other guest borrows it.
 
     ADDITION: -ENOENT, where upstream has -EPERM, for a page that a protected guest owns: it has not borrowed it.
@@ -219,7 +219,7 @@ def unshare_guest(el2: El2, vm: Vm, gfn: int, nr: int = 1) -> int:
     entry = vm.pgt.leaf(gfn << PAGE_SHIFT)
     if not entry.valid:
         return -ENOENT
-    if checks.guest_page_state(entry) is not State.SHARED_BORROWED:
+    if checks.guest_page_state(entry) is not PkvmState.SHARED_BORROWED:
         return -ENOENT if vm.protected else -EPERM
     if entry.order != order:
         return -checks.E2BIG
@@ -227,13 +227,13 @@ def unshare_guest(el2: El2, vm: Vm, gfn: int, nr: int = 1) -> int:
     return 0
 
 
-def _give_borrowed_back(el2: El2, vm: Vm, gfn: int, entry: Leaf) -> None:
+def _give_borrowed_back(el2: El2, vm: PkvmHypVm, gfn: int, entry: KvmLeaf) -> None:
     pfn = entry.oa >> PAGE_SHIFT
     _guest_unmap(vm, gfn)
     _count_guests(el2, pfn, entry.order, -1)
 
 
-def reclaim_dying_guest_page(el2: El2, vm: Vm, gfn: int, nr: int = 1) -> int:
+def reclaim_dying_guest_page(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> int:
     """A dying guest's page: unmapped there, zeroed, and the host's again; 0 when there is nothing to reclaim.
 
     -EPERM for a living guest. Upstream returns -EINVAL then, and -ENOENT for a gfn that maps nothing: here it means, as
@@ -250,7 +250,7 @@ def reclaim_dying_guest_page(el2: El2, vm: Vm, gfn: int, nr: int = 1) -> int:
     if ret:
         return ret
     pfn = entry.oa >> PAGE_SHIFT
-    if checks.guest_page_state(entry) is State.SHARED_BORROWED:
+    if checks.guest_page_state(entry) is PkvmState.SHARED_BORROWED:
         if not vm.protected:
             return -EPERM
         el2.ram.zero(entry.oa, PAGE << order)
@@ -271,18 +271,18 @@ def force_reclaim_guest_page(el2: El2, phys: int) -> int:
     pfn = phys >> PAGE_SHIFT
     if el2.host.region(phys) is None:
         return -EFAULT
-    if el2.vmemmap.page(pfn).host is not State.NOPAGE:
+    if el2.vmemmap.page(pfn).host is not PkvmState.NOPAGE:
         return -EAGAIN
     note = el2.host.note(phys)
     if note is None:
         return -EINVAL
-    if note.owner is not Owner.GUEST or el2.release != "7.3":
+    if note.owner is not PageOwner.GUEST or el2.release != "7.3":
         return -EPERM
     vm = el2.vms.get(note.handle)
     if vm is None:
         return -EAGAIN
     entry = vm.pgt.leaf(note.gfn << PAGE_SHIFT)
-    if checks.guest_page_state(entry) is not State.OWNED:
+    if checks.guest_page_state(entry) is not PkvmState.OWNED:
         return -EPERM
     vm.pgt.annotate(note.gfn << PAGE_SHIFT, entry.order, POISONED.encode())
     vm.unmapped(note.gfn, entry.oa >> PAGE_SHIFT)
@@ -294,50 +294,50 @@ def force_reclaim_guest_page(el2: El2, phys: int) -> int:
 # -- the guest's own calls -----------------------------------------------------------------------------------------
 
 
-def guest_share_host(el2: El2, vm: Vm, gfn: int) -> int:
+def guest_share_host(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
     """MEM_SHARE: guest OWNED -> SHARED_OWNED, host NOPAGE -> SHARED_BORROWED, mapped RWX; pages only."""
     ret, entry = checks.valid_guest_leaf(vm, gfn, 0)
     if ret:
         return ret
     pfn = entry.oa >> PAGE_SHIFT
-    if checks.guest_page_state(entry) is not State.OWNED:
+    if checks.guest_page_state(entry) is not PkvmState.OWNED:
         return -EPERM
-    ret = checks.host_page_state(el2, pfn, 0, State.NOPAGE)
+    ret = checks.host_page_state(el2, pfn, 0, PkvmState.NOPAGE)
     if ret:
         return ret
-    _guest_map(vm, gfn, 0, pfn, State.SHARED_OWNED)
+    _guest_map(vm, gfn, 0, pfn, PkvmState.SHARED_OWNED)
     el2.host.take_back(pfn, 0)
-    _set(el2, pfn, 0, State.SHARED_BORROWED)
+    _set(el2, pfn, 0, PkvmState.SHARED_BORROWED)
     return 0
 
 
-def guest_unshare_host(el2: El2, vm: Vm, gfn: int) -> int:
+def guest_unshare_host(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
     """MEM_UNSHARE: guest SHARED_OWNED -> OWNED, host SHARED_BORROWED -> NOPAGE, annotated; pages only."""
     ret, entry = checks.valid_guest_leaf(vm, gfn, 0)
     if ret:
         return ret
     pfn = entry.oa >> PAGE_SHIFT
-    if checks.guest_page_state(entry) is not State.SHARED_OWNED:
+    if checks.guest_page_state(entry) is not PkvmState.SHARED_OWNED:
         return -EPERM
-    ret = checks.host_page_state(el2, pfn, 0, State.SHARED_BORROWED) or _donated(el2, vm, pfn, 0, gfn)
+    ret = checks.host_page_state(el2, pfn, 0, PkvmState.SHARED_BORROWED) or _donated(el2, vm, pfn, 0, gfn)
     if not ret:
-        _guest_map(vm, gfn, 0, pfn, State.OWNED)
+        _guest_map(vm, gfn, 0, pfn, PkvmState.OWNED)
     return ret
 
 
 # -- additions for conversion in place -----------------------------------------------------------------------------
 
 
-def unshare(el2: El2, vm: Vm, gfn: int) -> int:
+def unshare(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
     """ADDITION: the host has let go of what the guest shared, so its MEM_UNSHARE completes; -EPERM: it shares nothing."""
     ret = guest_unshare_host(el2, vm, gfn)
     return ret if ret in (0, -ENOMEM) else -EPERM
 
 
-def check_consent(el2: El2, vm: Vm, gfn: int, converting: bool) -> int:
+def check_consent(el2: El2, vm: PkvmHypVm, gfn: int, converting: bool) -> int:
     """ADDITION: -EBUSY unless the guest has agreed that its page goes: by MEM_SHARE for a conversion, else by dying."""
     state = checks.guest_page_state(vm.pgt.leaf(gfn << PAGE_SHIFT))
-    if state not in (State.OWNED, State.SHARED_OWNED):
+    if state not in (PkvmState.OWNED, PkvmState.SHARED_OWNED):
         return 0
-    free = state is State.SHARED_OWNED if converting else vm.dying
+    free = state is PkvmState.SHARED_OWNED if converting else vm.dying
     return 0 if free else -EBUSY

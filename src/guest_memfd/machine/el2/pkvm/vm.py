@@ -17,14 +17,14 @@ from guest_memfd.machine.el2.kvm.guest import IPA_BITS, GuestStage2, first_table
 from guest_memfd.machine.el2.kvm.vcpu import (
     INVALID_PARAMETER,
     Exit,
-    GuestCpu,
     Hypercall,
-    InternalError,
-    MemoryFault,
-    Vcpu,
+    InternalErrorExit,
+    MemoryFaultExit,
+    VheGuestCpu,
+    VheVcpu,
 )
 from guest_memfd.machine.el2.pkvm import checks, transitions
-from guest_memfd.machine.el2.pkvm.states import PAGE_SHIFT, State
+from guest_memfd.machine.el2.pkvm.states import PAGE_SHIFT, PkvmState
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.primitives import EBUSY, ENOENT
@@ -72,7 +72,7 @@ class Memcache:
         self.pages.append(pa)
 
 
-class Vm(GuestStage2):
+class PkvmHypVm(GuestStage2):
     """A VM with *handle*; *pgd* is the physical address of its first-level tables, which EL2 owns already."""
 
     def __init__(self, el2: El2, handle: int, vmid: int, pgd: int, protected: bool, bound: Callable[[int], bool],
@@ -99,14 +99,14 @@ class Vm(GuestStage2):
         """The host offers pages for tables; EL2 takes them when it needs them."""
         self.memcache.offered += pages
 
-    def add_vcpu(self, cpu: GuestCpu) -> PkvmVcpu:
+    def add_vcpu(self, cpu: VheGuestCpu) -> PkvmVcpu:
         """__pkvm_init_vcpu()."""
         self.vcpus.append(PkvmVcpu(self, cpu))
         return self.vcpus[-1]
 
     def poisoned(self, ipa: int) -> bool:
         """__pkvm_vcpu_in_poison_fault() for *ipa*: the page was there, and the host took it by force."""
-        return checks.guest_page_state(self.pgt.leaf(ipa)) is State.POISON
+        return checks.guest_page_state(self.pgt.leaf(ipa)) is PkvmState.POISON
 
     def start_teardown(self) -> int:
         """__pkvm_start_teardown_vm(): the VM is dying and never runs again; -EBUSY while a vCPU is loaded."""
@@ -133,10 +133,10 @@ class Vm(GuestStage2):
         return 0
 
 
-class PkvmVcpu(Vcpu):
+class PkvmVcpu(VheVcpu):
     """A vCPU of a VM of EL2's."""
 
-    def __init__(self, vm: Vm, cpu: GuestCpu) -> None:
+    def __init__(self, vm: PkvmHypVm, cpu: VheGuestCpu) -> None:
         super().__init__(cpu, vm.bound)
         self.vm = vm
         self.loaded = False
@@ -145,10 +145,10 @@ class PkvmVcpu(Vcpu):
     def run(self, timeout: float | None = None, instructions: int | None = None) -> Exit:
         """__kvm_vcpu_run: as for every vCPU, but -EINVAL (an InternalError) while it is not loaded."""
         if not self.loaded:
-            return InternalError("-EINVAL: the vCPU is not loaded")
+            return InternalErrorExit("-EINVAL: the vCPU is not loaded")
         if self._unsharing is not None:
             gfn, self._unsharing = self._unsharing >> PAGE_SHIFT, None
-            done = checks.guest_page_state(self.vm.pgt.leaf(gfn << PAGE_SHIFT)) is State.OWNED
+            done = checks.guest_page_state(self.vm.pgt.leaf(gfn << PAGE_SHIFT)) is PkvmState.OWNED
             self.cpu.set_x(0, 0 if done else INVALID_PARAMETER)
         return super().run(timeout, instructions)
 
@@ -170,9 +170,9 @@ class PkvmVcpu(Vcpu):
 
     def _unshare(self, ipa: int) -> Exit | None:
         state = checks.guest_page_state(self.vm.pgt.leaf(ipa))
-        if state is State.NOPAGE:
+        if state is PkvmState.NOPAGE:
             return self._fault_in(ipa)
-        if state is not State.SHARED_OWNED:
+        if state is not PkvmState.SHARED_OWNED:
             self.cpu.set_x(0, INVALID_PARAMETER)
             return None
         self._unsharing = ipa
@@ -182,5 +182,5 @@ class PkvmVcpu(Vcpu):
     def _fault_in(self, ipa: int) -> Exit:
         self.cpu.pc -= 4
         if not self.bound(ipa):
-            return InternalError(f"the guest shares IPA {ipa:#x}, where it has no memory")
-        return MemoryFault(ipa, write=True, exec=False)
+            return InternalErrorExit(f"the guest shares IPA {ipa:#x}, where it has no memory")
+        return MemoryFaultExit(ipa, write=True, exec=False)

@@ -19,7 +19,7 @@
     bbm.py          which change of a descriptor needs break-before-make
     sysreg.py       system registers by name
     cpu.py, stop.py one CPU: Unicorn executes, the tables above translate; access.py decodes a load or store for ISV
-    asm.py          an assembler for guests and stubs: operand.py, encode*.py
+    guestcore.py    a guest on one of the CPUs: its own stage 1, its VM's stage 2
 
 Left out: FEAT_LPA2 (TCR.DS), level -1, FEAT_HAFDBS (AF=0 always faults), FEAT_XS, permission indirection and overlays,
 memory attributes and with them the alignment fault of Device memory, NS, RME.

@@ -19,10 +19,10 @@ from guest_memfd.machine.hw.arm64 import sysreg
 from guest_memfd.machine.hw.arm64.access import Transfer, access_of, address_of
 from guest_memfd.machine.hw.arm64.fault import ALIGNMENT, Fault
 from guest_memfd.machine.hw.arm64.stop import (
-    Abort,
     Breakpoint,
     Bus,
     Counted,
+    CpuAbort,
     Expired,
     Hvc,
     Smc,
@@ -33,8 +33,23 @@ from guest_memfd.machine.hw.arm64.stop import (
 )
 from guest_memfd.machine.hw.ram import Ram
 
-__all__ = ["Abort", "Breakpoint", "Bus", "Counted", "Cpu", "Expired", "Hvc", "Smc", "Stop", "Svc", "Transfer", "Translate",
-           "Undefined", "Wfi", "access_of"]
+__all__ = [
+    "Breakpoint",
+    "Bus",
+    "Counted",
+    "Cpu",
+    "CpuAbort",
+    "Expired",
+    "Hvc",
+    "Smc",
+    "Stop",
+    "Svc",
+    "Transfer",
+    "Translate",
+    "Undefined",
+    "Wfi",
+    "access_of",
+]
 
 Translate = Callable[[int, Any, int], tuple[int, int, bool, bool, bool]]
 """(va, access, el) -> (pa, bytes for which that is linear, readable, writable, executable at el); raises Fault."""
@@ -340,7 +355,7 @@ class Cpu:
         try:
             pa, _size, *permissions = self.translate(va, access, el)
         except Fault as fault:
-            return Abort(fault, pc)
+            return CpuAbort(fault, pc)
         if not permissions[_PERMISSION[access]]:
             raise ValueError(f"translate({va:#x}, {access!r}, {el}) neither raised nor allowed the access")
         return None if self.ram.contains(pa) else Bus(pa, pc, va, access)
@@ -397,7 +412,7 @@ class Cpu:
     def _misaligned(self, pc: int) -> Stop:
         word = self._executed(pc)
         va = address_of(word, pc, lambda n: 0 if n == 31 else self.x(n), lambda: self.sp)
-        return Abort(Fault(ALIGNMENT, None, 1, va=va, access="r" if word >> 22 & 1 else "w", el=self.el), pc)
+        return CpuAbort(Fault(ALIGNMENT, None, 1, va=va, access="r" if word >> 22 & 1 else "w", el=self.el), pc)
 
     def take_exception(self, esr: int, far: int | None = None) -> None:
         """Deliver a synchronous exception to EL1 as the architecture does: the instruction at PC is its cause.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from guest_memfd.machine.hw.arm64.walk import Entry, Passed
+from guest_memfd.machine.hw.arm64.walk import Entry, PassedEntry
 
 TlbKind = Literal["stage1", "stage2", "combined"]
 
@@ -56,7 +56,7 @@ def _attributes(one: Entry | None, other: Entry | None) -> int:
 
 Sized = dict[int, dict[int, TlbEntry]]
 """Entries by size (as a shift), then by number at that size."""
-Tables = dict[int, dict[int, Passed]]
+Tables = dict[int, dict[int, PassedEntry]]
 """Table descriptors by what one of them spans (as a shift), then by number."""
 
 

@@ -14,7 +14,7 @@ from guest_memfd.machine.hw.arm64.regime import Plan, Stage1, Stage2
 from guest_memfd.machine.hw.arm64.tlb import VA_MASK, Tlb
 from guest_memfd.machine.hw.arm64.walk import (
     Memory,
-    Passed,
+    PassedEntry,
     Translation,
     Who,
     begin,
@@ -135,7 +135,7 @@ class Mmu:
             self._check_stage2(entry, va, ipa, True, access, el)
             return entry.oa + ipa - entry.ia
 
-        passed: list[Passed] = []
+        passed: list[PassedEntry] = []
         try:
             leaf, oa, shift, run, tables = descend(self.memory.read64, plan, va, who, locate if s2 is not None else None,
                                                    passed, tlb.table1(vmid, asid, key))
@@ -155,7 +155,7 @@ class Mmu:
         known = tlb.stage2(vmid, ipa)
         if known is not None:
             return known
-        passed: list[Passed] = []
+        passed: list[PassedEntry] = []
         try:
             leaf = walk_stage2(self.memory.read64, s2, ipa, who, passed, tlb.table2(vmid, ipa))
         finally:

@@ -11,7 +11,7 @@ from guest_memfd.machine.hw.arm64.tables import PageTable
 PAGE = 4096
 
 
-class Memory(Protocol):
+class ReachedMemory(Protocol):
     """What holds the tables."""
 
     def read(self, pa: int, nr: int, /) -> bytes:
@@ -27,12 +27,12 @@ class Reached(NamedTuple):
     table: bool
 
 
-def reached(memory: Memory, tree: PageTable) -> Iterator[Reached]:
+def reached(memory: ReachedMemory, tree: PageTable) -> Iterator[Reached]:
     """Every valid entry of *tree*, a table before what is in it, in order; for a granule of 4 KiB."""
     return _below(memory, tree, tree.root, tree.start_level, 0, PAGE * tree.concatenated)
 
 
-def _below(memory: Memory, tree: PageTable, table: int, level: int, ia: int, nr: int) -> Iterator[Reached]:
+def _below(memory: ReachedMemory, tree: PageTable, table: int, level: int, ia: int, nr: int) -> Iterator[Reached]:
     shift = tree.granule.level_shift(level)
     for number, value in enumerate(memoryview(memory.read(table, nr)).cast("Q")):
         kind = d.kind(value, level, tree.granule) if value & d.VALID else "invalid"

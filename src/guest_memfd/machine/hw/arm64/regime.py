@@ -14,10 +14,10 @@ from typing import NamedTuple
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64.fault import ADDRESS_SIZE, TRANSLATION
 from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
-from guest_memfd.machine.hw.arm64.registers import FEATURES, PA_BITS, Features, Tcr, Vtcr
+from guest_memfd.machine.hw.arm64.registers import FEATURES, PA_BITS, CpuFeatures, Tcr, Vtcr
 
 
-class Step(NamedTuple):
+class WalkStep(NamedTuple):
     """One level of lookup; *mask* is for the entry number, *leaf* the output address of a block or page (0: illegal)."""
 
     level: int
@@ -36,7 +36,7 @@ class Plan:
 
     granule: Granule
     ia_bits: int
-    steps: tuple[Step, ...]
+    steps: tuple[WalkStep, ...]
     base: int
     limit: int
     wide: bool
@@ -50,24 +50,24 @@ class Plan:
 
 
 @lru_cache(maxsize=256)
-def _steps(granule: Granule, ia_bits: int, start: int, pa_bits: int) -> tuple[Step, ...]:
+def _steps(granule: Granule, ia_bits: int, start: int, pa_bits: int) -> tuple[WalkStep, ...]:
     found = []
     for level in range(start, 4):
         shift = granule.level_shift(level)
         mask = (1 << (ia_bits - shift if level == start else granule.stride)) - 1
         legal = level == 3 or granule.block_legal(level, pa_bits)
-        found.append(Step(level, shift, mask, (1 << 48) - (1 << shift) if legal else 0,
+        found.append(WalkStep(level, shift, mask, (1 << 48) - (1 << shift) if legal else 0,
                           shift + granule.contiguous(level).bit_length() - 1))
     return tuple(found)
 
 
 # Bits of output address, of a table base as well.
-def _output_bits(code: int, granule: Granule, features: Features) -> int:
+def _output_bits(code: int, granule: Granule, features: CpuFeatures) -> int:
     return min(PA_BITS[code], features.pa_bits, 52 if granule is K64 else 48)
 
 
 # The base from a TTBR, aligned down to the size of the first table.
-def _base(ttbr: int, granule: Granule, ia_bits: int, start: int, code: int, features: Features) -> int:
+def _base(ttbr: int, granule: Granule, ia_bits: int, start: int, code: int, features: CpuFeatures) -> int:
     size = ia_bits - granule.level_shift(start) + 3
     base = ttbr & (1 << 48) - 2
     if granule is K64 and code == 6 and features.pa_bits >= 52:
@@ -77,7 +77,7 @@ def _base(ttbr: int, granule: Granule, ia_bits: int, start: int, code: int, feat
 
 
 # TxSZ out of range may fault or be clamped; here it faults.
-def _size_ok(txsz: int, smallest: int, granule: Granule, features: Features) -> bool:
+def _size_ok(txsz: int, smallest: int, granule: Granule, features: CpuFeatures) -> bool:
     largest = 39 if not features.ttst else 47 if granule is K64 else 48
     return smallest <= txsz <= largest
 
@@ -96,7 +96,7 @@ class Stage1:
     enabled: bool = True
     pan: bool = False
     wxn: bool = False
-    features: Features = FEATURES
+    features: CpuFeatures = FEATURES
     low: Plan = field(init=False, repr=False, compare=False)
     high: Plan = field(init=False, repr=False, compare=False)
     asid: int = field(init=False, repr=False, compare=False)
@@ -137,7 +137,7 @@ class Stage2:
 
     vtcr: Vtcr
     vttbr: int
-    features: Features = FEATURES
+    features: CpuFeatures = FEATURES
     plan: Plan = field(init=False, repr=False, compare=False)
     vmid: int = field(init=False, repr=False, compare=False)
 

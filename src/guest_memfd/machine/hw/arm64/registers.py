@@ -35,7 +35,7 @@ _VTCR_RES1 = 1 << 31
 
 
 @dataclass(frozen=True)
-class Features:
+class CpuFeatures:
     """What an implementation has, where a walk depends on it.
 
     *pa_bits* is ID_AA64MMFR0_EL1.PARange; *xnx* FEAT_XNX (stage-2 XN has two bits); *ttst* FEAT_TTST (TxSZ up to 48).
@@ -46,7 +46,7 @@ class Features:
     ttst: bool = False
 
 
-FEATURES = Features()
+FEATURES = CpuFeatures()
 
 
 class _Register:

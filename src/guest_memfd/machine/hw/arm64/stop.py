@@ -11,7 +11,7 @@ from typing import NamedTuple
 from guest_memfd.machine.hw.arm64.fault import Fault
 
 
-class Abort(NamedTuple):
+class CpuAbort(NamedTuple):
     """A translation fault of the instruction at *pc*, which has done nothing; its va and ipa are exact.
 
     Of a pair of registers stored across a page the first may be in memory already, as the architecture allows.
@@ -72,4 +72,4 @@ class Counted(NamedTuple):
     """As many instructions as allowed were executed."""
 
 
-Stop = Abort | Bus | Hvc | Smc | Svc | Wfi | Breakpoint | Undefined | Expired | Counted
+Stop = CpuAbort | Bus | Hvc | Smc | Svc | Wfi | Breakpoint | Undefined | Expired | Counted

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 
 from guest_memfd.machine.hw.arm64.entry import Context, Sized, Tables
 from guest_memfd.machine.hw.arm64.entry import TlbEntry as TlbEntry
-from guest_memfd.machine.hw.arm64.walk import Passed
+from guest_memfd.machine.hw.arm64.walk import PassedEntry
 
 VA_MASK = (1 << 56) - 1
 
@@ -49,12 +49,12 @@ class Tlb:
                 best = entry
         return best
 
-    def table1(self, vmid: int, asid: int, va: int) -> Passed | None:
+    def table1(self, vmid: int, asid: int, va: int) -> PassedEntry | None:
         """The deepest stage-1 table descriptor known on the way to *va*."""
         context = self._contexts.get(vmid)
         return None if context is None else _deepest(context.tables1.get(asid), va)
 
-    def table2(self, vmid: int, ipa: int) -> Passed | None:
+    def table2(self, vmid: int, ipa: int) -> PassedEntry | None:
         """The deepest stage-2 table descriptor known on the way to *ipa*."""
         context = self._contexts.get(vmid)
         return None if context is None else _deepest(context.tables2, ipa)
@@ -83,7 +83,7 @@ class Tlb:
             leaves = context.pieces.setdefault(entry.asid, {}).setdefault(entry.leaf_shift, {})
             leaves.setdefault(entry.ia >> entry.leaf_shift, {})[shift, number] = None
 
-    def insert_tables(self, vmid: int, asid: int | None, ia: int, passed: list[Passed]) -> None:
+    def insert_tables(self, vmid: int, asid: int | None, ia: int, passed: list[PassedEntry]) -> None:
         """Keep the table descriptors that a walk of *ia* went through; *asid* None: stage 2."""
         context = self._context(vmid)
         lane = context.tables2 if asid is None else context.tables1.setdefault(asid, {})
@@ -106,7 +106,7 @@ class Tlb:
                     yield from _all(lane)
             yield from _all(context.stage2)
 
-    def tables(self) -> Iterator[tuple[int, int | None, Passed]]:
+    def tables(self) -> Iterator[tuple[int, int | None, PassedEntry]]:
         """Every table descriptor kept: VMID, ASID (None: of stage 2), and where it leads."""
         for vmid, context in self._contexts.items():
             for asid, lane in (*context.tables1.items(), (None, context.tables2)):
@@ -218,7 +218,7 @@ def _find(lanes: dict[int | None, Sized], asid: int, va: int) -> TlbEntry | None
     return best
 
 
-def _deepest(lane: Tables | None, ia: int) -> Passed | None:
+def _deepest(lane: Tables | None, ia: int) -> PassedEntry | None:
     best = None
     for shift, tables in (lane or {}).items():
         found = tables.get(ia >> shift)

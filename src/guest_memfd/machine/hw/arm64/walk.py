@@ -53,7 +53,7 @@ class Leaf(NamedTuple):
     run: int
 
 
-class Passed(NamedTuple):
+class PassedEntry(NamedTuple):
     """A valid table descriptor that a walk went through; *attributes* are the hierarchical bits so far."""
 
     level: int      # of the table it leads to
@@ -96,7 +96,7 @@ class Translation:
 
 
 def descend(read: Read, plan: Plan, ia: int, who: Who, locate: Callable[[int], int] | None = None,
-            passed: list[Passed] | None = None, start: Passed | None = None) -> tuple[Entry, int, int, int, int]:
+            passed: list[PassedEntry] | None = None, start: PassedEntry | None = None) -> tuple[Entry, int, int, int, int]:
     """Follow tables to the leaf of *ia*: the entry, OA, log2 of its size and of its run, ORed hierarchical bits.
 
     *locate* turns the address of a stage-1 descriptor into a PA (stage 2); *start* is a table descriptor known from
@@ -122,7 +122,7 @@ def descend(read: Read, plan: Plan, ia: int, who: Who, locate: Callable[[int], i
                 if plan.hierarchical:
                     attributes |= value
                 if passed is not None:
-                    passed.append(Passed(level + 1, shift, table, attributes))
+                    passed.append(PassedEntry(level + 1, shift, table, attributes))
                 continue
             if not leaf or not (found == 3 or (found == 1 and level < 3)):
                 raise Fault(TRANSLATION, level, *who)
@@ -140,8 +140,8 @@ def descend(read: Read, plan: Plan, ia: int, who: Who, locate: Callable[[int], i
     raise AssertionError("level 3 never leads to a table")
 
 
-def walk_stage2(read: Read, s2: Stage2, ipa: int, who: Who, passed: list[Passed] | None = None,
-                start: Passed | None = None) -> Leaf:
+def walk_stage2(read: Read, s2: Stage2, ipa: int, who: Who, passed: list[PassedEntry] | None = None,
+                start: PassedEntry | None = None) -> Leaf:
     """The stage-2 leaf of *ipa*; permissions are not checked. Raises Fault."""
     plan = s2.plan
     if plan.wrong is not None and plan.wrong[0] == TRANSLATION:

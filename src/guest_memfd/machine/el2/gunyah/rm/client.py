@@ -91,7 +91,7 @@ class RmClient:
         if not 1 <= len(acl) <= 255 or not sgl:
             return -EINVAL, p.INVALID_HANDLE
         first, rest = sgl[:p.MAX_SGL], sgl[p.MAX_SGL:]
-        request = p.MemRequest(0, p.MemFlag.APPEND if rest else 0, label, acl, first)
+        request = p.MemRequest(0, p.RmMemFlag.APPEND if rest else 0, label, acl, first)
         ret, reply = self.call(Id.MEM_LEND if len(acl) == 1 else Id.MEM_SHARE, p.encode_mem(request))
         if ret:
             return ret, p.INVALID_HANDLE

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-from guest_memfd.machine.el2.gunyah.addrspace import MapFlag
+from guest_memfd.machine.el2.gunyah.addrspace import AddrMapFlag
 from guest_memfd.machine.el2.gunyah.donate import Donation, Options
 from guest_memfd.machine.el2.gunyah.el2 import HLOS_VMID, Gunyah
-from guest_memfd.machine.el2.gunyah.errors import Refused
-from guest_memfd.machine.el2.gunyah.memextent import RWX, Access, Attributes, Extent, Mapping
+from guest_memfd.machine.el2.gunyah.errors import HypRefused
+from guest_memfd.machine.el2.gunyah.memextent import RWX, Attributes, Extent, ExtentAccess, ExtentMapping
 from guest_memfd.machine.el2.gunyah.rm.errors import RmError, RmRefused, of_hypervisor
 from guest_memfd.machine.el2.gunyah.rm.payloads import (
     ACCEPT_DONE,
@@ -26,22 +26,22 @@ from guest_memfd.machine.el2.gunyah.rm.payloads import (
     Acl,
     Append,
     Id,
-    MemFlag,
     MemRequest,
+    RmMemFlag,
     Sgl,
     encode_notify,
 )
 from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS
-from guest_memfd.machine.el2.gunyah.vm import Vm
+from guest_memfd.machine.el2.gunyah.vm import GunyahHypVm
 from guest_memfd.machine.hw.ram import PAGE
 
 MAX_PARCELS = 64
 """Of one owner."""
-_RIGHTS = (Access.R, Access.RX, Access.RW, Access.RWX)
+_RIGHTS = (ExtentAccess.R, ExtentAccess.RX, ExtentAccess.RW, ExtentAccess.RWX)
 _QUIET = Options(Donation.TO_SIBLING, sync=False)
 _IO = 1
 # As plain numbers: inverting an IntFlag loses the bits that have no name.
-_CREATE_FLAGS, _SANITIZE = int(MemFlag.SANITIZE | MemFlag.APPEND), int(MemFlag.SANITIZE)
+_CREATE_FLAGS, _SANITIZE = int(RmMemFlag.SANITIZE | RmMemFlag.APPEND), int(RmMemFlag.SANITIZE)
 
 
 class Transaction(IntEnum):
@@ -91,9 +91,9 @@ class Parcel:
     locked: bool = False
     accepted: dict[int, list[Placed]] = field(default_factory=dict)
 
-    def rights(self, vmid: int) -> Access | None:
+    def rights(self, vmid: int) -> ExtentAccess | None:
         """What the ACL gives to a VM; None: it is not in it."""
-        return next((Access(entry.rights) for entry in self.acl if entry.vmid == vmid), None)
+        return next((ExtentAccess(entry.rights) for entry in self.acl if entry.vmid == vmid), None)
 
     @property
     def size(self) -> int:
@@ -108,9 +108,9 @@ def check_acl(kind: Transaction, mem_type: int, acl: tuple[Acl, ...], owner: int
         not acl or len(set(vmids)) != len(vmids)
         or any(entry.rights not in _RIGHTS for entry in acl)
         or (owner in vmids) != (kind == Transaction.SHARE)
-        or (kind == Transaction.DONATE and (len(acl) != 1 or acl[0].rights != Access.RWX))
+        or (kind == Transaction.DONATE and (len(acl) != 1 or acl[0].rights != ExtentAccess.RWX))
         or mem_type not in (0, _IO)
-        or (mem_type == _IO and any(entry.rights & Access.X for entry in acl))
+        or (mem_type == _IO and any(entry.rights & ExtentAccess.X for entry in acl))
     )
     if bad:
         raise RmRefused(RmError.ARGUMENT_INVALID, f"{kind.name} with ACL {acl}")
@@ -156,10 +156,10 @@ class Memparcels:
             raise RmRefused(RmError.DENIED, f"{MAX_PARCELS} parcels")
         extent = Extent(f"parcel {self._next}", parent=self._el2.root_extent)
         if kind == Transaction.SHARE:
-            extent.record(Mapping(self._el2.hlos, 0, RWX))
+            extent.record(ExtentMapping(self._el2.hlos, 0, RWX))
         parcel = Parcel(self._next, kind, request.mem_type, request.flags, request.label, request.acl, extent)
         self._take(parcel, request.sgl)
-        parcel.complete = not request.flags & MemFlag.APPEND
+        parcel.complete = not request.flags & RmMemFlag.APPEND
         self.parcels[parcel.handle] = parcel
         self._next += 1
         return parcel.handle
@@ -184,7 +184,7 @@ class Memparcels:
             raise RmRefused(RmError.DENIED, f"parcel {handle:#x} is the image of a VM")
         if parcel.accepted:
             raise RmRefused(RmError.MEM_INUSE, f"VMs {sorted(parcel.accepted)} still have parcel {handle:#x}")
-        if (flags | parcel.flags) & MemFlag.SANITIZE:
+        if (flags | parcel.flags) & RmMemFlag.SANITIZE:
             for piece in parcel.pieces:
                 self._el2.ram.zero(piece.ipa, piece.size)
         self._untake(parcel, parcel.pieces)
@@ -196,7 +196,7 @@ class Memparcels:
 
     # -- the others' ---------------------------------------------------------------------------------------------
 
-    def accept(self, vm: Vm, request: Accept) -> None:
+    def accept(self, vm: GunyahHypVm, request: Accept) -> None:
         """MEM_ACCEPT: map all pieces, in order, where the request's list says.
 
         Raises RmRefused: HANDLE_INVALID; DENIED not in the ACL, incomplete or accepted before; VALIDATE_FAILED;
@@ -213,21 +213,21 @@ class Memparcels:
             raise RmRefused(RmError.ARGUMENT_INVALID, "the list has to be complete, and as large as the parcel")
         self.place(vm, parcel, request.sgl, rights)
 
-    def place(self, vm: Vm, parcel: Parcel, sgl: tuple[Sgl, ...], rights: Access) -> None:
+    def place(self, vm: GunyahHypVm, parcel: Parcel, sgl: tuple[Sgl, ...], rights: ExtentAccess) -> None:
         """Map *parcel* into *vm*; raises RmRefused, and nothing stays mapped."""
         attributes = Attributes(rights, rights)
         done: list[Placed] = []
         try:
             for placed in _pair(parcel.pieces, sgl):
                 ipa, pa, size = placed
-                vm.space.map(parcel.extent, ipa, attributes, MapFlag.PARTIAL, pa, size)
+                vm.space.map(parcel.extent, ipa, attributes, AddrMapFlag.PARTIAL, pa, size)
                 done.append(placed)
-        except Refused as refused:
+        except HypRefused as refused:
             self._unplace(vm, parcel, done)
             raise RmRefused(of_hypervisor(refused.error), str(refused)) from None
         parcel.accepted[vm.vmid] = done
 
-    def release(self, vm: Vm, handle: int, flags: int) -> None:
+    def release(self, vm: GunyahHypVm, handle: int, flags: int) -> None:
         """MEM_RELEASE. Raises RmRefused: HANDLE_INVALID; MEM_RELEASED when it has not accepted it; ARGUMENT_INVALID."""
         parcel = self.find(handle)
         if flags & ~_SANITIZE:
@@ -235,7 +235,7 @@ class Memparcels:
         if vm.vmid not in parcel.accepted:
             raise RmRefused(RmError.MEM_RELEASED, f"VM {vm.vmid:#x} does not have parcel {handle:#x}")
         self._unplace(vm, parcel, parcel.accepted.pop(vm.vmid))
-        if flags & MemFlag.SANITIZE:
+        if flags & RmMemFlag.SANITIZE:
             for piece in parcel.pieces:
                 self._el2.ram.zero(piece.ipa, piece.size)
 
@@ -274,7 +274,7 @@ class Memparcels:
                     raise RmRefused(RmError.MEM_INVALID, f"{piece.ipa:#x}+{piece.size:#x} is not the host's")
                 self._el2.donate(_QUIET, host, parcel.extent, piece.ipa, piece.size)
                 done.append(piece)
-        except Refused as refused:
+        except HypRefused as refused:
             self._untake(parcel, done)
             raise RmRefused(of_hypervisor(refused.error), str(refused)) from None
         except RmRefused:
@@ -288,9 +288,9 @@ class Memparcels:
             self._el2.donate(_QUIET, parcel.extent, self._el2.host_extent, piece.ipa, piece.size)
         self._el2.sync()
 
-    def _unplace(self, vm: Vm, parcel: Parcel, placed: list[Placed]) -> None:
+    def _unplace(self, vm: GunyahHypVm, parcel: Parcel, placed: list[Placed]) -> None:
         for ipa, pa, size in placed:
-            vm.space.unmap(parcel.extent, ipa, MapFlag.PARTIAL | MapFlag.NOSYNC, pa, size)
+            vm.space.unmap(parcel.extent, ipa, AddrMapFlag.PARTIAL | AddrMapFlag.NOSYNC, pa, size)
         vm.space.sync_all()
 
 

@@ -48,7 +48,7 @@ class Id(IntEnum):
     VM_STATUS = 0x5610_0008
 
 
-class MemFlag(IntFlag):
+class RmMemFlag(IntFlag):
     """Flags of a memory request; reclaim and release know SANITIZE only."""
 
     SANITIZE = 1

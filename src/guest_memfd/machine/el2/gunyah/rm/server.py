@@ -13,19 +13,19 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from guest_memfd.machine.el2.gunyah.addrspace import MapFlag
+from guest_memfd.machine.el2.gunyah.addrspace import AddrMapFlag
 from guest_memfd.machine.el2.gunyah.config import RangeOp
 from guest_memfd.machine.el2.gunyah.donate import Donation, Options
 from guest_memfd.machine.el2.gunyah.el2 import FIRST_VMID, HLOS_VMID, LAST_VMID, Gunyah
-from guest_memfd.machine.el2.gunyah.errors import Refused
-from guest_memfd.machine.el2.gunyah.memextent import RWX, Access, Attributes
+from guest_memfd.machine.el2.gunyah.errors import HypRefused
+from guest_memfd.machine.el2.gunyah.memextent import RWX, Attributes, ExtentAccess
 from guest_memfd.machine.el2.gunyah.rm import payloads as p
 from guest_memfd.machine.el2.gunyah.rm.errors import RmError, RmRefused, of_hypervisor
 from guest_memfd.machine.el2.gunyah.rm.lifecycle import Auth, VmState, check
 from guest_memfd.machine.el2.gunyah.rm.memparcel import Memparcels, Parcel, Placed, Transaction
 from guest_memfd.machine.el2.gunyah.rm.message import Message, MessageType, Receiver, fragments
 from guest_memfd.machine.el2.gunyah.rm.payloads import Id, Resource, Sgl
-from guest_memfd.machine.el2.gunyah.vm import Exit, Vm
+from guest_memfd.machine.el2.gunyah.vm import Exit, GunyahHypVm
 
 DEVICES_END = 1 << 30
 """Below this, what is not lent is taken for devices. Not confirmed by any public source."""
@@ -45,7 +45,7 @@ class Record:
     vmid: int
     owner: int
     state: VmState = VmState.LOAD
-    vm: Vm | None = None
+    vm: GunyahHypVm | None = None
     image: Parcel | None = None
     base: int = DEFAULT_BASE
     boot_context: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class ResourceManager:
             return RmError.OK, handler(self, caller, message.body)
         except RmRefused as refused:
             return refused.error, b""
-        except Refused as refused:
+        except HypRefused as refused:
             return of_hypervisor(refused.error), b""
 
     def _notify(self, vmid: int, message_id: Id, body: bytes) -> None:
@@ -128,7 +128,7 @@ class ResourceManager:
         self.parcels.notify(caller, *p.decode_notify(body))
         return b""
 
-    def _guest(self, vmid: int) -> Vm:
+    def _guest(self, vmid: int) -> GunyahHypVm:
         record = self.vms.get(vmid)
         if record is None or record.vm is None:
             raise RmRefused(RmError.DENIED, f"VM {vmid:#x} accepts no memory")
@@ -195,7 +195,7 @@ class ResourceManager:
             for op, base, size in _layout(ranges):
                 record.vm.space.configure(op, base, size)
                 done.append((op, base, size))
-        except Refused:
+        except HypRefused:
             for op, base, size in done:
                 record.vm.space.configure(op + 1, base, size)       # every ADD is followed by its REMOVE
             raise
@@ -254,7 +254,7 @@ class ResourceManager:
 
     # The image becomes ordinary memory of the VM, piece by piece, when all of it lies where the VM may have such. This
     # takes no memory: the tables are there since the image was offered and VM_INIT mapped it.
-    def _adopt(self, record: Record, vm: Vm) -> None:
+    def _adopt(self, record: Record, vm: GunyahHypVm) -> None:
         image = record.image
         assert image is not None
         lent = image.kind == Transaction.LEND
@@ -266,18 +266,18 @@ class ResourceManager:
         self.parcels.drop(image)
         record.image = None
 
-    def _adopt_piece(self, vm: Vm, image: Parcel, placed: Placed, lent: bool) -> None:
+    def _adopt_piece(self, vm: GunyahHypVm, image: Parcel, placed: Placed, lent: bool) -> None:
         ipa, pa, size = placed
         quiet = Options(Donation.TO_SIBLING, sync=False)
-        vm.space.unmap(image.extent, ipa, MapFlag.PARTIAL, pa, size)
+        vm.space.unmap(image.extent, ipa, AddrMapFlag.PARTIAL, pa, size)
         if lent:
             self.el2.donate(quiet, image.extent, self.el2.host_extent, pa, size)
             self.el2.donate(Options(Donation.TO_PROTECTED, sync=True), self.el2.host_extent, vm.guest_private, pa, size)
-            vm.space.map(vm.guest_private, ipa, RWX, MapFlag.PARTIAL | MapFlag.PRIVATE, pa, size)
+            vm.space.map(vm.guest_private, ipa, RWX, AddrMapFlag.PARTIAL | AddrMapFlag.PRIVATE, pa, size)
         else:
             self.el2.donate(quiet, image.extent, vm.guest_shared, pa, size)
-            rw = Attributes(Access.RW, Access.RW)
-            vm.space.map(vm.guest_shared, ipa, rw, MapFlag.PARTIAL | MapFlag.VMMIO, pa, size)
+            rw = Attributes(ExtentAccess.RW, ExtentAccess.RW)
+            vm.space.map(vm.guest_shared, ipa, rw, AddrMapFlag.PARTIAL | AddrMapFlag.VMMIO, pa, size)
 
     def _stop(self, caller: int, body: bytes) -> bytes:
         vmid, flags, _ = p.decode_fields(p.STOP, body)
@@ -302,7 +302,7 @@ class ResourceManager:
         self._release_memparcels(record, record.vm)
         try:
             record.vm.destroy()
-        except Refused:
+        except HypRefused:
             self._enter(record, before)
             raise
         record.vm = None
@@ -310,7 +310,7 @@ class ResourceManager:
         return b""
 
     # The stages of a reset that touch memory: RELEASE_MEMPARCELS here, DESTROY_VM above.
-    def _release_memparcels(self, record: Record, vm: Vm) -> None:
+    def _release_memparcels(self, record: Record, vm: GunyahHypVm) -> None:
         vm.kill()
         for parcel in self.parcels.parcels.values():
             if vm.vmid in parcel.accepted:

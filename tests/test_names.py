@@ -1,0 +1,43 @@
+"""Names: a class's name is one thing's alone."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "guest_memfd"
+
+SHARED = {
+    "Stage2": "of a hypervisor, what it says of a page's tables; of the architecture, the registers of a walk",
+    **dict.fromkeys((
+        "CreateMemArgs", "MapMemArgs", "VmDtbConfig", "FnDesc", "VmBootContext", "FnVcpuArg", "FnIrqfdArg",
+        "FnIoeventfdArg", "RunMmio", "RunUnion", "VcpuRun", "UserspaceMemoryRegion", "CreateGuestMemfd",
+        "MemoryAttributes", "MemoryAttributes2", "PreFaultMemory",
+    ), "a structure of the UAPI: as a VMM fills it in, and as ctypes lays it out; each by its kernel name"),
+}
+"""Names that two files have, and why."""
+
+
+def twice(files: dict[str, str]) -> dict[str, list[str]]:
+    """Names of classes that more than one of *files*, by name, has."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for name, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                found[node.name].add(name)
+    return {name: sorted(places) for name, places in found.items() if len(places) > 1}
+
+
+def test_a_name_is_one_class_s_alone() -> None:
+    texts = {str(path.relative_to(SOURCE)): path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py")}
+    found = twice(texts)
+    assert {name: places for name, places in found.items() if name not in SHARED} == {}
+    assert SHARED.keys() <= found.keys(), "no longer shared: take it off the list"
+
+
+@pytest.mark.parametrize(("other", "told"), [("class Vm: ...", {"Vm": ["a.py", "b.py"]}), ("class Other: ...", {})])
+def test_two_of_a_name_are_told(other: str, told: dict[str, list[str]]) -> None:
+    assert twice({"a.py": "class Vm: ...", "b.py": other}) == told
