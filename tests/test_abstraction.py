@@ -6,16 +6,18 @@ when the emulated side is told to call it 0.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
 import pytest
-from schedules import SCENES, schedule
+from schedules import SCENES, built, machine, schedule
 
 from guest_memfd.abstract import state as st
 from guest_memfd.lockstep import refinement
+from guest_memfd.machine.hw.ram import PAGE
 
 FIELDS = (*(f"{kind}.{field}" for kind, fields in st.RECORDS.items() for field in fields), *st.GLOBALS)
 
@@ -137,3 +139,53 @@ def test_it_does_not_look_away(field: str, monkeypatch: pytest.MonkeyPatch) -> N
         run(there.directed, there.seed)
     said = re.findall(r"(\S+): abstract \d+, emulated (\d+)", str(diverged.value))
     assert {(field_of(name), number) for name, number in said} == {(field, "0")}
+
+
+# -- what it reads, and from where -------------------------------------------------------------------------------------
+
+def seen(both: refinement.Pair, sizes: st.Sizes | None = None) -> dict[str, int]:
+    return st.fields_of(refinement.abstraction(both.host, sizes or both.world.machine.sizes))
+
+
+# A machine on which the guest has its first page, in the first frame that is watched.
+def lent() -> refinement.Pair:
+    there = built("kvm", "library")
+    both = refinement.pair(there, machine(there, random.Random(0)), failures=0)
+    vcpu = refinement.Runner(there.programs["vcpu"].number, there.programs["vcpu"].start())
+    vcpu.resume(None, min)
+    while not seen(both)["pfn0.gmap"]:
+        assert vcpu.pending is not None
+        vcpu.resume(both.step(vcpu.number, vcpu.pending, both.outcomes(vcpu.number, vcpu.pending)[0]), min)
+    return both
+
+
+def test_a_page_that_the_guest_did_not_ask_for_is_told_apart() -> None:
+    both = lent()
+    before = seen(both)
+    assert before["pfn0.asked"] == 1
+    both.host.machine.tracer.asked.clear()
+    assert seen(both) == {**before, "pfn0.asked": 0}
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_references_of_no_kind_are_refused(more: int) -> None:
+    both = lent()
+    both.host.machine.pages[both.host.machine.watched[0] // PAGE].refcount += more
+    with pytest.raises(AssertionError, match=r"pfn 0x[0-9a-f]+: \d+ references, \d+ by kind"):
+        seen(both)
+
+
+def test_a_tlb_entry_of_a_user_that_the_table_no_longer_has_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = lent()
+    before = seen(both)
+    assert before["pfn0.user"] == 0
+    monkeypatch.setattr(type(both.host.machine), "user_indexes", lambda machine, pa: [1] if pa == machine.watched[0] else [])
+    assert seen(both) == {**before, "pfn0.user": 2}
+
+
+def test_it_is_told_of_all_frames_that_are_watched() -> None:
+    both = lent()
+    sizes = both.world.machine.sizes
+    for frames in (sizes.frames - 1, sizes.frames + 1):
+        with pytest.raises(ValueError, match="zip"):
+            seen(both, sizes._replace(frames=frames))

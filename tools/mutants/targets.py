@@ -43,9 +43,12 @@ ON_THE_MACHINE = Tested(
 )
 """Lock step with the abstract host, and the tests of the machine's parts."""
 
+IN_LOCK_STEP = Tested("test_abstraction.py", "test_refinement.py", "test_planted_machine.py", "test_machine_*.py")
+"""The tests that compare a machine with what it stands for."""
+
 TARGETS: dict[str, Target] = {target.name: target for target in (
     Target("library", LIBRARY, (Explored(), BESIDE_THE_SUITE)),
     Target("machine", tuple(f"machine/{part}/**/*.py" for part in PARTS), (ON_THE_MACHINE,)),
-    Target("abstraction", (ABSTRACTION,), (ON_THE_MACHINE,)),
+    Target("abstraction", (ABSTRACTION,), (IN_LOCK_STEP,)),
 )}
 """Registration (`__init__.py`) is no part of what is explored."""

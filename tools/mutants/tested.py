@@ -49,22 +49,23 @@ class Tested(Killer):
             raise RuntimeError(f"there are no tests in {', '.join(self.files)}, or pytest cannot collect them")
 
     def scenarios(self) -> Iterator[Scenario]:
-        """Each of them; all in one if the package was imported anew, as the tests at hand know the old one."""
+        """Each of them; by files if the package was imported anew, as the tests at hand know the old one."""
         gc.freeze()                                     # what there is already is looked at by no collection
         if sys.modules[PACKAGE] is self.package:
             for item in self.items:
-                yield Scenario(self.name, item.nodeid, partial(self._run, item))
+                yield Scenario(_file(item.nodeid), item.nodeid, partial(self._run, item))
         else:
-            yield Scenario(self.name, "all of them", self._run_anew)
+            for path in self._paths():
+                yield Scenario(Path(path).name, f"all of {Path(path).name}", partial(self._run_anew, path))
 
-    def _run_anew(self) -> str | None:
+    def _run_anew(self, path: str) -> str | None:
         import pytest
 
         for name in [name for name, module in sys.modules.items() if _is_a_test(module)]:
             del sys.modules[name]
         reports = _Reports()
         with _Quiet():
-            pytest.main([*ARGUMENTS, "-x", *self._paths()], plugins=[reports])
+            pytest.main([*ARGUMENTS, "-x", path], plugins=[reports])
         failed = next((report for report in reports.said if report.failed), None)
         return None if failed is None else f"{failed.nodeid}: {_words(failed)}"
 
@@ -79,6 +80,11 @@ class Tested(Killer):
             gc.collect()                                # children do not collect by themselves, and a machine is large
         failed = next((report for report in self.reports.said if report.failed), None)
         return None if failed is None else _words(failed)
+
+
+# The world of a test.
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0].rpartition("/")[2]
 
 
 def _words(report: pytest.TestReport) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from mutants.apply import apply
-from mutants.baseline import Baseline, reached
+from mutants.baseline import Baseline, Ran, reached
 from mutants.children import Died
 from mutants.killer import Killer, Scenario
 from mutants.mutant import Mutant
@@ -68,13 +68,13 @@ class _Trial:
         self.differed = 0
 
     def run(self) -> Fate:
-        stages = [(killer, base, [run.label for run in reached(self.mutant, base.ran)]) for killer, base in self.known]
-        if not any(labels for _, _, labels in stages):
+        stages = [(killer, base, [*reached(self.mutant, base.ran)]) for killer, base in self.known]
+        if not any(runs for _, _, runs in stages):
             return Fate(UNREACHED)
         apply(self.mutant)
-        for killer, base, labels in stages:
+        for killer, base, runs in stages:
             self.killer = killer.name
-            for scenario in self._worth(killer, base, sorted(labels, key=lambda label: label not in self.first)):
+            for scenario in self._worth(killer, base, sorted(runs, key=lambda run: run.label not in self.first)):
                 self.label = scenario.label
                 why = scenario.run()
                 if why is not None:
@@ -82,11 +82,13 @@ class _Trial:
         return Fate(SURVIVED, f"{self.differed} scenarios") if self.differed else Fate(SAME)
 
     # First the cheap ones, whatever they are; then those that can come out otherwise than without the mutant.
-    def _worth(self, killer: Killer, base: Baseline, labels: Sequence[str]) -> Iterator[Scenario]:
+    def _worth(self, killer: Killer, base: Baseline, runs: Sequence[Ran]) -> Iterator[Scenario]:
         there = killer.against(self.mutant, base.parties)
-        scenarios = [there.scenarios[label] for label in labels if label in there.scenarios]
-        if not scenarios and self.mutant.site.function is None:         # all anew, under labels of their own
-            scenarios = [*there.scenarios.values()]
+        scenarios = [there.scenarios[run.label] for run in runs if run.label in there.scenarios]
+        if not scenarios and self.mutant.site.function is None:         # anew, under labels of their own
+            cheapest = [*dict.fromkeys(run.world for run in runs)]      # worlds, as the cheapest of each are in order
+            named = [scenario for scenario in there.scenarios.values() if scenario.world in cheapest]
+            scenarios = sorted(named, key=lambda scenario: cheapest.index(scenario.world))
         began = time.process_time()
         done: list[Scenario] = []
         for scenario in itertools.takewhile(lambda _: time.process_time() - began < AT_ONCE, scenarios):

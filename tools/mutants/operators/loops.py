@@ -15,7 +15,7 @@ PARTS, REVERSED, ONE_LESS = ("[:1]", "[-1:]", "[1:]"), "[::-1]", ("[1:]",)
 def part_of_batch(site: Site) -> Iterator[Change]:
     """Only the first of a batch is handled, only the last, all but the first; or from the last to the first."""
     for node, parts in _batches(site):
-        yield from (replaced(node, f"{source(node)}{part}") for part in parts)
+        yield from (replaced(node, f"{_sequence(node)}{part}") for part in parts)
 
 
 def leave_loop(site: Site) -> Iterator[Change]:
@@ -45,6 +45,11 @@ def rewritten_in_loop(stmt: ast.stmt, word: str) -> Change:
     """*stmt* by `break` or `continue`, which are no Python outside of a loop."""
     change = rewritten(stmt, "pass")
     return change._replace(edits={stmt: ast.Break() if word == "break" else ast.Continue()}, now=word)
+
+
+# A zip or a generator has no parts, and what fails for that is no mistake that anyone makes.
+def _sequence(node: ast.expr) -> str:
+    return source(node) if isinstance(node, ast.Name) or called(node) == "range" else f"[*{source(node)}]"
 
 
 def _batches(site: Site) -> Iterator[tuple[ast.expr, tuple[str, ...]]]:
