@@ -24,9 +24,9 @@ from guest_memfd.report.sentence import listed
 from guest_memfd.scenarios import PARTIES, SCENES
 
 ALL = len(LAWS)
-FIRST_LOOK = ("every party alone, every pair and the triples unload-while-stopping and scan-and-a-call in two-pages, "
-              "and every party but vmm alone and with vcpu2 in 9 other scenes, with repeater in both-shared "
-              "(no long-lived VMM)")
+FIRST_LOOK = ("every party alone, every pair and the triples unload-while-stopping and scan-and-a-call in two-pages"
+              "; and in 9 other scenes, every party except vmm, alone and together with vcpu2 (in both-shared also with "
+              "repeater); without VMMs that do three things in a row")
 LOAD = ["--parties", "vcpu,zeropad"]
 """The smallest scenario there is to see something in; each test that only needs some result uses it."""
 
@@ -137,13 +137,13 @@ def test_what_is_explored_is_said_in_one_clause() -> None:
         return Scope(**{**plain, **more}).words()
 
     triples = sum(len(parties) > 2 and name not in ON_REQUEST for name, parties in NAMED.items())
-    some = "(of the long-lived VMMs some pairs)"
+    some = "(of VMMs that do three things in a row, some pairs)"
     assert words() == f"every party alone and every pair in 10 scenes, and {triples} triples in two-pages {some}"
     assert words(scenes=("crossed", "unbound")) == f"every party alone and every pair in crossed and unbound {some}"
     assert words(full=False) == FIRST_LOOK
     assert listed(QUICK) in FIRST_LOOK
     assert words(full=False, scenes=("crossed",)) == (
-        "every party but vmm alone and with vcpu2 in crossed (no long-lived VMM)")
+        "in crossed, every party except vmm, alone and together with vcpu2; without VMMs that do three things in a row")
     assert words(parties=("vcpu", "zeropad")) == "vcpu and zeropad"
     assert words(scenario="hibernate", scenes=("crossed",)) == "hibernate (vcpu, vmm and power) in crossed"
 

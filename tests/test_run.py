@@ -20,6 +20,7 @@ from guest_memfd.guests import GUESTS, SHARED_LINE
 from guest_memfd.guests.loader import load
 from guest_memfd.machine.boot import Machine
 from guest_memfd.vmm.emulated import EmulatedOrder, EmulatedReport, EmulatedRun
+from guest_memfd.vmm.ghosts import ProgramTracer
 from guest_memfd.vmm.layout import Layout
 
 pytest.importorskip("unicorn")
@@ -122,6 +123,12 @@ def test_posted_gunyah_code_breaks_a_law_by_itself() -> None:
     code, said = run("hello", "gunyah", "--design", "gunyah-v17")
     assert code == 2
     assert "law library-alone is broken: module gunyah changes the direct map itself" in said
+
+
+def test_without_more_words_it_is_the_first_of_the_machines() -> None:
+    code, said = shell("run", "guest-that-is-not", "--on", "emulated")
+    assert (code, run("guest-that-is-not", "gunyah")) == (4, (4, said))
+    assert shell("run", "fault-forever", "--on", "emulated", *SMALL)[0] == run("fault-forever", "gunyah")[0]
 
 
 def test_hello_runs_everywhere() -> None:
@@ -394,3 +401,9 @@ def test_what_is_lost_is_a_broken_law(monkeypatch: pytest.MonkeyPatch) -> None:
     code, said = run("hello", "pkvm")
     assert code == 2
     assert "law nothing-lost is broken: 0x1000 is not in the direct map" in said
+
+
+def test_a_mistake_of_the_program_is_no_broken_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProgramTracer, "content", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        EmulatedRun(EmulatedOrder(load("hello"), "kvm"), lambda text: None, lambda text: None).run()

@@ -30,7 +30,8 @@ def found(law: str, by: Violator) -> list[Found]:
         mistake = getattr(planted, by.design, None) or getattr(mistakes, by.design)
         design = "library" if issubclass(mistake, GuestMemfdOps) else mistake
         hypervisor = replace(hypervisor, ops=mistake) if issubclass(mistake, GuestMemfdOps) else hypervisor
-    return list(check(design, hypervisor, parties=by.parties, laws=[law], jobs=1).findings)
+    scenes = None if by.scene is None else [by.scene]
+    return list(check(design, hypervisor, parties=by.parties, scenes=scenes, laws=[law], jobs=1).findings)
 
 
 def test_who_breaks_it_is_said_of_every_law_that_is_judged() -> None:
@@ -53,7 +54,7 @@ def test_it_is_broken_as_it_is_said(law: Law) -> None:
 ])
 def test_a_law_may_be_broken_by_a_planted_mistake(by: Violator) -> None:
     assert by.evidence in {each.evidence for each in found("one-owner", by)}
-    assert str(by).startswith(f"{by.design} of the tests on kvm, vcpu")
+    assert str(by).startswith(f"design {by.design} of the tests, under kvm, by vcpu")
 
 
 def test_the_example_law_is_broken_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

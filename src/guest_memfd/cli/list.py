@@ -48,7 +48,8 @@ def _laws() -> Iterator[Entry]:
         if (by := law.broken_by) is not None:
             entry["broken_by"] = str(by)
             if not by.planted:
-                entry["see"] = (f"gmem check {by.design} --hypervisor {by.hypervisor} --parties {','.join(by.parties)} "
+                scene = f" --scene {by.scene}" if by.scene else ""
+                entry["see"] = (f"gmem check {by.design} --hypervisor {by.hypervisor} --parties {','.join(by.parties)}{scene} "
                                 f"--law {law.name}")
         yield entry
 

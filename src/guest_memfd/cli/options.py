@@ -103,7 +103,7 @@ class Scope:
         names = [name for name, parties in NAMED.items() if len(parties) > 2 and name not in ON_REQUEST]
         triples = [scene for scene in self.scenes or SCENES if scene in TRIPLES]
         more = f", and {len(names)} triples in {listed(triples)}" if triples else ""
-        return f"every party alone and every pair in {where}{more} (of the long-lived VMMs some pairs)"
+        return f"every party alone and every pair in {where}{more} (of VMMs that do three things in a row, some pairs)"
 
     def _first_look(self) -> str:
         scenes = self.scenes or tuple(SCENES)
@@ -111,10 +111,11 @@ class Scope:
         brief = [scene for scene in scenes if scene not in TRIPLES]
         where = listed(brief) if self.scenes else f"{len(brief)} other scenes"
         looks = [f"every party alone, every pair and the triples {listed(QUICK)} in {listed(whole)}"] if whole else []
-        others = [f"{listed(names[1:])} in {scene}" for scene, names in QUICK_PARTNERS.items() if scene in brief]
-        partners = f"{QUICK_PARTNER} in {where}" + "".join(f", with {other}" for other in others)
-        looks += [f"every party but {listed(QUICK_WITHOUT)} alone and with {partners}"] if brief else []
-        return f"{', and '.join(looks)} (no long-lived VMM)"
+        others = [f"in {scene} also with {listed(names[1:])}" for scene, names in QUICK_PARTNERS.items() if scene in brief]
+        also = f" ({', '.join(others)})" if others else ""
+        each = f"in {where}, every party except {listed(QUICK_WITHOUT)}, alone and together with {QUICK_PARTNER}{also}"
+        looks += [each] if brief else []
+        return f"{'; and '.join(looks)}; without VMMs that do three things in a row"
 
 
 def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:

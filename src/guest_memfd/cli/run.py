@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("guest", metavar="GUEST", help="a built-in guest (gmem list guests), a flat binary, assembly (.s), "
                                                        "or a static ELF")
     parser.add_argument("--on", metavar="HOST", default=EMULATED[0],
-                        help=f"{', '.join(EMULATED)}, or kvm: the /dev/kvm of this machine ({EMULATED[0]})")
+                        help=f"{', '.join(EMULATED)}, emulated for the first of them, or kvm: the /dev/kvm of this machine "
+                             f"({EMULATED[0]})")
     parser.add_argument("--memory", metavar="SIZE", help="private memory of the guest, at 0x80000000 (16M); "
                                                          "in real mode at 0 (512K)")
     parser.add_argument("--shared", metavar="SIZE", help="its window onto the host, at 0x80000 (64K; 0 with large folios)")
@@ -59,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the guest; returns 0 off, 2 crash, panic or a broken law, 3 timeout. Raises BadInput, HostUnavailable."""
     host, _, machine = arguments.on.partition(":")
+    if arguments.on == "emulated":
+        arguments.on = EMULATED[0]
     if host == "emulated" and machine.partition("/")[0] == "x86_64":
         raise BadInput(f"--on {arguments.on}: not yet; emulated machines are arm64 ({', '.join(EMULATED)}), and x86-64 "
                        "guests run on kvm, where this machine has one")

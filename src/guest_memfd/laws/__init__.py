@@ -46,8 +46,8 @@ LAWS: Registry[Law] = Registry("law", "guest_memfd.laws", {law.name: law for law
         "no mapping of any kind - user, kernel cache, guest, TLB - outlives the page's stay in the file",
         "mm/memory.c unmap_mapping_range(); virt/kvm/guest_memfd.c kvm_gmem_punch_hole(); virt/kvm/pfncache.c",
         "in every state", state=pages.no_stale_mapping,
-        broken_by=Violator("PunchLeavesUserEntries", "kvm", ("vmm",),
-                           "the VMM's page table maps a page that the file no longer holds", planted=True)),
+        broken_by=Violator("gunyah-v17", "gunyah", ("patient-vcpu", "vmm"),
+                           "the guest maps a page that the file no longer holds, in a TLB")),
     Law("nothing-lost",
         "when the last reference is gone every page is back: owned by the host, in the direct map, scrubbed, free - "
         "whatever failed on the way, whoever was unloaded; what the hypervisor refuses for good is given up and counted",
@@ -65,8 +65,8 @@ LAWS: Registry[Law] = Registry("law", "guest_memfd.laws", {law.name: law for law
         "no primitive is called on an inode, a file or a VM that is gone",
         "virt/kvm/guest_memfd.c kvm_gmem_get_file(); fs/inode.c evict()",
         "at every primitive", note=access.lifetimes,
-        broken_by=Violator("FileNotHeld", "kvm", ("vcpu2", "vmm-life"),
-                           "use after free of the inode, in down_read", planted=True)),
+        broken_by=Violator("guestmem-rfc1", "kvm", ("vcpu2", "creator"),
+                           "use after free of the inode, in down_read", scene="nothing-yet")),
     Law("poison-contained",
         "a page whose memory is broken is given to nobody and stays with nobody, and whoever asks for it is told",
         "virt/kvm/guest_memfd.c kvm_gmem_error_folio(); mm/memory-failure.c me_pagecache_clean()",
@@ -105,8 +105,8 @@ LAWS: Registry[Law] = Registry("law", "guest_memfd.laws", {law.name: law for law
         "direct-map writes, TLB flushes, hypercalls and stalls of an operation stay within what the design states",
         "Dave Hansen, 5 Dec 2025; arch/x86/mm/pat/set_memory.c",
         "when an operation ends", note=operations.bounded_cost,
-        broken_by=Violator("AllocateDonates", "pkvm", ("vmm-pages",),
-                           "allocate of 1 pages takes 1 direct-map writes, and at most 0 are stated", planted=True)),
+        broken_by=Violator("guestmem-rfc1", "gunyah", ("vcpu", "vmm"),
+                           "user_fault of 1 pages takes 3 hypercalls, and at most 2 are stated")),
 )}, lacks)
 """All of them, in the order in which reports have them."""
 

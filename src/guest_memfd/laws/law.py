@@ -24,6 +24,7 @@ class Violator:
     """Who breaks a law: *design* under *hypervisor*, in the scenario of *parties*; and the evidence, on the shortest way.
 
     planted: the design is a mistake of tests/planted.py or tests/mistakes.py, because none that was posted breaks the law.
+    scene: None for the plainest.
     """
 
     design: str
@@ -31,10 +32,12 @@ class Violator:
     parties: tuple[str, ...]
     evidence: str
     planted: bool = False
+    scene: str | None = None
 
     def __str__(self) -> str:
         where = " of the tests" if self.planted else ""
-        return f"{self.design}{where} on {self.hypervisor}, {' and '.join(self.parties)}: {self.evidence}"
+        scene = f" in {self.scene}" if self.scene else ""
+        return f"design {self.design}{where}, under {self.hypervisor}, by {' and '.join(self.parties)}{scene}: {self.evidence}"
 
 
 @dataclass(frozen=True)

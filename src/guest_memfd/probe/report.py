@@ -151,7 +151,7 @@ def against_text(against: Against, style: Style) -> Iterator[str]:
 def _changed(against: Against) -> str:
     what = Counter(change.what for change in against.changes)
     said = [f"{number} {kind}{'s' if number > 1 else ''}" for kind, number in what.items()]
-    alone = f"; {against.alone} rows and bugs have an answer in one of them only" if against.alone else ""
+    alone = f"; rows and bugs with an answer in one of the two only: {against.alone}" if against.alone else ""
     return f"{', '.join(said) or 'nothing'} changed{alone}"
 
 

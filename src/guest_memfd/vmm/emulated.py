@@ -104,7 +104,13 @@ class EmulatedRun:
         report, machine = self.report, self.machine
         try:
             with ExitStack() as stack:
-                self._inside(stack)
+                try:
+                    self._inside(stack)
+                except (KernelPanic, Blocked, OutOfMemory, GuestMemfdError):
+                    raise
+                except Exception:
+                    stack.pop_all()                     # a mistake of this program: what a teardown finds then says nothing
+                    raise
         except KernelPanic:
             pass
         except Blocked:

@@ -35,8 +35,8 @@ EVENTS: Mapping[str, Seen] = {
     "the guest used a private page": _reached("guest", guests=True),
     "the guest used a shared page": _reached("guest", guests=False),
     "the VMM used a page": _reached("VMM"),
-    "a page became private": _done("to_private", lambda end: end.toggled),
-    "a page became shared": _done("to_shared", lambda end: end.toggled),
+    "a page was converted to private": _done("to_private", lambda end: end.toggled),
+    "a page was converted to shared": _done("to_shared", lambda end: end.toggled),
     "a punch removed a page": _done("punch", lambda end: end.removed),
     "an allocation added a page": _done("allocate", lambda end: end.left),
     "a binding ended": _done("unbind", lambda end: not all(end.bound)),
@@ -54,8 +54,8 @@ EVENTS: Mapping[str, Seen] = {
 
 LEAST: Mapping[str, str] = {
     "the guest used a private page": "fault",
-    "a page became private": "to_private",
-    "a page became shared": "to_shared",
+    "a page was converted to private": "to_private",
+    "a page was converted to shared": "to_shared",
     "a punch removed a page": "punch",
     "an allocation added a page": "allocate",
 }
