@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -181,6 +182,17 @@ def test_a_tlb_entry_of_a_user_that_the_table_no_longer_has_is_seen(monkeypatch:
     assert before["pfn0.user"] == 0
     monkeypatch.setattr(type(both.host.machine), "user_indexes", lambda machine, pa: [1] if pa == machine.watched[0] else [])
     assert seen(both) == {**before, "pfn0.user": 2}
+
+
+def test_it_goes_before_an_entry_that_the_table_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = lent()
+    first = both.host.machine.watched[0]
+    monkeypatch.setattr(type(both.host.machine), "user_indexes", lambda machine, pa: [0, 1] if pa == first else [])
+    mapping = SimpleNamespace(lookup=lambda index: first if index == 0 else None, vmas=[])
+    monkeypatch.setattr(both.host.inode, "mapping", mapping)
+    assert seen(both)["pfn0.user"] == 2
+    mapping.lookup = lambda index: first
+    assert seen(both)["pfn0.user"] == 1
 
 
 def test_it_is_told_of_all_frames_that_are_watched() -> None:

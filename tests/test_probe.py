@@ -710,7 +710,7 @@ def test_what_has_changed_is_said() -> None:
         ("bug", "x", "present", "fixed", False), ("bug", "y", "fixed", "present", True)]
     assert (found.kernel, found.alone, found.worse) == ("6.18", 3, True)
     lines = [*report.against_text(found, Style())]
-    assert lines[0].startswith("against old.json (6.18): 3 offers, 1 row, 2 bugs changed; rows and bugs with an answer in one")
+    assert lines[0].startswith("against old.json (6.18): 3 offers, 1 row, 2 bugs changed; rows and bugs with an answer in")
     assert "  row   b: was EINVAL, is EEXIST" in lines
     assert "# bug y: was fixed, is present" in [*report.against_ktap(found)]
     assert report.against_json(found)["against"]["changes"][0]["now"] == "3"

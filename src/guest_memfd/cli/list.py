@@ -48,9 +48,8 @@ def _laws() -> Iterator[Entry]:
         if (by := law.broken_by) is not None:
             entry["broken_by"] = str(by)
             if not by.planted:
-                scene = f" --scene {by.scene}" if by.scene else ""
-                entry["see"] = (f"gmem check {by.design} --hypervisor {by.hypervisor} --parties {','.join(by.parties)}{scene} "
-                                f"--law {law.name}")
+                where = f"{','.join(by.parties)} --scene {by.scene}" if by.scene else ','.join(by.parties)
+                entry["see"] = f"gmem check {by.design} --hypervisor {by.hypervisor} --parties {where} --law {law.name}"
         yield entry
 
 

@@ -37,7 +37,8 @@ class Violator:
     def __str__(self) -> str:
         where = " of the tests" if self.planted else ""
         scene = f" in {self.scene}" if self.scene else ""
-        return f"design {self.design}{where}, under {self.hypervisor}, by {' and '.join(self.parties)}{scene}: {self.evidence}"
+        parties = " and ".join(self.parties)
+        return f"design {self.design}{where}, under {self.hypervisor}, by {parties}{scene}: {self.evidence}"
 
 
 @dataclass(frozen=True)
