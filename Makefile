@@ -7,6 +7,10 @@
 # make fuzz      random command lines, traces, guests, plugins, lives of a VMM, hypercalls (FUZZ='lines --count 100000')
 # Needs python3 (3.11 or later, with venv), and for benchmarks gcc (two of them) and spin (one). Nothing is written outside of this folder.
 
+# Compiled modules are kept in .venv: a test starts many an interpreter, and none is to be written beside the sources.
+export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/pycache
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet

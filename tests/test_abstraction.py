@@ -19,6 +19,7 @@ from schedules import SCENES, built, machine, schedule
 from guest_memfd.abstract import state as st
 from guest_memfd.lockstep import refinement
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.primitives import Primitive
 
 FIELDS = (*(f"{kind}.{field}" for kind, fields in st.RECORDS.items() for field in fields), *st.GLOBALS)
 
@@ -201,3 +202,12 @@ def test_it_is_told_of_all_frames_that_are_watched() -> None:
     for frames in (sizes.frames - 1, sizes.frames + 1):
         with pytest.raises(ValueError, match="zip"):
             seen(both, sizes._replace(frames=frames))
+
+
+@pytest.mark.parametrize(("start", "nr"), [(1, 6), (-1, 3)])
+def test_what_an_operation_is_about_ends_where_the_file_does(start: int, nr: int) -> None:
+    both = lent()
+    vmm = both.world.programs["vmm2"].number
+    begun = Primitive("begin_op", ("punch", start, nr, None), "library")
+    both.step(vmm, begun, both.outcomes(vmm, begun)[0])
+    assert {seen(both)[f"party{vmm}.scope"]} == {sum(1 << page for page in (0, 1) if start <= page < start + nr)}

@@ -6,11 +6,13 @@ folio, bytes - or from the tracer, if it is a ghost. Nothing is remembered betwe
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from guest_memfd.abstract import state as st
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.page import KINDS, Page
 from guest_memfd.machine.primitives.host import EmulatedHost
-from guest_memfd.words.pagestate import ALLOCATED, FREE, GONE, KEPT, OWNERS, ZERO
+from guest_memfd.words.pagestate import ALLOCATED, FREE, KEPT, OWNERS, ZERO
 from guest_memfd.words.primitives import OPS
 
 
@@ -82,13 +84,13 @@ def _page(host: EmulatedHost, page: st.PageRecord) -> None:
 
 def _gfn(host: EmulatedHost, gfn: st.GfnRecord) -> None:
     gfn.provided = host.inode.entry("provided", gfn.number)
-    gfn.gpoison = host.vm.state != GONE and host.machine.driver.poisoned(host.vm, gfn.number)
+    gfn.gpoison = host.machine.driver.poisoned(host.vm, gfn.number)
 
 
 def _ghost(host: EmulatedHost, ghost: st.PartyGhost, pages: int) -> None:
     tracer = host.machine.tracer
     ghost.begun = host.vm.begun[ghost.number]
-    ghost.announced = _mask(tracer.announced.get(ghost.number, range(0)), pages)
+    ghost.announced = _mask(tracer.announced.get(ghost.number, ()), pages)
     ghost.ended = 1 - tracer.ended[ghost.number] if ghost.number in tracer.ended else 0
     operation = tracer.operations.get(ghost.number)
     if operation is not None:
@@ -101,7 +103,7 @@ def _ghost(host: EmulatedHost, ghost: st.PartyGhost, pages: int) -> None:
             setattr(ghost, what, count)
 
 
-def _mask(members: range | set[int], pages: int) -> int:
+def _mask(members: Collection[int], pages: int) -> int:
     return sum(1 << i for i in members if 0 <= i < pages)
 
 
