@@ -16,7 +16,24 @@ from guest_memfd.core.hypervisor import Stage2
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.kvm import pkvm
-from guest_memfd.words.primitives import EFAULT, EHWPOISON, EIO, ENOENT, ENOMEM, EPERM, Folio, Locked, Steps
+from guest_memfd.words.pagestate import PRIVATE_PAGE
+from guest_memfd.words.primitives import (
+    EBADF,
+    EEXIST,
+    EFAULT,
+    EHWPOISON,
+    EINVAL,
+    EIO,
+    ENODEV,
+    ENOENT,
+    ENOMEM,
+    EPERM,
+    Bound,
+    Entries,
+    Folio,
+    Locked,
+    Steps,
+)
 
 # -- of the library ----------------------------------------------------------------------------------------------------
 
@@ -343,3 +360,149 @@ class RestoresOnce(OurLibrary):
             yield from self.host.folio_set_private(folio, False)
             yield from self.account(-folio.nr)
         return ret
+
+
+# -- of its locks, its order, and what it tells ------------------------------------------------------------------------
+
+
+class BoundAnywhere(OurLibrary):
+    """A fault looks whether the page is bound, and not whether it is bound there."""
+
+    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
+        host = self.host
+        yield from host.begin_op("fault", index, 1, gfn)
+        if not (yield from host.get_file()):
+            yield from host.end_op(-EFAULT)
+            return -EFAULT
+        yield from host.down_read("invalidate")
+        (bound,) = yield from host.xa_load("bindings", index, 1)
+        ret = (yield from self._fault_bound(gfn, index)) if bound else -EFAULT
+        yield from host.end_op(ret)
+        yield from host.up_read("invalidate")
+        yield from self.close()
+        return ret
+
+
+class BindOverwrites(OurLibrary):
+    """A bind does not look whether some of its range is bound."""
+
+    def taken(self, bound: tuple[int, ...]) -> bool:
+        return False
+
+    def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
+        host = self.host
+        if not self.has(start, nr):
+            return -EINVAL
+        yield from host.begin_op("bind", start, nr)
+        if not (yield from host.get_file()):
+            yield from host.end_op(-EBADF)
+            return -EBADF
+        yield from host.down_write("invalidate")
+        bound = yield from host.xa_load("bindings", 0, self.size)
+        if self.taken(bound[start:start + nr]):
+            ret = -EEXIST
+        elif (yield from host.vm_state()) != "running":
+            ret = -ENODEV
+        else:
+            ret = yield from host.xa_store("bindings", start, Entries(gfn + 1, nr, 1))
+        yield from host.end_op(ret)
+        yield from host.up_write("invalidate")
+        if ret or any(bound):
+            yield from self.close()
+        return ret
+
+
+class BindLooksAtBothEnds(BindOverwrites):
+    """A bind looks at the first and the last page of its range."""
+
+    def taken(self, bound: tuple[int, ...]) -> bool:
+        return bool(bound[0] or bound[-1])
+
+
+class LooksAtBothEnds(OurLibrary):
+    """Nothing is to be done when the first and the last page are private: those between them are not looked at."""
+
+    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
+        attributes = yield from self.host.xa_load("attributes", start, nr)
+        if attributes[0] == attributes[nr - 1] == PRIVATE_PAGE:
+            return Conversion(0)
+        return (yield from super()._make_private(start, nr))
+
+
+class ReleasesEarly(OurLibrary):
+    """The hypervisor's half is told that all is over, and then asked to give the pages back."""
+
+    def vm_teardown(self) -> Steps[int]:
+        yield from self.ops.release()
+        return (yield from super().vm_teardown())
+
+
+class ReleasesTwice(OurLibrary):
+    """The hypervisor's half is told that all is over, and told again."""
+
+    def vm_teardown(self) -> Steps[int]:
+        ret = yield from super().vm_teardown()
+        if not ret:
+            yield from self.ops.release()
+        return ret
+
+
+class FlagAfterInstall(OurLibrary):
+    """AS_NO_DIRECT_MAP is set when others can use the file already."""
+
+    def _alloc_inode(self) -> Steps[int]:
+        return (yield from without(super()._alloc_inode(), "mapping_set_no_direct_map"))
+
+    def create(self, size: int, shared: tuple[int, ...] = ()) -> Steps[int]:
+        ret = yield from super().create(size, shared)
+        if not ret:
+            yield from self.host.mapping_set_no_direct_map()
+        return ret
+
+
+class TeardownRestores(OurLibrary):
+    """A dying VM's pages go back into the direct map when they are taken back, and are scrubbed when they are freed."""
+
+    bounds = {**OurLibrary.bounds, "teardown": Bound(writes=2, calls=4)}
+
+    def take_back(self, held: Held) -> Steps[int]:
+        ret = yield from super().take_back(held)
+        if not ret and held.private:
+            yield from self.restore(held.folio)
+        return ret
+
+
+class EvictRestoresFirst(OurLibrary):
+    """The end of the inode puts all of its pages back into the direct map, and scrubs them afterwards."""
+
+    def remove_range(self, start: int, nr: int, reason: Reason) -> Steps[Conversion]:
+        folios = yield from self.present(start, nr)
+        for held in folios:
+            locked = yield from self.host.lock_folio(held.folio)
+            if locked.private and not locked.hwpoison:
+                yield from self.restore(held.folio)
+            yield from self.host.unlock_folio(held.folio)
+        yield from self.put_all(folios)
+        return (yield from super().remove_range(start, nr, reason))
+
+
+class UserFaultMapsNothing(OurLibrary):
+    """A fault of the VMM that says ok, and maps nothing."""
+
+    def _fault_shared(self, index: int) -> Steps[str]:
+        return (yield from answered(super()._fault_shared(index), {"vmf_insert_folio": True}))
+
+
+class ErrorHoldsNothing(OurLibrary):
+    """memory_failure()'s handler lets go of the folio, and holds nothing of the inode meanwhile."""
+
+    def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
+        return (yield from answered(super().error_folio(folio, locked), {"igrab": True, "iput": False}))
+
+
+class IgnoresRestore(OurLibrary):
+    """A page that cannot be put back into the direct map is mapped for the VMM all the same."""
+
+    def make_accessible(self, grabbed: Grabbed) -> Steps[int]:
+        yield from super().make_accessible(grabbed)
+        return 0

@@ -26,7 +26,7 @@ FIELDS = (*(f"{kind}.{field}" for kind, fields in st.RECORDS.items() for field i
 NEVER = {"pfn.of": "a page is only ever some other VM's where there are two, and a machine beside the abstract host has one"}
 """Fields that no schedule can change, and why."""
 
-HANDED_IN = {"failures", "refusals"}
+HANDED_IN = {"failures", "given", "refusals"}
 """Fields that are the scheduler's: the machine cannot know how many failures are still to come."""
 
 WITHIN = 60

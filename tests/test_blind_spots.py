@@ -27,7 +27,7 @@ from guest_memfd.words.primitives import EIO, EOPNOTSUPP, Host, Steps
 from guest_memfd.words.scene import Kernel, Scene
 
 USER = Host("user")
-ENOUGH = 60_000
+ENOUGH = 100_000
 
 
 class GoesRound(OurLibrary):
@@ -71,6 +71,18 @@ SPOTS = [
     Spot("UnmapsTheLast", "kvm", "both-shared", "vmm2 device", "one-owner", 37, "the VMM's page table maps a page that is"),
     Spot("SharesUnannounced", "kvm", "both-private", "vmm2", "all-or-nothing", 6, "to_shared changes the attribute, wh"),
     Spot("ReadersWelcome", "kvm", "two-pages", "vcpu2 page-cache-reader", "host-survives", 15, "read_folio takes a transl"),
+    Spot("BoundAnywhere", "kvm", "two-pages", "vcpu2 vmm-move", "one-owner", 30, "the guest reaches a page that it no"),
+    Spot("BindOverwrites", "kvm", "two-pages", "vmm2", "all-or-nothing", 5, "bind takes a page that is bound already"),
+    Spot("BindLooksAtBothEnds", "kvm", "three-pages", "vmm-life", "all-or-nothing", 20, "bind takes a page that is bound"),
+    Spot("LooksAtBothEnds", "kvm", "three-pages", "vmm-pages", "all-or-nothing", 2, "to_private returns 0 and a page has"),
+    Spot("ReleasesEarly", "pkvm", "two-pages", "vcpu stop", "lifetimes", 10, "use after free of what the hypervisor keeps"),
+    Spot("ReleasesTwice", "kvm", "two-pages", "stop", "lifetimes", 12, "use after free of what the hypervisor keeps of the"),
+    Spot("FlagAfterInstall", "kvm", "nothing-yet", "vcpu creator page-cache-reader", "host-survives", 27, "read_folio tak"),
+    Spot("TeardownRestores", "kvm", "two-pages", "vcpu2 stop kcore", "guest-private", 27, "copy_from_kernel_nofault rea"),
+    Spot("EvictRestoresFirst", "kvm", "two-pages", "vcpu2 vmm-life kcore", "guest-private", 22, "copy_from_kernel_nof"),
+    Spot("UserFaultMapsNothing", "kvm", "two-pages", "device", "fault-served", 9, "a fault returns 0, and the VMM does"),
+    Spot("ErrorHoldsNothing", "kvm", "both-shared", "vmm-life memory-failure", "lifetimes", 25, "use after free of the"),
+    Spot("IgnoresRestore", "kvm", "failing-twice", "vcpu2 vmm2 device", "host-survives", 40, "copy through a GUP refer"),
 ]
 
 

@@ -26,6 +26,7 @@ NEEDED = {
     "vmm-pages": ("AllocateDonates", "pkvm", "two-pages", "vmm-pages", "no-false-refusal"),
     "vmm-mapped": ("PunchLeavesUserEntries", "kvm", "two-pages", "vmm-mapped", "no-stale-mapping"),
     "vmm-any": ("AllocateDonates", "pkvm", "two-pages", "vmm-any", "bounded-cost"),
+    "vmm-move": ("BoundAnywhere", "kvm", "two-pages", "vcpu2 vmm-move", "one-owner"),
     "vmm-odd": ("gunyah-v17", "gunyah", "two-pages", "vmm-odd", "all-or-nothing"),
     "creator": ("CreateKeepsTheModule", "kvm", "nothing-yet", "creator", "nothing-lost"),
     "pinner": ("ReferencesIgnored", "kvm", "two-pages", "pinner", "pins-respected"),

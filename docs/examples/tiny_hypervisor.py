@@ -100,10 +100,6 @@ class TinyOps(GuestMemfdOps):
         """Take it back for good."""
         return (yield from self.host.hypercall("take_back", gfn, folio))
 
-    def release(self) -> Steps[None]:
-        """Nothing is kept per VM."""
-        yield from ()
-
 
 TINY = Hypervisor(
     name="tiny",

@@ -129,6 +129,8 @@ class AbstractGuestSide(AbstractMappings):
             raise LookupError(f"hypervisor {self.hypervisor.name!r} has no hypercall {name!r}")
         if self.vm.vm == GONE:
             self.gone("the VM, in hypercall")
+        if self.file.released:
+            self.gone("what the hypervisor keeps of the file, in hypercall")
         self.count("calls")
         frame = self.subject(args)
         if frame is not None and frame.stuck and name in self.hypervisor.final:

@@ -68,7 +68,7 @@ class AbstractHost(AbstractLocks, AbstractWorld):
         self.hypervisor, self.scene, self.kernel = hypervisor, scene, scene.kernel
         self.sea_fixup, self.tasks = sea_fixup, tasks
         self.bounds, self.errnos = bounds or {}, errnos or {}
-        self.sizes = st.Sizes(scene.frames, scene.pages, scene.beyond + 1, scene.files, scene.vms, parties)
+        self.sizes = st.Sizes(scene.frames, scene.pages, scene.guest_frames, scene.files, scene.vms, parties)
         restore = {"set_direct_map_default_noflush": -ENOMEM} if scene.kernel.merges_leaves else {}
         self.fallible = FALLIBLE | restore if scene.kernel.changes_direct_map else {
             name: errno for name, errno in FALLIBLE.items() if not name.startswith("set_direct_map")}
@@ -80,7 +80,7 @@ class AbstractHost(AbstractLocks, AbstractWorld):
             frame.s1 = frame.s2 = 1
             frame.content = JUNK
         state.module = self.sizes.vms
-        state.failures, state.refusals = failures, refusals
+        state.failures, state.given, state.refusals = failures, failures, refusals
         return state.save()
 
     def halted(self, shared: bytes) -> bool:

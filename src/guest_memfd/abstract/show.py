@@ -27,7 +27,8 @@ LABELS = {
     "preparing": "hibernation announced", "frozen": "tasks frozen", "reserved": "nodes preallocated",
     "failures": "failures left", "panic": "kernel stopped", "of": "of VM", "kept": "kept for ever",
     "handled": "memory failure handled", "stuck": "refused for good", "asked": "the guest asked for it",
-    "inode": "inode", "evictor": "evicted by", "refuses_readers": "AS_NO_DIRECT_MAP", "refusals": "refusals for good left",
+    "inode": "inode", "evictor": "evicted by", "refuses_readers": "AS_NO_DIRECT_MAP", "released": "ops released",
+    "refusals": "refusals for good left",
     "leaked": "pages counted as leaked",
     "invalidate_w": "invalidate_lock writer", "invalidate_r": "invalidate_lock readers",
     "invalidate_q": "invalidate_lock queue", "bindings_w": "bindings_lock writer",
@@ -42,7 +43,7 @@ _ENUMS: dict[str, tuple[str, ...]] = {
 }
 _FLAGS = frozenset({
     "stale", "locked_in", "uptodate", "private", "poison", "gpoison", "unloaded", "gpc_fresh", "gpc_readers",
-    "preparing", "frozen", "panic", "handled", "stuck", "asked", "refuses_readers",
+    "preparing", "frozen", "panic", "handled", "stuck", "asked", "refuses_readers", "released",
 })
 HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q", "evictor"})
 """Fields that hold a party number + 1, 0 for nobody."""
@@ -114,7 +115,7 @@ def overview(state: bytes) -> list[str]:
     counts = st.layout_of(state).counts
     pages = _alike("page", counts["page"], lambda n: _page_in_short(fields, n))
     frames = _alike("pfn", counts["pfn"], lambda n: frame(fields, n))
-    around = [_around(f, fields[f]) for f in fields if _is_around(f) and fields[f]]
+    around = [_around(f, fields[f]) for f in fields if _is_around(f) and fields[f] and f != "given"]
     return [f"pages   {'; '.join(pages)}", f"frames  {'; '.join(frames)}", f"around  {', '.join(around)}"]
 
 

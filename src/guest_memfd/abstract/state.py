@@ -67,6 +67,7 @@ FILE_FIELDS = {
     "evictor": "party number + 1 of who dropped the last reference and evicts the inode",
     "vma": "user mappings of the file (VMAs)",
     "reserved": "bit mask of the pages for which the attribute tree has preallocated nodes",
+    "released": "the hypervisor's half has been told that it will not be called again",
     "refuses_readers": "AS_NO_DIRECT_MAP: readers of page-cache folios are turned away",
 }
 VM_FIELDS = {
@@ -100,6 +101,7 @@ GLOBALS = {
     "preparing": "hibernation has been announced and not vetoed",
     "frozen": "tasks are frozen",
     "failures": "failures that may still happen",
+    "given": "failures that could happen when the parties began",
     "refusals": "refusals for good that may still happen",
     "leaked": "pages the library has counted as never coming back",
 }

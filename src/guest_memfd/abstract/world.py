@@ -53,12 +53,13 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         scope = self._members(ghost.scope)
         pages = [self.page(i) for i in scope]
         op = OPS[ghost.op - 1]
+        maps = self._vmm_has if op == "user_fault" else self._guest_has
         self.notes.append(facts.Ended(
             op, ret, error_index, scope, self._members(ghost.toggled), self._members(ghost.removed),
             tuple(i for i, p in zip(scope, pages, strict=True) if p.cached), tuple(p.attr for p in pages),
             tuple(p.binding for p in pages),
             tuple(i for i, p in zip(scope, pages, strict=True) if p.cached and self.state.frame(p.cached - 1).lru),
-            tuple(i for i, p in zip(scope, pages, strict=True) if self._guest_has(p)),
+            tuple(i for i, p in zip(scope, pages, strict=True) if maps(p)),
             tuple(why for bit, why in enumerate(REASONS) if ghost.reasons >> bit & 1),
             self._members(ghost.places),
             ghost.gfn - 1 if ghost.gfn else None,
@@ -76,6 +77,18 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
             return False
         entry, frame = self.gfn(page.binding - 1), self.state.frame(page.cached - 1)
         return frame.gmap == entry.number + 1 or bool(entry.gpoison or frame.poison)
+
+    # Unless the mapping has gone meanwhile, or memory is broken: who faulted is told so when he goes on.
+    def _vmm_has(self, page: st.PageRecord) -> bool:
+        if not self.file.vma or (page.cached and self.state.frame(page.cached - 1).poison):
+            return True
+        return any(frame.user == page.number + 1 for frame in self.state.frames())
+
+    def ops_released(self) -> None:
+        """Once; of a file that is gone nothing is left to be called about."""
+        if self.file.released:
+            self.gone("what the hypervisor keeps of the file, in ops_released")
+        self.file.released = int(self.file.inode in (ALIVE, EVICTED))
 
     def op_returned(self, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
         """What the caller is told, beside what the operation had said."""
@@ -127,9 +140,18 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
             setattr(page, field, value)
             if page.cached:
                 self._attribute_changed(self.state.frame(page.cached - 1), page)
-        elif field == "binding" and page.binding != value:
-            self.done_to("changes the binding", index)
+        elif field == "binding":
+            self._bind(page, index, value)
         setattr(page, field, value)
+
+    def _bind(self, page: st.PageRecord, index: int, value: int) -> None:
+        ghost = self.state.ghost(self.who)
+        if page.binding != value:
+            self.done_to("changes the binding", index)
+        if ghost.op and OPS[ghost.op - 1] == "bind" and page.binding and value:
+            self.notes.append(facts.Rebound(index))
+        if value:
+            self.file.released = 0
 
     # A page that becomes shared is given to the host as it is; one that becomes private is the guest's.
     def _attribute_changed(self, frame: st.Frame, page: st.PageRecord) -> None:
@@ -223,7 +245,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
             self.die("destroy_inode of an inode with preallocated nodes")
         if self.file.invalidate_w or self.file.invalidate_r:        # lockdep: "held lock freed!"
             self.die("destroy_inode of an inode whose invalidate_lock is held")
-        self.file.inode, self.file.evictor = DESTROYED, 0
+        self.file.inode, self.file.evictor, self.file.released = DESTROYED, 0, 0
         for index in range(self.sizes.pages):
             page = self.page(index)
             page.attr = page.binding = 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
 from guest_memfd.explore.suite.check import compare
-from guest_memfd.explore.suite.plan import NAMED, ON_REQUEST, QUICK, QUICK_PARTNER, QUICK_PARTNERS, QUICK_WITHOUT, TRIPLES
+from guest_memfd.explore.suite.plan import FEW, NAMED, PARTNER, QUICK, QUICK_PARTNERS, QUICK_WITHOUT, TRIPLES, WHOLE
 from guest_memfd.explore.suite.verdict import Limits, Report
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report.progress import Progress
@@ -99,23 +99,29 @@ class Scope:
         return self._suite() if self.full else self._first_look()
 
     def _suite(self) -> str:
-        where = listed(self.scenes) if self.scenes else f"{len(SCENES)} scenes"
-        names = [name for name, parties in NAMED.items() if len(parties) > 2 and name not in ON_REQUEST]
-        triples = [scene for scene in self.scenes or SCENES if scene in TRIPLES]
-        more = f", and {len(names)} triples in {listed(triples)}" if triples else ""
-        return f"every party alone and every pair in {where}{more} (of VMMs that do three things in a row, some pairs)"
+        where = self._where(self.scenes or tuple(SCENES))
+        triples = [name for scene in self.scenes or SCENES for name in TRIPLES.get(scene, ())]
+        more = f", and {len(triples)} triples" if triples else ""
+        few = [scene for scene in self.scenes or SCENES if scene in FEW]
+        but = f"; in {listed(few)}, pairs with {PARTNER}" if few else ""
+        some = f"of VMMs that do several things in a row, some pairs{but}"
+        return f"every party alone and every pair in {where}{more} ({some})"
 
     def _first_look(self) -> str:
         scenes = self.scenes or tuple(SCENES)
-        whole = [scene for scene in scenes if scene in TRIPLES]
-        brief = [scene for scene in scenes if scene not in TRIPLES]
-        where = listed(brief) if self.scenes else f"{len(brief)} other scenes"
-        looks = [f"every party alone, every pair and the triples {listed(QUICK)} in {listed(whole)}"] if whole else []
-        others = [f"in {scene} also with {listed(names[1:])}" for scene, names in QUICK_PARTNERS.items() if scene in brief]
+        whole, brief = [scene for scene in scenes if scene in WHOLE], [scene for scene in scenes if scene not in WHOLE]
+        looks = [f"every party alone and every pair in {listed(whole)}"] if whole else []
+        others = [f"in {scene} {f'also with {listed(names[1:])}' if names else 'alone only'}"
+                  for scene, names in QUICK_PARTNERS.items() if scene in brief]
         also = f" ({', '.join(others)})" if others else ""
-        each = f"in {where}, every party except {listed(QUICK_WITHOUT)}, alone and together with {QUICK_PARTNER}{also}"
-        looks += [each] if brief else []
-        return f"{'; and '.join(looks)}; without VMMs that do three things in a row"
+        where = self._where(brief, "other ")
+        looks += [f"in {where}, every party except {listed(QUICK_WITHOUT)}, alone and with {PARTNER}{also}"] if brief else []
+        triples = [*dict.fromkeys(name for scene in scenes for name in QUICK.get(scene, ()))]
+        looks += [f"the triples {listed(triples)}"] if triples else []
+        return f"{'; '.join(looks)}; without VMMs that do several things in a row"
+
+    def _where(self, scenes: Sequence[str], other: str = "") -> str:
+        return listed(scenes) if self.scenes else f"{len(scenes)} {other}scenes"
 
 
 def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:

@@ -5,7 +5,7 @@ The set is chosen so that the objections to the posted tables do not apply (docs
 * conversion and teardown are different calls: `make_shared` preserves contents, `reclaim` need not;
 * only `invalidate` may refuse, it is asked for every page before anything is changed, and never during teardown;
 * there is no invalidate_end: the library pairs mmu_invalidate_begin and _end itself, whoever refuses in between;
-* nothing is called after `release`, and the library holds the module until the inode has gone.
+* nothing is called after `release`, before the file is bound again; the library holds the module until the inode has gone.
 """
 
 from __future__ import annotations
@@ -64,6 +64,6 @@ class GuestMemfdOps(ABC):
     def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
         """Give an invalidated *folio* back to the host for good; contents need not survive."""
 
-    @abstractmethod
     def release(self) -> Steps[None]:
-        """The library will not call again for this VM."""
+        """What the file was to its VM is over: free what is kept of it, then call this. Nothing else is called after."""
+        yield from self.host.ops_released()

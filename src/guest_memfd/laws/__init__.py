@@ -88,7 +88,7 @@ LAWS: Registry[Law] = Registry("law", "guest_memfd.laws", {law.name: law for law
     Law("fault-served",
         "a fault that returned success is followed by an access that succeeds, unless the page was taken in between",
         "arch/x86/kvm/mmu/mmu.c kvm_mmu_do_page_fault(); arch/arm64/kvm/mmu.c user_mem_abort()",
-        "when a guest's fault has been handled", note=operations.fault_served,
+        "when a fault of the guest or of the VMM has been handled", note=operations.fault_served,
         broken_by=Violator("gunyah-v17", "gunyah", ("vcpu", "vmm"),
                            "a fault returns 0, and the guest does not map the page: it faults again, for ever")),
     Law("progress",

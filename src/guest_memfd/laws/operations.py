@@ -64,6 +64,8 @@ def all_or_nothing(note: Any) -> Evidence:
         return f"{note.op} returns, and the invalidation it has begun goes on for ever"
     if isinstance(note, facts.Unannounced):
         return f"{note.op} {note.what}, which no mmu_invalidate_begin() of its own has announced"
+    if isinstance(note, facts.Rebound):
+        return "bind takes a page that is bound already"
     if not isinstance(note, facts.Ended):
         return None
     if note.ret < 0 and -note.ret not in (*DOCUMENTED.get(note.op, ()), *note.documented):
@@ -186,10 +188,14 @@ def _errno(ret: int) -> str:
     return f"-{errno_name(-ret)}" if ret < 0 else str(ret)
 
 
+FAULTS = {"fault": "guest", "user_fault": "VMM"}
+"""Faults, and whose."""
+
+
 def fault_served(note: Any) -> Evidence:
-    """A guest that is told to go on can go on."""
-    if isinstance(note, facts.Ended) and note.op == "fault" and note.ret == 0 and note.mapped != note.scope:
-        return "a fault returns 0, and the guest does not map the page: it faults again, for ever"
+    """Who is told to go on can go on: the guest, or the VMM."""
+    if isinstance(note, facts.Ended) and note.op in FAULTS and note.ret == 0 and note.mapped != note.scope:
+        return f"a fault returns 0, and the {FAULTS[note.op]} does not map the page: it faults again, for ever"
     return None
 
 

@@ -72,7 +72,7 @@ def nothing_lost_note(note: Any) -> Evidence:
 def nothing_lost(state: st.State) -> Evidence:
     """When the last reference is gone everything is back, or counted as what the hypervisor keeps for good."""
     for frame in state.frames():
-        evidence = None if frame.poison else _leaked(frame) if frame.stuck or frame.kept else _lost(frame)
+        evidence = None if frame.poison else _leaked(state, frame) if frame.stuck or frame.kept else _lost(frame)
         if evidence:
             return evidence
     kept = [frame for frame in state.frames() if frame.kept]
@@ -102,9 +102,14 @@ def _lost(frame: st.Frame) -> Evidence:
     return None
 
 
-# The hypervisor will not give it back: then it must never be used again, and be counted once.
-def _leaked(frame: st.Frame) -> Evidence:
-    if not frame.stuck:
+TRIES = 2
+"""How many failures there must have been before a page may be given up that the hypervisor has not refused for good."""
+
+
+# The hypervisor will not give it back, or what it takes has failed again and again: then it must never be used again, and be
+# counted once.
+def _leaked(state: st.State, frame: st.Frame) -> Evidence:
+    if not frame.stuck and state.given - state.failures < TRIES:
         return "a page is kept out of use for ever, and the hypervisor had not refused for good"
     if frame.kept == 1 and frame.refs() == 1:
         return None

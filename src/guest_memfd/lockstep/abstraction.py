@@ -16,10 +16,10 @@ from guest_memfd.words.pagestate import ALLOCATED, FREE, KEPT, OWNERS, ZERO
 from guest_memfd.words.primitives import OPS
 
 
-def abstraction(host: EmulatedHost, sizes: st.Sizes, failures: int = 0, refusals: int = 0) -> bytes:
+def abstraction(host: EmulatedHost, sizes: st.Sizes, failures: int = 0, given: int = 0, refusals: int = 0) -> bytes:
     """The state of abstract, of *sizes*, that *host*'s machine is in: frame i is the i-th of those it watches.
 
-    *failures* and *refusals* are the scheduler's to know: how many may still be injected.
+    *failures* and *refusals* are the scheduler's to know: how many may still be injected, and (*given*) could at first.
     """
     state = st.State.empty(sizes)
     for frame, pa in zip(state.frames(), host.machine.watched, strict=True):
@@ -33,7 +33,7 @@ def abstraction(host: EmulatedHost, sizes: st.Sizes, failures: int = 0, refusals
     _file(host, state.file())
     _vm(host, state.vm())
     _globals(host, state)
-    state.failures, state.refusals = failures, refusals
+    state.failures, state.given, state.refusals = failures, given, refusals
     return state.save()
 
 
@@ -117,6 +117,7 @@ def _file(host: EmulatedHost, file: st.FileRecord) -> None:
     file.inode, file.evictor = inode.life, 0 if inode.evictor is None else inode.evictor + 1
     file.vma = len(inode.mapping.vmas) if inode.mapping else 0
     file.reserved, file.refuses_readers = _mask(inode.reserved, inode.size), inode.refuses_readers
+    file.released = inode.released
 
 
 def _vm(host: EmulatedHost, record: st.VmRecord) -> None:

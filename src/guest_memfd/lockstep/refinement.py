@@ -92,7 +92,7 @@ class Pair:
         if said != seen:
             raise self._diverged(who, primitive, f"abstract facts {said}\n  emulated facts {seen}")
         left = st.State(outcome.shared)
-        now = abstraction(self.host, self.world.machine.sizes, left.failures, left.refusals)
+        now = abstraction(self.host, self.world.machine.sizes, left.failures, left.given, left.refusals)
         stray = any(isinstance(note, facts.StrayGuest) for note in outcome.notes)
         if now != outcome.shared and not stray:
             differences = ", ".join(f"{name}: abstract {old}, emulated {new}"
@@ -191,14 +191,14 @@ def pair(world: World, machine: Machine, failures: int = 0) -> Pair:
     scene, why = world.scene, unfit(world.scene)
     if why is not None:
         raise BadInput(f"scene {scene.name!r} is none for a machine: {why}")
-    host = EmulatedHost(machine, machine.create_vm(scene.beyond + 1), scene.pages, tasks=world.machine.tasks, scene=scene,
+    host = EmulatedHost(machine, machine.create_vm(scene.guest_frames), scene.pages, tasks=world.machine.tasks, scene=scene,
                         bounds=world.design.bounds, errnos=world.design.errnos)
     both = Pair(world, host, machine.adversary, world.machine.initial())
     if scene.made:
         alone(both, Runner(world.setting, set_scene(world.library)))
     both.steps.clear()
     state = st.State(both.shared)
-    state.failures, state.refusals = failures, scene.refusals
+    state.failures, state.given, state.refusals = failures, failures, scene.refusals
     both.shared = state.save()
     return both
 
@@ -228,8 +228,10 @@ def run(both: Pair, names: Sequence[str], rng: random.Random) -> int:
     if not both.ended and not any(r.pending for r in runners):
         alone(both, Runner(world.teardown.number, world.teardown.start()))
         if not both.ended:
+            left = st.State(both.shared)
+            end = abstraction(both.host, world.machine.sizes, left.failures, left.given, left.refusals)
             for law in LAWS.values():
-                evidence = law.at_end(abstraction(both.host, world.machine.sizes))
+                evidence = law.at_end(end)
                 if evidence is not None:
                     both.broken.setdefault(law.name, evidence)
     return len(both.steps)

@@ -12,12 +12,12 @@ from guest_memfd.scenarios.power import POWER
 from guest_memfd.scenarios.readers import DRAINER, KCORE, PAGE_CACHE_READER, ZEROPAD
 from guest_memfd.scenarios.scenes import SCENES
 from guest_memfd.scenarios.vcpu import OTHER_VCPU, PATIENT_VCPU, VCPU, VCPU2
-from guest_memfd.scenarios.vmm import REPEATER, VMM, VMM2, VMM_ANY, VMM_LIFE, VMM_MAPPED, VMM_ODD, VMM_PAGES
+from guest_memfd.scenarios.vmm import REPEATER, VMM, VMM2, VMM_ANY, VMM_LIFE, VMM_MAPPED, VMM_MOVE, VMM_ODD, VMM_PAGES
 
 PARTIES: Registry[Party] = Registry("party", "guest_memfd.parties", {p.name: p for p in (
-    VCPU, VCPU2, PATIENT_VCPU, OTHER_VCPU, VMM, VMM_LIFE, VMM_PAGES, VMM_MAPPED, VMM_ANY, VMM_ODD, CREATOR, PINNER, VMM2,
-    REPEATER, DEVICE, ZEROPAD, KCORE, PAGE_CACHE_READER, MEMORY_FAILURE, PFN_CACHE, POWER, UNLOADER, STOP, OTHER_STOP,
-    DRAINER,
+    VCPU, VCPU2, PATIENT_VCPU, OTHER_VCPU, VMM, VMM_LIFE, VMM_PAGES, VMM_MAPPED, VMM_ANY, VMM_MOVE, VMM_ODD, CREATOR, PINNER,
+    VMM2, REPEATER, DEVICE, ZEROPAD, KCORE, PAGE_CACHE_READER, MEMORY_FAILURE, PFN_CACHE, POWER, UNLOADER, STOP,
+    OTHER_STOP, DRAINER,
 )}, lacks)
 
 __all__ = ["PARTIES", "SCENES", "TEARDOWN", "Party"]

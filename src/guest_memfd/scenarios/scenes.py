@@ -25,6 +25,11 @@ SCENES: dict[str, Scene] = {scene.name: scene for scene in (
           kernel=Kernel(changes_direct_map=False)),
     Scene("quiet-free", "a kernel that does not write to a page when it is freed, and merges leaves",
           kernel=Kernel(init_on_free=False, merges_leaves=True)),
+    Scene("three-pages", "a shared page between two private ones",
+          pages=3, shared=(1,), slots=(Slot(0, 0, 3),)),
+    Scene("failing-twice", "what fails, fails again, where leaves are merged and have to be split",
+          pages=1, frames=2, shared=(), slots=(Slot(0, 0, 1),), kernel=Kernel(init_on_free=False, merges_leaves=True),
+          failures=2),
     Scene("two-vms", "two VMs, each with a file of its own",
           pages=1, shared=(), slots=(Slot(0, 0, 1),), files=2, vms=2, failures=0),
 )}

@@ -33,7 +33,7 @@ def handle_fault(design: Design, gfn: int) -> Steps[int]:
 
 def vcpu(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Touch a page; perhaps give it up to the host and touch it again."""
-    gfn = yield from GUEST.choose("gfn", *design.scene.gfns)
+    gfn = yield from GUEST.choose("gfn", *(design.scene.gfns or (design.scene.beyond,)))
     seen = yield from touch(design, gfn)
     if seen != "ok" or hypervisor.consents is None:
         return
@@ -44,7 +44,7 @@ def vcpu(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 def second_vcpu(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Touch the first page, as the other does."""
-    yield from touch(design, design.scene.gfns[0])
+    yield from touch(design, min(design.scene.gfns, default=design.scene.beyond))
 
 
 def until_served(design: Design, hypervisor: Hypervisor) -> Steps[None]:

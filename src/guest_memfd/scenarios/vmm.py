@@ -66,7 +66,7 @@ def _change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
     if what == "allocate":
         ret = yield from design.allocate(start, nr)
     elif what == "bind":
-        ret = yield from bind(design, start, nr)
+        ret = yield from design.bind(design.scene.gfn(start), start, nr)
     elif what == "punch":
         ret, index = yield from design.punch_hole(start, nr)
     elif what == "to_private":
@@ -79,12 +79,12 @@ def _change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
     return ret
 
 
-# A range is bound where the scene's slot has it; what no slot has goes above all gfns.
-def bind(design: Design, start: int, nr: int) -> Steps[int]:
-    """Bind [start, start+nr) where the scene has it."""
-    slot = design.scene.slot_of(start)
-    gfn = design.scene.beyond if slot is None else slot.gfn + start - slot.start
-    return (yield from design.bind(gfn, start, nr))
+def mover(design: Design, hypervisor: Hypervisor) -> Steps[None]:
+    """Move a memslot: KVM_SET_USER_MEMORY_REGION deletes it, and sets it anew at a gfn that has none."""
+    yield from change(design, "unbind", 0, 1)
+    if (yield from USER.fd_open()):
+        ret = yield from design.bind(design.scene.beyond, 0, 1)
+        yield from USER.op_returned("bind", 0, 1, ret)
 
 
 STEPS = 3
@@ -150,6 +150,7 @@ VMM_MAPPED = Party("vmm-mapped", "a VMM that maps, touches, punches and converts
 VMM_ANY = Party("vmm-any", "a VMM that does any three of all that a VMM can do, one after the other",
                 life("map", "touch", "allocate", "punch", "to_private", "to_shared", "bind", "unbind", "close"), role="vmm",
                 fd=False)
+VMM_MOVE = Party("vmm-move", "a VMM that moves a memslot to another gfn", mover, role="vmm", fd=False)
 VMM_ODD = Party("vmm-odd", "a VMM that asks for what is no page of the file", odd_requests, role="vmm", fd=False)
 VMM2 = Party("vmm2", "a second thread of the VMM, in one system call", second_thread)
 REPEATER = Party("repeater", "a thread of the VMM that repeats a conversion while the answer is -EAGAIN", repeater,

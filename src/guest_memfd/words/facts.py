@@ -86,6 +86,12 @@ class Unannounced(NamedTuple):
     pgoff: int
 
 
+class Rebound(NamedTuple):
+    """A bind has overwritten the binding that a page had."""
+
+    pgoff: int
+
+
 class Ended(NamedTuple):
     """An operation has come to its end, and still holds its lock."""
 
@@ -99,7 +105,7 @@ class Ended(NamedTuple):
     attrs: tuple[int, ...]              # attributes of the range now
     bound: tuple[int, ...]              # for each page of the range the gfn + 1 it is bound to now, or 0
     batched: tuple[int, ...]            # pages of the range that sit in an lru_add batch
-    mapped: tuple[int, ...]             # pages of the range that the guest maps now where they are bound
+    mapped: tuple[int, ...]             # pages that who has faulted maps now: the guest where they are bound, or the VMM
     reasons: tuple[str, ...]            # what stood against it on the way
     places: tuple[int, ...]             # pages at which something did
     gfn: int | None                     # where the guest has faulted, if that is what it was about
@@ -171,5 +177,5 @@ class Warned(NamedTuple):
     what: str
 
 
-Note = (Access | Abort | DirectMapChange | MadePrivate | StrayGuest | Refused | OutOfScope | Unannounced | Ended | Returned
-        | Given | Contained | Freed | Destroyed | UseAfterFree | Broken | Warned)
+Note = (Access | Abort | DirectMapChange | MadePrivate | StrayGuest | Refused | OutOfScope | Unannounced | Rebound | Ended
+        | Returned | Given | Contained | Freed | Destroyed | UseAfterFree | Broken | Warned)

@@ -177,6 +177,10 @@ class Host:
         """Tracepoint: *op* on [start, start+nr) has returned to the party that asked for it. For parties."""
         return self._do("op_returned", op, start, nr, ret, error_index)
 
+    def ops_released(self) -> Steps[None]:
+        """Tracepoint: the hypervisor's half will not be called again for what the file is to its VM."""
+        return self._do("ops_released")
+
     # -- locks ---------------------------------------------------------------------------------------------------
 
     def down_read(self, sem: Sem) -> Steps[None]:
@@ -558,7 +562,7 @@ class Host:
 LOADS = frozenset({"xa_load"})
 """Primitives that act together with the one that follows, or take a step of their own."""
 
-SILENT = frozenset({"choose", "begin_op", "end_op", "op_returned", "fd_open"}) | LOADS
+SILENT = frozenset({"choose", "begin_op", "end_op", "op_returned", "ops_released", "fd_open"}) | LOADS
 """Primitives that need not take a step of their own."""
 
 PRIMITIVES = frozenset(

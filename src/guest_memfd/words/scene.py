@@ -70,7 +70,7 @@ class Scene:
     """The world before the parties begin.
 
     pages: of each file. frames: that there are for all of them. shared: pages that start out shared, in every file.
-    slots: what is bound before anybody starts, in every file (file n belongs to VM n, or to the only VM there is).
+    slots: what is bound before anybody starts, in every file (file n belongs to VM n).
     failures, refusals: how many injected failures, and how many refusals for good, one run may have.
     made: whether the file exists when the parties begin; if not, somebody has to create and bind it.
     populated: whether all its pages have been allocated by then.
@@ -102,8 +102,9 @@ class Scene:
         if self.populated and (not self.made or self.files * self.pages > self.frames):
             raise BadInput(f"scene {self.name!r}: {self.files * self.pages} pages of files that are there have to fit "
                            f"into {self.frames} frames to be populated")
-        if self.vms > self.files:
-            raise BadInput(f"scene {self.name!r}: {self.vms} VMs need as many files, not {self.files}")
+        if self.vms != self.files:
+            raise BadInput(f"scene {self.name!r}: {self.vms} VMs need as many files, not {self.files}: each VM has one, and "
+                           "two of one VM would be bound to the same gfns")
         for index in self.shared:
             if type(index) is not int or not 0 <= index < self.pages:
                 raise BadInput(f"scene {self.name!r}: page {index!r} cannot be shared, the file has {self.pages} pages")
@@ -123,6 +124,16 @@ class Scene:
     def beyond(self) -> int:
         """The first gfn above all slots: no page is behind it."""
         return max(self.gfns, default=-1) + 1
+
+    def gfn(self, index: int) -> int:
+        """Where a VMM binds a range that begins with page *index*: where its slot has it, or above all slots."""
+        slot = self.slot_of(index)
+        return self.beyond if slot is None else slot.gfn + index - slot.start
+
+    @property
+    def guest_frames(self) -> int:
+        """How many gfns a VM needs to have: up to the last that a VMM binds, and one that no slot has."""
+        return max(self.beyond + 1, *(self.gfn(start) + nr for start, nr in self.ranges))
 
     def index(self, gfn: int) -> int | None:
         """The page index that *gfn* is bound to when the parties begin, None for a gfn without a slot."""

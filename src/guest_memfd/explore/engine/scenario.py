@@ -112,7 +112,7 @@ class World:
         for file in range(self.scene.files if self.scene.made else 0):
             shared = self._set(shared, file)
         state = st.State(shared)
-        state.failures, state.refusals = failures, self.scene.refusals
+        state.failures, state.given, state.refusals = failures, failures, self.scene.refusals
         return state.save()
 
     # A design may refuse a kernel that it cannot work on, and nothing else: then there is no file.

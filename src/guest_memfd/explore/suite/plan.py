@@ -1,7 +1,7 @@
 """What the suite puts into each scene: every party alone, every pair, and the triples that matter.
 
-Rule of this file: data. Parties of a long life (three operations, one after the other) are in the scenes that show what
-they do, with the partners that race with them; everybody else is everywhere. docs/scenes.md has what each is there to
+Rule of this file: data. VMMs of several operations, one after the other, are in the scenes that show what they do, with the
+partners that race with them; everybody else is everywhere. docs/scenes.md has what each is there to
 see, and tests/test_vacuity.py a mistake for each that goes unnoticed without it.
 """
 
@@ -32,71 +32,87 @@ NAMED: dict[str, Scenario] = {
     "cache-while-stopping": ("vmm2", "pfn-cache", "stop"),
     "poison-and-a-call": ("vcpu2", "vmm2", "memory-failure"),
     "scan-and-a-call": ("vcpu2", "vmm2", "kcore"),
+    "scan-while-stopping": ("vcpu2", "kcore", "stop"),
+    "scan-and-a-life": ("vcpu2", "vmm-life", "kcore"),
+    "read-while-created": ("vcpu", "creator", "page-cache-reader"),
 }
 """Hazards people ask for by name."""
 
-ON_REQUEST = ("two-vcpus", "pin-and-convert", "pfn-cache")
-"""Named triples that are not in the suite: the same with one call of a VMM in place of two things are a tenth of them."""
-
-QUICK = ("unload-while-stopping", "scan-and-a-call")
-"""Named triples for a first look: the others take ten times as long as all the rest of it."""
-
-QUICK_PARTNER, QUICK_WITHOUT = "vcpu2", ("vmm",)
-"""A first look at a scene without triples: everybody alone and with this vCPU, which touches one page; but for the VMM that
-does two things one after the other, since half of the time would be its. One call at a time is there: vmm2, pinner."""
-
-QUICK_PARTNERS = {"both-shared": (QUICK_PARTNER, "repeater")}
-"""Where it is not that vCPU alone: what is there to be converted, all of it at once, meets everybody, too."""
-
-LONG = {
-    "vmm-life": ("vcpu", "vmm2", "stop", "memory-failure"),
-    "vmm-pages": ("vcpu2", "vmm2", "drainer", "stop", "power"),
-    "vmm-mapped": ("vcpu2", "drainer", "pfn-cache", "device"),
-    "vmm-any": ("stop",),
+TRIPLES: dict[str, Scenario] = {
+    "two-pages": (
+        "kcore-scan", "memory-failure", "hibernate", "unload", "unload-while-stopping", "stop-and-reclaim", "drained",
+        "life-and-death", "two-vcpus-and-a-call", "pin-and-a-call", "cache-and-a-call", "cache-while-stopping",
+        "poison-and-a-call", "scan-and-a-call", "scan-while-stopping", "scan-and-a-life",
+    ),
+    "nothing-yet": ("read-while-created",),
+    "failing-twice": ("pin-and-a-call",),
 }
-"""A VMM of three operations -> who else is in its pairs."""
+"""Scene -> its triples. Those that are in none are there for who asks: the same with one call of a VMM in place of two
+things are a tenth of them."""
 
-WHERE = {
-    "vmm-life": ("two-pages", "unbound"), "vmm-pages": ("two-pages", "both-private"), "vmm-mapped": ("both-shared",),
-    "vmm-any": ("two-pages", "crossed"),
+QUICK: dict[str, Scenario] = {
+    "two-pages": ("unload-while-stopping", "scan-and-a-call", "scan-while-stopping"),
+    "nothing-yet": ("read-while-created",),
+    "failing-twice": ("pin-and-a-call",),
 }
-"""A VMM of three operations -> scenes in which it has pairs."""
+"""Those of a first look: the others take ten times as long as all the rest of it."""
 
-TRIPLES = ("two-pages",)
-"""Scenes with triples."""
+PARTNER = "vcpu2"
+"""The vCPU that touches one page. Where not every pair is explored, everybody is alone and with it."""
+
+FEW = ("three-pages", "failing-twice")
+"""Scenes in which that is so in the whole suite: larger than the others, and for what one operation makes of them."""
+
+WHOLE = ("two-pages",)
+"""Scenes in which it is not so in a first look. In the others the VMM that does two things one after the other is left out,
+too, since half of the time would be its. One call at a time is there: vmm2, pinner."""
+
+QUICK_WITHOUT = ("vmm",)
+QUICK_PARTNERS: dict[str, Scenario] = {"both-shared": (PARTNER, "repeater"), "three-pages": ()}
+"""Scene -> partners in a first look, where they are not that vCPU alone: what is there to be converted, all of it at once,
+meets everybody, too."""
+
+LONG: dict[str, dict[str, Scenario]] = {
+    "vmm-life": {
+        "two-pages": ("vcpu", "vmm2", "stop", "memory-failure"), "unbound": ("vcpu", "vmm2", "stop", "memory-failure"),
+        "both-shared": ("memory-failure",),
+    },
+    "vmm-pages": {
+        "two-pages": ("vcpu2", "vmm2", "drainer", "stop", "power"),
+        "both-private": ("vcpu2", "vmm2", "drainer", "stop", "power"), "three-pages": (),
+    },
+    "vmm-mapped": {"both-shared": ("vcpu2", "drainer", "pfn-cache", "device")},
+    "vmm-any": {"two-pages": ("stop",), "crossed": ("stop",)},
+    "vmm-move": {
+        "two-pages": ("vcpu2", "patient-vcpu", "vmm2", "pfn-cache", "memory-failure", "stop"), "crossed": ("vcpu2",),
+        "failing-twice": (),
+    },
+}
+"""A VMM of several operations -> scene -> who else is in its pairs; in a scene that none of them names, all of them."""
 
 
 def plan(world: World, *, full: bool = True) -> list[Scenario]:
     """The scenarios of *world*, in their order; without *full* those that are enough for a first look."""
-    names = list(world.programs)
-    usual = [name for name in names if name not in LONG]
+    names, scene = list(world.programs), world.scene.name
+    brief = not full and scene not in WHOLE
+    usual = [name for name in names if name not in LONG and not (brief and name in QUICK_WITHOUT)]
     long = [name for name in names if name in LONG] if full else []
-    brief = not full and world.scene.name not in TRIPLES
-    if brief:
-        usual = [name for name in usual if name not in QUICK_WITHOUT]
-    partners = {*QUICK_PARTNERS.get(world.scene.name, (QUICK_PARTNER,))}
-    pairs = [*(pair for pair in itertools.combinations(usual, 2) if not brief or partners.intersection(pair)),
-             *_long_pairs(world, long)]
-    triples = _triples(world, full=full)
-    chosen = [*((name,) for name in (*usual, *long)), *(_ordered(names, pair) for pair in pairs), *triples]
+    pairs = [*itertools.combinations(usual, 2)]
+    if brief or scene in FEW:
+        partners = (PARTNER,) if full else QUICK_PARTNERS.get(scene, (PARTNER,))
+        pairs = [pair for pair in pairs if {*pair} & {*partners}]
+    pairs += [(name, other) for name in long for other in partners_of(name, scene) if other in names]
+    triples = (NAMED[name] for name in (TRIPLES if full else QUICK).get(scene, ()))
+    chosen = [*((name,) for name in (*usual, *long)), *(_ordered(names, pair) for pair in pairs),
+              *(_ordered(names, triple) for triple in triples if {*triple} <= {*names})]
     return [scenario for scenario in dict.fromkeys(chosen) if world.apart(scenario)]
 
 
-def _long_pairs(world: World, long: list[str]) -> list[Scenario]:
-    return [(name, other) for name in long if world.scene.name in WHERE[name] or world.scene.name not in _SHIPPED
-            for other in LONG[name] if other in world.programs]
-
-
-_SHIPPED = frozenset(itertools.chain.from_iterable(WHERE.values()))
-
-
-def _triples(world: World, *, full: bool) -> list[Scenario]:
-    scene = world.scene.name
-    if scene not in TRIPLES:
-        return []
-    names = [name for name, parties in NAMED.items() if len(parties) > 2 and name not in ON_REQUEST] if full else QUICK
-    there = list(world.programs)
-    return [_ordered(there, NAMED[name]) for name in names if all(party in there for party in NAMED[name])]
+def partners_of(name: str, scene: str) -> Scenario:
+    """Who is in a pair with the VMM of several operations *name* in *scene*."""
+    if any(scene in places for places in LONG.values()):
+        return LONG[name].get(scene, ())
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(LONG[name].values())))
 
 
 def _ordered(names: list[str], parties: Scenario) -> Scenario:

@@ -55,10 +55,6 @@ class GunyahOps(GuestMemfdOps):
         ret = yield from self.host.hypercall("donate_from_protected", folio)
         return 0 if ret == -EINVAL else ret
 
-    def release(self) -> Steps[None]:
-        """VM_RESET follows."""
-        yield from ()
-
 
 GUNYAH = Hypervisor(
     name="gunyah",

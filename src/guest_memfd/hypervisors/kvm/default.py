@@ -54,10 +54,6 @@ class KvmOps(GuestMemfdOps):
         yield from ()
         return 0
 
-    def release(self) -> Steps[None]:
-        """Nothing left."""
-        yield from ()
-
 
 KVM = Hypervisor(
     name="kvm",

@@ -151,10 +151,6 @@ class PkvmOps(GuestMemfdOps):
         """Only a dying guest gives pages back."""
         return (yield from self.host.hypercall("reclaim_dying_guest_page", gfn, folio))
 
-    def release(self) -> Steps[None]:
-        """The VM's EL2 state goes with the VM."""
-        yield from ()
-
 
 PKVM = Hypervisor(
     name="pkvm",

@@ -222,6 +222,13 @@ class Tracer:
         pages = (inode.find(index) for index in changed)
         return list({page.pa: page for page in pages if page is not None}.values())
 
+    def binds(self, host: TracedTask, start: int, nr: int) -> None:
+        """Pages [start, start+nr) are about to be bound: note those that are."""
+        operation = self.operations.get(host.who)
+        if operation is not None and operation.op == "bind" and nr <= JUDGED:
+            bound = host.inode.trees["bindings"].load(start, nr)
+            host.notes += [facts.Rebound(start + at) for at, entry in enumerate(bound) if entry]
+
     def against(self, task: int, reason: int, page: Page | None) -> None:
         """Something stands against the operation of *task*: at *page* of its file, if it is a page's doing."""
         operation = self.operations.get(task)
@@ -274,7 +281,8 @@ class Tracer:
         bindings = inode.trees["bindings"].load(operation.start, operation.nr)
         left = tuple(i for i in scope if inode.find(i) is not None)
         batched = tuple(i for i in left if (page := inode.find(i)) is not None and page.lru)
-        mapped = tuple(i for i, entry in zip(scope, bindings, strict=True) if self._guest_has(host, i, entry))
+        mapped = tuple(i for i, entry in zip(scope, bindings, strict=True) if (
+            self._vmm_has(host, i) if operation.op == "user_fault" else self._guest_has(host, i, entry)))
         return facts.Ended(
             operation.op, ret, error_index, scope, tuple(sorted(operation.toggled)),
             tuple(sorted(operation.removed)), left, tuple(attributes), tuple(bindings), batched, mapped,
@@ -282,6 +290,13 @@ class Tracer:
             operation.gfn, Cost(**operation.cost),
             (*self.machine.hypervisor.errnos.get(operation.op, ()), *host.errnos.get(operation.op, ())),
             host.bounds.get(operation.op))
+
+    # Unless the mapping has gone meanwhile, or memory is broken: who faulted is told so when he goes on.
+    def _vmm_has(self, host: TracedTask, index: int) -> bool:
+        mapping, page = host.inode.mapping, host.inode.find(index)
+        if mapping is None or not mapping.vmas or (page is not None and page.hwpoison):
+            return True
+        return mapping.lookup(index) is not None
 
     # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
     def _guest_has(self, host: TracedTask, index: int, entry: int) -> bool:

@@ -30,6 +30,7 @@ class Inode:
     pages: dict[int, Page] = field(default_factory=dict)        # page index of the head -> folio
     orders: dict[int, int] = field(default_factory=dict)        # order -> folios of it in `pages`
     trees: dict[str, MapleTree] = field(default_factory=lambda: {name: MapleTree() for name in TREES})
+    released: bool = False                                      # the hypervisor's half will not be called again
     reserved: range = range(0)                                  # pages for which the attribute tree has preallocated nodes
     refuses_readers: bool = False                               # AS_NO_DIRECT_MAP
     invalidate: Rwsem = field(default_factory=Rwsem)
@@ -83,7 +84,7 @@ class Inode:
 
     def destroy(self) -> None:
         """What was kept in it goes with its memory. (``provided`` is a VM's, and only found through it here.)"""
-        self.life, self.evictor, self.refuses_readers = DESTROYED, None, False
+        self.life, self.evictor, self.refuses_readers, self.released = DESTROYED, None, False, False
         self.trees |= {name: MapleTree() for name in ("attributes", "bindings")}
 
     def bound(self) -> bool:

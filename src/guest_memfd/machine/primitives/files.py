@@ -21,6 +21,12 @@ class FilePrimitives(GuestSide):
         """Tracepoint, in the state the operation is about to unlock."""
         self.machine.tracer.end(self, ret, error_index)
 
+    def ops_released(self) -> None:
+        """Tracepoint; of a file that is gone nothing is left to be called about."""
+        if self.inode.released:
+            self.gone("what the hypervisor keeps of the file, in ops_released")
+        self.inode.released = self.inode.life in (ALIVE, EVICTED)
+
     def op_returned(self, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
         """Tracepoint, where the caller is told."""
         self.machine.tracer.returned(self, op, start, nr, ret, error_index)
@@ -53,8 +59,11 @@ class FilePrimitives(GuestSide):
                     self.note_private(page, "converted")
                 else:
                     self.machine.tracer.declassify(page)
-        else:
-            self.inode.trees[tree].store(start, values)
+            return
+        if tree == "bindings" and values.first:
+            self.machine.tracer.binds(self, start, nr)
+            self.inode.released = False
+        self.inode.trees[tree].store(start, values)
 
     def xa_store_reserved(self, tree: Tree, start: int, values: Entries) -> None:
         """A store that changes the attribute tree needs its reservation."""

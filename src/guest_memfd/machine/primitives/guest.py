@@ -18,6 +18,8 @@ class GuestSide(UserMappings):
         """The driver's code around one hypercall; what it did to the page is read off EL2's own records."""
         if self.vm.state == GONE:
             self.gone("the VM, in hypercall")
+        if self.inode.released:
+            self.gone("what the hypervisor keeps of the file, in hypercall")
         machine = self.machine
         folio = next(arg for arg in args if isinstance(arg, Folio))
         page = self.page(folio)
