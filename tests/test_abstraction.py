@@ -150,8 +150,8 @@ def seen(both: refinement.Pair, sizes: st.Sizes | None = None) -> dict[str, int]
 
 
 # A machine on which the guest has its first page, in the first frame that is watched.
-def lent() -> refinement.Pair:
-    there = built("kvm", "library")
+def lent(scene: str = "two-pages") -> refinement.Pair:
+    there = built("kvm", "library", scene)
     both = refinement.pair(there, machine(there, random.Random(0)), failures=0)
     vcpu = refinement.Runner(there.programs["vcpu"].number, there.programs["vcpu"].start())
     vcpu.resume(None, min)
@@ -204,10 +204,17 @@ def test_it_is_told_of_all_frames_that_are_watched() -> None:
             seen(both, sizes._replace(frames=frames))
 
 
-@pytest.mark.parametrize(("start", "nr"), [(1, 6), (-1, 3)])
-def test_what_an_operation_is_about_ends_where_the_file_does(start: int, nr: int) -> None:
-    both = lent()
+@pytest.mark.parametrize(("start", "nr", "mask"), [(1, 6, 0b110), (-1, 3, 0b011), (0, 3, 0b111)])
+def test_what_an_operation_is_about_ends_where_the_file_does(start: int, nr: int, mask: int) -> None:
+    both = lent("three-pages")
     vmm = both.world.programs["vmm2"].number
-    begun = Primitive("begin_op", ("punch", start, nr, None), "library")
-    both.step(vmm, begun, both.outcomes(vmm, begun)[0])
-    assert {seen(both)[f"party{vmm}.scope"]} == {sum(1 << page for page in (0, 1) if start <= page < start + nr)}
+    for name, args in (("begin_op", ("punch", start, nr, None)), ("xa_reserve", ("attributes", start, nr))):
+        asked = Primitive(name, args, "library")
+        both.step(vmm, asked, both.outcomes(vmm, asked)[0])
+    assert (seen(both)[f"party{vmm}.scope"], seen(both)["file0.reserved"]) == (mask, mask)
+
+
+def test_the_cache_of_the_vm_maps_the_frame_that_it_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = lent()
+    monkeypatch.setattr(both.host.vm, "gpc", SimpleNamespace(pa=both.host.machine.watched[1]))
+    assert seen(both)["vm0.gpc"] == 2
