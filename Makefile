@@ -4,6 +4,7 @@
 # make bench     how fast the explorer is; make bench-emulated: what lending costs on the emulated machine
 # make bench-linux  what our calls of the real kernel cost beside the same in C, and memfd_secret beside memfd
 # make mutants   the library with one small thing wrong, some thousand times over: what does nobody notice (an hour and more)
+# make tour      docs/tour.md and docs/page-life.svg, written anew from a run
 # make fuzz      random command lines, traces, guests, plugins, lives of a VMM, hypercalls (FUZZ='lines --count 100000')
 # Needs python3 (3.11 or later, with venv), and for benchmarks gcc (two of them) and spin (one). Nothing is written outside of this folder.
 
@@ -15,7 +16,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: compare test test-long lint mutants fuzz bench bench-emulated bench-linux clean
+.PHONY: compare test test-long lint mutants tour fuzz bench bench-emulated bench-linux clean
 
 compare: .venv/installed
 	@echo "exploring every pair of parties under every design: two or three minutes, more on a busy machine" >&2
@@ -33,6 +34,9 @@ lint: .venv/dev
 
 mutants: .venv/installed
 	PYTHONPATH=tools $(BIN)/python -m mutants $(MUTANTS)
+
+tour: .venv/installed
+	PYTHONPATH=tools $(BIN)/python -m tour docs
 
 fuzz: .venv/dev
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
