@@ -86,7 +86,7 @@ class AbstractGuestSide(AbstractMappings):
         self.gfn(gfn).gpoison = 1
 
     def poisoned(self, gfn: int) -> bool:
-        """What `destroy` left."""
+        """Whether the entry of *gfn* is POISONED: `destroy` took its page, and the guest's next access reports it."""
         return bool(self.gfn(gfn).gpoison)
 
     def locked_in(self, pfn: int) -> bool:
@@ -248,7 +248,7 @@ class AbstractGuestSide(AbstractMappings):
         return True
 
     def gpc_commit(self, folio: Folio) -> bool:
-        """mmu_notifier_retry_cache()."""
+        """Fill the cache, unless an invalidation runs or has run since `gpc_begin`: mmu_notifier_retry_cache()."""
         if self.vm.progress or not self.vm.gpc_fresh:
             return False
         self.vm.gpc = folio.pfn + 1

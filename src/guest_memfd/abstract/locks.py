@@ -9,7 +9,7 @@ from guest_memfd.words.primitives import Folio, Locked
 
 
 class AbstractLocks(AbstractBase):
-    """down_read ... unlock_folio."""
+    """The lock primitives, down_read to unlock_folio: they wait, and a release without a hold is a bug."""
 
     def _sem(self, sem: str) -> tuple[int, int, int]:
         file = self.file

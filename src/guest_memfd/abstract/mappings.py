@@ -161,7 +161,7 @@ class AbstractMappings(AbstractBase):
         self.count("writes")
 
     def flush_tlb_kernel_range(self, folios: tuple[Folio, ...]) -> None:
-        """All CPUs."""
+        """Drop the stale kernel TLB entries of *folios*, on all CPUs; the law on cost counts it as one flush."""
         self.count("flushes")
         for folio in folios:
             self.state.frame(folio.pfn).stale = 0
@@ -240,7 +240,7 @@ class AbstractMappings(AbstractBase):
     # -- GUP -----------------------------------------------------------------------------------------------------
 
     def gup_read_pte(self, index: int) -> Folio | None:
-        """Look, hold nothing."""
+        """GUP-fast, first half: the folio that the VMM's page table maps at page *index*, or None; no reference is taken."""
         frame = self._pte(index)
         return Folio(frame.number) if frame else None
 

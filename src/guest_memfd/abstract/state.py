@@ -182,7 +182,7 @@ class Frame(_Record):
     """One page frame; `number` is its pfn. Fields: FRAME_FIELDS."""
 
     def refs(self) -> int:
-        """folio_ref_count()."""
+        """The number that folio_ref_count() returns: all kinds of references on this frame, added up."""
         return int(self.cache + self.lru + self.lookup + self.provided + self.pin + self.get + self.spec + self.kept)
 
 
@@ -255,11 +255,11 @@ class State:
         return GfnRecord(self.raw, self._at("gfn", number, _GFN_SIZE), number)
 
     def file(self, number: int = 0) -> FileRecord:
-        """File *number*."""
+        """The record of file *number*, from 0 on; it reads and writes the bytes of this state."""
         return FileRecord(self.raw, self._at("file", number, _FILE_SIZE), number)
 
     def vm(self, number: int = 0) -> VmRecord:
-        """VM *number*."""
+        """The record of VM *number*, from 0 on; it reads and writes the bytes of this state."""
         return VmRecord(self.raw, self._at("vm", number, _VM_SIZE), number)
 
     def ghost(self, party: int) -> PartyGhost:
@@ -267,7 +267,7 @@ class State:
         return PartyGhost(self.raw, self._at("party", party, _PARTY_SIZE), party)
 
     def frames(self) -> Iterator[Frame]:
-        """All frames."""
+        """The records of all frames, by frame number from 0 on."""
         return map(self.frame, range(self.layout.counts["pfn"]))
 
     def pages(self) -> Iterator[PageRecord]:
@@ -279,11 +279,11 @@ class State:
         return map(self.gfn, range(self.layout.counts["gfn"]))
 
     def all_files(self) -> Iterator[FileRecord]:
-        """All files."""
+        """The records of all files, by number from 0 on."""
         return map(self.file, range(self.layout.counts["file"]))
 
     def vms(self) -> Iterator[VmRecord]:
-        """All VMs."""
+        """The records of all VMs, by number from 0 on."""
         return map(self.vm, range(self.layout.counts["vm"]))
 
     def ghosts(self) -> Iterator[PartyGhost]:

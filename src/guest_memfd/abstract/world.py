@@ -153,7 +153,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         return 0
 
     def xa_release(self, tree: str) -> None:
-        """Given back unused."""
+        """Give the reservation of `xa_reserve` back unused, as an operation does that fails after it."""
         if tree == "attributes":
             self.file.reserved = 0
 
@@ -254,7 +254,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         return 0
 
     def vm_state(self) -> str:
-        """running, dying, gone."""
+        """``running``, ``dying`` or ``gone``; the last two are noted as a reason why an operation may refuse."""
         if self.vm.vm != RUNNING:
             self.against(GONE_BEFORE)
         return VM_STATES[self.vm.vm]
@@ -307,11 +307,11 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         return 0
 
     def pm_post(self) -> None:
-        """The door opens."""
+        """End the hibernation that `pm_prepare` began: pages may leave the host again."""
         self.state.preparing = 0
 
     def open_files(self) -> int:
-        """secretmem_users."""
+        """How many files have a reference left, as secretmem_users counts; hibernation asks for it."""
         return sum(file.files > 0 for file in self.state.all_files())
 
     def freeze_processes(self) -> None:
@@ -324,7 +324,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         self.state.frozen = 1
 
     def thaw_processes(self) -> None:
-        """They run again."""
+        """Let the tasks run that `freeze_processes` has stopped."""
         self.state.frozen = 0
 
     def hwpoison(self, index: int) -> Folio | None:
@@ -352,9 +352,9 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     # -- saying so -----------------------------------------------------------------------------------------------
 
     def warn(self, what: str) -> None:
-        """WARN_ON()."""
+        """WARN_ON(): leave a fact for the laws and go on."""
         self.notes.append(facts.Warned(what))
 
     def bug(self, what: str) -> None:
-        """BUG_ON()."""
+        """BUG_ON(): the kernel stops here, which breaks the law host-survives."""
         self.die(what)

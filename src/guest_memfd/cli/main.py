@@ -70,7 +70,7 @@ class Version(argparse.Action):
     """--version, which looks the version up only when asked."""
 
     def __call__(self, *_: Any) -> NoReturn:
-        """Print and exit."""
+        """Print the version of the installed package, or that there is none, and exit with status 0."""
         from importlib import metadata
 
         try:

@@ -112,7 +112,7 @@ class Lines:
         self._write, self._kept = write, ""
 
     def say(self, text: str) -> None:
-        """More of it."""
+        """Take more of the guest's output; it is written as soon as it ends with a newline."""
         self._kept += text
         if text.endswith("\n"):
             self._pass_on()

@@ -18,7 +18,7 @@ ATTEMPTS = 2
 
 
 class HostMapping(Power):
-    """Zap and restore."""
+    """Take folios out of the direct map and put them back; each change is counted for hibernation."""
 
     def zap(self, folio: Folio) -> Steps[int]:
         """Take the locked *folio* out of the direct map and out of every CPU's TLB; 0, -ENOMEM or -EAGAIN (power)."""

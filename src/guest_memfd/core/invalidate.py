@@ -20,7 +20,7 @@ def _cut(held: Held, start: int, nr: int) -> bool:
 
 
 class Removes(Converts):
-    """punch_hole, error_folio, close."""
+    """The operations that take folios out of a file: punch_hole, error_folio (memory failure) and close."""
 
     def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
         """Free the pages of [start, start+nr); -EBUSY with the page index if the guest holds on to one.

@@ -142,7 +142,7 @@ class GuestmemRfc1(Design):
     # -- the host's side -----------------------------------------------------------------------------------------
 
     def mmap(self) -> Steps[int]:
-        """Only with ->accessible."""
+        """Map the file, where the driver has ->accessible; -EPERM where it has not."""
         return (yield from self.host.mmap()) if self.has_accessible else -EPERM
 
     def user_fault(self, index: int) -> Steps[str]:
@@ -222,6 +222,6 @@ class GuestmemRfc1(Design):
         return Conversion(-EOPNOTSUPP)
 
     def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        """As `make_private`."""
+        """-EOPNOTSUPP, as `make_private`: the posted library has no conversion by range."""
         yield from ()
         return Conversion(-EOPNOTSUPP)

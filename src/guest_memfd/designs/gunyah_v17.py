@@ -63,7 +63,7 @@ def places(entries: Sequence[int], at: int = 0) -> Iterator[int]:
 
 
 class GunyahV17(Design):
-    """drivers/virt/gunyah/{guest_memfd,vm_mgr_mem}.c as posted."""
+    """drivers/virt/gunyah/{guest_memfd,vm_mgr_mem}.c as posted, mistakes included; S and a number names one of them."""
 
     name = "gunyah-v17"
     title = "the driver unmaps lent pages itself, through exported setters"
@@ -313,7 +313,7 @@ class GunyahV17(Design):
         return Conversion(-EOPNOTSUPP)
 
     def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        """As `make_private`."""
+        """-EOPNOTSUPP, as `make_private`: a page is shared only when its binding goes."""
         yield from ()
         return Conversion(-EOPNOTSUPP)
 

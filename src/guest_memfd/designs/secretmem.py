@@ -46,7 +46,7 @@ class Secretmem(Design):
         return 0
 
     def return_to_kernel(self, held: Held, marked: bool) -> Steps[None]:
-        """Restore, then zero."""
+        """Put the page back into the direct map, then zero it through there (secretmem_free_folio(), mm/secretmem.c)."""
         yield from self.host.set_direct_map_default_noflush(held.folio)
         yield from self.host.folio_set_private(held.folio, False)
         yield from self.host.clear_folio(held.folio)

@@ -52,6 +52,6 @@ class Secret(Descriptor):
         return LinuxMapping(self, offset, self.size - offset if nr is None else nr, shared=shared)
 
     def fstat(self) -> Stat:
-        """fstat(2)."""
+        """Mode, size in bytes and blocks of 512 bytes, from fstat(2)."""
         found = os.fstat(self.fileno())
         return Stat(found.st_mode, found.st_size, found.st_blocks)

@@ -50,7 +50,7 @@ class Against:
 
     @property
     def worse(self) -> bool:
-        """Whether anything is."""
+        """Whether any change is one for the worse; `gmem probe` then exits with status 2."""
         return any(change.worse for change in self.changes)
 
 

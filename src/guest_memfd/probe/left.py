@@ -32,7 +32,7 @@ class Count:
 
 
 def count() -> Count:
-    """Now."""
+    """What there is now; all zeros where /proc cannot be read."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
         children = " ".join((task / "children").read_text() for task in Path("/proc/self/task").iterdir()).split()

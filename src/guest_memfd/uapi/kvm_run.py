@@ -29,7 +29,7 @@ class ExitReason(IntEnum):
 
 
 class SystemEventType(IntEnum):
-    """kvm_run.system_event.type."""
+    """kvm_run.system_event.type: what the guest has asked for, or that it has crashed."""
 
     SHUTDOWN = 1
     RESET = 2

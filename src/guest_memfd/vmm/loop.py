@@ -46,7 +46,7 @@ class Debugger(Protocol):
     """What an emulator knows of its vCPU, whatever the hypervisor lets the host see."""
 
     def pc(self) -> int:
-        """Where it is."""
+        """The guest's program counter, a guest virtual address."""
 
     def registers(self) -> Mapping[str, int]:
         """General registers and what the last exception left, by their names."""

@@ -55,7 +55,7 @@ class Names:
             machine.kernel_pages.free(pa)
 
     def free(self) -> None:
-        """Give everything back."""
+        """Zero and free the pages that are still held; those with a name have been given back before."""
         for pa in self._held:
             self.machine.ram.zero(pa, PAGE)
             self.machine.kernel_pages.free(pa)

@@ -60,7 +60,7 @@ class Watch:
         self.broken: dict[str, LawBroken] = {}
 
     def __call__(self, primitive: Primitive, facts: Sequence[facts.Note]) -> None:
-        """Judge *facts*."""
+        """Count *primitive*, log it by the level, and let all laws judge *facts*."""
         self.counts[primitive.name] += 1
         fault = primitive.name == "begin_op" and primitive.args[0] == "fault"
         self.faults += fault

@@ -54,7 +54,7 @@ class Folio(NamedTuple):
 
     @property
     def nr(self) -> int:
-        """Size in pages."""
+        """Size in pages: 1 << order."""
         return 1 << self.order
 
     def __str__(self) -> str:
@@ -204,7 +204,7 @@ class Host:
         return self._do("lock_folio", folio)
 
     def unlock_folio(self, folio: Folio) -> Steps[None]:
-        """folio_unlock()."""
+        """folio_unlock(): another lock_folio() may get the folio from here on."""
         return self._do("unlock_folio", folio)
 
     # -- page cache and references -------------------------------------------------------------------------------
@@ -507,11 +507,11 @@ class Host:
         return self._do("gpc_access", write)
 
     def gpc_read_unlock(self) -> Steps[None]:
-        """read_unlock(&gpc->lock)."""
+        """read_unlock(&gpc->lock): an invalidation that waits for this user may go on."""
         return self._do("gpc_read_unlock")
 
     def gpc_drop(self) -> Steps[None]:
-        """kvm_gpc_deactivate()."""
+        """kvm_gpc_deactivate(): give the cache up; later invalidations do not concern it."""
         return self._do("gpc_drop")
 
     def hwpoison(self, index: int) -> Steps[Folio | None]:

@@ -57,7 +57,7 @@ class Immediate(NamedTuple):
 
 
 class Far(NamedTuple):
-    """``selector:offset``, both expressions."""
+    """The target of a far jump or call: ``selector:offset``, both expressions; *size* in bits, None if not written."""
 
     text: str
     selector: str

@@ -25,7 +25,7 @@ class GunyahOps(GuestMemfdOps):
         return (yield from self.host.hypercall("map_private", gfn, folio))
 
     def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
-        """Share. As above."""
+        """Share: donate to the sibling extent, then map; a map that fails is repeated as in `prepare_private`."""
         ret = yield from self.host.hypercall("donate_to_sibling", folio)
         if ret not in (0, -EINVAL):
             return ret
@@ -56,7 +56,7 @@ class GunyahOps(GuestMemfdOps):
         return 0 if ret == -EINVAL else ret
 
     def release(self) -> Steps[None]:
-        """VM_RESET follows."""
+        """The VM is going: the Resource Manager's VM_RESET takes its address space, nothing is asked for here."""
         yield from ()
 
 

@@ -251,11 +251,11 @@ class Board:
     # -- the console -----------------------------------------------------------------------------------------------------
 
     def log(self, text: str) -> None:
-        """printk()."""
+        """printk(): append *text* to the console, one entry a line."""
         self.console += text.splitlines()
 
     def panicked(self, panic: KernelPanic) -> None:
-        """Linux has stopped."""
+        """Linux has stopped: keep why, and print it to the console; no later call reaches the kernel."""
         self.dead = panic
         self.log(panic.text)
 

@@ -231,7 +231,7 @@ class HostCpu:
             return None
 
     def force_reclaim(self, pa: int) -> int:
-        """__pkvm_force_reclaim_guest_page()."""
+        """__pkvm_force_reclaim_guest_page() of the page of *pa*; a success is remembered, the access will be tried again."""
         ret = self.machine.driver.force_reclaim(pa & -PAGE)
         self._reclaimed = self._reclaimed or ret == 0
         return ret

@@ -352,7 +352,7 @@ class GuestMemoryFile(Serialised, ABC):
     # -- system calls --------------------------------------------------------------------------------------------
 
     def fallocate(self, mode: int, offset: int, nr: int) -> None:
-        """fallocate(2); raises SyscallFailed."""
+        """fallocate(2); the generic checks of vfs_fallocate() first, then the file's own. Raises SyscallFailed."""
         mode, offset, nr = word("mode", mode, 32), signed("offset", offset, 64), signed("len", nr, 64)
         self._in_use("fallocate")
         if offset < 0 or nr <= 0:

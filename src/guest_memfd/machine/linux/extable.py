@@ -22,7 +22,7 @@ _U64 = (1 << 64) - 1
 
 
 class ExType(IntEnum):
-    """EX_TYPE_*."""
+    """EX_TYPE_* of arch/arm64/include/asm/asm-extable.h: which handler fixes a fault up."""
 
     NONE = 0
     BPF = 1

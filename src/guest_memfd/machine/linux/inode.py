@@ -65,7 +65,7 @@ class Inode:
         page.inode, page.index = self, index
 
     def remove(self, page: Page) -> None:
-        """Take *page* out."""
+        """Take *page* out of the page cache; it belongs to no file then. Its references are left as they are."""
         del self.pages[page.index]
         self._in_order = None
         self.orders[page.order] -= 1

@@ -16,7 +16,7 @@ class Kcore(Protocol):
         """pfn_is_ram(), and the page is online."""
 
     def is_offline(self, pa: int) -> bool:
-        """PageOffline."""
+        """PageOffline() of the page at *pa*: a balloon or memory hotplug has taken it, and it is read as zeros."""
 
     def is_hwpoison(self, pa: int) -> bool:
         """The page, or a page of its folio, is poisoned."""

@@ -68,7 +68,7 @@ class KernelDied(Exception):  # noqa: N818 - named after what happened
 
 
 class MmFault(Enum):
-    """What handle_mm_fault() found."""
+    """What handle_mm_fault() found for a user address; each leads to another end of do_page_fault()."""
 
     DONE = "done"
     OOM = "oom"
@@ -195,7 +195,7 @@ def do_sea(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
 
 
 def do_bad(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> None:
-    """Nobody handles this."""
+    """fault_info[]'s handler for faults that nothing can handle; it returns, so do_mem_abort() reports them."""
 
 
 # -- the kernel's own faults -------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def _best_guess(far: int, esr: int, kernel: AbortKernel) -> str:
 
 
 def fixup_exception(esr: int, regs: PtRegs, kernel: AbortKernel) -> bool:
-    """fixup_exception() of arch/arm64/mm/extable.c."""
+    """fixup_exception() of arch/arm64/mm/extable.c: whether the PC had an entry and was moved to its fixup."""
     return kernel.extable.fixup(regs, esr, kernel.read_aligned)
 
 

@@ -61,7 +61,7 @@ class Vma(NamedTuple):
         return self.start <= index < self.start + self.nr
 
     def va(self, index: int) -> int:
-        """Where."""
+        """The user virtual address of page *index* of the file."""
         return self.address + (index - self.start) * PAGE
 
     @property

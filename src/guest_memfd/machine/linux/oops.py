@@ -65,7 +65,7 @@ class Reporter(Protocol):
 
 
 def user_mode(regs: PtRegs) -> bool:
-    """PSTATE.M says EL0."""
+    """Whether PSTATE.M says EL0: the fault came from user space."""
     return regs.pstate & 0xF == 0
 
 
@@ -108,7 +108,7 @@ def show_pte(va: int, kernel: Reporter) -> list[str]:
 
 
 def show_regs(regs: PtRegs, kernel: Reporter) -> list[str]:
-    """__show_regs()."""
+    """The lines that __show_regs() prints: PSTATE, pc, lr, sp, and x29 to x0, three to a line."""
     flags = "".join(name.upper() if regs.pstate >> bit & 1 else name
                     for name, bit in (("n", 31), ("z", 30), ("c", 29), ("v", 28)))
     masks = "".join(name.upper() if regs.pstate >> bit & 1 else name

@@ -31,12 +31,12 @@ class Page:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The folio's size in bytes."""
         return PAGE << self.order
 
     @property
     def nr(self) -> int:
-        """Pages."""
+        """The folio's size in pages, a power of 2."""
         return 1 << self.order
 
     def take(self, kind: str, nr: int = 1) -> None:

@@ -87,7 +87,7 @@ class PoisonLinearMap(Protocol):
     debug_pagealloc: bool
 
     def kernel_map_pages(self, pa: int, nr: int, enable: bool) -> None:
-        """__kernel_map_pages()."""
+        """__kernel_map_pages(): make *nr* pages from *pa* on present in the linear map, or not present."""
 
 
 def _pages(pa: int, order: int) -> Iterator[int]:

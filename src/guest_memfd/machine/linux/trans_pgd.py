@@ -22,7 +22,7 @@ class PgdSource(Protocol):
 
     @property
     def root(self) -> int:
-        """swapper_pg_dir."""
+        """Physical address of swapper_pg_dir, the first table of the linear map."""
 
     def fault_in(self, va: int) -> bool:
         """Build what has not been needed yet."""

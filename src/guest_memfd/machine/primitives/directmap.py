@@ -10,7 +10,7 @@ from guest_memfd.words.primitives import Folio
 
 
 class DirectMap(Base):
-    """can_set_direct_map ... flush_tlb_kernel_range."""
+    """The direct-map primitives, can_set_direct_map to flush_tlb_kernel_range: real entries and real TLBs."""
 
     def can_set_direct_map(self) -> bool:
         """By the kernel's command line: rodata=full, or debug_pagealloc (arch/arm64/mm/pageattr.c)."""

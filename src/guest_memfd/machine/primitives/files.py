@@ -11,10 +11,10 @@ from guest_memfd.words.primitives import EBUSY, ENOMEM, Entries, Tree
 
 
 class FilePrimitives(GuestSide):
-    """begin_op ... vm_destroyed."""
+    """The primitives on files, trees, the module and the VM, begin_op to vm_destroyed."""
 
     def begin_op(self, op: str, start: int, nr: int, gfn: int | None) -> None:
-        """Tracepoint."""
+        """Tell the tracer that an operation begins, on pages [start, start+nr); takes no step of its own."""
         self.machine.tracer.begin(self, op, start, nr, gfn)
 
     def end_op(self, ret: int, error_index: int | None) -> None:
@@ -75,7 +75,7 @@ class FilePrimitives(GuestSide):
         return 0
 
     def xa_release(self, tree: Tree) -> None:
-        """Given back unused."""
+        """Give the nodes back that `xa_reserve` has allocated, unused."""
         if tree == "attributes":
             self.inode.reserved = range(0)
 
@@ -177,7 +177,7 @@ class FilePrimitives(GuestSide):
         return -EBUSY if self.machine.modules.delete(self.machine.module.name) else 0
 
     def vm_state(self) -> str:
-        """running, dying, gone."""
+        """``running``, ``dying`` or ``gone``; the last two are noted as a reason why an operation may refuse."""
         if self.vm.state != RUNNING:
             self.against(GONE_BEFORE)
         return VM_STATES[self.vm.state]
@@ -205,10 +205,10 @@ class FilePrimitives(GuestSide):
     # -- saying so -----------------------------------------------------------------------------------------------
 
     def warn(self, what: str) -> None:
-        """WARN_ON()."""
+        """WARN_ON(): a line on the console, and a fact for the laws."""
         self.machine.log(f"WARNING: {what}")
         self.notes.append(facts.Warned(what))
 
     def bug(self, what: str) -> None:
-        """BUG_ON()."""
+        """BUG_ON(): the kernel stops here, which breaks the law host-survives."""
         self.die(what)

@@ -12,7 +12,7 @@ from guest_memfd.words.primitives import EAGAIN, ENOMEM, Folio
 
 
 class GuestSide(UserMappings):
-    """hypercall ... gpc_drop."""
+    """The guest's side, hypercall to gpc_drop: EL2's code, guest accesses, and pfn caches of the kernel."""
 
     def hypercall(self, name: str, *args: object) -> int:
         """The driver's code around one hypercall; what it did to the page is read off EL2's own records."""
@@ -135,7 +135,7 @@ class GuestSide(UserMappings):
         return True
 
     def gpc_commit(self, folio: Folio) -> bool:
-        """mmu_notifier_retry_cache()."""
+        """Fill the cache, unless an invalidation runs or has run since `gpc_begin`: mmu_notifier_retry_cache()."""
         if any(self.vm.begun.values()) or not self.vm.gpc_fresh:
             return False
         self.vm.gpc = self.page(folio)

@@ -38,7 +38,7 @@ def works_on_inode(primitive: Primitive) -> bool:
 
 
 class Lifetimes(Base):
-    """must_be_there."""
+    """Before every primitive: its code and the inode that it works on have to be there still."""
 
     def must_be_there(self, primitive: Primitive) -> None:
         """End the kernel if the code of *primitive*, or the inode it works on, is gone."""

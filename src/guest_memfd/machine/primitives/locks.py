@@ -10,7 +10,7 @@ from guest_memfd.words.primitives import Folio, Locked, Sem
 
 
 class Locks(Base):
-    """down_read ... unlock_folio."""
+    """The lock primitives, down_read to unlock_folio, on the emulated kernel's semaphores and folio locks."""
 
     def _sem(self, sem: Sem) -> Rwsem:
         return self.inode.invalidate if sem == "invalidate" else self.inode.bindings

@@ -16,7 +16,7 @@ FOLIO_BATCH = 31
 
 
 class PageCache(Contents):
-    """filemap_get_folio ... folio_set_private."""
+    """The page-cache primitives, filemap_get_folio to folio_set_private, on struct pages of the machine."""
 
     def filemap_get_folio(self, index: int) -> Lookup | None:
         """A hit comes with a transient reference."""
@@ -108,7 +108,7 @@ class PageCache(Contents):
         self.free_if_unused(page)
 
     def folio_get(self, folio: Folio, kind: str = "provided") -> None:
-        """A lasting reference."""
+        """Take a reference of *kind* that outlives the operation; the caller already has one on the folio."""
         self.page(folio).take(kind)
 
     def leak_folio(self, folio: Folio) -> None:
@@ -117,7 +117,7 @@ class PageCache(Contents):
         self.machine.leaked += 1
 
     def mapping_set_no_direct_map(self) -> None:
-        """AS_NO_DIRECT_MAP."""
+        """Set AS_NO_DIRECT_MAP on the inode: readers of page-cache folios that ask for it keep out."""
         self.inode.refuses_readers = True
 
     def mapping_no_direct_map(self) -> bool:
@@ -125,14 +125,14 @@ class PageCache(Contents):
         return self.inode.refuses_readers
 
     def folio_ref_count(self, folio: Folio) -> int:
-        """All references."""
+        """The reference count; more than the page cache, its LRU batch and the caller have is a reason to refuse."""
         page = self.page(folio)
         if page.refcount > page.cache + page.lru + 1:
             self.against(REFERENCE, page)
         return page.refcount
 
     def folio_maybe_dma_pinned(self, folio: Folio) -> bool:
-        """FOLL_PIN only."""
+        """Whether a FOLL_PIN reference is held; a FOLL_GET reference is not seen here, as in the kernel."""
         return bool(self.page(folio).pin)
 
     def folio_mapped(self, folio: Folio) -> bool:

@@ -13,7 +13,7 @@ from guest_memfd.words.primitives import EBADF, ENOMEM, Folio
 
 
 class UserMappings(PageCache):
-    """mmap ... unpin."""
+    """The VMM's mapping and GUP, mmap to unpin: user page tables, and references that others hold."""
 
     def mmap(self) -> int:
         """Over the whole file, through the VMM's descriptor."""

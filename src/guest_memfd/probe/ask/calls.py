@@ -47,7 +47,7 @@ def call(name: str, *given: Any) -> int:
 
 
 def name_of(error: OSError | SyscallFailed) -> str:
-    """The errno's name."""
+    """The name of the errno, as ``EINVAL``; its number where it has no name."""
     return errno_name(error.errno or 0)
 
 

@@ -58,7 +58,7 @@ class Binding:
         return self.start + gfn - self.gfn
 
     def trim(self, gfn: int, nr: int) -> None:
-        """An edge goes."""
+        """Give up *nr* gfns from *gfn* on, which must be the first or the last of the binding."""
         if gfn == self.gfn:
             self.gfn, self.start = self.gfn + nr, self.start + nr
         self.nr -= nr

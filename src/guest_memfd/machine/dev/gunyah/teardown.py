@@ -40,7 +40,7 @@ def teardown(vm: VmFile) -> None:
 
 
 def warn(vm: VmFile, what: str) -> None:
-    """WARN()."""
+    """WARN(): say *what* on the console and go on; a VM's end cannot be refused."""
     vm.machine.log(f"WARNING: {what}")
 
 

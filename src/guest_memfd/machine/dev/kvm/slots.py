@@ -42,7 +42,7 @@ class Memslot:
 
 
 def refuse(errno: int, why: str) -> NoReturn:
-    """Fail the ioctl."""
+    """Fail KVM_SET_USER_MEMORY_REGION2 with *errno*, by raising SyscallFailed."""
     raise SyscallFailed(errno, CALL, why)
 
 

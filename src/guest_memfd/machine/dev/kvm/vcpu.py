@@ -190,7 +190,7 @@ class KvmVcpuFile(Serialised):
             return self.core.sysreg(_SYSREGS[reg])
 
     def set_one_reg(self, reg: int, value: int) -> None:
-        """KVM_SET_ONE_REG; as `get_one_reg`."""
+        """KVM_SET_ONE_REG; raises SyscallFailed as `get_one_reg`, and EINVAL for a PSTATE that no guest can have."""
         with self._alone("KVM_SET_ONE_REG") as call:
             self._may_look(call, reg)
             if _FIELDS.get(reg) == "pstate" and value & 0x1F not in _MODES:

@@ -59,12 +59,12 @@ class KvmVmFile(Serialised):
     # -- ioctls --------------------------------------------------------------------------------------------------
 
     def check_extension(self, cap: int) -> int:
-        """KVM_CHECK_EXTENSION."""
+        """KVM_CHECK_EXTENSION of this VM, which answers as the system does; 0 for what is not there."""
         self._in_use("KVM_CHECK_EXTENSION")
         return self.system.check_extension(cap)
 
     def create_guest_memfd(self, size: int, flags: int = 0) -> KvmMemoryFile:
-        """KVM_CREATE_GUEST_MEMFD; EINVAL, ENOMEM."""
+        """KVM_CREATE_GUEST_MEMFD of *size* bytes; raises SyscallFailed: EINVAL size or flags, ENOMEM."""
         self._in_use("KVM_CREATE_GUEST_MEMFD")
         return KvmMemoryFile(self, size, flags)
 

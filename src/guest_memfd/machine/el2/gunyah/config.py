@@ -18,7 +18,7 @@ Kind = Literal["private", "vmmio"]
 
 
 class RangeOp(IntEnum):
-    """Operations of addrspace_configure_range."""
+    """What addrspace_configure_range can do: add or remove a range, of VMMIO or of private memory."""
 
     ADD_VMMIO = 0
     REMOVE_VMMIO = 1

@@ -125,7 +125,7 @@ class Gunyah:
     # -- memory --------------------------------------------------------------------------------------------------
 
     def donate(self, options: Options, source: Extent, to: Extent, offset: int, size: int) -> None:
-        """MEMEXTENT_DONATE, see donate.py."""
+        """MEMEXTENT_DONATE of *size* bytes from byte *offset* of *source* (donate.py); raises HypRefused."""
         donate(self.memdb, self.source, self._spaces, options, source, to, offset, size)
 
     def sync(self) -> None:

@@ -52,7 +52,7 @@ class Attributes:
 
     @property
     def value(self) -> int:
-        """The hypercall's word."""
+        """The attributes as the word that a hypercall takes: user bits 2:0, kernel 6:4, memory type 23:16."""
         return self.user | self.kernel << 4 | self.memory_type << 16
 
     def within(self, other: Attributes) -> bool:

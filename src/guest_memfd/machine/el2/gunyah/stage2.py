@@ -38,7 +38,7 @@ class StockSource(Protocol):
         """One zeroed page; raises OutOfMemory."""
 
     def free_table(self, pa: int) -> None:
-        """Give it back."""
+        """Take back a page that `alloc_table` gave; no descriptor may point to it any more."""
 
 
 class Stock:

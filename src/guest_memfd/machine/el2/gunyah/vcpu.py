@@ -72,16 +72,16 @@ class GunyahGuestCpu(Protocol):
 
     @property
     def el(self) -> int:
-        """Exception level."""
+        """The exception level that the guest is at, 0 or 1."""
 
     def run(self, budget: float | None, /) -> Stop:
         """Execute for up to *budget* seconds (None: no limit) and say what stopped it."""
 
     def x(self, n: int, /) -> int:
-        """General register."""
+        """The value of general register *n*, 0 to 30."""
 
     def set_x(self, n: int, value: int, /) -> None:
-        """Write it."""
+        """Write 64 bits to general register *n*, 0 to 30."""
 
     def transfer(self) -> Transfer | None:
         """What the syndrome of the abort just reported says of the access; None when ISV would be 0."""

@@ -30,7 +30,7 @@ class TableSource(Protocol):
     """Where table pages come from: a pool of EL2, or a memcache; raises buddy.OutOfMemory."""
 
     def alloc_table(self) -> int:
-        """One zeroed page."""
+        """The physical address of one zeroed page; raises buddy.OutOfMemory."""
 
     def free_table(self, pa: int) -> None:
         """Take a page back."""
@@ -45,7 +45,7 @@ class KvmLeaf(NamedTuple):
 
     @property
     def valid(self) -> bool:
-        """Whether it maps."""
+        """Whether bit 0 is set: the entry maps memory."""
         return bool(self.value & d.VALID)
 
     @property

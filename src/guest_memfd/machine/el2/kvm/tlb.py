@@ -33,7 +33,7 @@ class Maintenance:
         tlbi.vmalle1is(self.tlbs, self.vmid)
 
     def flush_all(self) -> None:
-        """__kvm_tlb_flush_vmid(): both stages."""
+        """__kvm_tlb_flush_vmid(): drop all entries of the VMID, of both stages."""
         tlbi.vmalls12e1is(self.tlbs, self.vmid)
 
     def holds(self, ipa: int, size: int) -> bool:

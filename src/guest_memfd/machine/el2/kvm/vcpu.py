@@ -97,7 +97,7 @@ class VheGuestCpu(Protocol):
         """Execute until something stops it."""
 
     def x(self, n: int) -> int:
-        """General register 0..30."""
+        """The value of general register *n*, 0 to 30."""
 
     def set_x(self, n: int, value: int) -> None:
         """Write general register 0..30."""

@@ -40,12 +40,12 @@ class HypPage(NamedTuple):
 
     @property
     def value(self) -> int:
-        """The eight bytes."""
+        """struct hyp_page as the eight bytes that are in memory; *hyp* is stored inverted, so zeros mean "not EL2's"."""
         return self.refcount | self.order << 16 | self.host << 24 | (self.hyp ^ 3) << 28 | self.guests << 32
 
     @classmethod
     def decode(cls, value: int) -> HypPage:
-        """Unpack eight bytes."""
+        """The reverse of `value`: take the eight bytes of a struct hyp_page apart."""
         states = PkvmState(value >> 24 & 3), PkvmState((value >> 28 & 3) ^ 3)
         return cls(value & 0xffff, value >> 16 & 0xff, *states, value >> 32)
 

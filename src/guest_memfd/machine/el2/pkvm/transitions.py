@@ -133,7 +133,7 @@ def share_ffa(el2: El2, pfn: int, nr: int) -> int:
 
 
 def unshare_ffa(el2: El2, pfn: int, nr: int) -> int:
-    """The way back."""
+    """*nr* pages: host SHARED_OWNED -> OWNED, the secure world has let go; -EPERM where a page is in another state."""
     return _ffa(el2, pfn, nr, PkvmState.SHARED_OWNED, PkvmState.OWNED)
 
 

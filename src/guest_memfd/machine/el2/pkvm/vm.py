@@ -100,7 +100,7 @@ class PkvmHypVm(GuestStage2):
         self.memcache.offered += pages
 
     def add_vcpu(self, cpu: VheGuestCpu) -> PkvmVcpu:
-        """__pkvm_init_vcpu()."""
+        """__pkvm_init_vcpu(): a new vCPU of this VM, whose instructions *cpu* executes."""
         self.vcpus.append(PkvmVcpu(self, cpu))
         return self.vcpus[-1]
 

@@ -33,7 +33,7 @@ class TlbEntry:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """How many bytes the entry translates; a power of 2."""
         return 1 << self.shift
 
     def agrees(self, other: TlbEntry) -> bool:

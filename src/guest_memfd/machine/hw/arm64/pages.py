@@ -21,10 +21,10 @@ class TableMemory(Protocol):
         """The doubleword at *pa*."""
 
     def write64(self, pa: int, value: int, /) -> None:
-        """Store a doubleword."""
+        """Store a doubleword at *pa*, 8-byte aligned, little endian."""
 
     def write(self, pa: int, data: bytes, /) -> None:
-        """Store bytes."""
+        """Store *data* from *pa* on; used to zero tables."""
 
 
 class PageSource(Protocol):

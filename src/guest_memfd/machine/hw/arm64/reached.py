@@ -15,7 +15,7 @@ class ReachedMemory(Protocol):
     """What holds the tables."""
 
     def read(self, pa: int, nr: int, /) -> bytes:
-        """*nr* bytes."""
+        """The *nr* bytes from *pa* on."""
 
 
 class Reached(NamedTuple):

@@ -97,7 +97,7 @@ class Parcel:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Length of the parcel in bytes, over all its pieces."""
         return sum(piece.size for piece in self.pieces)
 
 
@@ -135,7 +135,7 @@ class Memparcels:
         self._next = 1
 
     def find(self, handle: int) -> Parcel:
-        """Raises RmRefused(HANDLE_INVALID)."""
+        """The parcel with this handle; raises RmRefused(HANDLE_INVALID) when there is none."""
         if handle not in self.parcels:
             raise RmRefused(RmError.HANDLE_INVALID, f"no parcel {handle:#x}")
         return self.parcels[handle]
