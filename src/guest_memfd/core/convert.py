@@ -1,10 +1,41 @@
 """Conversion in place: accessible to the host <-> the guest's alone, all of a range or nothing of it.
 
-What is left behind after a refusal: no page has changed its attribute. Pages may have left the host's and the guest's
-page tables (both fault them in again), and may be out of the direct map while shared (the next host access restores
-them). The page index of the first page that refused is returned beside the error.
+Theory of operation. A page has one attribute, private or shared, in a tree of the inode. A conversion changes it for a
+range, keeps the contents, and is atomic: any holder of the invalidate lock sees the old attributes or the new ones. The
+lock is held exclusively, so no fault, punch or other conversion is under way, no folio comes or goes, and no mapping is
+made. What the lock does not keep out is what others already have: user page tables and the TLBs, page references
+(GUP, DMA), kernel mappings of guest pages (gfn_to_pfn_cache, which hold no reference), guest mappings, the direct map.
 
-Source: "guest_memfd: In-place conversion" v8-v13, 2026: order of the steps.
+To private, in this order:
+
+1. Remove the user's entries, and begin the mmu invalidation, which ends kernel mappings and waits for their users.
+2. Look up every folio that is present and count its references: the page cache has one for each page, and we have one.
+   One more belongs to a user who could still write: -EAGAIN. The count has to come after 1: GUP-fast reads an entry, takes
+   a reference, and reads the entry again. With the entry gone, its reference is there to be counted, or the second look
+   drops it. The lru_add batches of the CPUs hold references, too; they are drained once, when a count is too high.
+3. Ask the hypervisor to take every folio from the guest (`invalidate`). It refuses while the guest holds on to a page.
+4. Allocate the tree's nodes. It can fail.
+5. Take every folio out of the direct map, then flush all TLBs once. A zap can fail: a large leaf has to be split.
+6. Store the attributes in the nodes of 4, which cannot fail, and tell the hypervisor.
+
+So everything that can fail comes before 6, and 6 alone makes the pages private for later faults. The flush has to be over
+before 6: as soon as a page is called private the guest may store a secret in it. A folio that is zapped when a later one
+fails stays out of the direct map while shared. That is legal (direct_map.py), so there is nothing to undo.
+
+To shared the order is the same without 1's user entries (a private page has none), 2 and 5: a reference does no harm to a
+page that becomes accessible, and the direct map is restored by the first host access, so a page that goes back and forth
+costs no flush. Nodes are allocated first. Contents must be the host's before the attribute says so: `make_shared`, then
+the store. A refusal half way leaves pages with the host that are still private; the next guest fault gives them back.
+
+After a refusal no attribute has changed. User, kernel and guest mappings may be gone: each faults in again. The page
+index of the first folio that refused is returned beside the error.
+
+Left out: a range that cuts a folio is -EINVAL, where the hugetlb series (RFC v2, May 2025) splits it. There is no wait for
+a reference to go away: user space tries again, as in the kernel.
+
+Source: "guest_memfd: In-place conversion" v8-v13, 2026, for the order of the steps. A wrong order breaks the laws
+one-owner, pins-respected and all-or-nothing (tests/test_planted.py: NoFlush, CheckedBeforeUnmap, AttributeFirst, NoDrain).
+tests/test_folios.py has the calls one by one; tools/mutants/equivalent.txt says which neighbours may be exchanged, and why.
 """
 
 from __future__ import annotations

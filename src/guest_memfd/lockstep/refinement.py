@@ -1,8 +1,37 @@
 """Refinement: the same schedule on the abstract and on the emulated host, compared after every primitive.
 
-Rule of this file: one procedure per party, two hosts. The abstract host says what may happen; the emulated machine has
-to do just that - the same result, the same facts for the laws, and a state whose abstraction is the abstract state. A
-failure is injected only where the machine can really fail.
+Theory of operation. Verdicts are about the abstract host: a few bytes a page, small enough to explore every interleaving.
+They are worth something only if the abstract host allows everything that a machine does. This file checks that. The same
+procedures run on both hosts at once: each primitive is carried out on the abstract host, which works on a bytes object, and
+on the emulated machine, which has page tables, TLBs, EL2 and instructions. After each primitive three things must be equal:
+
+    the result     what the procedure is sent, negative errnos included
+    the facts      what the laws are told: who touched what, what an operation returned
+    the state      the machine's, as abstraction.py reads it, against the abstract one, byte by byte
+
+The first difference raises `Diverged`, with the step, the field, and the last steps before it. This is a simulation
+proof by testing: the relation between the two states is a function (the abstraction), and it is checked at every step of
+random schedules, not proved for all.
+
+The abstract host leads. It says which outcomes are allowed; one is chosen; the machine has to do just that. A failure is
+injected only where the machine can really fail as it is now (`Adversary.can_fail`), for example where a large leaf still has
+to be split. So the machine may do less than the abstract host allows, never more.
+
+Order within a step: first the adversary lets all CPUs fill their TLBs with whatever they may (`speculate`), then the
+failure is armed, then the primitive runs on the machine. TLBs are filled before the primitive and not after it, as the
+worst moment to walk is just before an entry changes: a flush that is missing then leaves a stale entry, and the field
+``stale`` or ``gstale`` differs. A party that has to wait must wait on both hosts.
+
+Frames have numbers on the abstract host and addresses on the machine; `_out` and `_in` translate arguments and results.
+Facts are compared in an order of their own, and without the words that are each host's evidence.
+
+A run ends early when the kernel has stopped, and when a guest reaches memory that is not its own: the abstract host lets
+such a guest change nothing, the machine does what it does, and the two would drift apart.
+
+Left out: scenes of two VMs or two files, kernels that do not ask AS_NO_DIRECT_MAP (`unfit`), and kernels that merge
+leaves. Schedules are random, so a pair of steps that differ only in a rare order can be missed; that they are not is what
+the other direction of tests is for: tests/test_abstraction.py sets each field of the state to 0 in turn and expects a
+divergence. tests/test_refinement.py runs every design under every hypervisor, and all scenes that fit.
 """
 
 from __future__ import annotations

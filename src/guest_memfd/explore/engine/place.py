@@ -1,7 +1,37 @@
 """Where a suspended procedure stands, as a key: two histories with one key go on alike.
 
-Python says what the locals of a generator are, and the garbage collector what is on its stack. Values that change are
-written down by what they hold.
+Theory of operation. The explorer must know when two runs have brought a party to the same point; otherwise it would
+explore every history by itself and never end. A procedure is a Python generator. It cannot be copied or saved, and two
+generators are never equal. But it reaches the world through primitives only, so what it does next depends on where it is
+in its code, on what it holds, and on the results that it will be sent. The first two can be read from outside.
+
+The key (`local_key`) has one entry for each nested generator, the outermost first: a procedure that says ``yield from`` is
+suspended in all of them. An entry has four parts:
+
+    the code object            which function this is; its identity, as the code objects live as long as the process
+    the bytecode offset        at which of its primitives it waits
+    names and values           of the local variables
+    the value stack            what has no name: the iterator of a ``for`` loop, operands of a half-evaluated expression
+
+Python tells the first three. The stack can be read only through the garbage collector: it lists what a generator refers
+to, and what is not already known, nor machinery of the interpreter, lies on the stack.
+
+`freeze` writes a value down by what it holds, because the value itself may change after the key was made. Containers
+become tuples of their contents; numbers and strings keep their type, as True and 1 are one key to a dictionary and two
+answers to a procedure; a generator becomes its own key; an iterator becomes what pickling would save, its position
+included; a closure becomes its code and what it captures, as each run of the procedure makes a new one.
+
+Invariant: from equal keys, equal results lead to equal primitives. A key that says too much costs time: one place is
+explored twice. A key that says too little would hide interleavings, so that is checked and not assumed:
+`explorer.Automaton._intern` compares the next primitive of every history that arrives at a known key, and refuses the
+procedure (DesignRaised) where they differ. It also refuses a value without a hash.
+
+Left out: what is kept outside of the procedure (an attribute of the design, a global variable), that two names hold one
+object, and an iterator that cannot be pickled. None of these is in the key. A procedure that depends on one of them is
+refused when its next primitive shows it; the library and all designs keep their state in local variables and in the host.
+
+Tests: tests/test_explorer.py for loops, expressions, closures and each refusal; tests/test_engines.py for the counts. The
+naive engine uses the same keys, so a key that says too little is not found there but by the comparison of primitives.
 """
 
 from __future__ import annotations

@@ -1,14 +1,39 @@
-"""Pages change hands here. Rule of this file: all checks, then the one change that can fail, then the rest.
+"""Pages change hands here: the transitions of pKVM at EL2, each a set of checks and then a change that is complete.
 
-Procedures and return codes are those of arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3). What differs, and is marked so:
+Theory of operation. EL2 trusts neither host nor guest. For each page it knows who owns it and who has borrowed it, and a
+transition is allowed from one combination only. What EL2 knows is kept in three places that must agree:
+
+    hyp_vmemmap          a word for each page: state for the host, state for the hypervisor, number of guests that borrow it
+    the host's stage 2   a page that the host may not touch is an invalid entry with a note: owner, and for a guest its
+                         handle and gfn (annotation.py)
+    a guest's stage 2    maps the page, with its state (OWNED, SHARED_OWNED, SHARED_BORROWED) in software bits of the leaf;
+                         or POISONED, if the host took the page by force
+
+The states of both sides form pairs. Donation: host OWNED -> NOPAGE, guest NOPAGE -> OWNED. Sharing by the host: host
+SHARED_OWNED, guest SHARED_BORROWED. MEM_SHARE by a guest: guest SHARED_OWNED, host SHARED_BORROWED.
+
+Every transition is: all checks (checks.py, which changes nothing); then the steps that can run out of memory; then the
+rest, which cannot fail. It returns 0 or -errno and, unless it returns 0, has changed nothing but the memcache, which it
+may have refilled. The order of the changes is the other invariant: where a page is taken from one side, it has left the
+tables and TLBs of that side before the other side gets it.
+
+- `donate_guest`: table pages for the guest's map are there (memcache); the host's entry is annotated, which removes it
+  from the TLBs of the host and can need memory; the guest's entry is made last. So no CPU reaches it for both.
+- `reclaim_dying_guest_page`: out of the guest's table and the TLBs, zeroed, and only then mapped for the host.
+- `force_reclaim_guest_page`: the guest's entry is POISONED first. Its next access must end in an error and not in a
+  page of zeros that it would take for its own. Then zeroed, then the host's.
+
+Frame numbers count 4 KiB pages. What differs from arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3), and is marked so:
 
 - Sizes. Upstream donates and reclaims pages; here a range may also be 2 MiB or 1 GiB (nr = 512, 262144 pages), all of
   whose pages are in one state, and is one leaf on both sides. share_guest() has upstream's 2 MiB, and 1 GiB as well.
 - ADDITION: share_guest() and unshare_guest() for protected guests, unshare(), check_consent(): conversion in place.
+- -ENOMEM of the host's side has no counterpart upstream, where the pool has a page for every table there can be.
+- There is no lock: a transition is one step. Upstream holds the host's component lock and the guest's.
 
-All addresses are frame numbers of 4 KiB pages. Every procedure returns 0 or -errno and, unless it returns 0, has changed
-nothing but the memcache, which it may have refilled. -ENOMEM of the host's side has no counterpart upstream, where the
-pool has a page for every table there can be.
+Tests: tests/test_pkvm_el2.py (test_every_call_in_every_situation: each call in each combination of states;
+test_out_of_memory_at_every_allocation_loses_nothing; test_force_reclaim_poisons_before_it_zeroes_before_it_gives_back;
+test_el2_does_what_the_abstract_el2_does). Laws: one-owner, no-stale-mapping, no-stale-data.
 """
 
 from __future__ import annotations

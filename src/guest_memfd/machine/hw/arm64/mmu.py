@@ -1,7 +1,39 @@
-"""The MMU of one CPU. Rule of this file: the TLB answers first, whatever memory says by now; a walk fills it.
+"""The MMU of one CPU: the TLB answers first, whatever memory says by now; a walk fills it.
 
-A walk that ends in a translation, address size or access flag fault leaves no translation behind, but the table
-descriptors it went through may stay. An entry that fails permission stays.
+Theory of operation. walk.py computes one translation from memory alone. A CPU does not: it answers from its TLB, and walks
+only for what it does not find. The difference between the two is a stale translation, and to find those is what this
+machine is for. So the MMU is built from the same parts as the walk, with the TLB between them.
+
+One access (`translate`) goes like this:
+
+1. Select the half of the address space by VA[55]. An address outside of both ends in a translation fault of level 0
+   before any TLB is asked, as it depends on TCR_EL1 alone.
+2. A combined entry, if there is one, answers alone: address and permissions of both stages, without a look at memory.
+3. Else the stage-1 entry, kept or walked for. The walk begins at the deepest table descriptor that the TLB has. Each
+   descriptor lies at an IPA, so it is translated by stage 2 first, through the same TLB; a fault there is a stage-2 fault
+   with S1PTW.
+4. Permission of stage 1 is checked before stage 2 is asked for the final IPA: a stage-1 fault hides a stage-2 fault.
+5. The stage-2 entry, kept or walked for, and the combined entry that is made of the two.
+6. Permission of stage 2.
+
+Order of insertion matters where a leaf is part of a contiguous run: the run is inserted first, so it is the older of two
+that overlap, and answers as long as it is there. The combined entry is inserted before stage 2's permissions are checked,
+and the stage-1 entry before stage 1's, as an entry that fails permission may be cached.
+
+Invariants: a walk that ends in a translation, address size or access flag fault leaves no translation, but the table
+descriptors it went through stay (`finally`): hardware may cache them even if the walk fails. PSTATE.PAN and the exception
+level are not part of an entry; they are looked at when it is used. `at_s1` asks stage 1 without leaving an entry that
+goes around stage 2.
+
+`prefetch` is a speculative access. It may happen at any time and for any address, so it fills the TLB with everything
+valid on the way, whoever may use it, and never faults. lockstep calls it before every primitive (machine/adversary.py).
+
+Left out: hardware updates of the access flag and the dirty state (AF=0 always faults), nested virtualisation, and EL2's
+own regime. *conflict_aborts* chooses between the two behaviours that the architecture permits for overlapping entries.
+
+Source: Arm ARM D8; AArch64.S1Translate and S2Translate. Tests: tests/test_arm64_tlb.py
+(test_a_stale_entry_wins_over_memory, test_random_changes_with_full_maintenance_are_never_stale), and
+tests/test_arm64_oracle.py (test_tlb_and_walk_agree): with all maintenance done, the MMU answers as the walk does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,37 @@
-"""Translation tables as software builds them. Rule of this file: every descriptor is stored by `PageTable.write`.
+"""Translation tables as software builds them: the linear map, user page tables, stage 2 of every hypervisor.
 
-A table page comes from the source before anything is linked, so that running out of memory changes nothing. Tables are
-freed all together: one that maps nothing any more stays, as in Linux's linear map.
+Theory of operation. A tree of tables lies in the machine's RAM, where the walker reads it at any moment. To change it is
+easy; to change it so that no CPU ever sees a wrong translation is the work. Two things can go wrong: memory runs out in the
+middle, and a CPU holds a copy of an entry that has been replaced. The first is prevented here; the second is recorded.
+
+Memory. Every operation that needs tables first allocates all of them, in a block that frees them again if anything raises
+(`TablePages.new`). New tables are filled while nothing points to them; stores into linked tables are collected in a list.
+Only when nothing can fail any more is the list written, one descriptor that links a finished table at a time. So after
+OutOfMemory or BadInput not one descriptor has changed. Tables are freed all together: one that maps nothing any more
+stays, as in Linux's linear map. (Gunyah frees them, and has its own code: el2/gunyah/stage2.py.)
+
+Replacing. The architecture forbids some changes of a valid descriptor while it is in use: another output address, another
+size (block to table and back), the contiguous bit, the memory type. A TLB could hold both the old and the new one and
+mix them. The rule is break-before-make: write an invalid descriptor, remove the old one from all TLBs, write the new one.
+All stores go through `write`, which compares old and new (bbm.py):
+
+- valid to valid that needs break-before-make is a violation at once;
+- valid to invalid is remembered where `live_check` is given; when the entry becomes valid again, it is asked whether a
+  TLB still holds the old translation: then the break was made, but not the flush in between.
+
+Violations are kept and not raised: the machine goes on, as hardware would. `split` shows the right order: all new tables
+are filled first, then the contiguous run around the block loses its marks, as a whole, then the block is replaced. With
+FEAT_BBM level 3 (*bbml3*) sizes may change live, as arm64 Linux does for its linear map; then no flush is passed.
+
+Invariants: a contiguous run is changed as a whole or not at all; an entry that maps is never replaced by a table except
+in `split`, so `map` over a part of a block is BadInput; an annotated (invalid, not zero) entry is kept until it is
+replaced, since EL2 stores owners there.
+
+Left out: locks (one call into a machine at a time), reference counts of tables, merging.
+
+Source: Arm ARM D8.16.1; arch/arm64/mm/mmu.c (split_contpte() and around). Tests: tests/test_arm64_tables.py
+(test_every_allocation_of_map_can_fail, test_a_live_split_needs_bbml3_or_a_flush,
+test_break_without_maintenance_before_make); the tests of every hypervisor assert that `violations` is empty.
 """
 
 from __future__ import annotations

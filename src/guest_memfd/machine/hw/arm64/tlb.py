@@ -1,10 +1,40 @@
-"""A TLB that forgets nothing. Rule of this file: an entry stays until the operation that has to remove it.
+"""A TLB that forgets nothing: an entry stays until the operation that has to remove it.
 
-Kept, as the architecture permits: stage-1-only, stage-2-only and combined entries, and table descriptors of both
-stages (walk caches). A contiguous run is kept as one entry and singly. A combined entry is as large as the smaller of
-its two leaves and remembers the stage-1 leaf it was cut from: maintenance by any address of it removes all its pieces.
-Table descriptors are kept with the addresses that stage 1 gave them (IPAs), never combined with stage 2.
-Arm ARM D8.16 (TLB maintenance), R_PXKLF and around for what may be cached.
+Theory of operation. A real TLB may drop an entry at any time, and may fill itself at any time with any valid translation.
+Software is wrong if it depends on either. So this TLB is the worst one that the architecture permits: it keeps whatever it
+may keep, and it removes only what an operation must remove. A flush that is missing, too small, or of the wrong kind then
+shows as a stale answer in every run, not once in a million.
+
+Kept, per VMID (`entry.Context`), are five kinds of information, because TLBI operations distinguish them:
+
+    combined     VA -> PA over both stages, by ASID (None: global)
+    stage1       VA -> IPA, by ASID: as large as the leaf; combined entries are made from it
+    stage2       IPA -> PA: what combined entries are made from, and where stage-1 tables lie
+    tables1      stage-1 table descriptors (a walk cache), by ASID, also for global pages
+    tables2      stage-2 table descriptors
+
+Each is a dictionary by size, then by number at that size, so a look-up asks once for each size. Never kept: what ends in a
+translation, address size or access flag fault. So invalid to valid needs no TLBI (mmu.py inserts nothing then). An entry
+that fails permission is kept, since the fault comes from the entry.
+
+Invariants:
+
+- Of entries that overlap, the oldest answers (`born`). Software that replaces an entry without removing the old one gets
+  the old translation. `overlapping` is for MMUs that report a TLB conflict instead.
+- A combined entry is as large as the smaller of its two leaves. An operation by VA removes by the stage-1 leaf, so all
+  pieces that were cut from one leaf go with any address of it. `pieces` finds them; without it a block of stage 1 over
+  pages of stage 2 would be flushed for one page only.
+- A contiguous run is kept as one entry and singly. An operation for one page removes the run as a whole, and the single
+  entries of the other pages stay.
+- Operations by IPA leave combined entries alone. This is why a hypervisor has to follow IPAS2E1IS with VMALLE1IS.
+- Table descriptors of stage 1 are kept with the addresses that stage 1 gave (IPAs), and are translated anew at each use.
+
+Left out: capacity, replacement, and time. An operation takes effect at once and on all CPUs it names, so a missing DSB
+cannot be seen. There is one security state, no FEAT_XS, and no CnP: TLBs of two CPUs share nothing.
+
+Source: Arm ARM D8.16 (TLB maintenance), R_PXKLF and around for what may be cached; tlbi.py has the operations by name.
+Tests: tests/test_arm64_tlb.py, rule by rule (test_three_kinds_of_entry, test_what_goes_and_what_stays,
+test_a_piece_of_a_block_goes_with_any_address_of_it, test_stage2_needs_both_operations).
 """
 
 from __future__ import annotations

@@ -1,7 +1,32 @@
-"""One translation, straight from memory. Rule of this file: the order of the steps, and of the faults they end in.
+"""One translation, straight from memory: the order of the steps, and of the faults they end in.
 
-AArch64.S1Translate, S1Walk, S2Translate and S2Walk of the Arm ARM. A misprogrammed contiguous bit does not fault; a
-contiguous run that reaches beyond the input address range is cut off there. nT is ignored. AF=0 always faults.
+Theory of operation. A virtual address is translated twice: stage 1 (the kernel's tables) makes an intermediate physical
+address of it, stage 2 (the hypervisor's) a physical one. This is a function of memory and registers; nothing is cached. It
+is what the MMU does when its TLB is empty, and what a TLB's answers are compared with.
+
+Registers are decoded once, into a `Plan` (regime.py): for each level the shift, the index mask, the bits of the output
+address of a leaf and the size of a contiguous run. `descend` follows a plan and serves both stages. At stage 1 with
+stage 2 enabled, the address of every descriptor is an IPA; *locate* translates it. So one access reads up to 4 + 4 x 4 + 4
+descriptors.
+
+The order of checks decides which fault is reported, and the kernel acts on which it is (machine/linux/mem_abort.py):
+
+1. Before the walk: VA outside of its half, EPD, a size or a base that does not fit the registers: level 0.
+2. At each level: the stage-2 fault of the descriptor's own address (S1PTW, with the level of stage 2; a walk needs only
+   read permission); the external abort of reading it; an invalid descriptor (translation); a next table beyond the
+   physical size (address size).
+3. At the leaf: output address beyond the size, then AF=0, then permission. Permission comes last, as it depends on the
+   whole way: at stage 1 each table descriptor can take rights away (APTable, PXNTable, UXNTable), and their bits are ORed.
+4. Stage 2 of the final IPA, in the same order: after all of stage 1, permission included.
+
+Faults carry the level and stage, so EL2 and the kernel see the syndrome that hardware would give (fault.py).
+
+Left out, with the choice that was made where the architecture leaves one: a misprogrammed contiguous bit does not fault; a
+contiguous run that reaches beyond the input address range is cut off there; nT is ignored; AF=0 always faults (no
+FEAT_HAFDBS); LPA2 is refused where registers are decoded. There is no alignment fault of Device memory here.
+
+Source: AArch64.S1Translate, S1Walk, S2Translate and S2Walk of the Arm ARM. Tests: tests/test_arm64_walk.py, rule by rule;
+tests/test_arm64_oracle.py compares with Unicorn's MMU, which others have written.
 """
 
 from __future__ import annotations
