@@ -77,33 +77,48 @@ class Converts(Folios):
 
     def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
         host = self.host
+        # Where there is nothing to do nothing is touched: a call that is repeated must not cost the guest its mappings.
         attributes = yield from host.xa_load("attributes", start, nr)
         if attributes.count(PRIVATE_PAGE) == nr:
             return Conversion(0)
+        # Before references are counted. GUP-fast takes its reference without a lock; with the entry gone its second
+        # look fails, so that no reference can appear after the count.
         yield from host.unmap_mapping_pages(start, nr)
+        # Kernel mappings of guest pages hold no reference, so counting would not find them. This call ends them and
+        # waits for a user who is in the middle of one.
         yield from host.mmu_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
+        # The references of `present` are part of the count that is expected, so they are dropped after it.
         result = yield from self._check_and_commit_private(start, nr, folios)
         yield from self.put_all(folios)
+        # Also after a refusal: an invalidation that is never ended keeps every later user of the range waiting.
         yield from host.mmu_invalidate_end()
         return result
 
     def _check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
         host = self.host
+        # The check that user space can do something about comes first: it drops its pins and tries again, and the
+        # guest has lost nothing by the attempt.
         busy = yield from self.unexpected_refs(folios)
         if busy is not None:
             return Conversion(-EAGAIN, busy)
         ret, index = yield from self.invalidate_guest(folios, "to_private")
         if ret:
             return Conversion(ret, index)
+        # The last allocations, and the zap, come before the store. From the store on a failure could not be undone:
+        # part of the range would be private, and the caller would be told that none is.
         ret = yield from host.xa_reserve("attributes", start, nr)
         if ret:
             return Conversion(ret)
         ret = yield from self._zap_all(folios)
         if ret:
+            # Folios that have been zapped stay so, marked. They are shared, and the next host access puts them back;
+            # to do it here could fail in turn.
             yield from host.xa_release("attributes")
             return Conversion(ret)
         yield from host.xa_store_reserved("attributes", start, Entries(PRIVATE_PAGE, nr))
+        # The attribute is stored, so the hypervisor is told what is so already. pKVM completes a pending MEM_UNSHARE
+        # here; a guest that is told earlier could write secrets to a page that the host still maps.
         for held in folios:
             if held.gfn is not None:
                 yield from self.ops.make_private(held.gfn, held.folio)
@@ -113,9 +128,13 @@ class Converts(Folios):
         """Page index of the first folio that somebody else still refers to; lru_add batches are drained once."""
         drained = False
         for held in folios:
+            # The page cache has one reference for each page of the folio; the look-up of `present` has one.
             expected = held.folio.nr - 1 + CACHE_AND_LOOKUP
             refs = yield from self.host.folio_ref_count(held.folio)
             if refs > expected and not drained:
+                # A new folio waits in a batch of the CPU that added it, and the batch holds a reference that nobody
+                # means. Draining interrupts every CPU, so it is done once for a request, and only if a count is too
+                # high.
                 yield from self.host.lru_add_drain_all()
                 drained = True
                 refs = yield from self.host.folio_ref_count(held.folio)
@@ -129,6 +148,8 @@ class Converts(Folios):
         zapped: list[Folio] = []
         ret = 0
         for held in folios:
+            # The mark belongs to the folio lock; a fault of an earlier time may have zapped the folio already, and
+            # its entry must not be counted twice.
             locked = yield from host.lock_folio(held.folio)
             if not locked.private:
                 ret = yield from self.zap_noflush(held.folio)
@@ -137,6 +158,8 @@ class Converts(Folios):
             yield from host.unlock_folio(held.folio)
             if ret:
                 break
+        # Even if the loop ended with an error: what was zapped must not stay in a TLB, because the mark says that it
+        # cannot be reached.
         if zapped:
             yield from self.flush(tuple(zapped))
         return ret
@@ -162,6 +185,8 @@ class Converts(Folios):
         attributes = yield from host.xa_load("attributes", start, nr)
         if attributes.count(SHARED_PAGE) == nr:
             return Conversion(0)
+        # Before anything is asked of the hypervisor: a page that it has given back cannot be handed out again in case
+        # there are no nodes.
         ret = yield from host.xa_reserve("attributes", start, nr)
         if ret:
             return Conversion(ret)
@@ -181,6 +206,8 @@ class Converts(Folios):
         if ret:
             return Conversion(ret, index)
         for held in folios:
+            # Only pages that are bound and private are with the guest alone. A shared one has come back with
+            # `invalidate`.
             if held.gfn is not None and held.private:
                 ret = yield from self.ops.make_shared(held.gfn, held.folio)
                 if ret:

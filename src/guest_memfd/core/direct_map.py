@@ -57,12 +57,18 @@ class HostMapping(Power):
     def zap_noflush(self, folio: Folio) -> Steps[int]:
         """As `zap`, for a batch: the caller calls `flush` before anybody may rely on it."""
         host = self.host
+        # Counted before it leaves, in one step with the check for hibernation. Counted afterwards, an image could be
+        # begun in between that does not know of the page.
         ret = yield from self.account(folio.nr)
         if ret:
             return ret
+        # The mark before the entry: code that finds an unmarked folio writes to it through the direct map without
+        # looking, and that write would fault.
         yield from host.folio_set_private(folio, True)
         ret = yield from host.set_direct_map_invalid_noflush(folio)
         if ret:
+            # The entry is as it was, so mark and count must be as they were: a mark that stays makes the next zap be
+            # skipped, and the guest would get a page that the host still maps.
             yield from host.folio_set_private(folio, False)
             yield from self.account(-folio.nr)
         return ret
@@ -74,9 +80,12 @@ class HostMapping(Power):
     def restore(self, folio: Folio) -> Steps[int]:
         """Put the locked, marked *folio* back into the direct map; 0, or -ENOMEM and it stays marked."""
         host = self.host
+        # Splitting a leaf that was merged needs a table page. Want of memory passes, and the other end of a failure
+        # is to lose the page.
         for _attempt in range(ATTEMPTS):
             ret = yield from host.set_direct_map_default_noflush(folio)
             if not ret:
+                # After the entry is back, never before: an unmarked folio is used at once.
                 yield from host.folio_set_private(folio, False)
                 yield from self.account(-folio.nr)
                 return 0

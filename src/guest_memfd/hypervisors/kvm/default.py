@@ -13,12 +13,14 @@ from guest_memfd.words.primitives import ENOMEM, Folio, Steps
 
 def mmu_map(stage2: Stage2, gfn: int, folio: Folio) -> int:
     """kvm_mmu_map_tdp_page() under mmu_lock: map the folio at *gfn*; 0, it cannot fail but by injection."""
+    # No check of an owner: plain KVM keeps none, and nothing but the library stands between guest and host.
     stage2.guest_map(gfn, folio.pfn)
     return 0
 
 
 def mmu_unmap(stage2: Stage2, gfn: int, folio: Folio) -> int:
     """kvm_mmu_unmap_gfn_range() and the remote TLB flush."""
+    # With the flush: the library goes on to free or convert the page as soon as this returns.
     stage2.guest_unmap(gfn, folio.pfn)
     return 0
 
