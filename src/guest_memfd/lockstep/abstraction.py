@@ -39,6 +39,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     machine, driver, vm = host.machine, host.machine.driver, host.vm
     frame.owner = OWNERS.index(driver.owner(pa))
     frame.s1 = machine.kernel_maps(pa)
+    # A TLB entry that agrees with the table is not stale; the abstract host does not know that it is there.
     frame.stale = not frame.s1 and machine.holds_kernel(pa)
     frame.s2 = machine.host_reaches(pa)
     mapped = driver.guest_maps(vm, pa)
@@ -53,10 +54,13 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     frame.content = machine.tracer.content(page or Page(pa, 0))
     frame.allocated = KEPT if page and page.retired else ALLOCATED if page else FREE
     if page is not None:
+        # The machine has one count, as the kernel does, and the kinds beside it, for the laws. If they differ the
+        # machine is wrong, not the design.
         if page.refcount != page.kinds():
             raise AssertionError(f"pfn {pa // PAGE:#x}: {page.refcount} references, {page.kinds()} by kind")
         for kind in KINDS:
             setattr(frame, kind, getattr(page, kind))
+        # A frame of another file, or of none, is in no slot of this one.
         frame.slot = page.index + 1 if page.inode is host.inode else 0
         frame.lock = 0 if page.lock is None else page.lock + 1
         frame.uptodate, frame.private, frame.poison = page.uptodate, page.private, page.hwpoison
@@ -68,6 +72,8 @@ def _shown_at(host: EmulatedHost, pa: int) -> int:
     mapping = host.inode.mapping
     table = {index for index in range(host.inode.size) if mapping.lookup(index) == pa} if mapping is not None else set()
     outlived = set(host.machine.user_indexes(pa)) - table
+    # An entry that has outlived the table is what an access would hit first, so it is what the abstract host must
+    # have.
     return min(outlived or table, default=-1) + 1
 
 

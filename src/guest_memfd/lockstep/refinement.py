@@ -83,6 +83,8 @@ class Pair:
         if self.world.machine.outcomes(self.shared, who, primitive):
             return False
         try:
+            # It must wait here, too: a lock that the machine grants and the abstract host does not would be an
+            # interleaving that was never explored.
             result = self.host.perform(self._out(primitive), who)
         except Blocked:
             return True
@@ -91,6 +93,8 @@ class Pair:
     def outcomes(self, who: int, primitive: Primitive) -> list[Outcome]:
         """What the abstract host allows and the emulated machine can do."""
         allowed = self.world.machine.outcomes(self.shared, who, primitive)
+        # The abstract host lets any fallible call fail. The machine can fail only where there is something to fail:
+        # an allocation, a leaf to split.
         if len(allowed) > 1 and not self.adversary.can_fail(self.host, self._out(primitive)):
             return allowed[:1]
         return allowed
@@ -98,15 +102,19 @@ class Pair:
     def step(self, who: int, primitive: Primitive, outcome: Outcome) -> Any:
         """Carry *primitive* out on both, as *outcome* has it; the result. Raises Diverged."""
         self.steps.append(f"{who} {primitive}{' fails' if outcome.failed else ''}")
+        # Before the primitive: the worst moment for a CPU to walk is just before the entry changes. What its TLB has
+        # then is stale until somebody flushes it, and both hosts must say so.
         self.adversary.speculate(self.host)
         if outcome.failed:
             if not self.adversary.can_fail(self.host, self._out(primitive)):
                 raise self._diverged(who, primitive, "cannot fail on the emulated machine as it is now")
+            # Armed for exactly this primitive, so that the machine fails where the abstract host has chosen to.
             self.adversary.fail_next(self._out(primitive), outcome.result)
         try:
             result = self._in(self.host.perform(self._out(primitive), who))
         except Blocked:
             raise self._diverged(who, primitive, "waits on the emulated host only") from None
+        # No result: the kernel has stopped, and the state, compared below, must say so.
         except KernelPanic:
             result = None
         self._compare(who, primitive, outcome, result)
@@ -117,12 +125,15 @@ class Pair:
     def _compare(self, who: int, primitive: Primitive, outcome: Outcome, result: Any) -> None:
         if result is not outcome.result and result != outcome.result:
             raise self._diverged(who, primitive, f"returns {outcome.result!r} on the abstract host, {result!r} here")
+        # Sorted: within one step the two hosts may note facts in different orders, and the laws judge each by itself.
         said, seen = _comparable(outcome.notes), _comparable(self.host.notes)
         if said != seen:
             raise self._diverged(who, primitive, f"abstract facts {said}\n  emulated facts {seen}")
         left = st.State(outcome.shared)
         now = abstraction(self.host, self.world.machine.sizes, left.failures, left.refusals)
         stray = any(isinstance(note, facts.StrayGuest) for note in outcome.notes)
+        # The machine's state is read anew from RAM, tables and TLBs. Nothing that lock step has remembered can make
+        # it agree.
         if now != outcome.shared and not stray:
             differences = ", ".join(f"{name}: abstract {old}, emulated {new}"
                                     for name, old, new in st.changes(outcome.shared, now))
@@ -151,6 +162,8 @@ class Pair:
     def _out(self, primitive: Primitive) -> Primitive:
         args = tuple(map(self._real, primitive.args))
         if primitive.name in PFNS:
+            # The abstract host's frame numbers are 0, 1, 2; the machine's frames lie where its allocator has put
+            # them.
             args = (self.host.machine.watched[primitive.args[0]] // PAGE, *args[1:])
         return primitive._replace(args=args)
 
@@ -227,6 +240,7 @@ def pair(world: World, machine: Machine, failures: int = 0) -> Pair:
         alone(both, Runner(world.setting, set_scene(world.library)))
     both.steps.clear()
     state = st.State(both.shared)
+    # Only now: setting the scene must not spend the failures that the run is to have.
     state.failures, state.refusals = failures, scene.refusals
     both.shared = state.save()
     return both
@@ -278,6 +292,7 @@ def _turn(both: Pair, runners: list[Runner], rng: random.Random) -> bool:
             moved = True
             if result is not STAY:
                 runner.resume(result, rng.choice)
+            # Silent primitives and the step that follows are one step to others, as the explorer has it.
             if primitive.name not in SILENT:
                 break
         if moved:

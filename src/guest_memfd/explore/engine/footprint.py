@@ -55,10 +55,12 @@ class Watched(bytearray):
 
     def __getitem__(self, at: Any) -> Any:
         value = super().__getitem__(at)
+        # The first touch only: a byte that this step has written itself is not part of what it was given.
         self.seen.setdefault(at, value)
         return value
 
     def __setitem__(self, at: Any, value: Any) -> None:
+        # The old value. A look-up compares with the state before the step.
         self.seen.setdefault(at, super().__getitem__(at))
         super().__setitem__(at, value)
 
@@ -80,6 +82,8 @@ def grow(root: Node | None, seen: dict[int, int], learned: Any) -> Any:
     if not path:
         return learned
     node = root = root or (path[0][0], {})
+    # Each byte's value leads to the node of the byte that was touched next. A node that is there has the same offset,
+    # as the same code asked with the same values.
     for (_, value), (following, _) in itertools.pairwise(path):
         node = node[1].setdefault(value, (following, {}))
     node[1][path[-1][1]] = learned
@@ -104,6 +108,7 @@ class Remembered:
             node = below.get(state[at])
         if node is None:
             seen: dict[int, int] = {}
+            # In a list, so that an answer of None can be told from a state that has not been judged.
             node = [self.judge(Watched(state, seen))]
             self.root = grow(self.root, seen, node)
         return node[0]

@@ -56,7 +56,9 @@ def local_key(generator: Generator[Any, Any, Any]) -> Any:
             return "done"
         named = frame.f_locals
         values = tuple((name, freeze(value)) for name, value in named.items())
+        # The identity of the code object, not its name: two designs may have methods of one name.
         frames.append((id(frame.f_code), frame.f_lasti, values, _stack(inner, named)))
+        # Down to the generator that waits on the primitive; each of them is suspended at its own ``yield from``.
         inner = inner.gi_yieldfrom
     return tuple(frames)
 
@@ -76,6 +78,7 @@ _MACHINERY = (FrameType, CodeType, FunctionType, CellType)
 def freeze(value: Any) -> Any:
     """*value* as part of a dictionary key: equal for equal contents, another for another type."""
     kind = type(value)
+    # How a type is frozen is found once; asking each value for its bases would cost more than the freezing.
     how = _FROZEN_BY.get(kind)
     if how is None:
         how = _FROZEN_BY[kind] = _frozen_by(kind)
@@ -96,9 +99,12 @@ def _frozen_by(kind: type) -> Callable[[Any], Any]:
 # A closure that is made anew in every run is the same one. It may refer to itself, or to what refers to it.
 def _freeze_function(function: FunctionType, above: tuple[FunctionType, ...]) -> Any:
     above = (*above, function)
+    # Two runs make two function objects, which are never equal. What they do follows from the code and the cells.
     holds = [cell.cell_contents for cell in function.__closure__ or ()]
     return (id(function.__code__), *(
         freeze(value) if not isinstance(value, FunctionType)
+        # A function that captures itself, or one of the functions around it, would be frozen for ever: then its
+        # distance is enough.
         else above.index(value) if value in above else _freeze_function(value, above)
         for value in holds
     ))
@@ -116,6 +122,8 @@ def _freeze_iterator(value: Iterator[Any]) -> Any:
 _CONTAINERS: dict[type, Callable[[Any], Any]] = {
     list: lambda value: ("list", *map(freeze, value)),
     dict: lambda value: ("dict", *((k, freeze(v)) for k, v in value.items())),
+    # In a fixed order: two equal sets may be gone through in different orders. As text, because values of different
+    # types cannot be compared.
     set: lambda value: ("set", *sorted(map(repr, value))),
     tuple: lambda value: tuple(map(freeze, value)),
     GeneratorType: local_key,

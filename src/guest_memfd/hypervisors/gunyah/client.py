@@ -36,7 +36,7 @@ class GunyahOps(GuestMemfdOps):
         """Unmap; the hypervisor refuses with -EBUSY while the guest has the page locked."""
         kind = "unmap_private" if private else "unmap_vmmio"
         ret = yield from self.host.hypercall(kind, gfn, folio, True)
-        # Want of memory at EL2 for cutting a block. It passes, and a refusal here would be taken for the guest's.
+        # The hypervisor says RETRY. It passes, and a refusal here would be taken for the guest's.
         if ret == -EAGAIN:
             ret = yield from self.host.hypercall(kind, gfn, folio, True)
         # -EINVAL: it was not mapped, which is what was asked for. A private page stays the guest's; `reclaim` or

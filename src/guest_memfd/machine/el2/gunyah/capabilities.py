@@ -65,6 +65,7 @@ class CapabilitySpace:
         if len(self._entries) == self.limit:
             raise HypRefused(GunyahError.CSPACE_FULL, f"{self.limit} capabilities are in use")
         cap = self._next
+        # Numbers are not used again, so a capability that was revoked can be told from one that never was.
         self._next += 1
         self._entries[cap] = _Entry(thing, int(rights))
         return cap

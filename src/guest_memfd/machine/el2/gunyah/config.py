@@ -65,6 +65,7 @@ class ConfiguredRanges:
         if touched:
             raise HypRefused(GunyahError.ARG_INVAL, f"{new} runs into {touched[0]}")
         beside = [r for r in self._ranges if r.kind == new.kind and (r.end == new.start or new.end == r.start)]
+        # Counted after joining its neighbours: a range that closes a gap needs no room.
         if len(self._ranges) - len(beside) == MAX_RANGES:
             raise HypRefused(GunyahError.NORESOURCES, f"{MAX_RANGES} ranges are configured")
         for found in beside:

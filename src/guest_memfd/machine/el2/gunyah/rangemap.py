@@ -60,6 +60,8 @@ class _Node(Generic[T]):
             elif self.other.get(index, self.rest) != value:
                 child = self.below(index)
                 child.set(at - base, stop - base, value)
+                # The child has become uniform: it gives way to one value, so that the map of a machine stays small
+                # however often pages move.
                 if not child.other:
                     self.put(index, child.rest)
             at = stop
@@ -68,6 +70,7 @@ class _Node(Generic[T]):
     def runs(self, start: int, end: int, base: int) -> Iterator[Run[T]]:
         shift = self.shift
         first, last = start >> shift, (end - 1) >> shift
+        # Only the exceptions are gone through; between them everything has the value of the rest.
         inside = [first] if first == last else sorted(i for i in self.other if first <= i <= last)
         at = start
         for index in inside:

@@ -84,6 +84,8 @@ class Stock:
         self._pages: list[int] = []
         try:
             for _ in range(count):
+                # One page may be missing after many have been taken: they go back, and the call is refused with
+                # nothing changed.
                 self._pages.append(source.alloc_table())
         except OutOfMemory:
             self.__exit__()
@@ -181,6 +183,8 @@ class GunyahStage2Table:
         for at in (start, end):
             found = self.leaf(at) if at < 1 << IA_BITS else None
             if found is not None and found.valid and at % found.size:
+                # One table for each level at which the address is inside of a block. Both ends may be in one block,
+                # which is split once: hence the set.
                 split |= {(level, at >> _SHIFT[level]) for level in range(found.level, 3) if at % (1 << _SHIFT[level])}
         return len(split)
 
@@ -197,8 +201,11 @@ class GunyahStage2Table:
         below, page = block.level + 1, stock.take()
         attributes = block.value & ~(ADDRESS | 3)
         for index in range(512):
+            # Before the table is linked, so no walker can see it half filled, and `pages.write` need not watch.
             self._ram.write64(page + 8 * index, leaf(block.oa + index * (1 << _SHIFT[below]), attributes, below))
+        # Break. Block and table of one range must never be in a TLB together.
         self.pages.write(block.address, block.level, 0, block.ipa)
+        # All of the block, not only the part that will change: its old entry stands for all of it.
         self.sync(block.ipa, block.ipa + block.size)
         self.pages.write(block.address, block.level, table(page), block.ipa)
 
@@ -225,6 +232,7 @@ class GunyahStage2Table:
     @staticmethod
     def _fits(level: int, low: int, high: int, pa: int) -> bool:
         size = 1 << _SHIFT[level]
+        # A block must be aligned at both ends, guest address and physical address.
         return level > 0 and high - low == size and pa % size == 0
 
     def tables_for_fill(self, start: int, end: int, pa: int) -> int:
@@ -239,6 +247,8 @@ class GunyahStage2Table:
             if not self._fits(level, low, high, pa + low - start):
                 value = 0 if at is None else self._ram.read64(at + 8 * (low // size & 511))
                 there = _is_table(value, level)
+                # A table that is there already is used; one that this same call will make is counted once, by the
+                # entry that it hangs on.
                 need += not there
                 need += self._need(value & ADDRESS if there else None, level + 1, low, high, pa + low - start)
             low = high
@@ -250,6 +260,8 @@ class GunyahStage2Table:
         """
         if any(found.valid for found in self.leaves(start, end)):
             self.clear(start, end)
+            # One series of TLBI for all that is replaced. To break, flush and make entry by entry would cost a series
+            # for each page.
             self.sync(start, end)
         self._fill(self.pages.root, _START, start, end, pa, attributes, stock)
 
@@ -258,6 +270,7 @@ class GunyahStage2Table:
             to = pa + low - start
             there = _is_table(value, level)
             if self._fits(level, low, high, to):
+                # Only tables without a valid entry are met here: `fill` has cleared the range.
                 if there:
                     self._unhook(address, value, level, low, high)
                 self.pages.write(address, level, leaf(to, attributes, level), low)
@@ -290,6 +303,7 @@ class GunyahStage2Table:
 
     def sync(self, start: int, end: int) -> None:
         """DSB ISH; TLBI IPAS2E1IS, or RIPAS2E1IS; DSB ISH; TLBI VMALLE1IS; DSB ISH; ISB, for [start, end)."""
+        # More than one range operation can name. To drop everything of the VMID costs less than a long series.
         if end - start > _LARGEST_RANGE:
             self.sync_all()
             return
@@ -297,6 +311,7 @@ class GunyahStage2Table:
             tlbi.ipas2e1is(self._tlbs, start, self.vmid)
         else:
             tlbi.ripas2e1is(self._tlbs, start, end - start, self.vmid)
+        # Entries over both stages have no IPA in them, so the operation by IPA does not find them.
         tlbi.vmalle1is(self._tlbs, self.vmid)
 
     def sync_all(self) -> None:

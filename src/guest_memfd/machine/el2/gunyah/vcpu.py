@@ -107,8 +107,11 @@ class GunyahHypVcpu:
         """
         if self.last.state in (VcpuState.POWERED_OFF, VcpuState.FAULT, VcpuState.PSCI_SYSTEM_RESET):
             return self.last
+        # A VM that has been stopped is no error of the call: the state says so.
         if not self.vm.running:
             return GunyahRun(VcpuState.BLOCKED)
+        # The answer to the last exit is applied before the guest goes on, once. `last` is reset by it, so a repeated
+        # run does not apply it again.
         self._resume(resume)
         end = None if self.budget is None else time.monotonic() + self.budget
         for _ in range(_EXITS_PER_RUN):
@@ -149,6 +152,7 @@ class GunyahHypVcpu:
     def _emulate(self, value: int) -> None:
         transfer = self._transfer
         assert transfer is not None
+        # A load into the zero register has an effect on the device only.
         if not transfer.write and transfer.register < 31:
             self.cpu.set_x(transfer.register, transfer.extend(value))
         self.cpu.pc += 4
@@ -191,11 +195,14 @@ class GunyahHypVcpu:
             return None
         assert fault.ipa is not None
         ipa = fault.ipa
+        # An unlocked page that the guest touches again: locked, and the instruction runs once more. The host is not
+        # told.
         if fault.kind in (ACCESS_FLAG, PERMISSION) and self.vm.space.touch(ipa, fault.access):
             return None
         self._fault = fault
         page = ipa & _PAGE_MASK
         kind = self.vm.space.ranges.kind(page, page + 4096)
+        # Outside of every configured range nobody could do anything about it.
         if kind is None or fault.kind not in (TRANSLATION, ACCESS_FLAG, PERMISSION):
             return GunyahRun(VcpuState.FAULT, (ipa, 0, 0))
         self._transfer = self.cpu.transfer() if kind == "vmmio" and not fault.s1ptw and fault.access != "x" else None

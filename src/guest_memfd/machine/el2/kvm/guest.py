@@ -81,6 +81,7 @@ class GuestStage2:
             for gfn in sorted(self._gfns.get(head, ())):
                 ipa = gfn * PAGE + pa - head * PAGE
                 entry = self.pgt.leaf(ipa)
+                # The table decides. What the hint says may be out of date after a block has been dropped.
                 if entry.valid and entry.oa + (ipa & (PAGE << entry.order) - 1) == pa:
                     return ipa
         return None

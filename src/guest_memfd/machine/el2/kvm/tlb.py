@@ -23,7 +23,10 @@ class Maintenance:
 
     def flush_ipa(self, ipa: int, level: int) -> None:
         """__kvm_tlb_flush_vmid_ipa(): one leaf at *level*."""
+        # First the stage-2 entries: as long as one is there, a stage-1 walk could make a combined entry from it
+        # again.
         tlbi.ipas2e1is(self.tlbs, ipa, self.vmid, level)
+        # Then everything that has stage-1 information. By IPA it cannot be found, so all of the VMID goes.
         tlbi.vmalle1is(self.tlbs, self.vmid)
 
     def flush_range(self, ipa: int, size: int) -> None:

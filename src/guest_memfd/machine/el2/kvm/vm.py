@@ -40,6 +40,7 @@ class VheVm(GuestStage2):
         order = _ORDER_OF.get(nr)
         if order is None or (gfn | pfn) & nr - 1 or not self.in_range(gfn, nr):
             return -EINVAL
+        # Read before it is replaced: the reverse map must forget what was there.
         before = self.pgt.leaf(gfn * PAGE)
         try:
             self.pgt.map(gfn * PAGE, order, pfn * PAGE, leaf_attributes(prot))
@@ -59,6 +60,7 @@ class VheVm(GuestStage2):
             if entry.valid:
                 self.unmapped(head, entry.oa // PAGE)
             at = head + (1 << entry.order)
+        # Once for the range, as the kernel does at the end of an invalidation, whatever was mapped in it.
         self.pgt.tlbs.flush_range(gfn * PAGE, nr * PAGE)
         return 0
 

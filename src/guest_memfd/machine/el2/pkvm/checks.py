@@ -29,6 +29,7 @@ def transition_order(nr: int, *frames: int) -> int:
 
 def range_allowed_memory(el2: El2, pfn: int, nr: int) -> int:
     """-EPERM: no memory, or nobody's; -EINVAL: the range leaves its region (check_range_allowed_memory())."""
+    # Devices are never donated, nor memory that firmware keeps.
     region = el2.host.region(pfn << PAGE_SHIFT)
     if region is None or region.nomap:
         return -EPERM
@@ -53,6 +54,7 @@ def host_and_hyp(el2: El2, pfn: int, order: int, host: PkvmState, hyp: PkvmState
 
 def guest_page_state(entry: KvmLeaf) -> PkvmState:
     """From the software bits of an entry that maps, inferred for one that does not (guest_get_page_state())."""
+    # A valid leaf carries its state in software bits; an invalid one says it by its note, or has nothing to say.
     if entry.valid:
         return PkvmState(entry.value >> STATE_SHIFT & 3)
     note = Annotation.decode(entry.value)
@@ -79,4 +81,5 @@ def may_share(page: HypPage, protected: bool) -> bool:
     """Whether one more guest may borrow a page; ADDITION: a *protected* guest borrows it alone."""
     if page.host is PkvmState.OWNED:
         return page.hyp is PkvmState.NOPAGE
+    # SHARED_OWNED without a guest is shared with EL2 or the secure world: a guest must not join them.
     return page.host is PkvmState.SHARED_OWNED and page.guests > 0 and not protected

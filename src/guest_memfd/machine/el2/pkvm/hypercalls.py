@@ -128,6 +128,7 @@ HANDLERS: dict[int, Handler] = {
 def dispatch(el2: El2, regs: list[int], cpu: int) -> None:
     """handle_host_hcall(): registers x0..x17 in and out; *cpu* is who calls."""
     number = (regs[0] & 0xffff_ffff) - BASE
+    # Calls for setting EL2 up are refused once it is: they could replace the tables that protect it.
     handler = HANDLERS.get(number) if number >= MIN_PKVM else None
     if handler is None:
         regs[0] = _NOT_SUPPORTED

@@ -77,6 +77,7 @@ def kind(value: int, level: int, granule: Granule = K4, pa_bits: int = 48) -> Ki
 
 def output_address(value: int, level: int, granule: Granule = K4, pa_bits: int = 48) -> int:
     """The OA of a leaf: bits below the size of what it maps are dropped; 64K has OA[51:48] in bits 15:12."""
+    # Bits below the size of the leaf are not address bits at this level; bit 16 of a block is nT.
     oa = value & ADDRESS & -(1 << granule.level_shift(level))
     return oa | (value >> 12 & 15) << 48 if granule.shift == 16 and pa_bits >= 52 else oa
 

@@ -67,6 +67,7 @@ class GuestCore(Cpu):
 
     def _through(self, va: int, access: Access, el: int) -> tuple[int, int, bool, bool, bool]:
         self.fills += 1
+        # Registers are read at every fill, not when the run begins: the guest changes them while it runs.
         found = self._mmu.translate(va, access, el, self._stage1(), self._stage2())
         return found.pa, found.size, found.readable, found.writable, found.executable
 
@@ -83,6 +84,8 @@ class GuestCore(Cpu):
 
     # What the guest executes for one CPU reaches all of them (HCR_EL2.FB).
     def _maintain(self, name: str, value: int) -> None:
+        # The vCPU may have run on another CPU before, whose TLB it cannot name. KVM sets HCR_EL2.FB for the same
+        # reason.
         whole = name if name.endswith("IS") else f"{name}IS"
         execute(whole, value, self._tlbs[0], self._tlbs, self._stage2().vmid)
 

@@ -82,6 +82,8 @@ class Mmu:
             entry = self._stage2(ipa, s2, (2, False, va, ipa, access, el))
             self._check_stage2(entry, va, ipa, False, access, el)
             return Translation(entry.oa + ipa - entry.ia, None, entry.s2, entry.shift, entry.may2, el)
+        # Before the TLB: whether the address is in a half at all follows from TCR_EL1, and no entry can say
+        # otherwise.
         plan = select(s1, va, who)
         hit = self._combined(va, s1, s2, who)
         if hit is not None:
@@ -90,6 +92,8 @@ class Mmu:
             self.walks += 1
             first = self._stage1(va, plan, s1, s2, who)
             assert first.s1 is not None
+            # Before stage 2 is walked for the final address: if both stages refuse, stage 1's fault is the one that
+            # is reported.
             check_stage1(first.may, first.s1.level, s1.pan, who)
             hit = self._combine(va, first, s2, access, el)
         return self._answer(hit, va, s1, who)
@@ -106,6 +110,7 @@ class Mmu:
             plan = select(s1, va, who)
             if self._combined(va, s1, s2, who) is None:
                 self._combine(va, self._stage1(va, plan, s1, s2, who), s2, "r", 1)
+        # A speculative access has no effect but on the TLB: what would fault is not done.
         except Fault:
             pass
 
@@ -128,6 +133,7 @@ class Mmu:
         vmid = s2.vmid if s2 is not None else 0
         if self.conflict_aborts:
             found = self.tlb.overlapping(vmid, s1.asid, va & VA_MASK)
+            # Overlapping entries that say the same do no harm: a block and its pages, after a live split.
             if len(found) > 1 and not all(found[0].agrees(other) for other in found):
                 raise Fault(TLB_CONFLICT, None, *who)
         return self.tlb.combined(vmid, s1.asid, va & VA_MASK)
@@ -136,6 +142,7 @@ class Mmu:
         access, el = who[4], who[5]
         may, may2, offset = hit.may, hit.may2, (va & VA_MASK) - hit.ia
         need = BITS[el, access]
+        # The common case needs one test. PAN is not in the entry, because software changes it without a TLBI.
         if s1.pan or not may & need:
             assert hit.s1 is not None
             check_stage1(may, hit.s1.level, s1.pan, who)
@@ -158,11 +165,14 @@ class Mmu:
         known = tlb.stage1(vmid, asid, key)
         if known is not None:
             return known
+        # EPD and a wrong base keep a walk from beginning; an entry that is in the TLB already answers without one.
         begin(plan, who)
         access, el = who[4], who[5]
 
         def locate(ipa: int) -> int:
             assert s2 is not None
+            # The descriptor's own address. Its translation is cached as well, so a table page that stage 2 withholds
+            # later can still be walked.
             entry = self._stage2(ipa, s2, (2, True, va, ipa, access, el))
             self._check_stage2(entry, va, ipa, True, access, el)
             return entry.oa + ipa - entry.ia
@@ -171,10 +181,12 @@ class Mmu:
         try:
             leaf, oa, shift, run, tables = descend(self.memory.read64, plan, va, who, locate if s2 is not None else None,
                                                    passed, tlb.table1(vmid, asid, key))
+        # Also after a fault: the descriptors that were read on the way are valid, and hardware may keep them.
         finally:
             if passed:
                 tlb.insert_tables(vmid, asid, key, passed)
         may = permission.stage1(leaf.value, tables, s1.wxn)
+        # Without nG the entry is global: any ASID may use it, and an operation by VA removes it whatever its ASID.
         tag = asid if leaf.value & _NG else None
         # A run is kept as one entry and singly; the run is the older one and answers while it is there.
         entries = [TlbEntry("stage1", vmid, tag, key, oa, size, size, leaf.level, may, permission.ALL, leaf, None, oa, shift)

@@ -84,10 +84,12 @@ class TablePages:
 
         try:
             yield table
+        # Whatever went wrong, ^C included: a table that is linked nowhere would be lost.
         except BaseException:
             for pa in made:
                 self.free(pa, self.order)
             raise
+        # Only now they belong to the tree: everything inside has succeeded.
         self.tables.update(made)
 
     def free_all(self) -> None:

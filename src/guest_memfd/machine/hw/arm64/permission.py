@@ -26,6 +26,7 @@ _XN = (X1 | X0, X0, 0, X1)
 
 def _stage1(ap: int, ap_table: int, pxn: int, uxn: int, wxn: int) -> int:
     may = _AP[ap] & _APTABLE[ap_table]
+    # What EL0 can write, EL1 must not execute: PXN is implied.
     if not (pxn or may & W0 or (wxn and may & W1)):
         may |= X1
     if not (uxn or (wxn and may & W0)):

@@ -136,11 +136,14 @@ class PageTable:
         *ia* (an address the entry is for) lets `live_check` be asked.
         """
         old = self.memory.read64(address)
+        # Valid to valid: hardware may hold both at once. Whether that is allowed depends on what changes.
         if old & value & d.VALID:
             self._note(address, level, old, value, "")
         elif self.live_check is not None and ia is not None:
             if old & d.VALID:
+                # The value before the break, for the make: what matters is whether a TLB still has that one.
                 self._broken[address] = old
+            # Only a make needs the question: an entry that stays invalid breaks no rule, whatever a TLB still holds.
             elif value & d.VALID and address in self._broken:
                 size = 1 << self.granule.level_shift(level)
                 if self.live_check(ia & -size, size):
@@ -177,8 +180,11 @@ class PageTable:
         """Make every entry of [ia, ia+size) zero; raises BadInput when a block or run reaches beyond it (split it first)."""
         ia = self._input(ia)
         end = ia + self._aligned(ia | size, size)
+        # Before anything is changed. To unmark a run would be a change of its own, with its own break and flush.
         self._whole(ia, end)
         found = list(self.leaves(ia, size))
+        # Only the first and the last can reach beyond the range. To drop the rest of such a block silently would
+        # unmap what nobody has named.
         for at, covers, entry in (found[0], found[-1]):
             if entry.value and (at < ia or at + covers > end):
                 raise BadInput(f"{at:#x} is mapped by a block of {covers:#x} bytes that reaches beyond the range")
@@ -201,11 +207,16 @@ class PageTable:
         if entry.level > level or (entry.level == level and contiguous):
             return
         with self._pages.new() as new:
+            # All at once, before the first store: from 1 GiB down to pages two tables are needed, and the second may
+            # not be there.
             tables = [new() for _ in range(entry.level, level)]
             below: int | None = None
+            # From the bottom up: a table is complete before anything points to it.
             for at in range(level - 1, entry.level - 1, -1):
                 self._fill_split(tables[at - entry.level], at, self._leaf_at(entry, ia, at), ia, below, contiguous)
                 below = d.table(tables[at - entry.level])
+            # First the run, then the block. A block that is a table while its neighbours claim to be one run with it
+            # would be a contradiction that a TLB may resolve either way.
             if entry.value & d.CONTIGUOUS:
                 self._unmark(ia, entry, flush)
             if below is not None:
@@ -234,6 +245,8 @@ class PageTable:
     def _replace(self, ia: int, entry: Entry, value: int, flush: Callable[[int, int], None] | None) -> None:
         size = 1 << self.granule.level_shift(entry.level)
         if flush is not None:
+            # Break, flush, make. For this moment nothing is mapped here: a kernel cannot do that to the text that it
+            # runs, so it splits its linear map live, where level 3 of FEAT_BBM is there.
             self.write(entry.address, entry.level, 0, ia)
             flush(ia & -size, size)
         self.write(entry.address, entry.level, value, ia)
@@ -244,6 +257,7 @@ class PageTable:
         first = entry.address & -(8 * run)
         found = [(first + 8 * n, self.memory.read64(first + 8 * n)) for n in range(run)]
         base, size = ia & -(run << shift), run << shift
+        # All of the run before any of it: a run whose entries disagree may not be seen by a walker.
         if flush is not None:
             for n, (address, _) in enumerate(found):
                 self.write(address, entry.level, 0, base + (n << shift))
@@ -286,8 +300,11 @@ class PageTable:
             if found == "table":
                 self._cover(d.table_address(value, self.granule), level + 1, at, until, what, new, links)
             elif what.fits(at, until, level):
+                # Collected, not stored: a table that cannot be had for the end of the range must leave its beginning
+                # as it was.
                 links.append((address, level, self._marked(what, at, level, table), at))
             elif value:
+                # An implicit split would need break-before-make, and only the caller knows how to flush.
                 raise BadInput(f"{at:#x} is in {d.describe(value, level, self.stage, self.granule)}: split it first")
             else:
                 links.append((address, level, d.table(self._build(level + 1, at, until, what, new)), at))
@@ -310,6 +327,7 @@ class PageTable:
         value, base = what.value(ia, level), what.run(ia, level)
         if base is None:
             return value
+        # A run with a table in it is no run. In a new table nothing is linked yet, so there it cannot happen.
         if table is not None and level < 3:
             first = self._slot(table, level, base)
             if any(d.kind(self.memory.read64(first + 8 * n), level, self.granule) == "table"

@@ -75,6 +75,8 @@ class Tlb:
         best = None
         for shift, pages in context.stage2.items():
             entry = pages.get(ipa >> shift)
+            # The oldest. Hardware may answer with any of them, and that software left an old one in place shows only
+            # if it is the old one that answers.
             if entry is not None and (best is None or entry.born < best.born):
                 best = entry
         return best
@@ -99,6 +101,8 @@ class Tlb:
 
     def insert(self, entry: TlbEntry) -> None:
         """Keep *entry*; one of the same context, size and address is replaced."""
+        # Also for an entry that replaces another: it counts as new, so an older one that overlaps it goes on
+        # answering.
         self._born += 1
         entry.born = self._born
         context = self._context(entry.vmid)
@@ -109,6 +113,8 @@ class Tlb:
             return
         lanes = context.combined if entry.kind == "combined" else context.stage1
         lanes.setdefault(entry.asid, {}).setdefault(shift, {})[number] = entry
+        # A piece of a larger stage-1 leaf. An operation by any address of the leaf must find it, and it is not where
+        # such an address would be looked up.
         if entry.leaf_shift > shift:
             leaves = context.pieces.setdefault(entry.asid, {}).setdefault(entry.leaf_shift, {})
             leaves.setdefault(entry.ia >> entry.leaf_shift, {})[shift, number] = None
@@ -116,6 +122,7 @@ class Tlb:
     def insert_tables(self, vmid: int, asid: int | None, ia: int, passed: list[PassedEntry]) -> None:
         """Keep the table descriptors that a walk of *ia* went through; *asid* None: stage 2."""
         context = self._context(vmid)
+        # By ASID even below a global page: a table descriptor has no nG bit that could say otherwise.
         lane = context.tables2 if asid is None else context.tables1.setdefault(asid, {})
         for one in passed:
             lane.setdefault(one.shift, {})[ia >> one.shift] = one
@@ -149,6 +156,7 @@ class Tlb:
         context = self._contexts.get(vmid)
         if context is None:
             return False
+        # Entries are kept without the top byte, which TBI may ignore and which TLBI does not have.
         va &= VA_MASK
         return any(va >> shift in pages
                    for lanes in (context.combined, context.stage1) for tag, lane in lanes.items()
@@ -161,6 +169,7 @@ class Tlb:
         if context is None:
             return False
         return any(ipa >> shift in pages for shift, pages in context.stage2.items()) or any(
+            # A combined entry has no IPA as its key; whether it leads through one has to be asked of each.
             entry.s2 is not None and ipa >> entry.shift == entry.ipa >> entry.shift
             for lane in context.combined.values() for entry in _all(lane))
 
@@ -205,11 +214,15 @@ class Tlb:
             return
         start &= VA_MASK
         for tag in list(context.stage1.keys() | context.combined.keys() | context.tables1.keys()):
+            # An operation for one ASID removes global entries as well (VAE1); one for all ASIDs removes everything.
             if asid is not None and tag is not None and tag != asid:
                 continue
+            # Both kinds hold stage-1 information, so an operation by VA has to reach both.
             for lanes in (context.stage1, context.combined):
                 _drop(lanes.get(tag, {}), start, size, level)
             self._drop_pieces(context, tag, start, size, level)
+            # VALE1 and VAALE1 leave walk caches alone. A table that is freed after such an operation can still be
+            # walked: this is how that mistake shows.
             if not last_only:
                 _drop_tables(context.tables1.get(tag, {}), start, size)
 
@@ -221,6 +234,8 @@ class Tlb:
             for leaf in _numbers(leaves, start, size, leaf_shift):
                 for shift, number in list(leaves.get(leaf, ())):
                     entry = lane.get(shift, {}).get(number)
+                    # The note of a piece outlives the piece itself, which may have been replaced or dropped: then
+                    # only the note goes.
                     if entry is None or entry.leaf_shift != leaf_shift or level is None or entry.level == level:
                         del leaves[leaf][shift, number]
                         if entry is not None and entry.leaf_shift == leaf_shift:
@@ -231,6 +246,7 @@ class Tlb:
         context = self._contexts.get(vmid)
         if context is None:
             return
+        # Not the combined entries, although they were made from these. IPAS2E1 need not find them, so it does not.
         _drop(context.stage2, start, size, level)
         if not last_only:
             _drop_tables(context.tables2, start, size)
@@ -238,6 +254,7 @@ class Tlb:
 
 def _find(lanes: dict[int | None, Sized], asid: int, va: int) -> TlbEntry | None:
     best = None
+    # Own entries and global ones compete by age alone.
     for tag in (asid, None):
         lane = lanes.get(tag)
         if lane is not None:
@@ -265,6 +282,7 @@ def _all(lane: Sized) -> Iterator[TlbEntry]:
 # Which of *known*, numbers at *shift*, the range touches; whichever are fewer are gone through.
 def _numbers(known: Collection[int], start: int, size: int, shift: int) -> list[int]:
     first, last = start >> shift, (start + size - 1) >> shift
+    # A flush of one page among thousands of entries, or of a gigabyte among ten: the shorter list is walked.
     if last - first < len(known):
         return [number for number in range(first, last + 1) if number in known]
     return [number for number in known if first <= number <= last]

@@ -129,37 +129,50 @@ def descend(read: Read, plan: Plan, ia: int, who: Who, locate: Callable[[int], i
     """
     steps, table, attributes = plan.steps, plan.base, 0
     if start is not None:
+        # From the deepest table that is known, with the hierarchical bits of the tables above it, which are not read
+        # again.
         steps, table, attributes = steps[max(0, start.level - steps[0].level):], start.table, start.attributes
     level = 0
     try:
         for level, shift, index, leaf, run in steps:
             at = table + ((ia >> shift & index) << 3)
             if locate is not None:
+                # Every descriptor of stage 1 lies at an IPA. A hypervisor can withhold a table page, and then the
+                # walk itself faults.
                 at = locate(at)
             value = read(at)
+            # One test for both bits: 3 is a table above level 3 and a page at it, 1 is a block, 0 and 2 are invalid.
             found = value & 3
             if found == 3 and level < 3:
                 table = value & plan.next_table
                 if plan.wide:
                     table |= (value >> 12 & 15) << 48
+                # Checked for each table, not only for the leaf: the next read would go to an address that does not
+                # exist.
                 if table >= plan.limit:
                     raise Fault(ADDRESS_SIZE, level, *who)
                 if plan.hierarchical:
+                    # ORed, since each table can only take rights away. The bits that are not hierarchical do no harm:
+                    # they are masked out.
                     attributes |= value
                 if passed is not None:
                     passed.append(PassedEntry(level + 1, shift, table, attributes))
                 continue
+            # *leaf* is 0 where this granule has no blocks at this level: the encoding is reserved, and reserved is
+            # invalid.
             if not leaf or not (found == 3 or (found == 1 and level < 3)):
                 raise Fault(TRANSLATION, level, *who)
             oa = value & leaf
             if plan.wide:
                 oa |= (value >> 12 & 15) << 48
+            # Before AF: the order of the checks is the architecture's, and each ends in another fault.
             if oa >= plan.limit:
                 raise Fault(ADDRESS_SIZE, level, *who)
             if not value & _AF:
                 raise Fault(ACCESS_FLAG, level, *who)
             return (Entry(level, at, value), oa | ia & (1 << shift) - 1, shift,
                     min(run, plan.ia_bits) if value & _CONTIGUOUS else shift, attributes)
+    # The table lies where no memory is. To EL1 this is an external abort on a walk, with the level.
     except BusError:
         raise Fault(EXTERNAL_ABORT, level, *who) from None
     raise AssertionError("level 3 never leads to a table")
@@ -169,6 +182,8 @@ def walk_stage2(read: Read, s2: Stage2, ipa: int, who: Who, passed: list[PassedE
                 start: PassedEntry | None = None) -> Leaf:
     """The stage-2 leaf of *ipa*; permissions are not checked. Raises Fault."""
     plan = s2.plan
+    # A geometry that cannot be walked comes before the size of the address, and a base beyond the output size after
+    # it.
     if plan.wrong is not None and plan.wrong[0] == TRANSLATION:
         raise Fault(plan.wrong[0], plan.wrong[1], *who)
     if ipa >> plan.ia_bits:
@@ -240,6 +255,8 @@ def walk(memory: Memory, va: int, access: Access, el: int, s1: Stage1, s2: Stage
             walker: Who = (2, True, va, ipa, access, el)
             leaf = walk_stage2(read, s2, ipa, walker)
             check_stage2(leaf, walker)
+            # A walk reads only, so stage 2 must allow reading; the hardware update of AF, which would write, is not
+            # modelled.
             return leaf.oa
 
         entry1, oa, shift, _, tables = descend(read, plan, va, who, locate if s2 is not None else None)
