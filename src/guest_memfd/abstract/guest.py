@@ -36,21 +36,27 @@ class AbstractGuestSide(AbstractMappings):
         """Host stage 2. Taking a page away ends in TLBI VMALLE1IS, which empties the host's stage-1 TLBs as well."""
         self.state.frame(pfn).s2 = int(allowed)
         if not allowed:
+            # TLBI VMALLE1IS is for all addresses. So a page that the driver forgot to flush is flushed here, by an
+            # unrelated donation, and the mistake shows only where no such call comes in between.
             for frame in self.state.frames():
                 frame.stale = 0
 
     def guest_map(self, gfn: int, pfn: int) -> None:
         """Guest stage 2: gfn -> pfn, in place of what it mapped. A TLB entry that says the same has outlived nothing."""
         entry, frame = self.gfn(gfn), self.state.frame(pfn)
+        # A gfn maps one page: what it mapped before is replaced.
         for other in self.state.frames():
             if other.gmap == entry.number + 1 and other.number != pfn:
                 other.gmap = other.asked = 0
         if not frame.gmap:
+            # Whether the guest itself has asked for the page. Of a page that was given to it without its asking it
+            # cannot be said that it holds on to it.
             frame.asked = int(self.state.ghost(self.who).op == OPS.index("fault") + 1)
         frame.gmap = entry.number + 1
         if frame.gstale == frame.gmap:
             frame.gstale = 0
         entry.gpoison = 0
+        # memory_failure() has told everybody that the page is lost; to map it again is to hand broken memory out.
         if frame.handled:
             self.notes.append(facts.Given("the guest", pfn))
 
@@ -134,6 +140,7 @@ class AbstractGuestSide(AbstractMappings):
         if frame is not None and frame.stuck and name in self.hypervisor.final:
             self.against(FOR_GOOD, frame)
             return self.hypervisor.final[name]
+        # Set by `refuse` within this call only.
         self._refused = False
         ret = code(self, *args)
         if type(ret) is not int or not -MAX_ERRNO <= ret <= 0:
@@ -159,11 +166,13 @@ class AbstractGuestSide(AbstractMappings):
         entry = self.gfn(gfn)
         if self.vm.vm != RUNNING:
             return "stopped"
+        # The table's mapping and the stale entry can be two different frames at once.
         reached = (f for f in self.state.frames() if entry.number + 1 in (f.gmap, f.gstale))
         frame = min(reached, key=lambda f: f.gstale != entry.number + 1, default=None)
         if frame is None:
             return "poisoned" if entry.gpoison else "fault"
         via = "guest mapping" if frame.gmap == entry.number + 1 else "stale guest TLB entry"
+        # The access is carried out, as hardware would do it; the note tells the laws.
         if not self._guest_may(frame, gfn):
             self.notes.append(facts.StrayGuest(frame.number, via))
             return "ok"
@@ -204,6 +213,7 @@ class AbstractGuestSide(AbstractMappings):
             frame = self.state.frame(vm.gpc - 1)
             index = self.ours(frame)
             if not frame.slot or (index is not None and start <= index < start + nr):
+                # A reader holds the lock of the cache over its access, and an invalidation waits for it.
                 if vm.gpc_readers:
                     self.wait()
                 vm.gpc = 0

@@ -154,6 +154,8 @@ def layout_of(state: bytes | bytearray) -> StateLayout:
     """The layout of *state*, which is in its first bytes: the same in every state of a host, so nobody is said to look."""
     if isinstance(state, bytes):
         return _layout(tuple(state[:_HEADER]))
+    # Past `Watched.__getitem__`: the header is the same in every state, and noting it would make each footprint
+    # longer.
     return _layout((_read(state, 0), _read(state, 1), _read(state, 2), _read(state, 3), _read(state, 4), _read(state, 5)))
 
 
@@ -209,6 +211,8 @@ class PartyGhost(_Record):
 for _cls, _fields in ((Frame, FRAME_FIELDS), (PageRecord, PAGE_FIELDS), (GfnRecord, GFN_FIELDS), (FileRecord, FILE_FIELDS),
                       (VmRecord, VM_FIELDS), (PartyGhost, PARTY_FIELDS)):
     for _offset, _name in enumerate(_fields):
+        # Properties and not a dictionary: a field is one byte of the state, read and written in place, and a
+        # footprint sees each.
         setattr(_cls, _name, _byte(_offset))
 
 _FRAME_SIZE, _PAGE_SIZE, _GFN_SIZE, _FILE_SIZE, _VM_SIZE, _PARTY_SIZE = map(len, RECORDS.values())

@@ -125,6 +125,8 @@ class FileHost(EmulatedHost):
             word = data[at - within:at - within + _WORD]
         else:
             at = within & -_WORD
+            # A store that is no whole doubleword: read it, put the bytes in, store it. EL0 has one instruction for
+            # each.
             old = self._executed(index, at, None)
             if isinstance(old, str):
                 return old
@@ -159,12 +161,16 @@ def _call(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(self: Serialised, *args: Any, **more: Any) -> Any:
         with self._lock:
+            # A call that a signal has ended half way has left locks and counts as they were: nothing that this
+            # machine says from then on could be believed.
             if self._lock.abandoned:
                 raise BadInput("a call into this machine was interrupted half way; it is of no use any more, make another")
             self._calls += 1
             try:
                 return function(self, *args, **more)
             except BaseException as error:
+                # ^C, SystemExit, or no memory: these can come between any two lines. An error that we raise ourselves
+                # comes where everything is in order.
                 if not isinstance(error, Exception) or isinstance(error, MemoryError):
                     self._lock.abandoned = True
                 raise
@@ -200,6 +206,8 @@ class Serialised(owned.Owned):
             self._put()
 
     def _put(self) -> None:
+        # fget() and fput(): a descriptor that is closed while another thread is inside of a call goes when that comes
+        # back.
         if self.closed and not self._calls and not self._released:
             self._released = True
             if not self._lock.abandoned:
@@ -239,6 +247,7 @@ class Mapped(Serialised):
         EFAULT for a page that the VMM cannot have, or of a design that lets nobody pin; BadInput beyond the mapping.
         """
         (index, *_), file = next(self._pieces("pin", at, 1)), self.file
+        # The page may be taken away again between the fault and the look: GUP-fast starts over.
         for _attempt in range(_FAULTS):
             folio = file.perform(Primitive("gup_read_pte", (index,), "mm")) if file.library.gup else None
             if folio is not None and file.perform(Primitive("gup_try_get", (folio,), "mm")):

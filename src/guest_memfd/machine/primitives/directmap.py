@@ -25,6 +25,7 @@ class DirectMap(Base):
     def _changed(self, page: Page, ret: int, *, invalid: bool) -> int:
         if not ret:
             self.notes.append(facts.DirectMapChange(self.caller, self.machine.number(page.pa), invalid, page.handled))
+            # A change that failed has written nothing, so it does not count.
             self.machine.tracer.counts(self.who, "writes")
         else:
             self.against(FAILURE)

@@ -42,6 +42,7 @@ class Lifetimes(Base):
 
     def must_be_there(self, primitive: Primitive) -> None:
         """End the kernel if the code of *primitive*, or the inode it works on, is gone."""
+        # The caller is the module whose text runs; after an unload that text is not there any more.
         if self.machine.unloaded and primitive.caller == self.machine.module.name:
             self.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
         inode = self.inode

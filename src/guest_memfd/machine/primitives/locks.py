@@ -35,6 +35,7 @@ class Locks(Base):
     def down_write(self, sem: Sem) -> object:
         """A writer that cannot have the lock queues first: from then on new readers wait."""
         taken = self._sem(sem).down_write(self.who)
+        # Queued: a step that others can see, after which new readers wait.
         if taken is None:
             return STAY
         if not taken:

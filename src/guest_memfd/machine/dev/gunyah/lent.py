@@ -112,6 +112,7 @@ class LentFile(GunyahMemoryFile):
         attributes = self.host.inode.trees["attributes"].load(first, length)
         if attributes.count(PRIVATE_PAGE) == length:
             return 0
+        # As the posted driver: lent memory is not mapped by the VMM, and must not be mappable either.
         if self.host.vma_covers(first, length):
             return -EPERM
         return int(self.run(self.library.make_private(first, length)).ret)
