@@ -152,6 +152,7 @@ class EmulatedRun:
             report.ended = drive(self.guest, order.timeout)
         finally:
             report.seconds = time.perf_counter() - began
+            # After an interrupted call nothing of the machine can be asked.
             if not machine.lock.abandoned:
                 self._count()
         report.window = self._window()

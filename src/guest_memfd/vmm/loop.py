@@ -75,9 +75,11 @@ def drive(guest: LoopGuest, timeout: float) -> LoopEnded:
         ended = guest.step(min(left, SLICE))
         if ended is not None:
             return ended
+        # No abort since the last look: it works, however long that takes.
         if guest.aborts == aborts:
             continue
         now = guest.debugger.pc()
+        # Many aborts at different instructions are a guest that probes what it has, which it may.
         if now != pc:
             pc, aborts = now, guest.aborts
         elif guest.aborts - aborts >= SAME_ABORT:

@@ -97,6 +97,7 @@ class GunyahDriver(Driver):
     def _call(self, function: int, *args: int) -> int:
         regs = [function, *args] + [0] * (17 - len(args))
         self.el2.hvc(regs)
+        # x0 is a signed 64-bit number.
         error = regs[0] - (regs[0] & _SIGN) * 2
         return -EINVAL if error in _NOT_THERE and not self._plain else remap(error)
 

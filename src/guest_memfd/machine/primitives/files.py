@@ -174,6 +174,7 @@ class FilePrimitives(GuestSide):
 
     def delete_module(self) -> int:
         """Only when nobody holds it; its exit code gives back nothing by itself."""
+        # The loader refuses while anybody holds the module; its exit function takes nothing back from a VM.
         return -EBUSY if self.machine.modules.delete(self.machine.module.name) else 0
 
     def vm_state(self) -> str:
@@ -197,6 +198,8 @@ class FilePrimitives(GuestSide):
         """
         if self.vm.gpc_readers:
             self.wait()
+        # First the tables and TLB entries, then the caches that refer to them, then the hold on the module whose code
+        # did it.
         self.machine.driver.vm_destroyed(self.vm)
         self.machine.forget_vm(self.vm)
         self.vm.gpc, self.vm.gpc_fresh = None, False

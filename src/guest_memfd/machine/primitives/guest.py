@@ -21,14 +21,17 @@ class GuestSide(UserMappings):
         machine = self.machine
         folio = next(arg for arg in args if isinstance(arg, Folio))
         page = self.page(folio)
+        # Before and after: what the hypercall did is read off EL2's records, not believed from its result.
         owner, mapped = machine.driver.owner(page.pa), machine.driver.guest_maps(self.vm, page.pa)
         machine.tracer.counts(self.who, "calls")
         asked = self.asked(page)
         ret = machine.driver.hypercall(self.vm, name, args)
         if machine.driver.keeps(name, args):
             self.against(FOR_GOOD, page)
+        # A refusal that is a rule of the hypervisor's is no failure, and the laws must tell the two apart.
         elif (name, ret) in machine.driver.rules:
             self.notes.append(facts.Refused(name, -ret))
+            # A guest that has never asked for the page, nor written to it, cannot be said to hold on to it.
             if asked:
                 self.against(HELD, page)
         elif ret in (-ENOMEM, -EAGAIN):
@@ -60,11 +63,13 @@ class GuestSide(UserMappings):
         machine, vm = self.machine, self.vm
         if vm.state != RUNNING:
             return "stopped"
+        # Before the access: afterwards a store has replaced what was there.
         before = machine.tracer.contents()
         ran = machine.driver.guest_access(vm, gfn * PAGE, write, GUEST_TOKEN)
         if ran.exit is not None:
             return ran.exit
         page = machine.page_at(ran.pa)
+        # The CPU says where it arrived. If the tables say otherwise, a TLB entry has outlived its mapping.
         via = "guest mapping" if machine.driver.lookup(vm, gfn * PAGE) == ran.pa else "stale guest TLB entry"
         if not self._guest_may(page, gfn):
             self.notes.append(facts.StrayGuest(machine.number(page.pa), via))

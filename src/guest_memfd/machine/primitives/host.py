@@ -49,6 +49,7 @@ class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
         What the laws should know is in `notes` afterwards.
         """
         self.notes = []
+        # A frozen task runs nothing, not even what it had begun.
         if who in self.tasks and self.machine.power.frozen:
             raise Blocked
         self.who, self.caller = who, primitive.caller

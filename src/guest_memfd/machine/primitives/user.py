@@ -59,6 +59,7 @@ class UserMappings(PageCache):
         mapping, page = self.inode.mapping, self.page(folio)
         if mapping is None or not mapping.vmas:
             return False
+        # Given anew, after memory_failure() had taken it: that is what the law asks about.
         if page.handled and mapping.lookup(index) is None:
             self.notes.append(facts.Given("the VMM", self.machine.number(page.pa)))
         try:
@@ -99,7 +100,10 @@ class UserMappings(PageCache):
     def gup_recheck(self, index: int, folio: Folio, foll_pin: bool) -> bool:
         """Keep or drop the speculative reference."""
         page = self.page(folio)
+        # Dropped first, and taken again as a real one: the speculative reference is never used to touch the page.
         self.drop(page, "spec")
+        # The entry has gone, or leads elsewhere. The frame may even be another folio by now, and this reference may
+        # have been its last.
         if self.gup_read_pte(index) != folio:
             self.free_if_unused(page)
             return False

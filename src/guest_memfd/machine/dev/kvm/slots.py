@@ -68,6 +68,7 @@ class Memslots:
             if region.slot not in self.by_id:
                 refuse(EINVAL, f"there is no slot {region.slot} to delete")
             return
+        # A slot with a guest_memfd is made and deleted, never moved: the guest's pages are bound by their gfn.
         if region.slot in self.by_id:
             refuse(EINVAL, f"slot {region.slot} is there, and one with a guest_memfd is never changed")
         gfn, nr = region.guest_phys_addr // PAGE, region.memory_size // PAGE

@@ -129,6 +129,7 @@ class KvmVmFile(Serialised):
             return
         self._perform("vm_kill")
         for file in dict.fromkeys(slot.file for slot in self.slots.by_id.values()):
+            # Before the VM object goes: the bindings are what its tables are made from.
             if file.run(file.library.vm_teardown()):
                 return                                  # what is bound stays, and with it the VM
         self.slots.by_id.clear()
