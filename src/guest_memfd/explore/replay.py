@@ -1,7 +1,7 @@
 """A trace again: exactly its steps, by the real procedures on the abstract host, with no table in between.
 
-Rule of this file: nothing that the trace says is believed. Every primitive, every result and the broken law at the end
-come out again, or the first thing that does not is named.
+Nothing that the trace says is believed. Every primitive, every result and the broken law at the end come out again, or
+the first thing that does not is named.
 """
 
 from __future__ import annotations

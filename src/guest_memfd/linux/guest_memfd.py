@@ -1,4 +1,4 @@
-"""KVM's guest_memfd (virt/kvm/guest_memfd.c). Rule of this file: what the kernel says is what the caller gets."""
+"""KVM's guest_memfd (virt/kvm/guest_memfd.c). What the kernel says is what the caller gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/dev/gunyah, series v17. Rule of this file: one method, one ioctl, with the argument as `abi.gunyah` lays it out.
+"""/dev/gunyah, series v17. Each method is one ioctl, with the argument as `abi.gunyah` lays it out.
 
 Arguments that the driver refuses go to it as they are; so does a closed descriptor, as -1.
 """

@@ -1,4 +1,4 @@
-"""memfd_secret(2) (mm/secretmem.c): memory that is in no direct map. Rule of this file: its limits are said, not hidden.
+"""memfd_secret(2) (mm/secretmem.c): memory that is in no direct map. Its limits are said, not hidden.
 
     size        set once, by ftruncate(2) while it is 0; no fallocate(2), so a page that has been touched stays
     contents    only through a mapping: no read(2), no write(2), no get_user_pages() (so no process_vm_readv(2) of it,

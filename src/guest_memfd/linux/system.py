@@ -1,4 +1,4 @@
-"""/dev/kvm. Rule of this file: an absent or unusable device is HostUnavailable with what to do about it."""
+"""/dev/kvm. An absent or unusable device is HostUnavailable, with what to do about it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A vCPU of x86: its registers, and the two states that small guests start in.
 
-Rule of this file: an access that is under way is finished before registers change; KVM would do it afterwards and overwrite
-them (complete_emulated_mmio() in arch/x86/kvm/x86.c).
+An access that is under way is finished before registers change; KVM would do it afterwards and overwrite them
+(complete_emulated_mmio() in arch/x86/kvm/x86.c).
 """
 
 from __future__ import annotations

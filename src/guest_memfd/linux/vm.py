@@ -1,4 +1,4 @@
-"""A VM's descriptor: memory slots, guest_memfd files, vCPUs. Rule of this file: one method, one ioctl."""
+"""A VM's descriptor: memory slots, guest_memfd files, vCPUs. Each method is one ioctl."""
 
 from __future__ import annotations
 

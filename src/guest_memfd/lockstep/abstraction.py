@@ -1,7 +1,8 @@
 """The abstraction function: what the abstract host would call the state that the emulated machine is in.
 
 Rule of this file: every field is read from where the machine keeps it - descriptors in RAM, EL2's records, TLBs, struct
-folio, bytes - or from the tracer, if it is a ghost. Nothing is remembered between two calls.
+folio, bytes - or from the tracer, if it is a ghost (tests/test_abstraction.py holds it). Nothing is remembered between
+two calls.
 """
 
 from __future__ import annotations

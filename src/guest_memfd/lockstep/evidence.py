@@ -1,7 +1,6 @@
 """A counterexample on the emulated machine: the same law, and what a kernel developer would look at.
 
-Rule of this file: everything printed is read from the machine in which the trace has just ended: descriptors, EL2's
-records, the kernel log.
+Everything printed is read from the machine in which the trace has just ended: descriptors, EL2's records, the kernel log.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The worst hardware there may be, and the worst luck: what lock step lets happen to a machine between two primitives.
 
-Rule of this file: nothing here is impossible. A CPU may walk and remember any valid translation at any time; a guest may
-run on any CPU; an allocation may fail where something is allocated.
+Nothing here is impossible. A CPU may walk and remember any valid translation at any time; a guest may run on any CPU; an
+allocation may fail where something is allocated.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A survey beside an earlier one, of another kernel or of the same one before: what has changed, and what got worse.
 
-Rule of this file: what the earlier one says is looked at before it is believed to be of the right kind, or shown.
+What the earlier one says is looked at before it is believed to be of the right kind, or shown.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run leaves behind: descriptors, children, mappings of this process, VMs, and the direct map that it has split.
 
-Rule of this file: it counts and does not clean up.
+It counts, and does not clean up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The hosts a VMM can be tested on. Rule of this file: one interface, and a reason in words for whatever a host cannot do.
+"""The hosts a VMM can be tested on. They have one interface, and a reason in words for whatever a host cannot do.
 
 What comes from `open` keeps the promises of uapi on every host. A guest's code cannot be the same everywhere, so a
 test gives it for each architecture, and `enter` does what an architecture wants done before its first instruction.

@@ -1,8 +1,8 @@
 """/dev/kvm as far as guest memory goes: ioctl numbers, structures, capabilities, and the protocols of its objects.
 
-Rule of this file: what is the same on every architecture; registers and VM types are in kvm_<arch>.py, exits in kvm_run.py.
-Numbers and layouts: include/uapi/linux/kvm.h (7.3), and "guest_memfd: In-place conversion" v8-v13 for
-KVM_SET_MEMORY_ATTRIBUTES2. Structures are little-endian, and have the size the ioctl number says.
+Here is what is the same on every architecture; registers and VM types are in kvm_<arch>.py, exits in kvm_run.py. Numbers
+and layouts: include/uapi/linux/kvm.h (7.3), and "guest_memfd: In-place conversion" v8-v13 for KVM_SET_MEMORY_ATTRIBUTES2.
+Structures are little-endian, and have the size the ioctl number says.
 """
 
 from __future__ import annotations

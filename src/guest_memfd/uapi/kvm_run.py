@@ -1,4 +1,4 @@
-"""struct kvm_run: why KVM_RUN came back, decoded. Rule of this file: what the page says, and nothing that it does not.
+"""struct kvm_run: why KVM_RUN came back, decoded. It tells what the page says, and nothing else.
 
 Offsets and numbers: include/uapi/linux/kvm.h (7.3), the same on every architecture.
 """

@@ -1,4 +1,4 @@
-"""Devices: a console, and on x86 a balloon. Rule of this file: what an access outside of memory does."""
+"""Devices: a console, and on x86 a balloon. Here is what an access outside of memory does."""
 
 from __future__ import annotations
 

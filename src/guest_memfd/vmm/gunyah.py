@@ -1,4 +1,4 @@
-"""A guest by way of /dev/gunyah. Rule of this file: private memory is written while it is the host's, and lent then."""
+"""A guest by way of /dev/gunyah. Private memory is written while it is the host's, and lent then."""
 
 from __future__ import annotations
 

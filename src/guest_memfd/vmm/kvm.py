@@ -1,4 +1,4 @@
-"""A guest by way of /dev/kvm on arm64. Rule of this file: private memory is written while it is shared, then converted."""
+"""A guest by way of /dev/kvm on arm64. Private memory is written while it is shared, then converted."""
 
 from __future__ import annotations
 

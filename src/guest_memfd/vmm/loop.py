@@ -1,4 +1,4 @@
-"""Running a guest to its end. Rule of this file: it always ends, by the clock if by nothing else.
+"""Running a guest to its end. It always ends, at the latest when its time is over.
 
 A guest that never gives the CPU back is interrupted by the clock. One that only faults is told from one that works by two
 signs: many aborts have been delivered to it, and it is still at the same instruction.

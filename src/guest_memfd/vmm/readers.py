@@ -1,4 +1,4 @@
-"""The host kernel reads what it should not. Rule of this file: real instructions of the kernel's text, at real addresses.
+"""The host kernel reads what it should not. Real instructions of the kernel's text run, at real addresses.
 
     zeropad   load_unaligned_zeropad() 4 bytes before a page that the guest owns, as a path name's comparison would do it
               when the name ends where the page before ends

@@ -1,4 +1,4 @@
-"""Judging while it runs. Rule of this file: every primitive is seen once, with the facts it left; nothing is forgiven.
+"""Judging while it runs. Every primitive is seen once, with the facts that it left; nothing is passed over.
 
 The same primitives are what `-v` shows: the guest's faults, and what moves a folio or changes a table; all with `-vv`.
 """

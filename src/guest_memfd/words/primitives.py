@@ -1,9 +1,9 @@
 """What a host offers to the library: the primitives, and nothing that only a model could do.
 
-Rule of this file: every method is one atomic step of a real machine (a lock operation, one page-table write, one
-hypercall, one access), named after the kernel function it stands for. Procedures call them with ``yield from``; the
-step is taken by whoever drives the procedure - the explorer, the emulated machine - when the primitive *yields*, so
-between two primitives any other CPU may run.
+Every method is one atomic step of a real machine (a lock operation, one page-table write, one hypercall, one access),
+named after the kernel function it stands for. Procedures call them with ``yield from``; the step is taken by whoever
+drives the procedure - the explorer, the emulated machine - when the primitive *yields*, so between two primitives any
+other CPU may run.
 
 Some primitives take no step of their own but act together with the one that follows: ``choose`` (a party's free
 will), ``fd_open`` (what a task knows of itself) and the tracepoints that only the laws read (``begin_op``, ``end_op``,

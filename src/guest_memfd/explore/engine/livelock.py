@@ -1,8 +1,8 @@
 """Livelocks: the states of an exploration from which no end can be reached any more.
 
-Rule of this file: it sees numbers only, the same that the exploration has gone through. A walk takes any step, and the
-next, until it comes to a state that is known to reach an end; then every state on its way does. Nearly all walks are
-short, so looking for livelocks costs less than exploring did, and no memory.
+It sees numbers only, the same that the exploration has gone through. A walk takes any step, and the next, until it comes
+to a state that is known to reach an end; then every state on its way does. Nearly all walks are short, so looking for
+livelocks costs less than exploring did, and no memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What one step passes before others can see it: choices, tracepoints and loads, each at a place of the party.
 
-Rule of this file: a place is where the party stands and the state of the host. It is passed once for each set of facts
-that were noted on the way to it, so a loop of such primitives comes to an end here, and what it notes is kept.
+A place is where the party stands, and the state of the host. It is passed once for each set of facts that were noted on
+the way to it, so a loop of such primitives comes to an end here, and what it notes is kept.
 """
 
 from __future__ import annotations

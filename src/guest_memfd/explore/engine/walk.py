@@ -1,6 +1,6 @@
 """A random walk: all parties of a scene at once, far more than can be explored, one schedule after the other.
 
-Rule of this file: it proves nothing and forgets nothing. Every step is judged by every law, and what breaks comes with the
+It proves nothing, and nothing that it finds is dropped. Every step is judged by every law, and what breaks comes with the
 seed that breaks it again.
 """
 

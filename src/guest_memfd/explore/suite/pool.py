@@ -1,8 +1,9 @@
 """Doing the tasks of a suite in several processes, all of them busy until the end.
 
-Rule of this file: it decides who does what when, and nothing else; what comes out is the same for any number of jobs.
-A process stays with one world as long as there is work in it, because it keeps that world's tables; then it opens the
-world with most work left, and at the end helps where most is left. Within a world the biggest scenario comes first.
+Rule of this file: it decides who does what when, and nothing else; what comes out is the same for any number of jobs
+(tests/test_suite.py holds it). A process stays with one world as long as there is work in it, because it keeps that
+world's tables; then it opens the world with most work left, and at the end helps where most is left. Within a world the
+biggest scenario comes first.
 
 Processes are forked, so that they inherit the worlds (procedures are closures, and cannot be sent). Where there is no
 fork everything is done here.

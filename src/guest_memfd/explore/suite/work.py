@@ -1,8 +1,8 @@
 """One piece of a suite, in whichever process it is done: explore one scenario, on tables that are kept or on new ones.
 
-Rule of this file: what is answered depends on the task alone. How long a shortest trace is does; which of several
-shortest traces comes out depends on the order in which states were numbered, so traces leave here only if they were
-found on tables that nothing had been explored on before.
+What is answered depends on the task alone. How long a shortest trace is does; which of several shortest traces comes out
+depends on the order in which states were numbered, so traces leave here only if they were found on tables that nothing
+had been explored on before.
 """
 
 from __future__ import annotations

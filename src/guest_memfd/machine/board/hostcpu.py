@@ -1,6 +1,6 @@
 """Host code runs: kernel text at EL1, the VMM at EL0, on Unicorn through our walker and the TLB of one of the CPUs.
 
-Rule of this file: who takes an abort. Stage 1 is the kernel's (linux/mem_abort.py). Stage 2 is EL2's first: it maps the
+The file decides who takes an abort. Stage 1 is the kernel's (linux/mem_abort.py). Stage 2 is EL2's first: it maps the
 page, or has the abort delivered to EL1 with a syndrome of its choice, which is then the kernel's again.
 """
 

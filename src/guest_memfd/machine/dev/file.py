@@ -1,4 +1,4 @@
-"""A guest_memfd file on the emulated machine, and mappings of it. Rule of this file: bytes to pages, results to errnos.
+"""A guest_memfd file on the emulated machine, and mappings of it. Bytes become pages here, and results become errnos.
 
 What a page is and who may have it is the library's; which arguments a device's file refuses, and in which order, is the
 subclass's. An access of the VMM is a load or store that EL0 executes on every page it touches; the bytes beside that

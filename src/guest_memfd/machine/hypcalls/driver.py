@@ -1,6 +1,6 @@
 """What a hypervisor's driver and its EL2 are to the machine, and single accesses of a guest.
 
-Rule of this file: a guest access is an instruction on a CPU, translated by that CPU's TLB and the VM's stage 2.
+A guest access is an instruction on a CPU, translated by that CPU's TLB and the VM's stage 2.
 """
 
 from __future__ import annotations

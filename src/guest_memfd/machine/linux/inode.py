@@ -1,4 +1,4 @@
-"""A guest_memfd inode: page cache, trees, locks, references. Rule of this file: data of one file, and no behaviour.
+"""A guest_memfd inode: page cache, trees, locks, references. Here are the data of one file, and no behaviour.
 
 The primitives (../primitives/) act on it; which reference keeps it alive is said in core/file.py, and who may use it while
 it dies in ../primitives/lifetime.py.

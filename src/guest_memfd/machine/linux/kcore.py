@@ -1,5 +1,5 @@
-"""/proc/kcore, the kernel's memory as root reads it. Rule of this file: which RAM pages are read at all, and what a fault
-leaves (read_kcore_iter() in fs/proc/kcore.c).
+"""/proc/kcore, the kernel's memory as root reads it. Here is which RAM pages are read at all, and what a fault leaves
+(read_kcore_iter() in fs/proc/kcore.c).
 """
 
 from __future__ import annotations

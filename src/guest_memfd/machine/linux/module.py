@@ -1,5 +1,5 @@
-"""Modules: what they may link against, and when they may go. Rule of this file: a symbol that is not exported to a
-module does not exist for it, and a module goes only when nobody refers to it (kernel/module/main.c, include/linux/export.h).
+"""Modules: what they may link against, and when they may go. A symbol that is not exported to a module does not exist for
+it, and a module goes only when no one refers to it (kernel/module/main.c, include/linux/export.h).
 """
 
 from __future__ import annotations

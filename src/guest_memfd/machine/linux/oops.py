@@ -1,4 +1,4 @@
-"""What the kernel prints when it dies. Rule of this file: the forms of the messages, and when an oops is a panic.
+"""What the kernel prints when it dies. Here are the forms of the messages, and when an oops is a panic.
 
 arch/arm64/mm/fault.c (mem_abort_decode, show_pte), arch/arm64/kernel/traps.c (die), process.c (__show_regs).
 """

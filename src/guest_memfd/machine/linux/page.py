@@ -1,4 +1,4 @@
-"""struct folio: who refers to a block of frames, and its flags. Rule of this file: one count decides, kinds explain.
+"""struct folio: who refers to a block of frames, and its flags. One count decides; the kinds explain it.
 
 The kernel has one reference count. Beside it every reference is entered under its kind, as the kernel's own
 ref_tracker does for debugging, so that the laws - and people - can tell a pin from a page-cache reference.

@@ -1,5 +1,5 @@
-"""What the page allocator writes to pages on its own. Rule of this file: the order of poisoning, initialising and
-unmapping around free and alloc (mm/page_alloc.c free_pages_prepare() and post_alloc_hook(), mm/page_poison.c).
+"""What the page allocator writes to pages on its own. Here is the order of poisoning, initialising and unmapping around
+free and alloc (mm/page_alloc.c free_pages_prepare() and post_alloc_hook(), mm/page_poison.c).
 
 Every access is a plain one through the linear map: whoever took the page out must have put it back before freeing it.
 """

@@ -1,5 +1,5 @@
-"""Hibernation: who may forbid it, in which order it happens, and which pages the image holds. Rule of this file: an
-allocated page with a hole in the linear map is saved all the same (kernel/power/hibernate.c, snapshot.c, kernel/notifier.c).
+"""Hibernation: who may forbid it, in which order it happens, and which pages the image holds. An allocated page with a
+hole in the linear map is saved all the same (kernel/power/hibernate.c, snapshot.c, kernel/notifier.c).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The emulated host as procedures see it: a primitive comes in, the machine moves, a result goes out.
 
-Rule of this file: the only place from which primitives are called. Frozen tasks and the end of the kernel are dealt with
-here, as on the abstract host.
+Primitives are called from here only. Frozen tasks and the end of the kernel are dealt with here, as on the abstract host.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What has to be there for a primitive: the module whose code runs, and the inode it works on. Rule of this file: it is
-asked before anything is done, and what is not there ends the kernel.
+"""What has to be there for a primitive: the module whose code runs, and the inode it works on. It is asked before
+anything is done, and what is not there ends the kernel.
 
 The life of an inode (fs/inode.c). iput() of the last reference hands it to whoever dropped that: he evicts it, and nobody
 else may use it meanwhile, as nobody else can have held it. destroy_inode() frees its memory; from then on nobody may. A

@@ -1,7 +1,7 @@
 """Linux's own readers and writers of all RAM, on this machine: /proc/kcore, the hibernation image, page poisoning.
 
-Rule of this file: every byte goes through the linear map, by the kernel's text on a CPU. What the rules are is said in
-linux/kcore.py, linux/snapshot.py and linux/page_poison.py; this is what they ask.
+Every byte goes through the linear map, by the kernel's text on a CPU. What the rules are is said in linux/kcore.py,
+linux/snapshot.py and linux/page_poison.py; this is what they ask.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """System calls by name, and the words of their arguments.
 
-Rule of this file: a call goes to the kernel as it is given, wrong arguments included, which the C library might refuse or
-repeat. Numbers: arch/x86/entry/syscalls/syscall_64.tbl and scripts/syscall.tbl.
+A call goes to the kernel as it is given, wrong arguments included, which the C library might refuse or repeat. Numbers:
+arch/x86/entry/syscalls/syscall_64.tbl and scripts/syscall.tbl.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a row works on, made on demand in the row's own process: /dev/kvm, a VM, a vCPU, files, mappings.
 
-Rule of this file: what fails here is not what the row is about, so it makes the row unfit and says why; what a row is about
-it calls itself.
+What fails here is not what the row is about, so it makes the row unfit and says why; what a row is about it calls itself.
 """
 
 from __future__ import annotations

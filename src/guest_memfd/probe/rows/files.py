@@ -1,7 +1,7 @@
 """What a guest_memfd and a memfd_secret answer to the calls of a file: stat, read, seek, truncate, splice, reopen and so on.
 
-Rule of this file: `OPERATIONS` is done to guest_memfd with every combination of flags, and to memfd_secret; a column of
-results each.
+`OPERATIONS` is done to guest_memfd with every combination of flags, and to memfd_secret; there is a column of results for
+each.
 """
 
 from __future__ import annotations

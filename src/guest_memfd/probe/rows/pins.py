@@ -1,6 +1,6 @@
 """Who takes pages of a mapping by get_user_pages(), and who only copies through it; userfaultfd.
 
-Rule of this file: `USERS` is done to shared pages, to private ones, and to memfd_secret; a column of results each.
+`USERS` is done to shared pages, to private ones, and to memfd_secret; there is a column of results for each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bindings: which part of which file a guest has where. Rule of this file: arithmetic of ranges, in pages.
+"""Bindings: which part of which file a guest has where. Here is the arithmetic of ranges, in pages.
 
 Source: struct gunyah_gmem_binding and its users in drivers/virt/gunyah/guest_memfd.c (series v17, patch 24).
 """

@@ -1,4 +1,4 @@
-"""What every memory file of /dev/gunyah refuses, whoever serves it. Rule of this file: arguments, in the driver's order.
+"""What every memory file of /dev/gunyah refuses, whoever serves it. Arguments are checked in the driver's order.
 
 Source: gunyah_gmem_fallocate(), gunyah_gmem_mmap() (drivers/virt/gunyah/guest_memfd.c, series v17, patches 23 and 24).
 """

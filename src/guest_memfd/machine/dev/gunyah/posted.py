@@ -1,4 +1,4 @@
-"""Memory files served by the driver as posted. Rule of this file: what designs/gunyah_v17.py leaves out of its scenarios.
+"""Memory files served by the driver as posted. Here is what designs/gunyah_v17.py leaves out of its scenarios.
 
 Several bindings, ranges, huge folios, parcels. Mistakes are kept and marked with the numbers of docs/bugs.md. Patches 20,
 23, 24 and 25/35. Not modelled: bindings and accesses beyond the end of the file (S28), S8, one file in several VMs.

@@ -1,4 +1,4 @@
-"""START, through the Resource Manager. Rule of this file: the steps in their order, and where a failure leaves the VM.
+"""START, through the Resource Manager. Here are the steps in their order, and where a failure leaves the VM.
 
 A failed START is final: the status stays what it was when a step failed, every later START is -ENODEV, and memory comes
 back with the last descriptor. Source: gunyah_vm_start() (drivers/virt/gunyah/vm_mgr.c, series v17, patches 10, 12, 25 to

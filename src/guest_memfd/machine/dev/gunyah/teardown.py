@@ -1,4 +1,4 @@
-"""The end of a VM: its last descriptor has gone. Rule of this file: memory comes back before the VM is reset.
+"""The end of a VM: its last descriptor has gone. Memory comes back before the VM is reset.
 
 In the driver's order: stop; a parcel that never became ordinary memory; functions; bindings; what is left in the tree;
 reset; VMID. Where the posted driver loses what the Resource Manager refuses, a library-served VM resets first and asks

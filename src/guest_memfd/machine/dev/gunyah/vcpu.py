@@ -1,4 +1,4 @@
-"""VCPU_RUN. Rule of this file: the loop of gunyah_vcpu_run() - enter the guest, look why it came out, give it memory.
+"""VCPU_RUN. It is the loop of gunyah_vcpu_run(): enter the guest, look why it came out, give it memory.
 
 Whatever is not memory goes to user space. Source: drivers/virt/gunyah/gunyah_vcpu.c (series v17, patches 15, 28 and 33).
 The wait for an interrupt, which nobody here sends, ends as a signal ends it: -EINTR; so does a loop without an end.

@@ -1,4 +1,4 @@
-"""A VM's descriptor. Rule of this file: every check of every ioctl, in the driver's order; what follows is done elsewhere.
+"""A VM's descriptor. Every check of every ioctl is here, in the driver's order; what follows is done elsewhere.
 
 Source: drivers/virt/gunyah/vm_mgr.c, guest_memfd.c (series v17, patches 10, 13, 24, 26 and 30).
 """

@@ -1,4 +1,4 @@
-"""KVM's guest_memfd. Rule of this file: what its ioctls and system calls refuse, in the order of virt/kvm/guest_memfd.c.
+"""KVM's guest_memfd. Here is what its ioctls and system calls refuse, in the order of virt/kvm/guest_memfd.c.
 
 KVM_SET_MEMORY_ATTRIBUTES2 is that of "guest_memfd: In-place conversion" v13.
 """

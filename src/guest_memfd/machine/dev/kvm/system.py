@@ -1,4 +1,4 @@
-"""/dev/kvm: what it can do, and new VMs. Rule of this file: the VM types of KVM with and without protected mode."""
+"""/dev/kvm: what it can do, and new VMs. The VM types are those of KVM with and without protected mode."""
 
 from __future__ import annotations
 

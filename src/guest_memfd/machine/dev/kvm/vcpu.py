@@ -1,4 +1,4 @@
-"""A vCPU of /dev/kvm: KVM_RUN. Rule of this file: a guest's fault is the library's when a slot covers it, else user space's.
+"""A vCPU of /dev/kvm: KVM_RUN. A guest's fault is the library's when a slot covers it, else user space's.
 
 arch/arm64/kvm/arm.c kvm_arch_vcpu_ioctl_run(), arch/arm64/kvm/mmu.c gmem_abort(). Nobody sends interrupts, so a vCPU that
 waits for one waits until a signal comes.

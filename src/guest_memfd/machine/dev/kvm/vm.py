@@ -1,4 +1,4 @@
-"""A VM of /dev/kvm: its files, slots and vCPUs. Rule of this file: who keeps the VM, and what its end gives back.
+"""A VM of /dev/kvm: its files, slots and vCPUs. Here is who keeps the VM, and what its end gives back.
 
 The descriptor of the VM and those of its vCPUs keep it. When the last is closed, whatever the order, its memory comes back
 through the library, file by file, and then the VM goes. Files outlive it, without a VM that they could be bound to.

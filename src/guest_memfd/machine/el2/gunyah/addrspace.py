@@ -1,4 +1,4 @@
-"""Address spaces: what a VM sees where. Rule of this file: every check comes before the first change.
+"""Address spaces: what a VM sees where. Every check comes before the first change.
 
 map, unmap, lookup, configure_range and modify_pages as docs/api/gunyah_api.md and hyp/mem/addrspace of the hypervisor have
 them; which flags Linux passes is in drivers/virt/gunyah/guest_memfd.c (series v17, patch 20). Where a failing map may leave

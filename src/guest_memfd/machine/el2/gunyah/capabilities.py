@@ -1,4 +1,5 @@
-"""Capabilities: a VM names objects by number, and each number carries rights. Rule of this file: no object without one.
+"""Capabilities: a VM names objects by number, and each number carries rights. There is no access to an object without
+one.
 
 Source: docs/api/gunyah_api.md of the hypervisor, capability rights and CSPACE errors.
 """

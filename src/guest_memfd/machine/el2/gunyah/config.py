@@ -1,4 +1,4 @@
-"""Which guest addresses may hold private pages and which are emulated devices. Rule of this file: 128 ranges at most.
+"""Which guest addresses may hold private pages and which are emulated devices. There are 128 ranges at most.
 
 Source: docs/api/gunyah_api.md of the hypervisor, addrspace_configure_range.
 """

@@ -1,4 +1,4 @@
-"""Handing memory from one extent to another. Rule of this file: ownership first, then mappings, and all of it or nothing.
+"""Handing memory from one extent to another. Ownership changes first, then the mappings; all of it or nothing.
 
 Checks and their order: docs/api/gunyah_api.md and hyp/mem/memextent_sparse of the hypervisor.
 """

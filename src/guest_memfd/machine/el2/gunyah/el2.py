@@ -1,4 +1,4 @@
-"""The hypervisor as one machine has it: who owns memory, the host, the other VMs. Rule of this file: the host is a VM, too.
+"""The hypervisor as one machine has it: who owns memory, the host, the other VMs. The host is a VM, too.
 
 At boot all memory but what is reserved belongs to the host's extent, which is mapped at its own addresses in the host's
 stage 2, in the largest blocks that fit. Pages that leave make blocks come apart; blocks come back when a whole one is

@@ -1,4 +1,4 @@
-"""The memory database: which extent owns each page. Rule of this file: every page has one owner, always.
+"""The memory database: which extent owns each page. Every page has one owner, always.
 
 Source: hyp/mem/memdb_gpt of the hypervisor; errors as its MEMEXTENT hypercalls report them.
 """

@@ -1,4 +1,4 @@
-"""Memory extents: sets of pages, in a tree, with the places they are mapped at. Rule of this file: four mappings each.
+"""Memory extents: sets of pages, in a tree, with the places they are mapped at. Each has four mappings at most.
 
 Every page belongs to exactly one extent (memdb.py). A recorded mapping says where the whole of an extent appears in an
 address space; pages that come in by a donation appear there, pages that leave disappear. PARTIAL maps of single folios

@@ -1,4 +1,4 @@
-"""Software bits of a private page's stage-2 entry. Rule of this file: what the hypervisor knows of a private page is here.
+"""Software bits of a private page's stage-2 entry. All that the hypervisor knows of a private page is here.
 
     bit 55  PRIVATE       mapped with the PRIVATE flag; the host never has it at the same time
     bit 56  LOCKED        the guest holds on to it: unmapping answers BUSY while the VM lives

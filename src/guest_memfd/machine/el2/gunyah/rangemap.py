@@ -1,4 +1,4 @@
-"""A map from page-aligned addresses to values, kept as ranges. Rule of this file: a query costs the depth of a tree.
+"""A map from page-aligned addresses to values, kept as ranges. A query costs the depth of a tree.
 
 A radix tree of four levels with the fan-out of a 4K page table (512G, 1G, 2M, 4K), as the hypervisor's own memory
 database is a radix tree (hyp/mem/memdb_gpt). A node stores what most of it is and the exceptions; a node that has become

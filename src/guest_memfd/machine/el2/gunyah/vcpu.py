@@ -1,4 +1,4 @@
-"""Running a vCPU on the host's time: what ends a run, and what the host says when it goes on. Rule of this file: vcpu_run.
+"""Running a vCPU on the host's time: what ends a run, and what the host says when it goes on. This is vcpu_run.
 
 The loop reads like a hypervisor's: enter the guest, look why it came out, handle it here or tell the host. Source:
 docs/api/gunyah_api.md of the hypervisor, vcpu_run and the vCPU states; psci of hyp/vm/psci.

@@ -1,4 +1,4 @@
-"""A virtual machine as the hypervisor has it: address space, extents, vCPUs. Rule of this file: a dead VM never runs again.
+"""A virtual machine as the hypervisor has it: address space, extents, vCPUs. A dead VM never runs again.
 
 The extents and the capabilities for the host are those that demand paging needs (Linux series v17, patch 20): memory in
 `guest_private` is the guest's alone, memory in `guest_shared` both may map.

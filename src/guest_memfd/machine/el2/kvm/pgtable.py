@@ -1,4 +1,5 @@
-"""A stage-2 table as KVM keeps it. Rule of this file: a valid entry is broken and flushed before another takes its place.
+"""A stage-2 table as KVM keeps it. Rule of this file: a valid entry is broken and flushed before another takes its place
+(tests/test_kvm_el2.py holds it).
 
 After arch/arm64/kvm/hyp/pgtable.c: an entry that changes is LOCKED first, then its TLB entries go, then the new entry is
 written; a table that no longer holds anything is freed after its parent entry has gone the same way. A block that has

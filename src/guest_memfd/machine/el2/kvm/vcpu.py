@@ -1,4 +1,4 @@
-"""Running a vCPU. Rule of this file: what the guest did becomes an exit of KVM_RUN, or the guest's own exception.
+"""Running a vCPU. What the guest did becomes an exit of KVM_RUN, or the guest's own exception.
 
 What hardware would deliver to the guest's EL1 (stage-1 faults, SVC, BRK, undefined instructions) is delivered here;
 stage-2 faults, HVC and SMC are the hypervisor's. Sources: arch/arm64/kvm/{handle_exit,mmio,mmu,psci,hypercalls}.c.

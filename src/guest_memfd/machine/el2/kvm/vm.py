@@ -1,4 +1,4 @@
-"""Plain KVM on VHE: a default VM. Rule of this file: the host maps and unmaps its guests, and nobody owns a page.
+"""Plain KVM on VHE: a default VM. The host maps and unmaps its guests, and no one owns a page.
 
 The host runs at EL2 without a stage 2 of its own, so no host access ever aborts there and there is no hypercall to
 make. arch/arm64/kvm/mmu.c; every change happens under mmu_lock and ends with its TLB maintenance.

@@ -1,4 +1,4 @@
-"""What an invalid stage-2 entry says. Rule of this file: bit 0 clear and not all zeros means that EL2 wrote a note there.
+"""What an invalid stage-2 entry says. Bit 0 clear and not all zeros means that EL2 wrote a note there.
 
 Linux 7.3 (asm/kvm_pgtable.h, kvm/hyp/nvhe/mem_protect.c) has a type in bits 63:60:
 

@@ -1,4 +1,4 @@
-"""What has to be so before a page changes hands. Rule of this file: it answers, and changes nothing.
+"""What has to be so before a page changes hands. The functions answer, and change nothing.
 
 The names are those of arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3), without the underscores. Frame numbers and orders
 (0, 9, 18) count 4 KiB pages; an answer is 0 or -errno.

@@ -1,4 +1,4 @@
-"""The machine's EL2 under protected KVM. Rule of this file: one object that the machine talks to, and no rule of its own.
+"""The machine's EL2 under protected KVM. It is the one object that the machine talks to, and has no rules of its own.
 
 Hypervisor stage-1 tables are not modelled: what EL2 itself maps follows from the hypervisor's state in the vmemmap.
 """

@@ -1,4 +1,4 @@
-"""The host's own stage 2. Rule of this file: the host reaches what nobody withheld, and learns of the rest by an abort.
+"""The host's own stage 2. The host reaches what was not withheld, and learns of the rest by an abort.
 
 An identity map with VMID 0 that starts empty (kvm/hyp/nvhe/mem_protect.c): a fault on an empty entry maps the largest
 block that fits between the entry and the memory region, RWX for memory, RW for devices. A page that is given away is an

@@ -1,4 +1,4 @@
-"""Who owns a page: the page states and the hypervisor's vmemmap. Rule of this file: a record nobody wrote is the host's.
+"""Who owns a page: the page states and the hypervisor's vmemmap. A record that was never written is the host's.
 
 An entry is eight bytes, packed as struct hyp_page is (include/nvhe/memory.h): refcount 15:0, order 23:16, host state
 27:24, hyp state 31:28 complemented, number of guests that the host shares the page with 63:32. So all zeros reads as

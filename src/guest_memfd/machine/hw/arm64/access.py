@@ -1,4 +1,4 @@
-"""What a load or store says about its own access. Rule of this file: decode, never execute.
+"""What a load or store says about its own access. Instructions are decoded here, never executed.
 
 Source: Arm ARM (DDI 0487) C4.1, "Loads and Stores".
 """

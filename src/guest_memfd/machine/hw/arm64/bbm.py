@@ -1,4 +1,4 @@
-"""Break-before-make. Rule of this file: which change of a valid descriptor software may not make while hardware can see it.
+"""Break-before-make. Here is which change of a valid descriptor software may not make while hardware can see it.
 
 Arm ARM D8.16.1 (R_WHZWS and around); Linux's list of what is always safe is pgattr_change_is_safe() in arch/arm64/mm/mmu.c.
 A change of output address counts even where neither entry can be written through.

@@ -1,4 +1,4 @@
-"""One AArch64 CPU. Rule of this file: Unicorn executes, our tables translate; every stop leaves the state of the manual.
+"""One AArch64 CPU. Unicorn executes, our tables translate; after every stop the CPU is in the state that the manual says.
 
 Unicorn is used with UC_TLB_VIRTUAL: it asks for every translation and knows nothing of tables. Exceptions are never
 delivered by it; each ends `run` as one of the `Stop` tuples below, and whoever plays EL2 decides what happens next.

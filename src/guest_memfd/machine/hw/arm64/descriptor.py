@@ -1,4 +1,4 @@
-"""Translation table entries as named fields. Rule of this file: what each bit of a descriptor means.
+"""Translation table entries as named fields. Here is what each bit of a descriptor means.
 
 Arm ARM D8.3; arch/arm64/include/asm/pgtable-hwdef.h, pgtable-prot.h (software bits), kvm_pgtable.h (stage 2).
 """

@@ -1,4 +1,4 @@
-"""One entry of a TLB. Rule of this file: what an entry knows, and when two agree.
+"""One entry of a TLB. Here is what an entry knows, and when two agree.
 
 The Arm ARM leaves the structure of a TLB open; what an entry has to know follows from the scope of the TLBI operations.
 """

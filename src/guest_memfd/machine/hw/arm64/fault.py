@@ -1,4 +1,4 @@
-"""A translation fault as hardware reports it. Rule of this file: which fault gives which status code and registers.
+"""A translation fault as hardware reports it. Here is which fault gives which status code and registers.
 
 FSC: EncodeLDFSC of the Arm ARM (arch/arm64/mm/fault.c fault_info[]); HPFAR_EL2: IPAValid (kvm/hyp/include/hyp/fault.h).
 The syndrome's layout is in syndrome.py.

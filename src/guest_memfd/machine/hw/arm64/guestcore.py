@@ -1,7 +1,7 @@
 """A vCPU's core: guest instructions on Unicorn, through the guest's own stage 1, the VM's stage 2 and a CPU's TLB.
 
-Rule of this file: what the guest's registers say is asked at every walk; what its TLBI instructions remove, they remove
-for its VMID everywhere (HCR_EL2.FB). It is what el2/gunyah/vcpu.py and el2/kvm/vcpu.py call a GuestCpu.
+What the guest's registers say is asked at every walk. What its TLBI instructions remove, they remove for its VMID on all
+CPUs (HCR_EL2.FB). It is what el2/gunyah/vcpu.py and el2/kvm/vcpu.py call a GuestCpu.
 """
 
 from __future__ import annotations

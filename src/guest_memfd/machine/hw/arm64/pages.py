@@ -1,4 +1,4 @@
-"""Where table pages come from and go to. Rule of this file: none stays behind when what it was for fails.
+"""Where table pages come from and go to. When an operation fails, no page that it took is lost.
 
 4 KiB tables are single pages of the source; those of the 16K and 64K granules, and concatenated ones, are blocks of it.
 """

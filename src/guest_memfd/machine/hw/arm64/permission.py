@@ -1,4 +1,4 @@
-"""Who may do what. Rule of this file: descriptors in, a set of permitted accesses out.
+"""Who may do what. Descriptors go in, a set of permitted accesses comes out.
 
 A set is six bits, EL1's read, write and execute and then EL0's. AArch64.S1DirectBasePermissions and
 AArch64.S2DirectBasePermissions of the Arm ARM. Out: permission indirection and overlays, EPAN.

@@ -1,4 +1,4 @@
-"""The registers of a context, and what follows from them. Rule of this file: nothing here depends on an address's tables.
+"""The registers of a context, and what follows from them. Nothing here depends on the tables of an address.
 
 What is wrong with the registers themselves (TxSZ, SL0, a table base beyond the output size) is found here once and
 raised by the walk on every translation. Arm ARM: AArch64.S1TxSZFaults, S1TTBaseAddress, S2InvalidSL,

@@ -1,4 +1,4 @@
-"""ESR_ELx as named fields. Rule of this file: what each bit of an abort's syndrome is called.
+"""ESR_ELx as named fields. Here is what each bit of an abort's syndrome is called.
 
 arch/arm64/include/asm/esr.h; Arm ARM, ESR_EL1, ISS encodings for Instruction and Data Aborts.
 """

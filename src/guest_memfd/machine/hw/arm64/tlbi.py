@@ -1,4 +1,4 @@
-"""TLB maintenance. Rule of this file: what each TLBI operation removes, and from which TLBs.
+"""TLB maintenance. Here is what each TLBI operation removes, and from which TLBs.
 
 The functions are named after the operations; those that end in ``is`` are broadcast to the inner shareable domain and
 take the TLBs of all its CPUs, those without take the one of the CPU that executes them. Addresses and sizes are bytes,

@@ -1,4 +1,4 @@
-"""TLBI as an instruction: a name and a register. Rule of this file: how an operand is encoded.
+"""TLBI as an instruction: a name and a register. Here is how an operand is encoded.
 
 Arm ARM C5.5 (TLB maintenance instructions); arch/arm64/include/asm/tlbflush.h.
 """

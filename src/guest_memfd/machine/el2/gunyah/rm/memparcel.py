@@ -1,4 +1,4 @@
-"""Memory parcels: pages that one VM offers to others by number. Rule of this file: all checks, then all pages or none.
+"""Memory parcels: pages that one VM offers to others by number. All checks come first, then all pages or none.
 
 A parcel is an extent beside the owner's: lending donates the pages to it, which takes the owner's mapping away; sharing
 records the owner's mapping on it first, so that it stays. Pieces are donated without synchronisation, which follows once at

@@ -1,4 +1,4 @@
-"""What the messages carry. Rule of this file: little endian, as packed structures; a short or overlong body is refused.
+"""What the messages carry. They are packed structures, little endian; a short or overlong body is refused.
 
 Source: include/rm-rpc-fifo.h and memparcel messages of the Resource Manager; drivers/virt/gunyah/rsc_mgr_rpc.c of the
 Linux series v17 (patches 09, 11, 17, 27).

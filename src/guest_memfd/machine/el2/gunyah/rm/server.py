@@ -1,4 +1,4 @@
-"""The Resource Manager: answers requests, owns the life of VMs. Rule of this file: a request is decoded, checked, then done.
+"""The Resource Manager: answers requests, owns the life of VMs. A request is decoded, checked, then done.
 
 VM_SET_DEMAND_PAGING and VM_SET_ADDRESS_LAYOUT are in no public release; what they do here is inferred from what Linux needs:
 ranges to be lent are configured PRIVATE, everything else below 1 GiB VMMIO; the image appears at the layout's base, and
