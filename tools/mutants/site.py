@@ -1,7 +1,7 @@
 """Sites: the functions of a file, and the values that its classes and the file itself give to names.
 
-Rule of this file: what cannot go wrong is no part of a site - annotations, docstrings, abstract methods, protocols, words
-for people, what can be injected, and the tracepoints that only the laws read.
+What cannot go wrong is no part of a site: annotations, docstrings, abstract methods, protocols, words for people, what
+can be injected, and the tracepoints that only the laws read.
 """
 
 from __future__ import annotations

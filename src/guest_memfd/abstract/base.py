@@ -58,6 +58,8 @@ class AbstractBase:
 
     def page(self, index: int) -> st.PageRecord:
         """Page *index* of the file; outside of it the kernel stops."""
+        # A design that asks for a page beyond the file has a bug that real memory would hide; here the kernel stops,
+        # and the trace ends at the line that asked.
         if not 0 <= index < self.sizes.pages:
             self.die(f"page {index} is used, of a file of {self.sizes.pages} pages")
         return self.state.page(self.file.number * self.sizes.pages + index)
@@ -92,6 +94,7 @@ class AbstractBase:
     def out_of_scope(self, what: str, index: int) -> None:
         """Note it when the current party's operation is not about page *index*; an eviction is about all pages."""
         ghost = self.state.ghost(self.who)
+        # Eviction is about the whole file, whatever operation dropped the last reference.
         if ghost.op and self.file.inode != EVICTED and not ghost.scope >> index & 1:
             self.notes.append(facts.OutOfScope(OPS[ghost.op - 1], what, index))
 
@@ -109,6 +112,7 @@ class AbstractBase:
         """The operation that the current party is in asks for one more of *what*: writes, flushes, calls, stalls."""
         ghost = self.state.ghost(self.who)
         if ghost.op:
+            # Up to the largest number that a byte holds: no bound that a design states comes near it.
             setattr(ghost, what, min(getattr(ghost, what) + 1, MANY))
 
     def against(self, reason: int, frame: st.Frame | None = None) -> None:

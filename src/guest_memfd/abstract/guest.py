@@ -36,21 +36,27 @@ class AbstractGuestSide(AbstractMappings):
         """Host stage 2. Taking a page away ends in TLBI VMALLE1IS, which empties the host's stage-1 TLBs as well."""
         self.state.frame(pfn).s2 = int(allowed)
         if not allowed:
+            # TLBI VMALLE1IS is for all addresses. So a page that the driver forgot to flush is flushed here, by an
+            # unrelated donation, and the mistake shows only where no such call comes in between.
             for frame in self.state.frames():
                 frame.stale = 0
 
     def guest_map(self, gfn: int, pfn: int) -> None:
         """Guest stage 2: gfn -> pfn, in place of what it mapped. A TLB entry that says the same has outlived nothing."""
         entry, frame = self.gfn(gfn), self.state.frame(pfn)
+        # A gfn maps one page: what it mapped before is replaced.
         for other in self.state.frames():
             if other.gmap == entry.number + 1 and other.number != pfn:
                 other.gmap = other.asked = 0
         if not frame.gmap:
+            # Whether the guest itself has asked for the page. Of a page that was given to it without its asking it
+            # cannot be said that it holds on to it.
             frame.asked = int(self.state.ghost(self.who).op == OPS.index("fault") + 1)
         frame.gmap = entry.number + 1
         if frame.gstale == frame.gmap:
             frame.gstale = 0
         entry.gpoison = 0
+        # memory_failure() has told everybody that the page is lost; to map it again is to hand broken memory out.
         if frame.handled:
             self.notes.append(facts.Given("the guest", pfn))
 
@@ -86,7 +92,7 @@ class AbstractGuestSide(AbstractMappings):
         self.gfn(gfn).gpoison = 1
 
     def poisoned(self, gfn: int) -> bool:
-        """What `destroy` left."""
+        """Whether the entry of *gfn* is POISONED: `destroy` took its page, and the guest's next access reports it."""
         return bool(self.gfn(gfn).gpoison)
 
     def locked_in(self, pfn: int) -> bool:
@@ -136,6 +142,7 @@ class AbstractGuestSide(AbstractMappings):
         if frame is not None and frame.stuck and name in self.hypervisor.final:
             self.against(FOR_GOOD, frame)
             return self.hypervisor.final[name]
+        # Set by `refuse` within this call only.
         self._refused = False
         ret = code(self, *args)
         if type(ret) is not int or not -MAX_ERRNO <= ret <= 0:
@@ -161,11 +168,13 @@ class AbstractGuestSide(AbstractMappings):
         entry = self.gfn(gfn)
         if self.vm.vm != RUNNING:
             return "stopped"
+        # The table's mapping and the stale entry can be two different frames at once.
         reached = (f for f in self.state.frames() if entry.number + 1 in (f.gmap, f.gstale))
         frame = min(reached, key=lambda f: f.gstale != entry.number + 1, default=None)
         if frame is None:
             return "poisoned" if entry.gpoison else "fault"
         via = "guest mapping" if frame.gmap == entry.number + 1 else "stale guest TLB entry"
+        # The access is carried out, as hardware would do it; the note tells the laws.
         if not self._guest_may(frame, gfn):
             self.notes.append(facts.StrayGuest(frame.number, via))
             return "ok"
@@ -206,6 +215,7 @@ class AbstractGuestSide(AbstractMappings):
             frame = self.state.frame(vm.gpc - 1)
             index = self.ours(frame)
             if not frame.slot or (index is not None and start <= index < start + nr):
+                # A reader holds the lock of the cache over its access, and an invalidation waits for it.
                 if vm.gpc_readers:
                     self.wait()
                 vm.gpc = 0
@@ -250,7 +260,7 @@ class AbstractGuestSide(AbstractMappings):
         return True
 
     def gpc_commit(self, folio: Folio) -> bool:
-        """mmu_notifier_retry_cache()."""
+        """Fill the cache, unless an invalidation runs or has run since `gpc_begin`: mmu_notifier_retry_cache()."""
         if self.vm.progress or not self.vm.gpc_fresh:
             return False
         self.vm.gpc = folio.pfn + 1

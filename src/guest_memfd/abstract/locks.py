@@ -9,7 +9,7 @@ from guest_memfd.words.primitives import Folio, Locked
 
 
 class AbstractLocks(AbstractBase):
-    """down_read ... unlock_folio."""
+    """The lock primitives, down_read to unlock_folio: they wait, and a release without a hold is a bug."""
 
     def _sem(self, sem: str) -> tuple[int, int, int]:
         file = self.file
@@ -18,6 +18,8 @@ class AbstractLocks(AbstractBase):
     def down_read(self, sem: str) -> None:
         """Readers wait for a writer, and for a queued one, too (kernel/locking/rwsem.c)."""
         writer, readers, queued = self._sem(sem)
+        # A queued writer keeps readers out, as in the kernel. Without that, readers that come one after the other
+        # would starve it, and a deadlock that needs the queue could not be found.
         if writer or queued:
             self.wait()
         setattr(self.file, f"{sem}_r", readers + 1)
@@ -42,11 +44,14 @@ class AbstractLocks(AbstractBase):
         """A writer that cannot have the lock queues first: from then on new readers wait."""
         writer, readers, queued = self._sem(sem)
         me = self.who + 1
+        # One place in the queue is enough here: a second writer waits, and is the next to queue.
         if queued not in (0, me):
             self.wait()
         if writer or readers:
             if queued:
                 self.wait()
+            # To queue is a step of its own that others can see. STAY: the primitive is not over, and is asked for
+            # again.
             setattr(self.file, f"{sem}_q", me)
             return STAY
         setattr(self.file, f"{sem}_q", 0)
@@ -65,11 +70,14 @@ class AbstractLocks(AbstractBase):
     def lock_folio(self, folio: Folio) -> Locked:
         """Wait for the folio lock."""
         frame = self.state.frame(folio.pfn)
+        # Without a reference the frame may have been freed and allocated anew: the lock would be that of another
+        # folio.
         if not frame.refs():
             self.die(f"folio_lock of {folio} without a reference")
         if frame.lock:
             self.wait()
         frame.lock = self.who + 1
+        # A reason to refuse, for the laws: the design may not know it before it has the lock.
         if frame.poison:
             self.against(POISON, frame)
         return Locked(self.ours(frame), bool(frame.uptodate), bool(frame.private), bool(frame.poison))

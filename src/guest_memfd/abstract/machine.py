@@ -97,10 +97,14 @@ class AbstractHost(AbstractLocks, AbstractWorld):
         perform = getattr(self, primitive.name, None)
         if perform is None:
             raise BadInput(f"the abstract host has no primitive {primitive.name!r}")
+        # No outcome: the party waits. So a deadlock with a frozen task can be found.
         if self._is_frozen(shared, party):
             return []
+        # A primitive of the abstract host has one end; the injected failure below is the second.
         ends = self._perform(perform, shared, party, primitive)
         errno = self._errno(primitive)
+        # Only if the primitive can go on at all. A failure of something that has to wait would be a failure out of
+        # nothing.
         if ends and errno and st.State(shared).failures:
             ends.append(self._fail(shared, party, primitive, errno))
         if ends and primitive.name == "hypercall" and primitive.args[0] in self.hypervisor.final:
@@ -121,14 +125,18 @@ class AbstractHost(AbstractLocks, AbstractWorld):
     ) -> list[Outcome]:
         self._look_at(shared, party, primitive)
         try:
+            # Before the primitive itself: code that is gone cannot even begin.
             self._must_be_there(primitive)
             result = perform(*primitive.args)
         except Blocked:
             return []
         except Panicked:
+            # The state at that moment is kept, so the trace shows what the kernel died of.
             self.state.panic = 1
             result = None
         except ValueError as error:                     # of a bytearray; and a hypercall may be somebody else's
+            # A counter that ran over its byte: some design takes references without end. Any other ValueError is a
+            # mistake of ours.
             if primitive.name == "hypercall" or not str(error).startswith("byte must be in range"):
                 raise
             self.notes.append(facts.Broken(f"{primitive} takes more than {MANY} references, and puts none"))

@@ -23,6 +23,7 @@ class AbstractMappings(AbstractBase):
 
     def note_access(self, frame: st.Frame, who: str, what: str, via: str, write: bool) -> None:
         """Record that *who* reached the contents."""
+        # What the reader should find is known only of a page that a file holds.
         number = frame.slot - 1 if frame.slot else None
         expect = self.state.page(number).expect if number is not None else ANY
         self.notes.append(facts.Access(
@@ -32,11 +33,14 @@ class AbstractMappings(AbstractBase):
 
     def kernel_access(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
         """One access through the direct map: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
+        # A stale TLB entry lets an access through that the table no longer allows: a hit comes before a walk.
         if not frame.s1 and not frame.stale:
             self.notes.append(facts.Abort(
                 what, 1, frame.number, "translation fault", fixup,
                 "a stage-1 fault goes through the exception table" if fixup else "no exception-table entry: oops"))
             return "fixed" if fixup else self.panic()
+        # Stage 2 is asked after stage 1, so a hole in stage 1 keeps stage 2's abort from happening at all: this is
+        # what a hole is for.
         if not frame.s2:
             return self._stage2_abort(frame, who, what, write=write, fixup=fixup)
         self.note_access(frame, who, what, "direct map" if frame.s1 else "stale TLB entry", write)
@@ -45,16 +49,21 @@ class AbstractMappings(AbstractBase):
     def _stage2_abort(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
         kind = self.hypervisor.abort or DATA_ABORT
         if kind == SEA:
+            # Two conditions: the access has an entry in the exception table, and this kernel's do_sea() looks there.
             survived = fixup and self.sea_fixup
             why = ("do_sea() consults the exception table in this design" if survived else
                    "do_sea() does not look at exception tables" if not self.sea_fixup else
                    "this access has no exception-table entry")
             self.notes.append(facts.Abort(what, 2, frame.number, SEA, survived, why))
             return "fixed" if survived else self.panic()
+        # The exception table comes before force reclaim (is_spurious_el1_translation_fault() is called only without a
+        # fixup), so the guest keeps its page.
         if fixup:
             self.notes.append(facts.Abort(
                 what, 2, frame.number, kind, True, "a translation fault goes through the exception table"))
             return "fixed"
+        # The kernel must read or die, so under pKVM the guest loses the page. The access is then repeated, and reads
+        # zeros.
         reclaimed = self.hypervisor.force_reclaim(self, frame.number)
         if type(reclaimed) is not bool:
             raise TypeError(f"force_reclaim of {self.hypervisor.name!r} returned {shown(reclaimed)}, not True or False")
@@ -99,6 +108,8 @@ class AbstractMappings(AbstractBase):
         frame = self.state.frame(pfn)
         if not frame.allocated or frame.poison:
             return "skipped"
+        # As safe_copy_page(): the mapping of one page is made for the copy. It is what lets guest memory get into an
+        # image.
         hole = not frame.s1
         if hole:
             frame.s1 = 1
@@ -161,7 +172,7 @@ class AbstractMappings(AbstractBase):
         self.count("writes")
 
     def flush_tlb_kernel_range(self, folios: tuple[Folio, ...]) -> None:
-        """All CPUs."""
+        """Drop the stale kernel TLB entries of *folios*, on all CPUs; the law on cost counts it as one flush."""
         self.count("flushes")
         for folio in folios:
             self.state.frame(folio.pfn).stale = 0
@@ -240,7 +251,7 @@ class AbstractMappings(AbstractBase):
     # -- GUP -----------------------------------------------------------------------------------------------------
 
     def gup_read_pte(self, index: int) -> Folio | None:
-        """Look, hold nothing."""
+        """GUP-fast, first half: the folio that the VMM's page table maps at page *index*, or None; no reference is taken."""
         frame = self._pte(index)
         return Folio(frame.number) if frame else None
 

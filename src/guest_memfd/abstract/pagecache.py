@@ -9,7 +9,7 @@ from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
 
 
 class AbstractPageCache(AbstractMappings):
-    """filemap_get_folio ... folio_set_private."""
+    """The page-cache primitives, filemap_get_folio to folio_set_private, and the references on a frame."""
 
     def filemap_get_folio(self, index: int) -> Lookup | None:
         """A hit comes with a transient reference."""
@@ -70,7 +70,7 @@ class AbstractPageCache(AbstractMappings):
         self.free_if_unused(frame)
 
     def folio_get(self, folio: Folio, kind: str = "provided") -> None:
-        """A lasting reference."""
+        """Take a reference of *kind* that outlives the operation; the caller already has one on the folio."""
         frame = self.state.frame(folio.pfn)
         setattr(frame, kind, getattr(frame, kind) + 1)
 
@@ -81,14 +81,14 @@ class AbstractPageCache(AbstractMappings):
         self.state.leaked += 1
 
     def folio_ref_count(self, folio: Folio) -> int:
-        """All references."""
+        """The sum of all references; more than the page cache, its LRU batch and the caller have is a reason to refuse."""
         frame = self.state.frame(folio.pfn)
         if frame.refs() > frame.cache + frame.lru + 1:
             self.against(REFERENCE, frame)
         return frame.refs()
 
     def folio_maybe_dma_pinned(self, folio: Folio) -> bool:
-        """FOLL_PIN only."""
+        """Whether a FOLL_PIN reference is held; a FOLL_GET reference is not seen here, as in the kernel."""
         return bool(self.state.frame(folio.pfn).pin)
 
     def folio_mapped(self, folio: Folio) -> bool:
@@ -96,7 +96,7 @@ class AbstractPageCache(AbstractMappings):
         return bool(self.state.frame(folio.pfn).user)
 
     def mapping_set_no_direct_map(self) -> None:
-        """AS_NO_DIRECT_MAP."""
+        """Set AS_NO_DIRECT_MAP on the file: readers of page-cache folios that ask for it keep out."""
         self.file.refuses_readers = 1
 
     def mapping_no_direct_map(self) -> bool:

@@ -1,6 +1,6 @@
 """The abstract host's state in words: every number of `state` under the name that a kernel developer gives it.
 
-Rule of this file: it only reads. A field it does not know is shown as it is stored, so a new one can never hide.
+It only reads. A field it does not know is shown as it is stored, so a new one can never hide.
 """
 
 from __future__ import annotations

@@ -156,6 +156,8 @@ def layout_of(state: bytes | bytearray) -> StateLayout:
     """The layout of *state*, which is in its first bytes: the same in every state of a host, so nobody is said to look."""
     if isinstance(state, bytes):
         return _layout(tuple(state[:_HEADER]))
+    # Past `Watched.__getitem__`: the header is the same in every state, and noting it would make each footprint
+    # longer.
     return _layout((_read(state, 0), _read(state, 1), _read(state, 2), _read(state, 3), _read(state, 4), _read(state, 5)))
 
 
@@ -184,7 +186,7 @@ class Frame(_Record):
     """One page frame; `number` is its pfn. Fields: FRAME_FIELDS."""
 
     def refs(self) -> int:
-        """folio_ref_count()."""
+        """The number that folio_ref_count() returns: all kinds of references on this frame, added up."""
         return int(self.cache + self.lru + self.lookup + self.provided + self.pin + self.get + self.spec + self.kept)
 
 
@@ -211,6 +213,8 @@ class PartyGhost(_Record):
 for _cls, _fields in ((Frame, FRAME_FIELDS), (PageRecord, PAGE_FIELDS), (GfnRecord, GFN_FIELDS), (FileRecord, FILE_FIELDS),
                       (VmRecord, VM_FIELDS), (PartyGhost, PARTY_FIELDS)):
     for _offset, _name in enumerate(_fields):
+        # Properties and not a dictionary: a field is one byte of the state, read and written in place, and a
+        # footprint sees each.
         setattr(_cls, _name, _byte(_offset))
 
 _FRAME_SIZE, _PAGE_SIZE, _GFN_SIZE, _FILE_SIZE, _VM_SIZE, _PARTY_SIZE = map(len, RECORDS.values())
@@ -257,11 +261,11 @@ class State:
         return GfnRecord(self.raw, self._at("gfn", number, _GFN_SIZE), number)
 
     def file(self, number: int = 0) -> FileRecord:
-        """File *number*."""
+        """The record of file *number*, from 0 on; it reads and writes the bytes of this state."""
         return FileRecord(self.raw, self._at("file", number, _FILE_SIZE), number)
 
     def vm(self, number: int = 0) -> VmRecord:
-        """VM *number*."""
+        """The record of VM *number*, from 0 on; it reads and writes the bytes of this state."""
         return VmRecord(self.raw, self._at("vm", number, _VM_SIZE), number)
 
     def ghost(self, party: int) -> PartyGhost:
@@ -269,7 +273,7 @@ class State:
         return PartyGhost(self.raw, self._at("party", party, _PARTY_SIZE), party)
 
     def frames(self) -> Iterator[Frame]:
-        """All frames."""
+        """The records of all frames, by frame number from 0 on."""
         return map(self.frame, range(self.layout.counts["pfn"]))
 
     def pages(self) -> Iterator[PageRecord]:
@@ -281,11 +285,11 @@ class State:
         return map(self.gfn, range(self.layout.counts["gfn"]))
 
     def all_files(self) -> Iterator[FileRecord]:
-        """All files."""
+        """The records of all files, by number from 0 on."""
         return map(self.file, range(self.layout.counts["file"]))
 
     def vms(self) -> Iterator[VmRecord]:
-        """All VMs."""
+        """The records of all VMs, by number from 0 on."""
         return map(self.vm, range(self.layout.counts["vm"]))
 
     def ghosts(self) -> Iterator[PartyGhost]:

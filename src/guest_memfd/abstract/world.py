@@ -66,6 +66,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
             Cost(ghost.writes, ghost.flushes, ghost.calls, ghost.stalls),
             (*self.hypervisor.errnos.get(op, ()), *self.errnos.get(op, ())), self.bounds.get(op)))
         self._clear(ghost)
+        # Its caller will say what it was told; the law compares that with what the operation ended with.
         if op not in UNREPORTED:
             ghost.ended = 1 - ret
 
@@ -163,6 +164,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     def xa_store_reserved(self, tree: str, start: int, values: Entries) -> None:
         """A store that changes the attribute tree needs its reservation."""
         if tree == "attributes":
+            # Such a store must not fail, because nothing can be undone any more: so the nodes have to be there.
             if self._mask(start, len(values)) & ~self.file.reserved:
                 self.die("store into the attribute tree without preallocated nodes")
             self.file.reserved = 0
@@ -175,7 +177,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         return 0
 
     def xa_release(self, tree: str) -> None:
-        """Given back unused."""
+        """Give the reservation of `xa_reserve` back unused, as an operation does that fails after it."""
         if tree == "attributes":
             self.file.reserved = 0
 
@@ -237,8 +239,10 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
 
     def destroy_inode(self) -> None:
         """Its memory goes, and what its page cache still has with it."""
+        # Only after eviction: earlier somebody could still look the inode up.
         if self.file.inode != EVICTED:
             self.die("destroy_inode of an inode that is in use")
+        # BUG_ON(inode->i_data.nrpages) of clear_inode() (fs/inode.c).
         if any(self.page(i).cached for i in range(self.sizes.pages)):
             self.die("destroy_inode of an inode whose page cache is not empty")
         if self.file.reserved:
@@ -270,13 +274,14 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
 
     def delete_module(self) -> int:
         """Only when nobody holds it; its exit code gives back nothing by itself."""
+        # The exit code of the module runs only when the count is zero; it takes nothing back from any VM.
         if self.state.module:
             return -EBUSY
         self.state.unloaded = 1
         return 0
 
     def vm_state(self) -> str:
-        """running, dying, gone."""
+        """``running``, ``dying`` or ``gone``; the last two are noted as a reason why an operation may refuse."""
         if self.vm.vm != RUNNING:
             self.against(GONE_BEFORE)
         return VM_STATES[self.vm.vm]
@@ -300,6 +305,8 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         for frame in self.state.frames():
             if first < frame.gmap <= first + self.sizes.gfns:
                 frame.gmap = frame.asked = 0
+            # The VM's lock on the page ends with the VM, but its ownership does not: what has not been reclaimed
+            # stays withheld.
             if frame.owner != HOST and frame.of == self.vm.number:
                 frame.locked_in = 0
             if first < frame.gstale <= first + self.sizes.gfns:
@@ -313,6 +320,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
 
     def pm_account(self, pages: int) -> int:
         """Counted and refused atomically."""
+        # Only leaving is refused. Pages may come back at any time, and the image is better for it.
         if pages > 0 and self.state.preparing:
             self.against(HIBERNATION)
             return -EAGAIN
@@ -329,24 +337,25 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         return 0
 
     def pm_post(self) -> None:
-        """The door opens."""
+        """End the hibernation that `pm_prepare` began: pages may leave the host again."""
         self.state.preparing = 0
 
     def open_files(self) -> int:
-        """secretmem_users."""
+        """How many files have a reference left, as secretmem_users counts; hibernation asks for it."""
         return sum(file.files > 0 for file in self.state.all_files())
 
     def freeze_processes(self) -> None:
         """Tasks stop where they can: outside of every memory operation."""
         held = any(f.invalidate_w or f.invalidate_r or f.invalidate_q or f.bindings_w or f.bindings_r or f.bindings_q
                    for f in self.state.all_files())
+        # A task inside a memory operation is waited for: the freezer stops tasks at the border to user space.
         if (held or any(f.lock or f.lookup or f.spec for f in self.state.frames())
                 or any(vm.gpc_readers for vm in self.state.vms())):
             self.wait()
         self.state.frozen = 1
 
     def thaw_processes(self) -> None:
-        """They run again."""
+        """Let the tasks run that `freeze_processes` has stopped."""
         self.state.frozen = 0
 
     def hwpoison(self, index: int) -> Folio | None:
@@ -355,6 +364,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         if not page.cached:
             return None
         frame = self.state.frame(page.cached - 1)
+        # Reported once; a second report of the same frame finds the flag set.
         if frame.poison:
             return None
         frame.poison = 1
@@ -374,9 +384,9 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     # -- saying so -----------------------------------------------------------------------------------------------
 
     def warn(self, what: str) -> None:
-        """WARN_ON()."""
+        """WARN_ON(): leave a fact for the laws and go on."""
         self.notes.append(facts.Warned(what))
 
     def bug(self, what: str) -> None:
-        """BUG_ON()."""
+        """BUG_ON(): the kernel stops here, which breaks the law host-survives."""
         self.die(what)

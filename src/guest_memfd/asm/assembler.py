@@ -1,4 +1,4 @@
-"""What assemblers share: lines, symbols, expressions, data. Rule of this file: no instruction and no register is known here.
+"""What assemblers share: lines, symbols, expressions, data. No instruction and no register is known here.
 
 The syntax is GNU as: ``label:``, then an instruction or a directive; ``;`` parts statements. A label may be a number, of
 which there may be many: ``1b`` is the last one before, ``1f`` the next. Directives: .equ .set .ascii .asciz .string .align

@@ -1,6 +1,6 @@
 """Third parties' code once more in two other interpreters: what follows a hash, an address or a process number differs.
 
-Rule of this file: what goes to another interpreter, and comes back, is text. Where none can be started nothing is said.
+What goes to another interpreter, and what comes back, is text. Where none can be started nothing is said.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``--load FILE`` and ``FILE:NAME``: designs, hypervisors, parties and laws that lie in a file, for this run.
 
-Rule of this file: the file is run as a module of its own name, with its folder behind everything else on the path, and
-leaves nothing beside it. What it only imports is not its own.
+The file is run as a module of its own name, with its folder last on the path, and leaves nothing beside it. What it only
+imports is not its own.
 """
 
 from __future__ import annotations

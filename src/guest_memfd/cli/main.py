@@ -1,6 +1,6 @@
 """`gmem`: find the verb, run it, and turn whatever happens into one line and an exit code.
 
-Rule of this file: nothing heavy is imported before the verb is known, so that help and mistakes answer at once.
+Nothing heavy is imported before the verb is known, so that help and mistakes answer at once.
 
 Exit codes: 0 holds, 1 our own failure, 2 refuted, 3 undetermined (a limit was reached, nothing happened, a replay
 diverges), 4 bad input, 5 the host asked for is not available, or has no memory or no descriptors left. A signal ends with
@@ -70,7 +70,7 @@ class Version(argparse.Action):
     """--version, which looks the version up only when asked."""
 
     def __call__(self, *_: Any) -> NoReturn:
-        """Print and exit."""
+        """Print the version of the installed package, or that there is none, and exit with status 0."""
         from importlib import metadata
 
         try:

@@ -1,7 +1,7 @@
 """Where a result goes: a stream, which is written as it is, or a file, which is either complete or untouched.
 
-Rule of this file: whether the file can be written is found out before any work starts, and nothing is seen under its
-name until the work is done.
+Whether the file can be written is found out before any work starts, and nothing is seen under its name until the work is
+done.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """`gmem run GUEST`: a real guest program whose memory comes from guest_memfd, and what becomes of it.
 
-Rule of this file: options, and the words that do not depend on the host. stdout is what the guest says (and a host that
-panics); everything else goes to stderr. run_emulated.py and run_kvm.py say the rest; running is vmm/'s.
+Options are here, and the words that do not depend on the host.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ class Lines:
         self._write, self._kept = write, ""
 
     def say(self, text: str) -> None:
-        """More of it."""
+        """Take more of the guest's output; it is written as soon as it ends with a newline."""
         self._kept += text
         if text.endswith("\n"):
             self._pass_on()

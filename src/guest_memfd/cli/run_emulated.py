@@ -1,4 +1,4 @@
-"""`gmem run` on an emulated machine. Rule of this file: words, exit codes and options; running is vmm/emulated.py's."""
+"""`gmem run` on an emulated machine. Words, exit codes and options are here; vmm/emulated.py runs the guest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`gmem run --on kvm`: on the /dev/kvm of this machine. Rule of this file: words, exit codes and options; vmm/linux.py runs.
+"""`gmem run --on kvm`: on the /dev/kvm of this machine. Words, exit codes and options are here; vmm/linux.py runs the
+guest.
 
 What kind of vCPU it is comes first: it decides whether a guest's touch of its memory takes guest_memfd's own fault path.
 """

@@ -1,10 +1,41 @@
 """Conversion in place: accessible to the host <-> the guest's alone, all of a range or nothing of it.
 
-What is left behind after a refusal: no page has changed its attribute. Pages may have left the host's and the guest's
-page tables (both fault them in again), and may be out of the direct map while shared (the next host access restores
-them). The page index of the first page that refused is returned beside the error.
+Theory of operation. A page has one attribute, private or shared, in a tree of the inode. A conversion changes it for a
+range, keeps the contents, and is atomic: any holder of the invalidate lock sees the old attributes or the new ones. The
+lock is held exclusively, so no fault, punch or other conversion is under way, no folio comes or goes, and no mapping is
+made. What the lock does not keep out is what others already have: user page tables and the TLBs, page references
+(GUP, DMA), kernel mappings of guest pages (gfn_to_pfn_cache, which hold no reference), guest mappings, the direct map.
 
-Source: "guest_memfd: In-place conversion" v8-v13, 2026: order of the steps.
+To private, in this order:
+
+1. Remove the user's entries, and begin the mmu invalidation, which ends kernel mappings and waits for their users.
+2. Look up every folio that is present and count its references: the page cache has one for each page, and we have one.
+   One more belongs to a user who could still write: -EAGAIN. The count has to come after 1: GUP-fast reads an entry, takes
+   a reference, and reads the entry again. With the entry gone, its reference is there to be counted, or the second look
+   drops it. The lru_add batches of the CPUs hold references, too; they are drained once, when a count is too high.
+3. Ask the hypervisor to take every folio from the guest (`invalidate`). It refuses while the guest holds on to a page.
+4. Allocate the tree's nodes. It can fail.
+5. Take every folio out of the direct map, then flush all TLBs once. A zap can fail: a large leaf has to be split.
+6. Store the attributes in the nodes of 4, which cannot fail, and tell the hypervisor.
+
+So everything that can fail comes before 6, and 6 alone makes the pages private for later faults. The flush has to be over
+before 6: as soon as a page is called private the guest may store a secret in it. A folio that is zapped when a later one
+fails stays out of the direct map while shared. That is legal (direct_map.py), so there is nothing to undo.
+
+To shared the order is the same without 1's user entries (a private page has none), 2 and 5: a reference does no harm to a
+page that becomes accessible, and the direct map is restored by the first host access, so a page that goes back and forth
+costs no flush. Nodes are allocated first. Contents must be the host's before the attribute says so: `make_shared`, then
+the store. A refusal half way leaves pages with the host that are still private; the next guest fault gives them back.
+
+After a refusal no attribute has changed. User, kernel and guest mappings may be gone: each faults in again. The page
+index of the first folio that refused is returned beside the error.
+
+Left out: a range that cuts a folio is -EINVAL, where the hugetlb series (RFC v2, May 2025) splits it. There is no wait for
+a reference to go away: user space tries again, as in the kernel.
+
+Source: "guest_memfd: In-place conversion" v8-v13, 2026, for the order of the steps. A wrong order breaks the laws
+one-owner, pins-respected and all-or-nothing (tests/test_planted.py: NoFlush, CheckedBeforeUnmap, AttributeFirst, NoDrain).
+tests/test_folios.py has the calls one by one; tools/mutants/equivalent.txt says which neighbours may be exchanged, and why.
 """
 
 from __future__ import annotations
@@ -46,33 +77,48 @@ class Converts(Folios):
 
     def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
         host = self.host
+        # Where there is nothing to do nothing is touched: a call that is repeated must not cost the guest its mappings.
         attributes = yield from host.xa_load("attributes", start, nr)
         if attributes.count(PRIVATE_PAGE) == nr:
             return Conversion(0)
+        # Before references are counted. GUP-fast takes its reference without a lock; with the entry gone its second
+        # look fails, so that no reference can appear after the count.
         yield from host.unmap_mapping_pages(start, nr)
+        # Kernel mappings of guest pages hold no reference, so counting would not find them. This call ends them and
+        # waits for a user who is in the middle of one.
         yield from host.mmu_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
+        # The references of `present` are part of the count that is expected, so they are dropped after it.
         result = yield from self._check_and_commit_private(start, nr, folios)
         yield from self.put_all(folios)
+        # Also after a refusal: an invalidation that is never ended keeps every later user of the range waiting.
         yield from host.mmu_invalidate_end()
         return result
 
     def _check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
         host = self.host
+        # The check that user space can do something about comes first: it drops its pins and tries again, and the
+        # guest has lost nothing by the attempt.
         busy = yield from self.unexpected_refs(folios)
         if busy is not None:
             return Conversion(-EAGAIN, busy)
         ret, index = yield from self.invalidate_guest(folios, "to_private")
         if ret:
             return Conversion(ret, index)
+        # The last allocations, and the zap, come before the store. From the store on a failure could not be undone:
+        # part of the range would be private, and the caller would be told that none is.
         ret = yield from host.xa_reserve("attributes", start, nr)
         if ret:
             return Conversion(ret)
         ret = yield from self._zap_all(folios)
         if ret:
+            # Folios that have been zapped stay so, marked. They are shared, and the next host access puts them back;
+            # to do it here could fail in turn.
             yield from host.xa_release("attributes")
             return Conversion(ret)
         yield from host.xa_store_reserved("attributes", start, Entries(PRIVATE_PAGE, nr))
+        # The attribute is stored, so the hypervisor is told what is so already. pKVM completes a pending MEM_UNSHARE
+        # here; a guest that is told earlier could write secrets to a page that the host still maps.
         for held in folios:
             if held.gfn is not None:
                 yield from self.ops.make_private(held.gfn, held.folio)
@@ -82,9 +128,13 @@ class Converts(Folios):
         """Page index of the first folio that somebody else still refers to; lru_add batches are drained once."""
         drained = False
         for held in folios:
+            # The page cache has one reference for each page of the folio; the look-up of `present` has one.
             expected = held.folio.nr - 1 + CACHE_AND_LOOKUP
             refs = yield from self.host.folio_ref_count(held.folio)
             if refs > expected and not drained:
+                # A new folio waits in a batch of the CPU that added it, and the batch holds a reference that nobody
+                # means. Draining interrupts every CPU, so it is done once for a request, and only if a count is too
+                # high.
                 yield from self.host.lru_add_drain_all()
                 drained = True
                 refs = yield from self.host.folio_ref_count(held.folio)
@@ -98,6 +148,8 @@ class Converts(Folios):
         zapped: list[Folio] = []
         ret = 0
         for held in folios:
+            # The mark belongs to the folio lock; a fault of an earlier time may have zapped the folio already, and
+            # its entry must not be counted twice.
             locked = yield from host.lock_folio(held.folio)
             if not locked.private:
                 ret = yield from self.zap_noflush(held.folio)
@@ -106,6 +158,8 @@ class Converts(Folios):
             yield from host.unlock_folio(held.folio)
             if ret:
                 break
+        # Even if the loop ended with an error: what was zapped must not stay in a TLB, because the mark says that it
+        # cannot be reached.
         if zapped:
             yield from self.flush(tuple(zapped))
         return ret
@@ -131,6 +185,8 @@ class Converts(Folios):
         attributes = yield from host.xa_load("attributes", start, nr)
         if attributes.count(SHARED_PAGE) == nr:
             return Conversion(0)
+        # Before anything is asked of the hypervisor: a page that it has given back cannot be handed out again in case
+        # there are no nodes.
         ret = yield from host.xa_reserve("attributes", start, nr)
         if ret:
             return Conversion(ret)
@@ -150,6 +206,8 @@ class Converts(Folios):
         if ret:
             return Conversion(ret, index)
         for held in folios:
+            # Only pages that are bound and private are with the guest alone. A shared one has come back with
+            # `invalidate`.
             if held.gfn is not None and held.private:
                 ret = yield from self.ops.make_shared(held.gfn, held.folio)
                 if ret:

@@ -22,11 +22,15 @@ class Faults(Removes):
         if not (yield from host.get_file()):           # kvm_gmem_get_file(): the slot's pointer does not keep it
             yield from host.end_op(-EFAULT)
             return -EFAULT
+        # From looking at the trees to the mapping made. KVM's own path drops the lock before it maps, and has to
+        # compare a sequence number afterwards; here no conversion can come in between.
         yield from host.down_read("invalidate")
         (bound,) = yield from host.xa_load("bindings", index, 1)
+        # The slot may have been unbound, or bound elsewhere, while this vCPU was on its way.
         ret = (yield from self._fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
         yield from host.end_op(ret)
         yield from host.up_read("invalidate")
+        # After the lock is dropped: this may be the last reference, and the end of the inode takes the lock again.
         yield from self.close()
         return ret
 
@@ -35,6 +39,7 @@ class Faults(Removes):
         grabbed = yield from self.grab_folio(index)
         if isinstance(grabbed, int):
             return grabbed
+        # The hypervisor is given the whole folio, so the gfn must be that of its first page.
         head = gfn - (index - grabbed.pgoff)
         if attribute == PRIVATE_PAGE:
             ret = yield from self.give_private(head, grabbed)
@@ -45,6 +50,8 @@ class Faults(Removes):
 
     def give_private(self, gfn: int, grabbed: Grabbed) -> Steps[int]:
         """The host lets go first - direct map, then TLBs - and only then the guest gets the page."""
+        # A fault that failed after its zap leaves the mark. The page is out of the direct map already, and a second
+        # zap would count it twice.
         if not grabbed.private:
             ret = yield from self.zap(grabbed.folio)
             if ret:
@@ -65,12 +72,14 @@ class Faults(Removes):
 
     # Ask first: a private page is never grabbed, let alone zeroed, for the host.
     def _fault_shared(self, index: int) -> Steps[str]:
+        # The order matters: to grab is to allocate and zero, through the direct map, a page that may be the guest's.
         (attribute,) = yield from self.host.xa_load("attributes", index, 1)
         if attribute != SHARED_PAGE:
             return "SIGBUS"
         grabbed = yield from self.grab_folio(index)
         if isinstance(grabbed, int):
             return "SIGBUS"
+        # Before the entry is installed: GUP may hand the page to a driver that uses its kernel address.
         if (yield from self.make_accessible(grabbed)):
             answer = "SIGBUS"
         else:

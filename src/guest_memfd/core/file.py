@@ -43,9 +43,11 @@ class Files(Removes):
             return -EINVAL
         if not self.whole(size, *chain.from_iterable(runs(shared))):
             return -EINVAL
+        # Asked once, here. Later the setters would say 0 and do nothing, and the file would look protected.
         if self.no_direct_map and not (yield from host.can_set_direct_map()):
             return -EOPNOTSUPP
         yield from host.begin_op("create", 0, size)
+        # The module before the inode: an inode whose module has gone would call code that is no longer there.
         ret = (yield from self._alloc_inode()) if (yield from host.try_module_get()) else -ENODEV
         if ret:
             yield from host.end_op(ret)
@@ -55,6 +57,7 @@ class Files(Removes):
         if ret:
             yield from self.close()
             return ret
+        # Last: from here on other threads can use the descriptor, and everything they may ask for has to be in place.
         yield from host.fd_install()
         return 0
 
@@ -85,6 +88,8 @@ class Files(Removes):
         if not self.has(start, nr) or not self.whole(gfn, start, nr):
             return -EINVAL
         yield from host.begin_op("bind", start, nr)
+        # A reference, not only a pointer: the descriptor may be closed by another thread while this call waits for
+        # the lock.
         if not (yield from host.get_file()):
             yield from host.end_op(-EBADF)
             return -EBADF
@@ -92,6 +97,8 @@ class Files(Removes):
         bound = yield from host.xa_load("bindings", 0, self.size)
         if filled(bound[start:start + nr]):
             ret = -EEXIST
+        # A stopped VM has had its teardown, or will not ask again for bindings that come later. Nobody would ever
+        # take this one away.
         elif (yield from host.vm_state()) != "running":
             ret = -ENODEV
         else:
@@ -119,6 +126,8 @@ class Files(Removes):
         result, last = yield from self._unbind(start, nr, "unbind")
         yield from self.host.end_op(result.ret, result.error_index)
         yield from self.host.up_write("invalidate")
+        # After the lock is dropped: this ends the file if the binding was its last user. The second `close` is for
+        # the reference that this call has held itself.
         if last:
             yield from self.close()
         yield from self.close()
@@ -155,13 +164,17 @@ class Files(Removes):
         yield from host.mmu_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
         if reason == "teardown":
+            # A dying VM is not asked: refusing is for guests that go on. What cannot come back is given up, or the VM
+            # could never end.
             ret, index = yield from self._take_all_back(folios, leaks=True)
         else:
+            # Asked for all pages first, as in a punch: a refusal must leave the binding whole.
             ret, index = yield from self.invalidate_guest(folios, reason)
             if not ret:
                 ret, index = yield from self._take_all_back(folios, leaks=False)
         yield from self.put_all(folios)
         if not ret:
+            # Erasing needs no memory, so it can come after everything that fails.
             yield from host.xa_store_reserved("bindings", start, Entries(0, nr))
         yield from host.mmu_invalidate_end()
         if ret:
@@ -174,6 +187,7 @@ class Files(Removes):
             ret = 0
             if leaks:
                 ret, _ = yield from self.invalidate_guest((held,), "teardown")
+            # memory_failure() looks at the folio under its lock; owner and mark must not change under it.
             yield from self.host.lock_folio(held.folio)
             if not ret:
                 ret = yield from self.take_back(held)

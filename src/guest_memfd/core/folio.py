@@ -46,19 +46,29 @@ class Folios(HostMapping):
         PG_uptodate means "zeroed in this life" and nothing else; whether the guest has it is the hypervisor's record.
         """
         host, order = self.host, self.order
+        # A folio that was looked up can leave the file before it is locked (a punch of another page of it, memory
+        # failure). Then the look-up starts again; -EAGAIN after some attempts keeps a fault from spinning for ever.
         for _attempt in range(LOOKUPS):
             hit = yield from host.filemap_get_folio(index)
             if hit is None:
                 new = yield from host.filemap_add_folio(index, order)
                 if isinstance(new, int):
+                    # A large folio may not be had when a page can. -EEXIST means that another fault was faster: look
+                    # up what it has added.
                     smaller, order = self.splits and order, 0 if self.splits else order
                     if new == -EEXIST or smaller:
                         continue
                     return new
+                # It comes back locked, so no other fault sees it before it is zero. The frame may hold another
+                # guest's data.
                 yield from self.zero(new.folio)
                 return Grabbed(new.folio, new.pgoff, False)
             locked = yield from host.lock_folio(hit.folio)
+            # Only under the lock does the answer stay true: the folio is still in the file, at this index, and not
+            # broken.
             if locked.pgoff == hit.pgoff and not locked.hwpoison:
+                # Zeroing again what is up to date would destroy what the guest has written, and may hit a hole in the
+                # direct map.
                 if not locked.uptodate:
                     yield from self.zero(hit.folio)
                 return Grabbed(hit.folio, hit.pgoff, locked.private)
@@ -79,6 +89,8 @@ class Folios(HostMapping):
 
     def present(self, start: int, nr: int) -> Steps[tuple[Held, ...]]:
         """All folios of [start, start+nr) that exist, referenced; gfn is None where nothing is bound."""
+        # Both trees are read once for the range. The lock is held exclusively, so they cannot change while the folios
+        # are looked up.
         bound = yield from self.host.xa_load("bindings", start, nr)
         attributes = yield from self.host.xa_load("attributes", start, nr)
         found: list[Held] = []
@@ -87,6 +99,8 @@ class Folios(HostMapping):
             hit = yield from self.host.filemap_get_folio(index)
             if hit is None:
                 index, misses = index + 1, misses + 1
+                # A file can be 2^28 pages and nearly empty. Stepping is cheap for small holes, the search for large
+                # ones.
                 if misses == MISSES:
                     index = yield from self.host.filemap_find_folio(index, start + nr - index)
             else:
@@ -121,15 +135,20 @@ class Folios(HostMapping):
         that cannot be put back into the direct map is kept for ever rather than freed with a hole.
         """
         host, folio = self.host, held.folio
+        # The lock keeps memory failure out: it must not report the page while its owner is just being changed.
         locked = yield from host.lock_folio(folio)
+        # The hypervisor first. Any write of ours to a page that stage 2 withholds would end in an abort.
         ret = yield from self.take_back(held)
         if ret:
             yield from host.unlock_folio(folio)
             return ret
+        # A broken page must not be touched again, so it is neither scrubbed nor mapped.
         if not locked.hwpoison:
             yield from self.return_to_kernel(held, locked.private)
         elif locked.private:                            # broken memory is not mapped again, and nobody waits for it
             yield from self.account(-folio.nr)
+        # Last, when nothing can fail any more: a folio that has left the file cannot be found by anyone who would
+        # repeat the attempt.
         yield from host.filemap_remove_folio(folio)
         yield from self.unlock_and_put(folio)
         return 0
@@ -137,8 +156,12 @@ class Folios(HostMapping):
     def return_to_kernel(self, held: Held, marked: bool) -> Steps[None]:
         """Scrub what may hold the guest's data before any mapping of the kernel shows it, then restore the mapping."""
         host, folio = self.host, held.folio
+        # Through a mapping of this CPU alone. To restore the direct map first and to write through it would show the
+        # guest's data to every reader of the kernel for that moment.
         if held.private and not self.ops.scrubs:
             yield from host.clear_folio_local(folio)
+        # A frame that is freed with a hole in the direct map panics its next owner. To lose the page is the smaller
+        # damage.
         if marked and (yield from self.restore(folio)):
             yield from host.warn(f"{folio} cannot be put back into the direct map and is kept")
             yield from host.leak_folio(folio)
@@ -148,6 +171,7 @@ class Folios(HostMapping):
         if held.gfn is None or not held.private:
             return 0
         ret = yield from self.ops.reclaim(held.gfn, held.folio)
+        # Tried again once only: the caller holds the invalidate lock, and everybody who faults waits for it.
         if ret not in (0, -EIO):
             ret = yield from self.ops.reclaim(held.gfn, held.folio)
         return ret
@@ -162,5 +186,7 @@ class Folios(HostMapping):
         host, folio = self.host, held.folio
         yield from host.warn(f"{folio} stays with the hypervisor for ever")
         yield from host.unmap_mapping_pages(held.pgoff, folio.nr)
+        # Before it leaves the file: an extra reference keeps the allocator from getting it back when the page cache
+        # drops its own.
         yield from host.leak_folio(folio)
         yield from host.filemap_remove_folio(folio)

@@ -28,7 +28,7 @@ class Stage2(Protocol):
         """
 
     def set_owner(self, pfn: int, owner: Owner) -> None:
-        """Change the record."""
+        """Record *owner* as the owner of the page; neither the host's nor a guest's mapping changes."""
 
     def host_maps(self, pfn: int, allowed: bool) -> None:
         """Let the host's stage 2 map the page, or not; taking it away flushes the host's TLBs of both stages."""
@@ -43,7 +43,7 @@ class Stage2(Protocol):
         """The gfn that maps the page."""
 
     def scrub(self, pfn: int) -> None:
-        """Write zeros."""
+        """Write zeros over the page from EL2, which needs no mapping of the host's."""
 
     def destroy(self, pfn: int, gfn: int, how: str) -> None:
         """Scrub a living guest's page without its consent and mark its entry POISONED."""

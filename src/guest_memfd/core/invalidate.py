@@ -20,7 +20,7 @@ def _cut(held: Held, start: int, nr: int) -> bool:
 
 
 class Removes(Converts):
-    """punch_hole, error_folio, close."""
+    """The operations that take folios out of a file: punch_hole, error_folio (memory failure) and close."""
 
     def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
         """Free the pages of [start, start+nr); -EBUSY with the page index if the guest holds on to one.
@@ -30,6 +30,7 @@ class Removes(Converts):
         """
         if start < 0 or nr <= 0:
             return Conversion(-EINVAL)
+        # fallocate() accepts a punch beyond the end; it must not reach pages that are not there.
         nr = min(nr, self.size - start)
         if not self.splits and not self.whole(start, nr):
             return Conversion(-EINVAL)
@@ -43,21 +44,30 @@ class Removes(Converts):
     def remove_range(self, start: int, nr: int, reason: Reason) -> Steps[Conversion]:
         """Take the folios of the range from user space, from the guest, and out of the file. Lock held exclusively."""
         host = self.host
+        # First everything that could bring a page back is stopped: kernel mappings of guest pages, the user's page
+        # tables, the guest's. The lock keeps faults out until the folios have gone.
         yield from host.mmu_invalidate_begin(start, nr)
         yield from host.unmap_mapping_pages(start, nr)
         folios = yield from self.present(start, nr)
+        # Every folio is asked for before the first is removed: a guest that holds on to the last one refuses the
+        # whole punch, and the file is as it was.
         ret, index = yield from self.invalidate_guest(folios, reason)
         if not ret and any(_cut(held, start, nr) for held in folios):
             ret, index = yield from self.split(start, nr, folios)
             yield from self.put_all(folios)
+            # The folios that were cut are now single pages, and those outside of the range stay. What was held before
+            # the split names folios that are no more.
             folios = () if ret else (yield from self.present(start, nr))
         removed = 0
+        # From here on what has gone has gone. A hypervisor that fails to give one back ends the loop, and the index
+        # says how far it came.
         while not ret and removed < len(folios):
             ret = yield from self.remove_folio(folios[removed])
             if ret:
                 index = folios[removed].pgoff
             else:
                 removed += 1
+        # `remove_folio` has dropped the references of those it removed.
         yield from self.put_all(folios[removed:])
         yield from host.mmu_invalidate_end()
         return Conversion(ret, max(index, start)) if ret else Conversion(0)
@@ -87,14 +97,22 @@ class Removes(Converts):
         waiting for it under one could wait for ever. An inode reference keeps the file until the folio is locked again.
         """
         host = self.host
+        # The caller's folio lock will be dropped below, and then only this reference keeps the inode. One that is
+        # being evicted takes its broken pages along without help.
         if locked.pgoff is None or not (yield from host.igrab()):
             return "failed"
+        # Lock order: the invalidate lock, then folio locks. To wait for it with the folio locked would be a deadlock
+        # with a punch, which the explorer finds.
         yield from host.unlock_folio(folio)
+        # Shared is enough: this takes the page from its users and changes no tree. But it has to wait; only to try
+        # would leave the page with the guest while somebody changes the file.
         yield from host.down_read("invalidate")
         ret = yield from self._take_from_users(folio)
         yield from host.up_read("invalidate")
+        # The last reference may be this one: then the file was closed meanwhile, and its end is ours to run.
         if (yield from host.iput()):
             yield from self.evict()
+        # memory_failure() unlocks the folio itself, so it must find it locked.
         yield from host.lock_folio(folio)
         return "failed" if ret else "delayed"
 
@@ -125,7 +143,9 @@ class Removes(Converts):
     def evict(self) -> Steps[None]:
         """Give every page back, and let the inode and the module go."""
         yield from self.host.down_write("invalidate")
+        # No one can reach the inode any more, so the lock is for lockdep only.
         yield from self.remove_range(0, self.size, "punch")
         yield from self.host.up_write("invalidate")
         yield from self.host.destroy_inode()
+        # The very last step: the code that runs here may be unloaded from now on.
         yield from self.host.module_put()

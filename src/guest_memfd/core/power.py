@@ -28,11 +28,14 @@ class Power(Parts):
         """Pages leave the host (+) or come back (-); -EAGAIN if they may not leave now."""
         if self.power != "notifier":
             return 0
+        # One primitive counts and looks whether hibernation has begun. Two would leave a gap: a page that leaves
+        # after the look and before the count is in no veto and in the image.
         return (yield from self.host.pm_account(pages))
 
     def hibernate_prepare(self) -> Steps[int]:
         """Hibernation is announced; 0, -EPERM (``count``) or -EBUSY (``notifier``)."""
         if self.power == "count":
+            # Looked at once. A file that is opened after this is not seen: that is what the policy is here to show.
             return -EPERM if (yield from self.host.open_files()) else 0
         if self.power == "notifier":
             return (yield from self.host.pm_prepare("hibernate"))

@@ -64,6 +64,7 @@ class GuestmemRfc1(Design):
                 yield from self.unlock_and_put(hit.folio)
                 return -EHWPOISON
             zeroed, private = locked.uptodate, locked.private
+        # The caller decides. Who asks without gets whatever the frame held before.
         if uptodate and not zeroed:
             yield from self.zero(hit.folio)
         if not self.has_accessible:
@@ -73,6 +74,7 @@ class GuestmemRfc1(Design):
 
     def unmap_direct(self, folio: Folio) -> Steps[None]:
         """set_direct_map_invalid_noflush() and BUG_ON (R26); no flush (R25)."""
+        # Splitting a leaf needs memory, so this fails on a machine that is short of it, and the whole machine goes.
         if (yield from self.host.set_direct_map_invalid_noflush(folio)):
             yield from self.host.bug("BUG_ON(set_direct_map_invalid_noflush())")
         yield from self.host.folio_set_private(folio, True)
@@ -81,6 +83,7 @@ class GuestmemRfc1(Design):
         """set_direct_map_default_noflush(), BUG_ON, and the flush."""
         if (yield from self.host.set_direct_map_default_noflush(folio)):
             yield from self.host.bug("BUG_ON(set_direct_map_default_noflush())")
+        # On the way back, where no stale entry can exist; the way out, where one can, has none (R25).
         yield from self.host.flush_tlb_kernel_range((folio,))
         yield from self.host.folio_set_private(folio, False)
 
@@ -134,6 +137,7 @@ class GuestmemRfc1(Design):
     def make_inaccessible(self, index: int, folio: Folio) -> Steps[int]:
         """guest_memfd_make_inaccessible(): unmap from user space, look for DMA pins, leave the direct map."""
         yield from self.host.unmap_mapping_pages(index, folio.nr)
+        # References without FOLL_PIN are not seen: vmsplice, /proc/pid/mem (R12).
         if (yield from self.host.folio_maybe_dma_pinned(folio)):
             return -EBUSY
         yield from self.unmap_direct(folio)
@@ -142,7 +146,7 @@ class GuestmemRfc1(Design):
     # -- the host's side -----------------------------------------------------------------------------------------
 
     def mmap(self) -> Steps[int]:
-        """Only with ->accessible."""
+        """Map the file, where the driver has ->accessible; -EPERM where it has not."""
         return (yield from self.host.mmap()) if self.has_accessible else -EPERM
 
     def user_fault(self, index: int) -> Steps[str]:
@@ -206,6 +210,8 @@ class GuestmemRfc1(Design):
         yield from self.host.begin_op("punch", start, nr)
         yield from self.host.down_write("invalidate")
         if nr > 0:
+            # The result is dropped: a page that the guest keeps is still there, and user space is told that it is
+            # gone.
             yield from self.remove_range(start, nr, "punch")
         yield from self.host.end_op(0)
         yield from self.host.up_write("invalidate")
@@ -222,6 +228,6 @@ class GuestmemRfc1(Design):
         return Conversion(-EOPNOTSUPP)
 
     def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        """As `make_private`."""
+        """-EOPNOTSUPP, as `make_private`: the posted library has no conversion by range."""
         yield from ()
         return Conversion(-EOPNOTSUPP)

@@ -63,7 +63,7 @@ def places(entries: Sequence[int], at: int = 0) -> Iterator[int]:
 
 
 class GunyahV17(Design):
-    """drivers/virt/gunyah/{guest_memfd,vm_mgr_mem}.c as posted."""
+    """drivers/virt/gunyah/{guest_memfd,vm_mgr_mem}.c as posted, mistakes included; S and a number names one of them."""
 
     name = "gunyah-v17"
     title = "the driver unmaps lent pages itself, through exported setters"
@@ -114,6 +114,7 @@ class GunyahV17(Design):
         (bound,) = yield from host.xa_load("bindings", start, 1)
         ret = 0 if bound and nr == 1 else -ENOENT
         if not ret:
+            # A page that is still locked by the guest makes it fail, and what was reclaimed before stays reclaimed.
             ret = yield from self.reclaim_range(bound - 1, nr)
         if not ret:
             yield from host.xa_store_reserved("bindings", start, Entries(0, 1))
@@ -149,6 +150,7 @@ class GunyahV17(Design):
     def provide_folio(self, gfn: int, grabbed: Grabbed, lend: bool) -> Steps[int]:
         """gunyah_vm_provide_folio(): tree entry, safe to lend?, donate, map, reference, PG_private."""
         host, folio = self.driver, grabbed.folio
+        # Another vCPU is providing the same page, or has: this one goes back to the guest and tries again.
         if filled((yield from host.xa_load("provided", gfn, folio.nr))):
             return -EAGAIN
         ret = yield from host.xa_store("provided", gfn, Entries(entry_of(folio, lend), folio.nr))
@@ -162,6 +164,7 @@ class GunyahV17(Design):
         if ret:
             yield from host.xa_store_reserved("provided", gfn, Entries(0, folio.nr))
             return ret
+        # One reference for what the guest has been given: it is dropped by reclaim, or leaked where reclaim fails.
         yield from host.folio_get(folio, "provided")
         if lend:
             yield from host.folio_set_private(folio, True)
@@ -216,6 +219,7 @@ class GunyahV17(Design):
         ret = done = 0
         entries = yield from host.xa_load("provided", gfn, nr + 1)          # S5: inclusive
         for at in places(entries):
+            # One entry for each gfn of a folio; the folio is taken back once.
             if at < done:
                 continue
             folio = folio_of(entries[at])
@@ -313,7 +317,7 @@ class GunyahV17(Design):
         return Conversion(-EOPNOTSUPP)
 
     def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        """As `make_private`."""
+        """-EOPNOTSUPP, as `make_private`: a page is shared only when its binding goes."""
         yield from ()
         return Conversion(-EOPNOTSUPP)
 

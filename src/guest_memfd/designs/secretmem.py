@@ -33,8 +33,11 @@ class Secretmem(Design):
         grabbed = yield from super().grab_folio(index)
         if isinstance(grabbed, int) or grabbed.private:
             return grabbed
+        # At allocation and not at the first guest fault: a shared page of this design is out of the direct map, too.
         ret = yield from self.zap(grabbed.folio)
         if ret:
+            # A page that could not be zapped must not stay in the file, where the next fault would take it for one
+            # that has been.
             yield from self.host.filemap_remove_folio(grabbed.folio)
             yield from self.unlock_and_put(grabbed.folio)
             return ret
@@ -46,7 +49,8 @@ class Secretmem(Design):
         return 0
 
     def return_to_kernel(self, held: Held, marked: bool) -> Steps[None]:
-        """Restore, then zero."""
+        """Put the page back into the direct map, then zero it through there (secretmem_free_folio(), mm/secretmem.c)."""
         yield from self.host.set_direct_map_default_noflush(held.folio)
         yield from self.host.folio_set_private(held.folio, False)
+        # Restored first, zeroed then: for a moment the kernel's mapping shows what was in the page.
         yield from self.host.clear_folio(held.folio)

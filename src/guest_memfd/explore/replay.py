@@ -1,7 +1,7 @@
 """A trace again: exactly its steps, by the real procedures on the abstract host, with no table in between.
 
-Rule of this file: nothing that the trace says is believed. Every primitive, every result and the broken law at the end
-come out again, or the first thing that does not is named.
+Nothing that the trace says is believed. Every primitive, every result and the broken law at the end come out again, or
+the first thing that does not is named.
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ class _Run:
         wanted = (self.trace.law, self.trace.evidence)
         broken = [*self.world.broken_before, *self._judge(self.shared)]
         for recorded in self.trace.steps:
+            # A shorter way to the same end: the trace is no longer the shortest, and what follows would not be
+            # explored.
             if wanted in broken:
                 raise _Diverged(f"law {wanted[0]} breaks here, before the end of the trace")
             self.number += 1
@@ -204,6 +206,7 @@ class _Run:
         if not outcomes:
             raise _Diverged(f"{party.name} is blocked in {primitive}")
         same = [o for o in outcomes if o.failed == recorded.failed]
+        # The type as well as the value: True and 1 are equal, and are two results.
         for outcome in same:
             if type(outcome.result) is type(recorded.result) and outcome.result == recorded.result:
                 self._move(party, primitive, outcome)
@@ -215,6 +218,7 @@ class _Run:
 
 
     def _move(self, party: _Party, primitive: Primitive, outcome: Outcome) -> None:
+        # The other host first: if it differs, this one stays where the difference was.
         if self.beside is not None:
             try:
                 self.beside.step(party.program.number, primitive, outcome)

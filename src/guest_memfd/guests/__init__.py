@@ -1,4 +1,4 @@
-"""Guests that come with the package. Rule of this file: name, title and needs of each; the programs are the `.s` files.
+"""Guests that come with the package. Here are name, title and needs of each; the programs are the `.s` files.
 
 There is a folder for each architecture. What every guest may rely on:
 

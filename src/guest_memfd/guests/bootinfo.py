@@ -1,4 +1,4 @@
-"""What a guest is told when it starts. Rule of this file: the layout that common.s reads.
+"""What a guest is told when it starts. The layout is the one that common.s reads.
 
 Six little-endian doublewords, 16-byte aligned: magic, hypervisor, private base and size, shared base and size; IPAs and
 bytes. A guest without a shared window finds zeros there.

@@ -1,4 +1,4 @@
-"""What a VMM may be asked to run, as bytes at addresses. Rule of this file: input is refused in one line, or fits.
+"""What a VMM may be asked to run, as bytes at addresses. Input that does not fit is refused in one line.
 
 A built-in guest, a file of assembly (``.s``), a static ELF or a flat binary. Source for ELF: the gABI, chapters 4 and 5, and
 Arm's ELF for the Arm 64-bit Architecture.

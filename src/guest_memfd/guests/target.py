@@ -1,4 +1,4 @@
-"""What code a guest has to be. Rule of this file: architecture, ELF machine, assembler, and where an image is put.
+"""What code a guest has to be. That is: architecture, ELF machine, assembler, and where an image is put.
 
 Assemblers are imported when something is assembled.
 """

@@ -29,6 +29,7 @@ def guest_private(note: Any) -> Evidence:
     """Only the guest reads what it wrote in private; only the guest writes where it may write in private."""
     if not isinstance(note, facts.Access) or note.who == "guest" or not note.guests:
         return None
+    # The library may read and zero a page that it is about to give away; it may not write to one that the guest has.
     if note.who == "library":
         broken = note.write and note.held
     else:
@@ -45,8 +46,10 @@ def no_stale_data(note: Any) -> Evidence:
         return f"the guest's data is lost: {note.how}"
     if not isinstance(note, facts.Access) or note.who not in ("guest", "VMM", "device"):
         return None
+    # What another owner left behind. Nobody is meant to see it, neither the guest nor the VMM.
     if note.content == "junk":
         return f"the {note.who} receives a page with somebody else's data"
+    # A device may have pinned the page before it was replaced: it keeps the old one, which is allowed.
     if note.expect is not None and note.who != "device" and note.content != note.expect:
         return f"the {note.who} finds {note.content} where {note.expect} should be"
     return None
@@ -54,6 +57,7 @@ def no_stale_data(note: Any) -> Evidence:
 
 def free_memory(note: Any) -> Evidence:
     """Who means a page means one that somebody has."""
+    # A stray load may hit any page, a free one as well; an access that means its page may not.
     if not isinstance(note, facts.Access) or not note.free or note.what in ANYTHING:
         return None
     return f"{note.what} {'writes' if note.write else 'reads'} free memory, through {through(note.via)}"

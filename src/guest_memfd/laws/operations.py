@@ -81,6 +81,7 @@ NAMING = frozenset({"punch", "to_private", "to_shared", "unbind"})
 
 
 def _place(note: facts.Ended) -> Evidence:
+    # These errnos are about the whole request and not about one page.
     if note.ret in (0, -ENOMEM, -ENOENT) or not note.places:
         return None
     if note.error_index is None:
@@ -92,6 +93,7 @@ def _place(note: facts.Ended) -> Evidence:
 
 
 def _punched(note: facts.Ended) -> Evidence:
+    # A hole that has a page in it would give old data to the next reader.
     if note.ret == 0 and note.left:
         return "punch returns 0 and a page of the hole is still there"
     if note.ret == -EBUSY and note.removed:
@@ -100,6 +102,7 @@ def _punched(note: facts.Ended) -> Evidence:
 
 
 def _converted(note: facts.Ended) -> Evidence:
+    # All of the range or nothing of it: user space could not know which half it has.
     if note.ret < 0 and note.toggled:
         return f"{note.op} is refused and has changed a page"
     wanted = PRIVATE_PAGE if note.op == "to_private" else SHARED_PAGE
@@ -148,6 +151,7 @@ def no_false_refusal(note: Any) -> Evidence:
 
 def _stands_against(note: facts.Ended) -> bool:
     errno = -note.ret
+    # The file or the VM went while the operation was on its way.
     if "an end" in note.reasons and errno in (EFAULT, ENOENT):
         return True
     if errno == EFAULT:
@@ -203,6 +207,7 @@ def bounded_cost(note: Any) -> Evidence:
     """An operation asks the host for no more than the design states."""
     if not isinstance(note, facts.Ended) or note.bound_of_cost is None:
         return None
+    # At least one: an operation on an empty range may ask for what one page costs, to find out that it is empty.
     folios, most = max(len(note.scope), 1), note.bound_of_cost
     bounds = {"direct-map writes": (note.cost.writes, most.writes * folios),
               "TLB flushes": (note.cost.flushes, most.flushes * folios + most.once),

@@ -21,6 +21,8 @@ def one_owner_note(note: Any) -> Evidence:
 def one_owner(state: st.State) -> Evidence:
     """Outside of every operation, library, host tables and hypervisor tell the same story of each page."""
     for frame in state.frames():
+        # Under the folio lock, or with the file locked exclusively, the records may disagree: somebody is just
+        # changing them.
         if frame.lock or (frame.slot and state.file_of(frame.slot - 1).invalidate_w):
             continue
         if not frame.allocated:
@@ -35,6 +37,8 @@ def one_owner(state: st.State) -> Evidence:
 
 def _one_story(state: st.State, frame: st.Frame) -> Evidence:
     private = state.private(frame)
+    # Owner GUEST means that stage 2 withholds the page. With the attribute shared the next host access would be
+    # allowed by the library and end in an abort.
     if frame.owner == GUEST and not private:
         return "the hypervisor says guest, the library says shared"
     if private and frame.user:
@@ -49,6 +53,7 @@ def no_stale_mapping(state: st.State) -> Evidence:
     for frame in state.frames():
         if frame.user and frame.user != frame.slot:
             return "the VMM's page table maps a page that the file no longer holds"
+        # A page that the hypervisor will never give back may stay mapped in the guest; it is counted as leaked.
         if not frame.slot and not frame.stuck and (frame.gmap or frame.gstale):
             how = "" if frame.gmap else ", in a TLB"
             return f"the guest maps a page that the file no longer holds{how}"
@@ -72,6 +77,7 @@ def nothing_lost_note(note: Any) -> Evidence:
 def nothing_lost(state: st.State) -> Evidence:
     """When the last reference is gone everything is back, or counted as what the hypervisor keeps for good."""
     for frame in state.frames():
+        # Broken memory stays out of use, and is lost by no one's mistake.
         evidence = None if frame.poison else _leaked(state, frame) if frame.stuck or frame.kept else _lost(frame)
         if evidence:
             return evidence

@@ -1,4 +1,4 @@
-"""How a vCPU comes by the memory of a guest_memfd slot. Rule of this file: a guest is asked, no module's name is believed.
+"""How a vCPU comes by the memory of a guest_memfd slot. A guest is asked; no module's name is believed.
 
 A slot is given two kinds of memory: a guest_memfd that holds one thing, and at userspace_addr anonymous memory that holds
 another. A guest that runs on hardware (or on shadow page tables) faults the guest_memfd in: kvm_mmu_faultin_pfn() in

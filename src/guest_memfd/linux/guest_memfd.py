@@ -1,4 +1,4 @@
-"""KVM's guest_memfd (virt/kvm/guest_memfd.c). Rule of this file: what the kernel says is what the caller gets."""
+"""KVM's guest_memfd (virt/kvm/guest_memfd.c). What the kernel says is what the caller gets."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class MemoryFile(Descriptor):
 
 
 class GuestMemfd(MemoryFile):
-    """uapi/kvm.py KvmGuestMemory."""
+    """A guest_memfd of this kernel's KVM, with the calls that uapi/kvm.py promises in KvmGuestMemory."""
 
     def set_memory_attributes2(self, attributes: uapi.MemoryAttributes2) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES2; raises SyscallFailed with `attributes.error_offset` filled in, ENOTTY without it."""

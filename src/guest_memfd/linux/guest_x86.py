@@ -1,4 +1,4 @@
-"""Memory and VMs for small x86 programs. Rule of this file: code and page tables in a plain slot, so that any KVM runs it.
+"""Memory and VMs for small x86 programs. Code and page tables are in a plain slot, so that any KVM runs it.
 
 The program is position-independent 64-bit code at CPL 3, which every x86 KVM executes natively or on its page tables; a KVM
 that emulates CPL 0 (kvm_pvm) would read the memory of a slot through userspace_addr instead of the guest_memfd.

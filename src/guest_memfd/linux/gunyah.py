@@ -1,4 +1,4 @@
-"""/dev/gunyah, series v17. Rule of this file: one method, one ioctl, with the argument as `abi.gunyah` lays it out.
+"""/dev/gunyah, series v17. Each method is one ioctl, with the argument as `abi.gunyah` lays it out.
 
 Arguments that the driver refuses go to it as they are; so does a closed descriptor, as -1.
 """
@@ -35,7 +35,7 @@ class LinuxGunyahDevice(Descriptor):
         super().__init__(open_device(path, _HELP), path)
 
     def create_vm(self, arg: int = 0) -> LinuxGunyahVm:
-        """CREATE_VM."""
+        """GUNYAH_CREATE_VM; raises SyscallFailed, EINVAL unless *arg* is 0."""
         fd = syscall.ioctl(self.fileno(), Ioctl.CREATE_VM, arg, call="GUNYAH_CREATE_VM", why=f"argument {arg}")
         return LinuxGunyahVm(fd)
 
@@ -58,7 +58,7 @@ class LinuxGunyahVm(Descriptor):
                       call="GUNYAH_VM_MAP_MEM", why=f"{size:#x} bytes at {guest_addr:#x}, flags {flags:#x}")
 
     def set_dtb_config(self, guest_phys_addr: int, size: int) -> None:
-        """SET_DTB_CONFIG, bytes."""
+        """GUNYAH_VM_SET_DTB_CONFIG: *size* bytes of device tree at a guest physical address; raises SyscallFailed."""
         syscall.ioctl(self.fileno(), Ioctl.SET_DTB_CONFIG, abi.VmDtbConfig(guest_phys_addr, size),
                       call="GUNYAH_VM_SET_DTB_CONFIG", why=f"{size:#x} bytes at {guest_phys_addr:#x}")
 
@@ -69,7 +69,7 @@ class LinuxGunyahVm(Descriptor):
                                                  call="GUNYAH_VM_SET_BOOT_CONTEXT", why=f"register {reg:#x}"))
 
     def start(self) -> None:
-        """START."""
+        """GUNYAH_VM_START; raises SyscallFailed as `uapi.gunyah.GunyahVm.start` says."""
         syscall.ioctl(self.fileno(), Ioctl.START, call="GUNYAH_VM_START")
 
     def add_function(self, kind: int, arg: bytes) -> LinuxGunyahVcpu | None:
@@ -78,7 +78,7 @@ class LinuxGunyahVm(Descriptor):
         return LinuxGunyahVcpu(fd) if kind == FnType.VCPU else None
 
     def remove_function(self, kind: int, arg: bytes) -> None:
-        """REMOVE_FUNCTION."""
+        """GUNYAH_VM_REMOVE_FUNCTION, with the argument that it was added with; raises SyscallFailed, ENOENT."""
         self._function(Ioctl.REMOVE_FUNCTION, "GUNYAH_VM_REMOVE_FUNCTION", kind, arg)
 
     def _function(self, request: int, call: str, kind: int, arg: bytes) -> int:
@@ -109,7 +109,7 @@ class LinuxGunyahVcpu(Descriptor):
         self.page = VcpuRun(cast(bytearray, self._view))        # written and read in place, as a bytearray would be
 
     def run(self) -> Exit:
-        """VCPU_RUN."""
+        """GUNYAH_VCPU_RUN; the exit is read off the shared page. Raises SyscallFailed."""
         syscall.ioctl(self.fileno(), Ioctl.VCPU_RUN, call="GUNYAH_VCPU_RUN")
         return self.page.exit
 

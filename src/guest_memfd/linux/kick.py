@@ -1,4 +1,4 @@
-"""How a thread in KVM_RUN is made to come back. Rule of this file: the signal is blocked everywhere but inside KVM_RUN.
+"""How a thread in KVM_RUN is made to come back. The signal is blocked everywhere but inside KVM_RUN.
 
 So it never runs a handler, never kills anybody, and is not lost when it comes just before the ioctl: it stays pending, and
 KVM_RUN returns EINTR at once. KVM_SET_SIGNAL_MASK lets it in; Documentation/virt/kvm/api.rst, 4.35 (KVM_SET_SIGNAL_MASK).

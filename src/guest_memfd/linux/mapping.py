@@ -1,4 +1,4 @@
-"""A mapping that can be touched safely. Rule of this file: no load or store here is ever executed in user space.
+"""A mapping that can be touched safely. No load or store here is ever executed in user space.
 
 A page that is private, missing or past the end of the file answers a load with SIGBUS, and a process cannot survive that
 from Python. So the kernel touches it for us, where the same fault is an error code: `syscall.copy_from` and `copy_to`.

@@ -1,4 +1,4 @@
-"""memfd_secret(2) (mm/secretmem.c): memory that is in no direct map. Rule of this file: its limits are said, not hidden.
+"""memfd_secret(2) (mm/secretmem.c): memory that is in no direct map. Its limits are said, not hidden.
 
     size        set once, by ftruncate(2) while it is 0; no fallocate(2), so a page that has been touched stays
     contents    only through a mapping: no read(2), no write(2), no get_user_pages() (so no process_vm_readv(2) of it,
@@ -52,6 +52,6 @@ class Secret(Descriptor):
         return LinuxMapping(self, offset, self.size - offset if nr is None else nr, shared=shared)
 
     def fstat(self) -> Stat:
-        """fstat(2)."""
+        """Mode, size in bytes and blocks of 512 bytes, from fstat(2)."""
         found = os.fstat(self.fileno())
         return Stat(found.st_mode, found.st_size, found.st_blocks)

@@ -107,7 +107,7 @@ def fallocate(fd: int, mode: int, offset: int, nr: int) -> None:
 
 
 def mmap(fd: int, offset: int, nr: int, protection: int, flags: int) -> int:
-    """mmap(2): the address."""
+    """mmap(2) of *nr* bytes of *fd* from byte *offset* on; the address. Raises SyscallFailed."""
     address = libc.mmap(None, _word("length", nr), protection, flags, fd, _word("offset", offset))
     if address == _MAP_FAILED:
         raise failed("mmap", f"{nr:#x} bytes at {offset:#x}")
@@ -115,13 +115,13 @@ def mmap(fd: int, offset: int, nr: int, protection: int, flags: int) -> int:
 
 
 def munmap(address: int, nr: int) -> None:
-    """munmap(2)."""
+    """munmap(2) of *nr* bytes at *address*; raises SyscallFailed."""
     if libc.munmap(address, nr):
         raise failed("munmap")
 
 
 def madvise(address: int, nr: int, advice: int) -> None:
-    """madvise(2)."""
+    """madvise(2) of *nr* bytes at *address*, with an `Advice`; raises SyscallFailed."""
     if libc.madvise(address, nr, advice):
         raise failed("madvise", f"advice {advice}, {nr:#x} bytes at {address:#x}")
 

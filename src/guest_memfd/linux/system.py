@@ -1,4 +1,4 @@
-"""/dev/kvm. Rule of this file: an absent or unusable device is HostUnavailable with what to do about it."""
+"""/dev/kvm. An absent or unusable device is HostUnavailable, with what to do about it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class System(Descriptor):
             raise HostUnavailable(f"{path} has API version {version}, not {uapi.API_VERSION}")
 
     def get_api_version(self) -> int:
-        """KVM_GET_API_VERSION."""
+        """KVM_GET_API_VERSION: 12 on every kernel since 2.6.22. Raises SyscallFailed."""
         return syscall.ioctl(self.fileno(), uapi.GET_API_VERSION, call="KVM_GET_API_VERSION")
 
     def check_extension(self, cap: int) -> int:

@@ -1,4 +1,4 @@
-"""A vCPU: KVM_RUN and what it came back with. Rule of this file: the same on every architecture; registers are not.
+"""A vCPU: KVM_RUN and what it came back with. This is the same on every architecture; registers are not.
 
 Every run can be ended: by a timeout, by another thread's `kick`, and by `immediate_exit`.
 """

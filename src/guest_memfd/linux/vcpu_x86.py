@@ -1,7 +1,7 @@
 """A vCPU of x86: its registers, and the two states that small guests start in.
 
-Rule of this file: an access that is under way is finished before registers change; KVM would do it afterwards and overwrite
-them (complete_emulated_mmio() in arch/x86/kvm/x86.c).
+An access that is under way is finished before registers change; KVM would do it afterwards and overwrite them
+(complete_emulated_mmio() in arch/x86/kvm/x86.c).
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ class X86Vcpu(LinuxVcpu):
     _has_cpuid = False
 
     def get_regs(self) -> x86.Regs:
-        """KVM_GET_REGS."""
+        """The general registers, by KVM_GET_REGS."""
         regs = x86.Regs()
         syscall.ioctl(self.fileno(), x86.GET_REGS, regs, call="KVM_GET_REGS")
         return regs
 
     def set_regs(self, regs: x86.Regs) -> None:
-        """KVM_SET_REGS, after `complete`."""
+        """Set the general registers by KVM_SET_REGS, after `complete`: an exit under way would write to them."""
         self.complete()
         syscall.ioctl(self.fileno(), x86.SET_REGS, regs, call="KVM_SET_REGS")
 
     def get_sregs(self) -> x86.Sregs:
-        """KVM_GET_SREGS."""
+        """Segments, control registers and EFER, by KVM_GET_SREGS."""
         sregs = x86.Sregs()
         syscall.ioctl(self.fileno(), x86.GET_SREGS, sregs, call="KVM_GET_SREGS")
         return sregs
 
     def set_sregs(self, sregs: x86.Sregs) -> None:
-        """KVM_SET_SREGS, after `complete`."""
+        """Set segments, control registers and EFER by KVM_SET_SREGS, after `complete`."""
         self.complete()
         syscall.ioctl(self.fileno(), x86.SET_SREGS, sregs, call="KVM_SET_SREGS")
 

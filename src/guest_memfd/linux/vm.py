@@ -1,4 +1,4 @@
-"""A VM's descriptor: memory slots, guest_memfd files, vCPUs. Rule of this file: one method, one ioctl."""
+"""A VM's descriptor: memory slots, guest_memfd files, vCPUs. Each method is one ioctl."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LinuxVm(Descriptor):
         return syscall.ioctl(self.fileno(), uapi.CHECK_EXTENSION, cap, call="KVM_CHECK_EXTENSION")
 
     def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
-        """KVM_CREATE_GUEST_MEMFD, bytes; `uapi.kvm.GuestMemfdFlag`."""
+        """KVM_CREATE_GUEST_MEMFD of *size* bytes, flags as `uapi.kvm.GuestMemfdFlag`; raises SyscallFailed."""
         return guest_memfd.create(self, size, flags)
 
     def set_user_memory_region2(

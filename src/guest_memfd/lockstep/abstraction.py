@@ -1,7 +1,8 @@
 """The abstraction function: what the abstract host would call the state that the emulated machine is in.
 
 Rule of this file: every field is read from where the machine keeps it - descriptors in RAM, EL2's records, TLBs, struct
-folio, bytes - or from the tracer, if it is a ghost. Nothing is remembered between two calls.
+folio, bytes - or from the tracer, if it is a ghost (tests/test_abstraction.py holds it). Nothing is remembered between
+two calls.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     machine, driver, vm = host.machine, host.machine.driver, host.vm
     frame.owner = OWNERS.index(driver.owner(pa))
     frame.s1 = machine.kernel_maps(pa)
+    # A TLB entry that agrees with the table is not stale; the abstract host does not know that it is there.
     frame.stale = not frame.s1 and machine.holds_kernel(pa)
     frame.s2 = machine.host_reaches(pa)
     mapped = driver.guest_maps(vm, pa)
@@ -55,10 +57,13 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     frame.content = machine.tracer.content(page or Page(pa, 0))
     frame.allocated = KEPT if page and page.retired else ALLOCATED if page else FREE
     if page is not None:
+        # The machine has one count, as the kernel does, and the kinds beside it, for the laws. If they differ the
+        # machine is wrong, not the design.
         if page.refcount != page.kinds():
             raise AssertionError(f"pfn {pa // PAGE:#x}: {page.refcount} references, {page.kinds()} by kind")
         for kind in KINDS:
             setattr(frame, kind, getattr(page, kind))
+        # A frame of another file, or of none, is in no slot of this one.
         frame.slot = page.index + 1 if page.inode is host.inode else 0
         frame.lock = 0 if page.lock is None else page.lock + 1
         frame.uptodate, frame.private, frame.poison = page.uptodate, page.private, page.hwpoison
@@ -70,6 +75,8 @@ def _shown_at(host: EmulatedHost, pa: int) -> int:
     mapping = host.inode.mapping
     table = {index for index in range(host.inode.size) if mapping.lookup(index) == pa} if mapping is not None else set()
     outlived = set(host.machine.user_indexes(pa)) - table
+    # An entry that has outlived the table is what an access would hit first, so it is what the abstract host must
+    # have.
     return min(outlived or table, default=-1) + 1
 
 

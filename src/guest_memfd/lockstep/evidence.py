@@ -1,7 +1,6 @@
 """A counterexample on the emulated machine: the same law, and what a kernel developer would look at.
 
-Rule of this file: everything printed is read from the machine in which the trace has just ended: descriptors, EL2's
-records, the kernel log.
+Everything printed is read from the machine in which the trace has just ended: descriptors, EL2's records, the kernel log.
 """
 
 from __future__ import annotations
@@ -67,6 +66,8 @@ def on_machine(trace: Trace) -> OnMachine:
     made: list[Pair] = []
 
     def beside(world: World) -> Pair:
+        # Frames far apart, each in a large leaf of its own: then every zap of the trace has a leaf to split, and can
+        # fail where the trace says so.
         config = Config(ram=32 << 20, apart=APART, bbml3=True, sea_fixup=world.design.sea_fixup, **kernel_of(world.scene))
         made.append(pair(world, Machine(world.hypervisor.name, config), trace.failures))
         return made[0]

@@ -1,8 +1,37 @@
 """Refinement: the same schedule on the abstract and on the emulated host, compared after every primitive.
 
-Rule of this file: one procedure per party, two hosts. The abstract host says what may happen; the emulated machine has
-to do just that - the same result, the same facts for the laws, and a state whose abstraction is the abstract state. A
-failure is injected only where the machine can really fail.
+Theory of operation. Verdicts are about the abstract host: a few bytes a page, small enough to explore every interleaving.
+They are worth something only if the abstract host allows everything that a machine does. This file checks that. The same
+procedures run on both hosts at once: each primitive is carried out on the abstract host, which works on a bytes object, and
+on the emulated machine, which has page tables, TLBs, EL2 and instructions. After each primitive three things must be equal:
+
+    the result     what the procedure is sent, negative errnos included
+    the facts      what the laws are told: who touched what, what an operation returned
+    the state      the machine's, as abstraction.py reads it, against the abstract one, byte by byte
+
+The first difference raises `Diverged`, with the step, the field, and the last steps before it. This is a simulation
+proof by testing: the relation between the two states is a function (the abstraction), and it is checked at every step of
+random schedules, not proved for all.
+
+The abstract host leads. It says which outcomes are allowed; one is chosen; the machine has to do just that. A failure is
+injected only where the machine can really fail as it is now (`Adversary.can_fail`), for example where a large leaf still has
+to be split. So the machine may do less than the abstract host allows, never more.
+
+Order within a step: first the adversary lets all CPUs fill their TLBs with whatever they may (`speculate`), then the
+failure is armed, then the primitive runs on the machine. TLBs are filled before the primitive and not after it, as the
+worst moment to walk is just before an entry changes: a flush that is missing then leaves a stale entry, and the field
+``stale`` or ``gstale`` differs. A party that has to wait must wait on both hosts.
+
+Frames have numbers on the abstract host and addresses on the machine; `_out` and `_in` translate arguments and results.
+Facts are compared in an order of their own, and without the words that are each host's evidence.
+
+A run ends early when the kernel has stopped, and when a guest reaches memory that is not its own: the abstract host lets
+such a guest change nothing, the machine does what it does, and the two would drift apart.
+
+Left out: scenes of two VMs or two files, kernels that do not ask AS_NO_DIRECT_MAP (`unfit`), and kernels that merge
+leaves. Schedules are random, so a pair of steps that differ only in a rare order can be missed; that they are not is what
+the other direction of tests is for: tests/test_abstraction.py sets each field of the state to 0 in turn and expects a
+divergence. tests/test_refinement.py runs every design under every hypervisor, and all scenes that fit.
 """
 
 from __future__ import annotations
@@ -54,6 +83,8 @@ class Pair:
         if self.world.machine.outcomes(self.shared, who, primitive):
             return False
         try:
+            # It must wait here, too: a lock that the machine grants and the abstract host does not would be an
+            # interleaving that was never explored.
             result = self.host.perform(self._out(primitive), who)
         except Blocked:
             return True
@@ -62,6 +93,8 @@ class Pair:
     def outcomes(self, who: int, primitive: Primitive) -> list[Outcome]:
         """What the abstract host allows and the emulated machine can do."""
         allowed = self.world.machine.outcomes(self.shared, who, primitive)
+        # The abstract host lets any fallible call fail. The machine can fail only where there is something to fail:
+        # an allocation, a leaf to split.
         if len(allowed) > 1 and not self.adversary.can_fail(self.host, self._out(primitive)):
             return allowed[:1]
         return allowed
@@ -69,15 +102,19 @@ class Pair:
     def step(self, who: int, primitive: Primitive, outcome: Outcome) -> Any:
         """Carry *primitive* out on both, as *outcome* has it; the result. Raises Diverged."""
         self.steps.append(f"{who} {primitive}{' fails' if outcome.failed else ''}")
+        # Before the primitive: the worst moment for a CPU to walk is just before the entry changes. What its TLB has
+        # then is stale until somebody flushes it, and both hosts must say so.
         self.adversary.speculate(self.host)
         if outcome.failed:
             if not self.adversary.can_fail(self.host, self._out(primitive)):
                 raise self._diverged(who, primitive, "cannot fail on the emulated machine as it is now")
+            # Armed for exactly this primitive, so that the machine fails where the abstract host has chosen to.
             self.adversary.fail_next(self._out(primitive), outcome.result)
         try:
             result = self._in(self.host.perform(self._out(primitive), who))
         except Blocked:
             raise self._diverged(who, primitive, "waits on the emulated host only") from None
+        # No result: the kernel has stopped, and the state, compared below, must say so.
         except KernelPanic:
             result = None
         self._compare(who, primitive, outcome, result)
@@ -88,12 +125,15 @@ class Pair:
     def _compare(self, who: int, primitive: Primitive, outcome: Outcome, result: Any) -> None:
         if result is not outcome.result and result != outcome.result:
             raise self._diverged(who, primitive, f"returns {outcome.result!r} on the abstract host, {result!r} here")
+        # Sorted: within one step the two hosts may note facts in different orders, and the laws judge each by itself.
         said, seen = _comparable(outcome.notes), _comparable(self.host.notes)
         if said != seen:
             raise self._diverged(who, primitive, f"abstract facts {said}\n  emulated facts {seen}")
         left = st.State(outcome.shared)
         now = abstraction(self.host, self.world.machine.sizes, left.failures, left.given, left.refusals)
         stray = any(isinstance(note, facts.StrayGuest) for note in outcome.notes)
+        # The machine's state is read anew from RAM, tables and TLBs. Nothing that lock step has remembered can make
+        # it agree.
         if now != outcome.shared and not stray:
             differences = ", ".join(f"{name}: abstract {old}, emulated {new}"
                                     for name, old, new in st.changes(outcome.shared, now))
@@ -122,6 +162,8 @@ class Pair:
     def _out(self, primitive: Primitive) -> Primitive:
         args = tuple(map(self._real, primitive.args))
         if primitive.name in PFNS:
+            # The abstract host's frame numbers are 0, 1, 2; the machine's frames lie where its allocator has put
+            # them.
             args = (self.host.machine.watched[primitive.args[0]] // PAGE, *args[1:])
         return primitive._replace(args=args)
 
@@ -198,6 +240,7 @@ def pair(world: World, machine: Machine, failures: int = 0) -> Pair:
         alone(both, Runner(world.setting, set_scene(world.library)))
     both.steps.clear()
     state = st.State(both.shared)
+    # Only now: setting the scene must not spend the failures that the run is to have.
     state.failures, state.given, state.refusals = failures, failures, scene.refusals
     both.shared = state.save()
     return both
@@ -251,6 +294,7 @@ def _turn(both: Pair, runners: list[Runner], rng: random.Random) -> bool:
             moved = True
             if result is not STAY:
                 runner.resume(result, rng.choice)
+            # Silent primitives and the step that follows are one step to others, as the explorer has it.
             if primitive.name not in SILENT:
                 break
         if moved:

@@ -1,7 +1,7 @@
 """The worst hardware there may be, and the worst luck: what lock step lets happen to a machine between two primitives.
 
-Rule of this file: nothing here is impossible. A CPU may walk and remember any valid translation at any time; a guest may
-run on any CPU; an allocation may fail where something is allocated.
+Nothing here is impossible. A CPU may walk and remember any valid translation at any time; a guest may run on any CPU; an
+allocation may fail where something is allocated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Adversary:
         cpu, stage2 = machine.cpu, machine.el2.stage2()
         mmu = cpu.mmus[cpu.current]
         for pa in machine.watched:
+            # On the CPU that will execute the next access: there a stale entry does most harm.
             mmu.prefetch(machine.linear_map.va(pa), cpu.stage1, stage2)
+        # On another CPU: a flush of this CPU's TLB alone must not be enough.
         self.walk_late()
         mapping = host.inode.mapping
         if mapping is not None:
@@ -47,6 +49,7 @@ class Adversary:
             for gfn in range(host.inode.size if host.scene is None else host.scene.beyond):
                 pa_now = machine.driver.lookup(host.vm, gfn * PAGE)
                 if pa_now in machine.watched:
+                    # Each page on a CPU of its own, so that the flush has to reach all of them.
                     machine.driver.prefetch(self._home(pa_now), host.vm, gfn * PAGE)
 
     def _home(self, pa: int) -> int:
@@ -85,6 +88,7 @@ class Adversary:
         lm = self.machine.linear_map
         if primitive.name == "set_direct_map_invalid_noflush":
             folio: Folio = primitive.args[0]
+            # Splitting needs a table page; an entry of its own needs nothing.
             return lm.can_set_direct_map() and lm.leaf(folio.pfn * PAGE).level < 3
         if primitive.name == "set_direct_map_default_noflush":
             return False                                # an entry that was split is there
@@ -96,6 +100,7 @@ class Adversary:
         if primitive.name == "hypercall":
             name, args = primitive.args[0], primitive.args[1:]
             if machine.hypervisor.final.get(name) == errno:
+                # From now on for this page, as EL2 would have decided; a failure that passes is for one call.
                 machine.driver.stuck |= {arg.pfn * PAGE for arg in args if isinstance(arg, Folio)}
             else:
                 machine.driver.refuse_next = errno

@@ -1,4 +1,5 @@
-"""What has not come back to Linux once all VMs and files are gone. Rule of this file: everything is read, nothing is told.
+"""What has not come back to Linux once all VMs and files are gone. Everything is read; nothing is told by those who
+should have given it back.
 
 The words are those of the law nothing-lost: a page that is free is the host's, in the direct map, and within reach.
 Memory that is broken is out of use, and not lost; what EL2 keeps for good is lost, and has to be counted. What may be

@@ -1,4 +1,4 @@
-"""A machine, booted. Rule of this file: the only one that knows all of it.
+"""A machine, booted. No other file knows all of the machine.
 
 What a VMM calls - `open`, what it gives, `audit` - may be called from any thread. Whoever uses a part of the machine by
 itself while other threads are about does so inside of ``with machine.lock``.

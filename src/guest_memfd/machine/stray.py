@@ -1,4 +1,5 @@
-"""Mappings of memory that is free, or that its file no longer holds. Rule of this file: everything is read, nothing is told.
+"""Mappings of memory that is free, or that its file no longer holds. Everything is read from tables and TLBs; no record
+is believed.
 
 None of them may be there at any time, so one can look in the middle of a run: a page leaves every table, and every TLB,
 before it leaves its file (mm/truncate.c truncate_cleanup_folio(), mm/memory.c unmap_mapping_range()) and before the

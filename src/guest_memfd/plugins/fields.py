@@ -35,7 +35,7 @@ def wrong(thing: object, wanted: Mapping[str, Kind]) -> str | None:
 
 
 def one_of(*values: Any) -> Kind:
-    """One of *values*."""
+    """Any of *values*, compared by identity or equality; the words list them."""
     return Kind(" or ".join(map(repr, values)), lambda value: any(value is each or value == each for each in values))
 
 

@@ -1,6 +1,6 @@
 """A procedure that is called without ``yield from`` does nothing: where that is written, found in the source.
 
-Rule of this file: nothing is run, and when in doubt all is well. A procedure that is kept, or handed on, may be meant.
+Nothing is run, and in doubt nothing is reported. A procedure that is kept, or handed on, may be meant.
 """
 
 from __future__ import annotations

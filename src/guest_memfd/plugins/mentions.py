@@ -1,7 +1,7 @@
 """Which names the code around a class mentions, so that what nobody mentions can be told from what somebody calls.
 
-Rule of this file: nothing is run. A name counts wherever it stands in code, whatever it is asked of; so what is said not to
-be mentioned is not.
+Nothing is run. A name counts wherever it stands in code, whatever it is asked of; so what is said not to be mentioned is
+not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a subclass may define: overrides that fit, and names that its own code mentions. A misspelt override is neither.
 
-Rule of this file: nothing of the class is run, and when in doubt all is well.
+Nothing of the class is run, and in doubt nothing is reported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A survey beside an earlier one, of another kernel or of the same one before: what has changed, and what got worse.
 
-Rule of this file: what the earlier one says is looked at before it is believed to be of the right kind, or shown.
+What the earlier one says is looked at before it is believed to be of the right kind, or shown.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Against:
 
     @property
     def worse(self) -> bool:
-        """Whether anything is."""
+        """Whether any change is one for the worse; `gmem probe` then exits with status 2."""
         return any(change.worse for change in self.changes)
 
 

@@ -1,7 +1,7 @@
 """Known bugs and traps of guest_memfd and memfd_secret: how each shows itself from user space, and what it means for a VMM.
 
-Rule of this file: nothing that can hang or crash the host is tried; such a bug says why it is not. An act returns a verdict
-(``present``, ``fixed``, ``cannot tell``), a colon, and what was seen.
+Nothing that can hang or crash the host is tried; such a bug says why it is not. An act returns a verdict (``present``,
+``fixed``, ``cannot tell``), a colon, and what was seen.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run leaves behind: descriptors, children, mappings of this process, VMs, and the direct map that it has split.
 
-Rule of this file: it counts and does not clean up.
+It counts, and does not clean up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Count:
 
 
 def count() -> Count:
-    """Now."""
+    """What there is now; all zeros where /proc cannot be read."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
         children = " ".join((task / "children").read_text() for task in Path("/proc/self/task").iterdir()).split()

@@ -1,6 +1,6 @@
 """What this machine offers, and which features rows may count on.
 
-Rule of this file: what is missing has a reason in words, and never keeps anybody from asking the next question.
+What is missing has a reason in words, and never stops the questions that follow.
 """
 
 from __future__ import annotations

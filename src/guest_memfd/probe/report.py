@@ -1,4 +1,4 @@
-"""What a survey found, for people, as JSON and as KTAP. Rule of this file: nothing is judged here."""
+"""What a survey found, for people, as JSON and as KTAP. Nothing is judged here."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One run of the probe: ask, try every row, look for every bug, count what is left.
 
-Rule of this file: one thing after another, so that what one does to the machine is not taken for another's.
+One thing is done after another, so that what one does to the machine is not taken for another's.
 """
 
 from __future__ import annotations

@@ -58,13 +58,13 @@ class _Line:
         self.stream = stream
 
     def show(self, done: int, total: int, words: str) -> None:
-        """Rewrite the line."""
+        """Rewrite the line in place: a bar of 20 columns, a percentage and *words*, cut to the width."""
         bar = "#" * (20 * done // max(total, 1))
         self.stream.write(f"\r[{bar:<20}] {100 * done // max(total, 1)}% {words}"[:columns(self.stream)] + "\033[K")
         self.stream.flush()
 
     def clear(self) -> None:
-        """Leave nothing behind."""
+        """Erase the line, so that what is printed next begins in column 1."""
         self.stream.write("\r\033[K")
         self.stream.flush()
 
@@ -76,11 +76,11 @@ class _Rich:
         progress.start()
 
     def show(self, done: int, total: int, words: str) -> None:
-        """Move the bar."""
+        """Move rich's bar to *done* of *total*, with *words* before it."""
         self.progress.update(self.task, completed=done, total=total, description=words, refresh=True)
 
     def clear(self) -> None:
-        """Leave nothing behind."""
+        """Stop rich's bar, which erases it."""
         self.progress.stop()
 
 

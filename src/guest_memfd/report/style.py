@@ -22,19 +22,19 @@ class Style:
     width: int = WIDTH
 
     def good(self, text: str) -> str:
-        """Kept, holds."""
+        """The emphasis for what holds: green."""
         return self._in(text, "32")
 
     def bad(self, text: str) -> str:
-        """Broken, refuted."""
+        """The emphasis for what is broken or refuted: bold red."""
         return self._in(text, "1;31")
 
     def doubt(self, text: str) -> str:
-        """Undetermined."""
+        """The emphasis for what is undetermined: yellow."""
         return self._in(text, "33")
 
     def head(self, text: str) -> str:
-        """A heading."""
+        """The emphasis for a heading: bold."""
         return self._in(text, "1")
 
     def _in(self, text: str, code: str) -> str:

@@ -1,6 +1,6 @@
 """get_user_pages(): how a device or the kernel gets hold of a page that user space has mapped (mm/gup.c).
 
-Rule of this file: GUP-fast holds no lock, so it looks twice; GUP-slow lets the fault handler map the page first.
+GUP-fast holds no lock, so it looks twice; GUP-slow lets the fault handler map the page first.
 """
 
 from __future__ import annotations

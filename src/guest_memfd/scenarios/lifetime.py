@@ -12,7 +12,7 @@ MM, USER = Host("mm"), Host("user")
 
 
 def unloader(design: Design, hypervisor: Hypervisor) -> Steps[None]:
-    """rmmod, once."""
+    """rmmod of the hypervisor's module, once; -EBUSY while it is held is an answer, too."""
     yield from MM.delete_module()
 
 

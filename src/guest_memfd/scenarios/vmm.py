@@ -49,7 +49,7 @@ def mapping(design: Design, index: int, *then: str) -> Steps[None]:
 
 
 def close(design: Design) -> Steps[None]:
-    """close(2)."""
+    """close(2) of the VMM's descriptor; a second time it is not there, and nothing happens."""
     if (yield from USER.fd_close()):
         yield from design.close()
 

@@ -1,4 +1,4 @@
-"""The hosts a VMM can be tested on. Rule of this file: one interface, and a reason in words for whatever a host cannot do.
+"""The hosts a VMM can be tested on. They have one interface, and a reason in words for whatever a host cannot do.
 
 What comes from `open` keeps the promises of uapi on every host. A guest's code cannot be the same everywhere, so a
 test gives it for each architecture, and `enter` does what an architecture wants done before its first instruction.
@@ -116,11 +116,11 @@ class Emulated(GmemHost):
         self.machine.judge = self._watch
 
     def open(self) -> Any:
-        """As every host's."""
+        """The emulated /dev/kvm or /dev/gunyah; closed at the end. Raises SyscallFailed."""
         return self._stack.enter_context(self.machine.open(self.device, self.design))
 
     def lacks(self, need: str) -> str:
-        """As every host's."""
+        """Why the emulated machine does not have *need*; "" if it has it."""
         if self.device == GUNYAH and need != "fail":
             return _NO_GUESTS if need == "vcpu" else f"that is KVM's, and {self.name} has {GUNYAH}"
         if need == "convert" and self.name.endswith("pkvm"):
@@ -128,7 +128,7 @@ class Emulated(GmemHost):
         return f"{self.name} is not in protected mode" if need == "protected" and not self.name.endswith("pkvm") else ""
 
     def enter(self, vm: KvmVm, vcpu: KvmVcpu, pc: int, *arguments: int) -> None:
-        """As every host's."""
+        """Set the argument registers and PC; the guest starts at EL1 with its MMU off. Raises BadInput, SyscallFailed."""
         if self.device == GUNYAH:
             raise BadInput(_NO_GUESTS)
         if len(arguments) > len(kvm_arm64.X):
@@ -180,7 +180,7 @@ class Linux(GmemHost):
 
 
 class LinuxKvm(Linux):
-    """/dev/kvm."""
+    """This kernel's /dev/kvm on x86: guests run at CPL 3 on page tables of ours."""
 
     name, device = "kvm", KVM
 
@@ -189,7 +189,7 @@ class LinuxKvm(Linux):
         self._maps: dict[KvmVm, Any] = {}
 
     def open(self) -> Any:
-        """As every host's."""
+        """/dev/kvm; closed at the end. Raises HostUnavailable."""
         from guest_memfd.linux.system import System
 
         return self._stack.enter_context(System())
@@ -221,7 +221,7 @@ class LinuxKvm(Linux):
         return ""
 
     def enter(self, vm: KvmVm, vcpu: KvmVcpu, pc: int, *arguments: int) -> None:
-        """As every host's."""
+        """Build the identity map in the last memory slot, once a VM, and start at CPL 3. Raises BadInput, SyscallFailed."""
         from guest_memfd.linux.guest_x86 import IdentityMap
         from guest_memfd.linux.vcpu_x86 import X86Vcpu
         from guest_memfd.linux.vm import LinuxVm
@@ -237,16 +237,16 @@ class LinuxKvm(Linux):
 
 
 class LinuxGunyah(Linux):
-    """/dev/gunyah."""
+    """This kernel's /dev/gunyah, which lends memory but runs no guests here."""
 
     name, device = "gunyah", GUNYAH
 
     def open(self) -> Any:
-        """As every host's."""
+        """/dev/gunyah; closed at the end. Raises HostUnavailable."""
         from guest_memfd.linux.gunyah import LinuxGunyahDevice
 
         return self._stack.enter_context(LinuxGunyahDevice())
 
     def lacks(self, need: str) -> str:
-        """As every host's."""
+        """Why /dev/gunyah does not have *need*; "" if it has it. Guests, and what is KVM's, it has not."""
         return _NO_GUESTS if need == "vcpu" else f"that is KVM's, and {self.name} has {GUNYAH}"

@@ -1,7 +1,7 @@
 """The pytest plugin: a fixture `gmem_host`, a marker `gmem`, two options.
 
-Rule of this file: a skip says why, and a host that was asked for by name is never skipped for being absent. pytest loads
-this in every run where the package is installed: nothing but pytest is imported before it is used.
+Rule of this file: a skip says why, and a host that was asked for by name is never skipped for being absent
+(tests/test_plugin.py holds it).
 """
 
 from __future__ import annotations

@@ -27,12 +27,12 @@ class CreateMemArgs(NamedTuple):
     size: int
 
     def pack(self) -> bytes:
-        """64 bytes."""
+        """The 64 bytes for the ioctl, reserved words 0; raises BadInput for a number that does not fit its field."""
         return packed("<QQ48x", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """From 64 bytes."""
+        """The reverse of `pack`, of exactly 64 bytes; the reserved words are dropped."""
         return cls(*struct.unpack("<QQ48x", data))
 
 
@@ -46,12 +46,12 @@ class MapMemArgs(NamedTuple):
     size: int
 
     def pack(self) -> bytes:
-        """32 bytes."""
+        """The 32 bytes for the ioctl; raises BadInput for a number that does not fit its field."""
         return packed("<QIIQQ", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """From 32 bytes."""
+        """The reverse of `pack`, of exactly 32 bytes."""
         return cls(*struct.unpack("<QIIQQ", data))
 
 
@@ -62,12 +62,12 @@ class VmDtbConfig(NamedTuple):
     size: int
 
     def pack(self) -> bytes:
-        """16 bytes."""
+        """The 16 bytes for the ioctl; raises BadInput for a number that does not fit its field."""
         return packed("<QQ", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """From 16 bytes."""
+        """The reverse of `pack`, of exactly 16 bytes."""
         return cls(*struct.unpack("<QQ", data))
 
 
@@ -79,12 +79,12 @@ class FnDesc(NamedTuple):
     arg: int
 
     def pack(self) -> bytes:
-        """16 bytes."""
+        """The 16 bytes for the ioctl; raises BadInput for a number that does not fit its field."""
         return packed("<IIQ", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """From 16 bytes."""
+        """The reverse of `pack`, of exactly 16 bytes."""
         return cls(*struct.unpack("<IIQ", data))
 
 
@@ -96,12 +96,12 @@ class VmBootContext(NamedTuple):
     value: int
 
     def pack(self) -> bytes:
-        """16 bytes."""
+        """The 16 bytes for the ioctl; raises BadInput for a number that does not fit its field."""
         return packed("<IIQ", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """From 16 bytes."""
+        """The reverse of `pack`, of exactly 16 bytes."""
         return cls(*struct.unpack("<IIQ", data))
 
 
@@ -111,12 +111,12 @@ class FnVcpuArg(NamedTuple):
     id: int
 
     def pack(self) -> bytes:
-        """4 bytes."""
+        """The 4 bytes that `FnDesc` points to; raises BadInput for a number that does not fit."""
         return packed("<I", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """From 4 bytes."""
+        """The reverse of `pack`, of exactly 4 bytes."""
         return cls(*struct.unpack("<I", data))
 
 
@@ -129,12 +129,12 @@ class FnIrqfdArg(NamedTuple):
     padding: int = 0
 
     def pack(self) -> bytes:
-        """16 bytes."""
+        """The 16 bytes that `FnDesc` points to; raises BadInput for a number that does not fit its field."""
         return packed("<IIII", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """From 16 bytes."""
+        """The reverse of `pack`, of exactly 16 bytes."""
         return cls(*struct.unpack("<IIII", data))
 
 
@@ -149,12 +149,12 @@ class FnIoeventfdArg(NamedTuple):
     padding: int = 0
 
     def pack(self) -> bytes:
-        """32 bytes."""
+        """The 32 bytes that `FnDesc` points to; raises BadInput for a number that does not fit its field."""
         return packed("<QQIiII", type(self).__name__, *self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """From 32 bytes."""
+        """The reverse of `pack`, of exactly 32 bytes."""
         return cls(*struct.unpack("<QQIiII", data))
 
 
@@ -213,7 +213,7 @@ IOEVENTFD_DATAMATCH = 1
 
 
 class GunyahExitReason(IntEnum):
-    """vcpu_run.exit_reason."""
+    """gunyah_vcpu_run.exit_reason: which member of the union is valid."""
 
     UNKNOWN = 0
     MMIO = 1
@@ -230,7 +230,7 @@ class ResumeAction(IntEnum):
 
 
 class VmStatus(IntEnum):
-    """vcpu_run.status.status."""
+    """gunyah_vcpu_run.status.status: how the VM came to its end."""
 
     LOAD_FAILED = 1
     EXITED = 2
@@ -317,7 +317,7 @@ class VcpuRun:
 
     @property
     def exit(self) -> Exit:
-        """The exit, decoded."""
+        """The exit that the page describes, decoded; None when no reason is set."""
         reason = self.exit_reason
         if reason == GunyahExitReason.MMIO:
             address, data, length, is_write, _ = self.MMIO.unpack_from(self.raw, self.UNION)
@@ -357,7 +357,7 @@ class VcpuRun:
 
     @property
     def is_write(self) -> bool:
-        """mmio.is_write."""
+        """mmio.is_write: the guest stores, and `data` is what it wrote."""
         return bool(self.raw[36])
 
     @property
@@ -387,7 +387,7 @@ class GunyahVcpu(Owner, Protocol):
 
 
 class GunyahVm(Owner, Protocol):
-    """A VM's descriptor."""
+    """A VM's descriptor. All calls raise SyscallFailed."""
 
     def map_mem(self, memory: GuestMemory, guest_addr: int, offset: int, size: int, flags: int) -> None:
         """MAP_MEM: let [offset, offset+size) of *memory* appear at *guest_addr*; with UNMAP, take that away again. Bytes.
@@ -415,14 +415,14 @@ class GunyahVm(Owner, Protocol):
         """ADD_FUNCTION: EINVAL more than 256 bytes, or of the wrong size; ENOENT no such function; EEXIST it is there."""
 
     def remove_function(self, kind: int, arg: bytes) -> None:
-        """REMOVE_FUNCTION: ENOENT."""
+        """REMOVE_FUNCTION, by the argument that it was added with: ENOENT when there is none, EINVAL more than 256 bytes."""
 
     def add_vcpu(self, index: int) -> GunyahVcpu:
         """ADD_FUNCTION of a vCPU."""
 
 
 class GunyahDevice(Owner, Protocol):
-    """/dev/gunyah."""
+    """What open("/dev/gunyah") gives. All calls raise SyscallFailed."""
 
     def create_vm(self, arg: int = 0) -> GunyahVm:
         """CREATE_VM: EINVAL unless *arg* is 0; ENOMEM."""

@@ -27,5 +27,5 @@ def ior(kind: int | str, nr: int, size: int) -> int:
 
 
 def iowr(kind: int | str, nr: int, size: int) -> int:
-    """_IOWR(): both."""
+    """_IOWR(): the kernel reads *size* bytes and writes them back."""
     return ioc(READ | WRITE, kind, nr, size)

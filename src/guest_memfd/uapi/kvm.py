@@ -1,8 +1,8 @@
 """/dev/kvm as far as guest memory goes: ioctl numbers, structures, capabilities, and the protocols of its objects.
 
-Rule of this file: what is the same on every architecture; registers and VM types are in kvm_<arch>.py, exits in kvm_run.py.
-Numbers and layouts: include/uapi/linux/kvm.h (7.3), and "guest_memfd: In-place conversion" v8-v13 for
-KVM_SET_MEMORY_ATTRIBUTES2. Structures are little-endian, and have the size the ioctl number says.
+Here is what is the same on every architecture; registers and VM types are in kvm_<arch>.py, exits in kvm_run.py. Numbers
+and layouts: include/uapi/linux/kvm.h (7.3), and "guest_memfd: In-place conversion" v8-v13 for KVM_SET_MEMORY_ATTRIBUTES2.
+Structures are little-endian, and have the size the ioctl number says.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class KvmVcpu(Owner, Protocol):
         """KVM_GET_ONE_REG; ENOENT for a register that there is not, EPERM where the host may not look."""
 
     def set_one_reg(self, reg: int, value: int) -> None:
-        """KVM_SET_ONE_REG; as `get_one_reg`."""
+        """KVM_SET_ONE_REG; ENOENT and EPERM as `get_one_reg`, EINVAL for a value that the register cannot have."""
 
     def inject_external_abort(self) -> None:
         """KVM_SET_VCPU_EVENTS with exception.ext_dabt_pending: the MMIO access under way ends in an external abort."""
@@ -259,10 +259,10 @@ class KvmVm(Owner, Protocol):
 
 
 class KvmSystem(Owner, Protocol):
-    """/dev/kvm."""
+    """What open("/dev/kvm") gives: questions about KVM, and new VMs. All calls raise SyscallFailed."""
 
     def get_api_version(self) -> int:
-        """KVM_GET_API_VERSION: 12."""
+        """KVM_GET_API_VERSION: 12, and nothing else may be used where it is not."""
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION of any VM."""

@@ -1,4 +1,4 @@
-"""struct kvm_run: why KVM_RUN came back, decoded. Rule of this file: what the page says, and nothing that it does not.
+"""struct kvm_run: why KVM_RUN came back, decoded. It tells what the page says, and nothing else.
 
 Offsets and numbers: include/uapi/linux/kvm.h (7.3), the same on every architecture.
 """
@@ -29,7 +29,7 @@ class ExitReason(IntEnum):
 
 
 class SystemEventType(IntEnum):
-    """kvm_run.system_event.type."""
+    """kvm_run.system_event.type: what the guest has asked for, or that it has crashed."""
 
     SHUTDOWN = 1
     RESET = 2

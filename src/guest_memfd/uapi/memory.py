@@ -60,7 +60,7 @@ class GuestMemory(Owner, Protocol):
     size: int
 
     def fallocate(self, mode: int, offset: int, nr: int) -> None:
-        """fallocate(2)."""
+        """fallocate(2): *mode* as FALLOC_FL_*, *offset* and *nr* in bytes."""
 
     def punch_hole(self, offset: int, nr: int) -> None:
         """fallocate(2) with KEEP_SIZE | PUNCH_HOLE."""
@@ -69,4 +69,4 @@ class GuestMemory(Owner, Protocol):
         """mmap(2) with PROT_READ | PROT_WRITE; *nr* None: to the end of the file."""
 
     def fstat(self) -> Stat:
-        """fstat(2)."""
+        """Mode, size in bytes and blocks of 512 bytes, as fstat(2) gives them."""

@@ -1,4 +1,4 @@
-"""What every host's objects have in common. Rule of this file: given up once, however often it is asked for."""
+"""What every host's objects have in common. It is given up once, however often that is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Structures of the kernel's interface as bytes. Rule of this file: a number that does not fit is refused, not cut."""
+"""Structures of the kernel's interface as bytes. A number that does not fit is refused, not cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices: a console, and on x86 a balloon. Rule of this file: what an access outside of memory does."""
+"""Devices: a console, and on x86 a balloon. Here is what an access outside of memory does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Console:
         self._say(self._decoder.decode(data[:1]))
 
     def get(self) -> bytes:
-        """Nobody types."""
+        """Eight bytes of 0: the console has no input."""
         return bytes(8)
 
 
@@ -68,8 +68,8 @@ class Nobody:
     """Where no device is: a load sees ones, a store goes nowhere."""
 
     def put(self, data: bytes) -> None:
-        """It is lost."""
+        """The store is lost; a guest is not told."""
 
     def get(self) -> bytes:
-        """Ones."""
+        """Eight bytes of 0xFF, as a bus without a device reads."""
         return b"\xff" * 8

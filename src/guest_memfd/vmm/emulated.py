@@ -1,4 +1,4 @@
-"""One run of one guest on an emulated machine. Rule of this file: whatever happens, everything is closed and accounted for.
+"""One run of one guest on an emulated machine. Whatever happens, everything is closed and accounted for.
 
 The order is that of life: boot, load, run, let the host kernel read something if asked to, close, audit. A host that has
 panicked gives nothing back; there is nothing to close then.
@@ -152,6 +152,7 @@ class EmulatedRun:
             report.ended = drive(self.guest, order.timeout)
         finally:
             report.seconds = time.perf_counter() - began
+            # After an interrupted call nothing of the machine can be asked.
             if not machine.lock.abandoned:
                 self._count()
         report.window = self._window()

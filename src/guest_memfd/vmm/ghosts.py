@@ -1,4 +1,4 @@
-"""What the laws remember of guests that are real programs. Rule of this file: who could write tells what a page holds.
+"""What the laws remember of guests that are real programs. Who could write tells what a page holds.
 
 In a scenario every party writes a mark of its own, so bytes say who was there. A program writes what it likes. Here a page
 that a guest has as its own holds a secret as soon as it is not all zeros; whatever a page held before the kernel cleared it

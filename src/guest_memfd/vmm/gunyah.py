@@ -1,4 +1,4 @@
-"""A guest by way of /dev/gunyah. Rule of this file: private memory is written while it is the host's, and lent then."""
+"""A guest by way of /dev/gunyah. Private memory is written while it is the host's, and lent then."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class GunyahGuest:
         self.vm: GunyahVm = stack.enter_context(device.create_vm())
         flags = GunyahMemFlag.CLOEXEC | (GunyahMemFlag.ALLOW_HUGEPAGE if layout.folio >= _HUGE else 0)
         self.memory: GuestMemory = stack.enter_context(device.create_guest_mem(layout.private, flags))
+        # Before the memory is lent: a page of the guest's is out of the VMM's reach.
         self._load(image)
         self.vm.map_mem(self.memory, PRIVATE_BASE, 0, layout.private, MapFlag.FORCE_LEND | MapFlag.ALLOW_RWX)
         self.shared: GuestMemory | None = None
@@ -115,6 +116,7 @@ class GunyahGuest:
                 return self._status(status, kind)
             case gunyah.PageFaultExit(address, attempt):
                 self.log(f"exit PAGE_FAULT {address:#x}, errno {-attempt}")
+                # The host has no memory. That is no answer to the guest, and says nothing about it.
                 if attempt == -ENOMEM:
                     raise SyscallFailed(ENOMEM, "VCPU_RUN", f"the guest's page at {address:#x}")
                 return self._unanswered(address, attempt)

@@ -1,4 +1,4 @@
-"""A guest by way of /dev/kvm on arm64. Rule of this file: private memory is written while it is shared, then converted."""
+"""A guest by way of /dev/kvm on arm64. Private memory is written while it is shared, then converted."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ class KvmGuest:
         contents = self.layout.contents(image, hypervisor)
         runs = list(self.layout.folios(contents))
         for offset, size in runs:
+            # Shared for as long as it is written, and private before the guest runs: conversion keeps the contents.
             self.memory.set_memory_attributes2(MemoryAttributes2(offset, size, 0))
         with self.memory.mmap() as mapping:
             for offset, data in contents:

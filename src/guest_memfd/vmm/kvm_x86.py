@@ -1,4 +1,4 @@
-"""A guest by way of the kernel's /dev/kvm on x86. Rule of this file: all its memory is guest_memfd, mapped here as well.
+"""A guest by way of the kernel's /dev/kvm on x86. All its memory is guest_memfd, mapped here as well.
 
 Each slot names the mapping as its userspace_addr, so that whatever KVM reads by itself (instructions that it emulates, all
 of a guest that it does not run natively) is the same memory.

@@ -1,4 +1,4 @@
-"""The guest's address space. Rule of this file: what is where before the guest starts, in bytes."""
+"""The guest's address space. Here is what is where before the guest starts, in bytes."""
 
 from __future__ import annotations
 

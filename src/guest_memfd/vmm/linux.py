@@ -1,4 +1,4 @@
-"""One run of one guest on the kernel's own /dev/kvm. Rule of this file: the kernel is asked, before and after.
+"""One run of one guest on the kernel's own /dev/kvm. The kernel is asked what is there, before and after.
 
 Before: can this kernel's guest_memfd be mapped, and does such a guest reach it by a fault of its own. After: the counters of
 KVM_GET_STATS_FD. Everything that was opened is closed, whatever happens.

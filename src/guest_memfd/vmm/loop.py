@@ -1,4 +1,4 @@
-"""Running a guest to its end. Rule of this file: it always ends, by the clock if by nothing else.
+"""Running a guest to its end. It always ends, at the latest when its time is over.
 
 A guest that never gives the CPU back is interrupted by the clock. One that only faults is told from one that works by two
 signs: many aborts have been delivered to it, and it is still at the same instruction.
@@ -46,7 +46,7 @@ class Debugger(Protocol):
     """What an emulator knows of its vCPU, whatever the hypervisor lets the host see."""
 
     def pc(self) -> int:
-        """Where it is."""
+        """The guest's program counter, a guest virtual address."""
 
     def registers(self) -> Mapping[str, int]:
         """General registers and what the last exception left, by their names."""
@@ -75,9 +75,11 @@ def drive(guest: LoopGuest, timeout: float) -> LoopEnded:
         ended = guest.step(min(left, SLICE))
         if ended is not None:
             return ended
+        # No abort since the last look: it works, however long that takes.
         if guest.aborts == aborts:
             continue
         now = guest.debugger.pc()
+        # Many aborts at different instructions are a guest that probes what it has, which it may.
         if now != pc:
             pc, aborts = now, guest.aborts
         elif guest.aborts - aborts >= SAME_ABORT:

@@ -1,4 +1,4 @@
-"""The host kernel reads what it should not. Rule of this file: real instructions of the kernel's text, at real addresses.
+"""The host kernel reads what it should not. Real instructions of the kernel's text run, at real addresses.
 
     zeropad   load_unaligned_zeropad() 4 bytes before a page that the guest owns, as a path name's comparison would do it
               when the name ends where the page before ends
@@ -55,7 +55,7 @@ class Names:
             machine.kernel_pages.free(pa)
 
     def free(self) -> None:
-        """Give everything back."""
+        """Zero and free the pages that are still held; those with a name have been given back before."""
         for pa in self._held:
             self.machine.ram.zero(pa, PAGE)
             self.machine.kernel_pages.free(pa)

@@ -1,4 +1,4 @@
-"""Judging while it runs. Rule of this file: every primitive is seen once, with the facts it left; nothing is forgiven.
+"""Judging while it runs. Every primitive is seen once, with the facts that it left; nothing is passed over.
 
 The same primitives are what `-v` shows: the guest's faults, and what moves a folio or changes a table; all with `-vv`.
 """
@@ -60,7 +60,7 @@ class Watch:
         self.broken: dict[str, LawBroken] = {}
 
     def __call__(self, primitive: Primitive, facts: Sequence[facts.Note]) -> None:
-        """Judge *facts*."""
+        """Count *primitive*, log it by the level, and let all laws judge *facts*."""
         self.counts[primitive.name] += 1
         fault = primitive.name == "begin_op" and primitive.args[0] == "fault"
         self.faults += fault

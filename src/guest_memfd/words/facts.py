@@ -172,7 +172,7 @@ class Broken(NamedTuple):
 
 
 class Warned(NamedTuple):
-    """WARN_ON()."""
+    """The kernel said WARN_ON(): something went wrong that could not be undone there."""
 
     what: str
 

@@ -1,9 +1,9 @@
 """What a host offers to the library: the primitives, and nothing that only a model could do.
 
-Rule of this file: every method is one atomic step of a real machine (a lock operation, one page-table write, one
-hypercall, one access), named after the kernel function it stands for. Procedures call them with ``yield from``; the
-step is taken by whoever drives the procedure - the explorer, the emulated machine - when the primitive *yields*, so
-between two primitives any other CPU may run.
+Every method is one atomic step of a real machine (a lock operation, one page-table write, one hypercall, one access),
+named after the kernel function it stands for. Procedures call them with ``yield from``; the step is taken by whoever
+drives the procedure - the explorer, the emulated machine - when the primitive *yields*, so between two primitives any
+other CPU may run.
 
 Some primitives take no step of their own but act together with the one that follows: ``choose`` (a party's free
 will), ``fd_open`` (what a task knows of itself) and the tracepoints that only the laws read (``begin_op``, ``end_op``,
@@ -54,7 +54,7 @@ class Folio(NamedTuple):
 
     @property
     def nr(self) -> int:
-        """Size in pages."""
+        """Size in pages: 1 << order."""
         return 1 << self.order
 
     def __str__(self) -> str:
@@ -208,7 +208,7 @@ class Host:
         return self._do("lock_folio", folio)
 
     def unlock_folio(self, folio: Folio) -> Steps[None]:
-        """folio_unlock()."""
+        """folio_unlock(): another lock_folio() may get the folio from here on."""
         return self._do("unlock_folio", folio)
 
     # -- page cache and references -------------------------------------------------------------------------------
@@ -511,11 +511,11 @@ class Host:
         return self._do("gpc_access", write)
 
     def gpc_read_unlock(self) -> Steps[None]:
-        """read_unlock(&gpc->lock)."""
+        """read_unlock(&gpc->lock): an invalidation that waits for this user may go on."""
         return self._do("gpc_read_unlock")
 
     def gpc_drop(self) -> Steps[None]:
-        """kvm_gpc_deactivate()."""
+        """kvm_gpc_deactivate(): give the cache up; later invalidations do not concern it."""
         return self._do("gpc_drop")
 
     def hwpoison(self, index: int) -> Steps[Folio | None]:

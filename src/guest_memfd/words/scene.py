@@ -1,7 +1,6 @@
 """What a scene is: the world before the parties begin. Sizes, which page is shared, bindings, what this kernel can do.
 
-Rule of this file: a scene is data. What it means is the abstract host's to say; scenarios/scenes.py has those that
-are explored.
+A scene is data. What it means is the abstract host's to say; scenarios/scenes.py has those that are explored.
 """
 
 from __future__ import annotations

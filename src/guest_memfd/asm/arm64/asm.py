@@ -1,4 +1,4 @@
-"""A two-pass assembler for guests and stubs. Rule of this file: pools of literals; encode.py knows the instructions.
+"""A two-pass assembler for guests and stubs. Pools of literals are here; encode.py knows the instructions.
 
 assembler.py has what every machine's syntax shares. Here: ``// comment``, ``#`` before immediates may be left out, .align
 and .p2align take a power of two, .word is 4 bytes; ``ldr x0, =expression`` takes its constant from a pool, which lies at the

@@ -1,4 +1,4 @@
-"""Instructions to words. Rule of this file: one operand syntax, one encoding; what does not fit is refused, never bent.
+"""Instructions to words. One operand syntax has one encoding. What does not fit is refused and never changed to fit.
 
 The encodings are in encode_data.py, encode_memory.py and encode_system.py; asm.py reads lines and calls `encode`.
 """

@@ -1,4 +1,5 @@
-"""Data processing: arithmetic, logic, shifts, selects, moves. Rule of this file: number 31 is never the wrong register.
+"""Data processing: arithmetic, logic, shifts, selects, moves. Register number 31 means SP in some forms and XZR in
+others; each form here says which.
 
 Source: Arm ARM (DDI 0487) C6, by instruction; C4.1 "Data Processing".
 """

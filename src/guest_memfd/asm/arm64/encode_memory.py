@@ -1,4 +1,4 @@
-"""Loads and stores. Rule of this file: what the architecture leaves unpredictable is refused.
+"""Loads and stores. What the architecture leaves unpredictable is refused.
 
 Source: Arm ARM (DDI 0487) C6, by instruction; C4.1 "Loads and Stores".
 """

@@ -1,4 +1,4 @@
-"""Branches, calls to a higher level, barriers, system registers. Rule of this file: distances are counted from the word.
+"""Branches, calls to a higher level, barriers, system registers. Distances are counted from the instruction's own word.
 
 Source: Arm ARM (DDI 0487) C6, by instruction; C4.1 "Branches, Exception Generating and System instructions".
 """

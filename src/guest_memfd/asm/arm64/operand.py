@@ -1,4 +1,4 @@
-"""Operands as they are written. Rule of this file: a number that does not fit its field is refused, never cut.
+"""Operands as they are written. A number that does not fit its field is refused, never cut.
 
 Source: Arm ARM (DDI 0487) C1.2 "Structure of the A64 assembler language".
 """

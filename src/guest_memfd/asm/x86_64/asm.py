@@ -1,4 +1,5 @@
-"""An assembler for x86 guests. Rule of this file: a jump is as short as can be; encode.py knows the instructions.
+"""An assembler for x86 guests. Rule of this file: a jump is as short as can be, as GNU as makes it (tests/test_asm_x86.py
+holds it); encode.py knows the instructions.
 
 assembler.py has what every machine's syntax shares, operand.py what operands look like: GNU as's Intel syntax without
 prefixes. Here: ``# comment`` and ``// comment``, .code64 (at the start) and .code16, .align counts bytes, .word is 2 bytes.

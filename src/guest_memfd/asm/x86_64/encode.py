@@ -1,4 +1,4 @@
-"""Instructions to bytes. Rule of this file: the first form of forms.py that takes the operands; what fits none is refused.
+"""Instructions to bytes. The first form of forms.py that takes the operands is used; what fits none is refused.
 
 Source: Intel SDM vol. 2, 2.1 "Instruction Format for Protected Mode, real-address Mode, and virtual-8086 Mode", 2.2.1 "REX
 Prefixes"; 3.6 of vol. 1 for the sizes that a mode begins with.

@@ -1,4 +1,5 @@
-"""An operand in memory as bytes. Rule of this file: of the encodings that mean an address, the shortest that GNU as knows.
+"""An operand in memory as bytes. Rule of this file: of the encodings that mean an address, the shortest that GNU as knows
+(tests/test_asm_x86.py holds it).
 
 Source: Intel SDM vol. 2, tables 2-1, 2-2 and 2-3 (ModR/M and SIB), 2.2.1.6 "RIP-Relative Addressing".
 """

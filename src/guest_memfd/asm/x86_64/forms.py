@@ -1,4 +1,5 @@
-"""Which instructions there are. Rule of this file: of the forms that fit, the first is what GNU as takes.
+"""Which instructions there are. Rule of this file: of the forms that fit, the first is what GNU as takes
+(tests/test_asm_x86.py holds it).
 
 A form is a mnemonic, its operands, the opcode, and what else is to be said; two blanks part it from the next. An operand is
 a letter, after the Intel SDM's vol. 2, A.2.1, and a size.

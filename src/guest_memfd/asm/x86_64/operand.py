@@ -1,4 +1,4 @@
-"""Operands as they are written. Rule of this file: what no instruction of the mode could take is refused here.
+"""Operands as they are written. What no instruction of the mode could take is refused here.
 
 The syntax is GNU as's Intel syntax without prefixes. Source: Intel SDM vol. 2, 2.1.5 "Addressing-Mode Encoding of ModR/M and
 SIB Bytes", 2.2.1 "REX Prefixes"; vol. 1, 3.7 "Operand Addressing".
@@ -57,7 +57,7 @@ class Immediate(NamedTuple):
 
 
 class Far(NamedTuple):
-    """``selector:offset``, both expressions."""
+    """The target of a far jump or call: ``selector:offset``, both expressions; *size* in bits, None if not written."""
 
     text: str
     selector: str

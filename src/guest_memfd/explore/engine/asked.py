@@ -1,6 +1,6 @@
 """What a third party's procedure asks for: a primitive that there is, given what words/primitives.py says that it takes.
 
-Rule of this file: types only. Whether a page, a gfn or an errno makes sense is the host's to say, and the laws'.
+Only types are looked at. Whether a page, a gfn or an errno makes sense is the host's to say, and the laws'.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ from guest_memfd.plugins.guard import Guard, asked_twice
 from guest_memfd.words.outcome import STAY, Outcome
 from guest_memfd.words.primitives import LOADS, PRIMITIVES, SILENT, Host, Primitive
 
+# 64 million host states, and 65 thousand places for each party. Both limits are checked where numbers are given out,
+# so a model that is too large ends in an error and never in a wrong answer.
 SHARED_BITS, LOCAL_BITS = 26, 16
 SHARED_MASK, LOCAL_MASK = (1 << SHARED_BITS) - 1, (1 << LOCAL_BITS) - 1
 
@@ -190,6 +192,8 @@ def resume(
     Raises DesignRaised when the procedure raises, does not come back, or asks for something else this time; NotAPrimitive
     when it yields something else than primitives.
     """
+    # All code of a third party runs inside of a guard: it may raise anything, or not come back, and must then be
+    # named.
     with program.guard():
         start = program.anew if anew and program.anew else program.start
         generator = start()
@@ -200,11 +204,14 @@ def resume(
         try:
             primitive = next(generator)
             for at, result in enumerate(path, 1):
+                # The path was taken before, so what was asked for is known. To compare costs little, and it is the
+                # check on which both tables rest: the same results lead to the same primitives.
                 if asked is None:
                     check_primitive(program, primitive, generator)
                 elif primitive != asked[at - 1]:
                     raise differs(program, at - 1, asked[at - 1], primitive, generator)
                 primitive = generator.send(result)
+        # A procedure that ends before all results are used was longer the last time.
         except StopIteration:
             if at < len(path):
                 raise differs(program, at, asked[at] if asked else "something", None, generator) from None
@@ -214,6 +221,7 @@ def resume(
 
 def dismiss(program: Program, generator: Generator[Primitive, Any, Any]) -> None:
     """Let go of a suspended procedure; what it asks for in a `finally` is nobody's to do."""
+    # Our own procedures need no closing: they have nothing to do in a `finally`, and the collector takes them.
     for _ in range(MOST_SILENT if program.anew is not None else 0):
         with program.guard():
             try:
@@ -254,6 +262,8 @@ def perform(machine: ExploredHost, shared: bytes, party: int, primitive: Primiti
     theirs = getattr(machine, "foreign", "")
     asked = Asked(primitive, theirs)
     outcomes, again = asked_twice(asked, lambda: tuple(machine.outcomes(shared, party, primitive)), theirs=bool(theirs))
+    # A hypervisor's hypercalls are third-party code as well, run on the state. What differs between two runs would
+    # make the table depend on which of them came first.
     if theirs and again != outcomes:
         first, second = next(pair for pair in itertools.zip_longest(outcomes, again) if pair[0] != pair[1])
         raise DesignRaised(f"{asked} is not deterministic: in the same state it {_end(first)} and then {_end(second)}")
@@ -285,18 +295,23 @@ class Automaton:
         self.waits_on: list[Primitive | None] = []
         self.ways: list[Any] = []                                # per place: the tree of what was worked out (Tables)
         self.moves: dict[tuple[int, Any], int] = {}
+        # Place 0 is the start of the procedure, before any result.
         self._run(-1, ())
 
     # Where *path* leads to, by way of the place *before*.
     def _run(self, before: int, path: tuple[Any, ...]) -> int:
         asked = self._asked(before)
         generator, primitive = resume(self.program, path, asked)
+        # The same path on new instances of design and hypervisor: what an instance remembers of earlier runs would
+        # show here.
         if self.program.anew is not None:
             now, again = resume(self.program, path, asked, anew=True)
             if again != primitive:
                 raise differs(self.program, len(path), primitive, again, now)
             dismiss(self.program, now)
         with self.program.guard():                      # of what they keep in local variables
+            # The key is read while the generator is suspended: closing it runs its `finally` blocks and changes its
+            # frames.
             known = self._intern(local_key(generator) if primitive else "done", before, path, primitive)
         dismiss(self.program, generator)
         return known
@@ -327,6 +342,8 @@ class Automaton:
             self.paths.append(path)
             self.waits_on.append(primitive)
             self.ways.append(None)
+        # The key says too little: something that the procedure depends on is not in it. To go on would hide
+        # interleavings.
         elif self.waits_on[known] != primitive:
             raise DesignRaised(
                 f"{self.program}: two histories share a local state but continue with "
@@ -336,6 +353,7 @@ class Automaton:
 
     def after(self, local: int, result: Any) -> int:
         """The local state that *result* leads to from *local*."""
+        # A result may be a list or a named tuple; two that are equal lead to the same place.
         memo = (local, freeze(result))
         known = self.moves.get(memo)
         if known is None:
@@ -434,10 +452,13 @@ class Tables:
         known = self.shared_ids.get(saved)
         if known is None:
             known = self.shared_ids[saved] = len(self.shared)
+            # The number would run into the bits of the first party.
             if known > SHARED_MASK:
                 raise InternalError(f"more than {SHARED_MASK} host states")
             self.shared.append(saved)
             self.halted.append(self.machine.halted(saved))
+            # State laws are functions of the state, so each is asked once when the state is first seen, and not again
+            # by each scenario that comes to it.
             self.broken.append(tuple(
                 (name, evidence) for name, judge in self.judges if (evidence := judge(saved)) is not None
             ))
@@ -457,10 +478,12 @@ class Tables:
 
     def ways(self, automaton: Automaton, local: int, shared: int) -> Sequence[Way]:
         """The same, as far as it does not depend on the bytes of *shared* that nobody looks at."""
+        # Done, or the kernel has stopped: then nothing moves.
         if automaton.waits_on[local] is None or self.halted[shared]:
             return ()
         state = self.shared[shared]
         node = automaton.ways[local]
+        # The walk down the tree of bytes: one look-up for each byte that the step reads (footprint.py).
         while type(node) is tuple:
             at, below = node
             node = below.get(state[at])
@@ -474,6 +497,7 @@ class Tables:
         change = way.change
         if isinstance(change, bytes):
             return self.intern(change)
+        # Many steps only read. The state keeps its number without being built again.
         if not change:
             return shared
         raw = bytearray(self.shared[shared])
@@ -483,12 +507,14 @@ class Tables:
 
     def _work_out(self, automaton: Automaton, local: int, state: bytes) -> list[Way]:
         seen: dict[int, int] = {}
+        # `seen` is filled by everything that happens below, the silent primitives before the step included.
         start: Any = Watched(state, seen) if self.footprints else state
         passed: Passed[Way] = Passed()
         ways = [*self._expand(automaton, Way(local, start), passed, None), *passed.traps()]
         for i, way in enumerate(ways):
             whole: Any = way.change
             after = bytes(whole)
+            # Only bytes that were looked at can have changed, as a write counts as a look.
             change = tuple((at, after[at]) for at, old in seen.items() if after[at] != old) if self.footprints else after
             ways[i] = way._replace(change=change, broken=(*way.broken, *self._judge(way.notes)))
             self.facts.update(((automaton.program.name, note), None) for note in way.notes)
@@ -501,6 +527,7 @@ class Tables:
         self, automaton: Automaton, here: Way, passed: Passed[Way], before: Place | None, behind: int = 0
     ) -> Iterator[Way]:
         primitive = automaton.waits_on[here.local]
+        # Neither a wait nor a step: a procedure that only chooses and reads, at new places without end.
         if behind > MOST_SILENT:
             raise DesignRaised(f"{automaton.program} goes on and on without a step that others can see, at "
                                f"{primitive}")
@@ -511,6 +538,7 @@ class Tables:
         state: Any = here.change
         place = (here.local, bytes(state))
         for_ever = here._replace(primitive=primitive, broken=(("progress", NEVER_ENDS),))
+        # This place was passed with these facts before: a loop of silent primitives ends here.
         if not passed.enter(before, place, for_ever, here.notes):
             return
         for way in self._perform(automaton, here, primitive):
@@ -519,8 +547,11 @@ class Tables:
                 passed.leaves(place)
                 yield way
                 continue
+            # A silent primitive is not a line of the trace; the step that follows it is.
             fused = way._replace(primitive=None, result=None, failed=False)
             yield from self._expand(automaton, fused, passed, place, behind + 1)
+            # A load both fuses and stands alone. With the lock held the two are the same; where a design reads first
+            # and locks afterwards, only the second shows the race.
             if primitive.name in LOADS:
                 passed.leaves(place)
                 yield way
@@ -625,6 +656,8 @@ class Explorer:
             found, idle = _spread(rows, frontier)
             self.ends += ((len(self.levels) - 1, code) for code in idle)
             transitions += len(found)
+            # The difference of two sets of integers, in C: nearly all the work of an exploration. No state stores
+            # where it came from.
             fresh = set(found) - visited
             visited |= fresh
             if (limit := reached(len(visited))) is not None:
@@ -639,6 +672,8 @@ class Explorer:
 
     def _steps(self, i: int) -> Steps:
         steps = self.tables.steps.setdefault((self.programs[i], i), Steps())
+        # The table outlives this explorer, but a missing entry is worked out by the one that runs. `_release` takes
+        # the reference away, or the table would keep all levels alive.
         steps.fill = lambda key: self._fill(i, key, steps)
         return steps
 
@@ -656,9 +691,13 @@ class Explorer:
             for way in ways:
                 after = tables.arrive(shared, way)
                 flagged = flagged or bool(way.broken or tables.broken[after])
+                # The difference of two codes can be added to any product state with this key, whatever the other
+                # parties do. It may be negative.
                 step = (after | way.local << shift) - key
                 if step not in to:
                     to.append(step)
+            # An entry that breaks nothing is used from now on without a question. One that breaks a law is kept
+            # apart, so that each scenario that takes it is told.
             if not flagged:
                 steps[key] = added = tuple(to)
                 return added
@@ -667,6 +706,8 @@ class Explorer:
         level = len(self.levels) - 1
         for broken, move in known[1]:
             told = self.findings.get(broken)
+            # Breadth first, so the first level is the shortest. Of equally short runs the one that needs fewer
+            # injected failures is the better example.
             if told is None or (told[0] == level and self._spared(move.shared) > self._spared(told[3].shared)):
                 self.findings[broken] = level, self._first(i, key), i, move
         return known[0]
@@ -712,6 +753,7 @@ class Explorer:
         for code in states:
             for i, shift in enumerate(self.shifts):
                 others = ~(SHARED_MASK | LOCAL_MASK << shift)
+                # One party moves at a time: a predecessor agrees with its successor in the places of all others.
                 if (code ^ target) & others:
                     continue
                 for move in self.tables.moves(self.automata[i], code >> shift & LOCAL_MASK, code & SHARED_MASK):
@@ -742,6 +784,7 @@ class Explorer:
             wait for automaton, shift in zip(self.automata, self.shifts, strict=True)
             for wait in self.tables.waits(automaton, code >> shift & LOCAL_MASK, shared)
         }
+        # At least one party waits, and no one moves: that others are done does not help it.
         if stuck:
             return [("progress", f"deadlock: {', '.join(sorted(stuck))}", [])]
         if shared in torn:                              # a shorter way to the same end has been judged
@@ -764,10 +807,13 @@ class Explorer:
         if self.teardown is not None:
             automaton = tables.automaton(self.teardown)
             while automaton.waits_on[local] is not None and not tables.halted[shared]:
+                # The teardown runs alone and without failures: it asks whether everything can be given back, not
+                # whether it always succeeds.
                 move = next((m for m in tables.moves(automaton, local, shared) if not m.failed), None)
                 if move is None:
                     yield "progress", f"teardown waits for ever in {automaton.waits_on[local]}", steps
                     return
+                # A teardown that goes round would never end, and it is a finding and not an error of ours.
                 if len(steps) > 1000:
                     yield "progress", "teardown does not end", steps
                     return
@@ -782,6 +828,8 @@ class Explorer:
 
     # If some procedure contains a loop every state must be seen to reach an end. The first that does not, and its level.
     def _lost(self, rows: Sequence[Row], visited: set[int]) -> list[tuple[int, int]]:
+        # Without a cycle in any party's automaton every run is finite, so every state reaches an end. Most scenarios
+        # stop here.
         if not any(automaton.cyclic() for automaton in self.automata):
             return []
         stuck = never_ending(rows, self.levels, (code for _, code in self.ends), visited)
@@ -827,6 +875,7 @@ def _spread(rows: Sequence[Row], states: list[int]) -> tuple[list[int], list[int
     found: list[int] = []
     idle = states
     for keep, steps in rows:
+        # `steps[...]` fills itself for a key that is new (Steps.__missing__).
         found += [code + step for code in states for step in steps[code & keep]]
         idle = [code for code in idle if not steps[code & keep]]
     return found, idle

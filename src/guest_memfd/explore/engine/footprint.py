@@ -1,7 +1,38 @@
 """Footprints: what a step does depends on the bytes it looks at, so it is worked out once for all states that agree there.
 
-Rule of this file: nothing here knows what a byte means. Two states that agree in every byte that was looked at in the
-first are treated alike by the same code; most states differ elsewhere, so some thousand runs answer for millions.
+Theory of operation. A host state is a few hundred bytes, and a suite meets millions of them. A step of one party reads few
+of these bytes: a lock, a page record, a frame. Carrying it out anew for each state would repeat the same work, because
+most states differ in bytes that the step never reads. So a step is carried out on a state that notes what is read
+(`Watched`), and the outcome is kept for every state that has the same values there.
+
+Three data structures:
+
+    `Watched`      a state, and in `seen` the value of each byte at its first touch, in the order of the touches
+    the tree       a node is an offset and a dictionary from values of that byte to what follows: a node, or what was learned
+    `Remembered`   a function of a state with its tree; the laws on states are judged through it
+
+To look a state up is to walk from the root: read the byte that the node names, follow its value, until there is no node.
+To add to the tree (`grow`) is to walk along `seen`, and to put what was learned at its end.
+
+A tree is enough, and no set of byte ranges has to be searched, because of the order. The code that carries a step out is
+deterministic: as long as the values that it has read agree, it asks for the same byte next. So all paths through one node
+continue with the same offset, or end there. This is the promise that `explorer.ExploredHost.footprints` asks for:
+outcomes depend on nothing but the bytes that are read one by one as ``state[at]``. To compare whole states, or to take a
+hash of one, would read bytes that `seen` does not have, so machine and laws must not do that with such a state.
+
+Two details decide whether the outcome is right:
+
+- A byte that is written counts as read. An outcome is stored as the bytes that have changed. A byte that was 1 before
+  and is 1 now is not in that list, so the list is right only for states that had the same value there before.
+- All copies of a state within one step note into the same `seen`. Silent primitives are fused with the one that follows,
+  and the second of them works on what the first has left. It may read a byte that the first has written: then the noted
+  value is the one before the step, as ``setdefault`` keeps the first, and that is the one that a look-up compares.
+
+Nothing here knows what a byte means. Left out: footprints of two steps are never compared, so independent steps of two
+parties are not recognised and no partial-order reduction is made; every interleaving is still visited.
+
+Tests: tests/test_engines.py compares the number of states and transitions with an engine that has no footprints, on every
+shipped model; tests/test_explorer.py (test_tables_are_right_for_every_initial_state) uses one tree from many states.
 """
 
 from __future__ import annotations
@@ -24,10 +55,12 @@ class Watched(bytearray):
 
     def __getitem__(self, at: Any) -> Any:
         value = super().__getitem__(at)
+        # The first touch only: a byte that this step has written itself is not part of what it was given.
         self.seen.setdefault(at, value)
         return value
 
     def __setitem__(self, at: Any, value: Any) -> None:
+        # The old value. A look-up compares with the state before the step.
         self.seen.setdefault(at, super().__getitem__(at))
         super().__setitem__(at, value)
 
@@ -49,6 +82,8 @@ def grow(root: Node | None, seen: dict[int, int], learned: Any) -> Any:
     if not path:
         return learned
     node = root = root or (path[0][0], {})
+    # Each byte's value leads to the node of the byte that was touched next. A node that is there has the same offset,
+    # as the same code asked with the same values.
     for (_, value), (following, _) in itertools.pairwise(path):
         node = node[1].setdefault(value, (following, {}))
     node[1][path[-1][1]] = learned
@@ -73,6 +108,7 @@ class Remembered:
             node = below.get(state[at])
         if node is None:
             seen: dict[int, int] = {}
+            # In a list, so that an answer of None can be told from a state that has not been judged.
             node = [self.judge(Watched(state, seen))]
             self.root = grow(self.root, seen, node)
         return node[0]

@@ -1,8 +1,8 @@
 """Livelocks: the states of an exploration from which no end can be reached any more.
 
-Rule of this file: it sees numbers only, the same that the exploration has gone through. A walk takes any step, and the
-next, until it comes to a state that is known to reach an end; then every state on its way does. Nearly all walks are
-short, so looking for livelocks costs less than exploring did, and no memory.
+It sees numbers only, the same that the exploration has gone through. A walk takes any step, and the next, until it comes
+to a state that is known to reach an end; then every state on its way does. Nearly all walks are short, so looking for
+livelocks costs less than exploring did, and no memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ OUT = -1
 
 def never_ending(rows: Rows, levels: Iterable[Sequence[int]], ends: Iterable[int], stuck: set[int]) -> set[int]:
     """What is left of *stuck*, which begins as all states of *levels*, without those that can still reach one of *ends*."""
+    # All states begin as suspects. A walk that meets a state which is known to reach an end clears itself and
+    # everything it came through.
     stuck.difference_update(ends)
     left: dict[int, None] = {}
     for states in levels:
@@ -47,6 +49,7 @@ def _walk(rows: Rows, code: int, stuck: set[int], left: dict[int, None]) -> None
             return
         if to is None:
             left[way.popitem()[0]] = None
+            # Back to the state before. The way is a dictionary because it must be both in order and fast to search.
             code = next(reversed(way), OUT)
         else:
             way[to] = None

@@ -43,6 +43,7 @@ def _identity(shared: bytes, programs: Sequence[Program], paths: Paths) -> Any:
 
 
 def _stand(program: Program, path: Path) -> Any:
+    # From the start, each time. That is what makes this engine slow, and what leaves nothing to be wrong about.
     generator, primitive = resume(program, path)
     return local_key(generator) if primitive else "done"
 
@@ -58,6 +59,8 @@ def _distinct(
             continue
         seen = set()
         for after, path in _steps(machine, program, (shared, paths[i])):
+            # By the place and not by the path: two paths to one place are one transition, as the explorer counts
+            # them.
             where = (after, _stand(program, path))
             if where not in seen:
                 seen.add(where)

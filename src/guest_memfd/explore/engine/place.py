@@ -1,7 +1,37 @@
 """Where a suspended procedure stands, as a key: two histories with one key go on alike.
 
-Python says what the locals of a generator are, and the garbage collector what is on its stack. Values that change are
-written down by what they hold.
+Theory of operation. The explorer must know when two runs have brought a party to the same point; otherwise it would
+explore every history by itself and never end. A procedure is a Python generator. It cannot be copied or saved, and two
+generators are never equal. But it reaches the world through primitives only, so what it does next depends on where it is
+in its code, on what it holds, and on the results that it will be sent. The first two can be read from outside.
+
+The key (`local_key`) has one entry for each nested generator, the outermost first: a procedure that says ``yield from`` is
+suspended in all of them. An entry has four parts:
+
+    the code object            which function this is; its identity, as the code objects live as long as the process
+    the bytecode offset        at which of its primitives it waits
+    names and values           of the local variables
+    the value stack            what has no name: the iterator of a ``for`` loop, operands of a half-evaluated expression
+
+Python tells the first three. The stack can be read only through the garbage collector: it lists what a generator refers
+to, and what is not already known, nor machinery of the interpreter, lies on the stack.
+
+`freeze` writes a value down by what it holds, because the value itself may change after the key was made. Containers
+become tuples of their contents; numbers and strings keep their type, as True and 1 are one key to a dictionary and two
+answers to a procedure; a generator becomes its own key; an iterator becomes what pickling would save, its position
+included; a closure becomes its code and what it captures, as each run of the procedure makes a new one.
+
+Invariant: from equal keys, equal results lead to equal primitives. A key that says too much costs time: one place is
+explored twice. A key that says too little would hide interleavings, so that is checked and not assumed:
+`explorer.Automaton._intern` compares the next primitive of every history that arrives at a known key, and refuses the
+procedure (DesignRaised) where they differ. It also refuses a value without a hash.
+
+Left out: what is kept outside of the procedure (an attribute of the design, a global variable), that two names hold one
+object, and an iterator that cannot be pickled. None of these is in the key. A procedure that depends on one of them is
+refused when its next primitive shows it; the library and all designs keep their state in local variables and in the host.
+
+Tests: tests/test_explorer.py for loops, expressions, closures and each refusal; tests/test_engines.py for the counts. The
+naive engine uses the same keys, so a key that says too little is not found there but by the comparison of primitives.
 """
 
 from __future__ import annotations
@@ -26,7 +56,9 @@ def local_key(generator: Generator[Any, Any, Any]) -> Any:
             return "done"
         named = frame.f_locals
         values = tuple((name, freeze(value)) for name, value in named.items())
+        # The identity of the code object, not its name: two designs may have methods of one name.
         frames.append((id(frame.f_code), frame.f_lasti, values, _stack(inner, named)))
+        # Down to the generator that waits on the primitive; each of them is suspended at its own ``yield from``.
         inner = inner.gi_yieldfrom
     return tuple(frames)
 
@@ -46,6 +78,7 @@ _MACHINERY = (FrameType, CodeType, FunctionType, CellType)
 def freeze(value: Any) -> Any:
     """*value* as part of a dictionary key: equal for equal contents, another for another type."""
     kind = type(value)
+    # How a type is frozen is found once; asking each value for its bases would cost more than the freezing.
     how = _FROZEN_BY.get(kind)
     if how is None:
         how = _FROZEN_BY[kind] = _frozen_by(kind)
@@ -66,9 +99,12 @@ def _frozen_by(kind: type) -> Callable[[Any], Any]:
 # A closure that is made anew in every run is the same one. It may refer to itself, or to what refers to it.
 def _freeze_function(function: FunctionType, above: tuple[FunctionType, ...]) -> Any:
     above = (*above, function)
+    # Two runs make two function objects, which are never equal. What they do follows from the code and the cells.
     holds = [cell.cell_contents for cell in function.__closure__ or ()]
     return (id(function.__code__), *(
         freeze(value) if not isinstance(value, FunctionType)
+        # A function that captures itself, or one of the functions around it, would be frozen for ever: then its
+        # distance is enough.
         else above.index(value) if value in above else _freeze_function(value, above)
         for value in holds
     ))
@@ -86,6 +122,8 @@ def _freeze_iterator(value: Iterator[Any]) -> Any:
 _CONTAINERS: dict[type, Callable[[Any], Any]] = {
     list: lambda value: ("list", *map(freeze, value)),
     dict: lambda value: ("dict", *((k, freeze(v)) for k, v in value.items())),
+    # In a fixed order: two equal sets may be gone through in different orders. As text, because values of different
+    # types cannot be compared.
     set: lambda value: ("set", *sorted(map(repr, value))),
     tuple: lambda value: tuple(map(freeze, value)),
     GeneratorType: local_key,

@@ -1,7 +1,7 @@
 """Code of third parties does the same in every process: it is walked once before they part, and again in each.
 
-Rule of this file: it judges nothing. Where a procedure raises, waits or stops the kernel, the walk ends; the explorer tells.
-What never comes back is told at once: nobody waits for it twice.
+It judges nothing. Where a procedure raises, waits or stops the kernel, the walk ends; the explorer tells. What never
+comes back is told at once: nobody waits for it twice.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ class Rehearsal:
 
     def repeat(self, names: Iterable[str]) -> None:
         """In another process: do the same. Raises DesignRaised where that is not what comes."""
+        # The pool's processes are forked. In the first one there is nothing to compare with.
         if os.getpid() == self.process:
             return
         for name in sorted(self.walks.keys() & set(names)):
             self._again(name)
             walk = self.walks.pop(name)
+            # Code that depends on an address or a hash seed does one thing in one process, and another in the next.
             for at, (now, then) in enumerate(zip(self._walk(self.programs[name]), walk, strict=False)):
                 if now != then:
                     raise DesignRaised(f"{self.programs[name]} is not deterministic: after the same {at} results {then[0]} "

@@ -54,6 +54,8 @@ class World:
             if foreign(party.procedure) and (wrong := lacks_party(party)) is not None:
                 raise PluginError(f"party {shown(party.name)}: {wrong}")
         self.parties = [p for p in parties if self._exists(p)]
+        # Parties of one role are one task that does different things: they share a number, and with it the locks that
+        # they hold.
         roles = list(dict.fromkeys(p.role or p.name for p in self.parties))
         if len(roles) > MOST_ROLES:
             raise BadInput(f"{len(roles)} parties are registered, and there are numbers for {MOST_ROLES}; "
@@ -64,6 +66,8 @@ class World:
         tasks = frozenset(self.programs[p.name].number for p in self.parties if p.task)
         self.machine = AbstractHost(hypervisor, self.scene, len(roles) + 2, sea_fixup=design.sea_fixup, tasks=tasks,
                                     bounds=design.bounds, errnos=design.errnos)
+        # Only third-party hypercalls are run twice; the shipped ones are tested, and most of the time would go into
+        # them.
         self.machine.foreign = self.named if foreign(*_code(hypervisor)) else ""
         self.laws = tuple(LAWS.values()) if laws is None else tuple(laws)
         self.broken_before: list[tuple[str, str]] = []
@@ -108,6 +112,8 @@ class World:
             yield from _of_file(file, TEARDOWN.procedure(library, self.hypervisor))
 
     def _initial(self, failures: int) -> bytes:
+        # Setting the scene uses the design's own create and bind, so a design that gets these wrong is judged by what
+        # it leaves.
         shared = self.machine.initial()
         for file in range(self.scene.files if self.scene.made else 0):
             shared = self._set(shared, file)
@@ -119,6 +125,8 @@ class World:
     def _set(self, shared: bytes, file: int) -> bytes:
         program = self._program_of(self.setting, "scene", lambda library: _of_file(file, set_scene(library)))
         shared, results = run_alone(self.machine, program, shared, self._judge)
+        # A design that refuses a kernel it cannot work on is right. Any other failure means that there is nothing to
+        # explore.
         if results == [-EOPNOTSUPP] and not self.scene.kernel.changes_direct_map:
             self.refused = results[0]
         elif any(results):
@@ -213,6 +221,8 @@ def _readdressed(file: int, steps: Steps[Any]) -> Steps[Any]:
     try:
         primitive = next(steps)
         while True:
+            # A design is written for one file. Which file is meant is written on each primitive, outside of the
+            # design.
             primitive = steps.send((yield primitive._replace(file=file)))
     except StopIteration as stop:
         return stop.value
@@ -262,6 +272,7 @@ def run_alone(
     asked: list[Primitive | None] = []
     returned = None
     while primitive is not None:
+        # Alone and without choices, so the same place in the same state means that it will go round for ever.
         place = (local_key(generator), shared)
         if place in passed:
             raise DesignRaised(f"{program} goes round for ever, at {primitive} ({where(generator)})")

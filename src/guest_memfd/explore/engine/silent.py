@@ -1,7 +1,7 @@
 """What one step passes before others can see it: choices, tracepoints and loads, each at a place of the party.
 
-Rule of this file: a place is where the party stands and the state of the host. It is passed once for each set of facts
-that were noted on the way to it, so a loop of such primitives comes to an end here, and what it notes is kept.
+A place is where the party stands, and the state of the host. It is passed once for each set of facts that were noted on
+the way to it, so a loop of such primitives comes to an end here, and what it notes is kept.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Passed(Generic[W]):
         """Come from *before* (None: the step starts here) to *place* by *way*; False if nothing is new about that."""
         self._first.setdefault(place, way)
         self._leads.add((before, place))
+        # With other facts the same place is another visit: a law may break by a fact that the second way round
+        # leaves.
         visit = (place, frozenset(facts))
         if visit in self._known:
             self._again = True
@@ -43,6 +45,7 @@ class Passed(Generic[W]):
         if not self._again:                             # without a loop everything leads out
             return
         out = self._out | self._first.keys() - {before for before, _ in self._leads}
+        # Backwards from what leads out, until nothing is added: what is then left can only go round.
         while more := {before for before, place in self._leads if place in out} - out:
             out |= more
         entered = {place for before, place in self._leads if before is None or before in out}

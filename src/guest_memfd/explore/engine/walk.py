@@ -1,6 +1,6 @@
 """A random walk: all parties of a scene at once, far more than can be explored, one schedule after the other.
 
-Rule of this file: it proves nothing and forgets nothing. Every step is judged by every law, and what breaks comes with the
+It proves nothing, and nothing that it finds is dropped. Every step is judged by every law, and what breaks comes with the
 seed that breaks it again.
 """
 
@@ -57,6 +57,8 @@ class _Schedule:
 
     def run(self) -> Iterator[tuple[str, str]]:
         """(law, evidence) of what breaks first, and no more: from there on nothing is worth knowing."""
+        # Each party has a pace of its own over two orders of magnitude: with equal paces the short ones would always
+        # be over before the long ones have begun.
         walkers = [_Walker(program, 10 ** self.rng.uniform(-2, 0)) for program in self._parties()]
         for broken in self._all(walkers):
             yield broken
@@ -80,6 +82,7 @@ class _Schedule:
         moved = True
         while moved:
             moved = False
+            # As if each had a clock with exponential waits: the first that can move does.
             for walker in sorted(walkers, key=lambda w: self.rng.expovariate(w.pace)):
                 if walker.pending is not None and (outcomes := self._outcomes(walker)):
                     yield from self._take(walker, self._chosen(outcomes))
@@ -95,6 +98,7 @@ class _Schedule:
 
     def _chosen(self, outcomes: list[Outcome]) -> Outcome:
         failing = [outcome for outcome in outcomes if outcome.failed]
+        # Rarely, or no run would come far.
         if failing and self.rng.random() < FAILS:
             return self.rng.choice(failing)
         return self.rng.choice([outcome for outcome in outcomes if not outcome.failed])

@@ -1,7 +1,7 @@
 """One question of a suite: the answers of its scenarios in all its scenes, and what they come to together.
 
-Rule of this file: answers may come in any order. Of each way to break a law the shortest trace over all scenarios wins,
-where two are as short the one with fewer injected failures, then the earlier scenario.
+Answers may come in any order. Of each way to break a law the shortest trace over all scenarios wins, where two are as
+short the one with fewer injected failures, then the earlier scenario.
 """
 
 from __future__ import annotations

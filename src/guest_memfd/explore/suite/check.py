@@ -1,6 +1,7 @@
 """The suite: which scenes and scenarios a question is put to, and what their answers come to together.
 
-Rule of this file: a report depends on the question alone, not on how the work was split or what was explored before.
+Rule of this file: a report depends on the question alone, not on how the work was split or what was explored before
+(tests/test_suite.py holds it).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Doing the tasks of a suite in several processes, all of them busy until the end.
 
-Rule of this file: it decides who does what when, and nothing else; what comes out is the same for any number of jobs.
-A process stays with one world as long as there is work in it, because it keeps that world's tables; then it opens the
-world with most work left, and at the end helps where most is left. Within a world the biggest scenario comes first.
+Rule of this file: it decides who does what when, and nothing else; what comes out is the same for any number of jobs
+(tests/test_suite.py holds it). A process stays with one world as long as there is work in it, because it keeps that
+world's tables; then it opens the world with most work left, and at the end helps where most is left. Within a world the
+biggest scenario comes first.
 
 Processes are forked, so that they inherit the worlds (procedures are closures, and cannot be sent). Where there is no
 fork everything is done here.
@@ -66,6 +67,8 @@ class Schedule:
 
     def _heaviest(self) -> int | None:
         open_ = [world for world, tasks in self.waiting.items() if tasks]
+        # A world that nobody has opened comes first: each has tables of its own to fill, and two processes in one
+        # world fill the same entries twice.
         untouched = [world for world in open_ if world not in self.opened]
         return max(untouched or open_, key=lambda world: (self.left[world], -world), default=None)
 
@@ -108,6 +111,7 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for process in self._workers.values():
+            # All of them first, and only then wait: they end at the same time.
             process.terminate()
         for ours, process in self._workers.items():
             process.join()
@@ -127,6 +131,8 @@ class Pool:
                 if answer.for_memory:
                     raise HostUnavailable(f"there was no memory left to explore {', '.join(task.parties)}; {_LESS}")
                 failed[task] = answer
+                # The first error in the order of the tasks is what is told, so nothing after it matters; what comes
+                # before may still fail.
                 schedule.drop_after(task.order)
             else:
                 answers[task] = answer
@@ -201,6 +207,7 @@ def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench, paren
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with(parent)
+    # Inherited by fork. As long as a child has the other end of a sibling's pipe, that sibling never sees it closed.
     for other in others:
         other.close()
     gc.disable()
@@ -235,6 +242,8 @@ def _ending(process: BaseProcess) -> str:
 @contextmanager
 def _without_gc() -> Iterator[None]:
     enabled = gc.isenabled()
+    # The tables have no cycles; a collection would walk millions of tuples, and copy every page that the processes
+    # share.
     gc.disable()
     try:
         yield

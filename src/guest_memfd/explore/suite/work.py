@@ -1,8 +1,8 @@
 """One piece of a suite, in whichever process it is done: explore one scenario, on tables that are kept or on new ones.
 
-Rule of this file: what is answered depends on the task alone. How long a shortest trace is does; which of several
-shortest traces comes out depends on the order in which states were numbered, so traces leave here only if they were
-found on tables that nothing had been explored on before.
+What is answered depends on the task alone. How long a shortest trace is does; which of several shortest traces comes out
+depends on the order in which states were numbered, so traces leave here only if they were found on tables that nothing
+had been explored on before.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class Bench:
     def do(self, task: Task) -> Answer:
         """Explore; raises what a design, party or hypervisor raises."""
         world = self.worlds[task.world]
+        # In every process: code of third parties that depends on the process is told before its answers are mixed
+        # with others.
         world.rehearsal.repeat(task.parties)
         if task.trace is not None:
             return self._trace(world, task.parties, task.trace)
@@ -74,6 +76,8 @@ class Bench:
         if left <= 0:
             return Answer(0, 0, 0.0, "seconds")
         tables = _new(world) if task.apart else self._kept(task.world)
+        # On fresh tables the numbering of states depends on nothing but this scenario, so the traces are the same in
+        # every run.
         untouched = not tables.shared
         result = world.explorer(task.parties, tables).run(self.max_states, left)
         limit = None if result.limit is None else "states" if result.states > self.max_states else "seconds"
@@ -102,6 +106,7 @@ class Bench:
     def _trace(self, world: World, parties: tuple[str, ...], wanted: tuple[tuple[str, str, int], ...]) -> Answer:
         self.forget()
         endless = any(evidence == NEVER_ENDS for _, evidence, _ in wanted)
+        # The lengths are known from the first look. A livelock needs all of the graph.
         deepest = EVER if endless else max(steps for _, _, steps in wanted)
         result: Result = world.explorer(parties, _new(world)).run(self.max_states, EVER, deepest)
         return Answer(result.states, result.transitions, result.seconds, None, traces=tuple(result.findings))

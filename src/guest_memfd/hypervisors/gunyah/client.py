@@ -19,13 +19,14 @@ class GunyahOps(GuestMemfdOps):
 
     def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
         """Lend. A map that fails leaves the page donated; the next attempt maps it, `reclaim` takes it back."""
+        # Ownership before the mapping: a page that is mapped while the host owns it could be reached by both.
         ret = yield from self.host.hypercall("donate_to_protected", folio)
         if ret not in (0, -EINVAL):
             return ret
         return (yield from self.host.hypercall("map_private", gfn, folio))
 
     def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
-        """Share. As above."""
+        """Share: donate to the sibling extent, then map; a map that fails is repeated as in `prepare_private`."""
         ret = yield from self.host.hypercall("donate_to_sibling", folio)
         if ret not in (0, -EINVAL):
             return ret
@@ -35,10 +36,14 @@ class GunyahOps(GuestMemfdOps):
         """Unmap; the hypervisor refuses with -EBUSY while the guest has the page locked."""
         kind = "unmap_private" if private else "unmap_vmmio"
         ret = yield from self.host.hypercall(kind, gfn, folio, True)
+        # The hypervisor says RETRY. It passes, and a refusal here would be taken for the guest's.
         if ret == -EAGAIN:
             ret = yield from self.host.hypercall(kind, gfn, folio, True)
+        # -EINVAL: it was not mapped, which is what was asked for. A private page stays the guest's; `reclaim` or
+        # `make_shared` takes it back.
         if ret not in (0, -EINVAL) or private:
             return 0 if ret == -EINVAL else ret
+        # A shared page must be wholly the host's after `invalidate` (core/ops.py), so its extent changes, too.
         ret = yield from self.host.hypercall("donate_from_sibling", folio)
         return 0 if ret == -EINVAL else ret
 

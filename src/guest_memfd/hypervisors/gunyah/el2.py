@@ -23,6 +23,7 @@ def donate_from_protected(stage2: Stage2, folio: Folio) -> int:
     """MEMEXTENT_DONATE FROM_PROTECTED: -EBUSY while anything maps the page, -EINVAL: not the owner. Never unmaps."""
     if stage2.owner(folio.pfn) != "guest":
         return -EINVAL
+    # The order is the driver's duty: unmap, then donate. Gunyah never unmaps behind the guest's back, so it refuses.
     if stage2.guest_maps(folio.pfn) is not None:
         return stage2.refuse("donate_from_protected", EBUSY)
     stage2.set_owner(folio.pfn, "host")
@@ -42,6 +43,8 @@ def donate_from_sibling(stage2: Stage2, folio: Folio) -> int:
     """TO_SIBLING back: what maps the page by way of the guest's extent maps it no longer. -EINVAL: not the owner."""
     if stage2.owner(folio.pfn) != "shared":
         return -EINVAL
+    # Extents that are shared have recorded mappings: a page that leaves the extent leaves every place where the
+    # extent is mapped.
     gfn = stage2.guest_maps(folio.pfn)
     if gfn is not None:
         stage2.guest_unmap(gfn, folio.pfn)
@@ -54,6 +57,7 @@ def map_private(stage2: Stage2, gfn: int, folio: Folio) -> int:
     if stage2.owner(folio.pfn) != "guest":
         return -EINVAL
     stage2.guest_map(gfn, folio.pfn)
+    # A new private page is locked: from here on only the guest, or its end, lets it go.
     stage2.set_locked_in(folio.pfn, True)
     return 0
 
@@ -75,6 +79,8 @@ def unmap_private(stage2: Stage2, gfn: int, folio: Folio, sync: bool) -> int:
     if stage2.guest_maps(folio.pfn) != gfn or stage2.owner(folio.pfn) != "guest":
         return -EINVAL
     if stage2.locked_in(folio.pfn):
+        # A living guest must have given the page up itself. A stopped one cannot run again, so nothing that it relied
+        # on can be missed.
         if stage2.vm_alive():
             return stage2.refuse("unmap_private", EBUSY)
         stage2.scrub(folio.pfn)
@@ -95,6 +101,7 @@ def unlock_pages(stage2: Stage2, pfn: int) -> None:
     """MODIFY_PAGES unlock with do_not_sanitise: the guest relinquishes a page and what it holds."""
     if stage2.owner(pfn) == "guest":
         stage2.set_locked_in(pfn, False)
+        # do_not_sanitise is the guest's word that the contents may be seen.
         stage2.declassify(pfn)
         stage2.forget(pfn)
 

@@ -12,13 +12,15 @@ from guest_memfd.words.primitives import ENOMEM, Folio, Steps
 
 
 def mmu_map(stage2: Stage2, gfn: int, folio: Folio) -> int:
-    """kvm_mmu_map_tdp_page() under mmu_lock."""
+    """kvm_mmu_map_tdp_page() under mmu_lock: map the folio at *gfn*; 0, it cannot fail but by injection."""
+    # No check of an owner: plain KVM keeps none, and nothing but the library stands between guest and host.
     stage2.guest_map(gfn, folio.pfn)
     return 0
 
 
 def mmu_unmap(stage2: Stage2, gfn: int, folio: Folio) -> int:
     """kvm_mmu_unmap_gfn_range() and the remote TLB flush."""
+    # With the flush: the library goes on to free or convert the page as soon as this returns.
     stage2.guest_unmap(gfn, folio.pfn)
     return 0
 
@@ -29,11 +31,11 @@ class KvmOps(GuestMemfdOps):
     module = "kvm"
 
     def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
-        """Map it."""
+        """Map the folio at *gfn*; 0 or -ENOMEM. There is no owner to record."""
         return (yield from self.host.hypercall("mmu_map", gfn, folio))
 
     def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
-        """Map it."""
+        """Map the folio at *gfn*; 0 or -ENOMEM. The guest reaches private and shared pages the same way."""
         return (yield from self.host.hypercall("mmu_map", gfn, folio))
 
     def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
@@ -41,12 +43,12 @@ class KvmOps(GuestMemfdOps):
         return (yield from self.host.hypercall("mmu_unmap", gfn, folio))
 
     def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
-        """Nothing to change."""
+        """0 at once: `invalidate` has unmapped the page, and there is no owner to change."""
         yield from ()
         return 0
 
     def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
-        """Nothing to change."""
+        """No hypercall: there is no owner to change, and the next guest access maps the page."""
         yield from ()
 
     def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:

@@ -19,9 +19,12 @@ from guest_memfd.words.primitives import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM, EPE
 
 def donate_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
     """host OWNED, guest NOPAGE -> guest OWNED, mapped RWX; -EPERM otherwise."""
+    # A poisoned gfn stays unusable. Were it filled again, the guest would find zeros where it has written and would
+    # not notice that it has lost a page.
     if stage2.owner(folio.pfn) != "host" or stage2.poisoned(gfn):
         return -EPERM
     stage2.set_owner(folio.pfn, "guest")
+    # The host loses the page, TLBs included, before the guest gets it.
     stage2.host_maps(folio.pfn, False)
     stage2.guest_map(gfn, folio.pfn)
     stage2.set_locked_in(folio.pfn, True)
@@ -32,6 +35,7 @@ def share_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
     """host OWNED, guest NOPAGE -> SHARED_OWNED, guest SHARED_BORROWED; -EPERM otherwise."""
     if stage2.owner(folio.pfn) != "host" or stage2.poisoned(gfn):
         return -EPERM
+    # The host keeps its mapping: a shared page is the host's, and the guest only borrows it.
     stage2.set_owner(folio.pfn, "shared")
     stage2.guest_map(gfn, folio.pfn)
     return 0
@@ -50,6 +54,7 @@ def unshare(stage2: Stage2, gfn: int, folio: Folio) -> int:
     """Complete the guest's MEM_UNSHARE: what the host borrowed is the guest's alone again; -EPERM otherwise."""
     if stage2.owner(folio.pfn) != "borrowed":
         return -EPERM
+    # The guest has asked for this long ago; it becomes true only now, when the host has let go of the page.
     stage2.set_owner(folio.pfn, "guest")
     stage2.host_maps(folio.pfn, False)
     stage2.set_locked_in(folio.pfn, True)
@@ -60,6 +65,7 @@ def check_consent(stage2: Stage2, gfn: int, folio: Folio, converting: bool) -> i
     """-EBUSY: a conversion needs the guest's MEM_SHARE, dying or not; everything else needs its death."""
     owner = stage2.owner(folio.pfn)
     free = owner == "borrowed" if converting else not stage2.vm_alive()
+    # `refuse` and not a plain -EBUSY: the laws must be able to tell a guest that holds on from a call that failed.
     if owner in ("guest", "borrowed") and not free:
         return stage2.refuse("check_consent", EBUSY)
     return 0
@@ -71,6 +77,8 @@ def reclaim_dying_guest_page(stage2: Stage2, gfn: int, folio: Folio) -> int:
         return 0
     if stage2.vm_alive():
         return stage2.refuse("reclaim_dying_guest_page", EPERM)
+    # Unmap, zero, give back, in this order. A guest vCPU that still runs could write after the zeroing; the host
+    # could read before it.
     stage2.guest_unmap(gfn, folio.pfn)
     stage2.scrub(folio.pfn)
     stage2.forget(folio.pfn)
@@ -86,6 +94,7 @@ def guest_share_host(stage2: Stage2, pfn: int) -> None:
         stage2.set_owner(pfn, "borrowed")
         stage2.set_locked_in(pfn, False)
         stage2.host_maps(pfn, True)
+        # MEM_SHARE is the guest's word that the host may read what is in the page.
         stage2.declassify(pfn)
 
 
@@ -94,6 +103,8 @@ def force_reclaim(stage2: Any, pfn: int) -> bool:
     gfn = stage2.guest_maps(pfn)
     if stage2.owner(pfn) != "guest" or gfn is None:
         return False
+    # One step here; EL2 poisons before it zeroes (machine/el2/pkvm/transitions.py), because the guest must meet an error
+    # and not a page of zeros.
     stage2.guest_unmap(gfn, pfn)
     stage2.destroy(pfn, gfn, "reclaimed by force because the host touched it")
     stage2.set_locked_in(pfn, False)
@@ -114,6 +125,7 @@ class PkvmOps(GuestMemfdOps):
     def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
         """Donate; -EPERM means that the guest has it already."""
         ret = yield from self.host.hypercall("donate_guest", gfn, folio)
+        # Every entry of the library can be repeated. A fault that failed after the donation finds the page donated.
         return 0 if ret == -EPERM else ret
 
     def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
@@ -128,14 +140,17 @@ class PkvmOps(GuestMemfdOps):
         in one call, as the guest may die between two.
         """
         if private:
+            # Teardown does not ask for consent: the VM is dying, and its pages come back one by one with `reclaim`.
             return 0 if reason == "teardown" else (
                 yield from self.host.hypercall("check_consent", gfn, folio, reason == "to_shared"))
         ret = yield from self.host.hypercall("unshare_guest", gfn, folio)
+        # -ENOENT: the guest has not borrowed it, so it is the guest's own page which it lets the host use.
         if ret != -ENOENT:
             return ret
         if reason == "to_private":
             return 0
         ret = yield from self.reclaim(gfn, folio)
+        # The guest lives and owns the page, so to remove it would be to take it by force.
         return -EBUSY if ret == -EPERM else ret
 
     def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:

@@ -17,14 +17,14 @@ class CreateMemArgs(Words):
 
 
 class MapMemArgs(Words):
-    """struct gunyah_map_mem_args."""
+    """struct gunyah_map_mem_args of MAP_MEM, 32 bytes; addresses, offset and size are bytes."""
 
     _fields_ = [("guest_addr", c_uint64), ("flags", c_uint32), ("guest_mem_fd", c_uint32), ("offset", c_uint64),
                 ("size", c_uint64)]
 
 
 class VmDtbConfig(Words):
-    """struct gunyah_vm_dtb_config."""
+    """struct gunyah_vm_dtb_config of SET_DTB_CONFIG, 16 bytes; address and size are bytes."""
 
     _fields_ = [("guest_phys_addr", c_uint64), ("size", c_uint64)]
 
@@ -42,26 +42,26 @@ class VmBootContext(Words):
 
 
 class FnVcpuArg(Words):
-    """struct gunyah_fn_vcpu_arg."""
+    """struct gunyah_fn_vcpu_arg, 4 bytes: the number of the vCPU to add or remove."""
 
     _fields_ = [("id", c_uint32)]
 
 
 class FnIrqfdArg(Words):
-    """struct gunyah_fn_irqfd_arg."""
+    """struct gunyah_fn_irqfd_arg, 16 bytes: an eventfd, and the label of the interrupt that it raises."""
 
     _fields_ = [("fd", c_uint32), ("label", c_uint32), ("flags", c_uint32), ("padding", c_uint32)]
 
 
 class FnIoeventfdArg(Words):
-    """struct gunyah_fn_ioeventfd_arg."""
+    """struct gunyah_fn_ioeventfd_arg, 32 bytes: a store of `len` bytes at guest address `addr` signals the eventfd."""
 
     _fields_ = [("datamatch", c_uint64), ("addr", c_uint64), ("len", c_uint32), ("fd", c_int32), ("flags", c_uint32),
                 ("padding", c_uint32)]
 
 
 class RunMmio(Words):
-    """gunyah_vcpu_run.mmio."""
+    """gunyah_vcpu_run.mmio: a guest access of `len` bytes at `phys_addr`; user space answers in `resume_action`."""
 
     _fields_ = [("phys_addr", c_uint64), ("data", c_uint8 * 8), ("len", c_uint32), ("is_write", c_uint8),
                 ("resume_action", c_uint8)]
@@ -75,7 +75,7 @@ class RunStatus(Words):
 
 
 class RunPageFault(Words):
-    """gunyah_vcpu_run.page_fault."""
+    """gunyah_vcpu_run.page_fault: a guest address that could not be given, and -errno of the attempt."""
 
     _fields_ = [("phys_addr", c_uint64), ("attempt", c_int32), ("resume_action", c_uint8)]
 

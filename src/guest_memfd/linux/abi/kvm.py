@@ -25,7 +25,7 @@ class CreateGuestMemfd(Words):
 
 
 class UserspaceMemoryRegion(Words):
-    """struct kvm_userspace_memory_region."""
+    """struct kvm_userspace_memory_region: a slot without guest_memfd; address and size are bytes."""
 
     _fields_ = [("slot", c_uint32), ("flags", c_uint32), ("guest_phys_addr", c_uint64), ("memory_size", c_uint64),
                 ("userspace_addr", c_uint64)]
@@ -40,7 +40,7 @@ class UserspaceMemoryRegion2(Words):
 
 
 class MemoryAttributes(Words):
-    """struct kvm_memory_attributes."""
+    """struct kvm_memory_attributes of KVM_SET_MEMORY_ATTRIBUTES: guest address and size are bytes."""
 
     _fields_ = [("address", c_uint64), ("size", c_uint64), ("attributes", c_uint64), ("flags", c_uint64)]
 
@@ -58,7 +58,7 @@ class MemoryAttributes2(Words):
 
 
 class PreFaultMemory(Words):
-    """struct kvm_pre_fault_memory."""
+    """struct kvm_pre_fault_memory: guest address and size in bytes; the kernel moves both on as it maps."""
 
     _fields_ = [("gpa", c_uint64), ("size", c_uint64), ("flags", c_uint64), ("padding", c_uint64 * 5)]
 
@@ -99,7 +99,7 @@ class StatsDesc(Words):
 
 
 class RunMmio(Words):
-    """kvm_run.mmio."""
+    """kvm_run.mmio: a guest access of `len` bytes, at most 8, at `phys_addr`."""
 
     _fields_ = [("phys_addr", c_uint64), ("data", c_uint8 * 8), ("len", c_uint32), ("is_write", c_uint8)]
 
@@ -118,25 +118,25 @@ class RunHypercall(Words):
 
 
 class RunMemoryFault(Words):
-    """kvm_run.memory_fault."""
+    """kvm_run.memory_fault: `gpa` and `size` are bytes; `flags` says whether the access was private."""
 
     _fields_ = [("flags", c_uint64), ("gpa", c_uint64), ("size", c_uint64)]
 
 
 class RunInternal(Words):
-    """kvm_run.internal."""
+    """kvm_run.internal: `ndata` words of `data` belong to `suberror`."""
 
     _fields_ = [("suberror", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16)]
 
 
 class RunFailEntry(Words):
-    """kvm_run.fail_entry."""
+    """kvm_run.fail_entry: what the CPU said when it refused to enter the guest, and on which CPU."""
 
     _fields_ = [("hardware_entry_failure_reason", c_uint64), ("cpu", c_uint32)]
 
 
 class RunSystemEvent(Words):
-    """kvm_run.system_event."""
+    """kvm_run.system_event: shutdown, reset or crash in `type`; `ndata` words of `data` come with it."""
 
     _fields_ = [("type", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16)]
 

@@ -10,7 +10,7 @@ from guest_memfd.uapi import kvm_arm64 as uapi
 
 
 class VcpuInit(Words):
-    """struct kvm_vcpu_init."""
+    """struct kvm_vcpu_init of KVM_ARM_VCPU_INIT: a target CPU and a bit map of 224 features."""
 
     _fields_ = [("target", c_uint32), ("features", c_uint32 * 7)]
 

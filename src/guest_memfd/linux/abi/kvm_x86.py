@@ -17,13 +17,13 @@ REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
 
 
 class Regs(Words):
-    """struct kvm_regs."""
+    """struct kvm_regs: the general registers, RIP and RFLAGS, 8 bytes each, in the kernel's order."""
 
     _fields_ = [(name, c_uint64) for name in REGISTERS]
 
 
 class Segment(Words):
-    """struct kvm_segment."""
+    """struct kvm_segment: a segment register with its hidden part; `limit` is bytes."""
 
     _fields_ = [("base", c_uint64), ("limit", c_uint32), ("selector", c_uint16), ("type", c_uint8), ("present", c_uint8),
                 ("dpl", c_uint8), ("db", c_uint8), ("s", c_uint8), ("l", c_uint8), ("g", c_uint8), ("avl", c_uint8),
@@ -31,7 +31,7 @@ class Segment(Words):
 
 
 class Dtable(Words):
-    """struct kvm_dtable."""
+    """struct kvm_dtable, of GDTR and IDTR: linear base address, and limit in bytes."""
 
     _fields_ = [("base", c_uint64), ("limit", c_uint16), ("padding", c_uint16 * 3)]
 
@@ -85,7 +85,7 @@ class VmType(IntEnum):
 # -- bits a program at CPL 3 needs (Intel SDM volume 3, 2.5, 4.5; AMD APM volume 2, 3.1) ---------------------------------
 
 class Cr0(IntFlag):
-    """CR0."""
+    """The bits of CR0 that a 64-bit guest here is started with, or that are looked at."""
 
     PE = 1 << 0
     MP = 1 << 1
@@ -97,7 +97,7 @@ class Cr0(IntFlag):
 
 
 class Cr4(IntFlag):
-    """CR4."""
+    """The bits of CR4 that a 64-bit guest here needs: PAE for its page tables, two for SSE."""
 
     PAE = 1 << 5
     OSFXSR = 1 << 9
@@ -105,7 +105,7 @@ class Cr4(IntFlag):
 
 
 class Efer(IntFlag):
-    """EFER."""
+    """The bits of the MSR EFER that make and report 64-bit mode, SYSCALL and no-execute pages."""
 
     SCE = 1 << 0
     LME = 1 << 8

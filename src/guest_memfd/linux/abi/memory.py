@@ -44,14 +44,14 @@ class CachestatRange(Words):
 
 
 class Cachestat(Words):
-    """struct cachestat, pages."""
+    """struct cachestat of cachestat(2): all five counts are pages, not bytes."""
 
     _fields_ = [("nr_cache", c_uint64), ("nr_dirty", c_uint64), ("nr_writeback", c_uint64), ("nr_evicted", c_uint64),
                 ("nr_recently_evicted", c_uint64)]
 
 
 class Advice(IntEnum):
-    """madvise(2) (include/uapi/asm-generic/mman-common.h)."""
+    """Advice of madvise(2) that is given here (include/uapi/asm-generic/mman-common.h)."""
 
     DONTNEED = 4
     REMOVE = 9
@@ -60,7 +60,7 @@ class Advice(IntEnum):
 
 
 class Iovec(Words):
-    """struct iovec."""
+    """struct iovec: an address of this process, and a length in bytes."""
 
     _fields_ = [("base", c_uint64), ("len", c_uint64)]
 

@@ -1,4 +1,4 @@
-"""Structures of the kernel's interface. Rule of this file: a number that does not fit is refused, not cut.
+"""Structures of the kernel's interface. A number that does not fit is refused, not cut.
 
 ctypes stores what is left of it, and takes any name for an attribute; the kernel would then be asked for something else.
 """

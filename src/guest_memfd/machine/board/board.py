@@ -81,6 +81,7 @@ class Board:
         self.text = KernelText(self.ram, text)
         self.driver = driver()
         self.el2: Any = self.driver.el2
+        # Under pKVM the host's stage 2 is filled by its first access; a page that is handed out has been touched.
         self.kernel_pages.touched = self.driver.host_touches
         self.linear_map = LinearMap(
             self.ram, self.kernel_pages, self.tlbs, release=self.config.release, rodata=self.config.rodata,
@@ -119,6 +120,7 @@ class Board:
         vm.state = GONE
         if vm in self._vms:
             self._vms.remove(vm)
+            # Megabytes for each vCPU, which the garbage collector may find much later.
             for core in (vcpu.cpu for vcpu in vm.handle.vcpus if vcpu.cpu is not None):
                 core.release()
 
@@ -134,6 +136,7 @@ class Board:
         page = self.pages.get(pfn)
         if page is not None:
             return page
+        # A frame inside of a large folio: only the head has a struct page here.
         for order in (9, 18):
             page = self.pages.get(pfn >> order << order)
             if page is not None and page.order >= order:
@@ -179,6 +182,7 @@ class Board:
         """Whether the linear map has *pa*, at its own address."""
         entry = self.linear_map.leaf(pa)
         offset = self.linear_map.va(pa) % dm.level_size(entry.level)
+        # Present, and at its own address: an entry that leads to another page does not map this one.
         return self.linear_map.kernel_page_present(pa) and output_address(entry.value, entry.level) + offset == pa
 
     def holds_kernel(self, pa: int) -> bool:
@@ -188,6 +192,7 @@ class Board:
 
     def host_reaches(self, pa: int) -> bool:
         """Whether stage 2, or a TLB entry made from it, lets the host touch *pa*."""
+        # The table allows it, or a TLB entry that was made when it did.
         if self.driver.host_may(pa):
             return True
         return any(tlb.holds_stage2(pa, self.driver.host_vmid) for tlb in self.tlbs)
@@ -230,6 +235,7 @@ class Board:
             for entry in tlb.of_stage2(vm.vmid):
                 if entry.oa <= pa < entry.oa + entry.size:
                     ipa = entry.ia + pa - entry.oa
+                    # An entry that agrees with the table is no stale one.
                     if self.driver.lookup(vm, ipa) != pa:
                         return ipa // PAGE
         return None
@@ -244,6 +250,8 @@ class Board:
         try:
             yield _POKING
         finally:
+            # Unmapped and flushed on this CPU alone: the mapping was never loaded on another (text_poke() works the
+            # same way).
             for _, entry in list(tables.leaves(_POKING, _POKING + page.size)):
                 tables.store(entry, 0)
             tlbi.vmalle1(self.tlbs[self.cpu.current], self.driver.host_vmid)
@@ -251,11 +259,11 @@ class Board:
     # -- the console -----------------------------------------------------------------------------------------------------
 
     def log(self, text: str) -> None:
-        """printk()."""
+        """printk(): append *text* to the console, one entry a line."""
         self.console += text.splitlines()
 
     def panicked(self, panic: KernelPanic) -> None:
-        """Linux has stopped."""
+        """Linux has stopped: keep why, and print it to the console; no later call reaches the kernel."""
         self.dead = panic
         self.log(panic.text)
 

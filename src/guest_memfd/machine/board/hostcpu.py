@@ -1,6 +1,6 @@
 """Host code runs: kernel text at EL1, the VMM at EL0, on Unicorn through our walker and the TLB of one of the CPUs.
 
-Rule of this file: who takes an abort. Stage 1 is the kernel's (linux/mem_abort.py). Stage 2 is EL2's first: it maps the
+The file decides who takes an abort. Stage 1 is the kernel's (linux/mem_abort.py). Stage 2 is EL2's first: it maps the
 page, or has the abort delivered to EL1 with a syndrome of its choice, which is then the kernel's again.
 """
 
@@ -103,10 +103,12 @@ class HostCpu:
 
     # Unicorn asks for every page that an instruction touches.
     def _translate(self, va: int, access: Access, el: int) -> tuple[int, int, bool, bool, bool]:
+        # Not a fault of anybody: the call has returned to where nothing is mapped, and this is how it is noticed.
         if va == RETURN:
             raise Fault(TRANSLATION, 0, 1, va=va, access=access, el=el)
         self._evict()
         found = self.mmus[self.current].translate(va, access, el, self.stage1, self.machine.el2.stage2())
+        # Only data: where the instruction itself lies is not what the laws ask about.
         if access != "x":
             self._reached.append(found.pa)
         return found.pa, found.size, found.readable, found.writable, found.executable
@@ -114,6 +116,7 @@ class HostCpu:
     # A TLB that forgets nothing is for lock step; a machine that runs has one of a size.
     def _evict(self) -> None:
         self._fills += 1
+        # A TLB that forgets nothing would hold one entry for each page of a guest that runs for minutes.
         if not self.machine.watched and self._fills % TLB_SIZE == 0:
             self.machine.tlbs[self.current].clear()
 
@@ -188,10 +191,12 @@ class HostCpu:
     def _abort(self, fault: Fault) -> mem_abort.Outcome | None:
         machine = self.machine
         far = fault.far
+        # The linear map is built when it is first needed; to the kernel it was there from boot.
         if fault.stage == 1 and machine.linear_map.covers(far) and machine.linear_map.fault_in(far):
             return None
         if fault.stage == 2:
             inject = machine.el2.host_abort(fault, fault.el)
+            # EL2 has mapped the page, or another CPU has: the instruction runs again.
             if inject is None:
                 return None
             esr, far = inject.esr, inject.far
@@ -231,7 +236,7 @@ class HostCpu:
             return None
 
     def force_reclaim(self, pa: int) -> int:
-        """__pkvm_force_reclaim_guest_page()."""
+        """__pkvm_force_reclaim_guest_page() of the page of *pa*; a success is remembered, the access will be tried again."""
         ret = self.machine.driver.force_reclaim(pa & -PAGE)
         self._reclaimed = self._reclaimed or ret == 0
         return ret

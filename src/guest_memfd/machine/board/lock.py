@@ -1,4 +1,4 @@
-"""One call into a machine at a time. Rule of this file: first come, first served, and who holds it may come again.
+"""One call into a machine at a time. First come, first served; a thread that holds it may take it again.
 
 The machine's CPUs execute one instruction stream at a time, and its kernel runs every procedure to its end: two threads
 inside would see each other's half. A vCPU gives way between two of its guest's slices (dev/kvm/vcpu.py and

@@ -1,7 +1,7 @@
 """What the laws remember of a run on the emulated machine and the machine itself does not: secrecy, intent, expectation.
 
-Rule of this file: ghosts only. Nothing in the machine reads them, so nothing the machine does can depend on them. What a
-page holds is read from its bytes; only whether words that a guest wrote are a *secret* cannot be told from bytes.
+Only ghosts are here. Nothing in the machine reads them, so nothing the machine does can depend on them. What a page holds
+is read from its bytes; only whether words that a guest wrote are a *secret* cannot be told from bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A guest_memfd file on the emulated machine, and mappings of it. Rule of this file: bytes to pages, results to errnos.
+"""A guest_memfd file on the emulated machine, and mappings of it. Bytes become pages here, and results become errnos.
 
 What a page is and who may have it is the library's; which arguments a device's file refuses, and in which order, is the
 subclass's. An access of the VMM is a load or store that EL0 executes on every page it touches; the bytes beside that
@@ -125,6 +125,8 @@ class FileHost(EmulatedHost):
             word = data[at - within:at - within + _WORD]
         else:
             at = within & -_WORD
+            # A store that is no whole doubleword: read it, put the bytes in, store it. EL0 has one instruction for
+            # each.
             old = self._executed(index, at, None)
             if isinstance(old, str):
                 return old
@@ -159,12 +161,16 @@ def _call(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(self: Serialised, *args: Any, **more: Any) -> Any:
         with self._lock:
+            # A call that a signal has ended half way has left locks and counts as they were: nothing that this
+            # machine says from then on could be believed.
             if self._lock.abandoned:
                 raise BadInput("a call into this machine was interrupted half way; it is of no use any more, make another")
             self._calls += 1
             try:
                 return function(self, *args, **more)
             except BaseException as error:
+                # ^C, SystemExit, or no memory: these can come between any two lines. An error that we raise ourselves
+                # comes where everything is in order.
                 if not isinstance(error, Exception) or isinstance(error, MemoryError):
                     self._lock.abandoned = True
                 raise
@@ -200,6 +206,8 @@ class Serialised(owned.Owned):
             self._put()
 
     def _put(self) -> None:
+        # fget() and fput(): a descriptor that is closed while another thread is inside of a call goes when that comes
+        # back.
         if self.closed and not self._calls and not self._released:
             self._released = True
             if not self._lock.abandoned:
@@ -239,6 +247,7 @@ class Mapped(Serialised):
         EFAULT for a page that the VMM cannot have, or of a design that lets nobody pin; BadInput beyond the mapping.
         """
         (index, *_), file = next(self._pieces("pin", at, 1)), self.file
+        # The page may be taken away again between the fault and the look: GUP-fast starts over.
         for _attempt in range(_FAULTS):
             folio = file.perform(Primitive("gup_read_pte", (index,), "mm")) if file.library.gup else None
             if folio is not None and file.perform(Primitive("gup_try_get", (folio,), "mm")):
@@ -352,7 +361,7 @@ class GuestMemoryFile(Serialised, ABC):
     # -- system calls --------------------------------------------------------------------------------------------
 
     def fallocate(self, mode: int, offset: int, nr: int) -> None:
-        """fallocate(2); raises SyscallFailed."""
+        """fallocate(2); the generic checks of vfs_fallocate() first, then the file's own. Raises SyscallFailed."""
         mode, offset, nr = word("mode", mode, 32), signed("offset", offset, 64), signed("len", nr, 64)
         self._in_use("fallocate")
         if offset < 0 or nr <= 0:

@@ -1,4 +1,4 @@
-"""Physical memory: one sparse array of bytes. Rule of this file: RAM costs what is touched, whatever its size.
+"""Physical memory: one sparse array of bytes. RAM costs what is touched, whatever its size.
 
 The array is anonymous memory of this process that is never reserved, so a machine of 1 TiB is an address range until
 somebody writes to it; Unicorn executes on the same bytes.
@@ -76,12 +76,12 @@ class Ram:
         self._words[(pa - self.base) >> 3] = value
 
     def read(self, pa: int, nr: int) -> bytes:
-        """*nr* bytes."""
+        """The *nr* bytes from physical address *pa* on; raises BusError where there is no RAM."""
         at = self._at(pa, nr)
         return bytes(self._bytes[at:at + nr])
 
     def write(self, pa: int, data: bytes) -> None:
-        """Store bytes."""
+        """Store *data* from physical address *pa* on; raises BusError where there is no RAM."""
         at = self._at(pa, len(data))
         self._bytes[at:at + len(data)] = data
 

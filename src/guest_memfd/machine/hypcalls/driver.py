@@ -1,6 +1,6 @@
 """What a hypervisor's driver and its EL2 are to the machine, and single accesses of a guest.
 
-Rule of this file: a guest access is an instruction on a CPU, translated by that CPU's TLB and the VM's stage 2.
+A guest access is an instruction on a CPU, translated by that CPU's TLB and the VM's stage 2.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Accessor:
     _stage2: Stage2 | None
 
     def _translate(self, va: int, access: Access, el: int) -> tuple[int, int, bool, bool, bool]:
+        # Instructions come from outside of the guest's memory, so that an access has exactly one effect: its own.
         if access == "x":
             return self._rom, PAGE, True, False, True
         found = self._mmu.translate(va, access, el, MMU_OFF, self._stage2)
@@ -67,6 +68,7 @@ class Accessor:
         core.set_x(0, ipa)
         core.set_x(1, int.from_bytes(token, "little"))
         core.pc = 4 if write else 0
+        # One instruction is one access. Anything else that stops the CPU is a mistake of ours.
         stop = core.run(instructions=1)
         if isinstance(stop, c.CpuAbort):
             return stop.fault
@@ -101,6 +103,7 @@ class Driver(ABC):
     def hypercall(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
         """Issue hypercall *name*: 0 or -errno."""
         self.sanitised = False
+        # Before an injected failure: what is refused for good is refused whatever else goes wrong.
         if self.keeps(name, args):
             return self.hypervisor.final[name]
         if self.refuse_next is not None:
@@ -170,11 +173,13 @@ class Driver(ABC):
     def guest_access(self, vm: Vm, ipa: int, write: bool, token: bytes) -> GuestRan:
         """One load or store of the guest, on the CPU where a TLB entry may mislead it, if there is one."""
         accessor = self.accessor()
+        # The guest may run on any CPU. Lock step chooses the one on which it goes most wrong.
         cpu = self.cpu_of_guest(vm, ipa)
         while True:
             reached = accessor.access(cpu, self.guest_stage2(vm), ipa, write, token)
             if not isinstance(reached, Fault):
                 return GuestRan(reached)
+            # EL2 has repaired it and the guest tries again: the host is not asked, as on hardware.
             if not self.handles(vm, reached):
                 return GuestRan(exit="poisoned" if self.poisoned(vm, ipa // PAGE) else "fault")
 

@@ -97,6 +97,7 @@ class GunyahDriver(Driver):
     def _call(self, function: int, *args: int) -> int:
         regs = [function, *args] + [0] * (17 - len(args))
         self.el2.hvc(regs)
+        # x0 is a signed 64-bit number.
         error = regs[0] - (regs[0] & _SIGN) * 2
         return -EINVAL if error in _NOT_THERE and not self._plain else remap(error)
 
@@ -219,12 +220,12 @@ class GunyahDriver(Driver):
         return ipa is not None and bool(vm.handle.locked(ipa))
 
     def guest_stage2(self, vm: Vm) -> Stage2:
-        """The VM's own."""
+        """The stage-2 registers of the VM's address space, for a walk of the guest's tables."""
         registers: Stage2 = vm.handle.space.table.registers
         return registers
 
     def guest_table(self, vm: Vm) -> PageTable:
-        """The VM's own."""
+        """The stage-2 table of the VM's address space, to be read entry by entry."""
         table: PageTable = vm.handle.space.table.pages
         return table
 
@@ -247,7 +248,7 @@ class GunyahDriver(Driver):
         return Vm(handle, handle.vmid)
 
     def vm_kill(self, vm: Vm) -> None:
-        """RM: VM_STOP."""
+        """The Resource Manager's VM_STOP: the vCPUs run no more, memory stays where it is."""
         vm.handle.kill()
 
     def vm_destroyed(self, vm: Vm) -> None:

@@ -30,12 +30,12 @@ class KvmGuests(Driver):
         return leaf.oa + (ipa & (PAGE << leaf.order) - 1) if leaf.valid else None
 
     def guest_stage2(self, vm: Vm) -> Stage2:
-        """The VM's own."""
+        """The stage-2 registers of the VM, VTTBR and VTCR, for a walk of the guest's tables."""
         registers: Stage2 = vm.handle.registers()
         return registers
 
     def guest_table(self, vm: Vm) -> PageTable:
-        """The VM's own."""
+        """The VM's stage-2 table, to be read entry by entry."""
         table: PageTable = vm.handle.page_table
         return table
 
@@ -62,7 +62,7 @@ class KvmDriver(KvmGuests):
         return "host"
 
     def host_may(self, pa: int) -> bool:
-        """Nothing is withheld."""
+        """True for every page: under plain KVM there is no host stage 2."""
         return True
 
     def locked_in(self, vm: Vm, pa: int) -> bool:
@@ -70,7 +70,7 @@ class KvmDriver(KvmGuests):
         return False
 
     def create_vm(self, frames: int) -> Vm:
-        """KVM_CREATE_VM."""
+        """KVM_CREATE_VM; guest addresses from *frames* pages on are not memory of this VM."""
         handle = self.el2.create_vm(lambda ipa: ipa < frames * PAGE)
         return Vm(handle, handle.vmid)
 
@@ -78,7 +78,7 @@ class KvmDriver(KvmGuests):
         """Nothing to tell anybody."""
 
     def vm_destroyed(self, vm: Vm) -> None:
-        """kvm_free_stage2_pgd()."""
+        """kvm_free_stage2_pgd(): unmap, flush, and give the first-level tables back to the kernel."""
         vm.handle.destroy()
         del self.el2.vms[vm.vmid]
         self.hardware.kernel_pages.free(vm.handle.pgt.root, (first_tables() - 1).bit_length())

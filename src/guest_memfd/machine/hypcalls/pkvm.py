@@ -74,13 +74,13 @@ class PkvmDriver(KvmGuests):
         return ret
 
     def force_reclaim(self, pa: int) -> int:
-        """__pkvm_force_reclaim_guest_page()."""
+        """__pkvm_force_reclaim_guest_page() of physical address *pa*: 0 or -errno; the guest's entry is poisoned."""
         return self._call(n.FORCE_RECLAIM, pa)
 
     # -- records and tables --------------------------------------------------------------------------------------
 
     def owner(self, pa: int) -> str:
-        """hyp_vmemmap."""
+        """Who has the page at *pa*, by the page state in EL2's hyp_vmemmap."""
         return str(self.el2.owner(pa))
 
     def host_may(self, pa: int) -> bool:

@@ -1,5 +1,5 @@
-"""The exception table: which instructions may fault, and what happens then. Rule of this file: an instruction without
-an entry has no second chance (arch/arm64/mm/extable.c, arch/arm64/include/asm/asm-extable.h).
+"""The exception table: which instructions may fault, and what happens then. An instruction without an entry has no second
+chance (arch/arm64/mm/extable.c, arch/arm64/include/asm/asm-extable.h).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _U64 = (1 << 64) - 1
 
 
 class ExType(IntEnum):
-    """EX_TYPE_*."""
+    """EX_TYPE_* of arch/arm64/include/asm/asm-extable.h: which handler fixes a fault up."""
 
     NONE = 0
     BPF = 1

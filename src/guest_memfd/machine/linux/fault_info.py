@@ -1,4 +1,4 @@
-"""The fault table of arm64 Linux. Rule of this file: fault status code to handler, signal and name (fault_info[] in
+"""The fault table of arm64 Linux. It leads from a fault status code to handler, signal and name (fault_info[] in
 arch/arm64/mm/fault.c).
 """
 

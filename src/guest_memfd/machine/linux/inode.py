@@ -1,4 +1,4 @@
-"""A guest_memfd inode: page cache, trees, locks, references. Rule of this file: data of one file, and no behaviour.
+"""A guest_memfd inode: page cache, trees, locks, references. Here are the data of one file, and no behaviour.
 
 The primitives (../primitives/) act on it; which reference keeps it alive is said in core/file.py, and who may use it while
 it dies in ../primitives/lifetime.py.
@@ -66,7 +66,7 @@ class Inode:
         page.inode, page.index = self, index
 
     def remove(self, page: Page) -> None:
-        """Take *page* out."""
+        """Take *page* out of the page cache; it belongs to no file then. Its references are left as they are."""
         del self.pages[page.index]
         self._in_order = None
         self.orders[page.order] -= 1

@@ -1,5 +1,5 @@
-"""/proc/kcore, the kernel's memory as root reads it. Rule of this file: which RAM pages are read at all, and what a fault
-leaves (read_kcore_iter() in fs/proc/kcore.c).
+"""/proc/kcore, the kernel's memory as root reads it. Here is which RAM pages are read at all, and what a fault leaves
+(read_kcore_iter() in fs/proc/kcore.c).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Kcore(Protocol):
         """pfn_is_ram(), and the page is online."""
 
     def is_offline(self, pa: int) -> bool:
-        """PageOffline."""
+        """PageOffline() of the page at *pa*: a balloon or memory hotplug has taken it, and it is read as zeros."""
 
     def is_hwpoison(self, pa: int) -> bool:
         """The page, or a page of its folio, is poisoned."""

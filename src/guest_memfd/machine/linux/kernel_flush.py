@@ -1,4 +1,4 @@
-"""flush_tlb_kernel_range(). Rule of this file: which TLBI operations a range becomes (arch/arm64/include/asm/tlbflush.h)."""
+"""flush_tlb_kernel_range(). Here is which TLBI operations a range becomes (arch/arm64/include/asm/tlbflush.h)."""
 
 from __future__ import annotations
 

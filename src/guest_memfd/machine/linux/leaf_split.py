@@ -1,5 +1,6 @@
-"""Splitting live leaves of the linear map. Rule of this file: which entry is replaced by what, so that a leaf ends at an
-address, and that nothing is ever merged again (split_pud ... split_contpte in arch/arm64/mm/mmu.c, 7.3).
+"""Splitting live leaves of the linear map, so that a leaf ends at an address; nothing is ever merged again.
+
+Here is which entry is replaced by what (split_pud ... split_contpte in arch/arm64/mm/mmu.c, 7.3).
 
 The machine must tolerate a change of size on a live entry (BBML3): no TLBI is issued, and TLBs may keep the large leaf.
 """

@@ -1,5 +1,5 @@
-"""Where the linear map of arm64 Linux is, and what it is made of at boot. Rule of this file: which leaves are used, by
-release and kernel parameters (force_pte_mapping(), can_set_direct_map(), map_mem() in arch/arm64/mm/mmu.c, pageattr.c).
+"""Where the linear map of arm64 Linux is, and what it is made of at boot. Which leaves are used depends on the release
+and on kernel parameters (force_pte_mapping(), can_set_direct_map(), map_mem() in arch/arm64/mm/mmu.c, pageattr.c).
 
 One liberty is taken: a linear map of 4 KiB pages is built gigabyte by gigabyte when first needed beyond `eager` bytes,
 with the descriptors that boot would have written. Counters report it as if all of it were there.

@@ -1,5 +1,5 @@
-"""Holes in the linear map of arm64 Linux. Rule of this file: what set_direct_map_*() do to it, and when the TLBs learn
-of it, release by release (arch/arm64/mm/pageattr.c, split_kernel_leaf_mapping() in mmu.c).
+"""Holes in the linear map of arm64 Linux. Here is what set_direct_map_*() do to it, and when the TLBs learn of it,
+release by release (arch/arm64/mm/pageattr.c, split_kernel_leaf_mapping() in mmu.c).
 
 7.3 splits leaves on CPUs with BBML3 and marks holes present-invalid; 6.12 maps by pages whenever the setters work.
 """

@@ -1,6 +1,6 @@
 """A maple tree of small integers: ranges of page indexes, each with a value that is constant or counts up.
 
-Rule of this file: cost follows the number of ranges, never the number of pages (lib/maple_tree.c). 0 is a hole.
+Cost follows the number of ranges, never the number of pages (lib/maple_tree.c). 0 is a hole.
 """
 
 from __future__ import annotations

@@ -1,5 +1,39 @@
-"""Memory aborts as Linux handles them on arm64. Rule of this file: which abort, with which syndrome, from where, ends
-how (arch/arm64/mm/fault.c of 7.3). Which handler an abort goes to is in fault_info.py, what is printed in oops.py.
+"""Memory aborts as Linux handles them on arm64: which abort, with which syndrome, from where, ends how.
+
+Theory of operation. The project's first law, host-survives, depends on this file: the same stray load is harmless or a
+panic, and the difference is the syndrome that EL1 sees. The dispatch is the kernel's own: the fault status code (ESR bits
+5:0) picks a row of fault_info[] (fault_info.py), and the row names a handler. What is printed is in oops.py.
+
+A handler has five ends: `Fixed` (an exception table entry moved the PC), `Retry` (run the instruction again), a signal
+for EL0, an oops, a panic. For an access of the kernel's own to a kernel address:
+
+    translation fault      exception table; else is the fault spurious, or pKVM's; else oops
+      with S1PTW, on pKVM  exception table; else take the page from its guest by force, and retry; else oops
+    permission, AF fault,  exception table; else oops
+      alignment
+    external abort (SEA)   die, and no exception table is asked: for Linux this is a hardware error
+    other codes            die
+
+This table is why the designs differ. Gunyah reports an access to a lent page as a SEA, so load_unaligned_zeropad() kills
+the host although it has an exception table entry. pKVM (7.3) reports a translation fault, with the mark S1PTW that no abort
+of EL1's own can have. With a hole in stage 1, stage 2 is not asked for the page, and it is an ordinary translation fault on
+both. Instruction aborts of the kernel never ask the exception table.
+`sea_fixup` is the design that lets do_sea() ask the exception table; no kernel does.
+
+Order in do_kernel_fault(), which decides who loses the page: the exception table comes first, so a load that can be fixed
+up leaves the guest its page. Only then AT S1E1R asks stage 1 again. If it fails the fault is real. If it succeeds, the
+fault is spurious (another CPU was faster), or with S1PTW the page is behind stage 2 and pKVM is asked to reclaim it by
+force. 0 and -EAGAIN both mean: try again, something has changed. Anything else is an oops.
+
+A fix-up can fault itself: the handler of load_unaligned_zeropad() reads the aligned word that begins in the *first* page.
+If the hole is there, this second abort has no entry and the kernel dies in the handler (`KernelDied`).
+
+Left out: KFENCE, kprobes, MTE beyond "tag checks are off from now on", and how a VMA handles its fault: only the result
+of *handle_mm_fault* counts here.
+
+Source: arch/arm64/mm/fault.c and extable.c of 7.3. Tests: tests/test_mem_abort.py executes kernel text that really faults
+(test_every_abort_of_the_kernel, test_no_external_abort_is_fixed_up_by_a_real_kernel,
+test_zeropad_behind_stage_2_is_fixed_and_nothing_is_reclaimed, test_a_word_load_that_begins_in_a_hole_dies_in_the_handler).
 """
 
 from __future__ import annotations
@@ -68,7 +102,7 @@ class KernelDied(Exception):  # noqa: N818 - named after what happened
 
 
 class MmFault(Enum):
-    """What handle_mm_fault() found."""
+    """What handle_mm_fault() found for a user address; each leads to another end of do_page_fault()."""
 
     DONE = "done"
     OOM = "oom"
@@ -195,7 +229,7 @@ def do_sea(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
 
 
 def do_bad(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> None:
-    """Nobody handles this."""
+    """fault_info[]'s handler for faults that nothing can handle; it returns, so do_mem_abort() reports them."""
 
 
 # -- the kernel's own faults -------------------------------------------------------------------------------------
@@ -224,7 +258,7 @@ def _best_guess(far: int, esr: int, kernel: AbortKernel) -> str:
 
 
 def fixup_exception(esr: int, regs: PtRegs, kernel: AbortKernel) -> bool:
-    """fixup_exception() of arch/arm64/mm/extable.c."""
+    """fixup_exception() of arch/arm64/mm/extable.c: whether the PC had an entry and was moved to its fixup."""
     return kernel.extable.fixup(regs, esr, kernel.read_aligned)
 
 

@@ -1,6 +1,6 @@
 """The VMM's address space: a stage-1 table for TTBR0, its VMAs, and the page tables that all VMAs of a file share.
 
-Rule of this file: entries and the TLB entries made from them go together (mm/memory.c unmap_mapping_range()).
+Entries and the TLB entries made from them go together (mm/memory.c unmap_mapping_range()).
 
 VMAs of one file share their last-level tables, as hugetlbfs lets mappings share page-table pages one level further up. So a
 page that was faulted in through one VMA is there in all that show it, which is what the abstract host says of "the VMM's
@@ -61,7 +61,7 @@ class Vma(NamedTuple):
         return self.start <= index < self.start + self.nr
 
     def va(self, index: int) -> int:
-        """Where."""
+        """The user virtual address of page *index* of the file."""
         return self.address + (index - self.start) * PAGE
 
     @property

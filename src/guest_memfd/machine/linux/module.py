@@ -1,5 +1,5 @@
-"""Modules: what they may link against, and when they may go. Rule of this file: a symbol that is not exported to a
-module does not exist for it, and a module goes only when nobody refers to it (kernel/module/main.c, include/linux/export.h).
+"""Modules: what they may link against, and when they may go. A symbol that is not exported to a module does not exist for
+it, and a module goes only when no one refers to it (kernel/module/main.c, include/linux/export.h).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Export(NamedTuple):
 
 
 def export_symbol(name: str) -> Export:
-    """EXPORT_SYMBOL(name)."""
+    """EXPORT_SYMBOL(): modules of any licence may link against *name*."""
     return Export(name, gpl=False)
 
 
 def export_symbol_gpl(name: str) -> Export:
-    """EXPORT_SYMBOL_GPL(name)."""
+    """EXPORT_SYMBOL_GPL(): only modules with a GPL-compatible licence may link against *name*."""
     return Export(name)
 
 
 def export_symbol_ns_gpl(name: str, namespace: str) -> Export:
-    """EXPORT_SYMBOL_NS_GPL(name, "namespace")."""
+    """EXPORT_SYMBOL_NS_GPL(): GPL-compatible, and the module has to import *namespace*."""
     return Export(name, namespace=namespace)
 
 
@@ -109,7 +109,7 @@ class Module:
 
     @property
     def name(self) -> str:
-        """As in /proc/modules."""
+        """The name as in /proc/modules: dashes become underscores."""
         return self.image.name.replace("-", "_")
 
     @property

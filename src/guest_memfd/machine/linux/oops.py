@@ -1,4 +1,4 @@
-"""What the kernel prints when it dies. Rule of this file: the forms of the messages, and when an oops is a panic.
+"""What the kernel prints when it dies. Here are the forms of the messages, and when an oops is a panic.
 
 arch/arm64/mm/fault.c (mem_abort_decode, show_pte), arch/arm64/kernel/traps.c (die), process.c (__show_regs).
 """
@@ -65,7 +65,7 @@ class Reporter(Protocol):
 
 
 def user_mode(regs: PtRegs) -> bool:
-    """PSTATE.M says EL0."""
+    """Whether PSTATE.M says EL0: the fault came from user space."""
     return regs.pstate & 0xF == 0
 
 
@@ -108,7 +108,7 @@ def show_pte(va: int, kernel: Reporter) -> list[str]:
 
 
 def show_regs(regs: PtRegs, kernel: Reporter) -> list[str]:
-    """__show_regs()."""
+    """The lines that __show_regs() prints: PSTATE, pc, lr, sp, and x29 to x0, three to a line."""
     flags = "".join(name.upper() if regs.pstate >> bit & 1 else name
                     for name, bit in (("n", 31), ("z", 30), ("c", 29), ("v", 28)))
     masks = "".join(name.upper() if regs.pstate >> bit & 1 else name

@@ -1,4 +1,4 @@
-"""struct folio: who refers to a block of frames, and its flags. Rule of this file: one count decides, kinds explain.
+"""struct folio: who refers to a block of frames, and its flags. One count decides; the kinds explain it.
 
 The kernel has one reference count. Beside it every reference is entered under its kind, as the kernel's own
 ref_tracker does for debugging, so that the laws - and people - can tell a pin from a page-cache reference.
@@ -31,12 +31,12 @@ class Page:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The folio's size in bytes."""
         return PAGE << self.order
 
     @property
     def nr(self) -> int:
-        """Pages."""
+        """The folio's size in pages, a power of 2."""
         return 1 << self.order
 
     def take(self, kind: str, nr: int = 1) -> None:

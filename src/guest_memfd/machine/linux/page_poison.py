@@ -1,5 +1,5 @@
-"""What the page allocator writes to pages on its own. Rule of this file: the order of poisoning, initialising and
-unmapping around free and alloc (mm/page_alloc.c free_pages_prepare() and post_alloc_hook(), mm/page_poison.c).
+"""What the page allocator writes to pages on its own. Here is the order of poisoning, initialising and unmapping around
+free and alloc (mm/page_alloc.c free_pages_prepare() and post_alloc_hook(), mm/page_poison.c).
 
 Every access is a plain one through the linear map: whoever took the page out must have put it back before freeing it.
 """
@@ -87,7 +87,7 @@ class PoisonLinearMap(Protocol):
     debug_pagealloc: bool
 
     def kernel_map_pages(self, pa: int, nr: int, enable: bool) -> None:
-        """__kernel_map_pages()."""
+        """__kernel_map_pages(): make *nr* pages from *pa* on present in the linear map, or not present."""
 
 
 def _pages(pa: int, order: int) -> Iterator[int]:

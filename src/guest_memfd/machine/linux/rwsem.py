@@ -1,4 +1,4 @@
-"""struct rw_semaphore with its queued writer (kernel/locking/rwsem.c). Rule of this file: a queued writer stops readers."""
+"""struct rw_semaphore with its queued writer (kernel/locking/rwsem.c). A queued writer stops readers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Hibernation: who may forbid it, in which order it happens, and which pages the image holds. Rule of this file: an
-allocated page with a hole in the linear map is saved all the same (kernel/power/hibernate.c, snapshot.c, kernel/notifier.c).
+"""Hibernation: who may forbid it, in which order it happens, and which pages the image holds. An allocated page with a
+hole in the linear map is saved all the same (kernel/power/hibernate.c, snapshot.c, kernel/notifier.c).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NOTIFY_BAD = NOTIFY_STOP_MASK | 0x0002
 
 
 class Event(IntEnum):
-    """PM_* events (include/linux/suspend.h)."""
+    """PM_* events that notifiers are called with (include/linux/suspend.h)."""
 
     HIBERNATION_PREPARE = 1
     POST_HIBERNATION = 2
@@ -119,22 +119,22 @@ class SnapshotMachine(Protocol):
         """pfn_is_nosave(), or swsusp's own."""
 
     def is_offline(self, pa: int) -> bool:
-        """PageOffline."""
+        """PageOffline() of the page at *pa*: not saved."""
 
     def is_guard(self, pa: int) -> bool:
-        """page_is_guard()."""
+        """page_is_guard() of the page at *pa*: a guard page of debug_pagealloc, not saved."""
 
     def is_reserved(self, pa: int) -> bool:
-        """PageReserved."""
+        """PageReserved() of the page at *pa*: saved only where the linear map has it."""
 
     def kernel_page_present(self, pa: int) -> bool:
         """The linear map has it."""
 
     def set_direct_map_default_noflush(self, pa: int) -> int:
-        """As in linear_map.py."""
+        """Make one page present in the linear map, for the copy of a page that is not; 0 or -ENOMEM."""
 
     def set_direct_map_invalid_noflush(self, pa: int) -> int:
-        """As in linear_map.py."""
+        """Take one page out of the linear map again after its copy; 0 or -ENOMEM, and no flush."""
 
     def flush_tlb_kernel_page(self, pa: int) -> None:
         """flush_tlb_kernel_range() of the linear-map address of one page."""
@@ -155,7 +155,7 @@ class SnapshotMachine(Protocol):
         """dpm_suspend() to syscore_suspend(): 0 or a negative errno, and all is undone then."""
 
     def resume_devices(self) -> None:
-        """The way back."""
+        """The reverse of `suspend_devices`: syscore_resume() to dpm_resume()."""
 
 
 @dataclass

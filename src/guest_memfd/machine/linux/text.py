@@ -1,5 +1,5 @@
-"""Kernel text: the few routines through which this kernel touches memory, as AArch64 machine code. Rule of this file:
-which of them has an exception table entry, and of which type.
+"""Kernel text: the few routines through which this kernel touches memory, as AArch64 machine code. Here is which of them
+has an exception table entry, and of which type.
 
 Every routine follows the procedure call standard: arguments and result in x0..x2, x0..x9 are clobbered, `ret` ends it.
 """

@@ -1,5 +1,5 @@
-"""Temporary copies of the linear map's tables, for kexec and the resume kernel. Rule of this file: every entry that is
-not empty becomes valid and writable, so holes are not there in the copy (copy_pte() in arch/arm64/mm/trans_pgd.c).
+"""Temporary copies of the linear map's tables, for kexec and the resume kernel. Every entry that is not empty becomes
+valid and writable, so holes are not there in the copy (copy_pte() in arch/arm64/mm/trans_pgd.c).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class PgdSource(Protocol):
 
     @property
     def root(self) -> int:
-        """swapper_pg_dir."""
+        """Physical address of swapper_pg_dir, the first table of the linear map."""
 
     def fault_in(self, va: int) -> bool:
         """Build what has not been needed yet."""

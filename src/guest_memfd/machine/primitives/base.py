@@ -61,6 +61,8 @@ class Base:
 
     def page(self, folio: Folio) -> Page:
         """struct folio of *folio*, which somebody holds."""
+        # A folio whose last reference has gone has no struct page here. A procedure that still uses it reads what is
+        # freed.
         page = self.machine.pages.get(folio.pfn)
         if page is None:
             self.die(f"{folio} is used without a reference")
@@ -79,6 +81,7 @@ class Base:
 
     def private(self, page: Page) -> bool:
         """The library's word on *page*: its attribute, or the mark where a design keeps no attributes."""
+        # Designs without an attribute tree have only the mark to say it by.
         attribute = self.inode.entry("attributes", page.index) if page.inode is self.inode else 0
         return attribute == PRIVATE_PAGE if attribute else page.private
 

@@ -43,11 +43,14 @@ class Contents(Base):
     def kernel_access(self, page: Page, who: str, what: str, symbol: str, *arguments: int) -> str:
         """Call kernel function *symbol*: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
         machine = self.machine
+        # Asked before the access: if it arrives although the table has no entry, it came through a TLB.
         stale = not machine.linear_map.kernel_page_present(page.pa)
         content = machine.tracer.content(page)
         ran = self._run(what, page, lambda: machine.cpu.call(symbol, *arguments))
         if ran.fixed:
             return "fixed"
+        # Compared with where the instruction really arrived. A direct map that leads to another page would otherwise
+        # go unseen.
         if not any(page.pa <= pa < page.pa + page.size for pa in ran.reached):
             self.die(f"{what} reaches {ran.reached[-1]:#x} and not {page.pa:#x}: the direct map leads astray")
         self.note_access(page, who, what, "stale TLB entry" if stale else "direct map", symbol == "plain_write",
@@ -72,6 +75,8 @@ class Contents(Base):
         pa = page.pa
         while pa < page.pa + page.size:
             self.kernel_access(page, who, what, "plain_write", lm.va(pa))
+            # One store for each leaf: what holds for one word of it holds for all, and a folio of 1 GiB has 2^27
+            # words.
             size = level_size(lm.leaf(pa).level)
             pa += size - lm.va(pa) % size
 
@@ -125,6 +130,7 @@ class Contents(Base):
             self.kernel_access(page, "image", "safe_copy_page", "plain_read", machine.linear_map.va(pa))
             return machine.ram.read(pa, PAGE)
 
+        # The kernel's own procedure, with the copy replaced by one that the laws are told of.
         safe_copy_page(Services(machine, read), page.pa)
         return "copied"
 

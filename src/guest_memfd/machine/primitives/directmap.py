@@ -10,7 +10,7 @@ from guest_memfd.words.primitives import Folio
 
 
 class DirectMap(Base):
-    """can_set_direct_map ... flush_tlb_kernel_range."""
+    """The direct-map primitives, can_set_direct_map to flush_tlb_kernel_range: real entries and real TLBs."""
 
     def can_set_direct_map(self) -> bool:
         """By the kernel's command line: rodata=full, or debug_pagealloc (arch/arm64/mm/pageattr.c)."""
@@ -25,6 +25,7 @@ class DirectMap(Base):
     def _changed(self, page: Page, ret: int, *, invalid: bool) -> int:
         if not ret:
             self.notes.append(facts.DirectMapChange(self.caller, self.machine.number(page.pa), invalid, page.handled))
+            # A change that failed has written nothing, so it does not count.
             self.machine.tracer.counts(self.who, "writes")
         else:
             self.against(FAILURE)

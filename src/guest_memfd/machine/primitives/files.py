@@ -11,10 +11,10 @@ from guest_memfd.words.primitives import EBUSY, ENOMEM, Entries, Tree
 
 
 class FilePrimitives(GuestSide):
-    """begin_op ... vm_destroyed."""
+    """The primitives on files, trees, the module and the VM, begin_op to vm_destroyed."""
 
     def begin_op(self, op: str, start: int, nr: int, gfn: int | None) -> None:
-        """Tracepoint."""
+        """Tell the tracer that an operation begins, on pages [start, start+nr); takes no step of its own."""
         self.machine.tracer.begin(self, op, start, nr, gfn)
 
     def end_op(self, ret: int, error_index: int | None) -> None:
@@ -84,7 +84,7 @@ class FilePrimitives(GuestSide):
         return 0
 
     def xa_release(self, tree: Tree) -> None:
-        """Given back unused."""
+        """Give the nodes back that `xa_reserve` has allocated, unused."""
         if tree == "attributes":
             self.inode.reserved = range(0)
 
@@ -183,10 +183,11 @@ class FilePrimitives(GuestSide):
 
     def delete_module(self) -> int:
         """Only when nobody holds it; its exit code gives back nothing by itself."""
+        # The loader refuses while anybody holds the module; its exit function takes nothing back from a VM.
         return -EBUSY if self.machine.modules.delete(self.machine.module.name) else 0
 
     def vm_state(self) -> str:
-        """running, dying, gone."""
+        """``running``, ``dying`` or ``gone``; the last two are noted as a reason why an operation may refuse."""
         if self.vm.state != RUNNING:
             self.against(GONE_BEFORE)
         return VM_STATES[self.vm.state]
@@ -206,6 +207,8 @@ class FilePrimitives(GuestSide):
         """
         if self.vm.gpc_readers:
             self.wait()
+        # First the tables and TLB entries, then the caches that refer to them, then the hold on the module whose code
+        # did it.
         self.machine.driver.vm_destroyed(self.vm)
         self.machine.forget_vm(self.vm)
         self.vm.gpc, self.vm.gpc_fresh = None, False
@@ -214,10 +217,10 @@ class FilePrimitives(GuestSide):
     # -- saying so -----------------------------------------------------------------------------------------------
 
     def warn(self, what: str) -> None:
-        """WARN_ON()."""
+        """WARN_ON(): a line on the console, and a fact for the laws."""
         self.machine.log(f"WARNING: {what}")
         self.notes.append(facts.Warned(what))
 
     def bug(self, what: str) -> None:
-        """BUG_ON()."""
+        """BUG_ON(): the kernel stops here, which breaks the law host-survives."""
         self.die(what)

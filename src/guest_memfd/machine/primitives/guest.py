@@ -12,7 +12,7 @@ from guest_memfd.words.primitives import EAGAIN, ENOMEM, Folio
 
 
 class GuestSide(UserMappings):
-    """hypercall ... gpc_drop."""
+    """The guest's side, hypercall to gpc_drop: EL2's code, guest accesses, and pfn caches of the kernel."""
 
     def hypercall(self, name: str, *args: object) -> int:
         """The driver's code around one hypercall; what it did to the page is read off EL2's own records."""
@@ -23,14 +23,17 @@ class GuestSide(UserMappings):
         machine = self.machine
         folio = next(arg for arg in args if isinstance(arg, Folio))
         page = self.page(folio)
+        # Before and after: what the hypercall did is read off EL2's records, not believed from its result.
         owner, mapped = machine.driver.owner(page.pa), machine.driver.guest_maps(self.vm, page.pa)
         machine.tracer.counts(self.who, "calls")
         asked = self.asked(page)
         ret = machine.driver.hypercall(self.vm, name, args)
         if machine.driver.keeps(name, args):
             self.against(FOR_GOOD, page)
+        # A refusal that is a rule of the hypervisor's is no failure, and the laws must tell the two apart.
         elif (name, ret) in machine.driver.rules:
             self.notes.append(facts.Refused(name, -ret))
+            # A guest that has never asked for the page, nor written to it, cannot be said to hold on to it.
             if asked:
                 self.against(HELD, page)
         elif ret in (-ENOMEM, -EAGAIN):
@@ -62,11 +65,13 @@ class GuestSide(UserMappings):
         machine, vm = self.machine, self.vm
         if vm.state != RUNNING:
             return "stopped"
+        # Before the access: afterwards a store has replaced what was there.
         before = machine.tracer.contents()
         ran = machine.driver.guest_access(vm, gfn * PAGE, write, GUEST_TOKEN)
         if ran.exit is not None:
             return ran.exit
         page = machine.page_at(ran.pa)
+        # The CPU says where it arrived. If the tables say otherwise, a TLB entry has outlived its mapping.
         via = "guest mapping" if machine.driver.lookup(vm, gfn * PAGE) == ran.pa else "stale guest TLB entry"
         if not self._guest_may(page, gfn):
             self.notes.append(facts.StrayGuest(machine.number(page.pa), via))
@@ -137,7 +142,7 @@ class GuestSide(UserMappings):
         return True
 
     def gpc_commit(self, folio: Folio) -> bool:
-        """mmu_notifier_retry_cache()."""
+        """Fill the cache, unless an invalidation runs or has run since `gpc_begin`: mmu_notifier_retry_cache()."""
         if any(self.vm.begun.values()) or not self.vm.gpc_fresh:
             return False
         self.vm.gpc = self.page(folio)

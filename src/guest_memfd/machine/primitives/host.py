@@ -1,7 +1,6 @@
 """The emulated host as procedures see it: a primitive comes in, the machine moves, a result goes out.
 
-Rule of this file: the only place from which primitives are called. Frozen tasks and the end of the kernel are dealt with
-here, as on the abstract host.
+Primitives are called from here only. Frozen tasks and the end of the kernel are dealt with here, as on the abstract host.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
         What the laws should know is in `notes` afterwards.
         """
         self.notes = []
+        # A frozen task runs nothing, not even what it had begun.
         if who in self.tasks and self.machine.power.frozen:
             raise Blocked
         self.who, self.caller = who, primitive.caller

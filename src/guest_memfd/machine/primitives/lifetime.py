@@ -1,5 +1,5 @@
-"""What has to be there for a primitive: the module whose code runs, and the inode it works on. Rule of this file: it is
-asked before anything is done, and what is not there ends the kernel.
+"""What has to be there for a primitive: the module whose code runs, and the inode it works on. It is asked before
+anything is done, and what is not there ends the kernel.
 
 The life of an inode (fs/inode.c). iput() of the last reference hands it to whoever dropped that: he evicts it, and nobody
 else may use it meanwhile, as nobody else can have held it. destroy_inode() frees its memory; from then on nobody may. A
@@ -38,10 +38,11 @@ def works_on_inode(primitive: Primitive) -> bool:
 
 
 class Lifetimes(Base):
-    """must_be_there."""
+    """Before every primitive: its code and the inode that it works on have to be there still."""
 
     def must_be_there(self, primitive: Primitive) -> None:
         """End the kernel if the code of *primitive*, or the inode it works on, is gone."""
+        # The caller is the module whose text runs; after an unload that text is not there any more.
         if self.machine.unloaded and primitive.caller == self.machine.module.name:
             self.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
         inode = self.inode

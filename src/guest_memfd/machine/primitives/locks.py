@@ -10,7 +10,7 @@ from guest_memfd.words.primitives import Folio, Locked, Sem
 
 
 class Locks(Base):
-    """down_read ... unlock_folio."""
+    """The lock primitives, down_read to unlock_folio, on the emulated kernel's semaphores and folio locks."""
 
     def _sem(self, sem: Sem) -> Rwsem:
         return self.inode.invalidate if sem == "invalidate" else self.inode.bindings
@@ -35,6 +35,7 @@ class Locks(Base):
     def down_write(self, sem: Sem) -> object:
         """A writer that cannot have the lock queues first: from then on new readers wait."""
         taken = self._sem(sem).down_write(self.who)
+        # Queued: a step that others can see, after which new readers wait.
         if taken is None:
             return STAY
         if not taken:

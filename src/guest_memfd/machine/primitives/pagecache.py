@@ -16,7 +16,7 @@ FOLIO_BATCH = 31
 
 
 class PageCache(Contents):
-    """filemap_get_folio ... folio_set_private."""
+    """The page-cache primitives, filemap_get_folio to folio_set_private, on struct pages of the machine."""
 
     def filemap_get_folio(self, index: int) -> Lookup | None:
         """A hit comes with a transient reference."""
@@ -40,6 +40,8 @@ class PageCache(Contents):
         except OutOfMemory:
             self.against(FAILURE)
             return -ENOMEM
+        # After the allocation, as in the kernel: two faults allocate at the same time, and one of them gives its
+        # folio back.
         if self._occupied(head, order):
             folios.free(pa, order)
             self.against(CONTENTION)
@@ -47,6 +49,7 @@ class PageCache(Contents):
         page = self.machine.pages[pa // PAGE] = Page(pa, order)
         page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
         page.take("lookup")
+        # Locked before it can be found, so the first to see it is the one who zeroes it.
         page.lock = self.who
         self.inode.insert(page, head)
         self._lru_add(page)
@@ -57,6 +60,7 @@ class PageCache(Contents):
         inode, end = self.inode, head + (1 << order)
         if inode.find(head) is not None:
             return True
+        # By counts first: to go through 2^18 indexes for one folio of 1 GiB would make every fault slow.
         smaller = sum(count for o, count in inode.orders.items() if o < order)
         if smaller < 1 << order:
             return smaller > 0 and any(head <= i < end for i in inode.pages)
@@ -82,6 +86,7 @@ class PageCache(Contents):
     def split_folio(self, folio: Folio) -> int:
         """Flags and the page cache's references are those of every page; the caller keeps the first, locked."""
         page = self.locked(folio, "split_folio")
+        # Nobody but the page cache and the caller: a part that somebody refers to cannot become a folio of its own.
         if page.refcount != page.nr + 1 or not page.order:
             self.against(REFERENCE, page)
             return -EBUSY
@@ -108,7 +113,7 @@ class PageCache(Contents):
         self.free_if_unused(page)
 
     def folio_get(self, folio: Folio, kind: str = "provided") -> None:
-        """A lasting reference."""
+        """Take a reference of *kind* that outlives the operation; the caller already has one on the folio."""
         self.page(folio).take(kind)
 
     def leak_folio(self, folio: Folio) -> None:
@@ -117,7 +122,7 @@ class PageCache(Contents):
         self.machine.leaked += 1
 
     def mapping_set_no_direct_map(self) -> None:
-        """AS_NO_DIRECT_MAP."""
+        """Set AS_NO_DIRECT_MAP on the inode: readers of page-cache folios that ask for it keep out."""
         self.inode.refuses_readers = True
 
     def mapping_no_direct_map(self) -> bool:
@@ -125,14 +130,14 @@ class PageCache(Contents):
         return self.inode.refuses_readers
 
     def folio_ref_count(self, folio: Folio) -> int:
-        """All references."""
+        """The reference count; more than the page cache, its LRU batch and the caller have is a reason to refuse."""
         page = self.page(folio)
         if page.refcount > page.cache + page.lru + 1:
             self.against(REFERENCE, page)
         return page.refcount
 
     def folio_maybe_dma_pinned(self, folio: Folio) -> bool:
-        """FOLL_PIN only."""
+        """Whether a FOLL_PIN reference is held; a FOLL_GET reference is not seen here, as in the kernel."""
         return bool(self.page(folio).pin)
 
     def folio_mapped(self, folio: Folio) -> bool:
@@ -163,6 +168,7 @@ class PageCache(Contents):
         """free_pages_prepare(): a poisoned frame stays out of use, any other is written to and freed (mm/page_alloc.c)."""
         if page.refcount or page.retired:
             return
+        # Never back to the allocator: its next owner would meet the same error.
         if page.hwpoison:
             page.retired = True
             return
@@ -172,6 +178,7 @@ class PageCache(Contents):
             machine.guest_reaches(page)))
         if page.lock is not None:
             self.die(f"{self.folio(page)} is freed while locked")
+        # Through the direct map, as the allocator writes. A hole that was not put back ends the kernel here.
         if machine.on_free != "nothing":
             self.kernel_write(page, "allocator", "free-time poisoning")
             machine.tracer.freed(page)

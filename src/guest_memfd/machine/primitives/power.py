@@ -9,10 +9,10 @@ from guest_memfd.words.primitives import EAGAIN, EBUSY, Folio
 
 
 class PowerPrimitives(FilePrimitives):
-    """pm_account ... hwpoison."""
+    """Hibernation, the freezer and memory failure: pm_account to memory_failure_done."""
 
     def pm_account(self, pages: int) -> int:
-        """Counted and refused atomically."""
+        """Count *pages* that leave the host, in one step with the check: -EAGAIN once hibernation has begun to prepare."""
         power = self.machine.power
         if pages > 0 and power.preparing:
             self.against(HIBERNATION)
@@ -30,11 +30,11 @@ class PowerPrimitives(FilePrimitives):
         return 0
 
     def pm_post(self) -> None:
-        """The door opens."""
+        """End the hibernation that `pm_prepare` began: pages may leave the host again."""
         self.machine.power.preparing = False
 
     def open_files(self) -> int:
-        """secretmem_users."""
+        """How many files have a reference left, as secretmem_users counts; hibernation asks for it."""
         return sum(inode.files > 0 for inode in self.machine.inodes)
 
     def freeze_processes(self) -> None:
@@ -52,7 +52,7 @@ class PowerPrimitives(FilePrimitives):
                 or bool(self.vm.gpc_readers))
 
     def thaw_processes(self) -> None:
-        """They run again."""
+        """Let the tasks run that `freeze_processes` has stopped."""
         self.machine.power.frozen = False
 
     def hwpoison(self, index: int) -> Folio | None:

@@ -1,7 +1,7 @@
 """Linux's own readers and writers of all RAM, on this machine: /proc/kcore, the hibernation image, page poisoning.
 
-Rule of this file: every byte goes through the linear map, by the kernel's text on a CPU. What the rules are is said in
-linux/kcore.py, linux/snapshot.py and linux/page_poison.py; this is what they ask.
+Every byte goes through the linear map, by the kernel's text on a CPU. What the rules are is said in linux/kcore.py,
+linux/snapshot.py and linux/page_poison.py; this is what they ask.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Services:
         return False
 
     def is_reserved(self, pa: int) -> bool:
-        """Kernel text is."""
+        """Only the page of kernel text is PageReserved on this machine."""
         return pa == self.machine.text.pa
 
     def is_hwpoison(self, pa: int) -> bool:
-        """By struct folio."""
+        """PageHWPoison() of the page at *pa*, or of the folio that it is part of."""
         return self.machine.page_at(pa).hwpoison
 
     def free_pages(self) -> int:
@@ -71,11 +71,11 @@ class Services:
         return self.linear_map.set_direct_map_default_noflush(pa)
 
     def set_direct_map_invalid_noflush(self, pa: int) -> int:
-        """After it."""
+        """Take one page out of the linear map again, after the copy that needed it; 0 or -ENOMEM."""
         return self.linear_map.set_direct_map_invalid_noflush(pa)
 
     def flush_tlb_kernel_page(self, pa: int) -> None:
-        """And the TLBs."""
+        """Drop the linear-map entry of one page from the TLBs of all CPUs."""
         va = self.linear_map.va(pa)
         self.linear_map.flush_tlb_kernel_range(va, va + PAGE)
 
@@ -112,12 +112,12 @@ class Services:
         return 0
 
     def thaw_processes(self) -> None:
-        """They go on."""
+        """User space goes on after `freeze_processes`."""
         self.machine.power.frozen = False
 
     def suspend_devices(self) -> int:
-        """There are none."""
+        """0: this machine has no devices to suspend."""
         return 0
 
     def resume_devices(self) -> None:
-        """Nor now."""
+        """The reverse of `suspend_devices`, which had none to suspend."""

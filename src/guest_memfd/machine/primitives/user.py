@@ -13,7 +13,7 @@ from guest_memfd.words.primitives import EBADF, ENOMEM, Folio
 
 
 class UserMappings(PageCache):
-    """mmap ... unpin."""
+    """The VMM's mapping and GUP, mmap to unpin: user page tables, and references that others hold."""
 
     def mmap(self) -> int:
         """Over the whole file, through the VMM's descriptor."""
@@ -59,6 +59,7 @@ class UserMappings(PageCache):
         mapping, page = self.inode.mapping, self.page(folio)
         if mapping is None or not mapping.vmas:
             return False
+        # Given anew, after memory_failure() had taken it: that is what the law asks about.
         if page.handled and mapping.lookup(index) is None:
             self.notes.append(facts.Given("the VMM", self.machine.number(page.pa)))
         try:
@@ -99,7 +100,10 @@ class UserMappings(PageCache):
     def gup_recheck(self, index: int, folio: Folio, foll_pin: bool) -> bool:
         """Keep or drop the speculative reference."""
         page = self.page(folio)
+        # Dropped first, and taken again as a real one: the speculative reference is never used to touch the page.
         self.drop(page, "spec")
+        # The entry has gone, or leads elsewhere. The frame may even be another folio by now, and this reference may
+        # have been its last.
         if self.gup_read_pte(index) != folio:
             self.free_if_unused(page)
             return False

@@ -1,7 +1,7 @@
 """System calls by name, and the words of their arguments.
 
-Rule of this file: a call goes to the kernel as it is given, wrong arguments included, which the C library might refuse or
-repeat. Numbers: arch/x86/entry/syscalls/syscall_64.tbl and scripts/syscall.tbl.
+A call goes to the kernel as it is given, wrong arguments included, which the C library might refuse or repeat. Numbers:
+arch/x86/entry/syscalls/syscall_64.tbl and scripts/syscall.tbl.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def call(name: str, *given: Any) -> int:
 
 
 def name_of(error: OSError | SyscallFailed) -> str:
-    """The errno's name."""
+    """The name of the errno, as ``EINVAL``; its number where it has no name."""
     return errno_name(error.errno or 0)
 
 

@@ -1,7 +1,7 @@
 """One row in a process of its own: what it returns, the signal that killed it with code and address, or no answer in time.
 
-Rule of this file: nothing a row does reaches the process that asks. The child leads a process group of its own, which is
-killed whatever happens; it is traced, so that a fault can be looked at before it kills (ptrace(2), PTRACE_GETSIGINFO).
+Nothing that a row does reaches the process that asks. The child leads a process group of its own, which is killed
+whatever happens; it is traced, so that a fault can be looked at before it kills (ptrace(2), PTRACE_GETSIGINFO).
 """
 
 from __future__ import annotations

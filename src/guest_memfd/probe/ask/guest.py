@@ -1,7 +1,7 @@
 """A guest that does one load or one store at a time, and says what it saw (x86-64).
 
-Rule of this file: it runs at CPL 3 with tables and code in a plain slot, so that every KVM runs it as hardware would; only
-`at_cpl_0` does not, to find out whether this KVM emulates what a guest's kernel does.
+It runs at CPL 3 with tables and code in a plain slot, so that every KVM runs it as hardware would; only `at_cpl_0` does
+not, to find out whether this KVM emulates what a guest's kernel does.
 """
 
 from __future__ import annotations

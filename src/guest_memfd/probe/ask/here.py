@@ -1,7 +1,6 @@
 """What a row works on, made on demand in the row's own process: /dev/kvm, a VM, a vCPU, files, mappings.
 
-Rule of this file: what fails here is not what the row is about, so it makes the row unfit and says why; what a row is about
-it calls itself.
+What fails here is not what the row is about, so it makes the row unfit and says why; what a row is about it calls itself.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Here:
 
     @property
     def kvm(self) -> int:
-        """/dev/kvm."""
+        """A descriptor of /dev/kvm, opened by the first use; raises Unfit where that fails."""
         if self._kvm < 0:
             self._kvm = self.open(self.path)
         return self._kvm
@@ -69,7 +68,7 @@ class Here:
         return _must("KVM_CREATE_VCPU", lambda: call("ioctl", self.vm, kvm.CREATE_VCPU, 0))
 
     def gmem(self, flags: int = SHARED, size: int = SIZE, vm: int | None = None) -> int:
-        """A guest_memfd."""
+        """A guest_memfd of *size* bytes of *vm*; raises Unfit where the kernel lacks one of *flags*."""
         for flag in GuestMemfdFlag:
             if flags & flag and f"flag {int(flag)}" not in self.features:
                 raise Unfit(self.features.why(f"flag {int(flag)}"))
@@ -119,7 +118,7 @@ class Here:
         return address
 
     def memory(self, size: int = SIZE) -> int:
-        """Anonymous memory."""
+        """The address of *size* bytes of private anonymous memory, not yet touched; raises Unfit."""
         return _must("mmap", lambda: call("mmap", 0, size, RW, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))
 
     def hole(self, size: int = SIZE) -> int:
@@ -171,7 +170,7 @@ def resident(fd: int, offset: int = 0, nr: int = 0) -> int:
 
 
 def punch(fd: int, offset: int, nr: int) -> None:
-    """Punch a hole."""
+    """Free [offset, offset+nr) bytes of *fd* by fallocate(2) with PUNCH_HOLE and KEEP_SIZE; raises SyscallFailed."""
     call("fallocate", fd, PUNCH, offset, nr)
 
 

@@ -1,7 +1,7 @@
 """A row of the behaviour table, and what its result means on this kernel.
 
-Rule of this file: expectations are data. A row expects what is confirmed on 6.18; where a kernel with some feature does
-otherwise, a rule of the row says so, and rules come before releases.
+Expectations are data. A row expects what is confirmed on 6.18; where a kernel with some feature does otherwise, a rule of
+the row says so, and rules come before releases.
 """
 
 from __future__ import annotations

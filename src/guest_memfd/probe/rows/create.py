@@ -19,12 +19,12 @@ _GB = 1 << 30
 
 
 def vm_of_type(here: Here, kind: int) -> None:
-    """KVM_CREATE_VM."""
+    """KVM_CREATE_VM with *kind* as the type of the VM."""
     call("ioctl", here.kvm, kvm.CREATE_VM, kind)
 
 
 def file_of(here: Here, size: int, flags: int) -> None:
-    """KVM_CREATE_GUEST_MEMFD."""
+    """KVM_CREATE_GUEST_MEMFD of *size* bytes, which need not be valid, nor need *flags*."""
     create(here.vm, size, flags)
 
 
@@ -41,22 +41,22 @@ def reserved_words(here: Here) -> None:
 
 
 def no_argument(here: Here) -> None:
-    """A null pointer."""
+    """KVM_CREATE_GUEST_MEMFD with a null pointer for its argument."""
     call("ioctl", here.vm, kvm.CREATE_GUEST_MEMFD, 0)
 
 
 def on_the_device(here: Here) -> None:
-    """On /dev/kvm."""
+    """KVM_CREATE_GUEST_MEMFD on /dev/kvm, where it is no ioctl."""
     create(here.kvm, SIZE, 0)
 
 
 def on_a_vcpu(here: Here) -> None:
-    """On a vCPU."""
+    """KVM_CREATE_GUEST_MEMFD on a vCPU, where it is no ioctl."""
     create(here.vcpu(), SIZE, 0)
 
 
 def no_descriptor_left(here: Here) -> None:
-    """With RLIMIT_NOFILE reached."""
+    """KVM_CREATE_GUEST_MEMFD with every descriptor that RLIMIT_NOFILE allows in use."""
     vm = here.vm
     limit = os.dup(vm) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

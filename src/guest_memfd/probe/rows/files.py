@@ -1,7 +1,7 @@
 """What a guest_memfd and a memfd_secret answer to the calls of a file: stat, read, seek, truncate, splice, reopen and so on.
 
-Rule of this file: `OPERATIONS` is done to guest_memfd with every combination of flags, and to memfd_secret; a column of
-results each.
+`OPERATIONS` is done to guest_memfd with every combination of flags, and to memfd_secret; there is a column of results for
+each.
 """
 
 from __future__ import annotations
@@ -196,14 +196,14 @@ def own_inode(here: Here) -> str:
 
 
 def fs_type(here: Here, which: int | str) -> str:
-    """f_type of fstatfs(2)."""
+    """f_type of fstatfs(2) in hexadecimal: which file system the file says it is on."""
     found = ctypes.create_string_buffer(256)
     call("fstatfs", here.file(which), found)
     return hex(struct.unpack_from("<Q", found.raw)[0])
 
 
 def link_text(here: Here, which: int | str) -> str:
-    """Where /proc/self/fd/N points."""
+    """Where the link /proc/self/fd/N points: the name that the kernel gave the file."""
     return os.readlink(_path(here.file(which))).decode()
 
 

@@ -27,7 +27,7 @@ FAR = 1 << 40
 
 
 def maps(here: Here, which: int | str, prot: int, flags: int, offset: int = 0, nr: int = SIZE) -> None:
-    """mmap(2)."""
+    """mmap(2) of *nr* bytes from byte *offset* on, with the protection and flags under test."""
     call("mmap", 0, nr, prot, flags, here.file(which), offset)
 
 

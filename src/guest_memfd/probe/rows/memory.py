@@ -42,7 +42,7 @@ def populates(here: Here, flags: int, advice: str, nr: int) -> str:
 
 
 def guarded(here: Here) -> None:
-    """Load after MADV_GUARD_INSTALL."""
+    """Load from a page after MADV_GUARD_INSTALL; unfit where the kernel has no guard regions for files."""
     address = here.map(here.gmem())
     try:
         call("madvise", address, SIZE, ADVICE["GUARD_INSTALL"])

@@ -1,6 +1,6 @@
 """Who takes pages of a mapping by get_user_pages(), and who only copies through it; userfaultfd.
 
-Rule of this file: `USERS` is done to shared pages, to private ones, and to memfd_secret; a column of results each.
+`USERS` is done to shared pages, to private ones, and to memfd_secret; there is a column of results for each.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ UFFD_MODES = {"missing": 1, "wp": 2, "minor": 4}
 
 
 def registers(here: Here, which: int | str, mode: str) -> None:
-    """UFFDIO_REGISTER."""
+    """UFFDIO_REGISTER of a mapping of the file for one mode of userfaultfd."""
     try:
         uffd = call("userfaultfd", 1 | os.O_CLOEXEC)
         call("ioctl", uffd, 0xC018AA3F, ctypes.create_string_buffer(struct.pack("<QQQ", 0xAA, 0, 0)))

@@ -22,7 +22,7 @@ def opens(here: Here, flags: int) -> str:
 
 
 def no_descriptor_left(here: Here) -> None:
-    """With RLIMIT_NOFILE reached."""
+    """memfd_secret(2) with every descriptor that RLIMIT_NOFILE allows in use."""
     fd, _ = os.pipe()
     resource.setrlimit(resource.RLIMIT_NOFILE, (fd + 1, fd + 1))
     call("memfd_secret", 0)
@@ -45,7 +45,7 @@ def maps_empty(here: Here, touch: bool) -> str:
 
 
 def fallocates(here: Here, mode: int) -> None:
-    """fallocate(2)."""
+    """fallocate(2) of one page of a memfd_secret, with *mode*."""
     call("fallocate", here.secret(), mode, 0, PAGE)
 
 

@@ -42,7 +42,7 @@ def too_large_slot(here: Here) -> None:
 
 
 def old_ioctl(here: Here) -> None:
-    """KVM_SET_USER_MEMORY_REGION with KVM_MEM_GUEST_MEMFD."""
+    """KVM_SET_USER_MEMORY_REGION with the flag KVM_MEM_GUEST_MEMFD, for which its structure has no field."""
     call("ioctl", here.vm, kvm.SET_USER_MEMORY_REGION, abi.UserspaceMemoryRegion(0, GMEM, GPA, SIZE, here.memory()))
 
 
@@ -52,7 +52,7 @@ def without_flag(here: Here) -> None:
 
 
 def pads(here: Here) -> None:
-    """All padding set."""
+    """KVM_SET_USER_MEMORY_REGION2 with all bits of all padding set."""
     region = abi.UserspaceMemoryRegion2(0, GMEM, GPA, SIZE, 0, 0, here.gmem(0), 0xFFFFFFFF)
     region.pad2[:] = [(1 << 64) - 1] * 14
     call("ioctl", here.vm, kvm.SET_USER_MEMORY_REGION2, region)

@@ -1,4 +1,4 @@
-"""Bindings: which part of which file a guest has where. Rule of this file: arithmetic of ranges, in pages.
+"""Bindings: which part of which file a guest has where. Here is the arithmetic of ranges, in pages.
 
 Source: struct gunyah_gmem_binding and its users in drivers/virt/gunyah/guest_memfd.c (series v17, patch 24).
 """
@@ -58,7 +58,7 @@ class Binding:
         return self.start + gfn - self.gfn
 
     def trim(self, gfn: int, nr: int) -> None:
-        """An edge goes."""
+        """Give up *nr* gfns from *gfn* on, which must be the first or the last of the binding."""
         if gfn == self.gfn:
             self.gfn, self.start = self.gfn + nr, self.start + nr
         self.nr -= nr

@@ -36,7 +36,7 @@ class GunyahDeviceFile(Serialised):
         return issubclass(self.design, GunyahV17)
 
     def create_vm(self, arg: int = 0) -> VmFile:
-        """CREATE_VM."""
+        """CREATE_VM; raises SyscallFailed: EINVAL unless *arg* is 0, ENOMEM."""
         self._in_use("CREATE_VM")
         if arg:
             raise SyscallFailed(EINVAL, "CREATE_VM", f"argument {arg}")
@@ -45,7 +45,7 @@ class GunyahDeviceFile(Serialised):
         return VmFile(self)
 
     def create_guest_mem(self, size: int, flags: int = 0) -> GunyahMemoryFile:
-        """CREATE_GUEST_MEM."""
+        """CREATE_GUEST_MEM of *size* bytes; raises SyscallFailed: EINVAL no whole pages or unknown flags."""
         self._in_use("CREATE_GUEST_MEM")
         flags, size = CreateMemArgs.unpack(CreateMemArgs(flags, size).pack())
         if size % PAGE or size >> 63:

@@ -1,4 +1,4 @@
-"""irqfd and ioeventfd. Rule of this file: arguments are checked as documented; an eventfd is a number and a count.
+"""irqfd and ioeventfd. Arguments are checked as documented; an eventfd is a number and a count.
 
 Interrupts are not modelled: an irqfd is there, can be removed, and does nothing. Source: drivers/virt/gunyah/irqfd.c and
 ioeventfd.c (series v17, patches 31 to 33).

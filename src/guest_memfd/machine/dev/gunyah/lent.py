@@ -1,4 +1,5 @@
-"""Memory files that a library serves: lent pages are private, all others shared. Rule of this file: convert, then bind.
+"""Memory files that a library serves: lent pages are private, all others shared. Pages are converted first, and bound
+then.
 
 What v17 decides by who happens to map a page is a conversion here: a page becomes private when the guest is to have it for
 itself, and shared again when the VMM maps it or the binding ends. A page the VMM maps is not lent (-EPERM), as v17 has it;
@@ -112,6 +113,7 @@ class LentFile(GunyahMemoryFile):
         attributes = self.host.inode.trees["attributes"].load(first, length)
         if attributes.count(PRIVATE_PAGE) == length:
             return 0
+        # As the posted driver: lent memory is not mapped by the VMM, and must not be mappable either.
         if self.host.vma_covers(first, length):
             return -EPERM
         return int(self.run(self.library.make_private(first, length)).ret)

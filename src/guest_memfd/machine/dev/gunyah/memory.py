@@ -1,4 +1,4 @@
-"""What every memory file of /dev/gunyah refuses, whoever serves it. Rule of this file: arguments, in the driver's order.
+"""What every memory file of /dev/gunyah refuses, whoever serves it. Arguments are checked in the driver's order.
 
 Source: gunyah_gmem_fallocate(), gunyah_gmem_mmap() (drivers/virt/gunyah/guest_memfd.c, series v17, patches 23 and 24).
 """
@@ -37,7 +37,7 @@ class Parcelled(NamedTuple):
 
     @property
     def nr(self) -> int:
-        """Pages."""
+        """Length of the parcel in pages."""
         return sum(folio.nr for folio in self.folios)
 
 
@@ -65,7 +65,7 @@ class MemoryHost(FileHost):
         return next((b.vm for b in self.file.bindings if b.covers(start, nr)), self.file.vm)
 
     def vm_at(self, index: int) -> DeviceVm:
-        """By the bindings."""
+        """The VM that page *index* is bound to; the file's own where no binding covers it."""
         return self._bound_to(index, 1)
 
 
@@ -92,7 +92,7 @@ class GunyahMemoryFile(GuestMemoryFile):
 
     @property
     def pages(self) -> int:
-        """Length in pages."""
+        """Length of the file in pages; its size is a multiple of a page."""
         return self.size // PAGE
 
     @property

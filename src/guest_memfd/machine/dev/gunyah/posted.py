@@ -1,4 +1,4 @@
-"""Memory files served by the driver as posted. Rule of this file: what designs/gunyah_v17.py leaves out of its scenarios.
+"""Memory files served by the driver as posted. Here is what designs/gunyah_v17.py leaves out of its scenarios.
 
 Several bindings, ranges, huge folios, parcels. Mistakes are kept and marked with the numbers of docs/bugs.md. Patches 20,
 23, 24 and 25/35. Not modelled: bindings and accesses beyond the end of the file (S28), S8, one file in several VMs.
@@ -38,7 +38,7 @@ class PostedDriver(GunyahV17):
 
     # __gunyah_gmem_get_huge_folio(): a huge folio where the window is empty, else, or when that fails, a small one.
     def grab_folio(self, index: int) -> Steps[Grabbed | int]:
-        """Find or allocate."""
+        """Find or allocate the folio of page *index*; in a huge file try an aligned 2 MiB folio first."""
         if self.huge:
             hit = yield from self.driver.filemap_get_folio(index)
             if hit is not None:
@@ -180,7 +180,7 @@ class PostedFile(GunyahMemoryFile):
         library.bindings = self.bindings
 
     def map_range(self, start: int, nr: int) -> Steps[int]:
-        """The driver's mmap."""
+        """The driver's mmap() of pages [start, start+nr); 0 or -errno."""
         return self.library.mmap_range(start, nr)
 
     def bind(self, binding: Binding) -> int:
@@ -195,15 +195,15 @@ class PostedFile(GunyahMemoryFile):
         return int(self.run(self.library.bind_range(binding.gfn, binding.start, binding.nr)))
 
     def unbind(self, binding: Binding, gfn: int, nr: int) -> int:
-        """As posted."""
+        """Give *nr* gfns of the binding up, by the driver's code as posted; 0 or -errno."""
         return int(self.run(self.library.unbind_range(binding, gfn, nr)))
 
     def abandon(self, binding: Binding) -> int:
-        """As posted."""
+        """Give the whole binding up as the VM ends, by the driver's code as posted; 0 or -errno."""
         return int(self.run(self.library.abandon_range(binding)))
 
     def demand(self, binding: Binding, gfn: int) -> int:
-        """As posted."""
+        """The guest has faulted at *gfn*: provide its page, by the driver's code as posted; 0 or -errno."""
         return int(self.run(self.library.guest_fault(gfn, binding.index(gfn))))
 
     def make_parcel(self, binding: Binding, gfn: int, nr: int) -> int | Parcelled:
@@ -221,11 +221,11 @@ class PostedFile(GunyahMemoryFile):
         return Parcelled(folios, binding.gfn + first.index - binding.start)
 
     def parcel_is_paged(self, binding: Binding, parcel: Parcelled) -> int:
-        """As posted."""
+        """The VM has started: the parcel's folios become provided pages, by the driver's code as posted; 0 or -errno."""
         return int(self.run(self.library.parcel_to_paged(parcel, binding.lend)))
 
     def parcel_is_not_paged(self, parcel: Parcelled) -> None:
-        """As posted."""
+        """The start has failed: forget the provided pages again, by the driver's code as posted."""
         self.run(self.library.forget_paged(parcel, parcel.nr))
 
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:

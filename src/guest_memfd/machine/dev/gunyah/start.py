@@ -1,4 +1,4 @@
-"""START, through the Resource Manager. Rule of this file: the steps in their order, and where a failure leaves the VM.
+"""START, through the Resource Manager. Here are the steps in their order, and where a failure leaves the VM.
 
 A failed START is final: the status stays what it was when a step failed, every later START is -ENODEV, and memory comes
 back with the last descriptor. Source: gunyah_vm_start() (drivers/virt/gunyah/vm_mgr.c, series v17, patches 10, 12, 25 to
@@ -41,6 +41,8 @@ def start(vm: VmFile) -> None:
         raise SyscallFailed(ENODEV, "START", f"the VM is in state {vm.status.name}")
     vmid = vm.rm.alloc_vmid(0)
     _check(vmid, "VM_ALLOC_VMID")
+    # From here on a failure is final: what the Resource Manager has begun to build is taken apart by the VM's end
+    # only.
     vm.vmid, vm.status = vmid, VmState.LOAD
     binding, parcel = _parcel(vm)
     _configure(vm, binding, parcel)
@@ -55,6 +57,7 @@ def start(vm: VmFile) -> None:
     ret, _ = vm.rm.get_hyp_resources(vmid)
     _check(ret, "VM_GET_HYP_RESOURCES")
     for function in vm.functions.values():
+        # vCPU functions that were added before START have waited for their capability.
         if isinstance(function, VcpuFile):
             populate(vm, function)
     _check(binding.file.parcel_is_paged(binding, parcel), "parcel to paged")
@@ -86,6 +89,7 @@ def _parcel(vm: VmFile) -> tuple[Binding, Parcelled]:
     acl = (guest,) if binding.lend else (guest, Acl(HLOS_VMID, _RWX))
     ret, handle = vm.rm.mem_share(acl, tuple(Sgl(folio.pfn * PAGE, folio.nr * PAGE) for folio in parcel.folios))
     if ret:
+        # The Resource Manager has never had it.
         binding.file.parcel_is_back(parcel, binding.lend, 0)
     _check(ret, "MEM_LEND" if binding.lend else "MEM_SHARE")
     vm.parcel = binding, parcel, handle

@@ -1,4 +1,4 @@
-"""The end of a VM: its last descriptor has gone. Rule of this file: memory comes back before the VM is reset.
+"""The end of a VM: its last descriptor has gone. Memory comes back before the VM is reset.
 
 In the driver's order: stop; a parcel that never became ordinary memory; functions; bindings; what is left in the tree;
 reset; VMID. Where the posted driver loses what the Resource Manager refuses, a library-served VM resets first and asks
@@ -28,19 +28,21 @@ def teardown(vm: VmFile) -> None:
     started = vm.status in (VmState.RUNNING, VmState.EXITED)
     if vm.status == VmState.RUNNING and vm.rm.vm_stop(vm.vmid):
         warn(vm, "the VM cannot be stopped")
+    # Before memory is asked for: a living VM's locked pages are refused, a stopped one's are not.
     vm.linux.state = DYING
     if not started and vm.parcel is not None:
         _parcel_back(vm)
     for function in vm.functions.values():
         function.removed = True
     lost = _bindings(vm)
+    # While the hypervisor still has pages of the VM, a reset would lose them; the posted driver resets all the same.
     if not lost or vm.posted:
         _reset(vm)
     vm.machine.module.put()
 
 
 def warn(vm: VmFile, what: str) -> None:
-    """WARN()."""
+    """WARN(): say *what* on the console and go on; a VM's end cannot be refused."""
     vm.machine.log(f"WARNING: {what}")
 
 
@@ -80,6 +82,7 @@ def _reset(vm: VmFile) -> None:
         return
     vm.rm.receive()
     state = vm.rm.status.get(vm.vmid, VmState.LOAD)
+    # VM_RESET is refused in this state. To initialise it is the only way on to a state in which it is allowed.
     if state == VmState.INIT and not vm.posted:
         vm.rm.vm_call(Id.VM_INIT, vm.vmid)
         state = vm.rm.status[vm.vmid]

@@ -1,4 +1,4 @@
-"""VCPU_RUN. Rule of this file: the loop of gunyah_vcpu_run() - enter the guest, look why it came out, give it memory.
+"""VCPU_RUN. It is the loop of gunyah_vcpu_run(): enter the guest, look why it came out, give it memory.
 
 Whatever is not memory goes to user space. Source: drivers/virt/gunyah/gunyah_vcpu.c (series v17, patches 15, 28 and 33).
 The wait for an interrupt, which nobody here sends, ends as a signal ends it: -EINTR; so does a loop without an end.
@@ -53,6 +53,7 @@ class VcpuFile(Serialised):
 
     def run(self) -> Exit:
         """VCPU_RUN; a second thread waits until the first has come back (vcpu->run_lock)."""
+        # The machine's lock is let go of while this waits: the first thread needs it to come back.
         with self._lock.behind(self._mutex):
             return self._run()
 
@@ -67,12 +68,14 @@ class VcpuFile(Serialised):
     def _run(self) -> Exit:
         call, vm = "VCPU_RUN", self.vm
         self._in_use(call)
+        # The function was removed, and the vCPU still has its descriptor: it stays, and runs nothing.
         if self.removed:
             raise SyscallFailed(ENODEV, call, "the function has been removed")
         if self.cap is None:
             raise SyscallFailed(ENODEV, call, "the hypervisor has no such vCPU, or not yet")
         if vm.machine.dead is not None:
             raise vm.machine.dead
+        # Before the VM's state is looked at: an answer that is no valid one is an error even if the VM has ended.
         self._answer()
         self._attempts = 0
         while not self._system_down():
@@ -80,6 +83,7 @@ class VcpuFile(Serialised):
                 raise SyscallFailed(EINTR, call, "immediate_exit")
             if self._enter():
                 break
+            # Other threads get their turn between two entries, as they would on other CPUs.
             self._lock.give_way()
             if vm.machine.dead is not None:
                 raise vm.machine.dead
@@ -93,6 +97,8 @@ class VcpuFile(Serialised):
         if action not in tuple(ResumeAction):
             raise SyscallFailed(EINVAL, "VCPU_RUN", f"resume_action {action}")
         if action == ResumeAction.RETRY:
+            # RETRY means that user space has bound memory there meanwhile, so the page is provided before the guest
+            # tries again.
             self._demand(self._address, self._last == VcpuState.VMMIO_WRITE)
             self._resume = 0, Action.RETRY, 0
         elif action == ResumeAction.FAULT:
@@ -116,6 +122,7 @@ class VcpuFile(Serialised):
 
     # One entry into the guest; True: user space has something to do.
     def _enter(self) -> bool:
+        # The answer goes with one entry only, and is forgotten below: a second use would emulate the access twice.
         regs = [n.VCPU_RUN, self.cap or 0, *self._resume] + [0] * 13
         self._resume = 0, 0, 0
         self.vm.machine.el2.hvc(regs)
@@ -140,6 +147,8 @@ class VcpuFile(Serialised):
 
     # The guest is entered again; -EINTR when that has led nowhere for long.
     def _again(self, address: int) -> bool:
+        # A page that is provided and faults again is provided again. On hardware a signal ends this; here nobody
+        # sends one.
         self._attempts = self._attempts + 1 if address == self._address else 1
         self._address = address
         if self._attempts > _STUCK:
@@ -164,6 +173,7 @@ class VcpuFile(Serialised):
         if ret in (0, -EAGAIN):
             self._resume = 0, Action.RETRY, 0
             return self._again(address)
+        # An ioeventfd takes the store in the kernel, and user space is not woken for it.
         if is_write and any(f.takes(address, size, value) for f in self.vm.functions.values() if isinstance(f, Ioeventfd)):
             return False
         self._last, self._address = state, address
@@ -176,6 +186,7 @@ class VcpuFile(Serialised):
         binding = self.vm.binding_at(gfn)
         if binding is None:
             return -ENOENT
+        # The guest's own mistake, so it is told to user space and not mapped for reading: it would fault for ever.
         if write and not binding.writable:
             return -EPERM
         if execute and not binding.lend and not self.vm.posted:

@@ -1,4 +1,4 @@
-"""A VM's descriptor. Rule of this file: every check of every ioctl, in the driver's order; what follows is done elsewhere.
+"""A VM's descriptor. Every check of every ioctl is here, in the driver's order; what follows is done elsewhere.
 
 Source: drivers/virt/gunyah/vm_mgr.c, guest_memfd.c (series v17, patches 10, 13, 24, 26 and 30).
 """
@@ -102,7 +102,7 @@ class VmFile(Serialised):
         return binding is not None and binding.writable
 
     def map_mem(self, memory: Any, guest_addr: int, offset: int, size: int, flags: int) -> None:
-        """MAP_MEM."""
+        """MAP_MEM; addresses and sizes in bytes. Raises SyscallFailed as uapi/gunyah.py says, in the driver's order."""
         call = "MAP_MEM"
         self._in_use(call)
         asked = MapMemArgs.unpack(MapMemArgs(guest_addr, flags, 0, offset, size).pack())
@@ -166,12 +166,12 @@ class VmFile(Serialised):
     # -- configuration, START ------------------------------------------------------------------------------------
 
     def set_dtb_config(self, guest_phys_addr: int, size: int) -> None:
-        """SET_DTB_CONFIG."""
+        """SET_DTB_CONFIG: guest address and bytes of the device tree; START checks them, not this call."""
         self._in_use("SET_DTB_CONFIG")
         self.dtb = VmDtbConfig.unpack(VmDtbConfig(guest_phys_addr, size).pack())
 
     def set_boot_context(self, reg: int, value: int, reserved: int = 0) -> None:
-        """SET_BOOT_CONTEXT."""
+        """SET_BOOT_CONTEXT; raises SyscallFailed(EINVAL): no such register, reserved bits, or after START."""
         call = "SET_BOOT_CONTEXT"
         self._in_use(call)
         reg, reserved, value = VmBootContext.unpack(VmBootContext(reg, reserved, value).pack())
@@ -183,7 +183,7 @@ class VmFile(Serialised):
         self.boot[which, index] = value
 
     def start(self) -> None:
-        """START."""
+        """START: build and run the VM (start.py); raises SyscallFailed as uapi/gunyah.py says."""
         self._in_use("START")
         start.start(self)
 
@@ -196,7 +196,7 @@ class VmFile(Serialised):
         return vcpu
 
     def add_function(self, kind: int, arg: bytes) -> VcpuFile | None:
-        """ADD_FUNCTION."""
+        """ADD_FUNCTION; the file of a vCPU, None for others. Raises SyscallFailed: EINVAL, ENOENT, EEXIST, ENOMEM."""
         call = "ADD_FUNCTION"
         self._in_use(call)
         key = self._key(call, kind, arg)
@@ -235,7 +235,7 @@ class VmFile(Serialised):
         return kind, (event.addr, event.len, event.datamatch if event.flags else None)
 
     def remove_function(self, kind: int, arg: bytes) -> None:
-        """REMOVE_FUNCTION."""
+        """REMOVE_FUNCTION; a vCPU that is removed runs no more. Raises SyscallFailed: EINVAL, ENOENT."""
         call = "REMOVE_FUNCTION"
         self._in_use(call)
         if len(arg) > FN_MAX_ARG_SIZE:

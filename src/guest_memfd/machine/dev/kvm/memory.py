@@ -1,4 +1,4 @@
-"""KVM's guest_memfd. Rule of this file: what its ioctls and system calls refuse, in the order of virt/kvm/guest_memfd.c.
+"""KVM's guest_memfd. Here is what its ioctls and system calls refuse, in the order of virt/kvm/guest_memfd.c.
 
 KVM_SET_MEMORY_ATTRIBUTES2 is that of "guest_memfd: In-place conversion" v13.
 """
@@ -39,6 +39,7 @@ class KvmMemoryFile(GuestMemoryFile):
         pages = size // PAGE
         machine = vm.machine
         super().__init__(machine, vm.design(machine.hypervisor.ops(), pages), size, vm.vm)
+        # After creation, when there is no page yet whose state could differ from its attribute.
         if flags & GuestMemfdFlag.INIT_SHARED:
             self.init_shared()
 
@@ -70,6 +71,7 @@ class KvmMemoryFile(GuestMemoryFile):
         convert = self.library.make_private if wanted else self.library.make_shared
         result = self.run(convert(start // PAGE, size // PAGE))
         if result.ret:
+            # Where no page refused, the kernel names the beginning of the range.
             index = start // PAGE if result.error_index is None else result.error_index
             attributes.error_offset = index * PAGE
             why = f"design {self.library.name!r} has none" if result.ret == -EOPNOTSUPP else f"the page at {index * PAGE:#x}"

@@ -1,4 +1,4 @@
-"""Memory slots: which part of which file is where in the guest. Rule of this file: what KVM_SET_USER_MEMORY_REGION2 refuses.
+"""Memory slots: which part of which file is where in the guest. Here is what KVM_SET_USER_MEMORY_REGION2 refuses.
 
 Checks in the order of virt/kvm/kvm_main.c check_memory_region_flags() and kvm_set_memory_region(), of virt/kvm/guest_memfd.c
 kvm_gmem_bind() and, behind that, of arch/arm64/kvm/mmu.c kvm_arch_prepare_memory_region(). The process has no memory but
@@ -42,7 +42,7 @@ class Memslot:
 
 
 def refuse(errno: int, why: str) -> NoReturn:
-    """Fail the ioctl."""
+    """Fail KVM_SET_USER_MEMORY_REGION2 with *errno*, by raising SyscallFailed."""
     raise SyscallFailed(errno, CALL, why)
 
 
@@ -68,6 +68,7 @@ class Memslots:
             if region.slot not in self.by_id:
                 refuse(EINVAL, f"there is no slot {region.slot} to delete")
             return
+        # A slot with a guest_memfd is made and deleted, never moved: the guest's pages are bound by their gfn.
         if region.slot in self.by_id:
             refuse(EINVAL, f"slot {region.slot} is there, and one with a guest_memfd is never changed")
         gfn, nr = region.guest_phys_addr // PAGE, region.memory_size // PAGE

@@ -1,4 +1,4 @@
-"""/dev/kvm: what it can do, and new VMs. Rule of this file: the VM types of KVM with and without protected mode."""
+"""/dev/kvm: what it can do, and new VMs. The VM types are those of KVM with and without protected mode."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class KvmDevice(Serialised):
         self._lock = machine.lock
 
     def get_api_version(self) -> int:
-        """KVM_GET_API_VERSION."""
+        """KVM_GET_API_VERSION: 12, as every KVM since Linux 2.6.22."""
         self._in_use("KVM_GET_API_VERSION")
         return API_VERSION
 

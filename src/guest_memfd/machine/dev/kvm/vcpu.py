@@ -1,4 +1,4 @@
-"""A vCPU of /dev/kvm: KVM_RUN. Rule of this file: a guest's fault is the library's when a slot covers it, else user space's.
+"""A vCPU of /dev/kvm: KVM_RUN. A guest's fault is the library's when a slot covers it, else user space's.
 
 arch/arm64/kvm/arm.c kvm_arch_vcpu_ioctl_run(), arch/arm64/kvm/mmu.c gmem_abort(). Nobody sends interrupts, so a vCPU that
 waits for one waits until a signal comes.
@@ -66,7 +66,9 @@ class KvmVcpuFile(Serialised):
         A second thread waits until the first has come back (vcpu->mutex).
         """
         with self._alone(CALL):
+            # Before every entry: another thread may have run another vCPU on this CPU, or the VM may have ended.
             self._load()
+            # What user space answered is written to the registers before the guest runs, and only once.
             self._complete()
             self._has_run = True
             end = None if timeout is None else time.monotonic() + timeout
@@ -120,12 +122,14 @@ class KvmVcpuFile(Serialised):
         assert slot is not None, "the hypervisor has asked"
         self._counts["faults"] += 1
         index, file = slot.page(gfn), slot.file
+        # pKVM took the page by force. To map a new one would give the guest zeros where its data was.
         if vm.machine.driver.poisoned(vm.vm, gfn):
             ret = -EFAULT
         else:
             ret = file.run(file.library.guest_fault(gfn, index))
         if ret in (0, -EAGAIN):
             return self._stuck(ipa) if not ret else None
+        # As KVM_EXIT_MEMORY_FAULT says it: how the file has the page, which is what user space would have to change.
         private = file.host.inode.entry("attributes", index) == PRIVATE_PAGE
         return uapi.MemoryFault(PRIVATE if private else 0, gfn * PAGE, PAGE, -ret)
 
@@ -133,6 +137,8 @@ class KvmVcpuFile(Serialised):
         where, times = self._again
         here = ipa, self.core.pc
         self._again = here, times + 1 if here == where else 0
+        # A guest that makes progress faults at another address or instruction. The same one again and again is a bug
+        # of ours, and better said than looped over.
         if self._again[1] < _SAME_FAULT:
             return None
         return uapi.KvmInternalError(f"the page at {ipa:#x} is mapped and faults again at PC {here[1]:#x}")
@@ -153,6 +159,7 @@ class KvmVcpuFile(Serialised):
             raise machine.dead
         if self.vm.vm.state != RUNNING:
             raise SyscallFailed(EIO, CALL, "the VM is dead")
+        # Only under pKVM does EL2 have to know which vCPU a hypercall about pages is for.
         if machine.hypervisor.name != "pkvm" or machine.el2.loaded.get(0) is self.inner:
             return
         for call in ((pkvm.VCPU_PUT,), (pkvm.VCPU_LOAD, handle.handle, self.index)):
@@ -190,7 +197,7 @@ class KvmVcpuFile(Serialised):
             return self.core.sysreg(_SYSREGS[reg])
 
     def set_one_reg(self, reg: int, value: int) -> None:
-        """KVM_SET_ONE_REG; as `get_one_reg`."""
+        """KVM_SET_ONE_REG; raises SyscallFailed as `get_one_reg`, and EINVAL for a PSTATE that no guest can have."""
         with self._alone("KVM_SET_ONE_REG") as call:
             self._may_look(call, reg)
             if _FIELDS.get(reg) == "pstate" and value & 0x1F not in _MODES:

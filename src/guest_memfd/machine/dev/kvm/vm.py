@@ -1,4 +1,4 @@
-"""A VM of /dev/kvm: its files, slots and vCPUs. Rule of this file: who keeps the VM, and what its end gives back.
+"""A VM of /dev/kvm: its files, slots and vCPUs. Here is who keeps the VM, and what its end gives back.
 
 The descriptor of the VM and those of its vCPUs keep it. When the last is closed, whatever the order, its memory comes back
 through the library, file by file, and then the VM goes. Files outlive it, without a VM that they could be bound to.
@@ -59,12 +59,12 @@ class KvmVmFile(Serialised):
     # -- ioctls --------------------------------------------------------------------------------------------------
 
     def check_extension(self, cap: int) -> int:
-        """KVM_CHECK_EXTENSION."""
+        """KVM_CHECK_EXTENSION of this VM, which answers as the system does; 0 for what is not there."""
         self._in_use("KVM_CHECK_EXTENSION")
         return self.system.check_extension(cap)
 
     def create_guest_memfd(self, size: int, flags: int = 0) -> KvmMemoryFile:
-        """KVM_CREATE_GUEST_MEMFD; EINVAL, ENOMEM."""
+        """KVM_CREATE_GUEST_MEMFD of *size* bytes; raises SyscallFailed: EINVAL size or flags, ENOMEM."""
         self._in_use("KVM_CREATE_GUEST_MEMFD")
         return KvmMemoryFile(self, size, flags)
 
@@ -129,6 +129,7 @@ class KvmVmFile(Serialised):
             return
         self._perform("vm_kill")
         for file in dict.fromkeys(slot.file for slot in self.slots.by_id.values()):
+            # Before the VM object goes: the bindings are what its tables are made from.
             if file.run(file.library.vm_teardown()):
                 return                                  # what is bound stays, and with it the VM
         self.slots.by_id.clear()

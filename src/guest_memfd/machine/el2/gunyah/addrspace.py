@@ -1,4 +1,4 @@
-"""Address spaces: what a VM sees where. Rule of this file: every check comes before the first change.
+"""Address spaces: what a VM sees where. Every check comes before the first change.
 
 map, unmap, lookup, configure_range and modify_pages as docs/api/gunyah_api.md and hyp/mem/addrspace of the hypervisor have
 them; which flags Linux passes is in drivers/virt/gunyah/guest_memfd.c (series v17, patch 20). Where a failing map may leave
@@ -81,6 +81,7 @@ class AddressSpace(Mappings):
         if flags & ~_MAP_FLAGS:
             raise HypRefused(GunyahError.ARG_INVAL, f"map flags {flags:#x}")
         kind = self._kind(flags)
+        # A whole extent is mapped by record: pages that are donated to it later appear in this place by themselves.
         if not flags & AddrMapFlag.PARTIAL:
             self._map_whole(ExtentMapping(self, vbase, attributes), extent, kind, offset, size)
             return
@@ -93,6 +94,7 @@ class AddressSpace(Mappings):
             self._map_vmmio(extent, vbase, attributes, start, end)
         else:
             self._check_owner(extent, start, end)
+            # Plain maps never replace what is mapped; private and VMMIO maps do.
             if any(leaf.valid for leaf in self.table.leaves(vbase, vbase + size)):
                 raise HypRefused(GunyahError.EXISTING_MAPPING, f"{self!r} maps something in {vbase:#x}+{size:#x}")
             self.place(vbase, start, end, private.encode(attributes))
@@ -126,6 +128,8 @@ class AddressSpace(Mappings):
     def _map_private(self, extent: Extent, vbase: int, attributes: Attributes, start: int, end: int) -> None:
         if not attributes.kernel & ExtentAccess.W:
             raise HypRefused(GunyahError.ARG_INVAL, "a private page has to be writable for the kernel of the VM")
+        # A private page must come from the extent of this VM's own, or the host could map a page that another VM
+        # owns.
         if extent.alone is not self:
             raise HypRefused(GunyahError.DENIED, f"{extent!r} holds no private pages of {self!r}")
         self._check_configured("private", vbase, end - start)
@@ -133,6 +137,7 @@ class AddressSpace(Mappings):
         bits = private.encode(attributes) | private.PRIVATE | private.LOCKED | private.WRITABLE
         if any(places not in ((), (vbase - start,)) for _, _, places in self._places.runs(start, end)):
             raise HypRefused(GunyahError.EXISTING_MAPPING, f"[{start:#x}, {end:#x}) is mapped elsewhere in {self!r}")
+        # Replacing happens without a word to the guest, so what it has locked must not be among it.
         self._check_free(vbase, start, end)
         self.place(vbase, start, end, bits)
 
@@ -172,6 +177,7 @@ class AddressSpace(Mappings):
             with Stock(self.source, need) as stock:
                 for low, high in owned:
                     self.withdraw(low, high, distance, stock)
+        # Want of memory: the record is put back, as nothing was unmapped yet.
         except HypRefused:
             extent.mappings.append(mapping)
             self._recorded.append(extent)
@@ -216,9 +222,12 @@ class AddressSpace(Mappings):
         found = [leaf for leaf in self.table.leaves(vbase, stop) if leaf.valid and leaf.oa - leaf.ipa == start - vbase]
         covered = sum(min(leaf.ipa + leaf.size, stop) - max(leaf.ipa, vbase) for leaf in found)
         if kind == "private":
+            # Private pages go all or not at all, since each may have its own lock.
             if covered != end - start:
                 raise HypRefused(GunyahError.ADDR_INVAL, f"{vbase:#x}+{end - start:#x} does not map all of it")
             self._check_given_up(found)
+        # An earlier unmap with NOSYNC may have left TLB entries for these addresses, so the call synchronises before it
+        # says that nothing is mapped.
         elif not found:
             if sync:
                 self.sync(vbase, stop)
@@ -231,6 +240,7 @@ class AddressSpace(Mappings):
             self.sync(vbase, stop)
         else:
             self.leave_stale(vbase, stop)
+        # After the sync: with a stale entry the guest could write after the zeroing.
         self.sanitise(gone)
 
     def _check_given_up(self, found: list[GunyahLeaf]) -> None:
@@ -289,6 +299,7 @@ class AddressSpace(Mappings):
             self.table.cut(vbase, end, stock)
         for leaf in self.table.leaves(vbase, end):
             self.table.rewrite(leaf, private.unlock(leaf.value, wanted.keep, self.relock))
+        # The guest asks for its own TLB entries to go, of earlier calls as well.
         if wanted.flush:
             self.sync_all()
         elif wanted.sync and self.relock != "never":
@@ -300,10 +311,13 @@ class AddressSpace(Mappings):
         With it all that the same entry maps, as the access flag is one for all of a block.
         """
         leaf = self.table.leaf(ipa & -PAGE)
+        # The hypervisor sees a touch only because `unlock` has cleared the access flag, or the right to write.
         relocks = self.relock == "access" or (self.relock == "write" and access == "w" and leaf.value & private.WRITABLE)
         if not relocks or not leaf.valid or not leaf.value & private.PRIVATE or leaf.value & private.LOCKED:
             return False
         self.table.rewrite(leaf, private.lock(leaf.value))
+        # A right that is added needs a flush here because the old entry refuses the write; a set access flag needs
+        # none, as an entry without it is never cached.
         if self.relock == "write":
             self.table.sync(leaf.ipa, leaf.ipa + leaf.size)
         return True

@@ -1,4 +1,5 @@
-"""Capabilities: a VM names objects by number, and each number carries rights. Rule of this file: no object without one.
+"""Capabilities: a VM names objects by number, and each number carries rights. There is no access to an object without
+one.
 
 Source: docs/api/gunyah_api.md of the hypervisor, capability rights and CSPACE errors.
 """
@@ -65,6 +66,7 @@ class CapabilitySpace:
         if len(self._entries) == self.limit:
             raise HypRefused(GunyahError.CSPACE_FULL, f"{self.limit} capabilities are in use")
         cap = self._next
+        # Numbers are not used again, so a capability that was revoked can be told from one that never was.
         self._next += 1
         self._entries[cap] = _Entry(thing, int(rights))
         return cap

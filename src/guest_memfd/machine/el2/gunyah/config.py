@@ -1,4 +1,4 @@
-"""Which guest addresses may hold private pages and which are emulated devices. Rule of this file: 128 ranges at most.
+"""Which guest addresses may hold private pages and which are emulated devices. There are 128 ranges at most.
 
 Source: docs/api/gunyah_api.md of the hypervisor, addrspace_configure_range.
 """
@@ -18,7 +18,7 @@ Kind = Literal["private", "vmmio"]
 
 
 class RangeOp(IntEnum):
-    """Operations of addrspace_configure_range."""
+    """What addrspace_configure_range can do: add or remove a range, of VMMIO or of private memory."""
 
     ADD_VMMIO = 0
     REMOVE_VMMIO = 1
@@ -65,6 +65,7 @@ class ConfiguredRanges:
         if touched:
             raise HypRefused(GunyahError.ARG_INVAL, f"{new} runs into {touched[0]}")
         beside = [r for r in self._ranges if r.kind == new.kind and (r.end == new.start or new.end == r.start)]
+        # Counted after joining its neighbours: a range that closes a gap needs no room.
         if len(self._ranges) - len(beside) == MAX_RANGES:
             raise HypRefused(GunyahError.NORESOURCES, f"{MAX_RANGES} ranges are configured")
         for found in beside:

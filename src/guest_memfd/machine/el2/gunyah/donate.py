@@ -1,4 +1,4 @@
-"""Handing memory from one extent to another. Rule of this file: ownership first, then mappings, and all of it or nothing.
+"""Handing memory from one extent to another. Ownership changes first, then the mappings; all of it or nothing.
 
 Checks and their order: docs/api/gunyah_api.md and hyp/mem/memextent_sparse of the hypervisor.
 """
@@ -71,9 +71,13 @@ def donate(memdb: MemDb, pages: StockSource, spaces: Sequence[AddressSpace], opt
     """
     end = check_range(offset, size, source.size, outside=GunyahError.ARG_INVAL)
     check_family(options.type, source, to)
+    # Ownership first: it is one check of all pages, and can be taken back. A mapping of a page that its extent does
+    # not own could not be explained to anyone.
     memdb.change(offset, end, source, to)
     try:
         protected = options.type == Donation.FROM_PROTECTED or source.alone is not None
+        # Pages of a protected extent are one VM's alone. While anything maps them the donation is refused, and never
+        # unmaps by itself: the driver has to unmap, and the guest has a say in that.
         if protected and any(space.maps_any(offset, end) for space in spaces):
             raise HypRefused(GunyahError.BUSY, f"[{offset:#x}, {end:#x}) is still mapped")
         _move_mappings(pages, spaces, source, to, offset, end, options)
@@ -86,15 +90,22 @@ def donate(memdb: MemDb, pages: StockSource, spaces: Sequence[AddressSpace], opt
 # VM may reach a page that becomes one VM's alone, not even by what a TLB has kept of a mapping that is gone already.
 def _move_mappings(pages: StockSource, spaces: Sequence[AddressSpace], source: Extent, to: Extent, start: int, end: int,
                    options: Options) -> None:
+    # Both extents are recorded at the same place of the same space: the page leaves one and enters the other there,
+    # and nothing has to change.
     kept = {(m.space, m.vbase - source.base) for m in source.mappings if m in to.mappings}
     gone = list(shown(spaces, start, end, kept))
     new = [m for m in to.mappings if m not in source.mappings]
     need = tables_for_withdrawal(gone) + sum(m.space.tables_for_mapping(m, to.base, [(start, end)]) for m in new)
+    # For all spaces together. A donation that failed after the first space would leave a page that its old owner has
+    # lost and its new owner does not have.
     with Stock(pages, need) as stock:
         for place in gone:
             place.space.withdraw(place.start, place.end, place.distance, stock)
+        # NOSYNC is the caller's promise to flush before anyone relies on it. For a page that becomes one VM's alone
+        # the promise is not enough: the hypervisor flushes.
         affected = {place.space for place in gone} if options.sync or to.alone is not None else set()
         if to.alone is not None:
+            # Also what earlier calls with NOSYNC have left behind: any of these entries may lead to this page.
             affected |= {space for space in spaces if space.stale and space is not to.alone}
         for space in affected:
             space.sync_all()

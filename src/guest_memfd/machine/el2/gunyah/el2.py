@@ -1,4 +1,4 @@
-"""The hypervisor as one machine has it: who owns memory, the host, the other VMs. Rule of this file: the host is a VM, too.
+"""The hypervisor as one machine has it: who owns memory, the host, the other VMs. The host is a VM, too.
 
 At boot all memory but what is reserved belongs to the host's extent, which is mapped at its own addresses in the host's
 stage 2, in the largest blocks that fit. Pages that leave make blocks come apart; blocks come back when a whole one is
@@ -76,6 +76,7 @@ class Gunyah:
         self._roles: dict[Extent, Owner] = {self.host_extent: "host", self.root_extent: "hypervisor"}
         self.memdb.insert(ram.base, ram.end, self.host_extent)
         for start, size in reserved:
+            # Before the host's map is made below: the hypervisor's own memory is never in the host's stage 2.
             self.memdb.insert(start, start + size, self.root_extent)
         self.hlos = AddressSpace(ram, self.memdb, source, tlbs, HLOS_VMID, "hlos", lambda: True)
         self.hlos.map(self.host_extent, 0, RWX, 0, 0, 0)
@@ -99,10 +100,13 @@ class Gunyah:
             raise InternalError(f"{fault!r} is no stage-2 fault that a host of Gunyah can survive")
         found = self.hlos.table.leaf(fault.ipa)
         need = permission.BITS[el, "r" if fault.s1ptw else fault.access]
+        # The table allows it by now: another CPU has changed it since the fault.
         if found.valid and found.value & AF and permission.stage2(found.value, True) & need:
             return None
         if self.inject == "fixable":
             return GunyahInject(fault.esr_el1() | _S1PTW, fault.va)
+        # Built anew, not copied: ISV, WnR and S1PTW are gone, so Linux sees a hardware error and asks no exception
+        # table. This is what kills the host (linux/mem_abort.py).
         return GunyahInject((_EC[fault.access] | el) << 26 | _IL | SEA_FSC, fault.va)
 
     # -- VMs -----------------------------------------------------------------------------------------------------
@@ -125,12 +129,13 @@ class Gunyah:
     # -- memory --------------------------------------------------------------------------------------------------
 
     def donate(self, options: Options, source: Extent, to: Extent, offset: int, size: int) -> None:
-        """MEMEXTENT_DONATE, see donate.py."""
+        """MEMEXTENT_DONATE of *size* bytes from byte *offset* of *source* (donate.py); raises HypRefused."""
         donate(self.memdb, self.source, self._spaces, options, source, to, offset, size)
 
     def sync(self) -> None:
         """What a series of donations without synchronisation, by the host, ends with."""
         for space in self._spaces:
+            # The host's own space always: its donations take pages out of it.
             if space.stale or space is self.hlos:
                 space.sync_all()
 
@@ -149,7 +154,10 @@ class Gunyah:
         others = [other.space for other in self.vms.values() if other is not vm]
         gone = [place for start, end in shared_ranges for place in shown(others, start, end, ())]
         need = self.hlos.tables_for_mapping(identity, 0, private_ranges) + tables_for_withdrawal(gone)
+        # Everything the host's table may need is taken first. The VM's tables are freed inside, and cannot be had
+        # back.
         with Stock(self.source, need) as stock:
+            # Sanitises private pages and flushes, before the memory is the host's again.
             vm.space.destroy()
             for place in gone:
                 place.space.withdraw(place.start, place.end, place.distance, stock)
@@ -159,6 +167,7 @@ class Gunyah:
                 self.memdb.change(start, end, vm.guest_private, self.host_extent)
             for start, end in shared_ranges:
                 self.memdb.change(start, end, vm.guest_shared, self.host_extent)
+            # Last. Shared memory never left the host's table, so only the private ranges are mapped again.
             self.hlos.apply(identity, 0, private_ranges, stock)
 
     def owner(self, pa: int) -> Owner | None:

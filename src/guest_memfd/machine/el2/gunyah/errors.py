@@ -1,4 +1,4 @@
-"""What a Gunyah hypercall answers with, and what Linux makes of it. Rule of this file: the numbers are the ABI's.
+"""What a Gunyah hypercall answers with, and what Linux makes of it. The numbers are the ABI's.
 
 Values: docs/api/gunyah_api.md of the hypervisor (enum error); errnos: gunyah_error_remap() in the Linux series
 "Drivers for Gunyah hypervisor", v17, include/linux/gunyah.h.

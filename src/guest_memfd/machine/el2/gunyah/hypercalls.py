@@ -1,4 +1,4 @@
-"""SMCCC: numbers, registers, reserved arguments. Rule of this file: a call is looked up, its capabilities are, then it runs.
+"""SMCCC: numbers, registers, reserved arguments. A call is looked up, then its capabilities, then it runs.
 
 Numbers and argument order: docs/api/gunyah_api.md of the hypervisor and arch/arm64/gunyah/gunyah_hypercall.c (Linux series
 v17, patches 14 and 16); vendor hypervisor service, fast calls, 64 bits.

@@ -1,4 +1,5 @@
-"""What a stage-2 table maps, forwards and backwards. Rule of this file: the reverse map is a cache of the table.
+"""What a stage-2 table maps, forwards and backwards. Rule of this file: the reverse map is a cache of the table
+(tests/test_gunyah_el2.py holds it).
 
 Changes here are checked by the caller (addrspace.py, donate.py); they take their memory first and then cannot fail.
 """
@@ -91,22 +92,30 @@ class Mappings:
         found = list(self.table.leaves(vbase, stop))
         if all(leaf.valid and leaf.oa - leaf.ipa == start - vbase and vbase <= leaf.ipa and leaf.ipa + leaf.size <= stop
                and not (leaf.value ^ bits) & VISIBLE for leaf in found):
+            # Only software bits and the access flag change, which may be done live. The page stays mapped all the
+            # time: a guest that locks a page again must not fault on it.
             for leaf in found:
                 self.table.rewrite(leaf, leaf.value & ~_CHANGING | bits & _CHANGING)
             return
+        # To take the tables is all that can fail, and it comes before the first change.
         need = self.table.tables_for_cut(vbase, stop) + self.table.tables_for_fill(vbase, stop, start)
         with Stock(self.source, need) as stock:
             self._put(vbase, start, end, bits, stock)
 
     def _put(self, vbase: int, start: int, end: int, bits: int, stock: Stock) -> None:
         stop = vbase + end - start
+        # Asked before the table changes: afterwards it is not known what was there, and so not what has to be
+        # sanitised.
         replaced = self.others(vbase, start, end)
         self.table.cut(vbase, stop, stock)
+        # An unmap with NOSYNC may have left TLB entries for these addresses. With something new mapped there, they
+        # would show the guest the old page.
         if not self._unsynced.only(vbase, stop, False):
             self.sync(vbase, stop)
         self._forget(vbase, stop)
         self.table.fill(vbase, stop, start, bits, stock)
         self._remember(start, end, vbase - start)
+        # Last, when the guest cannot reach the pages any more.
         self.sanitise(replaced)
 
     def _remember(self, start: int, end: int, distance: int) -> None:
@@ -160,6 +169,7 @@ class Mappings:
         vbase, stop = start + distance, end + distance
         self.table.cut(vbase, stop, stock)
         self.remove([leaf for leaf in self.table.leaves(vbase, stop) if leaf.valid and leaf.oa - leaf.ipa == start - vbase])
+        # The caller flushes; should something be mapped there before, `_put` does.
         self.leave_stale(vbase, stop)
 
     def destroy(self) -> None:

@@ -1,4 +1,4 @@
-"""The memory database: which extent owns each page. Rule of this file: every page has one owner, always.
+"""The memory database: which extent owns each page. Every page has one owner, always.
 
 Source: hyp/mem/memdb_gpt of the hypervisor; errors as its MEMEXTENT hypercalls report them.
 """
@@ -32,6 +32,7 @@ class MemDb:
 
     def change(self, start: int, end: int, old: Extent, new: Extent) -> None:
         """Hand [start, end) over; raises Refused(MEMDB_NOT_OWNER), and nothing moves, if any page is not *old*'s."""
+        # All pages are asked before the first moves.
         if not self.owns(old, start, end):
             raise HypRefused(GunyahError.MEMDB_NOT_OWNER, f"[{start:#x}, {end:#x}) is not all in {old!r}")
         self._owners.set(start, end, new)

@@ -1,4 +1,4 @@
-"""Memory extents: sets of pages, in a tree, with the places they are mapped at. Rule of this file: four mappings each.
+"""Memory extents: sets of pages, in a tree, with the places they are mapped at. Each has four mappings at most.
 
 Every page belongs to exactly one extent (memdb.py). A recorded mapping says where the whole of an extent appears in an
 address space; pages that come in by a donation appear there, pages that leave disappear. PARTIAL maps of single folios
@@ -52,7 +52,7 @@ class Attributes:
 
     @property
     def value(self) -> int:
-        """The hypercall's word."""
+        """The attributes as the word that a hypercall takes: user bits 2:0, kernel 6:4, memory type 23:16."""
         return self.user | self.kernel << 4 | self.memory_type << 16
 
     def within(self, other: Attributes) -> bool:

@@ -1,4 +1,4 @@
-"""Software bits of a private page's stage-2 entry. Rule of this file: what the hypervisor knows of a private page is here.
+"""Software bits of a private page's stage-2 entry. All that the hypervisor knows of a private page is here.
 
     bit 55  PRIVATE       mapped with the PRIVATE flag; the host never has it at the same time
     bit 56  LOCKED        the guest holds on to it: unmapping answers BUSY while the VM lives
@@ -50,11 +50,14 @@ def decode(value: int) -> Attributes:
 
 def lock(value: int) -> int:
     """A private entry as the guest holding on to it leaves it."""
+    # What the guest agreed to when it gave the page up ends here: a page that is locked again is zeroed when it is
+    # taken.
     return (value | LOCKED | AF | (S2_WRITE if value & WRITABLE else 0)) & ~NO_SANITISE
 
 
 def unlock(value: int, keep: bool, relock: Relock) -> int:
     """A private entry that the guest has given up; *keep*: with what it holds. The next touch has to be seen."""
+    # The page stays mapped: a guest that has changed its mind must find what it had.
     value = value & ~(LOCKED | NO_SANITISE) | (NO_SANITISE if keep else 0)
     if relock == "access":
         return value & ~AF

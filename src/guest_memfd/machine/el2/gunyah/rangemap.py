@@ -1,4 +1,4 @@
-"""A map from page-aligned addresses to values, kept as ranges. Rule of this file: a query costs the depth of a tree.
+"""A map from page-aligned addresses to values, kept as ranges. A query costs the depth of a tree.
 
 A radix tree of four levels with the fan-out of a 4K page table (512G, 1G, 2M, 4K), as the hypervisor's own memory
 database is a radix tree (hyp/mem/memdb_gpt). A node stores what most of it is and the exceptions; a node that has become
@@ -60,6 +60,8 @@ class _Node(Generic[T]):
             elif self.other.get(index, self.rest) != value:
                 child = self.below(index)
                 child.set(at - base, stop - base, value)
+                # The child has become uniform: it gives way to one value, so that the map of a machine stays small
+                # however often pages move.
                 if not child.other:
                     self.put(index, child.rest)
             at = stop
@@ -68,6 +70,7 @@ class _Node(Generic[T]):
     def runs(self, start: int, end: int, base: int) -> Iterator[Run[T]]:
         shift = self.shift
         first, last = start >> shift, (end - 1) >> shift
+        # Only the exceptions are gone through; between them everything has the value of the rest.
         inside = [first] if first == last else sorted(i for i in self.other if first <= i <= last)
         at = start
         for index in inside:

@@ -1,10 +1,42 @@
-"""A VM's stage-2 page table as ranges of leaves. Rule of this file: memory is taken before anything is changed.
+"""A VM's stage-2 page table under Gunyah, as ranges of leaves: memory is taken before anything is changed.
 
-Every operation that may need tables first says how many (`tables_for_...`); the caller takes them all (`Stock`) and only
-then changes descriptors, so running out of memory leaves everything as it was. Blocks are as large as address and size
-allow, and a table below which nothing is mapped gives way to one. A block that has to give way to smaller entries goes
-through break-before-make: invalid, TLBI, table (Arm ARM D8.16.1; the TLBI sequence is that of
-arch/arm64/kvm/hyp/nvhe/tlb.c, in the VM's own context).
+Theory of operation. Gunyah's calls name ranges: any number of pages, at any address, over what is mapped already. The table
+has to hold them in blocks of 2 MiB and 1 GiB where it can, or a machine of one TiB would need 2 GiB of tables. So a call
+may have to cut blocks at both ends of its range, and may make a block where a table was. Every one of these changes can
+need table pages, and every one can go wrong for a CPU that walks meanwhile.
+
+Memory is counted, taken, and then used. `tables_for_cut` and `tables_for_fill` say how many pages an operation needs at
+most; the caller adds them up over all tables that it will change, and takes them all (`Stock`). If they are not there it
+is refused (NOMEM) with nothing changed. From then on `cut`, `clear` and `fill` cannot fail. What the stock has left over
+goes back at its end. The counts are upper bounds: a fill may find that a cut has made a table that it needs.
+
+The order within a map (mappings.py) is cut, then fill; within an unmap it is cut, make invalid, and sync, or no sync yet:
+
+- `cut` splits blocks until no entry reaches across an end of the range. What was mapped stays mapped.
+- `fill` maps with the largest blocks that address and size allow. What is mapped there is cleared and synchronised first,
+  all of it together, so that there is one series of TLBI for the range.
+- Making entries invalid and TLBI are apart, because Gunyah's option NOSYNC lets a caller unmap many ranges and flush
+  once. mappings.py remembers the addresses that were not flushed, and flushes before it maps something else there.
+- `sync` is the TLB maintenance of a hypervisor: by IPA, which removes stage-2 entries and table descriptors, and then
+  VMALLE1IS, because entries over both stages are not removed by IPA (machine/hw/arm64/tlb.py).
+
+Replacing goes through break-before-make (Arm ARM D8.16.1): `_split` fills the new table first, with the block's
+attributes and nothing pointing to it; then invalid, sync, table. For that moment a guest access to the block is a
+translation fault; Gunyah retries those, and here no CPU runs in between. `_unhook` does the same the other way: a
+table below which nothing is mapped gives way to a block. It is freed only after the sync, since a walker may have cached
+the way to it and would read the freed page as a table.
+
+Invariants: no leaf has the size of level 0; blocks are aligned at both ends; a table page belongs to one entry;
+`pages.write` records any change that skips break-before-make. Owners and rights are not known here: extents have them
+(memdb.py).
+
+Left out: contiguous bits, other granules than 4 KiB, merging of what happens to be adjacent (only `fill` makes blocks),
+and locks. Input addresses have 44 bits, from level 0 on.
+
+Source: the sequence of TLBI is that of arch/arm64/kvm/hyp/nvhe/tlb.c, in the VM's own context. Tests:
+tests/test_gunyah_el2.py (test_no_allocation_that_fails_loses_anything, test_a_split_block_is_broken_before_it_is_made,
+test_a_table_that_makes_room_for_a_block_is_forgotten_by_the_walker,
+test_ranges_of_any_size_in_any_order_with_memory_running_out).
 """
 
 from __future__ import annotations
@@ -38,7 +70,7 @@ class StockSource(Protocol):
         """One zeroed page; raises OutOfMemory."""
 
     def free_table(self, pa: int) -> None:
-        """Give it back."""
+        """Take back a page that `alloc_table` gave; no descriptor may point to it any more."""
 
 
 class Stock:
@@ -52,6 +84,8 @@ class Stock:
         self._pages: list[int] = []
         try:
             for _ in range(count):
+                # One page may be missing after many have been taken: they go back, and the call is refused with
+                # nothing changed.
                 self._pages.append(source.alloc_table())
         except OutOfMemory:
             self.__exit__()
@@ -149,6 +183,8 @@ class GunyahStage2Table:
         for at in (start, end):
             found = self.leaf(at) if at < 1 << IA_BITS else None
             if found is not None and found.valid and at % found.size:
+                # One table for each level at which the address is inside of a block. Both ends may be in one block,
+                # which is split once: hence the set.
                 split |= {(level, at >> _SHIFT[level]) for level in range(found.level, 3) if at % (1 << _SHIFT[level])}
         return len(split)
 
@@ -165,8 +201,11 @@ class GunyahStage2Table:
         below, page = block.level + 1, stock.take()
         attributes = block.value & ~(ADDRESS | 3)
         for index in range(512):
+            # Before the table is linked, so no walker can see it half filled, and `pages.write` need not watch.
             self._ram.write64(page + 8 * index, leaf(block.oa + index * (1 << _SHIFT[below]), attributes, below))
+        # Break. Block and table of one range must never be in a TLB together.
         self.pages.write(block.address, block.level, 0, block.ipa)
+        # All of the block, not only the part that will change: its old entry stands for all of it.
         self.sync(block.ipa, block.ipa + block.size)
         self.pages.write(block.address, block.level, table(page), block.ipa)
 
@@ -193,6 +232,7 @@ class GunyahStage2Table:
     @staticmethod
     def _fits(level: int, low: int, high: int, pa: int) -> bool:
         size = 1 << _SHIFT[level]
+        # A block must be aligned at both ends, guest address and physical address.
         return level > 0 and high - low == size and pa % size == 0
 
     def tables_for_fill(self, start: int, end: int, pa: int) -> int:
@@ -207,6 +247,8 @@ class GunyahStage2Table:
             if not self._fits(level, low, high, pa + low - start):
                 value = 0 if at is None else self._ram.read64(at + 8 * (low // size & 511))
                 there = _is_table(value, level)
+                # A table that is there already is used; one that this same call will make is counted once, by the
+                # entry that it hangs on.
                 need += not there
                 need += self._need(value & ADDRESS if there else None, level + 1, low, high, pa + low - start)
             low = high
@@ -218,6 +260,8 @@ class GunyahStage2Table:
         """
         if any(found.valid for found in self.leaves(start, end)):
             self.clear(start, end)
+            # One series of TLBI for all that is replaced. To break, flush and make entry by entry would cost a series
+            # for each page.
             self.sync(start, end)
         self._fill(self.pages.root, _START, start, end, pa, attributes, stock)
 
@@ -226,6 +270,7 @@ class GunyahStage2Table:
             to = pa + low - start
             there = _is_table(value, level)
             if self._fits(level, low, high, to):
+                # Only tables without a valid entry are met here: `fill` has cleared the range.
                 if there:
                     self._unhook(address, value, level, low, high)
                 self.pages.write(address, level, leaf(to, attributes, level), low)
@@ -258,6 +303,7 @@ class GunyahStage2Table:
 
     def sync(self, start: int, end: int) -> None:
         """DSB ISH; TLBI IPAS2E1IS, or RIPAS2E1IS; DSB ISH; TLBI VMALLE1IS; DSB ISH; ISB, for [start, end)."""
+        # More than one range operation can name. To drop everything of the VMID costs less than a long series.
         if end - start > _LARGEST_RANGE:
             self.sync_all()
             return
@@ -265,6 +311,7 @@ class GunyahStage2Table:
             tlbi.ipas2e1is(self._tlbs, start, self.vmid)
         else:
             tlbi.ripas2e1is(self._tlbs, start, end - start, self.vmid)
+        # Entries over both stages have no IPA in them, so the operation by IPA does not find them.
         tlbi.vmalle1is(self._tlbs, self.vmid)
 
     def sync_all(self) -> None:

@@ -1,4 +1,4 @@
-"""Running a vCPU on the host's time: what ends a run, and what the host says when it goes on. Rule of this file: vcpu_run.
+"""Running a vCPU on the host's time: what ends a run, and what the host says when it goes on. This is vcpu_run.
 
 The loop reads like a hypervisor's: enter the guest, look why it came out, handle it here or tell the host. Source:
 docs/api/gunyah_api.md of the hypervisor, vcpu_run and the vCPU states; psci of hyp/vm/psci.
@@ -72,16 +72,16 @@ class GunyahGuestCpu(Protocol):
 
     @property
     def el(self) -> int:
-        """Exception level."""
+        """The exception level that the guest is at, 0 or 1."""
 
     def run(self, budget: float | None, /) -> Stop:
         """Execute for up to *budget* seconds (None: no limit) and say what stopped it."""
 
     def x(self, n: int, /) -> int:
-        """General register."""
+        """The value of general register *n*, 0 to 30."""
 
     def set_x(self, n: int, value: int, /) -> None:
-        """Write it."""
+        """Write 64 bits to general register *n*, 0 to 30."""
 
     def transfer(self) -> Transfer | None:
         """What the syndrome of the abort just reported says of the access; None when ISV would be 0."""
@@ -107,8 +107,11 @@ class GunyahHypVcpu:
         """
         if self.last.state in (VcpuState.POWERED_OFF, VcpuState.FAULT, VcpuState.PSCI_SYSTEM_RESET):
             return self.last
+        # A VM that has been stopped is no error of the call: the state says so.
         if not self.vm.running:
             return GunyahRun(VcpuState.BLOCKED)
+        # The answer to the last exit is applied before the guest goes on, once. `last` is reset by it, so a repeated
+        # run does not apply it again.
         self._resume(resume)
         end = None if self.budget is None else time.monotonic() + self.budget
         for _ in range(_EXITS_PER_RUN):
@@ -149,6 +152,7 @@ class GunyahHypVcpu:
     def _emulate(self, value: int) -> None:
         transfer = self._transfer
         assert transfer is not None
+        # A load into the zero register has an effect on the device only.
         if not transfer.write and transfer.register < 31:
             self.cpu.set_x(transfer.register, transfer.extend(value))
         self.cpu.pc += 4
@@ -191,11 +195,14 @@ class GunyahHypVcpu:
             return None
         assert fault.ipa is not None
         ipa = fault.ipa
+        # An unlocked page that the guest touches again: locked, and the instruction runs once more. The host is not
+        # told.
         if fault.kind in (ACCESS_FLAG, PERMISSION) and self.vm.space.touch(ipa, fault.access):
             return None
         self._fault = fault
         page = ipa & _PAGE_MASK
         kind = self.vm.space.ranges.kind(page, page + 4096)
+        # Outside of every configured range nobody could do anything about it.
         if kind is None or fault.kind not in (TRANSLATION, ACCESS_FLAG, PERMISSION):
             return GunyahRun(VcpuState.FAULT, (ipa, 0, 0))
         self._transfer = self.cpu.transfer() if kind == "vmmio" and not fault.s1ptw and fault.access != "x" else None

@@ -1,4 +1,4 @@
-"""A virtual machine as the hypervisor has it: address space, extents, vCPUs. Rule of this file: a dead VM never runs again.
+"""A virtual machine as the hypervisor has it: address space, extents, vCPUs. A dead VM never runs again.
 
 The extents and the capabilities for the host are those that demand paging needs (Linux series v17, patch 20): memory in
 `guest_private` is the guest's alone, memory in `guest_shared` both may map.
@@ -78,6 +78,8 @@ class GunyahHypVm:
         self.vcpu_caps: list[int] = []
         self.guest_private = Extent(f"{name}.private", parent=el2.host_extent, alone=self.space)
         self.guest_shared = Extent(f"{name}.shared", parent=el2.root_extent)
+        # This record is what makes a shared page stay the host's to use: a donation from the host's extent finds the
+        # same mapping on both sides.
         self.guest_shared.record(ExtentMapping(el2.hlos, 0, RWX))
         self.caps = self._grant()
 
@@ -90,6 +92,7 @@ class GunyahHypVm:
                                   (self.space, SPACE_RIGHTS)):
                 granted.append(cspace.grant(thing, rights))
         except HypRefused:
+            # Half a set of capabilities would be a VM that can be named and not used.
             for cap in granted:
                 cspace.revoke(cap)
             self.space.destroy()
@@ -125,6 +128,8 @@ class GunyahHypVm:
 
     def kill(self, why: Exit = Exit.STOP_FORCED) -> None:
         """No vCPU runs any more, for good; memory stays where it is until it is reclaimed."""
+        # The first reason counts. A VM that switched itself off and is then stopped by the host has switched itself
+        # off.
         if self.exit is None:
             self.exit, self.running = why, False
             if self.on_exit is not None:

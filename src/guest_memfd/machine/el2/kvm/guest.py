@@ -1,4 +1,4 @@
-"""A guest's stage 2, whoever runs it. Rule of this file: how wide it is, and where each page of RAM is mapped in it.
+"""A guest's stage 2, whoever runs it. Here is how wide it is, and where each page of RAM is mapped in it.
 
 KVM picks as few levels as 16 concatenated first tables allow: 40 bits of IPA start at level 1 with two of them
 (asm/stage2_pgtable.h).
@@ -81,6 +81,7 @@ class GuestStage2:
             for gfn in sorted(self._gfns.get(head, ())):
                 ipa = gfn * PAGE + pa - head * PAGE
                 entry = self.pgt.leaf(ipa)
+                # The table decides. What the hint says may be out of date after a block has been dropped.
                 if entry.valid and entry.oa + (ipa & (PAGE << entry.order) - 1) == pa:
                     return ipa
         return None

@@ -1,4 +1,5 @@
-"""A stage-2 table as KVM keeps it. Rule of this file: a valid entry is broken and flushed before another takes its place.
+"""A stage-2 table as KVM keeps it. Rule of this file: a valid entry is broken and flushed before another takes its place
+(tests/test_kvm_el2.py holds it).
 
 After arch/arm64/kvm/hyp/pgtable.c: an entry that changes is LOCKED first, then its TLB entries go, then the new entry is
 written; a table that no longer holds anything is freed after its parent entry has gone the same way. A block that has
@@ -30,7 +31,7 @@ class TableSource(Protocol):
     """Where table pages come from: a pool of EL2, or a memcache; raises buddy.OutOfMemory."""
 
     def alloc_table(self) -> int:
-        """One zeroed page."""
+        """The physical address of one zeroed page; raises buddy.OutOfMemory."""
 
     def free_table(self, pa: int) -> None:
         """Take a page back."""
@@ -45,7 +46,7 @@ class KvmLeaf(NamedTuple):
 
     @property
     def valid(self) -> bool:
-        """Whether it maps."""
+        """Whether bit 0 is set: the entry maps memory."""
         return bool(self.value & d.VALID)
 
     @property
@@ -130,8 +131,11 @@ class KvmStage2Table:
     def _install(self, ia: int, order: int, value: int) -> None:
         level = level_of(order)
         entry = self._path(ia, level)[-1]
+        # To put a smaller entry into an annotated range would need the annotation for the rest of it, which a table
+        # of empty entries does not have.
         if entry.level < level and entry.value and not entry.valid:
             raise ValueError(f"{ia:#x} is annotated as part of a larger range, which would be forgotten")
+        # All table pages are allocated here, before the entry changes: after OutOfMemory nothing has.
         new = value if entry.level == level else self._chain(ia, entry.level, level, value)
         if entry.value != new:
             self._replace(ia, entry, new)
@@ -147,6 +151,8 @@ class KvmStage2Table:
                 self.source.free_table(pa)
             raise
         for at, pa in zip(range(level, above, -1), made, strict=True):
+            # The rest of a new table is empty. A block that made room is dropped as a whole, and is faulted in again
+            # piece by piece: KVM can always ask for the mapping again.
             self.table.write(pa + 8 * self._index(ia, at), at, value)
             self._used[pa] = 1
             value = d.table(pa)
@@ -155,9 +161,14 @@ class KvmStage2Table:
     # stage2_try_break_pte(), then stage2_make_pte().
     def _replace(self, ia: int, entry: KvmLeaf, value: int) -> None:
         if entry.valid:
+            # Not zero: an empty entry means that anyone may map it, and another CPU's fault could do so between break
+            # and make.
             self._write(ia, entry, self.locked)
+            # Between break and make. After the make a TLB could hold the old entry and the new one.
             self._flush(ia, entry)
         self._write(ia, entry, value)
+        # Only after the flush: a walker that has cached the way to this table would read the freed page as
+        # descriptors.
         if entry.valid and d.kind(entry.value, entry.level) == "table":
             self._free(entry)
         self._count(entry, bool(value) - bool(entry.value))
@@ -192,6 +203,7 @@ class KvmStage2Table:
         entry = path.pop()
         if entry.value:
             self._clear(ia, entry)
+            # Upwards, as long as a table has become empty; the first-level table is not counted and always stays.
             while len(path) and not self._used.get(d.table_address(path[-1].value), 1):
                 self._clear(ia, path.pop())
         return entry
@@ -200,6 +212,8 @@ class KvmStage2Table:
         self._write(ia, entry, 0)
         if entry.valid:
             self._flush(ia, entry)
+            # A table has leaves of all sizes below it, so there is no one level to give as a hint: a wrong hint
+            # removes nothing.
             if d.kind(entry.value, entry.level) == "table":
                 self._free(entry)
         self._count(entry, -1)

@@ -1,4 +1,4 @@
-"""TLB maintenance after a change of stage 2. Rule of this file: what KVM flushes, in which order, for which VMID.
+"""TLB maintenance after a change of stage 2. Here is what KVM flushes, in which order, for which VMID.
 
 arch/arm64/kvm/hyp/nvhe/tlb.c: DSB; TLBI IPAS2E1IS, which stage-2-only entries obey; DSB; TLBI VMALLE1IS, since
 combined entries and what stage-1 walks left behind obey only that; DSB; ISB, all in the context of the VMID.
@@ -23,7 +23,10 @@ class Maintenance:
 
     def flush_ipa(self, ipa: int, level: int) -> None:
         """__kvm_tlb_flush_vmid_ipa(): one leaf at *level*."""
+        # First the stage-2 entries: as long as one is there, a stage-1 walk could make a combined entry from it
+        # again.
         tlbi.ipas2e1is(self.tlbs, ipa, self.vmid, level)
+        # Then everything that has stage-1 information. By IPA it cannot be found, so all of the VMID goes.
         tlbi.vmalle1is(self.tlbs, self.vmid)
 
     def flush_range(self, ipa: int, size: int) -> None:
@@ -33,7 +36,7 @@ class Maintenance:
         tlbi.vmalle1is(self.tlbs, self.vmid)
 
     def flush_all(self) -> None:
-        """__kvm_tlb_flush_vmid(): both stages."""
+        """__kvm_tlb_flush_vmid(): drop all entries of the VMID, of both stages."""
         tlbi.vmalls12e1is(self.tlbs, self.vmid)
 
     def holds(self, ipa: int, size: int) -> bool:

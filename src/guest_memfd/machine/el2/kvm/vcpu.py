@@ -1,4 +1,4 @@
-"""Running a vCPU. Rule of this file: what the guest did becomes an exit of KVM_RUN, or the guest's own exception.
+"""Running a vCPU. What the guest did becomes an exit of KVM_RUN, or the guest's own exception.
 
 What hardware would deliver to the guest's EL1 (stage-1 faults, SVC, BRK, undefined instructions) is delivered here;
 stage-2 faults, HVC and SMC are the hypervisor's. Sources: arch/arm64/kvm/{handle_exit,mmio,mmu,psci,hypercalls}.c.
@@ -97,7 +97,7 @@ class VheGuestCpu(Protocol):
         """Execute until something stops it."""
 
     def x(self, n: int) -> int:
-        """General register 0..30."""
+        """The value of general register *n*, 0 to 30."""
 
     def set_x(self, n: int, value: int) -> None:
         """Write general register 0..30."""
@@ -120,6 +120,8 @@ class VheVcpu:
 
     def run(self, timeout: float | None = None, instructions: int | None = None) -> Exit:
         """KVM_RUN: execute until an exit, for *timeout* seconds; *instructions* hold between two stops of the CPU."""
+        # The load has not been executed: its register is filled by the answer. To enter the guest without one would
+        # run it again.
         if self._load is not None:
             raise ValueError("an MMIO read waits for its data: complete_mmio()")
         end = None if timeout is None else time.monotonic() + timeout
@@ -159,6 +161,7 @@ class VheVcpu:
         if isinstance(stop, CpuAbort):
             if stop.fault.stage == 2:
                 return self._stage2_fault(stop.fault, stop.pc)
+            # A stage-1 fault is the guest kernel's own; the hypervisor is not asked.
             self.cpu.take_exception(stop.fault.esr_el1(), stop.fault.far)
             return None
         if isinstance(stop, Waits):
@@ -186,6 +189,7 @@ class VheVcpu:
         data = 0
         if transfer.write:
             data = self.cpu.x(transfer.register) & (1 << 8 * transfer.size) - 1 if transfer.register < 31 else 0
+            # A store is complete as far as the guest can tell; the device is user space's business.
             self.cpu.pc = pc + 4
         else:
             self._load = transfer
@@ -198,6 +202,7 @@ class VheVcpu:
             word = self.cpu.fetch(pc)
         except (Fault, BusError):
             return None
+        # A load that also changes its base register has no valid syndrome; hardware leaves ISV clear, and so must we.
         return None if writes_back(word) else access_of(word)
 
     def _call(self, number: int) -> Exit | None:

@@ -1,4 +1,4 @@
-"""Plain KVM on VHE: a default VM. Rule of this file: the host maps and unmaps its guests, and nobody owns a page.
+"""Plain KVM on VHE: a default VM. The host maps and unmaps its guests, and no one owns a page.
 
 The host runs at EL2 without a stage 2 of its own, so no host access ever aborts there and there is no hypercall to
 make. arch/arm64/kvm/mmu.c; every change happens under mmu_lock and ends with its TLB maintenance.
@@ -40,6 +40,7 @@ class VheVm(GuestStage2):
         order = _ORDER_OF.get(nr)
         if order is None or (gfn | pfn) & nr - 1 or not self.in_range(gfn, nr):
             return -EINVAL
+        # Read before it is replaced: the reverse map must forget what was there.
         before = self.pgt.leaf(gfn * PAGE)
         try:
             self.pgt.map(gfn * PAGE, order, pfn * PAGE, leaf_attributes(prot))
@@ -59,6 +60,7 @@ class VheVm(GuestStage2):
             if entry.valid:
                 self.unmapped(head, entry.oa // PAGE)
             at = head + (1 << entry.order)
+        # Once for the range, as the kernel does at the end of an invalidation, whatever was mapped in it.
         self.pgt.tlbs.flush_range(gfn * PAGE, nr * PAGE)
         return 0
 

@@ -1,4 +1,4 @@
-"""What an invalid stage-2 entry says. Rule of this file: bit 0 clear and not all zeros means that EL2 wrote a note there.
+"""What an invalid stage-2 entry says. Bit 0 clear and not all zeros means that EL2 wrote a note there.
 
 Linux 7.3 (asm/kvm_pgtable.h, kvm/hyp/nvhe/mem_protect.c) has a type in bits 63:60:
 
@@ -26,7 +26,7 @@ _GFN = (1 << 40) - 1
 
 
 class PageOwner(IntEnum):
-    """enum pkvm_component_id."""
+    """enum pkvm_component_id: who owns a page that the host's stage 2 does not map."""
 
     HOST = 0
     HYP = 1
@@ -34,7 +34,7 @@ class PageOwner(IntEnum):
 
 
 class AnnotationType(IntEnum):
-    """enum kvm_invalid_pte_type (7.3)."""
+    """enum kvm_invalid_pte_type of Linux 7.3, bits 63:60 of an invalid entry."""
 
     LOCKED = 1
     DONATION = 2

@@ -1,4 +1,4 @@
-"""What has to be so before a page changes hands. Rule of this file: it answers, and changes nothing.
+"""What has to be so before a page changes hands. The functions answer, and change nothing.
 
 The names are those of arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3), without the underscores. Frame numbers and orders
 (0, 9, 18) count 4 KiB pages; an answer is 0 or -errno.
@@ -29,6 +29,7 @@ def transition_order(nr: int, *frames: int) -> int:
 
 def range_allowed_memory(el2: El2, pfn: int, nr: int) -> int:
     """-EPERM: no memory, or nobody's; -EINVAL: the range leaves its region (check_range_allowed_memory())."""
+    # Devices are never donated, nor memory that firmware keeps.
     region = el2.host.region(pfn << PAGE_SHIFT)
     if region is None or region.nomap:
         return -EPERM
@@ -53,6 +54,7 @@ def host_and_hyp(el2: El2, pfn: int, order: int, host: PkvmState, hyp: PkvmState
 
 def guest_page_state(entry: KvmLeaf) -> PkvmState:
     """From the software bits of an entry that maps, inferred for one that does not (guest_get_page_state())."""
+    # A valid leaf carries its state in software bits; an invalid one says it by its note, or has nothing to say.
     if entry.valid:
         return PkvmState(entry.value >> STATE_SHIFT & 3)
     note = Annotation.decode(entry.value)
@@ -79,4 +81,5 @@ def may_share(page: HypPage, protected: bool) -> bool:
     """Whether one more guest may borrow a page; ADDITION: a *protected* guest borrows it alone."""
     if page.host is PkvmState.OWNED:
         return page.hyp is PkvmState.NOPAGE
+    # SHARED_OWNED without a guest is shared with EL2 or the secure world: a guest must not join them.
     return page.host is PkvmState.SHARED_OWNED and page.guests > 0 and not protected

@@ -1,4 +1,4 @@
-"""The machine's EL2 under protected KVM. Rule of this file: one object that the machine talks to, and no rule of its own.
+"""The machine's EL2 under protected KVM. It is the one object that the machine talks to, and has no rules of its own.
 
 Hypervisor stage-1 tables are not modelled: what EL2 itself maps follows from the hypervisor's state in the vmemmap.
 """
@@ -74,6 +74,7 @@ class El2:
         Raises BadInput when they are not the host's to give.
         """
         nr = first_tables(ipa_bits)
+        # The tables of a protected VM are EL2's memory: the host must not be able to write a descriptor.
         if pgd % (nr * PAGE) or transitions.donate_hyp(self, pgd >> PAGE_SHIFT, nr):
             raise BadInput(f"{nr} pages at {pgd:#x} cannot become first-level tables of a VM")
         self._created += 1
@@ -87,6 +88,8 @@ class El2:
     def owner(self, pa: int) -> str:
         """``host``, ``guest`` (donated), ``shared`` (a guest borrows it), ``borrowed`` (a guest's), or ``hyp``."""
         page = self.vmemmap.page(pa >> PAGE_SHIFT)
+        # The host's state alone tells whose the page is: OWNED and SHARED_OWNED the host's, SHARED_BORROWED a
+        # guest's, NOPAGE somebody's whom the host cannot reach.
         if page.host is PkvmState.NOPAGE:
             return "hyp" if page.hyp is PkvmState.OWNED else "guest"
         if page.host is PkvmState.SHARED_BORROWED:

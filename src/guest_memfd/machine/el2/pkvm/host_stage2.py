@@ -1,4 +1,4 @@
-"""The host's own stage 2. Rule of this file: the host reaches what nobody withheld, and learns of the rest by an abort.
+"""The host's own stage 2. The host reaches what was not withheld, and learns of the rest by an abort.
 
 An identity map with VMID 0 that starts empty (kvm/hyp/nvhe/mem_protect.c): a fault on an empty entry maps the largest
 block that fits between the entry and the memory region, RWX for memory, RW for devices. A page that is given away is an
@@ -96,9 +96,12 @@ class HostStage2:
             return None                         # -EEXIST: another CPU was faster
         if entry.value:
             return self._refuse(fault, el, transfer, entry)
+        # The largest block that neither crosses the empty entry (its neighbours may be annotated) nor the end of the
+        # memory region.
         order = self._largest(ipa, entry.order)
         at = ipa & -(PAGE << order)
         try:
+            # RAM is mapped by the first fault and never by a call: at boot EL2 knows of no page that the host needs.
             self._try(lambda: self.pgt.map(at, order, at, MEMORY if self.region(at) else DEVICE))
         except OutOfMemory as error:
             raise MachineDead(f"kernel BUG at arch/arm64/kvm/hyp/nvhe/mem_protect.c: host_stage2_idmap({ipa:#x}) "
@@ -112,6 +115,8 @@ class HostStage2:
                               f"returned -EPERM: {Annotation.decode(entry.value, self.release)!r}")
         esr = fault.esr_el2(None if transfer is None else LoadStore(
             transfer.register, transfer.size, transfer.sixty_four, transfer.sign_extend))
+        # The mark. Linux cannot see that there is an EL2, so it must be able to tell this abort from one of its own
+        # tables.
         esr |= _S1PTW | (_SAME_EL if el else 0)
         return Inject(esr, fault.va if fault.kind == TRANSLATION else None)
 
@@ -131,6 +136,8 @@ class HostStage2:
         try:
             operation()
         except OutOfMemory:
+            # Device mappings can be dropped at any time, as they are faulted in again. Annotations must not be: they
+            # are the only record of who may not be let in.
             self.unmap_devices()
             operation()
 
@@ -155,6 +162,8 @@ class HostStage2:
         pa = pfn << PAGE_SHIFT
         before = self.pgt.leaf(pa)
         self._try(lambda: self.pgt.annotate(pa, order, note))
+        # The annotation has flushed nothing, as nothing was mapped. The host's stage-1 entries have to go all the
+        # same: the abstract host says so of every donation.
         if not before.valid:
             self.pgt.tlbs.flush_ipa(pa, before.level)
 

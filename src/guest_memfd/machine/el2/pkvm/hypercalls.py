@@ -1,4 +1,4 @@
-"""Hypercalls of the host. Rule of this file: which number calls what, and who may call it in which state.
+"""Hypercalls of the host. Here is which number calls what, and who may call it in which state.
 
 x0 = 0xC6000000 | n (fast SMC64 call of the vendor hypervisor service; n is no ABI, these are Linux 7.3's); x0 comes back
 as 0 or NOT_SUPPORTED, and x1 as the function's own result (kvm/hyp/nvhe/hyp-main.c). EL2 is initialised from the start,
@@ -128,6 +128,7 @@ HANDLERS: dict[int, Handler] = {
 def dispatch(el2: El2, regs: list[int], cpu: int) -> None:
     """handle_host_hcall(): registers x0..x17 in and out; *cpu* is who calls."""
     number = (regs[0] & 0xffff_ffff) - BASE
+    # Calls for setting EL2 up are refused once it is: they could replace the tables that protect it.
     handler = HANDLERS.get(number) if number >= MIN_PKVM else None
     if handler is None:
         regs[0] = _NOT_SUPPORTED

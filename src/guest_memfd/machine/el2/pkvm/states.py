@@ -1,4 +1,4 @@
-"""Who owns a page: the page states and the hypervisor's vmemmap. Rule of this file: a record nobody wrote is the host's.
+"""Who owns a page: the page states and the hypervisor's vmemmap. A record that was never written is the host's.
 
 An entry is eight bytes, packed as struct hyp_page is (include/nvhe/memory.h): refcount 15:0, order 23:16, host state
 27:24, hyp state 31:28 complemented, number of guests that the host shares the page with 63:32. So all zeros reads as
@@ -40,12 +40,12 @@ class HypPage(NamedTuple):
 
     @property
     def value(self) -> int:
-        """The eight bytes."""
+        """struct hyp_page as the eight bytes that are in memory; *hyp* is stored inverted, so zeros mean "not EL2's"."""
         return self.refcount | self.order << 16 | self.host << 24 | (self.hyp ^ 3) << 28 | self.guests << 32
 
     @classmethod
     def decode(cls, value: int) -> HypPage:
-        """Unpack eight bytes."""
+        """The reverse of `value`: take the eight bytes of a struct hyp_page apart."""
         states = PkvmState(value >> 24 & 3), PkvmState((value >> 28 & 3) ^ 3)
         return cls(value & 0xffff, value >> 16 & 0xff, *states, value >> 32)
 
@@ -87,6 +87,7 @@ class Vmemmap:
 
     def pages(self, pfn: int, order: int) -> Iterator[HypPage]:
         """The different records of the naturally aligned range of 1 << *order* pages; one if all pages agree."""
+        # One word for the whole range is the usual case; 1 GiB has 262144 pages, too many to look at each.
         if self._covered(pfn, order):
             yield self.page(pfn)
             return
@@ -105,6 +106,7 @@ class Vmemmap:
             words = self._words[lower]
             if lower >= order or not words:
                 continue
+            # The shorter way: through the words that there are, or through the pages of the range.
             if len(words) < end - pfn >> lower:
                 yield from ((lower, at) for at in words if pfn <= at < end)
             else:
@@ -112,10 +114,13 @@ class Vmemmap:
 
     def set(self, pfn: int, order: int, page: HypPage) -> None:
         """Write the record of all pages of a naturally aligned range of 1 << *order* pages, order one of ORDERS."""
+        # A word for 2 MiB has to come apart before one of its pages can have another state.
         self._open(pfn, order)
         for lower, at in list(self._below(pfn, order)):
             del self._words[lower][at]
         value = page.value
+        # Zeros are not stored: that is the record of a page that nobody has touched, and the table stays as small as
+        # what has been given away.
         if value:
             self._words[order][pfn] = value
         else:

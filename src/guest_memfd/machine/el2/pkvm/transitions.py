@@ -1,14 +1,39 @@
-"""Pages change hands here. Rule of this file: all checks, then the one change that can fail, then the rest.
+"""Pages change hands here: the transitions of pKVM at EL2, each a set of checks and then a change that is complete.
 
-Procedures and return codes are those of arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3). What differs, and is marked so:
+Theory of operation. EL2 trusts neither host nor guest. For each page it knows who owns it and who has borrowed it, and a
+transition is allowed from one combination only. What EL2 knows is kept in three places that must agree:
+
+    hyp_vmemmap          a word for each page: state for the host, state for the hypervisor, number of guests that borrow it
+    the host's stage 2   a page that the host may not touch is an invalid entry with a note: owner, and for a guest its
+                         handle and gfn (annotation.py)
+    a guest's stage 2    maps the page, with its state (OWNED, SHARED_OWNED, SHARED_BORROWED) in software bits of the leaf;
+                         or POISONED, if the host took the page by force
+
+The states of both sides form pairs. Donation: host OWNED -> NOPAGE, guest NOPAGE -> OWNED. Sharing by the host: host
+SHARED_OWNED, guest SHARED_BORROWED. MEM_SHARE by a guest: guest SHARED_OWNED, host SHARED_BORROWED.
+
+Every transition is: all checks (checks.py, which changes nothing); then the steps that can run out of memory; then the
+rest, which cannot fail. It returns 0 or -errno and, unless it returns 0, has changed nothing but the memcache, which it
+may have refilled. The order of the changes is the other invariant: where a page is taken from one side, it has left the
+tables and TLBs of that side before the other side gets it.
+
+- `donate_guest`: table pages for the guest's map are there (memcache); the host's entry is annotated, which removes it
+  from the TLBs of the host and can need memory; the guest's entry is made last. So no CPU reaches it for both.
+- `reclaim_dying_guest_page`: out of the guest's table and the TLBs, zeroed, and only then mapped for the host.
+- `force_reclaim_guest_page`: the guest's entry is POISONED first. Its next access must end in an error and not in a
+  page of zeros that it would take for its own. Then zeroed, then the host's.
+
+Frame numbers count 4 KiB pages. What differs from arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3), and is marked so:
 
 - Sizes. Upstream donates and reclaims pages; here a range may also be 2 MiB or 1 GiB (nr = 512, 262144 pages), all of
   whose pages are in one state, and is one leaf on both sides. share_guest() has upstream's 2 MiB, and 1 GiB as well.
 - ADDITION: share_guest() and unshare_guest() for protected guests, unshare(), check_consent(): conversion in place.
+- -ENOMEM of the host's side has no counterpart upstream, where the pool has a page for every table there can be.
+- There is no lock: a transition is one step. Upstream holds the host's component lock and the guest's.
 
-All addresses are frame numbers of 4 KiB pages. Every procedure returns 0 or -errno and, unless it returns 0, has changed
-nothing but the memcache, which it may have refilled. -ENOMEM of the host's side has no counterpart upstream, where the
-pool has a page for every table there can be.
+Tests: tests/test_pkvm_el2.py (test_every_call_in_every_situation: each call in each combination of states;
+test_out_of_memory_at_every_allocation_loses_nothing; test_force_reclaim_poisons_before_it_zeroes_before_it_gives_back;
+test_el2_does_what_the_abstract_el2_does). Laws: one-owner, no-stale-mapping, no-stale-data.
 """
 
 from __future__ import annotations
@@ -45,6 +70,8 @@ def _guest_unmap(vm: PkvmHypVm, gfn: int) -> None:
 # host_stage2_set_owner_metadata_locked() with the donation's data.
 def _donated(el2: El2, vm: PkvmHypVm, pfn: int, order: int, gfn: int) -> int:
     try:
+        # First the table, which can fail; the record follows when it has succeeded. In between no one looks: a
+        # transition is one step.
         el2.host.give_away(pfn, order, PageOwner.GUEST, vm.handle, gfn)
     except OutOfMemory:
         return -ENOMEM
@@ -71,7 +98,10 @@ def share_hyp(el2: El2, pfn: int) -> int:
 
 def unshare_hyp(el2: El2, pfn: int) -> int:
     """The way back; -EBUSY while pinned."""
+    # Both sides are checked although they must agree: a record that does not is a mistake of EL2's, and must not
+    # become a page with two owners.
     ret = checks.host_and_hyp(el2, pfn, 0, PkvmState.SHARED_OWNED, PkvmState.SHARED_BORROWED)
+    # EL2 itself works with the page (hyp_pin_shared_mem()); the host must not take it away meanwhile.
     if not ret and el2.vmemmap.page(pfn).refcount:
         ret = -EBUSY
     if not ret:
@@ -104,6 +134,7 @@ def donate_hyp(el2: El2, pfn: int, nr: int) -> int:
         try:
             el2.host.give_away(at, 0, PageOwner.HYP)
         except OutOfMemory:
+            # All pages or none. The entries that are put back have their size already, so this cannot fail.
             for undo in range(pfn, at):
                 _returned(el2, undo, 0)
             return -ENOMEM
@@ -133,7 +164,7 @@ def share_ffa(el2: El2, pfn: int, nr: int) -> int:
 
 
 def unshare_ffa(el2: El2, pfn: int, nr: int) -> int:
-    """The way back."""
+    """*nr* pages: host SHARED_OWNED -> OWNED, the secure world has let go; -EPERM where a page is in another state."""
     return _ffa(el2, pfn, nr, PkvmState.SHARED_OWNED, PkvmState.OWNED)
 
 
@@ -159,14 +190,19 @@ def donate_guest(el2: El2, vm: PkvmHypVm, pfn: int, gfn: int, nr: int = 1) -> in
     ret = checks.host_and_hyp(el2, pfn, order, PkvmState.OWNED, PkvmState.NOPAGE)
     if ret:
         return ret
+    # Before the guest's table is read: beyond its width there is nothing that could be read.
     if not vm.in_range(gfn, nr):
         return -EINVAL
+    # To map over a page would lose it: it would stay the guest's, with no gfn by which the host could reclaim it.
     if not checks.guest_is_empty(vm, gfn, order):
         return -EPERM
+    # The guest's map must not fail after the host has lost the page. This takes pages from what the host offers, and
+    # is the only effect that stays after a refusal.
     if not vm.memcache_ready():
         return -ENOMEM
     ret = _donated(el2, vm, pfn, order, gfn)
     if not ret:
+        # Last: until here neither host nor guest reaches the page, and never both.
         _guest_map(vm, gfn, order, pfn, PkvmState.OWNED)
     return ret
 
@@ -189,10 +225,12 @@ def share_guest(el2: El2, vm: PkvmHypVm, pfn: int, gfn: int, nr: int = 1, prot: 
         return -EPERM
     if not checks.guest_is_empty(vm, gfn, order):
         return -EPERM
+    # A count that ran over would say "no guest" while guests map the page.
     if not all(page.may_be_shared_again for page in pages):
         return -EBUSY
     if not vm.memcache_ready():
         return -ENOMEM
+    # The count before the map, the unmap before the count: a page that a guest maps is always recorded as shared.
     _count_guests(el2, pfn, order, 1)
     _guest_map(vm, gfn, order, pfn, PkvmState.SHARED_BORROWED, prot)
     return 0
@@ -200,6 +238,7 @@ def share_guest(el2: El2, vm: PkvmHypVm, pfn: int, gfn: int, nr: int = 1, prot: 
 
 # One guest more or less borrows each of the pages; some of them may be another guest's, too.
 def _count_guests(el2: El2, pfn: int, order: int, change: int) -> None:
+    # Pages of one block may be lent to different numbers of guests; then each has a record of its own.
     if order and len(list(el2.vmemmap.pages(pfn, order))) > 1:
         for at in range(pfn, pfn + (1 << order)):
             _count_guests(el2, at, 0, change)
@@ -220,7 +259,11 @@ def unshare_guest(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> int:
     if not entry.valid:
         return -ENOENT
     if checks.guest_page_state(entry) is not PkvmState.SHARED_BORROWED:
+        # The library asks without knowing whether the guest borrowed the page or owns it, and tells the two apart by
+        # this.
         return -ENOENT if vm.protected else -EPERM
+    # Part of a block cannot be unshared: the guest's leaf would have to be split, and what is left would have to be
+    # counted anew.
     if entry.order != order:
         return -checks.E2BIG
     _give_borrowed_back(el2, vm, gfn, entry)
@@ -229,6 +272,7 @@ def unshare_guest(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> int:
 
 def _give_borrowed_back(el2: El2, vm: PkvmHypVm, gfn: int, entry: KvmLeaf) -> None:
     pfn = entry.oa >> PAGE_SHIFT
+    # Unmapped and flushed before the host is told that it is the only user again.
     _guest_unmap(vm, gfn)
     _count_guests(el2, pfn, entry.order, -1)
 
@@ -243,8 +287,12 @@ def reclaim_dying_guest_page(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> 
     if order < 0:
         return order
     ret, entry = checks.valid_guest_leaf(vm, gfn, order)
+    # Nothing there, or taken by force before: the host has the page already, so the call has nothing to do and may be
+    # repeated.
     if ret in (-ENOENT, -EHWPOISON):
         return 0
+    # The guest's own page. Only its end makes it the host's: a living guest would have to agree, and it does that by
+    # MEM_SHARE.
     if not vm.dying:
         return -EPERM
     if ret:
@@ -257,6 +305,8 @@ def reclaim_dying_guest_page(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> 
         _give_borrowed_back(el2, vm, gfn, entry)
         return 0
     _guest_unmap(vm, gfn)
+    # After the guest's mapping has gone, or a vCPU could write after the zeroing; before the host's is there, or the
+    # host could read before it.
     el2.ram.zero(entry.oa, PAGE << order)
     _returned(el2, pfn, order)
     return 0
@@ -271,19 +321,25 @@ def force_reclaim_guest_page(el2: El2, phys: int) -> int:
     pfn = phys >> PAGE_SHIFT
     if el2.host.region(phys) is None:
         return -EFAULT
+    # The host may touch it: its abort was answered meanwhile. -EAGAIN lets Linux try the access again.
     if el2.vmemmap.page(pfn).host is not PkvmState.NOPAGE:
         return -EAGAIN
     note = el2.host.note(phys)
     if note is None:
         return -EINVAL
+    # EL2's own page is never given up, even if the host cannot go on without it. 6.12 knows no force reclaim.
     if note.owner is not PageOwner.GUEST or el2.release != "7.3":
         return -EPERM
     vm = el2.vms.get(note.handle)
+    # The VM has been torn down meanwhile: the access is worth another try.
     if vm is None:
         return -EAGAIN
     entry = vm.pgt.leaf(note.gfn << PAGE_SHIFT)
+    # SHARED_OWNED: the guest lets the host use the page, so the host's abort had another reason.
     if checks.guest_page_state(entry) is not PkvmState.OWNED:
         return -EPERM
+    # Poison, zero, give back. The guest must meet an error at its next access; a page of zeros would look like memory
+    # that it has lost without a reason.
     vm.pgt.annotate(note.gfn << PAGE_SHIFT, entry.order, POISONED.encode())
     vm.unmapped(note.gfn, entry.oa >> PAGE_SHIFT)
     el2.ram.zero(entry.oa, PAGE << entry.order)
@@ -305,6 +361,7 @@ def guest_share_host(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
     ret = checks.host_page_state(el2, pfn, 0, PkvmState.NOPAGE)
     if ret:
         return ret
+    # The guest's state first: while it says OWNED no entry of the host may map the page.
     _guest_map(vm, gfn, 0, pfn, PkvmState.SHARED_OWNED)
     el2.host.take_back(pfn, 0)
     _set(el2, pfn, 0, PkvmState.SHARED_BORROWED)
@@ -319,6 +376,7 @@ def guest_unshare_host(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
     pfn = entry.oa >> PAGE_SHIFT
     if checks.guest_page_state(entry) is not PkvmState.SHARED_OWNED:
         return -EPERM
+    # The host loses it before the guest's entry says OWNED; from then on the guest may put secrets there.
     ret = checks.host_page_state(el2, pfn, 0, PkvmState.SHARED_BORROWED) or _donated(el2, vm, pfn, 0, gfn)
     if not ret:
         _guest_map(vm, gfn, 0, pfn, PkvmState.OWNED)
@@ -331,6 +389,8 @@ def guest_unshare_host(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
 def unshare(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
     """ADDITION: the host has let go of what the guest shared, so its MEM_UNSHARE completes; -EPERM: it shares nothing."""
     ret = guest_unshare_host(el2, vm, gfn)
+    # One answer for every state in which there is nothing to complete; want of memory is not among them, as it
+    # passes.
     return ret if ret in (0, -ENOMEM) else -EPERM
 
 

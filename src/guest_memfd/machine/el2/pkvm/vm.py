@@ -1,4 +1,4 @@
-"""Guests as EL2 knows them. Rule of this file: what a VM lives on, tables included, was the host's and is EL2's for now.
+"""Guests as EL2 knows them. What a VM lives on, tables included, was the host's and is EL2's for now.
 
 A VM's tables come out of its memcache: pages that the host offers, that EL2 takes (donate_hyp) and gives back when the
 VM is torn down (kvm/hyp/nvhe/pkvm.c). Upstream each vCPU has a memcache; here one serves the VM. vCPUs execute while
@@ -47,6 +47,8 @@ class Memcache:
     def refill(self, nr: int) -> bool:
         """pkvm_refill_memcache(): take offered pages until there are *nr*; False: there are not."""
         while len(self.pages) < nr and self.offered:
+            # The host may offer a page that is not its own, by mistake or not. Then the page stays where it is, and
+            # the memcache is not full.
             if transitions.donate_hyp(self._el2, self.offered[-1] >> PAGE_SHIFT, 1):
                 break
             self.pages.append(self.offered.pop())
@@ -64,6 +66,7 @@ class Memcache:
         if not self.pages:
             raise OutOfMemory("the memcache is empty")
         pa = self.pages.pop()
+        # Zeroed at EL2, after the host has lost it: descriptors of the host's making would be a way into any page.
         self._el2.ram.zero(pa, PAGE)
         return pa
 
@@ -100,7 +103,7 @@ class PkvmHypVm(GuestStage2):
         self.memcache.offered += pages
 
     def add_vcpu(self, cpu: VheGuestCpu) -> PkvmVcpu:
-        """__pkvm_init_vcpu()."""
+        """__pkvm_init_vcpu(): a new vCPU of this VM, whose instructions *cpu* executes."""
         self.vcpus.append(PkvmVcpu(self, cpu))
         return self.vcpus[-1]
 
@@ -123,10 +126,13 @@ class PkvmHypVm(GuestStage2):
         if not self.dying:
             return -EBUSY
         self.pgt.destroy()
+        # Before the table pages go back: a walker could read them as descriptors afterwards, when the host writes to
+        # them.
         self.pgt.tlbs.flush_all()
         self.teardown = sorted([*self.memcache.pages, *self.pgd])
         self.memcache.pages.clear()
         for pa in self.teardown:
+            # They hold addresses of pages of the guest, which are nothing for the host to know.
             self.ram.zero(pa, PAGE)
             transitions.hyp_donate_host(self.el2, pa >> PAGE_SHIFT, 1)
         del self.el2.vms[self.handle]
@@ -148,6 +154,8 @@ class PkvmVcpu(VheVcpu):
             return InternalErrorExit("-EINVAL: the vCPU is not loaded")
         if self._unsharing is not None:
             gfn, self._unsharing = self._unsharing >> PAGE_SHIFT, None
+            # The host may have let go of the page or not. The guest learns it from the state, not from what the host
+            # says.
             done = checks.guest_page_state(self.vm.pgt.leaf(gfn << PAGE_SHIFT)) is PkvmState.OWNED
             self.cpu.set_x(0, 0 if done else INVALID_PARAMETER)
         return super().run(timeout, instructions)
@@ -180,6 +188,7 @@ class PkvmVcpu(VheVcpu):
 
     # The HVC becomes a write fault of the page, and is executed again when the host has mapped it.
     def _fault_in(self, ipa: int) -> Exit:
+        # PC is behind the HVC, which must run once more when the page is there.
         self.cpu.pc -= 4
         if not self.bound(ipa):
             return InternalErrorExit(f"the guest shares IPA {ipa:#x}, where it has no memory")

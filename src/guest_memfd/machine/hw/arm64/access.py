@@ -1,4 +1,4 @@
-"""What a load or store says about its own access. Rule of this file: decode, never execute.
+"""What a load or store says about its own access. Instructions are decoded here, never executed.
 
 Source: Arm ARM (DDI 0487) C4.1, "Loads and Stores".
 """
@@ -47,6 +47,8 @@ def access_of(word: int) -> Transfer | None:
         return None
     if not word >> 24 & 1:
         mode, register_offset = word >> 10 & 3, word >> 21 & 1
+        # Only a plain load or store of one register has a syndrome with ISV; a hypervisor that is given none cannot
+        # emulate a device.
         if register_offset and mode != 2:
             return None                     # atomics and authenticated loads
     elif word >> 25 & 1:

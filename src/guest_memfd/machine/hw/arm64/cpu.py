@@ -1,4 +1,4 @@
-"""One AArch64 CPU. Rule of this file: Unicorn executes, our tables translate; every stop leaves the state of the manual.
+"""One AArch64 CPU. Unicorn executes, our tables translate; after every stop the CPU is in the state that the manual says.
 
 Unicorn is used with UC_TLB_VIRTUAL: it asks for every translation and knows nothing of tables. Exceptions are never
 delivered by it; each ends `run` as one of the `Stop` tuples below, and whoever plays EL2 decides what happens next.
@@ -232,18 +232,25 @@ class Cpu:
         try:
             self._fills += 1
             late = self._deadline is not None and time.monotonic() >= self._deadline
+            # Asked here as well as between slices: code that misses the TLB in every instruction makes a slice very
+            # long.
             if late or (self._fills % _FILLS == 0 and self.kicked()):
                 self._stop = Expired()
                 uc.emu_stop()
             pa, _size, *permissions = self.translate(va, access, el)
             pa &= -_PAGE
+            # Outside of RAM there may be a device, and Unicorn knows none: refuse, and find out afterwards what the
+            # access was.
             if not (self.ram.base <= pa < self.ram.end and permissions[_PERMISSION[access]]):
                 self._miss = va, access, el
                 return False
+            # The page has changed since Unicorn translated it, by a store that was not the CPU's. Its translation is
+            # thrown away, and the slice starts again.
             if access == "x" and not self._current(pa):
                 return False
             read, write, execute = permissions
             entry.paddr = pa
+            # A page that was filled for a load must be filled again for a fetch, so that its code is compared.
             execute = execute and pa in self._seen
             entry.perms = read | write << 1 | execute << 2
             if execute:
@@ -251,6 +258,7 @@ class Cpu:
             return True
         except Fault:
             self._miss = va, access, el
+        # An exception must not pass through Unicorn's C code; it is raised when that has returned.
         except BaseException as error:
             self._raised = error
         return False
@@ -327,6 +335,8 @@ class Cpu:
                 raise self._raised
             if self._changed:
                 self._forget_code()
+                # The one instruction was executed, and what failed is the fetch of the next: that is the next run's
+                # business.
                 if count == 1 and self.pc != start:
                     return Counted()
                 continue
@@ -349,6 +359,8 @@ class Cpu:
     def _refused(self) -> Stop | None:
         if self._miss is None:
             raise RuntimeError(f"Unicorn stopped at {self.pc:#x} for no reason of ours")
+        # Unicorn asks for pages. The fault's address must be exact to the byte, since FAR and the zero-padding
+        # handler depend on it.
         page, access, el = self._miss
         pc = self.pc
         va = pc if access == "x" else self._address(page, pc)
@@ -364,12 +376,14 @@ class Cpu:
     def _address(self, page: int, pc: int) -> int:
         word = self._executed(pc)
         va = address_of(word, pc, lambda n: 0 if n == 31 else self.x(n), lambda: self.sp)
+        # An access that crosses into a page reports the first byte of that page, not where it began.
         return va if va is not None and page <= va < page + _PAGE else page
 
     # Called by Unicorn for everything that is an exception; the state is that of the instruction, or behind a call.
     def _exception(self, uc: Any, number: int, _: object) -> None:
         try:
             pc = self.pc
+            # The PC is already behind a call; for everything else it is at the instruction.
             if number in _CALLS:
                 self._stop = _CALLS[number](self._executed(pc - 4) >> 5 & 0xffff)
             elif number == _BKPT:
@@ -391,6 +405,7 @@ class Cpu:
     # What HCR_EL2 makes trap. True: done, execution goes on behind it.
     def _trapped(self, pc: int) -> bool:
         word = self._executed(pc)
+        # HCR_EL2.TWI: a guest that waits gives the CPU back instead of stopping it.
         if word == _WFI:
             self.pc = pc + 4
             self._stop = Wfi()

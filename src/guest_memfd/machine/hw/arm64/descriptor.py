@@ -1,4 +1,4 @@
-"""Translation table entries as named fields. Rule of this file: what each bit of a descriptor means.
+"""Translation table entries as named fields. Here is what each bit of a descriptor means.
 
 Arm ARM D8.3; arch/arm64/include/asm/pgtable-hwdef.h, pgtable-prot.h (software bits), kvm_pgtable.h (stage 2).
 """
@@ -77,6 +77,7 @@ def kind(value: int, level: int, granule: Granule = K4, pa_bits: int = 48) -> Ki
 
 def output_address(value: int, level: int, granule: Granule = K4, pa_bits: int = 48) -> int:
     """The OA of a leaf: bits below the size of what it maps are dropped; 64K has OA[51:48] in bits 15:12."""
+    # Bits below the size of the leaf are not address bits at this level; bit 16 of a block is nT.
     oa = value & ADDRESS & -(1 << granule.level_shift(level))
     return oa | (value >> 12 & 15) << 48 if granule.shift == 16 and pa_bits >= 52 else oa
 
@@ -92,7 +93,7 @@ def leaf(oa: int, attributes: int, level: int) -> int:
 
 
 def table(address: int, attributes: int = 0) -> int:
-    """A table descriptor."""
+    """A table descriptor for the next-level table at physical *address*; bits 1:0 are 11, as a page's."""
     return leaf(address, attributes, 3)
 
 
@@ -110,12 +111,12 @@ class _Descriptor:
 
     @property
     def oa(self) -> int:
-        """Output address."""
+        """The output address in bytes, aligned to what a leaf of this level maps."""
         return output_address(self.value, self.level, self.granule)
 
     @property
     def af(self) -> bool:
-        """Access flag."""
+        """The Access flag, bit 10: where it is 0, the first access is an Access flag fault or sets it (HAFDBS)."""
         return bool(self.value & AF)
 
     @property
@@ -125,7 +126,7 @@ class _Descriptor:
 
     @property
     def contiguous(self) -> bool:
-        """Contiguous bit."""
+        """The Contiguous bit: one TLB entry may stand for the aligned run of leaves."""
         return bool(self.value & CONTIGUOUS)
 
     @property
@@ -135,7 +136,7 @@ class _Descriptor:
 
     @property
     def software(self) -> int:
-        """Bits 58:55."""
+        """Bits 58:55, which the walker ignores and software may use."""
         return self.value >> 55 & 15
 
     # The middle of the line is each stage's own.
@@ -162,7 +163,7 @@ class Stage1Leaf(_Descriptor):
 
     @property
     def ap(self) -> int:
-        """AP[2:1]."""
+        """AP[2:1], bits 7:6: bit 0 lets EL0 in, bit 1 makes read-only."""
         return self.value >> 6 & 3
 
     @property
@@ -196,7 +197,7 @@ class Stage2Leaf(_Descriptor):
 
     @property
     def memattr(self) -> int:
-        """MemAttr[3:0]."""
+        """MemAttr[3:0], bits 5:2: the memory type that stage 2 asks for."""
         return self.value >> MEMATTR_SHIFT & 15
 
     @property
@@ -226,7 +227,7 @@ class TableDescriptor:
 
     @property
     def address(self) -> int:
-        """The next-level table."""
+        """The physical address of the next-level table."""
         return table_address(self.value, self.granule)
 
     @property
@@ -236,12 +237,12 @@ class TableDescriptor:
 
     @property
     def pxn_table(self) -> bool:
-        """PXNTable."""
+        """PXNTable: no execution at EL1 from anything below."""
         return bool(self.value & PXN_TABLE)
 
     @property
     def uxn_table(self) -> bool:
-        """UXNTable."""
+        """UXNTable: no execution at EL0 from anything below."""
         return bool(self.value & UXN_TABLE)
 
     def __repr__(self) -> str:
@@ -285,5 +286,5 @@ def view(value: int, level: int, stage: int, granule: Granule = K4) -> Descripto
 
 
 def describe(value: int, level: int, stage: int, granule: Granule = K4) -> str:
-    """`view` as text."""
+    """The descriptor in one line of text: what `view` returns, as its repr."""
     return repr(view(value, level, stage, granule))

@@ -1,4 +1,4 @@
-"""One entry of a TLB. Rule of this file: what an entry knows, and when two agree.
+"""One entry of a TLB. Here is what an entry knows, and when two agree.
 
 The Arm ARM leaves the structure of a TLB open; what an entry has to know follows from the scope of the TLBI operations.
 """
@@ -27,17 +27,19 @@ class TlbEntry:
                  level: int, may: int, may2: int, s1: Entry | None, s2: Entry | None, ipa: int, unit: int) -> None:
         self.kind: TlbKind = kind
         self.vmid, self.asid, self.shift, self.leaf_shift, self.level, self.unit = vmid, asid, shift, leaf_shift, level, unit
+        # Aligned down, as an entry is found by its number at its size.
         mask = -1 << shift
         self.ia, self.oa, self.ipa = ia & mask, oa & mask, ipa & mask
         self.may, self.may2, self.s1, self.s2, self.born = may, may2, s1, s2, 0
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """How many bytes the entry translates; a power of 2."""
         return 1 << self.shift
 
     def agrees(self, other: TlbEntry) -> bool:
         """Whether both give the same answer wherever they overlap: address, permissions, attributes."""
+        # By distance and not by output address: two entries of different sizes over one mapping agree.
         return (self.oa - self.ia == other.oa - other.ia and self.may == other.may and self.may2 == other.may2
                 and not _attributes(self.s1, other.s1) and not _attributes(self.s2, other.s2))
 
@@ -76,6 +78,7 @@ class Context:
 
     def forget_stage1(self) -> None:
         """All of stage 1, combined entries included."""
+        # VMALLE1 removes combined entries, too: they hold stage-1 information.
         self.stage1.clear()
         self.combined.clear()
         self.pieces.clear()

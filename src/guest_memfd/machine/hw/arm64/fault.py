@@ -1,4 +1,4 @@
-"""A translation fault as hardware reports it. Rule of this file: which fault gives which status code and registers.
+"""A translation fault as hardware reports it. Here is which fault gives which status code and registers.
 
 FSC: EncodeLDFSC of the Arm ARM (arch/arm64/mm/fault.c fault_info[]); HPFAR_EL2: IPAValid (kvm/hyp/include/hyp/fault.h).
 The syndrome's layout is in syndrome.py.
@@ -78,6 +78,8 @@ class Fault(Exception):  # noqa: N818 - named after what it is
     def esr_el2(self, instruction: LoadStore | None = None, far_valid: bool = True) -> int:
         """ESR_EL2 when taken to EL2; ISV..AR only for a stage-2 fault of a simple load or store, not on a stage-1 walk."""
         rest = 0
+        # A hypervisor emulates a device from these bits. On a walk the fault is not about the instruction's own
+        # operand, so the bits would be wrong.
         if instruction is not None and self.stage == 2 and not self.s1ptw and self.access != "x" \
                 and self.kind != EXTERNAL_ABORT:
             rest = 1 << 24 | _SIZES[instruction.size] << 22 | instruction.sign_extend << 21 | instruction.register << 16 \
@@ -96,6 +98,8 @@ class Fault(Exception):  # noqa: N818 - named after what it is
         """HPFAR_EL2 (IPA[51:12] from bit 4 on); None where the architecture leaves it UNKNOWN."""
         if self.stage != 2 or self.ipa is None:
             return None
+        # An ordinary stage-2 permission fault does not write HPFAR_EL2: a hypervisor has to find the IPA with AT
+        # S1E1R.
         if self.kind in _IPA_VALID or (self.s1ptw and self.kind == PERMISSION):
             return (self.ipa >> 12) << 4
         return None

@@ -1,4 +1,4 @@
-"""What a range of input addresses is filled with. Rule of this file: where blocks fit, and which runs are contiguous."""
+"""What a range of input addresses is filled with. Here is where blocks fit, and which runs are contiguous."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Geometry of a translation granule. Rule of this file: which levels exist, what an entry maps, where blocks are legal.
+"""Geometry of a translation granule. Here is which levels exist, what an entry maps, and where blocks are legal.
 
 Arm ARM D8.2 (translation process), D8.3 (descriptor formats); arch/arm64/include/asm/pgtable-hwdef.h.
 """

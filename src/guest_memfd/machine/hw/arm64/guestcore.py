@@ -1,7 +1,7 @@
 """A vCPU's core: guest instructions on Unicorn, through the guest's own stage 1, the VM's stage 2 and a CPU's TLB.
 
-Rule of this file: what the guest's registers say is asked at every walk; what its TLBI instructions remove, they remove
-for its VMID everywhere (HCR_EL2.FB). It is what el2/gunyah/vcpu.py and el2/kvm/vcpu.py call a GuestCpu.
+What the guest's registers say is asked at every walk. What its TLBI instructions remove, they remove for its VMID on all
+CPUs (HCR_EL2.FB). It is what el2/gunyah/vcpu.py and el2/kvm/vcpu.py call a GuestCpu.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class GuestCore(Cpu):
 
     def _through(self, va: int, access: Access, el: int) -> tuple[int, int, bool, bool, bool]:
         self.fills += 1
+        # Registers are read at every fill, not when the run begins: the guest changes them while it runs.
         found = self._mmu.translate(va, access, el, self._stage1(), self._stage2())
         return found.pa, found.size, found.readable, found.writable, found.executable
 
@@ -83,6 +84,8 @@ class GuestCore(Cpu):
 
     # What the guest executes for one CPU reaches all of them (HCR_EL2.FB).
     def _maintain(self, name: str, value: int) -> None:
+        # The vCPU may have run on another CPU before, whose TLB it cannot name. KVM sets HCR_EL2.FB for the same
+        # reason.
         whole = name if name.endswith("IS") else f"{name}IS"
         execute(whole, value, self._tlbs[0], self._tlbs, self._stage2().vmid)
 

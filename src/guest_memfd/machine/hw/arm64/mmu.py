@@ -1,7 +1,39 @@
-"""The MMU of one CPU. Rule of this file: the TLB answers first, whatever memory says by now; a walk fills it.
+"""The MMU of one CPU: the TLB answers first, whatever memory says by now; a walk fills it.
 
-A walk that ends in a translation, address size or access flag fault leaves no translation behind, but the table
-descriptors it went through may stay. An entry that fails permission stays.
+Theory of operation. walk.py computes one translation from memory alone. A CPU does not: it answers from its TLB, and walks
+only for what it does not find. The difference between the two is a stale translation, and to find those is what this
+machine is for. So the MMU is built from the same parts as the walk, with the TLB between them.
+
+One access (`translate`) goes like this:
+
+1. Select the half of the address space by VA[55]. An address outside of both ends in a translation fault of level 0
+   before any TLB is asked, as it depends on TCR_EL1 alone.
+2. A combined entry, if there is one, answers alone: address and permissions of both stages, without a look at memory.
+3. Else the stage-1 entry, kept or walked for. The walk begins at the deepest table descriptor that the TLB has. Each
+   descriptor lies at an IPA, so it is translated by stage 2 first, through the same TLB; a fault there is a stage-2 fault
+   with S1PTW.
+4. Permission of stage 1 is checked before stage 2 is asked for the final IPA: a stage-1 fault hides a stage-2 fault.
+5. The stage-2 entry, kept or walked for, and the combined entry that is made of the two.
+6. Permission of stage 2.
+
+Order of insertion matters where a leaf is part of a contiguous run: the run is inserted first, so it is the older of two
+that overlap, and answers as long as it is there. The combined entry is inserted before stage 2's permissions are checked,
+and the stage-1 entry before stage 1's, as an entry that fails permission may be cached.
+
+Invariants: a walk that ends in a translation, address size or access flag fault leaves no translation, but the table
+descriptors it went through stay (`finally`): hardware may cache them even if the walk fails. PSTATE.PAN and the exception
+level are not part of an entry; they are looked at when it is used. `at_s1` asks stage 1 without leaving an entry that
+goes around stage 2.
+
+`prefetch` is a speculative access. It may happen at any time and for any address, so it fills the TLB with everything
+valid on the way, whoever may use it, and never faults. lockstep calls it before every primitive (machine/adversary.py).
+
+Left out: hardware updates of the access flag and the dirty state (AF=0 always faults), nested virtualisation, and EL2's
+own regime. *conflict_aborts* chooses between the two behaviours that the architecture permits for overlapping entries.
+
+Source: Arm ARM D8; AArch64.S1Translate and S2Translate. Tests: tests/test_arm64_tlb.py
+(test_a_stale_entry_wins_over_memory, test_random_changes_with_full_maintenance_are_never_stale), and
+tests/test_arm64_oracle.py (test_tlb_and_walk_agree): with all maintenance done, the MMU answers as the walk does.
 """
 
 from __future__ import annotations
@@ -50,6 +82,8 @@ class Mmu:
             entry = self._stage2(ipa, s2, (2, False, va, ipa, access, el))
             self._check_stage2(entry, va, ipa, False, access, el)
             return Translation(entry.oa + ipa - entry.ia, None, entry.s2, entry.shift, entry.may2, el)
+        # Before the TLB: whether the address is in a half at all follows from TCR_EL1, and no entry can say
+        # otherwise.
         plan = select(s1, va, who)
         hit = self._combined(va, s1, s2, who)
         if hit is not None:
@@ -58,6 +92,8 @@ class Mmu:
             self.walks += 1
             first = self._stage1(va, plan, s1, s2, who)
             assert first.s1 is not None
+            # Before stage 2 is walked for the final address: if both stages refuse, stage 1's fault is the one that
+            # is reported.
             check_stage1(first.may, first.s1.level, s1.pan, who)
             hit = self._combine(va, first, s2, access, el)
         return self._answer(hit, va, s1, who)
@@ -74,6 +110,7 @@ class Mmu:
             plan = select(s1, va, who)
             if self._combined(va, s1, s2, who) is None:
                 self._combine(va, self._stage1(va, plan, s1, s2, who), s2, "r", 1)
+        # A speculative access has no effect but on the TLB: what would fault is not done.
         except Fault:
             pass
 
@@ -96,6 +133,7 @@ class Mmu:
         vmid = s2.vmid if s2 is not None else 0
         if self.conflict_aborts:
             found = self.tlb.overlapping(vmid, s1.asid, va & VA_MASK)
+            # Overlapping entries that say the same do no harm: a block and its pages, after a live split.
             if len(found) > 1 and not all(found[0].agrees(other) for other in found):
                 raise Fault(TLB_CONFLICT, None, *who)
         return self.tlb.combined(vmid, s1.asid, va & VA_MASK)
@@ -104,6 +142,7 @@ class Mmu:
         access, el = who[4], who[5]
         may, may2, offset = hit.may, hit.may2, (va & VA_MASK) - hit.ia
         need = BITS[el, access]
+        # The common case needs one test. PAN is not in the entry, because software changes it without a TLBI.
         if s1.pan or not may & need:
             assert hit.s1 is not None
             check_stage1(may, hit.s1.level, s1.pan, who)
@@ -126,11 +165,14 @@ class Mmu:
         known = tlb.stage1(vmid, asid, key)
         if known is not None:
             return known
+        # EPD and a wrong base keep a walk from beginning; an entry that is in the TLB already answers without one.
         begin(plan, who)
         access, el = who[4], who[5]
 
         def locate(ipa: int) -> int:
             assert s2 is not None
+            # The descriptor's own address. Its translation is cached as well, so a table page that stage 2 withholds
+            # later can still be walked.
             entry = self._stage2(ipa, s2, (2, True, va, ipa, access, el))
             self._check_stage2(entry, va, ipa, True, access, el)
             return entry.oa + ipa - entry.ia
@@ -139,10 +181,12 @@ class Mmu:
         try:
             leaf, oa, shift, run, tables = descend(self.memory.read64, plan, va, who, locate if s2 is not None else None,
                                                    passed, tlb.table1(vmid, asid, key))
+        # Also after a fault: the descriptors that were read on the way are valid, and hardware may keep them.
         finally:
             if passed:
                 tlb.insert_tables(vmid, asid, key, passed)
         may = permission.stage1(leaf.value, tables, s1.wxn)
+        # Without nG the entry is global: any ASID may use it, and an operation by VA removes it whatever its ASID.
         tag = asid if leaf.value & _NG else None
         # A run is kept as one entry and singly; the run is the older one and answers while it is there.
         entries = [TlbEntry("stage1", vmid, tag, key, oa, size, size, leaf.level, may, permission.ALL, leaf, None, oa, shift)

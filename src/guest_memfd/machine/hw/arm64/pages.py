@@ -1,4 +1,4 @@
-"""Where table pages come from and go to. Rule of this file: none stays behind when what it was for fails.
+"""Where table pages come from and go to. When an operation fails, no page that it took is lost.
 
 4 KiB tables are single pages of the source; those of the 16K and 64K granules, and concatenated ones, are blocks of it.
 """
@@ -21,10 +21,10 @@ class TableMemory(Protocol):
         """The doubleword at *pa*."""
 
     def write64(self, pa: int, value: int, /) -> None:
-        """Store a doubleword."""
+        """Store a doubleword at *pa*, 8-byte aligned, little endian."""
 
     def write(self, pa: int, data: bytes, /) -> None:
-        """Store bytes."""
+        """Store *data* from *pa* on; used to zero tables."""
 
 
 class PageSource(Protocol):
@@ -84,10 +84,12 @@ class TablePages:
 
         try:
             yield table
+        # Whatever went wrong, ^C included: a table that is linked nowhere would be lost.
         except BaseException:
             for pa in made:
                 self.free(pa, self.order)
             raise
+        # Only now they belong to the tree: everything inside has succeeded.
         self.tables.update(made)
 
     def free_all(self) -> None:

@@ -1,4 +1,4 @@
-"""Who may do what. Rule of this file: descriptors in, a set of permitted accesses out.
+"""Who may do what. Descriptors go in, a set of permitted accesses comes out.
 
 A set is six bits, EL1's read, write and execute and then EL0's. AArch64.S1DirectBasePermissions and
 AArch64.S2DirectBasePermissions of the Arm ARM. Out: permission indirection and overlays, EPAN.
@@ -26,6 +26,7 @@ _XN = (X1 | X0, X0, 0, X1)
 
 def _stage1(ap: int, ap_table: int, pxn: int, uxn: int, wxn: int) -> int:
     may = _AP[ap] & _APTABLE[ap_table]
+    # What EL0 can write, EL1 must not execute: PXN is implied.
     if not (pxn or may & W0 or (wxn and may & W1)):
         may |= X1
     if not (uxn or (wxn and may & W0)):

@@ -1,4 +1,4 @@
-"""What a tree of tables leads to, read as a walker reads it. Rule of this file: empty entries cost next to nothing."""
+"""What a tree of tables leads to, read as a walker reads it. Empty entries cost next to nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ReachedMemory(Protocol):
     """What holds the tables."""
 
     def read(self, pa: int, nr: int, /) -> bytes:
-        """*nr* bytes."""
+        """The *nr* bytes from *pa* on."""
 
 
 class Reached(NamedTuple):

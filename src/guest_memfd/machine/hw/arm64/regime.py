@@ -1,4 +1,4 @@
-"""The registers of a context, and what follows from them. Rule of this file: nothing here depends on an address's tables.
+"""The registers of a context, and what follows from them. Nothing here depends on the tables of an address.
 
 What is wrong with the registers themselves (TxSZ, SL0, a table base beyond the output size) is found here once and
 raised by the walk on every translation. Arm ARM: AArch64.S1TxSZFaults, S1TTBaseAddress, S2InvalidSL,
@@ -54,6 +54,8 @@ def _steps(granule: Granule, ia_bits: int, start: int, pa_bits: int) -> tuple[Wa
     found = []
     for level in range(start, 4):
         shift = granule.level_shift(level)
+        # The first level resolves all bits that are left: more than one table of them where stage 2 concatenates,
+        # fewer entries than a table where the size asks for less.
         mask = (1 << (ia_bits - shift if level == start else granule.stride)) - 1
         legal = level == 3 or granule.block_legal(level, pa_bits)
         found.append(WalkStep(level, shift, mask, (1 << 48) - (1 << shift) if legal else 0,
@@ -71,6 +73,7 @@ def _base(ttbr: int, granule: Granule, ia_bits: int, start: int, code: int, feat
     size = ia_bits - granule.level_shift(start) + 3
     base = ttbr & (1 << 48) - 2
     if granule is K64 and code == 6 and features.pa_bits >= 52:
+        # A 52-bit base has its upper bits in TTBR[5:2], so it is aligned to 64 bytes at least.
         size = max(size, 6)
         base = base & ~63 | (ttbr >> 2 & 15) << 48
     return base & -(1 << size)
@@ -121,6 +124,7 @@ class Stage1:
         limit = 1 << _output_bits(tcr.ips, granule, features)
         if wrong is None and base >= limit:
             wrong = ADDRESS_SIZE, 0
+        # The bits that must all equal VA[55]; with TBI the top byte is not among them.
         tag_mask = (1 << (56 if tbi else 64)) - (1 << ia_bits)
         return Plan(granule, ia_bits, _steps(granule, ia_bits, start, features.pa_bits), base, limit,
                     granule is K64 and features.pa_bits >= 52, (1 << 48) - granule.size, wrong,
@@ -154,6 +158,7 @@ class Stage2:
         start = vtcr.start_level
         if start is None or (granule is K4 and vtcr.sl0 == 3 and not self.features.ttst):
             return None
+        # A start level that smaller implementations do not have (AArch64.S2InvalidSL).
         if vtcr.sl0 == 2 and pa_bits < (42 if granule is K16 else 44):
             return None
         least = (3 - start) * granule.stride + granule.shift + 1

@@ -1,4 +1,4 @@
-"""The system registers that say how to translate, bit by bit. Rule of this file: encodings, and no meaning.
+"""The system registers that say how to translate, bit by bit. Here are encodings, and no meaning.
 
 TCR_EL1 and VTCR_EL2 as in arch/arm64/tools/sysreg; the granule field has another encoding in each half of TCR_EL1.
 """

@@ -1,4 +1,4 @@
-"""Why a CPU stopped. Rule of this file: a stop says what EL2 would be told, and no more.
+"""Why a CPU stopped. A stop says what EL2 would be told, and no more.
 
 The PC is behind a call and WFI, and at the instruction for everything else (Arm ARM D1.3,
 "preferred exception return address").

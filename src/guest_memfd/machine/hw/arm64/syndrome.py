@@ -1,4 +1,4 @@
-"""ESR_ELx as named fields. Rule of this file: what each bit of an abort's syndrome is called.
+"""ESR_ELx as named fields. Here is what each bit of an abort's syndrome is called.
 
 arch/arm64/include/asm/esr.h; Arm ARM, ESR_EL1, ISS encodings for Instruction and Data Aborts.
 """
@@ -42,7 +42,7 @@ class Syndrome:
 
     @property
     def value(self) -> int:
-        """The register."""
+        """The 64 bits of ESR_ELx: ISS2 55:32, EC 31:26, IL 25, ISS 24:0."""
         return self.iss2 << 32 | self.ec << 26 | self.il << 25 | self.iss
 
     @classmethod
@@ -67,7 +67,7 @@ class Syndrome:
 
     @property
     def fsc(self) -> int:
-        """DFSC or IFSC."""
+        """DFSC or IFSC, bits 5:0: which fault it was, and at which level; 0 where it is no abort."""
         return self.iss & 63 if self.abort else 0
 
     @property
@@ -82,7 +82,7 @@ class Syndrome:
 
     @property
     def ea(self) -> bool:
-        """External abort type."""
+        """EA, bit 9: the external abort's type, which the implementation chooses."""
         return self.abort and bool(self.iss >> 9 & 1)
 
     @property
@@ -107,7 +107,7 @@ class Syndrome:
 
     @property
     def sse(self) -> bool:
-        """The load sign-extends."""
+        """SSE, bit 21: the load sign-extends."""
         return self.isv and bool(self.iss >> 21 & 1)
 
     @property

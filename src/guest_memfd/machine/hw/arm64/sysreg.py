@@ -1,4 +1,4 @@
-"""System registers by name. Rule of this file: an encoding is written once, for the assembler and for the CPU.
+"""System registers by name. An encoding is written once, for the assembler and for the CPU.
 
 Source: Arm ARM (DDI 0487) chapter D22, "AArch64 System Register Descriptions": op0, op1, CRn, CRm, op2.
 """

@@ -1,7 +1,37 @@
-"""Translation tables as software builds them. Rule of this file: every descriptor is stored by `PageTable.write`.
+"""Translation tables as software builds them: the linear map, user page tables, stage 2 of every hypervisor.
 
-A table page comes from the source before anything is linked, so that running out of memory changes nothing. Tables are
-freed all together: one that maps nothing any more stays, as in Linux's linear map.
+Theory of operation. A tree of tables lies in the machine's RAM, where the walker reads it at any moment. To change it is
+easy; to change it so that no CPU ever sees a wrong translation is the work. Two things can go wrong: memory runs out in the
+middle, and a CPU holds a copy of an entry that has been replaced. The first is prevented here; the second is recorded.
+
+Memory. Every operation that needs tables first allocates all of them, in a block that frees them again if anything raises
+(`TablePages.new`). New tables are filled while nothing points to them; stores into linked tables are collected in a list.
+Only when nothing can fail any more is the list written, one descriptor that links a finished table at a time. So after
+OutOfMemory or BadInput not one descriptor has changed. Tables are freed all together: one that maps nothing any more
+stays, as in Linux's linear map. (Gunyah frees them, and has its own code: el2/gunyah/stage2.py.)
+
+Replacing. The architecture forbids some changes of a valid descriptor while it is in use: another output address, another
+size (block to table and back), the contiguous bit, the memory type. A TLB could hold both the old and the new one and
+mix them. The rule is break-before-make: write an invalid descriptor, remove the old one from all TLBs, write the new one.
+All stores go through `write`, which compares old and new (bbm.py):
+
+- valid to valid that needs break-before-make is a violation at once;
+- valid to invalid is remembered where `live_check` is given; when the entry becomes valid again, it is asked whether a
+  TLB still holds the old translation: then the break was made, but not the flush in between.
+
+Violations are kept and not raised: the machine goes on, as hardware would. `split` shows the right order: all new tables
+are filled first, then the contiguous run around the block loses its marks, as a whole, then the block is replaced. With
+FEAT_BBM level 3 (*bbml3*) sizes may change live, as arm64 Linux does for its linear map; then no flush is passed.
+
+Invariants: a contiguous run is changed as a whole or not at all; an entry that maps is never replaced by a table except
+in `split`, so `map` over a part of a block is BadInput; an annotated (invalid, not zero) entry is kept until it is
+replaced, since EL2 stores owners there.
+
+Left out: locks (one call into a machine at a time), reference counts of tables, merging.
+
+Source: Arm ARM D8.16.1; arch/arm64/mm/mmu.c (split_contpte() and around). Tests: tests/test_arm64_tables.py
+(test_every_allocation_of_map_can_fail, test_a_live_split_needs_bbml3_or_a_flush,
+test_break_without_maintenance_before_make); the tests of every hypervisor assert that `violations` is empty.
 """
 
 from __future__ import annotations
@@ -106,11 +136,14 @@ class PageTable:
         *ia* (an address the entry is for) lets `live_check` be asked.
         """
         old = self.memory.read64(address)
+        # Valid to valid: hardware may hold both at once. Whether that is allowed depends on what changes.
         if old & value & d.VALID:
             self._note(address, level, old, value, "")
         elif self.live_check is not None and ia is not None:
             if old & d.VALID:
+                # The value before the break, for the make: what matters is whether a TLB still has that one.
                 self._broken[address] = old
+            # Only a make needs the question: an entry that stays invalid breaks no rule, whatever a TLB still holds.
             elif value & d.VALID and address in self._broken:
                 size = 1 << self.granule.level_shift(level)
                 if self.live_check(ia & -size, size):
@@ -147,8 +180,11 @@ class PageTable:
         """Make every entry of [ia, ia+size) zero; raises BadInput when a block or run reaches beyond it (split it first)."""
         ia = self._input(ia)
         end = ia + self._aligned(ia | size, size)
+        # Before anything is changed. To unmark a run would be a change of its own, with its own break and flush.
         self._whole(ia, end)
         found = list(self.leaves(ia, size))
+        # Only the first and the last can reach beyond the range. To drop the rest of such a block silently would
+        # unmap what nobody has named.
         for at, covers, entry in (found[0], found[-1]):
             if entry.value and (at < ia or at + covers > end):
                 raise BadInput(f"{at:#x} is mapped by a block of {covers:#x} bytes that reaches beyond the range")
@@ -171,11 +207,16 @@ class PageTable:
         if entry.level > level or (entry.level == level and contiguous):
             return
         with self._pages.new() as new:
+            # All at once, before the first store: from 1 GiB down to pages two tables are needed, and the second may
+            # not be there.
             tables = [new() for _ in range(entry.level, level)]
             below: int | None = None
+            # From the bottom up: a table is complete before anything points to it.
             for at in range(level - 1, entry.level - 1, -1):
                 self._fill_split(tables[at - entry.level], at, self._leaf_at(entry, ia, at), ia, below, contiguous)
                 below = d.table(tables[at - entry.level])
+            # First the run, then the block. A block that is a table while its neighbours claim to be one run with it
+            # would be a contradiction that a TLB may resolve either way.
             if entry.value & d.CONTIGUOUS:
                 self._unmark(ia, entry, flush)
             if below is not None:
@@ -204,6 +245,8 @@ class PageTable:
     def _replace(self, ia: int, entry: Entry, value: int, flush: Callable[[int, int], None] | None) -> None:
         size = 1 << self.granule.level_shift(entry.level)
         if flush is not None:
+            # Break, flush, make. For this moment nothing is mapped here: a kernel cannot do that to the text that it
+            # runs, so it splits its linear map live, where level 3 of FEAT_BBM is there.
             self.write(entry.address, entry.level, 0, ia)
             flush(ia & -size, size)
         self.write(entry.address, entry.level, value, ia)
@@ -214,6 +257,7 @@ class PageTable:
         first = entry.address & -(8 * run)
         found = [(first + 8 * n, self.memory.read64(first + 8 * n)) for n in range(run)]
         base, size = ia & -(run << shift), run << shift
+        # All of the run before any of it: a run whose entries disagree may not be seen by a walker.
         if flush is not None:
             for n, (address, _) in enumerate(found):
                 self.write(address, entry.level, 0, base + (n << shift))
@@ -256,8 +300,11 @@ class PageTable:
             if found == "table":
                 self._cover(d.table_address(value, self.granule), level + 1, at, until, what, new, links)
             elif what.fits(at, until, level):
+                # Collected, not stored: a table that cannot be had for the end of the range must leave its beginning
+                # as it was.
                 links.append((address, level, self._marked(what, at, level, table), at))
             elif value:
+                # An implicit split would need break-before-make, and only the caller knows how to flush.
                 raise BadInput(f"{at:#x} is in {d.describe(value, level, self.stage, self.granule)}: split it first")
             else:
                 links.append((address, level, d.table(self._build(level + 1, at, until, what, new)), at))
@@ -280,6 +327,7 @@ class PageTable:
         value, base = what.value(ia, level), what.run(ia, level)
         if base is None:
             return value
+        # A run with a table in it is no run. In a new table nothing is linked yet, so there it cannot happen.
         if table is not None and level < 3:
             first = self._slot(table, level, base)
             if any(d.kind(self.memory.read64(first + 8 * n), level, self.granule) == "table"

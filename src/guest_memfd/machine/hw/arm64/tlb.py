@@ -1,10 +1,40 @@
-"""A TLB that forgets nothing. Rule of this file: an entry stays until the operation that has to remove it.
+"""A TLB that forgets nothing: an entry stays until the operation that has to remove it.
 
-Kept, as the architecture permits: stage-1-only, stage-2-only and combined entries, and table descriptors of both
-stages (walk caches). A contiguous run is kept as one entry and singly. A combined entry is as large as the smaller of
-its two leaves and remembers the stage-1 leaf it was cut from: maintenance by any address of it removes all its pieces.
-Table descriptors are kept with the addresses that stage 1 gave them (IPAs), never combined with stage 2.
-Arm ARM D8.16 (TLB maintenance), R_PXKLF and around for what may be cached.
+Theory of operation. A real TLB may drop an entry at any time, and may fill itself at any time with any valid translation.
+Software is wrong if it depends on either. So this TLB is the worst one that the architecture permits: it keeps whatever it
+may keep, and it removes only what an operation must remove. A flush that is missing, too small, or of the wrong kind then
+shows as a stale answer in every run, not once in a million.
+
+Kept, per VMID (`entry.Context`), are five kinds of information, because TLBI operations distinguish them:
+
+    combined     VA -> PA over both stages, by ASID (None: global)
+    stage1       VA -> IPA, by ASID: as large as the leaf; combined entries are made from it
+    stage2       IPA -> PA: what combined entries are made from, and where stage-1 tables lie
+    tables1      stage-1 table descriptors (a walk cache), by ASID, also for global pages
+    tables2      stage-2 table descriptors
+
+Each is a dictionary by size, then by number at that size, so a look-up asks once for each size. Never kept: what ends in a
+translation, address size or access flag fault. So invalid to valid needs no TLBI (mmu.py inserts nothing then). An entry
+that fails permission is kept, since the fault comes from the entry.
+
+Invariants:
+
+- Of entries that overlap, the oldest answers (`born`). Software that replaces an entry without removing the old one gets
+  the old translation. `overlapping` is for MMUs that report a TLB conflict instead.
+- A combined entry is as large as the smaller of its two leaves. An operation by VA removes by the stage-1 leaf, so all
+  pieces that were cut from one leaf go with any address of it. `pieces` finds them; without it a block of stage 1 over
+  pages of stage 2 would be flushed for one page only.
+- A contiguous run is kept as one entry and singly. An operation for one page removes the run as a whole, and the single
+  entries of the other pages stay.
+- Operations by IPA leave combined entries alone. This is why a hypervisor has to follow IPAS2E1IS with VMALLE1IS.
+- Table descriptors of stage 1 are kept with the addresses that stage 1 gave (IPAs), and are translated anew at each use.
+
+Left out: capacity, replacement, and time. An operation takes effect at once and on all CPUs it names, so a missing DSB
+cannot be seen. There is one security state, no FEAT_XS, and no CnP: TLBs of two CPUs share nothing.
+
+Source: Arm ARM D8.16 (TLB maintenance), R_PXKLF and around for what may be cached; tlbi.py has the operations by name.
+Tests: tests/test_arm64_tlb.py, rule by rule (test_three_kinds_of_entry, test_what_goes_and_what_stays,
+test_a_piece_of_a_block_goes_with_any_address_of_it, test_stage2_needs_both_operations).
 """
 
 from __future__ import annotations
@@ -45,6 +75,8 @@ class Tlb:
         best = None
         for shift, pages in context.stage2.items():
             entry = pages.get(ipa >> shift)
+            # The oldest. Hardware may answer with any of them, and that software left an old one in place shows only
+            # if it is the old one that answers.
             if entry is not None and (best is None or entry.born < best.born):
                 best = entry
         return best
@@ -69,6 +101,8 @@ class Tlb:
 
     def insert(self, entry: TlbEntry) -> None:
         """Keep *entry*; one of the same context, size and address is replaced."""
+        # Also for an entry that replaces another: it counts as new, so an older one that overlaps it goes on
+        # answering.
         self._born += 1
         entry.born = self._born
         context = self._context(entry.vmid)
@@ -79,6 +113,8 @@ class Tlb:
             return
         lanes = context.combined if entry.kind == "combined" else context.stage1
         lanes.setdefault(entry.asid, {}).setdefault(shift, {})[number] = entry
+        # A piece of a larger stage-1 leaf. An operation by any address of the leaf must find it, and it is not where
+        # such an address would be looked up.
         if entry.leaf_shift > shift:
             leaves = context.pieces.setdefault(entry.asid, {}).setdefault(entry.leaf_shift, {})
             leaves.setdefault(entry.ia >> entry.leaf_shift, {})[shift, number] = None
@@ -86,6 +122,7 @@ class Tlb:
     def insert_tables(self, vmid: int, asid: int | None, ia: int, passed: list[PassedEntry]) -> None:
         """Keep the table descriptors that a walk of *ia* went through; *asid* None: stage 2."""
         context = self._context(vmid)
+        # By ASID even below a global page: a table descriptor has no nG bit that could say otherwise.
         lane = context.tables2 if asid is None else context.tables1.setdefault(asid, {})
         for one in passed:
             lane.setdefault(one.shift, {})[ia >> one.shift] = one
@@ -119,6 +156,7 @@ class Tlb:
         context = self._contexts.get(vmid)
         if context is None:
             return False
+        # Entries are kept without the top byte, which TBI may ignore and which TLBI does not have.
         va &= VA_MASK
         return any(va >> shift in pages
                    for lanes in (context.combined, context.stage1) for tag, lane in lanes.items()
@@ -131,6 +169,7 @@ class Tlb:
         if context is None:
             return False
         return any(ipa >> shift in pages for shift, pages in context.stage2.items()) or any(
+            # A combined entry has no IPA as its key; whether it leads through one has to be asked of each.
             entry.s2 is not None and ipa >> entry.shift == entry.ipa >> entry.shift
             for lane in context.combined.values() for entry in _all(lane))
 
@@ -175,11 +214,15 @@ class Tlb:
             return
         start &= VA_MASK
         for tag in list(context.stage1.keys() | context.combined.keys() | context.tables1.keys()):
+            # An operation for one ASID removes global entries as well (VAE1); one for all ASIDs removes everything.
             if asid is not None and tag is not None and tag != asid:
                 continue
+            # Both kinds hold stage-1 information, so an operation by VA has to reach both.
             for lanes in (context.stage1, context.combined):
                 _drop(lanes.get(tag, {}), start, size, level)
             self._drop_pieces(context, tag, start, size, level)
+            # VALE1 and VAALE1 leave walk caches alone. A table that is freed after such an operation can still be
+            # walked: this is how that mistake shows.
             if not last_only:
                 _drop_tables(context.tables1.get(tag, {}), start, size)
 
@@ -191,6 +234,8 @@ class Tlb:
             for leaf in _numbers(leaves, start, size, leaf_shift):
                 for shift, number in list(leaves.get(leaf, ())):
                     entry = lane.get(shift, {}).get(number)
+                    # The note of a piece outlives the piece itself, which may have been replaced or dropped: then
+                    # only the note goes.
                     if entry is None or entry.leaf_shift != leaf_shift or level is None or entry.level == level:
                         del leaves[leaf][shift, number]
                         if entry is not None and entry.leaf_shift == leaf_shift:
@@ -201,6 +246,7 @@ class Tlb:
         context = self._contexts.get(vmid)
         if context is None:
             return
+        # Not the combined entries, although they were made from these. IPAS2E1 need not find them, so it does not.
         _drop(context.stage2, start, size, level)
         if not last_only:
             _drop_tables(context.tables2, start, size)
@@ -208,6 +254,7 @@ class Tlb:
 
 def _find(lanes: dict[int | None, Sized], asid: int, va: int) -> TlbEntry | None:
     best = None
+    # Own entries and global ones compete by age alone.
     for tag in (asid, None):
         lane = lanes.get(tag)
         if lane is not None:
@@ -235,6 +282,7 @@ def _all(lane: Sized) -> Iterator[TlbEntry]:
 # Which of *known*, numbers at *shift*, the range touches; whichever are fewer are gone through.
 def _numbers(known: Collection[int], start: int, size: int, shift: int) -> list[int]:
     first, last = start >> shift, (start + size - 1) >> shift
+    # A flush of one page among thousands of entries, or of a gigabyte among ten: the shorter list is walked.
     if last - first < len(known):
         return [number for number in range(first, last + 1) if number in known]
     return [number for number in known if first <= number <= last]

@@ -1,4 +1,4 @@
-"""TLB maintenance. Rule of this file: what each TLBI operation removes, and from which TLBs.
+"""TLB maintenance. Here is what each TLBI operation removes, and from which TLBs.
 
 The functions are named after the operations; those that end in ``is`` are broadcast to the inner shareable domain and
 take the TLBs of all its CPUs, those without take the one of the CPU that executes them. Addresses and sizes are bytes,
@@ -41,25 +41,25 @@ def vaale1(tlb: Tlb, va: int, vmid: int, level: int | None = None) -> None:
 
 
 def vae1is(tlbs: Iterable[Tlb], va: int, asid: int, vmid: int, level: int | None = None) -> None:
-    """`vae1` everywhere."""
+    """`vae1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         vae1(tlb, va, asid, vmid, level)
 
 
 def vale1is(tlbs: Iterable[Tlb], va: int, asid: int, vmid: int, level: int | None = None) -> None:
-    """`vale1` everywhere."""
+    """`vale1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         vale1(tlb, va, asid, vmid, level)
 
 
 def vaae1is(tlbs: Iterable[Tlb], va: int, vmid: int, level: int | None = None) -> None:
-    """`vaae1` everywhere."""
+    """`vaae1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         vaae1(tlb, va, vmid, level)
 
 
 def vaale1is(tlbs: Iterable[Tlb], va: int, vmid: int, level: int | None = None) -> None:
-    """`vaale1` everywhere."""
+    """`vaale1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         vaale1(tlb, va, vmid, level)
 
@@ -122,25 +122,25 @@ def alle1(tlb: Tlb) -> None:
 
 
 def aside1is(tlbs: Iterable[Tlb], asid: int, vmid: int) -> None:
-    """`aside1` everywhere."""
+    """`aside1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         aside1(tlb, asid, vmid)
 
 
 def vmalle1is(tlbs: Iterable[Tlb], vmid: int) -> None:
-    """`vmalle1` everywhere."""
+    """`vmalle1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         vmalle1(tlb, vmid)
 
 
 def vmalls12e1is(tlbs: Iterable[Tlb], vmid: int) -> None:
-    """`vmalls12e1` everywhere."""
+    """`vmalls12e1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         vmalls12e1(tlb, vmid)
 
 
 def alle1is(tlbs: Iterable[Tlb]) -> None:
-    """`alle1` everywhere."""
+    """`alle1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         alle1(tlb)
 
@@ -159,13 +159,13 @@ def ipas2le1(tlb: Tlb, ipa: int, vmid: int, level: int | None = None) -> None:
 
 
 def ipas2e1is(tlbs: Iterable[Tlb], ipa: int, vmid: int, level: int | None = None) -> None:
-    """`ipas2e1` everywhere."""
+    """`ipas2e1`, broadcast to every CPU; the caller follows with `vmalle1is` for combined entries."""
     for tlb in tlbs:
         ipas2e1(tlb, ipa, vmid, level)
 
 
 def ipas2le1is(tlbs: Iterable[Tlb], ipa: int, vmid: int, level: int | None = None) -> None:
-    """`ipas2le1` everywhere."""
+    """`ipas2le1`, broadcast to every CPU; the caller follows with `vmalle1is` for combined entries."""
     for tlb in tlbs:
         ipas2le1(tlb, ipa, vmid, level)
 

@@ -1,4 +1,4 @@
-"""TLBI as an instruction: a name and a register. Rule of this file: how an operand is encoded.
+"""TLBI as an instruction: a name and a register. Here is how an operand is encoded.
 
 Arm ARM C5.5 (TLB maintenance instructions); arch/arm64/include/asm/tlbflush.h.
 """
@@ -52,6 +52,7 @@ def range_operand(value: int, signed: bool = True) -> Operand | None:
     shift = (12, 14, 16)[granule - 1]
     base = (value & (1 << 37) - 1) << shift
     if signed and value >> 36 & 1:
+        # A VA of the upper half: BADDR has no bits above, and they are all ones.
         base |= (1 << 64) - (1 << 37 + shift)
     size = ((value >> 39 & 31) + 1) << 5 * (value >> 44 & 3) + 1 + shift
     return Operand(base, size, value >> 37 & 3 or None, value >> 48)

@@ -1,7 +1,32 @@
-"""One translation, straight from memory. Rule of this file: the order of the steps, and of the faults they end in.
+"""One translation, straight from memory: the order of the steps, and of the faults they end in.
 
-AArch64.S1Translate, S1Walk, S2Translate and S2Walk of the Arm ARM. A misprogrammed contiguous bit does not fault; a
-contiguous run that reaches beyond the input address range is cut off there. nT is ignored. AF=0 always faults.
+Theory of operation. A virtual address is translated twice: stage 1 (the kernel's tables) makes an intermediate physical
+address of it, stage 2 (the hypervisor's) a physical one. This is a function of memory and registers; nothing is cached. It
+is what the MMU does when its TLB is empty, and what a TLB's answers are compared with.
+
+Registers are decoded once, into a `Plan` (regime.py): for each level the shift, the index mask, the bits of the output
+address of a leaf and the size of a contiguous run. `descend` follows a plan and serves both stages. At stage 1 with
+stage 2 enabled, the address of every descriptor is an IPA; *locate* translates it. So one access reads up to 4 + 4 x 4 + 4
+descriptors.
+
+The order of checks decides which fault is reported, and the kernel acts on which it is (machine/linux/mem_abort.py):
+
+1. Before the walk: VA outside of its half, EPD, a size or a base that does not fit the registers: level 0.
+2. At each level: the stage-2 fault of the descriptor's own address (S1PTW, with the level of stage 2; a walk needs only
+   read permission); the external abort of reading it; an invalid descriptor (translation); a next table beyond the
+   physical size (address size).
+3. At the leaf: output address beyond the size, then AF=0, then permission. Permission comes last, as it depends on the
+   whole way: at stage 1 each table descriptor can take rights away (APTable, PXNTable, UXNTable), and their bits are ORed.
+4. Stage 2 of the final IPA, in the same order: after all of stage 1, permission included.
+
+Faults carry the level and stage, so EL2 and the kernel see the syndrome that hardware would give (fault.py).
+
+Left out, with the choice that was made where the architecture leaves one: a misprogrammed contiguous bit does not fault; a
+contiguous run that reaches beyond the input address range is cut off there; nT is ignored; AF=0 always faults (no
+FEAT_HAFDBS); LPA2 is refused where registers are decoded. There is no alignment fault of Device memory here.
+
+Source: AArch64.S1Translate, S1Walk, S2Translate and S2Walk of the Arm ARM. Tests: tests/test_arm64_walk.py, rule by rule;
+tests/test_arm64_oracle.py compares with Unicorn's MMU, which others have written.
 """
 
 from __future__ import annotations
@@ -104,37 +129,50 @@ def descend(read: Read, plan: Plan, ia: int, who: Who, locate: Callable[[int], i
     """
     steps, table, attributes = plan.steps, plan.base, 0
     if start is not None:
+        # From the deepest table that is known, with the hierarchical bits of the tables above it, which are not read
+        # again.
         steps, table, attributes = steps[max(0, start.level - steps[0].level):], start.table, start.attributes
     level = 0
     try:
         for level, shift, index, leaf, run in steps:
             at = table + ((ia >> shift & index) << 3)
             if locate is not None:
+                # Every descriptor of stage 1 lies at an IPA. A hypervisor can withhold a table page, and then the
+                # walk itself faults.
                 at = locate(at)
             value = read(at)
+            # One test for both bits: 3 is a table above level 3 and a page at it, 1 is a block, 0 and 2 are invalid.
             found = value & 3
             if found == 3 and level < 3:
                 table = value & plan.next_table
                 if plan.wide:
                     table |= (value >> 12 & 15) << 48
+                # Checked for each table, not only for the leaf: the next read would go to an address that does not
+                # exist.
                 if table >= plan.limit:
                     raise Fault(ADDRESS_SIZE, level, *who)
                 if plan.hierarchical:
+                    # ORed, since each table can only take rights away. The bits that are not hierarchical do no harm:
+                    # they are masked out.
                     attributes |= value
                 if passed is not None:
                     passed.append(PassedEntry(level + 1, shift, table, attributes))
                 continue
+            # *leaf* is 0 where this granule has no blocks at this level: the encoding is reserved, and reserved is
+            # invalid.
             if not leaf or not (found == 3 or (found == 1 and level < 3)):
                 raise Fault(TRANSLATION, level, *who)
             oa = value & leaf
             if plan.wide:
                 oa |= (value >> 12 & 15) << 48
+            # Before AF: the order of the checks is the architecture's, and each ends in another fault.
             if oa >= plan.limit:
                 raise Fault(ADDRESS_SIZE, level, *who)
             if not value & _AF:
                 raise Fault(ACCESS_FLAG, level, *who)
             return (Entry(level, at, value), oa | ia & (1 << shift) - 1, shift,
                     min(run, plan.ia_bits) if value & _CONTIGUOUS else shift, attributes)
+    # The table lies where no memory is. To EL1 this is an external abort on a walk, with the level.
     except BusError:
         raise Fault(EXTERNAL_ABORT, level, *who) from None
     raise AssertionError("level 3 never leads to a table")
@@ -144,6 +182,8 @@ def walk_stage2(read: Read, s2: Stage2, ipa: int, who: Who, passed: list[PassedE
                 start: PassedEntry | None = None) -> Leaf:
     """The stage-2 leaf of *ipa*; permissions are not checked. Raises Fault."""
     plan = s2.plan
+    # A geometry that cannot be walked comes before the size of the address, and a base beyond the output size after
+    # it.
     if plan.wrong is not None and plan.wrong[0] == TRANSLATION:
         raise Fault(plan.wrong[0], plan.wrong[1], *who)
     if ipa >> plan.ia_bits:
@@ -215,6 +255,8 @@ def walk(memory: Memory, va: int, access: Access, el: int, s1: Stage1, s2: Stage
             walker: Who = (2, True, va, ipa, access, el)
             leaf = walk_stage2(read, s2, ipa, walker)
             check_stage2(leaf, walker)
+            # A walk reads only, so stage 2 must allow reading; the hardware update of AF, which would write, is not
+            # modelled.
             return leaf.oa
 
         entry1, oa, shift, _, tables = descend(read, plan, va, who, locate if s2 is not None else None)

@@ -1,4 +1,4 @@
-"""Linux's side of the Resource Manager. Rule of this file: one request at a time, every answer is 0 or -errno.
+"""Linux's side of the Resource Manager. There is one request at a time, and every answer is 0 or -errno.
 
 Source: drivers/virt/gunyah/rsc_mgr.c and rsc_mgr_rpc.c of the Linux series v17 (patches 07, 09, 11, 17, 27, 29).
 """

@@ -1,4 +1,4 @@
-"""Which call is allowed in which state of a VM. Rule of this file: the table is the rule.
+"""Which call is allowed in which state of a VM. The table alone decides.
 
 States as Linux numbers them (drivers/virt/gunyah/rsc_mgr.h, series v17); transitions of src/vm_mgnt.c and
 src/vm_creation of the Resource Manager. VM_SET_DEMAND_PAGING and VM_SET_ADDRESS_LAYOUT are in no public release: taken

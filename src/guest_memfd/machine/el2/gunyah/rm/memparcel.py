@@ -1,4 +1,4 @@
-"""Memory parcels: pages that one VM offers to others by number. Rule of this file: all checks, then all pages or none.
+"""Memory parcels: pages that one VM offers to others by number. All checks come first, then all pages or none.
 
 A parcel is an extent beside the owner's: lending donates the pages to it, which takes the owner's mapping away; sharing
 records the owner's mapping on it first, so that it stays. Pieces are donated without synchronisation, which follows once at
@@ -97,7 +97,7 @@ class Parcel:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Length of the parcel in bytes, over all its pieces."""
         return sum(piece.size for piece in self.pieces)
 
 
@@ -135,7 +135,7 @@ class Memparcels:
         self._next = 1
 
     def find(self, handle: int) -> Parcel:
-        """Raises RmRefused(HANDLE_INVALID)."""
+        """The parcel with this handle; raises RmRefused(HANDLE_INVALID) when there is none."""
         if handle not in self.parcels:
             raise RmRefused(RmError.HANDLE_INVALID, f"no parcel {handle:#x}")
         return self.parcels[handle]
@@ -156,6 +156,8 @@ class Memparcels:
             raise RmRefused(RmError.DENIED, f"{MAX_PARCELS} parcels")
         extent = Extent(f"parcel {self._next}", parent=self._el2.root_extent)
         if kind == Transaction.SHARE:
+            # Before the pages come in. With the same mapping recorded on both extents the donation leaves the host's
+            # mapping alone; afterwards it would be gone already.
             extent.record(ExtentMapping(self._el2.hlos, 0, RWX))
         parcel = Parcel(self._next, kind, request.mem_type, request.flags, request.label, request.acl, extent)
         self._take(parcel, request.sgl)
@@ -180,10 +182,12 @@ class Memparcels:
         parcel = self._owned(owner, handle)
         if flags & ~_SANITIZE:
             raise RmRefused(RmError.ARGUMENT_INVALID, f"flags {flags:#x}")
+        # The image of a VM is being used by it, whatever the ACL says.
         if parcel.locked:
             raise RmRefused(RmError.DENIED, f"parcel {handle:#x} is the image of a VM")
         if parcel.accepted:
             raise RmRefused(RmError.MEM_INUSE, f"VMs {sorted(parcel.accepted)} still have parcel {handle:#x}")
+        # While the parcel still owns the pages: the host must not see them before they are zero.
         if (flags | parcel.flags) & RmMemFlag.SANITIZE:
             for piece in parcel.pieces:
                 self._el2.ram.zero(piece.ipa, piece.size)
@@ -223,6 +227,7 @@ class Memparcels:
                 vm.space.map(parcel.extent, ipa, attributes, AddrMapFlag.PARTIAL, pa, size)
                 done.append(placed)
         except HypRefused as refused:
+            # All pieces or none: a VM that has half of a parcel could neither use nor release it.
             self._unplace(vm, parcel, done)
             raise RmRefused(of_hypervisor(refused.error), str(refused)) from None
         parcel.accepted[vm.vmid] = done
@@ -272,6 +277,8 @@ class Memparcels:
             for piece in sgl:
                 if not self._el2.memdb.owns(host, piece.ipa, piece.ipa + piece.size):
                     raise RmRefused(RmError.MEM_INVALID, f"{piece.ipa:#x}+{piece.size:#x} is not the host's")
+                # Without synchronisation, piece by piece; one flush follows for all, and until then nobody has been
+                # told that the parcel exists.
                 self._el2.donate(_QUIET, host, parcel.extent, piece.ipa, piece.size)
                 done.append(piece)
         except HypRefused as refused:
@@ -280,6 +287,7 @@ class Memparcels:
         except RmRefused:
             self._untake(parcel, done)
             raise
+        # Before the handle is given out: a VM that accepts must not share the pages with a stale entry of the host's.
         self._el2.sync()
         parcel.pieces += done
 

@@ -1,4 +1,4 @@
-"""The message queue's format. Rule of this file: a message is at most 240 bytes, and a body may need 63 of them.
+"""The message queue's format. A message is at most 240 bytes, and a body may need 63 of them.
 
 Header, 8 bytes: api (version 1, header of 2 words: 0x21), type and number of further fragments, sequence number, message
 id. Source: drivers/virt/gunyah/rsc_mgr.c (Linux series v17, patch 07); the limits are those of both sides.

@@ -1,4 +1,4 @@
-"""What the messages carry. Rule of this file: little endian, as packed structures; a short or overlong body is refused.
+"""What the messages carry. They are packed structures, little endian; a short or overlong body is refused.
 
 Source: include/rm-rpc-fifo.h and memparcel messages of the Resource Manager; drivers/virt/gunyah/rsc_mgr_rpc.c of the
 Linux series v17 (patches 09, 11, 17, 27).
@@ -18,7 +18,7 @@ INVALID_HANDLE = 0xFFFF_FFFF
 
 
 class Id(IntEnum):
-    """Message ids."""
+    """Ids of messages: 0x51 for memory, 0x56 for VMs; 0x10 in the second byte marks a notification."""
 
     MEM_DONATE = 0x5100_0010
     MEM_ACCEPT = 0x5100_0011
@@ -81,7 +81,7 @@ class Attribute(NamedTuple):
 
 
 class MemRequest(NamedTuple):
-    """MEM_LEND, MEM_SHARE, MEM_DONATE."""
+    """The body of MEM_LEND, MEM_SHARE and MEM_DONATE: which memory (*sgl*), for which VMs (*acl*)."""
 
     mem_type: int
     flags: int
@@ -141,7 +141,7 @@ class Body:
         self._data, self._at = data, 0
 
     def take(self, layout: struct.Struct) -> tuple[int, ...]:
-        """The next structure."""
+        """The fields of the next structure; raises RmRefused(MSG_INVALID) when the body ends within it."""
         if self._at + layout.size > len(self._data):
             raise RmRefused(RmError.MSG_INVALID, f"a body of {len(self._data)} bytes ends in the middle of a field")
         fields = layout.unpack_from(self._data, self._at)
@@ -154,7 +154,7 @@ class Body:
         return [self.take(layout) for _ in range(count)]
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Raises RmRefused(MSG_INVALID) when bytes are left over."""
         if self._at != len(self._data):
             raise RmRefused(RmError.MSG_INVALID, f"{len(self._data) - self._at} bytes too many")
 
@@ -164,7 +164,7 @@ def _list(layout: struct.Struct, entries: tuple[tuple[int, int], ...]) -> bytes:
 
 
 def encode_mem(request: MemRequest) -> bytes:
-    """MEM_LEND, MEM_SHARE, MEM_DONATE."""
+    """The body of MEM_LEND, MEM_SHARE and MEM_DONATE: head, then ACL, scatter list and attributes."""
     return (_MEM.pack(request.mem_type, request.flags, request.label) + _list(_ACL, request.acl)
             + _list(_SGL, request.sgl) + _list(_ATTRIBUTE, request.attributes))
 
@@ -181,7 +181,7 @@ def decode_mem(data: bytes) -> MemRequest:
 
 
 def encode_append(request: Append) -> bytes:
-    """MEM_APPEND."""
+    """The body of MEM_APPEND: handle, flags (`APPEND_END`) and more of the scatter list."""
     return _HANDLE_FLAGS.pack(request.handle, request.flags) + _list(_SGL, request.sgl)
 
 
@@ -212,12 +212,12 @@ def decode_accept(data: bytes) -> Accept:
 
 
 def encode_handle(handle: int, flags: int = 0) -> bytes:
-    """MEM_RECLAIM, MEM_RELEASE."""
+    """The body of MEM_RECLAIM and MEM_RELEASE, 8 bytes."""
     return _HANDLE_FLAGS.pack(handle, flags)
 
 
 def decode_handle(data: bytes) -> tuple[int, int]:
-    """Handle and flags."""
+    """Handle and flags of MEM_RECLAIM and MEM_RELEASE; raises RmRefused(MSG_INVALID) for another length."""
     body = Body(data)
     handle, flags = body.take(_HANDLE_FLAGS)
     body.end()

@@ -1,4 +1,4 @@
-"""The Resource Manager: answers requests, owns the life of VMs. Rule of this file: a request is decoded, checked, then done.
+"""The Resource Manager: answers requests, owns the life of VMs. A request is decoded, checked, then done.
 
 VM_SET_DEMAND_PAGING and VM_SET_ADDRESS_LAYOUT are in no public release; what they do here is inferred from what Linux needs:
 ranges to be lent are configured PRIVATE, everything else below 1 GiB VMMIO; the image appears at the layout's base, and
@@ -92,6 +92,7 @@ class ResourceManager:
             return RmError.UNIMPLEMENTED, b""
         try:
             return RmError.OK, handler(self, caller, message.body)
+        # Every refusal becomes the error word of the reply; the caller's procedure does not stop for it.
         except RmRefused as refused:
             return refused.error, b""
         except HypRefused as refused:
@@ -175,7 +176,10 @@ class ResourceManager:
         if parcel.rights(vmid) is None or not parcel.complete or parcel.locked or parcel.kind == Transaction.DONATE:
             raise RmRefused(RmError.DENIED, f"parcel {handle:#x} is no image for VM {vmid:#x}")
         record.vm = self.el2.create_vm(f"vm{vmid:x}", vmid, running=False)
+        # The hypervisor tells the Resource Manager, and that the VM's owner: the driver never hears from EL2
+        # directly.
         record.vm.on_exit = lambda why: self._exited(record, why)
+        # Locked: the owner must not reclaim the image of a VM that may run.
         record.image, parcel.locked = parcel, True
         record.base, record.boot_context = DEFAULT_BASE, {}
         self._enter(record, VmState.INIT if auth == Auth.NONE else VmState.AUTH)
@@ -247,6 +251,7 @@ class ResourceManager:
         vmid, = p.decode_fields("<H2x", body)
         record = self._record(caller, vmid, Id.VM_START)
         assert record.vm is not None
+        # Before the VM runs, while nobody touches the image.
         self._adopt(record, record.vm)
         record.vm.start()
         self._enter(record, VmState.RUNNING)
@@ -269,6 +274,8 @@ class ResourceManager:
     def _adopt_piece(self, vm: GunyahHypVm, image: Parcel, placed: Placed, lent: bool) -> None:
         ipa, pa, size = placed
         quiet = Options(Donation.TO_SIBLING, sync=False)
+        # From the parcel to the VM's own extent by way of the host's: only relatives can donate to each other, and a
+        # parcel's extent is no relative of the private one.
         vm.space.unmap(image.extent, ipa, AddrMapFlag.PARTIAL, pa, size)
         if lent:
             self.el2.donate(quiet, image.extent, self.el2.host_extent, pa, size)
@@ -299,10 +306,12 @@ class ResourceManager:
         assert record.vm is not None
         before = record.state
         self._enter(record, VmState.RESETTING)
+        # Parcels first. Pages of a parcel are not the VM's, and must not be sanitised with it.
         self._release_memparcels(record, record.vm)
         try:
             record.vm.destroy()
         except HypRefused:
+            # As if it had not been asked for: the owner may try again.
             self._enter(record, before)
             raise
         record.vm = None
