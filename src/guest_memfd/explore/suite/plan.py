@@ -1,8 +1,8 @@
 """What the suite puts into each scene: every party alone, every pair, and the triples that matter.
 
-It is data. VMMs of several operations, one after the other, are in the scenes that show what they do, with the partners that
-race with them; everybody else is everywhere. docs/scenes.md has what each is there to see, and tests/test_vacuity.py a mistake
-for each that goes unnoticed without it.
+It is data. VMMs of several operations, one after the other, are in the scenes that show what they do, with the partners
+that race with them; everybody else is everywhere. docs/scenes.md has what each is there to see, and tests/test_vacuity.py
+a mistake for each that goes unnoticed without it.
 """
 
 from __future__ import annotations
