@@ -26,9 +26,10 @@ from mutants.explore import Explored
 from mutants.killer import Killer, Seen, Tried
 from mutants.mutant import Mutant, mutants, of_site
 from mutants.operators import OPERATORS
+from mutants.operators.loops import part_of_batch
 from mutants.run import chosen, known
 from mutants.site import Site, sites
-from mutants.targets import TARGETS, Target
+from mutants.targets import SOURCES, TARGETS, Target
 from mutants.trial import KILLED, SAME, SURVIVED, UNREACHED, Fate, Known, attempt
 
 LIBRARY = TARGETS["library"]
@@ -122,6 +123,20 @@ def test_an_operator_does_what_it_says(tmp_path: Path, name: str, operator: str,
     assert done(of_sample(tmp_path), name, operator) == expected
 
 
+def test_what_has_no_parts_is_made_a_list_first(tmp_path: Path) -> None:
+    text = "def f(pages, there):\n    for page in zip(pages) if there else ():\n        print(page)\n"
+    changed = of_sample(tmp_path, text)
+    assert done(changed, "f", "part-of-batch")[0] == (
+        "zip(pages) if there else () -> [*(zip(pages) if there else ())][:1]")
+    assert all(compile(mutant.tree(), "sample.py", "exec") for mutant in changed)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_whatever_a_loop_goes_over_has_parts(name: str) -> None:
+    everywhere = [site for file in TARGETS[name].paths() for site in sites(file, SOURCES / file)]
+    assert sum(1 for site in everywhere for _ in part_of_batch(site)) > 10
+
+
 def test_what_cannot_go_wrong_is_left_alone(tmp_path: Path) -> None:
     found = of_sample(tmp_path)
     assert {mutant.site.name for mutant in found} == {"SIZE", "TABLE", "Part.flag", "Part.step", "Part.names"}
@@ -162,7 +177,8 @@ def test_mutants_are_python() -> None:
 
 
 def test_the_list_of_equivalents_names_mutants_and_gives_reasons() -> None:
-    assert mistakes(listed(), [mutant.id for mutant in everything()], {}) == []
+    names = [mutant.id for mutant in (*everything(), *mutants(TARGETS["abstraction"]))]
+    assert mistakes(listed(), names, {}) == []
 
 
 @pytest.mark.parametrize("name", TARGETS)

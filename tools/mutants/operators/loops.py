@@ -49,7 +49,7 @@ def rewritten_in_loop(stmt: ast.stmt, word: str) -> Change:
 
 # A zip or a generator has no parts, and what fails for that is no mistake that anyone makes.
 def _sequence(node: ast.expr) -> str:
-    return source(node) if isinstance(node, ast.Name) or called(node) == "range" else f"[*{source(node)}]"
+    return source(node) if isinstance(node, ast.Name) or called(node) == "range" else f"[*({source(node)})]"
 
 
 def _batches(site: Site) -> Iterator[tuple[ast.expr, tuple[str, ...]]]:
