@@ -48,7 +48,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     "design": {
         "name": NAME_NOT, "title": WORDS, "source": WORDS, "sea_fixup": FLAG_NOT, "gup": FLAG_NOT, "no_direct_map": FLAG_NOT,
         "splits": FLAG_NOT, "order": [-1, "0", None, True], "power": ["notifer", None], "offers": ["x", [1], (1,), ("a b",)],
-        "hypervisors": ["gunyah", (), ["kvm"], ("kvm", 7), 7],
+        "hypervisors": ["gunyah", (), ["kvm"], ("kvm", 7), 7], "keeps": [None, {"punsh": "ours"}, {"punch_hole": 7}],
         "bounds": [None, {"punsh": Bound()}, {"punch": 7}, {"punch": Bound("x")}, {7: Bound()}],     # type: ignore[arg-type]
         "errnos": [None, {"punsh": (12,)}, {"punch": 12}, {"punch": (-12,)}, {"punch": ("ENOMEM",)}], "scene": ["two-pages"],
     },

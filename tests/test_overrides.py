@@ -14,7 +14,9 @@ import pytest
 
 from guest_memfd.core import GuestMemfdOps, Reason
 from guest_memfd.designs import DESIGNS, Design, misspelt
+from guest_memfd.designs.design import OPERATIONS
 from guest_memfd.designs.guestmem_rfc1 import GuestmemRfc1
+from guest_memfd.designs.names import lacks as lacks_design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import PluginError
 from guest_memfd.explore.engine.scenario import World
@@ -245,6 +247,31 @@ def test_no_design_that_there_is_is_refused() -> None:
                *(thing for thing in vars(planted).values() if inspect.isclass(thing) and issubclass(thing, Design))]
     assert {design.__name__: wrong for design in designs if (wrong := misspelt(design))} == {}
     assert misspelt(GuestmemRfc1) is None               # which has a property and much of its own
+
+
+# -- what a posted design keeps of our library -------------------------------------------------------------------------
+
+
+def overridden(design: type[Design]) -> set[str]:
+    own = [each for each in design.__mro__ if each not in Design.__mro__]
+    return {name for name in OPERATIONS if any(name in vars(each) for each in own)}
+
+
+@pytest.mark.parametrize("name", [name for name in DESIGNS if name != "library"])
+def test_a_posted_design_says_which_operations_are_ours_and_why(name: str) -> None:
+    assert {*DESIGNS[name].keeps} == {*OPERATIONS} - overridden(DESIGNS[name])
+
+
+def test_every_operation_is_one_of_the_library() -> None:
+    assert all(inspect.isgeneratorfunction(getattr(Design, name)) for name in OPERATIONS)
+
+
+def test_what_is_kept_is_not_overridden() -> None:
+    class Keeps(GuestmemRfc1):
+        name = "keeps"
+        keeps: ClassVar[dict[str, str]] = {"mmap": "so it says"}
+
+    assert lacks_design(Keeps) == f"{Keeps.__qualname__} says that it keeps 'mmap', and it overrides that"
 
 
 # -- hypervisors -------------------------------------------------------------------------------------------------------

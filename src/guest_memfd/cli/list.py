@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from guest_memfd.cli.load import add_load, load_all
@@ -28,7 +28,14 @@ def _designs() -> Iterator[Entry]:
     for name in DESIGNS:
         design = DESIGNS[name]
         posted = list(design.hypervisors or HYPERVISORS)
-        yield {"name": name, "title": design.title, "source": design.source, "hypervisors": posted}
+        yield {"name": name, "title": design.title, "source": design.source, "hypervisors": posted,
+               "keeps": [*_kept(design.keeps)]}
+
+
+# Operations that are kept for the same reason, in one sentence.
+def _kept(keeps: Mapping[str, str]) -> Iterator[str]:
+    for why in dict.fromkeys(keeps.values()):
+        yield f"{' '.join(name for name in keeps if keeps[name] == why)} ({why})"
 
 
 def _hypervisors() -> Iterator[Entry]:
@@ -74,6 +81,9 @@ KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "designs": _designs, "hypervisors": _hypervisors, "parties": _parties, "laws": _laws, "scenes": _scenes,
     "scenarios": _scenarios, "guests": _guests,
 }
+VERBOSE = ("keeps",)
+"""What is said to who asks for more."""
+
 REGISTRIES: dict[str, Registry[Any]] = {
     "designs": DESIGNS, "hypervisors": HYPERVISORS, "parties": PARTIES, "laws": LAWS,
 }
@@ -82,6 +92,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
     parser.add_argument("kind", metavar="KIND", nargs="?", help=f"one of {', '.join(KINDS)}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="of designs, what of our library they keep, and why")
     add_load(parser)
     add_output(parser)
 
@@ -99,11 +110,11 @@ def run(arguments: argparse.Namespace) -> int:
             entries = {kind: [*KINDS[kind]()] for kind in kinds}
             out.write(json.dump({"schema": json.LIST, **entries, "broken": broken}))
         else:
-            out.write("\n\n".join("\n".join(_lines(kind, out.style)) for kind in kinds))
+            out.write("\n\n".join("\n".join(_lines(kind, out.style, arguments.verbose)) for kind in kinds))
     return 0
 
 
-def _lines(kind: str, style: Style) -> Iterator[str]:
+def _lines(kind: str, style: Style, verbose: bool) -> Iterator[str]:
     yield style.head(kind)
     entries = [*KINDS[kind]()]
     indent = " " * (max(len(entry["name"]) for entry in entries) + 4)
@@ -111,6 +122,8 @@ def _lines(kind: str, style: Style) -> Iterator[str]:
         first = f"  {entry.pop('name')}".ljust(len(indent))
         for what, words in entry.items():
             said = ", ".join(words) if isinstance(words, list) else words
+            if what in VERBOSE and not (verbose and said):
+                continue
             label = "" if what in ("title", "parties") else f"{what.replace('_', ' ')}: "
             yield from style.wrap(label + said, first, indent)
             first = indent

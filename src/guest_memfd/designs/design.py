@@ -9,6 +9,12 @@ from guest_memfd.core import Library
 from guest_memfd.words.primitives import Bound
 from guest_memfd.words.scene import Scene
 
+OPERATIONS = (
+    "create", "bind", "unbind", "guest_fault", "user_fault", "allocate", "punch_hole", "make_private", "make_shared", "mmap",
+    "munmap", "close", "evict", "vm_teardown", "error_folio", "hibernate_prepare", "hibernate_post",
+)
+"""What a VMM, a guest and the kernel ask a design for."""
+
 
 class Design(Library):
     """Base of all designs. A posted design overrides what it does differently, and nothing else."""
@@ -24,6 +30,8 @@ class Design(Library):
     """Names of the hypervisors it was posted for; None: any."""
     offers: ClassVar[tuple[str, ...]] = ()
     """Names of its own that neither it nor the library calls, but a party of the same plugin does."""
+    keeps: ClassVar[Mapping[str, str]] = {}
+    """Of a posted design: which of OPERATIONS are our library's, and why that does it no wrong."""
     bounds: ClassVar[Mapping[str, Bound]] = {
         "fault": Bound(writes=1, flushes=1, calls=2, stalls=0), "user_fault": Bound(writes=2, stalls=0),
         "allocate": Bound(stalls=0), "to_private": Bound(writes=1, calls=4, once=1, stalls=2), "to_shared": Bound(calls=4),

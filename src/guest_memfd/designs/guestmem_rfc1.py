@@ -28,6 +28,14 @@ class GuestmemRfc1(Design):
     source = "20240805-guest-memfd-lib-v1-*-e5a29a4ff5d7@quicinc.com; CodeLinaro guest_memfd.c @a36302d6"
     power = "none"
     no_direct_map = False
+    keeps: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("bind", "unbind", "vm_teardown"), "the client's: the series gives it no say in bindings"),
+        "create": "a file and an inode; without attributes, as init_attributes() has it here",
+        **dict.fromkeys(("munmap", "close"), "a mapping and a reference go as every file's do"),
+        "evict": "the end of the inode removes every page of it, as truncation does",
+        "error_folio": "the callback that the series took over from virt/kvm/guest_memfd.c",
+        **dict.fromkeys(("hibernate_prepare", "hibernate_post"), "the series has nothing of it: power is 'none'"),
+    }
     bounds: ClassVar[Mapping[str, Bound]] = {
         **Design.bounds, "allocate": Bound(writes=1), "user_fault": Bound(writes=2, flushes=1, calls=2),
         "punch": Bound(writes=1, flushes=1, calls=4),

@@ -71,6 +71,12 @@ class GunyahV17(Design):
     hypervisors = ("gunyah",)
     power = "none"
     no_direct_map = False
+    keeps: ClassVar[Mapping[str, str]] = {
+        "create": "a file and an inode; without attributes, as init_attributes() has it here",
+        "allocate": "a folio per page of the range under the invalidate lock, shared, as gunyah_gmem_allocate()",
+        **dict.fromkeys(("munmap", "close"), "a mapping and a reference go as every file's do"),
+        **dict.fromkeys(("hibernate_prepare", "hibernate_post"), "the series has nothing of it: power is 'none'"),
+    }
     errnos: ClassVar[Mapping[str, tuple[int, ...]]] = {"fault": (ENOENT, EPERM)}
     bounds: ClassVar[Mapping[str, Bound]] = {
         "fault": Bound(writes=2, calls=3), "user_fault": Bound(writes=1, calls=2), "punch": Bound(writes=1, calls=2),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import get_args
 
 from guest_memfd.core.power import PowerPolicy
-from guest_memfd.designs.design import Design
+from guest_memfd.designs.design import OPERATIONS, Design
 from guest_memfd.errors import shown
 from guest_memfd.plugins.fields import COUNT, ERRNOS, FLAG, LINE, NAME, NAMES, SOME_NAMES, Kind, one_of, table, wrong
 from guest_memfd.plugins.forgotten import in_class
@@ -19,6 +19,7 @@ from guest_memfd.words.scene import Scene
 FIELDS = {
     "name": NAME, "title": LINE, "source": LINE, "sea_fixup": FLAG, "gup": FLAG, "no_direct_map": FLAG, "splits": FLAG,
     "order": COUNT, "power": one_of(*get_args(PowerPolicy)), "hypervisors": SOME_NAMES.or_none(), "offers": NAMES,
+    "keeps": table("operations", LINE, OPERATIONS),
     "bounds": table("operations", Kind("Bound of whole numbers", lambda value: isinstance(value, Bound) and all(
         map(COUNT.fits, value))), OPS),
     "errnos": ERRNOS, "scene": Kind("a Scene", lambda value: isinstance(value, Scene)),
@@ -37,4 +38,11 @@ def lacks(thing: object) -> str | None:
     missing = [what for what in ("name", "title", "source") if not hasattr(thing, what)]
     if missing:
         return f"{thing.__qualname__} lacks {', '.join(missing)}"
-    return misspelt(thing) or wrong(thing, FIELDS) or in_class(thing)
+    return misspelt(thing) or wrong(thing, FIELDS) or _not_kept(thing) or in_class(thing)
+
+
+# A design that says it keeps what it overrides says the contrary of what it does.
+def _not_kept(design: type[Design]) -> str | None:
+    own = [each for each in design.__mro__ if each not in Design.__mro__]
+    changed = next((name for name in design.keeps if any(name in vars(each) for each in own)), None)
+    return None if changed is None else f"{design.__qualname__} says that it keeps {changed!r}, and it overrides that"

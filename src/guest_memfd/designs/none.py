@@ -5,7 +5,10 @@ Differs from our library only in that nothing touches the direct map and nothing
 
 from __future__ import annotations
 
-from guest_memfd.designs.design import Design
+from collections.abc import Mapping
+from typing import ClassVar
+
+from guest_memfd.designs.design import OPERATIONS, Design
 from guest_memfd.words.primitives import Folio, Steps
 
 
@@ -17,6 +20,8 @@ class NoDesign(Design):
     source = "Gunyah series v1-v16; Elliot Berman, 23 Feb 2024"
     power = "none"
     no_direct_map = False
+    keeps: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        OPERATIONS, "the series says nothing of it but that the direct map stays as it is, and that is all that differs")
 
     def zap_noflush(self, folio: Folio) -> Steps[int]:
         """0, with the direct map as it was: this design leaves every page mapped in the kernel."""
@@ -35,3 +40,4 @@ class Fixup(NoDesign):
     title = "stage-2 aborts are fixed up through the exception tables"
     source = "Elliot Berman, 23 Feb 2024 (19/35 thread): what he would prefer"
     sea_fixup = True
+    keeps: ClassVar[Mapping[str, str]] = dict.fromkeys(OPERATIONS, "it is a change of do_sea(), and not of a driver")

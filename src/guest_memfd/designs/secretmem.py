@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from guest_memfd.core.folio import Grabbed, Held
-from guest_memfd.designs.design import Design
+from guest_memfd.designs.design import OPERATIONS, Design
 from guest_memfd.words.primitives import Bound, Steps
 
 
@@ -23,6 +23,8 @@ class Secretmem(Design):
     source = "mm/secretmem.c secretmem_fault(), secretmem_free_folio()"
     power = "count"
     gup = False
+    keeps: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        OPERATIONS, "memfd_secret has no guest: its steps at allocation, first use and free take the place of ours")
     bounds: ClassVar[Mapping[str, Bound]] = {
         **Design.bounds, "allocate": Bound(writes=1, flushes=1), "user_fault": Bound(writes=1, flushes=1),
         "punch": Bound(writes=1, calls=4),
