@@ -42,7 +42,7 @@ class AbstractPageCache(AbstractMappings):
         return Lookup(Folio(frame.number), index)
 
     def filemap_remove_folio(self, folio: Folio) -> None:
-        """Leaves the page cache; whoever still has a reference keeps the frame."""
+        """Leaves the page cache; any other reference keeps the frame."""
         frame = self._locked(folio, "filemap_remove_folio")
         if not frame.slot:
             self.die(f"{folio} is not in the page cache")
@@ -75,7 +75,7 @@ class AbstractPageCache(AbstractMappings):
         setattr(frame, kind, getattr(frame, kind) + 1)
 
     def leak_folio(self, folio: Folio) -> None:
-        """Out of use for ever: a reference that nobody drops, and a count that says so."""
+        """Out of use permanently: a reference that no one drops, and a count that says so."""
         frame = self.state.frame(folio.pfn)
         frame.kept += 1
         self.state.leaked += 1

@@ -1,4 +1,4 @@
-"""What a hypervisor is to this project: its driver's half (core/ops.py) and its own half, the code behind hypercalls.
+"""What a hypervisor is to this project: its driver's half (core/ops.py) and its own half, the code that hypercalls run.
 
 The own half is a table of plain functions over `Stage2`, the little that any machine's EL2 code can do to a page. So it
 is written once and runs on every host that offers `Stage2`.

@@ -4,7 +4,7 @@
      "parties": [...], "law": ..., "sentence": ..., "evidence": ..., "steps": [
       {"party": ..., "choices": [...], "primitive": ..., "caller": ..., "args": [...], "result": ..., "failed": ...}]}
 
-Host states are not in it: whoever replays it rebuilds the first one and finds the others. Arguments and results are
+Host states are not in it: a replay rebuilds the first one and finds the others. Arguments and results are
 JSON's null, booleans, integers and strings, and objects of one key for what JSON has not (VALUES).
 """
 
@@ -191,7 +191,7 @@ def loads(text: str) -> Trace:
     )
 
 
-# What will be shown to somebody: no control characters, which a terminal would obey, no letters that cannot be written, and
+# What will be shown to someone: no control characters, which a terminal would obey, no letters that cannot be written, and
 # nothing beyond what a trace has. Newlines and tabs are left: they wrap like blanks.
 def _sane(value: Any, depth: int) -> Any:
     if depth > _DEEPEST:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from guest_memfd.linux.vm import LinuxVm
 
 _SAYS = abi.KvmRun.exit.offset + ctypes.sizeof(abi.RunUnion)
-"""Bytes of the run page that an exit is decoded from; only what an Io writes lies behind them."""
+"""Bytes of the run page that an exit is decoded from; only what an Io writes lies after them."""
 
 
 _LONGEST = 1e9
@@ -112,7 +112,7 @@ class LinuxVcpu(Descriptor):
     def kick(self) -> None:
         """From another thread: set `immediate_exit`, and make `run` come back if it is under way.
 
-        Every later run is Intr, too, until somebody sets `immediate_exit` to False: no kick is lost.
+        Every later run is Intr, too, until someone sets `immediate_exit` to False: no kick is lost.
         """
         self.immediate_exit = True
         thread = self._thread

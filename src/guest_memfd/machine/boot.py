@@ -1,6 +1,6 @@
 """A machine, booted. No other file knows all of the machine.
 
-What a VMM calls - `open`, what it gives, `audit` - may be called from any thread. Whoever uses a part of the machine by
+What a VMM calls - `open`, what it gives, `audit` - may be called from any thread. Code that uses a part of the machine by
 itself while other threads are about does so inside of ``with machine.lock``.
 """
 
@@ -67,7 +67,7 @@ class Machine(Board):
             self.folios.free(pa)
 
     def open(self, path: str, design: str = "library") -> Any:
-        """open(2) of a device; what is behind it is served by *design*. Raises SyscallFailed(ENOENT), UnknownName.
+        """open(2) of a device; what it gives is served by *design*. Raises SyscallFailed(ENOENT), UnknownName.
 
         The device exists where its hypervisor runs: dev/gunyah implements uapi/gunyah.py, dev/kvm uapi/kvm.py.
         """

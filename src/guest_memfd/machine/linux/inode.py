@@ -51,7 +51,7 @@ class Inode:
         return None
 
     def next(self, index: int) -> int:
-        """The page index of the first folio that begins at *index* or behind it; beyond any range when there is none."""
+        """The page index of the first folio that begins at *index* or after it; beyond any range when there is none."""
         if self._in_order is None:
             self._in_order = sorted(self.pages)
         at = bisect_left(self._in_order, index)

@@ -22,7 +22,7 @@ both. Instruction aborts of the kernel never ask the exception table.
 
 Order in do_kernel_fault(), which decides who loses the page: the exception table comes first, so a load that can be fixed
 up leaves the guest its page. Only then AT S1E1R asks stage 1 again. If it fails the fault is real. If it succeeds, the
-fault is spurious (another CPU was faster), or with S1PTW the page is behind stage 2 and pKVM is asked to reclaim it by
+fault is spurious (another CPU was faster), or with S1PTW stage 2 withholds the page, and pKVM is asked to reclaim it by
 force. 0 and -EAGAIN both mean: try again, something has changed. Anything else is an oops.
 
 A fix-up can fault itself: the handler of load_unaligned_zeropad() reads the aligned word that begins in the *first* page.
@@ -263,7 +263,7 @@ def fixup_exception(esr: int, regs: PtRegs, kernel: AbortKernel) -> bool:
 
 
 def is_spurious_el1_translation_fault(far: int, esr: int, kernel: AbortKernel) -> Retry | None:
-    """A translation fault that stage 1 does not confirm: another CPU was faster, or the page is behind stage 2.
+    """A translation fault that stage 1 does not confirm: another CPU was faster, or stage 2 withholds it.
 
     Under pKVM the page is then taken from its guest by force; -EAGAIN, too, is worth another try.
     """

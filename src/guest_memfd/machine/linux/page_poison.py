@@ -1,7 +1,7 @@
 """What the page allocator writes to pages on its own. Here is the order of poisoning, initialising and unmapping around
 free and alloc (mm/page_alloc.c free_pages_prepare() and post_alloc_hook(), mm/page_poison.c).
 
-Every access is a plain one through the linear map: whoever took the page out must have put it back before freeing it.
+Every access is a plain one through the linear map: the owner that took the page out must have put it back before freeing it.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class NotifierChain:
         self._chain.remove(notifier)
 
     def call(self, event: Event) -> int:
-        """blocking_notifier_call_chain(): until somebody stops it; its errno or 0."""
+        """blocking_notifier_call_chain(): until someone stops it; its errno or 0."""
         return notifier_to_errno(self._call(event, self._chain)[0])
 
     def call_robust(self, up: Event, down: Event) -> int:

@@ -1,4 +1,4 @@
-"""What every memory file of /dev/gunyah refuses, whoever serves it. Arguments are checked in the driver's order.
+"""What every memory file of /dev/gunyah refuses, under any design. Arguments are checked in the driver's order.
 
 Source: gunyah_gmem_fallocate(), gunyah_gmem_mmap() (drivers/virt/gunyah/guest_memfd.c, series v17, patches 23 and 24).
 """
@@ -152,7 +152,7 @@ class GunyahMemoryFile(GuestMemoryFile):
 
     @abstractmethod
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:
-        """The Resource Manager has given the folios back, or refused with *ret*: then they are kept for ever."""
+        """The Resource Manager has given the folios back, or refused with *ret*: then they are kept permanently."""
 
     @abstractmethod
     def abandon(self, binding: Binding) -> int:

@@ -229,7 +229,7 @@ class PostedFile(GunyahMemoryFile):
         self.run(self.library.forget_paged(parcel, parcel.nr))
 
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:
-        """As posted: refused, the references stay for ever."""
+        """As posted: refused, the references stay permanently."""
         if not ret:
             self.run(self.library.give_from_parcel(parcel.folios, lend))
 

@@ -1,7 +1,7 @@
 """Memory slots: which part of which file is where in the guest. Here is what KVM_SET_USER_MEMORY_REGION2 refuses.
 
 Checks in the order of virt/kvm/kvm_main.c check_memory_region_flags() and kvm_set_memory_region(), of virt/kvm/guest_memfd.c
-kvm_gmem_bind() and, behind that, of arch/arm64/kvm/mmu.c kvm_arch_prepare_memory_region(). The process has no memory but
+kvm_gmem_bind() and, after that, of arch/arm64/kvm/mmu.c kvm_arch_prepare_memory_region(). The process has no memory but
 guest_memfd, so a slot without a file is refused, too.
 """
 

@@ -2,7 +2,7 @@
 
 map, unmap, lookup, configure_range and modify_pages as docs/api/gunyah_api.md and hyp/mem/addrspace of the hypervisor have
 them; which flags Linux passes is in drivers/virt/gunyah/guest_memfd.c (series v17, patch 20). Where a failing map may leave
-a part of itself behind in the hypervisor, ours leaves nothing.
+a part of itself mapped in the hypervisor, ours leaves nothing.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def donate(memdb: MemDb, pages: StockSource, spaces: Sequence[AddressSpace], opt
         raise
 
 
-# What both extents map at the same place stays as it is; that is how a shared page stays the host's to use. Nobody but its
+# What both extents map at the same place stays as it is; that is how a shared page stays the host's to use. No one but its
 # VM may reach a page that becomes one VM's alone, not even by what a TLB has kept of a mapping that is gone already.
 def _move_mappings(pages: StockSource, spaces: Sequence[AddressSpace], source: Extent, to: Extent, start: int, end: int,
                    options: Options) -> None:
@@ -105,7 +105,7 @@ def _move_mappings(pages: StockSource, spaces: Sequence[AddressSpace], source: E
         # the promise is not enough: the hypervisor flushes.
         affected = {place.space for place in gone} if options.sync or to.alone is not None else set()
         if to.alone is not None:
-            # Also what earlier calls with NOSYNC have left behind: any of these entries may lead to this page.
+            # Also what earlier calls with NOSYNC have left in TLBs: any of these entries may lead to this page.
             affected |= {space for space in spaces if space.stale and space is not to.alone}
         for space in affected:
             space.sync_all()

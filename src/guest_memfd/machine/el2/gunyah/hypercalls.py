@@ -38,7 +38,7 @@ class Caller(NamedTuple):
 
 
 class _Call(NamedTuple):
-    # arguments: registers from x1 on; reserved: whether the one behind them has to be 0.
+    # arguments: registers from x1 on; reserved: whether the one after them has to be 0.
     run: Callable[[Hypercalls, Caller, list[int]], tuple[int, ...]]
     arguments: int
     reserved: bool

@@ -141,7 +141,7 @@ class Mappings:
         self._unsynced.set(start, end, False)
 
     def leave_stale(self, start: int, end: int) -> None:
-        """[start, end) was unmapped with NOSYNC: whoever maps something there has to synchronise first."""
+        """[start, end) was unmapped with NOSYNC: a map there has to synchronise first."""
         self._unsynced.set(start, end, True)
 
     def sync_all(self) -> None:
