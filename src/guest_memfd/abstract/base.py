@@ -1,4 +1,4 @@
-"""What the mixins of the abstract host share: the state under the knife, and how a primitive waits or dies."""
+"""What the mixins of the abstract host share: the state that they change, and how a primitive waits or dies."""
 
 from __future__ import annotations
 

@@ -308,7 +308,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         return 0
 
     def pm_prepare(self, what: str) -> int:
-        """Veto, or close the door."""
+        """-EBUSY while pages are away from the host, else 0: from now on none may leave until `pm_post`."""
         if self.state.away:
             return -EBUSY
         self.state.preparing = 1

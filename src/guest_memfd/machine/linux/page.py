@@ -54,5 +54,5 @@ class Page:
         return not self.refcount
 
     def kinds(self) -> int:
-        """The sum of what is entered by kind; equals refcount, or the books are cooked."""
+        """The sum of what is entered by kind; it must equal refcount, or lockstep stops (lockstep/abstraction.py)."""
         return self.cache + self.lru + self.lookup + self.provided + self.pin + self.get + self.spec + self.kept

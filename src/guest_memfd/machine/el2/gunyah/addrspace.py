@@ -75,7 +75,7 @@ class AddressSpace(Mappings):
     def map(self, extent: Extent, vbase: int, attributes: Attributes, flags: int, offset: int, size: int) -> None:
         """Map memory of *extent*: [offset, offset+size) of it at *vbase* (PARTIAL), or all of it.
 
-        Raises Refused; nothing is mapped then. Errors in the order of the checks: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE;
+        Raises HypRefused; nothing is mapped then. Errors in the order of the checks: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE;
         ARG_INVAL attributes; ADDR_INVAL vbase; and those of each kind of map.
         """
         if flags & ~_MAP_FLAGS:
@@ -196,8 +196,8 @@ class AddressSpace(Mappings):
     def unmap(self, extent: Extent, vbase: int, flags: int, offset: int, size: int) -> None:
         """Unmap: an entry goes only if it maps the page of *extent* that the call names.
 
-        Raises Refused, and nothing changes: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE; ADDR_INVAL vbase, or nothing of that kind
-        is mapped there; DENIED outside a range of that kind; MEMDB_NOT_OWNER; BUSY for a private page that is locked in a
+        Raises HypRefused and changes nothing: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE; ADDR_INVAL vbase, or nothing of that
+        kind is mapped there; DENIED outside a range of that kind; MEMDB_NOT_OWNER; BUSY for a private page that is locked in a
         living VM, or no private page; NOMEM.
         """
         if flags & ~_UNMAP_FLAGS:
@@ -261,7 +261,7 @@ class AddressSpace(Mappings):
     def lookup(self, extent: Extent, vbase: int, size: int) -> tuple[int, int, Attributes]:
         """What the address space maps at *vbase*: offset into *extent*, contiguous bytes up to *size*, attributes.
 
-        Raises Refused: ARG_ALIGN, ARG_SIZE, ADDR_INVAL nothing mapped, MEMDB_NOT_OWNER the page is in another extent.
+        Raises HypRefused: ARG_ALIGN, ARG_SIZE, ADDR_INVAL nothing mapped, MEMDB_NOT_OWNER the page is in another extent.
         """
         end = check_range(vbase, size, 1 << IA_BITS, outside=GunyahError.ADDR_INVAL)
         first = self.table.leaf(vbase)
@@ -278,7 +278,7 @@ class AddressSpace(Mappings):
         return start - extent.base, owned[1] - owned[0], private.decode(first.value)
 
     def modify(self, vbase: int, size: int, flags: int) -> None:
-        """modify_pages, by the guest: unlock private pages. Raises Refused, and nothing changes.
+        """modify_pages, by the guest: unlock private pages. Raises HypRefused, and nothing changes.
 
         ARG_INVAL flags; ARG_ALIGN; ARG_SIZE (0 is for a flush alone); ADDR_INVAL not mapped; DENIED not private; NOMEM
         for the tables that a part of a block needs.

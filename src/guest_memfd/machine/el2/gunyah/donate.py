@@ -40,14 +40,14 @@ class Options(NamedTuple):
 
     @classmethod
     def decode(cls, value: int) -> Options:
-        """Raises Refused(ARG_INVAL) for reserved bits and types that do not exist."""
+        """Raises HypRefused(ARG_INVAL) for reserved bits and types that do not exist."""
         if value & ~(_TYPE | NOSYNC) or value & _TYPE > max(Donation):
             raise HypRefused(GunyahError.ARG_INVAL, f"donate options {value:#x}")
         return cls(Donation(value & _TYPE), not value & NOSYNC)
 
 
 def check_family(kind: Donation, source: Extent, to: Extent) -> None:
-    """Raises Refused: DENIED unless they are relatives of the right degree, MEMEXTENT_TYPE unless both are sparse."""
+    """Raises HypRefused: DENIED unless they are relatives of the right degree, MEMEXTENT_TYPE unless both are sparse."""
     related = {
         Donation.TO_CHILD: to.parent is source,
         Donation.TO_PARENT: source.parent is to,
@@ -65,7 +65,7 @@ def donate(memdb: MemDb, pages: StockSource, spaces: Sequence[AddressSpace], opt
            offset: int, size: int) -> None:
     """MEMEXTENT_DONATE: [offset, offset+size) of *source* becomes *to*'s; offsets of sparse extents are physical addresses.
 
-    Raises Refused, and nothing has moved: ARG_ALIGN; ARG_SIZE; ARG_INVAL outside the extent; DENIED; MEMEXTENT_TYPE;
+    Raises HypRefused, and nothing has moved: ARG_ALIGN; ARG_SIZE; ARG_INVAL outside the extent; DENIED; MEMEXTENT_TYPE;
     MEMDB_NOT_OWNER; BUSY when pages that are one VM's alone are mapped in any of *spaces*; NOMEM. What else maps a page
     of *source* there does so no longer, however it was mapped.
     """

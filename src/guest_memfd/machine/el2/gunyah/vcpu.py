@@ -103,7 +103,7 @@ class GunyahHypVcpu:
         """Go on from where the last run ended; *resume* answers it.
 
         After VMMIO_READ: value, action. After VMMIO_WRITE: -, action. After PAGE_FAULT: action; the other words are
-        reserved. Raises Refused: UNIMPLEMENTED for reserved words, ARG_INVAL for an action that does not exist.
+        reserved. Raises HypRefused: UNIMPLEMENTED for reserved words, ARG_INVAL for an action that does not exist.
         """
         if self.last.state in (VcpuState.POWERED_OFF, VcpuState.FAULT, VcpuState.PSCI_SYSTEM_RESET):
             return self.last
