@@ -14,6 +14,7 @@ from guest_memfd.core.ops import GuestMemfdOps
 
 Owner = Literal["host", "guest", "shared", "borrowed"]
 
+# What the host gets for an access to a lent page: with the first no exception table is asked, with the second it is.
 SEA = "synchronous external abort"
 DATA_ABORT = "translation fault with S1PTW"
 

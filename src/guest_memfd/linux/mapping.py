@@ -49,6 +49,8 @@ class LinuxMapping(OwnedFd):
         """*nr* bytes from byte *at* on; raises Signalled at the first byte that a load does not get, BadInput beyond."""
         where = self._at("read", at, nr)
         data: bytes = _new_bytes(None, nr)              # no one else has it yet, so it may be filled
+        # Copied by a system call and not by a load: where there is no page it returns a short count, and a load would
+        # be SIGBUS.
         self._whole(where, syscall.copy_from(where, _bytes_at(data), nr) if nr else 0, nr)
         return data
 

@@ -48,10 +48,13 @@ class Machine(Board):
         if name not in drivers:
             raise UnknownName("hypervisor of the emulated machine", name, drivers)
         super().__init__(config, hypervisor, hardware, drivers[name])
+        # After the board is made: the adversary looks at the driver, the CPUs and the linear map.
         self.adversary = Adversary(self)
         self.driver.cpu_of_guest = self.adversary.cpu_of_guest
         if config.scattered:
             self._scatter(config.scattered)
+            # A CPU may walk the tables at the last moment before a store changes them, so its TLB may hold the old
+            # entry.
             self.linear_map.tables.before_store = self.adversary.walk_late
 
     # What lies between the frames is the kernel's own, such as slabs of names.

@@ -78,6 +78,7 @@ def plan(world: World, *, full: bool = True) -> list[Scenario]:
     pairs = [*(pair for pair in itertools.combinations(usual, 2) if not brief or partners.intersection(pair)),
              *_long_pairs(world, long)]
     triples = _triples(world, full=full)
+    # Of two equally short traces the earlier scenario is reported, and one of fewer parties is easier to read.
     chosen = [*((name,) for name in (*usual, *long)), *(_ordered(names, pair) for pair in pairs), *triples]
     return [scenario for scenario in dict.fromkeys(chosen) if world.apart(scenario)]
 
@@ -100,4 +101,5 @@ def _triples(world: World, *, full: bool) -> list[Scenario]:
 
 
 def _ordered(names: list[str], parties: Scenario) -> Scenario:
+    # One order for one set of parties, or the same scenario would be run twice under two names.
     return tuple(sorted(parties, key=names.index))

@@ -44,6 +44,7 @@ class Inode:
 
     def find(self, index: int) -> Page | None:
         """The folio that covers page *index*."""
+        # A folio is found by its head, and the head of *index* depends on the order: one look for each order in use.
         for order in self.orders:
             page = self.pages.get(index >> order << order)
             if page is not None and page.order == order:
@@ -75,6 +76,7 @@ class Inode:
 
     def put(self, task: int) -> bool:
         """*task* drops a reference; True when it was the last, and the inode is *task*'s to evict."""
+        # Count and verdict in one step: of two tasks that drop a reference, exactly one sees the last.
         self.references -= 1
         if self.references:
             return False

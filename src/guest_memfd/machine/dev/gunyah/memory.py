@@ -49,12 +49,18 @@ class MemoryHost(FileHost):
     def hypercall(self, name: str, *args: object) -> int:
         """As any, for the VM of the page. What a memory parcel has is busy; a VM that does not exist has nothing."""
         page = self.page(next(arg for arg in args if isinstance(arg, Folio)))
+        # The pages of a parcel come back together, by the Resource Manager. Until then no operation of the file may
+        # take one.
         if page.pa in self.file.parcelled:
             self.against(HELD, page)
             return -EBUSY
         vm = self._bound_to(page.index, page.nr) if page.inode is self.inode else self.file.vm
+        # Taking back from a VM that is gone finds nothing mapped, which callers take for success. Giving to it is an
+        # error.
         if vm.handle is None or vm.state == GONE:
             return -NOT_THERE if name.startswith(("unmap", "donate_from")) else -ENODEV
+        # One file can be bound to several VMs, and the driver below asks for the VM of the call. Put back even if the
+        # kernel stops.
         kept, self.vm = self.vm, vm
         try:
             return super().hypercall(name, *args)

@@ -167,7 +167,7 @@ class AddressSpace(Mappings):
             self.apply(mapping, extent.base, owned, stock)
 
     def unmap_whole(self, extent: Extent, vbase: int) -> None:
-        """Forget a recorded mapping and unmap what it maps; raises Refused(ADDR_INVAL) when it is not recorded."""
+        """Forget a recorded mapping and unmap what it maps; raises HypRefused(ADDR_INVAL) when it is not recorded."""
         mapping = extent.forget(self, vbase)
         self._recorded.remove(extent)
         distance = vbase - extent.base
@@ -197,8 +197,8 @@ class AddressSpace(Mappings):
         """Unmap: an entry goes only if it maps the page of *extent* that the call names.
 
         Raises HypRefused and changes nothing: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE; ADDR_INVAL vbase, or nothing of that
-        kind is mapped there; DENIED outside a range of that kind; MEMDB_NOT_OWNER; BUSY for a private page that is locked in a
-        living VM, or no private page; NOMEM.
+        kind is mapped there; DENIED outside a range of that kind; MEMDB_NOT_OWNER; BUSY for a private page that is locked
+        in a living VM, or no private page; NOMEM.
         """
         if flags & ~_UNMAP_FLAGS:
             raise HypRefused(GunyahError.ARG_INVAL, f"unmap flags {flags:#x}")

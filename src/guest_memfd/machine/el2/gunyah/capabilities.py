@@ -62,7 +62,7 @@ class CapabilitySpace:
         self._next = _FIRST
 
     def grant(self, thing: object, rights: int) -> int:
-        """A new capability; raises Refused(CSPACE_FULL)."""
+        """A new capability; raises HypRefused(CSPACE_FULL)."""
         if len(self._entries) == self.limit:
             raise HypRefused(GunyahError.CSPACE_FULL, f"{self.limit} capabilities are in use")
         cap = self._next
