@@ -1,4 +1,4 @@
-"""What the mixins of the abstract host share: the state under the knife, and how a primitive waits or dies."""
+"""What the mixins of the abstract host share: the state that they change, and how a primitive waits or dies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AbstractBase:
         self.caller = "library"
 
     def wait(self) -> NoReturn:
-        """The primitive cannot go on now; whoever asked waits."""
+        """The primitive cannot go on now; the caller waits."""
         raise Blocked
 
     def panic(self) -> NoReturn:
@@ -50,7 +50,7 @@ class AbstractBase:
         raise Panicked
 
     def gone(self, what: str) -> NoReturn:
-        """The primitive was called on an object whose memory is gone: nobody can say what happens next."""
+        """The primitive was called on an object whose memory is gone: no one can say what happens next."""
         self.notes.append(facts.UseAfterFree(what))
         raise Panicked
 

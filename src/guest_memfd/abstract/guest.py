@@ -111,7 +111,7 @@ class AbstractGuestSide(AbstractMappings):
             self._expect(frame, DATA)
 
     def forget(self, pfn: int) -> None:
-        """The guest gives up the contents: nobody relies on them from here on."""
+        """The guest gives up the contents: no one relies on them from here on."""
         frame = self.state.frame(pfn)
         if frame.slot:
             self.state.page(frame.slot - 1).expect = ANY
@@ -228,7 +228,7 @@ class AbstractGuestSide(AbstractMappings):
             self.out_of_scope("announces an invalidation", index)
 
     def mmu_invalidate_end(self) -> None:
-        """The sequence moves on: whoever sampled it before must look again."""
+        """The sequence moves on: a caller that sampled it before must look again."""
         ghost, bound = self.state.ghost(self.who), self._is_bound("mmu_invalidate_end")
         if not ghost.begun:
             if bound:

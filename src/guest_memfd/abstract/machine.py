@@ -134,7 +134,7 @@ class AbstractHost(AbstractLocks, AbstractWorld):
             # The state at that moment is kept, so the trace shows what the kernel died of.
             self.state.panic = 1
             result = None
-        except ValueError as error:                     # of a bytearray; and a hypercall may be somebody else's
+        except ValueError as error:                     # of a bytearray; and a hypercall may be someone else's
             # A counter that ran over its byte: some design takes references without end. Any other ValueError is a
             # mistake of ours.
             if primitive.name == "hypercall" or not str(error).startswith("byte must be in range"):

@@ -129,7 +129,7 @@ class AbstractMappings(AbstractBase):
     # -- the last reference --------------------------------------------------------------------------------
 
     def free_if_unused(self, frame: st.Frame) -> None:
-        """free_pages_prepare(): debug options write to the page, and whoever gets it next finds what it holds."""
+        """free_pages_prepare(): debug options write to the page, and its next owner finds what it holds."""
         if frame.refs() or frame.allocated != ALLOCATED:
             return
         if frame.poison:

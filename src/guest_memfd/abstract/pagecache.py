@@ -28,21 +28,25 @@ class AbstractPageCache(AbstractMappings):
     def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
         """Allocates the lowest free frame; this host has no free block above order 0."""
         page = self.page(index)
+        # Any free frame would do. Always the lowest keeps the number of states small.
         frame = next((f for f in self.state.frames() if f.allocated == FREE), None)
         if frame is None or order:
             self.against(FAILURE)
             return -ENOMEM
+        # After the allocation, as in the kernel: another task may have inserted a folio meanwhile.
         if page.cached:
             self.against(CONTENTION)
             return -EEXIST
         frame.allocated, frame.content = ALLOCATED, JUNK
+        # The LRU batch of this CPU holds a reference, too, which is why a conversion may have to drain before it
+        # counts.
         frame.slot, frame.cache, frame.lru, frame.lookup = page.number + 1, 1, 1, 1
         frame.lock = self.who + 1
         page.cached = frame.number + 1
         return Lookup(Folio(frame.number), index)
 
     def filemap_remove_folio(self, folio: Folio) -> None:
-        """Leaves the page cache; whoever still has a reference keeps the frame."""
+        """Leaves the page cache; any other reference keeps the frame."""
         frame = self._locked(folio, "filemap_remove_folio")
         if not frame.slot:
             self.die(f"{folio} is not in the page cache")
@@ -66,6 +70,7 @@ class AbstractPageCache(AbstractMappings):
         count = getattr(frame, kind)
         if not count:
             self.die(f"reference count of {folio} drops below zero ({kind})")
+        # References are kept by kind, so that a law can name who holds a page. The kernel has one counter.
         setattr(frame, kind, count - 1)
         self.free_if_unused(frame)
 
@@ -75,7 +80,7 @@ class AbstractPageCache(AbstractMappings):
         setattr(frame, kind, getattr(frame, kind) + 1)
 
     def leak_folio(self, folio: Folio) -> None:
-        """Out of use for ever: a reference that nobody drops, and a count that says so."""
+        """Out of use permanently: a reference that no one drops, and a count that says so."""
         frame = self.state.frame(folio.pfn)
         frame.kept += 1
         self.state.leaked += 1
@@ -83,6 +88,7 @@ class AbstractPageCache(AbstractMappings):
     def folio_ref_count(self, folio: Folio) -> int:
         """The sum of all references; more than the page cache, its LRU batch and the caller have is a reason to refuse."""
         frame = self.state.frame(folio.pfn)
+        # The count alone is the answer. This only notes the reason, for the law that asks whether a refusal had one.
         if frame.refs() > frame.cache + frame.lru + 1:
             self.against(REFERENCE, frame)
         return frame.refs()
@@ -105,6 +111,7 @@ class AbstractPageCache(AbstractMappings):
 
     def lru_add_drain_all(self) -> None:
         """The batches let go of their references."""
+        # Work on every CPU, and a wait for each: the costs of a procedure count it.
         self.count("stalls")
         for frame in self.state.frames():
             if frame.lru:
@@ -121,6 +128,7 @@ class AbstractPageCache(AbstractMappings):
 
     def _locked(self, folio: Folio, what: str) -> st.Frame:
         frame = self.state.frame(folio.pfn)
+        # A procedure that forgets the lock would race here. That is a bug in it, never an outcome.
         if frame.lock != self.who + 1:
             self.die(f"{what} of {folio} without its lock")
         return frame

@@ -46,7 +46,7 @@ _FLAGS = frozenset({
     "preparing", "frozen", "panic", "handled", "stuck", "asked", "refuses_readers", "released",
 })
 HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q", "evictor"})
-"""Fields that hold a party number + 1, 0 for nobody."""
+"""Fields that hold a party number + 1, 0 for no one."""
 
 _PLUS_ONE = {"gmap": "gfn", "gstale": "gfn", "binding": "gfn", "slot": "page ", "user": "page ", "cached": "pfn",
              "gpc": "pfn"}
@@ -84,7 +84,7 @@ def label(field: str) -> str:
 
 fields_of = st.fields_of
 _FIRST = ("file0", "vm0", "")
-"""Records that go without a name: where there is one file and one VM, nobody asks which."""
+"""Records that go without a name: where there is one file and one VM, no one asks which."""
 
 
 def record(field: str) -> str:

@@ -153,7 +153,7 @@ _read = bytearray.__getitem__
 
 
 def layout_of(state: bytes | bytearray) -> StateLayout:
-    """The layout of *state*, which is in its first bytes: the same in every state of a host, so nobody is said to look."""
+    """The layout of *state*, which is in its first bytes: the same in every state of a host, so no one is said to look."""
     if isinstance(state, bytes):
         return _layout(tuple(state[:_HEADER]))
     # Past `Watched.__getitem__`: the header is the same in every state, and noting it would make each footprint

@@ -239,7 +239,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
 
     def destroy_inode(self) -> None:
         """Its memory goes, and what its page cache still has with it."""
-        # Only after eviction: earlier somebody could still look the inode up.
+        # Only after eviction: earlier someone could still look the inode up.
         if self.file.inode != EVICTED:
             self.die("destroy_inode of an inode that is in use")
         # BUG_ON(inode->i_data.nrpages) of clear_inode() (fs/inode.c).
@@ -273,7 +273,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         self.state.module -= 1
 
     def delete_module(self) -> int:
-        """Only when nobody holds it; its exit code gives back nothing by itself."""
+        """Only when no one holds it; its exit code gives back nothing by itself."""
         # The exit code of the module runs only when the count is zero; it takes nothing back from any VM.
         if self.state.module:
             return -EBUSY
@@ -296,7 +296,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     def vm_destroyed(self) -> None:
         """Stage-2 tables and their TLB entries go with the VM; memory it still owns does not come back by itself.
 
-        Whoever uses a kernel mapping of a guest page holds the VM, so this waits for him.
+        A user of a kernel mapping of a guest page holds the VM, so this waits for it.
         """
         if self.vm.gpc_readers:
             self.wait()
@@ -330,7 +330,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         return 0
 
     def pm_prepare(self, what: str) -> int:
-        """Veto, or close the door."""
+        """-EBUSY while pages are away from the host, else 0: from now on none may leave until `pm_post`."""
         if self.state.away:
             return -EBUSY
         self.state.preparing = 1

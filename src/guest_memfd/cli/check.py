@@ -81,7 +81,7 @@ READERS = ("zeropad", "kcore", "power", "page-cache-reader", "device", "pfn-cach
 """Who reads what may be the guest's: beside a vCPU these meet every kind of abort there is."""
 
 
-# Where a limit was reached nobody wants to wait for more.
+# Where a limit was reached no one wants to wait for more.
 def _survivals(report: Report, scope: Scope) -> list[Survived]:
     if report.verdict == "undetermined":
         return []

@@ -85,7 +85,7 @@ def _ask(question: str) -> Iterator[Walks]:
                 yield _walked(answer)
 
 
-# An interpreter that ended well has answered, unless somebody else ended it, or wrote in between.
+# An interpreter that ended well has answered, unless someone else ended it, or wrote in between.
 def _walked(answer: str) -> Walks:
     try:
         walks: Walks = json.loads(answer)

@@ -113,7 +113,7 @@ def _run(argv: list[str]) -> int:
         return int(done.code or 0)
 
 
-# Whoever read us has seen enough, or there is no room; without this the interpreter would complain again at exit.
+# The reader has seen enough, or there is no room; without this the interpreter would complain again at exit.
 def _stop_writing() -> None:
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -171,7 +171,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-# Names and numbers that somebody else has chosen may hold control characters, and be of any length.
+# Names and numbers that someone else has chosen may hold control characters, and be of any length.
 def _shown(line: str) -> str:
     line = printable(line)
     return line if len(line) <= LONGEST else f"{line[:LONGEST * 2 // 3]} ... {line[5 - LONGEST // 3:]}"

@@ -68,7 +68,7 @@ def seconds(text: str) -> float:
 
 @dataclass(frozen=True)
 class Scope:
-    """What the options of `add_scope` say; names are looked up by whoever explores."""
+    """What the options of `add_scope` say; names are looked up by the code that explores."""
 
     hypervisors: tuple[str, ...] | None
     scenes: tuple[str, ...] | None

@@ -76,7 +76,7 @@ class Output:
         if descriptor is not None:
             if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
                 raise OSError(errno.EBADF, "it is open for reading only")
-            # A duplicate shares the place in the file, so that whoever writes there next goes on behind us.
+            # A duplicate shares the place in the file, so that the next writer goes on after us.
             self._stream = _text(os.dup(descriptor))
             return
         if _OF_A_PROCESS.fullmatch(os.path.dirname(named)):
@@ -152,7 +152,7 @@ def _descriptor(named: str) -> int | None:
 
 
 # A file that has another owner, several names, or may not be replaced (a mount point) gets the new content, all the others
-# are replaced, which nobody can see half done.
+# are replaced, which no one can see half done.
 def _into_place(beside: Path, path: Path) -> None:
     try:
         old = path.stat()

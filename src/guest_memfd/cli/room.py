@@ -7,7 +7,7 @@ import errno
 from guest_memfd.errors import DesignRaised, PluginError
 
 RESERVE = 32 << 20
-"""Bytes. They are addresses only: nobody touches them, so no memory stands behind them."""
+"""Bytes. They are addresses only: no one touches them, so there is no memory at them."""
 _PLENTY = 8 << 20
 
 _kept: list[bytes] = []
@@ -19,7 +19,7 @@ def keep() -> None:
 
 
 def give_back() -> None:
-    """Let whoever cleans up have the reserve."""
+    """Give the reserve to the code that cleans up."""
     _kept.clear()
 
 

@@ -129,7 +129,7 @@ class Lines:
 
 
 def log(text: str) -> None:
-    """A line for people, wrapped on a terminal; if nobody can get it, the guest runs all the same."""
+    """A line for people, wrapped on a terminal; if no one can get it, the guest runs all the same."""
     if sys.stderr.isatty():
         text = "\n".join(style_for(sys.stderr).wrap(text, "", "  ")) if text.strip() == text else text
     with suppress(OSError):

@@ -47,7 +47,7 @@ from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import EAGAIN, EINVAL, Entries, Folio, Steps
 
 CACHE_AND_LOOKUP = 2
-"""References a folio of order 0 has when nobody but the page cache and we know it; in general nr pages + 1."""
+"""References a folio of order 0 has when no one but the page cache and we know it; in general nr pages + 1."""
 
 
 class Conversion(NamedTuple):
@@ -63,7 +63,7 @@ class Converts(Folios):
     def make_private(self, start: int, nr: int) -> Steps[Conversion]:
         """Take [start, start+nr) from the host.
 
-        -EAGAIN with the page index while somebody holds an unexpected reference, or hibernation is being prepared;
+        -EAGAIN with the page index while someone holds an unexpected reference, or hibernation is being prepared;
         -ENOMEM; -EBUSY if the hypervisor refuses; -EINVAL for a range outside of the file, or that cuts a folio.
         """
         if not self.has(start, nr) or not self.whole(start, nr):
@@ -125,14 +125,14 @@ class Converts(Folios):
         return Conversion(0)
 
     def unexpected_refs(self, folios: tuple[Held, ...]) -> Steps[int | None]:
-        """Page index of the first folio that somebody else still refers to; lru_add batches are drained once."""
+        """Page index of the first folio that someone else still refers to; lru_add batches are drained once."""
         drained = False
         for held in folios:
             # The page cache has one reference for each page of the folio; the look-up of `present` has one.
             expected = held.folio.nr - 1 + CACHE_AND_LOOKUP
             refs = yield from self.host.folio_ref_count(held.folio)
             if refs > expected and not drained:
-                # A new folio waits in a batch of the CPU that added it, and the batch holds a reference that nobody
+                # A new folio waits in a batch of the CPU that added it, and the batch holds a reference that no one
                 # means. Draining interrupts every CPU, so it is done once for a request, and only if a count is too
                 # high.
                 yield from self.host.lru_add_drain_all()

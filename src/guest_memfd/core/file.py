@@ -1,7 +1,7 @@
-"""Life of a guest_memfd: the file, the inode behind it, bindings to an address space, and the module that serves it.
+"""Life of a guest_memfd: the file, its inode, bindings to an address space, and the module that serves it.
 
 A binding holds the file, the file and each VMA hold the inode, the inode holds the module. Pins hold folios only: a
-folio that outlives the inode has been taken back and detached, so its last put needs nobody's code. Whoever comes by a
+folio that outlives the inode has been taken back and detached, so its last put needs no one's code. A caller that comes by a
 binding and not by the descriptor - a vCPU, an unbind, a dying VM - holds the file while he works: the binding may end.
 """
 
@@ -36,7 +36,7 @@ class Files(Removes):
         """A file of *size* pages, private but for the page indexes in *shared*; -EINVAL, -ENODEV, -ENOMEM, -EOPNOTSUPP.
 
         -EINVAL also for a file or a run of shared pages that would end inside a folio. -EOPNOTSUPP on a kernel whose direct
-        map cannot be changed: there the setters do nothing and say 0, so nobody would notice later (CVE-2024-50182).
+        map cannot be changed: there the setters do nothing and say 0, so no one would notice later (CVE-2024-50182).
         """
         host = self.host
         if size <= 0 or any(not 0 <= i < size for i in shared):
@@ -81,7 +81,7 @@ class Files(Removes):
     def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
         """Let *gfn* on be pages [start, start+nr); -EEXIST if bound already, -ENOMEM.
 
-        -EBADF when the file has gone, -ENODEV when the VM has been stopped: nobody would take that binding away again.
+        -EBADF when the file has gone, -ENODEV when the VM has been stopped: no one would take that binding away again.
         -EINVAL outside of the file, for a range that cuts a folio, and for a gfn that is no multiple of a folio's size.
         """
         host = self.host
@@ -97,7 +97,7 @@ class Files(Removes):
         bound = yield from host.xa_load("bindings", 0, self.size)
         if filled(bound[start:start + nr]):
             ret = -EEXIST
-        # A stopped VM has had its teardown, or will not ask again for bindings that come later. Nobody would ever
+        # A stopped VM has had its teardown, or will not ask again for bindings that come later. No one would ever
         # take this one away.
         elif (yield from host.vm_state()) != "running":
             ret = -ENODEV
@@ -119,7 +119,7 @@ class Files(Removes):
         if not self.has(start, nr) or not self.whole(start, nr):
             return Conversion(-EINVAL)
         yield from self.host.begin_op("unbind", start, nr)
-        if not (yield from self.host.get_file()):      # whoever waits for the lock must hold what it is in
+        if not (yield from self.host.get_file()):      # a task that waits for the lock must hold what it is in
             yield from self.host.end_op(-ENOENT)
             return Conversion(-ENOENT)
         yield from self.host.down_write("invalidate")

@@ -47,7 +47,7 @@ class Folios(HostMapping):
         """
         host, order = self.host, self.order
         # A folio that was looked up can leave the file before it is locked (a punch of another page of it, memory
-        # failure). Then the look-up starts again; -EAGAIN after some attempts keeps a fault from spinning for ever.
+        # failure). Then the look-up starts again; -EAGAIN after some attempts keeps a fault from spinning without end.
         for _attempt in range(LOOKUPS):
             hit = yield from host.filemap_get_folio(index)
             if hit is None:
@@ -132,7 +132,7 @@ class Folios(HostMapping):
         """Take an invalidated folio back from the hypervisor and out of the file; -errno if the former fails.
 
         The page is the host's, in the direct map and without the guest's data before anybody else can have it. One
-        that cannot be put back into the direct map is kept for ever rather than freed with a hole.
+        that cannot be put back into the direct map is kept permanently rather than freed with a hole.
         """
         host, folio = self.host, held.folio
         # The lock keeps memory failure out: it must not report the page while its owner is just being changed.
@@ -145,7 +145,7 @@ class Folios(HostMapping):
         # A broken page must not be touched again, so it is neither scrubbed nor mapped.
         if not locked.hwpoison:
             yield from self.return_to_kernel(held, locked.private)
-        elif locked.private:                            # broken memory is not mapped again, and nobody waits for it
+        elif locked.private:                            # broken memory is not mapped again, and no one waits for it
             yield from self.account(-folio.nr)
         # Last, when nothing can fail any more: a folio that has left the file cannot be found by anyone who would
         # repeat the attempt.
@@ -180,7 +180,7 @@ class Folios(HostMapping):
         """Give up the locked folio that the hypervisor will never give back: out of the file, out of use, counted.
 
         The VMM may still map it, if the guest had only let the host use it. Its hole in the direct map stays, and it stays
-        counted as away from the host: nobody may come near it.
+        counted as away from the host: no one may come near it.
         Source: snp_leak_pages() (arch/x86/virt/svm/sev.c); drivers/hv, 03f5a999adba.
         """
         host, folio = self.host, held.folio

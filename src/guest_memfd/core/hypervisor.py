@@ -1,4 +1,4 @@
-"""What a hypervisor is to this project: its driver's half (core/ops.py) and its own half, the code behind hypercalls.
+"""What a hypervisor is to this project: its driver's half (core/ops.py) and its own half, the code that hypercalls run.
 
 The own half is a table of plain functions over `Stage2`, the little that any machine's EL2 code can do to a page. So it
 is written once and runs on every host that offers `Stage2`.
@@ -14,6 +14,7 @@ from guest_memfd.core.ops import GuestMemfdOps
 
 Owner = Literal["host", "guest", "shared", "borrowed"]
 
+# What the host gets for an access to a lent page: with the first no exception table is asked, with the second it is.
 SEA = "synchronous external abort"
 DATA_ABORT = "translation fault with S1PTW"
 

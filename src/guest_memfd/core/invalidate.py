@@ -75,7 +75,7 @@ class Removes(Converts):
     def split(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[tuple[int, int]]:
         """Take the folios that [start, start+nr) cuts back from the hypervisor, and make single pages of them.
 
-        (0, 0), or -errno and a page index: -EBUSY while somebody refers to a part. The guest faults the rest in again.
+        (0, 0), or -errno and a page index: -EBUSY while someone refers to a part. The guest faults the rest in again.
         """
         host = self.host
         for held in folios:
@@ -92,9 +92,9 @@ class Removes(Converts):
     def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
         """memory_failure() found the locked *folio* broken: guest and VMM lose it, the file keeps it.
 
-        ``delayed`` (MF_DELAYED: whoever asks for the page is told then), or ``failed`` if the hypervisor refuses or the
+        ``delayed`` (MF_DELAYED: the next to ask for the page is told), or ``failed`` if the hypervisor refuses or the
         file is just going away. The folio is unlocked meanwhile: removal takes the invalidate lock and then folio locks, so
-        waiting for it under one could wait for ever. An inode reference keeps the file until the folio is locked again.
+        waiting for it under one could wait without end. An inode reference keeps the file until the folio is locked again.
         """
         host = self.host
         # The caller's folio lock will be dropped below, and then only this reference keeps the inode. One that is
@@ -105,7 +105,7 @@ class Removes(Converts):
         # with a punch, which the explorer finds.
         yield from host.unlock_folio(folio)
         # Shared is enough: this takes the page from its users and changes no tree. But it has to wait; only to try
-        # would leave the page with the guest while somebody changes the file.
+        # would leave the page with the guest while someone changes the file.
         yield from host.down_read("invalidate")
         ret = yield from self._take_from_users(folio)
         yield from host.up_read("invalidate")
@@ -116,7 +116,7 @@ class Removes(Converts):
         yield from host.lock_folio(folio)
         return "failed" if ret else "delayed"
 
-    # A folio that has left the file while nobody looked has been taken from everybody.
+    # A folio that has left the file while no one looked has been taken from everybody.
     def _take_from_users(self, folio: Folio) -> Steps[int]:
         host = self.host
         locked = yield from host.lock_folio(folio)
@@ -139,7 +139,7 @@ class Removes(Converts):
         if (yield from self.host.fput()) and (yield from self.host.iput()):
             yield from self.evict()
 
-    # The inode has no reference left: nobody can look a page up any more, nothing is bound.
+    # The inode has no reference left: no one can look a page up any more, nothing is bound.
     def evict(self) -> Steps[None]:
         """Give every page back, and let the inode and the module go."""
         yield from self.host.down_write("invalidate")

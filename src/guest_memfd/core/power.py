@@ -3,8 +3,8 @@
 ``count``     as secretmem does: refuse while a file is open, looked at once when hibernation starts
               (secretmem_active(), kernel/power/hibernate.c). Simple, and blind to what comes later.
 ``notifier``  a PM notifier: at PM_HIBERNATION_PREPARE refuse while a page is away from the host, else let none leave
-              until PM_POST_HIBERNATION; counting and closing the door are one atomic operation.
-``none``      look away, as the posted designs do.
+              until PM_POST_HIBERNATION; the count and the refusal are one atomic operation.
+``none``      no protection, as in the posted designs.
 
 Suspend to RAM keeps the tables of both stages, so nothing is vetoed there.
 """

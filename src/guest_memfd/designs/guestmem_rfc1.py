@@ -226,7 +226,7 @@ class GuestmemRfc1(Design):
         return Conversion(0)
 
     def return_to_kernel(self, held: Held, marked: bool) -> Steps[None]:
-        """free_folio: restore the direct map; nobody scrubs."""
+        """free_folio: restore the direct map; no one scrubs."""
         if marked:
             yield from self.map_direct(held.folio)
 

@@ -5,7 +5,7 @@ pages, PG_private for what is lent, an rw-semaphore around the bindings, "launde
 as posted and marked with the numbers of docs/bugs.md. Patches 19, 20, 23, 24, 28/35.
 
 Left out: platform hooks, RM calls. In scenarios page 0 is bound FORCE_LEND, page 1 FORCE_SHARE, each by a binding of its
-own; files behind /dev/gunyah have any bindings, and parcels (machine/dev/gunyah/posted.py). Lending and sharing
+own; files of /dev/gunyah have any bindings, and parcels (machine/dev/gunyah/posted.py). Lending and sharing
 are this hypervisor's hypercalls.
 """
 
@@ -239,7 +239,7 @@ class GunyahV17(Design):
         return ret
 
     def launder(self, index: int, folio: Folio) -> Steps[int]:
-        """Take the locked *folio* back from whoever was given it."""
+        """Take the locked *folio* back from the VM that was given it."""
         (bound,) = yield from self.driver.xa_load("bindings", index, 1)
         return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, True, True)) if bound else 0
 
@@ -359,7 +359,7 @@ class GunyahV17(Design):
         return 0
 
     def evict(self) -> Steps[None]:
-        """The inode goes: truncate_inode_pages() drops what is cached, whoever owns it."""
+        """The inode goes: truncate_inode_pages() drops what is cached, no matter who owns it."""
         host, index = self.driver, 0
         while (found := (yield from self.cached(index, self.size))) is not None:
             index, hit = found

@@ -1,6 +1,6 @@
-"""What is wrong with a design of somebody else's: with its fields, or with names that override nothing.
+"""What is wrong with a design of someone else's: with its fields, or with names that override nothing.
 
-What it defines must override something of the library, or be called by somebody.
+What it defines must override something of the library, or be called by someone.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
      "parties": [...], "law": ..., "sentence": ..., "evidence": ..., "steps": [
       {"party": ..., "choices": [...], "primitive": ..., "caller": ..., "args": [...], "result": ..., "failed": ...}]}
 
-Host states are not in it: whoever replays it rebuilds the first one and finds the others. Arguments and results are
+Host states are not in it: a replay rebuilds the first one and finds the others. Arguments and results are
 JSON's null, booleans, integers and strings, and objects of one key for what JSON has not (VALUES).
 """
 
@@ -37,6 +37,8 @@ _DEEPEST, _LONGEST, _MOST_ORDER = 50, 4000, 63
 
 
 def _folio(pfn: Any, order: Any) -> Folio:
+    # type() and not isinstance(), here and below: True is an int for isinstance(), and would be written as a boolean
+    # again.
     if type(pfn) is not int or type(order) is not int or not (pfn >= 0 and 0 <= order <= _MOST_ORDER):
         raise TypeError("a folio is a page frame number and an order")
     return Folio(pfn, order)
@@ -126,6 +128,8 @@ def save(report: Report, found: Found | LawReport, path: str | os.PathLike[str])
 
 def write(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write *trace* to *path*, all of it or nothing; raises BadInput when that cannot be."""
+    # In the same folder, since a rename is atomic only within one file system. A reader sees the old file or the new
+    # one.
     beside = Path(path).with_name(f".gmem.{os.getpid()}.trace.tmp")
     try:
         try:
@@ -153,6 +157,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
     """Read the trace file *path*; raises TraceError when it is unreadable, no JSON, of another schema or incomplete."""
     name = os.fspath(path)
     try:
+        # A terminal or /dev/zero would be read without end.
         if stat.S_ISCHR(os.stat(path).st_mode):
             raise TraceError(f"trace {name!r} is a device; a file or a pipe is wanted")
         text = Path(path).read_text(encoding="utf-8")
@@ -169,6 +174,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
 def loads(text: str) -> Trace:
     """The trace in *text*; raises TraceError whose words continue "trace X ..."."""
     try:
+        # Checked before anything else is read from it: the file may come from a stranger.
         top = _sane(json.loads(text), 0)
     except (ValueError, RecursionError) as error:
         if text[:1] == "{" and isinstance(error, json.JSONDecodeError) and _at_the_end(text, error):
@@ -176,6 +182,7 @@ def loads(text: str) -> Trace:
         raise TraceError(f"is not JSON: {error}") from error
     if not isinstance(top, dict) or not isinstance(top.get("schema"), str):
         raise TraceError(f"is no trace: an object with \"schema\": {SCHEMA!r} is wanted")
+    # Before any other field: another version may have other fields, and "lacks a field" would be the wrong answer.
     if top["schema"] != SCHEMA:
         raise TraceError(f"is of schema {top['schema']!r}; this program reads {SCHEMA!r}")
     whole = _Fields(top, "")
@@ -191,7 +198,7 @@ def loads(text: str) -> Trace:
     )
 
 
-# What will be shown to somebody: no control characters, which a terminal would obey, no letters that cannot be written, and
+# What will be shown to someone: no control characters, which a terminal would obey, no letters that cannot be written, and
 # nothing beyond what a trace has. Newlines and tabs are left: they wrap like blanks.
 def _sane(value: Any, depth: int) -> Any:
     if depth > _DEEPEST:

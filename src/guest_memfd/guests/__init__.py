@@ -32,7 +32,7 @@ CONSOLE = 0x0900_0000
 SYSTEM_OFF = 0x8400_0008
 """PSCI, Arm DEN 0022."""
 CONTROL = 0x0901_0000
-"""x86_64: a store here ends the guest; one to the doubleword behind gives the page back whose address is stored, and a load
+"""x86_64: a store here ends the guest; one to the next doubleword gives the page back whose address is stored, and a load
 from there says what came of it: 0, or an errno."""
 CONSOLE_PORT, CONTROL_PORT = 0xE9, 0xEA
 """Real mode: a byte to the first is printed; a doubleword to the second gives a page back, as CONTROL + 8 does."""

@@ -22,7 +22,7 @@ from guest_memfd.guests.target import ARM64, REAL_MODE, X86_64, Target
 
 _MAGIC = b"\x7fELF"
 _PF_X = 1
-# Dynamic tags of work that nobody here would do (gABI figure 5-10): DT_NEEDED, and the sizes of tables of relocations.
+# Dynamic tags of work that no one here would do (gABI figure 5-10): DT_NEEDED, and the sizes of tables of relocations.
 _NEEDED, _RELOCATIONS = 1, (2, 8, 18, 35)       # DT_PLTRELSZ, DT_RELASZ, DT_RELSZ, DT_RELRSZ
 _BIGGEST = 1 << 30
 _TEXT = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"
@@ -47,7 +47,7 @@ class GuestImage:
 
     @property
     def end(self) -> int:
-        """The first IPA behind it."""
+        """The first IPA after it."""
         return max(ipa + size for ipa, size in self.ranges())
 
 
@@ -138,7 +138,7 @@ def _assembled(found: GuestSource, target: Target, base: int) -> GuestImage:
     return GuestImage([(base, program.data)], entry, found.name)
 
 
-# A mistake behind the guest's own *lines* is one between it and what every guest is assembled with.
+# A mistake after the guest's own *lines* is one between it and what every guest is assembled with.
 def _placed(words: str, file: str, lines: int, shared: str) -> str:
     match = re.match(rf"{re.escape(file)}:(\d+): (?::: )?", words)
     if match is None or int(match[1]) <= lines:

@@ -1,4 +1,4 @@
-"""What is wrong with a hypervisor of somebody else's: with its fields, or with names that nothing calls.
+"""What is wrong with a hypervisor of someone else's: with its fields, or with names that nothing calls.
 
 Operations of its driver, and hypercalls that can fail, must be ones that there are.
 """

@@ -1,4 +1,4 @@
-"""The laws: one function, one sentence, one source each. What must hold whatever the design, whoever is interrupted.
+"""The laws: one function, one sentence, one source each. A law holds for every design and every interleaving.
 
 Third parties add theirs with an entry point in ``guest_memfd.laws``.
 """

@@ -46,7 +46,7 @@ def no_stale_data(note: Any) -> Evidence:
         return f"the guest's data is lost: {note.how}"
     if not isinstance(note, facts.Access) or note.who not in ("guest", "VMM", "device"):
         return None
-    # What another owner left behind. Nobody is meant to see it, neither the guest nor the VMM.
+    # What another owner has left there. No one is meant to see it, neither the guest nor the VMM.
     if note.content == "junk":
         return f"the {note.who} receives a page with somebody else's data"
     # A device may have pinned the page before it was replaced: it keeps the old one, which is allowed.
@@ -56,7 +56,7 @@ def no_stale_data(note: Any) -> Evidence:
 
 
 def free_memory(note: Any) -> Evidence:
-    """Who means a page means one that somebody has."""
+    """Who means a page means one that someone has."""
     # A stray load may hit any page, a free one as well; an access that means its page may not.
     if not isinstance(note, facts.Access) or not note.free or note.what in ANYTHING:
         return None
@@ -76,7 +76,7 @@ def library_alone(note: Any) -> Evidence:
 
 
 def poison_note(note: Any) -> Evidence:
-    """Once memory_failure() has done with a page nobody gets it, and its word is what has become of it."""
+    """Once memory_failure() has done with a page no one gets it, and its word is what has become of it."""
     if isinstance(note, facts.Given):
         return f"{note.whom} is given a page whose memory is broken"
     if isinstance(note, facts.Access) and note.broken and note.who in ("guest", "VMM"):

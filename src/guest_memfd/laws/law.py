@@ -43,7 +43,7 @@ class Violator:
 
 @dataclass(frozen=True)
 class Law:
-    """A law. `when` says in words at which moments it is checked, `broken_by` shows that somebody breaks it.
+    """A law. `when` says in words at which moments it is checked, `broken_by` shows that someone breaks it.
 
     Judging raises BadInput, which names the law, when its function raises or answers with anything but words or None.
     """
@@ -102,7 +102,7 @@ FIELDS = {"name": NAME, "sentence": LINE, "source": LINE, "when": LINE} | dict.f
 
 
 def lacks(thing: object) -> str | None:
-    """What is wrong with *thing* as a law of somebody else's; None if nothing is."""
+    """What is wrong with *thing* as a law of someone else's; None if nothing is."""
     if not isinstance(thing, Law):
         return f"{shown(thing)} is no guest_memfd.laws.Law"
     if (words := wrong(thing, FIELDS)) is not None:

@@ -21,7 +21,7 @@ def one_owner_note(note: Any) -> Evidence:
 def one_owner(state: st.State) -> Evidence:
     """Outside of every operation, library, host tables and hypervisor tell the same story of each page."""
     for frame in state.frames():
-        # Under the folio lock, or with the file locked exclusively, the records may disagree: somebody is just
+        # Under the folio lock, or with the file locked exclusively, the records may disagree: someone is just
         # changing them.
         if frame.lock or (frame.slot and state.file_of(frame.slot - 1).invalidate_w):
             continue
@@ -49,7 +49,7 @@ def _one_story(state: st.State, frame: st.Frame) -> Evidence:
 
 
 def no_stale_mapping(state: st.State) -> Evidence:
-    """Whoever maps a page maps it where the file has it; what has left the file is mapped by nobody."""
+    """A page is mapped where the file has it; one that has left the file is not mapped at all."""
     for frame in state.frames():
         if frame.user and frame.user != frame.slot:
             return "the VMM's page table maps a page that the file no longer holds"
@@ -130,7 +130,7 @@ def _references(frame: st.Frame) -> str:
 
 
 def pins_respected_note(note: Any) -> Evidence:
-    """Nobody holds a way in when a page becomes private."""
+    """No one holds a way in when a page becomes private."""
     if isinstance(note, facts.MadePrivate):
         if note.pins:
             return f"a page is {note.how} while somebody holds a reference to reach it by"

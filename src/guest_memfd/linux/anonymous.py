@@ -1,4 +1,4 @@
-"""Memory of this process that nobody takes away. It may be touched from user space, and is."""
+"""Memory of this process that no one takes away. It may be touched from user space, and is."""
 
 from __future__ import annotations
 

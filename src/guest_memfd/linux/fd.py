@@ -16,7 +16,7 @@ dropped: Callable[[str], object] | None = None
 
 
 class OwnedFd(owned.Owned):
-    """Given up by the garbage collector if by nobody else, which is a ResourceWarning, as for Python's own files."""
+    """Given up by the garbage collector if by no one else, which is a ResourceWarning, as for Python's own files."""
 
     closed = True                   # until there is something to close: a constructor may raise
 

@@ -114,7 +114,7 @@ class LinuxGunyahVcpu(Descriptor):
         return self.page.exit
 
     def _release(self) -> None:
-        self._view.release()                # whoever uses `page` now gets a ValueError
+        self._view.release()                # any use of `page` now is a ValueError
         syscall.munmap(self._address, self._size)
         super()._release()
 

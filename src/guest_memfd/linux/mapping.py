@@ -32,7 +32,7 @@ _bytes_at.argtypes, _bytes_at.restype = (ctypes.py_object,), ctypes.c_void_p
 class LinuxMapping(OwnedFd):
     """uapi/memory.py Mapping: *nr* bytes of *file* from byte *offset* on. Raises SyscallFailed from mmap(2).
 
-    `address`: where it lies, for a memory slot's userspace_addr; whoever touches that by itself takes the signal itself.
+    `address`: where it lies, for a memory slot's userspace_addr; a caller that touches that by itself takes the signal.
     It outlives its file's descriptor. Not to be closed while another thread uses it.
     """
 
@@ -48,7 +48,9 @@ class LinuxMapping(OwnedFd):
     def read(self, at: int, nr: int) -> bytes:
         """*nr* bytes from byte *at* on; raises Signalled at the first byte that a load does not get, BadInput beyond."""
         where = self._at("read", at, nr)
-        data: bytes = _new_bytes(None, nr)              # nobody else has it yet, so it may be filled
+        data: bytes = _new_bytes(None, nr)              # no one else has it yet, so it may be filled
+        # Copied by a system call and not by a load: where there is no page it returns a short count, and a load would
+        # be SIGBUS.
         self._whole(where, syscall.copy_from(where, _bytes_at(data), nr) if nr else 0, nr)
         return data
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from guest_memfd.linux.vm import LinuxVm
 
 _SAYS = abi.KvmRun.exit.offset + ctypes.sizeof(abi.RunUnion)
-"""Bytes of the run page that an exit is decoded from; only what an Io writes lies behind them."""
+"""Bytes of the run page that an exit is decoded from; only what an Io writes lies after them."""
 
 
 _LONGEST = 1e9
@@ -43,6 +43,7 @@ class LinuxVcpu(Descriptor):
         self._size = vm.vcpu_mmap_size
         try:
             self._address = syscall.mmap(fd, 0, self._size, PROT_READ | PROT_WRITE, MAP_SHARED)
+        # The constructor raises, so no one else will close the descriptor.
         except SyscallFailed:
             self.closed = True
             super()._release()
@@ -66,6 +67,8 @@ class LinuxVcpu(Descriptor):
         BadInput for a time that is none.
         """
         fd, thread = self.fileno(), this_thread()
+        # The mask belongs to the vCPU, and is made for the thread that runs it: made again when another thread takes
+        # over.
         if thread is not self._thread:
             let_in(fd, thread)
             self._thread = thread
@@ -85,6 +88,7 @@ class LinuxVcpu(Descriptor):
         errno = ctypes.get_errno() if ret < 0 else 0
         self._running = False
         if errno == EINTR:
+            # The signal stays pending while it is blocked. Left there it would end every later run at once.
             drain()
             self._last = exits.Intr()
             return self._last
@@ -112,8 +116,10 @@ class LinuxVcpu(Descriptor):
     def kick(self) -> None:
         """From another thread: set `immediate_exit`, and make `run` come back if it is under way.
 
-        Every later run is Intr, too, until somebody sets `immediate_exit` to False: no kick is lost.
+        Every later run is Intr, too, until someone sets `immediate_exit` to False: no kick is lost.
         """
+        # The flag before the signal. A vCPU that is about to enter sees the flag, one that is inside gets the signal;
+        # the other order would lose a kick between the two.
         self.immediate_exit = True
         thread = self._thread
         if thread is not None and self._running:
@@ -123,6 +129,8 @@ class LinuxVcpu(Descriptor):
         """Finish the access or hypercall of the last exit without going on: needed before registers are changed."""
         if self._last is None or isinstance(self._last, exits.Intr):
             return
+        # KVM finishes an access at the next entry. With the flag set it does that and comes back before any
+        # instruction.
         before = self.immediate_exit
         self.immediate_exit = True
         try:

@@ -69,7 +69,7 @@ class X86Vcpu(LinuxVcpu):
         """The next run starts at *rip*, in 64-bit mode at CPL 3, on the page tables at *cr3* (see `identity_tables`).
 
         There are no descriptor tables: an exception is a triple fault. Neither HLT nor IN and OUT can end such a program; a
-        store to an address that no slot backs does, as an Mmio exit. A vCPU whose CPUID nobody has set gets one that says
+        store to an address that no slot backs does, as an Mmio exit. A vCPU whose CPUID no one has set gets one that says
         long mode, NX and SYSCALL, and nothing else.
         """
         if not self._has_cpuid:

@@ -103,7 +103,7 @@ class Pair:
         """Carry *primitive* out on both, as *outcome* has it; the result. Raises Diverged."""
         self.steps.append(f"{who} {primitive}{' fails' if outcome.failed else ''}")
         # Before the primitive: the worst moment for a CPU to walk is just before the entry changes. What its TLB has
-        # then is stale until somebody flushes it, and both hosts must say so.
+        # then is stale until someone flushes it, and both hosts must say so.
         self.adversary.speculate(self.host)
         if outcome.failed:
             if not self.adversary.can_fail(self.host, self._out(primitive)):
@@ -247,7 +247,7 @@ def pair(world: World, machine: Machine, failures: int = 0) -> Pair:
 
 
 def alone(both: Pair, runner: Runner) -> None:
-    """Drive one procedure to its end with nobody else around and no failures."""
+    """Drive one procedure to its end with no one else around and no failures."""
     runner.resume(None, lambda options: options[0])
     while runner.pending is not None and not both.ended:
         primitive = runner.pending
@@ -280,7 +280,7 @@ def run(both: Pair, names: Sequence[str], rng: random.Random) -> int:
     return len(both.steps)
 
 
-# One step of a party that can move, silent primitives and all; False when nobody can.
+# One step of a party that can move, silent primitives and all; False when no one can.
 def _turn(both: Pair, runners: list[Runner], rng: random.Random) -> bool:
     for runner in sorted(runners, key=lambda r: rng.expovariate(r.pace)):
         moved = False

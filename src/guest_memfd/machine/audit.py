@@ -52,7 +52,7 @@ def _not_mapped(machine: Board) -> Iterator[int]:
     lm, pa = machine.linear_map, machine.ram.base
     while pa < machine.ram.end:
         va = lm.va(pa)
-        if not lm.built(va):                            # nobody has needed it, so nobody has made a hole in it
+        if not lm.built(va):                            # no one has needed it, so no one has made a hole in it
             pa += PUD_SIZE - va % PUD_SIZE
             continue
         leaf = lm.leaf(pa)

@@ -1,6 +1,6 @@
 """A machine, booted. No other file knows all of the machine.
 
-What a VMM calls - `open`, what it gives, `audit` - may be called from any thread. Whoever uses a part of the machine by
+What a VMM calls - `open`, what it gives, `audit` - may be called from any thread. Code that uses a part of the machine by
 itself while other threads are about does so inside of ``with machine.lock``.
 """
 
@@ -48,10 +48,13 @@ class Machine(Board):
         if name not in drivers:
             raise UnknownName("hypervisor of the emulated machine", name, drivers)
         super().__init__(config, hypervisor, hardware, drivers[name])
+        # After the board is made: the adversary looks at the driver, the CPUs and the linear map.
         self.adversary = Adversary(self)
         self.driver.cpu_of_guest = self.adversary.cpu_of_guest
         if config.scattered:
             self._scatter(config.scattered)
+            # A CPU may walk the tables at the last moment before a store changes them, so its TLB may hold the old
+            # entry.
             self.linear_map.tables.before_store = self.adversary.walk_late
 
     # What lies between the frames is the kernel's own, such as slabs of names.
@@ -67,7 +70,7 @@ class Machine(Board):
             self.folios.free(pa)
 
     def open(self, path: str, design: str = "library") -> Any:
-        """open(2) of a device; what is behind it is served by *design*. Raises SyscallFailed(ENOENT), UnknownName.
+        """open(2) of a device; what it gives is served by *design*. Raises SyscallFailed(ENOENT), UnknownName.
 
         The device exists where its hypervisor runs: dev/gunyah implements uapi/gunyah.py, dev/kvm uapi/kvm.py.
         """

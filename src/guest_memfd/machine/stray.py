@@ -121,7 +121,7 @@ def _against(machine: Board, entry: TlbEntry) -> Iterator[tuple[int, int, str]]:
             yield entry.ia, entry.oa, why
 
 
-# The kernel maps what is free, in the direct map; an entry that no table stands behind any more is another matter.
+# The kernel maps what is free, in the direct map; an entry that is in no table any more is another matter.
 def _against_kernel(machine: Board, entry: TlbEntry) -> Iterator[tuple[int, int, str]]:
     start = entry.ia | _KERNEL_BITS
     for va, leaf in machine.linear_map.tables.leaves(start, start + entry.size):

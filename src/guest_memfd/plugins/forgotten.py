@@ -79,7 +79,7 @@ class _Search:
                 if isinstance(child, ast.Call) and self._is_procedure(child.func):
                     yield child
 
-    # A procedure may be kept under a name, if somebody runs it, or hands it on.
+    # A procedure may be kept under a name, if someone runs it, or hands it on.
     def _kept(self, node: ast.AST) -> list[ast.expr]:
         if not isinstance(node, ast.Assign) or not all(isinstance(target, ast.Name) for target in node.targets):
             return []

@@ -58,7 +58,7 @@ class Guard:
     """`with Guard(who):` runs code of *who*, a third party (its str says which); raises *error* for what it does wrong.
 
     BadInput passes, for that has been told, and so does ^C. timed: code that has not come back after *patience* looks is
-    stopped; not outside of the main thread, nor where somebody else uses the timer. did: what it did when it raised.
+    stopped; not outside of the main thread, nor where someone else uses the timer. did: what it did when it raised.
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class Guard:
 def asked_twice(
     who: object, question: Callable[..., T], *about: Any, theirs: bool, error: type[BadInput] = DesignRaised
 ) -> tuple[T, T]:
-    """What *question* of *who* answers, and once more if it is a third party's: whoever asks compares them."""
+    """What *question* of *who* answers, and once more if it is a third party's: the caller compares them."""
     with Guard(who, error, timed=theirs):
         first = question(*about)
         return first, question(*about) if theirs else first
 
 
-# In place of os._exit(), after which nobody could say whose doing it was.
+# In place of os._exit(), after which no one could say whose doing it was.
 def _ends(status: int) -> NoReturn:
     raise SystemExit(f"os._exit({status})")
 
@@ -136,7 +136,7 @@ def _frames(frame: FrameType | None) -> list[tuple[FrameType, int]]:
     return frames[::-1]
 
 
-# What a signal handler raises is nobody's doing; nor is ^C, or memory that has run out, unless a statement raised them: the
+# What a signal handler raises is no one's doing; nor is ^C, or memory that has run out, unless a statement raised them: the
 # interpreter does it elsewhere.
 def _is_the_machines(raised: BaseException) -> bool:
     trace, codes = raised.__traceback__, set()

@@ -1,4 +1,4 @@
-"""Which names the code around a class mentions, so that what nobody mentions can be told from what somebody calls.
+"""Which names the code around a class mentions, so that what no one mentions can be told from what someone calls.
 
 Nothing is run. A name counts wherever it stands in code, whatever it is asked of; so what is said not to be mentioned is
 not.

@@ -16,7 +16,7 @@ from typing import Any
 from guest_memfd.plugins.mentions import codes, mentioned
 
 OFFERS = "offers"
-"""A class attribute: names that the class defines neither for itself nor for its base, but for somebody else to call."""
+"""A class attribute: names that the class defines neither for itself nor for its base, but for someone else to call."""
 
 
 def unfit(cls: type, base: type) -> str | None:
@@ -49,7 +49,7 @@ def _annotations(cls: type) -> dict[str, Any]:
 
 
 def _unheard_of(name: str, value: object, base: type, known: Collection[str]) -> str | None:
-    private = name.startswith("_")                      # nobody else could call it, so only what looks like a slip is one
+    private = name.startswith("_")                      # no one else could call it, so only what looks like a slip is one
     alike = sorted(each for each in known if each.startswith("_") == private and not each.startswith("__"))
     near = difflib.get_close_matches(name, alike, n=1, cutoff=0.8 if private else 0.5)
     if private and not near:

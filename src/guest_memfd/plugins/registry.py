@@ -17,8 +17,8 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Things of one *kind* by name, as in a dictionary. Entry points of *group* are looked at once, at the first question.
 
-    Names that are built in are answered without looking. Whoever asks for all is warned (PluginLeftOut) of those that do
-    not load.
+    Names that are built in are answered without looking. A caller that asks for all is warned (PluginLeftOut) of those that
+    do not load.
     """
 
     def __init__(self, kind: str, group: str, builtin: dict[str, T], check: Callable[[T], str | None] | None = None):
@@ -42,7 +42,7 @@ class Registry(Generic[T]):
             except PluginError as error:
                 self._broken[entry.name] = str(error)
 
-    # Whoever asks for all of them is told, once, which are not among them.
+    # A caller that asks for all of them is told, once, which are not among them.
     def _all(self) -> dict[str, T]:
         self._look()
         for reason in () if self._told else self._broken.values():

@@ -1,6 +1,6 @@
 """What a party chose, as a sentence: ``VMM to_private, range 1 1`` is *converts page 1 to private*.
 
-A trace file keeps the choices as they are; a party of somebody else says what it likes.
+A trace file keeps the choices as they are; a party of someone else says what it likes.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ BEFORE = "before anybody moves"
 
 
 def length(steps: Sequence[Step], parties: Sequence[str]) -> str:
-    """``12 steps of vcpu, vmm and 3 of the teardown, one an injected failure``: the teardown's are nobody's of *parties*."""
+    """``12 steps of vcpu, vmm and 3 of the teardown, one an injected failure``: the teardown's are no one's of *parties*."""
     if not steps:
         return BEFORE
     last = sum(step.party == TEARDOWN.name for step in steps)

@@ -1,4 +1,4 @@
-"""How far the work is and how long it will take: on standard error, for a person who waits, and for nobody else."""
+"""How far the work is and how long it will take: on standard error, for a person who waits, and for no one else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trace as text: one numbered line per step, what it changed behind it, what became of it below."""
+"""A trace as text: one numbered line per step, what it changed after it, what became of it below."""
 
 from __future__ import annotations
 

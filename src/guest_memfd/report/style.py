@@ -41,13 +41,13 @@ class Style:
         return f"\033[{code}m{text}\033[0m" if self.colours else text
 
     def wrap(self, text: str, first: str = "", following: str | None = None) -> list[str]:
-        """*text* behind *first*, wrapped at words to the width; continuation lines behind *following* (as wide)."""
+        """*text* after *first*, wrapped at words to the width; continuation lines after *following* (as wide)."""
         indent = " " * len(first) if following is None else following
         return textwrap.wrap(text, self.width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False,
                              break_long_words=False) or [first.rstrip()]
 
     def lead(self, head: str, emphasis: Callable[[str], str], text: str, following: str = "  ") -> list[str]:
-        """*head*, with *emphasis*, and *text* behind it, wrapped as by `wrap`; a head that is itself wrapped has none."""
+        """*head*, with *emphasis*, and *text* after it, wrapped as by `wrap`; a head that is itself wrapped has none."""
         first, *rest = self.wrap(head + text, "", following)
         return [emphasis(head) + first.removeprefix(head) if first.startswith(head) else first, *rest]
 

@@ -1,4 +1,4 @@
-"""What a party is: somebody who does something to guest memory while others do something else."""
+"""What a party is: someone who does something to guest memory while others do something else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Party:
     file: number of the file it works on, and so of its VM.
     fd: what it does it does in system calls on the file's descriptor, and so holds the file meanwhile; once that is closed
         it does nothing. Not so: a guest, a device, the kernel itself, a task that closes the descriptor.
-    role: whoever has the same role is never in a scenario together with it: they are one task that does different things.
+    role: a party with the same role is never in a scenario together with it: they are one task that does different things.
     """
 
     name: str
@@ -56,7 +56,7 @@ FIELDS = {
 
 
 def lacks(thing: object) -> str | None:
-    """What is wrong with *thing* as a party of somebody else's; None if nothing is."""
+    """What is wrong with *thing* as a party of someone else's; None if nothing is."""
     if not isinstance(thing, Party):
         return f"{shown(thing)} is no guest_memfd.scenarios.Party"
     return wrong(thing, FIELDS) or beside(thing.procedure)

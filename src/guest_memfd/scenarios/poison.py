@@ -13,7 +13,7 @@ MM = Host("mm")
 def memory_failure(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """memory_failure() on a page of the file: error_remove_folio is called with the folio locked, and its word is final.
 
-    A page that has left the file meanwhile is nobody's to take away (mm/memory-failure.c me_pagecache_clean()).
+    A page that has left the file meanwhile is no one's to take away (mm/memory-failure.c me_pagecache_clean()).
     """
     index = yield from MM.choose("page", *range(design.scene.pages))
     folio = yield from MM.hwpoison(index)

@@ -23,7 +23,7 @@ def kcore(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 
 def page_cache_reader(design: Design, hypervisor: Hypervisor) -> Steps[None]:
-    """Read a page of the file as lib/buildid.c and uprobes do: look it up, ask nobody else, map it and read."""
+    """Read a page of the file as lib/buildid.c and uprobes do: look it up, ask no one else, map it and read."""
     if (yield from design.mmap()):
         return
     index = yield from MM.choose("page", *range(design.scene.pages))

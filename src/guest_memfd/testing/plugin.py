@@ -86,7 +86,7 @@ def gmem_host(request: pytest.FixtureRequest) -> Iterator[GmemHost]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """Remember what did not pass: what such a test leaves behind is nobody's fault."""
+    """Remember what did not pass: what such a test leaves behind is no one's fault."""
     report = yield
     if report.when != "teardown" and not report.passed:
         item.stash[_unfinished] = True

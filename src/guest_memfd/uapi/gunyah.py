@@ -21,7 +21,7 @@ _KIND = "G"
 # -- structures ------------------------------------------------------------------------------------------------------
 
 class CreateMemArgs(NamedTuple):
-    """struct gunyah_create_mem_args: GHMF_* flags, size in bytes; six reserved words that nobody checks."""
+    """struct gunyah_create_mem_args: GHMF_* flags, size in bytes; six reserved words that no one checks."""
 
     flags: int
     size: int

@@ -27,7 +27,7 @@ _U64X8, _REGION2, _ATTRIBUTES, _ATTRIBUTES2 = "<8Q", "<IIQQQQII14Q", "<4Q", "<5Q
 
 
 class CreateGuestMemfd(NamedTuple):
-    """struct kvm_create_guest_memfd: *size* in bytes; six reserved words that nobody checks."""
+    """struct kvm_create_guest_memfd: *size* in bytes; six reserved words that no one checks."""
 
     size: int
     flags: int = 0
@@ -203,7 +203,7 @@ class KvmGuestMemory(GuestMemory, Protocol):
     def set_memory_attributes2(self, attributes: MemoryAttributes2) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES2: convert in place.
 
-        EINVAL flags, attributes, size, alignment, past the end; EAGAIN somebody else refers to a page; EBUSY the hypervisor
+        EINVAL flags, attributes, size, alignment, past the end; EAGAIN someone else refers to a page; EBUSY the hypervisor
         or the guest refuses; ENOMEM. Nothing has changed its attribute then, and `error_offset` says where.
         """
 

@@ -151,7 +151,7 @@ def _internal(run: bytes) -> str:
 def decode_run(run: bytes, errno: int = 0) -> Exit:
     """What the shared struct kvm_run says after KVM_RUN; *errno* is positive, 0 when the ioctl returned 0.
 
-    *run* may end behind the union, but for an Io, whose data lies behind the first page.
+    *run* may end after the union, but for an Io, whose data lies after the first page.
     """
     (reason,) = _U32.unpack_from(run, RUN_EXIT_REASON)
     if reason == ExitReason.MMIO:

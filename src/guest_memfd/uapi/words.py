@@ -26,7 +26,7 @@ def signed(name: str, value: int, bits: int) -> int:
 def packed(form: str, name: str, *values: int) -> bytes:
     """The bytes of structure *name*, whose fields are *form* (struct's letters Q, I and i, and padding); raises as `word`.
 
-    Fields behind *values* are reserved, and 0.
+    Fields after *values* are reserved, and 0.
     """
     words = []
     letters = [letter for nr, letter in re.findall(r"(\d*)([QIi])", form) for _ in range(int(nr or 1))]

@@ -2,7 +2,7 @@
 
 In a scenario every party writes a mark of its own, so bytes say who was there. A program writes what it likes. Here a page
 that a guest has as its own holds a secret as soon as it is not all zeros; whatever a page held before the kernel cleared it
-is somebody else's data.
+is someone else's data.
 """
 
 from __future__ import annotations

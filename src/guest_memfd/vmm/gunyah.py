@@ -28,7 +28,7 @@ _EXITS = {0: "off", 1: "off", 2: "reset", 3: "reset"}
 
 
 class GunyahDebugger(Debugger, Protocol):
-    """Knows what Gunyah tells nobody but itself, too."""
+    """Knows what Gunyah tells no one but itself, too."""
 
     def stopped(self) -> str | None:
         """Why the hypervisor will never run it again, although it says nothing; None: it will."""
@@ -86,7 +86,7 @@ class GunyahGuest:
             self._timer = None
         self.vcpu.page.immediate_exit = 0
 
-    # By our own timer, by the host's, or because the vCPU has nothing to do: then nobody will wake it.
+    # By our own timer, by the host's, or because the vCPU has nothing to do: then no one will wake it.
     def _interrupted(self, ran: float) -> LoopEnded | None:
         if self.vcpu.page.immediate_exit:
             self._disarm()
@@ -122,7 +122,7 @@ class GunyahGuest:
                 return self._unanswered(address, attempt)
         return None
 
-    # User space has no way to answer a page fault: resume_action is never read back, so it comes for ever.
+    # User space has no way to answer a page fault: resume_action is never read back, so it comes without end.
     def _unanswered(self, address: int, attempt: int) -> LoopEnded | None:
         self._unanswerable = self._unanswerable + 1 if address == self._address else 1
         self._address = address

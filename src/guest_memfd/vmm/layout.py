@@ -41,11 +41,11 @@ class Layout:
 
     @property
     def end(self) -> int:
-        """The first IPA behind the private memory."""
+        """The first IPA after the private memory."""
         return self.base + self.private
 
     def boot_info(self, image: GuestImage) -> int:
-        """IPA of the boot info: a page of its own behind *image*. Raises BadInput when they do not fit together."""
+        """IPA of the boot info: a page of its own after *image*. Raises BadInput when they do not fit together."""
         fits(image, [(self.base, self.private)])
         where = -(-image.end // PAGE) * PAGE
         if where + PAGE > self.end:

@@ -16,7 +16,7 @@ from guest_memfd.errors import GuestMemfdError
 SLICE = 0.2
 """Seconds after which a guest is interrupted for a look at it."""
 SAME_ABORT = 500
-"""Aborts delivered to a guest at one and the same instruction before it is said to fault for ever."""
+"""Aborts delivered to a guest at one and the same instruction before it is said to fault without end."""
 
 End = Literal["off", "reset", "timeout", "crash", "faults for ever", "panic"]
 

@@ -36,7 +36,7 @@ class Read(NamedTuple):
 
 
 class Names:
-    """Some pages of the kernel's own, each with `NAME` at its end; what is allocated next comes to lie behind them."""
+    """Some pages of the kernel's own, each with `NAME` at its end; what is allocated next comes to lie after them."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.pages = machine, set[int]()
@@ -62,7 +62,7 @@ class Names:
 
 
 def read(reader: str, machine: Machine, host: EmulatedHost, names: Names) -> Read:
-    """Let the kernel read as *reader* says, preferably behind one of *names*.
+    """Let the kernel read as *reader* says, preferably after one of *names*.
 
     Raises KernelPanic, and BadInput when the guest owns no page for that.
     """
@@ -95,7 +95,7 @@ def _words(how: str) -> str:
     return "the exception table stepped in, missing bytes are zeros" if how == "fixed" else "it went through"
 
 
-# Pages that are some guest's alone: by EL2's record, or where nobody keeps one, by the library's word.
+# Pages that are some guest's alone: by EL2's record, or where no one keeps one, by the library's word.
 def _owned(machine: Machine) -> Iterator[Page]:
     for inode in machine.inodes:
         for page in sorted(inode.pages.values(), key=lambda p: p.pa):

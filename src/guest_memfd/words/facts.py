@@ -11,7 +11,7 @@ from guest_memfd.words.primitives import Bound, Cost
 
 
 class Access(NamedTuple):
-    """Somebody reached the contents of a frame."""
+    """Someone reached the contents of a frame."""
 
     who: str                    # guest, VMM, kernel, device, image, allocator, library
     what: str                   # the primitive, in words
@@ -22,7 +22,7 @@ class Access(NamedTuple):
     guests: bool                # the frame was private to the guest
     held: bool                  # the guest could still reach it, or owned it
     pgoff: int | None           # page index at which the file holds it
-    expect: str | None          # what a reader there must find; None: nobody can say
+    expect: str | None          # what a reader there must find; None: no one can say
     free: bool                  # the frame was free
     broken: bool                # its memory is broken, and memory_failure() has done with it
 
@@ -52,7 +52,7 @@ class MadePrivate(NamedTuple):
 
     how: str
     pfn: int
-    pins: int                   # references through which somebody may still touch it
+    pins: int                   # references through which someone may still touch it
     cached_mapping: bool        # a gfn_to_pfn_cache still maps it
 
 
@@ -115,7 +115,7 @@ class Ended(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """A system call, or an exit of a vCPU, has returned to whoever asked."""
+    """A system call, or an exit of a vCPU, has returned to its caller."""
 
     op: str
     start: int
@@ -159,7 +159,7 @@ class Freed(NamedTuple):
 
 
 class Destroyed(NamedTuple):
-    """Contents that somebody relied on were lost without being asked for."""
+    """Contents that someone relied on were lost without being asked for."""
 
     pfn: int
     how: str

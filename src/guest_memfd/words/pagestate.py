@@ -10,7 +10,7 @@ HOST, GUEST, SHARED, BORROWED = range(4)
 OWNERS = ("host", "guest", "shared", "borrowed")
 """shared: host's, lent to be used by both; borrowed: the guest's, which the guest lets the host use."""
 
-# Where a frame is with the allocator; kept: broken hardware, out of use for ever.
+# Where a frame is with the allocator; kept: broken hardware, out of use permanently.
 FREE, ALLOCATED, KEPT = range(3)
 
 # What a frame holds.
@@ -23,7 +23,7 @@ MANY = 255
 """As much as a count is kept; from there on it stays."""
 
 ANY = 255
-"""Expected content of a page nobody can rely on (relinquished, or never written)."""
+"""Expected content of a page no one can rely on (relinquished, or never written)."""
 
 SHARED_PAGE, PRIVATE_PAGE = 1, 2
 """Entries of the library's attribute tree; 0 would be a hole, and is a bug."""
@@ -38,6 +38,6 @@ INODE_STATES = ("none", "alive", "being evicted", "destroyed")
 REASONS = ("a failure", "the guest holds on", "a reference", "hibernation", "a poisoned page", "somebody else", "an end",
            "a refusal for good")
 """What may stand against an operation: an injected failure, or no free frame; a refusal of the hypervisor by its rules;
-somebody's reference; hibernation under way; broken hardware; a lock or a slot that somebody else has; a file, a VM or a
+someone's reference; hibernation under way; broken hardware; a lock or a slot that someone else has; a file, a VM or a
 module that is not there any more; a hypervisor that will never give the page back."""
 FAILURE, HELD, REFERENCE, HIBERNATION, POISON, CONTENTION, GONE_BEFORE, FOR_GOOD = (1 << n for n in range(8))

@@ -1,7 +1,7 @@
 """What a host offers to the library: the primitives, and nothing that only a model could do.
 
 Every method is one atomic step of a real machine (a lock operation, one page-table write, one hypercall, one access),
-named after the kernel function it stands for. Procedures call them with ``yield from``; the step is taken by whoever
+named after the kernel function it stands for. Procedures call them with ``yield from``; the step is taken by the code that
 drives the procedure - the explorer, the emulated machine - when the primitive *yields*, so between two primitives any
 other CPU may run.
 
@@ -224,7 +224,7 @@ class Host:
     def filemap_add_folio(self, index: int, order: int) -> Steps[Lookup | int]:
         """Allocate a folio and insert it: returned locked, referenced, not up to date, in this CPU's lru_add batch.
 
-        -EEXIST when somebody was faster, -ENOMEM when there is no memory.
+        -EEXIST when someone was faster, -ENOMEM when there is no memory.
         """
         return self._do("filemap_add_folio", index, order)
 
@@ -251,7 +251,7 @@ class Host:
         return self._do("folio_get", folio, kind)
 
     def leak_folio(self, folio: Folio) -> Steps[None]:
-        """Take a folio out of use for ever, and count it (snp_leak_pages()): it will never come back to the host."""
+        """Take a folio out of use permanently, and count it (snp_leak_pages()): it will never come back to the host."""
         return self._do("leak_folio", folio)
 
     def mapping_set_no_direct_map(self) -> Steps[None]:
@@ -259,7 +259,7 @@ class Host:
         return self._do("mapping_set_no_direct_map")
 
     def folio_ref_count(self, folio: Folio) -> Steps[int]:
-        """folio_ref_count(): all references, whoever holds them."""
+        """folio_ref_count(): all references, no matter who holds them."""
         return self._do("folio_ref_count", folio)
 
     def folio_maybe_dma_pinned(self, folio: Folio) -> Steps[bool]:
@@ -426,11 +426,11 @@ class Host:
         return self._do("fd_open")
 
     def fdget(self) -> Steps[bool]:
-        """fdget(): hold the file behind the VMM's descriptor for a system call; False when it is closed."""
+        """fdget(): hold the file of the VMM's descriptor for a system call; False when it is closed."""
         return self._do("fdget")
 
     def igrab(self) -> Steps[bool]:
-        """Hold the inode unless it is being evicted (fs/inode.c); whoever calls must know that its memory is there."""
+        """Hold the inode unless it is being evicted (fs/inode.c); the caller must know that its memory is there."""
         return self._do("igrab")
 
     def destroy_inode(self) -> Steps[None]:
@@ -547,7 +547,7 @@ class Host:
         return self._do("image_copy", pfn)
 
     def delete_module(self) -> Steps[int]:
-        """Unload the hypervisor's module; -EBUSY while somebody holds it."""
+        """Unload the hypervisor's module; -EBUSY while someone holds it."""
         return self._do("delete_module")
 
     def vm_kill(self) -> Steps[bool]:

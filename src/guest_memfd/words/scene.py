@@ -71,7 +71,7 @@ class Scene:
     pages: of each file. frames: that there are for all of them. shared: pages that start out shared, in every file.
     slots: what is bound before anybody starts, in every file (file n belongs to VM n).
     failures, refusals: how many injected failures, and how many refusals for good, one run may have.
-    made: whether the file exists when the parties begin; if not, somebody has to create and bind it.
+    made: whether the file exists when the parties begin; if not, someone has to create and bind it.
     populated: whether all its pages have been allocated by then.
 
     Raises BadInput for a scene that cannot be.
@@ -121,7 +121,7 @@ class Scene:
 
     @property
     def beyond(self) -> int:
-        """The first gfn above all slots: no page is behind it."""
+        """The first gfn above all slots: no page is bound to it."""
         return max(self.gfns, default=-1) + 1
 
     def gfn(self, index: int) -> int:

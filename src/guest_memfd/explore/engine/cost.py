@@ -1,4 +1,4 @@
-"""What a design costs: operations counted while one folio is lent to the guest and taken back, nobody else around.
+"""What a design costs: operations counted while one folio is lent to the guest and taken back, no one else around.
 
 That is a comparison of designs. What an operation may cost at most in any run is stated by the design itself
 (`Design.bounds`), and law bounded-cost judges it.

@@ -67,7 +67,7 @@ class ExploredHost(Protocol):
         """All ways *primitive* can end now; none when *party* has to wait."""
 
     def halted(self, shared: bytes) -> bool:
-        """Whether the machine has stopped for ever (panic): nothing moves, and that is no deadlock."""
+        """Whether the machine has stopped permanently (panic): nothing moves, and that is no deadlock."""
 
 
 class JudgingLaw(Protocol):
@@ -220,7 +220,7 @@ def resume(
 
 
 def dismiss(program: Program, generator: Generator[Primitive, Any, Any]) -> None:
-    """Let go of a suspended procedure; what it asks for in a `finally` is nobody's to do."""
+    """Let go of a suspended procedure; what it asks for in a `finally` is no one's to do."""
     # Our own procedures need no closing: they have nothing to do in a `finally`, and the collector takes them.
     for _ in range(MOST_SILENT if program.anew is not None else 0):
         with program.guard():
@@ -415,8 +415,8 @@ class Move(NamedTuple):
 class Steps(dict[int, tuple[int, ...]]):
     """Where one party stands, and the shared state -> what each of its steps adds to the code of a product state.
 
-    Steps that break a law are kept apart, with what they break: whoever takes one comes to `fill` and is told, and the
-    others never pay for the question.
+    Steps that break a law are kept apart, with what they break: a scenario that takes one comes to `fill` and is told, and
+    the others never pay for the question.
     """
 
     fill: Callable[[int], tuple[int, ...]]
@@ -477,7 +477,7 @@ class Tables:
             yield Move(way.local, self.arrive(shared, way), *way[2:])
 
     def ways(self, automaton: Automaton, local: int, shared: int) -> Sequence[Way]:
-        """The same, as far as it does not depend on the bytes of *shared* that nobody looks at."""
+        """The same, as far as it does not depend on the bytes of *shared* that no one looks at."""
         # Done, or the kernel has stopped: then nothing moves.
         if automaton.waits_on[local] is None or self.halted[shared]:
             return ()
@@ -566,7 +566,7 @@ class Tables:
             return
         state: Any = here.change
         for outcome in perform(self.machine, state, automaton.program.number, primitive):
-            stays = outcome.result is STAY or self.machine.halted(outcome.shared)     # then nobody is told anything
+            stays = outcome.result is STAY or self.machine.halted(outcome.shared)     # then no one is told anything
             to = here.local if stays else automaton.after(here.local, outcome.result)
             yield Way(to, outcome.shared, here.choices, primitive, outcome.result, outcome.failed,
                       here.notes + outcome.notes)
@@ -616,7 +616,7 @@ class Explorer:
         self.automata = [tables.automaton(p) for p in programs]
         self.shifts = [SHARED_BITS + LOCAL_BITS * i for i in range(len(programs))]
         self.levels: list[list[int]] = []
-        self.ends: list[tuple[int, int]] = []           # level, and the state, of those in which nobody moves
+        self.ends: list[tuple[int, int]] = []           # level, and the state, of those in which no one moves
         self.findings: dict[tuple[str, str], tuple[int, int, int, Move]] = {}
 
     def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40) -> Result:
@@ -761,7 +761,7 @@ class Explorer:
                         return code, i, move
         raise InternalError("no predecessor: the levels of the exploration do not fit together")
 
-    # States from which nobody moves: all done (then the world is torn down and judged), a panic, or a deadlock.
+    # States from which no one moves: all done (then the world is torn down and judged), a panic, or a deadlock.
     def _at_ends(self) -> list[Finding]:
         shortest: dict[tuple[str, str], tuple[tuple[int, int], int, int, list[Step]]] = {}
         torn: set[int] = set()
@@ -836,9 +836,9 @@ class Explorer:
         return [(level, code) for level, states in enumerate(self.levels) for code in states if code in stuck][:1]
 
     def breaks_at(self, paths: Sequence[Sequence[Any]], shared: bytes) -> list[tuple[str, str, list[Step]]]:
-        """What breaks, by nobody's doing, where the parties have come to by the results *paths*, in *shared*.
+        """What breaks, by no one's doing, where the parties have come to by the results *paths*, in *shared*.
 
-        (law, evidence, steps of the teardown) if nobody can move there, a livelock if no end can be reached.
+        (law, evidence, steps of the teardown) if no one can move there, a livelock if no end can be reached.
         """
         code = self.tables.intern(shared)
         for automaton, shift, path in zip(self.automata, self.shifts, paths, strict=True):
@@ -871,7 +871,7 @@ Row = tuple[int, Steps]
 
 
 def _spread(rows: Sequence[Row], states: list[int]) -> tuple[list[int], list[int]]:
-    """Where all steps from *states* lead, as often as they do, and those of *states* in which nobody moves."""
+    """Where all steps from *states* lead, as often as they do, and those of *states* in which no one moves."""
     found: list[int] = []
     idle = states
     for keep, steps in rows:

@@ -93,7 +93,7 @@ def _ends(machine: ExploredHost, program: Program, here: Here, primitive: Primit
     return [(o.shared, path if o.result is STAY or machine.halted(o.shared) else (*path, o.result)) for o in outcomes]
 
 
-# Whether nothing follows from here but choices and tracepoints, for ever.
+# Whether nothing follows from here but choices and tracepoints, without end.
 def _goes_round(machine: ExploredHost, program: Program, start: Here) -> bool:
     ahead, passed = [start], set()
     while ahead:

@@ -103,7 +103,7 @@ def _freeze_function(function: FunctionType, above: tuple[FunctionType, ...]) ->
     holds = [cell.cell_contents for cell in function.__closure__ or ()]
     return (id(function.__code__), *(
         freeze(value) if not isinstance(value, FunctionType)
-        # A function that captures itself, or one of the functions around it, would be frozen for ever: then its
+        # A function that captures itself, or one of the functions around it, would be frozen without end: then its
         # distance is enough.
         else above.index(value) if value in above else _freeze_function(value, above)
         for value in holds

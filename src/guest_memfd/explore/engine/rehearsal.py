@@ -1,7 +1,7 @@
 """Code of third parties does the same in every process: it is walked once before they part, and again in each.
 
 It judges nothing. Where a procedure raises, waits or stops the kernel, the walk ends; the explorer tells. What never
-comes back is told at once: nobody waits for it twice.
+comes back is told at once: no one waits for it twice.
 """
 
 from __future__ import annotations

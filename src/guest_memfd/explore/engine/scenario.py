@@ -31,7 +31,7 @@ MOST_ALONE = 2000
 """Steps of a procedure that runs alone."""
 
 MOST_ROLES = 250
-"""A party's number is kept in a byte, beside 0 for nobody; two numbers are the teardown's and the scene's."""
+"""A party's number is kept in a byte, beside 0 for no one; two numbers are the teardown's and the scene's."""
 
 
 class World:
@@ -262,9 +262,9 @@ def run_alone(
     machine: AbstractHost, program: Program, shared: bytes,
     seen: Callable[[Primitive, Outcome], None] = lambda _primitive, _outcome: None,
 ) -> tuple[bytes, Any]:
-    """Drive one procedure to its end with nobody else around and no failures: the state, and what it returned.
+    """Drive one procedure to its end with no one else around and no failures: the state, and what it returned.
 
-    *seen* is told of every primitive and its outcome. Raises DesignRaised if it waits, or goes round, for ever.
+    *seen* is told of every primitive and its outcome. Raises DesignRaised if it waits, or goes round, without end.
     """
     generator, primitive = resume(program, ())
     passed: set[Any] = set()
@@ -272,7 +272,7 @@ def run_alone(
     asked: list[Primitive | None] = []
     returned = None
     while primitive is not None:
-        # Alone and without choices, so the same place in the same state means that it will go round for ever.
+        # Alone and without choices, so the same place in the same state means that it will go round without end.
         place = (local_key(generator), shared)
         if place in passed:
             raise DesignRaised(f"{program} goes round for ever, at {primitive} ({where(generator)})")

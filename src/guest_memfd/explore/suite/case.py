@@ -51,6 +51,8 @@ class Case:
             if law not in self.judged:
                 continue
             best = self.winners.get((law, evidence))
+            # The order of the scenarios breaks ties. Answers come from several processes in any order, and the report
+            # must not depend on it.
             if best is None or (steps, injected, task.order) < (best.steps, best.injected, best.task.order):
                 self.winners[law, evidence] = Winner(steps, injected, task)
 
@@ -70,6 +72,8 @@ class Case:
         world = self.worlds[task.world]
         for law, evidence, steps in wanted:
             finding = traces.get((law, evidence))
+            # The trace is searched again on new tables. A difference means that the first answer cannot be trusted,
+            # so it is no finding.
             if finding is None or len(finding.steps) != steps:
                 raise world.blame(f"{', '.join(task.parties)}: {law} ({evidence}) breaks in {steps} steps on the tables of "
                                   "the suite, and not on new ones")
@@ -85,6 +89,8 @@ class Case:
         reached = self._reached(limits)
         coverage = reduce(or_, (answer.coverage for answer in self.answers.values()), Coverage())
         no_file = all(world.refused for world in self.worlds.values())
+        # A law that nothing has put to the test is not proved. A design that refuses to create a file has nothing to
+        # cover.
         missing = () if no_file else coverage.missing(suite=self.suite)
         proved = not reached and not missing
         first = next(iter(self.worlds.values()))

@@ -59,12 +59,12 @@ LEAST: Mapping[str, str] = {
     "a punch removed a page": "punch",
     "an allocation added a page": "allocate",
 }
-"""What must have happened in the suite -> the operation that does it; if a design has none, nobody misses it."""
+"""What must have happened in the suite -> the operation that does it; if a design has none, no one misses it."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Names of EVENTS that happened, and operations that somebody asked for, with whatever result."""
+    """Names of EVENTS that happened, and operations that someone asked for, with whatever result."""
 
     events: frozenset[str] = frozenset()
     asked: frozenset[str] = frozenset()

@@ -103,6 +103,7 @@ def plan(world: World, *, full: bool = True) -> list[Scenario]:
         pairs = [pair for pair in pairs if {*pair} & {*partners}]
     pairs += [(name, other) for name in long for other in partners_of(name, scene) if other in names]
     triples = (NAMED[name] for name in (TRIPLES if full else QUICK).get(scene, ()))
+    # Of two equally short traces the earlier scenario is reported, and one of fewer parties is easier to read.
     chosen = [*((name,) for name in (*usual, *long)), *(_ordered(names, pair) for pair in pairs),
               *(_ordered(names, triple) for triple in triples if {*triple} <= {*names})]
     return [scenario for scenario in dict.fromkeys(chosen) if world.apart(scenario)]
@@ -116,4 +117,5 @@ def partners_of(name: str, scene: str) -> Scenario:
 
 
 def _ordered(names: list[str], parties: Scenario) -> Scenario:
+    # One order for one set of parties, or the same scenario would be run twice under two names.
     return tuple(sorted(parties, key=names.index))

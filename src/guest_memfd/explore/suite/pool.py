@@ -67,7 +67,7 @@ class Schedule:
 
     def _heaviest(self) -> int | None:
         open_ = [world for world, tasks in self.waiting.items() if tasks]
-        # A world that nobody has opened comes first: each has tables of its own to fill, and two processes in one
+        # A world that no one has opened comes first: each has tables of its own to fill, and two processes in one
         # world fill the same entries twice.
         untouched = [world for world in open_ if world not in self.opened]
         return max(untouched or open_, key=lambda world: (self.left[world], -world), default=None)
@@ -178,7 +178,7 @@ class Pool:
             process = self._workers[ours]
             process.join()
             words = f"the process that explored {', '.join(task.parties)} has died ({_ending(process)}); {_LESS}"
-            # Nobody else kills with that signal as a rule: the kernel does when memory is short.
+            # No one else kills with that signal as a rule: the kernel does when memory is short.
             raise (HostUnavailable if process.exitcode == -signal.SIGKILL else InternalError)(words) from None
         return answer
 

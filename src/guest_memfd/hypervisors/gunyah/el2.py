@@ -23,7 +23,7 @@ def donate_from_protected(stage2: Stage2, folio: Folio) -> int:
     """MEMEXTENT_DONATE FROM_PROTECTED: -EBUSY while anything maps the page, -EINVAL: not the owner. Never unmaps."""
     if stage2.owner(folio.pfn) != "guest":
         return -EINVAL
-    # The order is the driver's duty: unmap, then donate. Gunyah never unmaps behind the guest's back, so it refuses.
+    # The order is the driver's duty: unmap, then donate. Gunyah never unmaps without being asked to, so it refuses.
     if stage2.guest_maps(folio.pfn) is not None:
         return stage2.refuse("donate_from_protected", EBUSY)
     stage2.set_owner(folio.pfn, "host")

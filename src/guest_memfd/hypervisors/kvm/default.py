@@ -1,4 +1,4 @@
-"""KVM without a host stage 2: a default VM. Nobody withholds pages from the host but the library.
+"""KVM without a host stage 2: a default VM. No one withholds pages from the host but the library.
 
 Private here means: the library's word, and a hole in the direct map (hardening against stray and speculative reads).
 Sources: virt/kvm/guest_memfd.c, arch/x86/kvm/mmu.

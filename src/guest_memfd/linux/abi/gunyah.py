@@ -11,7 +11,7 @@ from guest_memfd.uapi.gunyah import Ioctl
 
 
 class CreateMemArgs(Words):
-    """struct gunyah_create_mem_args; nobody looks at `reserved`."""
+    """struct gunyah_create_mem_args; no one looks at `reserved`."""
 
     _fields_ = [("flags", c_uint64), ("size", c_uint64), ("reserved", c_uint64 * 6)]
 

@@ -2,7 +2,7 @@
 
 Who changes what: the primitives (primitives/) act for Linux, hypcalls/ talks to EL2, hostcpu.py executes. The machine
 answers the questions that need several parts. What a VMM calls - `open`, what it gives, `audit` - may be called from any
-thread. Whoever uses a part of the machine by itself while other threads are about does so inside of ``with machine.lock``.
+thread. Code that uses a part of the machine by itself while other threads run does so inside of ``with machine.lock``.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Board:
         self._vms.append(vm)
 
     def forget_vm(self, vm: Vm) -> None:
-        """It has been destroyed: nobody executes it, or finds it, any more."""
+        """It has been destroyed: no one executes it, or finds it, any more."""
         vm.state = GONE
         if vm in self._vms:
             self._vms.remove(vm)
@@ -144,11 +144,11 @@ class Board:
         return Page(pfn * PAGE, 0)
 
     def allocated(self, page: Page) -> bool:
-        """Whether it is somebody's."""
+        """Whether it is someone's."""
         return page.pa // PAGE in self.pages
 
     def first_free(self, pa: int, size: int) -> int | None:
-        """The lowest page of [pa, pa+size) that Linux's or EL2's allocator has, None when all of it is somebody's."""
+        """The lowest page of [pa, pa+size) that Linux's or EL2's allocator has, None when all of it is someone's."""
         found = (buddy.first_free(pa, size) for buddy in {self.kernel_pages, self.folios, self.el2_pool})
         return min((free for free in found if free is not None), default=None)
 

@@ -183,7 +183,7 @@ class HostCpu:
                 return "fault" if self._missing(stop.fault) else _SIGNALS[outcome.signal]
         return None
 
-    # A stage-1 fault at EL0 on a VMA is the library's to handle: whoever drives the VMM calls its fault procedure.
+    # A stage-1 fault at EL0 on a VMA is the library's to handle: the code that drives the VMM calls its fault procedure.
     @staticmethod
     def _missing(fault: Fault) -> bool:
         return fault.stage == 1

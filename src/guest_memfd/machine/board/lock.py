@@ -2,8 +2,8 @@
 
 The machine's CPUs execute one instruction stream at a time, and its kernel runs every procedure to its end: two threads
 inside would see each other's half. A vCPU gives way between two of its guest's slices (dev/kvm/vcpu.py and
-dev/gunyah/vcpu.py), so that a punch gets in while a guest loops. Python's own locks are not fair: whoever lets go of one
-only to take it again nearly always gets it.
+dev/gunyah/vcpu.py), so that a punch gets in while a guest loops. Python's own locks are not fair: a thread that lets go of
+one only to take it again nearly always gets it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Turns:
     """A reentrant lock that goes from thread to thread in the order in which they came.
 
     abandoned: something that is no error of the call - a signal, memory that ran out - ended one in the middle, so that what
-    is behind the lock is half done, with locks held and folios between two owners. Nobody shall touch it any more.
+    the lock protects is half done, with locks held and folios between two owners. No one shall touch it any more.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Turns:
 
     @contextmanager
     def behind(self, other: Turns) -> Iterator[None]:
-        """Hold *other* as well while the block runs; whoever waits for that is in nobody's way here."""
+        """Hold *other* as well while the block runs; a thread that waits for that is in no one's way here."""
         with ExitStack() as stack:
             with self.released():
                 stack.enter_context(other)
@@ -90,7 +90,8 @@ class Turns:
                     self._hand_over()
             raise
 
-    # Whoever let go of it inside of a call must have it again before he leaves: what a signal raises meanwhile comes later.
+    # A thread that let go of it inside of a call must have it again before it leaves: what a signal raises meanwhile
+    # comes later.
     def _take_back(self, depth: int) -> None:
         raised: BaseException | None = None
         while True:

@@ -96,7 +96,7 @@ class Tracer:
         return lambda page: before.get(page.pa, JUNK)
 
     def wrote(self, page: Page, content: int) -> None:
-        """*page* now holds DATA or a SECRET, and whoever may read it is to find that."""
+        """*page* now holds DATA or a SECRET, and any reader is to find that."""
         if content == SECRET:
             self.secret.add(page.pa)
         else:
@@ -104,7 +104,7 @@ class Tracer:
         self.expect(page, content)
 
     def expect(self, page: Page, content: int) -> None:
-        """Whoever may read the page of the file is to find *content*."""
+        """Any reader of the page of the file is to find *content*."""
         if isinstance(page.inode, Inode):
             self.expected[page.inode, page.index] = content
 
@@ -114,13 +114,13 @@ class Tracer:
             self.wrote(page, DATA)
 
     def consented(self, page: Page) -> None:
-        """The guest has given *page* up; under a hypervisor whose guests relinquish, nobody relies on it any more."""
+        """The guest has given *page* up; under a hypervisor whose guests relinquish, no one relies on it any more."""
         self.declassify(page)
         if self.machine.driver.forgets:
             self.expect(page, ANY)
 
     def after_hypercall(self, page: Page, sanitised: bool) -> None:
-        """The hypervisor zeroed *page*: nobody relies on what it held."""
+        """The hypervisor zeroed *page*: no one relies on what it held."""
         if sanitised:
             self.secret.discard(page.pa)
             self.expect(page, ANY)
@@ -147,7 +147,7 @@ class Tracer:
                             page.pa // PAGE not in machine.pages, page.handled)
 
     def destroyed(self, inode: Inode) -> None:
-        """The file is gone: nobody reads there any more."""
+        """The file is gone: no one reads there any more."""
         self.expected = {(file, index): content for (file, index), content in self.expected.items() if file is not inode}
 
     def split(self, page: Page) -> None:
@@ -198,7 +198,7 @@ class Tracer:
             host.notes.append(facts.Unannounced(operation.op, what, index))
 
     def removed(self, host: TracedTask, index: int, nr: int) -> None:
-        """A folio has left the file: whoever reads there next is to find zeros."""
+        """A folio has left the file: the next reader is to find zeros."""
         operation = self.operations.get(host.who)
         if operation is not None and operation.nr <= JUDGED:
             operation.removed.update(range(index, index + nr))

@@ -47,7 +47,7 @@ BUS_ADRERR = 2
 """si_code of the SIGBUS that a fault handler asks for (include/uapi/asm-generic/siginfo.h)."""
 
 _FAULTS = 3
-"""How often one access may fault before it is a SIGBUS: somebody keeps taking the page away."""
+"""How often one access may fault before it is a SIGBUS: someone keeps taking the page away."""
 
 _WORD = 8
 _LAST_BYTE = (1 << 63) - 1
@@ -108,7 +108,7 @@ class FileHost(EmulatedHost):
         self._saw(pa, write=False)
         return self.machine.ram.read(pa + within, nr)
 
-    # For the laws. What these bytes should be nobody has recorded; that the page was zeroed before its use, the file has.
+    # For the laws. What these bytes should be no one has recorded; that the page was zeroed before its use, the file has.
     def _saw(self, pa: int, *, write: bool) -> None:
         page, tracer = self.machine.page_at(pa), self.machine.tracer
         tracer.expect(page, ANY)
@@ -244,7 +244,7 @@ class Mapped(Serialised):
         """Pin the page that holds byte *at*, as O_DIRECT, a device or a fixed buffer of io_uring does (pin_user_pages()).
 
         Until it is closed the page is not converted to private: EAGAIN, with its offset in the file. Raises SyscallFailed:
-        EFAULT for a page that the VMM cannot have, or of a design that lets nobody pin; BadInput beyond the mapping.
+        EFAULT for a page that the VMM cannot have, or of a design that lets no one pin; BadInput beyond the mapping.
         """
         (index, *_), file = next(self._pieces("pin", at, 1)), self.file
         # The page may be taken away again between the fault and the look: GUP-fast starts over.
@@ -290,7 +290,7 @@ class Mapped(Serialised):
             self.file.unmap(self)
 
 
-# vfs_fallocate() (fs/open.c): one operation at a time, of which three change what comes behind the range.
+# vfs_fallocate() (fs/open.c): one operation at a time, of which three change what comes after the range.
 def _mode_exists(mode: int) -> bool:
     operation = mode & ~FALLOC_FL_KEEP_SIZE
     if operation == FALLOC_FL_PUNCH_HOLE:
@@ -323,7 +323,7 @@ class GuestMemoryFile(Serialised, ABC):
     def __init__(self, machine: Board, library: Design, size: int, vm: Vm, shared: tuple[int, ...] = ()) -> None:
         self.machine, self.library, self.size = machine, library, size
         self._lock = machine.lock
-        self.host = self.make_host(vm, max(size // PAGE, 1))            # a file of no pages has one that nobody gets to
+        self.host = self.make_host(vm, max(size // PAGE, 1))            # a file of no pages has one that no one gets to
         self.mappings: list[Mapped] = []
         self._created(self.run(library.create(self.host.inode.size, shared)))
 
@@ -429,7 +429,7 @@ class GuestMemoryFile(Serialised, ABC):
         self._in_use("fstat")
         return Stat(S_IFREG, self.size, 0)
 
-    # Nobody is left to close anything for once Linux has stopped.
+    # No one is left to close anything for once Linux has stopped.
     def _release(self) -> None:
         if self.machine.dead is None and self.perform(Primitive("fd_close", (), "user")):
             self.run(self.library.close())

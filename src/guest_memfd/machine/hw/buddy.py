@@ -1,7 +1,7 @@
 """The page allocator: a binary buddy of power-of-two blocks up to 1 GiB. The lowest address is given first.
 
 What is free is a set of blocks per order; blocks split on the way down and merge with their buddy on the way up, as in
-mm/page_alloc.c. Contents are nobody's business here: a block is handed out as its last owner left it.
+mm/page_alloc.c. Contents are no one's business here: a block is handed out as its last owner left it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Physical memory: one sparse array of bytes. RAM costs what is touched, whatever its size.
 
 The array is anonymous memory of this process that is never reserved, so a machine of 1 TiB is an address range until
-somebody writes to it; Unicorn executes on the same bytes.
+someone writes to it; Unicorn executes on the same bytes.
 """
 
 from __future__ import annotations

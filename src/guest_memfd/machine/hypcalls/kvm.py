@@ -41,7 +41,7 @@ class KvmGuests(Driver):
 
 
 class KvmDriver(KvmGuests):
-    """VHE: no host stage 2, nobody owns pages."""
+    """VHE: no host stage 2, no one owns pages."""
 
     def __init__(self, hardware: Hardware, hypervisor: Hypervisor) -> None:
         super().__init__(hardware, hypervisor)
@@ -54,7 +54,7 @@ class KvmDriver(KvmGuests):
         return int(vm.handle.unmap(gfn, folio.nr)) if self.guest_maps(vm, folio.pfn * PAGE) == gfn * PAGE else 0
 
     def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
-        """Nobody but the host owns anything."""
+        """No one but the host owns anything."""
         yield from ()
 
     def owner(self, pa: int) -> str:

@@ -45,6 +45,7 @@ class Inode:
 
     def find(self, index: int) -> Page | None:
         """The folio that covers page *index*."""
+        # A folio is found by its head, and the head of *index* depends on the order: one look for each order in use.
         for order in self.orders:
             page = self.pages.get(index >> order << order)
             if page is not None and page.order == order:
@@ -52,7 +53,7 @@ class Inode:
         return None
 
     def next(self, index: int) -> int:
-        """The page index of the first folio that begins at *index* or behind it; beyond any range when there is none."""
+        """The page index of the first folio that begins at *index* or after it; beyond any range when there is none."""
         if self._in_order is None:
             self._in_order = sorted(self.pages)
         at = bisect_left(self._in_order, index)
@@ -76,6 +77,7 @@ class Inode:
 
     def put(self, task: int) -> bool:
         """*task* drops a reference; True when it was the last, and the inode is *task*'s to evict."""
+        # Count and verdict in one step: of two tasks that drop a reference, exactly one sees the last.
         self.references -= 1
         if self.references:
             return False

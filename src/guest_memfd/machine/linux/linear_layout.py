@@ -60,7 +60,7 @@ class LinearLayout:
         self.flush_tlb_kernel_range = KernelFlush(tlbs, release, tlb_range=tlb_range, vmid=vmid)
         """All CPUs forget [start, end), virtual: see kernel_flush.py."""
         self.ranges = sorted(ranges or [(ram.base, ram.end)])
-        # Gigabytes of the linear map that nobody has needed yet, and the table pages they will take.
+        # Gigabytes of the linear map that no one has needed yet, and the table pages they will take.
         self._unbuilt: dict[int, list[tuple[int, int]]] = {}
         self._owed = 0
         self._flags = dm.NO_BLOCK | dm.NO_CONT if self.force_pte_mapping() else 0
@@ -105,7 +105,7 @@ class LinearLayout:
         return len(puds) + len(self._unbuilt) + ptes
 
     def finalize_capabilities(self, *, bbml3: bool) -> None:
-        """All CPUs are up. Unless each has BBML3, what was built on it is split to pages while nobody looks.
+        """All CPUs are up. Unless each has BBML3, what was built on it is split to pages while no one looks.
 
         linear_map_split_to_ptes() of 7.3; OutOfMemory: the kernel panics ("Failed to split linear map").
         """
@@ -124,7 +124,7 @@ class LinearLayout:
     def fault_in(self, va: int) -> bool:
         """Build the gigabyte around *va* if it has not been needed yet: True, and the access is to be repeated.
 
-        Whoever walks the tables in hardware's place asks this before a translation fault of the linear map is taken.
+        Code that walks the tables in hardware's place asks this before a translation fault of the linear map is taken.
         """
         spans = self._unbuilt.get(va & -dm.PUD_SIZE)
         if spans is None:

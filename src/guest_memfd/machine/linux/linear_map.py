@@ -20,7 +20,7 @@ class LinearMap(LinearLayout):
     """The linear map and its setters; constructed as LinearLayout says. Addresses are physical, `nr` counts 4 KiB pages."""
 
     atomic = False
-    """Whether the caller may not sleep; whoever runs interrupts and spinlocks sets it."""
+    """Whether the caller may not sleep; code that models interrupts and spinlocks sets it."""
 
     # -- the setters --------------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ class LinearMap(LinearLayout):
         if not self._requires_bbml3:
             return 0
         if not self.capabilities_finalized and (not self.page_alloc_available or self.online_cpus > 1):
-            # Boot: no page allocator yet, or secondary CPUs of which nobody knows what they tolerate.
+            # Boot: no page allocator yet, or secondary CPUs of which no one knows what they tolerate.
             self.warnings.append("WARNING: arch/arm64/mm/mmu.c: split_kernel_leaf_mapping() = -16")
             return -EBUSY
         if self.atomic:

@@ -103,6 +103,7 @@ class MapleTree:
 
     # Which runs have anything in [start, start+nr).
     def _span(self, start: int, nr: int) -> tuple[int, int]:
+        # A run that starts earlier may still reach into the range.
         first = bisect_right(self._starts, start) - 1
         if first < 0 or self._runs[first][0] + self._runs[first][1] <= start:
             first += 1
@@ -115,6 +116,8 @@ class MapleTree:
             return
         first, last = self._span(start, nr)
         old = self._runs[first:last]
+        # At most one run sticks out on the left and one on the right: those parts stay, and what is between is
+        # replaced.
         new = [run for run in old if run[0] < start]
         new = _clip(new, new[0][0], start - new[0][0]) if new else []
         if values.first or values.step:
@@ -122,6 +125,7 @@ class MapleTree:
         new += _clip(old, start + nr, max((r[0] + r[1] for r in old), default=0) - start - nr)
         self._runs[first:last] = new
         self._starts[first:last] = [run[0] for run in new]
+        # With its neighbours, so that the number of ranges does not depend on the order of the stores.
         self._merge(max(first - 1, 0), first + len(new) + 1)
 
     # Neighbours that go on as the one before them become one range.

@@ -22,7 +22,7 @@ both. Instruction aborts of the kernel never ask the exception table.
 
 Order in do_kernel_fault(), which decides who loses the page: the exception table comes first, so a load that can be fixed
 up leaves the guest its page. Only then AT S1E1R asks stage 1 again. If it fails the fault is real. If it succeeds, the
-fault is spurious (another CPU was faster), or with S1PTW the page is behind stage 2 and pKVM is asked to reclaim it by
+fault is spurious (another CPU was faster), or with S1PTW stage 2 withholds the page, and pKVM is asked to reclaim it by
 force. 0 and -EAGAIN both mean: try again, something has changed. Anything else is an oops.
 
 A fix-up can fault itself: the handler of load_unaligned_zeropad() reads the aligned word that begins in the *first* page.
@@ -148,6 +148,7 @@ def do_mem_abort(esr: int, far: int, regs: PtRegs, kernel: AbortKernel) -> Outco
         outcome = _HANDLERS[info.handler](far, esr, regs, kernel)
     except KernelDied as dead:
         return dead.outcome
+    # None: the handler has nothing to offer, which is do_bad() alone.
     if outcome is not None:
         return outcome
     if not user_mode(regs):
@@ -173,10 +174,14 @@ def do_translation_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) 
 def do_page_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """Permission and access flag faults, and translation faults of user addresses."""
     va, user = untagged(far), user_mode(regs)
+    # To handle a fault may sleep, which is not allowed here. Only the exception table is left.
     if kernel.pagefault_disabled:
         return do_kernel_fault(far, esr, regs, kernel)
+    # Before the VMA is asked. Stage 1 maps the page, so the VMA would find nothing to do, and the access would fault
+    # without end.
     if is_pkvm_stage2_abort(esr, kernel):
         return UserSignal(SIGSEGV, SEGV_ACCERR, far) if user else do_kernel_fault(far, esr, regs, kernel)
+    # The kernel may touch user memory only by its uaccess routines, which have an exception table entry each.
     if va < TASK_SIZE and is_el1_permission_fault(esr):
         if is_el1_instruction_abort(esr):
             return die_kernel_fault("execution of user memory", far, esr, regs, kernel)
@@ -185,6 +190,7 @@ def do_page_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outc
     fault = kernel.handle_mm_fault(va, access_of(esr), user) if va < TASK_SIZE else MmFault.BADMAP
     if fault is MmFault.DONE:
         return Retry("the fault was handled")
+    # copy_from_user() and its like then report a short copy. No signal is sent for an access of the kernel's own.
     if not user:
         return do_kernel_fault(far, esr, regs, kernel)
     if fault is MmFault.OOM:
@@ -237,6 +243,7 @@ def do_bad(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> None:
 
 def do_kernel_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """__do_kernel_fault(): fixup, spurious or pKVM, tag check, and then the oops with the best guess."""
+    # First, as nothing is changed by it. is_spurious_el1_translation_fault() may take the page from its guest.
     if not is_el1_instruction_abort(esr) and fixup_exception(esr, regs, kernel):
         return Fixed(regs.pc)
     spurious = is_spurious_el1_translation_fault(far, esr, kernel)
@@ -263,18 +270,20 @@ def fixup_exception(esr: int, regs: PtRegs, kernel: AbortKernel) -> bool:
 
 
 def is_spurious_el1_translation_fault(far: int, esr: int, kernel: AbortKernel) -> Retry | None:
-    """A translation fault that stage 1 does not confirm: another CPU was faster, or the page is behind stage 2.
+    """A translation fault that stage 1 does not confirm: another CPU was faster, or stage 2 withholds it.
 
     Under pKVM the page is then taken from its guest by force; -EAGAIN, too, is worth another try.
     """
     if esr >> 26 & 63 != _EC_DABT or esr & 63 not in _TRANSLATION:
         return None
+    # AT S1E1R looks at stage 1 alone, so a success says: not stage 1's fault.
     pa = kernel.at_s1e1r(far)
     if pa is None:
         return None
     if not is_pkvm_stage2_abort(esr, kernel):
         return Retry("stage 1 translates it by now",
                      f"Ignoring spurious kernel translation fault at virtual address {far:016x}")
+    # -EAGAIN: the state of the page has changed meanwhile, or its VM is being torn down.
     if kernel.force_reclaim(pa) in (0, -EAGAIN):
         return Retry("the page was reclaimed by force")
     return None

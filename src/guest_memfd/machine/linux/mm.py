@@ -183,7 +183,7 @@ class Mm:
         insort(self._bases, vma.base)
         self._vmas[vma.base] = inode, vma
 
-    # An address that is *skew* behind a multiple of 2 MiB (get_unmapped_area()): behind the last, or where there is room.
+    # An address that is *skew* after a multiple of 2 MiB (get_unmapped_area()): after the last, or where there is room.
     def _place(self, skew: int, size: int) -> int:
         room = -(-(skew + size) // _SPAN) * _SPAN
         if self._next + room > TASK_SIZE:

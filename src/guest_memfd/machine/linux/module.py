@@ -74,7 +74,7 @@ def module_matches(name: str, patterns: str) -> bool:
 
 
 class ModuleState(Enum):
-    """MODULE_STATE_*, as far as somebody else can see them."""
+    """MODULE_STATE_*, as far as someone else can see them."""
 
     COMING = "Loading"
     LIVE = "Live"
@@ -125,7 +125,7 @@ class Module:
         return True
 
     def get(self) -> None:
-        """__module_get(): by somebody who holds a reference already; raises ValueError otherwise (a WARN)."""
+        """__module_get(): by someone who holds a reference already; raises ValueError otherwise (a WARN)."""
         if not self.refcount:
             raise ValueError(f"{self.name}: __module_get() without a reference")
         self.refcount += 1

@@ -136,6 +136,7 @@ def die(what: str, esr: int, regs: PtRegs, kernel: Reporter, before: Sequence[st
              f" {kernel.symbol_at(regs.pc)} (P)",
              f" {kernel.symbol_at(regs.x(30))}",
              "---[ end trace 0000000000000000 ]---"]
+    # There is no task that could be killed in its place.
     if kernel.in_interrupt:
         return panic(f"{what}: Fatal exception in interrupt", lines)
     if kernel.panic_on_oops:

@@ -24,7 +24,7 @@ class Page:
         self.cache = self.lru = self.lookup = self.provided = self.pin = self.get = self.spec = self.kept = 0
         self.uptodate = self.private = self.hwpoison = False
         self.handled = False                            # memory_failure() has done with it
-        self.retired = False                            # broken memory that nobody refers to any more: never free again
+        self.retired = False                            # broken memory that no one refers to any more: never free again
         self.lock: int | None = None                    # the task that holds the folio lock
         self.inode: object | None = None                # folio->mapping
         self.index = 0
@@ -54,5 +54,5 @@ class Page:
         return not self.refcount
 
     def kinds(self) -> int:
-        """The sum of what is entered by kind; equals refcount, or the books are cooked."""
+        """The sum of what is entered by kind; it must equal refcount, or lockstep stops (lockstep/abstraction.py)."""
         return self.cache + self.lru + self.lookup + self.provided + self.pin + self.get + self.spec + self.kept

@@ -1,7 +1,7 @@
 """What the page allocator writes to pages on its own. Here is the order of poisoning, initialising and unmapping around
 free and alloc (mm/page_alloc.c free_pages_prepare() and post_alloc_hook(), mm/page_poison.c).
 
-Every access is a plain one through the linear map: whoever took the page out must have put it back before freeing it.
+Every access is a plain one through the linear map: the owner that took the page out must have put it back before freeing it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class PageChecks:
         if self.init_on_free:
             for page in _pages(pa, order):
                 self.access.memset_page(page, 0)
+        # Last: the writes above go through the linear map, and after this line there is nothing to write through.
         if self.linear_map.debug_pagealloc:
             self.linear_map.kernel_map_pages(pa, 1 << order, False)
 
@@ -60,8 +61,10 @@ class PageChecks:
 
         Pages that init_on_free has cleared are not cleared again.
         """
+        # First, for the same reason.
         if self.linear_map.debug_pagealloc:
             self.linear_map.kernel_map_pages(pa, 1 << order, True)
+        # Before clearing, which would wipe out the traces of a write to a free page.
         if self.poison:
             for page in _pages(pa, order):
                 self._check(page)

@@ -14,7 +14,7 @@ class Rwsem:
         self.readers = 0
 
     def down_read(self) -> bool:
-        """Take it shared if nobody holds it exclusively or waits to."""
+        """Take it shared if no one holds it exclusively or waits to."""
         if self.writer is not None or self.queued is not None:
             return False
         self.readers += 1

@@ -68,13 +68,14 @@ class NotifierChain:
         self._chain.remove(notifier)
 
     def call(self, event: Event) -> int:
-        """blocking_notifier_call_chain(): until somebody stops it; its errno or 0."""
+        """blocking_notifier_call_chain(): until someone stops it; its errno or 0."""
         return notifier_to_errno(self._call(event, self._chain)[0])
 
     def call_robust(self, up: Event, down: Event) -> int:
         """pm_notifier_call_chain_robust(): after a veto, those that ran before it get *down*; the vetoer does not."""
         ret, ran = self._call(up, self._chain)
         if ret & NOTIFY_STOP_MASK:
+            # The one that vetoed gets no *down*, so it must leave nothing that *down* would have to undo.
             self._call(down, self._chain[:ran - 1])
         return notifier_to_errno(ret)
 
@@ -171,6 +172,8 @@ class HibernationImage:
 
 def saveable_page(machine: SnapshotMachine, pa: int) -> bool:
     """Whether the image must hold the page. A hole in the linear map matters for reserved pages only."""
+    # Only a reserved page is left out for its hole. A lent page is allocated and not reserved, so it is saved: the
+    # copy maps it and reads it, and stage 2 may answer with an abort.
     if machine.is_nosave(pa) or machine.is_free(pa) or machine.is_offline(pa):
         return False
     if machine.is_reserved(pa) and not machine.kernel_page_present(pa):
@@ -182,6 +185,8 @@ def safe_copy_page(machine: SnapshotMachine, pa: int) -> bytes:
     """The contents of a page; a hole is mapped for the time of the copy, and made again with a flush."""
     if machine.kernel_page_present(pa):
         return machine.do_copy_page(pa)
+    # No flush on the way in: a TLB holds no entry for a hole. After the copy one is needed, or the old entry would
+    # still reach the page.
     machine.set_direct_map_default_noflush(pa)
     data = machine.do_copy_page(pa)
     machine.set_direct_map_invalid_noflush(pa)
@@ -197,6 +202,7 @@ def saveable_pages(machine: SnapshotMachine) -> list[int] | int:
 
 def swsusp_save(machine: SnapshotMachine) -> HibernationImage | int:
     """Count once more, then copy; -ENOMEM as above."""
+    # Suspending devices may have allocated pages since the first count.
     saved = saveable_pages(machine)
     if isinstance(saved, int):
         return saved
@@ -231,6 +237,8 @@ class SnapshotPower:
         if self.snapshot_device_users:
             return -EBUSY
         self.log.append("notifiers")
+        # Tasks still run here, so a notifier that only counts would miss what they do until the freeze. It has to
+        # forbid, too.
         error = self.chain.call_robust(Event.HIBERNATION_PREPARE, Event.POST_HIBERNATION)
         if error:
             return error
@@ -239,6 +247,7 @@ class SnapshotPower:
         if not result:
             result = self._hibernation_snapshot(machine)
             machine.thaw_processes()
+        # Also after a failure: every notifier that saw PREPARE has to see the end, or it would refuse permanently.
         self.chain.call(Event.POST_HIBERNATION)
         return result
 

@@ -153,9 +153,9 @@ ROUTINES = (
 
 
 class KernelText:
-    """The routines at physical address *pa* (a page), and their exception table behind them; seen at *va*.
+    """The routines at physical address *pa* (a page), and their exception table after them; seen at *va*.
 
-    Whoever owns the page table maps `size` bytes of *pa* at *va*, read-only and executable at EL1.
+    The owner of the page table maps `size` bytes of *pa* at *va*, read-only and executable at EL1.
     """
 
     def __init__(self, ram: Ram, pa: int, va: int = KIMAGE_VADDR) -> None:

@@ -31,7 +31,7 @@ class PgdSource(Protocol):
 def trans_pgd_create_copy(linear_map: PgdSource, pages: dm.DirectMapPages, start: int, end: int) -> int:
     """Physical address of a table tree that maps what [start, end), virtual, maps; or -ENOMEM, and nothing is kept.
 
-    *pages* gives the tables. A copy of a hole is valid: whoever runs on the copy reaches everything.
+    *pages* gives the tables. A copy of a hole is valid: a kernel that runs on the copy reaches everything.
     """
     for va in range(start & -dm.PUD_SIZE, end, dm.PUD_SIZE):
         linear_map.fault_in(va)

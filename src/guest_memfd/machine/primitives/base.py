@@ -36,7 +36,7 @@ class Base:
         return self.vm
 
     def wait(self) -> NoReturn:
-        """The primitive cannot go on now; whoever asked waits."""
+        """The primitive cannot go on now; the caller waits."""
         raise Blocked
 
     def die(self, why: str) -> NoReturn:
@@ -51,7 +51,7 @@ class Base:
                           "Kernel panic - not syncing: kasan.fault=panic set ...")
 
     def must_have(self, index: int) -> None:
-        """BUG() where the file has no page *index*: what is put there nobody takes out again."""
+        """BUG() where the file has no page *index*: what is put there no one takes out again."""
         if not 0 <= index < self.inode.size:
             self.die(f"page {index} is used, of a file of {self.inode.size} pages")
 
@@ -60,7 +60,7 @@ class Base:
         self.machine.tracer.against(self.who, reason, page if page is not None and page.inode is self.inode else None)
 
     def page(self, folio: Folio) -> Page:
-        """struct folio of *folio*, which somebody holds."""
+        """struct folio of *folio*, which someone holds."""
         # A folio whose last reference has gone has no struct page here. A procedure that still uses it reads what is
         # freed.
         page = self.machine.pages.get(folio.pfn)

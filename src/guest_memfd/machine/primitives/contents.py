@@ -135,6 +135,6 @@ class Contents(Base):
         return "copied"
 
     def written(self, page: Page, token: bytes) -> None:
-        """Somebody of the host's side has put *token* there: both sides may know it."""
+        """Someone of the host's side has put *token* there: both sides may know it."""
         self.machine.ram.write(page.pa, token)
         self.machine.tracer.wrote(page, DATA)

@@ -148,7 +148,7 @@ class FilePrimitives(GuestSide):
         return self.put_inode()
 
     def destroy_inode(self) -> None:
-        """Nobody finds it any more; BUG_ON()s of clear_inode() and of destroy_inode() come first (fs/inode.c).
+        """No one finds it any more; BUG_ON()s of clear_inode() and of destroy_inode() come first (fs/inode.c).
 
         A lock in it that is still held is for lockdep to find (debug_check_no_locks_freed(), kernel/locking/lockdep.c).
         """
@@ -182,7 +182,7 @@ class FilePrimitives(GuestSide):
             self.die("module_put without a reference")
 
     def delete_module(self) -> int:
-        """Only when nobody holds it; its exit code gives back nothing by itself."""
+        """Only when no one holds it; its exit code gives back nothing by itself."""
         # The loader refuses while anybody holds the module; its exit function takes nothing back from a VM.
         return -EBUSY if self.machine.modules.delete(self.machine.module.name) else 0
 
@@ -203,7 +203,7 @@ class FilePrimitives(GuestSide):
     def vm_destroyed(self) -> None:
         """Stage-2 tables and their TLB entries go with the VM; memory it still owns does not come back by itself.
 
-        Whoever uses a kernel mapping of a guest page holds the VM, so this waits for him.
+        A user of a kernel mapping of a guest page holds the VM, so this waits for it.
         """
         if self.vm.gpc_readers:
             self.wait()

@@ -115,7 +115,7 @@ class GuestSide(UserMappings):
         self.machine.tracer.announces(self, start, nr)
 
     def mmu_invalidate_end(self) -> None:
-        """The sequence moves on: whoever sampled it before must look again."""
+        """The sequence moves on: a caller that sampled it before must look again."""
         bound = self._is_bound("mmu_invalidate_end")
         if not self.vm.begun[self.who]:
             if bound:

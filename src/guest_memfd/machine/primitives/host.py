@@ -68,9 +68,9 @@ class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
         return self.perform(Primitive(name, args, caller), 0)
 
     def run(self, procedure: Steps[Any], who: int = 0) -> Any:
-        """Drive *procedure* to its end with nobody else around: what it returns.
+        """Drive *procedure* to its end with no one else around: what it returns.
 
-        Raises Blocked when it would wait for ever, KernelPanic when Linux stops.
+        Raises Blocked when it would wait without end, KernelPanic when Linux stops.
         """
         result: Any = None
         while True:
@@ -80,5 +80,5 @@ class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
                 except StopIteration as stop:
                     return stop.value
             result = self.perform(primitive, who)
-            if result is STAY:                          # queued for a lock: nobody is there who would let go of it
+            if result is STAY:                          # queued for a lock: no one is there who would let go of it
                 raise Blocked

@@ -1,10 +1,11 @@
 """What has to be there for a primitive: the module whose code runs, and the inode it works on. It is asked before
 anything is done, and what is not there ends the kernel.
 
-The life of an inode (fs/inode.c). iput() of the last reference hands it to whoever dropped that: he evicts it, and nobody
-else may use it meanwhile, as nobody else can have held it. destroy_inode() frees its memory; from then on nobody may. A
-VM's end is seen where it is used (guest.py), a folio's where its struct page is looked up (base.py). get_file() may be
-called on a pointer to a file that is gone: the slab of files is never given back (SLAB_TYPESAFE_BY_RCU, fs/file_table.c).
+The life of an inode (fs/inode.c). iput() of the last reference hands it to the task that dropped it: that task evicts it,
+and no one else may use it meanwhile, as no one else can have held it. destroy_inode() frees its memory; from then on no
+one may. A VM's end is seen where it is used (guest.py), a folio's where its struct page is looked up (base.py).
+get_file() may be called on a pointer to a file that is gone: the slab of files is never given back
+(SLAB_TYPESAFE_BY_RCU, fs/file_table.c).
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class PageCache(Contents):
             self._drain()
 
     def filemap_remove_folio(self, folio: Folio) -> None:
-        """Leaves the page cache; whoever still has a reference keeps the frames."""
+        """Leaves the page cache; any other reference keeps the frames."""
         page = self.locked(folio, "filemap_remove_folio")
         if page.inode is not self.inode:
             self.die(f"{folio} is not in the page cache")
@@ -86,7 +86,7 @@ class PageCache(Contents):
     def split_folio(self, folio: Folio) -> int:
         """Flags and the page cache's references are those of every page; the caller keeps the first, locked."""
         page = self.locked(folio, "split_folio")
-        # Nobody but the page cache and the caller: a part that somebody refers to cannot become a folio of its own.
+        # No one but the page cache and the caller: a part that someone refers to cannot become a folio of its own.
         if page.refcount != page.nr + 1 or not page.order:
             self.against(REFERENCE, page)
             return -EBUSY
@@ -117,7 +117,7 @@ class PageCache(Contents):
         self.page(folio).take(kind)
 
     def leak_folio(self, folio: Folio) -> None:
-        """Out of use for ever: a reference that nobody drops, and a count that says so."""
+        """Out of use permanently: a reference that no one drops, and a count that says so."""
         self.page(folio).take("kept")
         self.machine.leaked += 1
 

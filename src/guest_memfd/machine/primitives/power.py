@@ -23,7 +23,7 @@ class PowerPrimitives(FilePrimitives):
         return 0
 
     def pm_prepare(self, what: str) -> int:
-        """Veto, or close the door."""
+        """-EBUSY while pages are away from the host, else 0: from now on none may leave until `pm_post`."""
         if self.machine.power.away:
             return -EBUSY
         self.machine.power.preparing = True

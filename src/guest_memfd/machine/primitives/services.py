@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Services:
-    """What those three ask of *machine*; *read* replaces the copy loop of the image where somebody watches it."""
+    """What those three ask of *machine*; *read* replaces the copy loop of the image where someone watches it."""
 
     def __init__(self, machine: Board, read: Callable[[int], bytes] | None = None) -> None:
         self.machine, self.linear_map, self._read = machine, machine.linear_map, read
@@ -107,7 +107,7 @@ class Services:
     # -- processes and devices -----------------------------------------------------------------------------------------
 
     def freeze_processes(self) -> int:
-        """Nobody else runs while a service does."""
+        """No one else runs while a service does."""
         self.machine.power.frozen = True
         return 0
 

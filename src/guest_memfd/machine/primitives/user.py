@@ -32,7 +32,7 @@ class UserMappings(PageCache):
         return self.put_inode()
 
     def put_inode(self) -> bool:
-        """A reference on the inode less; True: the last one, and whoever drops it evicts it."""
+        """A reference on the inode less; True: the last one, and its dropper evicts it."""
         if not self.inode.references:
             self.die("iput of an inode without references")
         return self.inode.put(self.who)

@@ -127,8 +127,8 @@ def _once(act: Callable[[Slate], object], slate: Slate, timeout: float) -> RowOu
 def _child(act: Callable[[Slate], object], slate: Slate) -> None:
     try:
         gc.disable()
-        fd.dropped = str.strip                          # nobody is told: the end of the process closes everything
-        # Whoever calls may have a handler for faults; the tracer is to see them first, and nobody else.
+        fd.dropped = str.strip                          # no one is told: the end of the process closes everything
+        # The caller may have a handler for faults; the tracer is to see them first, and no one else.
         for each in (*_FAULTS, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):
             signal.signal(each, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
@@ -151,7 +151,7 @@ def _child(act: Callable[[Slate], object], slate: Slate) -> None:
         os._exit(0)
 
 
-# Looks without reaping: as long as the child is there, dead or alive, nobody else can have its number.
+# Looks without reaping: as long as the child is there, dead or alive, no one else can have its number.
 def _watch(pid: int, slate: Slate, timeout: float) -> RowOutcome:
     end = time.monotonic() + timeout
     while True:
@@ -160,7 +160,7 @@ def _watch(pid: int, slate: Slate, timeout: float) -> RowOutcome:
             left = end - time.monotonic()
             if left <= 0:
                 return RowOutcome(late=True)
-            # A SIGCHLD may go to another thread of whoever calls; then the next look is a little later.
+            # A SIGCHLD may go to another thread of the caller; then the next look is a little later.
             signal.sigtimedwait({signal.SIGCHLD}, min(left, 0.02))
         elif seen.si_code == os.CLD_EXITED:
             return slate.read() or RowOutcome(unfit="our own failure: the child said nothing")

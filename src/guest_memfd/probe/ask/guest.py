@@ -14,7 +14,7 @@ from guest_memfd.probe.ask.child import Unfit
 from guest_memfd.probe.ask.here import Here
 from guest_memfd.uapi.kvm_run import Exit, MemoryFault, Mmio, Unknown
 
-# mov (%rbx),%rax | mov %rdx,(%rbx); then mov %rax,(%rcx); and jmp . in case nobody stops it.
+# mov (%rbx),%rax | mov %rdx,(%rbx); then mov %rax,(%rcx); and jmp . in case no one stops it.
 _LOAD, _STORE = b"\x48\x8b\x03\x48\x89\x01\xeb\xfe", b"\x48\x89\x13\x48\x89\x01\xeb\xfe"
 SECONDS = 1.0
 """Longest time of one access; a first touch takes microseconds."""

@@ -39,7 +39,7 @@ class Row:
 
     expect: the result on 6.18: an errno's name, ``ok``, a value, a signal with code and place; ``a | b``: either.
     needs: features (`offers.Features`) without which the row is skipped.
-    rules: (feature, result), first match wins: what a kernel with that feature answers; None: nobody has said.
+    rules: (feature, result), first match wins: what a kernel with that feature answers; None: no one has said.
     """
 
     id: str

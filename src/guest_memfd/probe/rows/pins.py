@@ -35,6 +35,7 @@ def _proc_mem(here: Here, address: int, write: bool) -> str:
 def _direct(here: Here, address: int, write: bool) -> str:
     fd = here.direct()
     done = attempt(lambda: call("pwrite64" if write else "pread64", fd, address, PAGE, 0))
+    # The file system refuses O_DIRECT itself, so the answer says nothing about the pages.
     if done == "EINVAL":
         raise Unfit("O_DIRECT does not work in the folder for temporary files")
     return f"{done} bytes" if done.isdigit() else done
@@ -49,6 +50,7 @@ def _ring() -> int:
     try:
         return call("io_uring_setup", 2, ctypes.create_string_buffer(120))
     except FAILED as error:
+        # Forbidden or not built in: the question could not be put, which is no answer.
         raise Unfit(f"io_uring_setup: {error}") from error
 
 
@@ -97,6 +99,7 @@ USERS: dict[str, tuple[str, Callable[[Here, int], object], str, str | None, str 
 def uses(here: Here, which: int | str, user: str) -> object:
     """One of `USERS`, of a mapping that has been stored to where it can be."""
     address = here.map(here.file(which))
+    # A store to private pages would be SIGBUS, and nothing of the row would run.
     if which != 1:
         store(address, _TEXT)
     return USERS[user][1](here, address)

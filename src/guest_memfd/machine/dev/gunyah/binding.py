@@ -38,7 +38,7 @@ class Binding:
 
     @property
     def end(self) -> int:
-        """The first gfn behind it."""
+        """The first gfn after it."""
         return self.gfn + self.nr
 
     def has(self, gfn: int, nr: int = 1) -> bool:

@@ -3,7 +3,7 @@ then.
 
 What v17 decides by who happens to map a page is a conversion here: a page becomes private when the guest is to have it for
 itself, and shared again when the VMM maps it or the binding ends. A page the VMM maps is not lent (-EPERM), as v17 has it;
-one that somebody else still refers to is not lent either (-EBUSY), which v17 does not see.
+one that someone else still refers to is not lent either (-EBUSY), which v17 does not see.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class LentFile(GunyahMemoryFile):
         return ret
 
     def announce(self, binding: Binding) -> int:
-        """Have the hypervisor report faults on guest addresses that nobody has configured yet."""
+        """Have the hypervisor report faults on guest addresses that no one has configured yet."""
         driver, vm = self.machine.driver, binding.vm
         assert isinstance(driver, GunyahDriver)
         start, end = binding.gfn * PAGE, binding.end * PAGE
@@ -99,14 +99,14 @@ class LentFile(GunyahMemoryFile):
     # -- the guest -------------------------------------------------------------------------------------------------
 
     def demand(self, binding: Binding, gfn: int) -> int:
-        """-EPERM what the VMM maps, -EBUSY what somebody refers to, -EINVAL lent for reading only, -ENOMEM."""
+        """-EPERM what the VMM maps, -EBUSY what someone refers to, -EINVAL lent for reading only, -ENOMEM."""
         index = binding.index(gfn)
         if binding.lend and not binding.writable:
             return -EINVAL                                  # the hypervisor has no read-only private pages
         ret = self._make_private(index, 1) if binding.lend else 0
         if not ret:
             ret = int(self.run(self.library.guest_fault(gfn, index)))
-        return -EBUSY if ret == -EAGAIN else ret            # -EAGAIN would have the vCPU try for ever
+        return -EBUSY if ret == -EAGAIN else ret            # -EAGAIN would have the vCPU try without end
 
     def _make_private(self, start: int, nr: int) -> int:
         first, length = self._around(start, nr)
@@ -149,7 +149,7 @@ class LentFile(GunyahMemoryFile):
         return self.announce(binding)
 
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:
-        """Nothing else to do, the library puts them back into the direct map when somebody wants them."""
+        """Nothing else to do, the library puts them back into the direct map when someone wants them."""
         self.parcel_has_started(parcel)
         if ret:
             for folio in parcel.folios:

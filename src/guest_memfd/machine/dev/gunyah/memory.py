@@ -1,4 +1,4 @@
-"""What every memory file of /dev/gunyah refuses, whoever serves it. Arguments are checked in the driver's order.
+"""What every memory file of /dev/gunyah refuses, under any design. Arguments are checked in the driver's order.
 
 Source: gunyah_gmem_fallocate(), gunyah_gmem_mmap() (drivers/virt/gunyah/guest_memfd.c, series v17, patches 23 and 24).
 """
@@ -49,12 +49,18 @@ class MemoryHost(FileHost):
     def hypercall(self, name: str, *args: object) -> int:
         """As any, for the VM of the page. What a memory parcel has is busy; a VM that does not exist has nothing."""
         page = self.page(next(arg for arg in args if isinstance(arg, Folio)))
+        # The pages of a parcel come back together, by the Resource Manager. Until then no operation of the file may
+        # take one.
         if page.pa in self.file.parcelled:
             self.against(HELD, page)
             return -EBUSY
         vm = self._bound_to(page.index, page.nr) if page.inode is self.inode else self.file.vm
+        # Taking back from a VM that is gone finds nothing mapped, which callers take for success. Giving to it is an
+        # error.
         if vm.handle is None or vm.state == GONE:
             return -NOT_THERE if name.startswith(("unmap", "donate_from")) else -ENODEV
+        # One file can be bound to several VMs, and the driver below asks for the VM of the call. Put back even if the
+        # kernel stops.
         kept, self.vm = self.vm, vm
         try:
             return super().hypercall(name, *args)
@@ -152,7 +158,7 @@ class GunyahMemoryFile(GuestMemoryFile):
 
     @abstractmethod
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:
-        """The Resource Manager has given the folios back, or refused with *ret*: then they are kept for ever."""
+        """The Resource Manager has given the folios back, or refused with *ret*: then they are kept permanently."""
 
     @abstractmethod
     def abandon(self, binding: Binding) -> int:

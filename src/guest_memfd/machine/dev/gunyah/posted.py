@@ -47,6 +47,8 @@ class PostedDriver(GunyahV17):
                 new = yield from self.driver.filemap_add_folio(index, PMD_ORDER)
                 if isinstance(new, Lookup):
                     yield from self.zero(new.folio)
+                    # Given back at once: the look-up below finds the huge folio in the page cache, as it would find
+                    # anyone's.
                     yield from self.unlock_and_put(new.folio)
         return (yield from super().grab_folio(index))
 
@@ -66,11 +68,14 @@ class PostedDriver(GunyahV17):
         start, whole = binding.index(gfn), nr == binding.nr
         yield from host.begin_op("unbind", start, nr)
         yield from host.get_file()                          # fget() of the ioctl's argument
+        # invalidate_lock first, then bindings_lock, as in the driver: two orders could deadlock.
         yield from host.down_write("invalidate")
         yield from host.down_write("bindings")
+        # As posted, so the bug stays: the range ends too far, and takes pages that the guest still uses.
         ret = yield from self.reclaim_range(gfn, nr if whole else gfn + nr)
         if not ret:
             yield from host.xa_store_reserved("bindings", start, Entries(0, nr))
+            # An edge leaves the rest of the binding, which needs its reference.
             if whole:
                 yield from host.fput()                      # the binding's; the ioctl's own is forgotten (S12)
         yield from host.end_op(ret)
@@ -103,6 +108,7 @@ class PostedDriver(GunyahV17):
         yield from host.down_write("bindings")
         ret = yield from self.reclaim_range(binding.gfn, binding.nr)
         if ret:
+            # The VM ends whatever happens, so no caller could act on an error.
             yield from host.warn(f"gfn {binding.gfn:#x} and up are not reclaimed")
         yield from host.xa_store_reserved("bindings", binding.start, Entries(0, binding.nr))
         yield from host.up_write("bindings")
@@ -131,6 +137,8 @@ class PostedDriver(GunyahV17):
             if not ret:
                 if lend:
                     yield from self.driver.folio_set_private(grabbed.folio, True)
+                # The parcel's own reference: the look-up's goes in the next lines, and the page must not be freed
+                # while it is lent.
                 yield from self.driver.folio_get(grabbed.folio, "provided")
                 taken.append(grabbed.folio)
             yield from self.unlock_and_put(grabbed.folio)
@@ -138,6 +146,7 @@ class PostedDriver(GunyahV17):
                 break
             index = grabbed.pgoff + grabbed.folio.nr
         if ret:
+            # All that was taken so far, or the holes in the direct map would stay.
             yield from self.give_from_parcel(tuple(taken), lend)
             return ret
         return tuple(taken)
@@ -148,6 +157,7 @@ class PostedDriver(GunyahV17):
         for folio in folios:
             yield from host.lock_folio(folio)
             if lend:
+                # Before the last put: a page must not reach the allocator with a hole.
                 yield from host.set_direct_map_default_noflush(folio)
                 yield from host.folio_set_private(folio, False)
             yield from host.unlock_folio(folio)
@@ -229,7 +239,7 @@ class PostedFile(GunyahMemoryFile):
         self.run(self.library.forget_paged(parcel, parcel.nr))
 
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:
-        """As posted: refused, the references stay for ever."""
+        """As posted: refused, the references stay permanently."""
         if not ret:
             self.run(self.library.give_from_parcel(parcel.folios, lend))
 

@@ -24,7 +24,7 @@ _ATTEMPTS = 3
 def teardown(vm: VmFile) -> None:
     """Take everything back; what cannot be is warned about, and lost."""
     if vm.machine.dead is not None:
-        return                                          # nobody is left to do it
+        return                                          # no one is left to do it
     started = vm.status in (VmState.RUNNING, VmState.EXITED)
     if vm.status == VmState.RUNNING and vm.rm.vm_stop(vm.vmid):
         warn(vm, "the VM cannot be stopped")

@@ -1,7 +1,7 @@
 """VCPU_RUN. It is the loop of gunyah_vcpu_run(): enter the guest, look why it came out, give it memory.
 
 Whatever is not memory goes to user space. Source: drivers/virt/gunyah/gunyah_vcpu.c (series v17, patches 15, 28 and 33).
-The wait for an interrupt, which nobody here sends, ends as a signal ends it: -EINTR; so does a loop without an end.
+The wait for an interrupt, which no one here sends, ends as a signal ends it: -EINTR; so does a loop without an end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _SIGN = 1 << 63
 _WRITE, _EXECUTE = 1, 2
 _STUCK = 64
-"""Exits at one address, one after the other, until somebody sends a signal."""
+"""Exits at one address, one after the other, until someone sends a signal."""
 
 
 class VcpuFile(Serialised):
@@ -57,7 +57,7 @@ class VcpuFile(Serialised):
         with self._lock.behind(self._mutex):
             return self._run()
 
-    # Whether the guest is to come out: a signal, or somebody waits for the machine.
+    # Whether the guest is to come out: a signal, or someone waits for the machine.
     def _kicked(self) -> bool:
         return bool(self._lock.wanted or self.page.immediate_exit)
 
@@ -147,7 +147,7 @@ class VcpuFile(Serialised):
 
     # The guest is entered again; -EINTR when that has led nowhere for long.
     def _again(self, address: int) -> bool:
-        # A page that is provided and faults again is provided again. On hardware a signal ends this; here nobody
+        # A page that is provided and faults again is provided again. On hardware a signal ends this; here no one
         # sends one.
         self._attempts = self._attempts + 1 if address == self._address else 1
         self._address = address
@@ -186,7 +186,7 @@ class VcpuFile(Serialised):
         binding = self.vm.binding_at(gfn)
         if binding is None:
             return -ENOENT
-        # The guest's own mistake, so it is told to user space and not mapped for reading: it would fault for ever.
+        # The guest's own mistake, so it is told to user space and not mapped for reading: it would fault without end.
         if write and not binding.writable:
             return -EPERM
         if execute and not binding.lend and not self.vm.posted:

@@ -1,7 +1,7 @@
 """Memory slots: which part of which file is where in the guest. Here is what KVM_SET_USER_MEMORY_REGION2 refuses.
 
 Checks in the order of virt/kvm/kvm_main.c check_memory_region_flags() and kvm_set_memory_region(), of virt/kvm/guest_memfd.c
-kvm_gmem_bind() and, behind that, of arch/arm64/kvm/mmu.c kvm_arch_prepare_memory_region(). The process has no memory but
+kvm_gmem_bind() and, after that, of arch/arm64/kvm/mmu.c kvm_arch_prepare_memory_region(). The process has no memory but
 guest_memfd, so a slot without a file is refused, too.
 """
 
@@ -64,6 +64,7 @@ class Memslots:
     def check(self, region: UserMemoryRegion2, file: GuestMemory | None) -> None:
         """Raise SyscallFailed for what is refused before anything is changed."""
         self._check_numbers(region)
+        # A size of 0 deletes, and the other members are not looked at then.
         if not region.memory_size:
             if region.slot not in self.by_id:
                 refuse(EINVAL, f"there is no slot {region.slot} to delete")
@@ -72,6 +73,7 @@ class Memslots:
         if region.slot in self.by_id:
             refuse(EINVAL, f"slot {region.slot} is there, and one with a guest_memfd is never changed")
         gfn, nr = region.guest_phys_addr // PAGE, region.memory_size // PAGE
+        # Two slots on one gfn: a fault could not tell which page is meant.
         if any(s.gfn < gfn + nr and gfn < s.gfn + s.nr for s in self.by_id.values()):
             refuse(EEXIST, "another slot covers part of these guest addresses")
         if not region.flags & MemFlag.GUEST_MEMFD:
@@ -103,6 +105,7 @@ class Memslots:
     def _check_file(self, region: UserMemoryRegion2, file: GuestMemory | None) -> None:
         if file is None or file.closed:
             refuse(EBADF, "no open file")
+        # A file belongs to the VM that made it. With another VM's file, invalidation would miss this one's stage 2.
         if not self._owns(file):
             refuse(EINVAL, "not a guest_memfd of this VM")
         if region.guest_memfd_offset + region.memory_size > file.size:

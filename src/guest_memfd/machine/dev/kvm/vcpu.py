@@ -1,6 +1,6 @@
 """A vCPU of /dev/kvm: KVM_RUN. A guest's fault is the library's when a slot covers it, else user space's.
 
-arch/arm64/kvm/arm.c kvm_arch_vcpu_ioctl_run(), arch/arm64/kvm/mmu.c gmem_abort(). Nobody sends interrupts, so a vCPU that
+arch/arm64/kvm/arm.c kvm_arch_vcpu_ioctl_run(), arch/arm64/kvm/mmu.c gmem_abort(). No one sends interrupts, so a vCPU that
 waits for one waits until a signal comes.
 """
 
@@ -110,7 +110,7 @@ class KvmVcpuFile(Serialised):
             case _:                                             # its time is up, or it was kicked
                 return None
 
-    # Nobody sends interrupts: up to the end of the time, or until another thread wants it to come back.
+    # No one sends interrupts: up to the end of the time, or until another thread wants it to come back.
     def _sleep(self, end: float | None) -> None:
         with self._lock.released():
             while end is not None and not self.immediate_exit and (left := end - time.monotonic()) > 0:

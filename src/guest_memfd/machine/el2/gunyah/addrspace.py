@@ -2,7 +2,7 @@
 
 map, unmap, lookup, configure_range and modify_pages as docs/api/gunyah_api.md and hyp/mem/addrspace of the hypervisor have
 them; which flags Linux passes is in drivers/virt/gunyah/guest_memfd.c (series v17, patch 20). Where a failing map may leave
-a part of itself behind in the hypervisor, ours leaves nothing.
+a part of itself mapped in the hypervisor, ours leaves nothing.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class AddressSpace(Mappings):
     def map(self, extent: Extent, vbase: int, attributes: Attributes, flags: int, offset: int, size: int) -> None:
         """Map memory of *extent*: [offset, offset+size) of it at *vbase* (PARTIAL), or all of it.
 
-        Raises Refused; nothing is mapped then. Errors in the order of the checks: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE;
+        Raises HypRefused; nothing is mapped then. Errors in the order of the checks: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE;
         ARG_INVAL attributes; ADDR_INVAL vbase; and those of each kind of map.
         """
         if flags & ~_MAP_FLAGS:
@@ -167,7 +167,7 @@ class AddressSpace(Mappings):
             self.apply(mapping, extent.base, owned, stock)
 
     def unmap_whole(self, extent: Extent, vbase: int) -> None:
-        """Forget a recorded mapping and unmap what it maps; raises Refused(ADDR_INVAL) when it is not recorded."""
+        """Forget a recorded mapping and unmap what it maps; raises HypRefused(ADDR_INVAL) when it is not recorded."""
         mapping = extent.forget(self, vbase)
         self._recorded.remove(extent)
         distance = vbase - extent.base
@@ -196,9 +196,9 @@ class AddressSpace(Mappings):
     def unmap(self, extent: Extent, vbase: int, flags: int, offset: int, size: int) -> None:
         """Unmap: an entry goes only if it maps the page of *extent* that the call names.
 
-        Raises Refused, and nothing changes: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE; ADDR_INVAL vbase, or nothing of that kind
-        is mapped there; DENIED outside a range of that kind; MEMDB_NOT_OWNER; BUSY for a private page that is locked in a
-        living VM, or no private page; NOMEM.
+        Raises HypRefused and changes nothing: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE; ADDR_INVAL vbase, or nothing of that
+        kind is mapped there; DENIED outside a range of that kind; MEMDB_NOT_OWNER; BUSY for a private page that is locked
+        in a living VM, or no private page; NOMEM.
         """
         if flags & ~_UNMAP_FLAGS:
             raise HypRefused(GunyahError.ARG_INVAL, f"unmap flags {flags:#x}")
@@ -261,7 +261,7 @@ class AddressSpace(Mappings):
     def lookup(self, extent: Extent, vbase: int, size: int) -> tuple[int, int, Attributes]:
         """What the address space maps at *vbase*: offset into *extent*, contiguous bytes up to *size*, attributes.
 
-        Raises Refused: ARG_ALIGN, ARG_SIZE, ADDR_INVAL nothing mapped, MEMDB_NOT_OWNER the page is in another extent.
+        Raises HypRefused: ARG_ALIGN, ARG_SIZE, ADDR_INVAL nothing mapped, MEMDB_NOT_OWNER the page is in another extent.
         """
         end = check_range(vbase, size, 1 << IA_BITS, outside=GunyahError.ADDR_INVAL)
         first = self.table.leaf(vbase)
@@ -278,7 +278,7 @@ class AddressSpace(Mappings):
         return start - extent.base, owned[1] - owned[0], private.decode(first.value)
 
     def modify(self, vbase: int, size: int, flags: int) -> None:
-        """modify_pages, by the guest: unlock private pages. Raises Refused, and nothing changes.
+        """modify_pages, by the guest: unlock private pages. Raises HypRefused, and nothing changes.
 
         ARG_INVAL flags; ARG_ALIGN; ARG_SIZE (0 is for a flush alone); ADDR_INVAL not mapped; DENIED not private; NOMEM
         for the tables that a part of a block needs.

@@ -62,7 +62,7 @@ class CapabilitySpace:
         self._next = _FIRST
 
     def grant(self, thing: object, rights: int) -> int:
-        """A new capability; raises Refused(CSPACE_FULL)."""
+        """A new capability; raises HypRefused(CSPACE_FULL)."""
         if len(self._entries) == self.limit:
             raise HypRefused(GunyahError.CSPACE_FULL, f"{self.limit} capabilities are in use")
         cap = self._next
@@ -76,7 +76,7 @@ class CapabilitySpace:
         self._entries.pop(cap, None)
 
     def lookup(self, cap: int, kind: type[T], rights: int) -> T:
-        """The object behind *cap*; raises Refused: CAP_NULL, CAP_REVOKED, WRONG_OBJECT_TYPE, INSUFFICIENT_RIGHTS."""
+        """The object that *cap* names; raises Refused: CAP_NULL, CAP_REVOKED, WRONG_OBJECT_TYPE, INSUFFICIENT_RIGHTS."""
         if not _FIRST <= cap < self._next:
             raise HypRefused(GunyahError.CSPACE_CAP_NULL, f"no capability {cap:#x}")
         entry = self._entries.get(cap)

@@ -49,7 +49,7 @@ class ConfiguredRanges:
     def apply(self, op: RangeOp, start: int, end: int) -> None:
         """Add or remove [start, end).
 
-        Raises Refused: BUSY adding inside a range of the same kind, IDLE removing from where there is none, ARG_INVAL
+        Raises HypRefused: BUSY adding inside a range of the same kind, IDLE removing from where there is none, ARG_INVAL
         on any other mismatch, NORESOURCES beyond 128 ranges. A removal from the middle leaves two ranges.
         """
         kind: Kind = "private" if op >= RangeOp.ADD_PRIVATE else "vmmio"

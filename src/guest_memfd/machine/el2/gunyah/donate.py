@@ -40,14 +40,14 @@ class Options(NamedTuple):
 
     @classmethod
     def decode(cls, value: int) -> Options:
-        """Raises Refused(ARG_INVAL) for reserved bits and types that do not exist."""
+        """Raises HypRefused(ARG_INVAL) for reserved bits and types that do not exist."""
         if value & ~(_TYPE | NOSYNC) or value & _TYPE > max(Donation):
             raise HypRefused(GunyahError.ARG_INVAL, f"donate options {value:#x}")
         return cls(Donation(value & _TYPE), not value & NOSYNC)
 
 
 def check_family(kind: Donation, source: Extent, to: Extent) -> None:
-    """Raises Refused: DENIED unless they are relatives of the right degree, MEMEXTENT_TYPE unless both are sparse."""
+    """Raises HypRefused: DENIED unless they are relatives of the right degree, MEMEXTENT_TYPE unless both are sparse."""
     related = {
         Donation.TO_CHILD: to.parent is source,
         Donation.TO_PARENT: source.parent is to,
@@ -65,7 +65,7 @@ def donate(memdb: MemDb, pages: StockSource, spaces: Sequence[AddressSpace], opt
            offset: int, size: int) -> None:
     """MEMEXTENT_DONATE: [offset, offset+size) of *source* becomes *to*'s; offsets of sparse extents are physical addresses.
 
-    Raises Refused, and nothing has moved: ARG_ALIGN; ARG_SIZE; ARG_INVAL outside the extent; DENIED; MEMEXTENT_TYPE;
+    Raises HypRefused, and nothing has moved: ARG_ALIGN; ARG_SIZE; ARG_INVAL outside the extent; DENIED; MEMEXTENT_TYPE;
     MEMDB_NOT_OWNER; BUSY when pages that are one VM's alone are mapped in any of *spaces*; NOMEM. What else maps a page
     of *source* there does so no longer, however it was mapped.
     """
@@ -86,7 +86,7 @@ def donate(memdb: MemDb, pages: StockSource, spaces: Sequence[AddressSpace], opt
         raise
 
 
-# What both extents map at the same place stays as it is; that is how a shared page stays the host's to use. Nobody but its
+# What both extents map at the same place stays as it is; that is how a shared page stays the host's to use. No one but its
 # VM may reach a page that becomes one VM's alone, not even by what a TLB has kept of a mapping that is gone already.
 def _move_mappings(pages: StockSource, spaces: Sequence[AddressSpace], source: Extent, to: Extent, start: int, end: int,
                    options: Options) -> None:
@@ -105,7 +105,7 @@ def _move_mappings(pages: StockSource, spaces: Sequence[AddressSpace], source: E
         # the promise is not enough: the hypervisor flushes.
         affected = {place.space for place in gone} if options.sync or to.alone is not None else set()
         if to.alone is not None:
-            # Also what earlier calls with NOSYNC have left behind: any of these entries may lead to this page.
+            # Also what earlier calls with NOSYNC have left in TLBs: any of these entries may lead to this page.
             affected |= {space for space in spaces if space.stale and space is not to.alone}
         for space in affected:
             space.sync_all()

@@ -58,7 +58,7 @@ class Gunyah:
 
     *reserved*: (address, size) in bytes, of the hypervisor and never the host's. *inject*: what a host access to memory it
     gave away ends in: ``sea``, a synchronous external abort, or ``fixable``, a data abort with S1PTW as pKVM has it.
-    *modify_flags* and *relock*: see private.py. Raises Refused(NOMEM) when the host's tables cannot be had.
+    *modify_flags* and *relock*: see private.py. Raises HypRefused(NOMEM) when the host's tables cannot be had.
     """
 
     def __init__(self, ram: Ram, source: StockSource, tlbs: list[Tlb], *, reserved: Iterable[tuple[int, int]] = (),
@@ -112,7 +112,7 @@ class Gunyah:
     # -- VMs -----------------------------------------------------------------------------------------------------
 
     def create_vm(self, name: str, vmid: int | None = None, running: bool = True) -> GunyahHypVm:
-        """A new VM; *vmid* None: the lowest free one. Raises Refused: NORESOURCES no VMID, NOMEM."""
+        """A new VM; *vmid* None: the lowest free one. Raises HypRefused: NORESOURCES no VMID, NOMEM."""
         if vmid is None:
             vmid = next((v for v in range(FIRST_VMID, LAST_VMID + 1) if v not in self.vms), None)
         if vmid is None or vmid in self.vms:
@@ -146,7 +146,7 @@ class Gunyah:
     def take_back(self, vm: GunyahHypVm) -> None:
         """All memory of a dead VM becomes the host's again, and leaves other VMs: what was private is sanitised first.
 
-        Raises Refused(NOMEM), and nothing has changed, when the host's own table cannot grow.
+        Raises HypRefused(NOMEM), and nothing has changed, when the host's own table cannot grow.
         """
         identity = next(m for m in self.host_extent.mappings if m.space is self.hlos)
         private_ranges = list(self.memdb.ranges(vm.guest_private))

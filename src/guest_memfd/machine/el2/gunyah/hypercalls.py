@@ -38,7 +38,7 @@ class Caller(NamedTuple):
 
 
 class _Call(NamedTuple):
-    # arguments: registers from x1 on; reserved: whether the one behind them has to be 0.
+    # arguments: registers from x1 on; reserved: whether the one after them has to be 0.
     run: Callable[[Hypercalls, Caller, list[int]], tuple[int, ...]]
     arguments: int
     reserved: bool
@@ -56,8 +56,11 @@ class Hypercalls:
         try:
             if known is None:
                 raise HypRefused(GunyahError.UNIMPLEMENTED, f"function {regs[0]:#x}")
+            # Refused now, so that the register can get a meaning later.
             if known.reserved and regs[1 + known.arguments]:
                 raise HypRefused(GunyahError.ARG_INVAL, f"x{1 + known.arguments} is reserved")
+            # Capabilities are looked up in the order of the arguments: with two wrong ones, the first decides the
+            # error.
             results = known.run(self, Caller(cspace, space), regs[1:1 + known.arguments])
         except HypRefused as refused:
             regs[0] = refused.error & _MASK
@@ -89,6 +92,8 @@ class Hypercalls:
     def donate(self, caller: Caller, args: list[int]) -> tuple[int, ...]:
         """Options, from, to, offset, size."""
         options = Options.decode(args[0])
+        # A donation to or from a protected guest needs rights on top of DONATE, other ones on each side: a holder of
+        # the host's extent cannot take from a guest by it.
         source_right, to_right = _DONATE_RIGHTS.get(options.type, (0, 0))
         source = caller.cspace.lookup(args[1], Extent, ExtentRight.DONATE | source_right)
         to = caller.cspace.lookup(args[2], Extent, ExtentRight.DONATE | to_right)
@@ -116,6 +121,7 @@ class Hypercalls:
     def modify_pages(self, caller: Caller, args: list[int]) -> tuple[int, ...]:
         """Address space (0: the caller's own), vbase, size, flags; result: the size that remains."""
         space = caller.space
+        # A guest may unlock its own pages without a capability on itself.
         if args[0]:
             space = caller.cspace.lookup(args[0], AddressSpace, SpaceRight.MODIFY_PROTECTED)
         space.modify(args[1], args[2], args[3])

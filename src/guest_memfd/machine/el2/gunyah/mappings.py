@@ -25,7 +25,7 @@ VISIBLE = 0x3FC | 3 << 53
 
 
 class Mappings:
-    """The table of the VM with this VMID, and where each physical page appears. Raises Refused(NOMEM)."""
+    """The table of the VM with this VMID, and where each physical page appears. Raises HypRefused(NOMEM)."""
 
     def __init__(self, ram: Ram, source: StockSource, tlbs: list[Tlb], vmid: int, name: str) -> None:
         self.ram, self.source, self.name = ram, source, name
@@ -86,7 +86,7 @@ class Mappings:
     def place(self, vbase: int, start: int, end: int, bits: int) -> None:
         """Map physical [start, end) at *vbase* in place of whatever is there; private pages that go are sanitised.
 
-        Entries that say so already stay, which is how a page is only locked again. Raises Refused(NOMEM).
+        Entries that say so already stay, which is how a page is only locked again. Raises HypRefused(NOMEM).
         """
         stop = vbase + end - start
         found = list(self.table.leaves(vbase, stop))
@@ -141,7 +141,7 @@ class Mappings:
         self._unsynced.set(start, end, False)
 
     def leave_stale(self, start: int, end: int) -> None:
-        """[start, end) was unmapped with NOSYNC: whoever maps something there has to synchronise first."""
+        """[start, end) was unmapped with NOSYNC: a map there has to synchronise first."""
         self._unsynced.set(start, end, True)
 
     def sync_all(self) -> None:

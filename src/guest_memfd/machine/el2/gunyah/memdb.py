@@ -31,7 +31,7 @@ class MemDb:
         return self._owners.only(start, end, extent)
 
     def change(self, start: int, end: int, old: Extent, new: Extent) -> None:
-        """Hand [start, end) over; raises Refused(MEMDB_NOT_OWNER), and nothing moves, if any page is not *old*'s."""
+        """Hand [start, end) over; raises HypRefused(MEMDB_NOT_OWNER), and nothing moves, if any page is not *old*'s."""
         # All pages are asked before the first moves.
         if not self.owns(old, start, end):
             raise HypRefused(GunyahError.MEMDB_NOT_OWNER, f"[{start:#x}, {end:#x}) is not all in {old!r}")

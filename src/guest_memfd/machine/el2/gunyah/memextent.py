@@ -44,7 +44,7 @@ class Attributes:
 
     @classmethod
     def decode(cls, value: int) -> Attributes:
-        """From the hypercall's word; raises Refused(ARG_INVAL) on reserved bits and memory types that do not exist."""
+        """From the hypercall's word; raises HypRefused(ARG_INVAL) on reserved bits and memory types that do not exist."""
         memory_type = value >> 16 & 0xFF
         if value & ~0xFF_0077 or memory_type > 0xF:
             raise HypRefused(GunyahError.ARG_INVAL, f"map attributes {value:#x} have reserved bits set")
@@ -93,7 +93,7 @@ class Extent:
         return f"<extent {self.name}>"
 
     def record(self, mapping: ExtentMapping) -> None:
-        """Remember a mapping; raises Refused(MEMEXTENT_MAPPINGS_FULL)."""
+        """Remember a mapping; raises HypRefused(MEMEXTENT_MAPPINGS_FULL)."""
         if len(self.mappings) == MAX_MAPPINGS:
             raise HypRefused(GunyahError.MEMEXTENT_MAPPINGS_FULL, f"{self!r} has {MAX_MAPPINGS} mappings already")
         self.mappings.append(mapping)
@@ -103,7 +103,7 @@ class Extent:
         self.mappings = [mapping for mapping in self.mappings if mapping.space is not space]
 
     def forget(self, space: AddressSpace, vbase: int) -> ExtentMapping:
-        """Drop the record of a mapping and return it; raises Refused(ADDR_INVAL) when there is none."""
+        """Drop the record of a mapping and return it; raises HypRefused(ADDR_INVAL) when there is none."""
         for mapping in self.mappings:
             if mapping.space is space and mapping.vbase == vbase:
                 self.mappings.remove(mapping)

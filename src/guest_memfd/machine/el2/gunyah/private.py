@@ -77,7 +77,7 @@ class Modify(NamedTuple):
 
 
 def modification(flags: int, layout: Layout) -> Modify:
-    """Decode the flags of modify_pages; raises Refused(ARG_INVAL) for reserved bits and for nothing to do.
+    """Decode the flags of modify_pages; raises HypRefused(ARG_INVAL) for reserved bits and for nothing to do.
 
     2024-12: 0x1 unlock, 0x2 sanitise, 0x4 flush. new: 0x1 unlock, 0x4 no_unlock_sync, 0x8 do_not_sanitise.
     """

@@ -76,7 +76,7 @@ class StockSource(Protocol):
 class Stock:
     """Table pages taken in advance; what is left over goes back at the end of the ``with`` block.
 
-    Raises Refused(NOMEM), with everything given back, when there are not *count* pages.
+    Raises HypRefused(NOMEM), with everything given back, when there are not *count* pages.
     """
 
     def __init__(self, source: StockSource, count: int) -> None:

@@ -103,7 +103,7 @@ class GunyahHypVcpu:
         """Go on from where the last run ended; *resume* answers it.
 
         After VMMIO_READ: value, action. After VMMIO_WRITE: -, action. After PAGE_FAULT: action; the other words are
-        reserved. Raises Refused: UNIMPLEMENTED for reserved words, ARG_INVAL for an action that does not exist.
+        reserved. Raises HypRefused: UNIMPLEMENTED for reserved words, ARG_INVAL for an action that does not exist.
         """
         if self.last.state in (VcpuState.POWERED_OFF, VcpuState.FAULT, VcpuState.PSCI_SYSTEM_RESET):
             return self.last
@@ -202,7 +202,7 @@ class GunyahHypVcpu:
         self._fault = fault
         page = ipa & _PAGE_MASK
         kind = self.vm.space.ranges.kind(page, page + 4096)
-        # Outside of every configured range nobody could do anything about it.
+        # Outside of every configured range no one could do anything about it.
         if kind is None or fault.kind not in (TRANSLATION, ACCESS_FLAG, PERMISSION):
             return GunyahRun(VcpuState.FAULT, (ipa, 0, 0))
         self._transfer = self.cpu.transfer() if kind == "vmmio" and not fault.s1ptw and fault.access != "x" else None

@@ -64,7 +64,7 @@ _VERSION_1_1 = 1 << 16 | 1
 class GunyahHypVm:
     """One VM. *running*: whether its vCPUs may run; pages it has locked stay with it exactly as long.
 
-    *on_exit* is told why it stopped. Raises Refused, and nothing of it exists: NOMEM, CSPACE_FULL.
+    *on_exit* is told why it stopped. Raises HypRefused, and nothing of it exists: NOMEM, CSPACE_FULL.
     """
 
     def __init__(self, el2: Gunyah, name: str, vmid: int, running: bool = True) -> None:
@@ -138,7 +138,7 @@ class GunyahHypVm:
     def destroy(self) -> None:
         """Take it apart: what it holds is sanitised and given back to the host, its capabilities are revoked.
 
-        Raises Refused(NOMEM); it is dead then, but still there.
+        Raises HypRefused(NOMEM); it is dead then, but still there.
         """
         self.kill()
         self._el2.take_back(self)

@@ -2,6 +2,6 @@
 
     pgtable.py  a stage-2 table as KVM keeps it: break-before-make, TLB maintenance, nothing half done
     vcpu.py     what a vCPU's run comes back with
-    guest.py    the stage 2 of a guest, whoever runs it
-    vm.py       the host without a stage 2 of its own: guests are mapped under mmu_lock and nobody owns anything
+    guest.py    the stage 2 of a guest, of plain KVM and pKVM
+    vm.py       the host without a stage 2 of its own: guests are mapped under mmu_lock and no one owns anything
 """

@@ -1,4 +1,4 @@
-"""A guest's stage 2, whoever runs it. Here is how wide it is, and where each page of RAM is mapped in it.
+"""A guest's stage 2, under plain KVM and pKVM. Here is how wide it is, and where each page of RAM is mapped in it.
 
 KVM picks as few levels as 16 concatenated first tables allow: 40 bits of IPA start at level 1 with two of them
 (asm/stage2_pgtable.h).
@@ -26,7 +26,7 @@ LAST_VMID = (1 << 16) - 1
 
 
 def next_vmid(last: int, used: Container[int]) -> int:
-    """The first VMID behind *last*, from 1 on again after `LAST_VMID`, that is not *used*."""
+    """The first VMID after *last*, from 1 on again after `LAST_VMID`, that is not *used*."""
     return next(vmid for vmid in chain(range(last + 1, LAST_VMID + 1), range(1, last + 1)) if vmid not in used)
 
 

@@ -3,7 +3,7 @@
 
 After arch/arm64/kvm/hyp/pgtable.c: an entry that changes is LOCKED first, then its TLB entries go, then the new entry is
 written; a table that no longer holds anything is freed after its parent entry has gone the same way. A block that has
-to make room for a page is dropped as a whole, and whoever needs the rest of it faults it in again. All the table pages
+to make room for a page is dropped as a whole, and the rest of it is faulted in again when it is needed. All the table pages
 that an operation needs are allocated before it changes anything.
 
 Descriptors are stored by arm64's PageTable.write, which watches over break-before-make.

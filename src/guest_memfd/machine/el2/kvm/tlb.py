@@ -1,7 +1,7 @@
 """TLB maintenance after a change of stage 2. Here is what KVM flushes, in which order, for which VMID.
 
 arch/arm64/kvm/hyp/nvhe/tlb.c: DSB; TLBI IPAS2E1IS, which stage-2-only entries obey; DSB; TLBI VMALLE1IS, since
-combined entries and what stage-1 walks left behind obey only that; DSB; ISB, all in the context of the VMID.
+combined entries and what stage-1 walks have cached obey only that; DSB; ISB, all in the context of the VMID.
 """
 
 from __future__ import annotations

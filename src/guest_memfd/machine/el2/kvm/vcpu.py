@@ -51,7 +51,7 @@ class MmioAccess(NamedTuple):
 
 
 class MemoryFaultExit(NamedTuple):
-    """A stage-2 fault on memory that is bound there: whoever handles it maps something, or returns -EFAULT."""
+    """A stage-2 fault on memory that is bound there: the handler maps something, or returns -EFAULT."""
 
     ipa: int
     write: bool
@@ -133,7 +133,7 @@ class VheVcpu:
                 return ExpiredExit()
 
     def complete_mmio(self, data: int) -> None:
-        """The device's answer to an MMIO read, little-endian; the guest goes on behind the load."""
+        """The device's answer to an MMIO read, little-endian; the guest goes on after the load."""
         load, self._load = self._load, None
         if load is None:
             raise ValueError("no MMIO read is waiting")

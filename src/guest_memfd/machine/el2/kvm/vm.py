@@ -90,7 +90,7 @@ class Kvm:
         return None
 
     def hvc(self, regs: list[int], cpu: int = 0) -> None:
-        """Nobody is there to answer: SMCCC NOT_SUPPORTED."""
+        """No one is there to answer: SMCCC NOT_SUPPORTED."""
         regs[0] = (1 << 64) - 1
 
     def host_abort(self, fault: Fault, el: int) -> Inject | None:
@@ -98,9 +98,9 @@ class Kvm:
         raise LookupError(f"a stage-2 fault of a host that has no stage 2: {fault!r}")
 
     def owner(self, pa: int) -> str:
-        """Nobody keeps ownership: always ``host``."""
+        """No one keeps ownership: always ``host``."""
         return "host"
 
     def host_may(self, pa: int) -> bool:
-        """Nobody withholds memory from the host."""
+        """No one withholds memory from the host."""
         return True

@@ -28,7 +28,7 @@ def transition_order(nr: int, *frames: int) -> int:
 
 
 def range_allowed_memory(el2: El2, pfn: int, nr: int) -> int:
-    """-EPERM: no memory, or nobody's; -EINVAL: the range leaves its region (check_range_allowed_memory())."""
+    """-EPERM: no memory, or no one's; -EINVAL: the range leaves its region (check_range_allowed_memory())."""
     # Devices are never donated, nor memory that firmware keeps.
     region = el2.host.region(pfn << PAGE_SHIFT)
     if region is None or region.nomap:

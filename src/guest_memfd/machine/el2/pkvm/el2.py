@@ -43,7 +43,7 @@ class El2:
         for base, size in reserved:
             self._reserve(base >> PAGE_SHIFT, size >> PAGE_SHIFT)
 
-    # In leaves as large as fit: nobody ever asks for part of it back.
+    # In leaves as large as fit: no one ever asks for part of it back.
     def _reserve(self, pfn: int, nr: int) -> None:
         while nr:
             order = max(o for o in ORDERS if not pfn & (1 << o) - 1 and 1 << o <= nr)
@@ -89,7 +89,7 @@ class El2:
         """``host``, ``guest`` (donated), ``shared`` (a guest borrows it), ``borrowed`` (a guest's), or ``hyp``."""
         page = self.vmemmap.page(pa >> PAGE_SHIFT)
         # The host's state alone tells whose the page is: OWNED and SHARED_OWNED the host's, SHARED_BORROWED a
-        # guest's, NOPAGE somebody's whom the host cannot reach.
+        # guest's, NOPAGE someone's whom the host cannot reach.
         if page.host is PkvmState.NOPAGE:
             return "hyp" if page.hyp is PkvmState.OWNED else "guest"
         if page.host is PkvmState.SHARED_BORROWED:

@@ -44,7 +44,7 @@ class Region(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The first byte behind it."""
+        """The first byte after it."""
         return self.base + self.size
 
 

@@ -2,7 +2,7 @@
 
 x0 = 0xC6000000 | n (fast SMC64 call of the vendor hypervisor service; n is no ABI, these are Linux 7.3's); x0 comes back
 as 0 or NOT_SUPPORTED, and x1 as the function's own result (kvm/hyp/nvhe/hyp-main.c). EL2 is initialised from the start,
-so that calls below MIN_PKVM are refused. Numbers from 51 on, behind the last of 7.3, are this project's.
+so that calls below MIN_PKVM are refused. Numbers from 51 on, after the last of 7.3, are this project's.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _in_poison_fault(el2: El2, a: list[int], cpu: int) -> int:
 def _vcpu_load(el2: El2, a: list[int], cpu: int) -> int:
     vm = _vm(el2, a[0])
     if vm is None or cpu in el2.loaded or vm.dying or a[1] >= len(vm.vcpus) or vm.vcpus[a[1]].loaded:
-        return 0                                # void upstream: whoever runs the vCPU finds that it is not loaded
+        return 0                                # void upstream: the next run of the vCPU finds that it is not loaded
     vm.vcpus[a[1]].loaded = True
     el2.loaded[cpu] = vm.vcpus[a[1]]
     return 0

@@ -119,7 +119,7 @@ class Vmemmap:
         for lower, at in list(self._below(pfn, order)):
             del self._words[lower][at]
         value = page.value
-        # Zeros are not stored: that is the record of a page that nobody has touched, and the table stays as small as
+        # Zeros are not stored: that is the record of a page that no one has touched, and the table stays as small as
         # what has been given away.
         if value:
             self._words[order][pfn] = value

@@ -143,7 +143,7 @@ def donate_hyp(el2: El2, pfn: int, nr: int) -> int:
 
 
 def hyp_donate_host(el2: El2, pfn: int, nr: int) -> int:
-    """*nr* pages: hypervisor OWNED -> host OWNED, mapped RWX; nobody zeroes them here.
+    """*nr* pages: hypervisor OWNED -> host OWNED, mapped RWX; no one zeroes them here.
 
     -EINVAL for what EL2 has had from the start, in larger leaves: it is never asked for.
     """
@@ -159,7 +159,7 @@ def hyp_donate_host(el2: El2, pfn: int, nr: int) -> int:
 
 
 def share_ffa(el2: El2, pfn: int, nr: int) -> int:
-    """*nr* pages: host OWNED -> SHARED_OWNED, with somebody in the secure world."""
+    """*nr* pages: host OWNED -> SHARED_OWNED, with someone in the secure world."""
     return _ffa(el2, pfn, nr, PkvmState.OWNED, PkvmState.SHARED_OWNED)
 
 

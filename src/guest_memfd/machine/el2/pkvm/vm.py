@@ -188,7 +188,7 @@ class PkvmVcpu(VheVcpu):
 
     # The HVC becomes a write fault of the page, and is executed again when the host has mapped it.
     def _fault_in(self, ipa: int) -> Exit:
-        # PC is behind the HVC, which must run once more when the page is there.
+        # PC is after the HVC, which must run once more when the page is there.
         self.cpu.pc -= 4
         if not self.bound(ipa):
             return InternalErrorExit(f"the guest shares IPA {ipa:#x}, where it has no memory")

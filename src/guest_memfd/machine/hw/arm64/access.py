@@ -41,7 +41,7 @@ def access_of(word: int) -> Transfer | None:
     """The transfer of a single-register load or store; None for any other instruction.
 
     Covers unsigned offset, unscaled, pre- and post-index and register offset. Writeback forms are decoded, too, although
-    the architecture leaves ISV clear for them (ESR_ELx.ISV): whoever builds a syndrome looks at `writes_back`.
+    the architecture leaves ISV clear for them (ESR_ELx.ISV): code that builds a syndrome looks at `writes_back`.
     """
     if word >> 27 & 0b111 != 0b111 or word >> 26 & 1:
         return None

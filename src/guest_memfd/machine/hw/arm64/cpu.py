@@ -1,7 +1,7 @@
 """One AArch64 CPU. Unicorn executes, our tables translate; after every stop the CPU is in the state that the manual says.
 
 Unicorn is used with UC_TLB_VIRTUAL: it asks for every translation and knows nothing of tables. Exceptions are never
-delivered by it; each ends `run` as one of the `Stop` tuples below, and whoever plays EL2 decides what happens next.
+delivered by it; each ends `run` as one of the `Stop` tuples below, and the caller, which is EL2, decides what happens next.
 What hypervisors trap is trapped here by the same bits (HCR_EL2.TWI, TVM, TTLB), Arm ARM D22.2 "HCR_EL2".
 """
 
@@ -351,7 +351,7 @@ class Cpu:
                 return stop
             self.flush()
 
-    # What a signal raises while Unicorn calls us, before or behind our own code, comes here and nowhere else.
+    # What a signal raises while Unicorn calls us, before or after our own code, comes here and nowhere else.
     def _lost(self, what: sys.UnraisableHookArgs) -> None:
         self._raised = self._raised or what.exc_value or what.exc_type()
 
@@ -379,11 +379,11 @@ class Cpu:
         # An access that crosses into a page reports the first byte of that page, not where it began.
         return va if va is not None and page <= va < page + _PAGE else page
 
-    # Called by Unicorn for everything that is an exception; the state is that of the instruction, or behind a call.
+    # Called by Unicorn for everything that is an exception; the state is that of the instruction, or after a call.
     def _exception(self, uc: Any, number: int, _: object) -> None:
         try:
             pc = self.pc
-            # The PC is already behind a call; for everything else it is at the instruction.
+            # The PC is already after a call; for everything else it is at the instruction.
             if number in _CALLS:
                 self._stop = _CALLS[number](self._executed(pc - 4) >> 5 & 0xffff)
             elif number == _BKPT:
@@ -402,7 +402,7 @@ class Cpu:
     def _executed(self, pc: int) -> int:
         return int.from_bytes(self.ram.read(self._fetched[pc & -_PAGE] + pc % _PAGE, 4), "little")
 
-    # What HCR_EL2 makes trap. True: done, execution goes on behind it.
+    # What HCR_EL2 makes trap. True: done, execution goes on after it.
     def _trapped(self, pc: int) -> bool:
         word = self._executed(pc)
         # HCR_EL2.TWI: a guest that waits gives the CPU back instead of stopping it.

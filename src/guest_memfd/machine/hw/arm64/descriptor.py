@@ -41,7 +41,7 @@ S2_WRITE = 1 << 7
 FNXS = 1 << 11
 XN_SHIFT = 53
 S2_XN = 2 << XN_SHIFT
-"""XN[1:0] = 0b10: nobody executes."""
+"""XN[1:0] = 0b10: no one executes."""
 
 ADDRESS = ((1 << 48) - 1) & ~0xfff
 """Bits that can hold an output address, before the granule takes its lower ones."""

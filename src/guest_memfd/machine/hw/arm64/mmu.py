@@ -26,7 +26,8 @@ level are not part of an entry; they are looked at when it is used. `at_s1` asks
 goes around stage 2.
 
 `prefetch` is a speculative access. It may happen at any time and for any address, so it fills the TLB with everything
-valid on the way, whoever may use it, and never faults. lockstep calls it before every primitive (machine/adversary.py).
+valid on the way, no matter who may use it, and never faults. lockstep calls it before every primitive
+(machine/adversary.py).
 
 Left out: hardware updates of the access flag and the dirty state (AF=0 always faults), nested virtualisation, and EL2's
 own regime. *conflict_aborts* chooses between the two behaviours that the architecture permits for overlapping entries.
@@ -99,7 +100,7 @@ class Mmu:
         return self._answer(hit, va, s1, who)
 
     def prefetch(self, va: int, s1: Stage1, s2: Stage2 | None = None) -> None:
-        """A speculative access: fills the TLB with whatever is valid on the way, whoever may use it, and never faults."""
+        """A speculative access: fills the TLB with every valid entry on the way, whatever it permits; never faults."""
         who: Who = (1, False, va, None, "r", 1)
         try:
             if not s1.enabled:

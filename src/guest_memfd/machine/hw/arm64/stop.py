@@ -1,6 +1,6 @@
 """Why a CPU stopped. A stop says what EL2 would be told, and no more.
 
-The PC is behind a call and WFI, and at the instruction for everything else (Arm ARM D1.3,
+The PC is after a call and WFI, and at the instruction for everything else (Arm ARM D1.3,
 "preferred exception return address").
 """
 
@@ -31,25 +31,25 @@ class Bus(NamedTuple):
 
 
 class Hvc(NamedTuple):
-    """HVC #imm was executed; the PC is behind it."""
+    """HVC #imm was executed; the PC is after it."""
 
     imm: int
 
 
 class Smc(NamedTuple):
-    """SMC #imm was executed; the PC is behind it."""
+    """SMC #imm was executed; the PC is after it."""
 
     imm: int
 
 
 class Svc(NamedTuple):
-    """SVC #imm was executed; the PC is behind it."""
+    """SVC #imm was executed; the PC is after it."""
 
     imm: int
 
 
 class Wfi(NamedTuple):
-    """WFI was executed; the PC is behind it."""
+    """WFI was executed; the PC is after it."""
 
 
 class Breakpoint(NamedTuple):

@@ -184,7 +184,7 @@ class PageTable:
         self._whole(ia, end)
         found = list(self.leaves(ia, size))
         # Only the first and the last can reach beyond the range. To drop the rest of such a block silently would
-        # unmap what nobody has named.
+        # unmap what no one has named.
         for at, covers, entry in (found[0], found[-1]):
             if entry.value and (at < ia or at + covers > end):
                 raise BadInput(f"{at:#x} is mapped by a block of {covers:#x} bytes that reaches beyond the range")
@@ -335,6 +335,6 @@ class PageTable:
                 return value
         return value | d.CONTIGUOUS
 
-    # Nobody can see this table yet, so that no rule about changing descriptors applies.
+    # No one can see this table yet, so that no rule about changing descriptors applies.
     def _write_unlinked(self, table: int, values: list[int]) -> None:
         self.memory.write(table, pack(f"<{len(values)}Q", *values))

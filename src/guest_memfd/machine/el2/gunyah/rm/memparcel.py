@@ -277,7 +277,7 @@ class Memparcels:
             for piece in sgl:
                 if not self._el2.memdb.owns(host, piece.ipa, piece.ipa + piece.size):
                     raise RmRefused(RmError.MEM_INVALID, f"{piece.ipa:#x}+{piece.size:#x} is not the host's")
-                # Without synchronisation, piece by piece; one flush follows for all, and until then nobody has been
+                # Without synchronisation, piece by piece; one flush follows for all, and until then no one has been
                 # told that the parcel exists.
                 self._el2.donate(_QUIET, host, parcel.extent, piece.ipa, piece.size)
                 done.append(piece)

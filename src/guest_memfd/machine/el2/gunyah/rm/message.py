@@ -93,6 +93,7 @@ class Receiver:
         return done
 
     def _begin(self, message: Message, further: int) -> None:
+        # The sender has given the earlier one up. Its pieces must not become part of this one.
         if self._first is not None:
             self.dropped += 1
         if further > MAX_FRAGMENTS:
@@ -102,6 +103,8 @@ class Receiver:
         self._first, self._pieces, self._missing = message, [message.body], further
 
     def _continue(self, seq: int, message_id: int, piece: bytes) -> None:
+        # A late piece of a message that was cut off: appending it would give a whole message with a foreign part in
+        # it.
         if self._first is None or (self._first.seq, self._first.id) != (seq, message_id):
             self.dropped += 1
             return

@@ -40,7 +40,7 @@ _FORCE = 1
 
 @dataclass
 class Record:
-    """What the Resource Manager knows of a VM. *boot_context*: (register set, index) to value, for whoever makes the CPU."""
+    """What the Resource Manager knows of a VM. *boot_context*: (register set, index) to value, for the maker of the CPU."""
 
     vmid: int
     owner: int
@@ -251,7 +251,7 @@ class ResourceManager:
         vmid, = p.decode_fields("<H2x", body)
         record = self._record(caller, vmid, Id.VM_START)
         assert record.vm is not None
-        # Before the VM runs, while nobody touches the image.
+        # Before the VM runs, while no one touches the image.
         self._adopt(record, record.vm)
         record.vm.start()
         self._enter(record, VmState.RUNNING)
