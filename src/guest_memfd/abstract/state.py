@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from guest_memfd.compat import override
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 
 FRAME_FIELDS = {
@@ -179,6 +180,7 @@ class _Record:
 
     if TYPE_CHECKING:                                   # every field is an int
         def __getattr__(self, name: str) -> int: ...
+        @override
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
@@ -232,6 +234,7 @@ class State:
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> int: ...
+        @override
         def __setattr__(self, name: str, value: Any) -> None: ...
 
     @classmethod

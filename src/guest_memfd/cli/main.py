@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TextIO
 
 from guest_memfd.cli import room
 from guest_memfd.cli.stop import Stopped, stoppable
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, GuestMemfdError, HostUnavailable, InternalError, UnknownName, words
 from guest_memfd.printable import printable
 
@@ -51,6 +52,7 @@ LONGEST = 400
 class Formatter(argparse.HelpFormatter):
     """argparse's, with what comes last in as many paragraphs as it was written in."""
 
+    @override
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n\n".join(super(Formatter, self)._fill_text(each, width, indent) for each in text.split("\n\n"))
 
@@ -61,6 +63,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=Formatter, **kwargs)
 
+    @override
     def error(self, message: str) -> NoReturn:
         """Raise BadInput instead of exiting."""
         raise BadInput(f"{message}; see {self.prog} --help")
@@ -69,6 +72,7 @@ class Parser(argparse.ArgumentParser):
 class Version(argparse.Action):
     """--version, which looks the version up only when asked."""
 
+    @override
     def __call__(self, *_: Any) -> NoReturn:
         """Print the version of the installed package, or that there is none, and exit with status 0."""
         from importlib import metadata

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from guest_memfd.compat import override
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.designs.design import Design
@@ -50,6 +51,7 @@ class GuestmemRfc1(Design):
         """Whether the page's binding lends (the client's flag)."""
         return not self.has_accessible or index not in self.born_shared
 
+    @override
     def present(self, start: int, nr: int) -> Steps[tuple[Held, ...]]:
         """What is private is what the binding lends."""
         folios = yield from super().present(start, nr)
@@ -97,11 +99,13 @@ class GuestmemRfc1(Design):
 
     # -- the guest's side ----------------------------------------------------------------------------------------
 
+    @override
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         """There is no attribute tree: a folio is accessible or not."""
         yield from ()
         return 0
 
+    @override
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
         """The client's demand paging."""
         host = self.host
@@ -153,10 +157,12 @@ class GuestmemRfc1(Design):
 
     # -- the host's side -----------------------------------------------------------------------------------------
 
+    @override
     def mmap(self) -> Steps[int]:
         """Map the file, where the driver has ->accessible; -EPERM where it has not."""
         return (yield from self.host.mmap()) if self.has_accessible else -EPERM
 
+    @override
     def user_fault(self, index: int) -> Steps[str]:
         """guest_memfd_fault(): grab, zeroed, before ->accessible is asked (R22); an error pointer is not NULL (S41)."""
         host = self.host
@@ -195,6 +201,7 @@ class GuestmemRfc1(Design):
             ret = yield from self.ops.reclaim(bound - 1, folio)
         return ret
 
+    @override
     def allocate(self, start: int, nr: int) -> Steps[int]:
         """fallocate: tests for NULL, gets an error pointer (S41)."""
         host = self.host
@@ -212,6 +219,7 @@ class GuestmemRfc1(Design):
         yield from host.up_read("invalidate")
         return 0
 
+    @override
     def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
         """Whatever invalidate_begin says, the answer is 0 (S40)."""
         nr = min(nr, self.size - start)
@@ -225,16 +233,19 @@ class GuestmemRfc1(Design):
         yield from self.host.up_write("invalidate")
         return Conversion(0)
 
+    @override
     def return_to_kernel(self, held: Held, marked: bool) -> Steps[None]:
         """free_folio: restore the direct map; no one scrubs."""
         if marked:
             yield from self.map_direct(held.folio)
 
+    @override
     def make_private(self, start: int, nr: int) -> Steps[Conversion]:
         """There is no conversion by range."""
         yield from ()
         return Conversion(-EOPNOTSUPP)
 
+    @override
     def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
         """-EOPNOTSUPP, as `make_private`: the posted library has no conversion by range."""
         yield from ()

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
+from guest_memfd.compat import override
 from guest_memfd.core.base import filled
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import MISSES, Grabbed
@@ -90,11 +91,13 @@ class GunyahV17(Design):
 
     # -- file and bindings (23, 24/35) ---------------------------------------------------------------------------
 
+    @override
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         """There is no attribute tree: lend or share belongs to the binding."""
         yield from ()
         return 0
 
+    @override
     def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
         """MAP_MEM, once per page here; each binding keeps a reference on the file."""
         host = self.driver
@@ -109,6 +112,7 @@ class GunyahV17(Design):
         """Whether the binding of page *index* is FORCE_LEND."""
         return index not in self.born_shared
 
+    @override
     def unbind(self, start: int, nr: int) -> Steps[Conversion]:
         """MAP_MEM with UNMAP: invalidate_lock, then bindings_lock; the whole binding or -ENOENT."""
         host = self.driver
@@ -134,6 +138,7 @@ class GunyahV17(Design):
 
     # -- the guest faults (20, 28/35) ----------------------------------------------------------------------------
 
+    @override
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
         """gunyah_gmem_demand_page(): bindings_lock, then folio lock, then (in provide) invalidate_lock (S14)."""
         host = self.driver
@@ -245,6 +250,7 @@ class GunyahV17(Design):
 
     # -- the host's side (24/35) ---------------------------------------------------------------------------------
 
+    @override
     def mmap(self) -> Steps[int]:
         """mmap of lent memory takes it back first; share bindings are ignored."""
         host = self.driver
@@ -258,6 +264,7 @@ class GunyahV17(Design):
         yield from host.up_read("invalidate")
         return ret or (yield from host.mmap())
 
+    @override
     def user_fault(self, index: int) -> Steps[str]:
         """gunyah_gmem_fault(): a lent page is laundered on the way; folio lock, then invalidate_lock."""
         grabbed = yield from self.grab_folio(index)
@@ -274,6 +281,7 @@ class GunyahV17(Design):
         yield from self.unlock_and_put(grabbed.folio)
         return answer
 
+    @override
     def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
         """invalidate_inode_pages2_range() with byte offsets where page indexes belong (S4)."""
         host = self.driver
@@ -317,16 +325,19 @@ class GunyahV17(Design):
         (bound,) = yield from self.driver.xa_load("bindings", index, 1)
         return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, private, True)) if bound else 0
 
+    @override
     def make_private(self, start: int, nr: int) -> Steps[Conversion]:
         """There is no conversion: lend or share is for the life of a binding."""
         yield from ()
         return Conversion(-EOPNOTSUPP)
 
+    @override
     def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
         """-EOPNOTSUPP, as `make_private`: a page is shared only when its binding goes."""
         yield from ()
         return Conversion(-EOPNOTSUPP)
 
+    @override
     def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
         """error_remove_folio: launder; folio lock, then invalidate_lock."""
         host = self.driver
@@ -340,6 +351,7 @@ class GunyahV17(Design):
 
     # -- the end (20/35, vm_mgr.c) -------------------------------------------------------------------------------
 
+    @override
     def vm_teardown(self) -> Steps[int]:
         """Each binding: reclaim (a failure only warns), drop its file reference; then what is left in the tree."""
         host = self.driver
@@ -358,6 +370,7 @@ class GunyahV17(Design):
         yield from host.end_op(0)
         return 0
 
+    @override
     def evict(self) -> Steps[None]:
         """The inode goes: truncate_inode_pages() drops what is cached, no matter who owns it."""
         host, index = self.driver, 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from guest_memfd.compat import override
 from guest_memfd.designs.design import OPERATIONS, Design
 from guest_memfd.words.primitives import Folio, Steps
 
@@ -23,11 +24,13 @@ class NoDesign(Design):
     keeps: ClassVar[Mapping[str, str]] = dict.fromkeys(
         OPERATIONS, "the series says nothing of it but that the direct map stays as it is, and that is all that differs")
 
+    @override
     def zap_noflush(self, folio: Folio) -> Steps[int]:
         """0, with the direct map as it was: this design leaves every page mapped in the kernel."""
         yield from ()
         return 0
 
+    @override
     def flush(self, folios: tuple[Folio, ...]) -> Steps[None]:
         """No TLB entry to remove, as no entry of the direct map has changed."""
         yield from ()

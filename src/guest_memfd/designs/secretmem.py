@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from guest_memfd.compat import override
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.designs.design import OPERATIONS, Design
 from guest_memfd.words.primitives import Bound, Steps
@@ -30,6 +31,7 @@ class Secretmem(Design):
         "punch": Bound(writes=1, calls=4),
     }
 
+    @override
     def grab_folio(self, index: int) -> Steps[Grabbed | int]:
         """A new page leaves the direct map at once; if that fails it is given up again."""
         grabbed = yield from super().grab_folio(index)
@@ -45,11 +47,13 @@ class Secretmem(Design):
             return ret
         return grabbed._replace(private=True)
 
+    @override
     def make_accessible(self, grabbed: Grabbed) -> Steps[int]:
         """The VMM uses its own mapping; the kernel's stays away."""
         yield from ()
         return 0
 
+    @override
     def return_to_kernel(self, held: Held, marked: bool) -> Steps[None]:
         """Put the page back into the direct map, then zero it through there (secretmem_free_folio(), mm/secretmem.c)."""
         yield from self.host.set_direct_map_default_noflush(held.folio)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import Design
 from guest_memfd.errors import GuestMemfdError
@@ -37,6 +38,7 @@ class Divergence(NamedTuple):
     step: int
     why: str
 
+    @override
     def __str__(self) -> str:
         return f"step {self.step}: {self.why}"
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from guest_memfd.abstract import state as st
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, shown
 from guest_memfd.plugins.fields import LINE, NAME, takes, wrong
 from guest_memfd.plugins.guard import asked_twice, foreign
@@ -34,6 +35,7 @@ class Violator:
     planted: bool = False
     scene: str | None = None
 
+    @override
     def __str__(self) -> str:
         where = " of the tests" if self.planted else ""
         scene = f" in {self.scene}" if self.scene else ""
@@ -88,6 +90,7 @@ class _Question(NamedTuple):
     law: str
     about: object
 
+    @override
     def __str__(self) -> str:
         return f"law {self.law!r}, asked about {_a(self.about)},"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput
 from guest_memfd.linux import syscall
 from guest_memfd.linux.fd import OwnedFd
@@ -24,5 +25,6 @@ class Anonymous(OwnedFd):
             raise BadInput(f"{len(data):#x} bytes at {at:#x} of memory of {0 if self.closed else self.size:#x} bytes")
         ctypes.memmove(self.address + at, data, len(data))
 
+    @override
     def _release(self) -> None:
         syscall.munmap(self.address, self.size)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from errno import EBADF
 
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.uapi import owned
 
@@ -54,10 +55,12 @@ class Descriptor(OwnedFd):
         return self._fd
 
     # The kernel refuses -1, too: the shortest calls leave it to that instead of asking `fileno`.
+    @override
     def _release(self) -> None:
         fd, self._fd = self._fd, -1
         os.close(fd)
 
+    @override
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}, {'closed' if self.closed else f'fd {self._fd}'}>"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput
 from guest_memfd.linux.anonymous import Anonymous
 from guest_memfd.linux.fd import OwnedFd
@@ -38,6 +39,7 @@ class IdentityMap(OwnedFd):
             self._undo = undo.pop_all()
         self.closed = False
 
+    @override
     def _release(self) -> None:
         self._undo.close()
 
@@ -65,6 +67,7 @@ class SmallGuest(OwnedFd):
         self._memory.put(CODE - BASE, code)
         self.vcpu.enter_user_mode(BASE, CODE, rsp=STACK, **registers)
 
+    @override
     def _release(self) -> None:
         self._undo.close()
 

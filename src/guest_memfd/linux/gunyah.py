@@ -10,6 +10,7 @@ from errno import EACCES, ENODEV, ENOENT, ENXIO, EPERM
 from mmap import MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import cast
 
+from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.linux import syscall
 from guest_memfd.linux.abi import gunyah as abi
@@ -113,6 +114,7 @@ class LinuxGunyahVcpu(Descriptor):
         syscall.ioctl(self.fileno(), Ioctl.VCPU_RUN, call="GUNYAH_VCPU_RUN")
         return self.page.exit
 
+    @override
     def _release(self) -> None:
         self._view.release()                # any use of `page` now is a ValueError
         syscall.munmap(self._address, self._size)

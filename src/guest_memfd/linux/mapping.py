@@ -15,6 +15,7 @@ from errno import EBADF, EINVAL
 from mmap import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import Any
 
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.linux import syscall
 from guest_memfd.linux.fd import Descriptor, OwnedFd
@@ -87,9 +88,11 @@ class LinuxMapping(OwnedFd):
         if done < nr:
             raise Signalled("SIGBUS", where + done, BUS_ADRERR)
 
+    @override
     def _release(self) -> None:
         syscall.munmap(self.address, self.size)
 
+    @override
     def __repr__(self) -> str:
         where = "closed" if self.closed else f"at {self.address:#x}"
         return f"<Mapping of {self.name}, {self.size:#x} bytes from {self.offset:#x} on, {where}>"

@@ -13,6 +13,7 @@ from errno import EFAULT, EINTR, EINVAL
 from mmap import MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.linux import stats, syscall
 from guest_memfd.linux.abi import kvm as abi
@@ -53,6 +54,7 @@ class LinuxVcpu(Descriptor):
         self._running = False
         self._last: exits.Exit | None = None
 
+    @override
     def _release(self) -> None:
         del self.page                       # a stray use is an AttributeError, not a SIGSEGV
         syscall.munmap(self._address, self._size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.linux import syscall
 from guest_memfd.linux.abi.kvm_arm64 import VcpuEvents, VcpuInit
 from guest_memfd.linux.vcpu import LinuxVcpu
@@ -22,9 +23,11 @@ class Arm64Vcpu(LinuxVcpu):
         syscall.ioctl(vm.fileno(), arm64.PREFERRED_TARGET, target, call="KVM_ARM_PREFERRED_TARGET")
         syscall.ioctl(fd, arm64.VCPU_INIT, target, call="KVM_ARM_VCPU_INIT")
 
+    @override
     def inject_external_abort(self) -> None:
         """KVM_SET_VCPU_EVENTS with ext_dabt_pending: the MMIO access under way ends in an external abort."""
         syscall.ioctl(self.fileno(), arm64.SET_VCPU_EVENTS, VcpuEvents(ext_dabt_pending=1), call="KVM_SET_VCPU_EVENTS")
 
+    @override
     def _hypercall_result(self, value: int) -> None:
         self.set_one_reg(arm64.X[0], value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from errno import EOPNOTSUPP
 
+from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.linux import syscall
 from guest_memfd.linux.abi import kvm_x86 as x86
@@ -85,10 +86,12 @@ class X86Vcpu(LinuxVcpu):
         self.set_sregs(sregs)
         self.set_regs(x86.Regs(rip=rip, rflags=x86.RFLAGS_ONE, **registers))
 
+    @override
     def inject_external_abort(self) -> None:
         """x86 has no such exception: EOPNOTSUPP."""
         raise SyscallFailed(EOPNOTSUPP, "KVM_SET_VCPU_EVENTS", "external aborts are arm64's")
 
+    @override
     def _hypercall_result(self, value: int) -> None:
         self.page.hypercall.ret = value
 

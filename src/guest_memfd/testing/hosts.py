@@ -16,6 +16,7 @@ from errno import ENOTTY
 from pathlib import Path
 from typing import Any
 
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.linux import fd
 from guest_memfd.uapi import kvm as uapi
@@ -115,10 +116,12 @@ class Emulated(GmemHost):
         self._watch = Watch(0, _quiet)
         self.machine.judge = self._watch
 
+    @override
     def open(self) -> Any:
         """The emulated /dev/kvm or /dev/gunyah; closed at the end. Raises SyscallFailed."""
         return self._stack.enter_context(self.machine.open(self.device, self.design))
 
+    @override
     def lacks(self, need: str) -> str:
         """Why the emulated machine does not have *need*; "" if it has it."""
         if self.device == GUNYAH and need != "fail":
@@ -127,6 +130,7 @@ class Emulated(GmemHost):
             return "under pKVM only a protected VM has private memory"
         return f"{self.name} is not in protected mode" if need == "protected" and not self.name.endswith("pkvm") else ""
 
+    @override
     def enter(self, vm: KvmVm, vcpu: KvmVcpu, pc: int, *arguments: int) -> None:
         """Set the argument registers and PC; the guest starts at EL1 with its MMU off. Raises BadInput, SyscallFailed."""
         if self.device == GUNYAH:
@@ -137,6 +141,7 @@ class Emulated(GmemHost):
             vcpu.set_one_reg(kvm_arm64.X[number], value)
         vcpu.set_one_reg(kvm_arm64.PC, pc)
 
+    @override
     def left(self) -> list[str]:
         """As every host's; the audit of the machine, and the laws."""
         broken = [f"law {each.law} is broken: {each.evidence} (in {each.where})" for each in self._watch.broken.values()]
@@ -146,6 +151,7 @@ class Emulated(GmemHost):
         lost = sorted(self.machine.audit(), key=lambda line: "0x" in line.partition(" is ")[0])
         return broken + lost[:_MOST] + ([f"and {len(lost) - _MOST} more"] if len(lost) > _MOST else [])
 
+    @override
     def __repr__(self) -> str:
         return f"<Emulated {self.name}, design {self.design}>"
 
@@ -162,6 +168,7 @@ class Linux(GmemHost):
         fd.dropped = self._dropped.append
         self._stack.callback(setattr, fd, "dropped", None)
 
+    @override
     def left(self) -> list[str]:
         """As every host's; descriptors and mappings of this process, and what only the garbage collector closed."""
         opened = [f"{name} is still open" for name in (self._open_files() - self._before).elements()]
@@ -188,12 +195,14 @@ class LinuxKvm(Linux):
         super().__init__()
         self._maps: dict[KvmVm, Any] = {}
 
+    @override
     def open(self) -> Any:
         """/dev/kvm; closed at the end. Raises HostUnavailable."""
         from guest_memfd.linux.system import System
 
         return self._stack.enter_context(System())
 
+    @override
     def lacks(self, need: str) -> str:
         """As every host's; the kernel is asked."""
         if need == "fail":
@@ -220,6 +229,7 @@ class LinuxKvm(Linux):
             return f"conversion in place is not in this kernel: {error}" if error.errno == ENOTTY else ""
         return ""
 
+    @override
     def enter(self, vm: KvmVm, vcpu: KvmVcpu, pc: int, *arguments: int) -> None:
         """Build the identity map in the last memory slot, once a VM, and start at CPL 3. Raises BadInput, SyscallFailed."""
         from guest_memfd.linux.guest_x86 import IdentityMap
@@ -241,12 +251,14 @@ class LinuxGunyah(Linux):
 
     name, device = "gunyah", GUNYAH
 
+    @override
     def open(self) -> Any:
         """/dev/gunyah; closed at the end. Raises HostUnavailable."""
         from guest_memfd.linux.gunyah import LinuxGunyahDevice
 
         return self._stack.enter_context(LinuxGunyahDevice())
 
+    @override
     def lacks(self, need: str) -> str:
         """Why /dev/gunyah does not have *need*; "" if it has it. Guests, and what is KVM's, it has not."""
         return _NO_GUESTS if need == "vcpu" else f"that is KVM's, and {self.name} has {GUNYAH}"

@@ -9,6 +9,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
+from guest_memfd.compat import override
 from guest_memfd.errors import errno_name
 
 
@@ -47,6 +48,7 @@ class Mmio(NamedTuple):
     is_write: bool
     data: bytes
 
+    @override
     def __repr__(self) -> str:
         return f"Mmio({self.phys_addr:#x}, {self.size}, {'write' if self.is_write else 'read'}, data={self.data!r})"
 
@@ -93,6 +95,7 @@ class MemoryFault(NamedTuple):
     size: int
     errno: int
 
+    @override
     def __repr__(self) -> str:
         return f"MemoryFault(flags={self.flags:#x}, gpa={self.gpa:#x}, size={self.size:#x}, {errno_name(self.errno)})"
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from guest_memfd.compat import override
+
 
 class _Stay:
+    @override
     def __repr__(self) -> str:
         return "waits"
 
+    @override
     def __reduce__(self) -> str:                        # one object, in every process
         return "STAY"
 

@@ -17,6 +17,8 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from guest_memfd.compat import override
+
 T = TypeVar("T")
 
 ENOMEM, EBUSY, EAGAIN, EINVAL, EPERM, EEXIST = 12, 16, 11, 22, 1, 17
@@ -34,6 +36,7 @@ class Primitive(NamedTuple):
     caller: Caller
     file: int = 0
 
+    @override
     def __str__(self) -> str:
         return f"{f'file{self.file}.' if self.file else ''}{self.name}({', '.join(map(_show, self.args))})"
 
@@ -57,6 +60,7 @@ class Folio(NamedTuple):
         """Size in pages: 1 << order."""
         return 1 << self.order
 
+    @override
     def __str__(self) -> str:
         return f"pfn{self.pfn}" if not self.order else f"pfn{self.pfn}/o{self.order}"
 
@@ -121,6 +125,7 @@ class Entries:
             raise IndexError(f"entry {at} of {self.nr}")
         return self.first + self.step * (at % self.nr)
 
+    @override
     def __str__(self) -> str:
         if self.nr > 1 and not self.step:
             return f"{self.first} x {self.nr}"

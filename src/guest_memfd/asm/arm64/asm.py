@@ -13,6 +13,7 @@ from guest_memfd.asm.arm64.encode import encode, known
 from guest_memfd.asm.arm64.operand import Malformed, register
 from guest_memfd.asm.assembler import Assembled as Assembled
 from guest_memfd.asm.assembler import Assembler, Dialect, Statement
+from guest_memfd.compat import override
 
 
 @dataclass(eq=False)
@@ -35,15 +36,18 @@ class _Assembler(Assembler):
         self.pools: dict[Statement, list[_Literal]] = {}
         self.literals: dict[Statement, _Literal] = {}
 
+    @override
     def value(self, text: str, constant: bool = False) -> int:
         text = text.strip().removeprefix("#").strip()
         if text.lower().startswith(":lo12:"):
             return self.value(text[6:], constant) & 0xfff
         return super().value(text, constant)
 
+    @override
     def size_of(self, statement: Statement) -> int:
         return self._place_pool(statement) if statement.word == ".ltorg" else super().size_of(statement)
 
+    @override
     def instruction_size(self, statement: Statement) -> int:
         word, operands = statement.word, statement.operands
         if not known(word):
@@ -75,6 +79,7 @@ class _Assembler(Assembler):
             at += literal.size
         return at - start
 
+    @override
     def bytes_of(self, statement: Statement) -> bytes:
         if statement not in self.pools:
             return super().bytes_of(statement)
@@ -87,6 +92,7 @@ class _Assembler(Assembler):
                 raise self.error(literal.line, f"ldr: {error}") from error
         return out
 
+    @override
     def instruction_bytes(self, statement: Statement) -> bytes:
         operands = statement.operands
         if statement in self.literals:
@@ -94,6 +100,7 @@ class _Assembler(Assembler):
         words = encode(statement.word, operands, self.here, self.value)
         return b"".join(word.to_bytes(4, "little") for word in words)
 
+    @override
     def shown(self, data: bytes) -> str:
         return f"{data[:4][::-1].hex():8}"
 

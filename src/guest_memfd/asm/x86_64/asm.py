@@ -13,6 +13,7 @@ from guest_memfd.asm.assembler import Assembler, Dialect, Malformed, Statement, 
 from guest_memfd.asm.x86_64.encode import encode
 from guest_memfd.asm.x86_64.encode_memory import Code, Field
 from guest_memfd.asm.x86_64.operand import REGISTERS, Mode
+from guest_memfd.compat import override
 
 _MODES = {".code16": 16, ".code64": 64}
 
@@ -34,16 +35,19 @@ class _X86Assembler(Assembler):
         except UndefinedSymbol:
             return None
 
+    @override
     def define(self, name: str, value: int) -> None:
         if name.lower() in REGISTERS:
             raise Malformed(f"{name!r} is a register")
         super().define(name, value)
 
+    @override
     def size_of(self, statement: Statement) -> int:
         if statement.word in _MODES:
             self.mode = self.mode._replace(bits=_MODES[statement.word])
         return super().size_of(statement)
 
+    @override
     def instruction_size(self, statement: Statement) -> int:
         if statement not in self.codes:
             self.codes[statement] = encode(statement.word, statement.operands, self.mode)
@@ -65,6 +69,7 @@ class _X86Assembler(Assembler):
                     found = True
         return found
 
+    @override
     def instruction_bytes(self, statement: Statement) -> bytes:
         return self._filled(self.codes[statement][0], statement)
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from types import GeneratorType
 from typing import Any, NamedTuple, Protocol
 
+from guest_memfd.compat import override
 from guest_memfd.errors import DesignRaised, InternalError, NotAPrimitive, place_of, shown
 from guest_memfd.explore.engine.asked import unlike
 from guest_memfd.explore.engine.footprint import Remembered, Watched, grow
@@ -101,6 +102,7 @@ class Program:
     anew: Callable[[], Generator[Primitive, Any, Any]] | None = None
     of: str = ""
 
+    @override
     def __str__(self) -> str:
         return f"party {self.name!r}{self.of}"
 
@@ -276,6 +278,7 @@ class Asked(NamedTuple):
     primitive: Primitive
     theirs: str
 
+    @override
     def __str__(self) -> str:
         return f"{self.primitive}, asked for by {self.primitive.caller}{self.theirs},"
 

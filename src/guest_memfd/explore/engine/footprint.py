@@ -41,6 +41,8 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from guest_memfd.compat import override
+
 
 class Watched(bytearray):
     """A state that notes in `seen` the value of each byte when it is first touched.
@@ -53,17 +55,20 @@ class Watched(bytearray):
         super().__init__(state)
         self.seen = seen
 
+    @override
     def __getitem__(self, at: Any) -> Any:
         value = super().__getitem__(at)
         # The first touch only: a byte that this step has written itself is not part of what it was given.
         self.seen.setdefault(at, value)
         return value
 
+    @override
     def __setitem__(self, at: Any, value: Any) -> None:
         # The old value. A look-up compares with the state before the step.
         self.seen.setdefault(at, super().__getitem__(at))
         super().__setitem__(at, value)
 
+    @override
     def copy(self) -> Watched:
         """Another state of the same step."""
         return Watched(bytes(self), self.seen)

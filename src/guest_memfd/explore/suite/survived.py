@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from guest_memfd.compat import override
 from guest_memfd.explore.engine.scenario import world
 from guest_memfd.words.facts import Abort
 
@@ -24,6 +25,7 @@ class Survived(NamedTuple):
     kind: str
     why: str
 
+    @override
     def __str__(self) -> str:
         return f"{self.party}: {self.what} takes a {self.kind} (stage {self.stage}) and goes on: {self.why}"
 

@@ -5,6 +5,7 @@ A -EINVAL from a donate means "not the owner": the page is where it should be al
 
 from __future__ import annotations
 
+from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import SEA, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.hypervisors.gunyah import el2
@@ -17,6 +18,7 @@ class GunyahOps(GuestMemfdOps):
     module = "gunyah"
     scrubs = True
 
+    @override
     def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
         """Lend. A map that fails leaves the page donated; the next attempt maps it, `reclaim` takes it back."""
         # Ownership before the mapping: a page that is mapped while the host owns it could be reached by both.
@@ -25,6 +27,7 @@ class GunyahOps(GuestMemfdOps):
             return ret
         return (yield from self.host.hypercall("map_private", gfn, folio))
 
+    @override
     def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
         """Share: donate to the sibling extent, then map; a map that fails is repeated as in `prepare_private`."""
         ret = yield from self.host.hypercall("donate_to_sibling", folio)
@@ -32,6 +35,7 @@ class GunyahOps(GuestMemfdOps):
             return ret
         return (yield from self.host.hypercall("map_vmmio", gfn, folio))
 
+    @override
     def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Unmap; the hypervisor refuses with -EBUSY while the guest has the page locked."""
         kind = "unmap_private" if private else "unmap_vmmio"
@@ -47,14 +51,17 @@ class GunyahOps(GuestMemfdOps):
         ret = yield from self.host.hypercall("donate_from_sibling", folio)
         return 0 if ret == -EINVAL else ret
 
+    @override
     def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
         """Take it back; the contents are what the guest left when it relinquished the page."""
         return (yield from self.reclaim(gfn, folio))
 
+    @override
     def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
         """The next guest access lends it."""
         yield from ()
 
+    @override
     def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
         """Donate it back to the host."""
         ret = yield from self.host.hypercall("donate_from_protected", folio)

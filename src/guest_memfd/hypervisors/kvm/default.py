@@ -6,6 +6,7 @@ Sources: virt/kvm/guest_memfd.c, arch/x86/kvm/mmu.
 
 from __future__ import annotations
 
+from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor, Stage2
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.words.primitives import ENOMEM, Folio, Steps
@@ -30,27 +31,33 @@ class KvmOps(GuestMemfdOps):
 
     module = "kvm"
 
+    @override
     def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
         """Map the folio at *gfn*; 0 or -ENOMEM. There is no owner to record."""
         return (yield from self.host.hypercall("mmu_map", gfn, folio))
 
+    @override
     def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
         """Map the folio at *gfn*; 0 or -ENOMEM. The guest reaches private and shared pages the same way."""
         return (yield from self.host.hypercall("mmu_map", gfn, folio))
 
+    @override
     def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Unmap it; never refuses."""
         return (yield from self.host.hypercall("mmu_unmap", gfn, folio))
 
+    @override
     def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
         """0 at once: `invalidate` has unmapped the page, and there is no owner to change."""
         yield from ()
         return 0
 
+    @override
     def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
         """No hypercall: there is no owner to change, and the next guest access maps the page."""
         yield from ()
 
+    @override
     def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
         """Nothing to change; the library scrubs."""
         yield from ()

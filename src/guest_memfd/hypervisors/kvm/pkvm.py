@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import DATA_ABORT, Hypervisor, Stage2
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.words.primitives import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM, EPERM, Folio, Steps
@@ -122,17 +123,20 @@ class PkvmOps(GuestMemfdOps):
     module = "kvm"
     scrubs = True
 
+    @override
     def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
         """Donate; -EPERM means that the guest has it already."""
         ret = yield from self.host.hypercall("donate_guest", gfn, folio)
         # Every entry of the library can be repeated. A fault that failed after the donation finds the page donated.
         return 0 if ret == -EPERM else ret
 
+    @override
     def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
         """Lend it to both; -EPERM means that both have it already."""
         ret = yield from self.host.hypercall("share_guest", gfn, folio)
         return 0 if ret == -EPERM else ret
 
+    @override
     def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Unshare a shared page; a private one needs the guest's consent or its death.
 
@@ -153,15 +157,18 @@ class PkvmOps(GuestMemfdOps):
         # The guest lives and owns the page, so to remove it would be to take it by force.
         return -EBUSY if ret == -EPERM else ret
 
+    @override
     def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
         """The guest has shared it: EL2 lets the host in already."""
         yield from ()
         return 0
 
+    @override
     def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
         """The host has let go: the guest's MEM_UNSHARE may complete (-EPERM: it had none under way)."""
         yield from self.host.hypercall("unshare", gfn, folio)
 
+    @override
     def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
         """Only a dying guest gives pages back."""
         return (yield from self.host.hypercall("reclaim_dying_guest_page", gfn, folio))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput
 
 
@@ -33,6 +34,7 @@ class Words(ctypes.Structure):
     def _names(self) -> list[str]:
         return [field[0] for field in self._fields_]
 
+    @override
     def __repr__(self) -> str:
         shown = ((name, getattr(self, name)) for name in self._names())
         return f"{type(self).__name__}({', '.join(f'{n}={v:#x}' if isinstance(v, int) else f'{n}={v!r}' for n, v in shown)})"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.machine.board.config import Config
 from guest_memfd.machine.board.hostcpu import HostCpu
@@ -98,6 +99,7 @@ class Board:
         self.module = loaded
         self.tracer = Tracer(self)
 
+    @override
     def __str__(self) -> str:
         c = self.config
         return f"{self.hypervisor.name} {c.release} rodata={c.rodata}{' bbml3' if c.bbml3 else ''}"

@@ -15,6 +15,7 @@ from stat import S_IFREG
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from guest_memfd.compat import override
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.machine.hw.buddy import OutOfMemory
@@ -66,14 +67,17 @@ class FileHost(EmulatedHost):
         self.windows = []
         self.window = 0, 0                              # what mmap(2) or munmap(2) is about
 
+    @override
     def asked(self, page: Page) -> bool:
         """A device gives a guest what it has asked for, and nothing else."""
         return True
 
+    @override
     def vma_covers(self, start: int, nr: int) -> bool:
         """Whether one of the VMAs does."""
         return any(first < start + nr and start < first + length for first, length in self.windows)
 
+    @override
     def mmap(self) -> int:
         """A VMA over the window, for which there may be no page table, or no address space."""
         if not self.inode.fd:
@@ -88,11 +92,13 @@ class FileHost(EmulatedHost):
         self.inode.references += 1
         return 0
 
+    @override
     def munmap(self) -> bool:
         """The VMA over the window."""
         self.machine.vmm.munmap(self.inode, self.window)
         return self.put_inode()
 
+    @override
     def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
         """VM_FAULT_OOM is the same to the caller as a VMA that went: the access is tried again."""
         try:
@@ -191,6 +197,7 @@ class Serialised(owned.Owned):
     _calls = 0
     _released = False
 
+    @override
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
         for name, thing in list(vars(cls).items()):
@@ -199,6 +206,7 @@ class Serialised(owned.Owned):
             elif isinstance(thing, property) and thing.fget is not None:
                 setattr(cls, name, property(_call(thing.fget), thing.fset and _call(thing.fset), doc=thing.__doc__))
 
+    @override
     def close(self) -> None:
         """Give it up; a second time changes nothing."""
         with self._lock:
@@ -285,6 +293,7 @@ class Mapped(Serialised):
                 break
         raise Signalled("SIGBUS", file.address(index) + within, BUS_ADRERR)
 
+    @override
     def _release(self) -> None:
         if self.file.machine.dead is None:
             self.file.unmap(self)
@@ -306,6 +315,7 @@ class Pinned(Serialised):
         self.file, self.folio = file, folio
         self._lock = file.machine.lock
 
+    @override
     def _release(self) -> None:
         if self.file.machine.dead is None:
             self.file.perform(Primitive("unpin", (self.folio, True), "mm"))
@@ -430,6 +440,7 @@ class GuestMemoryFile(Serialised, ABC):
         return Stat(S_IFREG, self.size, 0)
 
     # No one is left to close anything for once Linux has stopped.
+    @override
     def _release(self) -> None:
         if self.machine.dead is None and self.perform(Primitive("fd_close", (), "user")):
             self.run(self.library.close())

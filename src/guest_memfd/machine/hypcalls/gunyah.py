@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.machine.el2.gunyah import hypercalls as n
 from guest_memfd.machine.el2.gunyah.addrspace import AddrMapFlag
@@ -86,6 +87,7 @@ class GunyahDriver(Driver):
             self._rm = server, RmClient(server.channels[HLOS_VMID], server.serve)
         return self._rm
 
+    @override
     def hypercall(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
         """As every driver's, with the errno that the device of the posted series would see."""
         self._plain = isinstance(vm, DeviceVm) and vm.posted
@@ -175,11 +177,13 @@ class GunyahDriver(Driver):
 
     # -- records and tables ----------------------------------------------------------------------------------------
 
+    @override
     def owner(self, pa: int) -> str:
         """The memory database: whose extent."""
         found = self.el2.owner(pa)
         return str(found[0] if isinstance(found, tuple) else found)
 
+    @override
     def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
         """From the memory database, and from the host's table."""
         memdb, ram = self.el2.memdb, self.hardware.ram
@@ -193,6 +197,7 @@ class GunyahDriver(Driver):
             if not leaf.valid:
                 yield leaf.ipa, leaf.ipa + leaf.size, "is not in the host's stage 2"
 
+    @override
     def leftovers(self) -> Iterator[str]:
         """VMs and memory parcels that the hypervisor and the Resource Manager still know."""
         yield from (f"{vm!r} exists" for vm in self.el2.vms.values())
@@ -200,30 +205,36 @@ class GunyahDriver(Driver):
             yield from (f"the Resource Manager keeps VM {vmid:#x}" for vmid in self.rm.vms)
             yield from (f"the Resource Manager keeps parcel {handle:#x}" for handle in self.rm.parcels.parcels)
 
+    @override
     def host_may(self, pa: int) -> bool:
         """By the host's stage 2."""
         return bool(self.el2.host_may(pa))
 
+    @override
     def guest_maps(self, vm: Vm, pa: int) -> int | None:
         """By the address space."""
         found: int | None = vm.handle.guest_maps(pa)
         return found
 
+    @override
     def lookup(self, vm: Vm, ipa: int) -> int | None:
         """By the guest's table."""
         leaf = vm.handle.space.table.leaf(ipa)
         return leaf.oa + ipa - leaf.ipa if leaf.valid else None
 
+    @override
     def locked_in(self, vm: Vm, pa: int) -> bool:
         """Private and locked, where it is mapped."""
         ipa = self.guest_maps(vm, pa)
         return ipa is not None and bool(vm.handle.locked(ipa))
 
+    @override
     def guest_stage2(self, vm: Vm) -> Stage2:
         """The stage-2 registers of the VM's address space, for a walk of the guest's tables."""
         registers: Stage2 = vm.handle.space.table.registers
         return registers
 
+    @override
     def guest_table(self, vm: Vm) -> PageTable:
         """The stage-2 table of the VM's address space, to be read entry by entry."""
         table: PageTable = vm.handle.space.table.pages
@@ -231,26 +242,31 @@ class GunyahDriver(Driver):
 
     # -- the guest acts, VMs ---------------------------------------------------------------------------------------
 
+    @override
     def handles(self, vm: Vm, fault: Fault) -> bool:
         """The first access to a page that the guest has unlocked locks it again."""
         return fault.kind in (ACCESS_FLAG, PERMISSION) and fault.ipa is not None and bool(
             vm.handle.space.touch(fault.ipa, fault.access))
 
+    @override
     def guest_consents(self, vm: Vm, ipa: int) -> bool:
         """HVC ADDRSPACE_MODIFY_PAGES: unlock; refused for what is not a private page."""
         regs = [n.ADDRSPACE_MODIFY_PAGES, 0, ipa, PAGE, _UNLOCK] + [0] * 13
         vm.handle.guest_call(regs)
         return regs[0] == GunyahError.OK
 
+    @override
     def create_vm(self, frames: int) -> Vm:
         """RM: VM_ALLOC_VMID to VM_START."""
         handle = self.el2.create_vm("guest")
         return Vm(handle, handle.vmid)
 
+    @override
     def vm_kill(self, vm: Vm) -> None:
         """The Resource Manager's VM_STOP: the vCPUs run no more, memory stays where it is."""
         vm.handle.kill()
 
+    @override
     def vm_destroyed(self, vm: Vm) -> None:
         """RM: VM_RESET. What the driver has not taken back by then stays with the VM's extents: it is lost."""
         memdb, handle = self.el2.memdb, vm.handle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
@@ -15,6 +16,7 @@ class KernelPages(Buddy):
 
     touched: Callable[[int], None] = staticmethod(lambda pa: None)
 
+    @override
     def alloc_table(self) -> int:
         """One zeroed page; raises OutOfMemory."""
         pa = super().alloc_table()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.machine.el2.kvm.guest import first_tables
 from guest_memfd.machine.el2.kvm.vm import Kvm
@@ -19,21 +20,25 @@ from guest_memfd.words.primitives import Folio
 class KvmGuests(Driver):
     """Guests whose stage 2 is KVM's own, plain or protected (el2/kvm/guest.py)."""
 
+    @override
     def guest_maps(self, vm: Vm, pa: int) -> int | None:
         """By the guest's table."""
         found: int | None = vm.handle.guest_maps(pa)
         return found
 
+    @override
     def lookup(self, vm: Vm, ipa: int) -> int | None:
         """By the guest's table."""
         leaf = vm.handle.pgt.leaf(ipa)
         return leaf.oa + (ipa & (PAGE << leaf.order) - 1) if leaf.valid else None
 
+    @override
     def guest_stage2(self, vm: Vm) -> Stage2:
         """The stage-2 registers of the VM, VTTBR and VTCR, for a walk of the guest's tables."""
         registers: Stage2 = vm.handle.registers()
         return registers
 
+    @override
     def guest_table(self, vm: Vm) -> PageTable:
         """The VM's stage-2 table, to be read entry by entry."""
         table: PageTable = vm.handle.page_table
@@ -53,30 +58,37 @@ class KvmDriver(KvmGuests):
     def _mmu_unmap(self, vm: Vm, gfn: int, folio: Folio) -> int:
         return int(vm.handle.unmap(gfn, folio.nr)) if self.guest_maps(vm, folio.pfn * PAGE) == gfn * PAGE else 0
 
+    @override
     def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
         """No one but the host owns anything."""
         yield from ()
 
+    @override
     def owner(self, pa: int) -> str:
         """The host's, all of it."""
         return "host"
 
+    @override
     def host_may(self, pa: int) -> bool:
         """True for every page: under plain KVM there is no host stage 2."""
         return True
 
+    @override
     def locked_in(self, vm: Vm, pa: int) -> bool:
         """Guests of plain KVM hold on to nothing."""
         return False
 
+    @override
     def create_vm(self, frames: int) -> Vm:
         """KVM_CREATE_VM; guest addresses from *frames* pages on are not memory of this VM."""
         handle = self.el2.create_vm(lambda ipa: ipa < frames * PAGE)
         return Vm(handle, handle.vmid)
 
+    @override
     def vm_kill(self, vm: Vm) -> None:
         """Nothing to tell anybody."""
 
+    @override
     def vm_destroyed(self, vm: Vm) -> None:
         """kvm_free_stage2_pgd(): unmap, flush, and give the first-level tables back to the kernel."""
         vm.handle.destroy()

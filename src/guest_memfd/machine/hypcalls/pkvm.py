@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.machine.el2.kvm.guest import first_tables
 from guest_memfd.machine.el2.pkvm import hypercalls as n
@@ -73,20 +74,24 @@ class PkvmDriver(KvmGuests):
         self.sanitised = owned and not ret
         return ret
 
+    @override
     def force_reclaim(self, pa: int) -> int:
         """__pkvm_force_reclaim_guest_page() of physical address *pa*: 0 or -errno; the guest's entry is poisoned."""
         return self._call(n.FORCE_RECLAIM, pa)
 
     # -- records and tables --------------------------------------------------------------------------------------
 
+    @override
     def owner(self, pa: int) -> str:
         """Who has the page at *pa*, by the page state in EL2's hyp_vmemmap."""
         return str(self.el2.owner(pa))
 
+    @override
     def host_may(self, pa: int) -> bool:
         """Mapped, or mapped by the first fault."""
         return bool(self.el2.host_may(pa))
 
+    @override
     def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
         """From hyp_vmemmap; EL2's own pool left out."""
         for pfn, order in self.el2.vmemmap.recorded():
@@ -95,26 +100,31 @@ class PkvmDriver(KvmGuests):
             if owner != "host" and pa < self.hardware.el2_pool.start:
                 yield pa, pa + (PAGE << order), f"is {owner} by EL2's record"
 
+    @override
     def host_touches(self, pa: int) -> None:
         """The first store is a stage-2 fault, which EL2 answers by mapping the page."""
         if not self.el2.host.pgt.leaf(pa).valid:
             fault = Fault(TRANSLATION, 3, 2, va=pa, ipa=pa, access="w")
             assert self.el2.host_abort(fault, 1) is None
 
+    @override
     def locked_in(self, vm: Vm, pa: int) -> bool:
         """Not shared with the host."""
         return self.owner(pa) == "guest"
 
+    @override
     def poisoned(self, vm: Vm, gfn: int) -> bool:
         """The guest's entry is annotated POISONED."""
         return bool(vm.handle.poisoned(gfn * PAGE))
 
     # -- the guest acts, VMs ---------------------------------------------------------------------------------------
 
+    @override
     def guest_consents(self, vm: Vm, ipa: int) -> bool:
         """HVC MEM_SHARE; EL2 refuses it for a page that is not the guest's alone."""
         return transitions.guest_share_host(self.el2, vm.handle, ipa // PAGE) == 0
 
+    @override
     def create_vm(self, frames: int) -> Vm:
         """__pkvm_init_vm() and one vCPU, loaded; raises OutOfMemory, and nothing is left."""
         pages = first_tables()
@@ -133,10 +143,12 @@ class PkvmDriver(KvmGuests):
         handle.memcache.refill(2 * handle.min_pages)
         return vm
 
+    @override
     def vm_kill(self, vm: Vm) -> None:
         """The VM is dying; see the first lines of this file for the loaded vCPU."""
         vm.handle.dying = True
 
+    @override
     def vm_destroyed(self, vm: Vm) -> None:
         """__pkvm_finalize_teardown_vm(): EL2 gives its tables back; what it never took was the host's all along."""
         self._call(n.VCPU_PUT)

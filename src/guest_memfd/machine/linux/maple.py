@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+from guest_memfd.compat import override
 from guest_memfd.words.primitives import Entries
 
 Run = tuple[int, int, int, int]
@@ -21,6 +22,7 @@ class Runs(Sequence[int]):
     def __init__(self, runs: list[Run], start: int, nr: int) -> None:
         self._runs, self._start, self._nr = runs, start, nr
 
+    @override
     def __len__(self) -> int:
         return self._nr
 
@@ -30,6 +32,7 @@ class Runs(Sequence[int]):
     @overload
     def __getitem__(self, at: slice) -> Runs: ...
 
+    @override
     def __getitem__(self, at: int | slice) -> int | Runs:
         if isinstance(at, slice):
             first, last, _ = at.indices(self._nr)
@@ -44,6 +47,7 @@ class Runs(Sequence[int]):
         start, nr, value, step = self._runs[found]
         return value + (index - start) * step if index < start + nr else 0
 
+    @override
     def __iter__(self) -> Iterator[int]:
         at = self._start
         for start, nr, value, step in self._runs:
@@ -52,13 +56,16 @@ class Runs(Sequence[int]):
             at = start + nr
         yield from (0 for _ in range(at, self._start + self._nr))
 
+    @override
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(other) == self._nr and all(
             a == b for a, b in zip(self, other, strict=True))
 
+    @override
     def __hash__(self) -> int:
         return hash(tuple(self))
 
+    @override
     def count(self, value: int) -> int:
         """How many entries are *value*; holes are 0."""
         in_runs = sum(_hits(run, value) for run in self._runs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from errno import EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.designs import Design
 from guest_memfd.designs.guestmem_rfc1 import GuestmemRfc1
 from guest_memfd.designs.gunyah_v17 import GunyahV17
@@ -57,5 +58,6 @@ class GunyahDeviceFile(Serialised):
             return PostedFile(self.machine, PostedDriver(ops, pages), size, GunyahMemFlag(flags))
         return LentFile(self.machine, self.design(ops, pages), size, GunyahMemFlag(flags))
 
+    @override
     def _release(self) -> None:
         pass

@@ -11,6 +11,7 @@ from __future__ import annotations
 from errno import EINVAL
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.designs import Design
 from guest_memfd.machine.dev.gunyah.binding import Binding
 from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, GunyahMemoryFile, Parcelled
@@ -43,6 +44,7 @@ class LentFile(GunyahMemoryFile):
         first = start & -size
         return first, (-(-(start + nr) // size) * size) - first
 
+    @override
     def map_range(self, start: int, nr: int) -> Steps[int]:
         """What was lent comes back first; -EBUSY while a guest holds on to it."""
         first, length = self._around(start, nr)
@@ -55,6 +57,7 @@ class LentFile(GunyahMemoryFile):
 
     # -- bindings ------------------------------------------------------------------------------------------------
 
+    @override
     def bind(self, binding: Binding) -> int:
         """The library's bind; the guest addresses are announced now if the VM runs already."""
         ret = int(self.run(self.library.bind(binding.gfn, binding.start, binding.nr)))
@@ -64,6 +67,7 @@ class LentFile(GunyahMemoryFile):
                 self.run(self.library.unbind(binding.start, binding.nr))
         return ret
 
+    @override
     def announce(self, binding: Binding) -> int:
         """Have the hypervisor report faults on guest addresses that no one has configured yet."""
         driver, vm = self.machine.driver, binding.vm
@@ -73,6 +77,7 @@ class LentFile(GunyahMemoryFile):
             return 0                                        # the driver has it reconfigured folio by folio
         return driver.configure(vm, binding.gfn, binding.nr, "private" if binding.lend else "vmmio")
 
+    @override
     def unbind(self, binding: Binding, gfn: int, nr: int) -> int:
         """Pages come back with what the guest left in them, and are the VMM's to see.
 
@@ -87,6 +92,7 @@ class LentFile(GunyahMemoryFile):
             self.run(self.library.close())
         return ret
 
+    @override
     def abandon(self, binding: Binding) -> int:
         """As `unbind`; tried again when it fails."""
         ret = 0
@@ -98,6 +104,7 @@ class LentFile(GunyahMemoryFile):
 
     # -- the guest -------------------------------------------------------------------------------------------------
 
+    @override
     def demand(self, binding: Binding, gfn: int) -> int:
         """-EPERM what the VMM maps, -EBUSY what someone refers to, -EINVAL lent for reading only, -ENOMEM."""
         index = binding.index(gfn)
@@ -120,6 +127,7 @@ class LentFile(GunyahMemoryFile):
 
     # -- parcels ---------------------------------------------------------------------------------------------------
 
+    @override
     def make_parcel(self, binding: Binding, gfn: int, nr: int) -> int | Parcelled:
         """Folios exist, are private if they are to be lent, and stay where they are until the parcel is back."""
         start, nr = self._around(binding.index(gfn), nr)
@@ -140,6 +148,7 @@ class LentFile(GunyahMemoryFile):
         self.parcelled |= {folio.pfn * PAGE for folio in folios}
         return Parcelled(tuple(folios), binding.gfn + start - binding.start)
 
+    @override
     def parcel_is_paged(self, binding: Binding, parcel: Parcelled) -> int:
         """The Resource Manager makes them ordinary where guest addresses are configured for that."""
         driver = self.machine.driver
@@ -148,6 +157,7 @@ class LentFile(GunyahMemoryFile):
             return 0
         return self.announce(binding)
 
+    @override
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:
         """Nothing else to do, the library puts them back into the direct map when someone wants them."""
         self.parcel_has_started(parcel)

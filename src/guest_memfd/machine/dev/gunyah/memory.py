@@ -9,6 +9,7 @@ from abc import abstractmethod
 from errno import EINVAL, EOPNOTSUPP
 from typing import TYPE_CHECKING, NamedTuple
 
+from guest_memfd.compat import override
 from guest_memfd.designs import Design
 from guest_memfd.designs.none import NoDesign
 from guest_memfd.errors import SyscallFailed
@@ -46,6 +47,7 @@ class MemoryHost(FileHost):
 
     file: GunyahMemoryFile
 
+    @override
     def hypercall(self, name: str, *args: object) -> int:
         """As any, for the VM of the page. What a memory parcel has is busy; a VM that does not exist has nothing."""
         page = self.page(next(arg for arg in args if isinstance(arg, Folio)))
@@ -70,6 +72,7 @@ class MemoryHost(FileHost):
     def _bound_to(self, start: int, nr: int) -> DeviceVm:
         return next((b.vm for b in self.file.bindings if b.covers(start, nr)), self.file.vm)
 
+    @override
     def vm_at(self, index: int) -> DeviceVm:
         """The VM that page *index* is bound to; the file's own where no binding covers it."""
         return self._bound_to(index, 1)
@@ -90,6 +93,7 @@ class GunyahMemoryFile(GuestMemoryFile):
         self.vm = DeviceVm(None, -1)            # for pages that no VM has
         super().__init__(machine, library, size, self.vm)
 
+    @override
     def make_host(self, vm: DeviceVm, pages: int) -> FileHost:  # type: ignore[override]
         """One that knows the VM of every page."""
         host = MemoryHost(self.machine, vm, pages, self.library)
@@ -108,6 +112,7 @@ class GunyahMemoryFile(GuestMemoryFile):
 
     # -- arguments -----------------------------------------------------------------------------------------------
 
+    @override
     def check_fallocate(self, mode: int, offset: int, nr: int) -> None:
         """EOPNOTSUPP without KEEP_SIZE or for other bits; EINVAL unaligned, or allocating beyond the end."""
         if not mode & FALLOC_FL_KEEP_SIZE or mode & ~_MODES:
@@ -117,6 +122,7 @@ class GunyahMemoryFile(GuestMemoryFile):
         if not mode & FALLOC_FL_PUNCH_HOLE and offset + nr > self.size:
             raise SyscallFailed(EINVAL, "fallocate", f"{offset + nr:#x} is beyond the end of {self.size:#x} bytes")
 
+    @override
     def check_mmap(self, offset: int, nr: int, shared: bool) -> None:
         """EINVAL for a private mapping."""
         if not shared:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from errno import ENOMEM, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.designs.gunyah_v17 import GunyahV17, entry_of
 from guest_memfd.machine.dev.gunyah.binding import Binding
 from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, GunyahMemoryFile, Parcelled
@@ -32,11 +33,13 @@ class PostedDriver(GunyahV17):
         self.bindings: list[Binding] = []
         self.huge = False
 
+    @override
     def lends(self, index: int) -> bool:
         """As the binding of page *index* says."""
         return any(b.lend for b in self.bindings if b.covers(index, 1))
 
     # __gunyah_gmem_get_huge_folio(): a huge folio where the window is empty, else, or when that fails, a small one.
+    @override
     def grab_folio(self, index: int) -> Steps[Grabbed | int]:
         """Find or allocate the folio of page *index*; in a huge file try an aligned 2 MiB folio first."""
         if self.huge:
@@ -189,10 +192,12 @@ class PostedFile(GunyahMemoryFile):
         super().__init__(machine, library, size, flags)
         library.bindings = self.bindings
 
+    @override
     def map_range(self, start: int, nr: int) -> Steps[int]:
         """The driver's mmap() of pages [start, start+nr); 0 or -errno."""
         return self.library.mmap_range(start, nr)
 
+    @override
     def bind(self, binding: Binding) -> int:
         """-EOPNOTSUPP for a second VM, which the driver would allow."""
         if any(b.vm is not binding.vm for b in self.bindings if b is not binding):
@@ -204,18 +209,22 @@ class PostedFile(GunyahMemoryFile):
             self.host.inode.trees["provided"] = binding.vm.provided
         return int(self.run(self.library.bind_range(binding.gfn, binding.start, binding.nr)))
 
+    @override
     def unbind(self, binding: Binding, gfn: int, nr: int) -> int:
         """Give *nr* gfns of the binding up, by the driver's code as posted; 0 or -errno."""
         return int(self.run(self.library.unbind_range(binding, gfn, nr)))
 
+    @override
     def abandon(self, binding: Binding) -> int:
         """Give the whole binding up as the VM ends, by the driver's code as posted; 0 or -errno."""
         return int(self.run(self.library.abandon_range(binding)))
 
+    @override
     def demand(self, binding: Binding, gfn: int) -> int:
         """The guest has faulted at *gfn*: provide its page, by the driver's code as posted; 0 or -errno."""
         return int(self.run(self.library.guest_fault(gfn, binding.index(gfn))))
 
+    @override
     def make_parcel(self, binding: Binding, gfn: int, nr: int) -> int | Parcelled:
         """As posted: -EPERM what the VMM maps or could; -ENOMEM for all that is not lent, whose ACL has no entry (S15)."""
         if not binding.lend:
@@ -230,14 +239,17 @@ class PostedFile(GunyahMemoryFile):
             self.run(self.library.driver.bug("the parcel's start is read through an error pointer"))
         return Parcelled(folios, binding.gfn + first.index - binding.start)
 
+    @override
     def parcel_is_paged(self, binding: Binding, parcel: Parcelled) -> int:
         """The VM has started: the parcel's folios become provided pages, by the driver's code as posted; 0 or -errno."""
         return int(self.run(self.library.parcel_to_paged(parcel, binding.lend)))
 
+    @override
     def parcel_is_not_paged(self, parcel: Parcelled) -> None:
         """The start has failed: forget the provided pages again, by the driver's code as posted."""
         self.run(self.library.forget_paged(parcel, parcel.nr))
 
+    @override
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:
         """As posted: refused, the references stay permanently."""
         if not ret:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from errno import EINTR, EINVAL, ENODEV
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.board.lock import Turns
 from guest_memfd.machine.dev.file import Serialised
@@ -48,6 +49,7 @@ class VcpuFile(Serialised):
         self._resume = (0, 0, 0)
         self._attempts = 0
 
+    @override
     def _release(self) -> None:
         self.vm.put()
 

@@ -9,6 +9,7 @@ import struct
 from errno import EEXIST, EINVAL, ENOENT, ENOMEM
 from typing import TYPE_CHECKING, Any
 
+from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.dev.file import Serialised
 from guest_memfd.machine.dev.gunyah import start, teardown
@@ -248,6 +249,7 @@ class VmFile(Serialised):
 
     # -- references ------------------------------------------------------------------------------------------------
 
+    @override
     def _release(self) -> None:
         self.put()
 

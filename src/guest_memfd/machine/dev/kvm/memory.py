@@ -8,6 +8,7 @@ from __future__ import annotations
 from errno import EINVAL, ENODEV, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.dev.file import GuestMemoryFile
 from guest_memfd.machine.hw.ram import PAGE
@@ -43,6 +44,7 @@ class KvmMemoryFile(GuestMemoryFile):
         if flags & GuestMemfdFlag.INIT_SHARED:
             self.init_shared()
 
+    @override
     def check_fallocate(self, mode: int, offset: int, nr: int) -> None:
         """Allocating and punching, both with KEEP_SIZE; nothing else."""
         if mode not in (FALLOC_FL_KEEP_SIZE, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
@@ -52,6 +54,7 @@ class KvmMemoryFile(GuestMemoryFile):
         if not mode & FALLOC_FL_PUNCH_HOLE and offset + nr > self.size:
             raise SyscallFailed(EINVAL, "fallocate", f"past the end of the file, {self.size:#x}")
 
+    @override
     def check_mmap(self, offset: int, nr: int, shared: bool) -> None:
         """Only of a file that was created for it, and only shared; how long is not looked at."""
         if not self.flags & GuestMemfdFlag.MMAP:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from errno import EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.machine.dev.file import Serialised
@@ -62,5 +63,6 @@ class KvmDevice(Serialised):
         except OutOfMemory as error:
             raise SyscallFailed(ENOMEM, call, str(error)) from error
 
+    @override
     def _release(self) -> None:
         pass

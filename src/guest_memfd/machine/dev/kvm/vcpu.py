@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from errno import EFAULT, EINVAL, EIO, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.board.lock import Turns
 from guest_memfd.machine.dev.file import Serialised
@@ -219,5 +220,6 @@ class KvmVcpuFile(Serialised):
         """Counters: exits (to KVM), faults (given to the library), mmio_exit_user, aborts_injected."""
         return {**self._counts, "aborts_injected": self.inner.aborts_injected}
 
+    @override
     def _release(self) -> None:
         self.vm.put()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from errno import EEXIST, EINVAL, ENOTTY
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.dev.file import Serialised
 from guest_memfd.machine.dev.kvm.memory import KvmMemoryFile
@@ -139,5 +140,6 @@ class KvmVmFile(Serialised):
     def _perform(self, name: str) -> None:
         self.host.perform(Primitive(name, (), "user"), 0)
 
+    @override
     def _release(self) -> None:
         self.put()

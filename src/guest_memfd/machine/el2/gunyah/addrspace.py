@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import IntFlag
 
+from guest_memfd.compat import override
 from guest_memfd.machine.el2.gunyah import private
 from guest_memfd.machine.el2.gunyah.config import ConfiguredRanges, RangeOp
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
@@ -184,6 +185,7 @@ class AddressSpace(Mappings):
             raise
         self.sync_all()
 
+    @override
     def abandon(self) -> None:
         """Its VM has ended, and what it had stays whose it was: the tables go, and with them every place in it."""
         for extent in self._recorded:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from guest_memfd.compat import override
 from guest_memfd.machine.el2.gunyah import private
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.memextent import ExtentMapping
@@ -39,6 +40,7 @@ class Mappings:
         self._unsynced: RangeMap[bool] = RangeMap(False)
         self._abandoned = False
 
+    @override
     def __repr__(self) -> str:
         return f"<address space of {self.name}>"
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Extent:
     alone: AddressSpace | None = None
     mappings: list[ExtentMapping] = field(default_factory=list)
 
+    @override
     def __repr__(self) -> str:
         return f"<extent {self.name}>"
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from guest_memfd.compat import override
 from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace
 from guest_memfd.machine.el2.gunyah.capabilities import CapabilitySpace, ExtentRight, SpaceRight, VcpuRight
 from guest_memfd.machine.el2.gunyah.errors import HypRefused
@@ -99,6 +100,7 @@ class GunyahHypVm:
             raise
         return HostCaps(host, host, *granted)
 
+    @override
     def __repr__(self) -> str:
         return f"<VM {self.name}, VMID {self.vmid:#x}>"
 

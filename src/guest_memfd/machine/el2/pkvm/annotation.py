@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
+from guest_memfd.compat import override
+
 Release = Literal["7.3", "6.12"]
 
 _TYPE_SHIFT = 60
@@ -73,6 +75,7 @@ class Annotation:
             return cls(AnnotationType.LOCKED)
         return cls(AnnotationType.DONATION, PageOwner((value & _OWNER_612) >> 2))
 
+    @override
     def __repr__(self) -> str:
         if self.type is not AnnotationType.DONATION:
             return f"<{self.type.name}>"

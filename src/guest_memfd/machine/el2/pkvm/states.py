@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
+from guest_memfd.compat import override
+
 PAGE_SHIFT = 12
 ORDERS = (0, 9, 18)
 """Orders (log2 of 4 KiB pages) of what one leaf can map: page, 2 MiB, 1 GiB."""
@@ -54,6 +56,7 @@ class HypPage(NamedTuple):
         """Whether one more guest can borrow it without its count running over."""
         return self.guests < _COUNT_MAX
 
+    @override
     def __repr__(self) -> str:
         more = f" guests={self.guests}" if self.guests else ""
         more += f" refcount={self.refcount}" if self.refcount else ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from guest_memfd.compat import override
 from guest_memfd.machine.el2.kvm.guest import IPA_BITS, GuestStage2, first_tables
 from guest_memfd.machine.el2.kvm.vcpu import (
     INVALID_PARAMETER,
@@ -148,6 +149,7 @@ class PkvmVcpu(VheVcpu):
         self.loaded = False
         self._unsharing: int | None = None      # IPA of a MEM_UNSHARE that the host has to let go of first
 
+    @override
     def run(self, timeout: float | None = None, instructions: int | None = None) -> Exit:
         """__kvm_vcpu_run: as for every vCPU, but -EINVAL (an InternalError) while it is not loaded."""
         if not self.loaded:
@@ -160,6 +162,7 @@ class PkvmVcpu(VheVcpu):
             self.cpu.set_x(0, 0 if done else INVALID_PARAMETER)
         return super().run(timeout, instructions)
 
+    @override
     def _call(self, number: int) -> Exit | None:
         if number not in (MEM_SHARE, MEM_UNSHARE) or not self.vm.protected:
             return super()._call(number)

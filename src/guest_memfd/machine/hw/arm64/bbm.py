@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from guest_memfd.compat import override
 from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.granule import Granule
 
@@ -23,6 +24,7 @@ class Violation(NamedTuple):
     new: int
     why: str
 
+    @override
     def __str__(self) -> str:
         old, new = (d.describe(value, self.level, self.stage, self.granule) for value in (self.old, self.new))
         return f"{self.why} changes without break-before-make at {self.address:#x}: {old} => {new}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from guest_memfd.compat import override
 from guest_memfd.machine.hw.arm64.granule import K4, Granule
 
 VALID = 1 << 0
@@ -181,6 +182,7 @@ class Stage1Leaf(_Descriptor):
         """No execution at EL0."""
         return bool(self.value & UXN)
 
+    @override
     def __repr__(self) -> str:
         if self.kind in ("invalid", "table"):
             return describe(self.value, self.level, 1, self.granule)
@@ -210,6 +212,7 @@ class Stage2Leaf(_Descriptor):
         """XN[1:0]: 0 all execute, 1 EL0 only, 2 none, 3 EL1 only (FEAT_XNX; without it bit 1 alone counts)."""
         return self.value >> XN_SHIFT & 3
 
+    @override
     def __repr__(self) -> str:
         if self.kind in ("invalid", "table"):
             return describe(self.value, self.level, 2, self.granule)
@@ -245,6 +248,7 @@ class TableDescriptor:
         """UXNTable: no execution at EL0 from anything below."""
         return bool(self.value & UXN_TABLE)
 
+    @override
     def __repr__(self) -> str:
         parts = (f"L{self.level} table ->{self.address:#x}", _APTABLE[self.ap_table], "PXNTable" * self.pxn_table,
                  "UXNTable" * self.uxn_table, "NSTable" * bool(self.value & NS_TABLE))
@@ -264,6 +268,7 @@ class Invalid:
         """Linux's PTE_PRESENT_INVALID: pte_present(), although the walker faults."""
         return self.value & (VALID | PRESENT_INVALID) == PRESENT_INVALID
 
+    @override
     def __repr__(self) -> str:
         if not self.value:
             return f"L{self.level} invalid"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from guest_memfd.compat import override
 from guest_memfd.machine.hw.arm64.walk import Entry, PassedEntry
 
 TlbKind = Literal["stage1", "stage2", "combined"]
@@ -43,6 +44,7 @@ class TlbEntry:
         return (self.oa - self.ia == other.oa - other.ia and self.may == other.may and self.may2 == other.may2
                 and not _attributes(self.s1, other.s1) and not _attributes(self.s2, other.s2))
 
+    @override
     def __repr__(self) -> str:
         tag = "" if self.kind == "stage2" else " global" if self.asid is None else f" ASID={self.asid}"
         arrow = f"{self.ipa:#x} -> {self.oa:#x}" if self.kind == "combined" and self.s2 else f"{self.oa:#x}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from guest_memfd.compat import override
 from guest_memfd.machine.hw.arm64.syndrome import Syndrome as Syndrome
 
 TRANSLATION = "translation"
@@ -104,6 +105,7 @@ class Fault(Exception):  # noqa: N818 - named after what it is
             return (self.ipa >> 12) << 4
         return None
 
+    @override
     def __repr__(self) -> str:
         parts = [f"{self.kind} fault" if "abort" not in self.kind else self.kind]
         if self.level is not None:

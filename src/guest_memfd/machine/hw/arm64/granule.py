@@ -5,6 +5,8 @@ Arm ARM D8.2 (translation process), D8.3 (descriptor formats); arch/arm64/includ
 
 from __future__ import annotations
 
+from guest_memfd.compat import override
+
 
 class Granule:
     """One of the three granules; sizes and alignments are bytes, as powers of two where named shift."""
@@ -39,6 +41,7 @@ class Granule:
         """The first level of lookup for *ia_bits* bits of input address, without concatenation."""
         return 3 - (ia_bits - 1 - self.shift) // self.stride
 
+    @override
     def __repr__(self) -> str:
         return self.name
 

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from guest_memfd.compat import override
 from guest_memfd.machine.hw.arm64.access import Transfer, access_of, writes_back
 from guest_memfd.machine.hw.arm64.cpu import Cpu
 from guest_memfd.machine.hw.arm64.fault import Fault
@@ -55,6 +56,7 @@ class GuestCore(Cpu):
     def _block(self, uc: Any, va: int, size: int, _: object) -> None:
         self.instructions += size // 4
 
+    @override
     def _slice(self, count: int) -> Stop:
         stop = super()._slice(count)
         if self._counting is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Self
 
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
 
@@ -115,6 +116,7 @@ class Tcr(_Register):
         """The fields of *value*; bits that have no field here are dropped."""
         return cls(**cls._decode(_TCR, value))  # type: ignore[arg-type]
 
+    @override
     def __repr__(self) -> str:
         return self._show()
 
@@ -164,5 +166,6 @@ class Vtcr(_Register):
         base = 2 if granule is K4 else 3
         return cls(t0sz=64 - ipa_bits, sl0=base - (4 - levels), tg0=granule, ps=ps)
 
+    @override
     def __repr__(self) -> str:
         return self._show()

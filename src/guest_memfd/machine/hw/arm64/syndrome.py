@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+from guest_memfd.compat import override
+
 EC_NAMES = {
     0x00: "unknown", 0x15: "SVC64", 0x16: "HVC64", 0x17: "SMC64", 0x18: "MSR/MRS", 0x20: "IABT (lower EL)",
     0x21: "IABT (current EL)", 0x22: "PC alignment", 0x24: "DABT (lower EL)", 0x25: "DABT (current EL)",
@@ -125,6 +127,7 @@ class Syndrome:
         """Acquire or release semantics."""
         return self.isv and bool(self.iss >> 14 & 1)
 
+    @override
     def __repr__(self) -> str:
         parts = [EC_NAMES.get(self.ec, f"EC={self.ec:#04x}"), f"IL={32 if self.il else 16} bits"]
         if not self.abort:

@@ -34,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from guest_memfd.compat import override
 from guest_memfd.machine.hw.arm64 import permission
 from guest_memfd.machine.hw.arm64.descriptor import Entry as Entry
 from guest_memfd.machine.hw.arm64.fault import (
@@ -115,6 +116,7 @@ class Translation:
         """Whether its EL may execute."""
         return bool(self.may & BITS[self.el, "x"])
 
+    @override
     def __repr__(self) -> str:
         rights = "".join(c for c, on in zip("rwx", (self.readable, self.writable, self.executable), strict=True) if on)
         return f"<PA={self.pa:#x} {rights or '-'} at EL{self.el}, linear for {self.size:#x}>"
