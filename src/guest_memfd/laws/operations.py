@@ -198,9 +198,11 @@ FAULTS = {"fault": "guest", "user_fault": "VMM"}
 
 def fault_served(note: Any) -> Evidence:
     """Who is told to go on can go on: the guest, or the VMM."""
-    if isinstance(note, facts.Ended) and note.op in FAULTS and note.ret == 0 and note.mapped != note.scope:
-        return f"a fault returns 0, and the {FAULTS[note.op]} does not map the page: it faults again, for ever"
-    return None
+    if not isinstance(note, facts.Ended) or note.op not in FAULTS or note.ret != 0 or note.mapped == note.scope:
+        return None
+    if note.op == "user_fault" and "a failure" in note.reasons:
+        return None                                     # VM_FAULT_OOM: the VMM faults again, and what failed passes
+    return f"a fault returns 0, and the {FAULTS[note.op]} does not map the page: it faults again, for ever"
 
 
 def bounded_cost(note: Any) -> Evidence:

@@ -75,17 +75,18 @@ meets everybody, too."""
 LONG: dict[str, dict[str, Scenario]] = {
     "vmm-life": {
         "two-pages": ("vcpu", "vmm2", "stop", "memory-failure"), "unbound": ("vcpu", "vmm2", "stop", "memory-failure"),
-        "both-shared": ("memory-failure",),
+        "both-shared": ("memory-failure",), "for-good": ("vcpu", "stop"), "quiet-free": ("vcpu",),
     },
     "vmm-pages": {
         "two-pages": ("vcpu2", "vmm2", "drainer", "stop", "power"),
-        "both-private": ("vcpu2", "vmm2", "drainer", "stop", "power"), "three-pages": (),
+        "both-private": ("vcpu2", "vmm2", "drainer", "stop", "power"), "for-good": ("vcpu2", "stop"),
+        "quiet-free": ("vcpu2",), "three-pages": (),
     },
-    "vmm-mapped": {"both-shared": ("vcpu2", "drainer", "pfn-cache", "device")},
+    "vmm-mapped": {"both-shared": ("vcpu2", "drainer", "pfn-cache", "device"), "quiet-free": ("device",)},
     "vmm-any": {"two-pages": ("stop",), "crossed": ("stop",)},
     "vmm-move": {
         "two-pages": ("vcpu2", "patient-vcpu", "vmm2", "pfn-cache", "memory-failure", "stop"), "crossed": ("vcpu2",),
-        "failing-twice": (),
+        "for-good": ("stop",), "failing-twice": (),
     },
 }
 """A VMM of several operations -> scene -> who else is in its pairs; in a scene that none of them names, all of them."""

@@ -98,14 +98,6 @@ class FileHost(EmulatedHost):
         self.machine.vmm.munmap(self.inode, self.window)
         return self.put_inode()
 
-    @override
-    def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
-        """VM_FAULT_OOM is the same to the caller as a VMA that went: the access is tried again."""
-        try:
-            return super().vmf_insert_folio(index, folio)
-        except OutOfMemory:
-            return False
-
     def user_read(self, index: int, within: int, nr: int) -> bytes | str:
         """EL0 loads the doubleword at byte *within* of page *index*, and with it *nr* bytes; or what stops it."""
         pa = self._executed(index, within & -_WORD, None)

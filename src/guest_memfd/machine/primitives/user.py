@@ -55,7 +55,10 @@ class UserMappings(PageCache):
         return "ok"
 
     def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
-        """Under the page-table lock: only while the VMA is there, and there is memory for a table (VM_FAULT_OOM)."""
+        """Under the page-table lock: only while the VMA is there, and there is memory for a table.
+
+        False in both cases: VM_FAULT_OOM is to the caller what a VMA that went is, and the access is tried again.
+        """
         mapping, page = self.inode.mapping, self.page(folio)
         if mapping is None or not mapping.vmas:
             return False
@@ -65,6 +68,7 @@ class UserMappings(PageCache):
         try:
             mapping.insert(index, page.pa + (index - page.index) * PAGE)
         except OutOfMemory:
+            self.against(FAILURE)
             return False
         return True
 
