@@ -352,8 +352,8 @@ def test_the_sentence_says_what_was_found_and_under_whom() -> None:
     reports = [report(verdict="refuted", broken=[DEAD]), report("kvm"), report("pkvm")]
     assert sentence("mine", "a title", reports, PAIRS) == (
         "mine (a title) breaks host-survives on gunyah: after 8 steps of vcpu and zeropad, the load takes an abort; "
-        f"it keeps all {ALL} laws on kvm and pkvm, in every interleaving of every pair of parties with one injected failure "
-        "(2,000 states).")
+        f"it keeps all {ALL} laws on kvm and pkvm, in every interleaving of every pair of parties, with one injected "
+        "failure (2,000 states).")
 
 
 def test_the_sentence_quotes_the_gravest_of_several() -> None:

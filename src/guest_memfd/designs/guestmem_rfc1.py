@@ -171,24 +171,21 @@ class GuestmemRfc1(Design):
         if isinstance(grabbed, int):
             yield from host.bug("an error pointer from guest_memfd_grab_folio() is dereferenced in the fault handler")
             return "SIGBUS"
+        yield from host.begin_op("user_fault", index, 1)
         answer = "SIGBUS"
         if not (yield from self.accessible(grabbed)):
             if grabbed.private:
                 yield from self.map_direct(grabbed.folio)
             mapped = yield from host.vmf_insert_folio(index, grabbed.folio)
             answer = "ok" if mapped else "retry"
+        yield from host.end_op(-EFAULT if answer == "SIGBUS" else 0)
         yield from self.unlock_and_put(grabbed.folio)
         yield from host.up_read("invalidate")
         return answer
 
     def accessible(self, grabbed: Grabbed) -> Steps[int]:
         """CLO ->accessible: take the folio back if it is lent; the offset inside the folio serves as file offset (S51)."""
-        if not grabbed.private:
-            return 0
-        yield from self.host.begin_op("user_fault", grabbed.pgoff, 1)
-        ret = yield from self.take_back_at(0, grabbed.folio)
-        yield from self.host.end_op(0)
-        return ret
+        return (yield from self.take_back_at(0, grabbed.folio)) if grabbed.private else 0
 
     def take_back_at(self, index: int, folio: Folio) -> Steps[int]:
         """Unmap and reclaim *folio* from the binding that covers page *index*."""

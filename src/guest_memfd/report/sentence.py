@@ -53,7 +53,7 @@ def _clause(group: Sequence[Report], explored: str) -> str:
     if report.verdict == "holds":
         states = sum(r.states for r in group)
         kept = f"all {laws} laws" if laws > 1 else next(iter(report.laws))
-        return (f"keeps {kept} on {where}, in every interleaving of {explored} with {injected(report)} "
+        return (f"keeps {kept} on {where}, in every interleaving of {explored}, with {injected(report)} "
                 f"({states:,} states)")
     if not report.limits:
         return f"breaks no law on {where}, but nothing is proved: it never was that {'; '.join(report.missing)}"

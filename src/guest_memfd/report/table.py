@@ -37,7 +37,7 @@ def tables(reports: Sequence[Report], titles: Mapping[str, str], explored: str, 
             yield from _block([(block[i], widths[i]) for i in columns], first, letters, style)
             yield ""
     yield from style.wrap(f"kept: in every interleaving of {explored}.  12 V+M: broken in 12 steps with V and M there, "
-                    "and in no fewer.  *: one of them is an injected failure.  ': in a scene that is named below.  "
+                    "and in no fewer.  *: some of them are injected failures.  ': in a scene that is named below.  "
                     "0: broken before anybody moves.  ?: nothing is proved: a limit was reached, or nothing happened.", "")
     if letters:
         yield from style.wrap(", ".join(f"{letter} {party}" for party, letter in letters.items()) + ".", "")
