@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from guest_memfd.explore.engine.explorer import Program
+from guest_memfd.explore.engine.program import Program
 from guest_memfd.words.outcome import Outcome
 from guest_memfd.words.primitives import Folio, Host, Locked, Lookup, Primitive, Steps
 
@@ -88,7 +88,7 @@ def stray(page: int, rounds: int) -> Steps[None]:
 
 
 class Pages:
-    """A `explore.engine.explorer.ExploredHost`: a few pages, their folio locks, and the invalidate lock.
+    """A `explore.engine.program.ExploredHost`: a few pages, their folio locks, and the invalidate lock.
 
     A primitive is a method; it changes `self.raw` and returns its result, or returns BLOCKED and changes nothing.
     """

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from conversion import HostSurvives, Pages, parties
 
-from guest_memfd.explore.engine.explorer import Explorer, Tables
+from guest_memfd.explore.engine.explorer import Explorer
 from guest_memfd.explore.engine.naive import explore
+from guest_memfd.explore.engine.tables import Tables
 
 PAGES = 2
 MODEL = Path(__file__).with_name("conversion.pml")

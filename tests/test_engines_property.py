@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import ToyLaw, end, run
 
-from guest_memfd.explore.engine.explorer import Finding
+from guest_memfd.explore.engine.finding import Finding
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,10 @@ import pytest
 from toy import PAGE, PANIC, US, Toy, ToyLaw, end, explorer, run
 
 from guest_memfd.errors import DesignRaised, NotAPrimitive
-from guest_memfd.explore.engine.explorer import NEVER_ENDS, Explorer, Finding, Program, Result, Tables, step_line
+from guest_memfd.explore.engine.explorer import Explorer
+from guest_memfd.explore.engine.finding import Finding, Result, step_line
+from guest_memfd.explore.engine.program import Program
+from guest_memfd.explore.engine.tables import NEVER_ENDS, Tables
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.primitives import Primitive, Steps
 

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import end, explorer
 
-from guest_memfd.explore.engine.explorer import LOCAL_MASK, NEVER_ENDS, SHARED_MASK, Explorer
+from guest_memfd.explore.engine.automaton import LOCAL_MASK
+from guest_memfd.explore.engine.explorer import Explorer
 from guest_memfd.explore.engine.livelock import never_ending
+from guest_memfd.explore.engine.tables import NEVER_ENDS, SHARED_MASK
 
 Graph = Mapping[int, Iterable[int]]
 

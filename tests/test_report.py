@@ -13,7 +13,7 @@ from guest_memfd.abstract import show
 from guest_memfd.abstract import state as st
 from guest_memfd.designs.none import NoDesign
 from guest_memfd.explore.engine.cost import DesignCost
-from guest_memfd.explore.engine.explorer import Finding, Step
+from guest_memfd.explore.engine.finding import Finding, Step
 from guest_memfd.explore.engine.scenario import world
 from guest_memfd.explore.suite.check import check
 from guest_memfd.explore.suite.survived import survived

@@ -13,7 +13,7 @@ import pytest
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, TraceError, UnknownName
-from guest_memfd.explore.engine.explorer import NEVER_ENDS
+from guest_memfd.explore.engine.tables import NEVER_ENDS
 from guest_memfd.explore.replay import Replay, replay
 from guest_memfd.explore.suite.check import Limits, Report, check
 from guest_memfd.explore.trace import SCHEMA, Trace, TraceStep, dumps, load, loads, save, trace_of, write

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from guest_memfd.explore.engine.explorer import Explorer, Program, Result, Tables
+from guest_memfd.explore.engine.explorer import Explorer
+from guest_memfd.explore.engine.finding import Result
 from guest_memfd.explore.engine.naive import explore
+from guest_memfd.explore.engine.program import Program
+from guest_memfd.explore.engine.tables import Tables
 from guest_memfd.words.outcome import Outcome
 from guest_memfd.words.primitives import Folio, Host, Primitive, Steps
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from guest_memfd.designs import DESIGNS as DESIGNS
     from guest_memfd.designs import Design as Design
     from guest_memfd.designs.ours import OurLibrary as OurLibrary
-    from guest_memfd.explore.engine.explorer import step_line as step_line
+    from guest_memfd.explore.engine.finding import step_line as step_line
     from guest_memfd.explore.suite.check import check as check
     from guest_memfd.explore.suite.check import compare as compare
     from guest_memfd.hypervisors import HYPERVISORS as HYPERVISORS
@@ -49,7 +49,7 @@ _FROM = {
     "core.ops": ("GuestMemfdOps", "Reason",),
     "designs": ("DESIGNS", "Design",),
     "designs.ours": ("OurLibrary",),
-    "explore.engine.explorer": ("step_line",),
+    "explore.engine.finding": ("step_line",),
     "explore.suite.check": ("check", "compare",),
     "hypervisors": ("HYPERVISORS",),
     "core.hypervisor": ("DATA_ABORT", "SEA", "Hypervisor", "Stage2",),

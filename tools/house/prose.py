@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from house.graph import SOURCE, modules
 
 HARDEST = (
-    "explore/engine/explorer.py", "explore/engine/footprint.py", "core/convert.py", "core/direct_map.py",
+    "explore/engine/tables.py", "explore/engine/footprint.py", "core/convert.py", "core/direct_map.py",
     "machine/hw/arm64/tlb.py", "machine/hw/arm64/mmu.py", "machine/hw/arm64/tables.py", "machine/linux/mem_abort.py",
     "machine/el2/pkvm/transitions.py", "machine/el2/gunyah/stage2.py",
 )

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from mutants.killer import Killer, Member, Scenario, Seen, Tried
 
 if TYPE_CHECKING:
-    from guest_memfd.explore.engine.explorer import Automaton, Program, Tables
+    from guest_memfd.explore.engine.automaton import Automaton
+    from guest_memfd.explore.engine.program import Program
     from guest_memfd.explore.engine.scenario import World
+    from guest_memfd.explore.engine.tables import Tables
     from mutants.mutant import Mutant, Place
 
 HYPERVISORS = ("kvm", "pkvm", "gunyah")
@@ -79,10 +81,10 @@ class Explored(Killer):
     @contextmanager
     def watching(self, seen: set[Place]) -> Iterator[dict[Member, set[Place]]]:
         """A party is at work while the explorer resumes it."""
-        from guest_memfd.explore.engine import explorer
+        from guest_memfd.explore.engine import automaton
 
         kept: defaultdict[Member, set[Place]] = defaultdict(set)
-        resume = explorer.resume
+        resume = automaton.resume
 
         def noting(program: Program, path: Any, asked: Any = None) -> Any:
             others = seen.copy()
@@ -95,15 +97,15 @@ class Explored(Killer):
                 seen.clear()
                 seen.update(others)
 
-        explorer.resume = noting
+        automaton.resume = noting
         try:
             yield kept
         finally:
-            explorer.resume = resume
+            automaton.resume = resume
 
     def prepare(self) -> None:
         """Fill the tables, and note all that a party is told."""
-        from guest_memfd.explore.engine.explorer import Automaton
+        from guest_memfd.explore.engine.automaton import Automaton
 
         after = Automaton.after
         told: dict[int, dict[Any, tuple[Any, int]]] = {}

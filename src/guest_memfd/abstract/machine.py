@@ -48,7 +48,7 @@ OF_INODE_BY_NAME = frozenset({
 
 
 class AbstractHost(AbstractLocks, AbstractWorld):
-    """A `explore.engine.explorer.ExploredHost` with the fields of `state`: the host of *scene* under *hypervisor*.
+    """A `explore.engine.program.ExploredHost` with the fields of `state`: the host of *scene* under *hypervisor*.
 
     parties: how many party numbers there are. tasks: those of parties that are tasks and can be frozen.
     sea_fixup: whether do_sea() consults the exception table (the design `fixup` changes that).

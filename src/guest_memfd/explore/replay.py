@@ -14,7 +14,8 @@ from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import Design
 from guest_memfd.errors import GuestMemfdError
-from guest_memfd.explore.engine.explorer import Finding, Program, Step, dismiss, perform, resume, word
+from guest_memfd.explore.engine.finding import Finding, Step, word
+from guest_memfd.explore.engine.program import Program, dismiss, perform, resume
 from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.explore.trace import Trace, TraceStep, version
 from guest_memfd.scenarios import TEARDOWN

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from guest_memfd.errors import BadInput, TraceError
-from guest_memfd.explore.engine.explorer import Step
+from guest_memfd.explore.engine.finding import Step
 from guest_memfd.explore.suite.verdict import MOST_FAILURES, Found, LawReport, Report
 from guest_memfd.laws import LAWS
 from guest_memfd.printable import printable

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from guest_memfd.abstract import state as st
-from guest_memfd.explore.engine.explorer import Finding, Step
+from guest_memfd.explore.engine.finding import Finding, Step
 from guest_memfd.laws import LAWS
 from guest_memfd.words import facts
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from guest_memfd.abstract import show
 from guest_memfd.abstract import state as st
-from guest_memfd.explore.engine.explorer import Finding, Step
+from guest_memfd.explore.engine.finding import Finding, Step
 from guest_memfd.laws import LAWS
 from guest_memfd.report import steps
 from guest_memfd.report.blame import offending

@@ -8,7 +8,7 @@ from typing import Any
 
 from guest_memfd.abstract import show
 from guest_memfd.explore.engine.cost import DesignCost
-from guest_memfd.explore.engine.explorer import Finding, Step
+from guest_memfd.explore.engine.finding import Finding, Step
 from guest_memfd.explore.replay import Replay
 from guest_memfd.explore.suite.survived import Survived
 from guest_memfd.explore.suite.verdict import Found, Report

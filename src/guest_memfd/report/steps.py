@@ -10,7 +10,7 @@ from typing import Any
 from guest_memfd.abstract import show
 from guest_memfd.abstract import state as st
 from guest_memfd.errors import errno_name
-from guest_memfd.explore.engine.explorer import Step
+from guest_memfd.explore.engine.finding import Step
 from guest_memfd.report.choices import sentence
 from guest_memfd.report.style import Style
 from guest_memfd.words import facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from guest_memfd.explore.engine.explorer import Finding
+from guest_memfd.explore.engine.finding import Finding
 from guest_memfd.explore.suite.survived import Survived
 from guest_memfd.explore.suite.verdict import Found, LawReport, Report
 from guest_memfd.report.counterexample import Command, Counterexample, commands, length, screen

@@ -16,7 +16,7 @@ To add to the tree (`grow`) is to walk along `seen`, and to put what was learned
 
 A tree is enough, and no set of byte ranges has to be searched, because of the order. The code that carries a step out is
 deterministic: as long as the values that it has read agree, it asks for the same byte next. So all paths through one node
-continue with the same offset, or end there. This is the promise that `explorer.ExploredHost.footprints` asks for:
+continue with the same offset, or end there. This is the promise that `program.ExploredHost.footprints` asks for:
 outcomes depend on nothing but the bytes that are read one by one as ``state[at]``. To compare whole states, or to take a
 hash of one, would read bytes that `seen` does not have, so machine and laws must not do that with such a state.
 

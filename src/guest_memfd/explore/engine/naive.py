@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from guest_memfd.explore.engine.explorer import ExploredHost, Program, resume
 from guest_memfd.explore.engine.place import local_key
+from guest_memfd.explore.engine.program import ExploredHost, Program, resume
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.primitives import LOADS, SILENT, Primitive
 

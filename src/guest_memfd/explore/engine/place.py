@@ -23,7 +23,7 @@ included; a closure becomes its code and what it captures, as each run of the pr
 
 Invariant: from equal keys, equal results lead to equal primitives. A key that says too much costs time: one place is
 explored twice. A key that says too little would hide interleavings, so that is checked and not assumed:
-`explorer.Automaton._intern` compares the next primitive of every history that arrives at a known key, and refuses the
+`automaton.Automaton._intern` compares the next primitive of every history that arrives at a known key, and refuses the
 procedure (DesignRaised) where they differ. It also refuses a value without a hash.
 
 Left out: what is kept outside of the procedure (an attribute of the design, a global variable), that two names hold one

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from guest_memfd.errors import BadInput, DesignRaised
-from guest_memfd.explore.engine.explorer import ExploredHost, Program, differs, dismiss, perform, resume, send
+from guest_memfd.explore.engine.program import ExploredHost, Program, differs, dismiss, perform, resume, send
 from guest_memfd.plugins.guard import Endless
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.primitives import Primitive

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guest_memfd.errors import BadInput
-from guest_memfd.explore.engine.explorer import Finding
+from guest_memfd.explore.engine.finding import Finding
 from guest_memfd.words.scene import Scene
 
 MOST_FAILURES = 255

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from guest_memfd.explore.engine.explorer import NEVER_ENDS, Finding, Result, Tables
+from guest_memfd.explore.engine.finding import Finding, Result
 from guest_memfd.explore.engine.scenario import World
+from guest_memfd.explore.engine.tables import NEVER_ENDS, Tables
 from guest_memfd.explore.suite.coverage import Coverage, covered
 
 ROOMY = 200_000

@@ -1,0 +1,68 @@
+"""What an exploration finds: laws that broke, and the steps that led there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from guest_memfd.words.primitives import Primitive
+
+
+class Step(NamedTuple):
+    """One line of a trace."""
+
+    party: str
+    choices: tuple[str, ...]
+    primitive: Primitive | None
+    result: Any
+    failed: bool
+    shared: bytes
+    notes: tuple[Any, ...]
+
+
+@dataclass
+class Finding:
+    """A law that broke: the evidence, and the shortest way there; of ways as short, one with the fewest failures."""
+
+    law: str
+    evidence: str
+    steps: list[Step] = field(default_factory=list)
+    initial: bytes = b""
+
+    @property
+    def injected(self) -> int:
+        """How many of the steps are injected failures."""
+        return sum(step.failed for step in self.steps)
+
+
+@dataclass
+class Result:
+    """What an exploration saw. `limit` names the limit that was reached, if one was: then nothing is proved."""
+
+    states: int
+    transitions: int
+    findings: list[Finding]
+    limit: str | None = None
+    finals: int = 0
+    depth: int = 0
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """``refuted``, ``undetermined`` or ``holds``."""
+        return "refuted" if self.findings else "undetermined" if self.limit else "holds"
+
+
+def word(option: Any) -> str:
+    """How a choice is called in a trace."""
+    return " ".join(map(str, option)) if isinstance(option, tuple) and not hasattr(option, "_fields") else str(option)
+
+
+def step_line(step: Step) -> str:
+    """``party: [choices] primitive -> result`` of one step."""
+    chosen = f"[{', '.join(step.choices)}] " if step.choices else ""
+    if step.primitive is None:
+        return f"{step.party}: {chosen}done"
+    failed = " (injected failure)" if step.failed else ""
+    result = "" if step.result is None else f" -> {step.result}"
+    return f"{step.party}: {chosen}{step.primitive}{result}{failed}"
