@@ -36,6 +36,8 @@ ELSEWHERE = [
     ("none", "gunyah", "vcpu,zeropad", "host-survives", "for-good"),
     ("none", "gunyah", "vcpu,zeropad", "host-survives", "no-direct-map-changes"),
     ("none", "gunyah", "vcpu,zeropad", "host-survives", "quiet-free"),
+    ("none", "kvm", "vcpu", "one-owner", "three-pages"),
+    ("none", "gunyah", "vcpu,zeropad", "host-survives", "failing-twice"),
 ]
 """The same in other scenes."""
 
