@@ -465,6 +465,7 @@ MAP_ERRORS: list[tuple[str, dict[str, int], int]] = [
     ("outside of the extent", {"offset": 1 << 48}, E.ARG_SIZE),
     ("guest address too high", {"ipa": 1 << 48}, E.ADDR_INVAL),
     ("guest address beyond the table", {"ipa": 1 << IA_BITS}, E.ADDR_INVAL),
+    ("guest address in the upper half", {"ipa": 1 << 63}, E.ADDR_INVAL),
     ("not configured private", {"ipa": DEVICE}, E.DENIED),
     ("end not configured", {"ipa": 65 * GIB - PAGE, "size": 2 * PAGE}, E.DENIED),
     ("not the guest's", {"offset": 4 * PAGE}, E.DENIED),
@@ -719,6 +720,7 @@ MODIFY_ERRORS: list[tuple[str, tuple[int, int, int], int]] = [
     ("misaligned", (LENT + 1, PAGE, 1), E.ARG_ALIGN),
     ("no size", (LENT, 0, 1), E.ARG_SIZE),
     ("beyond the address space", (FULL & -PAGE, PAGE, 1), E.ARG_SIZE),
+    ("just beyond the address space", (1 << IA_BITS, PAGE, 1), E.ARG_SIZE),
     ("not mapped", (LENT + PAGE, PAGE, 1), E.ADDR_INVAL),
     ("partly not mapped", (LENT, 2 * PAGE, 1), E.ADDR_INVAL),
     ("not private", (DEVICE, PAGE, 1), E.DENIED),
@@ -897,6 +899,7 @@ def test_no_more_than_128_ranges(m: Machine) -> None:
     assert configure(m, RangeOp.ADD_PRIVATE, 98 * GIB, PAGE) == E.NORESOURCES
     assert configure(m, RangeOp.ADD_PRIVATE, 101 * GIB, PAGE) == 0         # beside one that is there
     assert configure(m, RangeOp.REMOVE_PRIVATE, 100 * GIB + PAGE, PAGE) == E.NORESOURCES
+    assert configure(m, RangeOp.REMOVE_PRIVATE, 102 * GIB, PAGE) == 0     # an edge: as many as before
     assert configure(m, RangeOp.REMOVE_PRIVATE, 100 * GIB, GIB + PAGE) == 0
     assert configure(m, RangeOp.ADD_PRIVATE, 98 * GIB, PAGE) == 0
 
@@ -910,6 +913,14 @@ def test_removing_the_range_takes_the_right_to_map(m: Machine, pa: int) -> None:
     assert configure(m, RangeOp.REMOVE_PRIVATE, LENT, GIB) == 0
     assert m.to_protected(pa + PAGE) == 0
     assert m.map(LENT + PAGE, pa + PAGE) == E.DENIED
+
+
+def test_a_lookup_ends_where_the_memory_does_not_go_on(m: Machine, pa: int) -> None:
+    for at, frame in enumerate((0, 2, 1)):
+        m.lend(LENT + at * PAGE, pa + frame * PAGE)
+    look = (hc.ADDRSPACE_LOOKUP, m.vm.caps.addrspace, m.vm.caps.guest_private)
+    assert [m.hvc_all(*look, LENT + at * PAGE, 3 * PAGE)[1:3] for at in range(3)] == [
+        [pa, PAGE], [pa + 2 * PAGE, PAGE], [pa + PAGE, PAGE]]
 
 
 def test_lookup(m: Machine, pa: int) -> None:
