@@ -65,9 +65,11 @@ class Tested(Killer):
             del sys.modules[name]
         reports = _Reports()
         with _Quiet():
-            pytest.main([*ARGUMENTS, "-x", path], plugins=[reports])
+            code = pytest.main([*ARGUMENTS, "-x", path], plugins=[reports])
         failed = next((report for report in reports.said if report.failed), None)
-        return None if failed is None else f"{failed.nodeid}: {_words(failed)}"
+        if failed is not None:
+            return f"{failed.nodeid}: {_words(failed)}"
+        return None if code == pytest.ExitCode.OK else f"pytest ends with {code!r}"     # tests that cannot be collected
 
     def _paths(self) -> list[str]:
         return [str(path) for file in self.files for path in sorted(TESTS.glob(file))]
