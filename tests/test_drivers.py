@@ -71,7 +71,7 @@ GUNYAH: list[Row] = [
     *((ops, [(FROM_PROTECTED, first)], last) for ops in (reclaim, make_shared)
       for first, last in ((0, 0), (EINVAL, 0), (EAGAIN, EAGAIN), (EBUSY, EBUSY), (EIO, EIO))),
     (make_private, [], None),
-    (GuestMemfdOps.release, [], None),
+    (GuestMemfdOps.release, [("ops_released()", None)], None),
 ]
 
 DONATE, SHARE = "hypercall(donate_guest, 3, pfn7)", "hypercall(share_guest, 3, pfn7)"
@@ -96,7 +96,7 @@ PKVM: list[Row] = [
     *((reclaim, [(RECLAIM, ret)], ret) for ret in (0, EPERM, EAGAIN, EIO)),
     (make_shared, [], 0),
     (make_private, [(UNSHARE, 0)], None), (make_private, [(UNSHARE, EPERM)], None),
-    (GuestMemfdOps.release, [], None),
+    (GuestMemfdOps.release, [("ops_released()", None)], None),
 ]
 
 MAP, UNMAP = "hypercall(mmu_map, 3, pfn7)", "hypercall(mmu_unmap, 3, pfn7)"
@@ -104,7 +104,8 @@ KVM: list[Row] = [
     *((ops, [(MAP, ret)], ret) for ops in (prepare_private, prepare_shared) for ret in (0, ENOMEM)),
     *((invalidate(private, reason), [(UNMAP, ret)], ret) for private in (True, False) for reason in ("punch", "teardown")
       for ret in (0, EAGAIN)),
-    (make_shared, [], 0), (make_private, [], None), (reclaim, [], 0), (GuestMemfdOps.release, [], None),
+    (make_shared, [], 0), (make_private, [], None), (reclaim, [], 0),
+    (GuestMemfdOps.release, [("ops_released()", None)], None),
 ]
 
 

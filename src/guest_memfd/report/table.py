@@ -12,9 +12,9 @@ from guest_memfd.words.scene import Scene
 
 LETTERS = {
     "vcpu": "V", "vcpu2": "W", "patient-vcpu": "X", "other-vcpu": "O", "vmm": "M", "vmm-life": "L", "vmm-pages": "G",
-    "vmm-mapped": "H", "vmm-any": "A", "vmm-odd": "Q", "creator": "N", "pinner": "I", "vmm2": "T", "repeater": "R",
-    "device": "D", "zeropad": "Z", "kcore": "K", "page-cache-reader": "B", "memory-failure": "F", "pfn-cache": "C",
-    "power": "P", "unloader": "U", "stop": "S", "other-stop": "Y", "drainer": "E",
+    "vmm-mapped": "H", "vmm-any": "A", "vmm-move": "J", "vmm-odd": "Q", "creator": "N", "pinner": "I", "vmm2": "T",
+    "repeater": "R", "device": "D", "zeropad": "Z", "kcore": "K", "page-cache-reader": "B", "memory-failure": "F",
+    "pfn-cache": "C", "power": "P", "unloader": "U", "stop": "S", "other-stop": "Y", "drainer": "E",
 }
 """Party -> the letter that stands for it in the table; parties of third parties get one that is free."""
 
