@@ -105,8 +105,10 @@ def life(*allowed: str) -> Procedure:
             elif what == "map":
                 mapped = mapped or not (yield from design.mmap())
             elif what == "touch":
-                index = yield from USER.choose("page", *range(design.scene.pages))
-                yield from user_touch(design, index)
+                # Only what it has mapped itself: a fault holds its VMA, and another thread's munmap() would not wait here.
+                if mapped:
+                    index = yield from USER.choose("page", *range(design.scene.pages))
+                    yield from user_touch(design, index)
             else:
                 start, nr = yield from USER.choose("range", *design.scene.ranges)
                 yield from change(design, what, start, nr)
