@@ -273,8 +273,12 @@ ASKS_THEN_ACTS = replace(pkvm.PKVM, ops=AsksThenActs)
 # -- what one scene shows and the others do not (tests/test_scenes.py) ------------------------------------------------
 
 
-class GfnIsIndex(OurLibrary):
-    """The binding is looked up at the gfn."""
+class LooksUp(OurLibrary):
+    """The library's fault, with its look at the binding in a procedure of its own."""
+
+    def is_bound(self, gfn: int, index: int) -> Steps[bool]:
+        (bound,) = yield from self.host.xa_load("bindings", index, 1)
+        return bool(bound == gfn + 1)
 
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
         host = self.host
@@ -283,12 +287,19 @@ class GfnIsIndex(OurLibrary):
             yield from host.end_op(-EFAULT)
             return -EFAULT
         yield from host.down_read("invalidate")
-        (bound,) = yield from host.xa_load("bindings", gfn, 1)
-        ret = (yield from self._fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
+        ret = (yield from self._fault_bound(gfn, index)) if (yield from self.is_bound(gfn, index)) else -EFAULT
         yield from host.end_op(ret)
         yield from host.up_read("invalidate")
         yield from self.close()
         return ret
+
+
+class GfnIsIndex(LooksUp):
+    """The binding is looked up at the gfn."""
+
+    def is_bound(self, gfn: int, index: int) -> Steps[bool]:
+        (bound,) = yield from self.host.xa_load("bindings", gfn, 1)
+        return bool(bound == gfn + 1)
 
 
 class OnlyTheFirstComesBack(OurLibrary):
@@ -365,22 +376,12 @@ class RestoresOnce(OurLibrary):
 # -- of its locks, its order, and what it tells ------------------------------------------------------------------------
 
 
-class BoundAnywhere(OurLibrary):
+class BoundAnywhere(LooksUp):
     """A fault looks whether the page is bound, and not whether it is bound there."""
 
-    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
-        host = self.host
-        yield from host.begin_op("fault", index, 1, gfn)
-        if not (yield from host.get_file()):
-            yield from host.end_op(-EFAULT)
-            return -EFAULT
-        yield from host.down_read("invalidate")
-        (bound,) = yield from host.xa_load("bindings", index, 1)
-        ret = (yield from self._fault_bound(gfn, index)) if bound else -EFAULT
-        yield from host.end_op(ret)
-        yield from host.up_read("invalidate")
-        yield from self.close()
-        return ret
+    def is_bound(self, gfn: int, index: int) -> Steps[bool]:
+        (bound,) = yield from self.host.xa_load("bindings", index, 1)
+        return bool(bound)
 
 
 class BindOverwrites(OurLibrary):

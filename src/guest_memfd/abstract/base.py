@@ -79,10 +79,6 @@ class AbstractBase:
             self.die(f"gfn {gfn} is used, of a VM of {self.sizes.gfns} guest frames")
         return self.state.gfn(self.vm.number * self.sizes.gfns + gfn)
 
-    def vm_of(self, file: int) -> int:
-        """The VM that *file* belongs to."""
-        return min(file, self.sizes.vms - 1)
-
     # -- what the laws are told --------------------------------------------------------------------------------------
 
     def guests(self, frame: st.Frame) -> bool:

@@ -118,7 +118,7 @@ class AbstractHost(AbstractLocks, AbstractWorld):
     def _look_at(self, shared: bytes, party: int, primitive: Primitive) -> None:
         self.state, self.notes, self.who, self.caller = st.State(shared), [], party, primitive.caller
         self.file = self.state.file(primitive.file)
-        self.vm = self.state.vm(self.vm_of(primitive.file))
+        self.vm = self.state.vm(primitive.file)       # file n belongs to VM n
 
     def _perform(
         self, perform: Callable[..., Any], shared: bytes, party: int, primitive: Primitive

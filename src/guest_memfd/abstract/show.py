@@ -115,12 +115,12 @@ def overview(state: bytes) -> list[str]:
     counts = st.layout_of(state).counts
     pages = _alike("page", counts["page"], lambda n: _page_in_short(fields, n))
     frames = _alike("pfn", counts["pfn"], lambda n: frame(fields, n))
-    around = [_around(f, fields[f]) for f in fields if _is_around(f) and fields[f] and f != "given"]
+    around = [_around(f, fields[f]) for f in fields if _is_around(f) and fields[f]]
     return [f"pages   {'; '.join(pages)}", f"frames  {'; '.join(frames)}", f"around  {', '.join(around)}"]
 
 
 def _is_around(field: str) -> bool:
-    return "." not in field or field.startswith(("file", "vm"))
+    return field != "given" and ("." not in field or field.startswith(("file", "vm")))
 
 
 # ``file refs 2``, and ``file1: file refs 2`` where it is not the first.

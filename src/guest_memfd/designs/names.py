@@ -12,7 +12,7 @@ from guest_memfd.designs.design import OPERATIONS, Design
 from guest_memfd.errors import shown
 from guest_memfd.plugins.fields import COUNT, ERRNOS, FLAG, LINE, NAME, NAMES, SOME_NAMES, Kind, one_of, table, wrong
 from guest_memfd.plugins.forgotten import in_class
-from guest_memfd.plugins.overrides import unfit
+from guest_memfd.plugins.overrides import beyond, unfit
 from guest_memfd.words.primitives import OPS, Bound
 from guest_memfd.words.scene import Scene
 
@@ -43,6 +43,6 @@ def lacks(thing: object) -> str | None:
 
 # A design that says it keeps what it overrides says the contrary of what it does.
 def _not_kept(design: type[Design]) -> str | None:
-    own = [each for each in design.__mro__ if each not in Design.__mro__]
+    own = beyond(design, Design)
     changed = next((name for name in design.keeps if any(name in vars(each) for each in own)), None)
     return None if changed is None else f"{design.__qualname__} says that it keeps {changed!r}, and it overrides that"

@@ -122,6 +122,11 @@ class Pair:
         self._judge()
         return result
 
+    def abstracted(self, shared: bytes) -> bytes:
+        """The state that the machine is in; what may still be injected is the scheduler's to know, and is in *shared*."""
+        left = st.State(shared)
+        return abstraction(self.host, self.world.machine.sizes, left.failures, left.given, left.refusals)
+
     def _compare(self, who: int, primitive: Primitive, outcome: Outcome, result: Any) -> None:
         if result is not outcome.result and result != outcome.result:
             raise self._diverged(who, primitive, f"returns {outcome.result!r} on the abstract host, {result!r} here")
@@ -129,8 +134,7 @@ class Pair:
         said, seen = _comparable(outcome.notes), _comparable(self.host.notes)
         if said != seen:
             raise self._diverged(who, primitive, f"abstract facts {said}\n  emulated facts {seen}")
-        left = st.State(outcome.shared)
-        now = abstraction(self.host, self.world.machine.sizes, left.failures, left.given, left.refusals)
+        now = self.abstracted(outcome.shared)
         stray = any(isinstance(note, facts.StrayGuest) for note in outcome.notes)
         # The machine's state is read anew from RAM, tables and TLBs. Nothing that lock step has remembered can make
         # it agree.
@@ -271,8 +275,7 @@ def run(both: Pair, names: Sequence[str], rng: random.Random) -> int:
     if not both.ended and not any(r.pending for r in runners):
         alone(both, Runner(world.teardown.number, world.teardown.start()))
         if not both.ended:
-            left = st.State(both.shared)
-            end = abstraction(both.host, world.machine.sizes, left.failures, left.given, left.refusals)
+            end = both.abstracted(both.shared)
             for law in LAWS.values():
                 evidence = law.at_end(end)
                 if evidence is not None:

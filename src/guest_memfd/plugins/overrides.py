@@ -21,7 +21,7 @@ OFFERS = "offers"
 
 def unfit(cls: type, base: type) -> str | None:
     """What *cls*, a subclass of *base*, defines that nothing will ever call, or that does not fit what it overrides."""
-    own = [each for each in cls.__mro__ if each not in base.__mro__]
+    own = beyond(cls, base)
     known = _known(base)
     for each in own:
         for name, value in vars(each).items():
@@ -33,6 +33,11 @@ def unfit(cls: type, base: type) -> str | None:
             if wrong is not None:
                 return f"{each.__qualname__} defines {name!r}, {wrong}"
     return None
+
+
+def beyond(cls: type, base: type) -> list[type]:
+    """The classes that *cls* has on top of *base*, itself first."""
+    return [each for each in cls.__mro__ if each not in base.__mro__]
 
 
 # Every name that *base* has: defined, annotated, or set by a constructor.

@@ -10,6 +10,11 @@ from guest_memfd.words.primitives import EAGAIN, EFAULT, Host, Steps
 GUEST = Host("guest")
 
 
+def backed(design: Design) -> tuple[int, ...]:
+    """The gfns that have a page of the file, in order; where none has, one without."""
+    return design.scene.gfns or (design.scene.beyond,)
+
+
 def touch(design: Design, gfn: int) -> Steps[str]:
     """Write *gfn*, faulting it in as KVM_RUN and VCPU_RUN do: 0 and -EAGAIN run the guest again, the rest exits."""
     for _attempt in range(2):
@@ -33,7 +38,7 @@ def handle_fault(design: Design, gfn: int) -> Steps[int]:
 
 def vcpu(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Touch a page; perhaps give it up to the host and touch it again."""
-    gfn = yield from GUEST.choose("gfn", *(design.scene.gfns or (design.scene.beyond,)))
+    gfn = yield from GUEST.choose("gfn", *backed(design))
     seen = yield from touch(design, gfn)
     if seen != "ok" or hypervisor.consents is None:
         return
@@ -44,7 +49,7 @@ def vcpu(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 def second_vcpu(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Touch the first page, as the other does."""
-    yield from touch(design, min(design.scene.gfns, default=design.scene.beyond))
+    yield from touch(design, backed(design)[0])
 
 
 def until_served(design: Design, hypervisor: Hypervisor) -> Steps[None]:
