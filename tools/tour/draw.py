@@ -1,6 +1,6 @@
 """The life of a page as a picture, in SVG.
 
-Rule of this file: the same life is the same file. A node lies in the column of its direct map and in the
+The same life is the same file. A node lies in the column of its direct map and in the
 row of its attribute and owner.
 """
 

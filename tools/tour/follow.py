@@ -1,6 +1,6 @@
 """Following the run: which calls were made, and what was said of the page when it came to each stop.
 
-Rule of this file: what is not seen in the run is not told. A stop that the run does not come to is an error.
+What is not seen in the run is not told. A stop that the run does not come to is an error.
 """
 
 from __future__ import annotations

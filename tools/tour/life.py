@@ -1,6 +1,6 @@
 """The life of a page: its states and what leads from one to another, read off the states that the explorer reaches.
 
-Rule of this file: nothing is drawn from memory. A state or an edge is there because an exploration has come to it.
+Nothing is drawn from memory. A state or an edge is there because an exploration has come to it.
 """
 
 from __future__ import annotations

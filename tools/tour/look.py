@@ -1,6 +1,6 @@
 """One look at the page: what every record and every table of the machine says of it now, in words.
 
-Rule of this file: it only reads. A look between two instructions of the kernel changes nothing of what follows.
+It only reads. A look between two instructions of the kernel changes nothing of what follows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Lines of a function, as they stand in its file today.
 
-Rule of this file: lines are found by the function and by what they say, never by their number.
+Lines are found by the function and by what they say, never by their number.
 """
 
 from __future__ import annotations

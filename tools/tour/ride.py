@@ -1,6 +1,6 @@
 """The run behind the tour: an emulated pKVM machine, a small guest, and the one KVM_RUN in which a page is lent.
 
-Rule of this file: it decides nothing about the tour. Whoever wants to see the run gives `ride` a way to watch it.
+It decides nothing about the tour. A caller that wants to see the run gives `ride` a way to watch it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The stops of the tour: where the way of one page is looked at, in the order in which the run comes there.
 
-Rule of this file: a stop names functions, never lines. A function is there only if the run really calls it.
+A stop names functions, never lines. A function is there only if the run really calls it.
 """
 
 from __future__ import annotations

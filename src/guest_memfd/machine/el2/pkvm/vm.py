@@ -1,4 +1,4 @@
-"""Guests as EL2 knows them. What a VM lives on, tables included, was the host's and is EL2's for now.
+"""Guests as EL2 knows them. What a VM lives on, tables included, was the host's, and is EL2's while it lives.
 
 A VM's tables come out of its memcache: pages that the host offers, that EL2 takes (donate_hyp) and gives back when the
 VM is torn down (kvm/hyp/nvhe/pkvm.c). Upstream each vCPU has a memcache; here one serves the VM. vCPUs execute while
