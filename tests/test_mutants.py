@@ -343,6 +343,39 @@ def test_tests_are_scenarios(tmp_path: Path, python: Any) -> None:
     assert ran.stdout.splitlines()[-1] == "[('test_right', None), ('test_wrong', 'AssertionError: no')]", ran.stderr
 
 
+# Tests that know the package only by what a folder of tests has imported, and one that is interrupted.
+ANEW = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+from mutants import tested
+from mutants.apply import SOURCES, import_anew
+tested.TESTS = Path(sys.argv[2])
+killer = tested.Tested("test_*.py")
+def work():
+    import_anew("words/outcome.py", compile((Path(SOURCES) / "words/outcome.py").read_text(), "outcome.py", "exec"))
+    for scenario in killer.scenarios():
+        try:
+            print(scenario.label, scenario.run())
+        except KeyboardInterrupt as end:
+            print(scenario.label, "ends with", end)
+killer.within(work)
+"""
+
+
+def test_tests_are_imported_anew_with_all_that_they_share(tmp_path: Path, python: Any) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "part.py").write_text("from guest_memfd.words.primitives import EAGAIN, Primitive as known\n")
+    (tmp_path / "test_same.py").write_text(
+        "from shared import part\nfrom guest_memfd.words.primitives import Primitive\n\n"
+        "def test_same(): assert part.known is Primitive\n")
+    (tmp_path / "test_wait.py").write_text("def test_wait(): raise KeyboardInterrupt('the time is over')\n")
+    tools = str(Path(__file__).parent.parent / "tools")
+    ran = python(ANEW.replace("sys.argv[1:3]", repr([tools, str(tmp_path)])).replace("sys.argv[2]", repr(str(tmp_path))))
+    assert ran.stdout.splitlines()[-2:] == [
+        "all of test_same.py None", "all of test_wait.py ends with the time is over"], ran.stdout + ran.stderr
+
+
 def test_no_tests_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"there are no tests in test_nothing\.py"):
         tested.Tested("test_nothing.py").within(lambda: None)

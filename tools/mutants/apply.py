@@ -24,7 +24,7 @@ def apply(mutant: Mutant) -> None:
     file = mutant.site.file
     code = compile(mutant.tree(), str(SOURCES / file), "exec")
     if mutant.site.function is None:
-        _import_anew(module_of(file), code)
+        import_anew(file, code)
     else:
         swap(file, code)
 
@@ -77,11 +77,12 @@ def _know_errnos(module: ModuleType) -> None:
             vars(module).setdefault(name, value)
 
 
-def _import_anew(name: str, code: CodeType) -> None:
+def import_anew(file: str, code: CodeType) -> None:
+    """Let the package be imported a second time, *code* being what is in *file*."""
     for known in [known for known in sys.modules if known.partition(".")[0] == PACKAGE]:
         del sys.modules[known]
-    sys.meta_path.insert(0, _Finder(name, code))
-    importlib.import_module(name)
+    sys.meta_path.insert(0, _Finder(module_of(file), code))
+    importlib.import_module(module_of(file))
 
 
 class _Finder(importlib.abc.MetaPathFinder):

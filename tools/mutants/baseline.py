@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mutants.apply import swap
+from mutants.apply import import_anew, swap
 from mutants.killer import Killer, Member, Seen
 from mutants.mutant import Mutant, Place
 from mutants.targets import SOURCES
@@ -43,6 +43,14 @@ def baseline(killer: Killer, files: Sequence[str]) -> Baseline:
     with killer.watching(seen) as parties:
         ran = list(_run_all(killer, seen, parties))
     return Baseline(sorted(ran, key=lambda run: run.seconds), parties)
+
+
+def wrong_anew(killer: Killer, file: str) -> str | None:
+    """The first scenario that finds something with the package imported anew, *file* unchanged, and what. For a child."""
+    path = SOURCES / file
+    import_anew(file, compile(path.read_text(), str(path), "exec"))
+    return next((f"{scenario.label}, imported anew: {found}"
+                 for scenario in killer.scenarios() if (found := scenario.run()) is not None), None)
 
 
 # What a party has done before is done again by nobody, and the time of its first scenario is that of all of them. What is

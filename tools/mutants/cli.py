@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _try(target: Target, wanted: Sequence[Mutant], args: argparse.Namespace, fates: dict[str, Fate]) -> None:
     began = time.monotonic()
-    base = known(target, jobs=args.jobs)
+    base = known(target, jobs=args.jobs, values=any(mutant.site.function is None for mutant in wanted))
     for killer, done in base:
         _say(f"{killer.name}: {len(done.ran)} hold without mutants, {time.monotonic() - began:.0f} s")
     for mutant, fate in tried(wanted, base, jobs=args.jobs, seconds=args.seconds):

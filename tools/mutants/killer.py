@@ -46,6 +46,8 @@ class Killer:
     """
 
     name = "scenarios"
+    depends_on_import = False
+    """Whether scenarios that hold may fail when the package is imported a second time, as it is for a mutated value."""
 
     def within(self, work: Callable[[], None]) -> None:
         """Do *work* where scenarios can be run."""

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from mutants.baseline import baseline
+from mutants.baseline import Baseline, baseline, wrong_anew
 from mutants.children import Died, each
+from mutants.killer import Killer
 from mutants.mutant import Mutant
 from mutants.site import Site
 from mutants.targets import Target
@@ -40,19 +41,27 @@ def within(target: Target, work: Callable[[], None]) -> None:
     work()
 
 
-def known(target: Target, *, jobs: int = 1) -> Known:
-    """What each killer of *target* does without a mutant; NotClean if something is found."""
+def known(target: Target, *, jobs: int = 1, values: bool = False) -> Known:
+    """What each killer of *target* does without a mutant; NotClean if something is found.
+
+    values: whether mutants of values are to be tried, for which the package is imported anew.
+    """
     for killer in target.killers:
         killer.prepare()
-    work = [(at, partial(baseline, killer, target.paths())) for at, killer in enumerate(target.killers)]
-    answers = dict(each(work, jobs=jobs, seconds=BASELINE_SECONDS))
-    for at, killer in enumerate(target.killers):
-        if isinstance(answers[at], Died):
-            raise NotClean(f"the {killer.name} cannot be run as it is: {answers[at].how}")
-        for ran in answers[at].ran:
-            if ran.found is not None:
-                raise NotClean(f"without any mutant, {ran.label}: {ran.found}")
-    return [(killer, answers[at]) for at, killer in enumerate(target.killers)]
+    work: list[tuple[tuple[str, Killer], Callable[[], Baseline | str | None]]] = [
+        (("as it is", killer), partial(baseline, killer, target.paths())) for killer in target.killers]
+    work += [(("imported anew", killer), partial(wrong_anew, killer, target.paths()[0]))
+             for killer in target.killers if values and killer.depends_on_import]
+    bases: dict[Killer, Baseline] = {}
+    for (how, killer), answer in each(work, jobs=jobs, seconds=BASELINE_SECONDS):
+        if isinstance(answer, Died):
+            raise NotClean(f"the {killer.name} cannot be run {how}: {answer.how}")
+        if isinstance(answer, Baseline):
+            bases[killer] = answer
+            answer = next((f"{ran.label}: {ran.found}" for ran in answer.ran if ran.found is not None), None)
+        if answer is not None:
+            raise NotClean(f"without any mutant, {answer}")
+    return [(killer, bases[killer]) for killer in target.killers]
 
 
 def tried(mutants: Sequence[Mutant], base: Known, *, jobs: int, seconds: float) -> Iterator[tuple[Mutant, Fate]]:

@@ -29,6 +29,7 @@ class Tested(Killer):
     """The quick tests in *files* of tests/ (patterns)."""
 
     name = "tests"
+    depends_on_import = True
 
     def __init__(self, *files: str) -> None:
         self.files = files
@@ -66,6 +67,8 @@ class Tested(Killer):
         reports = _Reports()
         with _Quiet():
             code = pytest.main([*ARGUMENTS, "-x", path], plugins=[reports])
+        if reports.interrupted is not None:
+            raise reports.interrupted                   # pytest ends in peace then
         failed = next((report for report in reports.said if report.failed), None)
         if failed is not None:
             return f"{failed.nodeid}: {_words(failed)}"
@@ -94,14 +97,20 @@ def _words(report: pytest.TestReport) -> str:
     return str(crash.message if crash else report.longrepr).partition("\n")[0] or report.when or "failed"
 
 
+# A folder without an `__init__.py` has no file, and keeps what was imported from it.
 def _is_a_test(module: Any) -> bool:
-    return str(getattr(module, "__file__", None)).startswith(f"{TESTS}{os.sep}")
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    return any(str(place).startswith(f"{TESTS}{os.sep}") for place in places)
 
 
 class _Reports:
-    # A plugin that keeps what becomes of tests.
+    # A plugin that keeps what becomes of tests, and what put an end to them.
     def __init__(self) -> None:
         self.said: list[pytest.TestReport] = []
+        self.interrupted: BaseException | None = None
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        self.interrupted = excinfo.value
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.said.append(report)
