@@ -384,6 +384,13 @@ def test_a_timeout_does_not_hide_what_came_first() -> None:
     assert machine.cpu.run(timeout=300, instructions=10) == Counted()
 
 
+def test_who_has_executed_all_that_was_asked_for_was_not_interrupted() -> None:
+    machine = Machine("nop\nnop")
+    machine.cpu.kicked = lambda: True
+    assert machine.cpu.run(instructions=1) == Counted()
+    assert machine.cpu.run(instructions=2) == Expired()
+
+
 # -- registers and exceptions ----------------------------------------------------------------------------------------
 
 def test_registers_hold_64_bits() -> None:

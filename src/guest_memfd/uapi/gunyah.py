@@ -10,6 +10,7 @@ import struct
 from enum import IntEnum, IntFlag
 from typing import ClassVar, NamedTuple, Protocol, Self
 
+from guest_memfd.distinct import distinct
 from guest_memfd.uapi.ioctl import io, iow
 from guest_memfd.uapi.memory import GuestMemory, Owner
 from guest_memfd.uapi.words import packed
@@ -255,6 +256,7 @@ def boot_register(which: RegisterSet, index: int) -> int:
 
 # -- the page a vCPU shares ------------------------------------------------------------------------------------------
 
+@distinct
 class MmioExit(NamedTuple):
     """The guest touched a device: address, bytes written (or room for those read), whether it wrote."""
 
@@ -263,6 +265,7 @@ class MmioExit(NamedTuple):
     is_write: bool
 
 
+@distinct
 class StatusExit(NamedTuple):
     """The VM no longer runs; type and reason as the Resource Manager reported them."""
 
@@ -271,6 +274,7 @@ class StatusExit(NamedTuple):
     reason: bytes
 
 
+@distinct
 class PageFaultExit(NamedTuple):
     """Memory could not be given to the guest: address, and -errno of the attempt."""
 

@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from guest_memfd.compat import override
+from guest_memfd.distinct import distinct
 from guest_memfd.errors import errno_name
 
 
@@ -37,6 +38,7 @@ class SystemEventType(IntEnum):
     CRASH = 3
 
 
+@distinct
 class Mmio(NamedTuple):
     """The guest accesses *size* bytes at *phys_addr*; *data* is what it writes.
 
@@ -53,6 +55,7 @@ class Mmio(NamedTuple):
         return f"Mmio({self.phys_addr:#x}, {self.size}, {'write' if self.is_write else 'read'}, data={self.data!r})"
 
 
+@distinct
 class Io(NamedTuple):
     """x86: the guest accesses *port*, *times* times *size* bytes (REP INS and OUTS); *data* is all that it writes.
 
@@ -66,14 +69,17 @@ class Io(NamedTuple):
     data: bytes
 
 
+@distinct
 class Halt(NamedTuple):
     """x86: HLT, where no interrupt controller of KVM's waits for the next interrupt."""
 
 
+@distinct
 class Shutdown(NamedTuple):
     """x86: a triple fault."""
 
 
+@distinct
 class HypercallExit(NamedTuple):
     """A hypercall for user space; what it returns to the guest is given to `KvmVcpu.answer`."""
 
@@ -81,12 +87,14 @@ class HypercallExit(NamedTuple):
     args: tuple[int, ...]
 
 
+@distinct
 class SystemEvent(NamedTuple):
     """The guest has turned itself off, or reset."""
 
     type: int
 
 
+@distinct
 class MemoryFault(NamedTuple):
     """KVM_RUN returned -1 with *errno*, EFAULT or EHWPOISON: the guest cannot have [gpa, gpa+size) as it asked for it."""
 
@@ -100,22 +108,26 @@ class MemoryFault(NamedTuple):
         return f"MemoryFault(flags={self.flags:#x}, gpa={self.gpa:#x}, size={self.size:#x}, {errno_name(self.errno)})"
 
 
+@distinct
 class Intr(NamedTuple):
     """KVM_RUN returned -1 with EINTR: a signal, or immediate_exit."""
 
 
+@distinct
 class KvmInternalError(NamedTuple):
     """KVM cannot go on with this vCPU; *why* is what there is in words."""
 
     why: str = ""
 
 
+@distinct
 class FailEntry(NamedTuple):
     """The hardware refuses the vCPU's state; *reason* is the hardware's."""
 
     reason: int
 
 
+@distinct
 class Unknown(NamedTuple):
     """KVM_RUN returned -1 with *errno* and says nothing else, or an exit that is not decoded here."""
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from guest_memfd.distinct import distinct
 from guest_memfd.words.primitives import Bound, Cost
 
 
+@distinct
 class Access(NamedTuple):
     """Someone reached the contents of a frame."""
 
@@ -27,6 +29,7 @@ class Access(NamedTuple):
     broken: bool                # its memory is broken, and memory_failure() has done with it
 
 
+@distinct
 class Abort(NamedTuple):
     """An access of the kernel did not get through."""
 
@@ -38,6 +41,7 @@ class Abort(NamedTuple):
     why: str
 
 
+@distinct
 class DirectMapChange(NamedTuple):
     """A direct-map entry was written by the code of *caller*."""
 
@@ -47,6 +51,7 @@ class DirectMapChange(NamedTuple):
     broken: bool = False                # its memory is broken, and memory_failure() has done with it
 
 
+@distinct
 class MadePrivate(NamedTuple):
     """A frame has just become private to the guest: by the library's word, or by the hypervisor's."""
 
@@ -56,6 +61,7 @@ class MadePrivate(NamedTuple):
     cached_mapping: bool        # a gfn_to_pfn_cache still maps it
 
 
+@distinct
 class StrayGuest(NamedTuple):
     """The guest reached a frame that is not its own any more."""
 
@@ -63,6 +69,7 @@ class StrayGuest(NamedTuple):
     via: str
 
 
+@distinct
 class Refused(NamedTuple):
     """The hypervisor refused a request as a rule, not as a failure."""
 
@@ -70,6 +77,7 @@ class Refused(NamedTuple):
     errno: int
 
 
+@distinct
 class OutOfScope(NamedTuple):
     """An operation did something to a page outside its range."""
 
@@ -78,6 +86,7 @@ class OutOfScope(NamedTuple):
     pgoff: int
 
 
+@distinct
 class Unannounced(NamedTuple):
     """An operation did something to a page that no mmu_invalidate_begin() of its own has announced."""
 
@@ -86,12 +95,14 @@ class Unannounced(NamedTuple):
     pgoff: int
 
 
+@distinct
 class Rebound(NamedTuple):
     """A bind has overwritten the binding that a page had."""
 
     pgoff: int
 
 
+@distinct
 class Ended(NamedTuple):
     """An operation has come to its end, and still holds its lock."""
 
@@ -114,6 +125,7 @@ class Ended(NamedTuple):
     bound_of_cost: Bound | None         # what the design says it costs at most, None if it says nothing
 
 
+@distinct
 class Returned(NamedTuple):
     """A system call, or an exit of a vCPU, has returned to its caller."""
 
@@ -127,6 +139,7 @@ class Returned(NamedTuple):
     begun: bool = False                 # an invalidation that was begun has not been ended
 
 
+@distinct
 class Given(NamedTuple):
     """A page was mapped for *whom* while its memory was known to be broken."""
 
@@ -134,6 +147,7 @@ class Given(NamedTuple):
     pfn: int
 
 
+@distinct
 class Contained(NamedTuple):
     """memory_failure() has done with a page of the file."""
 
@@ -143,12 +157,14 @@ class Contained(NamedTuple):
     reasons: tuple[str, ...]            # what stood against taking it away
 
 
+@distinct
 class UseAfterFree(NamedTuple):
     """A primitive was called on an object whose memory is gone."""
 
     what: str
 
 
+@distinct
 class Freed(NamedTuple):
     """The last reference of a frame went."""
 
@@ -158,6 +174,7 @@ class Freed(NamedTuple):
     guest_reaches: bool
 
 
+@distinct
 class Destroyed(NamedTuple):
     """Contents that someone relied on were lost without being asked for."""
 
@@ -165,12 +182,14 @@ class Destroyed(NamedTuple):
     how: str
 
 
+@distinct
 class Broken(NamedTuple):
     """The kernel stopped for a reason that is no abort: BUG_ON, a wild pointer, code that is gone."""
 
     what: str
 
 
+@distinct
 class Warned(NamedTuple):
     """The kernel said WARN_ON(): something went wrong that could not be undone there."""
 

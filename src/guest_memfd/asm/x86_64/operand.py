@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from guest_memfd.asm.assembler import ATOM, Malformed
+from guest_memfd.distinct import distinct
 
 
 class Mode(NamedTuple):
@@ -21,6 +22,7 @@ class Mode(NamedTuple):
     constant: Callable[[str], int | None]
 
 
+@distinct
 class X86Register(NamedTuple):
     """Any register; *rex* tells that a byte register needs a REX prefix (spl), or cannot stand with one (ah)."""
 
@@ -46,6 +48,7 @@ class MemoryOperand:
     width: int
 
 
+@distinct
 class Immediate(NamedTuple):
     """An expression; *plain* unless ``offset`` says that a label means its address."""
 
@@ -56,6 +59,7 @@ class Immediate(NamedTuple):
     size: int | None = None
 
 
+@distinct
 class Far(NamedTuple):
     """The target of a far jump or call: ``selector:offset``, both expressions; *size* in bits, None if not written."""
 

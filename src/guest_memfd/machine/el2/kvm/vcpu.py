@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from guest_memfd.distinct import distinct
 from guest_memfd.machine.hw.arm64.access import Transfer, access_of, writes_back
 from guest_memfd.machine.hw.arm64.cpu import (
     Breakpoint,
@@ -40,6 +41,7 @@ _SEA = 0x10        # DFSC of a synchronous external abort that is not on a walk
 _ESR = {Svc: 0x15 << 26 | 1 << 25, Breakpoint: 0x3c << 26 | 1 << 25, Undefined: 1 << 25}
 
 
+@distinct
 class MmioAccess(NamedTuple):
     """KVM_EXIT_MMIO: *size* bytes at *ipa*; *data* is what is written. A read waits for `Vcpu.complete_mmio`."""
 
@@ -50,6 +52,7 @@ class MmioAccess(NamedTuple):
     register: int
 
 
+@distinct
 class MemoryFaultExit(NamedTuple):
     """A stage-2 fault on memory that is bound there: the handler maps something, or returns -EFAULT."""
 
@@ -58,12 +61,14 @@ class MemoryFaultExit(NamedTuple):
     exec: bool
 
 
+@distinct
 class SystemEventExit(NamedTuple):
     """KVM_EXIT_SYSTEM_EVENT: ``shutdown`` or ``reset``."""
 
     what: str
 
 
+@distinct
 class Hypercall(NamedTuple):
     """A hypercall that is the host's business, too: its number and its first argument."""
 
@@ -71,14 +76,17 @@ class Hypercall(NamedTuple):
     argument: int
 
 
+@distinct
 class WfiExit(NamedTuple):
     """The guest waits for an interrupt."""
 
 
+@distinct
 class ExpiredExit(NamedTuple):
     """The time, or the number of instructions, that `run` was given is up."""
 
 
+@distinct
 class InternalErrorExit(NamedTuple):
     """KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_ARM_NISV, or an errno of KVM_RUN: the guest cannot go on; in words."""
 
