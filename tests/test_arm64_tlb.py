@@ -510,6 +510,36 @@ def test_a_range_that_no_operation_has() -> None:
             tlbi.rvaale1is([], PAGES, size, 7)
 
 
+BY_RANGE: list[tuple[Callable[..., None], int, bool]] = [
+    *((call, PAGES, False) for call in (
+        lambda w, at, size: tlbi.rvae1is(w.tlbs, at, size, 1, 7), lambda w, at, size: tlbi.rvale1is(w.tlbs, at, size, 1, 7),
+        lambda w, at, size: tlbi.rvaae1is(w.tlbs, at, size, 7), lambda w, at, size: tlbi.rvaale1is(w.tlbs, at, size, 7))),
+    *((call, MEM, True) for call in (
+        lambda w, at, size: tlbi.ripas2e1is(w.tlbs, at, size, 7), lambda w, at, size: tlbi.ripas2le1is(w.tlbs, at, size, 7),
+        *(lambda w, at, size, name=name: ins.execute(
+            name, 1 << 46 | (size // 8192 - 1) << 39 | at >> 12, w.tlbs[0], w.tlbs, 7)
+          for name in ("RIPAS2E1IS", "RIPAS2LE1IS")))),
+]
+
+
+@pytest.mark.parametrize(("call", "base", "stage2"), BY_RANGE)
+def test_a_range_ends_where_it_ends(call: Callable[..., None], base: int, stage2: bool) -> None:
+    world = World()
+    pages = [base + n * 4096 for n in range(6)]
+    for n in range(6):
+        world.touch(PAGES + n * 4096)
+    call(world, pages[2], 8192)
+    for tlb in world.tlbs:
+        held = {entry.ia for entry in tlb.entries() if (entry.kind == "stage2") == stage2}
+        assert [at & tlb_mask() in held for at in pages] == [True, True, False, False, True, True]
+
+
+def test_a_run_below_a_larger_leaf_is_kept_whole_and_singly_when_it_is_combined(world: World) -> None:
+    off = Mmu(world.ram, Tlb())
+    off.translate(RUN, "r", 1, world.s1(), None)
+    assert sorted(e.size for e in off.tlb.entries() if e.kind == "combined") == [4096, 16 << 12]
+
+
 # -- at random: the TLB never answers what was neither in memory nor removed in vain ----------------------------------
 
 

@@ -194,6 +194,16 @@ def test_52_bits_with_64k_pages() -> None:
     assert world.fault() == ("translation", 1, 1, False)
 
 
+@pytest.mark.parametrize("stage2", [False, True])
+def test_bits_15_to_12_of_a_4k_page_are_not_its_top_bits(stage2: bool) -> None:
+    world = World()
+    world.features, world.stage2 = CpuFeatures(pa_bits=52), stage2
+    world.tcr, world.vtcr = replace(world.tcr, ips=6), replace(world.vtcr, ps=6)
+    world.t1.map(VA, 4096, PAGE + 0x5000, KERNEL)
+    world.identity2(3)
+    assert world.go(VA | 8).pa == PAGE + 0x5008
+
+
 # -- 3. levels --------------------------------------------------------------------------------------------------------
 
 

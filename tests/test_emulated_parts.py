@@ -11,7 +11,9 @@ from hypothesis import strategies as given_by
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.arm64.walk import Stage1, walk
 from guest_memfd.machine.hw.buddy import Buddy, OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, BusError, Ram
 from guest_memfd.machine.linux.inode import Inode
@@ -172,6 +174,20 @@ class Space:
     def mapping(self) -> FileMapping:
         assert self.inode.mapping is not None
         return self.inode.mapping
+
+
+def test_the_cpu_finds_a_page_where_its_vma_says_in_every_table_of_it() -> None:
+    space = Space()
+    for window in ((0, 4), (3, 1500), (600, 1)):
+        space.mm.mmap(space.inode, *window)
+    regime = Stage1(Tcr(), space.mm.ttbr0, 0)
+    for index in (3, 511, 512, 600, 1100, 1502):
+        space.mapping.insert(index, space.ram.base + index * PAGE)
+        for vma in space.mapping.vmas:
+            if vma.covers(index):
+                assert walk(space.ram, vma.va(index), "r", 0, regime).pa == space.ram.base + index * PAGE
+    space.mm.munmap(space.inode, (3, 1500))
+    assert sorted(space.mapping.present) == [3, 600]
 
 
 def test_an_entry_goes_with_the_last_vma_that_shows_it() -> None:

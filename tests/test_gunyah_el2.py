@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +30,7 @@ from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, GunyahStage2Table, St
 from guest_memfd.machine.el2.gunyah.vcpu import Action, GunyahRun, VcpuState
 from guest_memfd.machine.el2.gunyah.vm import Exit, GunyahHypVm, Psci
 from guest_memfd.machine.hw.arm64.access import Transfer
-from guest_memfd.machine.hw.arm64.descriptor import ADDRESS, VALID
+from guest_memfd.machine.hw.arm64.descriptor import ADDRESS, S2_WRITE, VALID
 from guest_memfd.machine.hw.arm64.fault import Fault
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.arm64.mmu import Mmu
@@ -310,6 +311,8 @@ DONATE_ERRORS: list[tuple[str, tuple[int, str, str, int, int], int]] = [
     ("size misaligned", (3, HOST, GUEST, 0, PAGE + 1), E.ARG_ALIGN),
     ("no size", (3, HOST, GUEST, 0, 0), E.ARG_SIZE),
     ("outside of the extent", (3, HOST, GUEST, 1 << 48, PAGE), E.ARG_INVAL),
+    ("up to the last address there is", (3, HOST, GUEST, (-PAGE & FULL) - 2 * GIB, PAGE), E.ARG_INVAL),
+    ("more than 64 bits", (3, HOST, GUEST, (-PAGE & FULL) - 2 * GIB, 2 * PAGE), E.ARG_SIZE),
     ("not the owner", (4, GUEST, HOST, 0, PAGE), E.MEMDB_NOT_OWNER),
     ("nobody's", (3, HOST, GUEST, 8 * GIB, PAGE), E.MEMDB_NOT_OWNER),
     ("the hypervisor's", (3, HOST, GUEST, 4 * GIB - PAGE, PAGE), E.MEMDB_NOT_OWNER),
@@ -663,8 +666,11 @@ def test_unmap_vmmio_that_is_not_there_still_synchronises(m: Machine, pa: int) -
 def test_a_map_over_a_quiet_unmap_is_not_served_by_the_old_entry(m: Machine, pa: int) -> None:
     m.share(DEVICE, pa, 2 * PAGE)
     assert m.guest_walk(DEVICE) == pa
+    assert not m.vm.space.stale
     assert m.unmap(DEVICE, pa, flags=VMMIO | AddrMapFlag.NOSYNC) == 0
+    assert m.vm.space.stale
     assert m.map(DEVICE, pa + PAGE, PAGE, RW, VMMIO) == 0
+    assert not m.vm.space.stale
     assert m.guest_walk(DEVICE) == pa + PAGE
     m.check()
 
@@ -990,6 +996,16 @@ def test_host_abort_where_nothing_is_wrong_any_more_is_retried(m: Machine, pa: i
     assert m.el2.host_abort(fault, 1) is None
 
 
+def test_host_abort_asks_the_table_for_what_the_access_needs(m: Machine, pa: int) -> None:
+    m.lend(LENT, pa)                                            # so that its neighbour is a page of its own
+    leaf = m.el2.hlos.table.leaf(pa + PAGE)
+    m.el2.hlos.table.rewrite(leaf, leaf.value & ~S2_WRITE)
+    refused = partial(Fault, "permission", 3, 2, va=pa, ipa=pa + PAGE, el=1)
+    assert m.el2.host_abort(refused(access="w"), 1) == (0x9600_0010, pa)
+    assert m.el2.host_abort(refused(access="r"), 1) is None
+    assert m.el2.host_abort(refused(access="w", s1ptw=True), 1) is None, "a walk only reads"
+
+
 def test_host_abort_of_the_wrong_kind_is_our_mistake(m: Machine, pa: int) -> None:
     with pytest.raises(InternalError):
         m.el2.host_abort(Fault("translation", 3, 1, va=pa, access="r"), 1)
@@ -1263,6 +1279,14 @@ GUEST_PROGRAM = """
         ldr     x0, =0x84000008         // SYSTEM_OFF
         hvc     #0
 """
+
+
+def test_pan_is_that_of_the_guest(m: Machine) -> None:
+    pytest.importorskip("unicorn")
+    core = GuestCore(m.ram, m.tlbs, 1, lambda: m.vm.space.table.registers)
+    for pstate, pan in ((0x5, False), (0x5 | 1 << 22, True), (0x4, False), (0x0, False)):
+        core.pstate = pstate
+        assert core._stage1().pan == pan
 
 
 def test_a_guest_that_runs(m: Machine, pa: int) -> None:

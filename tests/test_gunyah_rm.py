@@ -214,7 +214,8 @@ def test_layouts() -> None:
     assert struct.calcsize(p.STOP) == 8
     assert struct.calcsize(p.BOOT_CONTEXT) == 16
     assert struct.calcsize(p.ADDRESS_LAYOUT) == 24
-    assert len(p.encode_resources((p.Resource(9, 0x80, 0, 1, 2),))) == 4 + 44
+    assert p.encode_resources((p.Resource(9, 0x80, 3, 1, 2),)).hex() == (
+        "01000000" "09008000" "03000000" "01000000" "0200000000000000" + 2 * "00000000" + 2 * 16 * "0")
 
 
 @pytest.mark.parametrize("cut", [1, 4, 9])

@@ -244,6 +244,14 @@ def test_a_guest_that_only_faults_is_interrupted(machine: Machine) -> None:
     assert machine.vm.add_vcpu(Forever()).run(timeout=0.05) == exits.ExpiredExit()
 
 
+def test_a_guest_that_has_no_time_runs_once(machine: Machine) -> None:
+    assert machine.vm.add_vcpu(Script(stops.Wfi())).run(timeout=0) == exits.WfiExit()
+
+
+def test_a_guest_that_has_time_goes_on_after_what_is_no_exit(machine: Machine) -> None:
+    assert machine.vm.add_vcpu(Script(abort(0x900_0000, "x"), stops.Wfi())).run(timeout=3600) == exits.WfiExit()
+
+
 def test_psci(machine: Machine) -> None:
     cpu = Script(stops.Hvc(0), stops.Wfi(), stops.Hvc(0), stops.Smc(0), stops.Hvc(0), stops.Wfi())
     vcpu = machine.vm.add_vcpu(cpu)

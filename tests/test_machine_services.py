@@ -24,7 +24,7 @@ from guest_memfd.machine.linux.snapshot import (
 from guest_memfd.machine.linux.trans_pgd import trans_pgd_create_copy
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.primitives.services import Services
-from guest_memfd.words.primitives import EBUSY
+from guest_memfd.words.primitives import EBUSY, Folio
 
 SECRET = b"GUESTGST"
 
@@ -75,6 +75,14 @@ def test_a_retry_without_end_ends_in_the_watchdog(monkeypatch: pytest.MonkeyPatc
     lent = Lent("gunyah", "none", inject="fixable")
     with pytest.raises(KernelPanic, match="soft lockup"):
         lent.machine.cpu.call("plain_read", lent.machine.linear_map.va(lent.pa))
+
+
+@pytest.mark.parametrize("holder", [None, -1, 1 << 20])
+def test_a_folio_lock_is_dropped_by_who_has_it(holder: int | None) -> None:
+    lent = Lent("kvm", "none")
+    lent.page.lock = holder
+    with pytest.raises(KernelPanic, match="which this task has not locked"):
+        lent.host.perform_by_name("unlock_folio", Folio(lent.pa // PAGE, 0))
 
 
 def test_kcore_skips_poisoned_pages_and_what_is_no_ram() -> None:

@@ -727,6 +727,8 @@ def test_where_no_table_is_shown() -> None:
     kernel = FakeKernel(pagefault_disabled=True)
     between = do_mem_abort(DABT | 4, 0x0FFF_0000_0000_1000, Regs(), kernel)
     assert "address between user and kernel address ranges" in between.text  # type: ignore[union-attr]
+    first = do_mem_abort(DABT | 4, 1 << 48, Regs(), kernel)
+    assert "[0001000000000000] address between user and kernel address ranges" in first.text  # type: ignore[union-attr]
     user = do_mem_abort(DABT | 4, 0x1000, Regs(), kernel)
     assert "[0000000000001000] user address but active_mm is swapper" in user.text  # type: ignore[union-attr]
 

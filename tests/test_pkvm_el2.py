@@ -132,6 +132,22 @@ def test_the_vmemmap_keeps_one_word_for_a_range_and_opens_it_for_one_page() -> N
     assert len(frames) == 0
 
 
+def test_the_vmemmap_finds_the_few_words_of_a_range_among_the_many_of_others() -> None:
+    frames, away = Vmemmap(), HypPage(host=PkvmState.NOPAGE)
+    frames.set(1 << 18, 9, away)
+    frames.set((1 << 18) + 5, 0, HypPage(refcount=1))          # 512 words for pages
+    there = 2 << 18
+    assert list(frames.pages(there, 9)) == [HypPage()]
+    frames.set(there + 7, 0, away)
+    assert set(frames.pages(there, 9)) == {HypPage(), away}
+    frames.set(there, 9, away)
+    assert len(frames) == 512 + 1
+    assert list(frames.pages(there, 9)) == [away]
+    frames.set(there, 9, HypPage())
+    assert frames.page(there + 7) == HypPage()
+    assert frames.page((1 << 18) + 4) == away
+
+
 def test_the_annotations_of_7_3() -> None:
     note = Annotation(AnnotationType.DONATION, PageOwner.GUEST, handle=0x1000, gfn=0x80010)
     assert note.encode() == 2 << 60 | 2 << 1 | (0x1000 | 0x80010 << 16) << 4
@@ -434,6 +450,17 @@ def test_ranges_are_leaves_on_both_sides() -> None:
     assert machine.ram.read(pfn * PAGE + 555 * PAGE, 6) == bytes(6)
     assert machine.touch(pfn * PAGE + 555 * PAGE) is None
     assert len(machine.vm.pgt._used) == 0
+    assert not machine.violations()
+
+
+def test_a_borrowed_block_is_zeroed_to_its_end(machine: Machine) -> None:
+    pfn = machine.page(9)
+    assert t.share_guest(machine.el2, machine.vm, pfn, GFN, 512) == 0
+    machine.ram.write(pfn * PAGE + 511 * PAGE, b"secret")
+    assert machine.vm.start_teardown() == 0
+    assert hvc(machine, hc.RECLAIM_DYING, machine.vm.handle, GFN, 512) == 0
+    assert machine.ram.read(pfn * PAGE + 511 * PAGE, 6) == bytes(6)
+    assert machine.states(pfn + 511, GFN + 511) == (PkvmState.OWNED, PkvmState.NOPAGE, PkvmState.NOPAGE)
     assert not machine.violations()
 
 
@@ -882,6 +909,18 @@ def test_the_life_of_a_page_in_hypercalls(machine: Machine) -> None:
     assert hvc(machine, hc.RECLAIM_DYING, handle, GFN) == 0
     assert hvc(machine, hc.FINALIZE_TEARDOWN, handle) == 0
     assert hvc(machine, hc.FINALIZE_TEARDOWN, handle) == -ENOENT
+
+
+def test_a_block_is_reclaimed_by_the_number_of_its_pages(machine: Machine) -> None:
+    pfn, handle = machine.page(9), machine.vm.handle
+    loaded(machine)
+    assert hvc(machine, hc.DONATE_GUEST, pfn, GFN, 512) == 0
+    assert hvc(machine, hc.VCPU_PUT) == 0
+    assert hvc(machine, hc.START_TEARDOWN, handle) == 0
+    assert hvc(machine, hc.RECLAIM_DYING, handle, GFN) == -checks.E2BIG, "one page of a block"
+    assert hvc(machine, hc.RECLAIM_DYING, handle, GFN, 512) == 0
+    assert machine.el2.owner(pfn * PAGE + 511 * PAGE) == "host"
+    assert hvc(machine, hc.RECLAIM_DYING, 0x7777, GFN) == -EINVAL
 
 
 def test_hypercalls_of_sharing(machine: Machine) -> None:

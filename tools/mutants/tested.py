@@ -65,8 +65,13 @@ class Tested(Killer):
         for name in [name for name, module in sys.modules.items() if _is_a_test(module)]:
             del sys.modules[name]
         reports = _Reports()
-        with _Quiet():
-            code = pytest.main([*ARGUMENTS, "-x", path], plugins=[reports])
+        gc.enable()                                     # here is no place to collect between two tests
+        try:
+            with _Quiet():
+                code = pytest.main([*ARGUMENTS, "-x", path], plugins=[reports])
+        finally:
+            gc.disable()
+            gc.collect()
         if reports.interrupted is not None:
             raise reports.interrupted                   # pytest ends in peace then
         failed = next((report for report in reports.said if report.failed), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -86,9 +87,11 @@ class _Trial:
         there = killer.against(self.mutant, base.parties)
         scenarios = [there.scenarios[run.label] for run in runs if run.label in there.scenarios]
         if not scenarios and self.mutant.site.function is None:         # anew, under labels of their own
-            cheapest = [*dict.fromkeys(run.world for run in runs)]      # worlds, as the cheapest of each are in order
-            named = [scenario for scenario in there.scenarios.values() if scenario.world in cheapest]
-            scenarios = sorted(named, key=lambda scenario: cheapest.index(scenario.world))
+            costs: defaultdict[str, float] = defaultdict(float)
+            for run in runs:
+                costs[run.world] += run.seconds
+            named = [scenario for scenario in there.scenarios.values() if scenario.world in costs]
+            scenarios = sorted(named, key=lambda scenario: costs[scenario.world])
         began = time.process_time()
         done: list[Scenario] = []
         for scenario in itertools.takewhile(lambda _: time.process_time() - began < AT_ONCE, scenarios):
