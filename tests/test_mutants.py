@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -163,22 +164,31 @@ def everything() -> list[Mutant]:
     return mutants(LIBRARY)
 
 
-def test_every_operator_finds_something_and_every_name_is_its_own() -> None:
-    names = [mutant.id for mutant in everything()]
-    assert len(set(names)) == len(names)
-    nowhere = {"wait-for-lock"}                         # the library no longer tries for a lock
-    assert {mutant.operator for mutant in everything()} == set(OPERATORS) - nowhere
-    assert "core/convert.py:Converts._make_private:drop-step:3" in names
+# One class, so that one worker makes them.
+class TestAllOfThem:
+    def test_every_operator_finds_something_and_every_name_is_its_own(self) -> None:
+        names = [mutant.id for mutant in everything()]
+        assert len(set(names)) == len(names)
+        nowhere = {"wait-for-lock"}                         # the library no longer tries for a lock
+        assert {mutant.operator for mutant in everything()} == set(OPERATORS) - nowhere
+        assert "core/convert.py:Converts._make_private:drop-step:3" in names
 
+    def test_mutants_are_python(self) -> None:
+        for mutant in everything()[::5]:
+            compile(mutant.tree(), mutant.site.file, "exec")
 
-def test_mutants_are_python() -> None:
-    for mutant in everything()[::5]:
-        compile(mutant.tree(), mutant.site.file, "exec")
+    def test_a_sample_is_drawn_in_order_and_always_the_same(self) -> None:
+        drawn = chosen(everything(), "core/convert.py:*:drop-step:*", 5, 1)
+        assert len(drawn) == 5
+        assert drawn == chosen(everything(), "core/convert.py:*:drop-step:*", 5, 1) != chosen(everything(), None, 5, 1)
+        assert [m.id for m in drawn] == [m.id for m in everything() if m in drawn]
 
 
 def test_the_list_of_equivalents_names_mutants_and_gives_reasons() -> None:
     files = {name.partition(":")[0] for name in listed()}
-    names = [mutant.id for file in files for site in sites(file, SOURCES / file) for mutant in of_site(site)]
+    places = {name.rpartition(":")[0].rpartition(":")[0] for name in listed()}
+    names = [mutant.id for file in files for site in sites(file, SOURCES / file) if f"{file}:{site.name}" in places
+             for mutant in of_site(site)]
     assert mistakes(listed(), names, {}) == []
     assert all(any(file in target.paths() for target in TARGETS.values()) for file in files)
 
@@ -198,13 +208,6 @@ def test_mistakes_of_the_list_are_told() -> None:
     assert mistakes(read, ["a:1", "b:1", "c:1"], fates) == [
         "b:1: no reason is given", "c:1: it is killed, by kvm: vcpu (one-owner: two)", "d:1: there is no such mutant",
     ]
-
-
-def test_a_sample_is_drawn_in_order_and_always_the_same() -> None:
-    drawn = chosen(everything(), "core/convert.py:*:drop-step:*", 5, 1)
-    assert len(drawn) == 5
-    assert drawn == chosen(everything(), "core/convert.py:*:drop-step:*", 5, 1) != chosen(everything(), None, 5, 1)
-    assert [m.id for m in drawn] == [m.id for m in everything() if m in drawn]
 
 
 def test_the_command_lists(capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,11 +230,12 @@ def fate(mutant: Mutant, base: Known | None = None, seconds: float = 60) -> Fate
 
 
 def named(name: str) -> Mutant:
-    return next(mutant for mutant in everything() if mutant.id == name)
+    file, site, *_ = name.split(":")
+    return next(mutant for mutant in of_site(function(site, (file,))) if mutant.id == name)
 
 
-def function(name: str) -> Site:
-    return next(mutant.site for mutant in everything() if mutant.site.name == name)
+def function(name: str, files: Sequence[str] = LIBRARY.paths()) -> Site:
+    return next(site for file in files for site in sites(file, SOURCES / file) if site.name == name)
 
 
 def unchanged(name: str = "Converts._make_private") -> Mutant:
@@ -248,28 +252,25 @@ class Suspicious(Killer):
         return Tried(ALONE.killers[0].scenarios())
 
 
-def test_a_known_mistake_is_killed() -> None:
-    killed = fate(named("core/direct_map.py:HostMapping.zap:drop-step:2"))
-    assert killed.fate == KILLED
-    assert killed.why.startswith("one-owner: ")
+class TestTrials:
+    def test_a_known_mistake_is_killed(self) -> None:
+        killed = fate(named("core/direct_map.py:HostMapping.zap:drop-step:2"))
+        assert killed.fate == KILLED
+        assert killed.why.startswith("one-owner: ")
 
+    def test_a_value_is_a_mutant_too(self) -> None:
+        assert fate(named("hypervisors/kvm/pkvm.py:PKVM:swap-entries:1")).fate == KILLED
 
-def test_a_value_is_a_mutant_too() -> None:
-    assert fate(named("hypervisors/kvm/pkvm.py:PKVM:swap-entries:1")).fate == KILLED
+    def test_a_mutant_that_changes_nothing_takes_the_same_steps(self) -> None:
+        assert fate(unchanged()).fate == SAME
 
+    def test_and_survives_all_scenarios(self) -> None:
+        ((_, without),) = known_alone()
+        assert fate(unchanged(), [(Suspicious(), without)]).fate == SURVIVED
 
-def test_a_mutant_that_changes_nothing_takes_the_same_steps() -> None:
-    assert fate(unchanged()).fate == SAME
-
-
-def test_and_survives_all_scenarios() -> None:
-    ((_, without),) = known_alone()
-    assert fate(unchanged(), [(Suspicious(), without)]).fate == SURVIVED
-
-
-def test_a_mutant_in_code_that_no_scenario_reaches() -> None:
-    assert fate(unchanged("Removes.split")).fate == UNREACHED
-    assert not list(reached(unchanged("Removes.split"), known_alone()[0][1].ran))
+    def test_a_mutant_in_code_that_no_scenario_reaches(self) -> None:
+        assert fate(unchanged("Removes.split")).fate == UNREACHED
+        assert not list(reached(unchanged("Removes.split"), known_alone()[0][1].ran))
 
 
 def test_a_step_that_never_ends_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,10 @@ def run(pytester: pytest.Pytester, source: str, *options: str) -> pytest.RunResu
     pytester.makepyfile(source)
     more = () if INSTALLED else ("-p", "guest_memfd.testing.plugin")
     without = [f"-pno:{plugin}" for plugin in ("cacheprovider", "xdist", "hypothesispytest")]       # a second and more
-    return pytester.runpytest_subprocess(*more, *without, "-rs", "--strict-markers", *options, timeout=600)
+    # A process takes seconds to start. Tests that leave things open on purpose need one: they would be found here.
+    apart = "kept" in source
+    return (pytester.runpytest_subprocess if apart else pytester.runpytest_inprocess)(
+        *more, *without, "-rs", "--strict-markers", *options)
 
 
 def shown(result: pytest.RunResult) -> str:

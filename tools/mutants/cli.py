@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _parser().parse_args(argv)
     target = TARGETS[args.target]
-    everything = mutants(target)
+    everything = mutants(target, args.only)
     wanted = chosen(_living(everything, args.again), args.only, args.sample, args.seed)
     if args.list:
         print("\n".join(f"{mutant.id}\n    {mutant.description}" for mutant in wanted))
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotClean as error:
         print(f"mutants: {error}", file=sys.stderr)
         return FAILED
-    files = target.paths()
+    files = {mutant.site.file for mutant in everything}
     equivalent = {name: why for name, why in listed().items() if name.partition(":")[0] in files}
     results = [report.Result(mutant, fates[mutant.id], equivalent.get(mutant.id)) for mutant in wanted]
     print(report.as_json(results) if args.json else report.text(results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,9 +70,11 @@ def mutated(site: Site, change: Change) -> Any:
     return node
 
 
-def mutants(target: Target) -> list[Mutant]:
-    """All mutants of a target, in the order of its files."""
-    return [mutant for file in target.paths() for site in sites(file, SOURCES / file) for mutant in of_site(site)]
+def mutants(target: Target, name: str | None = None) -> list[Mutant]:
+    """All mutants of a target, in the order of its files; only those whose file fits that of *name*, a pattern of names."""
+    fits = "*" if name is None else name.partition(":")[0]
+    return [mutant for file in target.paths() if fnmatch.fnmatch(file, fits)
+            for site in sites(file, SOURCES / file) for mutant in of_site(site)]
 
 
 def of_site(site: Site) -> Iterator[Mutant]:
