@@ -18,7 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from mutants import tested, watch
 from mutants.apply import swap
-from mutants.baseline import reached
+from mutants.baseline import Ran, reached
 from mutants.change import replaced, rewritten, source
 from mutants.children import Died, each
 from mutants.cli import main
@@ -270,7 +270,8 @@ class TestTrials:
 
     def test_a_mutant_in_code_that_no_scenario_reaches(self) -> None:
         assert fate(unchanged("Removes.split")).fate == UNREACHED
-        assert not list(reached(unchanged("Removes.split"), known_alone()[0][1].ran))
+        ((killer, base),) = known_alone()
+        assert not list(reached(unchanged("Removes.split"), base.ran, killer))
 
 
 def test_a_step_that_never_ends_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +343,15 @@ def test_tests_are_scenarios(tmp_path: Path, python: Any) -> None:
     tools = str(Path(__file__).parent.parent / "tools")
     ran = python(TESTED.replace("sys.argv[1]", repr(tools)).replace("sys.argv[2]", repr(str(tmp_path))))
     assert ran.stdout.splitlines()[-1] == "[('test_right', None), ('test_wrong', 'AssertionError: no')]", ran.stderr
+
+
+def test_of_a_value_who_imports_its_module_can_tell() -> None:
+    value = next(m for m in mutants(TARGETS["machine"], "machine/el2/gunyah/rm/errors.py") if m.site.function is None)
+    killer = tested.Tested("test_gunyah_*.py", "test_machine_gup.py")
+    lookers = killer.looking_at("guest_memfd.machine.el2.gunyah.rm.lifecycle")
+    assert lookers >= {"test_gunyah_numbers.py", "test_gunyah_rm.py"}
+    ran = [Ran(f"{file}::test", file, 0.1, None, frozenset()) for file in ("test_gunyah_numbers.py", "test_machine_gup.py")]
+    assert [run.world for run in reached(value, ran, killer)] == ["test_gunyah_numbers.py"]
 
 
 # Tests that know the package only by what a folder of tests has imported, and one that is interrupted.

@@ -1,14 +1,16 @@
-"""Names: a class's name is one thing's alone."""
+"""Names: a class's name is one thing's alone, and tests that are named are there."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "guest_memfd"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "guest_memfd"
 
 SHARED = {
     "Stage2": "of a hypervisor, what it says of a page's tables; of the architecture, the registers of a walk",
@@ -41,3 +43,22 @@ def test_a_name_is_one_class_s_alone() -> None:
 @pytest.mark.parametrize(("other", "told"), [("class Vm: ...", {"Vm": ["a.py", "b.py"]}), ("class Other: ...", {})])
 def test_two_of_a_name_are_told(other: str, told: dict[str, list[str]]) -> None:
     assert twice({"a.py": "class Vm: ...", "b.py": other}) == told
+
+
+# ``tests/test_x.py (test_this, test_that)``: in words of the source, the manual, and tools.
+MENTION = re.compile(r"tests/(test_\w+)\.py|\b(test_\w{6,})\b(?!\.py|[_*])")
+TOLD = sorted(path for place, form in (("src", "*.py"), ("tools", "*.py"), ("docs", "*.md"))
+              for path in (ROOT / place).rglob(form))
+
+
+def test_tests_that_words_name_are_where_the_words_say() -> None:
+    lost = []
+    for path in TOLD:
+        file = None
+        for mention in MENTION.finditer(path.read_text(encoding="utf-8")):
+            file = mention[1] or file
+            where = ROOT / "tests" / f"{file}.py"
+            text = where.read_text(encoding="utf-8") if where.exists() else ""
+            if file and not (text and (not mention[2] or f"def {mention[2]}(" in text)):
+                lost.append(f"{path.relative_to(ROOT)}: {mention[0]} of {file}")
+    assert lost == []

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 
+from pkvm_machine import GFN, GIB, PAGE, Script
+from pkvm_machine import Machine as PkvmMachine
 from test_gunyah_ownership import Anything
 from test_gunyah_ownership import Machine as GunyahMachine
-from test_pkvm_el2 import GFN, GIB, PAGE, Script
-from test_pkvm_el2 import Machine as PkvmMachine
 
 from fuzz.kind import Kind
 from guest_memfd.machine.el2.gunyah import hypercalls as gunyah

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mutants.apply import import_anew, swap
+from mutants.apply import import_anew, module_of, swap
 from mutants.killer import Killer, Member, Seen
 from mutants.mutant import Mutant, Place
 from mutants.targets import SOURCES
@@ -95,11 +95,12 @@ class _Marks(ast.NodeTransformer):
         return ast.parse(f"_seen({place})").body[0]
 
 
-def reached(mutant: Mutant, ran: Sequence[Ran]) -> Iterator[Ran]:
-    """The scenarios that can notice *mutant*: those that reach it; of a value, those in a world that uses its file."""
+def reached(mutant: Mutant, ran: Sequence[Ran], killer: Killer) -> Iterator[Ran]:
+    """The scenarios of *killer* that can notice *mutant*: those that reach it; of a value, all where its file is used."""
     if mutant.site.function is not None:
         places = mutant.places()
         yield from (run for run in ran if not places.isdisjoint(run.seen))
     else:
         worlds = {run.world for run in ran if any(file == mutant.site.file for file, _, _ in run.seen)}
+        worlds |= killer.looking_at(module_of(mutant.site.file))
         yield from (run for run in ran if run.world in worlds or not worlds)

@@ -57,6 +57,10 @@ class Killer:
         """All of them, anew, with nothing kept from before; raises when not even the scene can be set."""
         return ()
 
+    def looking_at(self, module: str) -> set[str]:
+        """Worlds that look at values of *module*, whether or not they reach a function of it."""
+        return set()
+
     def watching(self, seen: set[Place]) -> AbstractContextManager[Seen]:
         """While this lasts, what a party reaches is taken out of *seen* and kept as its own."""
         return nullcontext({})

@@ -32,14 +32,15 @@ PARTS = ("hw/arm64", "hypcalls", "el2", "linux", "primitives")
 
 BESIDE_THE_SUITE = Tested(
     "test_folios.py", "test_drivers.py", "test_hypercalls.py", "test_library.py", "test_power.py", "test_large_files.py",
-    "test_gunyah_device.py",
+    "test_gunyah_device.py", "test_gunyah_start.py",
 )
 """Scripted answers, folios of more than one page, and calls that the library never makes: no scene has them."""
 
 ON_THE_MACHINE = Tested(
     "test_abstraction.py", "test_refinement.py", "test_planted_machine.py", "test_machine_*.py", "test_emulated_parts.py",
-    "test_arm64_*.py", "test_cpu.py", "test_asm.py", "test_mem_abort.py", "test_linear_map.py", "test_kernel_power.py",
-    "test_module_loader.py", "test_gunyah_*.py", "test_kvm_*.py", "test_pkvm_el2.py", "test_large_files.py",
+    "test_arm64_*.py", "test_cpu.py", "test_asm.py", "test_mem_abort.py", "test_oops.py", "test_linear_map.py",
+    "test_kernel_power.py", "test_module_loader.py", "test_gunyah_*.py", "test_kvm_*.py", "test_pkvm_*.py",
+    "test_large_files.py",
 )
 """Lock step with the abstract host, and the tests of the machine's parts."""
 

@@ -6,11 +6,12 @@ starts a process of its own does not see the mutant there.
 
 from __future__ import annotations
 
+import ast
 import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,10 @@ class Tested(Killer):
             for path in self._paths():
                 yield Scenario(Path(path).name, f"all of {Path(path).name}", partial(self._run_anew, path))
 
+    def looking_at(self, module: str) -> set[str]:
+        """Test files that import it."""
+        return {Path(path).name for path in self._paths() if module in _imported(path)}
+
     def _run_anew(self, path: str) -> str | None:
         import pytest
 
@@ -90,6 +95,18 @@ class Tested(Killer):
             gc.collect()                                # children do not collect by themselves, and a machine is large
         failed = next((report for report in self.reports.said if report.failed), None)
         return None if failed is None else _words(failed)
+
+
+# Names that *path* imports, of modules and of what may be one.
+@cache
+def _imported(path: str) -> frozenset[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(Path(path).read_text())):
+        if isinstance(node, ast.Import):
+            found.update(name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update((node.module, *(f"{node.module}.{name.name}" for name in node.names)))
+    return frozenset(found)
 
 
 # The world of a test.

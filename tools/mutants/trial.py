@@ -69,7 +69,7 @@ class _Trial:
         self.differed = 0
 
     def run(self) -> Fate:
-        stages = [(killer, base, [*reached(self.mutant, base.ran)]) for killer, base in self.known]
+        stages = [(killer, base, [*reached(self.mutant, base.ran, killer)]) for killer, base in self.known]
         if not any(runs for _, _, runs in stages):
             return Fate(UNREACHED)
         apply(self.mutant)

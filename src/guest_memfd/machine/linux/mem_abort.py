@@ -31,9 +31,10 @@ If the hole is there, this second abort has no entry and the kernel dies in the 
 Left out: KFENCE, kprobes, MTE beyond "tag checks are off from now on", and how a VMA handles its fault: only the result
 of *handle_mm_fault* counts here.
 
-Source: arch/arm64/mm/fault.c and extable.c of 7.3. Tests: tests/test_mem_abort.py executes kernel text that really faults
+Source: arch/arm64/mm/fault.c and extable.c of 7.3. Tests: tests/test_mem_abort.py
 (test_every_abort_of_the_kernel, test_no_external_abort_is_fixed_up_by_a_real_kernel,
-test_zeropad_behind_stage_2_is_fixed_and_nothing_is_reclaimed, test_a_word_load_that_begins_in_a_hole_dies_in_the_handler).
+test_zeropad_behind_stage_2_is_fixed_and_nothing_is_reclaimed); tests/test_oops.py executes kernel text that really faults
+(test_a_word_load_that_begins_in_a_hole_dies_in_the_handler).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What a stage-2 table maps, forwards and backwards. Rule of this file: the reverse map is a cache of the table
-(tests/test_gunyah_el2.py holds it).
+(tests/gunyah_machine.py holds it: check_places).
 
 Changes here are checked by the caller (addrspace.py, donate.py); they take their memory first and then cannot fail.
 """

@@ -34,9 +34,9 @@ Left out: contiguous bits, other granules than 4 KiB, merging of what happens to
 and locks. Input addresses have 44 bits, from level 0 on.
 
 Source: the sequence of TLBI is that of arch/arm64/kvm/hyp/nvhe/tlb.c, in the VM's own context. Tests:
-tests/test_gunyah_el2.py (test_no_allocation_that_fails_loses_anything, test_a_split_block_is_broken_before_it_is_made,
-test_a_table_that_makes_room_for_a_block_is_forgotten_by_the_walker,
-test_ranges_of_any_size_in_any_order_with_memory_running_out).
+tests/test_gunyah_mappings.py (test_no_allocation_that_fails_loses_anything, test_a_split_block_is_broken_before_it_is_made,
+test_a_table_that_makes_room_for_a_block_is_forgotten_by_the_walker), tests/test_gunyah_el2.py
+(test_ranges_of_any_size_in_any_order_with_memory_running_out).
 """
 
 from __future__ import annotations

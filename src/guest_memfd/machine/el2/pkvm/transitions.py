@@ -31,7 +31,7 @@ Frame numbers count 4 KiB pages. What differs from arch/arm64/kvm/hyp/nvhe/mem_p
 - -ENOMEM of the host's side has no counterpart upstream, where the pool has a page for every table there can be.
 - There is no lock: a transition is one step. Upstream holds the host's component lock and the guest's.
 
-Tests: tests/test_pkvm_el2.py (test_every_call_in_every_situation: each call in each combination of states;
+Tests: tests/test_pkvm_transitions.py (test_every_call_in_every_situation: each call in each combination of states;
 test_out_of_memory_at_every_allocation_loses_nothing; test_force_reclaim_poisons_before_it_zeroes_before_it_gives_back;
 test_el2_does_what_the_abstract_el2_does). Laws: one-owner, no-stale-mapping, no-stale-data.
 """
