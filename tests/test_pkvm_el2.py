@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from effort import calls
-from pkvm_machine import FLAT, GFN, GIB, LENT, MIB, Machine, hvc
+from pkvm_machine import FLAT, GFN, GIB, LENT, MIB, Machine, Script, hvc
 
 from guest_memfd.machine.el2.kvm import vcpu as exits
 from guest_memfd.machine.el2.pkvm import checks
@@ -193,38 +193,6 @@ def test_a_block_comes_apart_around_one_page_and_the_rest_is_faulted_in_again(ma
 
 
 # -- hypercalls --------------------------------------------------------------------------------------------------------
-
-
-class Script:
-    """A CPU that stops as told: each entry is a stop, or a function that is called first and returns it."""
-
-    def __init__(self, *script: Any) -> None:
-        self.script, self.regs, self.pc = list(script), [0] * 31, 0x1000
-        self.words: dict[int, int] = {}
-        self.exceptions: list[tuple[int, int | None]] = []
-
-    def run(self, timeout: float | None = None, instructions: int | None = None) -> Any:
-        stop = self.script.pop(0)
-        return stop() if callable(stop) and not isinstance(stop, tuple) else stop
-
-    def x(self, n: int) -> int:
-        return self.regs[n]
-
-    def set_x(self, n: int, value: int) -> None:
-        self.regs[n] = value & ((1 << 64) - 1)
-
-    def fetch(self, va: int) -> int:
-        return self.words[va]
-
-    def take_exception(self, esr: int, far: int | None = None) -> None:
-        self.exceptions.append((esr, far))
-
-    def call(self, number: int, *args: int) -> Any:
-        def stop() -> Any:
-            self.regs[:4] = [number, *args, 0, 0, 0][:4]
-            self.pc += 4
-            return stops.Hvc(0)
-        return stop
 
 
 def loaded(machine: Machine, *script: Any) -> tuple[Any, Script]:
