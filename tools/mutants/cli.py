@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print names and what is changed, try nothing")
     parser.add_argument("--json", action="store_true", help="results for programs")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per CPU)")
-    parser.add_argument("--seconds", type=float, default=120, help="CPU time per mutant (default 120)")
+    parser.add_argument("--seconds", type=float, default=240, help="CPU time per mutant (default 240)")
     parser.add_argument("--goal", type=float, default=GOAL, help=f"per cent that must be killed (default {GOAL:g})")
     parser.add_argument("--verbose", action="store_true", help="say what becomes of each as it becomes known")
     return parser
