@@ -23,7 +23,7 @@ LAYERS = (
     ("words", "uapi", "machine.hw"),
     ("core", "linux", "machine.hw.arm64"),
     ("plugins", "asm", "machine.linux", "machine.el2.gunyah", "machine.el2.kvm", "probe.ask"),
-    ("hypervisors", "designs", "guests", "machine.el2.gunyah.rm", "machine.el2.pkvm", "probe.rows"),
+    ("hypervisors", "designs", "guests", "machine.el2.gunyah.rm", "machine.el2.pkvm", "machine.el2.modelled", "probe.rows"),
     ("abstract", "scenarios", "machine.hypcalls"),
     ("laws", "machine.board"),
     ("explore.engine", "machine.primitives"),

@@ -13,8 +13,10 @@ from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Self
 
+from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output, seconds
 from guest_memfd.errors import BadInput, UnknownName
+from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report.style import style_for
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 RUN = "guest-memfd-run/1"
 EMULATED = ("emulated:arm64/gunyah", "emulated:arm64/pkvm", "emulated:arm64/kvm")
+_ARM64 = "emulated:arm64/"
 _MODULES = {**dict.fromkeys(EMULATED, "run_emulated"), "kvm": "run_kvm"}
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 _DIGITS = 30
@@ -33,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("guest", metavar="GUEST", help="a built-in guest (gmem list guests), a flat binary, assembly (.s), "
                                                        "or a static ELF")
     parser.add_argument("--on", metavar="HOST", default=EMULATED[0],
-                        help=f"{', '.join(EMULATED)}, emulated for the first of them, or kvm: the /dev/kvm of this machine "
-                             f"({EMULATED[0]})")
+                        help=f"{', '.join(EMULATED)}, the same with a third party's hypervisor, emulated for the first of "
+                             f"them, or kvm: the /dev/kvm of this machine ({EMULATED[0]})")
+    add_load(parser)
     parser.add_argument("--memory", metavar="SIZE", help="private memory of the guest, at 0x80000000 (16M); "
                                                          "in real mode at 0 (512K)")
     parser.add_argument("--shared", metavar="SIZE", help="its window onto the host, at 0x80000 (64K; 0 with large folios)")
@@ -58,18 +62,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the guest; returns 0 off, 2 crash, panic or a broken law, 3 timeout. Raises BadInput, HostUnavailable."""
+    load_all(arguments)
     host, _, machine = arguments.on.partition(":")
     if arguments.on == "emulated":
         arguments.on = EMULATED[0]
     if host == "emulated" and machine.partition("/")[0] == "x86_64":
         raise BadInput(f"--on {arguments.on}: not yet; emulated machines are arm64 ({', '.join(EMULATED)}), and x86-64 "
                        "guests run on kvm, where this machine has one")
-    if arguments.on not in _MODULES:
-        raise UnknownName("host", arguments.on, _MODULES)
+    modules = {**_MODULES, **{f"{_ARM64}{name}": "run_emulated" for name in _given_by_models(arguments.on)}}
+    if arguments.on not in modules:
+        raise UnknownName("host", arguments.on, modules)
     if not 0 < arguments.timeout < 1e9:
         raise BadInput(f"--timeout {arguments.timeout:g}: a number of seconds above 0 and below 1e9")
-    module = import_module(f"guest_memfd.cli.{_MODULES[arguments.on]}")
+    module = import_module(f"guest_memfd.cli.{modules[arguments.on]}")
     return int(module.run(arguments))
+
+
+# Hypervisors of third parties, if one may have been meant: to look for them takes time.
+def _given_by_models(on: str) -> list[str]:
+    return [name for name in HYPERVISORS if f"{_ARM64}{name}" not in _MODULES] if on.startswith(_ARM64) else []
 
 
 def fill(arguments: argparse.Namespace, **defaults: str) -> None:

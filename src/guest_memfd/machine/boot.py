@@ -11,7 +11,7 @@ from errno import ENOENT
 from typing import Any
 
 from guest_memfd.designs import DESIGNS
-from guest_memfd.errors import SyscallFailed, UnknownName
+from guest_memfd.errors import SyscallFailed
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.machine.adversary import Adversary
 from guest_memfd.machine.audit import audit
@@ -24,6 +24,7 @@ from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.gunyah import GunyahDriver
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.kvm import KvmDriver
+from guest_memfd.machine.hypcalls.modelled import ModelledDriver
 from guest_memfd.machine.hypcalls.pkvm import PkvmDriver
 from guest_memfd.machine.stray import stray_mappings
 from guest_memfd.uapi.gunyah import PATH as GUNYAH
@@ -35,7 +36,10 @@ DEFAULT = Config()
 
 
 class Machine(Board):
-    """A machine under hypervisor *name*; raises UnknownName, BadInput when it is too small, HostUnavailable."""
+    """A machine under hypervisor *name*, a third party's by its model; raises UnknownName, BadInput, HostUnavailable.
+
+    BadInput: it is too small for a machine, or the model has something that no machine can do.
+    """
 
     def __init__(self, name: str, config: Config = DEFAULT) -> None:
         hypervisor = HYPERVISORS[name]
@@ -45,9 +49,7 @@ class Machine(Board):
             "pkvm": lambda: PkvmDriver(hardware, hypervisor),
             "gunyah": lambda: GunyahDriver(hardware, hypervisor, inject=config.inject),
         }
-        if name not in drivers:
-            raise UnknownName("hypervisor of the emulated machine", name, drivers)
-        super().__init__(config, hypervisor, hardware, drivers[name])
+        super().__init__(config, hypervisor, hardware, drivers.get(name, lambda: ModelledDriver(hardware, hypervisor)))
         # After the board is made: the adversary looks at the driver, the CPUs and the linear map.
         self.adversary = Adversary(self)
         self.driver.cpu_of_guest = self.adversary.cpu_of_guest
@@ -72,13 +74,14 @@ class Machine(Board):
     def open(self, path: str, design: str = "library") -> Any:
         """open(2) of a device; what it gives is served by *design*. Raises SyscallFailed(ENOENT), UnknownName.
 
-        The device exists where its hypervisor runs: dev/gunyah implements uapi/gunyah.py, dev/kvm uapi/kvm.py.
+        The device exists where its hypervisor runs: dev/gunyah implements uapi/gunyah.py, dev/kvm uapi/kvm.py. A third
+        party's hypervisor is one more backend of KVM, as pKVM is.
         """
         chosen = DESIGNS[design]
         with self.lock:
             if path == GUNYAH and self.hypervisor.name == "gunyah":
                 return gunyah.GunyahDeviceFile(self, chosen)
-            if path == KVM and self.hypervisor.module == "kvm":
+            if path == KVM and self.hypervisor.name != "gunyah":
                 return kvm.KvmDevice(self, chosen)
         raise SyscallFailed(ENOENT, f"open {path}", f"the machine runs {self.hypervisor.name}")
 

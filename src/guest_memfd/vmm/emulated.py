@@ -19,6 +19,7 @@ from guest_memfd.guests.loader import GuestImage
 from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.el2.gunyah.vcpu import VcpuState
 from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hypcalls.modelled import ModelledDriver
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.host import EmulatedHost
@@ -88,6 +89,9 @@ class EmulatedRun:
         # Blocks in the direct map where folios are as large; without FEAT_BBM level 3 it is made of pages.
         self.machine = Machine(order.hypervisor, Config(
             ram=order.ram, sea_fixup=self.design.sea_fixup, bbml3=order.layout.folio > PAGE))
+        if order.layout.folio > PAGE and isinstance(self.machine.driver, ModelledDriver):
+            raise BadInput(f"folios of {order.layout.folio:#x} bytes: hypervisor {order.hypervisor!r} is given by a model "
+                           "of single pages")
         free = self.machine.kernel_pages.free_pages * PAGE
         if order.layout.private + order.layout.shared > free:
             raise BadInput(f"--memory {order.layout.private:#x}: of --ram {order.ram:#x}, {free:#x} bytes are free")

@@ -109,6 +109,10 @@ class Driver(ABC):
         if self.refuse_next is not None:
             refused, self.refuse_next = self.refuse_next, None
             return refused
+        return self.call(vm, name, args)
+
+    def call(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
+        """What *name* does when nothing is injected: the method of that name, with an underscore."""
         code = getattr(self, f"_{name}", None)
         if code is None:
             raise LookupError(f"{type(self).__name__} has no hypercall {name!r}")

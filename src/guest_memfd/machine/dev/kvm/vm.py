@@ -54,8 +54,8 @@ class KvmVmFile(Serialised):
 
     @property
     def has_private_memory(self) -> bool:
-        """kvm_arch_has_private_mem(): under plain KVM as far as the library goes, under protected KVM by the VM's type."""
-        return self.protected or self.machine.hypervisor.name == "kvm"
+        """kvm_arch_has_private_mem(): under protected KVM by the VM's type, elsewhere as far as the library goes."""
+        return self.protected or self.machine.hypervisor.name != "pkvm"
 
     # -- ioctls --------------------------------------------------------------------------------------------------
 

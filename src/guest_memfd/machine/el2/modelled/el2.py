@@ -1,0 +1,185 @@
+"""EL2 that runs a hypervisor's model: its records, and what the model may do to a page (`core.hypervisor.Stage2`).
+
+The abstract host carries a model out on bytes; this carries it out on page tables and TLBs, with the tables of plain KVM for
+guests and an identity map for the host. What the model does not say is decided here, and only here: how the host is told
+of an access to a withheld page (by `Hypervisor.abort`), and where table pages come from (EL2's pool).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from guest_memfd.compat import override
+from guest_memfd.core.hypervisor import SEA, Hypervisor, Owner
+from guest_memfd.machine.el2.kvm.guest import IPA_BITS, next_vmid
+from guest_memfd.machine.el2.kvm.tlb import Maintenance
+from guest_memfd.machine.el2.kvm.vm import VheVm
+from guest_memfd.machine.el2.modelled.host_map import HostMap
+from guest_memfd.machine.hw.arm64.fault import EXTERNAL_ABORT, Fault, Inject
+from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.machine.hw.arm64.walk import Stage2 as Stage2Registers
+from guest_memfd.machine.hw.buddy import Buddy, OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE, Ram
+
+_S1PTW = 1 << 7
+
+
+class ModelledEl2:
+    """EL2 of *hypervisor*: who has which page, and the VMs; *pool* gives the pages of all tables."""
+
+    def __init__(self, hypervisor: Hypervisor, ram: Ram, pool: Buddy, tlbs: Sequence[Tlb]) -> None:
+        self.hypervisor, self.ram, self.pool, self.tlbs = hypervisor, ram, pool, list(tlbs)
+        self.host = HostMap(ram, pool, tlbs) if hypervisor.abort is not None else None
+        self.owners: dict[int, tuple[Owner, VheVm]] = {}        # pfn -> who has it and for which VM, unless it is the host's
+        self.locked: set[int] = set()                           # pfns that a guest holds on to
+        self.poisoned: set[tuple[int, int]] = set()             # (VMID, gfn) whose page was destroyed
+        self.vms: dict[int, VheVm] = {}
+        self._last = 0
+
+    def create_vm(self, bound: Callable[[int], bool], ipa_bits: int = IPA_BITS) -> VheVm:
+        """A VM without a page; raises OutOfMemory without a first table."""
+        self._last = next_vmid(self._last, self.vms)
+        vm = self.vms[self._last] = VheVm(self.ram, self.pool, self.tlbs, self._last, bound, ipa_bits)
+        return vm
+
+    # -- what the machine asks any EL2 ---------------------------------------------------------------------------------
+
+    def stage2(self) -> Stage2Registers | None:
+        """The registers while the host runs; None where the model has no stage 2 for the host."""
+        return None if self.host is None else self.host.registers()
+
+    def hvc(self, regs: list[int], cpu: int = 0) -> None:
+        """The model's hypercalls have names and no numbers: SMCCC NOT_SUPPORTED."""
+        regs[0] = (1 << 64) - 1
+
+    def host_abort(self, fault: Fault, el: int) -> Inject | None:
+        """A stage-2 fault of the host: None when it tries again, or what its EL1 is told, as the model's `abort` says."""
+        assert self.host is not None
+        assert fault.ipa is not None
+        if self.host.fill(fault.ipa):
+            return None
+        if self.hypervisor.abort == SEA:
+            told = Fault(EXTERNAL_ABORT, None, 2, va=fault.va, access=fault.access, el=el)
+            return Inject(told.esr_el1(), fault.va)
+        return Inject(fault.esr_el1() | _S1PTW, fault.va)
+
+    def owner(self, pa: int) -> str:
+        """Who has the page at *pa*, by the model's record."""
+        found = self.owners.get(pa // PAGE)
+        return "host" if found is None else found[0]
+
+    def host_may(self, pa: int) -> bool:
+        """Whether the host's stage 2 lets the host touch *pa*."""
+        return self.host is None or self.host.may(pa)
+
+
+class ModelledStage2:
+    """What one hypercall about *vm* can do (`core.hypervisor.Stage2`); what it did is kept for whoever made the call."""
+
+    def __init__(self, el2: ModelledEl2, vm: VheVm, alive: bool) -> None:
+        self._el2, self._vm, self._alive = el2, vm, alive
+        self.refused = self.forgot = self.declassified = False
+
+    def owner(self, pfn: int) -> str:
+        """As recorded; ``other guest`` where it is of another VM."""
+        owner, vm = self._el2.owners.get(pfn, ("host", self._vm))
+        return owner if vm is self._vm else "other guest"
+
+    def set_owner(self, pfn: int, owner: Owner) -> None:
+        """Record *owner*."""
+        if owner == "host":
+            self._el2.owners.pop(pfn, None)
+        else:
+            self._el2.owners[pfn] = owner, self._vm
+
+    def host_maps(self, pfn: int, allowed: bool) -> None:
+        """Change the host's stage 2; taking a page away flushes both stages."""
+        host = self._el2.host
+        if host is not None and not allowed:
+            host.withhold(pfn)
+        elif host is not None and not host.may(pfn * PAGE):
+            host.give_back(pfn)
+
+    def guest_map(self, gfn: int, pfn: int) -> None:
+        """Map the page, in place of what *gfn* mapped. Raises OutOfMemory, ValueError for a gfn that no guest has."""
+        if not self._vm.in_range(gfn, 1):
+            raise ValueError(f"gfn {gfn:#x} is beyond {self._vm.ipa_bits} bits of guest address")
+        if self._vm.map(gfn, pfn):
+            raise OutOfMemory("no page for a table of the guest")
+        self._el2.poisoned.discard((self._vm.vmid, gfn))
+
+    def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
+        """Unmap it; flushed, if it is to be, even where nothing was mapped."""
+        if self.guest_maps(pfn) == gfn:
+            with self._flushing(flush):
+                self._vm.unmap(gfn)
+            return True
+        if flush:
+            self._vm.pgt.tlbs.flush_range(gfn * PAGE, PAGE)
+        return False
+
+    @contextmanager
+    def _flushing(self, flush: bool) -> Iterator[None]:
+        table = self._vm.pgt
+        kept = table.tlbs
+        if not flush:
+            table.tlbs = _NoFlush(kept.tlbs, kept.vmid)
+        try:
+            yield
+        finally:
+            table.tlbs = kept
+
+    def guest_maps(self, pfn: int) -> int | None:
+        """The gfn that maps the page, by the guest's table."""
+        ipa = self._vm.guest_maps(pfn * PAGE)
+        return None if ipa is None else ipa // PAGE
+
+    def scrub(self, pfn: int) -> None:
+        """Zero the page, past all stages of translation."""
+        self._el2.ram.zero(pfn * PAGE, PAGE)
+
+    def destroy(self, pfn: int, gfn: int, how: str) -> None:
+        """Scrub the page, and remember that the guest has lost it."""
+        self.scrub(pfn)
+        self._el2.poisoned.add((self._vm.vmid, gfn))
+
+    def poisoned(self, gfn: int) -> bool:
+        """Whether its page was destroyed."""
+        return (self._vm.vmid, gfn) in self._el2.poisoned
+
+    def locked_in(self, pfn: int) -> bool:
+        """As recorded."""
+        return pfn in self._el2.locked
+
+    def set_locked_in(self, pfn: int, locked: bool) -> None:
+        """Record that the guest holds on to it, or lets go."""
+        (self._el2.locked.add if locked else self._el2.locked.discard)(pfn)
+
+    def declassify(self, pfn: int) -> None:
+        """The guest agrees that the host reads the page."""
+        self.declassified = True
+
+    def forget(self, pfn: int) -> None:
+        """No one relies on the contents any more."""
+        self.forgot = True
+
+    def vm_alive(self) -> bool:
+        """Whether the VM runs."""
+        return self._alive
+
+    def refuse(self, call: str, errno: int) -> int:
+        """Return -errno, and remember that this is a rule and not a failure."""
+        self.refused = True
+        return -errno
+
+
+class _NoFlush(Maintenance):
+    # NOSYNC: entries change, and no TLB is told.
+    @override
+    def flush_ipa(self, ipa: int, level: int) -> None:
+        pass
+
+    @override
+    def flush_range(self, ipa: int, size: int) -> None:
+        pass

@@ -1,0 +1,149 @@
+"""A hypervisor that is given by its model, a third party's: its hypercalls are calls of the model, by their names.
+
+The model's code runs on real tables here (el2/modelled) as it runs on bytes on the abstract host. It is about single pages;
+it has no numbers for hypercalls, so a running guest makes none, and it is not told of what a running guest touches:
+`guest_consents` and `guest_touches` are for the single accesses of lock step and of schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from guest_memfd.compat import override
+from guest_memfd.core.hypervisor import Hypervisor
+from guest_memfd.errors import BadInput, PluginError, shown
+from guest_memfd.machine.el2.kvm.guest import first_tables
+from guest_memfd.machine.el2.modelled.el2 import ModelledEl2, ModelledStage2
+from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.hypcalls.driver import GuestRan
+from guest_memfd.machine.hypcalls.hardware import Hardware
+from guest_memfd.machine.hypcalls.kvm import KvmGuests
+from guest_memfd.machine.hypcalls.vm import Vm
+from guest_memfd.plugins.guard import Guard
+from guest_memfd.words.pagestate import RUNNING
+from guest_memfd.words.primitives import Folio
+
+_MAX_ERRNO = 4095
+_TABLES = 8
+"""Pages that a hypercall may need for tables: four levels of the host's, three of the guest's, and one."""
+
+
+class ModelledDriver(KvmGuests):
+    """Raises BadInput for a hypervisor that takes pages by force: the abort of its host would need pKVM's handler."""
+
+    def __init__(self, hardware: Hardware, hypervisor: Hypervisor) -> None:
+        super().__init__(hardware, hypervisor)
+        if hypervisor.force_reclaim is not Hypervisor.force_reclaim:
+            raise BadInput(f"hypervisor {hypervisor.name!r} takes pages by force: no emulated machine but pkvm's can")
+        self.el2 = ModelledEl2(hypervisor, hardware.ram, hardware.el2_pool, hardware.tlbs)
+
+    # -- hypercalls ----------------------------------------------------------------------------------------------
+
+    @override
+    def call(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
+        """Run the model's code. Raises PluginError for what it raises or returns wrongly, LookupError, BadInput."""
+        code = self.hypervisor.hypercalls.get(name)
+        if code is None:
+            raise LookupError(f"hypervisor {self.hypervisor.name!r} has no hypercall {name!r}")
+        large = next((arg for arg in args if isinstance(arg, Folio) and arg.order), None)
+        if large is not None:
+            raise BadInput(f"hypervisor {self.hypervisor.name!r} is given by a model of single pages: no {large}")
+        # The model has no way back from the middle of a call, so pages for tables are looked for before it begins.
+        if self.hardware.el2_pool.free_pages < _TABLES and name in self.hypervisor.fallible:
+            return self.hypervisor.fallible[name]
+        stage2 = self._stage2(vm)
+        with self._guard(f"hypercall {name!r}"):
+            ret = code(stage2, *args)
+            if type(ret) is not int or not -_MAX_ERRNO <= ret <= 0:
+                raise PluginError(f"hypercall {name!r} of {self.hypervisor.name!r} returned {shown(ret)}, not 0 or -errno")
+        self.sanitised = stage2.forgot
+        self.rules = frozenset({(name, ret)} if stage2.refused else ())
+        return ret
+
+    def _stage2(self, vm: Vm) -> ModelledStage2:
+        return ModelledStage2(self.el2, vm.handle, vm.state == RUNNING)
+
+    def _guard(self, what: str) -> Guard:
+        return Guard(f"{what} of hypervisor {self.hypervisor.name!r}", PluginError)
+
+    # -- records and tables --------------------------------------------------------------------------------------
+
+    @override
+    def owner(self, pa: int) -> str:
+        """By the model's record."""
+        return str(self.el2.owner(pa))
+
+    @override
+    def host_may(self, pa: int) -> bool:
+        """Mapped, or mapped by the first fault."""
+        return bool(self.el2.host_may(pa))
+
+    @override
+    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+        """From the model's record."""
+        for pfn, (owner, _) in self.el2.owners.items():
+            yield pfn * PAGE, (pfn + 1) * PAGE, f"is {owner} by the hypervisor's record"
+
+    @override
+    def leftovers(self) -> Iterator[str]:
+        """VMs that EL2 still knows."""
+        yield from (f"VM {vmid} exists" for vmid in self.el2.vms)
+
+    @override
+    def host_touches(self, pa: int) -> None:
+        """The first store is a stage-2 fault, which maps the page."""
+        if self.el2.host is not None and not self.el2.host.table.leaf(pa).valid:
+            assert self.el2.host_abort(Fault(TRANSLATION, 3, 2, va=pa, ipa=pa, access="w"), 1) is None
+
+    @override
+    def locked_in(self, vm: Vm, pa: int) -> bool:
+        """By the model's record."""
+        return pa // PAGE in self.el2.locked
+
+    @override
+    def poisoned(self, vm: Vm, gfn: int) -> bool:
+        """Whether the model has destroyed the page there."""
+        return (vm.vmid, gfn) in self.el2.poisoned
+
+    # -- the guest acts ------------------------------------------------------------------------------------------
+
+    @override
+    def guest_access(self, vm: Vm, ipa: int, write: bool, token: bytes) -> GuestRan:
+        """As any guest's; where the table led there, the model is told."""
+        ran = super().guest_access(vm, ipa, write, token)
+        if ran.exit is None and self.lookup(vm, ipa) == ran.pa:
+            with self._guard("guest_touches"):
+                self.hypervisor.guest_touches(self._stage2(vm), ran.pa // PAGE)
+        return ran
+
+    @override
+    def guest_consents(self, vm: Vm, ipa: int) -> bool:
+        """The model's own way of letting go; True if the guest has agreed that the host reads the page."""
+        pa, stage2 = self.lookup(vm, ipa), self._stage2(vm)
+        assert pa is not None
+        with self._guard("guest_consents"):
+            self.hypervisor.guest_consents(stage2, pa // PAGE)
+        self.forgets = stage2.forgot
+        return stage2.declassified
+
+    # -- VMs -------------------------------------------------------------------------------------------------------
+
+    @override
+    def create_vm(self, frames: int) -> Vm:
+        """A VM without a page; raises OutOfMemory."""
+        handle = self.el2.create_vm(lambda ipa: ipa < frames * PAGE)
+        return Vm(handle, handle.vmid)
+
+    @override
+    def vm_kill(self, vm: Vm) -> None:
+        """Nothing to tell: the model asks whether the VM lives."""
+
+    @override
+    def vm_destroyed(self, vm: Vm) -> None:
+        """Its tables go back to EL2's pool."""
+        vm.handle.destroy()
+        del self.el2.vms[vm.vmid]
+        self.el2.poisoned = {(vmid, gfn) for vmid, gfn in self.el2.poisoned if vmid != vm.vmid}
+        self.hardware.el2_pool.free(vm.handle.pgt.root, (first_tables() - 1).bit_length())
