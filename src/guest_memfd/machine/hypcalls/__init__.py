@@ -4,4 +4,5 @@
     kvm.py      plain KVM: calls into its own MMU code
     pkvm.py     hypercalls of protected KVM
     gunyah.py   hypercalls of Gunyah, as drivers/virt/gunyah issues them
+    modelled.py calls of a third party's model, which el2/modelled carries out on real tables
 """
