@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from kvm_vms import BIG, GPA, SECONDS, SIZE, STORE, enough_memory, run
-from linux_driver import fails, in_child
+from linux_driver import fails, in_child, no_guests
 
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.linux import guest_x86, syscall
@@ -38,29 +38,9 @@ FOR_EVER = bytes.fromhex("ebfe")                            # jmp .
 COUNT = bytes.fromhex("48ffc0" "488907" "ebf8")            # inc rax; mov [rdi], rax; jmp the inc
 
 
-@pytest.fixture
-def system() -> Iterator[System]:
-    with System() as system:
-        yield system
-
-
-@pytest.fixture
-def vm(system: System) -> Iterator[LinuxVm]:
-    with system.create_vm() as vm:
-        yield vm
-
-
-@pytest.fixture
-def guest(system: System) -> Iterator[SmallGuest]:
-    with SmallGuest(system) as guest:
-        yield guest
-
-
-@pytest.fixture
-def bound(guest: SmallGuest) -> Iterator[GuestMemfd]:
-    with guest.vm.create_guest_memfd(SIZE, SHARED) as memory:
-        guest.vm.set_user_memory_region2(1, MemFlag.GUEST_MEMFD, GPA, SIZE, guest_memfd=memory)
-        yield memory
+pytest_plugins = ["kvm_fixtures"]
+REASON = no_guests()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
 # -- a guest -----------------------------------------------------------------------------------------------------------

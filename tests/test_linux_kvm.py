@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import resource
-from collections.abc import Iterator
 from errno import EBADF, EEXIST, EINVAL, EIO, EMFILE, ENODEV, ENOENT, ENOTTY, EOPNOTSUPP
 
 import pytest
@@ -24,33 +23,9 @@ from guest_memfd.uapi.kvm import PRIVATE, SHARED, Cap, GuestMemfdFlag, MemFlag, 
 from guest_memfd.uapi.kvm_run import Mmio
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 
+pytest_plugins = ["kvm_fixtures"]
 REASON = no_guests()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
-
-
-@pytest.fixture
-def system() -> Iterator[System]:
-    with System() as system:
-        yield system
-
-
-@pytest.fixture
-def vm(system: System) -> Iterator[LinuxVm]:
-    with system.create_vm() as vm:
-        yield vm
-
-
-@pytest.fixture
-def guest(system: System) -> Iterator[SmallGuest]:
-    with SmallGuest(system) as guest:
-        yield guest
-
-
-@pytest.fixture
-def bound(guest: SmallGuest) -> Iterator[GuestMemfd]:
-    with guest.vm.create_guest_memfd(SIZE, SHARED) as memory:
-        guest.vm.set_user_memory_region2(1, MemFlag.GUEST_MEMFD, GPA, SIZE, guest_memfd=memory)
-        yield memory
 
 
 # -- the device --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from guest_memfd.machine.el2.kvm.guest import first_tables
 from guest_memfd.machine.el2.kvm.vm import Kvm
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.walk import Stage2
+from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.hardware import Hardware
@@ -18,7 +19,17 @@ from guest_memfd.words.primitives import Folio
 
 
 class KvmGuests(Driver):
-    """Guests whose stage 2 is KVM's own, plain or protected (el2/kvm/guest.py)."""
+    """Guests whose stage 2 is KVM's own, whoever is at EL2 (el2/kvm/guest.py)."""
+
+    @override
+    def owner(self, pa: int) -> str:
+        """By EL2's record; under plain KVM the host's, all of it."""
+        return str(self.el2.owner(pa))
+
+    @override
+    def host_may(self, pa: int) -> bool:
+        """Mapped, or mapped by the first fault; true for every page where there is no host stage 2."""
+        return bool(self.el2.host_may(pa))
 
     @override
     def guest_maps(self, vm: Vm, pa: int) -> int | None:
@@ -45,38 +56,10 @@ class KvmGuests(Driver):
         return table
 
 
-class KvmDriver(KvmGuests):
-    """VHE: no host stage 2, no one owns pages."""
+class KvmVms(KvmGuests):
+    """VMs whose vCPUs KVM's own code runs (el2/kvm/vm.py); *tables* gives the pages of their tables."""
 
-    def __init__(self, hardware: Hardware, hypervisor: Hypervisor) -> None:
-        super().__init__(hardware, hypervisor)
-        self.el2 = Kvm(hardware.ram, hardware.kernel_pages, hardware.tlbs)
-
-    def _mmu_map(self, vm: Vm, gfn: int, folio: Folio) -> int:
-        return int(vm.handle.map(gfn, folio.pfn, folio.nr))
-
-    def _mmu_unmap(self, vm: Vm, gfn: int, folio: Folio) -> int:
-        return int(vm.handle.unmap(gfn, folio.nr)) if self.guest_maps(vm, folio.pfn * PAGE) == gfn * PAGE else 0
-
-    @override
-    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
-        """No one but the host owns anything."""
-        yield from ()
-
-    @override
-    def owner(self, pa: int) -> str:
-        """The host's, all of it."""
-        return "host"
-
-    @override
-    def host_may(self, pa: int) -> bool:
-        """True for every page: under plain KVM there is no host stage 2."""
-        return True
-
-    @override
-    def locked_in(self, vm: Vm, pa: int) -> bool:
-        """Guests of plain KVM hold on to nothing."""
-        return False
+    tables: Buddy
 
     @override
     def create_vm(self, frames: int) -> Vm:
@@ -90,7 +73,32 @@ class KvmDriver(KvmGuests):
 
     @override
     def vm_destroyed(self, vm: Vm) -> None:
-        """kvm_free_stage2_pgd(): unmap, flush, and give the first-level tables back to the kernel."""
+        """kvm_free_stage2_pgd(): unmap, flush, and give the first-level tables back."""
         vm.handle.destroy()
         del self.el2.vms[vm.vmid]
-        self.hardware.kernel_pages.free(vm.handle.pgt.root, (first_tables() - 1).bit_length())
+        self.tables.free(vm.handle.pgt.root, (first_tables() - 1).bit_length())
+
+
+class KvmDriver(KvmVms):
+    """VHE: no host stage 2, no one owns pages."""
+
+    def __init__(self, hardware: Hardware, hypervisor: Hypervisor) -> None:
+        super().__init__(hardware, hypervisor)
+        self.tables = hardware.kernel_pages
+        self.el2 = Kvm(hardware.ram, self.tables, hardware.tlbs)
+
+    def _mmu_map(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return int(vm.handle.map(gfn, folio.pfn, folio.nr))
+
+    def _mmu_unmap(self, vm: Vm, gfn: int, folio: Folio) -> int:
+        return int(vm.handle.unmap(gfn, folio.nr)) if self.guest_maps(vm, folio.pfn * PAGE) == gfn * PAGE else 0
+
+    @override
+    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+        """No one but the host owns anything."""
+        yield from ()
+
+    @override
+    def locked_in(self, vm: Vm, pa: int) -> bool:
+        """Guests of plain KVM hold on to nothing."""
+        return False

@@ -13,13 +13,12 @@ from typing import Any
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.errors import BadInput, PluginError, shown
-from guest_memfd.machine.el2.kvm.guest import first_tables
 from guest_memfd.machine.el2.modelled.el2 import ModelledEl2, ModelledStage2
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import GuestRan
 from guest_memfd.machine.hypcalls.hardware import Hardware
-from guest_memfd.machine.hypcalls.kvm import KvmGuests
+from guest_memfd.machine.hypcalls.kvm import KvmVms
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.plugins.guard import Guard
 from guest_memfd.words.pagestate import RUNNING
@@ -30,14 +29,15 @@ _TABLES = 8
 """Pages that a hypercall may need for tables: four levels of the host's, three of the guest's, and one."""
 
 
-class ModelledDriver(KvmGuests):
+class ModelledDriver(KvmVms):
     """Raises BadInput for a hypervisor that takes pages by force: the abort of its host would need pKVM's handler."""
 
     def __init__(self, hardware: Hardware, hypervisor: Hypervisor) -> None:
         super().__init__(hardware, hypervisor)
         if hypervisor.force_reclaim is not Hypervisor.force_reclaim:
             raise BadInput(f"hypervisor {hypervisor.name!r} takes pages by force: no emulated machine but pkvm's can")
-        self.el2 = ModelledEl2(hypervisor, hardware.ram, hardware.el2_pool, hardware.tlbs)
+        self.tables = hardware.el2_pool
+        self.el2 = ModelledEl2(hypervisor, hardware.ram, self.tables, hardware.tlbs)
 
     # -- hypercalls ----------------------------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ class ModelledDriver(KvmGuests):
         if large is not None:
             raise BadInput(f"hypervisor {self.hypervisor.name!r} is given by a model of single pages: no {large}")
         # The model has no way back from the middle of a call, so pages for tables are looked for before it begins.
-        if self.hardware.el2_pool.free_pages < _TABLES and name in self.hypervisor.fallible:
+        if self.tables.free_pages < _TABLES and name in self.hypervisor.fallible:
             return self.hypervisor.fallible[name]
         stage2 = self._stage2(vm)
         with self._guard(f"hypercall {name!r}"):
@@ -69,16 +69,6 @@ class ModelledDriver(KvmGuests):
         return Guard(f"{what} of hypervisor {self.hypervisor.name!r}", PluginError)
 
     # -- records and tables --------------------------------------------------------------------------------------
-
-    @override
-    def owner(self, pa: int) -> str:
-        """By the model's record."""
-        return str(self.el2.owner(pa))
-
-    @override
-    def host_may(self, pa: int) -> bool:
-        """Mapped, or mapped by the first fault."""
-        return bool(self.el2.host_may(pa))
 
     @override
     def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
@@ -131,19 +121,7 @@ class ModelledDriver(KvmGuests):
     # -- VMs -------------------------------------------------------------------------------------------------------
 
     @override
-    def create_vm(self, frames: int) -> Vm:
-        """A VM without a page; raises OutOfMemory."""
-        handle = self.el2.create_vm(lambda ipa: ipa < frames * PAGE)
-        return Vm(handle, handle.vmid)
-
-    @override
-    def vm_kill(self, vm: Vm) -> None:
-        """Nothing to tell: the model asks whether the VM lives."""
-
-    @override
     def vm_destroyed(self, vm: Vm) -> None:
-        """Its tables go back to EL2's pool."""
-        vm.handle.destroy()
-        del self.el2.vms[vm.vmid]
+        """As any VM of KVM's; the model's VMID may be another's soon, so what it has destroyed is forgotten."""
+        super().vm_destroyed(vm)
         self.el2.poisoned = {(vmid, gfn) for vmid, gfn in self.el2.poisoned if vmid != vm.vmid}
-        self.hardware.el2_pool.free(vm.handle.pgt.root, (first_tables() - 1).bit_length())

@@ -82,16 +82,6 @@ class PkvmDriver(KvmGuests):
     # -- records and tables --------------------------------------------------------------------------------------
 
     @override
-    def owner(self, pa: int) -> str:
-        """Who has the page at *pa*, by the page state in EL2's hyp_vmemmap."""
-        return str(self.el2.owner(pa))
-
-    @override
-    def host_may(self, pa: int) -> bool:
-        """Mapped, or mapped by the first fault."""
-        return bool(self.el2.host_may(pa))
-
-    @override
     def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
         """From hyp_vmemmap; EL2's own pool left out."""
         for pfn, order in self.el2.vmemmap.recorded():
