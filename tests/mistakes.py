@@ -16,7 +16,7 @@ from guest_memfd.core.hypervisor import Stage2
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.kvm import pkvm
-from guest_memfd.words.pagestate import PRIVATE_PAGE
+from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import (
     EBADF,
     EEXIST,
@@ -507,3 +507,27 @@ class IgnoresRestore(OurLibrary):
     def make_accessible(self, grabbed: Grabbed) -> Steps[int]:
         yield from super().make_accessible(grabbed)
         return 0
+
+
+class CreateIgnoresShared(OurLibrary):
+    """All pages of a new file are private, whatever was asked for."""
+
+    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
+        return (yield from super().init_attributes(size, ()))
+
+
+class CreateSharesAll(OurLibrary):
+    """All pages of a new file are shared, as soon as one is to be."""
+
+    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
+        return (yield from super().init_attributes(size, tuple(range(size)) if shared else ()))
+
+
+class CreateLosesAnError(OurLibrary):
+    """What the last store of a new file's attributes says is not looked at."""
+
+    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
+        ret = yield from super().init_attributes(size, ())
+        if not ret:
+            yield from self.host.xa_store("attributes", shared[0], Entries(SHARED_PAGE, len(shared)))
+        return ret

@@ -10,7 +10,7 @@ import pytest
 from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
 from guest_memfd.machine.hw.arm64.registers import Tcr, Vtcr
-from guest_memfd.machine.hw.arm64.syndrome import fsc_name
+from guest_memfd.machine.hw.arm64.syndrome import Syndrome, fsc_name
 from guest_memfd.machine.hw.arm64.sysreg import BY_FIELD, ENCODINGS, TLBI, TLBI_BY_FIELD
 from guest_memfd.machine.linux import direct_map, fault_info, text
 
@@ -95,6 +95,17 @@ def test_fault_status_codes() -> None:
     for fsc in range(64):
         level = f"{LEVELS[fsc & ~3]}, level {fsc & 3}" if fsc & ~3 in LEVELS else "reserved"
         assert fsc_name(fsc) == DFSC.get(fsc, level)
+
+
+# Arm ARM, ESR_ELx.EC
+CLASSES = {0x00: "unknown", 0x15: "SVC64", 0x16: "HVC64", 0x17: "SMC64", 0x18: "MSR/MRS", 0x20: "IABT (lower EL)",
+           0x21: "IABT (current EL)", 0x22: "PC alignment", 0x24: "DABT (lower EL)", 0x25: "DABT (current EL)",
+           0x26: "SP alignment", 0x2F: "SError", 0x3C: "BRK64"}
+
+
+def test_exception_classes() -> None:
+    for ec in range(64):
+        assert f": {CLASSES.get(ec, f'EC={ec:#04x}')}, IL" in repr(Syndrome.decode(ec << 26))
 
 
 def test_signals_and_their_codes() -> None:

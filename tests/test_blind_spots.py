@@ -82,6 +82,9 @@ SPOTS = [
     Spot("EvictRestoresFirst", "kvm", "two-pages", "vcpu2 vmm-life kcore", "guest-private", 22, "copy_from_kernel_nof"),
     Spot("UserFaultMapsNothing", "kvm", "two-pages", "device", "fault-served", 9, "a fault returns 0, and the VMM does"),
     Spot("ErrorHoldsNothing", "kvm", "both-shared", "vmm-life memory-failure", "lifetimes", 25, "use after free of the"),
+    Spot("CreateIgnoresShared", "kvm", "nothing-yet", "creator", "all-or-nothing", 6, "create returns 0 and a page is"),
+    Spot("CreateSharesAll", "gunyah", "nothing-yet", "creator", "all-or-nothing", 7, "create returns 0 and a page is not"),
+    Spot("CreateLosesAnError", "pkvm", "nothing-yet", "creator", "all-or-nothing", 7, "create returns 0 and a page is"),
     Spot("IgnoresRestore", "kvm", "failing-twice", "vcpu2 vmm2 device", "host-survives", 40, "copy through a GUP refer"),
 ]
 

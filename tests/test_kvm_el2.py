@@ -244,6 +244,14 @@ def test_a_guest_that_only_faults_is_interrupted(machine: Machine) -> None:
     assert machine.vm.add_vcpu(Forever()).run(timeout=0.05) == exits.ExpiredExit()
 
 
+@pytest.mark.parametrize("function", [0x8400_0000, 0x8000_0000], ids=["PSCI_VERSION", "SMCCC_VERSION"])
+def test_versions_are_1_1(machine: Machine, function: int) -> None:
+    cpu = Script(stops.Hvc(0), stops.Wfi())
+    cpu.regs[0] = function
+    assert machine.vm.add_vcpu(cpu).run() == exits.WfiExit()
+    assert cpu.regs[0] == 0x1_0001
+
+
 def test_a_guest_that_has_no_time_runs_once(machine: Machine) -> None:
     assert machine.vm.add_vcpu(Script(stops.Wfi())).run(timeout=0) == exits.WfiExit()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.gunyah.client import GUNYAH
 from guest_memfd.hypervisors.kvm.default import KVM
 from guest_memfd.hypervisors.kvm.pkvm import PKVM
+from guest_memfd.hypervisors.names import CALLERS, lacks
 from guest_memfd.lockstep.refinement import Diverged
 from guest_memfd.machine.board import hostcpu
 from guest_memfd.machine.boot import Config, Machine
@@ -169,7 +171,7 @@ def test_folios_of_many_pages_are_refused() -> None:
     lent = Lent("tiny")
     with pytest.raises(BadInput, match=r"'tiny' is given by a model of single pages: no pfn\d+"):
         lent.machine.driver.hypercall(lent.vm, "lend", (0, Folio(512, 9)))
-    with pytest.raises(LookupError, match="hypervisor 'tiny' has no hypercall 'give'"):
+    with pytest.raises(PluginError, match="hypervisor 'tiny' has no hypercall 'give'; it has lend, share"):
         lent.machine.driver.hypercall(lent.vm, "give", ())
 
 
@@ -219,9 +221,11 @@ Gmem = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def gmem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gmem:
-    def run(*words: str) -> tuple[int, str, str]:
+    def run(*words: str, file: Path = EXAMPLE) -> tuple[int, str, str]:
         monkeypatch.setattr(HYPERVISORS, "_known", {h.name: h for h in (KVM, PKVM, GUNYAH)})
-        code = main(["run", *words, "--load", str(EXAMPLE)])
+        monkeypatch.setattr(sys, "path", [*sys.path])           # --load appends to it
+        sys.modules.pop(file.stem, None)
+        code = main(["run", *words, "--load", str(file)])
         return code, *capsys.readouterr()
 
     return run
@@ -230,6 +234,63 @@ def gmem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def test_a_guest_runs_on_the_hypervisor_of_a_file(gmem: Gmem) -> None:
     code, said, told = gmem("hello", "--on", "emulated:arm64/tiny")
     assert (code, said) == (0, "hello from a guest\nsecret written\n"), told
+
+
+SHIPPED = EXAMPLE.read_text(encoding="utf-8")
+LEND = """
+def bad(stage2, gfn, folio):
+    {}
+    return lend(stage2, gfn, folio)
+
+TINY = __import__("dataclasses").replace(TINY, hypercalls={{**TINY.hypercalls, "lend": bad}})
+"""
+OPS = """
+class Bad(TinyOps):
+    {}
+
+TINY = __import__("dataclasses").replace(TINY, ops=Bad)
+"""
+WRONG = [
+    (LEND, "raise KeyError('x')", "hypercall 'lend' of hypervisor 'tiny' raised KeyError: 'x' (wrong.py:"),
+    (LEND, "raise SystemExit(3)", "hypercall 'lend' of hypervisor 'tiny' raised SystemExit: 3 (wrong.py:"),
+    (LEND, "return 1", "hypercall 'lend' of 'tiny' returned 1, not 0 or -errno"),
+    (LEND, "gfn += 1 << 60", "is beyond 40 bits of guest address"),
+    (LEND, "stage2.host_maps(1 << 40, False)", "there is no page 0x10000000000 in this machine"),
+    (LEND, "stage2.set_owner(folio.pfn, 'nobody')", "an owner is host, guest, shared, borrowed"),
+    (LEND, "while True: pass", "does not come back: after 5 seconds it is still at wrong.py:"),
+    (OPS, "def prepare_private(self, gfn, folio):\n        yield from ()\n        raise ValueError('no')",
+     "raised ValueError: no (wrong.py:"),
+    (OPS, "def prepare_private(self, gfn, folio):\n        return (yield from self.host.hypercall('nosuch', gfn, folio))",
+     "hypervisor 'tiny' has no hypercall 'nosuch'; it has lend, share"),
+    (OPS, "def reclaim(self, gfn, folio):\n        yield from ()\n        raise ValueError('at the end')",
+     "raised ValueError: at the end (wrong.py:"),
+    (OPS, "def __init__(self):\n        raise ValueError('init')",
+     "making design 'library' on 'tiny' raised ValueError: init"),
+]
+
+
+@pytest.mark.parametrize(("form", "what", "told"), WRONG, ids=[told for _, _, told in WRONG])
+def test_what_it_does_wrongly_is_told_and_no_law_is_blamed(
+    gmem: Gmem, tmp_path: Path, form: str, what: str, told: str,
+) -> None:
+    (tmp_path / "wrong.py").write_text(SHIPPED + form.format(what))
+    code, _, said = gmem("hello", "--on", "emulated:arm64/tiny", file=tmp_path / "wrong.py")
+    assert told in said
+    assert "law" not in said
+    assert code == 4
+
+
+@pytest.mark.parametrize("allocation", range(8))
+def test_an_allocation_of_its_that_fails_is_tried_again(gmem: Gmem, allocation: int) -> None:
+    code, said, told = gmem("hello", "--on", "emulated:arm64/tiny", "--fail", f"el2:{allocation}")
+    assert (code, said) == (0, "hello from a guest\nsecret written\n") or "KVM_CREATE_VM: ENOMEM" in told, told
+
+
+@pytest.mark.parametrize("module", ["library", "mm", "user", "guest"])
+def test_a_module_is_not_called_as_another_that_asks(module: str) -> None:
+    ops = type("Ops", (TINY.ops,), {"module": module})          # type: ignore[arg-type]
+    assert lacks(replace(TINY, module=module, ops=ops)) == (
+        f"its module is {module!r}: that is how the laws call {CALLERS[module]}")
 
 
 def test_a_stray_load_under_it_ends_the_host_without_the_library(gmem: Gmem) -> None:

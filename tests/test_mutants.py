@@ -138,6 +138,21 @@ def test_whatever_a_loop_goes_over_has_parts(name: str) -> None:
     assert sum(1 for site in everywhere for _ in part_of_batch(site)) > 10
 
 
+def test_cases_of_one_question_are_not_swapped(tmp_path: Path) -> None:
+    text = """
+def handle(stop):
+    if isinstance(stop, Hvc):
+        return call(stop)
+    if isinstance(stop, Wfi):
+        return wait(stop)
+    if busy():
+        return again(stop)
+"""
+    swapped = [m.description for m in of_sample(tmp_path, text) if m.operator == "swap-steps"]
+    assert len(swapped) == 1
+    assert swapped[0].startswith("if isinstance(stop, Wfi):; if busy():")
+
+
 def test_what_cannot_go_wrong_is_left_alone(tmp_path: Path) -> None:
     found = of_sample(tmp_path)
     assert {mutant.site.name for mutant in found} == {"SIZE", "TABLE", "Part.flag", "Part.step", "Part.names"}
@@ -172,6 +187,11 @@ class TestAllOfThem:
         nowhere = {"wait-for-lock"}                         # the library no longer tries for a lock
         assert {mutant.operator for mutant in everything()} == set(OPERATORS) - nowhere
         assert "core/convert.py:Converts._make_private:drop-step:3" in names
+
+    def test_a_pattern_of_names_saves_work_and_nothing_else(self) -> None:
+        for name in ("core/direct_map.py:*", "*.py:HostMapping.zap:*", "*HostMapping.zap:*", "core/*zap*", None):
+            assert [m.id for m in chosen(mutants(LIBRARY, name), name, None, 1)] == [
+                m.id for m in chosen(everything(), name, None, 1)]
 
     def test_mutants_are_python(self) -> None:
         for mutant in everything()[::5]:

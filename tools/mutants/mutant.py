@@ -72,9 +72,10 @@ def mutated(site: Site, change: Change) -> Any:
 
 def mutants(target: Target, name: str | None = None) -> list[Mutant]:
     """All mutants of a target, in the order of its files; only those whose file fits that of *name*, a pattern of names."""
-    fits = "*" if name is None else name.partition(":")[0]
-    return [mutant for file in target.paths() if fnmatch.fnmatch(file, fits)
-            for site in sites(file, SOURCES / file) for mutant in of_site(site)]
+    file, _, rest = (name or "*").partition(":")
+    fits = file if rest and file.endswith(".py") else "*"           # a * may stand for more than a file
+    return [mutant for path in target.paths() if fnmatch.fnmatch(path, fits)
+            for site in sites(path, SOURCES / path) for mutant in of_site(site)]
 
 
 def of_site(site: Site) -> Iterator[Mutant]:

@@ -12,7 +12,7 @@ from guest_memfd.words.primitives import OPS
 
 if TYPE_CHECKING:
     from guest_memfd.core.hypervisor import Hypervisor
-    from guest_memfd.words.scene import Kernel
+    from guest_memfd.words.scene import Kernel, Scene
 
 
 class Panicked(Exception):  # noqa: N818
@@ -24,6 +24,7 @@ class AbstractBase:
 
     hypervisor: Hypervisor
     kernel: Kernel
+    scene: Scene
     sea_fixup: bool
     tasks: frozenset[int]
     sizes: st.Sizes

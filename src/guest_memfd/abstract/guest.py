@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.mappings import AbstractMappings
+from guest_memfd.core.hypervisor import check_owner
 from guest_memfd.errors import shown
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ANY, DATA, FOR_GOOD, GONE, GUEST, HELD, HOST, OWNERS, RUNNING, SECRET, ZERO
@@ -26,6 +27,7 @@ class AbstractGuestSide(AbstractMappings):
 
     def set_owner(self, pfn: int, owner: str) -> None:
         """Change the record; GUEST makes the frame private to the guest."""
+        check_owner(owner)
         frame = self.state.frame(pfn)
         frame.owner = OWNERS.index(owner)
         frame.of = self.vm.number if frame.owner != HOST else 0

@@ -64,7 +64,8 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
             self._members(ghost.places),
             ghost.gfn - 1 if ghost.gfn else None,
             Cost(ghost.writes, ghost.flushes, ghost.calls, ghost.stalls),
-            (*self.hypervisor.errnos.get(op, ()), *self.errnos.get(op, ())), self.bounds.get(op)))
+            (*self.hypervisor.errnos.get(op, ()), *self.errnos.get(op, ())), self.bounds.get(op),
+            self.scene.attributes if op == "create" else ()))
         self._clear(ghost)
         # Its caller will say what it was told; the law compares that with what the operation ended with.
         if op not in UNREPORTED:

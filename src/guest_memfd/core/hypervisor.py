@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from guest_memfd.core.ops import GuestMemfdOps
 
 Owner = Literal["host", "guest", "shared", "borrowed"]
+
+
+def check_owner(owner: str) -> None:
+    """Raise ValueError for what is no `Owner`."""
+    if owner not in get_args(Owner):
+        raise ValueError(f"{owner!r} is recorded as the owner of a page; an owner is {', '.join(get_args(Owner))}")
+
 
 # What the host gets for an access to a lent page: with the first no exception table is asked, with the second it is.
 SEA = "synchronous external abort"

@@ -14,6 +14,9 @@ from guest_memfd.plugins.fields import ERRNOS, FLAG, LINE, LINES, MINUS_ERRNO, N
 from guest_memfd.plugins.forgotten import in_class
 from guest_memfd.plugins.overrides import unfit
 
+CALLERS = {"library": "the library", "mm": "memory management", "user": "a VMM", "guest": "a guest"}
+"""Who asks a host for something, beside hypervisors' modules."""
+
 FIELDS = {
     "name": NAME, "title": LINE, "module": NAME, "ops": Kind("a subclass of GuestMemfdOps", callable),
     "hypercalls": table("names", Kind("functions of a Stage2 and arguments", callable)),
@@ -39,7 +42,14 @@ def lacks(thing: object) -> str | None:
     """What is wrong with *thing* as a hypervisor; None if nothing is."""
     if not isinstance(thing, Hypervisor):
         return f"{shown(thing)} is no guest_memfd.core.hypervisor.Hypervisor"
-    return wrong(thing, FIELDS) or misspelt(thing) or _ops(thing)
+    return wrong(thing, FIELDS) or _taken(thing) or misspelt(thing) or _ops(thing)
+
+
+# The laws know by these names who has asked for something.
+def _taken(hypervisor: Hypervisor) -> str | None:
+    if hypervisor.module not in CALLERS:
+        return None
+    return f"its module is {hypervisor.module!r}: that is how the laws call {CALLERS[hypervisor.module]}"
 
 
 # What makes the operations may be any function; of a class it can be seen what it makes.

@@ -124,8 +124,11 @@ def _unbound(note: facts.Ended) -> Evidence:
 
 # A design without attributes has none of any page.
 def _created(note: facts.Ended) -> Evidence:
-    hole = note.ret == 0 and 0 in note.attrs and any(note.attrs)
-    return "create returns 0 and a page is neither private nor shared" if hole else None
+    if note.ret or not any(note.attrs):
+        return None
+    if 0 in note.attrs:
+        return "create returns 0 and a page is neither private nor shared"
+    return "create returns 0 and a page is not as it was asked for" if note.asked not in ((), note.attrs) else None
 
 
 def _bound(note: facts.Ended) -> Evidence:

@@ -14,7 +14,7 @@ from errno import ENOMEM
 from typing import Any, Literal, get_args
 
 from guest_memfd.designs import DESIGNS, Design
-from guest_memfd.errors import BadInput, GuestMemfdError, Signalled, SyscallFailed
+from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, PluginError, Signalled, SyscallFailed
 from guest_memfd.guests.loader import GuestImage
 from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.el2.gunyah.vcpu import VcpuState
@@ -79,6 +79,13 @@ def design_of(name: str, hypervisor: str, folio: int) -> type[Design]:
     return type(found.__name__, (found,), {"order": order}) if order else found
 
 
+# What a third party has done wrong in a teardown: what was closed after it has waited for the locks that were left.
+def _theirs(error: BaseException | None) -> GuestMemfdError | None:
+    while error is not None and not isinstance(error, PluginError | DesignRaised):
+        error = error.__context__
+    return error
+
+
 class EmulatedRun:
     """One run; *say* gets what the guest says, as it says it, and *log* what `-v` shows. Raises BadInput, UnknownName."""
 
@@ -110,6 +117,9 @@ class EmulatedRun:
             with ExitStack() as stack:
                 try:
                     self._inside(stack)
+                except (PluginError, DesignRaised):
+                    stack.pop_all()                     # what was under way still has its locks: a teardown would wait
+                    raise
                 except (KernelPanic, Blocked, OutOfMemory, GuestMemfdError):
                     raise
                 except Exception:
@@ -117,8 +127,10 @@ class EmulatedRun:
                     raise
         except KernelPanic:
             pass
-        except Blocked:
-            self.watch.breaks("progress", "a procedure waits for ever, with nobody else around", "the library")
+        except Blocked as blocked:
+            report.failed = _theirs(blocked)
+            if report.failed is None:
+                self.watch.breaks("progress", "a procedure waits for ever, with nobody else around", "the library")
         except OutOfMemory as error:
             report.failed = SyscallFailed(ENOMEM, "the machine", str(error))
         except GuestMemfdError as error:
@@ -130,7 +142,7 @@ class EmulatedRun:
         if machine.dead is not None:
             report.panic = machine.dead.text
             report.ended = LoopEnded("panic", report.panic.splitlines()[0])
-        else:
+        elif not isinstance(report.failed, PluginError | DesignRaised):
             self._audit()
         report.broken = list(self.watch.broken.values())
         report.primitives = self.watch.counts

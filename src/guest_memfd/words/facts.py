@@ -123,6 +123,7 @@ class Ended(NamedTuple):
     cost: Cost
     documented: tuple[int, ...]         # errno values that hypervisor and design add to those of the library
     bound_of_cost: Bound | None         # what the design says it costs at most, None if it says nothing
+    asked: tuple[int, ...] = ()         # of a new file: the attributes that it was to have, where someone has said
 
 
 @distinct

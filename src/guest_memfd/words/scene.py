@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
 from guest_memfd.errors import BadInput
+from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 
 MOST = {"pages": 4, "frames": 6, "files": 2, "vms": 2, "failures": 255, "refusals": 255}
 """Largest sizes of a scene."""
@@ -113,6 +114,11 @@ class Scene:
         gfns = [gfn for slot in self.slots for gfn in range(slot.gfn, slot.gfn + slot.nr)]
         if len(set(gfns)) < len(gfns) or any(not 0 <= gfn < MOST_GFNS - 1 for gfn in gfns):
             raise BadInput(f"scene {self.name!r}: its slots have gfns {gfns}; they must be below {MOST_GFNS - 1}, each once")
+
+    @property
+    def attributes(self) -> tuple[int, ...]:
+        """The attribute that each page starts out with."""
+        return tuple(SHARED_PAGE if index in self.shared else PRIVATE_PAGE for index in range(self.pages))
 
     @property
     def gfns(self) -> tuple[int, ...]:

@@ -70,7 +70,7 @@ def swap_steps(site: Site) -> Iterator[Change]:
     for block in site.blocks():
         units = _units(block)
         for one, other in pairwise(units):
-            if _acts(one) and _acts(other) and not _depend(one, other):
+            if _acts(one) and _acts(other) and not _depend(one, other) and not _cases(one[0], other[0]):
                 gone: dict[ast.AST, ast.AST | list[ast.stmt]] = {stmt: [] for stmt in other + one[1:]}
                 yield Change({**gone, one[0]: [*other, *one]}, f"{source(one[0])}; {source(other[0])}",
                              f"{source(other[0])}; {source(one[0])}")
@@ -154,6 +154,13 @@ def _units(block: list[ast.stmt]) -> list[list[ast.stmt]]:
 def _acts(unit: list[ast.stmt]) -> bool:
     first = unit[0]
     return not isinstance(first, LEAVES) and any(isinstance(node, ast.Call | ast.YieldFrom) for node in ast.walk(first))
+
+
+# Two cases of one question: only one of them is true, in whatever order they are asked.
+def _cases(one: ast.stmt, other: ast.stmt) -> bool:
+    asked = [stmt.test for stmt in (one, other) if isinstance(stmt, ast.If)]
+    names = [source(test.args[0]) for test in asked if isinstance(test, ast.Call) and called(test) == "isinstance"]
+    return len(names) == 2 and names[0] == names[1]
 
 
 def _depend(one: list[ast.stmt], other: list[ast.stmt]) -> bool:

@@ -20,6 +20,7 @@ from guest_memfd.words.primitives import UNREPORTED, Bound, Cost, Entries
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
     from guest_memfd.machine.hypcalls.vm import Vm
+    from guest_memfd.words.scene import Scene
 
 GUEST_TOKEN, USER_TOKEN, DEVICE_TOKEN, KERNEL_TOKEN = b"GUESTGST", b"VMM-USER", b"DEVICEIO", b"KERNELGP"
 """The first doubleword of a page, when that party was the last to write to it."""
@@ -38,6 +39,7 @@ class TracedTask(Protocol):
     inode: Inode
     notes: list[facts.Note]
     bounds: Mapping[str, Bound]
+    scene: Scene | None
     errnos: Mapping[str, tuple[int, ...]]
 
     def vm_at(self, index: int) -> Vm:
@@ -289,7 +291,7 @@ class Tracer:
             _reasons(operation.reasons), tuple(sorted(operation.places)),
             operation.gfn, Cost(**operation.cost),
             (*self.machine.hypervisor.errnos.get(operation.op, ()), *host.errnos.get(operation.op, ())),
-            host.bounds.get(operation.op))
+            host.bounds.get(operation.op), host.scene.attributes if operation.op == "create" and host.scene else ())
 
     # Unless the mapping has gone meanwhile, or memory is broken: who faulted is told so when he goes on.
     def _vmm_has(self, host: TracedTask, index: int) -> bool:

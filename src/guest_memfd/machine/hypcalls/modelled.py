@@ -15,6 +15,7 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.errors import BadInput, PluginError, shown
 from guest_memfd.machine.el2.modelled.el2 import ModelledEl2, ModelledStage2
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault
+from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import GuestRan
 from guest_memfd.machine.hypcalls.hardware import Hardware
@@ -43,15 +44,16 @@ class ModelledDriver(KvmVms):
 
     @override
     def call(self, vm: Vm, name: str, args: tuple[Any, ...]) -> int:
-        """Run the model's code. Raises PluginError for what it raises or returns wrongly, LookupError, BadInput."""
+        """Run the model's code. Raises PluginError for what it raises, returns wrongly, or has not; BadInput."""
         code = self.hypervisor.hypercalls.get(name)
         if code is None:
-            raise LookupError(f"hypervisor {self.hypervisor.name!r} has no hypercall {name!r}")
+            raise PluginError(f"hypervisor {self.hypervisor.name!r} has no hypercall {name!r}; it has "
+                              f"{', '.join(self.hypervisor.hypercalls)}")
         large = next((arg for arg in args if isinstance(arg, Folio) and arg.order), None)
         if large is not None:
             raise BadInput(f"hypervisor {self.hypervisor.name!r} is given by a model of single pages: no {large}")
         # The model has no way back from the middle of a call, so pages for tables are looked for before it begins.
-        if self.tables.free_pages < _TABLES and name in self.hypervisor.fallible:
+        if not self._room() and name in self.hypervisor.fallible:
             return self.hypervisor.fallible[name]
         stage2 = self._stage2(vm)
         with self._guard(f"hypercall {name!r}"):
@@ -62,11 +64,23 @@ class ModelledDriver(KvmVms):
         self.rules = frozenset({(name, ret)} if stage2.refused else ())
         return ret
 
+    # Whether EL2's pool gives as many pages as any call may need; an allocation that is made to fail is one of these.
+    def _room(self) -> bool:
+        taken: list[int] = []
+        try:
+            taken += (self.tables.alloc() for _ in range(_TABLES))
+        except OutOfMemory:
+            return False
+        finally:
+            for pa in taken:
+                self.tables.free(pa)
+        return True
+
     def _stage2(self, vm: Vm) -> ModelledStage2:
         return ModelledStage2(self.el2, vm.handle, vm.state == RUNNING)
 
     def _guard(self, what: str) -> Guard:
-        return Guard(f"{what} of hypervisor {self.hypervisor.name!r}", PluginError)
+        return Guard(f"{what} of hypervisor {self.hypervisor.name!r}", PluginError, timed=True)
 
     # -- records and tables --------------------------------------------------------------------------------------
 

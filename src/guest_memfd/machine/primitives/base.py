@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from guest_memfd.machine.hypcalls.vm import Vm
     from guest_memfd.machine.linux.inode import Inode
     from guest_memfd.machine.linux.page import Page
+    from guest_memfd.words.scene import Scene
 
 
 class Base:
@@ -28,6 +29,7 @@ class Base:
     who: int
     caller: Caller
     notes: list[facts.Note]
+    scene: Scene | None
     bounds: Mapping[str, Bound]
     errnos: Mapping[str, tuple[int, ...]]
 

@@ -12,6 +12,7 @@ from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.dev.file import GuestMemoryFile
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.plugins.guard import Guard
 from guest_memfd.uapi.kvm import PRIVATE, SHARED, CreateGuestMemfd, GuestMemfdFlag, MemoryAttributes2
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
@@ -39,7 +40,9 @@ class KvmMemoryFile(GuestMemoryFile):
         self.owner, self.flags = vm, flags
         pages = size // PAGE
         machine = vm.machine
-        super().__init__(machine, vm.design(machine.hypervisor.ops(), pages), size, vm.vm)
+        with Guard(f"making design {vm.design.name!r} on {machine.hypervisor.name!r}"):
+            library = vm.design(machine.hypervisor.ops(), pages)
+        super().__init__(machine, library, size, vm.vm)
         # After creation, when there is no page yet whose state could differ from its attribute.
         if flags & GuestMemfdFlag.INIT_SHARED:
             self.init_shared()

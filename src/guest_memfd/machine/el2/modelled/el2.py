@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from guest_memfd.compat import override
-from guest_memfd.core.hypervisor import SEA, Hypervisor, Owner
+from guest_memfd.core.hypervisor import SEA, Hypervisor, Owner, check_owner
 from guest_memfd.machine.el2.kvm.guest import IPA_BITS, next_vmid
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
 from guest_memfd.machine.el2.kvm.vm import VheVm
@@ -81,13 +81,20 @@ class ModelledStage2:
         self._el2, self._vm, self._alive = el2, vm, alive
         self.refused = self.forgot = self.declassified = False
 
+    # The physical address of a page of RAM.
+    def _pa(self, pfn: int) -> int:
+        if not self._el2.ram.contains(pfn * PAGE, PAGE):
+            raise ValueError(f"there is no page {pfn:#x} in this machine")
+        return pfn * PAGE
+
     def owner(self, pfn: int) -> str:
         """As recorded; ``other guest`` where it is of another VM."""
         owner, vm = self._el2.owners.get(pfn, ("host", self._vm))
         return owner if vm is self._vm else "other guest"
 
     def set_owner(self, pfn: int, owner: Owner) -> None:
-        """Record *owner*."""
+        """Record *owner*; raises ValueError for what is none."""
+        check_owner(owner)
         if owner == "host":
             self._el2.owners.pop(pfn, None)
         else:
@@ -95,17 +102,17 @@ class ModelledStage2:
 
     def host_maps(self, pfn: int, allowed: bool) -> None:
         """Change the host's stage 2; taking a page away flushes both stages."""
-        host = self._el2.host
+        host, pa = self._el2.host, self._pa(pfn)
         if host is not None and not allowed:
             host.withhold(pfn)
-        elif host is not None and not host.may(pfn * PAGE):
+        elif host is not None and not host.may(pa):
             host.give_back(pfn)
 
     def guest_map(self, gfn: int, pfn: int) -> None:
-        """Map the page, in place of what *gfn* mapped. Raises OutOfMemory, ValueError for a gfn that no guest has."""
+        """Map the page, in place of what *gfn* mapped. Raises OutOfMemory, ValueError for what no guest or machine has."""
         if not self._vm.in_range(gfn, 1):
             raise ValueError(f"gfn {gfn:#x} is beyond {self._vm.ipa_bits} bits of guest address")
-        if self._vm.map(gfn, pfn):
+        if self._vm.map(gfn, self._pa(pfn) // PAGE):
             raise OutOfMemory("no page for a table of the guest")
         self._el2.poisoned.discard((self._vm.vmid, gfn))
 
@@ -137,7 +144,7 @@ class ModelledStage2:
 
     def scrub(self, pfn: int) -> None:
         """Zero the page, past all stages of translation."""
-        self._el2.ram.zero(pfn * PAGE, PAGE)
+        self._el2.ram.zero(self._pa(pfn), PAGE)
 
     def destroy(self, pfn: int, gfn: int, how: str) -> None:
         """Scrub the page, and remember that the guest has lost it."""
