@@ -242,7 +242,7 @@ def test_every_failure_of_creation(hypervisor: str, what: str) -> None:
     for nth in range(10):
         bench = Bench(hypervisor, opened=False)
         if what == "bind":
-            bench.do(lambda lib: lib.create(2))
+            bench.do(lambda lib: lib.create(2, (1,)))
         bench.fail_at = nth
         ret = bench.do((lambda lib: lib.create(2, (1,))) if what == "create" else (lambda lib: lib.bind(0, 0, 2)))
         bench.fail_at = -1
