@@ -8,7 +8,6 @@ from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm import hypercalls as hc
 from guest_memfd.machine.el2.pkvm.el2 import El2
 from guest_memfd.machine.el2.pkvm.states import PkvmState
-from guest_memfd.machine.hw.arm64 import cpu as stops
 from guest_memfd.machine.hw.arm64.fault import Fault, Inject
 from guest_memfd.machine.hw.arm64.mmu import Mmu
 from guest_memfd.machine.hw.arm64.regime import Stage1
@@ -91,35 +90,3 @@ def hvc(machine: Machine, number: int, *args: int, cpu: int = 0) -> int:
     if regs[0]:
         raise LookupError(number)
     return regs[1] - (1 << 64) if regs[1] >> 63 else regs[1]
-
-
-class Script:
-    """A CPU that stops as told: each entry is a stop, or a function that is called first and returns it."""
-
-    def __init__(self, *script: Any) -> None:
-        self.script, self.regs, self.pc = list(script), [0] * 31, 0x1000
-        self.words: dict[int, int] = {}
-        self.exceptions: list[tuple[int, int | None]] = []
-
-    def run(self, timeout: float | None = None, instructions: int | None = None) -> Any:
-        stop = self.script.pop(0)
-        return stop() if callable(stop) and not isinstance(stop, tuple) else stop
-
-    def x(self, n: int) -> int:
-        return self.regs[n]
-
-    def set_x(self, n: int, value: int) -> None:
-        self.regs[n] = value & ((1 << 64) - 1)
-
-    def fetch(self, va: int) -> int:
-        return self.words[va]
-
-    def take_exception(self, esr: int, far: int | None = None) -> None:
-        self.exceptions.append((esr, far))
-
-    def call(self, number: int, *args: int) -> Any:
-        def stop() -> Any:
-            self.regs[:4] = [number, *args, 0, 0, 0][:4]
-            self.pc += 4
-            return stops.Hvc(0)
-        return stop

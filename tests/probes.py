@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from linux_driver import no_kvm
+from refusal import one_line
 
 from guest_memfd.cli.main import main
 from guest_memfd.probe.ask.calls import load
@@ -37,8 +38,4 @@ def gmem(*argv: str) -> int:
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert gmem(*argv) == 4
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("gmem: ")
-    assert err.count("\n") == 1
-    return err
+    return one_line(capsys)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusal import one_line
 from terminal import on_a_terminal
 
 from guest_memfd.cli.check import READERS
@@ -48,12 +49,7 @@ def run(*argv: str, path: Path | None = None, **env: str) -> subprocess.Complete
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line that *argv* is refused with; nothing may be on standard output."""
     assert gmem(*argv) == 4
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("gmem: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
+    return one_line(capsys)
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------

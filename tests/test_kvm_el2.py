@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from stopping_cpu import Script
 
 from guest_memfd.machine.el2.kvm import vcpu as exits
 from guest_memfd.machine.el2.kvm.guest import first_tables
@@ -153,29 +154,6 @@ def test_destroy_frees_every_table_and_forgets_the_vmid(machine: Machine) -> Non
 # -- vCPUs ---------------------------------------------------------------------------------------------------------
 
 LDR_X1_X0, STRB_W2_X0, LDR_POST, LDP = 0xf940_0001, 0x3900_0002, 0xf840_8401, 0xa940_0801
-
-
-class Script:
-    """A CPU that stops as told."""
-
-    def __init__(self, *script: Any, words: dict[int, int] | None = None) -> None:
-        self.script, self.regs, self.pc, self.words = list(script), [0] * 31, 0x1000, words or {}
-        self.exceptions: list[tuple[int, int | None]] = []
-
-    def run(self, timeout: float | None = None, instructions: int | None = None) -> Any:
-        return self.script.pop(0)
-
-    def x(self, n: int) -> int:
-        return self.regs[n]
-
-    def set_x(self, n: int, value: int) -> None:
-        self.regs[n] = value & ((1 << 64) - 1)
-
-    def fetch(self, va: int) -> int:
-        return self.words[va]
-
-    def take_exception(self, esr: int, far: int | None = None) -> None:
-        self.exceptions.append((esr, far))
 
 
 def abort(ipa: int, access: str = "r", **more: Any) -> stops.CpuAbort:

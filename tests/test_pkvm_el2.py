@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from effort import calls
-from pkvm_machine import FLAT, GFN, GIB, LENT, MIB, Machine, Script, hvc
+from pkvm_machine import FLAT, GFN, GIB, LENT, MIB, Machine, hvc
+from stopping_cpu import Script
 
 from guest_memfd.machine.el2.kvm import vcpu as exits
 from guest_memfd.machine.el2.pkvm import checks

@@ -20,12 +20,11 @@ NO_KVM = no_guests()
 with_kvm = pytest.mark.skipif(bool(NO_KVM), reason=NO_KVM)
 
 
-def run(pytester: pytest.Pytester, source: str, *options: str) -> pytest.RunResult:
+def run(pytester: pytest.Pytester, source: str, *options: str, apart: bool = False) -> pytest.RunResult:
+    """Run *source* in this process; *apart*, in one of its own, which takes seconds: what it leaves open is found there."""
     pytester.makepyfile(source)
     more = () if INSTALLED else ("-p", "guest_memfd.testing.plugin")
     without = [f"-pno:{plugin}" for plugin in ("cacheprovider", "xdist", "hypothesispytest")]       # a second and more
-    # A process takes seconds to start. Tests that leave things open on purpose need one: they would be found here.
-    apart = "kept" in source
     return (pytester.runpytest_subprocess if apart else pytester.runpytest_inprocess)(
         *more, *without, "-rs", "--strict-markers", *options)
 
@@ -81,7 +80,7 @@ def test_it(gmem_host):
 
 
 def test_what_a_test_leaves_open_is_an_error(pytester: pytest.Pytester) -> None:
-    result = run(pytester, LEAK)
+    result = run(pytester, LEAK, apart=True)
     hosts = 2 if NO_KVM else 3
     result.assert_outcomes(passed=hosts, errors=hosts, skipped=3 - hosts)
     if not NO_KVM:
@@ -89,7 +88,7 @@ def test_what_a_test_leaves_open_is_an_error(pytester: pytest.Pytester) -> None:
 
 
 def test_a_test_that_failed_has_failed_once(pytester: pytest.Pytester) -> None:
-    result = run(pytester, LEAK + "    assert False\n")
+    result = run(pytester, LEAK + "    assert False\n", apart=True)
     hosts = 2 if NO_KVM else 3
     result.assert_outcomes(failed=hosts, skipped=3 - hosts)
 
@@ -119,7 +118,7 @@ def test_only_a_test_that_passed_is_asked_what_it_left(pytester: pytest.Pytester
             kept.append(gmem_host.open().create_vm())
             {ending}
     """
-    assert "errors" not in run(pytester, source, "--gmem-host", "emulated:arm64/kvm").parseoutcomes()
+    assert "errors" not in run(pytester, source, "--gmem-host", "emulated:arm64/kvm", apart=True).parseoutcomes()
 
 
 def test_a_fixture_that_fails_is_one_error(pytester: pytest.Pytester) -> None:
@@ -135,7 +134,7 @@ def test_a_fixture_that_fails_is_one_error(pytester: pytest.Pytester) -> None:
         def test_it(vmm):
             pass
     """
-    run(pytester, source, "--gmem-host", "emulated:arm64/kvm").assert_outcomes(errors=1)
+    run(pytester, source, "--gmem-host", "emulated:arm64/kvm", apart=True).assert_outcomes(errors=1)
 
 
 @with_kvm
@@ -147,7 +146,7 @@ def test_a_mapping_alone_is_a_leak(pytester: pytest.Pytester) -> None:
             with gmem_host.open().create_vm() as vm, vm.create_guest_memfd(1 << 20, 3) as file:
                 kept.append(file.mmap())
     """
-    result = run(pytester, source, "--gmem-host", "kvm")
+    result = run(pytester, source, "--gmem-host", "kvm", apart=True)
     result.assert_outcomes(passed=1, errors=1)
     assert "a mapping of" in shown(result)
     assert "gmem" in shown(result)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 
-from pkvm_machine import GFN, GIB, PAGE, Script
+from pkvm_machine import GFN, GIB, PAGE
 from pkvm_machine import Machine as PkvmMachine
+from stopping_cpu import Script
 from test_gunyah_ownership import Anything
 from test_gunyah_ownership import Machine as GunyahMachine
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.mappings import AbstractMappings
 from guest_memfd.core.hypervisor import check_owner
-from guest_memfd.errors import shown
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ANY, DATA, FOR_GOOD, GONE, GUEST, HELD, HOST, OWNERS, RUNNING, SECRET, ZERO
 from guest_memfd.words.primitives import OPS, Folio
-
-MAX_ERRNO = 4095
 
 
 class AbstractGuestSide(AbstractMappings):
@@ -147,8 +144,9 @@ class AbstractGuestSide(AbstractMappings):
         # Set by `refuse` within this call only.
         self._refused = False
         ret = code(self, *args)
-        if type(ret) is not int or not -MAX_ERRNO <= ret <= 0:
-            raise TypeError(f"hypercall {name!r} of {self.hypervisor.name!r} returned {shown(ret)}, not 0 or -errno")
+        wrong = self.hypervisor.wrong_result(name, ret)
+        if wrong is not None:
+            raise TypeError(wrong)
         # A guest that has never asked for a page, nor written to it, cannot be said to hold on to it.
         if self._refused and (frame is None or frame.asked or frame.content != ZERO):
             self.against(HELD, frame)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
 from guest_memfd.core.ops import GuestMemfdOps
+from guest_memfd.errors import shown
+from guest_memfd.words.primitives import MAX_ERRNO
 
 Owner = Literal["host", "guest", "shared", "borrowed"]
 
@@ -117,3 +119,9 @@ class Hypervisor:
     final: Mapping[str, int] = field(default_factory=dict)
     errnos: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
+
+    def wrong_result(self, name: str, ret: object) -> str | None:
+        """What is wrong with *ret* as the result of hypercall *name*, in words; None when it is 0 or -errno."""
+        if type(ret) is int and -MAX_ERRNO <= ret <= 0:
+            return None
+        return f"hypercall {name!r} of {self.name!r} returned {shown(ret)}, not 0 or -errno"

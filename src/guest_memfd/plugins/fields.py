@@ -8,9 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from guest_memfd.errors import shown
-from guest_memfd.words.primitives import OPS
-
-MAX_ERRNO = 4095
+from guest_memfd.words.primitives import MAX_ERRNO, OPS
 
 
 class Kind(NamedTuple):

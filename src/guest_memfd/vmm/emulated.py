@@ -36,6 +36,9 @@ from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Primitive
 
+THEIRS = PluginError, DesignRaised
+"""What code of third parties has done wrong."""
+
 Where = Literal["kernel", "el2", "slab"]
 """Whose allocator is made to fail: Linux's for pages, the hypervisor's, Linux's for small objects."""
 
@@ -81,7 +84,7 @@ def design_of(name: str, hypervisor: str, folio: int) -> type[Design]:
 
 # What a third party has done wrong in a teardown: what was closed after it has waited for the locks that were left.
 def _theirs(error: BaseException | None) -> GuestMemfdError | None:
-    while error is not None and not isinstance(error, PluginError | DesignRaised):
+    while error is not None and not isinstance(error, THEIRS):
         error = error.__context__
     return error
 
@@ -117,7 +120,7 @@ class EmulatedRun:
             with ExitStack() as stack:
                 try:
                     self._inside(stack)
-                except (PluginError, DesignRaised):
+                except THEIRS:
                     stack.pop_all()                     # what was under way still has its locks: a teardown would wait
                     raise
                 except (KernelPanic, Blocked, OutOfMemory, GuestMemfdError):
@@ -142,7 +145,7 @@ class EmulatedRun:
         if machine.dead is not None:
             report.panic = machine.dead.text
             report.ended = LoopEnded("panic", report.panic.splitlines()[0])
-        elif not isinstance(report.failed, PluginError | DesignRaised):
+        elif not isinstance(report.failed, THEIRS):
             self._audit()
         report.broken = list(self.watch.broken.values())
         report.primitives = self.watch.counts

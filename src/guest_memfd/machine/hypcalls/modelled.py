@@ -12,9 +12,8 @@ from typing import Any
 
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
-from guest_memfd.errors import BadInput, PluginError, shown
+from guest_memfd.errors import BadInput, PluginError
 from guest_memfd.machine.el2.modelled.el2 import ModelledEl2, ModelledStage2
-from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import GuestRan
@@ -25,7 +24,6 @@ from guest_memfd.plugins.guard import Guard
 from guest_memfd.words.pagestate import RUNNING
 from guest_memfd.words.primitives import Folio
 
-_MAX_ERRNO = 4095
 _TABLES = 8
 """Pages that a hypercall may need for tables: four levels of the host's, three of the guest's, and one."""
 
@@ -58,8 +56,9 @@ class ModelledDriver(KvmVms):
         stage2 = self._stage2(vm)
         with self._guard(f"hypercall {name!r}"):
             ret = code(stage2, *args)
-            if type(ret) is not int or not -_MAX_ERRNO <= ret <= 0:
-                raise PluginError(f"hypercall {name!r} of {self.hypervisor.name!r} returned {shown(ret)}, not 0 or -errno")
+            wrong = self.hypervisor.wrong_result(name, ret)
+            if wrong is not None:
+                raise PluginError(wrong)
         self.sanitised = stage2.forgot
         self.rules = frozenset({(name, ret)} if stage2.refused else ())
         return ret
@@ -98,8 +97,8 @@ class ModelledDriver(KvmVms):
     @override
     def host_touches(self, pa: int) -> None:
         """The first store is a stage-2 fault, which maps the page."""
-        if self.el2.host is not None and not self.el2.host.table.leaf(pa).valid:
-            assert self.el2.host_abort(Fault(TRANSLATION, 3, 2, va=pa, ipa=pa, access="w"), 1) is None
+        if self.el2.host is not None:
+            self.el2.host.fill(pa)
 
     @override
     def locked_in(self, vm: Vm, pa: int) -> bool:

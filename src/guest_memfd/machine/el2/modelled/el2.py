@@ -7,14 +7,13 @@ of an access to a withheld page (by `Hypervisor.abort`), and where table pages c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import SEA, Hypervisor, Owner, check_owner
-from guest_memfd.machine.el2.kvm.guest import IPA_BITS, next_vmid
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
-from guest_memfd.machine.el2.kvm.vm import VheVm
+from guest_memfd.machine.el2.kvm.vm import Kvm, VheVm
 from guest_memfd.machine.el2.modelled.host_map import HostMap
 from guest_memfd.machine.hw.arm64.fault import EXTERNAL_ABORT, Fault, Inject
 from guest_memfd.machine.hw.arm64.tlb import Tlb
@@ -25,34 +24,23 @@ from guest_memfd.machine.hw.ram import PAGE, Ram
 _S1PTW = 1 << 7
 
 
-class ModelledEl2:
-    """EL2 of *hypervisor*: who has which page, and the VMs; *pool* gives the pages of all tables."""
+class ModelledEl2(Kvm):
+    """EL2 of *hypervisor*: KVM's, which has the VMs, and who has which page; *pool* gives the pages of all tables."""
 
     def __init__(self, hypervisor: Hypervisor, ram: Ram, pool: Buddy, tlbs: Sequence[Tlb]) -> None:
-        self.hypervisor, self.ram, self.pool, self.tlbs = hypervisor, ram, pool, list(tlbs)
+        super().__init__(ram, pool, tlbs)
+        self.hypervisor = hypervisor
         self.host = HostMap(ram, pool, tlbs) if hypervisor.abort is not None else None
         self.owners: dict[int, tuple[Owner, VheVm]] = {}        # pfn -> who has it and for which VM, unless it is the host's
         self.locked: set[int] = set()                           # pfns that a guest holds on to
         self.poisoned: set[tuple[int, int]] = set()             # (VMID, gfn) whose page was destroyed
-        self.vms: dict[int, VheVm] = {}
-        self._last = 0
 
-    def create_vm(self, bound: Callable[[int], bool], ipa_bits: int = IPA_BITS) -> VheVm:
-        """A VM without a page; raises OutOfMemory without a first table."""
-        self._last = next_vmid(self._last, self.vms)
-        vm = self.vms[self._last] = VheVm(self.ram, self.pool, self.tlbs, self._last, bound, ipa_bits)
-        return vm
-
-    # -- what the machine asks any EL2 ---------------------------------------------------------------------------------
-
+    @override
     def stage2(self) -> Stage2Registers | None:
         """The registers while the host runs; None where the model has no stage 2 for the host."""
         return None if self.host is None else self.host.registers()
 
-    def hvc(self, regs: list[int], cpu: int = 0) -> None:
-        """The model's hypercalls have names and no numbers: SMCCC NOT_SUPPORTED."""
-        regs[0] = (1 << 64) - 1
-
+    @override
     def host_abort(self, fault: Fault, el: int) -> Inject | None:
         """A stage-2 fault of the host: None when it tries again, or what its EL1 is told, as the model's `abort` says."""
         assert self.host is not None
@@ -64,11 +52,13 @@ class ModelledEl2:
             return Inject(told.esr_el1(), fault.va)
         return Inject(fault.esr_el1() | _S1PTW, fault.va)
 
+    @override
     def owner(self, pa: int) -> str:
         """Who has the page at *pa*, by the model's record."""
         found = self.owners.get(pa // PAGE)
         return "host" if found is None else found[0]
 
+    @override
     def host_may(self, pa: int) -> bool:
         """Whether the host's stage 2 lets the host touch *pa*."""
         return self.host is None or self.host.may(pa)

@@ -13,20 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from guest_memfd.machine.el2.kvm.pgtable import KvmLeaf, KvmStage2Table, TableSource, leaf_attributes
-from guest_memfd.machine.el2.kvm.tlb import Maintenance
+from guest_memfd.machine.el2.kvm.idmap import HostIdmap
+from guest_memfd.machine.el2.kvm.pgtable import KvmLeaf, TableSource, leaf_attributes
 from guest_memfd.machine.el2.pkvm.annotation import LOCKED, Annotation, AnnotationType, PageOwner, Release
 from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject, LoadStore
-from guest_memfd.machine.hw.arm64.registers import PA_BITS, Vtcr
-from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.tlb import Tlb
-from guest_memfd.machine.hw.arm64.walk import Stage2
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, Ram
 
-VMID = 0
 MEMORY = leaf_attributes("rwx")
 DEVICE = leaf_attributes("rw", device=True)
 
@@ -52,7 +48,7 @@ class MachineDead(Exception):  # noqa: N818 - it says what has become of the mac
     """BUG() at EL2: the whole machine stops, with this text on the console."""
 
 
-class HostStage2:
+class HostStage2(HostIdmap):
     """The host's stage 2 of *pa_bits* of identity-mapped addresses; *source* is EL2's pool of table pages.
 
     *release* picks the format of annotations and what becomes of an access to an annotated page.
@@ -60,29 +56,14 @@ class HostStage2:
 
     def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb], regions: Sequence[Region],
                  pa_bits: int, release: Release) -> None:
+        super().__init__(ram, source, tlbs, pa_bits, LOCKED.encode(release))
         self.regions, self.release, self.pa_bits = sorted(regions), release, pa_bits
-        self.vtcr = Vtcr.for_ipa(pa_bits, ps=PA_BITS.index(pa_bits))
-        start = self.vtcr.start_level
-        assert start is not None
-        self.page_table = PageTable(ram, source, 2, ia_bits=pa_bits, start_level=start,
-                                    concatenated=1 << max(0, pa_bits - PAGE_SHIFT - 9 * (4 - start)))
-        self.pgt = KvmStage2Table(ram, self.page_table, source, Maintenance(tlbs, VMID), LOCKED.encode(release))
-        self._registers = Stage2(self.vtcr, self.pgt.root | VMID << 48)
-
-    def registers(self) -> Stage2:
-        """VTCR_EL2 and VTTBR_EL2 while the host runs."""
-        return self._registers
 
     def region(self, pa: int) -> Region | None:
         """The memory region of an address."""
         return next((r for r in self.regions if r.base <= pa < r.end), None)
 
     # -- faults --------------------------------------------------------------------------------------------------
-
-    def may(self, pa: int) -> bool:
-        """Whether the host's access to *pa* would succeed, at once or after a fault that maps it."""
-        entry = self.pgt.leaf(pa)
-        return entry.valid or not entry.value
 
     def abort(self, fault: Fault, el: int, transfer: Transfer | None = None) -> Inject | None:
         """handle_host_mem_abort(): None when the host tries again; *transfer* is the instruction, for ESR_EL2.ISV.
@@ -154,18 +135,9 @@ class HostStage2:
                 at = (at & -size) + size
 
     def give_away(self, pfn: int, order: int, owner: PageOwner, handle: int = 0, gfn: int = 0) -> None:
-        """Annotate an aligned range of 1 << *order* pages; no TLB keeps it then. Raises OutOfMemory, nothing changed.
-
-        The host's stage-1 entries go with it: TLBI VMALLE1IS runs even if the host never touched the range.
-        """
+        """Annotate an aligned range of 1 << *order* pages as *owner*'s. Raises OutOfMemory, nothing changed."""
         note = Annotation(AnnotationType.DONATION, owner, handle, gfn).encode(self.release)
-        pa = pfn << PAGE_SHIFT
-        before = self.pgt.leaf(pa)
-        self._try(lambda: self.pgt.annotate(pa, order, note))
-        # The annotation has flushed nothing, as nothing was mapped. The host's stage-1 entries have to go all the
-        # same: the abstract host says so of every donation.
-        if not before.valid:
-            self.pgt.tlbs.flush_ipa(pa, before.level)
+        self._try(lambda: self.annotate(pfn, order, note))
 
     def take_back(self, pfn: int, order: int) -> None:
         """Map an annotated range RWX again. Raises OutOfMemory, nothing changed: never when its entry is that size."""
