@@ -36,6 +36,10 @@ _PDEATHSIG = 1
 """prctl(2): the signal that a process gets when its parent ends (include/uapi/linux/prctl.h)."""
 
 
+_TERMINALS = signal.SIGINT, signal.SIGQUIT, signal.SIGHUP
+_ENDING = (*_TERMINALS, signal.SIGTERM)
+
+
 class Failed(NamedTuple):
     """A task raised; in words. *for_memory*: because there was none left, which says nothing about the task."""
 
@@ -97,15 +101,19 @@ class Pool:
 
     def _start(self, ours: Connection, theirs: Connection, fork: Any) -> None:
         args = (theirs, [*self._workers, ours], self.bench, os.getpid())
-        process = fork.Process(target=_serve, args=args, daemon=True)
+        # A child is born with our handlers, and must not run one; and a signal that came to us before the child is on the
+        # list would leave it behind. The child lets signals in when it has handlers of its own.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         try:
+            process = fork.Process(target=_serve, args=args, daemon=True)
             process.start()
+            self._workers[ours] = process
         except OSError:
             ours.close()
             raise
         finally:
             theirs.close()
-        self._workers[ours] = process
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -203,9 +211,10 @@ def _attempt(bench: Bench, task: Task) -> Answer | Failed:
 
 
 def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench, parent: int) -> None:
-    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):       # a terminal's: the parent's to handle
+    for number in _TERMINALS:                           # the parent's to handle
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     end_with(parent)
     # Inherited by fork. As long as a child has the other end of a sibling's pipe, that sibling never sees it closed.
     for other in others:
