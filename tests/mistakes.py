@@ -10,6 +10,7 @@ from typing import Any
 
 from leave_out import answered, without
 
+from guest_memfd.core.base import filled
 from guest_memfd.core.convert import Conversion
 from guest_memfd.core.folio import Grabbed, Held
 from guest_memfd.core.hypervisor import Stage2
@@ -71,6 +72,25 @@ class BindsToTheDead(OurLibrary):
 
     def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
         return (yield from answered(super().bind(gfn, start, nr), {"vm_state": "running"}))
+
+
+class LastBeforeTheLock(OurLibrary):
+    """Whether a binding is the last one of the file is found out before the lock is taken."""
+
+    def unbind(self, start: int, nr: int) -> Steps[Conversion]:
+        bound = yield from self.host.xa_load("bindings", 0, self.size)
+        yield from self.host.begin_op("unbind", start, nr)
+        if not (yield from self.host.get_file()):
+            yield from self.host.end_op(-ENOENT)
+            return Conversion(-ENOENT)
+        yield from self.host.down_write("invalidate")
+        result, _ = yield from self._unbind(start, nr, "unbind")
+        yield from self.host.end_op(result.ret, result.error_index)
+        yield from self.host.up_write("invalidate")
+        if not result.ret and filled(bound) == filled(bound[start:start + nr]):
+            yield from self.close()
+        yield from self.close()
+        return result
 
 
 class Removal(OurLibrary):
@@ -268,6 +288,16 @@ class HalfDone(pkvm.PkvmOps):
 CALLS: dict[str, Any] = {**pkvm.PKVM.hypercalls, "take_from_host": _take_from_host, "map_guest": _map_guest}
 HALF_DONE = replace(pkvm.PKVM, ops=HalfDone, hypercalls=CALLS, fallible={**pkvm.PKVM.fallible, "map_guest": -ENOMEM})
 ASKS_THEN_ACTS = replace(pkvm.PKVM, ops=AsksThenActs)
+
+
+class KeepsConsent(pkvm.PkvmOps):
+    """EL2 is not told that a page is private again: the guest's consent to the last conversion stays, for the next one."""
+
+    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+        yield from ()
+
+
+KEEPS_CONSENT = replace(pkvm.PKVM, ops=KeepsConsent)
 
 
 # -- what one scene shows and the others do not (tests/test_scenes.py) ------------------------------------------------

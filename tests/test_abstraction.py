@@ -49,6 +49,7 @@ DIRECTED = (
     Directed("kvm", "library", "two-pages", ("vcpu", "vcpu2", "memory-failure", "power"),
              ("pfn.poison", "pfn.handled", "away", "preparing", "frozen")),
     Directed("pkvm", "none", "two-pages", ("vcpu", "vcpu2", "power"), ("gfn.gpoison",)),
+    Directed("pkvm", "library", "two-pages", ("vcpu", "vmm-pages", "vmm2"), ("pfn.withdrawn",)),
     Directed("gunyah", "none", "two-pages", ("vcpu", "vcpu2", "zeropad"), ("panic",)),
     Directed("gunyah", "library", "for-good", ("vcpu", "vcpu2", "stop"), ("pfn.stuck", "pfn.kept", "leaked", "refusals")),
     Directed("gunyah", "gunyah-v17", "two-pages", ("vcpu", "vmm", "vcpu2", "vmm2"),

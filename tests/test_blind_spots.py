@@ -85,6 +85,7 @@ SPOTS = [
     Spot("CreateIgnoresShared", "kvm", "nothing-yet", "creator", "all-or-nothing", 6, "create returns 0 and a page is"),
     Spot("CreateSharesAll", "gunyah", "nothing-yet", "creator", "all-or-nothing", 7, "create returns 0 and a page is not"),
     Spot("CreateLosesAnError", "pkvm", "nothing-yet", "creator", "all-or-nothing", 7, "create returns 0 and a page is"),
+    Spot("LastBeforeTheLock", "kvm", "two-pages", "vmm vmm2", "nothing-lost", 29, "the inode is held for ever"),
     Spot("IgnoresRestore", "kvm", "failing-twice", "vcpu2 vmm2 device", "host-survives", 40, "copy through a GUP refer"),
 ]
 
@@ -154,6 +155,12 @@ def test_a_borrowed_page_of_a_guest_that_dies() -> None:
     found = findings(OurLibrary, mistakes.ASKS_THEN_ACTS, SCENES["two-pages"], SHARING)
     assert shortest(found, "nothing-lost", "a page is freed while it is the guest's (owner borrowed)") == 70
     assert findings(OurLibrary, pkvm.PKVM, SCENES["two-pages"], SHARING) == []
+
+
+def test_a_consent_that_outlives_the_conversion_to_private() -> None:
+    parties = [PARTIES["vcpu"], PARTIES["vmm-pages"]]
+    found = findings(OurLibrary, mistakes.KEEPS_CONSENT, SCENES["failing-twice"], parties)
+    assert shortest(found, "one-owner", "a page has become private, and by the hypervisor's record the guest still") == 42
 
 
 def test_half_done_donation() -> None:

@@ -32,6 +32,7 @@ EXPLORED = (
         ("vcpu2", "kcore"), ("vcpu2", "zeropad"), ("vmm2", "stop"), ("vmm", "unloader", "stop"), ("drainer", "pinner"),
         ("vmm-odd",))),                                                 # unloaded takes VM and file to go
     Seen("library", "pkvm", "two-pages", (("vcpu", "vmm"),)),           # a page that the guest shares with the host
+    Seen("library", "pkvm", "failing-twice", (("vcpu", "vmm-pages"),)),  # ... and is told that it is the guest's again
     Seen("library", "pkvm", "for-good", (("vcpu", "stop"),)),           # what never comes back
     Seen("library", "pkvm", "two-vms", (("vcpu", "other-vcpu", "other-stop"),)),
     Seen("library", "kvm", "nothing-yet", (("creator",),)),

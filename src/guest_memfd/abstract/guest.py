@@ -27,6 +27,7 @@ class AbstractGuestSide(AbstractMappings):
         check_owner(owner)
         frame = self.state.frame(pfn)
         frame.owner = OWNERS.index(owner)
+        frame.withdrawn = 0
         frame.of = self.vm.number if frame.owner != HOST else 0
         if owner == "guest":
             self.note_private(frame, "donated")

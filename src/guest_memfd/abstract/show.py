@@ -27,6 +27,7 @@ LABELS = {
     "preparing": "hibernation announced", "frozen": "tasks frozen", "reserved": "nodes preallocated",
     "failures": "failures left", "panic": "kernel stopped", "of": "of VM", "kept": "kept for ever",
     "handled": "memory failure handled", "stuck": "refused for good", "asked": "the guest asked for it",
+    "withdrawn": "consent withdrawn",
     "inode": "inode", "evictor": "evicted by", "refuses_readers": "AS_NO_DIRECT_MAP", "released": "ops released",
     "refusals": "refusals for good left",
     "leaked": "pages counted as leaked",
@@ -43,7 +44,7 @@ _ENUMS: dict[str, tuple[str, ...]] = {
 }
 _FLAGS = frozenset({
     "stale", "locked_in", "uptodate", "private", "poison", "gpoison", "unloaded", "gpc_fresh", "gpc_readers",
-    "preparing", "frozen", "panic", "handled", "stuck", "asked", "refuses_readers", "released",
+    "preparing", "frozen", "panic", "handled", "stuck", "asked", "withdrawn", "refuses_readers", "released",
 })
 HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q", "evictor"})
 """Fields that hold a party number + 1, 0 for no one."""

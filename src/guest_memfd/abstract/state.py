@@ -24,6 +24,7 @@ FRAME_FIELDS = {
     "s2": "host stage 2: 1 the hypervisor lets the host touch it",
     "gmap": "guest stage 2: number of the gfn record + 1 that maps this frame, 0 none",
     "asked": "ghost: that mapping was made because the guest had faulted there",
+    "withdrawn": "ghost: BORROWED by a consent that is older than the page's last conversion to private",
     "gstale": "gfn record + 1 of a guest stage-2 TLB entry that outlived its mapping, 0 none",
     "locked_in": "the guest holds on to the page (Gunyah: private and locked; pKVM: not shared with the host)",
     "user": "page + 1 at which the VMM's page table maps it",

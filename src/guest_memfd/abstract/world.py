@@ -10,6 +10,7 @@ from guest_memfd.abstract.pagecache import AbstractPageCache
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import (
     ALIVE,
+    BORROWED,
     DESTROYED,
     DYING,
     EVICTED,
@@ -159,6 +160,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     def _attribute_changed(self, frame: st.Frame, page: st.PageRecord) -> None:
         if page.attr == PRIVATE_PAGE:
             self.note_private(frame, "converted")
+            frame.withdrawn = int(frame.owner == BORROWED)
         else:
             self.declassify(frame.number)
 

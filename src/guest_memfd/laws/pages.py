@@ -43,6 +43,9 @@ def _one_story(state: st.State, frame: st.Frame) -> Evidence:
         return "the hypervisor says guest, the library says shared"
     if private and frame.user:
         return "the VMM's page table maps a page that is private to the guest"
+    # The guest's consent, from before: the next conversion to shared would be granted without one of its own.
+    if private and frame.withdrawn:
+        return "a page has become private, and by the hypervisor's record the guest still lets the host use it"
     if private and frame.gmap and frame.s2 and frame.owner != BORROWED and (frame.s1 or frame.stale):
         return "guest and host both reach a private page"
     return None

@@ -48,6 +48,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     mapped = driver.guest_maps(vm, pa)
     frame.gmap = 0 if mapped is None else mapped // PAGE + 1
     frame.asked = mapped is not None and pa in machine.tracer.asked
+    frame.withdrawn = pa in machine.tracer.withdrawn
     stale = machine.stale_guest_gfn(vm, pa)
     frame.gstale = 0 if stale is None else stale + 1
     frame.locked_in = driver.locked_in(vm, pa)

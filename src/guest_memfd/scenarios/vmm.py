@@ -121,7 +121,10 @@ def life(*allowed: str) -> Procedure:
 def second_thread(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """One system call of another thread."""
     what = yield from USER.choose("thread", "allocate", "punch", "to_private", "to_shared", "unbind", "bind")
-    yield from _change(design, what, 0, design.scene.pages)
+    last = design.scene.pages - 1
+    # Of a binding a part can be taken away while another thread takes the rest.
+    start = (yield from USER.choose("first page", 0, last)) if what == "unbind" and last else 0
+    yield from _change(design, what, start, design.scene.pages - start)
 
 
 def repeater(design: Design, hypervisor: Hypervisor) -> Steps[None]:

@@ -80,7 +80,7 @@ LONG: dict[str, dict[str, Scenario]] = {
     "vmm-pages": {
         "two-pages": ("vcpu2", "vmm2", "drainer", "stop", "power"),
         "both-private": ("vcpu2", "vmm2", "drainer", "stop", "power"), "for-good": ("vcpu2", "stop"),
-        "quiet-free": ("vcpu2",), "three-pages": (),
+        "quiet-free": ("vcpu2",), "three-pages": (), "failing-twice": ("vcpu",),
     },
     "vmm-mapped": {"both-shared": ("vcpu2", "drainer", "pfn-cache", "device"), "quiet-free": ("device",)},
     "vmm-any": {"two-pages": ("stop",), "crossed": ("stop",)},

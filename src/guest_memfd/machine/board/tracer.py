@@ -78,6 +78,7 @@ class Tracer:
         self.expected: dict[tuple[Inode, int], int] = {}
         self.operations: dict[int, Operation] = {}
         self.asked: set[int] = set()                    # physical addresses of pages whose mapping the guest had asked for
+        self.withdrawn: set[int] = set()                # of pages whose consent is older than their conversion to private
         self.announced: dict[int, range] = {}           # task -> pages whose invalidation it has begun and not ended
         self.ended: dict[int, int] = {}                 # task -> how its operation has ended, before it returns
 
@@ -117,12 +118,15 @@ class Tracer:
 
     def consented(self, page: Page) -> None:
         """The guest has given *page* up; under a hypervisor whose guests relinquish, no one relies on it any more."""
+        self.withdrawn.discard(page.pa)
         self.declassify(page)
         if self.machine.driver.forgets:
             self.expect(page, ANY)
 
     def after_hypercall(self, page: Page, sanitised: bool) -> None:
-        """The hypervisor zeroed *page*: no one relies on what it held."""
+        """What it did to *page*: if it has zeroed it, no one relies on what it held."""
+        if self.machine.driver.owner(page.pa) != "borrowed":
+            self.withdrawn.discard(page.pa)
         if sanitised:
             self.secret.discard(page.pa)
             self.expect(page, ANY)

@@ -57,6 +57,8 @@ class FilePrimitives(GuestSide):
             for page in changed:
                 if values.first == PRIVATE_PAGE:
                     self.note_private(page, "converted")
+                    if self.machine.driver.owner(page.pa) == "borrowed":
+                        self.machine.tracer.withdrawn.add(page.pa)
                 else:
                     self.machine.tracer.declassify(page)
             return
