@@ -224,8 +224,10 @@ def gmem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(*words: str, file: Path = EXAMPLE) -> tuple[int, str, str]:
         monkeypatch.setattr(HYPERVISORS, "_known", {h.name: h for h in (KVM, PKVM, GUNYAH)})
         monkeypatch.setattr(sys, "path", [*sys.path])           # --load appends to it
-        sys.modules.pop(file.stem, None)
-        code = main(["run", *words, "--load", str(file)])
+        try:
+            code = main(["run", *words, "--load", str(file)])
+        finally:
+            sys.modules.pop(file.stem, None)
         return code, *capsys.readouterr()
 
     return run
@@ -258,6 +260,10 @@ WRONG = [
     (LEND, "stage2.host_maps(1 << 40, False)", "there is no page 0x10000000000 in this machine"),
     (LEND, "stage2.set_owner(folio.pfn, 'nobody')", "an owner is host, guest, shared, borrowed"),
     (LEND, "while True: pass", "does not come back: after 5 seconds it is still at wrong.py:"),
+    (OPS, "def prepare_private(self, gfn, folio):\n        yield from ()\n        while True: pass",
+     "a procedure of design 'library' on 'tiny' does not come back: after 5 seconds it is still at wrong.py:"),
+    (OPS, "def prepare_private(self, gfn, folio):\n        while True: yield from self.host.hypercall('lend', gfn, folio)",
+     "a procedure of design 'library' on 'tiny' does not come back: after 100,2"),
     (OPS, "def prepare_private(self, gfn, folio):\n        yield from ()\n        raise ValueError('no')",
      "raised ValueError: no (wrong.py:"),
     (OPS, "def prepare_private(self, gfn, folio):\n        return (yield from self.host.hypercall('nosuch', gfn, folio))",

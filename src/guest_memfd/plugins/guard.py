@@ -10,12 +10,13 @@ import inspect
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from guest_memfd.errors import BadInput, DesignRaised, PluginError, describe, place_of
+from guest_memfd.words.primitives import Host
 
 T = TypeVar("T")
 
@@ -121,6 +122,17 @@ def asked_twice(
     with Guard(who, error, timed=theirs):
         first = question(*about)
         return first, question(*about) if theirs else first
+
+
+def where(generator: Generator[Any, Any, Any]) -> str:
+    """``file:line in function`` of the innermost frame of a suspended procedure that is a third party's, if one is."""
+    inner: Any = generator
+    frames = []
+    while inner is not None and inspect.isgenerator(inner) and inner.gi_frame is not None:
+        frames.append((inner.gi_frame, inner.gi_frame.f_lineno))
+        inner = inner.gi_yieldfrom
+    asking = [frame for frame in frames if frame[0].f_globals.get("__name__") != Host.__module__]
+    return place_of(asking or frames) if frames else "its end"
 
 
 # In place of os._exit(), after which no one could say whose doing it was.

@@ -14,11 +14,11 @@ from types import GeneratorType
 from typing import Any, NamedTuple, Protocol
 
 from guest_memfd.compat import override
-from guest_memfd.errors import DesignRaised, NotAPrimitive, place_of, shown
+from guest_memfd.errors import DesignRaised, NotAPrimitive, shown
 from guest_memfd.explore.engine.asked import unlike
-from guest_memfd.plugins.guard import Guard, asked_twice
+from guest_memfd.plugins.guard import Guard, asked_twice, where
 from guest_memfd.words.outcome import Outcome
-from guest_memfd.words.primitives import PRIMITIVES, Host, Primitive
+from guest_memfd.words.primitives import PRIMITIVES, Primitive
 
 MOST_OPTIONS = 1000
 """Options of a choice, and one."""
@@ -82,16 +82,6 @@ def check_primitive(program: Program, primitive: object, generator: Generator[An
         "a procedure may only 'yield from' the primitives of its host (words/primitives.py)")
     raise NotAPrimitive(f"{program} yielded {shown(primitive)} at {where(generator)}; {meant}")
 
-
-def where(generator: Generator[Any, Any, Any]) -> str:
-    """``file:line in function`` of the innermost frame of a suspended procedure that is a third party's, if one is."""
-    inner: Any = generator
-    frames = []
-    while inner is not None and inspect.isgenerator(inner) and inner.gi_frame is not None:
-        frames.append((inner.gi_frame, inner.gi_frame.f_lineno))
-        inner = inner.gi_yieldfrom
-    asking = [frame for frame in frames if frame[0].f_globals.get("__name__") != Host.__module__]
-    return place_of(asking or frames) if frames else "its end"
 
 Started = tuple[Generator[Primitive, Any, Any], Primitive | None]
 """A procedure that is suspended, and the primitive it waits on (None: done)."""

@@ -14,13 +14,13 @@ from guest_memfd.designs.names import lacks as lacks_design
 from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, InternalError, PluginError, UnknownName, shown
 from guest_memfd.explore.engine.explorer import Explorer
 from guest_memfd.explore.engine.place import local_key
-from guest_memfd.explore.engine.program import Program, perform, resume, send, where
+from guest_memfd.explore.engine.program import Program, perform, resume, send
 from guest_memfd.explore.engine.rehearsal import Rehearsal
 from guest_memfd.explore.engine.tables import Tables
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.names import lacks as lacks_hypervisor
 from guest_memfd.laws import LAWS, Law
-from guest_memfd.plugins.guard import Guard, asked_twice, foreign
+from guest_memfd.plugins.guard import Guard, asked_twice, foreign, where
 from guest_memfd.plugins.registry import Registry
 from guest_memfd.scenarios import PARTIES, SCENES, TEARDOWN, Party
 from guest_memfd.scenarios.party import lacks as lacks_party

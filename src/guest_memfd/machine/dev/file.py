@@ -23,6 +23,7 @@ from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.mm import FIRST, MAX_VMAS
 from guest_memfd.machine.linux.oops import TASK_SIZE
 from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.plugins.guard import foreign
 from guest_memfd.uapi import owned
 from guest_memfd.uapi.memory import (
     FALLOC_FL_COLLAPSE_RANGE,
@@ -64,6 +65,8 @@ class FileHost(EmulatedHost):
     # What operations cost is judged in a run as well, and what they return: every device hands on what its design states.
     def __init__(self, machine: Board, vm: Vm, size: int, library: Design) -> None:
         super().__init__(machine, vm, size, bounds=library.bounds, errnos=library.errnos)
+        if foreign(type(library), machine.hypervisor.ops):
+            self.theirs = f"a procedure of design {library.name!r} on {machine.hypervisor.name!r}"
         self.windows = []
         self.window = 0, 0                              # what mmap(2) or munmap(2) is about
 

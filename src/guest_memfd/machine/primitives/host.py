@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from guest_memfd.errors import DesignRaised
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.directmap import DirectMap
 from guest_memfd.machine.primitives.lifetime import Lifetimes
 from guest_memfd.machine.primitives.locks import Locks
 from guest_memfd.machine.primitives.power import PowerPrimitives
-from guest_memfd.plugins.guard import Guard
+from guest_memfd.plugins.guard import Guard, where
 from guest_memfd.words.outcome import STAY, Blocked
 from guest_memfd.words.primitives import Bound, Caller, Primitive, Steps
 from guest_memfd.words.scene import Scene
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from guest_memfd.machine.hypcalls.vm import Vm
 
 
+MOST, MOST_PER_FOLIO = 100_000, 100
+"""Primitives that a procedure of a third party's may ask for: these, and so many more for each folio in the file."""
+
+
 class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
     """One guest_memfd file of *size* pages on *machine*, bound to *vm*.
 
@@ -31,6 +36,9 @@ class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
     default: the machine's. scene: whose memslots vCPUs go by; default: whatever is bound. bounds, errnos: what the design
     says that operations cost at most, and may return.
     """
+
+    theirs = ""
+    """Whose procedures it runs, in words, if any of their code is a third party's."""
 
     def __init__(
         self, machine: Board, vm: Vm, size: int, *, tasks: frozenset[int] = frozenset(), judge: Judge | None = None,
@@ -70,15 +78,21 @@ class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
     def run(self, procedure: Steps[Any], who: int = 0) -> Any:
         """Drive *procedure* to its end with no one else around: what it returns.
 
-        Raises Blocked when it would wait without end, KernelPanic when Linux stops.
+        Raises Blocked when it would wait without end, KernelPanic when Linux stops, DesignRaised for what a third party does
+        wrong.
         """
         result: Any = None
+        asked = 0
         while True:
-            with Guard("a procedure of the library"):
+            with Guard(self.theirs or "a procedure of the library", timed=bool(self.theirs)):
                 try:
                     primitive = procedure.send(result)
                 except StopIteration as stop:
                     return stop.value
+            asked += 1
+            if self.theirs and asked > MOST + MOST_PER_FOLIO * len(self.inode.pages):
+                raise DesignRaised(f"{self.theirs} does not come back: after {asked:,} primitives it is still at "
+                                   f"{where(procedure)}")
             result = self.perform(primitive, who)
             if result is STAY:                          # queued for a lock: no one is there who would let go of it
                 raise Blocked
