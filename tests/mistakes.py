@@ -10,9 +10,7 @@ from typing import Any
 
 from leave_out import answered, without
 
-from guest_memfd.core.base import filled
-from guest_memfd.core.convert import Conversion
-from guest_memfd.core.folio import Grabbed, Held
+from guest_memfd.core.gmem import Conversion, Grabbed, Held, filled
 from guest_memfd.core.hypervisor import Stage2
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
@@ -47,7 +45,7 @@ class FileNotHeld(OurLibrary):
         yield from host.begin_op("fault", index, 1, gfn)
         yield from host.down_read("invalidate")
         (bound,) = yield from host.xa_load("bindings", index, 1)
-        ret = (yield from self._fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
+        ret = (yield from self.fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
         yield from host.end_op(ret)
         yield from host.up_read("invalidate")
         return ret
@@ -59,7 +57,7 @@ class UnbindNotHeld(OurLibrary):
     def unbind(self, start: int, nr: int) -> Steps[Conversion]:
         yield from self.host.begin_op("unbind", start, nr)
         yield from self.host.down_write("invalidate")
-        result, last = yield from self._unbind(start, nr, "unbind")
+        result, last = yield from self.unbind_locked(start, nr, "unbind")
         yield from self.host.end_op(result.ret, result.error_index)
         yield from self.host.up_write("invalidate")
         if last:
@@ -84,7 +82,7 @@ class LastBeforeTheLock(OurLibrary):
             yield from self.host.end_op(-ENOENT)
             return Conversion(-ENOENT)
         yield from self.host.down_write("invalidate")
-        result, _ = yield from self._unbind(start, nr, "unbind")
+        result, _ = yield from self.unbind_locked(start, nr, "unbind")
         yield from self.host.end_op(result.ret, result.error_index)
         yield from self.host.up_write("invalidate")
         if not result.ret and filled(bound) == filled(bound[start:start + nr]):
@@ -142,7 +140,7 @@ class PoisonServed(OurLibrary):
 
 
 class PoisonStays(OurLibrary):
-    def _take_from_users(self, folio: Folio) -> Steps[int]:
+    def take_from_users(self, folio: Folio) -> Steps[int]:
         yield from ()
         return 0
 
@@ -161,7 +159,7 @@ class OnlyTriesTheLock(OurLibrary):
         if locked.pgoff is None or not (yield from host.down_read_trylock("invalidate")):
             return "failed"
         yield from host.unlock_folio(folio)
-        ret = yield from self._take_from_users(folio)
+        ret = yield from self.take_from_users(folio)
         yield from host.lock_folio(folio)
         yield from host.up_read("invalidate")
         return "failed" if ret else "delayed"
@@ -238,7 +236,7 @@ class AnyKernelWillDo(OurLibrary):
 class ReadersWelcome(OurLibrary):
     """The mapping does not say that readers of page-cache folios must keep out."""
 
-    def _alloc_inode(self) -> Steps[int]:
+    def alloc_inode(self) -> Steps[int]:
         ret = yield from self.host.alloc_inode()
         if ret:
             yield from self.host.module_put()
@@ -317,7 +315,7 @@ class LooksUp(OurLibrary):
             yield from host.end_op(-EFAULT)
             return -EFAULT
         yield from host.down_read("invalidate")
-        ret = (yield from self._fault_bound(gfn, index)) if (yield from self.is_bound(gfn, index)) else -EFAULT
+        ret = (yield from self.fault_bound(gfn, index)) if (yield from self.is_bound(gfn, index)) else -EFAULT
         yield from host.end_op(ret)
         yield from host.up_read("invalidate")
         yield from self.close()
@@ -340,12 +338,12 @@ class OnlyTheFirstComesBack(OurLibrary):
 class UnmapsTheLast(OurLibrary):
     """A conversion unmaps only the last page of its range from the VMM."""
 
-    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
         host = self.host
         yield from host.unmap_mapping_pages(start + nr - 1, 1)
         yield from host.mmu_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
-        result = yield from self._check_and_commit_private(start, nr, folios)
+        result = yield from self.check_and_commit_private(start, nr, folios)
         yield from self.put_all(folios)
         yield from host.mmu_invalidate_end()
         return result
@@ -362,7 +360,7 @@ class AsksForTheUnbound(OurLibrary):
 class CreateKeepsTheModule(OurLibrary):
     """A create() that fails does not let go of the module."""
 
-    def _alloc_inode(self) -> Steps[int]:
+    def alloc_inode(self) -> Steps[int]:
         ret = yield from self.host.alloc_inode()
         if not ret:
             yield from self.host.mapping_set_no_direct_map()
@@ -388,8 +386,8 @@ class CountsTheFirst(OurLibrary):
 class SharesUnannounced(OurLibrary):
     """Who else looks at attributes - a fault that is being handled without the lock - never hears that they change."""
 
-    def _make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        return (yield from without(super()._make_shared(start, nr), "mmu_invalidate_begin", "mmu_invalidate_end"))
+    def make_shared_locked(self, start: int, nr: int) -> Steps[Conversion]:
+        return (yield from without(super().make_shared_locked(start, nr), "mmu_invalidate_begin", "mmu_invalidate_end"))
 
 
 class RestoresOnce(OurLibrary):
@@ -453,11 +451,11 @@ class BindLooksAtBothEnds(BindOverwrites):
 class LooksAtBothEnds(OurLibrary):
     """Nothing is to be done when the first and the last page are private: those between them are not looked at."""
 
-    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
         attributes = yield from self.host.xa_load("attributes", start, nr)
         if attributes[0] == attributes[nr - 1] == PRIVATE_PAGE:
             return Conversion(0)
-        return (yield from super()._make_private(start, nr))
+        return (yield from super().make_private_locked(start, nr))
 
 
 class ReleasesEarly(OurLibrary):
@@ -481,8 +479,8 @@ class ReleasesTwice(OurLibrary):
 class FlagAfterInstall(OurLibrary):
     """AS_NO_DIRECT_MAP is set when others can use the file already."""
 
-    def _alloc_inode(self) -> Steps[int]:
-        return (yield from without(super()._alloc_inode(), "mapping_set_no_direct_map"))
+    def alloc_inode(self) -> Steps[int]:
+        return (yield from without(super().alloc_inode(), "mapping_set_no_direct_map"))
 
     def create(self, size: int, shared: tuple[int, ...] = ()) -> Steps[int]:
         ret = yield from super().create(size, shared)
@@ -520,8 +518,8 @@ class EvictRestoresFirst(OurLibrary):
 class UserFaultMapsNothing(OurLibrary):
     """A fault of the VMM that says ok, and maps nothing."""
 
-    def _fault_shared(self, index: int) -> Steps[str]:
-        return (yield from answered(super()._fault_shared(index), {"vmf_insert_folio": True}))
+    def fault_shared(self, index: int) -> Steps[str]:
+        return (yield from answered(super().fault_shared(index), {"vmf_insert_folio": True}))
 
 
 class ErrorHoldsNothing(OurLibrary):

@@ -6,8 +6,8 @@ swapped, an error path forgotten, a count off by one, a lock not taken.
 
 from __future__ import annotations
 
-from guest_memfd.core.convert import CACHE_AND_LOOKUP, Conversion
-from guest_memfd.core.folio import Grabbed, Held
+from guest_memfd.core.convert import CACHE_AND_LOOKUP
+from guest_memfd.core.gmem import Conversion, Grabbed, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
@@ -75,20 +75,20 @@ class ZeroedTwice(OurLibrary):
 
 
 class UserMappingStays(OurLibrary):
-    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
         yield from self.host.mmu_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
-        result = yield from self._check_and_commit_private(start, nr, folios)
+        result = yield from self.check_and_commit_private(start, nr, folios)
         yield from self.put_all(folios)
         yield from self.host.mmu_invalidate_end()
         return result
 
 
 class KernelMappingStays(OurLibrary):
-    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
         yield from self.host.unmap_mapping_pages(start, nr)
         folios = yield from self.present(start, nr)
-        result = yield from self._check_and_commit_private(start, nr, folios)
+        result = yield from self.check_and_commit_private(start, nr, folios)
         yield from self.put_all(folios)
         return result
 
@@ -125,19 +125,19 @@ class NoDrain(OurLibrary):
 
 
 class WrongPageNamed(OurLibrary):
-    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
-        result = yield from super()._make_private(start, nr)
+    def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
+        result = yield from super().make_private_locked(start, nr)
         return result if result.error_index is None else Conversion(result.ret, result.error_index + nr)
 
 
 class CheckedBeforeUnmap(OurLibrary):
-    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
         folios = yield from self.present(start, nr)
         busy = yield from self.unexpected_refs(folios)
         yield from self.put_all(folios)
         if busy is not None:
             return Conversion(-EAGAIN, busy)
-        return (yield from ReferencesIgnored(self.ops, self.size)._make_private(start, nr))
+        return (yield from ReferencesIgnored(self.ops, self.size).make_private_locked(start, nr))
 
 
 class InvalidationNotEnded(OurLibrary):
@@ -163,30 +163,30 @@ class ReferencesKeptOnRefusal(OurLibrary):
 
 
 class SharedWithoutAsking(OurLibrary):
-    def _give_to_host(self, folios: tuple[Held, ...]) -> Steps[Conversion]:
+    def give_to_host(self, folios: tuple[Held, ...]) -> Steps[Conversion]:
         yield from nothing()
         return Conversion(0)
 
 
 class ConvertedInName(OurLibrary):
-    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
         yield from self.host.unmap_mapping_pages(start, nr)
         return Conversion(0)
 
 
 class AttributeFirst(OurLibrary):
-    def _check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
+    def check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
         ret = yield from self.host.xa_store("attributes", start, Entries(2, nr))
         if ret:
             return Conversion(ret)
-        return (yield from super()._check_and_commit_private(start, nr, folios))
+        return (yield from super().check_and_commit_private(start, nr, folios))
 
 
 class StoredWithoutReserve(OurLibrary):
-    def _make_shared(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_shared_locked(self, start: int, nr: int) -> Steps[Conversion]:
         yield from self.host.mmu_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
-        result = yield from self._give_to_host(folios)
+        result = yield from self.give_to_host(folios)
         yield from self.put_all(folios)
         if not result.ret:
             yield from self.host.xa_store_reserved("attributes", start, Entries(1, nr))
@@ -197,12 +197,12 @@ class StoredWithoutReserve(OurLibrary):
 class FaultWithoutLock(OurLibrary):
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
         (bound,) = yield from self.host.xa_load("bindings", index, 1)
-        return (yield from self._fault_bound(gfn, index)) if bound == gfn + 1 else -14
+        return (yield from self.fault_bound(gfn, index)) if bound == gfn + 1 else -14
 
 
 class UserFaultWithoutLock(OurLibrary):
     def user_fault(self, index: int) -> Steps[str]:
-        return (yield from self._fault_shared(index))
+        return (yield from self.fault_shared(index))
 
 
 class PunchWithoutLock(OurLibrary):
@@ -213,7 +213,7 @@ class PunchWithoutLock(OurLibrary):
 class ConvertsUnderSharedLock(OurLibrary):
     def make_private(self, start: int, nr: int) -> Steps[Conversion]:
         yield from self.host.down_read("invalidate")
-        result = yield from self._make_private(start, nr)
+        result = yield from self.make_private_locked(start, nr)
         yield from self.host.up_read("invalidate")
         return result
 
@@ -221,14 +221,14 @@ class ConvertsUnderSharedLock(OurLibrary):
 class LockKeptOnError(OurLibrary):
     def make_private(self, start: int, nr: int) -> Steps[Conversion]:
         yield from self.host.down_write("invalidate")
-        result = yield from self._make_private(start, nr)
+        result = yield from self.make_private_locked(start, nr)
         if not result.ret:
             yield from self.host.up_write("invalidate")
         return result
 
 
 class AttributeNotAsked(OurLibrary):
-    def _fault_shared(self, index: int) -> Steps[str]:
+    def fault_shared(self, index: int) -> Steps[str]:
         grabbed = yield from self.grab_folio(index)
         if isinstance(grabbed, int):
             return "SIGBUS"
@@ -342,7 +342,7 @@ class OnePageTooMany(OurLibrary):
 class BindingKeptAtTeardown(OurLibrary):
     def vm_teardown(self) -> Steps[int]:
         yield from self.host.down_write("invalidate")
-        yield from self._unbind(0, self.size, "teardown")
+        yield from self.unbind_locked(0, self.size, "teardown")
         yield from self.host.up_write("invalidate")
         return 0
 
@@ -366,7 +366,7 @@ class ReadThenLocked(OurLibrary):
     def user_fault(self, index: int) -> Steps[str]:
         (attribute,) = yield from self.host.xa_load("attributes", index, 1)
         yield from self.host.down_read("invalidate")
-        answer = "SIGBUS" if attribute == 2 else (yield from AttributeNotAsked(self.ops, self.size)._fault_shared(index))
+        answer = "SIGBUS" if attribute == 2 else (yield from AttributeNotAsked(self.ops, self.size).fault_shared(index))
         yield from self.host.up_read("invalidate")
         return answer
 

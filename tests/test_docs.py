@@ -23,7 +23,7 @@ import pytest
 from guest_memfd.abstract import state as st
 from guest_memfd.cli.main import VERBS, main
 from guest_memfd.core import GuestMemfdOps, Library
-from guest_memfd.core.power import PowerPolicy
+from guest_memfd.core.gmem import PowerPolicy
 from guest_memfd.designs import DESIGNS
 from guest_memfd.explore.engine.scenario import World
 from guest_memfd.explore.suite.plan import plan

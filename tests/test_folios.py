@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from scripted import asked
 
-from guest_memfd.core.convert import Conversion
 from guest_memfd.core.file import runs
-from guest_memfd.core.folio import Grabbed, Held
+from guest_memfd.core.gmem import Conversion, Grabbed, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.kvm.default import KvmOps

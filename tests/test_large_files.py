@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import pytest
 
-from guest_memfd.core.convert import Conversion
+from guest_memfd.core.gmem import Conversion
 from guest_memfd.core.library import Library
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.words.primitives import EINVAL, Entries, Folio, Locked, Lookup, Primitive, Steps

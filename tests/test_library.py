@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from driver import Bench
 
-from guest_memfd.core.convert import Conversion
+from guest_memfd.core.gmem import Conversion
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.designs import Design
 from guest_memfd.hypervisors import HYPERVISORS

@@ -11,7 +11,7 @@ import pytest
 from gunyah_guest import LEND, PAGE, RW, Scene, poke
 from leave_out import without
 
-from guest_memfd.core.convert import Conversion
+from guest_memfd.core.gmem import Conversion
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors import HYPERVISORS
@@ -286,7 +286,7 @@ class UnlocksLate(OurLibrary):
 
     def unbind(self, start: int, nr: int) -> Steps[Conversion]:
         yield from self.host.down_write("invalidate")
-        result, last = yield from self._unbind(start, nr, "unbind")
+        result, last = yield from self.unbind_locked(start, nr, "unbind")
         if last:
             yield from self.close()
         yield from self.host.up_write("invalidate")

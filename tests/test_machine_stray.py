@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as given_by
 from leave_out import without
 
-from guest_memfd.core.convert import Conversion
-from guest_memfd.core.folio import Held
+from guest_memfd.core.gmem import Conversion, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.design import Design
 from guest_memfd.designs.ours import OurLibrary

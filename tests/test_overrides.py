@@ -62,7 +62,7 @@ class OfSomethingMixedIn(Aside, OurLibrary):
 
 
 class Private(OurLibrary):
-    def _make_privat(self, start: int, nr: int) -> Steps[int]:
+    def _make_private_lockd(self, start: int, nr: int) -> Steps[int]:
         yield from ()
         return 0
 
@@ -120,7 +120,7 @@ SLIPS: list[Slip] = [
     (ByItselfAlone, "ByItselfAlone defines 'restor', which nothing calls; did you mean 'restore'?"),
     (OfABase, "NoFlsh defines 'zap_noflsh', which nothing calls; did you mean 'zap_noflush'?"),
     (OfSomethingMixedIn, "Aside defines 'evikt', which nothing calls; did you mean 'evict'?"),
-    (Private, "Private defines '_make_privat', which nothing calls; did you mean '_make_private'?"),
+    (Private, "Private defines '_make_private_lockd', which nothing calls; did you mean 'make_private_locked'?"),
     (LikeNothing, "LikeNothing defines 'xyzzy', which nothing calls; Design has nothing like it"),
     (TooFew, "TooFew defines 'zap', which takes (), but it is called with (folio)"),
     (TooMany, "TooMany defines 'evict', which takes (how), but it is called with ()"),

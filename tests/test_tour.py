@@ -28,8 +28,8 @@ from tour.stops import STOPS, Point, Stop  # noqa: E402
 from tour.wrap import WIDTH as COLUMNS  # noqa: E402
 from tour.wrap import wrapped  # noqa: E402
 
-from guest_memfd.core.direct_map import HostMapping  # noqa: E402
-from guest_memfd.core.fault import Faults  # noqa: E402
+from guest_memfd.core import fault  # noqa: E402
+from guest_memfd.core.library import Library  # noqa: E402
 from guest_memfd.machine.hw.arm64 import tlbi  # noqa: E402
 
 POINTS = [point for stop in STOPS for point in stop.points]
@@ -121,7 +121,7 @@ def test_the_run_passes_every_stop_in_this_order() -> None:
 
 def test_without_the_direct_map_the_run_passes_less() -> None:
     last = passed(executed("none").calls)[-1]
-    assert last.function is Faults.give_private
+    assert last.function is fault.give_private
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
@@ -146,10 +146,10 @@ def test_a_design_that_goes_another_way_is_told(design: str) -> None:
 
 
 def test_a_flush_that_is_left_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flush(self: HostMapping, folios: Any) -> Iterator[None]:
+    def flush(self: Library, folios: Any) -> Iterator[None]:
         yield from ()
 
-    monkeypatch.setattr(HostMapping, "flush", flush)
+    monkeypatch.setattr(Library, "flush", flush)
     with pytest.raises(NotOnTheWay, match=r"The TLBs forget: .*tlbi\.vaale1is"):
         follow()
 
@@ -161,8 +161,8 @@ def test_a_stop_out_of_order_is_told() -> None:
 
 
 def test_a_stop_that_is_never_called_is_told() -> None:
-    with pytest.raises(NotOnTheWay, match=r"Elsewhere: .*Faults\.user_fault"):
-        follow(stops=(*STOPS, Stop("Elsewhere", (Point(Faults.user_fault),), "")))
+    with pytest.raises(NotOnTheWay, match=r"Elsewhere: .*user_fault"):
+        follow(stops=(*STOPS, Stop("Elsewhere", (Point(fault.user_fault),), "")))
 
 
 def test_a_call_about_another_page_does_not_count() -> None:
@@ -173,7 +173,7 @@ def test_a_call_about_another_page_does_not_count() -> None:
 
 def test_a_quote_whose_beginning_has_gone_is_told() -> None:
     with pytest.raises(LookupError, match=r"give_private holds 'no such line'"):
-        quote(Point(Faults.give_private, begin="no such line"))
+        quote(Point(fault.give_private, begin="no such line"))
 
 
 # -- the story is true ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Mutant:
 
     @property
     def id(self) -> str:
-        """``core/convert.py:Converts._make_private:drop-step:3``."""
+        """``core/convert.py:make_private_locked:drop-step:3``."""
         return f"{self.site.file}:{self.site.name}:{self.operator}:{self.ordinal}"
 
     @property

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-from guest_memfd.core.direct_map import HostMapping
-from guest_memfd.core.fault import Faults
+from guest_memfd.core import direct_map, fault
 from guest_memfd.hypervisors.kvm.pkvm import PkvmOps
 from guest_memfd.machine.dev.kvm.vcpu import KvmVcpuFile
 from guest_memfd.machine.el2.kvm.pgtable import KvmStage2Table
@@ -73,12 +72,12 @@ The guest stores to the page. The guest's stage 2 has no entry for it, so the CP
 fault. KVM finds the memslot of the address. The memslot says which file the memory comes from, and which page of
 the file it is. KVM asks the library for that page (`guest_fault`), and lets the guest go on if the answer is 0."""),
     Stop("The library gives the page to the guest", (
-        Point(Faults._fault_bound, "gfn", GFN), Point(Faults.give_private, "gfn", GFN)), """\
+        Point(fault.fault_bound, "gfn", GFN), Point(fault.give_private, "gfn", GFN)), """\
 The attribute of the page says private. `grab_folio` finds no folio, so it allocates one, locks it, and fills it
 with zeros. It writes the zeros through the direct map. So the TLB of that CPU now has two entries for the frame:
 one for stage 1 alone, and one for both stages together. Then comes the most important rule of the library, in
 `give_private`: the host lets go first, and only then the guest gets the page."""),
-    Stop("The library takes the page out of the direct map", (Point(HostMapping.zap_noflush),), """\
+    Stop("The library takes the page out of the direct map", (Point(direct_map.zap_noflush),), """\
 The direct map is the kernel's own mapping of all RAM. A stray load of the kernel could reach the page there. The
 library marks the folio, and then asks for the entry to be made invalid. The mark comes first: nobody may rely on
 the entry of a marked folio. If the entry cannot be changed, the library takes the mark back and the fault fails

@@ -1,6 +1,7 @@
 """THE LIBRARY: hypervisor-neutral procedures over the primitives of a host. Imports no host, hypervisor or checker.
 
-    library.py      the parts put together
+    library.py      the list of operations, and of the steps that a design may replace
+    gmem.py         the file, as these procedures see it
     file.py         file, inode, bindings, module lifetime
     fault.py        pages into the guest and into the VMM
     convert.py      accessible <-> inaccessible, in place

@@ -40,9 +40,7 @@ tests/test_folios.py has the calls one by one; tools/mutants/equivalent.txt says
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from guest_memfd.core.folio import Folios, Held
+from guest_memfd.core.gmem import Conversion, Gmem, Held
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import EAGAIN, EINVAL, Entries, Folio, Steps
 
@@ -50,166 +48,167 @@ CACHE_AND_LOOKUP = 2
 """References a folio of order 0 has when no one but the page cache and we know it; in general nr pages + 1."""
 
 
-class Conversion(NamedTuple):
-    """0, or -errno and the page index that refused (None when no page did)."""
+def make_private(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+    """Take [start, start+nr) from the host.
 
-    ret: int
-    error_index: int | None = None
+    -EAGAIN with the page index while someone holds an unexpected reference, or hibernation is being prepared;
+    -ENOMEM; -EBUSY if the hypervisor refuses; -EINVAL for a range outside of the file, or that cuts a folio.
+    """
+    if not gmem.has(start, nr) or not gmem.whole(start, nr):
+        return Conversion(-EINVAL)
+    yield from gmem.host.begin_op("to_private", start, nr)
+    yield from gmem.host.down_write("invalidate")
+    result = yield from gmem.make_private_locked(start, nr)
+    yield from gmem.host.end_op(result.ret, result.error_index)
+    yield from gmem.host.up_write("invalidate")
+    return result
 
 
-class Converts(Folios):
-    """make_private, make_shared: the attribute ioctl of a guest_memfd."""
-
-    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
-        """Take [start, start+nr) from the host.
-
-        -EAGAIN with the page index while someone holds an unexpected reference, or hibernation is being prepared;
-        -ENOMEM; -EBUSY if the hypervisor refuses; -EINVAL for a range outside of the file, or that cuts a folio.
-        """
-        if not self.has(start, nr) or not self.whole(start, nr):
-            return Conversion(-EINVAL)
-        yield from self.host.begin_op("to_private", start, nr)
-        yield from self.host.down_write("invalidate")
-        result = yield from self._make_private(start, nr)
-        yield from self.host.end_op(result.ret, result.error_index)
-        yield from self.host.up_write("invalidate")
-        return result
-
-    def _make_private(self, start: int, nr: int) -> Steps[Conversion]:
-        host = self.host
-        # Where there is nothing to do nothing is touched: a call that is repeated must not cost the guest its mappings.
-        attributes = yield from host.xa_load("attributes", start, nr)
-        if attributes.count(PRIVATE_PAGE) == nr:
-            return Conversion(0)
-        # Before references are counted. GUP-fast takes its reference without a lock; with the entry gone its second
-        # look fails, so that no reference can appear after the count.
-        yield from host.unmap_mapping_pages(start, nr)
-        # Kernel mappings of guest pages hold no reference, so counting would not find them. This call ends them and
-        # waits for a user who is in the middle of one.
-        yield from host.mmu_invalidate_begin(start, nr)
-        folios = yield from self.present(start, nr)
-        # The references of `present` are part of the count that is expected, so they are dropped after it.
-        result = yield from self._check_and_commit_private(start, nr, folios)
-        yield from self.put_all(folios)
-        # Also after a refusal: an invalidation that is never ended keeps every later user of the range waiting.
-        yield from host.mmu_invalidate_end()
-        return result
-
-    def _check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
-        host = self.host
-        # The check that user space can do something about comes first: it drops its pins and tries again, and the
-        # guest has lost nothing by the attempt.
-        busy = yield from self.unexpected_refs(folios)
-        if busy is not None:
-            return Conversion(-EAGAIN, busy)
-        ret, index = yield from self.invalidate_guest(folios, "to_private")
-        if ret:
-            return Conversion(ret, index)
-        # The last allocations, and the zap, come before the store. From the store on a failure could not be undone:
-        # part of the range would be private, and the caller would be told that none is.
-        ret = yield from host.xa_reserve("attributes", start, nr)
-        if ret:
-            return Conversion(ret)
-        ret = yield from self._zap_all(folios)
-        if ret:
-            # Folios that have been zapped stay so, marked. They are shared, and the next host access puts them back;
-            # to do it here could fail in turn.
-            yield from host.xa_release("attributes")
-            return Conversion(ret)
-        yield from host.xa_store_reserved("attributes", start, Entries(PRIVATE_PAGE, nr))
-        # The attribute is stored, so the hypervisor is told what is so already. pKVM completes a pending MEM_UNSHARE
-        # here; a guest that is told earlier could write secrets to a page that the host still maps.
-        for held in folios:
-            if held.gfn is not None:
-                yield from self.ops.make_private(held.gfn, held.folio)
+def make_private_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+    """`make_private`, under the invalidate lock held exclusively; returns as it."""
+    host = gmem.host
+    # Where there is nothing to do nothing is touched: a call that is repeated must not cost the guest its mappings.
+    attributes = yield from host.xa_load("attributes", start, nr)
+    if attributes.count(PRIVATE_PAGE) == nr:
         return Conversion(0)
+    # Before references are counted. GUP-fast takes its reference without a lock; with the entry gone its second
+    # look fails, so that no reference can appear after the count.
+    yield from host.unmap_mapping_pages(start, nr)
+    # Kernel mappings of guest pages hold no reference, so counting would not find them. This call ends them and
+    # waits for a user who is in the middle of one.
+    yield from host.mmu_invalidate_begin(start, nr)
+    folios = yield from gmem.present(start, nr)
+    # The references of `present` are part of the count that is expected, so they are dropped after it.
+    result = yield from gmem.check_and_commit_private(start, nr, folios)
+    yield from gmem.put_all(folios)
+    # Also after a refusal: an invalidation that is never ended keeps every later user of the range waiting.
+    yield from host.mmu_invalidate_end()
+    return result
 
-    def unexpected_refs(self, folios: tuple[Held, ...]) -> Steps[int | None]:
-        """Page index of the first folio that someone else still refers to; lru_add batches are drained once."""
-        drained = False
-        for held in folios:
-            # The page cache has one reference for each page of the folio; the look-up of `present` has one.
-            expected = held.folio.nr - 1 + CACHE_AND_LOOKUP
-            refs = yield from self.host.folio_ref_count(held.folio)
-            if refs > expected and not drained:
-                # A new folio waits in a batch of the CPU that added it, and the batch holds a reference that no one
-                # means. Draining interrupts every CPU, so it is done once for a request, and only if a count is too
-                # high.
-                yield from self.host.lru_add_drain_all()
-                drained = True
-                refs = yield from self.host.folio_ref_count(held.folio)
-            if refs > expected:
-                return held.pgoff
-        return None
 
-    # One flush for all, before anything becomes private.
-    def _zap_all(self, folios: tuple[Held, ...]) -> Steps[int]:
-        host = self.host
-        zapped: list[Folio] = []
-        ret = 0
-        for held in folios:
-            # The mark belongs to the folio lock; a fault of an earlier time may have zapped the folio already, and
-            # its entry must not be counted twice.
-            locked = yield from host.lock_folio(held.folio)
-            if not locked.private:
-                ret = yield from self.zap_noflush(held.folio)
-                if not ret:
-                    zapped.append(held.folio)
-            yield from host.unlock_folio(held.folio)
+def check_and_commit_private(gmem: Gmem, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
+    """The steps 2 to 6 of the theory, for the *folios* of the range that are present; returns as `make_private`."""
+    host = gmem.host
+    # The check that user space can do something about comes first: it drops its pins and tries again, and the
+    # guest has lost nothing by the attempt.
+    busy = yield from gmem.unexpected_refs(folios)
+    if busy is not None:
+        return Conversion(-EAGAIN, busy)
+    ret, index = yield from gmem.invalidate_guest(folios, "to_private")
+    if ret:
+        return Conversion(ret, index)
+    # The last allocations, and the zap, come before the store. From the store on a failure could not be undone:
+    # part of the range would be private, and the caller would be told that none is.
+    ret = yield from host.xa_reserve("attributes", start, nr)
+    if ret:
+        return Conversion(ret)
+    ret = yield from _zap_all(gmem, folios)
+    if ret:
+        # Folios that have been zapped stay so, marked. They are shared, and the next host access puts them back;
+        # to do it here could fail in turn.
+        yield from host.xa_release("attributes")
+        return Conversion(ret)
+    yield from host.xa_store_reserved("attributes", start, Entries(PRIVATE_PAGE, nr))
+    # The attribute is stored, so the hypervisor is told what is so already. pKVM completes a pending MEM_UNSHARE
+    # here; a guest that is told earlier could write secrets to a page that the host still maps.
+    for held in folios:
+        if held.gfn is not None:
+            yield from gmem.ops.make_private(held.gfn, held.folio)
+    return Conversion(0)
+
+
+def unexpected_refs(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[int | None]:
+    """Page index of the first folio that someone else still refers to; lru_add batches are drained once."""
+    drained = False
+    for held in folios:
+        # The page cache has one reference for each page of the folio; the look-up of `present` has one.
+        expected = held.folio.nr - 1 + CACHE_AND_LOOKUP
+        refs = yield from gmem.host.folio_ref_count(held.folio)
+        if refs > expected and not drained:
+            # A new folio waits in a batch of the CPU that added it, and the batch holds a reference that no one
+            # means. Draining interrupts every CPU, so it is done once for a request, and only if a count is too
+            # high.
+            yield from gmem.host.lru_add_drain_all()
+            drained = True
+            refs = yield from gmem.host.folio_ref_count(held.folio)
+        if refs > expected:
+            return held.pgoff
+    return None
+
+
+# One flush for all, before anything becomes private.
+def _zap_all(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[int]:
+    host = gmem.host
+    zapped: list[Folio] = []
+    ret = 0
+    for held in folios:
+        # The mark belongs to the folio lock; a fault of an earlier time may have zapped the folio already, and
+        # its entry must not be counted twice.
+        locked = yield from host.lock_folio(held.folio)
+        if not locked.private:
+            ret = yield from gmem.zap_noflush(held.folio)
+            if not ret:
+                zapped.append(held.folio)
+        yield from host.unlock_folio(held.folio)
+        if ret:
+            break
+    # Even if the loop ended with an error: what was zapped must not stay in a TLB, because the mark says that it
+    # cannot be reached.
+    if zapped:
+        yield from gmem.flush(tuple(zapped))
+    return ret
+
+
+def make_shared(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+    """Give [start, start+nr) to the host with its contents.
+
+    -EBUSY with the page index while the guest holds on to a page; -ENOMEM, -EAGAIN; -EINVAL as `make_private`.
+    References never matter. The direct map is restored by the first host access, so a page that goes to and fro
+    costs no flush.
+    """
+    if not gmem.has(start, nr) or not gmem.whole(start, nr):
+        return Conversion(-EINVAL)
+    yield from gmem.host.begin_op("to_shared", start, nr)
+    yield from gmem.host.down_write("invalidate")
+    result = yield from gmem.make_shared_locked(start, nr)
+    yield from gmem.host.end_op(result.ret, result.error_index)
+    yield from gmem.host.up_write("invalidate")
+    return result
+
+
+def make_shared_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+    """`make_shared`, under the invalidate lock held exclusively; returns as it."""
+    host = gmem.host
+    attributes = yield from host.xa_load("attributes", start, nr)
+    if attributes.count(SHARED_PAGE) == nr:
+        return Conversion(0)
+    # Before anything is asked of the hypervisor: a page that it has given back cannot be handed out again in case
+    # there are no nodes.
+    ret = yield from host.xa_reserve("attributes", start, nr)
+    if ret:
+        return Conversion(ret)
+    yield from host.mmu_invalidate_begin(start, nr)
+    folios = yield from gmem.present(start, nr)
+    result = yield from gmem.give_to_host(folios)
+    yield from gmem.put_all(folios)
+    if result.ret:
+        yield from host.xa_release("attributes")
+    else:
+        yield from host.xa_store_reserved("attributes", start, Entries(SHARED_PAGE, nr))
+    yield from host.mmu_invalidate_end()
+    return result
+
+
+def give_to_host(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[Conversion]:
+    """The guest lets go of *folios*, and their contents are the host's; 0, or -errno and the page index that refused."""
+    ret, index = yield from gmem.invalidate_guest(folios, "to_shared")
+    if ret:
+        return Conversion(ret, index)
+    for held in folios:
+        # Only pages that are bound and private are with the guest alone. A shared one has come back with
+        # `invalidate`.
+        if held.gfn is not None and held.private:
+            ret = yield from gmem.ops.make_shared(held.gfn, held.folio)
             if ret:
-                break
-        # Even if the loop ended with an error: what was zapped must not stay in a TLB, because the mark says that it
-        # cannot be reached.
-        if zapped:
-            yield from self.flush(tuple(zapped))
-        return ret
-
-    def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        """Give [start, start+nr) to the host with its contents.
-
-        -EBUSY with the page index while the guest holds on to a page; -ENOMEM, -EAGAIN; -EINVAL as `make_private`.
-        References never matter. The direct map is restored by the first host access, so a page that goes to and fro
-        costs no flush.
-        """
-        if not self.has(start, nr) or not self.whole(start, nr):
-            return Conversion(-EINVAL)
-        yield from self.host.begin_op("to_shared", start, nr)
-        yield from self.host.down_write("invalidate")
-        result = yield from self._make_shared(start, nr)
-        yield from self.host.end_op(result.ret, result.error_index)
-        yield from self.host.up_write("invalidate")
-        return result
-
-    def _make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        host = self.host
-        attributes = yield from host.xa_load("attributes", start, nr)
-        if attributes.count(SHARED_PAGE) == nr:
-            return Conversion(0)
-        # Before anything is asked of the hypervisor: a page that it has given back cannot be handed out again in case
-        # there are no nodes.
-        ret = yield from host.xa_reserve("attributes", start, nr)
-        if ret:
-            return Conversion(ret)
-        yield from host.mmu_invalidate_begin(start, nr)
-        folios = yield from self.present(start, nr)
-        result = yield from self._give_to_host(folios)
-        yield from self.put_all(folios)
-        if result.ret:
-            yield from host.xa_release("attributes")
-        else:
-            yield from host.xa_store_reserved("attributes", start, Entries(SHARED_PAGE, nr))
-        yield from host.mmu_invalidate_end()
-        return result
-
-    def _give_to_host(self, folios: tuple[Held, ...]) -> Steps[Conversion]:
-        ret, index = yield from self.invalidate_guest(folios, "to_shared")
-        if ret:
-            return Conversion(ret, index)
-        for held in folios:
-            # Only pages that are bound and private are with the guest alone. A shared one has come back with
-            # `invalidate`.
-            if held.gfn is not None and held.private:
-                ret = yield from self.ops.make_shared(held.gfn, held.folio)
-                if ret:
-                    return Conversion(ret, held.pgoff)
-        return Conversion(0)
+                return Conversion(ret, held.pgoff)
+    return Conversion(0)

@@ -37,56 +37,56 @@ ZapFailureLeavesMark one-owner; ZapFailureLeavesCount and RestoredOnce nothing-l
 
 from __future__ import annotations
 
-from guest_memfd.core.power import Power
+from guest_memfd.core.gmem import Gmem
 from guest_memfd.words.primitives import Folio, Steps
 
 ATTEMPTS = 2
 """How often an entry is put back before the page is given up: the failure is want of memory, which passes."""
 
 
-class HostMapping(Power):
-    """Take folios out of the direct map and put them back; each change is counted for hibernation."""
+def zap(gmem: Gmem, folio: Folio) -> Steps[int]:
+    """Take the locked *folio* out of the direct map and out of every CPU's TLB; 0, -ENOMEM or -EAGAIN (power)."""
+    ret = yield from gmem.zap_noflush(folio)
+    if not ret:
+        yield from gmem.flush((folio,))
+    return ret
 
-    def zap(self, folio: Folio) -> Steps[int]:
-        """Take the locked *folio* out of the direct map and out of every CPU's TLB; 0, -ENOMEM or -EAGAIN (power)."""
-        ret = yield from self.zap_noflush(folio)
+
+def zap_noflush(gmem: Gmem, folio: Folio) -> Steps[int]:
+    """As `zap`, for a batch: the caller calls `flush` before anybody may rely on it."""
+    host = gmem.host
+    # Counted before it leaves, in one step with the check for hibernation. Counted afterwards, an image could be
+    # begun in between that does not know of the page.
+    ret = yield from gmem.account(folio.nr)
+    if ret:
+        return ret
+    # The mark before the entry: code that finds an unmarked folio writes to it through the direct map without
+    # looking, and that write would fault.
+    yield from host.folio_set_private(folio, True)
+    ret = yield from host.set_direct_map_invalid_noflush(folio)
+    if ret:
+        # The entry is as it was, so mark and count must be as they were: a mark that stays makes the next zap be
+        # skipped, and the guest would get a page that the host still maps.
+        yield from host.folio_set_private(folio, False)
+        yield from gmem.account(-folio.nr)
+    return ret
+
+
+def flush(gmem: Gmem, folios: tuple[Folio, ...]) -> Steps[None]:
+    """One flush for a batch of zapped folios."""
+    yield from gmem.host.flush_tlb_kernel_range(folios)
+
+
+def restore(gmem: Gmem, folio: Folio) -> Steps[int]:
+    """Put the locked, marked *folio* back into the direct map; 0, or -ENOMEM and it stays marked."""
+    host = gmem.host
+    # Splitting a leaf that was merged needs a table page. Want of memory passes, and the other end of a failure
+    # is to lose the page.
+    for _attempt in range(ATTEMPTS):
+        ret = yield from host.set_direct_map_default_noflush(folio)
         if not ret:
-            yield from self.flush((folio,))
-        return ret
-
-    def zap_noflush(self, folio: Folio) -> Steps[int]:
-        """As `zap`, for a batch: the caller calls `flush` before anybody may rely on it."""
-        host = self.host
-        # Counted before it leaves, in one step with the check for hibernation. Counted afterwards, an image could be
-        # begun in between that does not know of the page.
-        ret = yield from self.account(folio.nr)
-        if ret:
-            return ret
-        # The mark before the entry: code that finds an unmarked folio writes to it through the direct map without
-        # looking, and that write would fault.
-        yield from host.folio_set_private(folio, True)
-        ret = yield from host.set_direct_map_invalid_noflush(folio)
-        if ret:
-            # The entry is as it was, so mark and count must be as they were: a mark that stays makes the next zap be
-            # skipped, and the guest would get a page that the host still maps.
+            # After the entry is back, never before: an unmarked folio is used at once.
             yield from host.folio_set_private(folio, False)
-            yield from self.account(-folio.nr)
-        return ret
-
-    def flush(self, folios: tuple[Folio, ...]) -> Steps[None]:
-        """One flush for a batch of zapped folios."""
-        yield from self.host.flush_tlb_kernel_range(folios)
-
-    def restore(self, folio: Folio) -> Steps[int]:
-        """Put the locked, marked *folio* back into the direct map; 0, or -ENOMEM and it stays marked."""
-        host = self.host
-        # Splitting a leaf that was merged needs a table page. Want of memory passes, and the other end of a failure
-        # is to lose the page.
-        for _attempt in range(ATTEMPTS):
-            ret = yield from host.set_direct_map_default_noflush(folio)
-            if not ret:
-                # After the entry is back, never before: an unmarked folio is used at once.
-                yield from host.folio_set_private(folio, False)
-                yield from self.account(-folio.nr)
-                return 0
-        return ret
+            yield from gmem.account(-folio.nr)
+            return 0
+    return ret

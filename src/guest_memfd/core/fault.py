@@ -6,107 +6,113 @@ is made, so there is no sequence to recheck. (KVM's own path drops the lock befo
 
 from __future__ import annotations
 
-from guest_memfd.core.folio import Grabbed
-from guest_memfd.core.invalidate import Removes
+from guest_memfd.core.gmem import Gmem, Grabbed
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import EFAULT, EINVAL, Steps
 
 
-class Faults(Removes):
-    """guest_fault (kvm_gmem_get_pfn() and the map that follows), user_fault (kvm_gmem_fault_user_mapping()), allocate."""
+def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
+    """Give the guest page *index* at *gfn*, with the folio it lies in; 0, -EFAULT (not bound so), or a refusal."""
+    host = gmem.host
+    yield from host.begin_op("fault", index, 1, gfn)
+    if not (yield from host.get_file()):           # kvm_gmem_get_file(): the slot's pointer does not keep it
+        yield from host.end_op(-EFAULT)
+        return -EFAULT
+    # From looking at the trees to the mapping made. KVM's own path drops the lock before it maps, and has to
+    # compare a sequence number afterwards; here no conversion can come in between.
+    yield from host.down_read("invalidate")
+    (bound,) = yield from host.xa_load("bindings", index, 1)
+    # The slot may have been unbound, or bound elsewhere, while this vCPU was on its way.
+    ret = (yield from gmem.fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
+    yield from host.end_op(ret)
+    yield from host.up_read("invalidate")
+    # After the lock is dropped: this may be the last reference, and the end of the inode takes the lock again.
+    yield from gmem.close()
+    return ret
 
-    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
-        """Give the guest page *index* at *gfn*, with the folio it lies in; 0, -EFAULT (not bound so), or a refusal."""
-        host = self.host
-        yield from host.begin_op("fault", index, 1, gfn)
-        if not (yield from host.get_file()):           # kvm_gmem_get_file(): the slot's pointer does not keep it
-            yield from host.end_op(-EFAULT)
-            return -EFAULT
-        # From looking at the trees to the mapping made. KVM's own path drops the lock before it maps, and has to
-        # compare a sequence number afterwards; here no conversion can come in between.
-        yield from host.down_read("invalidate")
-        (bound,) = yield from host.xa_load("bindings", index, 1)
-        # The slot may have been unbound, or bound elsewhere, while this vCPU was on its way.
-        ret = (yield from self._fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
-        yield from host.end_op(ret)
-        yield from host.up_read("invalidate")
-        # After the lock is dropped: this may be the last reference, and the end of the inode takes the lock again.
-        yield from self.close()
-        return ret
 
-    def _fault_bound(self, gfn: int, index: int) -> Steps[int]:
-        (attribute,) = yield from self.host.xa_load("attributes", index, 1)
-        grabbed = yield from self.grab_folio(index)
+def fault_bound(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
+    """Give the guest page *index*, which is bound to *gfn*, under the invalidate lock; 0 or -errno."""
+    (attribute,) = yield from gmem.host.xa_load("attributes", index, 1)
+    grabbed = yield from gmem.grab_folio(index)
+    if isinstance(grabbed, int):
+        return grabbed
+    # The hypervisor is given the whole folio, so the gfn must be that of its first page.
+    head = gfn - (index - grabbed.pgoff)
+    if attribute == PRIVATE_PAGE:
+        ret = yield from gmem.give_private(head, grabbed)
+    else:
+        ret = yield from gmem.ops.prepare_shared(head, grabbed.folio)
+    yield from gmem.unlock_and_put(grabbed.folio)
+    return ret
+
+
+def give_private(gmem: Gmem, gfn: int, grabbed: Grabbed) -> Steps[int]:
+    """The host lets go first - direct map, then TLBs - and only then the guest gets the page."""
+    # A fault that failed after its zap leaves the mark. The page is out of the direct map already, and a second
+    # zap would count it twice.
+    if not grabbed.private:
+        ret = yield from gmem.zap(grabbed.folio)
+        if ret:
+            return ret
+    return (yield from gmem.ops.prepare_private(gfn, grabbed.folio))
+
+
+def user_fault(gmem: Gmem, index: int) -> Steps[str]:
+    """Map page *index* into the VMM; ``ok``, ``retry`` (the VMA went) or ``SIGBUS`` (private, poisoned, no memory)."""
+    host = gmem.host
+    if index >= gmem.size:
+        return "SIGBUS"
+    yield from host.begin_op("user_fault", index, 1)
+    yield from host.down_read("invalidate")
+    answer = yield from gmem.fault_shared(index)
+    yield from host.end_op(-EFAULT if answer == "SIGBUS" else 0)
+    yield from host.up_read("invalidate")
+    return answer
+
+
+def fault_shared(gmem: Gmem, index: int) -> Steps[str]:
+    """Map page *index* into the VMM under the invalidate lock; ``ok``, ``retry`` or ``SIGBUS``, as `user_fault`.
+
+    Ask first: a private page is never grabbed, let alone zeroed, for the host.
+    """
+    # The order matters: to grab is to allocate and zero, through the direct map, a page that may be the guest's.
+    (attribute,) = yield from gmem.host.xa_load("attributes", index, 1)
+    if attribute != SHARED_PAGE:
+        return "SIGBUS"
+    grabbed = yield from gmem.grab_folio(index)
+    if isinstance(grabbed, int):
+        return "SIGBUS"
+    # Before the entry is installed: GUP may hand the page to a driver that uses its kernel address.
+    if (yield from gmem.make_accessible(grabbed)):
+        answer = "SIGBUS"
+    else:
+        mapped = yield from gmem.host.vmf_insert_folio(index, grabbed.folio)
+        answer = "ok" if mapped else "retry"
+    yield from gmem.unlock_and_put(grabbed.folio)
+    return answer
+
+
+def make_accessible(gmem: Gmem, grabbed: Grabbed) -> Steps[int]:
+    """A shared page is in the direct map before the host may use it; 0 or -ENOMEM."""
+    return (yield from gmem.restore(grabbed.folio)) if grabbed.private else 0
+
+
+def allocate(gmem: Gmem, start: int, nr: int) -> Steps[int]:
+    """fallocate(KEEP_SIZE): have the pages of [start, start+nr); on -ENOMEM those already allocated stay."""
+    host = gmem.host
+    if not gmem.has(start, nr):
+        return -EINVAL
+    yield from host.begin_op("allocate", start, nr)
+    yield from host.down_read("invalidate")
+    ret, index = 0, start
+    while not ret and index < start + nr:
+        grabbed = yield from gmem.grab_folio(index)
         if isinstance(grabbed, int):
-            return grabbed
-        # The hypervisor is given the whole folio, so the gfn must be that of its first page.
-        head = gfn - (index - grabbed.pgoff)
-        if attribute == PRIVATE_PAGE:
-            ret = yield from self.give_private(head, grabbed)
+            ret = grabbed
         else:
-            ret = yield from self.ops.prepare_shared(head, grabbed.folio)
-        yield from self.unlock_and_put(grabbed.folio)
-        return ret
-
-    def give_private(self, gfn: int, grabbed: Grabbed) -> Steps[int]:
-        """The host lets go first - direct map, then TLBs - and only then the guest gets the page."""
-        # A fault that failed after its zap leaves the mark. The page is out of the direct map already, and a second
-        # zap would count it twice.
-        if not grabbed.private:
-            ret = yield from self.zap(grabbed.folio)
-            if ret:
-                return ret
-        return (yield from self.ops.prepare_private(gfn, grabbed.folio))
-
-    def user_fault(self, index: int) -> Steps[str]:
-        """Map page *index* into the VMM; ``ok``, ``retry`` (the VMA went) or ``SIGBUS`` (private, poisoned, no memory)."""
-        host = self.host
-        if index >= self.size:
-            return "SIGBUS"
-        yield from host.begin_op("user_fault", index, 1)
-        yield from host.down_read("invalidate")
-        answer = yield from self._fault_shared(index)
-        yield from host.end_op(-EFAULT if answer == "SIGBUS" else 0)
-        yield from host.up_read("invalidate")
-        return answer
-
-    # Ask first: a private page is never grabbed, let alone zeroed, for the host.
-    def _fault_shared(self, index: int) -> Steps[str]:
-        # The order matters: to grab is to allocate and zero, through the direct map, a page that may be the guest's.
-        (attribute,) = yield from self.host.xa_load("attributes", index, 1)
-        if attribute != SHARED_PAGE:
-            return "SIGBUS"
-        grabbed = yield from self.grab_folio(index)
-        if isinstance(grabbed, int):
-            return "SIGBUS"
-        # Before the entry is installed: GUP may hand the page to a driver that uses its kernel address.
-        if (yield from self.make_accessible(grabbed)):
-            answer = "SIGBUS"
-        else:
-            mapped = yield from self.host.vmf_insert_folio(index, grabbed.folio)
-            answer = "ok" if mapped else "retry"
-        yield from self.unlock_and_put(grabbed.folio)
-        return answer
-
-    def make_accessible(self, grabbed: Grabbed) -> Steps[int]:
-        """A shared page is in the direct map before the host may use it; 0 or -ENOMEM."""
-        return (yield from self.restore(grabbed.folio)) if grabbed.private else 0
-
-    def allocate(self, start: int, nr: int) -> Steps[int]:
-        """fallocate(KEEP_SIZE): have the pages of [start, start+nr); on -ENOMEM those already allocated stay."""
-        host = self.host
-        if not self.has(start, nr):
-            return -EINVAL
-        yield from host.begin_op("allocate", start, nr)
-        yield from host.down_read("invalidate")
-        ret, index = 0, start
-        while not ret and index < start + nr:
-            grabbed = yield from self.grab_folio(index)
-            if isinstance(grabbed, int):
-                ret = grabbed
-            else:
-                yield from self.unlock_and_put(grabbed.folio)
-                index = grabbed.pgoff + grabbed.folio.nr
-        yield from host.end_op(ret, index if ret else None)
-        yield from host.up_read("invalidate")
-        return ret
+            yield from gmem.unlock_and_put(grabbed.folio)
+            index = grabbed.pgoff + grabbed.folio.nr
+    yield from host.end_op(ret, index if ret else None)
+    yield from host.up_read("invalidate")
+    return ret

@@ -11,37 +11,30 @@ Suspend to RAM keeps the tables of both stages, so nothing is vetoed there.
 
 from __future__ import annotations
 
-from typing import Literal
-
-from guest_memfd.core.base import Parts
+from guest_memfd.core.gmem import Gmem
 from guest_memfd.words.primitives import EPERM, Steps
 
-PowerPolicy = Literal["count", "notifier", "none"]
 
-
-class Power(Parts):
-    """hibernation_available and the PM notifier."""
-
-    power: PowerPolicy = "notifier"
-
-    def account(self, pages: int) -> Steps[int]:
-        """Pages leave the host (+) or come back (-); -EAGAIN if they may not leave now."""
-        if self.power != "notifier":
-            return 0
-        # One primitive counts and looks whether hibernation has begun. Two would leave a gap: a page that leaves
-        # after the look and before the count is in no veto and in the image.
-        return (yield from self.host.pm_account(pages))
-
-    def hibernate_prepare(self) -> Steps[int]:
-        """Hibernation is announced; 0, -EPERM (``count``) or -EBUSY (``notifier``)."""
-        if self.power == "count":
-            # Looked at once. A file that is opened after this is not seen: that is what the policy is here to show.
-            return -EPERM if (yield from self.host.open_files()) else 0
-        if self.power == "notifier":
-            return (yield from self.host.pm_prepare("hibernate"))
+def account(gmem: Gmem, pages: int) -> Steps[int]:
+    """Pages leave the host (+) or come back (-); -EAGAIN if they may not leave now."""
+    if gmem.power != "notifier":
         return 0
+    # One primitive counts and looks whether hibernation has begun. Two would leave a gap: a page that leaves
+    # after the look and before the count is in no veto and in the image.
+    return (yield from gmem.host.pm_account(pages))
 
-    def hibernate_post(self) -> Steps[None]:
-        """Hibernation is over, or was given up after this notifier had agreed."""
-        if self.power == "notifier":
-            yield from self.host.pm_post()
+
+def hibernate_prepare(gmem: Gmem) -> Steps[int]:
+    """Hibernation is announced; 0, -EPERM (``count``) or -EBUSY (``notifier``)."""
+    if gmem.power == "count":
+        # Looked at once. A file that is opened after this is not seen: that is what the policy is here to show.
+        return -EPERM if (yield from gmem.host.open_files()) else 0
+    if gmem.power == "notifier":
+        return (yield from gmem.host.pm_prepare("hibernate"))
+    return 0
+
+
+def hibernate_post(gmem: Gmem) -> Steps[None]:
+    """Hibernation is over, or was given up after this notifier had agreed."""
+    if gmem.power == "notifier":
+        yield from gmem.host.pm_post()

@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from guest_memfd.compat import override
-from guest_memfd.core.convert import Conversion
-from guest_memfd.core.folio import Grabbed, Held
+from guest_memfd.core.gmem import Conversion, Grabbed, Held
 from guest_memfd.designs.design import Design
 from guest_memfd.words.primitives import EBUSY, EFAULT, EHWPOISON, EINVAL, EOPNOTSUPP, EPERM, Bound, Folio, Steps
 

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from guest_memfd.compat import override
-from guest_memfd.core.base import filled
-from guest_memfd.core.convert import Conversion
-from guest_memfd.core.folio import MISSES, Grabbed
+from guest_memfd.core.folio import MISSES
+from guest_memfd.core.gmem import Conversion, Grabbed, filled
 from guest_memfd.designs.design import Design
 from guest_memfd.words.primitives import (
     EAGAIN,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from guest_memfd.core.power import PowerPolicy
+from guest_memfd.core.gmem import PowerPolicy
 from guest_memfd.designs.design import OPERATIONS, Design
 from guest_memfd.errors import shown
 from guest_memfd.plugins.fields import COUNT, ERRNOS, FLAG, LINE, NAME, NAMES, SOME_NAMES, Kind, one_of, table, wrong

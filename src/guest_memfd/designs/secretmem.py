@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from guest_memfd.compat import override
-from guest_memfd.core.folio import Grabbed, Held
+from guest_memfd.core.gmem import Grabbed, Held
 from guest_memfd.designs.design import OPERATIONS, Design
 from guest_memfd.words.primitives import Bound, Steps
 

@@ -55,8 +55,8 @@ def _annotations(cls: type) -> dict[str, Any]:
 
 def _unheard_of(name: str, value: object, base: type, known: Collection[str]) -> str | None:
     private = name.startswith("_")                      # no one else could call it, so only what looks like a slip is one
-    alike = sorted(each for each in known if each.startswith("_") == private and not each.startswith("__"))
-    near = difflib.get_close_matches(name, alike, n=1, cutoff=0.8 if private else 0.5)
+    alike = sorted(each for each in known if not each.startswith("_"))
+    near = difflib.get_close_matches(name.lstrip("_"), alike, n=1, cutoff=0.8 if private else 0.5)
     if private and not near:
         return None
     meant = f"did you mean {near[0]!r}?" if near else f"{base.__qualname__} has nothing like it"

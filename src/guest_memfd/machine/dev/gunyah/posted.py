@@ -17,7 +17,7 @@ from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.words.primitives import EINVAL, Entries, Folio, Lookup, Steps
 
 if TYPE_CHECKING:
-    from guest_memfd.core.folio import Grabbed
+    from guest_memfd.core.gmem import Grabbed
     from guest_memfd.core.ops import GuestMemfdOps
     from guest_memfd.machine.board.board import Board
 
