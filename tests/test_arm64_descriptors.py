@@ -66,6 +66,8 @@ def test_kinds_at_every_level(granule: Granule) -> None:
     (d.Stage1Leaf(0x00200000900008c3, 3), "L3 page OA=0x90000000 AttrIndx=0 AP=EL1:RO,EL0:RO SH=non AF=0 nG=1 PXN"),
     (d.Stage2Leaf(0x00000000800007fd, 1), "L1 block OA=0x80000000 MemAttr=0xf S2AP=RW SH=inner AF"),
     (d.Stage2Leaf(0x0040000009000447, 3), "L3 page OA=0x9000000 MemAttr=0x1 S2AP=R SH=non AF XN"),
+    (d.Stage1Leaf(0, 3), "L3 invalid"), (d.Stage1Leaf(0x80005003, 1), "L1 table ->0x80005000"),
+    (d.Stage2Leaf(0, 3), "L3 invalid"), (d.Stage2Leaf(0x80005003, 1), "L1 table ->0x80005000"),
     (d.TableDescriptor(0x1800000080005003, 1), "L1 table ->0x80005000 PXNTable UXNTable"),
     (d.TableDescriptor(0x6000000080005003, 1), "L1 table ->0x80005000 APTable=RO,no EL0"),
     (d.Invalid(0, 2), "L2 invalid"),

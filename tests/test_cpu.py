@@ -272,7 +272,7 @@ def test_an_unaligned_exclusive_is_an_alignment_fault() -> None:
     stop = machine.run(x0=VA + 1)
     assert abort(stop) == (VA + 1, "r", CODE)
     assert isinstance(stop, CpuAbort)
-    assert stop.fault.kind == ALIGNMENT
+    assert (stop.fault.kind, stop.fault.stage) == (ALIGNMENT, 1)
 
 
 def test_translations_are_kept_within_a_run_and_asked_again_in_the_next() -> None:
@@ -575,6 +575,15 @@ def test_a_transfer_is_what_a_syndrome_reports() -> None:
     assert transfer is not None
     fault = Fault(TRANSLATION, 3, 2, va=VA, ipa=DATA, access="r", el=1)
     assert fault.esr_el2(transfer.load_store) == 0x24 << 26 | 1 << 25 | 1 << 24 | 1 << 21 | 5 << 16 | 7
+
+
+@pytest.mark.parametrize(("word", "address"), [
+    (0x58000041, 0x1008), (0x58ffffc1, 0xff8), (0x58800001, (0x1000 - (1 << 20)) % (1 << 64)),    # LDR X1, label
+    (0x587fffe1, 0x1000 + (1 << 20) - 4),
+    (0xd95ff041, 2 - 1), (0xd91ff041, 2 - 1), (0x994ff041, 2 + 0xff),       # LDAPUR, STLUR, LDAPURSW [X2, #imm9]
+])
+def test_a_literal_is_beside_the_code_and_an_unscaled_offset_at_the_base(word: int, address: int) -> None:
+    assert address_of(word, 0x1000, lambda n: n, lambda: 0) == address
 
 
 def test_what_accesses_nothing_has_no_address() -> None:

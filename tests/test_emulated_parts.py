@@ -11,6 +11,7 @@ from hypothesis import strategies as given_by
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.hw.arm64.fault import Fault
 from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage1, walk
@@ -20,6 +21,7 @@ from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.machine.linux.mm import CHUNK, FIRST, FileMapping, Mm
 from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.words.primitives import Entries
 
 MIB = 1 << 20
@@ -210,6 +212,39 @@ def test_an_entry_goes_with_the_last_vma_that_shows_it() -> None:
     assert space.inode.mapping is None
     assert space.source.free_pages == space.free
     assert space.mm.find(FIRST) is None
+
+
+def test_all_entries_of_a_range_are_zapped_and_none_beside_it() -> None:
+    space = Space()
+    space.mm.mmap(space.inode, 0, 1000)
+    pa, vma = space.ram.base, space.mapping.vmas[0]
+    for index in (1, 2, 3, 600, 999):
+        space.mapping.insert(index, pa + index * PAGE)
+    assert space.mapping.zap(2, 700) == [2, 3, 600]
+    assert [i for i in range(1000) if space.mapping.lookup(i) is not None] == [1, 999]
+    regime = Stage1(Tcr(), space.mm.ttbr0, 0)
+    for index in (2, 3, 600):
+        with pytest.raises(Fault, match="translation"):
+            walk(space.ram, vma.va(index), "r", 0, regime)
+    assert space.mapping.zap(1, 1) == [1]
+    assert space.mapping.zap(1, 1) == []
+
+
+def test_a_writer_that_waits_keeps_readers_out_and_a_reader_that_is_in_keeps_it_waiting() -> None:
+    lock = Rwsem()
+    assert lock.down_read()
+    assert lock.down_write(7) is None
+    assert not lock.down_read(), "a writer has queued"
+    assert lock.down_write(7) is False
+    assert lock.down_write(8) is False, "one writer queues at a time"
+    assert lock.up_read()
+    assert lock.down_write(8) is False, "it is the other's turn"
+    assert lock.down_write(7)
+    assert not lock.down_read()
+    assert not lock.up_write(8)
+    assert lock.up_write(7)
+    assert not lock.up_read()
+    assert lock.down_read()
 
 
 @pytest.mark.parametrize("failing", range(8))

@@ -29,7 +29,8 @@ from guest_memfd.machine.hw.ram import PAGE, Ram
 from guest_memfd.machine.linux.mm import Mm
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.uapi.kvm import SHARED
-from guest_memfd.words.primitives import Folio, Primitive, Steps
+from guest_memfd.words.facts import Ended, StrayGuest
+from guest_memfd.words.primitives import EAGAIN, Folio, Primitive, Steps
 
 MIB = 1 << 20
 
@@ -98,6 +99,51 @@ class Bound:
         """What is stray after page *index* has been punched out."""
         assert self.host.run(self.library.punch_hole(index, 1)) == (0, None)
         return self.machine.stray_mappings()
+
+
+@pytest.mark.parametrize(("gfn", "stray"), [(0, False), (1, True)])
+def test_a_guest_that_reaches_a_page_of_the_file_elsewhere_than_it_is_bound_is_stray(gfn: int, stray: bool) -> None:
+    bound = Bound(OurLibrary)
+    folio = bound.given(0)
+    assert bound.host.perform_by_name("hypercall", "mmu_map", gfn, folio, caller="kvm") == 0
+    assert bound.host.perform_by_name("guest_access", gfn, True, caller="guest") == "ok"
+    assert [note for note in bound.host.notes if isinstance(note, StrayGuest)] == (
+        [StrayGuest(bound.machine.number(folio.pfn * PAGE), "guest mapping")] * stray)
+
+
+def test_an_access_beside_every_vma_is_a_segmentation_fault() -> None:
+    bound = Bound(OurLibrary)
+    bound.touched()
+    bound.host.run(bound.library.munmap())
+    assert bound.host.perform_by_name("user_access", 1, False) == "SIGSEGV"
+    bound.machine.vmm.mmap(bound.host.inode, 0, 1)
+    assert bound.host.perform_by_name("user_access", 1, False) == "SIGSEGV"
+
+
+def test_an_invalidation_of_one_file_leaves_a_cache_of_another_s_page() -> None:
+    bound = Bound(OurLibrary)
+    folio = bound.touched()
+    other = EmulatedHost(bound.machine, bound.host.vm, 2)
+    assert other.run(bound.library.create(2)) == 0
+    assert other.run(bound.library.bind(2, 0, 2)) == 0
+    assert bound.host.perform_by_name("gpc_begin", 1, caller="mm")
+    assert bound.host.perform_by_name("gpc_commit", folio, caller="mm")
+    for host, there in ((other, True), (bound.host, False)):
+        host.perform_by_name("mmu_invalidate_begin", 1, 1, caller="mm")
+        assert (bound.host.vm.gpc is not None) is there
+        host.perform_by_name("mmu_invalidate_end", caller="mm")
+
+
+def test_a_trylock_takes_it_now_or_says_what_stands_against_it() -> None:
+    bound = Bound(OurLibrary)
+    bound.host.perform_by_name("begin_op", "fault", 0, 1, 0, caller="library")
+    assert bound.host.perform_by_name("down_read_trylock", "invalidate", caller="library") is True
+    bound.host.perform_by_name("up_read", "invalidate", caller="library")
+    bound.host.perform_by_name("down_write", "invalidate", caller="library")
+    assert bound.host.perform_by_name("down_read_trylock", "invalidate", caller="library") is False
+    bound.host.perform_by_name("end_op", -EAGAIN, None, caller="library")
+    (ended,) = (note for note in bound.host.notes if isinstance(note, Ended))
+    assert ended.reasons == ("somebody else",)
 
 
 def free(folio: Folio) -> str:

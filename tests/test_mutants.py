@@ -301,6 +301,12 @@ def test_a_step_that_never_ends_is_killed(monkeypatch: pytest.MonkeyPatch) -> No
     assert fate(endless).why == "a step never ends"
 
 
+def test_one_that_takes_memory_without_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "TICK", 0.01)
+    monkeypatch.setattr(watch, "MEMORY", 1)
+    assert fate(unchanged()).why == "memory is taken without end"
+
+
 def test_the_code_of_whatever_is_a_function_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = """
 from functools import cache

@@ -48,8 +48,8 @@ def attempt(mutant: Mutant, known: Known, seconds: float, first: Sequence[str] =
     try:
         with Watch(seconds, frozenset({str(SOURCES / mutant.site.file)})):
             fate = trial.run()
-    except Endless:
-        fate = Fate(KILLED, trial.label, "a step never ends")
+    except Endless as endless:
+        fate = Fate(KILLED, trial.label, str(endless))
     except Over as limit:
         fate = Fate(TIMEOUT, trial.label, str(limit))
     except Exception as error:

@@ -16,11 +16,11 @@ MEMORY = 4 << 30
 
 
 class Over(KeyboardInterrupt):
-    """The CPU time or the memory is used up. (pytest takes any other exception for a test that fails.)"""
+    """The CPU time is used up. (pytest takes any other exception for a test that fails.)"""
 
 
 class Endless(KeyboardInterrupt):
-    """One and the same call has been running from one tick to the next."""
+    """One and the same call has been running from one tick to the next, or memory is taken that nothing else needs."""
 
 
 class Watch:
@@ -45,9 +45,9 @@ class Watch:
         with open("/proc/self/statm") as file:
             resident = int(file.read().split()[1]) * resource.getpagesize()
         if resident > MEMORY:
-            raise Over("more memory than there is for a mutant")
+            raise Endless("memory is taken without end")
         while frame is not None and frame.f_code.co_filename not in self.files:
             frame = frame.f_back
         if frame is not None and frame is self.last:
-            raise Endless
+            raise Endless("a step never ends")
         self.last = frame

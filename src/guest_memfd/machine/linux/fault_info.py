@@ -21,36 +21,30 @@ class FaultInfo(NamedTuple):
     name: str
 
 
-def _table() -> tuple[FaultInfo, ...]:
-    rows = [FaultInfo("do_bad", SIGKILL, SI_KERNEL, f"unknown {n}") for n in range(64)]
-    rows[0] = FaultInfo("do_bad", SIGKILL, SI_KERNEL, "ttbr address size fault")
-    for level in range(4):
-        if level:
-            rows[level] = FaultInfo("do_bad", SIGKILL, SI_KERNEL, f"level {level} address size fault")
-        rows[4 + level] = FaultInfo("do_translation_fault", SIGSEGV, SEGV_MAPERR, f"level {level} translation fault")
-        rows[8 + level] = FaultInfo("do_page_fault", SIGSEGV, SEGV_ACCERR, f"level {level} access flag fault")
-        rows[12 + level] = FaultInfo("do_page_fault", SIGSEGV, SEGV_ACCERR, f"level {level} permission fault")
-    for level in range(-1, 4):
-        rows[0x14 + level] = FaultInfo("do_sea", SIGKILL, SI_KERNEL, f"level {level} (translation table walk)")
-        rows[0x1C + level] = FaultInfo("do_sea", SIGKILL, SI_KERNEL,
-                                       f"level {level} synchronous parity error (translation table walk)")
-    for fsc, row in {
-        0x10: FaultInfo("do_sea", SIGBUS, BUS_OBJERR, "synchronous external abort"),
-        0x11: FaultInfo("do_tag_check_fault", SIGSEGV, SEGV_MTESERR, "synchronous tag check fault"),
-        0x18: FaultInfo("do_sea", SIGBUS, BUS_OBJERR, "synchronous parity or ECC error"),
-        0x21: FaultInfo("do_alignment_fault", SIGBUS, BUS_ADRALN, "alignment fault"),
-        0x29: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "level -1 address size fault"),
-        0x2B: FaultInfo("do_translation_fault", SIGSEGV, SEGV_MAPERR, "level -1 translation fault"),
-        0x30: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "TLB conflict abort"),
-        0x31: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "Unsupported atomic hardware update fault"),
-        0x34: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "implementation fault (lockdown abort)"),
-        0x35: FaultInfo("do_bad", SIGBUS, BUS_OBJERR, "implementation fault (unsupported exclusive)"),
-        0x3D: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "section domain fault"),
-        0x3E: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "page domain fault"),
-    }.items():
-        rows[fsc] = row
-    return tuple(rows)
+_LEVELS, _WALKED = range(4), range(-1, 4)
 
+_ROWS = {
+    0x00: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "ttbr address size fault"),
+    **{n: FaultInfo("do_bad", SIGKILL, SI_KERNEL, f"level {n} address size fault") for n in _LEVELS if n},
+    **{0x04 + n: FaultInfo("do_translation_fault", SIGSEGV, SEGV_MAPERR, f"level {n} translation fault") for n in _LEVELS},
+    **{0x08 + n: FaultInfo("do_page_fault", SIGSEGV, SEGV_ACCERR, f"level {n} access flag fault") for n in _LEVELS},
+    **{0x0C + n: FaultInfo("do_page_fault", SIGSEGV, SEGV_ACCERR, f"level {n} permission fault") for n in _LEVELS},
+    **{0x14 + n: FaultInfo("do_sea", SIGKILL, SI_KERNEL, f"level {n} (translation table walk)") for n in _WALKED},
+    **{0x1C + n: FaultInfo("do_sea", SIGKILL, SI_KERNEL, f"level {n} synchronous parity error (translation table walk)")
+       for n in _WALKED},
+    0x10: FaultInfo("do_sea", SIGBUS, BUS_OBJERR, "synchronous external abort"),
+    0x11: FaultInfo("do_tag_check_fault", SIGSEGV, SEGV_MTESERR, "synchronous tag check fault"),
+    0x18: FaultInfo("do_sea", SIGBUS, BUS_OBJERR, "synchronous parity or ECC error"),
+    0x21: FaultInfo("do_alignment_fault", SIGBUS, BUS_ADRALN, "alignment fault"),
+    0x29: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "level -1 address size fault"),
+    0x2B: FaultInfo("do_translation_fault", SIGSEGV, SEGV_MAPERR, "level -1 translation fault"),
+    0x30: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "TLB conflict abort"),
+    0x31: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "Unsupported atomic hardware update fault"),
+    0x34: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "implementation fault (lockdown abort)"),
+    0x35: FaultInfo("do_bad", SIGBUS, BUS_OBJERR, "implementation fault (unsupported exclusive)"),
+    0x3D: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "section domain fault"),
+    0x3E: FaultInfo("do_bad", SIGKILL, SI_KERNEL, "page domain fault"),
+}
 
-fault_info = _table()
+fault_info = tuple(_ROWS.get(n, FaultInfo("do_bad", SIGKILL, SI_KERNEL, f"unknown {n}")) for n in range(64))
 """By fault status code."""
