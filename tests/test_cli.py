@@ -140,6 +140,9 @@ def test_what_is_explored_is_said_in_one_clause() -> None:
     assert words(scenes=("crossed", "unbound")) == f"every party alone and every pair in crossed and unbound ({some})"
     assert words(full=False) == FIRST_LOOK
     assert listed([name for names in QUICK.values() for name in names]) in FIRST_LOOK
+    for scene, alone in (("three-pages", "alone"), ("both-shared", "alone and with vcpu2 and repeater"),
+                         ("unbound", "alone and with vcpu2")):
+        assert words(full=False, scenes=[scene]).startswith(f"in {scene}, every party except vmm, {alone};")
     assert words(full=False, scenes=("crossed",)) == (
         "in crossed, every party except vmm, alone and with vcpu2; without VMMs that do several things in a row")
     assert words(parties=("vcpu", "zeropad")) == "vcpu and zeropad"

@@ -299,7 +299,10 @@ def test_sizes_that_are_none(text: str) -> None:
 
 @pytest.mark.parametrize(("options", "words"), [
     (["--on", "emulated:x86_64/kvm"], "--on emulated:x86_64/kvm: not yet; emulated machines are arm64"),
-    (["--on", "emulated:arm64/gunya"], "did you mean 'emulated:arm64/gunyah'"), (["--on", "xen"], "unknown host 'xen'"),
+    (["--on", "emulated:arm64/gunya"], "did you mean 'emulated:arm64/gunyah'"),
+    (["--on", "emulated:arm64/tiny"], "runs on a hypervisor of your own: --load FILE"),
+    (["--folio", "1G", "--memory", "1G", "--ram", "8G"], "a file of /dev/gunyah has folios of 4K or 2M"),
+    (["--on", "xen"], "unknown host 'xen'"),
     (["--design", "libary"], "did you mean 'library'"), (["--memory", "0"], "at least a page"),
     (["--memory", "5000"], "no multiple of a page"), (["--memory", "1G"], "more than the machine's RAM"),
     (["--memory", "256M"], "bytes are free"), (["--ram", "1M"], "16M at least"), (["--timeout", "0"], "above 0"),

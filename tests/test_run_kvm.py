@@ -26,7 +26,7 @@ from linux_driver import limit, lowest_free, no_guests, nothing_stays_open
 from pages import agrees, commands
 
 from guest_memfd.cli.main import main
-from guest_memfd.errors import BadInput, GuestMemfdError, SyscallFailed
+from guest_memfd.errors import BadInput, GuestMemfdError, HostUnavailable, SyscallFailed
 from guest_memfd.guests import CONSOLE, CONTROL, GUESTS, SHARED_BASE, SHARED_LINE
 from guest_memfd.guests.loader import GuestImage, load
 from guest_memfd.guests.target import REAL_MODE, X86_64
@@ -645,10 +645,16 @@ def test_a_guest_runs_where_a_container_refuses_to_count_pages(monkeypatch: pyte
 
 def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guest_memfd.linux.system.System.__init__.__defaults__", ("/nowhere/kvm",))
+    monkeypatch.setattr("guest_memfd.linux.system.PATH", "/nowhere/kvm")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     code, said = run("hello")
     assert (code, said) == (5, "gmem: /nowhere/kvm: No such file or directory; load kvm_intel, kvm_amd or kvm_pvm, or start "
                                "this machine with nested virtualisation\n")
+
+
+def test_a_device_that_somebody_has_named_is_not_there() -> None:
+    with pytest.raises(HostUnavailable, match=r"^/nowhere/kvm: No such file or directory$"):
+        System("/nowhere/kvm")
 
 
 def test_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,13 +95,13 @@ class BadInput(GuestMemfdError):
 
 
 class UnknownName(BadInput):
-    """No *kind* is called *name*; suggests the nearest of *known*."""
+    """No *kind* is called *name*; suggests the nearest of *known*, and says *more*."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], more: str = "") -> None:
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
-        super().__init__(f"unknown {kind} {name!r}; {hint}")
+        super().__init__(f"unknown {kind} {name!r}; {hint}{more}")
 
 
 class PluginError(BadInput):

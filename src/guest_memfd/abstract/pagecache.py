@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.mappings import AbstractMappings
-from guest_memfd.words.pagestate import ALLOCATED, CONTENTION, FAILURE, FREE, JUNK, REFERENCE, ZERO
-from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
+from guest_memfd.words import facts
+from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTION, EVICTED, FAILURE, FREE, JUNK, REFERENCE, ZERO
+from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, OPS, Folio, Lookup
 
 
 class AbstractPageCache(AbstractMappings):
@@ -53,8 +54,12 @@ class AbstractPageCache(AbstractMappings):
         page = self.state.page(frame.slot - 1)
         index = self.index(page.number)
         page.cached = frame.slot = frame.cache = 0
-        page.expect = ZERO
         ghost = self.state.ghost(self.who)
+        # Only a punch, or the end of the file, is asked to lose what is there; a page that is given up is lost already.
+        op = OPS[ghost.op - 1] if ghost.op else "someone"
+        if op != "punch" and self.file.inode != EVICTED and not frame.kept and page.expect not in (ZERO, ANY):
+            self.notes.append(facts.Destroyed(frame.number, f"{op} takes the page out of the file"))
+        page.expect = ZERO
         if ghost.op:
             ghost.removed |= 1 << index
         self.done_to("removes the folio", index)

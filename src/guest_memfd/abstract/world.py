@@ -24,7 +24,7 @@ from guest_memfd.words.pagestate import (
     VM_STATES,
     ZERO,
 )
-from guest_memfd.words.primitives import EAGAIN, EBUSY, OPS, UNREPORTED, Bound, Cost, Entries, Folio
+from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, OPS, UNREPORTED, Bound, Cost, Entries, Folio
 
 TREES = {"attributes": "attr", "bindings": "binding"}
 """Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""
@@ -88,10 +88,10 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         return any(frame.user == page.number + 1 for frame in self.state.frames())
 
     def ops_released(self) -> None:
-        """Once; of a file that is gone nothing is left to be called about."""
-        if self.file.released:
+        """Once; but of a file that is gone nothing is left to be called about, and it may be said again."""
+        if self.file.released and self.file.inode in (ALIVE, EVICTED):
             self.gone("what the hypervisor keeps of the file, in ops_released")
-        self.file.released = int(self.file.inode in (ALIVE, EVICTED))
+        self.file.released = 1
 
     def op_returned(self, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
         """What the caller is told, beside what the operation had said."""
@@ -150,7 +150,10 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     def _bind(self, page: st.PageRecord, index: int, value: int) -> None:
         ghost = self.state.ghost(self.who)
         if page.binding != value:
-            self.done_to("changes the binding", index)
+            if ghost.op and OPS[ghost.op - 1] in ("bind", "unbind"):
+                ghost.toggled ^= 1 << index
+            # Of a binding that goes a kernel mapping has to be told, or no one will be able to tell it any more.
+            self.done_to("changes the binding", index, always=bool(page.binding and self.hypervisor.pfn_cache))
         if ghost.op and OPS[ghost.op - 1] == "bind" and page.binding and value:
             self.notes.append(facts.Rebound(index))
         if value:
@@ -252,7 +255,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
             self.die("destroy_inode of an inode with preallocated nodes")
         if self.file.invalidate_w or self.file.invalidate_r:        # lockdep: "held lock freed!"
             self.die("destroy_inode of an inode whose invalidate_lock is held")
-        self.file.inode, self.file.evictor, self.file.released = DESTROYED, 0, 0
+        self.file.inode, self.file.evictor = DESTROYED, 0
         for index in range(self.sizes.pages):
             page = self.page(index)
             page.attr = page.binding = 0
@@ -335,6 +338,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     def pm_prepare(self, what: str) -> int:
         """-EBUSY while pages are away from the host, else 0: from now on none may leave until `pm_post`."""
         if self.state.away:
+            self.state.ghost(self.who).ended = 1 + EBUSY
             return -EBUSY
         self.state.preparing = 1
         return 0
@@ -345,7 +349,10 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
 
     def open_files(self) -> int:
         """How many files have a reference left, as secretmem_users counts; hibernation asks for it."""
-        return sum(file.files > 0 for file in self.state.all_files())
+        count = sum(file.files > 0 for file in self.state.all_files())
+        if count:
+            self.state.ghost(self.who).ended = 1 + EPERM
+        return count
 
     def freeze_processes(self) -> None:
         """Tasks stop where they can: outside of every memory operation."""
@@ -379,7 +386,9 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         frame, ghost = self.state.frame(folio.pfn), self.state.ghost(self.who)
         reached = {"the guest": (frame.gmap or frame.gstale) and self.vm.vm == RUNNING, "the VMM": frame.user,
                    "the kernel": any(vm.gpc == frame.number + 1 for vm in self.state.vms())}
-        reasons = tuple(why for bit, why in enumerate(REASONS) if ghost.reasons >> bit & 1)
+        # The end of the file is an excuse while it ends, and no other's.
+        mask = ghost.reasons & ~(GONE_BEFORE if self.file.inode == ALIVE else 0)
+        reasons = tuple(why for bit, why in enumerate(REASONS) if mask >> bit & 1)
         self.notes.append(facts.Contained(frame.number, result, tuple(who for who, how in reached.items() if how), reasons))
         frame.handled = int(result == "delayed")
         self._clear(ghost)

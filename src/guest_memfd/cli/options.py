@@ -115,7 +115,10 @@ class Scope:
                   for scene, names in QUICK_PARTNERS.items() if scene in brief]
         also = f" ({', '.join(others)})" if others else ""
         where = self._where(brief, "other ")
-        looks += [f"in {where}, every party except {listed(QUICK_WITHOUT)}, alone and with {PARTNER}{also}"] if brief else []
+        alone = f"alone and with {PARTNER}{also}"
+        if len(brief) == 1:
+            alone = f"alone and with {listed(names)}" if (names := QUICK_PARTNERS.get(brief[0], (PARTNER,))) else "alone"
+        looks += [f"in {where}, every party except {listed(QUICK_WITHOUT)}, {alone}"] if brief else []
         triples = [*dict.fromkeys(name for scene in scenes for name in QUICK.get(scene, ()))]
         looks += [f"the triples {listed(triples)}"] if triples else []
         return f"{'; '.join(looks)}; without VMMs that do several things in a row"

@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
                        "guests run on kvm, where this machine has one")
     modules = {**_MODULES, **{f"{_ARM64}{name}": "run_emulated" for name in _given_by_models(arguments.on)}}
     if arguments.on not in modules:
-        raise UnknownName("host", arguments.on, modules)
+        own = f"; {_ARM64}NAME runs on a hypervisor of your own: --load FILE" if arguments.on.startswith(_ARM64) else ""
+        raise UnknownName("host", arguments.on, modules, own)
     if not 0 < arguments.timeout < 1e9:
         raise BadInput(f"--timeout {arguments.timeout:g}: a number of seconds above 0 and below 1e9")
     module = import_module(f"guest_memfd.cli.{modules[arguments.on]}")

@@ -118,7 +118,6 @@ class Hypervisor:
     pfn_cache: bool = False
     final: Mapping[str, int] = field(default_factory=dict)
     errnos: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = field(default=())
 
     def wrong_result(self, name: str, ret: object) -> str | None:
         """What is wrong with *ret* as the result of hypercall *name*, in words; None when it is 0 or -errno."""

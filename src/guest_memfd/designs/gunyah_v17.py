@@ -128,7 +128,7 @@ class GunyahV17(Design):
         if not ret:
             yield from host.xa_store_reserved("bindings", start, Entries(0, 1))
             yield from host.fput()                          # the binding's; the ioctl's own is forgotten (S12)
-        yield from host.end_op(ret, start if ret == -EBUSY else None)
+        yield from host.end_op(ret, start if ret not in (0, -ENOENT) else None)
         yield from host.up_write("bindings")
         yield from host.up_write("invalidate")
         if ret:
@@ -367,6 +367,7 @@ class GunyahV17(Design):
         if (yield from self.reclaim_range(0, self.size - 1)):
             yield from host.warn("guest memory is lost")
         yield from host.end_op(0)
+        yield from self.ops.release()
         return 0
 
     @override

@@ -10,7 +10,7 @@ import difflib
 from guest_memfd.core.hypervisor import DATA_ABORT, SEA, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.errors import shown
-from guest_memfd.plugins.fields import ERRNOS, FLAG, LINE, LINES, MINUS_ERRNO, NAME, Kind, one_of, table, takes, wrong
+from guest_memfd.plugins.fields import ERRNOS, FLAG, LINE, MINUS_ERRNO, NAME, Kind, one_of, table, takes, wrong
 from guest_memfd.plugins.forgotten import in_class
 from guest_memfd.plugins.overrides import unfit
 
@@ -22,7 +22,7 @@ FIELDS = {
     "hypercalls": table("names", Kind("functions of a Stage2 and arguments", callable)),
     "fallible": table("hypercalls", MINUS_ERRNO), "final": table("hypercalls", MINUS_ERRNO),
     "abort": one_of(SEA, DATA_ABORT, None), "tracks_owner": FLAG, "consents": LINE.or_none(), "guest_consents": takes(2),
-    "guest_touches": takes(2), "force_reclaim": takes(2), "pfn_cache": FLAG, "errnos": ERRNOS, "notes": LINES,
+    "guest_touches": takes(2), "force_reclaim": takes(2), "pfn_cache": FLAG, "errnos": ERRNOS,
 }
 
 

@@ -79,7 +79,7 @@ def poison_note(note: Any) -> Evidence:
     """Once memory_failure() has done with a page no one gets it, and its word is what has become of it."""
     if isinstance(note, facts.Given):
         return f"{note.whom} is given a page whose memory is broken"
-    if isinstance(note, facts.Access) and note.broken and note.who in ("guest", "VMM"):
+    if isinstance(note, facts.Access) and note.broken and note.who in ("guest", "VMM", "library"):
         return f"the {note.who} reaches a page whose memory is broken, through {through(note.via)}"
     if isinstance(note, facts.DirectMapChange) and note.broken and not note.invalid:
         return "a page whose memory is broken is put back into the direct map"

@@ -82,17 +82,23 @@ NAMING = frozenset({"punch", "to_private", "to_shared", "unbind"})
 
 def _place(note: facts.Ended) -> Evidence:
     # These errnos are about the whole request and not about one page.
-    if note.ret in (0, -ENOMEM, -ENOENT) or not note.places:
+    if note.ret in (0, -ENOMEM, -ENOENT):
         return None
     if note.error_index is None:
         doors = note.ret == -EAGAIN and "hibernation" in note.reasons
-        return None if doors else f"{note.op} is refused and does not say where"
+        return None if doors or not (note.places or note.ret == -EAGAIN) else f"{note.op} is refused and does not say where"
+    if not note.places:
+        return None
     if note.error_index not in note.places:
         return f"{note.op} names page {note.error_index} as the one that refused, and it was another"
     return None
 
 
 def _punched(note: facts.Ended) -> Evidence:
+    # What has been removed lies below the page that failed, and nothing below it has stayed.
+    if note.removed and note.ret in (-EAGAIN, -EIO) and note.error_index is not None and (
+            any(i >= note.error_index for i in note.removed) or any(i < note.error_index for i in note.left)):
+        return f"punch stops at page {note.error_index}, and what it has removed is not what lies before it"
     # A hole that has a page in it would give old data to the next reader.
     if note.ret == 0 and note.left:
         return "punch returns 0 and a page of the hole is still there"
@@ -119,6 +125,8 @@ def _allocated(note: facts.Ended) -> Evidence:
 
 
 def _unbound(note: facts.Ended) -> Evidence:
+    if note.ret < 0 and note.toggled:
+        return f"{note.op} is refused and has changed a binding"
     return f"{note.op} returns 0 and a page is still bound" if note.ret == 0 and any(note.bound) else None
 
 
@@ -132,6 +140,8 @@ def _created(note: facts.Ended) -> Evidence:
 
 
 def _bound(note: facts.Ended) -> Evidence:
+    if note.ret < 0 and note.toggled:
+        return "bind is refused and has changed a binding"
     first = note.bound[0] if note.bound else 0
     if note.ret == 0 and (not first or note.bound != tuple(range(first, first + len(note.bound)))):
         return "bind returns 0 and a page is not bound to its gfn"
@@ -182,6 +192,8 @@ def _returned(note: facts.Returned) -> Evidence:
     if not valid:
         refused = note.ret in (-EINVAL, -EOPNOTSUPP)
         return None if refused else f"{note.op} of what is no range of the file returns {_errno(note.ret)} and not -EINVAL"
+    if note.op == "hibernate" and note.ended is None:
+        return "hibernation is refused, and nothing stands against it"
     if note.ended is not None:
         if note.ret == note.ended:
             return None

@@ -8,7 +8,19 @@ from guest_memfd.abstract import state as st
 from guest_memfd.laws.access import through
 from guest_memfd.laws.law import Evidence
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import BORROWED, DESTROYED, GUEST, HOST, KEPT, NO_INODE
+from guest_memfd.words.pagestate import ANY, BORROWED, CONTENTS, DESTROYED, GUEST, HOST, KEPT, NO_INODE
+
+
+def no_stale_data(state: st.State) -> Evidence:
+    """A page that no one is working on holds what was last put there on purpose."""
+    for frame in state.frames():
+        if not frame.slot or not frame.uptodate or frame.lock or frame.poison or (
+                state.file_of(frame.slot - 1).invalidate_w):
+            continue
+        expect = state.page(frame.slot - 1).expect
+        if expect not in (ANY, frame.content):
+            return f"a page of the file holds {CONTENTS[frame.content]} where {CONTENTS[expect]} should be"
+    return None
 
 
 def one_owner_note(note: Any) -> Evidence:
@@ -90,6 +102,7 @@ def nothing_lost(state: st.State) -> Evidence:
         "the file": any(file.files for file in state.all_files()),
         "the module": state.module,
         "a page is still counted as away, and so": state.away - sum(frame.private for frame in kept),
+        "what the hypervisor keeps of the file": any(file.inode and not file.released for file in state.all_files()),
         "an invalidation": any(vm.progress for vm in state.vms()),
         "the door that hibernation closes": state.preparing,
     }

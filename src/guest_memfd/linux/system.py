@@ -34,7 +34,9 @@ class System(Descriptor):
     """uapi/kvm.py KvmSystem. Raises HostUnavailable."""
 
     def __init__(self, path: str = PATH) -> None:
-        super().__init__(open_device(path, _HELP), path)
+        # Of a path that someone has written: he knows what should be there.
+        helps = {errno: words for errno, words in _HELP.items() if errno != ENOENT or path == PATH}
+        super().__init__(open_device(path, helps), path)
         try:
             version = self.get_api_version()
             self.vcpu_mmap_size = syscall.ioctl(self.fileno(), uapi.GET_VCPU_MMAP_SIZE, call="KVM_GET_VCPU_MMAP_SIZE")

@@ -16,7 +16,9 @@ def hibernate(design: Design, hypervisor: Hypervisor) -> Steps[None]:
         yield from MM.freeze_processes()
         yield from MM.thaw_processes()
         return
-    if (yield from design.hibernate_prepare()):
+    ret = yield from design.hibernate_prepare()
+    if ret:
+        yield from MM.op_returned("hibernate", 0, design.scene.pages, ret)
         return
     yield from MM.freeze_processes()
     for pfn in range(design.scene.frames):

@@ -35,7 +35,7 @@ NEEDS = {
 """What a test may need, beyond a device to open."""
 
 PAGE_TABLES = 0x1000_0000
-"""Guest address of the page tables that `Host.enter` needs on x86: six pages."""
+"""Guest address of the page tables that `GmemHost.enter` needs on x86: six pages."""
 
 _GIB_MAPPED = 4
 _MOST = 5

@@ -17,6 +17,7 @@ from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, PluginError, Signalled, SyscallFailed
 from guest_memfd.guests.loader import GuestImage
 from guest_memfd.machine.boot import Config, Machine
+from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER
 from guest_memfd.machine.el2.gunyah.vcpu import VcpuState
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hypcalls.modelled import ModelledDriver
@@ -102,6 +103,8 @@ class EmulatedRun:
         if order.layout.folio > PAGE and isinstance(self.machine.driver, ModelledDriver):
             raise BadInput(f"folios of {order.layout.folio:#x} bytes: hypervisor {order.hypervisor!r} is given by a model "
                            "of single pages")
+        if order.hypervisor == "gunyah" and order.layout.folio > PAGE << PMD_ORDER:
+            raise BadInput(f"folios of {order.layout.folio:#x} bytes: a file of /dev/gunyah has folios of 4K or 2M")
         free = self.machine.kernel_pages.free_pages * PAGE
         if order.layout.private + order.layout.shared > free:
             raise BadInput(f"--memory {order.layout.private:#x}: of --ram {order.ram:#x}, {free:#x} bytes are free")

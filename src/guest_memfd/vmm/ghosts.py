@@ -59,5 +59,5 @@ class ProgramTracer(Tracer):
             self.expect(page, ANY)
             if owned or (isinstance(page.inode, Inode) and page.inode.entry("attributes", page.index) == PRIVATE_PAGE):
                 self.secret.add(page.pa)
-        elif owned and not sanitised and machine.driver.forgets:
+        elif owned and not sanitised and machine.hypervisor.consents is not None:
             self.secret.discard(page.pa)                # unlocked before: the guest has agreed

@@ -144,8 +144,8 @@ Tree = Literal["attributes", "bindings", "provided"]
 """The library's (and v17's) maple trees and xarrays, index -> small integer, 0 for none."""
 
 OPS = ("fault", "user_fault", "mmap", "allocate", "punch", "to_private", "to_shared", "unbind", "teardown", "create", "bind",
-       "error")
-"""Operations that begin_op names."""
+       "error", "hibernate")
+"""Operations that begin_op and op_returned name."""
 
 UNREPORTED = frozenset({"user_fault", "mmap", "teardown"})
 """Those of which no caller says what it was told."""

@@ -48,6 +48,7 @@ EVENTS: Mapping[str, Seen] = {
     "the hypervisor refused as a rule": lambda note: isinstance(note, Refused),
     "an access of the kernel was aborted": lambda note: isinstance(note, Abort),
     "a device reached a page": _reached("device"),
+    "an image of memory was written": _reached("image"),
     "broken memory was contained": lambda note: isinstance(note, Contained),
 }
 """What can happen -> whether a fact says that it did."""

@@ -79,11 +79,11 @@ LONG: dict[str, dict[str, Scenario]] = {
     },
     "vmm-pages": {
         "two-pages": ("vcpu2", "vmm2", "drainer", "stop", "power"),
-        "both-private": ("vcpu2", "vmm2", "drainer", "stop", "power"), "for-good": ("vcpu2", "stop"),
+        "both-private": ("vcpu", "vcpu2", "vmm2", "drainer", "stop", "power"), "for-good": ("vcpu2", "stop"),
         "quiet-free": ("vcpu2",), "three-pages": (), "failing-twice": ("vcpu",),
     },
     "vmm-mapped": {"both-shared": ("vcpu2", "drainer", "pfn-cache", "device"), "quiet-free": ("device",)},
-    "vmm-any": {"two-pages": ("stop",), "crossed": ("stop",)},
+    "vmm-any": {"two-pages": ("stop",), "crossed": ("stop",), "failing-twice": ("vcpu2",)},
     "vmm-move": {
         "two-pages": ("vcpu2", "patient-vcpu", "vmm2", "pfn-cache", "memory-failure", "stop"), "crossed": ("vcpu2",),
         "for-good": ("stop",), "failing-twice": (),

@@ -98,12 +98,11 @@ def unmap_vmmio(stage2: Stage2, gfn: int, folio: Folio, sync: bool) -> int:
 
 
 def unlock_pages(stage2: Stage2, pfn: int) -> None:
-    """MODIFY_PAGES unlock with do_not_sanitise: the guest relinquishes a page and what it holds."""
+    """MODIFY_PAGES unlock with do_not_sanitise: the guest relinquishes a page, and what it holds is kept."""
     if stage2.owner(pfn) == "guest":
         stage2.set_locked_in(pfn, False)
         # do_not_sanitise is the guest's word that the contents may be seen.
         stage2.declassify(pfn)
-        stage2.forget(pfn)
 
 
 def guest_touches(stage2: Stage2, pfn: int) -> None:

@@ -6,6 +6,7 @@ is read from its bytes; only whether words that a guest wrote are a *secret* can
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +15,7 @@ from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.page import Page
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import ANY, CONTENTS, DATA, EVICTED, JUNK, MANY, REASONS, RUNNING, SECRET, ZERO
+from guest_memfd.words.pagestate import ANY, CONTENTS, DATA, EVICTED, GONE_BEFORE, JUNK, MANY, REASONS, RUNNING, SECRET, ZERO
 from guest_memfd.words.primitives import UNREPORTED, Bound, Cost, Entries
 
 if TYPE_CHECKING:
@@ -203,12 +204,17 @@ class Tracer:
         if operation is not None and announced is not None and not announced.start <= index < announced.stop:
             host.notes.append(facts.Unannounced(operation.op, what, index))
 
-    def removed(self, host: TracedTask, index: int, nr: int) -> None:
-        """A folio has left the file: the next reader is to find zeros."""
+    def removed(self, host: TracedTask, page: Page) -> None:
+        """*page* has left the file: the next reader is to find zeros."""
+        index, nr = page.index, page.nr
         operation = self.operations.get(host.who)
         if operation is not None and operation.nr <= JUDGED:
             operation.removed.update(range(index, index + nr))
-        self.expected.pop((host.inode, index), None)
+        expected = self.expected.pop((host.inode, index), ZERO)
+        # Only a punch, or the end of the file, is asked to lose what is there; a page that is given up is lost already.
+        op = "someone" if operation is None else operation.op
+        if op != "punch" and host.inode.life != EVICTED and not page.kept and expected not in (ZERO, ANY):
+            host.notes.append(facts.Destroyed(self.machine.number(page.pa), f"{op} takes the page out of the file"))
         self.done_to(host, "removes the folio", index)
 
     def attributes(self, host: TracedTask, start: int, values: Entries) -> list[Page]:
@@ -228,12 +234,20 @@ class Tracer:
         pages = (inode.find(index) for index in changed)
         return list({page.pa: page for page in pages if page is not None}.values())
 
-    def binds(self, host: TracedTask, start: int, nr: int) -> None:
-        """Pages [start, start+nr) are about to be bound: note those that are."""
+    def bindings(self, host: TracedTask, start: int, values: Entries) -> None:
+        """Bindings are about to change: what the operation does to pages that are bound, or will be."""
         operation = self.operations.get(host.who)
-        if operation is not None and operation.op == "bind" and nr <= JUDGED:
-            bound = host.inode.trees["bindings"].load(start, nr)
-            host.notes += [facts.Rebound(start + at) for at, entry in enumerate(bound) if entry]
+        if operation is None or len(values) > JUDGED:
+            return
+        bound = host.inode.trees["bindings"].load(start, len(values))
+        for index, was, entry in zip(itertools.count(start), bound, values, strict=False):
+            if was and entry and operation.op == "bind":
+                host.notes.append(facts.Rebound(index))
+            if was != entry:
+                if operation.op in ("bind", "unbind"):
+                    operation.toggled ^= {index}
+                # Of a binding that goes a kernel mapping has to be told, or no one will be able to tell it any more.
+                self.done_to(host, "changes the binding", index, always=bool(was and self.machine.hypervisor.pfn_cache))
 
     def against(self, task: int, reason: int, page: Page | None) -> None:
         """Something stands against the operation of *task*: at *page* of its file, if it is a page's doing."""
@@ -258,11 +272,11 @@ class Tracer:
         else:
             self.asked.discard(page.pa)
 
-    def forget(self, task: int) -> tuple[str, ...]:
-        """The operation of *task* is over: what stood against it."""
+    def forget(self, task: int, *, excused: bool = True) -> tuple[str, ...]:
+        """The operation of *task* is over: what stood against it; not *excused*: the end of the file did not."""
         operation = self.operations.pop(task, None)
         self.ended.pop(task, None)
-        return _reasons(operation.reasons) if operation is not None else ()
+        return _reasons(operation.reasons & ~(0 if excused else GONE_BEFORE)) if operation is not None else ()
 
     def returned(self, host: TracedTask, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
         """What the caller is told, beside what the operation had said."""

@@ -61,7 +61,6 @@ class GunyahDriver(Driver):
 
     host_vmid = HLOS_VMID
     rules = frozenset({("unmap_private", -EBUSY), ("donate_from_protected", -EBUSY)})
-    forgets = True
 
     def __init__(self, hardware: Hardware, hypervisor: Hypervisor, *, inject: InjectKind = "sea") -> None:
         super().__init__(hardware, hypervisor)

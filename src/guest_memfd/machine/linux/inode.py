@@ -86,7 +86,7 @@ class Inode:
 
     def destroy(self) -> None:
         """What was kept in it goes with its memory. (``provided`` is a VM's, and only found through it here.)"""
-        self.life, self.evictor, self.refuses_readers, self.released = DESTROYED, None, False, False
+        self.life, self.evictor, self.refuses_readers = DESTROYED, None, False
         self.trees |= {name: MapleTree() for name in ("attributes", "bindings")}
 
     def bound(self) -> bool:

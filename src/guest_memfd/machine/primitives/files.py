@@ -23,9 +23,9 @@ class FilePrimitives(GuestSide):
 
     def ops_released(self) -> None:
         """Tracepoint; of a file that is gone nothing is left to be called about."""
-        if self.inode.released:
+        if self.inode.released and self.inode.life in (ALIVE, EVICTED):
             self.gone("what the hypervisor keeps of the file, in ops_released")
-        self.inode.released = self.inode.life in (ALIVE, EVICTED)
+        self.inode.released = True
 
     def op_returned(self, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
         """Tracepoint, where the caller is told."""
@@ -62,9 +62,9 @@ class FilePrimitives(GuestSide):
                 else:
                     self.machine.tracer.declassify(page)
             return
-        if tree == "bindings" and values.first:
-            self.machine.tracer.binds(self, start, nr)
-            self.inode.released = False
+        if tree == "bindings":
+            self.machine.tracer.bindings(self, start, values)
+            self.inode.released = self.inode.released and not values.first
         self.inode.trees[tree].store(start, values)
 
     def xa_store_reserved(self, tree: Tree, start: int, values: Entries) -> None:

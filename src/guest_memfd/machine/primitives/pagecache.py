@@ -81,7 +81,7 @@ class PageCache(Contents):
             self.die(f"{folio} is not in the page cache")
         self.inode.remove(page)
         self.drop(page, "cache", page.nr)
-        self.machine.tracer.removed(self, page.index, page.nr)
+        self.machine.tracer.removed(self, page)
 
     def split_folio(self, folio: Folio) -> int:
         """Flags and the page cache's references are those of every page; the caller keeps the first, locked."""

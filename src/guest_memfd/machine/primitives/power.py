@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from guest_memfd.machine.primitives.files import FilePrimitives
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import HIBERNATION, RUNNING
-from guest_memfd.words.primitives import EAGAIN, EBUSY, Folio
+from guest_memfd.words.pagestate import ALIVE, HIBERNATION, RUNNING
+from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, Folio
 
 
 class PowerPrimitives(FilePrimitives):
@@ -25,6 +25,7 @@ class PowerPrimitives(FilePrimitives):
     def pm_prepare(self, what: str) -> int:
         """-EBUSY while pages are away from the host, else 0: from now on none may leave until `pm_post`."""
         if self.machine.power.away:
+            self.machine.tracer.ended[self.who] = -EBUSY
             return -EBUSY
         self.machine.power.preparing = True
         return 0
@@ -35,7 +36,10 @@ class PowerPrimitives(FilePrimitives):
 
     def open_files(self) -> int:
         """How many files have a reference left, as secretmem_users counts; hibernation asks for it."""
-        return sum(inode.files > 0 for inode in self.machine.inodes)
+        count = sum(inode.files > 0 for inode in self.machine.inodes)
+        if count:
+            self.machine.tracer.ended[self.who] = -EPERM
+        return count
 
     def freeze_processes(self) -> None:
         """Tasks stop where they can: outside of every memory operation (kernel/power/process.c)."""
@@ -70,5 +74,5 @@ class PowerPrimitives(FilePrimitives):
         reached = {"the guest": self.vm.state == RUNNING and machine.guest_reaches(page),
                    "the VMM": machine.mapped_by_user(page.pa, page.size), "the kernel": self.vm.gpc is page}
         self.notes.append(facts.Contained(machine.number(page.pa), result, tuple(who for who, how in reached.items() if how),
-                                          machine.tracer.forget(self.who)))
+                                          machine.tracer.forget(self.who, excused=self.inode.life != ALIVE)))
         page.handled = result == "delayed"
