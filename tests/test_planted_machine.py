@@ -31,11 +31,8 @@ from guest_memfd.machine.linux.linear_map import LinearMap
 from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.machine.linux.page import Page
 from guest_memfd.machine.linux.rwsem import Rwsem
-from guest_memfd.machine.primitives.directmap import DirectMap
-from guest_memfd.machine.primitives.files import FilePrimitives
-from guest_memfd.machine.primitives.guest import GuestSide
-from guest_memfd.machine.primitives.pagecache import PageCache
-from guest_memfd.machine.primitives.power import PowerPrimitives
+from guest_memfd.machine.primitives import files, guest
+from guest_memfd.machine.primitives.host import EmulatedHost
 
 SCHEDULES = 150
 """A mistake has to show within so many."""
@@ -262,7 +259,7 @@ def a_speculative_reference_is_kept(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("kvm", "vmm", "vcpu")
 def draining_forgets_a_batch(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PageCache, "lru_add_drain_all", lambda self: None)
+    patch.setattr(EmulatedHost, "lru_add_drain_all", lambda self: None)
 
 
 @mistake("kvm", "vmm", "vcpu", "vcpu2", "device")
@@ -303,25 +300,25 @@ def by_address_removes_no_combined_entry(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("gunyah", "vcpu", "vcpu2", design="gunyah-v17", scene="crossed")
 def what_is_provided_ends_with_the_file(patch: pytest.MonkeyPatch) -> None:
-    right = FilePrimitives._store
-    patch.setattr(FilePrimitives, "_store", lambda self, tree, start, values: (
-        right(self, tree, start, values) if start < self.inode.size else None))
+    right = files._store
+    patch.setattr(files, "_store", lambda host, tree, start, values: (
+        right(host, tree, start, values) if start < host.inode.size else None))
 
 
 @mistake("kvm", "vcpu", "vmm-pages", scene="both-shared")
 def only_the_first_folio_of_a_batch_is_flushed(patch: pytest.MonkeyPatch) -> None:
-    right = DirectMap.flush_tlb_kernel_range
-    patch.setattr(DirectMap, "flush_tlb_kernel_range", lambda self, folios: right(self, folios[:1]))
+    right = EmulatedHost.flush_tlb_kernel_range
+    patch.setattr(EmulatedHost, "flush_tlb_kernel_range", lambda self, folios: right(self, folios[:1]))
 
 
 @mistake("kvm", "vmm-any", "vmm2", scene="unbound")
 def a_vm_hears_of_files_that_it_has_not_bound(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(GuestSide, "_is_bound", lambda self, what: True)
+    patch.setattr(guest, "_is_bound", lambda host, what: True)
 
 
 @mistake("kvm", "creator", "stop", scene="nothing-yet")
 def a_vm_that_has_stopped_is_bound_all_the_same(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FilePrimitives, "vm_state", lambda self: "running")
+    patch.setattr(EmulatedHost, "vm_state", lambda self: "running")
 
 
 @mistake("gunyah", "vcpu", "vcpu2", "stop", scene="for-good")
@@ -340,7 +337,7 @@ def what_was_refused_for_good_is_given_back_in_the_end(patch: pytest.MonkeyPatch
 
 @mistake("gunyah", "vcpu", "vcpu2", "stop", scene="for-good")
 def a_leaked_page_is_not_counted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PageCache, "leak_folio", lambda self, folio: self.page(folio).take("kept"))
+    patch.setattr(EmulatedHost, "leak_folio", lambda self, folio: self.page(folio).take("kept"))
 
 
 @mistake("kvm", "creator", "vcpu", scene="no-direct-map-changes")
@@ -356,13 +353,13 @@ def the_allocator_writes_to_what_it_frees(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("kvm", "vcpu", "vcpu2", "memory-failure")
 def memory_failure_is_never_done_with_a_page(patch: pytest.MonkeyPatch) -> None:
-    right = PowerPrimitives.memory_failure_done
+    right = EmulatedHost.memory_failure_done
 
-    def memory_failure_done(self: PowerPrimitives, folio: Any, result: str) -> None:
+    def memory_failure_done(self: EmulatedHost, folio: Any, result: str) -> None:
         right(self, folio, result)
         self.page(folio).handled = False
 
-    patch.setattr(PowerPrimitives, "memory_failure_done", memory_failure_done)
+    patch.setattr(EmulatedHost, "memory_failure_done", memory_failure_done)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -82,10 +82,10 @@ def test_the_panic_is_the_kernels_own(panic: OnMachine) -> None:
 
 
 def test_a_step_that_the_machine_does_not_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from guest_memfd.machine.primitives.pagecache import PageCache
+    from guest_memfd.machine.primitives.host import EmulatedHost
 
-    monkeypatch.setattr(PageCache, "folio_ref_count", lambda self, folio: 7)
-    monkeypatch.setattr(PageCache, "folio_mark_uptodate", lambda self, folio: None)
+    monkeypatch.setattr(EmulatedHost, "folio_ref_count", lambda self, folio: 7)
+    monkeypatch.setattr(EmulatedHost, "folio_mark_uptodate", lambda self, folio: None)
     shown = on_machine(found("none", "gunyah", "vcpu,zeropad", "host-survives"))
     assert not shown.same
     assert "uptodate" in str(shown.again.divergence)

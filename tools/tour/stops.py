@@ -21,7 +21,7 @@ from guest_memfd.machine.hw.arm64.mmu import Mmu
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hypcalls.pkvm import PkvmDriver
 from guest_memfd.machine.linux.linear_map import LinearMap
-from guest_memfd.machine.primitives.directmap import DirectMap
+from guest_memfd.machine.primitives import directmap
 from guest_memfd.vmm.kvm import KvmGuest
 from tour.ride import GFN, IPA
 
@@ -82,7 +82,7 @@ The direct map is the kernel's own mapping of all RAM. A stray load of the kerne
 library marks the folio, and then asks for the entry to be made invalid. The mark comes first: nobody may rely on
 the entry of a marked folio. If the entry cannot be changed, the library takes the mark back and the fault fails
 with -ENOMEM."""),
-    Stop("The primitive: one step of the host", (Point(DirectMap.set_direct_map_invalid_noflush),), """\
+    Stop("The primitive: one step of the host", (Point(directmap.set_direct_map_invalid_noflush),), """\
 The library never touches memory itself. It asks its host for *primitives*, one after the other, and the host
 carries them out. This is the primitive `set_direct_map_invalid_noflush` on the emulated machine. The host that is
 explored has a primitive of the same name, which changes a few bytes of its state. So the same code of the library

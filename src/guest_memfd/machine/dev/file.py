@@ -22,7 +22,9 @@ from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.mm import FIRST, MAX_VMAS
 from guest_memfd.machine.linux.oops import TASK_SIZE
+from guest_memfd.machine.primitives.contents import note_access
 from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.machine.primitives.user import put_inode
 from guest_memfd.plugins.guard import foreign
 from guest_memfd.uapi import owned
 from guest_memfd.uapi.memory import (
@@ -99,7 +101,7 @@ class FileHost(EmulatedHost):
     def munmap(self) -> bool:
         """The VMA over the window."""
         self.machine.vmm.munmap(self.inode, self.window)
-        return self.put_inode()
+        return put_inode(self)
 
     def user_read(self, index: int, within: int, nr: int) -> bytes | str:
         """EL0 loads the doubleword at byte *within* of page *index*, and with it *nr* bytes; or what stops it."""
@@ -114,7 +116,7 @@ class FileHost(EmulatedHost):
         page, tracer = self.machine.page_at(pa), self.machine.tracer
         tracer.expect(page, ANY)
         content = SECRET if page.pa in tracer.secret else DATA if page.uptodate else tracer.content(page)
-        self.note_access(page, "VMM", "user access", "user mapping", write, content)
+        note_access(self, page, "VMM", "user access", "user mapping", write, content)
 
     def user_write(self, index: int, within: int, data: bytes) -> str:
         """EL0 stores one doubleword of *data* at byte *within* of page *index*, and the rest with it.

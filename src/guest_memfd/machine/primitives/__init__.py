@@ -1,4 +1,6 @@
-"""The primitives of words/primitives.py, carried out on the emulated machine; one mixin per subject.
+"""The primitives of words/primitives.py, carried out on the emulated machine: functions over a file and a task.
+
+One module per subject.
 
     base.py       whose file, whose task, how a primitive waits or ends the kernel
     lifetime.py   what has to be there for a primitive: the module its code is in, the inode it works on
@@ -11,5 +13,5 @@
     files.py      trees, files, inodes, modules, the VM
     services.py   what reads and writes all RAM: kcore, the hibernation image, page poisoning
     power.py      hibernation, memory failure
-    host.py       all of them together, and the only place from which they are called
+    host.py       the list of all of them, and the only place from which they are called
 """

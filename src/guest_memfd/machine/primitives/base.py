@@ -1,4 +1,4 @@
-"""What the mixins of the emulated host share: the machine, the file, the task - and how a primitive waits or dies."""
+"""What every primitive of the emulated host is given: the machine, the file, the task - and how it waits or dies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.panic import HARDWARE, KernelPanic
 from guest_memfd.words import facts
 from guest_memfd.words.outcome import Blocked
-from guest_memfd.words.pagestate import PRIVATE_PAGE
+from guest_memfd.words.pagestate import PRIVATE_PAGE, ZERO
 from guest_memfd.words.primitives import Bound, Caller, Folio
 
 if TYPE_CHECKING:
@@ -93,3 +93,8 @@ class Base:
             page.drop(kind, nr)
         except ValueError:
             self.die(f"reference count of {self.folio(page)} drops below zero ({kind})")
+
+    def asked(self, page: Page) -> bool:
+        """Whether the guest can hold on to *page*: it has written to it, or was given it when it had faulted there."""
+        tracer = self.machine.tracer
+        return tracer.content(page) != ZERO or page.pa in tracer.asked

@@ -9,38 +9,39 @@ from guest_memfd.words.pagestate import FAILURE
 from guest_memfd.words.primitives import Folio
 
 
-class DirectMap(Base):
-    """The direct-map primitives, can_set_direct_map to flush_tlb_kernel_range: real entries and real TLBs."""
+def can_set_direct_map(host: Base) -> bool:
+    """By the kernel's command line: rodata=full, or debug_pagealloc (arch/arm64/mm/pageattr.c)."""
+    return host.machine.linear_map.can_set_direct_map()
 
-    def can_set_direct_map(self) -> bool:
-        """By the kernel's command line: rodata=full, or debug_pagealloc (arch/arm64/mm/pageattr.c)."""
-        return self.machine.linear_map.can_set_direct_map()
 
-    def set_direct_map_invalid_noflush(self, folio: Folio) -> int:
-        """The entries go, TLBs keep them (arch/arm64/mm/pageattr.c)."""
-        page = self.page(folio)
-        ret = self.machine.linear_map.set_direct_map_invalid_noflush(page.pa, page.nr)
-        return self._changed(page, ret, invalid=True)
+def set_direct_map_invalid_noflush(host: Base, folio: Folio) -> int:
+    """The entries go, TLBs keep them (arch/arm64/mm/pageattr.c)."""
+    page = host.page(folio)
+    ret = host.machine.linear_map.set_direct_map_invalid_noflush(page.pa, page.nr)
+    return _changed(host, page, ret, invalid=True)
 
-    def _changed(self, page: Page, ret: int, *, invalid: bool) -> int:
-        if not ret:
-            self.notes.append(facts.DirectMapChange(self.caller, self.machine.number(page.pa), invalid, page.handled))
-            # A change that failed has written nothing, so it does not count.
-            self.machine.tracer.counts(self.who, "writes")
-        else:
-            self.against(FAILURE)
-        return ret
 
-    def set_direct_map_default_noflush(self, folio: Folio) -> int:
-        """Invalid to valid: nothing stale can be left."""
-        page = self.page(folio)
-        ret = self.machine.linear_map.set_direct_map_default_noflush(page.pa, page.nr)
-        return self._changed(page, ret, invalid=False)
+def _changed(host: Base, page: Page, ret: int, *, invalid: bool) -> int:
+    if not ret:
+        host.notes.append(facts.DirectMapChange(host.caller, host.machine.number(page.pa), invalid, page.handled))
+        # A change that failed has written nothing, so it does not count.
+        host.machine.tracer.counts(host.who, "writes")
+    else:
+        host.against(FAILURE)
+    return ret
 
-    def flush_tlb_kernel_range(self, folios: tuple[Folio, ...]) -> None:
-        """All CPUs, a range for each folio."""
-        lm = self.machine.linear_map
-        self.machine.tracer.counts(self.who, "flushes")
-        for folio in folios:
-            page = self.page(folio)
-            lm.flush_tlb_kernel_range(lm.va(page.pa), lm.va(page.pa) + page.size)
+
+def set_direct_map_default_noflush(host: Base, folio: Folio) -> int:
+    """Invalid to valid: nothing stale can be left."""
+    page = host.page(folio)
+    ret = host.machine.linear_map.set_direct_map_default_noflush(page.pa, page.nr)
+    return _changed(host, page, ret, invalid=False)
+
+
+def flush_tlb_kernel_range(host: Base, folios: tuple[Folio, ...]) -> None:
+    """All CPUs, a range for each folio."""
+    lm = host.machine.linear_map
+    host.machine.tracer.counts(host.who, "flushes")
+    for folio in folios:
+        page = host.page(folio)
+        lm.flush_tlb_kernel_range(lm.va(page.pa), lm.va(page.pa) + page.size)

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from guest_memfd.errors import DesignRaised
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.panic import KernelPanic
-from guest_memfd.machine.primitives.directmap import DirectMap
-from guest_memfd.machine.primitives.lifetime import Lifetimes
-from guest_memfd.machine.primitives.locks import Locks
-from guest_memfd.machine.primitives.power import PowerPrimitives
+from guest_memfd.machine.primitives import contents, directmap, files, guest, locks, pagecache, power, user
+from guest_memfd.machine.primitives.base import Base
+from guest_memfd.machine.primitives.lifetime import must_be_there
 from guest_memfd.plugins.guard import Guard, where
 from guest_memfd.words.outcome import STAY, Blocked
 from guest_memfd.words.primitives import Bound, Caller, Primitive, Steps
@@ -29,7 +28,7 @@ MOST, MOST_PER_FOLIO = 100_000, 100
 """Primitives that a procedure of a third party's may ask for: these, and so many more for each folio in the file."""
 
 
-class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
+class EmulatedHost(Base):
     """One guest_memfd file of *size* pages on *machine*, bound to *vm*.
 
     tasks: numbers of the parties that freezing stops. judge: told of every primitive and the facts it left;
@@ -61,7 +60,7 @@ class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
             raise Blocked
         self.who, self.caller = who, primitive.caller
         try:
-            self.must_be_there(primitive)
+            must_be_there(self, primitive)
             return getattr(self, primitive.name)(*primitive.args)
         except KernelPanic as panic:
             self.machine.panicked(panic)
@@ -96,3 +95,112 @@ class EmulatedHost(Lifetimes, Locks, DirectMap, PowerPrimitives):
             result = self.perform(primitive, who)
             if result is STAY:                          # queued for a lock: no one is there who would let go of it
                 raise Blocked
+
+    # -- the primitives, each a function of the module that is named ---------------------------------------------------
+
+    # files.py
+    begin_op = files.begin_op
+    end_op = files.end_op
+    ops_released = files.ops_released
+    op_returned = files.op_returned
+    xa_load = files.xa_load
+    xa_store = files.xa_store
+    xa_store_reserved = files.xa_store_reserved
+    xa_reserve = files.xa_reserve
+    xa_release = files.xa_release
+    alloc_inode = files.alloc_inode
+    fd_install = files.fd_install
+    fd_close = files.fd_close
+    get_file = files.get_file
+    fd_open = files.fd_open
+    fdget = files.fdget
+    igrab = files.igrab
+    fput = files.fput
+    iput = files.iput
+    destroy_inode = files.destroy_inode
+    try_module_get = files.try_module_get
+    module_put = files.module_put
+    delete_module = files.delete_module
+    vm_state = files.vm_state
+    vm_kill = files.vm_kill
+    vm_destroyed = files.vm_destroyed
+    warn = files.warn
+    bug = files.bug
+
+    # locks.py
+    down_read = locks.down_read
+    down_read_trylock = locks.down_read_trylock
+    up_read = locks.up_read
+    down_write = locks.down_write
+    up_write = locks.up_write
+    lock_folio = locks.lock_folio
+    unlock_folio = locks.unlock_folio
+
+    # pagecache.py
+    filemap_get_folio = pagecache.filemap_get_folio
+    filemap_find_folio = pagecache.filemap_find_folio
+    filemap_add_folio = pagecache.filemap_add_folio
+    filemap_remove_folio = pagecache.filemap_remove_folio
+    split_folio = pagecache.split_folio
+    folio_put = pagecache.folio_put
+    folio_get = pagecache.folio_get
+    leak_folio = pagecache.leak_folio
+    mapping_set_no_direct_map = pagecache.mapping_set_no_direct_map
+    mapping_no_direct_map = pagecache.mapping_no_direct_map
+    folio_ref_count = pagecache.folio_ref_count
+    folio_maybe_dma_pinned = pagecache.folio_maybe_dma_pinned
+    folio_mapped = pagecache.folio_mapped
+    lru_add_drain_all = pagecache.lru_add_drain_all
+    folio_mark_uptodate = pagecache.folio_mark_uptodate
+    folio_set_private = pagecache.folio_set_private
+
+    # contents.py; the last is in no procedure, and a reader of all RAM is carried out by it (vmm/readers.py)
+    load_unaligned_zeropad = contents.load_unaligned_zeropad
+    copy_from_kernel_nofault = contents.copy_from_kernel_nofault
+    read_folio = contents.read_folio
+    clear_folio = contents.clear_folio
+    clear_folio_local = contents.clear_folio_local
+    image_copy = contents.image_copy
+    kernel_access = contents.kernel_access
+
+    # directmap.py
+    can_set_direct_map = directmap.can_set_direct_map
+    set_direct_map_invalid_noflush = directmap.set_direct_map_invalid_noflush
+    set_direct_map_default_noflush = directmap.set_direct_map_default_noflush
+    flush_tlb_kernel_range = directmap.flush_tlb_kernel_range
+
+    # user.py
+    mmap = user.mmap
+    munmap = user.munmap
+    user_access = user.user_access
+    vmf_insert_folio = user.vmf_insert_folio
+    vma_covers = user.vma_covers
+    unmap_mapping_pages = user.unmap_mapping_pages
+    gup_read_pte = user.gup_read_pte
+    gup_try_get = user.gup_try_get
+    gup_recheck = user.gup_recheck
+    pin_access = user.pin_access
+    unpin = user.unpin
+
+    # guest.py
+    hypercall = guest.hypercall
+    guest_access = guest.guest_access
+    guest_consents = guest.guest_consents
+    mmu_invalidate_begin = guest.mmu_invalidate_begin
+    mmu_invalidate_end = guest.mmu_invalidate_end
+    gpc_begin = guest.gpc_begin
+    gpc_commit = guest.gpc_commit
+    gpc_read_lock = guest.gpc_read_lock
+    gpc_access = guest.gpc_access
+    gpc_read_unlock = guest.gpc_read_unlock
+    gpc_drop = guest.gpc_drop
+
+    # power.py
+    pm_account = power.pm_account
+    pm_prepare = power.pm_prepare
+    pm_post = power.pm_post
+    open_files = power.open_files
+    freeze_processes = power.freeze_processes
+    thaw_processes = power.thaw_processes
+    hwpoison = power.hwpoison
+    memory_failure_done = power.memory_failure_done

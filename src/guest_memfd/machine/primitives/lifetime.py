@@ -38,14 +38,11 @@ def works_on_inode(primitive: Primitive) -> bool:
     return primitive.name in ON_INODE
 
 
-class Lifetimes(Base):
-    """Before every primitive: its code and the inode that it works on have to be there still."""
-
-    def must_be_there(self, primitive: Primitive) -> None:
-        """End the kernel if the code of *primitive*, or the inode it works on, is gone."""
-        # The caller is the module whose text runs; after an unload that text is not there any more.
-        if self.machine.unloaded and primitive.caller == self.machine.module.name:
-            self.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
-        inode = self.inode
-        if inode.life in (EVICTED, DESTROYED) and works_on_inode(primitive) and inode.evictor != self.who:
-            self.gone(f"the inode, in {primitive.name}")
+def must_be_there(host: Base, primitive: Primitive) -> None:
+    """End the kernel if the code of *primitive*, or the inode it works on, is gone."""
+    # The caller is the module whose text runs; after an unload that text is not there any more.
+    if host.machine.unloaded and primitive.caller == host.machine.module.name:
+        host.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
+    inode = host.inode
+    if inode.life in (EVICTED, DESTROYED) and works_on_inode(primitive) and inode.evictor != host.who:
+        host.gone(f"the inode, in {primitive.name}")

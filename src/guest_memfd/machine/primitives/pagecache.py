@@ -6,7 +6,8 @@ from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.page import Page
 from guest_memfd.machine.linux.page_poison import PAGE_POISON
-from guest_memfd.machine.primitives.contents import Contents
+from guest_memfd.machine.primitives import contents
+from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import CONTENTION, CONTENTS, FAILURE, REFERENCE
 from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
@@ -15,176 +16,192 @@ FOLIO_BATCH = 31
 """Folios that a CPU's lru_add batch holds before it is emptied (include/linux/folio_batch.h)."""
 
 
-class PageCache(Contents):
-    """The page-cache primitives, filemap_get_folio to folio_set_private, on struct pages of the machine."""
+def filemap_get_folio(host: Base, index: int) -> Lookup | None:
+    """A hit comes with a transient reference."""
+    host.must_have(index)
+    page = host.inode.find(index)
+    if page is None:
+        return None
+    page.take("lookup")
+    return Lookup(host.folio(page), page.index)
 
-    def filemap_get_folio(self, index: int) -> Lookup | None:
-        """A hit comes with a transient reference."""
-        self.must_have(index)
-        page = self.inode.find(index)
-        if page is None:
-            return None
-        page.take("lookup")
-        return Lookup(self.folio(page), page.index)
 
-    def filemap_find_folio(self, index: int, nr: int) -> int:
-        """As xas_find() walks over holes."""
-        return min(self.inode.next(index), index + nr)
+def filemap_find_folio(host: Base, index: int, nr: int) -> int:
+    """As xas_find() walks over holes."""
+    return min(host.inode.next(index), index + nr)
 
-    def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
-        """Allocates from the page allocator and inserts, at the index rounded down to the folio's size."""
-        self.must_have(index)
-        head, folios = index >> order << order, self.machine.folios
-        try:
-            pa = folios.alloc(order)
-        except OutOfMemory:
-            self.against(FAILURE)
-            return -ENOMEM
-        # After the allocation, as in the kernel: two faults allocate at the same time, and one of them gives its
-        # folio back.
-        if self._occupied(head, order):
-            folios.free(pa, order)
-            self.against(CONTENTION)
-            return -EEXIST
-        page = self.machine.pages[pa // PAGE] = Page(pa, order)
-        page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
-        page.take("lookup")
-        # Locked before it can be found, so the first to see it is the one who zeroes it.
-        page.lock = self.who
-        self.inode.insert(page, head)
-        self._lru_add(page)
-        return Lookup(self.folio(page), head)
 
-    # Whether a folio is in the way: one that covers the head, or a smaller one further on.
-    def _occupied(self, head: int, order: int) -> bool:
-        inode, end = self.inode, head + (1 << order)
-        if inode.find(head) is not None:
-            return True
-        # By counts first: to go through 2^18 indexes for one folio of 1 GiB would make every fault slow.
-        smaller = sum(count for o, count in inode.orders.items() if o < order)
-        if smaller < 1 << order:
-            return smaller > 0 and any(head <= i < end for i in inode.pages)
-        return any(i in inode.pages for i in range(head, end))
+def filemap_add_folio(host: Base, index: int, order: int) -> Lookup | int:
+    """Allocates from the page allocator and inserts, at the index rounded down to the folio's size."""
+    host.must_have(index)
+    head, folios = index >> order << order, host.machine.folios
+    try:
+        pa = folios.alloc(order)
+    except OutOfMemory:
+        host.against(FAILURE)
+        return -ENOMEM
+    # After the allocation, as in the kernel: two faults allocate at the same time, and one of them gives its
+    # folio back.
+    if _occupied(host, head, order):
+        folios.free(pa, order)
+        host.against(CONTENTION)
+        return -EEXIST
+    page = host.machine.pages[pa // PAGE] = Page(pa, order)
+    page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
+    page.take("lookup")
+    # Locked before it can be found, so the first to see it is the one who zeroes it.
+    page.lock = host.who
+    host.inode.insert(page, head)
+    _lru_add(host, page)
+    return Lookup(host.folio(page), head)
 
-    # folio_add_lru(): a batch per CPU; a large folio empties it at once (mm/swap.c).
-    def _lru_add(self, page: Page) -> None:
-        batch = self.machine.lru_batch
-        page.take("lru")
-        batch[page.pa] = page
-        if len(batch) >= FOLIO_BATCH or page.order:
-            self._drain()
 
-    def filemap_remove_folio(self, folio: Folio) -> None:
-        """Leaves the page cache; any other reference keeps the frames."""
-        page = self.locked(folio, "filemap_remove_folio")
-        if page.inode is not self.inode:
-            self.die(f"{folio} is not in the page cache")
-        self.inode.remove(page)
-        self.drop(page, "cache", page.nr)
-        self.machine.tracer.removed(self, page)
+# Whether a folio is in the way: one that covers the head, or a smaller one further on.
+def _occupied(host: Base, head: int, order: int) -> bool:
+    inode, end = host.inode, head + (1 << order)
+    if inode.find(head) is not None:
+        return True
+    # By counts first: to go through 2^18 indexes for one folio of 1 GiB would make every fault slow.
+    smaller = sum(count for o, count in inode.orders.items() if o < order)
+    if smaller < 1 << order:
+        return smaller > 0 and any(head <= i < end for i in inode.pages)
+    return any(i in inode.pages for i in range(head, end))
 
-    def split_folio(self, folio: Folio) -> int:
-        """Flags and the page cache's references are those of every page; the caller keeps the first, locked."""
-        page = self.locked(folio, "split_folio")
-        # No one but the page cache and the caller: a part that someone refers to cannot become a folio of its own.
-        if page.refcount != page.nr + 1 or not page.order:
-            self.against(REFERENCE, page)
-            return -EBUSY
-        inode, head = self.inode, page.index
-        if page.inode is not inode:
-            self.die(f"{folio} is not in the page cache")
-        self.machine.tracer.split(page)
-        inode.remove(page)
-        for at in range(page.nr):
-            small = self.machine.pages[page.pa // PAGE + at] = Page(page.pa + at * PAGE, 0)
-            small.take("cache")
-            small.uptodate, small.private = page.uptodate, page.private
-            small.hwpoison, small.handled = page.hwpoison, page.handled
-            inode.insert(small, head + at)
-        first = self.machine.pages[page.pa // PAGE]
-        first.take("lookup")
-        first.lock = page.lock
-        return 0
 
-    def folio_put(self, folio: Folio, kind: str = "lookup") -> None:
-        """The last reference frees."""
-        page = self.page(folio)
-        self.drop(page, kind)
-        self.free_if_unused(page)
+# folio_add_lru(): a batch per CPU; a large folio empties it at once (mm/swap.c).
+def _lru_add(host: Base, page: Page) -> None:
+    batch = host.machine.lru_batch
+    page.take("lru")
+    batch[page.pa] = page
+    if len(batch) >= FOLIO_BATCH or page.order:
+        _drain(host)
 
-    def folio_get(self, folio: Folio, kind: str = "provided") -> None:
-        """Take a reference of *kind* that outlives the operation; the caller already has one on the folio."""
-        self.page(folio).take(kind)
 
-    def leak_folio(self, folio: Folio) -> None:
-        """Out of use permanently: a reference that no one drops, and a count that says so."""
-        self.page(folio).take("kept")
-        self.machine.leaked += 1
+def filemap_remove_folio(host: Base, folio: Folio) -> None:
+    """Leaves the page cache; any other reference keeps the frames."""
+    page = host.locked(folio, "filemap_remove_folio")
+    if page.inode is not host.inode:
+        host.die(f"{folio} is not in the page cache")
+    host.inode.remove(page)
+    host.drop(page, "cache", page.nr)
+    host.machine.tracer.removed(host, page)
 
-    def mapping_set_no_direct_map(self) -> None:
-        """Set AS_NO_DIRECT_MAP on the inode: readers of page-cache folios that ask for it keep out."""
-        self.inode.refuses_readers = True
 
-    def mapping_no_direct_map(self) -> bool:
-        """What a reader of page-cache folios asks."""
-        return self.inode.refuses_readers
+def split_folio(host: Base, folio: Folio) -> int:
+    """Flags and the page cache's references are those of every page; the caller keeps the first, locked."""
+    page = host.locked(folio, "split_folio")
+    # No one but the page cache and the caller: a part that someone refers to cannot become a folio of its own.
+    if page.refcount != page.nr + 1 or not page.order:
+        host.against(REFERENCE, page)
+        return -EBUSY
+    inode, head = host.inode, page.index
+    if page.inode is not inode:
+        host.die(f"{folio} is not in the page cache")
+    host.machine.tracer.split(page)
+    inode.remove(page)
+    for at in range(page.nr):
+        small = host.machine.pages[page.pa // PAGE + at] = Page(page.pa + at * PAGE, 0)
+        small.take("cache")
+        small.uptodate, small.private = page.uptodate, page.private
+        small.hwpoison, small.handled = page.hwpoison, page.handled
+        inode.insert(small, head + at)
+    first = host.machine.pages[page.pa // PAGE]
+    first.take("lookup")
+    first.lock = page.lock
+    return 0
 
-    def folio_ref_count(self, folio: Folio) -> int:
-        """The reference count; more than the page cache, its LRU batch and the caller have is a reason to refuse."""
-        page = self.page(folio)
-        if page.refcount > page.cache + page.lru + 1:
-            self.against(REFERENCE, page)
-        return page.refcount
 
-    def folio_maybe_dma_pinned(self, folio: Folio) -> bool:
-        """Whether a FOLL_PIN reference is held; a FOLL_GET reference is not seen here, as in the kernel."""
-        return bool(self.page(folio).pin)
+def folio_put(host: Base, folio: Folio, kind: str = "lookup") -> None:
+    """The last reference frees."""
+    page = host.page(folio)
+    host.drop(page, kind)
+    free_if_unused(host, page)
 
-    def folio_mapped(self, folio: Folio) -> bool:
-        """Whether a user page table maps it."""
-        page = self.page(folio)
-        return self.machine.mapped_by_user(page.pa, page.size)
 
-    def lru_add_drain_all(self) -> None:
-        """The batches let go of their references."""
-        self.machine.tracer.counts(self.who, "stalls")
-        self._drain()
+def folio_get(host: Base, folio: Folio, kind: str = "provided") -> None:
+    """Take a reference of *kind* that outlives the operation; the caller already has one on the folio."""
+    host.page(folio).take(kind)
 
-    def _drain(self) -> None:
-        batch, self.machine.lru_batch = self.machine.lru_batch, {}
-        for page in sorted(batch.values(), key=lambda p: p.pa):
-            page.drop("lru")
-            self.free_if_unused(page)
 
-    def folio_mark_uptodate(self, folio: Folio) -> None:
-        """Under the folio lock."""
-        self.locked(folio, "folio_mark_uptodate").uptodate = True
+def leak_folio(host: Base, folio: Folio) -> None:
+    """Out of use permanently: a reference that no one drops, and a count that says so."""
+    host.page(folio).take("kept")
+    host.machine.leaked += 1
 
-    def folio_set_private(self, folio: Folio, private: bool) -> None:
-        """Under the folio lock."""
-        self.locked(folio, "folio_set_private").private = private
 
-    def free_if_unused(self, page: Page) -> None:
-        """free_pages_prepare(): a poisoned frame stays out of use, any other is written to and freed (mm/page_alloc.c)."""
-        if page.refcount or page.retired:
-            return
-        # Never back to the allocator: its next owner would meet the same error.
-        if page.hwpoison:
-            page.retired = True
-            return
-        machine = self.machine
-        self.notes.append(facts.Freed(
-            machine.number(page.pa), machine.driver.owner(page.pa), CONTENTS[machine.tracer.content(page)],
-            machine.guest_reaches(page)))
-        if page.lock is not None:
-            self.die(f"{self.folio(page)} is freed while locked")
-        # Through the direct map, as the allocator writes. A hole that was not put back ends the kernel here.
-        if machine.on_free != "nothing":
-            self.kernel_write(page, "allocator", "free-time poisoning")
-            machine.tracer.freed(page)
-        if machine.on_free == "poison":
-            machine.ram.fill(page.pa, page.size, PAGE_POISON)
-        elif machine.on_free == "zero":
-            machine.ram.zero(page.pa, page.size)
-        del machine.pages[page.pa // PAGE]
-        machine.folios.free(page.pa, page.order)
+def mapping_set_no_direct_map(host: Base) -> None:
+    """Set AS_NO_DIRECT_MAP on the inode: readers of page-cache folios that ask for it keep out."""
+    host.inode.refuses_readers = True
+
+
+def mapping_no_direct_map(host: Base) -> bool:
+    """What a reader of page-cache folios asks."""
+    return host.inode.refuses_readers
+
+
+def folio_ref_count(host: Base, folio: Folio) -> int:
+    """The reference count; more than the page cache, its LRU batch and the caller have is a reason to refuse."""
+    page = host.page(folio)
+    if page.refcount > page.cache + page.lru + 1:
+        host.against(REFERENCE, page)
+    return page.refcount
+
+
+def folio_maybe_dma_pinned(host: Base, folio: Folio) -> bool:
+    """Whether a FOLL_PIN reference is held; a FOLL_GET reference is not seen here, as in the kernel."""
+    return bool(host.page(folio).pin)
+
+
+def folio_mapped(host: Base, folio: Folio) -> bool:
+    """Whether a user page table maps it."""
+    page = host.page(folio)
+    return host.machine.mapped_by_user(page.pa, page.size)
+
+
+def lru_add_drain_all(host: Base) -> None:
+    """The batches let go of their references."""
+    host.machine.tracer.counts(host.who, "stalls")
+    _drain(host)
+
+
+def _drain(host: Base) -> None:
+    batch, host.machine.lru_batch = host.machine.lru_batch, {}
+    for page in sorted(batch.values(), key=lambda p: p.pa):
+        page.drop("lru")
+        free_if_unused(host, page)
+
+
+def folio_mark_uptodate(host: Base, folio: Folio) -> None:
+    """Under the folio lock."""
+    host.locked(folio, "folio_mark_uptodate").uptodate = True
+
+
+def folio_set_private(host: Base, folio: Folio, private: bool) -> None:
+    """Under the folio lock."""
+    host.locked(folio, "folio_set_private").private = private
+
+
+def free_if_unused(host: Base, page: Page) -> None:
+    """free_pages_prepare(): a poisoned frame stays out of use, any other is written to and freed (mm/page_alloc.c)."""
+    if page.refcount or page.retired:
+        return
+    # Never back to the allocator: its next owner would meet the same error.
+    if page.hwpoison:
+        page.retired = True
+        return
+    machine = host.machine
+    host.notes.append(facts.Freed(
+        machine.number(page.pa), machine.driver.owner(page.pa), CONTENTS[machine.tracer.content(page)],
+        machine.guest_reaches(page)))
+    if page.lock is not None:
+        host.die(f"{host.folio(page)} is freed while locked")
+    # Through the direct map, as the allocator writes. A hole that was not put back ends the kernel here.
+    if machine.on_free != "nothing":
+        contents.kernel_write(host, page, "allocator", "free-time poisoning")
+        machine.tracer.freed(page)
+    if machine.on_free == "poison":
+        machine.ram.fill(page.pa, page.size, PAGE_POISON)
+    elif machine.on_free == "zero":
+        machine.ram.zero(page.pa, page.size)
+    del machine.pages[page.pa // PAGE]
+    machine.folios.free(page.pa, page.order)
