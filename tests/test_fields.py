@@ -58,7 +58,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "fallible": [None, {"a": "x"}, {"a": 12}, {"a": 0}, {"a": -10 ** 30}, {7: -12}],
         "final": [None, {"share_guest": True}], "abort": ["synchronous externa abort", "", 0], "tracks_owner": FLAG_NOT,
         "consents": ["", 7], "guest_consents": [None, len], "guest_touches": [None, lambda: 0], "force_reclaim": [None, "x"],
-        "pfn_cache": FLAG_NOT, "errnos": [{"punsh": (5,)}, {"punch": (0,)}], "notes": ["a note", [7]],
+        "pfn_cache": FLAG_NOT, "errnos": [{"punsh": (5,)}, {"punch": (0,)}],
     },
     "party": {
         "name": NAME_NOT, "title": WORDS, "procedure": [None, "x", lambda: 0, lambda a, b, c: 0], "task": FLAG_NOT,

@@ -116,7 +116,7 @@ KVM = [
 # What a guest, or the host by an access of its own, makes the hypervisor do: (hypervisor, before, primitive, result, after).
 BY_OTHERS = [
     ("gunyah", HOLDS, Primitive("guest_consents", (0,), "guest"), "ok",
-     {"pfn0.locked_in": 0, "pfn0.content": "data", "page0.expect": "any"}),
+     {"pfn0.locked_in": 0, "pfn0.content": "data", "page0.expect": "data"}),
     ("gunyah", SHARES, Primitive("guest_consents", (0,), "guest"), "ok", {}),
     ("gunyah", HAS, Primitive("guest_access", (0, False), "guest"), "ok", {"pfn0.locked_in": 1}),
     ("gunyah", SHARES, Primitive("guest_access", (0, False), "guest"), "ok", {}),
