@@ -13,7 +13,7 @@ from guest_memfd.core.gmem import Conversion, Held, filled
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.gunyah import client
-from guest_memfd.words.primitives import EAGAIN, EBUSY, ENOMEM, Entries, Folio, Locked, Steps
+from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, ENOMEM, Entries, Folio, Locked, Steps
 
 # -- contents that nobody asked to lose --------------------------------------------------------------------------------
 
@@ -273,6 +273,111 @@ class EnomemIsEagain(OurLibrary):
     def make_shared_locked(self, start: int, nr: int) -> Steps[Conversion]:
         result = yield from super().make_shared_locked(start, nr)
         return Conversion(-EAGAIN) if result.ret == -ENOMEM else result
+
+
+# -- other than what was asked for, and other than what was done -------------------------------------------------------
+
+
+class ConvertsTheFirst(OurLibrary):
+    """A conversion to private of the first page of its range, whatever its length."""
+
+    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
+        return (yield from super().make_private(start, min(nr, 1)))
+
+
+class PunchesFromZero(OurLibrary):
+    """A punch of as many pages as were asked for, from the beginning of the file on."""
+
+    def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
+        return (yield from super().punch_hole(0, nr))
+
+
+class FaultsPageZero(OurLibrary):
+    """A VMM's fault of any page maps the first."""
+
+    def user_fault(self, index: int) -> Steps[str]:
+        return (yield from super().user_fault(0))
+
+
+class FaultLies(OurLibrary):
+    """A VMM's fault maps the page, and the answer is SIGBUS."""
+
+    def user_fault(self, index: int) -> Steps[str]:
+        yield from super().user_fault(index)
+        return "SIGBUS"
+
+
+class FaultTriesTheLock(OurLibrary):
+    """A VMM is killed because another of its threads converts a page."""
+
+    def user_fault(self, index: int) -> Steps[str]:
+        host = self.host
+        yield from host.begin_op("user_fault", index, 1)
+        taken = yield from host.down_read_trylock("invalidate")
+        answer = (yield from self.fault_shared(index)) if taken else "SIGBUS"
+        yield from host.end_op(-EFAULT if answer == "SIGBUS" else 0)
+        if taken:
+            yield from host.up_read("invalidate")
+        return answer
+
+
+class BindsBeside(OurLibrary):
+    """A memslot of one page, not the first, is bound a gfn further on."""
+
+    def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
+        return (yield from super().bind(gfn + int(start > 0 and nr == 1), start, nr))
+
+
+class LosesTheIndex(OurLibrary):
+    """Which page refused is known in the end, and not to the caller."""
+
+    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
+        result = yield from super().make_private(start, nr)
+        return result._replace(error_index=start if result.ret else None)
+
+
+class EnomemBlamesAPage(OurLibrary):
+    """Want of memory is told as a page that is busy, and a page is named that is not."""
+
+    def make_shared_locked(self, start: int, nr: int) -> Steps[Conversion]:
+        result = yield from super().make_shared_locked(start, nr)
+        return Conversion(-EAGAIN, start) if result.ret == -ENOMEM else result
+
+
+class AsksForWhatIsSo(OurLibrary):
+    """A conversion asks the hypervisor for pages of which it has nothing to change, and a guest that has one refuses."""
+
+    def check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
+        yield from self.put_all(folios)
+        everything = yield from self.present(start, nr)
+        result = yield from super().check_and_commit_private(start, nr, everything)
+        yield from self.put_all(tuple(held for held in everything if held not in folios))
+        return result
+
+
+class PunchMindsPins(OurLibrary):
+    """A page that a device has pinned cannot be punched out."""
+
+    def remove_range(self, start: int, nr: int, reason: Reason) -> Steps[Conversion]:
+        folios = yield from self.present(start, nr)
+        busy = None
+        for held in folios:
+            if (yield from self.host.folio_ref_count(held.folio)) > 3:
+                busy = held.pgoff
+        yield from self.put_all(folios)
+        if busy is not None:
+            return Conversion(-EBUSY, busy)
+        return (yield from super().remove_range(start, nr, reason))
+
+
+class NestedInvalidation(OurLibrary):
+    """No mistake: one invalidation inside of another, as KVM counts them."""
+
+    def give_to_host(self, folios: tuple[Held, ...]) -> Steps[Conversion]:
+        for held in folios:
+            yield from self.host.mmu_invalidate_begin(held.pgoff, held.folio.nr)
+            yield from self.host.mmu_invalidate_end()
+        return (yield from super().give_to_host(folios))
 
 
 SCRUBS = replace(client.GUNYAH, ops=GunyahScrubs)

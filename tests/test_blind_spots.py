@@ -88,7 +88,7 @@ SPOTS = [
     Spot("CreateLosesAnError", "pkvm", "nothing-yet", "creator", "all-or-nothing", 7, "create returns 0 and a page is"),
     Spot("LastBeforeTheLock", "kvm", "two-pages", "vmm vmm2", "nothing-lost", 29, "the inode is held for ever"),
     Spot("IgnoresRestore", "kvm", "failing-twice", "vcpu2 vmm2 device", "host-survives", 40, "copy through a GUP refer"),
-    Spot("ToSharedTruncates", "kvm", "two-pages", "vcpu vmm", "no-stale-data", 22, "the guest's data is lost: to_shared"),
+    Spot("ToSharedTruncates", "kvm", "two-pages", "vcpu vmm", "no-stale-data", 29, "the guest's data is lost: to_shared"),
     Spot("ToPrivateTruncates", "kvm", "two-pages", "vcpu vmm", "no-stale-data", 34, "the guest's data is lost: to_priva"),
     Spot("FailureTruncates", "kvm", "two-pages", "vmm vmm2", "no-stale-data", 29, "the guest's data is lost: to_privat"),
     Spot("UnbindTruncates", "kvm", "two-pages", "vcpu2 vmm2", "no-stale-data", 33, "the guest's data is lost: unbind t"),
@@ -107,6 +107,16 @@ SPOTS = [
     Spot("MunmapEvictsBare", "kvm", "failing-twice", "vcpu2 vmm-any", "nothing-lost", 56, "a page is freed with the gue"),
     Spot("NeverHibernates", "kvm", "two-pages", "power", "no-false-refusal", 3, "hibernation is refused, and nothing stan"),
     Spot("EnomemIsEagain", "kvm", "two-pages", "vmm2", "all-or-nothing", 4, "to_shared is refused and does not say whe"),
+    Spot("ConvertsTheFirst", "kvm", "both-shared", "vmm2", "no-false-refusal", 14, "to_private has been about other page"),
+    Spot("PunchesFromZero", "kvm", "two-pages", "vmm", "no-false-refusal", 7, "punch has been about other pages than it"),
+    Spot("FaultsPageZero", "kvm", "both-shared", "device", "no-false-refusal", 9, "user_fault has been about other pages"),
+    Spot("FaultLies", "kvm", "both-shared", "device", "no-false-refusal", 9, "user_fault has ended with 0 and user_fault"),
+    Spot("FaultTriesTheLock", "kvm", "both-shared", "vmm2 device", "no-false-refusal", 5, "user_fault returns -EFAULT"),
+    Spot("BindsBeside", "kvm", "two-pages", "vmm-life", "no-false-refusal", 5, "bind has been about gfn 2, and was asked"),
+    Spot("LosesTheIndex", "kvm", "both-shared", "vmm2 device", "no-false-refusal", 18, "to_private has ended at page N"),
+    Spot("EnomemBlamesAPage", "kvm", "two-pages", "vmm2", "all-or-nothing", 4, "to_shared names page 0 as the one that"),
+    Spot("AsksForWhatIsSo", "pkvm", "two-pages", "vcpu vcpu2 vmm2", "all-or-nothing", 30, "to_private is refused for "),
+    Spot("PunchMindsPins", "kvm", "two-pages", "vmm device", "no-false-refusal", 17, "punch returns -EBUSY, and nothing "),
 ]
 
 DEEP = Spot("AsksOneByOne", "gunyah", "both-private", "vcpu vmm-pages", "all-or-nothing", 39, "punch is refused and has")
@@ -158,6 +168,12 @@ def test_a_mistake_that_takes_a_guest_with_one_page_and_two_operations_of_its_vm
 def test_library_holds_there(where: tuple[str, str, str]) -> None:
     hypervisor, scene, parties = where
     assert findings(OurLibrary, HYPERVISORS[hypervisor], SCENES[scene], [PARTIES[n] for n in parties.split()]) == []
+
+
+@pytest.mark.parametrize(("hypervisor", "parties"), [("kvm", "vmm-pages"), ("pkvm", "vcpu vmm")])
+def test_an_invalidation_inside_of_another_is_right(hypervisor: str, parties: str) -> None:
+    there = [PARTIES[name] for name in parties.split()]
+    assert findings(mistakes_found.NestedInvalidation, HYPERVISORS[hypervisor], SCENES["two-pages"], there) == []
 
 
 def test_a_create_that_goes_round_for_ever() -> None:

@@ -83,7 +83,7 @@ def test_what_is_missed_was_asked_for() -> None:
     assert seen.missing(suite=True) == ("a page was converted to private", "a punch removed a page")
     assert seen.missing(suite=False) == ()
     assert covered([("vmm", Returned("to_private", 0, 1, -EOPNOTSUPP, None, 2, None))]).missing(suite=True) == ()
-    more = seen | covered([("vmm", ended("punch", 0, removed=(0,))), ("vcpu", Returned("fault", 0, 1, 0, None, 2, 0))])
+    more = seen | covered([("vmm", ended("punch", 0, removed=(0,))), ("vcpu", Returned("fault", 0, 1, 0, None, 2, None))])
     assert more.missing(suite=True) == ("the guest used a private page", "a page was converted to private")
     assert more.missing(suite=False) == ("the guest used a page",)
     assert Coverage().never() == tuple(EVENTS)

@@ -254,7 +254,7 @@ ENDED = facts.Ended(op="to_private", ret=0, error_index=None, scope=(0,), toggle
     ("all-or-nothing", after(ENDED, 1, page2__cached=1, page2__attr=SHARED_PAGE), {"page2.attr", "page2.cached"}),
     ("fault-served", after(ENDED._replace(op="fault"), page0__cached=2, page0__binding=1),
      {"page0.cached", "page0.binding"}),
-    ("no-false-refusal", after(facts.Returned("punch", 0, 1, 0, None, 2, -16)), set()),
+    ("no-false-refusal", after(facts.Returned("punch", 0, 1, 0, None, 2, facts.HowEnded("punch", -16))), set()),
     ("host-survives", after(facts.Broken("BUG_ON()"), panic=1), {"panic"}),
 ])
 def test_a_law_on_facts_blames_what_the_fact_is_about(law: str, step: Step, blamed: set[str]) -> None:
@@ -278,7 +278,7 @@ def test_any_fact_can_be_blamed_and_told(kind: type) -> None:
 EXAMPLES: dict[str, Any] = {
     "<class 'str'>": "words", "<class 'int'>": 1, "<class 'bool'>": True, "tuple[int, ...]": (0, 1),
     "tuple[str, ...]": ("a failure",), "int | None": 0, "str | None": "zero", str(facts.Cost): NOTHING,
-    "guest_memfd.words.primitives.Bound | None": None,
+    "guest_memfd.words.primitives.Bound | None": None, "guest_memfd.words.facts.HowEnded | None": facts.HowEnded("punch", 0),
 }
 """Type of a field of a fact -> something of that type."""
 

@@ -121,3 +121,36 @@ class AbstractBase:
         index = None if frame is None else self.ours(frame)
         if index is not None:
             ghost.places |= 1 << index
+
+    # -- how an operation has ended, until its caller is told ----------------------------------------------------------
+
+    def how_ended(self, ghost: st.PartyGhost) -> facts.HowEnded | None:
+        """What the operation has said at its end, None if it has said nothing."""
+        if not ghost.ended:
+            return None
+        about = self.members(ghost.scope)
+        return facts.HowEnded(
+            OPS[ghost.ended_op - 1], 1 - ghost.ended, range(about[0], about[-1] + 1) if about else range(0),
+            ghost.ended_at - 1 if ghost.ended_at else None, ghost.gfn - 1 if ghost.gfn else None)
+
+    def refused(self, op: str, errno: int) -> None:
+        """What is an operation for the laws, and one primitive here, has been refused."""
+        ghost = self.state.ghost(self.who)
+        ghost.ended, ghost.ended_op = 1 + errno, OPS.index(op) + 1
+
+    def faulted_in(self, index: int) -> None:
+        """The party goes on at page *index* of its mapping: if it has faulted, it was told that it can."""
+        ghost = self.state.ghost(self.who)
+        if ghost.ended_op == OPS.index("user_fault") + 1 and not ghost.op:
+            self.notes.append(facts.Returned("user_fault", index, 1, 0, None, self.sizes.pages, self.how_ended(ghost)))
+            self.clear(ghost)
+
+    @staticmethod
+    def clear(ghost: st.PartyGhost) -> None:
+        """The party is in no operation, and has been in none."""
+        ghost.op = ghost.gfn = ghost.scope = ghost.toggled = ghost.removed = ghost.reasons = ghost.places = 0
+        ghost.writes = ghost.flushes = ghost.calls = ghost.stalls = ghost.ended = ghost.ended_op = ghost.ended_at = 0
+
+    def members(self, mask: int) -> tuple[int, ...]:
+        """The page indexes of bit mask *mask*."""
+        return tuple(i for i in range(self.sizes.pages) if mask >> i & 1)

@@ -236,7 +236,9 @@ class AbstractGuestSide(AbstractMappings):
                 self.die("mmu_invalidate_end without begin")
             return
         ghost.begun -= 1
-        ghost.announced = 0
+        # They may be nested, as invalidations of a VM are: what was announced holds until the last has ended.
+        if not ghost.begun:
+            ghost.announced = 0
         self.vm.progress -= 1
         self.vm.gpc_fresh = 0
 

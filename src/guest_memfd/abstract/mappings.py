@@ -213,6 +213,7 @@ class AbstractMappings(AbstractBase):
         """Through the VMM's page table; at EL0 an abort of stage 2 is a signal (arch/arm64/mm/fault.c)."""
         if not self.file.vma:
             return "SIGSEGV"
+        self.faulted_in(index)
         frame = self._pte(index)
         if frame is None:
             return "fault"
@@ -252,6 +253,7 @@ class AbstractMappings(AbstractBase):
 
     def gup_read_pte(self, index: int) -> Folio | None:
         """GUP-fast, first half: the folio that the VMM's page table maps at page *index*, or None; no reference is taken."""
+        self.faulted_in(index)
         frame = self._pte(index)
         return Folio(frame.number) if frame else None
 

@@ -94,7 +94,9 @@ class AbstractPageCache(AbstractMappings):
         """The sum of all references; more than the page cache, its LRU batch and the caller have is a reason to refuse."""
         frame = self.state.frame(folio.pfn)
         # The count alone is the answer. This only notes the reason, for the law that asks whether a refusal had one.
-        if frame.refs() > frame.cache + frame.lru + 1:
+        # A punch has no use for it: a page that is pinned leaves the file all the same.
+        ghost = self.state.ghost(self.who)
+        if frame.refs() > frame.cache + frame.lru + 1 and not (ghost.op and OPS[ghost.op - 1] == "punch"):
             self.against(REFERENCE, frame)
         return frame.refs()
 

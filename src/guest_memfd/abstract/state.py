@@ -93,7 +93,9 @@ PARTY_FIELDS = {
     "stalls": "ghost: how often it has made others wait (locks taken exclusively, batches drained)",
     "begun": "invalidations it has begun and not ended",
     "announced": "ghost: bit mask of the pages whose invalidation it has begun and not ended",
-    "ended": "ghost: 1 + errno with which it has ended, before it returns",
+    "ended": "ghost: 1 + errno with which it has ended, before it returns; scope is kept until then",
+    "ended_op": "ghost: which one that was (index into OPS) + 1",
+    "ended_at": "ghost: 1 + the page index that it has named then",
 }
 GLOBALS = {
     "panic": "the kernel has stopped",

@@ -18,6 +18,7 @@ from guest_memfd.words.pagestate import (
     GONE_BEFORE,
     HIBERNATION,
     HOST,
+    MANY,
     PRIVATE_PAGE,
     REASONS,
     RUNNING,
@@ -41,7 +42,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     def begin_op(self, op: str, start: int, nr: int, gfn: int | None) -> None:
         """Remember what the operation is about."""
         ghost = self.state.ghost(self.who)
-        self._clear(ghost)
+        self.clear(ghost)
         ghost.op = OPS.index(op) + 1
         ghost.gfn = 0 if gfn is None else gfn + 1
         ghost.scope = self._mask(start, nr)
@@ -51,26 +52,28 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         ghost = self.state.ghost(self.who)
         if not ghost.op:
             return
-        scope = self._members(ghost.scope)
+        scope = self.members(ghost.scope)
         pages = [self.page(i) for i in scope]
         op = OPS[ghost.op - 1]
         maps = self._vmm_has if op == "user_fault" else self._guest_has
         self.notes.append(facts.Ended(
-            op, ret, error_index, scope, self._members(ghost.toggled), self._members(ghost.removed),
+            op, ret, error_index, scope, self.members(ghost.toggled), self.members(ghost.removed),
             tuple(i for i, p in zip(scope, pages, strict=True) if p.cached), tuple(p.attr for p in pages),
             tuple(p.binding for p in pages),
             tuple(i for i, p in zip(scope, pages, strict=True) if p.cached and self.state.frame(p.cached - 1).lru),
             tuple(i for i, p in zip(scope, pages, strict=True) if maps(p)),
             tuple(why for bit, why in enumerate(REASONS) if ghost.reasons >> bit & 1),
-            self._members(ghost.places),
+            self.members(ghost.places),
             ghost.gfn - 1 if ghost.gfn else None,
             Cost(ghost.writes, ghost.flushes, ghost.calls, ghost.stalls),
             (*self.hypervisor.errnos.get(op, ()), *self.errnos.get(op, ())), self.bounds.get(op),
             self.scene.attributes if op == "create" else ()))
-        self._clear(ghost)
+        about, gfn = ghost.scope, ghost.gfn if op == "bind" else 0
+        self.clear(ghost)
         # Its caller will say what it was told; the law compares that with what the operation ended with.
         if op not in UNREPORTED:
-            ghost.ended = 1 - ret
+            ghost.ended, ghost.ended_op, ghost.scope, ghost.gfn = 1 - ret, OPS.index(op) + 1, about, gfn
+            ghost.ended_at = 0 if error_index is None else min(max(error_index, -1) + 1, MANY)
 
     # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
     def _guest_has(self, page: st.PageRecord) -> bool:
@@ -93,26 +96,19 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
             self.gone("what the hypervisor keeps of the file, in ops_released")
         self.file.released = 1
 
-    def op_returned(self, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
+    def op_returned(
+        self, op: str, start: int, nr: int, ret: int, error_index: int | None, gfn: int | None = None,
+    ) -> None:
         """What the caller is told, beside what the operation had said."""
         ghost = self.state.ghost(self.who)
-        under_way = bool(ghost.op)
-        self.notes.append(facts.Returned(op, start, nr, ret, error_index, self.sizes.pages,
-                                         1 - ghost.ended if ghost.ended else None, bool(ghost.begun)))
-        if under_way or ghost.ended:
-            self._clear(ghost)
-
-    @staticmethod
-    def _clear(ghost: st.PartyGhost) -> None:
-        ghost.op = ghost.gfn = ghost.scope = ghost.toggled = ghost.removed = ghost.reasons = ghost.places = 0
-        ghost.writes = ghost.flushes = ghost.calls = ghost.stalls = ghost.ended = 0
+        self.notes.append(facts.Returned(op, start, nr, ret, error_index, self.sizes.pages, self.how_ended(ghost),
+                                         bool(ghost.begun), gfn))
+        if ghost.op or ghost.ended:
+            self.clear(ghost)
 
     # Of the pages of [start, start+nr) that there are.
     def _mask(self, start: int, nr: int) -> int:
         return sum(1 << i for i in range(max(start, 0), min(start + nr, self.sizes.pages)))
-
-    def _members(self, mask: int) -> tuple[int, ...]:
-        return tuple(i for i in range(self.sizes.pages) if mask >> i & 1)
 
     # -- trees ---------------------------------------------------------------------------------------------------
 
@@ -338,7 +334,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     def pm_prepare(self, what: str) -> int:
         """-EBUSY while pages are away from the host, else 0: from now on none may leave until `pm_post`."""
         if self.state.away:
-            self.state.ghost(self.who).ended = 1 + EBUSY
+            self.refused("hibernate", EBUSY)
             return -EBUSY
         self.state.preparing = 1
         return 0
@@ -351,7 +347,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         """How many files have a reference left, as secretmem_users counts; hibernation asks for it."""
         count = sum(file.files > 0 for file in self.state.all_files())
         if count:
-            self.state.ghost(self.who).ended = 1 + EPERM
+            self.refused("hibernate", EPERM)
         return count
 
     def freeze_processes(self) -> None:
@@ -391,7 +387,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         reasons = tuple(why for bit, why in enumerate(REASONS) if mask >> bit & 1)
         self.notes.append(facts.Contained(frame.number, result, tuple(who for who, how in reached.items() if how), reasons))
         frame.handled = int(result == "delayed")
-        self._clear(ghost)
+        self.clear(ghost)
 
     # -- saying so -----------------------------------------------------------------------------------------------
 

@@ -79,7 +79,8 @@ def make_private_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
     yield from host.mmu_invalidate_begin(start, nr)
     folios = yield from gmem.present(start, nr)
     # The references of `present` are part of the count that is expected, so they are dropped after it.
-    result = yield from gmem.check_and_commit_private(start, nr, folios)
+    # Of a page that is private already there is nothing to ask anybody: its guest may well hold on to it.
+    result = yield from gmem.check_and_commit_private(start, nr, tuple(held for held in folios if not held.private))
     yield from gmem.put_all(folios)
     # Also after a refusal: an invalidation that is never ended keeps every later user of the range waiting.
     yield from host.mmu_invalidate_end()
@@ -189,7 +190,7 @@ def make_shared_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
         return Conversion(ret)
     yield from host.mmu_invalidate_begin(start, nr)
     folios = yield from gmem.present(start, nr)
-    result = yield from gmem.give_to_host(folios)
+    result = yield from gmem.give_to_host(tuple(held for held in folios if held.private))
     yield from gmem.put_all(folios)
     if result.ret:
         yield from host.xa_release("attributes")
@@ -200,14 +201,13 @@ def make_shared_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
 
 
 def give_to_host(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[Conversion]:
-    """The guest lets go of *folios*, and their contents are the host's; 0, or -errno and the page index that refused."""
+    """The guest lets go of *folios*, which are private; their contents are the host's. 0, or -errno and who refused."""
     ret, index = yield from gmem.invalidate_guest(folios, "to_shared")
     if ret:
         return Conversion(ret, index)
     for held in folios:
-        # Only pages that are bound and private are with the guest alone. A shared one has come back with
-        # `invalidate`.
-        if held.gfn is not None and held.private:
+        # One that is not bound is no guest's.
+        if held.gfn is not None:
             ret = yield from gmem.ops.make_shared(held.gfn, held.folio)
             if ret:
                 return Conversion(ret, held.pgoff)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from guest_memfd.core.gmem import Gmem, Grabbed
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import EFAULT, EINVAL, Steps
+from guest_memfd.words.primitives import EAGAIN, EFAULT, EINVAL, Steps
 
 
 def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
@@ -59,7 +59,10 @@ def give_private(gmem: Gmem, gfn: int, grabbed: Grabbed) -> Steps[int]:
 
 
 def user_fault(gmem: Gmem, index: int) -> Steps[str]:
-    """Map page *index* into the VMM; ``ok``, ``retry`` (the VMA went) or ``SIGBUS`` (private, poisoned, no memory)."""
+    """Map page *index* into the VMM; ``ok``, ``retry`` (VM_FAULT_RETRY), or ``SIGBUS`` (private, poisoned, no memory).
+
+    To try again is the answer where the VMA went, and where others were faster too often (-EAGAIN of `grab_folio`).
+    """
     host = gmem.host
     if index >= gmem.size:
         return "SIGBUS"
@@ -82,7 +85,7 @@ def fault_shared(gmem: Gmem, index: int) -> Steps[str]:
         return "SIGBUS"
     grabbed = yield from gmem.grab_folio(index)
     if isinstance(grabbed, int):
-        return "SIGBUS"
+        return "retry" if grabbed == -EAGAIN else "SIGBUS"
     # Before the entry is installed: GUP may hand the page to a driver that uses its kernel address.
     if (yield from gmem.make_accessible(grabbed)):
         answer = "SIGBUS"

@@ -85,7 +85,7 @@ def bind(gmem: Gmem, gfn: int, start: int, nr: int) -> Steps[int]:
     host = gmem.host
     if not gmem.has(start, nr) or not gmem.whole(gfn, start, nr):
         return -EINVAL
-    yield from host.begin_op("bind", start, nr)
+    yield from host.begin_op("bind", start, nr, gfn)
     # A reference, not only a pointer: the descriptor may be closed by another thread while this call waits for
     # the lock.
     if not (yield from host.get_file()):

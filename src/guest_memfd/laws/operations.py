@@ -87,7 +87,7 @@ def _place(note: facts.Ended) -> Evidence:
     if note.error_index is None:
         doors = note.ret == -EAGAIN and "hibernation" in note.reasons
         return None if doors or not (note.places or note.ret == -EAGAIN) else f"{note.op} is refused and does not say where"
-    if not note.places:
+    if not note.places and note.ret != -EAGAIN:
         return None
     if note.error_index not in note.places:
         return f"{note.op} names page {note.error_index} as the one that refused, and it was another"
@@ -112,6 +112,8 @@ def _converted(note: facts.Ended) -> Evidence:
     if note.ret < 0 and note.toggled:
         return f"{note.op} is refused and has changed a page"
     wanted = PRIVATE_PAGE if note.op == "to_private" else SHARED_PAGE
+    if note.ret < 0 and note.error_index in note.scope and note.attrs[note.scope.index(note.error_index)] == wanted:
+        return f"{note.op} is refused for page {note.error_index}, of which it has nothing to change"
     if note.ret == 0 and any(attr != wanted for attr in note.attrs):
         return f"{note.op} returns 0 and a page has not been converted"
     # Only this way are references counted; -EAGAIN on the way back is the hypervisor's.
@@ -142,7 +144,7 @@ def _created(note: facts.Ended) -> Evidence:
 def _bound(note: facts.Ended) -> Evidence:
     if note.ret < 0 and note.toggled:
         return "bind is refused and has changed a binding"
-    first = note.bound[0] if note.bound else 0
+    first = (note.bound[0] if note.bound else 0) if note.gfn is None else note.gfn + 1
     if note.ret == 0 and (not first or note.bound != tuple(range(first, first + len(note.bound)))):
         return "bind returns 0 and a page is not bound to its gfn"
     return None
@@ -184,7 +186,7 @@ def _stands_against(note: facts.Ended) -> bool:
 def _is_not_there(note: facts.Ended) -> bool:
     if note.op == "fault":
         return note.gfn is None or note.bound != (note.gfn + 1,)
-    return note.attrs != (SHARED_PAGE,) or bool(note.reasons)
+    return note.attrs != (SHARED_PAGE,) or bool({"a failure", "a poisoned page"} & set(note.reasons))
 
 
 def _returned(note: facts.Returned) -> Evidence:
@@ -192,15 +194,32 @@ def _returned(note: facts.Returned) -> Evidence:
     if not valid:
         refused = note.ret in (-EINVAL, -EOPNOTSUPP)
         return None if refused else f"{note.op} of what is no range of the file returns {_errno(note.ret)} and not -EINVAL"
-    if note.op == "hibernate" and note.ended is None:
+    if note.op == "user_fault" and note.how is None:  # beyond the end of the file, or of a design that never says
+        return None
+    if note.op == "hibernate" and note.how is None:
         return "hibernation is refused, and nothing stands against it"
-    if note.ended is not None:
-        if note.ret == note.ended:
-            return None
-        return f"{note.op} has ended with {_errno(note.ended)} and returns {_errno(note.ret)}"
+    if note.how is not None:
+        return _told(note, note.how)
     if note.ret == -EOPNOTSUPP:
         return None
     return f"{note.op} returns {_errno(note.ret)} without having begun"
+
+
+# What the caller is told is how it has ended, and where; and it was about what he had asked for.
+def _told(note: facts.Returned, how: facts.HowEnded) -> Evidence:
+    if note.op == "user_fault":
+        same = (note.ret == -EFAULT) == (how.ret == -EFAULT)        # SIGBUS or not; the others only try again
+    else:
+        same = note.ret == how.ret and note.op == how.op
+    if not same:
+        return f"{how.op} has ended with {_errno(how.ret)} and {note.op} returns {_errno(note.ret)}"
+    if note.op != "hibernate" and how.about != range(note.start, min(note.start + note.nr, note.size)):
+        return f"{note.op} has been about other pages than it was asked for"
+    if None not in (note.gfn, how.gfn) and note.gfn != how.gfn:
+        return f"{note.op} has been about gfn {how.gfn}, and was asked for gfn {note.gfn}"
+    if note.op in NAMING and note.ret < 0 and note.error_index != how.at:
+        return f"{note.op} has ended at page {how.at} and tells its caller of page {note.error_index}"
+    return None
 
 
 def _errno(ret: int) -> str:
@@ -215,8 +234,9 @@ def fault_served(note: Any) -> Evidence:
     """Who is told to go on can go on: the guest, or the VMM."""
     if not isinstance(note, facts.Ended) or note.op not in FAULTS or note.ret != 0 or note.mapped == note.scope:
         return None
-    if note.op == "user_fault" and "a failure" in note.reasons:
-        return None                                     # VM_FAULT_OOM: the VMM faults again, and what failed passes
+    # VM_FAULT_OOM, VM_FAULT_RETRY: the VMM faults again, and what failed, or was faster, passes.
+    if note.op == "user_fault" and {"a failure", "somebody else"} & set(note.reasons):
+        return None
     return f"a fault returns 0, and the {FAULTS[note.op]} does not map the page: it faults again, for ever"
 
 

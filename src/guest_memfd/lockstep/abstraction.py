@@ -7,6 +7,7 @@ two calls.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 
 from guest_memfd.abstract import state as st
@@ -98,8 +99,12 @@ def _gfn(host: EmulatedHost, gfn: st.GfnRecord) -> None:
 def _ghost(host: EmulatedHost, ghost: st.PartyGhost, pages: int) -> None:
     tracer = host.machine.tracer
     ghost.begun = host.vm.begun[ghost.number]
-    ghost.announced = _mask(tracer.announced.get(ghost.number, ()), pages)
-    ghost.ended = 1 - tracer.ended[ghost.number] if ghost.number in tracer.ended else 0
+    ghost.announced = _mask({*itertools.chain(*tracer.announced.get(ghost.number, ()))}, pages)
+    how = tracer.ended.get(ghost.number)
+    if how is not None:
+        ghost.ended, ghost.ended_op, ghost.scope = 1 - how.ret, OPS.index(how.op) + 1, _mask(how.about, pages)
+        ghost.ended_at = 0 if how.at is None else how.at + 1
+        ghost.gfn = 0 if how.gfn is None else how.gfn + 1
     operation = tracer.operations.get(ghost.number)
     if operation is not None:
         ghost.op = OPS.index(operation.op) + 1

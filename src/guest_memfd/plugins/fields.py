@@ -34,7 +34,9 @@ def wrong(thing: object, wanted: Mapping[str, Kind]) -> str | None:
 
 def one_of(*values: Any) -> Kind:
     """Any of *values*, compared by identity or equality; the words list them."""
-    return Kind(" or ".join(map(repr, values)), lambda value: any(value is each or value == each for each in values))
+    # Compared only with its like: a value of a third party's may do anything when it is compared.
+    return Kind(" or ".join(map(repr, values)), lambda value: any(
+        value is each or (type(value) is type(each) and value == each) for each in values))
 
 
 def table(of: str, values: Kind, keys: tuple[str, ...] | None = None) -> Kind:

@@ -125,7 +125,8 @@ def _fact(note: Any) -> str | None:
         where = "" if note.error_index is None else f" at page {note.error_index}"
         return f"{note.op} returns {result(note.ret)}{where}"
     if isinstance(note, facts.Returned):
-        return None if note.ret == note.ended else f"{note.op} returns {result(note.ret)} to whoever asked"
+        told = note.how is not None and note.ret == note.how.ret
+        return None if told else f"{note.op} returns {result(note.ret)} to whoever asked"
     if isinstance(note, facts.Given):
         return f"pfn{note.pfn}, whose memory is broken, is mapped for {note.whom}"
     if isinstance(note, facts.Destroyed):

@@ -6,7 +6,7 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.gup import gup_fast
 from guest_memfd.scenarios.party import Party
-from guest_memfd.scenarios.vmm import change, user_touch
+from guest_memfd.scenarios.vmm import change, fault_in, user_touch
 from guest_memfd.words.primitives import Folio, Host, Steps
 
 MM = Host("mm")
@@ -17,7 +17,7 @@ def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     if (yield from design.mmap()):
         return
     index = yield from MM.choose("page", *range(design.scene.pages))
-    seen = yield from design.user_fault(index)
+    seen = yield from fault_in(design, index)
     folio: Folio | None = None
     foll_pin = True
     if seen == "ok":

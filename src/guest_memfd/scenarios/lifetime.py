@@ -46,7 +46,7 @@ def creator(design: Design, hypervisor: Hypervisor) -> Steps[None]:
         return
     for slot in scene.slots:
         ret = yield from design.bind(slot.gfn, slot.start, slot.nr)
-        yield from USER.op_returned("bind", slot.start, slot.nr, ret)
+        yield from USER.op_returned("bind", slot.start, slot.nr, ret, gfn=slot.gfn)
     if (yield from USER.choose("then", "keep", "close")) == "close":
         yield from close(design)
 

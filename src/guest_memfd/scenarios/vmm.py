@@ -5,7 +5,7 @@ from __future__ import annotations
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party, Procedure
-from guest_memfd.words.primitives import EAGAIN, EBADF, Host, Steps
+from guest_memfd.words.primitives import EAGAIN, EBADF, EFAULT, Host, Steps
 
 USER = Host("user")
 
@@ -14,10 +14,18 @@ def user_touch(design: Design, index: int) -> Steps[str]:
     """Write page *index* through the mapping; one fault at most."""
     seen = yield from USER.user_access(index, True)
     if seen == "fault":
-        seen = yield from design.user_fault(index)
+        seen = yield from fault_in(design, index)
         if seen == "ok":
             seen = yield from USER.user_access(index, True)
     return seen
+
+
+def fault_in(design: Design, index: int) -> Steps[str]:
+    """A fault of the VMM at page *index*; what is not ``ok`` is what the VMM is told, by SIGBUS or by faulting again."""
+    answer = yield from design.user_fault(index)
+    if answer != "ok":
+        yield from USER.op_returned("user_fault", index, 1, -EFAULT if answer == "SIGBUS" else -EAGAIN)
+    return answer
 
 
 def vmm(design: Design, hypervisor: Hypervisor) -> Steps[None]:
@@ -62,11 +70,12 @@ def change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
 
 
 def _change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
-    index: int | None = None
+    index, gfn = None, None
     if what == "allocate":
         ret = yield from design.allocate(start, nr)
     elif what == "bind":
-        ret = yield from design.bind(design.scene.gfn(start), start, nr)
+        gfn = design.scene.gfn(start)
+        ret = yield from design.bind(gfn, start, nr)
     elif what == "punch":
         ret, index = yield from design.punch_hole(start, nr)
     elif what == "to_private":
@@ -75,7 +84,7 @@ def _change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
         ret, index = yield from design.make_shared(start, nr)
     else:
         ret, index = yield from design.unbind(start, nr)
-    yield from USER.op_returned(what, start, nr, ret, index)
+    yield from USER.op_returned(what, start, nr, ret, index, gfn)
     return ret
 
 
@@ -84,7 +93,7 @@ def mover(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     yield from change(design, "unbind", 0, 1)
     if (yield from USER.fd_open()):
         ret = yield from design.bind(design.scene.beyond, 0, 1)
-        yield from USER.op_returned("bind", 0, 1, ret)
+        yield from USER.op_returned("bind", 0, 1, ret, gfn=design.scene.beyond)
 
 
 STEPS = 3

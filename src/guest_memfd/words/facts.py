@@ -126,6 +126,16 @@ class Ended(NamedTuple):
     asked: tuple[int, ...] = ()         # of a new file: the attributes that it was to have, where someone has said
 
 
+class HowEnded(NamedTuple):
+    """What an operation has said at its end, until its caller is told."""
+
+    op: str
+    ret: int
+    about: range = range(0)             # page indexes
+    at: int | None = None               # the page index that it has named
+    gfn: int | None = None              # of a bind: the first
+
+
 @distinct
 class Returned(NamedTuple):
     """A system call, or an exit of a vCPU, has returned to its caller."""
@@ -136,8 +146,9 @@ class Returned(NamedTuple):
     ret: int
     error_index: int | None
     size: int                           # of the file, in pages
-    ended: int | None                   # with what errno the operation had ended, None if it never said
+    how: HowEnded | None                # what the operation had said at its end, None if it never said
     begun: bool = False                 # an invalidation that was begun has not been ended
+    gfn: int | None = None              # of a bind: the first gfn that was asked for
 
 
 @distinct

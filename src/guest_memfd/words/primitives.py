@@ -147,7 +147,7 @@ OPS = ("fault", "user_fault", "mmap", "allocate", "punch", "to_private", "to_sha
        "error", "hibernate")
 """Operations that begin_op and op_returned name."""
 
-UNREPORTED = frozenset({"user_fault", "mmap", "teardown"})
+UNREPORTED = frozenset({"mmap", "teardown"})
 """Those of which no caller says what it was told."""
 
 
@@ -179,9 +179,11 @@ class Host:
         """Tracepoint: the operation is about to return *ret* (the failing page index beside it, if it names one)."""
         return self._do("end_op", ret, error_index)
 
-    def op_returned(self, op: str, start: int, nr: int, ret: int, error_index: int | None = None) -> Steps[None]:
-        """Tracepoint: *op* on [start, start+nr) has returned to the party that asked for it. For parties."""
-        return self._do("op_returned", op, start, nr, ret, error_index)
+    def op_returned(
+        self, op: str, start: int, nr: int, ret: int, error_index: int | None = None, gfn: int | None = None,
+    ) -> Steps[None]:
+        """Tracepoint: *op* on [start, start+nr), a bind at *gfn*, has returned to who asked for it. For parties."""
+        return self._do("op_returned", op, start, nr, ret, error_index, gfn)
 
     def ops_released(self) -> Steps[None]:
         """Tracepoint: the hypervisor's half will not be called again for what the file is to its VM."""

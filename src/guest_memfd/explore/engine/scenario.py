@@ -172,7 +172,7 @@ def set_scene(library: Design) -> Steps[list[int]]:
     results = [ret]
     for slot in scene.slots if not ret else ():
         ret = yield from library.bind(slot.gfn, slot.start, slot.nr)
-        yield from user.op_returned("bind", slot.start, slot.nr, ret)
+        yield from user.op_returned("bind", slot.start, slot.nr, ret, gfn=slot.gfn)
         results.append(ret)
     if scene.populated and not any(results):
         ret = yield from library.allocate(0, scene.pages)

@@ -80,8 +80,8 @@ class Tracer:
         self.operations: dict[int, Operation] = {}
         self.asked: set[int] = set()                    # physical addresses of pages whose mapping the guest had asked for
         self.withdrawn: set[int] = set()                # of pages whose consent is older than their conversion to private
-        self.announced: dict[int, range] = {}           # task -> pages whose invalidation it has begun and not ended
-        self.ended: dict[int, int] = {}                 # task -> how its operation has ended, before it returns
+        self.announced: dict[int, tuple[range, ...]] = {}   # task -> pages whose invalidation it has begun and not ended
+        self.ended: dict[int, facts.HowEnded] = {}            # task -> how its operation has ended, before it returns
 
     # -- contents ------------------------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class Tracer:
     def announces(self, host: TracedTask, start: int, nr: int) -> None:
         """The task begins to invalidate pages [start, start+nr)."""
         pages = range(max(start, 0), max(min(start + nr, host.inode.size), 0))
-        self.announced[host.who] = pages
+        self.announced[host.who] = (*self.announced.get(host.who, ()), pages)
         operation = self.operations.get(host.who)
         if operation is not None and host.inode.life != EVICTED:
             beyond = next((i for i in (pages.start, pages.stop - 1) if pages and operation.first_of(i, 1) is None), None)
@@ -200,8 +200,8 @@ class Tracer:
         self.out_of_scope(host, what, index, nr)
         operation, announced = self.operations.get(host.who), self.announced.get(host.who)
         if announced is None and always:
-            announced = range(0)
-        if operation is not None and announced is not None and not announced.start <= index < announced.stop:
+            announced = ()
+        if operation is not None and announced is not None and not any(index in pages for pages in announced):
             host.notes.append(facts.Unannounced(operation.op, what, index))
 
     def removed(self, host: TracedTask, page: Page) -> None:
@@ -272,16 +272,29 @@ class Tracer:
         else:
             self.asked.discard(page.pa)
 
+    def under_way(self, task: int) -> str | None:
+        """The operation that *task* is in."""
+        operation = self.operations.get(task)
+        return None if operation is None else operation.op
+
     def forget(self, task: int, *, excused: bool = True) -> tuple[str, ...]:
         """The operation of *task* is over: what stood against it; not *excused*: the end of the file did not."""
         operation = self.operations.pop(task, None)
         self.ended.pop(task, None)
         return _reasons(operation.reasons & ~(0 if excused else GONE_BEFORE)) if operation is not None else ()
 
-    def returned(self, host: TracedTask, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
+    def faulted_in(self, host: TracedTask, index: int) -> None:
+        """The task goes on at page *index* of its mapping: if it has faulted, it was told that it can."""
+        how = self.ended.get(host.who)
+        if how is not None and how.op == "user_fault" and host.who not in self.operations:
+            self.returned(host, "user_fault", index, 1, 0, None)
+
+    def returned(
+        self, host: TracedTask, op: str, start: int, nr: int, ret: int, error_index: int | None, gfn: int | None = None,
+    ) -> None:
         """What the caller is told, beside what the operation had said."""
         host.notes.append(facts.Returned(op, start, nr, ret, error_index, host.inode.size, self.ended.get(host.who),
-                                         host.who in self.announced))
+                                         host.who in self.announced, gfn))
         self.forget(host.who)
 
     def end(self, host: TracedTask, ret: int, error_index: int | None) -> None:
@@ -290,7 +303,9 @@ class Tracer:
         if operation is None:
             return
         if operation.op not in UNREPORTED:
-            self.ended[host.who] = ret
+            self.ended[host.who] = facts.HowEnded(
+                operation.op, ret, range(operation.start, operation.start + operation.nr), error_index,
+                operation.gfn if operation.op == "bind" else None)
         if operation.nr <= JUDGED:
             host.notes.append(self._ended(host, operation, ret, error_index))
 

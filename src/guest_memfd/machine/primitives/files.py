@@ -28,9 +28,11 @@ def ops_released(host: Base) -> None:
     host.inode.released = True
 
 
-def op_returned(host: Base, op: str, start: int, nr: int, ret: int, error_index: int | None) -> None:
+def op_returned(
+    host: Base, op: str, start: int, nr: int, ret: int, error_index: int | None, gfn: int | None = None,
+) -> None:
     """Tracepoint, where the caller is told."""
-    host.machine.tracer.returned(host, op, start, nr, ret, error_index)
+    host.machine.tracer.returned(host, op, start, nr, ret, error_index, gfn)
 
 
 # -- trees ---------------------------------------------------------------------------------------------------

@@ -121,7 +121,9 @@ def mmu_invalidate_end(host: Base) -> None:
             host.die("mmu_invalidate_end without begin")
         return
     host.vm.begun[host.who] -= 1
-    host.machine.tracer.announced.pop(host.who, None)
+    # They may be nested, as invalidations of a VM are: what was announced holds until the last has ended.
+    if not host.vm.begun[host.who]:
+        host.machine.tracer.announced.pop(host.who, None)
     host.vm.gpc_fresh = False
 
 

@@ -142,7 +142,8 @@ def mapping_no_direct_map(host: Base) -> bool:
 def folio_ref_count(host: Base, folio: Folio) -> int:
     """The reference count; more than the page cache, its LRU batch and the caller have is a reason to refuse."""
     page = host.page(folio)
-    if page.refcount > page.cache + page.lru + 1:
+    # A punch has no use for it: a page that is pinned leaves the file all the same.
+    if page.refcount > page.cache + page.lru + 1 and host.machine.tracer.under_way(host.who) != "punch":
         host.against(REFERENCE, page)
     return page.refcount
 

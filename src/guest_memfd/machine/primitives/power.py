@@ -23,7 +23,7 @@ def pm_account(host: Base, pages: int) -> int:
 def pm_prepare(host: Base, what: str) -> int:
     """-EBUSY while pages are away from the host, else 0: from now on none may leave until `pm_post`."""
     if host.machine.power.away:
-        host.machine.tracer.ended[host.who] = -EBUSY
+        host.machine.tracer.ended[host.who] = facts.HowEnded("hibernate", -EBUSY)
         return -EBUSY
     host.machine.power.preparing = True
     return 0
@@ -38,7 +38,7 @@ def open_files(host: Base) -> int:
     """How many files have a reference left, as secretmem_users counts; hibernation asks for it."""
     count = sum(inode.files > 0 for inode in host.machine.inodes)
     if count:
-        host.machine.tracer.ended[host.who] = -EPERM
+        host.machine.tracer.ended[host.who] = facts.HowEnded("hibernate", -EPERM)
     return count
 
 

@@ -45,6 +45,7 @@ def user_access(host: Base, index: int, write: bool) -> str:
     vma = mapping.covering(index) if mapping is not None else None
     if vma is None:
         return "SIGSEGV"
+    machine.tracer.faulted_in(host, index)
     before = machine.tracer.contents()
     ran = machine.cpu.user(vma.va(index), write)
     if ran.signal is not None:
@@ -95,6 +96,7 @@ def unmap_mapping_pages(host: Base, start: int, nr: int) -> None:
 
 def gup_read_pte(host: Base, index: int) -> Folio | None:
     """Read the entry as GUP-fast does, without a lock (mm/gup.c)."""
+    host.machine.tracer.faulted_in(host, index)
     mapping = host.inode.mapping
     pa = mapping.lookup(index) if mapping is not None and mapping.vmas else None
     return None if pa is None else host.folio(host.machine.page_at(pa))
