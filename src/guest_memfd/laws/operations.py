@@ -190,12 +190,13 @@ def _is_not_there(note: facts.Ended) -> bool:
 
 
 def _returned(note: facts.Returned) -> Evidence:
+    # Beyond the end of the file, or of a design that never says: then what has ended is something else, before it.
+    if note.op == "user_fault" and (note.how is None or note.how.op != "user_fault"):
+        return None
     valid = note.start >= 0 and note.nr > 0 and (note.op == "punch" or note.start + note.nr <= note.size)
     if not valid:
         refused = note.ret in (-EINVAL, -EOPNOTSUPP)
         return None if refused else f"{note.op} of what is no range of the file returns {_errno(note.ret)} and not -EINVAL"
-    if note.op == "user_fault" and note.how is None:  # beyond the end of the file, or of a design that never says
-        return None
     if note.op == "hibernate" and note.how is None:
         return "hibernation is refused, and nothing stands against it"
     if note.how is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from errno import EBADF, EFAULT, EFBIG, EINVAL, ENOMEM, EOPNOTSUPP, EOVERFLOW
+from errno import EAGAIN, EBADF, EFAULT, EFBIG, EINVAL, ENOMEM, EOPNOTSUPP, EOVERFLOW
 from functools import wraps
 from stat import S_IFREG
 from types import FunctionType
@@ -258,7 +258,7 @@ class Mapped(Serialised):
             if folio is not None and file.perform(Primitive("gup_try_get", (folio,), "mm")):
                 file.perform(Primitive("gup_recheck", (index, folio, True), "mm"))
                 return Pinned(file, folio)
-            if not file.library.gup or file.run(file.library.user_fault(index)) == "SIGBUS":
+            if not file.library.gup or not file.fault_in(index):
                 break
         raise SyscallFailed(EFAULT, "pin_user_pages", f"page {index} of the file")
 
@@ -286,7 +286,7 @@ class Mapped(Serialised):
                 return b""
             if seen != "fault":
                 raise Signalled(seen, file.address(index) + within)
-            if file.run(file.library.user_fault(index)) == "SIGBUS":
+            if not file.fault_in(index):
                 break
         raise Signalled("SIGBUS", file.address(index) + within, BUS_ADRERR)
 
@@ -455,6 +455,13 @@ class GuestMemoryFile(Serialised, ABC):
         if self.machine.dead is not None:
             raise self.machine.dead
         return self.host.run(procedure)
+
+    def fault_in(self, index: int) -> bool:
+        """A fault of the VMM at page *index*: whether it is to go on; False: SIGBUS. Raises KernelPanic as `perform`."""
+        answer = self.run(self.library.user_fault(index))
+        told = {"ok": 0, "SIGBUS": -EFAULT}.get(answer, -EAGAIN)
+        self.perform(Primitive("op_returned", ("user_fault", index, 1, told, None, None), "user"))
+        return bool(answer != "SIGBUS")
 
     def check(self, ret: int, call: str, why: str = "") -> None:
         """Raise SyscallFailed when *ret* is -errno."""
