@@ -9,10 +9,11 @@ made. What the lock does not keep out is what others already have: user page tab
 To private, in this order:
 
 1. Remove the user's entries, and begin the mmu invalidation, which ends kernel mappings and waits for their users.
-2. Look up every folio that is present and not private yet, and count its references: the page cache has one for each page, and we have one.
-   One more belongs to a user who could still write: -EAGAIN. The count has to come after 1: GUP-fast reads an entry, takes
-   a reference, and reads the entry again. With the entry gone, its reference is there to be counted, or the second look
-   drops it. The lru_add batches of the CPUs hold references, too; they are drained once, when a count is too high.
+2. Look up every folio that is present and not private yet, and count its references: the page cache has one for each
+   page, and we have one. One more belongs to a user who could still write: -EAGAIN. The count has to come after 1: GUP-fast
+   reads an entry, takes a reference, and reads the entry again. With the entry gone, its reference is there to be counted,
+   or the second look drops it. The lru_add batches of the CPUs hold references, too; they are drained once, when a count
+   is too high.
 3. Ask the hypervisor to take every folio from the guest (`invalidate`). It refuses while the guest holds on to a page.
 4. Allocate the tree's nodes. It can fail.
 5. Take every folio out of the direct map, then flush all TLBs once. A zap can fail: a large leaf has to be split.
