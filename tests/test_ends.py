@@ -127,11 +127,17 @@ def gone(pid: int) -> bool:
         return True
 
 
+# What these tests were started by may ignore some, as nohup does, and what is ignored stays so.
+def heard() -> None:
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def busy(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """gmem check in a folder of its own, with two workers that have begun."""
     with subprocess.Popen([*GMEM, "check", "library", "-j", "2", "-o", "out", "--save-traces", "traces"], cwd=tmp_path,
-                          stderr=subprocess.PIPE, text=True) as process:
+                          stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         while len(children(process.pid)) < 2:
             assert process.poll() is None
             time.sleep(0.02)

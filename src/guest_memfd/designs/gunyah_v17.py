@@ -128,12 +128,13 @@ class GunyahV17(Design):
         if not ret:
             yield from host.xa_store_reserved("bindings", start, Entries(0, 1))
             yield from host.fput()                          # the binding's; the ioctl's own is forgotten (S12)
-        yield from host.end_op(ret, start if ret not in (0, -ENOENT) else None)
+        index = start if ret not in (0, -ENOENT) else None          # the ioctl has an errno only, of the whole binding
+        yield from host.end_op(ret, index)
         yield from host.up_write("bindings")
         yield from host.up_write("invalidate")
         if ret:
             yield from self.close()
-        return Conversion(ret)
+        return Conversion(ret, index)
 
     # -- the guest faults (20, 28/35) ----------------------------------------------------------------------------
 
