@@ -172,7 +172,9 @@ def test_a_mistake_that_takes_a_guest_with_one_page_and_two_operations_of_its_vm
 @pytest.mark.parametrize("where", sorted({*((s.hypervisor, s.scene, s.parties) for s in SPOTS), *ELSEWHERE}), ids="-".join)
 def test_library_holds_there(where: tuple[str, str, str]) -> None:
     hypervisor, scene, parties = where
-    assert findings(OurLibrary, HYPERVISORS[hypervisor], SCENES[scene], [PARTIES[n] for n in parties.split()]) == []
+    there = [PARTIES[name] for name in parties.split()]
+    # As far as mistakes there have shown; the whole is in tests/test_verdicts.py, and in `gmem check library`.
+    assert findings(OurLibrary, HYPERVISORS[hypervisor], SCENES[scene], there, most=STAGES[-1] // 4) == []
 
 
 @pytest.mark.parametrize(("hypervisor", "parties"), [("kvm", "vmm-pages"), ("pkvm", "vcpu vmm")])

@@ -303,8 +303,9 @@ class Tracer:
         if operation is None:
             return
         if operation.op not in UNREPORTED:
+            about = range(operation.start, operation.start + operation.nr) if operation.nr else range(0)
             self.ended[host.who] = facts.HowEnded(
-                operation.op, ret, range(operation.start, operation.start + operation.nr), error_index,
+                operation.op, ret, about, error_index,
                 operation.gfn if operation.op == "bind" else None)
         if operation.nr <= JUDGED:
             host.notes.append(self._ended(host, operation, ret, error_index))
