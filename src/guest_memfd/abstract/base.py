@@ -88,6 +88,11 @@ class AbstractBase:
             return True
         return bool(frame.gmap) and bool(frame.slot) and self.state.private(frame)
 
+    def under_way(self) -> str | None:
+        """The operation that the current party is in."""
+        op = self.state.ghost(self.who).op
+        return OPS[op - 1] if op else None
+
     def out_of_scope(self, what: str, index: int) -> None:
         """Note it when the current party's operation is not about page *index*; an eviction is about all pages."""
         ghost = self.state.ghost(self.who)

@@ -6,7 +6,7 @@ from guest_memfd.abstract import state as st
 from guest_memfd.abstract.mappings import AbstractMappings
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTION, EVICTED, FAILURE, FREE, JUNK, REFERENCE, ZERO
-from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, OPS, Folio, Lookup
+from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
 
 
 class AbstractPageCache(AbstractMappings):
@@ -56,7 +56,7 @@ class AbstractPageCache(AbstractMappings):
         page.cached = frame.slot = frame.cache = 0
         ghost = self.state.ghost(self.who)
         # Only a punch, or the end of the file, is asked to lose what is there; a page that is given up is lost already.
-        op = OPS[ghost.op - 1] if ghost.op else "someone"
+        op = self.under_way() or "someone"
         if op != "punch" and self.file.inode != EVICTED and not frame.kept and page.expect not in (ZERO, ANY):
             self.notes.append(facts.Destroyed(frame.number, f"{op} takes the page out of the file"))
         page.expect = ZERO
@@ -95,8 +95,7 @@ class AbstractPageCache(AbstractMappings):
         frame = self.state.frame(folio.pfn)
         # The count alone is the answer. This only notes the reason, for the law that asks whether a refusal had one.
         # A punch has no use for it: a page that is pinned leaves the file all the same.
-        ghost = self.state.ghost(self.who)
-        if frame.refs() > frame.cache + frame.lru + 1 and not (ghost.op and OPS[ghost.op - 1] == "punch"):
+        if frame.refs() > frame.cache + frame.lru + 1 and self.under_way() != "punch":
             self.against(REFERENCE, frame)
         return frame.refs()
 

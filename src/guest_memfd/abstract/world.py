@@ -144,13 +144,13 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         setattr(page, field, value)
 
     def _bind(self, page: st.PageRecord, index: int, value: int) -> None:
-        ghost = self.state.ghost(self.who)
+        op = self.under_way()
         if page.binding != value:
-            if ghost.op and OPS[ghost.op - 1] in ("bind", "unbind"):
-                ghost.toggled ^= 1 << index
+            if op in ("bind", "unbind"):
+                self.state.ghost(self.who).toggled ^= 1 << index
             # Of a binding that goes a kernel mapping has to be told, or no one will be able to tell it any more.
             self.done_to("changes the binding", index, always=bool(page.binding and self.hypervisor.pfn_cache))
-        if ghost.op and OPS[ghost.op - 1] == "bind" and page.binding and value:
+        if op == "bind" and page.binding and value:
             self.notes.append(facts.Rebound(index))
         if value:
             self.file.released = 0
