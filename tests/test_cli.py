@@ -25,7 +25,7 @@ from guest_memfd.report.sentence import listed
 from guest_memfd.scenarios import PARTIES, SCENES
 
 ALL = len(LAWS)
-FIRST_LOOK = ("every party alone and every pair in two-pages; in 11 other scenes, every party except vmm, alone and with "
+FIRST_LOOK = ("every party alone and every pair in two-pages; in 12 other scenes, every party except vmm, alone and with "
               "vcpu2 (in both-shared also with repeater, in three-pages alone only); the triples unload-while-stopping, "
               "scan-and-a-call, scan-while-stopping, read-while-created and pin-and-a-call; without VMMs that do several "
               "things in a row")
@@ -135,8 +135,8 @@ def test_what_is_explored_is_said_in_one_clause() -> None:
 
     triples = sum(map(len, TRIPLES.values()))
     some = "of VMMs that do several things in a row, some pairs"
-    assert words() == (f"every party alone and every pair in 12 scenes, and {triples} triples ({some}; in three-pages and "
-                       "failing-twice, pairs with vcpu2)")
+    assert words() == (f"every party alone and every pair in 13 scenes, and {triples} triples ({some}; in three-pages, "
+                       "pairs with vcpu2; in failing-twice, pairs with vcpu2; in on-demand, pairs with vcpu2 and vmm)")
     assert words(scenes=("crossed", "unbound")) == f"every party alone and every pair in crossed and unbound ({some})"
     assert words(full=False) == FIRST_LOOK
     assert listed([name for names in QUICK.values() for name in names]) in FIRST_LOOK

@@ -38,6 +38,7 @@ ELSEWHERE = [
     ("none", "gunyah", "vcpu,zeropad", "host-survives", "quiet-free"),
     ("none", "kvm", "vcpu", "one-owner", "three-pages"),
     ("none", "gunyah", "vcpu,zeropad", "host-survives", "failing-twice"),
+    ("none", "gunyah", "vcpu,zeropad", "host-survives", "on-demand"),
 ]
 """The same in other scenes."""
 

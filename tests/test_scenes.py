@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mistaken_drivers
 import mistakes
 import pytest
 
@@ -39,6 +40,7 @@ SHOWN = {
     "quiet-free": Shown("RestoresOnce", "kvm", "vcpu vmm2", "nothing-lost"),
     "three-pages": Shown("LooksAtBothEnds", "kvm", "vmm-pages", "all-or-nothing"),
     "failing-twice": Shown("IgnoresRestore", "kvm", "vcpu2 vmm2 device", "host-survives"),
+    "on-demand": Shown("LendsWithoutLock", "gunyah", "vcpu2 pinner", "guest-private"),
     "two-vms": Shown("VetoesForOneFile", "kvm", "vcpu power", "guest-private"),
 }
 """Scene -> a mistake that it shows, and the other scenes in which the suite has the same parties do not.
@@ -49,7 +51,10 @@ two-pages is the plainest: everybody meets everybody there, and the others are c
 
 def laws_broken(shown: Shown, scene: Scene) -> set[str]:
     parties = [PARTIES[name] for name in shown.parties.split()]
-    there = World(getattr(mistakes, shown.mistake), HYPERVISORS[shown.hypervisor], parties, scene=scene)
+    design, hypervisor = getattr(mistakes, shown.mistake, mistakes.OurLibrary), HYPERVISORS[shown.hypervisor]
+    if hasattr(mistaken_drivers, shown.mistake):
+        hypervisor = replace(hypervisor, driver=getattr(mistaken_drivers, shown.mistake)())
+    there = World(design, hypervisor, parties, scene=scene)
     names = list(there.programs)
     if len(names) < len(parties):                       # somebody cannot exist there
         return set()

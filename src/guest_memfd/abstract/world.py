@@ -22,6 +22,7 @@ from guest_memfd.words.pagestate import (
     PRIVATE_PAGE,
     REASONS,
     RUNNING,
+    SHARED_PAGE,
     VM_STATES,
     ZERO,
 )
@@ -101,8 +102,9 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     ) -> None:
         """What the caller is told, beside what the operation had said."""
         ghost = self.state.ghost(self.who)
+        shared = tuple(i for i in range(start, start + nr) if self.page(i).attr == SHARED_PAGE) if op == "lend" else ()
         self.notes.append(facts.Returned(op, start, nr, ret, error_index, self.sizes.pages, self.how_ended(ghost),
-                                         bool(ghost.begun), gfn))
+                                         bool(ghost.begun), gfn, shared))
         if ghost.op or ghost.ended:
             self.clear(ghost)
 

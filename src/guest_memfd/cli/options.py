@@ -102,8 +102,8 @@ class Scope:
         where = self._where(self.scenes or tuple(SCENES))
         triples = [name for scene in self.scenes or SCENES for name in TRIPLES.get(scene, ())]
         more = f", and {len(triples)} triples" if triples else ""
-        few = [scene for scene in self.scenes or SCENES if scene in FEW]
-        but = f"; in {listed(few)}, pairs with {PARTNER}" if few else ""
+        few = [f"in {scene}, pairs with {listed(FEW[scene])}" for scene in self.scenes or SCENES if scene in FEW]
+        but = f"; {'; '.join(few)}" if few else ""
         some = f"of VMMs that do several things in a row, some pairs{but}"
         return f"every party alone and every pair in {where}{more} ({some})"
 

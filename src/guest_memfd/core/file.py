@@ -142,19 +142,28 @@ def vm_teardown(gmem: Gmem) -> Steps[int]:
     if not (yield from gmem.host.get_file()):
         yield from gmem.ops.release()
         return 0
-    yield from gmem.host.begin_op("teardown", 0, gmem.size)
-    yield from gmem.host.down_write("invalidate")
-    result, last = yield from gmem.unbind_locked(0, gmem.size, "teardown")
-    yield from gmem.host.end_op(result.ret, result.error_index)
-    yield from gmem.host.up_write("invalidate")
-    if result.ret:
-        yield from gmem.host.warn(f"page {result.error_index} stays with the hypervisor")
-    else:
+    ret, last = yield from gmem.teardown_bindings(0, gmem.size)
+    if not ret:
         yield from gmem.ops.release()
     if last:
         yield from gmem.close()
     yield from gmem.close()
-    return result.ret
+    return ret
+
+
+def teardown_bindings(gmem: Gmem, start: int, nr: int) -> Steps[tuple[int, bool]]:
+    """What a dying VM has bound of [start, start+nr) comes back, of a file that the caller holds: as `vm_teardown`.
+
+    Also whether these were the file's last bindings, whose reference is the caller's to drop.
+    """
+    yield from gmem.host.begin_op("teardown", start, nr)
+    yield from gmem.host.down_write("invalidate")
+    result, last = yield from gmem.unbind_locked(start, nr, "teardown")
+    yield from gmem.host.end_op(result.ret, result.error_index)
+    yield from gmem.host.up_write("invalidate")
+    if result.ret:
+        yield from gmem.host.warn(f"page {result.error_index} stays with the hypervisor")
+    return result.ret, last
 
 
 def unbind_locked(gmem: Gmem, start: int, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:

@@ -170,6 +170,9 @@ class Gmem(Protocol):
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         """Which of its pages are private at first, and which are shared."""
 
+    def teardown_bindings(self, start: int, nr: int) -> Steps[tuple[int, bool]]:
+        """Bindings of a dying VM end; and whether they were the file's last."""
+
     def unbind_locked(self, start: int, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
         """A binding, or what a dying VM has bound, goes; and whether it was the last."""
 

@@ -6,13 +6,16 @@ is written once and runs on every host that offers `Stage2`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.errors import shown
-from guest_memfd.words.primitives import MAX_ERRNO
+from guest_memfd.words.primitives import MAX_ERRNO, Steps
+
+if TYPE_CHECKING:
+    from guest_memfd.core.library import Library
 
 Owner = Literal["host", "guest", "shared", "borrowed"]
 
@@ -83,6 +86,25 @@ class Stage2(Protocol):
 Hypercall = Callable[..., int]
 
 
+class LendingDriver(Protocol):
+    """A driver that lends pages on demand: no one but it says when a page changes hands. Procedures over the library.
+
+    Ranges are in pages of the file; all return 0 or -errno.
+    """
+
+    def demand_page(self, library: Library, gfn: int, index: int, *, lend: bool = True, writable: bool = True) -> Steps[int]:
+        """Give the guest page *index* at *gfn*, lent or shared; an error is user space's to see."""
+
+    def mmap(self, library: Library, start: int, nr: int) -> Steps[int]:
+        """Map [start, start+nr) into the VMM, once the guest has let go of it."""
+
+    def unbind(self, library: Library, start: int, nr: int) -> Steps[int]:
+        """End the binding of [start, start+nr); its pages are the VMM's."""
+
+    def abandon(self, library: Library, ranges: Sequence[tuple[int, int]]) -> Steps[int]:
+        """The VM is dying: end its bindings, each (first page, length)."""
+
+
 def _nothing(_stage2: Stage2, _pfn: int) -> None:
     return None
 
@@ -101,6 +123,7 @@ class Hypervisor:
     errnos: operation of the library -> errno values that it can have under this hypervisor on top of the documented ones.
     tracks_owner: whether it keeps ownership at all (plain KVM does not).
     consents: in words, what `guest_consents` is to this guest; None if its guests cannot give a page up.
+    driver: decides when pages are lent and taken back; None where user space does, by conversions.
     """
 
     name: str
@@ -118,6 +141,7 @@ class Hypervisor:
     pfn_cache: bool = False
     final: Mapping[str, int] = field(default_factory=dict)
     errnos: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    driver: LendingDriver | None = None
 
     def wrong_result(self, name: str, ret: object) -> str | None:
         """What is wrong with *ret* as the result of hypercall *name*, in words; None when it is 0 or -errno."""

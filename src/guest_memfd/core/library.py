@@ -65,6 +65,7 @@ class Library:
 
     alloc_inode = file.alloc_inode
     init_attributes = file.init_attributes
+    teardown_bindings = file.teardown_bindings
     unbind_locked = file.unbind_locked
     take_all_back = file.take_all_back
     fault_bound = fault.fault_bound

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from guest_memfd.core import Library
+from guest_memfd.core.hypervisor import LendingDriver
 from guest_memfd.words.primitives import Bound
 from guest_memfd.words.scene import Scene
 
@@ -28,6 +29,8 @@ class Design(Library):
     """Whether pages the VMM has mapped may be taken by GUP at all (secretmem refuses)."""
     hypervisors: ClassVar[tuple[str, ...] | None] = None
     """Names of the hypervisors it was posted for; None: any."""
+    converts: ClassVar[bool] = True
+    """Whether it converts in place; where it does not, make_private and make_shared are -EOPNOTSUPP."""
     offers: ClassVar[tuple[str, ...]] = ()
     """Names of its own that neither it nor the library calls, but a party of the same plugin does."""
     keeps: ClassVar[Mapping[str, str]] = {}
@@ -42,6 +45,8 @@ class Design(Library):
     is not here is not bounded."""
     errnos: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """Operation -> errno values that its documentation names on top of the library's."""
+    lender: LendingDriver | None = None
+    """The driver that decides when pages are lent and taken back; None where user space does, by conversions."""
     scene: Scene = Scene()
     """The scene it is put in; parties ask it for gfns, ranges and frames."""
 

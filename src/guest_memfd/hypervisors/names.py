@@ -17,12 +17,21 @@ from guest_memfd.plugins.overrides import unfit
 CALLERS = {"library": "the library", "mm": "memory management", "user": "a VMM", "guest": "a guest"}
 """Who asks a host for something, beside hypervisors' modules."""
 
+
+DRIVES = ("demand_page", "mmap", "unbind", "abandon")
+
+
+def _drives(value: object) -> bool:
+    return value is None or all(callable(getattr(value, name, None)) for name in DRIVES)
+
+
 FIELDS = {
     "name": NAME, "title": LINE, "module": NAME, "ops": Kind("a subclass of GuestMemfdOps", callable),
     "hypercalls": table("names", Kind("functions of a Stage2 and arguments", callable)),
     "fallible": table("hypercalls", MINUS_ERRNO), "final": table("hypercalls", MINUS_ERRNO),
     "abort": one_of(SEA, DATA_ABORT, None), "tracks_owner": FLAG, "consents": LINE.or_none(), "guest_consents": takes(2),
     "guest_touches": takes(2), "force_reclaim": takes(2), "pfn_cache": FLAG, "errnos": ERRNOS,
+    "driver": Kind(f"procedures {', '.join(DRIVES)}, or None", _drives),
 }
 
 

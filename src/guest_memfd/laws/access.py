@@ -26,7 +26,9 @@ def host_survives(note: Any) -> Evidence:
 
 
 def guest_private(note: Any) -> Evidence:
-    """Only the guest reads what it wrote in private; only the guest writes where it may write in private."""
+    """Only the guest reads what it wrote in private; only the guest writes where it may; and what it is lent is private."""
+    if isinstance(note, facts.Returned) and note.op == "lend" and not note.ret and note.shared:
+        return f"the guest is lent page {note.shared[0]}, and the host shares it"
     if not isinstance(note, facts.Access) or note.who == "guest" or not note.guests:
         return None
     # The library may read and zero a page that it is about to give away; it may not write to one that the guest has.

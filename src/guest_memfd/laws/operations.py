@@ -201,9 +201,13 @@ def _returned(note: facts.Returned) -> Evidence:
         return "hibernation is refused, and nothing stands against it"
     if note.how is not None:
         return _told(note, note.how)
-    if note.ret == -EOPNOTSUPP:
+    if note.ret == -EOPNOTSUPP or note.op == "lend":    # a driver may refuse before it asks the library
         return None
     return f"{note.op} returns {_errno(note.ret)} without having begun"
+
+
+PARTS = frozenset({("lend", "fault"), ("lend", "to_private")})
+"""What a driver does, and operations of the library that it ends with."""
 
 
 # What the caller is told is how it has ended, and where; and it was about what he had asked for.
@@ -211,10 +215,10 @@ def _told(note: facts.Returned, how: facts.HowEnded) -> Evidence:
     if note.op == "user_fault":
         same = (note.ret == -EFAULT) == (how.ret == -EFAULT)        # SIGBUS or not; the others only try again
     else:
-        same = note.ret == how.ret and note.op == how.op
+        same = note.ret == how.ret and (note.op == how.op or (note.op, how.op) in PARTS)
     if not same:
         return f"{how.op} has ended with {_errno(how.ret)} and {note.op} returns {_errno(note.ret)}"
-    if note.op != "hibernate" and how.about != range(note.start, min(note.start + note.nr, note.size)):
+    if note.op not in ("hibernate", "lend") and how.about != range(note.start, min(note.start + note.nr, note.size)):
         return f"{note.op} has been about other pages than it was asked for"
     if None not in (note.gfn, how.gfn) and note.gfn != how.gfn:
         return f"{note.op} has been about gfn {how.gfn}, and was asked for gfn {note.gfn}"

@@ -6,7 +6,7 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.gup import gup_fast
 from guest_memfd.scenarios.party import Party
-from guest_memfd.scenarios.vmm import change, fault_in, user_touch
+from guest_memfd.scenarios.vmm import change, fault_in, map_pages, user_touch
 from guest_memfd.words.primitives import Folio, Host, Steps
 
 MM = Host("mm")
@@ -14,7 +14,7 @@ MM = Host("mm")
 
 def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Map, fault the page in, pin it, unmap - and only then use it and let go."""
-    if (yield from design.mmap()):
+    if (yield from map_pages(design, 0, design.scene.pages)):
         return
     index = yield from MM.choose("page", *range(design.scene.pages))
     seen = yield from fault_in(design, index)
@@ -31,7 +31,7 @@ def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 def pinner(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Pin a page of one's own mapping, convert or punch it while it is pinned, use the pin, let go."""
-    if (yield from design.mmap()):
+    if (yield from map_pages(design, 0, design.scene.pages)):
         return
     index = yield from MM.choose("page", *range(design.scene.pages))
     if (yield from user_touch(design, index)) == "ok":

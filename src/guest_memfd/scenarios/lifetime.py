@@ -18,14 +18,21 @@ def unloader(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 def stop(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Stop the VM for good, take its memory back, destroy it."""
-    if (yield from USER.vm_kill()) and not (yield from design.vm_teardown()):
+    if (yield from USER.vm_kill()) and not (yield from take_back(design)):
         yield from USER.vm_destroyed()
+
+
+def take_back(design: Design) -> Steps[int]:
+    """What a dying VM has comes back, at once or binding by binding; 0 or -EAGAIN."""
+    if design.lender is None:
+        return (yield from design.vm_teardown())
+    return (yield from design.lender.abandon(design, [(slot.start, slot.nr) for slot in design.scene.slots]))
 
 
 def teardown(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """After all parties are done: the VM goes, then the VMM, then the LRU batches drain, and nothing is left."""
     yield from USER.vm_kill()
-    if (yield from USER.vm_state()) != "gone" and not (yield from design.vm_teardown()):
+    if (yield from USER.vm_state()) != "gone" and not (yield from take_back(design)):
         yield from USER.vm_destroyed()
     if (yield from USER.fd_close()):
         yield from design.close()

@@ -6,6 +6,7 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.gup import gup_fast
 from guest_memfd.scenarios.party import Party
+from guest_memfd.scenarios.vmm import map_pages
 from guest_memfd.words.primitives import Host, Steps
 
 MM = Host("mm")
@@ -13,7 +14,7 @@ MM = Host("mm")
 
 def pfn_cache(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Refresh the cache through the VMM's mapping, use it under its lock, drop it."""
-    if (yield from design.mmap()):
+    if (yield from map_pages(design, 0, design.scene.pages)):
         return
     last = design.scene.pages - 1
     if (yield from MM.gpc_begin(last)) and (yield from design.user_fault(last)) == "ok":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party
+from guest_memfd.scenarios.vmm import map_pages
 from guest_memfd.words.primitives import Host, Steps
 
 MM = Host("mm")
@@ -24,7 +25,7 @@ def kcore(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 def page_cache_reader(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Read a page of the file as lib/buildid.c and uprobes do: look it up, ask no one else, map it and read."""
-    if (yield from design.mmap()):
+    if (yield from map_pages(design, 0, design.scene.pages)):
         return
     index = yield from MM.choose("page", *range(design.scene.pages))
     if not (yield from MM.mapping_no_direct_map()):

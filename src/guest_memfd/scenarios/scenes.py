@@ -30,6 +30,8 @@ SCENES: dict[str, Scene] = {scene.name: scene for scene in (
     Scene("failing-twice", "what fails, fails again, where leaves are merged and have to be split",
           pages=1, frames=2, shared=(), slots=(Slot(0, 0, 1),), kernel=Kernel(init_on_free=False, merges_leaves=True),
           failures=2),
+    Scene("on-demand", "a driver that can lends a page when its guest asks for it, each page bound by itself",
+          shared=(0, 1), slots=(Slot(0, 0, 1), Slot(1, 1, 1)), refusals=1, lends=True),
     Scene("two-vms", "two VMs, each with a file of its own",
           pages=1, shared=(), slots=(Slot(0, 0, 1),), files=2, vms=2, failures=0),
 )}

@@ -30,9 +30,12 @@ def touch(design: Design, gfn: int) -> Steps[str]:
 def handle_fault(design: Design, gfn: int) -> Steps[int]:
     """The exit of a vCPU: find the memslot, ask the library for the page; 0 or -errno, -EFAULT without a memslot."""
     index = design.scene.index(gfn)
-    ret = -EFAULT if index is None else (yield from design.guest_fault(gfn, index))
-    if index is not None:
-        yield from GUEST.op_returned("fault", index, 1, ret)
+    if index is None:
+        return -EFAULT
+    if design.lender is not None:
+        return (yield from design.lender.demand_page(design, gfn, index))
+    ret = yield from design.guest_fault(gfn, index)
+    yield from GUEST.op_returned("fault", index, 1, ret)
     return ret
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party, Procedure
-from guest_memfd.words.primitives import EAGAIN, EBADF, EFAULT, Host, Steps
+from guest_memfd.words.primitives import EAGAIN, EBADF, EFAULT, ENOTTY, Host, Steps
 
 USER = Host("user")
 
@@ -45,7 +45,7 @@ def vmm(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 def mapping(design: Design, index: int, *then: str) -> Steps[None]:
     """mmap, touch page *index*, perhaps convert or punch it under the mapping and touch it again, munmap."""
-    if (yield from design.mmap()):
+    if (yield from map_pages(design, index, 1)):
         return
     seen = yield from user_touch(design, index)
     if seen == "ok":
@@ -54,6 +54,15 @@ def mapping(design: Design, index: int, *then: str) -> Steps[None]:
             yield from change(design, what, index, 1)
             yield from user_touch(design, index)
     yield from design.munmap()
+
+
+def map_pages(design: Design, start: int, nr: int) -> Steps[int]:
+    """mmap(2) of the file for the sake of [start, start+nr), which a driver that has lent them takes back first."""
+    if design.lender is None:
+        return (yield from design.mmap())
+    if not (yield from USER.fd_open()):
+        return -EBADF
+    return (yield from design.lender.mmap(design, start, nr))
 
 
 def close(design: Design) -> Steps[None]:
@@ -70,6 +79,11 @@ def change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
 
 
 def _change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
+    if design.lender is not None:
+        if what == "unbind":
+            return (yield from design.lender.unbind(design, start, nr))
+        if what in ("to_private", "to_shared"):
+            return -ENOTTY                              # such a driver has no conversion for user space
     index, gfn = None, None
     if what == "allocate":
         ret = yield from design.allocate(start, nr)
@@ -112,7 +126,7 @@ def life(*allowed: str) -> Procedure:
             if what == "close":
                 yield from close(design)
             elif what == "map":
-                mapped = mapped or not (yield from design.mmap())
+                mapped = mapped or not (yield from map_pages(design, 0, design.scene.pages))
             elif what == "touch":
                 # Only what it has mapped itself: a fault holds its VMA, and another thread's munmap() would not wait here.
                 if mapped:

@@ -149,6 +149,7 @@ class Returned(NamedTuple):
     how: HowEnded | None                # what the operation had said at its end, None if it never said
     begun: bool = False                 # an invalidation that was begun has not been ended
     gfn: int | None = None              # of a bind: the first gfn that was asked for
+    shared: tuple[int, ...] = ()        # of pages that were to be lent: those that the host shares now
 
 
 @distinct

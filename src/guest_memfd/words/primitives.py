@@ -22,7 +22,7 @@ from guest_memfd.compat import override
 T = TypeVar("T")
 
 ENOMEM, EBUSY, EAGAIN, EINVAL, EPERM, EEXIST = 12, 16, 11, 22, 1, 17
-ENODEV, EHWPOISON, EIO, ENOENT, EOPNOTSUPP, EFAULT, EBADF = 19, 133, 5, 2, 95, 14, 9
+ENODEV, EHWPOISON, EIO, ENOENT, EOPNOTSUPP, EFAULT, EBADF, ENOTTY = 19, 133, 5, 2, 95, 14, 9, 25
 MAX_ERRNO = 4095
 
 Caller = str
@@ -138,14 +138,14 @@ RefKind = Literal["lookup", "provided"]
 """lookup: transient; provided: v17's, one per page given to the guest."""
 
 Sem = Literal["invalidate", "bindings"]
-"""The rw-semaphores there are: the inode's invalidate_lock, and the one the Gunyah v17 driver adds."""
+"""The rw-semaphores there are: the inode's invalidate_lock, and the one that a driver of Gunyah adds."""
 
 Tree = Literal["attributes", "bindings", "provided"]
 """The library's (and v17's) maple trees and xarrays, index -> small integer, 0 for none."""
 
 OPS = ("fault", "user_fault", "mmap", "allocate", "punch", "to_private", "to_shared", "unbind", "teardown", "create", "bind",
-       "error", "hibernate")
-"""Operations that begin_op and op_returned name."""
+       "error", "hibernate", "lend")
+"""Operations that begin_op and op_returned name. ``lend`` is a driver's: convert, and let the guest fault the page in."""
 
 UNREPORTED = frozenset({"mmap", "teardown"})
 """Those of which no caller says what it was told."""
@@ -182,7 +182,10 @@ class Host:
     def op_returned(
         self, op: str, start: int, nr: int, ret: int, error_index: int | None = None, gfn: int | None = None,
     ) -> Steps[None]:
-        """Tracepoint: *op* on [start, start+nr), a bind at *gfn*, has returned to who asked for it. For parties."""
+        """Tracepoint: *op* on [start, start+nr), a bind at *gfn*, has returned to who asked for it.
+
+        For parties; a driver says ``lend`` itself, under the lock that keeps the page lent.
+        """
         return self._do("op_returned", op, start, nr, ret, error_index, gfn)
 
     def ops_released(self) -> Steps[None]:

@@ -74,6 +74,7 @@ class Scene:
     failures, refusals: how many injected failures, and how many refusals for good, one run may have.
     made: whether the file exists when the parties begin; if not, someone has to create and bind it.
     populated: whether all its pages have been allocated by then.
+    lends: whether the hypervisor's driver, if it is one that can, decides which pages are lent; user space converts none.
 
     Raises BadInput for a scene that cannot be.
     """
@@ -91,6 +92,7 @@ class Scene:
     vms: int = 1
     made: bool = True
     populated: bool = False
+    lends: bool = False
 
     def __post_init__(self) -> None:
         for what, most in MOST.items():
@@ -157,7 +159,7 @@ class Scene:
         """In words, where it differs from the plainest scene."""
         usual = Scene()
         for name in ("pages", "frames", "shared", "slots", "failures", "refusals", "files", "vms", "made",
-                     "populated"):
+                     "populated", "lends"):
             if getattr(self, name) != getattr(usual, name):
                 yield f"{name} {getattr(self, name)}"
         for name, value in vars(self.kernel).items():

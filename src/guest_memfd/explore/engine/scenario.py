@@ -204,6 +204,7 @@ def _made(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Design:
     if order:
         raise BadInput(f"design {design.name!r} has folios of order {order}; the abstract host has order 0 only")
     library.scene = scene
+    library.lender = hypervisor.driver if scene.lends and design.converts else None
     return library
 
 

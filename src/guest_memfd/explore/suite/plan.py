@@ -34,6 +34,7 @@ NAMED: dict[str, Scenario] = {
     "scan-and-a-call": ("vcpu2", "vmm2", "kcore"),
     "scan-while-stopping": ("vcpu2", "kcore", "stop"),
     "scan-and-a-life": ("vcpu2", "vmm-life", "kcore"),
+    "lend-while-stopping": ("vcpu2", "vmm2", "stop"),
     "read-while-created": ("vcpu", "creator", "page-cache-reader"),
 }
 """Hazards people ask for by name."""
@@ -46,6 +47,7 @@ TRIPLES: dict[str, Scenario] = {
     ),
     "nothing-yet": ("read-while-created",),
     "failing-twice": ("pin-and-a-call",),
+    "on-demand": ("lend-while-stopping",),
 }
 """Scene -> its triples. Those that are in none are there for who asks: the same with one call of a VMM in place of two
 things are a tenth of them."""
@@ -60,8 +62,9 @@ QUICK: dict[str, Scenario] = {
 PARTNER = "vcpu2"
 """The vCPU that touches one page. Where not every pair is explored, everybody is alone and with it."""
 
-FEW = ("three-pages", "failing-twice")
-"""Scenes in which that is so in the whole suite: larger than the others, and for what one operation makes of them."""
+FEW: dict[str, Scenario] = {"three-pages": (PARTNER,), "failing-twice": (PARTNER,), "on-demand": (PARTNER, "vmm")}
+"""Scenes in which that is so in the whole suite, and with whom everybody is: larger than the others, and for what one
+operation makes of them, or one driver."""
 
 WHOLE = ("two-pages",)
 """Scenes in which it is not so in a first look. In the others the VMM that does two things one after the other is left out,
@@ -83,7 +86,7 @@ LONG: dict[str, dict[str, Scenario]] = {
         "quiet-free": ("vcpu2",), "three-pages": (), "failing-twice": ("vcpu",),
     },
     "vmm-mapped": {"both-shared": ("vcpu2", "drainer", "pfn-cache", "device"), "quiet-free": ("device",)},
-    "vmm-any": {"two-pages": ("stop",), "crossed": ("stop",), "failing-twice": ("vcpu2",)},
+    "vmm-any": {"two-pages": ("stop",), "crossed": ("stop",), "failing-twice": ("vcpu2",), "on-demand": ()},
     "vmm-move": {
         "two-pages": ("vcpu2", "patient-vcpu", "vmm2", "pfn-cache", "memory-failure", "stop"), "crossed": ("vcpu2",),
         "for-good": ("stop",), "failing-twice": (),
@@ -95,12 +98,15 @@ LONG: dict[str, dict[str, Scenario]] = {
 def plan(world: World, *, full: bool = True) -> list[Scenario]:
     """The scenarios of *world*, in their order; without *full* those that are enough for a first look."""
     names, scene = list(world.programs), world.scene.name
+    # Without a driver that lends the scene has nothing of its own.
+    if world.scene.lends and world.library.lender is None:
+        return [(name,) for name in names if full or name not in LONG]
     brief = not full and scene not in WHOLE
     usual = [name for name in names if name not in LONG and not (brief and name in QUICK_WITHOUT)]
     long = [name for name in names if name in LONG] if full else []
     pairs = [*itertools.combinations(usual, 2)]
     if brief or scene in FEW:
-        partners = (PARTNER,) if full else QUICK_PARTNERS.get(scene, (PARTNER,))
+        partners = FEW[scene] if full else QUICK_PARTNERS.get(scene, (PARTNER,))
         pairs = [pair for pair in pairs if {*pair} & {*partners}]
     pairs += [(name, other) for name in long for other in partners_of(name, scene) if other in names]
     triples = (NAMED[name] for name in (TRIPLES if full else QUICK).get(scene, ()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import SEA, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.hypervisors.gunyah import el2
+from guest_memfd.hypervisors.gunyah import driver, el2
 from guest_memfd.words.primitives import EAGAIN, EINVAL, EIO, ENOMEM, Folio, Steps
 
 
@@ -89,4 +89,5 @@ GUNYAH = Hypervisor(
     consents="relinquish",
     guest_consents=el2.unlock_pages,
     guest_touches=el2.guest_touches,
+    driver=driver,
 )

@@ -15,7 +15,20 @@ from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.page import Page
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import ANY, CONTENTS, DATA, EVICTED, GONE_BEFORE, JUNK, MANY, REASONS, RUNNING, SECRET, ZERO
+from guest_memfd.words.pagestate import (
+    ANY,
+    CONTENTS,
+    DATA,
+    EVICTED,
+    GONE_BEFORE,
+    JUNK,
+    MANY,
+    REASONS,
+    RUNNING,
+    SECRET,
+    SHARED_PAGE,
+    ZERO,
+)
 from guest_memfd.words.primitives import UNREPORTED, Bound, Cost, Entries
 
 if TYPE_CHECKING:
@@ -293,8 +306,12 @@ class Tracer:
         self, host: TracedTask, op: str, start: int, nr: int, ret: int, error_index: int | None, gfn: int | None = None,
     ) -> None:
         """What the caller is told, beside what the operation had said."""
+        shared: tuple[int, ...] = ()
+        if op == "lend":
+            attributes = host.inode.trees["attributes"].load(start, nr)
+            shared = tuple(start + at for at, attribute in enumerate(attributes) if attribute == SHARED_PAGE)
         host.notes.append(facts.Returned(op, start, nr, ret, error_index, host.inode.size, self.ended.get(host.who),
-                                         host.who in self.announced, gfn))
+                                         host.who in self.announced, gfn, shared))
         self.forget(host.who)
 
     def end(self, host: TracedTask, ret: int, error_index: int | None) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
 from guest_memfd.designs import Design
-from guest_memfd.designs.guestmem_rfc1 import GuestmemRfc1
 from guest_memfd.designs.gunyah_v17 import GunyahV17
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.machine.dev.file import Serialised
@@ -26,7 +25,7 @@ class GunyahDeviceFile(Serialised):
     """uapi/gunyah.py GunyahDevice; *design* serves its files. Raises BadInput for one that cannot convert in place."""
 
     def __init__(self, machine: Board, design: type[Design]) -> None:
-        if issubclass(design, GuestmemRfc1):
+        if not design.converts and not issubclass(design, GunyahV17):
             raise BadInput(f"design {design.name!r} has no conversion, so it cannot lend and take back for /dev/gunyah")
         self.machine, self.design = machine, design
         self._lock = machine.lock
