@@ -371,6 +371,8 @@ def test_past_the_end_there_is_nothing_to_map(index: int) -> None:
     (PRIVATE_PAGE, {}, "SIGBUS"),
     (0, {}, "SIGBUS"),                                  # a hole is read as neither
     (SHARED_PAGE, {"filemap_get_folio": [None], "filemap_add_folio": [-ENOMEM]}, "SIGBUS"),
+    (SHARED_PAGE, {"filemap_get_folio": [None] * 3, "filemap_add_folio": [-EEXIST] * 3}, "retry"),   # others were faster
+    (SHARED_PAGE, {"filemap_get_folio": [None], "filemap_add_folio": [-EHWPOISON]}, "SIGBUS"),
 ])
 def test_a_fault_of_the_vmm_is_answered(attribute: int, fails: dict[str, list[Any]], answer: str) -> None:
     folio = Folio(1)

@@ -13,7 +13,7 @@ import pytest
 from driver import Bench
 
 from guest_memfd.abstract import state as st
-from guest_memfd.core.hypervisor import DATA_ABORT, SEA
+from guest_memfd.core.hypervisor import DATA_ABORT, SEA, check_owner
 from guest_memfd.words.pagestate import ANY, CONTENTS, DYING, OWNERS
 from guest_memfd.words.primitives import Folio, Primitive
 from guest_memfd.words.scene import Scene
@@ -191,6 +191,29 @@ def test_what_no_guest_maps_or_owns_is_not_reclaimed_by_force(before: dict[str, 
     bench = placed(before, "pkvm")
     assert done(bench, Primitive("image_copy", (0,), "power")) == (None, {})
     assert bench.machine.outcomes(bench.shared, 0, Primitive("image_copy", (0,), "power"))[0].notes[-1].survived is False
+
+
+@pytest.mark.parametrize("ret", [1, -4096, True, "x", None, 0.0])
+def test_a_result_that_is_none_is_told(ret: object) -> None:
+    wrong = Bench("kvm").hypervisor.wrong_result("mmu_map", ret)
+    assert wrong is not None
+    assert repr(ret) in wrong
+
+
+@pytest.mark.parametrize("ret", [0, -1, -4095])
+def test_0_and_minus_errno_are_results(ret: int) -> None:
+    assert Bench("kvm").hypervisor.wrong_result("mmu_map", ret) is None
+
+
+def test_only_an_owner_is_recorded() -> None:
+    for owner in ("host", "guest", "shared", "borrowed"):
+        check_owner(owner)
+    with pytest.raises(ValueError, match="'gust' is recorded as the owner of a page; an owner is host, guest, shared"):
+        check_owner("gust")
+
+
+def test_without_a_rule_of_its_own_a_hypervisor_takes_nothing_by_force() -> None:
+    assert not Bench("gunyah").hypervisor.force_reclaim(None, 0)
 
 
 @pytest.mark.parametrize(("hypervisor", "told"), [
