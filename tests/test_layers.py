@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "guest_memfd"
 
 LAYERS = (
     ("errors", "printable", "compat", "distinct"),
-    ("words", "uapi", "machine.hw"),
+    ("words", "uapi", "machine.hw", "kernels"),
     ("core", "linux", "machine.hw.arm64"),
     ("plugins", "asm", "machine.linux", "machine.el2.gunyah", "machine.el2.kvm", "probe.ask"),
     ("hypervisors", "designs", "guests", "machine.el2.gunyah.rm", "machine.el2.pkvm", "machine.el2.modelled", "probe.rows"),

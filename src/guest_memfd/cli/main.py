@@ -34,6 +34,7 @@ VERBS = {
     "explain": "a saved trace as text",
     "replay": "run a saved trace again: the same verdict, or where it diverges and why",
     "probe": "ask this kernel: what its guest_memfd and memfd_secret offer, do, and get wrong",
+    "kernel": "run a command on another Linux kernel, in QEMU, without root and without /dev/kvm",
     "run": "a guest program, its memory from guest_memfd: emulated and judged by the laws, or on the real /dev/kvm",
     "list": "what there is: guests, designs, hypervisors, scenes, parties, laws, scenarios",
 }

@@ -6,6 +6,8 @@ import argparse
 import resource
 import sys
 
+from guest_memfd.cli import probe_kernels
+from guest_memfd.cli.kernel import add_machine
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
@@ -34,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kvm", metavar="PATH", help=f"the device node of KVM, which must be one (default {PATH}, if there)")
     group.add_argument("--against", metavar="FILE", help="say what has changed since a survey that --json has written, on "
                        "another kernel perhaps; a row with another result, or a bug that has come back, exits 2")
+    probe_kernels.add_arguments(parser)
+    add_machine(parser)
     add_output(parser)
     parser.add_argument("--ktap", action="store_true", help="for test harnesses, as the kernel's tests report")
     parser.add_argument("-v", "--verbose", action="store_true", help="every row, and all there is to say about every bug")
@@ -43,6 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Probe and print; 2 when a row differs from what is expected of this kernel, 5 when there is nothing to probe."""
     if arguments.json and arguments.ktap:
         raise BadInput("--json and --ktap exclude each other")
+    if arguments.kernel is not None:
+        return _elsewhere(arguments)
+    if arguments.table:
+        raise BadInput("--table is for --kernel")
     if not sys.platform.startswith("linux"):
         raise HostUnavailable(f"gmem probe asks a Linux kernel; this is {sys.platform}")
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -62,6 +70,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kvm is not None and "kvm" not in has:
         raise HostUnavailable(f"--kvm {has.why('kvm')}")
     return 2 if found.differing or (against is not None and against.worse) else 0
+
+
+# In the guest everything is looked at again; what can be known to be wrong is said here, before anything is fetched.
+def _elsewhere(arguments: argparse.Namespace) -> int:
+    _parts(arguments.part, arguments.row is not None)
+    if arguments.against is not None:
+        read(arguments.against)
+    if arguments.kvm is not None:
+        raise BadInput("--kvm is for this machine, and --kernel for another")
+    return probe_kernels.probe(arguments)
 
 
 # To ask for rows is to ask for the behaviour table.

@@ -1,0 +1,98 @@
+"""`gmem probe --kernel`: the same survey, in QEMU, of other kernels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from guest_memfd.cli.kernel import job_of
+from guest_memfd.cli.output import Output
+from guest_memfd.errors import BadInput, HostUnavailable
+from guest_memfd.kernels import find, packages
+from guest_memfd.kernels.run import KernelAnswer, run
+from guest_memfd.probe.matrix import SurveyOf, as_tables
+
+ALL = "all"
+OLDEST = (6, 12)
+"""The first release whose guest_memfd is asked for by ``all``."""
+
+_AGAINST = "/against.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of its own; those of the machine come from `gmem kernel`."""
+    group = parser.add_argument_group("other kernels")
+    group.add_argument("--kernel", metavar="K,...", help="probe this kernel in QEMU, not the running one: 7.3, 6.18.15, a "
+                       f"package, the path of an image; {ALL}: the newest of each series that can be had")
+    group.add_argument("--table", action="store_true", help="several kernels side by side, in Markdown")
+
+
+def probe(arguments: argparse.Namespace) -> int:
+    """Probe the kernels that `--kernel` names; the exit code is the worst of theirs."""
+    names = [name.strip() for name in arguments.kernel.split(",")]
+    if names == [ALL]:
+        job_of(arguments, ())
+        names = [name for name in find.releases(arguments.arch) if _series(name) >= OLDEST]
+    if len(names) > 1 and not arguments.table:
+        raise BadInput("several kernels need --table")
+    if arguments.table and (arguments.json or arguments.ktap or arguments.against):
+        raise BadInput("--table excludes --json, --ktap and --against")
+    with Output(arguments.output) as out:
+        if arguments.table:
+            surveys = list(_surveys(names, arguments))
+            out.write("\n".join(as_tables(surveys)))
+            return _worst(surveys)
+        answer = _ask(names[0], arguments, tuple(_options(arguments)))
+        if answer.err:
+            packages.tell(answer.err.strip().removeprefix("gmem: "))
+        out.write(answer.out.rstrip("\n"))
+    return answer.code
+
+
+def _series(name: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in name.split("-")[0].split("+")[0].split(".")[:2])
+
+
+def _surveys(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[SurveyOf]:
+    began = time.monotonic()
+    for number, name in enumerate(names):
+        left = f", about {(time.monotonic() - began) / number * (len(names) - number):.0f} s to go" if number else ""
+        packages.tell(f"{number + 1} of {len(names)}: {name}{left}")
+        try:
+            answer = _ask(name, arguments, ("--json", *_parts(arguments)))
+            yield SurveyOf(answer.kernel, json.loads(answer.out), "", answer.command, answer.cpu)
+        except (HostUnavailable, ValueError) as error:
+            problem = str(error) if isinstance(error, HostUnavailable) else (
+                f"exit code {answer.code}: {answer.err.strip()[-200:] or 'no survey'}")
+            packages.tell(f"{name}: {problem}")
+            yield SurveyOf(name, None, problem)
+
+
+def _ask(name: str, arguments: argparse.Namespace, options: tuple[str, ...]) -> KernelAnswer:
+    files = () if arguments.against is None else ((Path(arguments.against), _AGAINST),)
+    job = job_of(arguments, ("gmem", "probe", *options), files=files)
+    return run(find.find(name, arguments.arch, packages.tell, arguments.modules), job, packages.tell)
+
+
+def _options(arguments: argparse.Namespace) -> Iterator[str]:
+    yield from _parts(arguments)
+    yield from (f"--{name}" for name in ("json", "ktap", "verbose") if getattr(arguments, name))
+    if arguments.against is not None:
+        yield from ("--against", _AGAINST)
+
+
+def _parts(arguments: argparse.Namespace) -> Iterator[str]:
+    if arguments.part is not None:
+        yield from ("--part", arguments.part)
+    for row in arguments.row or ():
+        yield from ("--row", row)
+
+
+def _worst(surveys: Sequence[SurveyOf]) -> int:
+    if all(each.survey is None for each in surveys):
+        raise HostUnavailable("none of the kernels has answered")
+    rows = [row for each in surveys if each.survey is not None for row in each.survey.get("behaviour", ())]
+    return 2 if any(row["verdict"] == "differs" for row in rows) else 0
