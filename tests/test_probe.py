@@ -21,7 +21,7 @@ from guest_memfd.probe import bugs, offers, report
 from guest_memfd.probe.ask.calls import call, load, name_of
 from guest_memfd.probe.ask.child import Slate, Unfit, perform
 from guest_memfd.probe.ask.here import SIZE, Here
-from guest_memfd.probe.ask.row import SETTLED, KernelFeatures, Row, RowOutcome, judge
+from guest_memfd.probe.ask.row import SETTLED, SINCE_6_1, KernelFeatures, Row, RowOutcome, judge
 from guest_memfd.probe.bugs import BUG, BUGS, SEVERITIES, Bug, find
 from guest_memfd.probe.left import count, since
 from guest_memfd.probe.offers import look, version_of
@@ -146,8 +146,8 @@ def test_release_is_read(release: str, version: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("release", "in_place", "settled", "since"), [
     ("6.17.9", False, False, set()), ("6.18.0", False, True, set()), ("6.19.1", False, True, {"6.19 on"}),
-    ("7.3.0", False, True, {"6.19 on", "7.0 on", "7.2 on"}), ("7.4.0", False, False, {"6.19 on", "7.0 on", "7.2 on"}),
-    ("7.3.0", True, False, {"6.19 on", "7.0 on", "7.2 on", "in-place"}),
+    ("7.3.0", False, True, {"6.19 on", "7.0 on"}), ("7.4.0", False, False, {"6.19 on", "7.0 on"}),
+    ("7.3.0", True, False, {"6.19 on", "7.0 on", "in-place"}),
 ])
 def test_what_a_release_is_known_for(release: str, in_place: bool, settled: bool, since: set[str]) -> None:
     seen: dict[str, str] = {}
@@ -158,12 +158,36 @@ def test_what_a_release_is_known_for(release: str, in_place: bool, settled: bool
 
     offers._about_release(release, feature, in_place)
     assert (seen[SETTLED] == "") == settled
-    assert {name for name in seen if not seen[name] and name != SETTLED} == since
+    assert {name for name in seen if not seen[name] and name not in (SETTLED, SINCE_6_1)} == since
 
 
-def test_7_2_is_expected_to_have_its_fixes() -> None:
+@pytest.mark.parametrize(("release", "known"), [("6.0.9", False), ("6.1.0", True), ("6.12.117", True), ("7.3.4", True),
+                                                ("7.4.0", False)])
+def test_what_memfd_secret_does_is_known_from_6_1_on(release: str, known: bool) -> None:
+    seen: dict[str, str] = {}
+    offers._about_release(release, lambda name, why="": bool(seen.setdefault(name, why)), False)
+    assert (seen[SINCE_6_1] == "") == known
     by_id = {each.id: each for each in ROWS}
-    newer = features("7.2 on", "6.19 on")
+    old = KernelFeatures(release, frozenset({SINCE_6_1}))
+    assert by_id["secret.mlock"].expected(old) == "ENOMEM"
+    assert by_id["secret.guest"].expected(old) is None          # a guest's row is about KVM, too
+    assert by_id["create.flags-0"].expected(old) is None
+
+
+@pytest.mark.parametrize(("row", "plain", "counted"), [
+    ("secret.memlock-4-5", "EAGAIN", "mapped"), ("secret.touch-4", "EAGAIN", "4 pages"),
+    ("secret.madvise-DONTNEED", "EINVAL", "ok, kept"), ("secret.madvise-REMOVE", "EINVAL", "EOPNOTSUPP"),
+    ("secret.madvise-GUARD_INSTALL", "EINVAL", "ok, kept"), ("secret.smaps-flags", None, "rd wr sh mr mw ms dd"),
+])
+def test_memory_of_memfd_secret_that_is_counted_per_user_is_not_locked(row: str, plain: str | None, counted: str) -> None:
+    by_id = {each.id: each for each in ROWS}
+    assert plain is None or by_id[row].expected(features(SINCE_6_1)) == plain
+    assert by_id[row].expected(features(SINCE_6_1, "secret counted per user")) == counted
+
+
+def test_what_is_fixed_is_expected_where_the_fix_is_seen() -> None:
+    by_id = {each.id: each for each in ROWS}
+    newer = features("binding offsets unsigned", "overlap is EEXIST", "inodes of its own")
     assert by_id["slot.offset-overflow"].expected(newer) == "EINVAL"
     assert by_id["slot.file-twice"].expected(newer) == "EEXIST"
     assert by_id["mbind.second-mapping"].expected(newer) == "bind"

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput
 from guest_memfd.kernels import find, packages, userland
 from guest_memfd.kernels.qemu import MACHINES
@@ -16,28 +17,37 @@ EXIT_CODES = """\
 exit codes: those of the command; 4 bad input, 5 the kernel or QEMU cannot be had, does not boot, or gives no answer in time.
 
 Kernels, QEMU and Python are kept in the user's cache directory (GMEM_CACHE names another); all of it can be deleted."""
-ACTIONS = ("run", "list")
+
+TAKES_COMMAND = True
+"""What comes after ``--`` is not ours."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
     parser.epilog = EXIT_CODES
-    parser.usage = "gmem kernel run [options] KERNEL [-- COMMAND ...]\n       gmem kernel list [--arch A]"
-    parser.add_argument("action", metavar="run|list", help="run a command, or list the releases that can be had")
-    parser.add_argument("kernel", metavar="KERNEL", nargs="?",
-                        help="a part of a release (7.3, 6.18.15), a package, or the path of a bzImage, vmlinux or Image")
-    parser.add_argument("command", metavar="COMMAND", nargs="*", help="what is run there, after --; default: gmem probe")
-    add_machine(parser)
-    group = parser.add_argument_group("the command")
+    actions = parser.add_subparsers(metavar="run|list", dest="action", required=True, parser_class=type(parser))
+    words = {"run": "boot a kernel, run a command there, which comes after --, and end with its exit code",
+             "list": "the releases that can be had, the newest of each series"}
+    run, list_ = (actions.add_parser(name, help=line, description=line, epilog=EXIT_CODES) for name, line in words.items())
+    run.usage = "gmem kernel run KERNEL [options] [-- COMMAND ...]"
+    run.add_argument("kernel", metavar="KERNEL",
+                     help="a part of a release (7.3, 6.18.15), a package, or the path of a bzImage, vmlinux or Image")
+    add_machine(run)
+    group = run.add_argument_group("the command (default: gmem probe)")
     group.add_argument("--add", metavar="HERE:THERE", action="append", default=[], help="a file or folder more in the guest")
     group.add_argument("--user", metavar="N", type=int, help="number of the user who runs it (default: root)")
+    _add_architecture(list_)
+
+
+def _add_architecture(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--arch", metavar="A", default=userland.NATIVE or "amd64",
+                       help=f"{' or '.join(MACHINES)} (default: this machine's)")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """The options that say what machine a kernel runs on; `gmem probe --kernel` has them, too."""
     group = parser.add_argument_group("the machine")
-    group.add_argument("--arch", metavar="A", default=userland.NATIVE or "amd64",
-                       help=f"{' or '.join(MACHINES)} (default: this machine's)")
+    _add_architecture(group)
     group.add_argument("--append", metavar="WORDS", default="", help="for the kernel's command line, as in "
                        "kvm-arm.mode=protected")
     group.add_argument("--modules", metavar="FOLDER", type=Path, help="where the modules of an image given by path are")
@@ -48,10 +58,16 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
                        "not change what is seen; takes twice the CPU time")
 
 
-def job_of(arguments: argparse.Namespace, argv: tuple[str, ...], **more: object) -> Job:
-    """The job that the options of `add_machine` describe. Raises BadInput for a machine that cannot be."""
+def architecture(arguments: argparse.Namespace) -> str:
+    """What `--arch` says. Raises BadInput for what is none."""
     if arguments.arch not in MACHINES:
         raise BadInput(f"--arch {arguments.arch}: there are {' and '.join(MACHINES)}")
+    return str(arguments.arch)
+
+
+def job_of(arguments: argparse.Namespace, argv: tuple[str, ...], **more: object) -> Job:
+    """The job that the options of `add_machine` describe. Raises BadInput for a machine that cannot be."""
+    architecture(arguments)
     for name, least in (("cpus", 1), ("memory", 256)):
         if getattr(arguments, name) < least:
             raise BadInput(f"--{name} {getattr(arguments, name)}: {least} at least")
@@ -63,20 +79,18 @@ def job_of(arguments: argparse.Namespace, argv: tuple[str, ...], **more: object)
 
 def run(arguments: argparse.Namespace) -> int:
     """Boot, run, print what it said; the exit code is the command's."""
-    if arguments.action not in ACTIONS:
-        raise BadInput(f"gmem kernel {arguments.action}: there are {' and '.join(ACTIONS)}")
     if arguments.action == "list":
-        job_of(arguments, ())
-        print("\n".join(find.releases(arguments.arch)))
+        with Output(None) as out:
+            out.write("\n".join(find.releases(architecture(arguments))))
         return 0
-    if arguments.kernel is None:
-        raise BadInput("gmem kernel run needs a kernel: a part of a release as in 7.3, a package, or the path of an image")
-    job = job_of(arguments, tuple(arguments.command) or ("gmem", "probe"), files=tuple(map(_file, arguments.add)),
+    job = job_of(arguments, tuple(arguments.command or ("gmem", "probe")), files=tuple(map(_file, arguments.add)),
                  user=arguments.user)
     booted = find.find(arguments.kernel, arguments.arch, packages.tell, arguments.modules)
     answer = run_job(booted, job, packages.tell)
-    sys.stdout.write(answer.out)
     sys.stderr.write(answer.err)
+    if answer.out:
+        with Output(None) as out:
+            out.write(answer.out)
     packages.tell(f"{answer.kernel}: exit code {answer.code}; boot {answer.boot:.1f} s, command {answer.command:.1f} s, "
                   f"in all {answer.wall:.1f} s ({answer.cpu:.1f} s of CPU)")
     return answer.code if answer.code >= 0 else 128 - answer.code

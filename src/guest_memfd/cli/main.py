@@ -189,7 +189,11 @@ def run(argv: list[str]) -> int:
         raise UnknownName("verb", verb, VERBS)
     module = import_module(f"guest_memfd.cli.{verb}") if verb else None
     top, own = _parsers(verb, module)
+    argv, command = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, None)
+    if command is not None and not hasattr(module, "TAKES_COMMAND"):
+        raise BadInput(f"unexpected argument '--'; see {(own or top).prog} --help")
     arguments, extra = top.parse_known_args(argv)
+    arguments.command = command
     if module is None or own is None:
         _reject(extra, top)
         raise BadInput(f"no verb given: {', '.join(VERBS)}; see gmem --help")

@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kvm", metavar="PATH", help=f"the device node of KVM, which must be one (default {PATH}, if there)")
     group.add_argument("--against", metavar="FILE", help="say what has changed since a survey that --json has written, on "
                        "another kernel perhaps; a row with another result, or a bug that has come back, exits 2")
+    group.add_argument("--patience", metavar="N", type=float, default=1, help="let every row take N times as long before it "
+                       "is given up, as on a busy or emulated machine (default 1)")
     probe_kernels.add_arguments(parser)
     add_machine(parser)
     add_output(parser)
@@ -47,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Probe and print; 2 when a row differs from what is expected of this kernel, 5 when there is nothing to probe."""
     if arguments.json and arguments.ktap:
         raise BadInput("--json and --ktap exclude each other")
+    if not 0 < arguments.patience <= 1000:
+        raise BadInput(f"--patience {arguments.patience:g}: a number above 0, 1000 at most")
     if arguments.kernel is not None:
         return _elsewhere(arguments)
     if arguments.table:
@@ -61,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     parts = _parts(arguments.part, arguments.row is not None)
     old = None if arguments.against is None else read(arguments.against)
     with Output(arguments.output) as out:
-        found = survey(arguments.kvm or PATH, parts=parts, globs=globs)
+        found = survey(arguments.kvm or PATH, parts=parts, globs=globs, patience=arguments.patience)
         against = None if old is None else compare(arguments.against, old, report.as_json(found))
         out.write(_text(arguments, found, against, out))
     has = found.offers.features

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from guest_memfd.cli.kernel import job_of
+from guest_memfd.cli.kernel import architecture, job_of
 from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.kernels import find, packages
@@ -20,6 +20,8 @@ OLDEST = (6, 12)
 """The first release whose guest_memfd is asked for by ``all``."""
 
 _AGAINST = "/against.json"
+EMULATED = 20
+"""How many times as long a row may take under emulation, on a busy host."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +36,7 @@ def probe(arguments: argparse.Namespace) -> int:
     """Probe the kernels that `--kernel` names; the exit code is the worst of theirs."""
     names = [name.strip() for name in arguments.kernel.split(",")]
     if names == [ALL]:
-        job_of(arguments, ())
-        names = [name for name in find.releases(arguments.arch) if _series(name) >= OLDEST]
+        names = [name for name in find.releases(architecture(arguments)) if _series(name) >= OLDEST]
     if len(names) > 1 and not arguments.table:
         raise BadInput("several kernels need --table")
     if arguments.table and (arguments.json or arguments.ktap or arguments.against):
@@ -84,7 +85,9 @@ def _options(arguments: argparse.Namespace) -> Iterator[str]:
         yield from ("--against", _AGAINST)
 
 
+# Emulated, everything takes longer.
 def _parts(arguments: argparse.Namespace) -> Iterator[str]:
+    yield from ("--patience", f"{arguments.patience * EMULATED:g}")
     if arguments.part is not None:
         yield from ("--part", arguments.part)
     for row in arguments.row or ():

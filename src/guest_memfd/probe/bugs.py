@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from guest_memfd.probe.ask.calls import FAILED, attempt, call, name_of, store
+from guest_memfd.probe.ask.calls import FAILED, MAP_SHARED, RW, attempt, call, name_of, store
 from guest_memfd.probe.ask.child import Slate, perform
 from guest_memfd.probe.ask.guest import ProbeGuest
 from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, bind, punch, resident
 from guest_memfd.probe.ask.row import KernelFeatures
-from guest_memfd.probe.offers import direct_map, version_of
-from guest_memfd.probe.rows import create, fallocate, guest, memory, pins, slots
+from guest_memfd.probe.offers import direct_map, patch_of, version_of
+from guest_memfd.probe.rows import create, fallocate, guest, memory, pins, secret, slots
 from guest_memfd.probe.rows.slots import BEYOND, GMEM, GPA
 from guest_memfd.uapi.kvm import MemFlag
 
@@ -36,7 +36,7 @@ does other than it says. trap: as designed or documented, and a VMM that does no
 class Bug:
     """*severity*: one of SEVERITIES. *commit*: the fix, or where it was told; *means*: what a VMM has to do.
 
-    *act* None: not tried, because of *why*.
+    *act* None: not tried, because of *why*. *first*: looked for before anything else is done to the machine.
     """
 
     id: str
@@ -47,6 +47,7 @@ class Bug:
     act: Callable[[Here], str] | None = None
     needs: tuple[str, ...] = ()
     why: str = ""
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,11 @@ def _policy(here: Here) -> str:
 
 
 def _thp(here: Here) -> str:
-    if _config("READ_ONLY_THP_FOR_FS") == "n":
+    built = _config("READ_ONLY_THP_FOR_FS")
+    if built == "n":
         return "cannot tell: this kernel is built without READ_ONLY_THP_FOR_FS, so nobody makes such a page"
-    return "cannot tell: with READ_ONLY_THP_FOR_FS trying it ends in a kernel warning, which may be a panic"
+    how = "with READ_ONLY_THP_FOR_FS" if built != "?" else "this kernel's configuration is not to be seen; with the option"
+    return f"cannot tell: {how} trying it ends in a kernel warning, which may be a panic"
 
 
 def _config(name: str) -> str:
@@ -251,15 +254,34 @@ def _secret_cloexec(here: Here) -> str:
     return f"{_inherited(shown)} what memfd_secret(0) returns {_closes(shown)} on exec"
 
 
+_FILES = 16
+
+
+def _unaccounted(here: Here) -> str:
+    """Without privileges, under a limit of 4 pages: map 4, touch them, unmap them, keep the file; again and again."""
+    secret.under_limit(here, 4)
+    held = 0
+    for _file in range(_FILES):
+        address = call("mmap", 0, SIZE, RW, MAP_SHARED, here.secret(), 0)
+        more = secret.readable_pages(address, SIZE // PAGE)
+        call("munmap", address, SIZE)
+        held += more
+        if more < SIZE // PAGE:
+            break
+    verdict = "present" if held > SIZE // PAGE else "fixed"
+    return f"{verdict}: under a limit of 4 pages, {held} pages in {_FILES} files are held by mapping 4 of them at a time"
+
+
 def _closed_slot_uaf(here: Here) -> str:
-    if version_of(here.features.release) >= (6, 18):
+    release = here.features.release
+    if version_of(release) >= (6, 18) or (version_of(release) == (6, 12) and patch_of(release) >= 59):
         return "fixed: by its release, this kernel has the fix; it was not tried"
     return "not tested: a kernel without the fix uses freed memory, which could crash the host"
 
 
 BUGS: tuple[Bug, ...] = (
     Bug("bind-offset-overflow", SEVERE, "a slot's offset near 2^63 passes the check against the file's size",
-        "fixed in 7.2: \"KVM: guest_memfd: Treat memslot binding offsets as unsigned\" (22 May 2026)",
+        "\"KVM: guest_memfd: Treat memslot binding offsets as unsigned\" (22 May 2026); in 7.2, 6.12.114",
         "check offset + size against the file yourself before you bind; such a page goes only with the file",
         _offset_overflow, ("slots", "flag 1", "flag 2")),
     Bug("bind-twice-errno", BUG, "pages that are bound already are refused with EINVAL instead of EEXIST",
@@ -310,6 +332,10 @@ BUGS: tuple[Bug, ...] = (
         "as documented",
         "pass O_CLOEXEC",
         _secret_cloexec, ("secretmem",)),
+    Bug("secret-unaccounted", BUG, "memory of memfd_secret that is not mapped any more counts against no limit",
+        "CVE-2026-93243, \"mm/secretmem: properly account locked pages\"; in 7.2, 6.12.113 and 6.1.191",
+        "do not let others call memfd_secret(2): RLIMIT_MEMLOCK does not bound what they can take for good",
+        _unaccounted, ("secretmem",)),
     Bug("closed-file-keeps-slot", TRAP, "the slot of a closed file goes on occupying its guest addresses",
         "none known",
         "delete the slot before you close the file, or the guest loops on memory faults",
@@ -333,15 +359,23 @@ BUGS: tuple[Bug, ...] = (
     Bug("direct-map-stays-split", TRAP, "a leaf of the direct map that was split for memfd_secret is never merged again",
         "none known",
         "take secret memory once, in one piece, early",
-        _remains_split, ("secretmem",)),
+        _remains_split, ("secretmem",), first=True),
     Bug("slot-of-closed-file-uaf", SEVERE, "deleting a slot while the last reference to its file goes uses freed memory",
         "ae431059e75d (in 6.18, and in 6.12.y and 6.17.y of Nov 2025)",
         "on an older kernel delete every slot before you close its file",
         _closed_slot_uaf),
     Bug("unbound-index", BUG, "the result of the store that binds is ignored: without memory a slot's pages stay unbound",
-        "checked in trees with in-place conversion",
+        "\"Split bind() into prepare()+commit()\", \"Establish bindings after memslot\"; in 7.3.2, 6.12.117",
         "a guest's EIO on a fresh slot means this",
         why="it takes an allocation that fails inside the kernel"),
+    Bug("dying-file-unbind", SEVERE, "a slot is deleted while its file goes, without the lock that keeps its pages in place",
+        "\"take the invalidate lock when unbinding a dying file\"; in 7.3.2",
+        "delete every slot before you close its file",
+        why="it is a race whose loser writes to freed memory"),
+    Bug("sev-populate-dirty", BUG, "pages that SEV-SNP has populated are not marked dirty, and may be lost",
+        "\"KVM: SEV: Fix page dirtying in sev_gmem_post_populate\"; in 7.2.13",
+        "keep the source until the guest has run",
+        why="it needs SNP"),
     Bug("poison-leak", BUG, "every guest access to a poisoned page leaks a reference",
         "6.11 (Paolo Bonzini, 11 June 2024)",
         "do not resume a guest on a poisoned page",

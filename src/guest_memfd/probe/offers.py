@@ -17,12 +17,15 @@ from typing import Any
 from guest_memfd.errors import GuestMemfdError
 from guest_memfd.linux.abi.kvm import PATH
 from guest_memfd.linux.system import System
-from guest_memfd.probe.ask.calls import call, store
+from guest_memfd.probe.ask.calls import ADVICE, call, store
+from guest_memfd.probe.ask.calls import attempt as tried
 from guest_memfd.probe.ask.child import Slate, Unfit, perform, ptrace_works
 from guest_memfd.probe.ask.guest import ProbeGuest
 from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind, create, resident
-from guest_memfd.probe.ask.row import SETTLED, KernelFeatures
-from guest_memfd.probe.rows.slots import GMEM, GPA
+from guest_memfd.probe.ask.row import SETTLED, SINCE_6_1, KernelFeatures
+from guest_memfd.probe.rows.files import fs_type
+from guest_memfd.probe.rows.secret import under_limit
+from guest_memfd.probe.rows.slots import BEYOND, GMEM, GPA
 from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, Cap
 
 _PARAMETERS = {
@@ -41,6 +44,8 @@ _MORE_CAPS = {
 _VM_TYPES = range(6)
 _CAP_IPC_LOCK, _CAP_SYS_ADMIN = 14, 21
 _MEMORY = 512 << 20
+GUEST_MEMFD_MAGIC = 0x474D454D
+"""f_type of guest_memfd's own file system (include/uapi/linux/magic.h, 6.19)."""
 SYS_MODULE = Path("/sys/module")
 EMULATED = "emulated at CPL 0, native at CPL 3"
 """The kind of vCPU that kvm_pvm has."""
@@ -91,8 +96,12 @@ def look(path: str = PATH, slate: Slate | None = None) -> Offers:
         return feature(name, f"{words}: {reason}" if reason and words else reason)
 
     depends("vm", "kvm", lambda: attempt(_vm_works))
-    depends("gmem", "vm", lambda: attempt(_file_works), "KVM_CREATE_GUEST_MEMFD")
+    depends("gmem", "vm", lambda: attempt(_file_works), "a default VM has no guest_memfd here, as all have from 6.18 on")
     depends("slots", "gmem", lambda: attempt(_slot_works), "a default VM takes no slot with a guest_memfd")
+    depends("unmappable slots", "slots", lambda: attempt(_unmappable_slot_works))
+    depends("binding offsets unsigned", "slots", lambda: attempt(_refuses_overflow))
+    depends("overlap is EEXIST", "slots", lambda: attempt(_overlap_is_told))
+    depends("inodes of its own", "gmem", lambda: attempt(_own_inodes))
     depends("vcpu", "vm", lambda: attempt(_vcpu_works))
     depends("guest", "vcpu", lambda: lacks.get("x86-64", "") or attempt(_guest_works))
     secret = attempt(_secret_works)
@@ -100,6 +109,8 @@ def look(path: str = PATH, slate: Slate | None = None) -> Offers:
     if "memfd_secret" in secret and "ENOSYS" in secret:
         lacks["secretmem"] = ("memfd_secret: ENOSYS: not in this kernel, switched off (secretmem.enable=0), or the direct "
                               "map cannot be changed")
+    depends("secret counted per user", "secretmem", lambda: attempt(_counted_when_touched))
+    feature("no guard regions", "" if attempt(_guards) else "there are guard regions")
     feature("cachestat", attempt(_cachestat_works))
     feature("numa", attempt(_numa_works))
 
@@ -145,7 +156,9 @@ def _kvm(path: str, feature: Callable[..., bool]) -> dict[str, Any]:
         if caps and not offered:
             feature(f"no flag {1 << bit}")
     for kind in _VM_TYPES:
-        feature(f"vm type {kind}", "" if types >> kind & 1 else f"VM type {kind} is not offered")
+        # Without the capability, which is newer than type 0, there is type 0 alone.
+        offered = (types or 1) >> kind & 1
+        feature(f"vm type {kind}", "" if caps and offered else f"VM type {kind} is not offered" if caps else "no KVM")
     feature("attributes", "" if caps.get("MEMORY_ATTRIBUTES") else "KVM_CAP_MEMORY_ATTRIBUTES is 0")
     feature("pre-fault", "" if caps.get("PRE_FAULT_MEMORY") else "KVM_CAP_PRE_FAULT_MEMORY is 0")
     feature("one address space", f"this KVM has {spaces} address spaces" if spaces > 1 else "")
@@ -165,7 +178,45 @@ def _file_works(here: Here) -> None:
 
 
 def _slot_works(here: Here) -> None:
+    bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.bindable())
+
+
+# arm64's kvm_arch_prepare_memory_region() wants a file that can be mapped: private memory is not supported there.
+def _unmappable_slot_works(here: Here) -> None:
     bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.gmem(0))
+
+
+# "KVM: guest_memfd: Treat memslot binding offsets as unsigned", in 7.2 and in stable trees.
+def _refuses_overflow(here: Here) -> None:
+    if (said := tried(lambda: bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.bindable(), BEYOND))) == "ok":
+        raise Unfit("a slot may begin near 2^63 of its file")
+    if said != "EINVAL":
+        raise Unfit(f"such a slot is refused with {said}")
+
+
+# 7ea987a90585, in 7.2.
+def _overlap_is_told(here: Here) -> None:
+    fd = here.bindable()
+    bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
+    said = tried(lambda: bind(here.vm, 2, GMEM, 2 * GPA, SIZE, 0, fd))
+    if said != "EEXIST":
+        raise Unfit(f"pages that are bound already are refused with {said}")
+
+
+# Since 6.19 the files are on a file system of their own, and not on anon_inode.
+def _own_inodes(here: Here) -> None:
+    if fs_type(here, 0) != hex(GUEST_MEMFD_MAGIC):
+        raise Unfit("a guest_memfd is on anon_inode")
+
+
+# CVE-2026-93243, "mm/secretmem: properly account locked pages": counted per user, and when a page is touched.
+def _counted_when_touched(here: Here) -> None:
+    if (said := tried(lambda: under_limit(here, 0, 1))) != "mapped":
+        raise Unfit(f"a mapping above RLIMIT_MEMLOCK is refused: {said}")
+
+
+def _guards(here: Here) -> None:
+    call("madvise", here.memory(), PAGE, ADVICE["GUARD_INSTALL"])
 
 
 def _vcpu_works(here: Here) -> None:
@@ -263,11 +314,18 @@ def version_of(release: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
+def patch_of(release: str) -> int:
+    """``6.18.44-x`` as 44; 0 for what has no third number."""
+    found = re.match(r"\d+\.\d+\.(\d+)", release)
+    return int(found[1]) if found else 0
+
+
 def _about_release(release: str, feature: Callable[..., bool], in_place: bool) -> None:
     version = version_of(release)
     settled = (6, 18) <= version < (7, 4) and not in_place
     feature(SETTLED, "" if settled else f"not of releases {SETTLED}: {release}{', in-place conversion' if in_place else ''}")
-    for since in ((6, 19), (7, 0), (7, 2)):
+    feature(SINCE_6_1, "" if (6, 1) <= version < (7, 4) else f"not of releases {SINCE_6_1}: {release}")
+    for since in ((6, 19), (7, 0)):
         name = f"{since[0]}.{since[1]} on"
         feature(name, "" if version >= since else f"older than {since[0]}.{since[1]}")
     feature("in-place", "" if in_place else "no in-place conversion (kvm.gmem_in_place_conversion)")

@@ -50,9 +50,9 @@ class Survey:
 
 def survey(
     path: str = PATH, *, parts: Sequence[str] = PARTS, globs: Sequence[str] = ("*",), rows: Sequence[Row] = ROWS,
-    bugs: Sequence[Bug] = BUGS, timeout: float = TIMEOUT,
+    bugs: Sequence[Bug] = BUGS, timeout: float = TIMEOUT, patience: float = 1,
 ) -> Survey:
-    """Probe this kernel; *path*: KVM's device node; *globs*: which rows; *timeout*: seconds per row.
+    """Probe this kernel; *path*: KVM's device node; *globs*: which rows; *timeout*: seconds per row, times *patience*.
 
     Raises BadInput when one of *globs* matches no row.
     """
@@ -61,12 +61,14 @@ def survey(
             raise _no_row(glob, rows)
     chosen = [row for row in rows if any(fnmatchcase(row.id, glob) for glob in globs)]
     start, before = time.monotonic(), count()
-    slate = Slate()
+    slate = Slate(patience)
     try:
         offers = look(path, slate)
+        # What the rows do to the direct map would be taken for what the bug has done.
+        first = {bug.id: find(bug, slate, path, offers.features) for bug in bugs if bug.first and "bugs" in parts}
         todo = chosen if "behaviour" in parts else []
         judged = [judge(row, _try(row, slate, path, offers.features, timeout), offers.features) for row in todo]
-        found = [find(bug, slate, path, offers.features) for bug in bugs] if "bugs" in parts else []
+        found = [first.get(bug.id) or find(bug, slate, path, offers.features) for bug in bugs] if "bugs" in parts else []
     finally:
         slate.close()
     return Survey(tuple(parts), offers, tuple(judged), tuple(found), since(before), time.monotonic() - start)

@@ -50,13 +50,15 @@ class Unfit(Exception):         # noqa: N818 - it says it without the suffix
 class Slate:
     """A page that child and parent share: where the mapping under test is, and what came of the row.
 
-    No descriptor is needed for it, so a child that has used up all of its own can still answer.
+    No descriptor is needed for it, so a child that has used up all of its own can still answer. *patience*: how many times
+    as long as usual every row may take.
     """
 
     SIZE = 1 << 16
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 1) -> None:
         self._page = mmap.mmap(-1, self.SIZE)
+        self.patience = patience
 
     def wipe(self) -> None:
         """Before the next row."""
@@ -96,6 +98,7 @@ def perform(act: Callable[[Slate], object], slate: Slate, timeout: float = TIMEO
     timeout: seconds until the child is killed. On a busy machine that says nothing about the kernel, so it is tried again,
     with PATIENCE; if no answer comes then either, it is unfit.
     """
+    timeout *= slate.patience
     outcome = _once(act, slate, timeout)
     if not outcome.late:
         return outcome

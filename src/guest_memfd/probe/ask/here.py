@@ -5,7 +5,9 @@ What fails here is not what the row is about, so it makes the row unfit and says
 
 from __future__ import annotations
 
+import ctypes
 import os
+import struct
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -75,6 +77,11 @@ class Here:
         owner = self.vm if vm is None else vm
         return _must("KVM_CREATE_GUEST_MEMFD", lambda: create(owner, size, flags))
 
+    def bindable(self, size: int = SIZE, vm: int | None = None) -> int:
+        """A guest_memfd that a default VM takes for a slot: any; on arm64 one that can be mapped, and is shared."""
+        plain = "arm64" not in self.features or "unmappable slots" in self.features
+        return self.gmem(0 if plain else SHARED, size, vm)
+
     def secret(self, size: int = SIZE) -> int:
         """A memfd_secret of *size* bytes; 0: none set."""
         fd = _must("memfd_secret", lambda: call("memfd_secret", 0))
@@ -101,15 +108,17 @@ class Here:
         return _must("a temporary file", make)
 
     def direct(self) -> int:
-        """An ordinary file that is read and written with O_DIRECT."""
+        """An ordinary file that is read and written with O_DIRECT, by a file system that does so: tmpfs only copies."""
         for folder in (tempfile.gettempdir(), "/var/tmp", os.getcwd()):
             with suppress(OSError):
                 fd, name = tempfile.mkstemp(dir=folder)
                 os.unlink(name)
+                if _in_memory(fd):
+                    continue
                 os.write(fd, b"d" * SIZE)
                 os.fsync(fd)
                 return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DIRECT)
-        raise Unfit("no folder whose file system has O_DIRECT")
+        raise Unfit("no folder is on a file system that reads and writes memory directly (O_DIRECT)")
 
     def map(self, fd: int, size: int = SIZE, *, prot: int = RW, flags: int = MAP_SHARED, offset: int = 0) -> int:
         """Map *fd*; faults are told as offsets into the last such mapping."""
@@ -148,6 +157,13 @@ class Here:
         text = os.read(ours, 4096).decode()
         os.waitpid(pid, 0)
         return text
+
+
+# tmpfs, and the first root of a kernel that is on one or on ramfs.
+def _in_memory(fd: int) -> bool:
+    found = ctypes.create_string_buffer(256)
+    call("fstatfs", fd, found)
+    return struct.unpack_from("<Q", found.raw)[0] in (0x01021994, 0x858458F6)
 
 
 def _must(what: str, do: Callable[[], _T]) -> _T:

@@ -14,7 +14,10 @@ Act = Callable[..., object]
 """What a row does: takes a `Here` and the row's input; returns None for ``ok``, a value, or raises OSError."""
 
 SETTLED = "6.18 to 7.3"
-"""The feature of kernels for which `Row.expect` holds: from 6.18 to the merge of in-place conversion."""
+"""The feature of kernels for which `Row.expect` of guest_memfd holds: from 6.18 to the merge of in-place conversion."""
+
+SINCE_6_1 = "6.1 to 7.3"
+"""The same of memfd_secret and of VM types, which were as they are before; what has changed is seen (`offers`)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Row:
     expect: the result on 6.18: an errno's name, ``ok``, a value, a signal with code and place; ``a | b``: either.
     needs: features (`offers.Features`) without which the row is skipped.
     rules: (feature, result), first match wins: what a kernel with that feature answers; None: no one has said.
+    settled: the feature of kernels for which *expect* holds.
     """
 
     id: str
@@ -49,13 +53,14 @@ class Row:
     expect: str | None = "ok"
     needs: tuple[str, ...] = ()
     rules: tuple[tuple[str, str | None], ...] = ()
+    settled: str = SETTLED
 
     def expected(self, features: KernelFeatures) -> str | None:
         """What a kernel with *features* answers; None where that is not known."""
         for feature, result in self.rules:
             if feature in features:
                 return result
-        return self.expect if SETTLED in features else None
+        return self.expect if self.settled in features else None
 
 
 @dataclass(frozen=True)
@@ -116,5 +121,6 @@ def missing(row: Row, features: KernelFeatures) -> str:
 
 
 def among(needs: tuple[str, ...], rows: Iterable[Row]) -> list[Row]:
-    """*rows*, all of which need *needs* as well."""
-    return [replace(row, needs=tuple(dict.fromkeys((*needs, *row.needs)))) for row in rows]
+    """*rows*, all of which need *needs* as well; what is said of a memfd_secret alone holds from 6.1 on."""
+    settled = SINCE_6_1 if needs == ("secretmem",) else SETTLED
+    return [replace(row, needs=tuple(dict.fromkeys((*needs, *row.needs))), settled=settled) for row in rows]

@@ -11,7 +11,7 @@ from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.probe.ask.calls import KEEP_SIZE, call, load, store
 from guest_memfd.probe.ask.child import Unfit
 from guest_memfd.probe.ask.here import PAGE, SIZE, Here, create, resident
-from guest_memfd.probe.ask.row import Row, among
+from guest_memfd.probe.ask.row import SINCE_6_1, Row, among
 from guest_memfd.uapi import kvm
 from guest_memfd.uapi.kvm import SHARED
 
@@ -186,10 +186,11 @@ DESCRIPTOR = [
 
 VM_TYPES = [
     Row(f"vm.type-{name}", f"VM type {name} is accepted iff KVM_CAP_VM_TYPES has it", vm_of_type, (kind,), expect,
-        rules=((f"vm type {kind}", "ok"), ("x86-64", "EINVAL")) if kind < 6 else ())
+        rules=((f"vm type {kind}", "ok"), ("x86-64", "EINVAL")) if kind < 6 else (), needs=("kvm", "x86-64"),
+        settled=SINCE_6_1)
     for name, kind, expect in (("0", 0, "ok"), ("1", 1, "EINVAL"), ("6", 6, "EINVAL"), ("8", 8, "EINVAL"),
                                ("256", 256, "EINVAL"),
                                ("2-to-31", 1 << 31, "EINVAL"), ("2-to-40", 1 << 40, "EINVAL"))
 ]
 
-ROWS = [*among(("kvm", "x86-64"), VM_TYPES), *among(("gmem",), [*CREATE, *DESCRIPTOR])]
+ROWS = [*VM_TYPES, *among(("gmem",), [*CREATE, *DESCRIPTOR])]

@@ -229,9 +229,9 @@ GMEM = [
     Row("stat.times", "fallocate(2) moves mtime and ctime: it ends in file_modified()", times_moved, (), "mtime ctime"),
     Row("stat.inode", "every guest_memfd has an inode of its own", own_inode, (), "two"),
     Row("stat.filesystem", "fstatfs(2): anon_inode before 6.19, a file system of its own since", fs_type, (0,),
-        hex(ANON_INODE_FS_MAGIC), rules=(("6.19 on", None),)),
+        hex(ANON_INODE_FS_MAGIC), rules=(("inodes of its own", "0x474d454d"),)),
     Row("stat.link", "/proc/self/fd/N of a guest_memfd", link_text, (0,), "anon_inode:[kvm-gmem]",
-        rules=(("6.19 on", None),)),
+        rules=(("inodes of its own", "/[kvm-gmem] (deleted)"),)),
     Row("stat.cachestat", "cachestat(2) counts the pages of a guest_memfd exactly", counted, (), "2 pages"),
 ]
 

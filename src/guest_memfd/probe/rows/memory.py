@@ -118,7 +118,8 @@ def smaps(here: Here, which: int | str, field: str, flags: int = 0) -> str:
     part = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.M)
     mine = next((area for area in part if area.startswith(f"{address:x}-")), "")
     found = re.search(rf"^{field}:\s*(.*?)\s*$", mine, re.M)
-    return found[1] if found else "no such line"
+    # "sd" says that the kernel has CONFIG_MEM_SOFT_DIRTY, and nothing about the file.
+    return found[1].removesuffix(" sd") if found else "no such line"
 
 
 def rss_kind(here: Here) -> str:
@@ -129,6 +130,9 @@ def rss_kind(here: Here) -> str:
 
     size = 64 * PAGE
     address = here.map(here.gmem(size=size), size)
+    # Twice: what the call itself brings in of Python's files, which may lie on a tmpfs, is there afterwards.
+    counts()
+    store(address, b"x")
     before = counts()
     # Byte by byte: as many bytes of our own would be anonymous memory, which the allocator may keep.
     for at in range(0, size, PAGE):
@@ -144,6 +148,12 @@ _REFUSED = ["FREE", "WIPEONFORK", "COLLAPSE"]
 _POISON = ["HWPOISON", "SOFT_OFFLINE"]
 _SECRET_REFUSED = ["DONTNEED", "FREE", "REMOVE", "WIPEONFORK", "COLD", "PAGEOUT", "POPULATE_READ", "POPULATE_WRITE",
                    "COLLAPSE", "GUARD_INSTALL"]
+# Where mappings are not VM_LOCKED any more, what locked memory refuses is allowed, and keeps the data (CVE-2026-93243).
+_SECRET_UNLOCKED: dict[str, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(("DONTNEED", "COLD", "PAGEOUT"), (("secret counted per user", "ok, kept"),)),
+    "REMOVE": (("secret counted per user", "EOPNOTSUPP"),),
+    "GUARD_INSTALL": (("no guard regions", "EINVAL"), ("secret counted per user", "ok, kept")),
+}
 # Built in or not: without the option the advice is unknown.
 _OPTIONAL = {"MERGEABLE", "UNMERGEABLE", "HUGEPAGE", "NOHUGEPAGE", "GUARD_INSTALL", "GUARD_REMOVE"}
 
@@ -179,7 +189,7 @@ ROWS = [
         *(Row(f"mbind.{mode}", f"mbind(2) of {mode} is accepted, and the mapping shows it", policy_of, (mode,), mode)
           for mode in MODES),
         Row("mbind.second-mapping", "policy belongs to the mapping before 6.19, to the file since", policy_elsewhere, (),
-            "default", rules=(("6.19 on", "bind"),)),
+            "default", rules=(("inodes of its own", "bind"),)),
         Row("mbind.unknown-node", "a node that there is not is refused", binds_with, ("bind", 1 << 63, 0), "EINVAL",
             ("fewer than 64 nodes",)),
         Row("mbind.move", "MPOL_MF_MOVE of populated pages is accepted", binds_with, ("bind", 1, _MOVE)),
@@ -191,14 +201,15 @@ ROWS = [
 ]
 
 SECRET_ROWS = among(("secretmem",), [
-    *(Row(f"secret.madvise-{name}", f"MADV_{name} of a memfd_secret is refused", advises, (SECRET, name), "EINVAL")
-      for name in _SECRET_REFUSED),
+    *(Row(f"secret.madvise-{name}", f"MADV_{name} of a memfd_secret is refused", advises, (SECRET, name), "EINVAL",
+          rules=_SECRET_UNLOCKED.get(name, ())) for name in _SECRET_REFUSED),
     Row("secret.madvise-DONTNEED_LOCKED", "MADV_DONTNEED_LOCKED of a memfd_secret is accepted, and takes no data away",
         advises, (SECRET, "DONTNEED_LOCKED"), "ok, kept"),
     Row("secret.mlock", "mlock(2) of a memfd_secret fails: it is locked already", locks, (SECRET, "mlock"), "ENOMEM"),
     Row("secret.munlock", "munlock(2) of a memfd_secret is accepted", locks, (SECRET, "munlock")),
     Row("secret.smaps-flags", "a mapping of memfd_secret is locked and not dumped", smaps, (SECRET, "VmFlags"),
-        "rd wr sh mr mw me ms lo dd | rd wr sh mr mw ms lo dd"),
+        "rd wr sh mr mw me ms lo dd | rd wr sh mr mw ms lo dd",
+        rules=(("secret counted per user", "rd wr sh mr mw ms dd"),)),
     *(Row(f"secret.{name}", f"{how} of a memfd_secret does not populate", smaps, (SECRET, "Rss", flag), "0 kB")
       for name, how, flag in (("populate", "MAP_POPULATE", 0x8000), ("locked", "MAP_LOCKED", 0x2000))),
 ])

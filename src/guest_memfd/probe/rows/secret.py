@@ -6,7 +6,7 @@ import fcntl
 import os
 import resource
 
-from guest_memfd.probe.ask.calls import KEEP_SIZE, MAP_SHARED, PUNCH, RW, call, load
+from guest_memfd.probe.ask.calls import KEEP_SIZE, MAP_SHARED, PUNCH, RW, attempt, call, load
 from guest_memfd.probe.ask.child import Unfit
 from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here
 from guest_memfd.probe.ask.row import Row, among
@@ -62,6 +62,22 @@ def under_limit(here: Here, limit: int, *pages: int) -> str:
     return "mapped"
 
 
+def touched_under(here: Here, limit: int) -> str:
+    """Map 8 pages without privileges, under a limit of *limit* pages, and have the kernel read one after the other."""
+    under_limit(here, limit)
+    address = call("mmap", 0, 8 * PAGE, RW, MAP_SHARED, here.secret(8 * PAGE), 0)
+    return f"{readable_pages(address, 8)} pages"
+
+
+def readable_pages(address: int, pages: int) -> int:
+    """How many of *pages* from *address* on the kernel can read, one after the other: a fault that fails is EFAULT there."""
+    _, end = os.pipe()
+    for at in range(pages):
+        if attempt(lambda at=at: call("write", end, address + at * PAGE, 1)) == "EFAULT":       # type: ignore[misc]
+            return at
+    return pages
+
+
 def privileged(here: Here) -> str:
     """Map with CAP_IPC_LOCK and a limit of 0."""
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
@@ -98,7 +114,13 @@ SECRET_ROWS = among(("secretmem",), [
       for name, mode in (("keep-size", KEEP_SIZE), ("punch", PUNCH), ("zero", 0x10))),
     *(Row(f"secret.memlock-{limit}-{'-'.join(map(str, pages))}", f"every mapping counts with its length: a limit of {limit} "
           f"pages, mappings of {' and '.join(map(str, pages))}", under_limit, (limit, *pages), expect)
-      for limit, pages, expect in ((4, (4,), "mapped"), (4, (5,), "EAGAIN"), (4, (2, 2), "mapped"), (4, (2, 3), "EAGAIN"),
-                                   (0, (1,), "EAGAIN"))),
+      for limit, pages, expect in ((4, (4,), "mapped"), (4, (2, 2), "mapped"))),
+    *(Row(f"secret.memlock-{limit}-{'-'.join(map(str, pages))}", f"a limit of {limit} pages, mappings of "
+          f"{' and '.join(map(str, pages))}: too many, unless pages count when they are touched", under_limit,
+          (limit, *pages), "EAGAIN", rules=(("secret counted per user", "mapped"),))
+      for limit, pages in ((4, (5,)), (4, (2, 3)), (0, (1,)))),
+    *(Row(f"secret.touch-{limit}", f"of 8 pages of a memfd_secret, those that can be touched under a limit of {limit}",
+          touched_under, (limit,), "EAGAIN", rules=(("secret counted per user", f"{limit} pages"),))
+      for limit in (0, 4)),
     Row("secret.memlock-privileged", "CAP_IPC_LOCK is above the limit", privileged, (), "mapped", ("ipc-lock",)),
 ])

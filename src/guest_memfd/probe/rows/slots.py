@@ -20,9 +20,9 @@ BEYOND = (1 << 63) - PAGE
 
 
 def binds(here: Here, *, slot: int = 0, flags: int = GMEM, gpa: int = GPA, size: int = SIZE, uaddr: int = 0, offset: int = 0,
-          file: int = 0) -> None:
-    """Bind a new file of four pages; *file*: its flags."""
-    bind(here.vm, slot, flags, gpa, size, uaddr, here.gmem(file), offset)
+          file: int | None = None) -> None:
+    """Bind a new file of four pages; *file*: its flags, those that every default VM takes if there are none."""
+    bind(here.vm, slot, flags, gpa, size, uaddr, here.bindable() if file is None else here.gmem(file), offset)
 
 
 def field(here: Here, name: str, value: int) -> None:
@@ -53,14 +53,14 @@ def without_flag(here: Here) -> None:
 
 def pads(here: Here) -> None:
     """KVM_SET_USER_MEMORY_REGION2 with all bits of all padding set."""
-    region = abi.UserspaceMemoryRegion2(0, GMEM, GPA, SIZE, 0, 0, here.gmem(0), 0xFFFFFFFF)
+    region = abi.UserspaceMemoryRegion2(0, GMEM, GPA, SIZE, 0, 0, here.bindable(), 0xFFFFFFFF)
     region.pad2[:] = [(1 << 64) - 1] * 14
     call("ioctl", here.vm, kvm.SET_USER_MEMORY_REGION2, region)
 
 
 def descriptor(here: Here, what: str) -> None:
     """Bind something else than a guest_memfd of this VM."""
-    own = here.gmem(0)
+    own = here.bindable()
 
     def closed() -> int:
         os.close(own)
@@ -68,13 +68,13 @@ def descriptor(here: Here, what: str) -> None:
 
     def of_closed_vm() -> int:
         other = here.another_vm()
-        fd = here.gmem(0, vm=other)
+        fd = here.bindable(vm=other)
         os.close(other)
         return fd
 
     others: dict[str, Callable[[], int]] = {
         "closed": closed, "minus-1": lambda: -1, "dup": lambda: os.dup(own), "null": lambda: here.open("/dev/null"),
-        "vm": lambda: here.vm, "vcpu": here.vcpu, "another-vm": lambda: here.gmem(0, vm=here.another_vm()),
+        "vm": lambda: here.vm, "vcpu": here.vcpu, "another-vm": lambda: here.bindable(vm=here.another_vm()),
         "another-vm-closed": of_closed_vm, "memfd": lambda: call("memfd_create", b"m", 0), "secret": here.secret,
     }
     bind(here.vm, 0, GMEM, GPA, SIZE, 0, others[what]())
@@ -82,14 +82,14 @@ def descriptor(here: Here, what: str) -> None:
 
 def two(here: Here, gpa: int, offset: int, nr: int, dup: bool = False) -> None:
     """Bind pages 0 and 1 of a file, then *nr* bytes at *offset* of it, at *gpa* in another slot."""
-    fd = here.gmem(0)
+    fd = here.bindable()
     bind(here.vm, 0, GMEM, GPA, 2 * PAGE, 0, fd)
     bind(here.vm, 1, GMEM, gpa, nr, 0, os.dup(fd) if dup else fd, offset)
 
 
 def changed(here: Here, name: str, value: int) -> None:
     """Bind, then set the same slot again with *name* changed, if it has one; to *value*, of an address by it."""
-    fd, uaddr = here.gmem(0), here.memory()
+    fd, uaddr = here.bindable(), here.memory()
     fields = {"flags": GMEM, "gpa": GPA, "size": 2 * PAGE, "uaddr": uaddr, "offset": 0}
     for _ in range(2):
         bind(here.vm, 0, fields["flags"], fields["gpa"], fields["size"], fields["uaddr"], fd, fields["offset"])
@@ -101,12 +101,12 @@ def plain_to_gmem(here: Here) -> None:
     """Turn a plain slot into one with a guest_memfd."""
     uaddr = here.memory()
     bind(here.vm, 0, 0, GPA, SIZE, uaddr)
-    bind(here.vm, 0, GMEM, GPA, SIZE, uaddr, here.gmem(0))
+    bind(here.vm, 0, GMEM, GPA, SIZE, uaddr, here.bindable())
 
 
 def many(here: Here, slots: int) -> None:
     """Every second page of a file in a slot of its own."""
-    fd = here.gmem(0, 2 * slots * PAGE)
+    fd = here.bindable(2 * slots * PAGE)
     for slot in range(slots):
         bind(here.vm, slot, GMEM, GPA + 2 * slot * PAGE, PAGE, 0, fd, 2 * slot * PAGE)
 
@@ -136,7 +136,7 @@ def rebind(here: Here) -> str:
 
 def rebind_in_part(here: Here) -> None:
     """Bind all, delete, and bind the halves the other way round."""
-    fd = here.gmem(0)
+    fd = here.bindable()
     bind(here.vm, 0, GMEM, GPA, SIZE, 0, fd)
     bind(here.vm, 0, 0, 0, 0)
     bind(here.vm, 0, GMEM, GPA, SIZE // 2, 0, fd, SIZE // 2)
@@ -145,13 +145,13 @@ def rebind_in_part(here: Here) -> None:
 
 def closed_while_bound(here: Here, then: str) -> None:
     """Close a bound file's only descriptor; then see what of its slot is left."""
-    fd = here.gmem(0)
+    fd = here.bindable()
     bind(here.vm, 0, GMEM, GPA, SIZE, 0, fd)
     os.close(fd)
     if then in ("delete", "delete-and-bind"):
         bind(here.vm, 0, 0, 0, 0)
     if then in ("bind", "delete-and-bind"):
-        bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.gmem(0))
+        bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.bindable())
 
 
 def dirty_log(here: Here) -> None:
@@ -180,7 +180,7 @@ def pre_fault(here: Here) -> None:
 
 def fallocates_bound(here: Here) -> str:
     """fallocate(2) of a file while it is bound."""
-    fd = here.gmem(0)
+    fd = here.bindable()
     bind(here.vm, 0, GMEM, GPA, SIZE, 0, fd)
     return attempt(lambda: call("fallocate", fd, KEEP_SIZE, 0, SIZE) or None)
 
@@ -201,7 +201,7 @@ _FIELDS = [
     ("uaddr-unaligned", "a user address that is no multiple of a page", "uaddr", 1, "EINVAL"),
     ("uaddr-kernel", "a user address in the kernel's half", "uaddr", 0xFFFF8880_00000000, "EINVAL"),
 ]
-_TWICE = (("7.2 on", "EEXIST"),)
+_TWICE = (("overlap is EEXIST", "EEXIST"),)
 _DESCRIPTORS = {
     "closed": ("a closed descriptor", "EBADF"),
     "minus-1": ("descriptor -1", "EBADF"),
@@ -224,7 +224,8 @@ _CHANGES = [
 
 ROWS = among(("slots",), [
     *(Row(f"slot.flags-{flags}.{where}", f"a file with flags {flags} can be bound, userspace_addr {where}", of_flags,
-          (flags, where), "ok", tuple(f"flag {bit}" for bit in (1, 2) if flags & bit))
+          (flags, where), "ok", tuple(f"flag {bit}" for bit in (1, 2) if flags & bit),
+          () if flags & 1 else (("unmappable slots", "ok"), ("arm64", "EINVAL")))
       for flags in range(4) for where in ("none", "mapped", "unmapped")),
     *(Row(f"slot.with-{name}", f"KVM_MEM_GUEST_MEMFD with {name} is refused", field, ("flags", GMEM | bit), "EINVAL")
       for name, bit in _FLAG_BITS.items()),
@@ -234,7 +235,7 @@ ROWS = among(("slots",), [
     Row("slot.address-space-1", "address space 1 is SMM's; a kernel without SMM has none", field, ("slot", 1 << 16),
         "EINVAL", ("one address space",)),
     Row("slot.offset-overflow", "an offset of 2^63 less a page: its end is negative as signed, and below the size", field,
-        ("offset", BEYOND), "ok", rules=(("7.2 on", "EINVAL"),)),
+        ("offset", BEYOND), "ok", rules=(("binding offsets unsigned", "EINVAL"),)),
     Row("slot.number", "the first slot number past KVM_CAP_NR_MEMSLOTS is refused", too_large_slot, (), "EINVAL"),
     Row("slot.old-ioctl", "KVM_SET_USER_MEMORY_REGION does not know KVM_MEM_GUEST_MEMFD", old_ioctl, (), "EINVAL"),
     Row("slot.without-flag", "without KVM_MEM_GUEST_MEMFD file and offset are not looked at", without_flag),
@@ -268,8 +269,9 @@ ROWS = among(("slots",), [
     Row("slot.dirty-log", "a slot with a guest_memfd has no dirty log", dirty_log, (), "ENOENT"),
     Row("slot.allocate-bound", "a file can be allocated while it is bound", fallocates_bound),
     Row("slot.attributes", "KVM_SET_MEMORY_ATTRIBUTES is there iff KVM_CAP_MEMORY_ATTRIBUTES is", vm_attributes, (),
-        "ENOTTY", rules=(("attributes", "ok"),)),
-    Row("slot.attributes2", "KVM_SET_MEMORY_ATTRIBUTES2 is no ioctl of a VM", vm_attributes2, (), "ENOTTY"),
-    Row("slot.pre-fault", "KVM_PRE_FAULT_MEMORY needs two-dimensional paging", pre_fault, (), "EOPNOTSUPP", ("vcpu",),
-        rules=(("pre-fault", None),)),
+        "ENOTTY", rules=(("attributes", "ok"), ("arm64", "EINVAL"))),
+    Row("slot.attributes2", "KVM_SET_MEMORY_ATTRIBUTES2 is no ioctl of a VM", vm_attributes2, (), "ENOTTY",
+        rules=(("arm64", "EINVAL"),)),
+    Row("slot.pre-fault", "KVM_PRE_FAULT_MEMORY needs two-dimensional paging; then private pages are none that it maps",
+        pre_fault, (), "EOPNOTSUPP", ("vcpu",), rules=(("pre-fault", "EFAULT"), ("arm64", "EINVAL"))),
 ])
