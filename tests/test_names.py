@@ -14,11 +14,6 @@ SOURCE = ROOT / "src" / "guest_memfd"
 
 SHARED = {
     "Stage2": "of a hypervisor, what it says of a page's tables; of the architecture, the registers of a walk",
-    **dict.fromkeys((
-        "CreateMemArgs", "MapMemArgs", "VmDtbConfig", "FnDesc", "VmBootContext", "FnVcpuArg", "FnIrqfdArg",
-        "FnIoeventfdArg", "RunMmio", "RunUnion", "VcpuRun", "UserspaceMemoryRegion", "CreateGuestMemfd",
-        "MemoryAttributes", "MemoryAttributes2", "PreFaultMemory",
-    ), "a structure of the UAPI: as a VMM fills it in, and as ctypes lays it out; each by its kernel name"),
 }
 """Names that two files have, and why."""
 

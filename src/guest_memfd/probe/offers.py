@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from guest_memfd.errors import GuestMemfdError
-from guest_memfd.linux.abi.kvm import PATH
 from guest_memfd.linux.system import System
 from guest_memfd.probe.ask.calls import call, store
 from guest_memfd.probe.ask.child import Slate, Unfit, perform, ptrace_works
@@ -23,7 +22,7 @@ from guest_memfd.probe.ask.guest import ProbeGuest
 from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind, create, resident
 from guest_memfd.probe.ask.row import SETTLED, KernelFeatures
 from guest_memfd.probe.rows.slots import GMEM, GPA
-from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, Cap
+from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, PATH, Cap
 
 _PARAMETERS = {
     "kvm": ("gmem_in_place_conversion", "guest_memfd_tlb_flush", "tdp_mmu", "nx_huge_pages", "mmio_caching",

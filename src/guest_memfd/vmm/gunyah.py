@@ -143,10 +143,10 @@ class GunyahGuest:
         page = self.vcpu.page
         if not self.console.has(out.phys_addr):
             self.log(f"exit MMIO {'write' if out.is_write else 'read'} at {out.phys_addr:#x}: nothing there, abort")
-            page.resume_action = ResumeAction.FAULT
+            page.mmio.resume_action = ResumeAction.FAULT
             self.aborts += 1
             return
-        page.resume_action = ResumeAction.HANDLED
+        page.mmio.resume_action = ResumeAction.HANDLED
         if out.is_write:
             self.console.put(out.data)
         else:

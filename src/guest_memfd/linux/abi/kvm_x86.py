@@ -6,10 +6,9 @@ import ctypes
 from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
 from enum import IntEnum, IntFlag
 
-from guest_memfd.linux.abi.table import Command
-from guest_memfd.linux.abi.words import Words
 from guest_memfd.uapi.ioctl import ior, iow
 from guest_memfd.uapi.kvm import KVMIO
+from guest_memfd.uapi.words import Words
 
 REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
              "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")
@@ -61,14 +60,6 @@ class Cpuid2(Words):
 GET_REGS, SET_REGS = ior(KVMIO, 0x81, ctypes.sizeof(Regs)), iow(KVMIO, 0x82, ctypes.sizeof(Regs))
 GET_SREGS, SET_SREGS = ior(KVMIO, 0x83, ctypes.sizeof(Sregs)), iow(KVMIO, 0x84, ctypes.sizeof(Sregs))
 SET_CPUID2 = iow(KVMIO, 0x90, Cpuid2.entries.offset)
-
-COMMANDS = (
-    Command("KVM_GET_REGS", "vCPU", GET_REGS, Regs),
-    Command("KVM_SET_REGS", "vCPU", SET_REGS, Regs),
-    Command("KVM_GET_SREGS", "vCPU", GET_SREGS, Sregs),
-    Command("KVM_SET_SREGS", "vCPU", SET_SREGS, Sregs),
-    Command("KVM_SET_CPUID2", "vCPU", SET_CPUID2),
-)
 
 
 class VmType(IntEnum):

@@ -7,7 +7,6 @@ import os
 import resource
 import socket
 
-from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.probe.ask.calls import KEEP_SIZE, call, load, store
 from guest_memfd.probe.ask.child import Unfit
 from guest_memfd.probe.ask.here import PAGE, SIZE, Here, create, resident
@@ -35,7 +34,7 @@ def costs_nothing(here: Here, size: int) -> str:
 
 def reserved_words(here: Here) -> None:
     """All six reserved words set."""
-    argument = abi.CreateGuestMemfd(SIZE, 0)
+    argument = kvm.CreateGuestMemfd(SIZE, 0)
     argument.reserved[:] = [1 << 63] * 6
     call("ioctl", here.vm, kvm.CREATE_GUEST_MEMFD, argument)
 

@@ -14,7 +14,6 @@ import struct
 import time
 from collections.abc import Callable
 
-from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.linux.abi.memfd_secret import SECRETMEM_MAGIC
 from guest_memfd.linux.abi.memory import Iovec
 from guest_memfd.probe.ask.calls import AT_EMPTY_PATH, AT_FDCWD, KEEP_SIZE, call
@@ -108,7 +107,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[int, Here], object], str | None, str 
     "getflags": ("FS_IOC_GETFLAGS", lambda fd, _: call("ioctl", fd, _GETFLAGS, ctypes.c_long()), "ENOTTY", None),
     "ioctl-kvm": ("KVM_GET_API_VERSION", lambda fd, _: call("ioctl", fd, kvm.GET_API_VERSION, 0), "ENOTTY", None),
     "attributes2": ("KVM_SET_MEMORY_ATTRIBUTES2",
-                    lambda fd, _: call("ioctl", fd, kvm.SET_MEMORY_ATTRIBUTES2, abi.MemoryAttributes2(size=PAGE)), "ENOTTY",
+                    lambda fd, _: call("ioctl", fd, kvm.SET_MEMORY_ATTRIBUTES2, kvm.MemoryAttributes2(size=PAGE)), "ENOTTY",
                     None),
     "figetbsz": ("FIGETBSZ", lambda fd, _: call("ioctl", fd, _FIGETBSZ, ctypes.c_int()), "ok", None),
     "fioclex": ("FIOCLEX", lambda fd, _: call("ioctl", fd, _FIOCLEX, 0), "ok", None),
