@@ -36,6 +36,7 @@ from guest_memfd.linux.anonymous import Anonymous
 from guest_memfd.linux.guest_x86 import SmallGuest
 from guest_memfd.linux.system import System
 from guest_memfd.linux.vcpu_x86 import X86Vcpu
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.kvm import Cap
 from guest_memfd.uapi.kvm_run import (
     Exit,
@@ -51,7 +52,7 @@ from guest_memfd.uapi.kvm_run import (
 )
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
-from guest_memfd.vmm.layout import PAGE, Layout
+from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import LoopEnded, drive
 
 ROOT = Path(__file__).parent.parent

@@ -18,6 +18,7 @@ from guest_memfd.compat import override
 from guest_memfd.core.folio import MISSES
 from guest_memfd.core.gmem import Conversion, Grabbed, filled
 from guest_memfd.designs.design import Design
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.primitives import (
     EAGAIN,
     EBUSY,
@@ -287,7 +288,7 @@ class GunyahV17(Design):
         host = self.driver
         yield from host.begin_op("punch", start, nr)
         yield from host.down_write("invalidate")
-        ret = yield from self.invalidate_pages2(start * 4096, (start + nr) * 4096 - 1)
+        ret = yield from self.invalidate_pages2(start * PAGE, (start + nr) * PAGE - 1)
         yield from host.end_op(ret, start if ret else None)
         yield from host.up_write("invalidate")
         return Conversion(ret, start if ret else None)

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import FAILED, attempt, call, name_of, store
 from guest_memfd.probe.ask.child import Slate, perform
 from guest_memfd.probe.ask.guest import ProbeGuest
-from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, bind, punch, resident
+from guest_memfd.probe.ask.here import SECRET, SIZE, Here, bind, punch, resident
 from guest_memfd.probe.ask.row import KernelFeatures
 from guest_memfd.probe.offers import direct_map, version_of
 from guest_memfd.probe.rows import create, fallocate, guest, memory, pins, slots

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from guest_memfd.errors import GuestMemfdError
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.linux.system import System
 from guest_memfd.probe.ask.calls import call, store
 from guest_memfd.probe.ask.child import Slate, Unfit, perform, ptrace_works
 from guest_memfd.probe.ask.guest import ProbeGuest
-from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind, create, resident
+from guest_memfd.probe.ask.here import SIZE, Here, bind, create, resident
 from guest_memfd.probe.ask.row import SETTLED, KernelFeatures
 from guest_memfd.probe.rows.slots import GMEM, GPA
 from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, PATH, Cap

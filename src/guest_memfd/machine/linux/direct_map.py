@@ -15,8 +15,8 @@ from guest_memfd.machine.hw.arm64 import bbm
 from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.granule import K4
+from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
 
-PAGE_SIZE = 1 << 12
 CONT_PTE_SIZE = 1 << 16
 PMD_SIZE = 1 << 21
 CONT_PMD_SIZE = 1 << 25
@@ -179,6 +179,6 @@ class KernelTable:
         while at < end:
             run = end if flags & NO_CONT else min(end, (at & -CONT_PTE_SIZE) + CONT_PTE_SIZE)
             cont = 0 if (at | run | pa) % CONT_PTE_SIZE or flags & NO_CONT else CONT
-            values += range(pa | prot | cont, (pa | prot | cont) + run - at, PAGE_SIZE)
+            values += range(pa | prot | cont, (pa | prot | cont) + run - at, PAGE)
             at, pa = run, pa + run - at
-        self.fill(self.table_for(va, 3, flags), va >> 12 & 511, values)
+        self.fill(self.table_for(va, 3, flags), va >> PAGE_SHIFT & 511, values)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.words.primitives import ENOMEM
 
-COUNTERS = {dm.PAGE_SIZE: "DirectMap4k", dm.CONT_PTE_SIZE: "DirectMap64k", dm.PMD_SIZE: "DirectMap2M",
+COUNTERS = {PAGE: "DirectMap4k", dm.CONT_PTE_SIZE: "DirectMap64k", dm.PMD_SIZE: "DirectMap2M",
             dm.CONT_PMD_SIZE: "DirectMap32M", dm.PUD_SIZE: "DirectMap1G"}
 """Leaf sizes, named as in /proc/meminfo."""
 
@@ -30,7 +31,7 @@ class SplitTable(dm.KernelTable):
     def count(self, va: int, end: int, flags: int) -> None:
         """Add [va, end), up to a gigabyte of the linear map, to `mapped` by the rules of map()."""
         if flags & dm.NO_BLOCK:
-            self.mapped[dm.PAGE_SIZE] += end - va
+            self.mapped[PAGE] += end - va
             return
         for size in sorted(COUNTERS, reverse=True):
             first, last = va + -va % size, end & -size

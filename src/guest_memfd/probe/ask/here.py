@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from guest_memfd.linux.abi.memory import Cachestat, CachestatRange
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import FAILED, MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PUNCH, RW, attempt, call, name_of
 from guest_memfd.probe.ask.child import Slate, Unfit
 from guest_memfd.probe.ask.row import KernelFeatures
@@ -21,13 +22,11 @@ from guest_memfd.uapi.kvm import SHARED, GuestMemfdFlag
 
 _T = TypeVar("_T")
 
-PAGE = os.sysconf("SC_PAGESIZE")
 SIZE = 4 * PAGE
 """Bytes of a file under test, where the row does not say otherwise."""
 
 SECRET = "secret"
 """Says memfd_secret where others say which flags of KVM_CREATE_GUEST_MEMFD."""
-
 
 
 @dataclass

@@ -7,9 +7,10 @@ import os
 import resource
 import socket
 
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import KEEP_SIZE, call, load, store
 from guest_memfd.probe.ask.child import Unfit
-from guest_memfd.probe.ask.here import PAGE, SIZE, Here, create, resident
+from guest_memfd.probe.ask.here import SIZE, Here, create, resident
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.uapi import kvm
 from guest_memfd.uapi.kvm import SHARED

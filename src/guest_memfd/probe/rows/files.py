@@ -16,8 +16,9 @@ from collections.abc import Callable
 
 from guest_memfd.linux.abi.memfd_secret import SECRETMEM_MAGIC
 from guest_memfd.linux.abi.memory import Iovec
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import AT_EMPTY_PATH, AT_FDCWD, KEEP_SIZE, call
-from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, resident
+from guest_memfd.probe.ask.here import SECRET, SIZE, Here, resident
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.uapi import kvm
 

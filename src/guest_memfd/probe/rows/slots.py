@@ -6,8 +6,9 @@ import ctypes
 import os
 from collections.abc import Callable
 
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import KEEP_SIZE, attempt, call, load, store
-from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind
+from guest_memfd.probe.ask.here import SIZE, Here, bind
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.uapi import kvm
 from guest_memfd.uapi.kvm import SHARED, MemFlag

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.machine.el2.kvm.pgtable import STATE_SHIFT, KvmLeaf
 from guest_memfd.machine.el2.pkvm.annotation import Annotation, AnnotationType
-from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT, HypPage, PkvmState
+from guest_memfd.machine.el2.pkvm.states import ORDERS, HypPage, PkvmState
+from guest_memfd.machine.hw.ram import PAGE_SHIFT
 from guest_memfd.words.primitives import EHWPOISON, EINVAL, ENOENT, EPERM
 
 if TYPE_CHECKING:

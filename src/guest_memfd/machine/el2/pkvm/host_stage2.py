@@ -16,12 +16,12 @@ from typing import NamedTuple
 from guest_memfd.machine.el2.kvm.idmap import HostIdmap
 from guest_memfd.machine.el2.kvm.pgtable import KvmLeaf, TableSource, leaf_attributes
 from guest_memfd.machine.el2.pkvm.annotation import LOCKED, Annotation, AnnotationType, PageOwner, Release
-from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT
+from guest_memfd.machine.el2.pkvm.states import ORDERS
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject, LoadStore
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT, Ram
 
 MEMORY = leaf_attributes("rwx")
 DEVICE = leaf_attributes("rw", device=True)

@@ -43,9 +43,9 @@ from typing import TYPE_CHECKING
 from guest_memfd.machine.el2.kvm.pgtable import KvmLeaf, leaf_attributes
 from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm.annotation import POISONED, PageOwner
-from guest_memfd.machine.el2.pkvm.states import PAGE_SHIFT, HypPage, PkvmState
+from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
 from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM
 
 if TYPE_CHECKING:

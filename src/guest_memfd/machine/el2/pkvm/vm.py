@@ -25,9 +25,9 @@ from guest_memfd.machine.el2.kvm.vcpu import (
     VheVcpu,
 )
 from guest_memfd.machine.el2.pkvm import checks, transitions
-from guest_memfd.machine.el2.pkvm.states import PAGE_SHIFT, PkvmState
+from guest_memfd.machine.el2.pkvm.states import PkvmState
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
 from guest_memfd.words.primitives import EBUSY, ENOENT
 
 if TYPE_CHECKING:
