@@ -16,11 +16,11 @@ from typing import ClassVar
 
 from guest_memfd.compat import override
 from guest_memfd.core.gmem import Conversion, Grabbed, Held
-from guest_memfd.designs.design import Design
-from guest_memfd.words.primitives import EBUSY, EFAULT, EHWPOISON, EINVAL, EOPNOTSUPP, EPERM, Bound, Folio, Steps
+from guest_memfd.designs.design import Design, NoAttributes
+from guest_memfd.words.primitives import EBUSY, EFAULT, EHWPOISON, EINVAL, EPERM, Bound, Folio, Steps
 
 
-class GuestmemRfc1(Design):
+class GuestmemRfc1(NoAttributes):
     """mm/guest_memfd.c of the RFC."""
 
     name = "guestmem-rfc1"
@@ -97,12 +97,6 @@ class GuestmemRfc1(Design):
         yield from self.host.folio_set_private(folio, False)
 
     # -- the guest's side ----------------------------------------------------------------------------------------
-
-    @override
-    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
-        """There is no attribute tree: a folio is accessible or not."""
-        yield from ()
-        return 0
 
     @override
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
@@ -234,15 +228,3 @@ class GuestmemRfc1(Design):
         """free_folio: restore the direct map; no one scrubs."""
         if marked:
             yield from self.map_direct(held.folio)
-
-    @override
-    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
-        """There is no conversion by range."""
-        yield from ()
-        return Conversion(-EOPNOTSUPP)
-
-    @override
-    def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        """-EOPNOTSUPP, as `make_private`: the posted library has no conversion by range."""
-        yield from ()
-        return Conversion(-EOPNOTSUPP)

@@ -17,14 +17,13 @@ from typing import ClassVar
 from guest_memfd.compat import override
 from guest_memfd.core.folio import MISSES
 from guest_memfd.core.gmem import Conversion, Grabbed, filled
-from guest_memfd.designs.design import Design
+from guest_memfd.designs.design import NoAttributes
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.primitives import (
     EAGAIN,
     EBUSY,
     EINVAL,
     ENOENT,
-    EOPNOTSUPP,
     EPERM,
     Bound,
     Entries,
@@ -63,7 +62,7 @@ def places(entries: Sequence[int], at: int = 0) -> Iterator[int]:
             yield from places(entries[half:], at + half)
 
 
-class GunyahV17(Design):
+class GunyahV17(NoAttributes):
     """drivers/virt/gunyah/{guest_memfd,vm_mgr_mem}.c as posted, mistakes included; S and a number names one of them."""
 
     name = "gunyah-v17"
@@ -90,12 +89,6 @@ class GunyahV17(Design):
         return self.ops.host
 
     # -- file and bindings (23, 24/35) ---------------------------------------------------------------------------
-
-    @override
-    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
-        """There is no attribute tree: lend or share belongs to the binding."""
-        yield from ()
-        return 0
 
     @override
     def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
@@ -325,18 +318,6 @@ class GunyahV17(Design):
         """release_folio / launder_folio: shared pages are taken back as well, without touching the direct map."""
         (bound,) = yield from self.driver.xa_load("bindings", index, 1)
         return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, private, True)) if bound else 0
-
-    @override
-    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
-        """There is no conversion: lend or share is for the life of a binding."""
-        yield from ()
-        return Conversion(-EOPNOTSUPP)
-
-    @override
-    def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        """-EOPNOTSUPP, as `make_private`: a page is shared only when its binding goes."""
-        yield from ()
-        return Conversion(-EOPNOTSUPP)
 
     @override
     def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
