@@ -205,17 +205,6 @@ class GunyahDriver(Driver):
             yield from (f"the Resource Manager keeps parcel {handle:#x}" for handle in self.rm.parcels.parcels)
 
     @override
-    def host_may(self, pa: int) -> bool:
-        """By the host's stage 2."""
-        return bool(self.el2.host_may(pa))
-
-    @override
-    def guest_maps(self, vm: Vm, pa: int) -> int | None:
-        """By the address space."""
-        found: int | None = vm.handle.guest_maps(pa)
-        return found
-
-    @override
     def lookup(self, vm: Vm, ipa: int) -> int | None:
         """By the guest's table."""
         leaf = vm.handle.space.table.leaf(ipa)

@@ -27,17 +27,6 @@ class KvmGuests(Driver):
         return str(self.el2.owner(pa))
 
     @override
-    def host_may(self, pa: int) -> bool:
-        """Mapped, or mapped by the first fault; true for every page where there is no host stage 2."""
-        return bool(self.el2.host_may(pa))
-
-    @override
-    def guest_maps(self, vm: Vm, pa: int) -> int | None:
-        """By the guest's table."""
-        found: int | None = vm.handle.guest_maps(pa)
-        return found
-
-    @override
     def lookup(self, vm: Vm, ipa: int) -> int | None:
         """By the guest's table."""
         leaf = vm.handle.pgt.leaf(ipa)
