@@ -161,7 +161,6 @@ NAMES = {
     **{f"KVM_STATS_TYPE_{kind.name}": int(kind) for kind in kvm.StatsType},
     "KVM_MEMORY_ATTRIBUTE_PRIVATE": uapi.PRIVATE, "KVM_MEMORY_EXIT_FLAG_PRIVATE": uapi.PRIVATE,
     "KVM_EXIT_MMIO": 6, "KVM_EXIT_INTR": 10, "KVM_EXIT_MEMORY_FAULT": 39, "EHWPOISON": kvm.EHWPOISON,
-    **{f"KVM_X86_{kind.name}_VM": int(kind) for kind in kvm_x86.VmType},
     **{f"MADV_{advice.name}": int(advice) for advice in memory.Advice},
     **{f"SYS_{name}": number for name, number in (memory.numbers()._asdict().items() if KNOWN else ())},
     "SECRETMEM_MAGIC": memfd_secret.SECRETMEM_MAGIC, "O_CLOEXEC": int(memfd_secret.SecretFlag.CLOEXEC),

@@ -23,7 +23,7 @@ CONT_PMD_SIZE = 1 << 25
 PUD_SIZE = 1 << 30
 PGDIR_SIZE = 1 << 39
 
-VALID, AF, NG, PXN, UXN = d.VALID, d.AF, d.NG, d.PXN, d.UXN
+VALID, AF, NG, PXN = d.VALID, d.AF, d.NG, d.PXN
 TABLE_PXN, TABLE_UXN = d.PXN_TABLE, d.UXN_TABLE
 PRESENT_INVALID = d.PRESENT_INVALID
 """Bit 11 of an entry whose bit 0 is clear: present for Linux, invalid for the hardware (asm/pgtable-prot.h)."""

@@ -118,12 +118,6 @@ def pin_shared_mem(el2: El2, pfn: int) -> int:
     return ret
 
 
-def unpin_shared_mem(el2: El2, pfn: int) -> None:
-    """hyp_unpin_shared_mem() of one page that is pinned."""
-    page = el2.vmemmap.page(pfn)
-    el2.vmemmap.set(pfn, 0, page._replace(refcount=page.refcount - 1))
-
-
 def donate_hyp(el2: El2, pfn: int, nr: int) -> int:
     """*nr* pages: host OWNED -> hypervisor OWNED."""
     for at in range(pfn, pfn + nr):
