@@ -57,7 +57,7 @@ def _not_mapped(machine: Board) -> Iterator[int]:
             continue
         leaf = lm.leaf(pa)
         size = level_size(min(leaf.level, 2))
-        if leaf.level < 3 and not leaf.value & VALID:
+        if leaf.level < 3 and not leaf.valid:
             yield pa
         elif leaf.level == 3:
             table = memoryview(machine.ram.read(leaf.address & -PAGE, PAGE)).cast("Q")

@@ -19,7 +19,6 @@ from guest_memfd.machine.board.hostcpu import HostCpu
 from guest_memfd.machine.board.lock import Turns
 from guest_memfd.machine.board.tracer import Tracer
 from guest_memfd.machine.hw.arm64 import tlbi
-from guest_memfd.machine.hw.arm64.descriptor import output_address
 from guest_memfd.machine.hw.arm64.entry import TlbEntry
 from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import PAGE
@@ -185,7 +184,7 @@ class Board:
         entry = self.linear_map.leaf(pa)
         offset = self.linear_map.va(pa) % dm.level_size(entry.level)
         # Present, and at its own address: an entry that leads to another page does not map this one.
-        return self.linear_map.kernel_page_present(pa) and output_address(entry.value, entry.level) + offset == pa
+        return self.linear_map.kernel_page_present(pa) and entry.oa + offset == pa
 
     def holds_kernel(self, pa: int) -> bool:
         """Whether some CPU's TLB still translates the linear-map address of *pa*."""

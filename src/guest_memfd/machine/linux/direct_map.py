@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 from guest_memfd.machine.hw.arm64 import bbm
 from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.granule import K4
+from guest_memfd.machine.hw.arm64.pages import PageSource, TableMemory
 from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
 
 CONT_PTE_SIZE = 1 << 16
@@ -43,21 +43,6 @@ ROX = 1 << 2
 """Map as text: read-only and executable, and no PXNTable on the way down."""
 
 
-class DirectMapMemory(Protocol):
-    """Physical memory as tables need it; `Ram` is one."""
-
-    def read64(self, pa: int) -> int: ...  # noqa: D102
-    def write64(self, pa: int, value: int) -> None: ...  # noqa: D102
-    def write(self, pa: int, data: bytes) -> None: ...  # noqa: D102
-
-
-class DirectMapPages(Protocol):
-    """Where table pages come from; `Buddy` is one. alloc_table() raises OutOfMemory."""
-
-    def alloc_table(self) -> int: ...  # noqa: D102
-    def free_table(self, pa: int) -> None: ...  # noqa: D102
-
-
 def level_size(level: int) -> int:
     """Bytes that one entry of *level* covers."""
     return 1 << (39 - 9 * level)
@@ -81,7 +66,7 @@ class KernelTable:
     tolerates a change of size (BBML3), so that those are none.
     """
 
-    def __init__(self, memory: DirectMapMemory, source: DirectMapPages, *, any_size: bool = False) -> None:
+    def __init__(self, memory: TableMemory, source: PageSource, *, any_size: bool = False) -> None:
         self.memory, self.source, self.any_size = memory, source, any_size
         self.violations: list[bbm.Violation] = []
         self.before_store: Callable[[], None] = lambda: None

@@ -8,6 +8,7 @@ The machine must tolerate a change of size on a live entry (BBML3): no TLBI is i
 from __future__ import annotations
 
 from guest_memfd.machine.hw.arm64.descriptor import Entry
+from guest_memfd.machine.hw.arm64.pages import PageSource, TableMemory
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import direct_map as dm
@@ -23,7 +24,7 @@ _LARGE = (dm.PUD_SIZE, dm.CONT_PMD_SIZE, dm.PMD_SIZE, dm.CONT_PTE_SIZE)
 class SplitTable(dm.KernelTable):
     """A table whose leaves can be split; `mapped` is bytes by leaf size, `splits` how many leaves of a size were split."""
 
-    def __init__(self, memory: dm.DirectMapMemory, source: dm.DirectMapPages, *, any_size: bool = False) -> None:
+    def __init__(self, memory: TableMemory, source: PageSource, *, any_size: bool = False) -> None:
         super().__init__(memory, source, any_size=any_size)
         self.mapped = dict.fromkeys(COUNTERS, 0)
         self.splits = dict.fromkeys(_LARGE, 0)

@@ -40,10 +40,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.el2.kvm.pgtable import KvmLeaf, leaf_attributes
+from guest_memfd.machine.el2.kvm.pgtable import leaf_attributes
 from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm.annotation import POISONED, PageOwner
 from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState
+from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
 from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM
@@ -264,7 +265,7 @@ def unshare_guest(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> int:
     return 0
 
 
-def _give_borrowed_back(el2: El2, vm: PkvmHypVm, gfn: int, entry: KvmLeaf) -> None:
+def _give_borrowed_back(el2: El2, vm: PkvmHypVm, gfn: int, entry: Entry) -> None:
     pfn = entry.oa >> PAGE_SHIFT
     # Unmapped and flushed before the host is told that it is the only user again.
     _guest_unmap(vm, gfn)
