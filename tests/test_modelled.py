@@ -135,7 +135,7 @@ def test_what_tiny_does_with_real_tables() -> None:
     assert driver.owner(pa) == "guest"
     assert not driver.host_may(pa)
     assert driver.host_may(pa + PAGE)
-    assert driver.guest_maps(lent.vm, pa) == 0
+    assert driver.ipa_of(lent.vm, pa) == 0
     assert list(driver.not_the_hosts()) == [(pa, pa + PAGE, "is guest by the hypervisor's record")]
     assert driver.hypercall(lent.vm, "lend", (1, folio)) == -EPERM
     assert driver.rules == frozenset()

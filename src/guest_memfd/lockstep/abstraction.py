@@ -46,7 +46,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     # A TLB entry that agrees with the table is not stale; the abstract host does not know that it is there.
     frame.stale = not frame.s1 and machine.holds_kernel(pa)
     frame.s2 = machine.host_reaches(pa)
-    mapped = driver.guest_maps(vm, pa)
+    mapped = driver.ipa_of(vm, pa)
     frame.gmap = 0 if mapped is None else mapped // PAGE + 1
     frame.asked = mapped is not None and pa in machine.tracer.asked
     frame.withdrawn = pa in machine.tracer.withdrawn

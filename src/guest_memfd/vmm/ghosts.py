@@ -55,7 +55,7 @@ class ProgramTracer(Tracer):
         super().after_hypercall(page, sanitised)
         machine = self.machine
         owned = machine.driver.owner(page.pa) == "guest"
-        if machine.guest_maps(page.pa):
+        if machine.any_guest_maps(page.pa):
             self.expect(page, ANY)
             if owned or (isinstance(page.inode, Inode) and page.inode.entry("attributes", page.index) == PRIVATE_PAGE):
                 self.secret.add(page.pa)

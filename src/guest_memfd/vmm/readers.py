@@ -99,7 +99,7 @@ def _words(how: str) -> str:
 def _owned(machine: Machine) -> Iterator[Page]:
     for inode in machine.inodes:
         for page in sorted(inode.pages.values(), key=lambda p: p.pa):
-            private = inode.entry("attributes", page.index) == PRIVATE_PAGE and machine.guest_maps(page.pa)
+            private = inode.entry("attributes", page.index) == PRIVATE_PAGE and machine.any_guest_maps(page.pa)
             if machine.driver.owner(page.pa) == "guest" or (private and not machine.hypervisor.tracks_owner):
                 yield page
 

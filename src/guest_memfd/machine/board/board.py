@@ -222,13 +222,13 @@ class Board:
         found = (self.vmm.find(e.ia) for e in self._user_entries() if e.oa == pa)
         return (at[1] for at in found if at is not None)
 
-    def guest_maps(self, pa: int) -> bool:
+    def any_guest_maps(self, pa: int) -> bool:
         """Whether any VM's stage 2 maps *pa*."""
-        return any(self.driver.guest_maps(vm, pa) is not None for vm in self.vms)
+        return any(self.driver.ipa_of(vm, pa) is not None for vm in self.vms)
 
     def guest_reaches(self, page: Page) -> bool:
         """Whether a guest reaches *page* through its tables or a TLB entry that outlived its mapping."""
-        return self.guest_maps(page.pa) or any(self.stale_guest_gfn(vm, page.pa) is not None for vm in self.vms)
+        return self.any_guest_maps(page.pa) or any(self.stale_guest_gfn(vm, page.pa) is not None for vm in self.vms)
 
     def stale_guest_gfn(self, vm: Vm, pa: int) -> int | None:
         """The guest frame number that a TLB still translates to *pa* and *vm*'s tables do not."""

@@ -147,7 +147,7 @@ class Tracer:
         index = page.index if isinstance(page.inode, Inode) else None
         expect = self.expected.get((page.inode, page.index), ZERO) if isinstance(page.inode, Inode) else ANY
         machine = self.machine
-        owner, mapped = machine.driver.owner(page.pa), machine.guest_maps(page.pa)
+        owner, mapped = machine.driver.owner(page.pa), machine.any_guest_maps(page.pa)
         guests = owner == "guest" or content == SECRET or (mapped and index is not None and host.private(page))
         return facts.Access(who, what, via, machine.number(page.pa), write, CONTENTS[content], guests,
                             mapped or owner == "guest", index, None if expect == ANY else CONTENTS[expect],

@@ -148,9 +148,9 @@ class Driver(ABC):
     def host_touches(self, pa: int) -> None:  # noqa: B027 - most have nothing to do
         """The host stores to its page: a stage 2 that is filled by faults maps it."""
 
-    def guest_maps(self, vm: Vm, pa: int) -> int | None:
+    def ipa_of(self, vm: Vm, pa: int) -> int | None:
         """The IPA at which *vm* maps the page."""
-        found: int | None = vm.handle.guest_maps(pa)
+        found: int | None = vm.handle.ipa_of(pa)
         return found
 
     @abstractmethod

@@ -213,7 +213,7 @@ class GunyahDriver(Driver):
     @override
     def locked_in(self, vm: Vm, pa: int) -> bool:
         """Private and locked, where it is mapped."""
-        ipa = self.guest_maps(vm, pa)
+        ipa = self.ipa_of(vm, pa)
         return ipa is not None and bool(vm.handle.locked(ipa))
 
     @override

@@ -80,7 +80,7 @@ class KvmDriver(KvmVms):
         return int(vm.handle.map(gfn, folio.pfn, folio.nr))
 
     def _mmu_unmap(self, vm: Vm, gfn: int, folio: Folio) -> int:
-        return int(vm.handle.unmap(gfn, folio.nr)) if self.guest_maps(vm, folio.pfn * PAGE) == gfn * PAGE else 0
+        return int(vm.handle.unmap(gfn, folio.nr)) if self.ipa_of(vm, folio.pfn * PAGE) == gfn * PAGE else 0
 
     @override
     def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:

@@ -22,7 +22,7 @@ def hypercall(host: Base, name: str, *args: object) -> int:
     folio = next(arg for arg in args if isinstance(arg, Folio))
     page = host.page(folio)
     # Before and after: what the hypercall did is read off EL2's records, not believed from its result.
-    owner, mapped = machine.driver.owner(page.pa), machine.driver.guest_maps(host.vm, page.pa)
+    owner, mapped = machine.driver.owner(page.pa), machine.driver.ipa_of(host.vm, page.pa)
     machine.tracer.counts(host.who, "calls")
     asked = host.asked(page)
     ret = machine.driver.hypercall(host.vm, name, args)
@@ -36,14 +36,14 @@ def hypercall(host: Base, name: str, *args: object) -> int:
             host.against(HELD, page)
     elif ret in (-ENOMEM, -EAGAIN):
         host.against(FAILURE, page if ret == -EAGAIN else None)
-    now = machine.driver.guest_maps(host.vm, page.pa)
+    now = machine.driver.ipa_of(host.vm, page.pa)
     if mapped is None and now is not None:
         machine.tracer.mapped(host.who, page)
     if page.handled and mapped is None and now is not None:
         host.notes.append(facts.Given("the guest", machine.number(page.pa)))
     if owner != "guest" and machine.driver.owner(page.pa) == "guest":
         note_private(host, page, "donated")
-    if mapped is not None and machine.driver.guest_maps(host.vm, page.pa) is None and page.inode is host.inode:
+    if mapped is not None and machine.driver.ipa_of(host.vm, page.pa) is None and page.inode is host.inode:
         machine.tracer.out_of_scope(host, "takes the page from the guest", page.index, page.nr)
     machine.tracer.after_hypercall(page, machine.driver.sanitised)
     return ret

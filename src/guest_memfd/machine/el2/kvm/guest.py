@@ -75,7 +75,7 @@ class GuestStage2:
         if not gfns:
             self._gfns.pop(pfn, None)
 
-    def guest_maps(self, pa: int) -> int | None:
+    def ipa_of(self, pa: int) -> int | None:
         """The lowest IPA that maps the byte at physical address *pa*, if any."""
         for order in _ORDERS:
             head = pa // PAGE >> order << order

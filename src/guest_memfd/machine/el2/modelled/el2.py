@@ -108,7 +108,7 @@ class ModelledStage2:
 
     def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
         """Unmap it; flushed, if it is to be, even where nothing was mapped."""
-        if self.guest_maps(pfn) == gfn:
+        if self.gfn_of(pfn) == gfn:
             with self._flushing(flush):
                 self._vm.unmap(gfn)
             return True
@@ -127,9 +127,9 @@ class ModelledStage2:
         finally:
             table.tlbs = kept
 
-    def guest_maps(self, pfn: int) -> int | None:
+    def gfn_of(self, pfn: int) -> int | None:
         """The gfn that maps the page, by the guest's table."""
-        ipa = self._vm.guest_maps(pfn * PAGE)
+        ipa = self._vm.ipa_of(pfn * PAGE)
         return None if ipa is None else ipa // PAGE
 
     def scrub(self, pfn: int) -> None:
