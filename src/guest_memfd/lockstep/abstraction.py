@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from guest_memfd.abstract import state as st
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.page import KINDS, Page
+from guest_memfd.machine.linux.folio import KINDS, LinuxFolio
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words.pagestate import ALLOCATED, FREE, KEPT, OWNERS, ZERO
 from guest_memfd.words.primitives import OPS
@@ -56,7 +56,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     frame.user = _shown_at(host, pa)
     frame.stuck = pa in driver.stuck
     page = machine.pages.get(pa // PAGE)
-    frame.content = machine.tracer.content(page or Page(pa, 0))
+    frame.content = machine.tracer.content(page or LinuxFolio(pa, 0))
     frame.allocated = KEPT if page and page.retired else ALLOCATED if page else FREE
     if page is not None:
         # The machine has one count, as the kernel does, and the kinds beside it, for the laws. If they differ the

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.direct_map import PUD_SIZE, VALID, level_size
-from guest_memfd.machine.linux.page import KINDS
+from guest_memfd.machine.linux.folio import KINDS
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.stray import stray_mappings
 from guest_memfd.words.pagestate import EVICTED

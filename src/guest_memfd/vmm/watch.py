@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from guest_memfd.laws import LAWS
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.words import facts
 from guest_memfd.words.primitives import Folio, Primitive
 
@@ -32,7 +32,7 @@ def shown(primitive: Primitive) -> str:
 def _shown(arg: object) -> str:
     if isinstance(arg, Folio):
         return str(arg)
-    if isinstance(arg, Page):
+    if isinstance(arg, LinuxFolio):
         return f"pfn{arg.pa // PAGE}"
     if isinstance(arg, bytes):
         return f"{len(arg)} bytes"

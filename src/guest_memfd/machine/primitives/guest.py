@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from guest_memfd.machine.board.tracer import GUEST_TOKEN, KERNEL_TOKEN
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.primitives import contents
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
@@ -49,7 +49,7 @@ def hypercall(host: Base, name: str, *args: object) -> int:
     return ret
 
 
-def note_private(host: Base, page: Page, how: str) -> None:
+def note_private(host: Base, page: LinuxFolio, how: str) -> None:
     """A folio is the guest's alone from now on."""
     cached = host.vm.gpc is page
     host.notes.append(facts.MadePrivate(how, host.machine.number(page.pa), page.pin + page.get, cached))
@@ -80,7 +80,7 @@ def guest_access(host: Base, gfn: int, write: bool) -> str:
 
 
 # The guest's own: the page the file holds at the index that this gfn is bound to.
-def _guest_may(host: Base, page: Page, gfn: int) -> bool:
+def _guest_may(host: Base, page: LinuxFolio, gfn: int) -> bool:
     if page.inode is not host.inode or host.inode.entry("bindings", page.index) != gfn + 1:
         return False
     return host.machine.driver.owner(page.pa) != "host" or not host.machine.hypervisor.tracks_owner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.page_poison import PAGE_POISON
 from guest_memfd.machine.primitives import contents
 from guest_memfd.machine.primitives.base import Base
@@ -46,7 +46,7 @@ def filemap_add_folio(host: Base, index: int, order: int) -> Lookup | int:
         folios.free(pa, order)
         host.against(CONTENTION)
         return -EEXIST
-    page = host.machine.pages[pa // PAGE] = Page(pa, order)
+    page = host.machine.pages[pa // PAGE] = LinuxFolio(pa, order)
     page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
     page.take("lookup")
     # Locked before it can be found, so the first to see it is the one who zeroes it.
@@ -69,7 +69,7 @@ def _occupied(host: Base, head: int, order: int) -> bool:
 
 
 # folio_add_lru(): a batch per CPU; a large folio empties it at once (mm/swap.c).
-def _lru_add(host: Base, page: Page) -> None:
+def _lru_add(host: Base, page: LinuxFolio) -> None:
     batch = host.machine.lru_batch
     page.take("lru")
     batch[page.pa] = page
@@ -100,7 +100,7 @@ def split_folio(host: Base, folio: Folio) -> int:
     host.machine.tracer.split(page)
     inode.remove(page)
     for at in range(page.nr):
-        small = host.machine.pages[page.pa // PAGE + at] = Page(page.pa + at * PAGE, 0)
+        small = host.machine.pages[page.pa // PAGE + at] = LinuxFolio(page.pa + at * PAGE, 0)
         small.take("cache")
         small.uptodate, small.private = page.uptodate, page.private
         small.hwpoison, small.handled = page.hwpoison, page.handled
@@ -182,7 +182,7 @@ def folio_set_private(host: Base, folio: Folio, private: bool) -> None:
     host.locked(folio, "folio_set_private").private = private
 
 
-def free_if_unused(host: Base, page: Page) -> None:
+def free_if_unused(host: Base, page: LinuxFolio) -> None:
     """free_pages_prepare(): a poisoned frame stays out of use, any other is written to and freed (mm/page_alloc.c)."""
     if page.refcount or page.retired:
         return

@@ -12,7 +12,7 @@ KINDS = ("cache", "lru", "lookup", "provided", "pin", "get", "spec", "kept")
 """Kinds of references (abstract/state.py FRAME_FIELDS); ``kept`` is never dropped."""
 
 
-class Page:
+class LinuxFolio:
     """The head page of an allocated folio at physical address `pa`, 4 KiB << `order` bytes."""
 
     __slots__ = ("cache", "get", "handled", "hwpoison", "index", "inode", "kept", "lock", "lookup", "lru", "order", "pa",
