@@ -136,7 +136,7 @@ class PoisonServed(OurLibrary):
         hit = yield from self.host.filemap_get_folio(index)
         assert hit is not None
         locked = yield from self.host.lock_folio(hit.folio)
-        return Grabbed(hit.folio, hit.pgoff, locked.private)
+        return Grabbed(hit.folio, hit.pgoff, locked.no_direct_map)
 
 
 class PoisonStays(OurLibrary):
@@ -171,7 +171,7 @@ class PoisonRestored(OurLibrary):
     def remove_folio(self, held: Held) -> Steps[int]:
         host, folio = self.host, held.folio
         locked = yield from host.lock_folio(folio)
-        yield from self.return_to_kernel(held, locked.private)
+        yield from self.return_to_kernel(held, locked.no_direct_map)
         yield from host.filemap_remove_folio(folio)
         yield from self.unlock_and_put(folio)
         return 0
@@ -396,7 +396,7 @@ class RestoresOnce(OurLibrary):
     def restore(self, folio: Folio) -> Steps[int]:
         ret = yield from self.host.set_direct_map_default_noflush(folio)
         if not ret:
-            yield from self.host.folio_set_private(folio, False)
+            yield from self.host.folio_set_no_direct_map(folio, False)
             yield from self.account(-folio.nr)
         return ret
 
@@ -508,7 +508,7 @@ class EvictRestoresFirst(OurLibrary):
         folios = yield from self.present(start, nr)
         for held in folios:
             locked = yield from self.host.lock_folio(held.folio)
-            if locked.private and not locked.hwpoison:
+            if locked.no_direct_map and not locked.hwpoison:
                 yield from self.restore(held.folio)
             yield from self.host.unlock_folio(held.folio)
         yield from self.put_all(folios)

@@ -27,7 +27,7 @@ class Truncates(OurLibrary):
         for held in folios:
             yield from self.host.unmap_mapping_pages(held.pgoff, held.folio.nr)
             locked = yield from self.host.lock_folio(held.folio)
-            if locked.private:
+            if locked.no_direct_map:
                 yield from self.return_to_kernel(held, True)
             yield from self.host.filemap_remove_folio(held.folio)
             yield from self.host.unlock_folio(held.folio)
@@ -103,7 +103,7 @@ class PoisonTruncates(OurLibrary):
         ret = yield from super().take_from_users(folio)
         locked = yield from self.host.lock_folio(folio)
         if not ret and locked.pgoff is not None:
-            if locked.private:
+            if locked.no_direct_map:
                 yield from self.account(-folio.nr)
             yield from self.host.filemap_remove_folio(folio)
         yield from self.host.unlock_folio(folio)

@@ -41,7 +41,7 @@ class ZapFailureLeavesMark(OurLibrary):
     def zap_noflush(self, folio: Folio) -> Steps[int]:
         ret = yield from self.account(folio.nr)
         if not ret:
-            yield from self.host.folio_set_private(folio, True)
+            yield from self.host.folio_set_no_direct_map(folio, True)
             ret = yield from self.host.set_direct_map_invalid_noflush(folio)
         return ret
 
@@ -52,14 +52,14 @@ class ZapFailureLeavesCount(OurLibrary):
         if not ret:
             ret = yield from self.host.set_direct_map_invalid_noflush(folio)
             if not ret:
-                yield from self.host.folio_set_private(folio, True)
+                yield from self.host.folio_set_no_direct_map(folio, True)
         return ret
 
 
 class GivenBeforeZapped(OurLibrary):
     def give_private(self, gfn: int, grabbed: Grabbed) -> Steps[int]:
         ret = yield from self.ops.prepare_private(gfn, grabbed.folio)
-        if not ret and not grabbed.private:
+        if not ret and not grabbed.no_direct_map:
             ret = yield from self.zap(grabbed.folio)
         return ret
 
@@ -264,7 +264,7 @@ class RestoredBeforeScrub(OurLibrary):
 class RestoredOnce(OurLibrary):
     def restore(self, folio: Folio) -> Steps[int]:
         ret = yield from self.host.set_direct_map_default_noflush(folio)
-        yield from self.host.folio_set_private(folio, False)
+        yield from self.host.folio_set_no_direct_map(folio, False)
         yield from self.account(-folio.nr)
         return ret
 

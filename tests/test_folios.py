@@ -202,7 +202,7 @@ def test_nothing_is_flushed_where_nothing_was_zapped() -> None:
     assert not any(step.startswith("flush") for step in done)
     ret, done = asked(library().zap(Folio(1)), PageCache(fails={"set_direct_map_invalid_noflush": [-ENOMEM]}))
     assert ret == -ENOMEM
-    assert done[-2:] == ["folio_set_private(pfn1, False)", "pm_account(-1)"]
+    assert done[-2:] == ["folio_set_no_direct_map(pfn1, False)", "pm_account(-1)"]
 
 
 def test_a_zap_that_fails_ends_the_batch_and_what_was_zapped_is_flushed() -> None:
@@ -284,7 +284,7 @@ def test_an_entry_of_the_direct_map_is_put_back_in_two_attempts(errors: list[int
     ret, done = asked(library().restore(folio), PageCache(fails={"set_direct_map_default_noflush": [*errors]}))
     assert ret == result
     assert done.count("set_direct_map_default_noflush(pfn1)") == attempts
-    assert done[attempts:] == ([] if ret else ["folio_set_private(pfn1, False)", "pm_account(-1)"])
+    assert done[attempts:] == ([] if ret else ["folio_set_no_direct_map(pfn1, False)", "pm_account(-1)"])
 
 
 # -- removal -----------------------------------------------------------------------------------------------------------

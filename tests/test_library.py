@@ -70,7 +70,7 @@ def test_private_page_leaves_the_host(hypervisor: str) -> None:
     bench = Bench(hypervisor)
     assert bench.do(touch(0)) == "ok"
     frame = bench.state.frame(0)
-    assert (frame.s1, frame.stale, frame.private, frame.gmap) == (0, 0, 1, 1)
+    assert (frame.s1, frame.stale, frame.no_direct_map, frame.gmap) == (0, 0, 1, 1)
     assert frame.s2 == (hypervisor == "kvm")
     assert CONTENTS[frame.content] == "secret"
     assert bench.do(lambda lib: lib.mmap()) == 0
@@ -86,7 +86,7 @@ def test_shared_page_serves_both(hypervisor: str) -> None:
     assert bench.do(user_write(1)) == "ok"
     assert bench.do(touch(1)) == "ok"
     frame = bench.state.frame(0)
-    assert (frame.s1, frame.s2, frame.user, frame.gmap, frame.private) == (1, 1, 2, 2, 0)
+    assert (frame.s1, frame.s2, frame.user, frame.gmap, frame.no_direct_map) == (1, 1, 2, 2, 0)
     bench.do(lambda lib: lib.munmap())
     end(bench)
 

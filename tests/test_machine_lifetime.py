@@ -137,7 +137,7 @@ def test_memory_that_is_broken_is_out_of_use_and_not_lost(broken: bool) -> None:
         folio = life.host.perform_by_name("hwpoison", 0, caller="mm")
         life.host.perform_by_name("folio_put", folio, caller="mm")
     else:
-        page.hwpoison = page.private = True                     # nobody has reported it, and nobody puts it back
+        page.hwpoison = page.no_direct_map = True                     # nobody has reported it, and nobody puts it back
         page.take("get")
     life.stop()
     life.close()

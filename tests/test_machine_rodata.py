@@ -87,7 +87,7 @@ def test_an_unknown_parameter_is_refused() -> None:
 def test_without_the_question_a_zapped_page_stays_where_it_is(rodata: str) -> None:
     lent = Lent(Unasked, rodata)
     page = lent.with_a_secret()
-    assert page.private                                         # the library believes that it is gone
+    assert page.no_direct_map                                         # the library believes that it is gone
     assert lent.machine.linear_map.kernel_page_present(page.pa)
     assert lent.kcore(page) == ("ok", [
         "copy_from_kernel_nofault reads a page that is private to the guest, through the direct map"])

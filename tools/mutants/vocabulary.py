@@ -20,10 +20,10 @@ PLACES = (frozenset({"gfn", "head"}), frozenset({"index", "start", "pgoff"}))
 BATCHES = frozenset({"folios", "zapped", "found", "shared"})
 """Variables that hold several things to be treated alike."""
 
-FLAGS = frozenset({"private", "uptodate", "hwpoison", "marked", "sync", "allowed"})
+FLAGS = frozenset({"private", "no_direct_map", "uptodate", "hwpoison", "marked", "sync", "allowed"})
 """Variables and attributes that are true or false."""
 
-LOCKED = ("private", "uptodate", "hwpoison")
+LOCKED = ("no_direct_map", "uptodate", "hwpoison")
 """Flags of what `lock_folio` returns."""
 
 OPTIONAL = frozenset({"guest_consents", "guest_touches", "force_reclaim", "pfn_cache", "flush"})

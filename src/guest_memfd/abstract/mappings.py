@@ -143,7 +143,7 @@ class AbstractMappings(AbstractBase):
             self.kernel_access(frame, "allocator", "free-time poisoning", write=True, fixup=False)
             frame.content = JUNK
         frame.allocated = FREE
-        frame.uptodate = frame.private = 0
+        frame.uptodate = frame.no_direct_map = 0
 
     # -- direct map ----------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ FRAME_FIELDS = {
     "kept": "references: for ever, of a page that is taken out of use and counted",
     "lock": "folio lock: party number + 1 of the holder",
     "uptodate": "PG_uptodate: the library has zeroed it in this life",
-    "private": "the library's mark: inaccessible to the host",
+    "no_direct_map": "the library's mark: not in the direct map",
     "poison": "PG_hwpoison",
     "handled": "memory_failure() has done with the poisoned page",
     "stuck": "the hypervisor has refused for good to give it back",
@@ -309,7 +309,7 @@ class State:
     def private(self, frame: Frame) -> bool:
         """The library's word on a frame in a file: its attribute, or the mark where a design keeps no attributes."""
         attr = self.page(frame.slot - 1).attr if frame.slot else 0
-        return attr == PRIVATE_PAGE if attr else bool(frame.private)
+        return attr == PRIVATE_PAGE if attr else bool(frame.no_direct_map)
 
 
 def _global(offset: int) -> property:

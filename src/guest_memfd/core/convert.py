@@ -147,7 +147,7 @@ def _zap_all(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[int]:
         # The mark belongs to the folio lock; a fault of an earlier time may have zapped the folio already, and
         # its entry must not be counted twice.
         locked = yield from host.lock_folio(held.folio)
-        if not locked.private:
+        if not locked.no_direct_map:
             ret = yield from gmem.zap_noflush(held.folio)
             if not ret:
                 zapped.append(held.folio)

@@ -51,7 +51,7 @@ def give_private(gmem: Gmem, gfn: int, grabbed: Grabbed) -> Steps[int]:
     """The host lets go first - direct map, then TLBs - and only then the guest gets the page."""
     # A fault that failed after its zap leaves the mark. The page is out of the direct map already, and a second
     # zap would count it twice.
-    if not grabbed.private:
+    if not grabbed.no_direct_map:
         ret = yield from gmem.zap(grabbed.folio)
         if ret:
             return ret
@@ -98,7 +98,7 @@ def fault_shared(gmem: Gmem, index: int) -> Steps[str]:
 
 def make_accessible(gmem: Gmem, grabbed: Grabbed) -> Steps[int]:
     """A shared page is in the direct map before the host may use it; 0 or -ENOMEM."""
-    return (yield from gmem.restore(grabbed.folio)) if grabbed.private else 0
+    return (yield from gmem.restore(grabbed.folio)) if grabbed.no_direct_map else 0
 
 
 def allocate(gmem: Gmem, start: int, nr: int) -> Steps[int]:

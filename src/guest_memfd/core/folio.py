@@ -45,7 +45,7 @@ def grab_folio(gmem: Gmem, index: int) -> Steps[Grabbed | int]:
             # direct map.
             if not locked.uptodate:
                 yield from gmem.zero(hit.folio)
-            return Grabbed(hit.folio, hit.pgoff, locked.private)
+            return Grabbed(hit.folio, hit.pgoff, locked.no_direct_map)
         yield from gmem.unlock_and_put(hit.folio)
         if locked.hwpoison:
             return -EHWPOISON
@@ -124,8 +124,8 @@ def remove_folio(gmem: Gmem, held: Held) -> Steps[int]:
         return ret
     # A broken page must not be touched again, so it is neither scrubbed nor mapped.
     if not locked.hwpoison:
-        yield from gmem.return_to_kernel(held, locked.private)
-    elif locked.private:                            # broken memory is not mapped again, and no one waits for it
+        yield from gmem.return_to_kernel(held, locked.no_direct_map)
+    elif locked.no_direct_map:                            # broken memory is not mapped again, and no one waits for it
         yield from gmem.account(-folio.nr)
     # Last, when nothing can fail any more: a folio that has left the file cannot be found by anyone who would
     # repeat the attempt.

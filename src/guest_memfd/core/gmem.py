@@ -29,7 +29,7 @@ class Grabbed(NamedTuple):
 
     folio: Folio
     pgoff: int
-    private: bool
+    no_direct_map: bool
 
 
 class Held(NamedTuple):

@@ -66,27 +66,27 @@ class GuestmemRfc1(NoAttributes):
             new = yield from host.filemap_add_folio(index, 0)
             if isinstance(new, int):
                 return new
-            hit, zeroed, private = new, False, False
+            hit, zeroed, marked = new, False, False
         else:
             locked = yield from host.lock_folio(hit.folio)
             if locked.hwpoison:
                 yield from self.unlock_and_put(hit.folio)
                 return -EHWPOISON
-            zeroed, private = locked.uptodate, locked.private
+            zeroed, marked = locked.uptodate, locked.no_direct_map
         # The caller decides. Who asks without gets whatever the frame held before.
         if uptodate and not zeroed:
             yield from self.zero(hit.folio)
         if not self.has_accessible:
             yield from self.unmap_direct(hit.folio)
-            private = True
-        return Grabbed(hit.folio, index, private)
+            marked = True
+        return Grabbed(hit.folio, index, marked)
 
     def unmap_direct(self, folio: Folio) -> Steps[None]:
         """set_direct_map_invalid_noflush() and BUG_ON (R26); no flush (R25)."""
         # Splitting a leaf needs memory, so this fails on a machine that is short of it, and the whole machine goes.
         if (yield from self.host.set_direct_map_invalid_noflush(folio)):
             yield from self.host.bug("BUG_ON(set_direct_map_invalid_noflush())")
-        yield from self.host.folio_set_private(folio, True)
+        yield from self.host.folio_set_no_direct_map(folio, True)
 
     def map_direct(self, folio: Folio) -> Steps[None]:
         """set_direct_map_default_noflush(), BUG_ON, and the flush."""
@@ -94,7 +94,7 @@ class GuestmemRfc1(NoAttributes):
             yield from self.host.bug("BUG_ON(set_direct_map_default_noflush())")
         # On the way back, where no stale entry can exist; the way out, where one can, has none (R25).
         yield from self.host.flush_tlb_kernel_range((folio,))
-        yield from self.host.folio_set_private(folio, False)
+        yield from self.host.folio_set_no_direct_map(folio, False)
 
     # -- the guest's side ----------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class GuestmemRfc1(NoAttributes):
         if not self.lends(index):
             ret = yield from self.ops.prepare_shared(gfn, grabbed.folio)
         else:
-            if not grabbed.private and (yield from self.make_inaccessible(index, grabbed.folio)):
+            if not grabbed.no_direct_map and (yield from self.make_inaccessible(index, grabbed.folio)):
                 return -EPERM, False
             ret = yield from self.ops.prepare_private(gfn, grabbed.folio)
         yield from self.unlock_and_put(grabbed.folio)
@@ -167,7 +167,7 @@ class GuestmemRfc1(NoAttributes):
         yield from host.begin_op("user_fault", index, 1)
         answer = "SIGBUS"
         if not (yield from self.accessible(grabbed)):
-            if grabbed.private:
+            if grabbed.no_direct_map:
                 yield from self.map_direct(grabbed.folio)
             mapped = yield from host.vmf_insert_folio(index, grabbed.folio)
             answer = "ok" if mapped else "retry"
@@ -178,7 +178,7 @@ class GuestmemRfc1(NoAttributes):
 
     def accessible(self, grabbed: Grabbed) -> Steps[int]:
         """CLO ->accessible: take the folio back if it is lent; the offset inside the folio serves as file offset (S51)."""
-        return (yield from self.take_back_at(0, grabbed.folio)) if grabbed.private else 0
+        return (yield from self.take_back_at(0, grabbed.folio)) if grabbed.no_direct_map else 0
 
     def take_back_at(self, index: int, folio: Folio) -> Steps[int]:
         """Unmap and reclaim *folio* from the binding that covers page *index*."""

@@ -172,7 +172,7 @@ class GunyahV17(NoAttributes):
         # One reference for what the guest has been given: it is dropped by reclaim, or leaked where reclaim fails.
         yield from host.folio_get(folio, "provided")
         if lend:
-            yield from host.folio_set_private(folio, True)
+            yield from host.folio_set_no_direct_map(folio, True)
         return 0
 
     def lend_safe(self, grabbed: Grabbed) -> Steps[int]:
@@ -199,7 +199,7 @@ class GunyahV17(NoAttributes):
 
     # -- taking back (20, 24/35) ---------------------------------------------------------------------------------
 
-    def reclaim_folio(self, gfn: int, folio: Folio, private: bool, sync: bool) -> Steps[int]:
+    def reclaim_folio(self, gfn: int, folio: Folio, marked: bool, sync: bool) -> Steps[int]:
         """gunyah_vm_reclaim_folio(), folio locked: a failure at any step leaves the entry, and what was done."""
         host = self.driver
         (entry,) = yield from host.xa_load("provided", gfn, 1)
@@ -212,9 +212,9 @@ class GunyahV17(NoAttributes):
         if ret:
             return ret
         yield from host.xa_store_reserved("provided", gfn, Entries(0, folio.nr))
-        if private:
+        if marked:
             yield from host.set_direct_map_default_noflush(folio)          # result ignored (S19)
-            yield from host.folio_set_private(folio, False)
+            yield from host.folio_set_no_direct_map(folio, False)
         yield from host.folio_put(folio, "provided")
         return 0
 
@@ -232,7 +232,7 @@ class GunyahV17(NoAttributes):
             done = head + folio.nr - gfn
             sync = filled(entries[done:]) > 0                               # S6
             locked = yield from host.lock_folio(folio)
-            failed = yield from self.reclaim_folio(head, folio, locked.private, sync)
+            failed = yield from self.reclaim_folio(head, folio, locked.no_direct_map, sync)
             yield from host.unlock_folio(folio)
             ret = failed or ret
         return ret
@@ -265,7 +265,7 @@ class GunyahV17(NoAttributes):
         if isinstance(grabbed, int):
             return "SIGBUS"
         answer = "ok"
-        if grabbed.private:
+        if grabbed.no_direct_map:
             yield from self.driver.down_read("invalidate")
             if (yield from self.launder(index, grabbed.folio)):
                 answer = "SIGBUS"
@@ -294,7 +294,7 @@ class GunyahV17(NoAttributes):
             index, hit = found
             locked = yield from host.lock_folio(hit.folio)
             yield from host.unmap_mapping_pages(hit.pgoff, hit.folio.nr)
-            if (yield from self.launder_if_provided(index, hit.folio, locked.private)):
+            if (yield from self.launder_if_provided(index, hit.folio, locked.no_direct_map)):
                 ret = -EBUSY
             else:
                 yield from host.filemap_remove_folio(hit.folio)
@@ -314,10 +314,10 @@ class GunyahV17(NoAttributes):
                 index = yield from host.filemap_find_folio(index, end - index)
         return None
 
-    def launder_if_provided(self, index: int, folio: Folio, private: bool) -> Steps[int]:
+    def launder_if_provided(self, index: int, folio: Folio, marked: bool) -> Steps[int]:
         """release_folio / launder_folio: shared pages are taken back as well, without touching the direct map."""
         (bound,) = yield from self.driver.xa_load("bindings", index, 1)
-        return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, private, True)) if bound else 0
+        return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, marked, True)) if bound else 0
 
     @override
     def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
@@ -327,7 +327,7 @@ class GunyahV17(NoAttributes):
             return "failed"
         yield from host.down_read("invalidate")
         yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
-        ret = yield from self.launder_if_provided(locked.pgoff, folio, locked.private)
+        ret = yield from self.launder_if_provided(locked.pgoff, folio, locked.no_direct_map)
         yield from host.up_read("invalidate")
         return "failed" if ret else "delayed"
 

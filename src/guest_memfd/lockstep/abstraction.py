@@ -68,7 +68,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
         # A frame of another file, or of none, is in no slot of this one.
         frame.slot = page.index + 1 if page.inode is host.inode else 0
         frame.lock = 0 if page.lock is None else page.lock + 1
-        frame.uptodate, frame.private, frame.poison = page.uptodate, page.private, page.hwpoison
+        frame.uptodate, frame.no_direct_map, frame.poison = page.uptodate, page.no_direct_map, page.hwpoison
         frame.handled = page.handled
 
 

@@ -74,7 +74,7 @@ class Locked(NamedTuple):
 
     pgoff: int | None
     uptodate: bool
-    private: bool
+    no_direct_map: bool
     hwpoison: bool
 
 
@@ -286,9 +286,9 @@ class Host:
         """folio_mark_uptodate(), under the folio lock."""
         return self._do("folio_mark_uptodate", folio)
 
-    def folio_set_private(self, folio: Folio, private: bool) -> Steps[None]:
-        """Set or clear the library's mark "inaccessible to the host" on the locked folio (folio->private bit 0)."""
-        return self._do("folio_set_private", folio, private)
+    def folio_set_no_direct_map(self, folio: Folio, marked: bool) -> Steps[None]:
+        """Set or clear the library's mark on the locked folio: it may be out of the direct map (folio->private bit 0)."""
+        return self._do("folio_set_no_direct_map", folio, marked)
 
     # -- contents ------------------------------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ class Base:
         """The library's word on *page*: its attribute, or the mark where a design keeps no attributes."""
         # Designs without an attribute tree have only the mark to say it by.
         attribute = self.inode.entry("attributes", page.index) if page.inode is self.inode else 0
-        return attribute == PRIVATE_PAGE if attribute else page.private
+        return attribute == PRIVATE_PAGE if attribute else page.no_direct_map
 
     def drop(self, page: LinuxFolio, kind: str, nr: int = 1) -> None:
         """Drop *nr* references; a count below zero is a bug of the caller."""

@@ -152,7 +152,7 @@ class EmulatedHost(Base):
     folio_mapped = pagecache.folio_mapped
     lru_add_drain_all = pagecache.lru_add_drain_all
     folio_mark_uptodate = pagecache.folio_mark_uptodate
-    folio_set_private = pagecache.folio_set_private
+    folio_set_no_direct_map = pagecache.folio_set_no_direct_map
 
     # contents.py; the last is in no procedure, and a reader of all RAM is carried out by it (vmm/readers.py)
     load_unaligned_zeropad = contents.load_unaligned_zeropad

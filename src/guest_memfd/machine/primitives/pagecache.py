@@ -102,7 +102,7 @@ def split_folio(host: Base, folio: Folio) -> int:
     for at in range(page.nr):
         small = host.machine.pages[page.pa // PAGE + at] = LinuxFolio(page.pa + at * PAGE, 0)
         small.take("cache")
-        small.uptodate, small.private = page.uptodate, page.private
+        small.uptodate, small.no_direct_map = page.uptodate, page.no_direct_map
         small.hwpoison, small.handled = page.hwpoison, page.handled
         inode.insert(small, head + at)
     first = host.machine.pages[page.pa // PAGE]
@@ -177,9 +177,9 @@ def folio_mark_uptodate(host: Base, folio: Folio) -> None:
     host.locked(folio, "folio_mark_uptodate").uptodate = True
 
 
-def folio_set_private(host: Base, folio: Folio, private: bool) -> None:
+def folio_set_no_direct_map(host: Base, folio: Folio, marked: bool) -> None:
     """Under the folio lock."""
-    host.locked(folio, "folio_set_private").private = private
+    host.locked(folio, "folio_set_no_direct_map").no_direct_map = marked
 
 
 def free_if_unused(host: Base, page: LinuxFolio) -> None:

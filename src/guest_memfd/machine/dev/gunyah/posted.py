@@ -139,7 +139,7 @@ class PostedDriver(GunyahV17):
             ret = (yield from self.lend_safe(grabbed)) if lend else 0
             if not ret:
                 if lend:
-                    yield from self.driver.folio_set_private(grabbed.folio, True)
+                    yield from self.driver.folio_set_no_direct_map(grabbed.folio, True)
                 # The parcel's own reference: the look-up's goes in the next lines, and the page must not be freed
                 # while it is lent.
                 yield from self.driver.folio_get(grabbed.folio, "provided")
@@ -162,7 +162,7 @@ class PostedDriver(GunyahV17):
             if lend:
                 # Before the last put: a page must not reach the allocator with a hole.
                 yield from host.set_direct_map_default_noflush(folio)
-                yield from host.folio_set_private(folio, False)
+                yield from host.folio_set_no_direct_map(folio, False)
             yield from host.unlock_folio(folio)
             yield from host.folio_put(folio, "provided")
 
