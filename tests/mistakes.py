@@ -44,7 +44,7 @@ class FileNotHeld(OurLibrary):
         host = self.host
         yield from host.begin_op("fault", index, 1, gfn)
         yield from host.down_read("invalidate")
-        (bound,) = yield from host.xa_load("bindings", index, 1)
+        (bound,) = yield from host.tree_load("bindings", index, 1)
         ret = (yield from self.fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
         yield from host.end_op(ret)
         yield from host.up_read("invalidate")
@@ -76,7 +76,7 @@ class LastBeforeTheLock(OurLibrary):
     """Whether a binding is the last one of the file is found out before the lock is taken."""
 
     def unbind(self, start: int, nr: int) -> Steps[Conversion]:
-        bound = yield from self.host.xa_load("bindings", 0, self.size)
+        bound = yield from self.host.tree_load("bindings", 0, self.size)
         yield from self.host.begin_op("unbind", start, nr)
         if not (yield from self.host.get_file()):
             yield from self.host.end_op(-ENOENT)
@@ -186,8 +186,8 @@ class AllocateDonates(OurLibrary):
         yield from host.down_read("invalidate")
         ret = 0
         for index in range(start, start + nr):
-            (attribute,) = yield from host.xa_load("attributes", index, 1)
-            (bound,) = yield from host.xa_load("bindings", index, 1)
+            (attribute,) = yield from host.tree_load("attributes", index, 1)
+            (bound,) = yield from host.tree_load("bindings", index, 1)
             grabbed = yield from self.grab_folio(index)
             if isinstance(grabbed, int):
                 ret = grabbed
@@ -305,7 +305,7 @@ class LooksUp(OurLibrary):
     """The library's fault, with its look at the binding in a procedure of its own."""
 
     def is_bound(self, gfn: int, index: int) -> Steps[bool]:
-        (bound,) = yield from self.host.xa_load("bindings", index, 1)
+        (bound,) = yield from self.host.tree_load("bindings", index, 1)
         return bool(bound == gfn + 1)
 
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
@@ -326,7 +326,7 @@ class GfnIsIndex(LooksUp):
     """The binding is looked up at the gfn."""
 
     def is_bound(self, gfn: int, index: int) -> Steps[bool]:
-        (bound,) = yield from self.host.xa_load("bindings", gfn, 1)
+        (bound,) = yield from self.host.tree_load("bindings", gfn, 1)
         return bool(bound == gfn + 1)
 
 
@@ -408,7 +408,7 @@ class BoundAnywhere(LooksUp):
     """A fault looks whether the page is bound, and not whether it is bound there."""
 
     def is_bound(self, gfn: int, index: int) -> Steps[bool]:
-        (bound,) = yield from self.host.xa_load("bindings", index, 1)
+        (bound,) = yield from self.host.tree_load("bindings", index, 1)
         return bool(bound)
 
 
@@ -427,13 +427,13 @@ class BindOverwrites(OurLibrary):
             yield from host.end_op(-EBADF)
             return -EBADF
         yield from host.down_write("invalidate")
-        bound = yield from host.xa_load("bindings", 0, self.size)
+        bound = yield from host.tree_load("bindings", 0, self.size)
         if self.taken(bound[start:start + nr]):
             ret = -EEXIST
         elif (yield from host.vm_state()) != "running":
             ret = -ENODEV
         else:
-            ret = yield from host.xa_store("bindings", start, Entries(gfn + 1, nr, 1))
+            ret = yield from host.tree_store("bindings", start, Entries(gfn + 1, nr, 1))
         yield from host.end_op(ret)
         yield from host.up_write("invalidate")
         if ret or any(bound):
@@ -452,7 +452,7 @@ class LooksAtBothEnds(OurLibrary):
     """Nothing is to be done when the first and the last page are private: those between them are not looked at."""
 
     def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
-        attributes = yield from self.host.xa_load("attributes", start, nr)
+        attributes = yield from self.host.tree_load("attributes", start, nr)
         if attributes[0] == attributes[nr - 1] == PRIVATE_PAGE:
             return Conversion(0)
         return (yield from super().make_private_locked(start, nr))
@@ -557,5 +557,5 @@ class CreateLosesAnError(OurLibrary):
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         ret = yield from super().init_attributes(size, ())
         if not ret:
-            yield from self.host.xa_store("attributes", shared[0], Entries(SHARED_PAGE, len(shared)))
+            yield from self.host.tree_store("attributes", shared[0], Entries(SHARED_PAGE, len(shared)))
         return ret

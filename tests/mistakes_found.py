@@ -135,12 +135,12 @@ class PartlyUnbound(OurLibrary):
     """A refused unbind has taken the bindings before the page that refused."""
 
     def unbind_locked(self, start: int, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
-        bound = yield from self.host.xa_load("bindings", 0, self.size)
+        bound = yield from self.host.tree_load("bindings", 0, self.size)
         result, last = yield from super().unbind_locked(start, nr, reason)
         if result.ret == -EBUSY and result.error_index is not None and result.error_index > start:
             gone = result.error_index - start
             yield from self.host.mmu_invalidate_begin(start, gone)
-            yield from self.host.xa_store_reserved("bindings", start, Entries(0, gone))
+            yield from self.host.tree_store_reserved("bindings", start, Entries(0, gone))
             yield from self.host.mmu_invalidate_end()
             last = filled(bound) == filled(bound[start:start + gone])
         return result, last
@@ -156,9 +156,9 @@ class BindLeavesPart(OurLibrary):
                 primitive = steps.send(result)
             except StopIteration as stop:
                 return int(stop.value)
-            if primitive.name == "xa_store" and nr > 1:
+            if primitive.name == "tree_store" and nr > 1:
                 for at in range(nr):
-                    result = yield from self.host.xa_store("bindings", start + at, Entries(gfn + 1 + at, 1, 1))
+                    result = yield from self.host.tree_store("bindings", start + at, Entries(gfn + 1 + at, 1, 1))
                     if result:
                         break
             else:

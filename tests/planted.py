@@ -176,7 +176,7 @@ class ConvertedInName(OurLibrary):
 
 class AttributeFirst(OurLibrary):
     def check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
-        ret = yield from self.host.xa_store("attributes", start, Entries(2, nr))
+        ret = yield from self.host.tree_store("attributes", start, Entries(2, nr))
         if ret:
             return Conversion(ret)
         return (yield from super().check_and_commit_private(start, nr, folios))
@@ -189,14 +189,14 @@ class StoredWithoutReserve(OurLibrary):
         result = yield from self.give_to_host(folios)
         yield from self.put_all(folios)
         if not result.ret:
-            yield from self.host.xa_store_reserved("attributes", start, Entries(1, nr))
+            yield from self.host.tree_store_reserved("attributes", start, Entries(1, nr))
         yield from self.host.mmu_invalidate_end()
         return result
 
 
 class FaultWithoutLock(OurLibrary):
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
-        (bound,) = yield from self.host.xa_load("bindings", index, 1)
+        (bound,) = yield from self.host.tree_load("bindings", index, 1)
         return (yield from self.fault_bound(gfn, index)) if bound == gfn + 1 else -14
 
 
@@ -364,7 +364,7 @@ class NotUnmapped(KvmOps):
 
 class ReadThenLocked(OurLibrary):
     def user_fault(self, index: int) -> Steps[str]:
-        (attribute,) = yield from self.host.xa_load("attributes", index, 1)
+        (attribute,) = yield from self.host.tree_load("attributes", index, 1)
         yield from self.host.down_read("invalidate")
         answer = "SIGBUS" if attribute == 2 else (yield from AttributeNotAsked(self.ops, self.size).fault_shared(index))
         yield from self.host.up_read("invalidate")

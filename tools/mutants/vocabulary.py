@@ -61,10 +61,10 @@ HYPERCALLS: tuple[tuple[str, ...], ...] = (
 
 METHODS: tuple[tuple[str, ...], ...] = (
     ("zap", "zap_noflush"), ("make_private", "make_shared", "reclaim"), ("prepare_private", "prepare_shared"),
-    ("give_private", "prepare_private"), ("xa_store", "xa_store_reserved"), ("clear_folio", "clear_folio_local"),
+    ("give_private", "prepare_private"), ("tree_store", "tree_store_reserved"), ("clear_folio", "clear_folio_local"),
     ("set_direct_map_invalid_noflush", "set_direct_map_default_noflush"), ("unlock_and_put", "unlock_folio", "folio_put"),
     ("make_accessible", "zap"), ("guest_map", "guest_unmap"), ("scrub", "forget", "declassify"),
-    ("fput", "iput"), ("mmu_invalidate_begin", "unmap_mapping_pages"), ("xa_reserve", "xa_load"),
+    ("fput", "iput"), ("mmu_invalidate_begin", "unmap_mapping_pages"), ("tree_reserve", "tree_load"),
 )
 """Procedures with the same arguments."""
 

@@ -21,7 +21,7 @@ def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
     # From looking at the trees to the mapping made. KVM's own path drops the lock before it maps, and has to
     # compare a sequence number afterwards; here no conversion can come in between.
     yield from host.down_read("invalidate")
-    (bound,) = yield from host.xa_load("bindings", index, 1)
+    (bound,) = yield from host.tree_load("bindings", index, 1)
     # The slot may have been unbound, or bound elsewhere, while this vCPU was on its way.
     ret = (yield from gmem.fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
     yield from host.end_op(ret)
@@ -33,7 +33,7 @@ def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
 
 def fault_bound(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
     """Give the guest page *index*, which is bound to *gfn*, under the invalidate lock; 0 or -errno."""
-    (attribute,) = yield from gmem.host.xa_load("attributes", index, 1)
+    (attribute,) = yield from gmem.host.tree_load("attributes", index, 1)
     grabbed = yield from gmem.grab_folio(index)
     if isinstance(grabbed, int):
         return grabbed
@@ -80,7 +80,7 @@ def fault_shared(gmem: Gmem, index: int) -> Steps[str]:
     Ask first: a private page is never grabbed, let alone zeroed, for the host.
     """
     # The order matters: to grab is to allocate and zero, through the direct map, a page that may be the guest's.
-    (attribute,) = yield from gmem.host.xa_load("attributes", index, 1)
+    (attribute,) = yield from gmem.host.tree_load("attributes", index, 1)
     if attribute != SHARED_PAGE:
         return "SIGBUS"
     grabbed = yield from gmem.grab_folio(index)

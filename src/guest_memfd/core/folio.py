@@ -68,8 +68,8 @@ def present(gmem: Gmem, start: int, nr: int) -> Steps[tuple[Held, ...]]:
     """All folios of [start, start+nr) that exist, referenced; gfn is None where nothing is bound."""
     # Both trees are read once for the range. The lock is held exclusively, so they cannot change while the folios
     # are looked up.
-    bound = yield from gmem.host.xa_load("bindings", start, nr)
-    attributes = yield from gmem.host.xa_load("attributes", start, nr)
+    bound = yield from gmem.host.tree_load("bindings", start, nr)
+    attributes = yield from gmem.host.tree_load("attributes", start, nr)
     found: list[Held] = []
     index, misses = start, 0
     while index < start + nr:

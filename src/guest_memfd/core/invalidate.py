@@ -128,8 +128,8 @@ def take_from_users(gmem: Gmem, folio: Folio) -> Steps[int]:
         return 0
     yield from host.mmu_invalidate_begin(locked.pgoff, folio.nr)
     yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
-    (bound,) = yield from host.xa_load("bindings", locked.pgoff, 1)
-    (attribute,) = yield from host.xa_load("attributes", locked.pgoff, 1)
+    (bound,) = yield from host.tree_load("bindings", locked.pgoff, 1)
+    (attribute,) = yield from host.tree_load("attributes", locked.pgoff, 1)
     held = Held(folio, locked.pgoff, bound - 1 if bound else None, attribute == PRIVATE_PAGE)
     ret, _ = yield from gmem.invalidate_guest((held,), "error")
     yield from host.mmu_invalidate_end()

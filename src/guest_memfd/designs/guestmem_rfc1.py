@@ -104,7 +104,7 @@ class GuestmemRfc1(NoAttributes):
         host = self.host
         yield from host.begin_op("fault", index, 1, gfn)
         yield from host.down_read("invalidate")
-        (bound,) = yield from host.xa_load("bindings", index, 1)
+        (bound,) = yield from host.tree_load("bindings", index, 1)
         if bound != gfn + 1:
             ret, tidy = -EFAULT, True
         elif self.has_accessible:
@@ -182,7 +182,7 @@ class GuestmemRfc1(NoAttributes):
 
     def take_back_at(self, index: int, folio: Folio) -> Steps[int]:
         """Unmap and reclaim *folio* from the binding that covers page *index*."""
-        (bound,) = yield from self.host.xa_load("bindings", index, 1)
+        (bound,) = yield from self.host.tree_load("bindings", index, 1)
         if not bound:
             return 0
         private = self.lends(index)

@@ -97,7 +97,7 @@ class GunyahV17(NoAttributes):
         yield from host.begin_op("bind", start, nr)
         for index in range(start, start + nr):
             yield from host.get_file()
-            yield from host.xa_store("bindings", index, Entries(gfn + index - start + 1, 1))
+            yield from host.tree_store("bindings", index, Entries(gfn + index - start + 1, 1))
         yield from host.end_op(0)
         return 0
 
@@ -114,13 +114,13 @@ class GunyahV17(NoAttributes):
         yield from host.begin_op("unbind", start, nr)
         yield from host.down_write("invalidate")
         yield from host.down_write("bindings")
-        (bound,) = yield from host.xa_load("bindings", start, 1)
+        (bound,) = yield from host.tree_load("bindings", start, 1)
         ret = 0 if bound and nr == 1 else -ENOENT
         if not ret:
             # A page that is still locked by the guest makes it fail, and what was reclaimed before stays reclaimed.
             ret = yield from self.reclaim_range(bound - 1, nr)
         if not ret:
-            yield from host.xa_store_reserved("bindings", start, Entries(0, 1))
+            yield from host.tree_store_reserved("bindings", start, Entries(0, 1))
             yield from host.fput()                          # the binding's; the ioctl's own is forgotten (S12)
         index = start if ret not in (0, -ENOENT) else None          # the ioctl has an errno only, of the whole binding
         yield from host.end_op(ret, index)
@@ -138,7 +138,7 @@ class GunyahV17(NoAttributes):
         host = self.driver
         yield from host.begin_op("fault", index, 1, gfn)
         yield from host.down_read("bindings")
-        (bound,) = yield from host.xa_load("bindings", index, 1)
+        (bound,) = yield from host.tree_load("bindings", index, 1)
         ret = (yield from self._demand(gfn, index)) if bound == gfn + 1 else -ENOENT
         yield from host.end_op(ret)
         yield from host.up_read("bindings")
@@ -156,9 +156,9 @@ class GunyahV17(NoAttributes):
         """gunyah_vm_provide_folio(): tree entry, safe to lend?, donate, map, reference, PG_private."""
         host, folio = self.driver, grabbed.folio
         # Another vCPU is providing the same page, or has: this one goes back to the guest and tries again.
-        if filled((yield from host.xa_load("provided", gfn, folio.nr))):
+        if filled((yield from host.tree_load("provided", gfn, folio.nr))):
             return -EAGAIN
-        ret = yield from host.xa_store("provided", gfn, Entries(entry_of(folio, lend), folio.nr))
+        ret = yield from host.tree_store("provided", gfn, Entries(entry_of(folio, lend), folio.nr))
         if ret:
             return ret
         ret = (yield from self.lend_safe(grabbed)) if lend else 0
@@ -167,7 +167,7 @@ class GunyahV17(NoAttributes):
             if ret:
                 yield from host.set_direct_map_default_noflush(folio)
         if ret:
-            yield from host.xa_store_reserved("provided", gfn, Entries(0, folio.nr))
+            yield from host.tree_store_reserved("provided", gfn, Entries(0, folio.nr))
             return ret
         # One reference for what the guest has been given: it is dropped by reclaim, or leaked where reclaim fails.
         yield from host.folio_get(folio, "provided")
@@ -202,7 +202,7 @@ class GunyahV17(NoAttributes):
     def reclaim_folio(self, gfn: int, folio: Folio, marked: bool, sync: bool) -> Steps[int]:
         """gunyah_vm_reclaim_folio(), folio locked: a failure at any step leaves the entry, and what was done."""
         host = self.driver
-        (entry,) = yield from host.xa_load("provided", gfn, 1)
+        (entry,) = yield from host.tree_load("provided", gfn, 1)
         if not entry:
             return 0
         lent = not entry % 2
@@ -211,7 +211,7 @@ class GunyahV17(NoAttributes):
             ret = yield from host.hypercall("donate_from_protected" if lent else "donate_from_sibling", folio)
         if ret:
             return ret
-        yield from host.xa_store_reserved("provided", gfn, Entries(0, folio.nr))
+        yield from host.tree_store_reserved("provided", gfn, Entries(0, folio.nr))
         if marked:
             yield from host.set_direct_map_default_noflush(folio)          # result ignored (S19)
             yield from host.folio_set_no_direct_map(folio, False)
@@ -222,7 +222,7 @@ class GunyahV17(NoAttributes):
         """gunyah_vm_reclaim_range(): one page too many (S5), and the last unmap is not synchronised (S6)."""
         host = self.driver
         ret = done = 0
-        entries = yield from host.xa_load("provided", gfn, nr + 1)          # S5: inclusive
+        entries = yield from host.tree_load("provided", gfn, nr + 1)          # S5: inclusive
         for at in places(entries):
             # One entry for each gfn of a folio; the folio is taken back once.
             if at < done:
@@ -239,7 +239,7 @@ class GunyahV17(NoAttributes):
 
     def launder(self, index: int, folio: Folio) -> Steps[int]:
         """Take the locked *folio* back from the VM that was given it."""
-        (bound,) = yield from self.driver.xa_load("bindings", index, 1)
+        (bound,) = yield from self.driver.tree_load("bindings", index, 1)
         return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, True, True)) if bound else 0
 
     # -- the host's side (24/35) ---------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ class GunyahV17(NoAttributes):
 
     def launder_if_provided(self, index: int, folio: Folio, marked: bool) -> Steps[int]:
         """release_folio / launder_folio: shared pages are taken back as well, without touching the direct map."""
-        (bound,) = yield from self.driver.xa_load("bindings", index, 1)
+        (bound,) = yield from self.driver.tree_load("bindings", index, 1)
         return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, marked, True)) if bound else 0
 
     @override
@@ -339,12 +339,12 @@ class GunyahV17(NoAttributes):
         host = self.driver
         yield from host.begin_op("teardown", 0, self.size)
         for index in range(self.size):
-            (bound,) = yield from host.xa_load("bindings", index, 1)
+            (bound,) = yield from host.tree_load("bindings", index, 1)
             if bound:
                 yield from host.down_write("bindings")
                 if (yield from self.reclaim_range(bound - 1, 1)):
                     yield from host.warn(f"page {index} is not reclaimed")
-                yield from host.xa_store_reserved("bindings", index, Entries(0, 1))
+                yield from host.tree_store_reserved("bindings", index, Entries(0, 1))
                 yield from host.up_write("bindings")
                 yield from self.close()
         if (yield from self.reclaim_range(0, self.size - 1)):

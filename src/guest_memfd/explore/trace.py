@@ -32,7 +32,8 @@ SCHEMA = "guest-memfd-trace/3"
 """Name and version; the version changes when a field goes, or changes its meaning."""
 
 
-_RENAMED = {"folio_set_private": "folio_set_no_direct_map"}
+_RENAMED = {"folio_set_private": "folio_set_no_direct_map",
+            **{f"xa_{name}": f"tree_{name}" for name in ("load", "store", "store_reserved", "reserve", "release")}}
 """Primitives that have another name in traces of earlier versions."""
 
 _DEEPEST, _LONGEST, _MOST_ORDER = 50, 4000, 63

@@ -7,7 +7,7 @@ other CPU may run.
 
 Some primitives take no step of their own but act together with the one that follows: ``choose`` (a party's free
 will), ``fd_open`` (what a task knows of itself) and the tracepoints that only the laws read (``begin_op``, ``end_op``,
-``op_returned``). A load, ``xa_load``, may do either: both are explored, so traces are short where the lock is held and
+``op_returned``). A load, ``tree_load``, may do either: both are explored, so traces are short where the lock is held and
 "read, then lock" is seen where it is not.
 """
 
@@ -379,25 +379,25 @@ class Host:
 
     # -- the library's own memory --------------------------------------------------------------------------------
 
-    def xa_load(self, tree: Tree, start: int, nr: int) -> Steps[Sequence[int]]:
+    def tree_load(self, tree: Tree, start: int, nr: int) -> Steps[Sequence[int]]:
         """Read the entries of [start, start+nr): count(), an index and a slice are cheap, going through all may not be."""
-        return self._do("xa_load", tree, start, nr)
+        return self._do("tree_load", tree, start, nr)
 
-    def xa_store(self, tree: Tree, start: int, values: Entries) -> Steps[int]:
+    def tree_store(self, tree: Tree, start: int, values: Entries) -> Steps[int]:
         """Write entries from *start* on; 0, or -ENOMEM with nothing written."""
-        return self._do("xa_store", tree, start, values)
+        return self._do("tree_store", tree, start, values)
 
-    def xa_store_reserved(self, tree: Tree, start: int, values: Entries) -> Steps[None]:
-        """Write entries for which `xa_reserve` has the memory (or erase: writing 0 needs none)."""
-        return self._do("xa_store_reserved", tree, start, values)
+    def tree_store_reserved(self, tree: Tree, start: int, values: Entries) -> Steps[None]:
+        """Write entries for which `tree_reserve` has the memory (or erase: writing 0 needs none)."""
+        return self._do("tree_store_reserved", tree, start, values)
 
-    def xa_reserve(self, tree: Tree, start: int, nr: int) -> Steps[int]:
+    def tree_reserve(self, tree: Tree, start: int, nr: int) -> Steps[int]:
         """Preallocate the nodes for a store of nr entries; 0 or -ENOMEM."""
-        return self._do("xa_reserve", tree, start, nr)
+        return self._do("tree_reserve", tree, start, nr)
 
-    def xa_release(self, tree: Tree) -> Steps[None]:
+    def tree_release(self, tree: Tree) -> Steps[None]:
         """Give preallocated nodes back unused."""
-        return self._do("xa_release", tree)
+        return self._do("tree_release", tree)
 
     # -- files, modules, VMs, power ------------------------------------------------------------------------------
 
@@ -567,7 +567,7 @@ class Host:
         return self._do("vm_destroyed")
 
 
-LOADS = frozenset({"xa_load"})
+LOADS = frozenset({"tree_load"})
 """Primitives that act together with the one that follows, or take a step of their own."""
 
 SILENT = frozenset({"choose", "begin_op", "end_op", "op_returned", "ops_released", "fd_open"}) | LOADS

@@ -352,7 +352,7 @@ class GuestMemoryFile(Serialised, ABC):
 
     def init_shared(self) -> None:
         """All of the new file is shared: there is no page yet whose state could differ from its attribute."""
-        ret = self.perform(Primitive("xa_store", ("attributes", 0, Entries(SHARED_PAGE, self.host.inode.size)), "library"))
+        ret = self.perform(Primitive("tree_store", ("attributes", 0, Entries(SHARED_PAGE, self.host.inode.size)), "library"))
         if ret:
             self.close()
             raise SyscallFailed(-ret, self.created_by)
