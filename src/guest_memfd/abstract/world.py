@@ -25,7 +25,7 @@ from guest_memfd.words.pagestate import (
     VM_STATES,
     ZERO,
 )
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, OPS, UNREPORTED, Bound, Cost, Entries, Folio
+from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, OPS, UNREPORTED, Bound, Cost, Entries, Folio, MfResult
 
 TREES = {"attributes": "attr", "bindings": "binding"}
 """Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""
@@ -377,7 +377,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         frame.lookup += 1
         return Folio(frame.number)
 
-    def memory_failure_done(self, folio: Folio, result: str) -> None:
+    def memory_failure_done(self, folio: Folio, result: MfResult) -> None:
         """Who still reaches the page now, and what the handler makes of it."""
         frame, ghost = self.state.frame(folio.pfn), self.state.ghost(self.who)
         reached = {"the guest": (frame.gmap or frame.gstale) and self.vm.vm == RUNNING, "the VMM": frame.user,

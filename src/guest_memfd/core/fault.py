@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from guest_memfd.core.gmem import Gmem, Grabbed
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import EAGAIN, EFAULT, EINVAL, Steps
+from guest_memfd.words.primitives import EAGAIN, EFAULT, EINVAL, Steps, VmFault
 
 
 def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
@@ -58,7 +58,7 @@ def give_private(gmem: Gmem, gfn: int, grabbed: Grabbed) -> Steps[int]:
     return (yield from gmem.ops.prepare_private(gfn, grabbed.folio))
 
 
-def user_fault(gmem: Gmem, index: int) -> Steps[str]:
+def user_fault(gmem: Gmem, index: int) -> Steps[VmFault]:
     """Map page *index* into the VMM; ``ok``, ``retry`` (VM_FAULT_RETRY), or ``SIGBUS`` (private, poisoned, no memory).
 
     To try again is the answer where the VMA went, and where others were faster too often (-EAGAIN of `grab_folio`).
@@ -74,7 +74,7 @@ def user_fault(gmem: Gmem, index: int) -> Steps[str]:
     return answer
 
 
-def fault_shared(gmem: Gmem, index: int) -> Steps[str]:
+def fault_shared(gmem: Gmem, index: int) -> Steps[VmFault]:
     """Map page *index* into the VMM under the invalidate lock; ``ok``, ``retry`` or ``SIGBUS``, as `user_fault`.
 
     Ask first: a private page is never grabbed, let alone zeroed, for the host.
@@ -88,7 +88,7 @@ def fault_shared(gmem: Gmem, index: int) -> Steps[str]:
         return "retry" if grabbed == -EAGAIN else "SIGBUS"
     # Before the entry is installed: GUP may hand the page to a driver that uses its kernel address.
     if (yield from gmem.make_accessible(grabbed)):
-        answer = "SIGBUS"
+        answer: VmFault = "SIGBUS"
     else:
         mapped = yield from gmem.host.vmf_insert_folio(index, grabbed.folio)
         answer = "ok" if mapped else "retry"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from guest_memfd.core.gmem import Conversion, Gmem, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.words.pagestate import PRIVATE_PAGE
-from guest_memfd.words.primitives import EINVAL, Folio, Locked, Steps
+from guest_memfd.words.primitives import EINVAL, Folio, Locked, MfResult, Steps
 
 
 def _cut(held: Held, start: int, nr: int) -> bool:
@@ -88,7 +88,7 @@ def split(gmem: Gmem, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[tu
     return 0, 0
 
 
-def error_folio(gmem: Gmem, folio: Folio, locked: Locked) -> Steps[str]:
+def error_folio(gmem: Gmem, folio: Folio, locked: Locked) -> Steps[MfResult]:
     """memory_failure() found the locked *folio* broken: guest and VMM lose it, the file keeps it.
 
     ``delayed`` (MF_DELAYED: the next to ask for the page is told), or ``failed`` if the hypervisor refuses or the

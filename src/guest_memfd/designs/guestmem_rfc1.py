@@ -17,7 +17,7 @@ from typing import ClassVar
 from guest_memfd.compat import override
 from guest_memfd.core.gmem import Conversion, Grabbed, Held
 from guest_memfd.designs.design import Design, NoAttributes
-from guest_memfd.words.primitives import EBUSY, EFAULT, EHWPOISON, EINVAL, EPERM, Bound, Folio, Steps
+from guest_memfd.words.primitives import EBUSY, EFAULT, EHWPOISON, EINVAL, EPERM, Bound, Folio, Steps, VmFault
 
 
 class GuestmemRfc1(NoAttributes):
@@ -156,7 +156,7 @@ class GuestmemRfc1(NoAttributes):
         return (yield from self.host.mmap()) if self.has_accessible else -EPERM
 
     @override
-    def user_fault(self, index: int) -> Steps[str]:
+    def user_fault(self, index: int) -> Steps[VmFault]:
         """guest_memfd_fault(): grab, zeroed, before ->accessible is asked (R22); an error pointer is not NULL (S41)."""
         host = self.host
         yield from host.down_read("invalidate")
@@ -165,7 +165,7 @@ class GuestmemRfc1(NoAttributes):
             yield from host.bug("an error pointer from guest_memfd_grab_folio() is dereferenced in the fault handler")
             return "SIGBUS"
         yield from host.begin_op("user_fault", index, 1)
-        answer = "SIGBUS"
+        answer: VmFault = "SIGBUS"
         if not (yield from self.accessible(grabbed)):
             if grabbed.no_direct_map:
                 yield from self.map_direct(grabbed.folio)

@@ -31,7 +31,9 @@ from guest_memfd.words.primitives import (
     Host,
     Locked,
     Lookup,
+    MfResult,
     Steps,
+    VmFault,
 )
 
 LENT = 1
@@ -259,12 +261,12 @@ class GunyahV17(NoAttributes):
         return ret or (yield from host.mmap())
 
     @override
-    def user_fault(self, index: int) -> Steps[str]:
+    def user_fault(self, index: int) -> Steps[VmFault]:
         """gunyah_gmem_fault(): a lent page is laundered on the way; folio lock, then invalidate_lock."""
         grabbed = yield from self.grab_folio(index)
         if isinstance(grabbed, int):
             return "SIGBUS"
-        answer = "ok"
+        answer: VmFault = "ok"
         if grabbed.no_direct_map:
             yield from self.driver.down_read("invalidate")
             if (yield from self.launder(index, grabbed.folio)):
@@ -320,7 +322,7 @@ class GunyahV17(NoAttributes):
         return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, marked, True)) if bound else 0
 
     @override
-    def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
+    def error_folio(self, folio: Folio, locked: Locked) -> Steps[MfResult]:
         """error_remove_folio: launder; folio lock, then invalidate_lock."""
         host = self.driver
         if locked.pgoff is None:

@@ -134,6 +134,12 @@ class Entries:
         return ",".join(shown) if self.nr <= 2 else f"{','.join(shown)}..{self[-1]}"
 
 
+VmFault = Literal["ok", "retry", "SIGBUS"]
+"""vm_fault_t, what the handler of a VMM's fault answers: the entry is there; VM_FAULT_RETRY; there is no page."""
+
+MfResult = Literal["delayed", "failed"]
+"""enum mf_result, what memory_failure() is told: MF_DELAYED, the next to ask for the page learns of it; or MF_FAILED."""
+
 RefKind = Literal["lookup", "provided"]
 """lookup: transient; provided: v17's, one per page given to the guest."""
 
@@ -530,7 +536,7 @@ class Host:
         """An uncorrectable error is reported for the page at *index*: marks it; None when there is none."""
         return self._do("hwpoison", index)
 
-    def memory_failure_done(self, folio: Folio, result: str) -> Steps[None]:
+    def memory_failure_done(self, folio: Folio, result: MfResult) -> Steps[None]:
         """memory_failure() has done with *folio*; *result* is what the file's owner has said: ``delayed`` or ``failed``."""
         return self._do("memory_failure_done", folio, result)
 
