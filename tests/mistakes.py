@@ -6,6 +6,7 @@ tests/test_blind_spots.py says which law sees each now, where, and in how many s
 from __future__ import annotations
 
 from dataclasses import replace
+from errno import EBADF, EEXIST, EFAULT, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, EPERM
 from typing import Any
 
 from leave_out import answered, without
@@ -14,25 +15,10 @@ from guest_memfd.core.gmem import Conversion, Grabbed, Held, filled
 from guest_memfd.core.hypervisor import Stage2
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.errors import EHWPOISON
 from guest_memfd.hypervisors.kvm import pkvm
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import (
-    EBADF,
-    EEXIST,
-    EFAULT,
-    EHWPOISON,
-    EINVAL,
-    EIO,
-    ENODEV,
-    ENOENT,
-    ENOMEM,
-    EPERM,
-    Bound,
-    Entries,
-    Folio,
-    Locked,
-    Steps,
-)
+from guest_memfd.words.primitives import Bound, Entries, Folio, Locked, Steps
 
 # -- of the library ----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Rule of this file: each is a `Spot` of tests/test_blind_spots.py, with the law t
 from __future__ import annotations
 
 from dataclasses import replace
+from errno import EAGAIN, EBUSY, EFAULT, ENOMEM
 
 from leave_out import without
 
@@ -13,7 +14,7 @@ from guest_memfd.core.gmem import Conversion, Held, filled
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.gunyah import client
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, ENOMEM, Entries, Folio, Locked, Steps
+from guest_memfd.words.primitives import Entries, Folio, Locked, Steps
 
 # -- contents that nobody asked to lose --------------------------------------------------------------------------------
 

@@ -6,13 +6,15 @@ swapped, an error path forgotten, a count off by one, a lock not taken.
 
 from __future__ import annotations
 
+from errno import EAGAIN
+
 from guest_memfd.core.convert import CACHE_AND_LOOKUP
 from guest_memfd.core.gmem import Conversion, Grabbed, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
 from guest_memfd.hypervisors.kvm.default import KvmOps
-from guest_memfd.words.primitives import EAGAIN, Entries, Folio, Locked, Steps
+from guest_memfd.words.primitives import Entries, Folio, Locked, Steps
 
 
 def nothing() -> Steps[int]:

@@ -6,6 +6,7 @@ Law and length of the shortest trace are pinned; docs/bugs.md has the same in wo
 from __future__ import annotations
 
 from dataclasses import replace
+from errno import EIO, EOPNOTSUPP
 from typing import NamedTuple
 
 import mistakes
@@ -24,7 +25,7 @@ from guest_memfd.hypervisors.kvm import pkvm
 from guest_memfd.laws import LAWS
 from guest_memfd.scenarios import PARTIES, SCENES, Party
 from guest_memfd.scenarios.vmm import change
-from guest_memfd.words.primitives import EIO, EOPNOTSUPP, Host, Steps
+from guest_memfd.words.primitives import Host, Steps
 from guest_memfd.words.scene import Kernel, Scene
 
 USER = Host("user")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from errno import EAGAIN, EBADF, EBUSY, EEXIST, EFAULT, EINVAL, EIO, ENOENT, ENOMEM
 from typing import Any
 
 import pytest
@@ -17,25 +18,10 @@ from guest_memfd.core.file import runs
 from guest_memfd.core.gmem import Conversion, Grabbed, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.errors import EHWPOISON
 from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import (
-    EAGAIN,
-    EBADF,
-    EBUSY,
-    EEXIST,
-    EFAULT,
-    EHWPOISON,
-    EINVAL,
-    EIO,
-    ENOENT,
-    ENOMEM,
-    Folio,
-    Locked,
-    Lookup,
-    Primitive,
-    Steps,
-)
+from guest_memfd.words.primitives import Folio, Locked, Lookup, Primitive, Steps
 
 
 class Splitting(OurLibrary):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from errno import EINVAL, ENOMEM
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.primitives import EINVAL, ENOMEM
 
 MIB = 1 << 20
 GFN = 0x4_0000

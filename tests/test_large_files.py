@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from errno import EINVAL
 from typing import Any, overload
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from guest_memfd.core.gmem import Conversion
 from guest_memfd.core.library import Library
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.words.primitives import EINVAL, Entries, Folio, Locked, Lookup, Primitive, Steps
+from guest_memfd.words.primitives import Entries, Folio, Locked, Lookup, Primitive, Steps
 
 TIB = 1 << 28
 """Pages."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EAGAIN, EBUSY, EEXIST, EFAULT, EINVAL, ENODEV, ENOENT, ENOMEM
 from typing import Any
 
 import pytest
@@ -11,23 +12,12 @@ from driver import Bench
 from guest_memfd.core.gmem import Conversion
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.designs import Design
+from guest_memfd.errors import EHWPOISON
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import TEARDOWN
 from guest_memfd.words.facts import StrayGuest
 from guest_memfd.words.pagestate import CONTENTS, SHARED_PAGE
-from guest_memfd.words.primitives import (
-    EAGAIN,
-    EBUSY,
-    EEXIST,
-    EFAULT,
-    EHWPOISON,
-    EINVAL,
-    ENODEV,
-    ENOENT,
-    ENOMEM,
-    Host,
-    Steps,
-)
+from guest_memfd.words.primitives import Host, Steps
 
 ALL = pytest.mark.parametrize("hypervisor", ["kvm", "pkvm", "gunyah"])
 GUEST, USER, MM = Host("guest"), Host("user"), Host("mm")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from guest_memfd.errors import BadInput
+from guest_memfd.errors import EHWPOISON, BadInput
 from guest_memfd.linux.abi import kvm, kvm_x86, memfd_secret, memory
 from guest_memfd.uapi import gunyah, kvm_arm64, kvm_run
 from guest_memfd.uapi import kvm as uapi
@@ -160,7 +160,7 @@ NAMES = {
     **{f"GUEST_MEMFD_FLAG_{flag.name}": int(flag) for flag in uapi.GuestMemfdFlag},
     **{f"KVM_STATS_TYPE_{kind.name}": int(kind) for kind in kvm.StatsType},
     "KVM_MEMORY_ATTRIBUTE_PRIVATE": uapi.PRIVATE, "KVM_MEMORY_EXIT_FLAG_PRIVATE": uapi.PRIVATE,
-    "KVM_EXIT_MMIO": 6, "KVM_EXIT_INTR": 10, "KVM_EXIT_MEMORY_FAULT": 39, "EHWPOISON": kvm.EHWPOISON,
+    "KVM_EXIT_MMIO": 6, "KVM_EXIT_INTR": 10, "KVM_EXIT_MEMORY_FAULT": 39, "EHWPOISON": EHWPOISON,
     **{f"MADV_{advice.name}": int(advice) for advice in memory.Advice},
     **{f"SYS_{name}": number for name, number in (memory.numbers()._asdict().items() if KNOWN else ())},
     "SECRETMEM_MAGIC": memfd_secret.SECRETMEM_MAGIC, "O_CLOEXEC": int(memfd_secret.SecretFlag.CLOEXEC),

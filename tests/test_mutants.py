@@ -402,7 +402,7 @@ killer.within(work)
 
 def test_tests_are_imported_anew_with_all_that_they_share(tmp_path: Path, python: Any) -> None:
     (tmp_path / "shared").mkdir()
-    (tmp_path / "shared" / "part.py").write_text("from guest_memfd.words.primitives import EAGAIN, Primitive as known\n")
+    (tmp_path / "shared" / "part.py").write_text("from guest_memfd.words.primitives import Folio, Primitive as known\n")
     (tmp_path / "test_same.py").write_text(
         "from shared import part\nfrom guest_memfd.words.primitives import Primitive\n\n"
         "def test_same(): assert part.known is Primitive\n")

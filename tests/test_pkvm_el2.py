@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EAGAIN, EBUSY, EINVAL, ENOENT, EPERM
 from typing import Any
 
 import pytest
@@ -24,7 +25,6 @@ from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject
 from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EINVAL, ENOENT, EPERM
 
 
 @pytest.fixture

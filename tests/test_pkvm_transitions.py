@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from pkvm_machine import BORROWED, FLAT, GFN, GIB, LENT, Machine, hvc
 
 from guest_memfd.abstract import AbstractHost
 from guest_memfd.abstract import state as st
-from guest_memfd.errors import BadInput
+from guest_memfd.errors import EHWPOISON, BadInput
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm import hypercalls as hc
@@ -24,7 +25,7 @@ from guest_memfd.machine.hw.arm64.regime import Stage1
 from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.pagestate import DYING, OWNERS
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM, Folio
+from guest_memfd.words.primitives import Folio
 from guest_memfd.words.scene import Scene
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Sequence
+from errno import EAGAIN
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -28,7 +29,7 @@ from guest_memfd.report.style import WIDTH, Style
 from guest_memfd.scenarios import PARTIES, SCENES
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, ANY, DESTROYED, DYING, GONE, GUEST, PRIVATE_PAGE, SECRET, SHARED_PAGE
-from guest_memfd.words.primitives import EAGAIN, Entries, Folio, Locked, Primitive, Steps
+from guest_memfd.words.primitives import Entries, Folio, Locked, Primitive, Steps
 from guest_memfd.words.scene import Scene
 
 SIZES = st.Sizes(frames=3, pages=2, gfns=3, files=2, vms=2, parties=4)

@@ -8,6 +8,7 @@ everything.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from errno import EAGAIN, ENOMEM
 from typing import TYPE_CHECKING, Any
 
 from guest_memfd.abstract import state as st
@@ -18,7 +19,7 @@ from guest_memfd.errors import BadInput
 from guest_memfd.words import facts
 from guest_memfd.words.outcome import Blocked, Outcome
 from guest_memfd.words.pagestate import DESTROYED, EVICTED, FAILURE, FOR_GOOD, JUNK, MANY
-from guest_memfd.words.primitives import EAGAIN, ENOMEM, Bound, Primitive
+from guest_memfd.words.primitives import Bound, Primitive
 
 if TYPE_CHECKING:
     from guest_memfd.core.hypervisor import Hypervisor

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from errno import EBUSY, EEXIST, ENOMEM
+
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.mappings import AbstractMappings
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTION, EVICTED, FAILURE, FREE, JUNK, REFERENCE, ZERO
-from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
+from guest_memfd.words.primitives import Folio, Lookup
 
 
 class AbstractPageCache(AbstractMappings):

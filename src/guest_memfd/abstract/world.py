@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from errno import EAGAIN, EBUSY, EPERM
 
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.guest import AbstractGuestSide
@@ -25,7 +26,7 @@ from guest_memfd.words.pagestate import (
     VM_STATES,
     ZERO,
 )
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, OPS, UNREPORTED, Bound, Cost, Entries, Folio, MfResult
+from guest_memfd.words.primitives import OPS, UNREPORTED, Bound, Cost, Entries, Folio, MfResult
 
 TREES = {"attributes": "attr", "bindings": "binding"}
 """Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""

@@ -41,9 +41,11 @@ tests/test_folios.py has the calls one by one; tools/mutants/equivalent.txt says
 
 from __future__ import annotations
 
+from errno import EAGAIN, EINVAL
+
 from guest_memfd.core.gmem import Conversion, Gmem, Held
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import EAGAIN, EINVAL, Entries, Folio, Steps
+from guest_memfd.words.primitives import Entries, Folio, Steps
 
 CACHE_AND_LOOKUP = 2
 """References a folio of order 0 has when no one but the page cache and we know it; in general nr pages + 1."""

@@ -6,9 +6,11 @@ is made, so there is no sequence to recheck. (KVM's own path drops the lock befo
 
 from __future__ import annotations
 
+from errno import EAGAIN, EFAULT, EINVAL
+
 from guest_memfd.core.gmem import Gmem, Grabbed
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import EAGAIN, EFAULT, EINVAL, Steps, VmFault
+from guest_memfd.words.primitives import Steps, VmFault
 
 
 def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:

@@ -7,12 +7,13 @@ binding and not by the descriptor - a vCPU, an unbind, a dying VM - holds the fi
 
 from __future__ import annotations
 
+from errno import EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP
 from itertools import chain
 
 from guest_memfd.core.gmem import Conversion, Gmem, Held, filled
 from guest_memfd.core.ops import Reason
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP, Entries, Steps
+from guest_memfd.words.primitives import Entries, Steps
 
 
 def runs(pages: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, EEXIST, EIO
+
 from guest_memfd.core.gmem import Gmem, Grabbed, Held
 from guest_memfd.core.ops import Reason
+from guest_memfd.errors import EHWPOISON
 from guest_memfd.words.pagestate import PRIVATE_PAGE
-from guest_memfd.words.primitives import EAGAIN, EEXIST, EHWPOISON, EIO, Folio, Steps
+from guest_memfd.words.primitives import Folio, Steps
 
 LOOKUPS = 3
 """Attempts to look a folio up while others add and remove it, before -EAGAIN."""

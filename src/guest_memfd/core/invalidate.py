@@ -8,10 +8,12 @@ Source: kvm_gmem_punch_hole(), kvm_gmem_error_folio() (virt/kvm/guest_memfd.c).
 
 from __future__ import annotations
 
+from errno import EINVAL
+
 from guest_memfd.core.gmem import Conversion, Gmem, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.words.pagestate import PRIVATE_PAGE
-from guest_memfd.words.primitives import EINVAL, Folio, Locked, MfResult, Steps
+from guest_memfd.words.primitives import Folio, Locked, MfResult, Steps
 
 
 def _cut(held: Held, start: int, nr: int) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from errno import EOPNOTSUPP
 from typing import ClassVar
 
 from guest_memfd.compat import override
 from guest_memfd.core import Library
 from guest_memfd.core.gmem import Conversion
-from guest_memfd.words.primitives import EOPNOTSUPP, Bound, Steps
+from guest_memfd.words.primitives import Bound, Steps
 from guest_memfd.words.scene import Scene
 
 OPERATIONS = (

@@ -12,12 +12,14 @@ hypervisor the client is the Gunyah one of the CLO tree (@a36302d6, never posted
 from __future__ import annotations
 
 from collections.abc import Mapping
+from errno import EBUSY, EFAULT, EINVAL, EPERM
 from typing import ClassVar
 
 from guest_memfd.compat import override
 from guest_memfd.core.gmem import Conversion, Grabbed, Held
 from guest_memfd.designs.design import Design, NoAttributes
-from guest_memfd.words.primitives import EBUSY, EFAULT, EHWPOISON, EINVAL, EPERM, Bound, Folio, Steps, VmFault
+from guest_memfd.errors import EHWPOISON
+from guest_memfd.words.primitives import Bound, Folio, Steps, VmFault
 
 
 class GuestmemRfc1(NoAttributes):

@@ -12,6 +12,7 @@ are this hypervisor's hypercalls.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from errno import EAGAIN, EBUSY, EINVAL, ENOENT, EPERM
 from typing import ClassVar
 
 from guest_memfd.compat import override
@@ -19,22 +20,7 @@ from guest_memfd.core.folio import MISSES
 from guest_memfd.core.gmem import Conversion, Grabbed, filled
 from guest_memfd.designs.design import NoAttributes
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.primitives import (
-    EAGAIN,
-    EBUSY,
-    EINVAL,
-    ENOENT,
-    EPERM,
-    Bound,
-    Entries,
-    Folio,
-    Host,
-    Locked,
-    Lookup,
-    MfResult,
-    Steps,
-    VmFault,
-)
+from guest_memfd.words.primitives import Bound, Entries, Folio, Host, Locked, Lookup, MfResult, Steps, VmFault
 
 LENT = 1
 """Low bit of an entry of the provided tree: this page is lent, not shared."""

@@ -14,9 +14,8 @@ from mmap import MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
-from guest_memfd.errors import BadInput, SyscallFailed
+from guest_memfd.errors import EHWPOISON, BadInput, SyscallFailed
 from guest_memfd.linux import stats, syscall
-from guest_memfd.linux.abi.kvm import EHWPOISON
 from guest_memfd.linux.fd import Descriptor
 from guest_memfd.linux.kick import Thread, drain, let_in, this_thread
 from guest_memfd.uapi import kvm as uapi

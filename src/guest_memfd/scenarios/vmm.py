@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, EBADF, EFAULT
+
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party, Procedure
-from guest_memfd.words.primitives import EAGAIN, EBADF, EFAULT, Host, Steps, VmFault
+from guest_memfd.words.primitives import Host, Steps, VmFault
 
 USER = Host("user")
 

@@ -21,8 +21,6 @@ from guest_memfd.compat import override
 
 T = TypeVar("T")
 
-ENOMEM, EBUSY, EAGAIN, EINVAL, EPERM, EEXIST = 12, 16, 11, 22, 1, 17
-ENODEV, EHWPOISON, EIO, ENOENT, EOPNOTSUPP, EFAULT, EBADF = 19, 133, 5, 2, 95, 14, 9
 MAX_ERRNO = 4095
 
 Caller = str

@@ -6,8 +6,10 @@ and `shared`. Source: docs/api/gunyah_api.md of the Gunyah hypervisor (2024), er
 
 from __future__ import annotations
 
+from errno import EBUSY, EINVAL
+
 from guest_memfd.core.hypervisor import Stage2
-from guest_memfd.words.primitives import EBUSY, EINVAL, Folio
+from guest_memfd.words.primitives import Folio
 
 
 def donate_to_protected(stage2: Stage2, folio: Folio) -> int:

@@ -8,12 +8,13 @@ let go (`unshare`, called by `make_private`).
 
 from __future__ import annotations
 
+from errno import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM, EPERM
 from typing import Any
 
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import DATA_ABORT, Hypervisor, Stage2
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM, EPERM, Folio, Steps
+from guest_memfd.words.primitives import Folio, Steps
 
 # -- EL2 -----------------------------------------------------------------------------------------------------------
 

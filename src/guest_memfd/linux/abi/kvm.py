@@ -9,9 +9,6 @@ from guest_memfd.uapi.ioctl import io, iow
 from guest_memfd.uapi.kvm import KVMIO
 from guest_memfd.uapi.words import Words
 
-EHWPOISON = 133
-"""Missing in Python's errno (include/uapi/asm-generic/errno.h)."""
-
 
 class SignalMask(Words):
     """struct kvm_signal_mask with the kernel's sigset_t of 8 bytes; without padding, as in C."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from errno import EBUSY, EINVAL
 from typing import Any
 
 from guest_memfd.compat import override
@@ -29,7 +30,7 @@ from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.maple import MapleTree
-from guest_memfd.words.primitives import EBUSY, EINVAL, Folio
+from guest_memfd.words.primitives import Folio
 
 RW = Attributes(ExtentAccess.RW, ExtentAccess.RW)
 RX = Attributes(ExtentAccess.RX, ExtentAccess.RX)

@@ -6,13 +6,14 @@ release by release (arch/arm64/mm/pageattr.c, split_kernel_leaf_mapping() in mmu
 
 from __future__ import annotations
 
+from errno import EBUSY, EINVAL
+
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.machine.linux.linear_layout import PAGE_END as PAGE_END
 from guest_memfd.machine.linux.linear_layout import PAGE_OFFSET as PAGE_OFFSET
 from guest_memfd.machine.linux.linear_layout import LinearLayout
-from guest_memfd.words.primitives import EBUSY, EINVAL
 
 _MIGHT_SLEEP = "BUG: sleeping function called from invalid context at kernel/locking/mutex.c"
 

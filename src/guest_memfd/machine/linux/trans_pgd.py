@@ -5,6 +5,7 @@ valid and writable, so holes are not there in the copy (copy_pte() in arch/arm64
 from __future__ import annotations
 
 from collections.abc import Iterator
+from errno import ENOMEM
 from typing import Protocol
 
 from guest_memfd.machine.hw.arm64.descriptor import Entry
@@ -12,7 +13,6 @@ from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux import direct_map as dm
-from guest_memfd.words.primitives import ENOMEM
 
 
 class PgdSource(Protocol):

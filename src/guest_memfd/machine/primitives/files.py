@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from errno import EBUSY, ENOMEM
 
 from guest_memfd.machine.primitives import guest, user
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, DYING, EVICTED, FAILURE, GONE_BEFORE, PRIVATE_PAGE, RUNNING, VM_STATES
-from guest_memfd.words.primitives import EBUSY, ENOMEM, Entries, Tree
+from guest_memfd.words.primitives import Entries, Tree
 
 
 def begin_op(host: Base, op: str, start: int, nr: int, gfn: int | None) -> None:

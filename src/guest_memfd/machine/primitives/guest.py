@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, ENOMEM
+
 from guest_memfd.machine.board.tracer import GUEST_TOKEN, KERNEL_TOKEN
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
@@ -9,7 +11,7 @@ from guest_memfd.machine.primitives import contents
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import DATA, FAILURE, FOR_GOOD, GONE, HELD, RUNNING, SECRET
-from guest_memfd.words.primitives import EAGAIN, ENOMEM, Folio
+from guest_memfd.words.primitives import Folio
 
 
 def hypercall(host: Base, name: str, *args: object) -> int:

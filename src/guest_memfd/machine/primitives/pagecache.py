@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EBUSY, EEXIST, ENOMEM
+
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
@@ -10,7 +12,7 @@ from guest_memfd.machine.primitives import contents
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import CONTENTION, CONTENTS, FAILURE, REFERENCE
-from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
+from guest_memfd.words.primitives import Folio, Lookup
 
 FOLIO_BATCH = 31
 """Folios that a CPU's lru_add batch holds before it is emptied (include/linux/folio_batch.h)."""

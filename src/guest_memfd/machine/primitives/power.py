@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, EBUSY, EPERM
+
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, HIBERNATION, RUNNING
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, Folio, MfResult
+from guest_memfd.words.primitives import Folio, MfResult
 
 
 def pm_account(host: Base, pages: int) -> int:

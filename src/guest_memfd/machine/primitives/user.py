@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EBADF, ENOMEM
+
 from guest_memfd.machine.board.tracer import DEVICE_TOKEN, USER_TOKEN
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
@@ -10,7 +12,7 @@ from guest_memfd.machine.primitives import contents, pagecache
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import FAILURE
-from guest_memfd.words.primitives import EBADF, ENOMEM, Folio
+from guest_memfd.words.primitives import Folio
 
 
 def mmap(host: Base) -> int:

@@ -8,7 +8,7 @@ one that someone else still refers to is not lent either (-EBUSY), which v17 doe
 
 from __future__ import annotations
 
-from errno import EINVAL
+from errno import EAGAIN, EBUSY, EINVAL, EPERM
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -20,7 +20,7 @@ from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.gunyah import GunyahDriver
 from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.words.pagestate import PRIVATE_PAGE
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, Folio, Primitive, Steps
+from guest_memfd.words.primitives import Folio, Primitive, Steps
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

@@ -6,7 +6,7 @@ Several bindings, ranges, huge folios, parcels. Mistakes are kept and marked wit
 
 from __future__ import annotations
 
-from errno import ENOMEM, EOPNOTSUPP
+from errno import EINVAL, ENOMEM, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -14,7 +14,7 @@ from guest_memfd.designs.gunyah_v17 import GunyahV17, entry_of
 from guest_memfd.machine.dev.gunyah.binding import Binding
 from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, GunyahMemoryFile, Parcelled
 from guest_memfd.uapi.gunyah import GunyahMemFlag
-from guest_memfd.words.primitives import EINVAL, Entries, Folio, Lookup, Steps
+from guest_memfd.words.primitives import Entries, Folio, Lookup, Steps
 
 if TYPE_CHECKING:
     from guest_memfd.core.gmem import Grabbed

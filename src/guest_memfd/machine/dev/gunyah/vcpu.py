@@ -6,7 +6,7 @@ The wait for an interrupt, which no one here sends, ends as a signal ends it: -E
 
 from __future__ import annotations
 
-from errno import EINTR, EINVAL, ENODEV
+from errno import EAGAIN, EINTR, EINVAL, ENODEV, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -20,7 +20,6 @@ from guest_memfd.machine.el2.gunyah.rm.lifecycle import VmState
 from guest_memfd.machine.el2.gunyah.vcpu import Action, VcpuState
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.gunyah import Exit, ResumeAction, VcpuRun, VmStatus
-from guest_memfd.words.primitives import EAGAIN, ENOENT, EPERM
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.gunyah.vm import VmFile

@@ -7,6 +7,7 @@ make. arch/arm64/kvm/mmu.c; every change happens under mmu_lock and ends with it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from errno import EINVAL, ENOMEM
 
 from guest_memfd.machine.el2.kvm.guest import IPA_BITS, GuestStage2, next_vmid
 from guest_memfd.machine.el2.kvm.pgtable import leaf_attributes
@@ -17,7 +18,6 @@ from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.primitives import EINVAL, ENOMEM
 
 _ORDER_OF = {1: 0, 1 << 9: 9, 1 << 18: 18}
 

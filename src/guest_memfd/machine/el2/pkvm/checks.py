@@ -6,14 +6,15 @@ The names are those of arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3), without the 
 
 from __future__ import annotations
 
+from errno import EINVAL, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
+from guest_memfd.errors import EHWPOISON
 from guest_memfd.machine.el2.kvm.pgtable import STATE_SHIFT
 from guest_memfd.machine.el2.pkvm.annotation import Annotation, AnnotationType
 from guest_memfd.machine.el2.pkvm.states import ORDERS, HypPage, PkvmState
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.ram import PAGE_SHIFT
-from guest_memfd.words.primitives import EHWPOISON, EINVAL, ENOENT, EPERM
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2

@@ -38,8 +38,10 @@ test_el2_does_what_the_abstract_el2_does). Laws: one-owner, no-stale-mapping, no
 
 from __future__ import annotations
 
+from errno import EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
 from typing import TYPE_CHECKING
 
+from guest_memfd.errors import EHWPOISON
 from guest_memfd.machine.el2.kvm.pgtable import leaf_attributes
 from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm.annotation import POISONED, PageOwner
@@ -47,7 +49,6 @@ from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
