@@ -132,7 +132,7 @@ class Pages:
         return None
 
     def up_write(self, sem: str) -> None:
-        """Whoever waits may go on."""
+        """All that wait may go on."""
         self.raw[INVALIDATE] = 0
 
     def lock_folio(self, folio: Folio) -> Any:
@@ -143,7 +143,7 @@ class Pages:
         return Locked(folio.pfn, True, bool(self._read(folio.pfn, OWNER)), False)
 
     def unlock_folio(self, folio: Folio) -> None:
-        """Whoever waits may go on."""
+        """All that wait may go on."""
         self._write(folio.pfn, LOCK, 0)
 
     def filemap_get_folio(self, index: int) -> Lookup:

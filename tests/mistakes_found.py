@@ -197,7 +197,7 @@ class Removes(OurLibrary):
 
 
 class RemovesBackwards(Removes):
-    """A punch that fails has removed the pages behind the one that it names."""
+    """A punch that fails has removed the pages after the one that it names."""
 
     def order_of(self, folios: tuple[Held, ...]) -> tuple[Held, ...]:
         return folios[::-1]

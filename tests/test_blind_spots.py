@@ -256,7 +256,7 @@ def test_library_refuses_a_kernel_that_cannot_change_its_direct_map(hypervisor: 
 
 def test_readers_on_a_kernel_that_does_not_ask() -> None:
     """AS_NO_DIRECT_MAP helps only where readers look at it."""
-    scene = Scene(name="old-readers", title="readers of page-cache folios ask nobody", kernel=Kernel(asks_mapping=False))
+    scene = Scene(name="old-readers", title="readers of page-cache folios ask no one", kernel=Kernel(asks_mapping=False))
     parties = [PARTIES["vcpu2"], PARTIES["page-cache-reader"]]
     found = findings(OurLibrary, HYPERVISORS["kvm"], scene, parties)
     assert shortest(found, "host-survives", "read_folio takes a translation fault") == 15

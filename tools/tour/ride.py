@@ -48,7 +48,7 @@ class Ride(NamedTuple):
 
 
 class _Nobody:
-    # Nobody debugs this guest.
+    # No one debugs this guest.
 
     def pc(self) -> int:
         return 0

@@ -25,7 +25,7 @@ LABELS = {
     "unloaded": "module unloaded", "progress": "mmu_invalidate_in_progress",
     "gpc": "pfn cache", "gpc_fresh": "pfn cache fresh", "gpc_readers": "pfn cache in use", "away": "pages counted away",
     "preparing": "hibernation announced", "frozen": "tasks frozen", "reserved": "nodes preallocated",
-    "failures": "failures left", "panic": "kernel stopped", "of": "of VM", "kept": "kept for ever",
+    "failures": "failures left", "panic": "kernel stopped", "of": "of VM", "kept": "kept permanently",
     "handled": "memory failure handled", "stuck": "refused for good", "asked": "the guest asked for it",
     "withdrawn": "consent withdrawn",
     "inode": "inode", "evictor": "evicted by", "refuses_readers": "AS_NO_DIRECT_MAP", "released": "ops released",

@@ -71,6 +71,6 @@ class NoAttributes(Design):
 
     @override
     def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        """-EOPNOTSUPP, as `make_private`."""
+        """-EOPNOTSUPP: there is no conversion by range."""
         yield from ()
         return Conversion(-EOPNOTSUPP)

@@ -71,7 +71,7 @@ GUESTS = {guest.name: guest for guest in (
     Guest("jump-nowhere", "jumps to where there is no memory", Needs(4 * PAGE), False),
     Guest("loop", "runs forever without an exit", Needs(4 * PAGE), False),
     Guest("fault-forever", "faults, and its vectors fault", Needs(4 * PAGE), False),
-    Guest("outside", "reads and writes behind its private memory", Needs(4 * PAGE), False),
+    Guest("outside", "reads and writes beyond its private memory", Needs(4 * PAGE), False),
     Guest("bad-hypercall", "calls functions that do not exist, with arguments that make no sense", Needs(4 * PAGE), False,
           ("arm64",)),
     Guest("boot-sector", "says hello from real mode, gives a page up and touches it again", Needs(32 * PAGE),

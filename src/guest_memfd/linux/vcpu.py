@@ -72,7 +72,7 @@ class LinuxVcpu(Descriptor):
         if timeout is None:
             return self._enter(fd)
         if not timeout < _LONGEST:
-            raise BadInput(f"a timeout of {timeout} s; None is for ever")
+            raise BadInput(f"a timeout of {timeout} s; None is without an end")
         thread.arm(timeout)
         try:
             return self._enter(fd)

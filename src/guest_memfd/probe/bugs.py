@@ -126,7 +126,7 @@ def _policy(here: Here) -> str:
 
 def _thp(here: Here) -> str:
     if _config("READ_ONLY_THP_FOR_FS") == "n":
-        return "cannot tell: this kernel is built without READ_ONLY_THP_FOR_FS, so nobody makes such a page"
+        return "cannot tell: this kernel is built without READ_ONLY_THP_FOR_FS, so no one makes such a page"
     return "cannot tell: with READ_ONLY_THP_FOR_FS trying it ends in a kernel warning, which may be a panic"
 
 

@@ -176,4 +176,4 @@ def _words(out: kvm_run.Exit) -> str:
         case kvm_run.Unknown(reason, errno):
             return f"KVM_RUN ends with reason {reason}, errno {errno}"
         case _:
-            return f"an exit that nobody here expects: {out}"
+            return f"an exit that no one here expects: {out}"

@@ -48,7 +48,7 @@ class Layout:
         fits(image, [(self.base, self.private)])
         where = -(-image.end // PAGE) * PAGE
         if where + PAGE > self.end:
-            raise BadInput(f"{image.name}: no page is left behind the image for the boot info; it ends at {image.end:#x}, "
+            raise BadInput(f"{image.name}: no page is left after the image for the boot info; it ends at {image.end:#x}, "
                            f"and private memory at {self.end:#x}")
         return where
 

@@ -71,7 +71,7 @@ def read(reader: str, machine: Machine, host: EmulatedHost, names: Names) -> Rea
         owned = [page for page in owned if _hosts(machine, page.pa - PAGE, owned)]
         owned.sort(key=lambda page: page.pa - PAGE not in names.pages)
     if not owned:
-        raise BadInput(f"--reader {reader}: the guest owns no page" + " behind one of the host's" * (reader == "zeropad"))
+        raise BadInput(f"--reader {reader}: the guest owns no page" + " after one of the host's" * (reader == "zeropad"))
     if reader == "kcore":
         return _kcore(machine, host, owned)
     page, va = owned[0], machine.linear_map.va(owned[0].pa)

@@ -19,7 +19,7 @@ from guest_memfd.words.primitives import Folio
 
 
 class KvmGuests(Driver):
-    """Guests whose stage 2 is KVM's own, whoever is at EL2 (el2/kvm/guest.py)."""
+    """Guests whose stage 2 is KVM's own, whatever runs at EL2 (el2/kvm/guest.py)."""
 
     @override
     def owner(self, pa: int) -> str:

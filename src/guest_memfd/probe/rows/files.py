@@ -103,7 +103,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[int, Here], object], str | None, str 
     "setxattr": ("fsetxattr(2)", lambda fd, _: call("fsetxattr", fd, b"user.x", b"1", 1, 0), "EOPNOTSUPP", None),
     "getxattr": ("fgetxattr(2)", lambda fd, _: call("fgetxattr", fd, b"user.x", _buffer(), 9), "EOPNOTSUPP", None),
     "listxattr": ("flistxattr(2)", lambda fd, _: f"{call('flistxattr', fd, _buffer(), 99)} bytes", "0 bytes", None),
-    "ioctl-unknown": ("an ioctl that nobody knows", lambda fd, _: call("ioctl", fd, 0xDEAD, 0), "ENOTTY", "ENOTTY"),
+    "ioctl-unknown": ("an ioctl that no one knows", lambda fd, _: call("ioctl", fd, 0xDEAD, 0), "ENOTTY", "ENOTTY"),
     "fionread": ("FIONREAD", lambda fd, _: call("ioctl", fd, _FIONREAD, ctypes.c_int()), "ENOTTY", None),
     "getflags": ("FS_IOC_GETFLAGS", lambda fd, _: call("ioctl", fd, _GETFLAGS, ctypes.c_long()), "ENOTTY", None),
     "ioctl-kvm": ("KVM_GET_API_VERSION", lambda fd, _: call("ioctl", fd, kvm.GET_API_VERSION, 0), "ENOTTY", None),

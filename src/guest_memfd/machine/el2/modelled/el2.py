@@ -65,7 +65,7 @@ class ModelledEl2(Kvm):
 
 
 class ModelledStage2:
-    """What one hypercall about *vm* can do (`core.hypervisor.Stage2`); what it did is kept for whoever made the call."""
+    """What one hypercall about *vm* can do (`core.hypervisor.Stage2`); what it did is kept for its caller."""
 
     def __init__(self, el2: ModelledEl2, vm: VheVm, alive: bool) -> None:
         self._el2, self._vm, self._alive = el2, vm, alive
@@ -146,7 +146,7 @@ class ModelledStage2:
         return (self._vm.vmid, gfn) in self._el2.poisoned
 
     def locked_in(self, pfn: int) -> bool:
-        """As recorded."""
+        """Whether the guest holds on to the page, by the model's record."""
         return pfn in self._el2.locked
 
     def set_locked_in(self, pfn: int, locked: bool) -> None:
