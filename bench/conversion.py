@@ -32,7 +32,7 @@ def to_private(page: int) -> Steps[None]:
     """Convert *page*: unmap it and count references under the folio lock, zap the direct map, flush, give it away."""
     folio = Folio(page)
     yield from KERNEL.down_write("invalidate")
-    if not (yield from KERNEL.lock_folio(folio)).private:
+    if not (yield from KERNEL.lock_folio(folio)).no_direct_map:
         yield from KERNEL.unmap_mapping_pages(page, 1)
         if (yield from KERNEL.folio_ref_count(folio)) == 1:
             yield from KERNEL.set_direct_map_invalid_noflush(folio)
@@ -46,7 +46,7 @@ def to_shared(page: int) -> Steps[None]:
     """Take *page* back: reclaim first, and only then map it."""
     folio = Folio(page)
     yield from KERNEL.down_write("invalidate")
-    if (yield from KERNEL.lock_folio(folio)).private:
+    if (yield from KERNEL.lock_folio(folio)).no_direct_map:
         yield from KERNEL.hypercall("reclaim", page)
         yield from KERNEL.set_direct_map_default_noflush(folio)
     yield from KERNEL.unlock_folio(folio)
@@ -68,7 +68,7 @@ def vcpu(page: int, rounds: int) -> Steps[None]:
 def gup(page: int) -> Steps[None]:
     """The VMM faults *page* in, a device pins it (GUP-fast), writes to it and lets go."""
     folio = Folio(page)
-    if not (yield from KERNEL.lock_folio(folio)).private:
+    if not (yield from KERNEL.lock_folio(folio)).no_direct_map:
         yield from KERNEL.vmf_insert_folio(page, folio)
     yield from KERNEL.unlock_folio(folio)
     if (yield from KERNEL.gup_read_pte(page)) is not None:
@@ -132,7 +132,7 @@ class Pages:
         return None
 
     def up_write(self, sem: str) -> None:
-        """Whoever waits may go on."""
+        """All that wait may go on."""
         self.raw[INVALIDATE] = 0
 
     def lock_folio(self, folio: Folio) -> Any:
@@ -143,7 +143,7 @@ class Pages:
         return Locked(folio.pfn, True, bool(self._read(folio.pfn, OWNER)), False)
 
     def unlock_folio(self, folio: Folio) -> None:
-        """Whoever waits may go on."""
+        """All that wait may go on."""
         self._write(folio.pfn, LOCK, 0)
 
     def filemap_get_folio(self, index: int) -> Lookup:

@@ -31,7 +31,7 @@ CODE: st.SearchStrategy[Code] = st.recursive(
 LOOPS: dict[str, Callable[[], Steps[Any]]] = {
     "until": lambda: US.hypercall("call", 1),
     "while": lambda: US.choose("again", 0, 1),
-    "reads": lambda: US.xa_load("attributes", 0, 1),
+    "reads": lambda: US.tree_load("attributes", 0, 1),
     "ever": lambda: US.choose("on", 1),
 }
 
@@ -58,4 +58,4 @@ def procedure(code: Code) -> Callable[[], Steps[int]]:
 
 def machine(call: Does) -> Toy:
     """*call* is what hypercalls do; loads read the lowest bit."""
-    return Toy(hypercall=call, xa_load=lambda byte, party, args: [end(byte % 2, byte)])
+    return Toy(hypercall=call, tree_load=lambda byte, party, args: [end(byte % 2, byte)])

@@ -131,7 +131,7 @@ class Scene:
             got = (run or self.vcpu.run)()
             if not isinstance(got, MmioExit) or not ORDERS <= got.phys_addr <= RESULT:
                 return got
-            self.vcpu.page.resume_action = ResumeAction.HANDLED
+            self.vcpu.page.mmio.resume_action = ResumeAction.HANDLED
             if got.is_write:
                 return int.from_bytes(got.data, "little")
             word = (op, first, second)[(got.phys_addr - ORDERS) // 8]

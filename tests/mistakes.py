@@ -6,6 +6,7 @@ tests/test_blind_spots.py says which law sees each now, where, and in how many s
 from __future__ import annotations
 
 from dataclasses import replace
+from errno import EBADF, EEXIST, EFAULT, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, EPERM
 from typing import Any
 
 from leave_out import answered, without
@@ -14,25 +15,10 @@ from guest_memfd.core.gmem import Conversion, Grabbed, Held, filled
 from guest_memfd.core.hypervisor import Stage2
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.errors import EHWPOISON
 from guest_memfd.hypervisors.kvm import pkvm
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import (
-    EBADF,
-    EEXIST,
-    EFAULT,
-    EHWPOISON,
-    EINVAL,
-    EIO,
-    ENODEV,
-    ENOENT,
-    ENOMEM,
-    EPERM,
-    Bound,
-    Entries,
-    Folio,
-    Locked,
-    Steps,
-)
+from guest_memfd.words.primitives import Bound, Entries, Folio, Locked, Steps
 
 # -- of the library ----------------------------------------------------------------------------------------------------
 
@@ -44,7 +30,7 @@ class FileNotHeld(OurLibrary):
         host = self.host
         yield from host.begin_op("fault", index, 1, gfn)
         yield from host.down_read("invalidate")
-        (bound,) = yield from host.xa_load("bindings", index, 1)
+        (bound,) = yield from host.tree_load("bindings", index, 1)
         ret = (yield from self.fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
         yield from host.end_op(ret)
         yield from host.up_read("invalidate")
@@ -76,7 +62,7 @@ class LastBeforeTheLock(OurLibrary):
     """Whether a binding is the last one of the file is found out before the lock is taken."""
 
     def unbind(self, start: int, nr: int) -> Steps[Conversion]:
-        bound = yield from self.host.xa_load("bindings", 0, self.size)
+        bound = yield from self.host.tree_load("bindings", 0, self.size)
         yield from self.host.begin_op("unbind", start, nr)
         if not (yield from self.host.get_file()):
             yield from self.host.end_op(-ENOENT)
@@ -136,7 +122,7 @@ class PoisonServed(OurLibrary):
         hit = yield from self.host.filemap_get_folio(index)
         assert hit is not None
         locked = yield from self.host.lock_folio(hit.folio)
-        return Grabbed(hit.folio, hit.pgoff, locked.private)
+        return Grabbed(hit.folio, hit.pgoff, locked.no_direct_map)
 
 
 class PoisonStays(OurLibrary):
@@ -171,7 +157,7 @@ class PoisonRestored(OurLibrary):
     def remove_folio(self, held: Held) -> Steps[int]:
         host, folio = self.host, held.folio
         locked = yield from host.lock_folio(folio)
-        yield from self.return_to_kernel(held, locked.private)
+        yield from self.return_to_kernel(held, locked.no_direct_map)
         yield from host.filemap_remove_folio(folio)
         yield from self.unlock_and_put(folio)
         return 0
@@ -186,8 +172,8 @@ class AllocateDonates(OurLibrary):
         yield from host.down_read("invalidate")
         ret = 0
         for index in range(start, start + nr):
-            (attribute,) = yield from host.xa_load("attributes", index, 1)
-            (bound,) = yield from host.xa_load("bindings", index, 1)
+            (attribute,) = yield from host.tree_load("attributes", index, 1)
+            (bound,) = yield from host.tree_load("bindings", index, 1)
             grabbed = yield from self.grab_folio(index)
             if isinstance(grabbed, int):
                 ret = grabbed
@@ -305,7 +291,7 @@ class LooksUp(OurLibrary):
     """The library's fault, with its look at the binding in a procedure of its own."""
 
     def is_bound(self, gfn: int, index: int) -> Steps[bool]:
-        (bound,) = yield from self.host.xa_load("bindings", index, 1)
+        (bound,) = yield from self.host.tree_load("bindings", index, 1)
         return bool(bound == gfn + 1)
 
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
@@ -326,7 +312,7 @@ class GfnIsIndex(LooksUp):
     """The binding is looked up at the gfn."""
 
     def is_bound(self, gfn: int, index: int) -> Steps[bool]:
-        (bound,) = yield from self.host.xa_load("bindings", gfn, 1)
+        (bound,) = yield from self.host.tree_load("bindings", gfn, 1)
         return bool(bound == gfn + 1)
 
 
@@ -396,7 +382,7 @@ class RestoresOnce(OurLibrary):
     def restore(self, folio: Folio) -> Steps[int]:
         ret = yield from self.host.set_direct_map_default_noflush(folio)
         if not ret:
-            yield from self.host.folio_set_private(folio, False)
+            yield from self.host.folio_set_no_direct_map(folio, False)
             yield from self.account(-folio.nr)
         return ret
 
@@ -408,7 +394,7 @@ class BoundAnywhere(LooksUp):
     """A fault looks whether the page is bound, and not whether it is bound there."""
 
     def is_bound(self, gfn: int, index: int) -> Steps[bool]:
-        (bound,) = yield from self.host.xa_load("bindings", index, 1)
+        (bound,) = yield from self.host.tree_load("bindings", index, 1)
         return bool(bound)
 
 
@@ -427,13 +413,13 @@ class BindOverwrites(OurLibrary):
             yield from host.end_op(-EBADF)
             return -EBADF
         yield from host.down_write("invalidate")
-        bound = yield from host.xa_load("bindings", 0, self.size)
+        bound = yield from host.tree_load("bindings", 0, self.size)
         if self.taken(bound[start:start + nr]):
             ret = -EEXIST
         elif (yield from host.vm_state()) != "running":
             ret = -ENODEV
         else:
-            ret = yield from host.xa_store("bindings", start, Entries(gfn + 1, nr, 1))
+            ret = yield from host.tree_store("bindings", start, Entries(gfn + 1, nr, 1))
         yield from host.end_op(ret)
         yield from host.up_write("invalidate")
         if ret or any(bound):
@@ -452,7 +438,7 @@ class LooksAtBothEnds(OurLibrary):
     """Nothing is to be done when the first and the last page are private: those between them are not looked at."""
 
     def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
-        attributes = yield from self.host.xa_load("attributes", start, nr)
+        attributes = yield from self.host.tree_load("attributes", start, nr)
         if attributes[0] == attributes[nr - 1] == PRIVATE_PAGE:
             return Conversion(0)
         return (yield from super().make_private_locked(start, nr))
@@ -508,7 +494,7 @@ class EvictRestoresFirst(OurLibrary):
         folios = yield from self.present(start, nr)
         for held in folios:
             locked = yield from self.host.lock_folio(held.folio)
-            if locked.private and not locked.hwpoison:
+            if locked.no_direct_map and not locked.hwpoison:
                 yield from self.restore(held.folio)
             yield from self.host.unlock_folio(held.folio)
         yield from self.put_all(folios)
@@ -557,5 +543,5 @@ class CreateLosesAnError(OurLibrary):
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         ret = yield from super().init_attributes(size, ())
         if not ret:
-            yield from self.host.xa_store("attributes", shared[0], Entries(SHARED_PAGE, len(shared)))
+            yield from self.host.tree_store("attributes", shared[0], Entries(SHARED_PAGE, len(shared)))
         return ret

@@ -6,6 +6,7 @@ Rule of this file: each is a `Spot` of tests/test_blind_spots.py, with the law t
 from __future__ import annotations
 
 from dataclasses import replace
+from errno import EAGAIN, EBUSY, EFAULT, ENOMEM
 
 from leave_out import without
 
@@ -13,7 +14,7 @@ from guest_memfd.core.gmem import Conversion, Held, filled
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.gunyah import client
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, ENOMEM, Entries, Folio, Locked, Steps
+from guest_memfd.words.primitives import Entries, Folio, Locked, Steps
 
 # -- contents that nobody asked to lose --------------------------------------------------------------------------------
 
@@ -27,7 +28,7 @@ class Truncates(OurLibrary):
         for held in folios:
             yield from self.host.unmap_mapping_pages(held.pgoff, held.folio.nr)
             locked = yield from self.host.lock_folio(held.folio)
-            if locked.private:
+            if locked.no_direct_map:
                 yield from self.return_to_kernel(held, True)
             yield from self.host.filemap_remove_folio(held.folio)
             yield from self.host.unlock_folio(held.folio)
@@ -103,7 +104,7 @@ class PoisonTruncates(OurLibrary):
         ret = yield from super().take_from_users(folio)
         locked = yield from self.host.lock_folio(folio)
         if not ret and locked.pgoff is not None:
-            if locked.private:
+            if locked.no_direct_map:
                 yield from self.account(-folio.nr)
             yield from self.host.filemap_remove_folio(folio)
         yield from self.host.unlock_folio(folio)
@@ -135,12 +136,12 @@ class PartlyUnbound(OurLibrary):
     """A refused unbind has taken the bindings before the page that refused."""
 
     def unbind_locked(self, start: int, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
-        bound = yield from self.host.xa_load("bindings", 0, self.size)
+        bound = yield from self.host.tree_load("bindings", 0, self.size)
         result, last = yield from super().unbind_locked(start, nr, reason)
         if result.ret == -EBUSY and result.error_index is not None and result.error_index > start:
             gone = result.error_index - start
             yield from self.host.mmu_invalidate_begin(start, gone)
-            yield from self.host.xa_store_reserved("bindings", start, Entries(0, gone))
+            yield from self.host.tree_store_reserved("bindings", start, Entries(0, gone))
             yield from self.host.mmu_invalidate_end()
             last = filled(bound) == filled(bound[start:start + gone])
         return result, last
@@ -156,9 +157,9 @@ class BindLeavesPart(OurLibrary):
                 primitive = steps.send(result)
             except StopIteration as stop:
                 return int(stop.value)
-            if primitive.name == "xa_store" and nr > 1:
+            if primitive.name == "tree_store" and nr > 1:
                 for at in range(nr):
-                    result = yield from self.host.xa_store("bindings", start + at, Entries(gfn + 1 + at, 1, 1))
+                    result = yield from self.host.tree_store("bindings", start + at, Entries(gfn + 1 + at, 1, 1))
                     if result:
                         break
             else:
@@ -196,7 +197,7 @@ class Removes(OurLibrary):
 
 
 class RemovesBackwards(Removes):
-    """A punch that fails has removed the pages behind the one that it names."""
+    """A punch that fails has removed the pages after the one that it names."""
 
     def order_of(self, folios: tuple[Held, ...]) -> tuple[Held, ...]:
         return folios[::-1]

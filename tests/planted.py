@@ -6,13 +6,15 @@ swapped, an error path forgotten, a count off by one, a lock not taken.
 
 from __future__ import annotations
 
+from errno import EAGAIN
+
 from guest_memfd.core.convert import CACHE_AND_LOOKUP
 from guest_memfd.core.gmem import Conversion, Grabbed, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
 from guest_memfd.hypervisors.kvm.default import KvmOps
-from guest_memfd.words.primitives import EAGAIN, Entries, Folio, Locked, Steps
+from guest_memfd.words.primitives import Entries, Folio, Locked, Steps
 
 
 def nothing() -> Steps[int]:
@@ -41,7 +43,7 @@ class ZapFailureLeavesMark(OurLibrary):
     def zap_noflush(self, folio: Folio) -> Steps[int]:
         ret = yield from self.account(folio.nr)
         if not ret:
-            yield from self.host.folio_set_private(folio, True)
+            yield from self.host.folio_set_no_direct_map(folio, True)
             ret = yield from self.host.set_direct_map_invalid_noflush(folio)
         return ret
 
@@ -52,14 +54,14 @@ class ZapFailureLeavesCount(OurLibrary):
         if not ret:
             ret = yield from self.host.set_direct_map_invalid_noflush(folio)
             if not ret:
-                yield from self.host.folio_set_private(folio, True)
+                yield from self.host.folio_set_no_direct_map(folio, True)
         return ret
 
 
 class GivenBeforeZapped(OurLibrary):
     def give_private(self, gfn: int, grabbed: Grabbed) -> Steps[int]:
         ret = yield from self.ops.prepare_private(gfn, grabbed.folio)
-        if not ret and not grabbed.private:
+        if not ret and not grabbed.no_direct_map:
             ret = yield from self.zap(grabbed.folio)
         return ret
 
@@ -176,7 +178,7 @@ class ConvertedInName(OurLibrary):
 
 class AttributeFirst(OurLibrary):
     def check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
-        ret = yield from self.host.xa_store("attributes", start, Entries(2, nr))
+        ret = yield from self.host.tree_store("attributes", start, Entries(2, nr))
         if ret:
             return Conversion(ret)
         return (yield from super().check_and_commit_private(start, nr, folios))
@@ -189,14 +191,14 @@ class StoredWithoutReserve(OurLibrary):
         result = yield from self.give_to_host(folios)
         yield from self.put_all(folios)
         if not result.ret:
-            yield from self.host.xa_store_reserved("attributes", start, Entries(1, nr))
+            yield from self.host.tree_store_reserved("attributes", start, Entries(1, nr))
         yield from self.host.mmu_invalidate_end()
         return result
 
 
 class FaultWithoutLock(OurLibrary):
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
-        (bound,) = yield from self.host.xa_load("bindings", index, 1)
+        (bound,) = yield from self.host.tree_load("bindings", index, 1)
         return (yield from self.fault_bound(gfn, index)) if bound == gfn + 1 else -14
 
 
@@ -264,7 +266,7 @@ class RestoredBeforeScrub(OurLibrary):
 class RestoredOnce(OurLibrary):
     def restore(self, folio: Folio) -> Steps[int]:
         ret = yield from self.host.set_direct_map_default_noflush(folio)
-        yield from self.host.folio_set_private(folio, False)
+        yield from self.host.folio_set_no_direct_map(folio, False)
         yield from self.account(-folio.nr)
         return ret
 
@@ -364,7 +366,7 @@ class NotUnmapped(KvmOps):
 
 class ReadThenLocked(OurLibrary):
     def user_fault(self, index: int) -> Steps[str]:
-        (attribute,) = yield from self.host.xa_load("attributes", index, 1)
+        (attribute,) = yield from self.host.tree_load("attributes", index, 1)
         yield from self.host.down_read("invalidate")
         answer = "SIGBUS" if attribute == 2 else (yield from AttributeNotAsked(self.ops, self.size).fault_shared(index))
         yield from self.host.up_read("invalidate")

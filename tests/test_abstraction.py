@@ -209,7 +209,7 @@ def test_it_is_told_of_all_frames_that_are_watched() -> None:
 def test_what_an_operation_is_about_ends_where_the_file_does(start: int, nr: int, mask: int) -> None:
     both = lent("three-pages")
     vmm = both.world.programs["vmm2"].number
-    for name, args in (("begin_op", ("punch", start, nr, None)), ("xa_reserve", ("attributes", start, nr))):
+    for name, args in (("begin_op", ("punch", start, nr, None)), ("tree_reserve", ("attributes", start, nr))):
         asked = Primitive(name, args, "library")
         both.step(vmm, asked, both.outcomes(vmm, asked)[0])
     assert (seen(both)[f"party{vmm}.scope"], seen(both)["file0.reserved"]) == (mask, mask)

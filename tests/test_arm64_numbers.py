@@ -12,6 +12,7 @@ from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
 from guest_memfd.machine.hw.arm64.registers import Tcr, Vtcr
 from guest_memfd.machine.hw.arm64.syndrome import Syndrome, fsc_name
 from guest_memfd.machine.hw.arm64.sysreg import BY_FIELD, ENCODINGS, TLBI, TLBI_BY_FIELD
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import direct_map, fault_info, text
 
 # Arm ARM, chapters D22 and C5.5
@@ -118,7 +119,7 @@ def test_signals_and_their_codes() -> None:
 
 def test_sizes_of_the_direct_map() -> None:
     # asm/pgtable-hwdef.h with 4 KiB pages; arch/arm64/mm/mmu.c for the flags
-    assert direct_map.PAGE_SIZE == 4 << 10
+    assert PAGE == 4 << 10
     assert direct_map.CONT_PTE_SIZE == 64 << 10
     assert direct_map.PMD_SIZE == 2 << 20
     assert direct_map.CONT_PMD_SIZE == 32 << 20

@@ -6,6 +6,7 @@ Law and length of the shortest trace are pinned; docs/bugs.md has the same in wo
 from __future__ import annotations
 
 from dataclasses import replace
+from errno import EIO, EOPNOTSUPP
 from typing import NamedTuple
 
 import mistakes
@@ -24,7 +25,7 @@ from guest_memfd.hypervisors.kvm import pkvm
 from guest_memfd.laws import LAWS
 from guest_memfd.scenarios import PARTIES, SCENES, Party
 from guest_memfd.scenarios.vmm import change
-from guest_memfd.words.primitives import EIO, EOPNOTSUPP, Host, Steps
+from guest_memfd.words.primitives import Host, Steps
 from guest_memfd.words.scene import Kernel, Scene
 
 USER = Host("user")
@@ -255,7 +256,7 @@ def test_library_refuses_a_kernel_that_cannot_change_its_direct_map(hypervisor: 
 
 def test_readers_on_a_kernel_that_does_not_ask() -> None:
     """AS_NO_DIRECT_MAP helps only where readers look at it."""
-    scene = Scene(name="old-readers", title="readers of page-cache folios ask nobody", kernel=Kernel(asks_mapping=False))
+    scene = Scene(name="old-readers", title="readers of page-cache folios ask no one", kernel=Kernel(asks_mapping=False))
     parties = [PARTIES["vcpu2"], PARTIES["page-cache-reader"]]
     found = findings(OurLibrary, HYPERVISORS["kvm"], scene, parties)
     assert shortest(found, "host-survives", "read_folio takes a translation fault") == 15

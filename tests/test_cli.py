@@ -575,7 +575,6 @@ mute = gmem_test_plugin:mute
 """
 
 
-
 def installed(folder: Path, entries: str) -> Path:
     (folder / "gmem_test_plugin.py").write_text(PLUGIN)
     info = folder / "gmem_test_plugin-1.dist-info"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from errno import ENOMEM, EOPNOTSUPP
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from guest_memfd.errors import BadInput
 from guest_memfd.explore.suite.check import check
 from guest_memfd.explore.suite.coverage import EVENTS, Coverage, covered
 from guest_memfd.words.facts import Ended, Returned
-from guest_memfd.words.primitives import ENOMEM, EOPNOTSUPP, Bound, Cost, Steps
+from guest_memfd.words.primitives import Bound, Cost, Steps
 
 FAULTS = ["vcpu2", "stop"]
 
@@ -100,9 +101,10 @@ def test_it_is_said_and_the_exit_code_is_3(
 ) -> None:
     monkeypatch.setattr(DESIGNS, "_known", {**DESIGNS._known})              # what is loaded goes again
     file = tmp_path / "no_memory.py"
-    file.write_text(f"""from typing import Any
+    file.write_text(f"""from errno import ENOMEM
+from typing import Any
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.words.primitives import ENOMEM, Steps
+from guest_memfd.words.primitives import Steps
 
 {inspect.getsource(NoMemory)}""")
     asked = ["check", f"{file}:NoMemory", "--hypervisor", "kvm", "--parties", ",".join(FAULTS), "--law", "one-owner"]

@@ -17,10 +17,10 @@ from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage1, walk
 from guest_memfd.machine.hw.buddy import Buddy, OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, BusError, Ram
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.machine.linux.mm import CHUNK, FIRST, FileMapping, Mm
-from guest_memfd.machine.linux.page import Page
 from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.words.primitives import Entries
 
@@ -138,7 +138,7 @@ def test_a_terabyte_of_entries_is_one_range() -> None:
 
 
 def test_a_reference_dropped_twice_is_an_error() -> None:
-    page = Page(0, 0)
+    page = LinuxFolio(0, 0)
     page.take("cache")
     assert page.drop("cache")
     with pytest.raises(ValueError, match="cache"):

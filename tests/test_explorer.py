@@ -156,10 +156,10 @@ def for_ever() -> Steps[None]:
 
 def test_a_loop_of_loads_that_nobody_ends_is_a_livelock() -> None:
     def reads() -> Steps[None]:
-        while (yield from US.xa_load("attributes", 0, 1)) == (0,):
+        while (yield from US.tree_load("attributes", 0, 1)) == (0,):
             pass
 
-    machine = Toy(xa_load=lambda byte, party, args: [end((byte,), byte)],
+    machine = Toy(tree_load=lambda byte, party, args: [end((byte,), byte)],
                   clear_folio=lambda byte, party, args: [end(None, 1)])
     (finding,) = run(machine, reads).findings
     assert (finding.law, finding.evidence, finding.steps) == ("progress", NEVER_ENDS, [])
@@ -549,8 +549,8 @@ def test_a_local_variable_without_a_hash_is_refused() -> None:
 def test_places_without_end_between_two_steps_are_refused() -> None:
     def counts() -> Steps[None]:
         reads = 0
-        while (yield from US.xa_load("attributes", 0, 1)) == (0,):
+        while (yield from US.tree_load("attributes", 0, 1)) == (0,):
             reads += 1
 
-    with pytest.raises(DesignRaised, match=r"'p0' goes on and on .*, at xa_load\(attributes, 0, 1\)"):
-        explorer(Toy(xa_load=lambda byte, party, args: [end((0,), byte)]), counts).run()
+    with pytest.raises(DesignRaised, match=r"'p0' goes on and on .*, at tree_load\(attributes, 0, 1\)"):
+        explorer(Toy(tree_load=lambda byte, party, args: [end((0,), byte)]), counts).run()

@@ -163,7 +163,7 @@ class Forgets(OurLibrary):
         return 0
 
     def unpacked(self, index: int) -> Steps[int]:
-        (bound,) = self.host.xa_load("bindings", index, 1)
+        (bound,) = self.host.tree_load("bindings", index, 1)
         yield from ()
         return int(bound)                               # type: ignore[call-overload, no-any-return]
 
@@ -184,7 +184,7 @@ class Forgets(OurLibrary):
 
 @pytest.mark.parametrize(("name", "called"), [
     ("dropped", "self.zap"), ("of_the_host", "host.unlock_folio"), ("of_the_driver", "self.ops.reclaim"),
-    ("returned", "self.zap"), ("asked", "self.host.folio_mapped"), ("unpacked", "self.host.xa_load"),
+    ("returned", "self.zap"), ("asked", "self.host.folio_mapped"), ("unpacked", "self.host.tree_load"),
     ("yielded", "self.host.fput"), ("of_the_base", "super().flush"), ("no_procedure", "self.host.fput"),
     ("asks_a_function", "opens"),
 ])

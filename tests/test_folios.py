@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from errno import EAGAIN, EBADF, EBUSY, EEXIST, EFAULT, EINVAL, EIO, ENOENT, ENOMEM
 from typing import Any
 
 import pytest
@@ -17,25 +18,10 @@ from guest_memfd.core.file import runs
 from guest_memfd.core.gmem import Conversion, Grabbed, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.errors import EHWPOISON
 from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import (
-    EAGAIN,
-    EBADF,
-    EBUSY,
-    EEXIST,
-    EFAULT,
-    EHWPOISON,
-    EINVAL,
-    EIO,
-    ENOENT,
-    ENOMEM,
-    Folio,
-    Locked,
-    Lookup,
-    Primitive,
-    Steps,
-)
+from guest_memfd.words.primitives import Folio, Locked, Lookup, Primitive, Steps
 
 
 class Splitting(OurLibrary):
@@ -78,7 +64,7 @@ class PageCache:
             return self.fails[primitive.name].pop(0)
         return getattr(self, f"_{primitive.name}", lambda *_args: 0)(*args)
 
-    def _xa_load(self, tree: str, start: int, nr: int) -> tuple[int, ...]:
+    def _tree_load(self, tree: str, start: int, nr: int) -> tuple[int, ...]:
         entries, hole = (self.attributes, PRIVATE_PAGE) if tree == "attributes" else (self.bound, 0)
         return tuple(entries.get(index, hole) for index in range(start, start + nr))
 
@@ -154,7 +140,7 @@ def test_folios_are_told_by_their_heads() -> None:
     cache = PageCache({4: two, 6: one}, {4: PRIVATE_PAGE, 5: PRIVATE_PAGE, 6: SHARED_PAGE}, {4: 11, 5: 12})
     found, done = asked(library().present(5, 3), cache)
     assert found == (Held(two, 4, 10, True), Held(one, 6, None, False))
-    assert done == ["xa_load(bindings, 5, 3)", "xa_load(attributes, 5, 3)", *gets(5, 6, 7)]
+    assert done == ["tree_load(bindings, 5, 3)", "tree_load(attributes, 5, 3)", *gets(5, 6, 7)]
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -202,7 +188,7 @@ def test_nothing_is_flushed_where_nothing_was_zapped() -> None:
     assert not any(step.startswith("flush") for step in done)
     ret, done = asked(library().zap(Folio(1)), PageCache(fails={"set_direct_map_invalid_noflush": [-ENOMEM]}))
     assert ret == -ENOMEM
-    assert done[-2:] == ["folio_set_private(pfn1, False)", "pm_account(-1)"]
+    assert done[-2:] == ["folio_set_no_direct_map(pfn1, False)", "pm_account(-1)"]
 
 
 def test_a_zap_that_fails_ends_the_batch_and_what_was_zapped_is_flushed() -> None:
@@ -212,8 +198,8 @@ def test_a_zap_that_fails_ends_the_batch_and_what_was_zapped_is_flushed() -> Non
     assert result == Conversion(-ENOMEM)
     assert "flush_tlb_kernel_range((Folio(pfn=0, order=0),))" in done
     assert "lock_folio(pfn2)" not in done
-    assert "xa_release(attributes)" in done
-    assert not any(step.startswith("xa_store_reserved") for step in done)
+    assert "tree_release(attributes)" in done
+    assert not any(step.startswith("tree_store_reserved") for step in done)
 
 
 @pytest.mark.parametrize(("name", "entry"), [("make_private", PRIVATE_PAGE), ("make_shared", SHARED_PAGE)])
@@ -222,7 +208,7 @@ def test_what_is_so_already_costs_a_look(name: str, entry: int) -> None:
     result, done = asked(convert(2, 3), PageCache(attributes=dict.fromkeys(range(64), entry)))
     assert result == Conversion(0)
     assert [step for step in done if "op(" not in step] == [
-        "down_write(invalidate)", "xa_load(attributes, 2, 3)", "up_write(invalidate)"]
+        "down_write(invalidate)", "tree_load(attributes, 2, 3)", "up_write(invalidate)"]
 
 
 # -- grab --------------------------------------------------------------------------------------------------------------
@@ -284,7 +270,7 @@ def test_an_entry_of_the_direct_map_is_put_back_in_two_attempts(errors: list[int
     ret, done = asked(library().restore(folio), PageCache(fails={"set_direct_map_default_noflush": [*errors]}))
     assert ret == result
     assert done.count("set_direct_map_default_noflush(pfn1)") == attempts
-    assert done[attempts:] == ([] if ret else ["folio_set_private(pfn1, False)", "pm_account(-1)"])
+    assert done[attempts:] == ([] if ret else ["folio_set_no_direct_map(pfn1, False)", "pm_account(-1)"])
 
 
 # -- removal -----------------------------------------------------------------------------------------------------------
@@ -338,8 +324,9 @@ def test_what_is_unmapped_for_broken_memory_is_that_folio() -> None:
     assert result == "delayed"
     assert done == [
         "igrab()", "unlock_folio(pfn8/o2)", "down_read(invalidate)", "lock_folio(pfn8/o2)", "unlock_folio(pfn8/o2)",
-        "mmu_invalidate_begin(8, 4)", "unmap_mapping_pages(8, 4)", "xa_load(bindings, 8, 1)", "xa_load(attributes, 8, 1)",
-        "hypercall(mmu_unmap, 0, pfn8/o2)", "mmu_invalidate_end()", "up_read(invalidate)", "iput()", "lock_folio(pfn8/o2)"]
+        "mmu_invalidate_begin(8, 4)", "unmap_mapping_pages(8, 4)", "tree_load(bindings, 8, 1)",
+        "tree_load(attributes, 8, 1)", "hypercall(mmu_unmap, 0, pfn8/o2)", "mmu_invalidate_end()", "up_read(invalidate)",
+        "iput()", "lock_folio(pfn8/o2)"]
 
 
 def _alive(cache: PageCache) -> Any:
@@ -403,7 +390,8 @@ def test_readers_are_turned_away_where_private_pages_leave_the_direct_map(design
     assert ret == 0
     assert [step for step in done if "direct_map" in step] == (
         ["can_set_direct_map()", "mapping_set_no_direct_map()"] if design.no_direct_map else [])
-    assert [step for step in done if "xa_store" in step] == ["xa_store(attributes, 0, 2 x 4)", "xa_store(attributes, 1, 1)"]
+    assert [step for step in done if "tree_store" in step] == [
+        "tree_store(attributes, 0, 2 x 4)", "tree_store(attributes, 1, 1)"]
 
 
 ASKS = ("can_set_direct_map", "try_module_get")
@@ -424,7 +412,7 @@ def test_a_page_is_bound_once_and_the_first_binding_holds_the_file(bound: dict[i
     cache = PageCache(bound=bound, fails={"vm_state": ["running"]})
     got, done = asked(library().bind(40, start, 2), _alive(cache))
     assert got == ret
-    assert done[3] == "xa_load(bindings, 0, 64)"
+    assert done[3] == "tree_load(bindings, 0, 64)"
     assert done[-2 if ret or bound else -1:] == [
         "up_write(invalidate)", *(["fput()"] if ret or bound else [])]
 
@@ -432,7 +420,7 @@ def test_a_page_is_bound_once_and_the_first_binding_holds_the_file(bound: dict[i
 def test_of_pages_that_are_not_bound_nothing_is_announced() -> None:
     result, done = asked(library().unbind(4, 2), _alive(two(SHARED_PAGE)))
     assert result == Conversion(-ENOENT)
-    assert done[3:] == ["xa_load(bindings, 0, 64)", "end_op(-2, None)", "up_write(invalidate)", "fput()"]
+    assert done[3:] == ["tree_load(bindings, 0, 64)", "end_op(-2, None)", "up_write(invalidate)", "fput()"]
 
 
 def test_a_vm_is_let_go_when_all_is_back_and_before_the_file_may_go() -> None:
@@ -506,22 +494,22 @@ def test_the_hypervisor_is_asked_for_every_page_before_any_is_taken(
     assert got == result
     reason = {"make_private": "to_private", "make_shared": "to_shared", "punch_hole": "punch"}.get(name, name)
     assert ", ".join(ops.calls) == ", ".join(filter(None, [f"invalidate 6 {reason}, invalidate 7 {reason}", calls]))
-    assert ("xa_store_reserved" in str(done)) == (result.ret == 0 and name != "punch_hole")
+    assert ("tree_store_reserved" in str(done)) == (result.ret == 0 and name != "punch_hole")
     balanced(cache, done)
 
 
 @pytest.mark.parametrize(("name", "attribute", "ranged"), [
-    ("make_private", SHARED_PAGE, {"unmap_mapping_pages", "mmu_invalidate_begin", "xa_reserve"}),
-    ("make_shared", PRIVATE_PAGE, {"mmu_invalidate_begin", "xa_reserve"}),
+    ("make_private", SHARED_PAGE, {"unmap_mapping_pages", "mmu_invalidate_begin", "tree_reserve"}),
+    ("make_shared", PRIVATE_PAGE, {"mmu_invalidate_begin", "tree_reserve"}),
     ("punch_hole", PRIVATE_PAGE, {"unmap_mapping_pages", "mmu_invalidate_begin"}),
     ("unbind", PRIVATE_PAGE, {"mmu_invalidate_begin"}),
 ])
 def test_what_is_done_to_a_range_is_done_to_all_of_it_and_no_more(name: str, attribute: int, ranged: set[str]) -> None:
     _, done = asked(getattr(library(), name)(2, 2), _alive(two(attribute)))
-    about = [step for step in done if step.startswith(("unmap_mapping_pages", "mmu_invalidate_begin", "xa_reserve"))]
+    about = [step for step in done if step.startswith(("unmap_mapping_pages", "mmu_invalidate_begin", "tree_reserve"))]
     assert {step.partition("(")[0] for step in about} == ranged
     assert all(step.endswith("2, 2)") for step in about)
-    stores = [at for at, step in enumerate(done) if step.startswith("xa_store_reserved")]
+    stores = [at for at, step in enumerate(done) if step.startswith("tree_store_reserved")]
     assert all(done.index("mmu_invalidate_begin(2, 2)") < at < done.index("mmu_invalidate_end()") for at in stores)
 
 
@@ -612,7 +600,7 @@ def test_a_dying_vm_gives_everything_back(answers: list[int], ret: int, calls: l
     ops, cache = Recorded(*answers), two(PRIVATE_PAGE)
     got, done = asked(OurLibrary(ops, 64).vm_teardown(), _alive(cache))
     assert (got, ops.calls) == (ret, calls)
-    assert ("xa_store_reserved(bindings, 0, 0 x 64)" in done) == stored
+    assert ("tree_store_reserved(bindings, 0, 0 x 64)" in done) == stored
     given_up = [step for step in done if any(word in step for word in ("unmap_mapping", "leak", "filemap_remove"))]
     assert given_up == (["unmap_mapping_pages(2, 1)", "leak_folio(pfn2)", "filemap_remove_folio(pfn2)"]
                         if -EIO in answers else [])

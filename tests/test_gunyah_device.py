@@ -404,23 +404,23 @@ def test_functions(scene: Scene) -> None:
     assert errno_of(vm.add_function, 9, bytes(4)) == ENOENT
     assert errno_of(vm.add_function, u.FnType.VCPU, bytes(5)) == EINVAL
     assert errno_of(vm.add_vcpu, 0) == EEXIST
-    assert errno_of(vm.remove_function, u.FnType.VCPU, u.FnVcpuArg(1).pack()) == ENOENT
+    assert errno_of(vm.remove_function, u.FnType.VCPU, bytes(u.FnVcpuArg(1))) == ENOENT
     assert errno_of(vm.remove_function, 9, bytes(4)) == ENOENT
-    irqfd = u.FnIrqfdArg(3, 7, u.IRQFD_LEVEL)
-    assert errno_of(vm.add_function, u.FnType.IRQFD, irqfd._replace(flags=2).pack()) == EINVAL
-    vm.add_function(u.FnType.IRQFD, irqfd.pack())
-    assert errno_of(vm.add_function, u.FnType.IRQFD, irqfd.pack()) == EEXIST
-    vm.remove_function(u.FnType.IRQFD, irqfd.pack())
-    good = u.FnIoeventfdArg(5, SHARED, 8, 4, u.IOEVENTFD_DATAMATCH)
-    for bad in (good._replace(len=3), good._replace(flags=2), good._replace(len=0), good._replace(addr=(1 << 64) - 1)):
-        assert errno_of(vm.add_function, u.FnType.IOEVENTFD, bad.pack()) == EINVAL
-    assert errno_of(vm.add_function, u.FnType.IOEVENTFD, good._replace(fd=-1).pack()) == EBADF
+    irqfd = bytes(u.FnIrqfdArg(3, 7, u.IRQFD_LEVEL))
+    assert errno_of(vm.add_function, u.FnType.IRQFD, bytes(u.FnIrqfdArg(3, 7, 2))) == EINVAL
+    vm.add_function(u.FnType.IRQFD, irqfd)
+    assert errno_of(vm.add_function, u.FnType.IRQFD, irqfd) == EEXIST
+    vm.remove_function(u.FnType.IRQFD, irqfd)
+    good = {"datamatch": 5, "addr": SHARED, "len": 8, "fd": 4, "flags": u.IOEVENTFD_DATAMATCH}
+    for change, errno in (({"len": 3}, EINVAL), ({"flags": 2}, EINVAL), ({"len": 0}, EINVAL),
+                          ({"addr": (1 << 64) - 1}, EINVAL), ({"fd": -1}, EBADF)):
+        assert errno_of(vm.add_function, u.FnType.IOEVENTFD, bytes(u.FnIoeventfdArg(**good | change))) == errno
     nothing_is_lost(scene)
 
 
 def test_ioeventfd_takes_what_matches(scene: Scene) -> None:
     event = u.FnIoeventfdArg(5, SHARED, 8, 4, u.IOEVENTFD_DATAMATCH)
-    scene.vm.add_function(u.FnType.IOEVENTFD, event.pack())
+    scene.vm.add_function(u.FnType.IOEVENTFD, bytes(event))
     scene.vm.start()
     (function,) = (f for (kind, _), f in scene.vm.functions.items() if kind == u.FnType.IOEVENTFD)
     assert scene.write(SHARED, 5) == 0
@@ -437,7 +437,7 @@ def test_run_before_start_and_after_removal(scene: Scene) -> None:
     scene.vm.start()
     late = scene.vm.add_vcpu(3)
     assert errno_of(late.run) == ENODEV
-    scene.vm.remove_function(u.FnType.VCPU, u.FnVcpuArg(0).pack())
+    scene.vm.remove_function(u.FnType.VCPU, bytes(u.FnVcpuArg(0)))
     assert errno_of(scene.vcpu.run) == ENODEV
     late.close()
     nothing_is_lost(scene)
@@ -450,13 +450,13 @@ def test_immediate_exit_and_resume_actions(scene: Scene) -> None:
     assert errno_of(scene.vcpu.run) == EINTR
     page.immediate_exit = 0
     assert scene.read(SHARED) == u.MmioExit(SHARED, bytes(8), False)
-    page.resume_action = 3
+    page.mmio.resume_action = 3
     assert errno_of(scene.vcpu.run) == EINVAL
-    page.resume_action = u.ResumeAction.RETRY                   # nothing is bound there yet: once more
+    page.mmio.resume_action = u.ResumeAction.RETRY                   # nothing is bound there yet: once more
     assert scene.vcpu.run() == u.MmioExit(SHARED, bytes(8), False)
     file = scene.bound(SHARED, PAGE, SHARE | RW)
     poke(file, MAGIC)
-    page.resume_action = u.ResumeAction.RETRY
+    page.mmio.resume_action = u.ResumeAction.RETRY
     assert scene.order(0) == MAGIC
     nothing_is_lost(scene)
 
@@ -464,7 +464,7 @@ def test_immediate_exit_and_resume_actions(scene: Scene) -> None:
 def test_a_fault_the_guest_gets(scene: Scene) -> None:
     scene.vm.start()
     assert scene.read(SHARED) == u.MmioExit(SHARED, bytes(8), False)
-    scene.vcpu.page.resume_action = u.ResumeAction.FAULT
+    scene.vcpu.page.mmio.resume_action = u.ResumeAction.FAULT
     assert scene.vcpu.run() == u.PageFaultExit(0, -ENOENT)     # its vectors are at 0, where it has nothing
     (vcpu,) = scene.vm.linux.handle.vcpus
     assert vcpu.cpu.sysreg("ESR_EL1") & 0x3F == 0x10
@@ -484,7 +484,7 @@ def test_memory_the_guest_may_not_write(scene: Scene) -> None:
         # S25: the exit before was a read, so this is taken for one, and the page is provided again and again.
         with pytest.raises(SyscallFailed, match="leads nowhere"):
             scene.write(SHARED, MAGIC)
-        scene.vcpu.page.raw[36] = 1                             # user space may say what it likes
+        scene.vcpu.page.mmio.is_write = 1                       # user space may say what it likes
         assert scene.vcpu.run() == u.MmioExit(SHARED, MAGIC.to_bytes(8, "little"), True)
         assert scene.order(0) == 0
     assert scene.read(LENT) == u.PageFaultExit(LENT, -EINVAL)   # S24: the hypervisor has no read-only private pages

@@ -91,7 +91,7 @@ def test_lending_takes_the_page_from_every_tlb_of_the_host(m: Machine, pa: int, 
     assert m.host_reads(pa + size)
     assert m.el2.owner(pa) == ("guest", m.vm)
     assert not m.el2.host_may(pa)
-    assert m.vm.guest_maps(pa + size - PAGE) == LENT + size - PAGE
+    assert m.vm.ipa_of(pa + size - PAGE) == LENT + size - PAGE
     assert m.vm.locked(LENT)
     assert [leaf.size for leaf in m.vm.space.mappings()] == [size]
     m.check()
@@ -331,7 +331,7 @@ class Model:
         self.maps[pfn] = None
         return True
 
-    def guest_maps(self, pfn: int) -> int | None:
+    def gfn_of(self, pfn: int) -> int | None:
         return self.maps[pfn]
 
     def scrub(self, pfn: int) -> None:
@@ -401,7 +401,7 @@ def compare(m: Machine, model: Model, page: int, size: int) -> None:
     assert (owner if isinstance(owner, str) else owner[0] if owner else None) == model.owners[page]
     assert m.el2.host_may(at) == model.host[page]
     gfn = model.maps[page]
-    assert m.vm.guest_maps(at) == (None if gfn is None else place(gfn, size))
+    assert m.vm.ipa_of(at) == (None if gfn is None else place(gfn, size))
     if gfn is not None and gfn < PAGES:
         assert m.vm.locked(place(gfn, size)) == model.lock[page]
 
@@ -428,7 +428,7 @@ def step(m: Machine, name: str, pfn: int, size: int) -> int:
         return remap(calls[name]())
     if name == "kill":
         m.vm.kill()
-    elif m.vm.running and m.vm.guest_maps(at) == lent:
+    elif m.vm.running and m.vm.ipa_of(at) == lent:
         if name == "unlock":
             assert m.unlock(lent, size) == 0
         elif (stop := guest_access(m, lent, "w")) is not None:

@@ -117,7 +117,7 @@ def test_map_vmmio_errors(m: Machine, pa: int, what: str, change: dict[str, int]
     assert m.donate(2, m.vm.caps.host_shared, m.vm.caps.guest_shared, pa, 4 * PAGE) == 0
     args = {"ipa": DEVICE, "offset": 0, "attributes": RW} | change
     assert m.map(args["ipa"], pa + args["offset"], PAGE, args["attributes"], VMMIO) == error
-    assert (m.vm.guest_maps(pa) is None) == bool(error)
+    assert (m.vm.ipa_of(pa) is None) == bool(error)
     m.check()
 
 
@@ -141,10 +141,10 @@ def test_vmmio_replaces_silently_and_nothing_of_the_old_page_stays(m: Machine, p
     assert m.guest_walk(DEVICE + PAGE) == pa + PAGE
     assert m.map(DEVICE + PAGE, pa, PAGE, RW, VMMIO) == 0
     assert m.guest_walk(DEVICE + PAGE) == pa
-    assert m.vm.guest_maps(pa) == DEVICE
-    assert m.vm.guest_maps(pa + PAGE) is None
+    assert m.vm.ipa_of(pa) == DEVICE
+    assert m.vm.ipa_of(pa + PAGE) is None
     assert m.unmap(DEVICE, pa, flags=VMMIO) == 0
-    assert m.vm.guest_maps(pa) == DEVICE + PAGE
+    assert m.vm.ipa_of(pa) == DEVICE + PAGE
     m.check()
 
 
@@ -162,7 +162,7 @@ def test_mapping_over_a_locked_page_is_refused_and_over_a_relinquished_one_zeroe
     assert m.unlock(LENT, flags=3) == 0
     assert m.map(LENT, pa + PAGE) == 0
     assert m.ram.read64(pa) == 0
-    assert m.vm.guest_maps(pa) is None
+    assert m.vm.ipa_of(pa) is None
     assert m.guest_walk(LENT) == pa + PAGE
     m.check()
 

@@ -214,13 +214,13 @@ def test_accept_and_release(m: Machine) -> None:
     assert vm is not None
     request = Accept(handle, 0, Transaction.SHARE, 128, 7, (Sgl(64 * GIB, PAGE), Sgl(65 * GIB, 2 * PAGE)))
     assert guest.call(Id.MEM_ACCEPT, p.encode_accept(request))[0] == 0
-    assert [vm.guest_maps(pa) for pa in (0x9000_0000, 0x9000_1000, 0x9100_0000)] == [64 * GIB, 65 * GIB, 65 * GIB + PAGE]
+    assert [vm.ipa_of(pa) for pa in (0x9000_0000, 0x9000_1000, 0x9100_0000)] == [64 * GIB, 65 * GIB, 65 * GIB + PAGE]
     assert m.linux.mem_reclaim(handle) == -22           # MEM_INUSE
     assert guest.call(Id.MEM_ACCEPT, p.encode_accept(request))[0] == -1
     assert guest.call(Id.MEM_RELEASE, p.encode_handle(handle, 2))[0] == -22
     assert guest.call(Id.MEM_RELEASE, p.encode_handle(handle, RmMemFlag.SANITIZE))[0] == 0
     assert guest.call(Id.MEM_RELEASE, p.encode_handle(handle))[0] == -22
-    assert vm.guest_maps(0x9000_0000) is None
+    assert vm.ipa_of(0x9000_0000) is None
     assert m.linux.mem_reclaim(handle) == 0
     assert vm.space.table.pages.violations == []
 
@@ -247,7 +247,7 @@ def test_accept_errors(m: Machine, what: str, change: dict[str, Any], error: RmE
     assert m.rm._answer(vmid, message)[0] == error
     vm = m.rm.vms[vmid].vm
     assert vm is not None
-    assert (vm.guest_maps(0x9000_0000) is None) == bool(error)
+    assert (vm.ipa_of(0x9000_0000) is None) == bool(error)
     assert m.rm._answer(0x99, message)[0] == RmError.DENIED
 
 

@@ -340,7 +340,7 @@ def test_address_layout(m: Machine) -> None:
     assert linux.vm_call(Id.VM_INIT, vmid) == 0
     vm = m.rm.vms[vmid].vm
     assert vm is not None
-    assert vm.guest_maps(m.ram.base) == BASE + GIB
+    assert vm.ipa_of(m.ram.base) == BASE + GIB
 
 
 def test_init_that_fails(m: Machine) -> None:
@@ -362,7 +362,7 @@ def test_the_image_of_a_running_vm_is_its_ordinary_memory(m: Machine) -> None:
     assert vm is not None
     assert m.el2.owner(m.ram.base) == ("guest", vm)
     assert not m.el2.host_may(m.ram.base)
-    assert vm.guest_maps(m.ram.base) == BASE
+    assert vm.ipa_of(m.ram.base) == BASE
     assert vm.locked(BASE)
     assert m.ram.read64(m.ram.base) == 0xD00DFEED
     assert m.linux.mem_reclaim(handle) == -22
@@ -379,7 +379,7 @@ def test_a_shared_image_stays_the_hosts_to_read(m: Machine) -> None:
     assert vm is not None
     assert m.el2.owner(m.ram.base) == ("shared", vm)
     assert m.el2.host_may(m.ram.base)
-    assert vm.guest_maps(m.ram.base) == 16 * MIB
+    assert vm.ipa_of(m.ram.base) == 16 * MIB
     assert m.linux.vm_stop(vmid) == 0
     assert m.linux.vm_call(Id.VM_RESET, vmid) == 0
     assert m.el2.owner(m.ram.base) == "host"

@@ -186,7 +186,7 @@ def life(scene_of: Callable[[], Scene], fail: Callable[[Machine], None]) -> tupl
                 got = scene.write(where, MAGIC)
             elif isinstance(got, u.MmioExit):                   # a device is what it looks like without the page
                 seen.append(ENOMEM)
-                scene.vcpu.page.resume_action = u.ResumeAction.RETRY
+                scene.vcpu.page.mmio.resume_action = u.ResumeAction.RETRY
                 got = scene.write(where, MAGIC)
             assert got == 0
         assert scene.unlock(LENT, PAGE) in (0, 10)

@@ -346,11 +346,11 @@ def test_set_boot_context(scene: Scene) -> None:
 
 
 def test_add_and_remove_vcpu(scene: Scene) -> None:
-    scene.vm.remove_function(u.FnType.VCPU, u.FnVcpuArg(0).pack())
+    scene.vm.remove_function(u.FnType.VCPU, bytes(u.FnVcpuArg(0)))
     for _ in range(3):
         with scene.vm.add_vcpu(0) as vcpu:
             assert vcpu.page.exit_reason == u.GunyahExitReason.UNKNOWN
-            scene.vm.remove_function(u.FnType.VCPU, u.FnVcpuArg(0).pack())
+            scene.vm.remove_function(u.FnType.VCPU, bytes(u.FnVcpuArg(0)))
 
 
 @pytest.mark.parametrize("message", [Id.MEM_LEND, Id.VM_INIT, Id.VM_START])

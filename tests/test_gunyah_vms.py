@@ -140,7 +140,7 @@ def test_destroying_without_memory_can_be_repeated(m: Machine, pa: int) -> None:
         with pytest.raises(HypRefused, match="NOMEM"):
             m.vm.destroy()
         assert m.el2.owner(pa) == ("guest", m.vm)
-        assert m.vm.guest_maps(pa + GIB) == LENT
+        assert m.vm.ipa_of(pa + GIB) == LENT
     m.vm.destroy()
     assert m.el2.owner(pa) == "host"
     assert m.el2.owner(pa + PAGE) == ("guest", other)
@@ -172,7 +172,7 @@ def test_two_vms_do_not_see_each_other(m: Machine, pa: int) -> None:
     assert m.hvc(hc.ADDRSPACE_MAP, other.caps.addrspace, other.caps.guest_private, GIB, RWX, *args) == E.DENIED
     assert m.donate(Donation.FROM_PROTECTED, other.caps.guest_private, other.caps.host_private, pa) == E.MEMDB_NOT_OWNER
     assert m.el2.owner(pa) == ("guest", m.vm)
-    assert other.guest_maps(pa) is None
+    assert other.ipa_of(pa) is None
 
 
 # -- vCPUs -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from errno import EAGAIN, EBUSY, EINVAL, ENOMEM, EOPNOTSUPP, EPERM
 from typing import Any
 
 import pytest
@@ -30,7 +31,6 @@ from guest_memfd.machine.linux.snapshot import (
     safe_copy_page,
     saveable_page,
 )
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EINVAL, ENOMEM, EOPNOTSUPP, EPERM
 
 BASE = 0x8000_0000
 PAGES = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from errno import EINVAL, ENOMEM
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.primitives import EINVAL, ENOMEM
 
 MIB = 1 << 20
 GFN = 0x4_0000
@@ -64,11 +64,11 @@ def test_first_tables_as_kvm_picks_them() -> None:
 def test_map_and_unmap(machine: Machine) -> None:
     pa, tables = machine.kernel.alloc(), machine.kernel.free_pages
     assert machine.vm.map(GFN, pa // PAGE) == 0
-    assert machine.vm.guest_maps(pa + 5) == IPA + 5
+    assert machine.vm.ipa_of(pa + 5) == IPA + 5
     for cpu in (0, 1):
         assert machine.guest(IPA + 5, "w", cpu) == pa + 5
     assert machine.vm.unmap(GFN) == 0
-    assert machine.vm.guest_maps(pa) is None
+    assert machine.vm.ipa_of(pa) is None
     assert not machine.holds(IPA)
     assert machine.kernel.free_pages == tables, "empty tables are freed"
     with pytest.raises(Fault, match="translation"):
@@ -93,16 +93,16 @@ def test_a_page_replaces_another_and_a_block_pages(machine: Machine) -> None:
     for pa in (first, second):
         assert machine.vm.map(GFN, pa // PAGE) == 0
         assert machine.guest(IPA) == pa
-    assert machine.vm.guest_maps(first) is None
+    assert machine.vm.ipa_of(first) is None
     before = machine.kernel.free_pages
     assert machine.vm.map(GFN, block // PAGE, 512) == 0
     assert machine.guest(IPA + 7 * PAGE) == block + 7 * PAGE
     assert machine.kernel.free_pages == before + 1, "the table it replaced"
-    assert machine.vm.guest_maps(second) is None
-    assert machine.vm.guest_maps(block + 9 * PAGE) == IPA + 9 * PAGE
+    assert machine.vm.ipa_of(second) is None
+    assert machine.vm.ipa_of(block + 9 * PAGE) == IPA + 9 * PAGE
     assert machine.vm.map(GFN + 3, first // PAGE) == 0, "a page in a block: the rest is faulted in again"
     assert machine.guest(IPA + 3 * PAGE) == first
-    assert machine.vm.guest_maps(block) is None
+    assert machine.vm.ipa_of(block) is None
     with pytest.raises(Fault, match="translation"):
         machine.guest(IPA + 7 * PAGE)
     assert not machine.vm.page_table.violations
@@ -113,8 +113,8 @@ def test_unmap_of_a_range_takes_whole_blocks(machine: Machine) -> None:
     assert machine.vm.map(GFN, block // PAGE, 512) == 0
     assert machine.vm.map(GFN + 600, page // PAGE) == 0
     assert machine.vm.unmap(GFN + 100, 512) == 0
-    assert machine.vm.guest_maps(block) is None
-    assert machine.vm.guest_maps(page) is None
+    assert machine.vm.ipa_of(block) is None
+    assert machine.vm.ipa_of(page) is None
     assert machine.vm.pgt.tables == 0
 
 

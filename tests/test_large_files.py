@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from errno import EINVAL
 from typing import Any, overload
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from guest_memfd.core.gmem import Conversion
 from guest_memfd.core.library import Library
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.words.primitives import EINVAL, Entries, Folio, Locked, Lookup, Primitive, Steps
+from guest_memfd.words.primitives import Entries, Folio, Locked, Lookup, Primitive, Steps
 
 TIB = 1 << 28
 """Pages."""
@@ -82,16 +83,16 @@ class SparseHost:
     def tree(self, name: str, size: int = TIB) -> Runs:
         return Runs(self.trees.setdefault(name, [Entries(0, size)]))
 
-    def xa_load(self, name: str, start: int, nr: int) -> Runs:
+    def tree_load(self, name: str, start: int, nr: int) -> Runs:
         return self.tree(name)[start:start + nr]
 
-    def xa_store(self, name: str, start: int, values: Entries) -> int:
+    def tree_store(self, name: str, start: int, values: Entries) -> int:
         there = self.tree(name)
         parts = [*there[:start].parts, values, *there[start + len(values):].parts]
         self.trees[name] = [part for part in parts if len(part)]
         return 0
 
-    xa_store_reserved = xa_store
+    tree_store_reserved = tree_store
 
     def filemap_get_folio(self, index: int) -> Lookup | None:
         head = index >> self.order << self.order

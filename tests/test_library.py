@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EAGAIN, EBUSY, EEXIST, EFAULT, EINVAL, ENODEV, ENOENT, ENOMEM
 from typing import Any
 
 import pytest
@@ -11,23 +12,12 @@ from driver import Bench
 from guest_memfd.core.gmem import Conversion
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.designs import Design
+from guest_memfd.errors import EHWPOISON
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import TEARDOWN
 from guest_memfd.words.facts import StrayGuest
 from guest_memfd.words.pagestate import CONTENTS, SHARED_PAGE
-from guest_memfd.words.primitives import (
-    EAGAIN,
-    EBUSY,
-    EEXIST,
-    EFAULT,
-    EHWPOISON,
-    EINVAL,
-    ENODEV,
-    ENOENT,
-    ENOMEM,
-    Host,
-    Steps,
-)
+from guest_memfd.words.primitives import Host, Steps
 
 ALL = pytest.mark.parametrize("hypervisor", ["kvm", "pkvm", "gunyah"])
 GUEST, USER, MM = Host("guest"), Host("user"), Host("mm")
@@ -70,7 +60,7 @@ def test_private_page_leaves_the_host(hypervisor: str) -> None:
     bench = Bench(hypervisor)
     assert bench.do(touch(0)) == "ok"
     frame = bench.state.frame(0)
-    assert (frame.s1, frame.stale, frame.private, frame.gmap) == (0, 0, 1, 1)
+    assert (frame.s1, frame.stale, frame.no_direct_map, frame.gmap) == (0, 0, 1, 1)
     assert frame.s2 == (hypervisor == "kvm")
     assert CONTENTS[frame.content] == "secret"
     assert bench.do(lambda lib: lib.mmap()) == 0
@@ -86,7 +76,7 @@ def test_shared_page_serves_both(hypervisor: str) -> None:
     assert bench.do(user_write(1)) == "ok"
     assert bench.do(touch(1)) == "ok"
     frame = bench.state.frame(0)
-    assert (frame.s1, frame.s2, frame.user, frame.gmap, frame.private) == (1, 1, 2, 2, 0)
+    assert (frame.s1, frame.s2, frame.user, frame.gmap, frame.no_direct_map) == (1, 1, 2, 2, 0)
     bench.do(lambda lib: lib.munmap())
     end(bench)
 

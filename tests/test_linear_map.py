@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EBUSY, EINVAL, ENOMEM
+
 import pytest
 
 from guest_memfd.errors import BadInput
@@ -16,7 +18,6 @@ from guest_memfd.machine.linux.direct_map import CONT, VALID, KernelTable, is_pr
 from guest_memfd.machine.linux.linear_map import PAGE_OFFSET, LinearMap
 from guest_memfd.machine.linux.text import KIMAGE_VADDR
 from guest_memfd.machine.linux.trans_pgd import trans_pgd_create_copy
-from guest_memfd.words.primitives import EBUSY, EINVAL, ENOMEM
 
 G, M = 1 << 30, 1 << 20
 BASE = 0x8000_0000

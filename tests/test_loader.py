@@ -140,7 +140,7 @@ HUGE = (1 << 64) - BASE + 1
     (elf(CODE, kind=REL), "F: an ELF of type ET_REL; a guest is a static ET_EXEC or a static PIE"),
     (elf(CODE)[:40], "F: the ELF header is truncated: 40 bytes of 64"),
     (elf(CODE)[:100], "F: the program headers are truncated"),
-    (elf(CODE)[:-1], f"F: the segment at {BASE:#x} is truncated: its 0x10 bytes end behind the file's 0x87"),
+    (elf(CODE)[:-1], f"F: the segment at {BASE:#x} is truncated: its 0x10 bytes end beyond the file's 0x87"),
     (elf(), "F: there is no PT_LOAD segment, so nothing to run"),
     (elf(segment(BASE, b"", memsz=0)), "F: there is no PT_LOAD segment, so nothing to run"),
     (elf(CODE, segment(BASE + 8, b"x")), f"F: the segment at {BASE + 8:#x} overlaps the one before it"),
@@ -149,10 +149,10 @@ HUGE = (1 << 64) - BASE + 1
     (elf(CODE, entry=BASE + 16), f"F: the entry {BASE + 16:#x} lies in no executable segment"),
     (elf(segment(BASE, b"data", R | W)), f"F: the entry {BASE:#x} lies in no executable segment"),
     (elf(CODE, segment(0, b"/lib/ld.so\0", type=INTERP)), "F: it wants an interpreter (PT_INTERP); link it with -static"),
-    (elf(CODE, dynamic((8, 24))), "F: it has relocations, and nobody here would link it; " + STATIC),
-    (elf(CODE, dynamic((2, 24))), "F: it has relocations, and nobody here would link it; " + STATIC),
+    (elf(CODE, dynamic((8, 24))), "F: it has relocations, and no one here would link it; " + STATIC),
+    (elf(CODE, dynamic((2, 24))), "F: it has relocations, and no one here would link it; " + STATIC),
     (elf(CODE, dynamic((1, 1), (5, BASE), (10, 8))),
-     "F: it needs a shared library, and nobody here would link it; " + STATIC),
+     "F: it needs a shared library, and no one here would link it; " + STATIC),
 ], ids=range(20))
 def test_elf_files_that_cannot_run(put: Any, data: bytes, message: str) -> None:
     assert refused(put(data)) == message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, EFAULT
+
 import pytest
 
 from guest_memfd.designs import DESIGNS
@@ -10,7 +12,7 @@ from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.scenarios.gup import pin_user_page
-from guest_memfd.words.primitives import EAGAIN, EFAULT, Folio
+from guest_memfd.words.primitives import Folio
 
 
 class Mapped:

@@ -137,7 +137,7 @@ def test_memory_that_is_broken_is_out_of_use_and_not_lost(broken: bool) -> None:
         folio = life.host.perform_by_name("hwpoison", 0, caller="mm")
         life.host.perform_by_name("folio_put", folio, caller="mm")
     else:
-        page.hwpoison = page.private = True                     # nobody has reported it, and nobody puts it back
+        page.hwpoison = page.no_direct_map = True                     # nobody has reported it, and nobody puts it back
         page.take("get")
     life.stop()
     life.close()
@@ -151,9 +151,9 @@ def test_memory_that_is_broken_is_out_of_use_and_not_lost(broken: bool) -> None:
 USES = {
     "down_read": ("invalidate",), "down_read_trylock": ("invalidate",), "up_read": ("invalidate",),
     "down_write": ("invalidate",), "up_write": ("invalidate",), "filemap_get_folio": (0,), "filemap_find_folio": (0, 2),
-    "filemap_add_folio": (0, 0), "filemap_remove_folio": (Folio(0),), "xa_load": ("attributes", 0, 1),
-    "xa_store": ("bindings", 0, Entries(1, 1)), "xa_store_reserved": ("bindings", 0, Entries(0, 1)),
-    "xa_reserve": ("attributes", 0, 1), "xa_release": ("attributes",), "unmap_mapping_pages": (0, 2),
+    "filemap_add_folio": (0, 0), "filemap_remove_folio": (Folio(0),), "tree_load": ("attributes", 0, 1),
+    "tree_store": ("bindings", 0, Entries(1, 1)), "tree_store_reserved": ("bindings", 0, Entries(0, 1)),
+    "tree_reserve": ("attributes", 0, 1), "tree_release": ("attributes",), "unmap_mapping_pages": (0, 2),
     "vmf_insert_folio": (0, Folio(0)), "iput": (), "destroy_inode": (), "mapping_set_no_direct_map": (),
     "mapping_no_direct_map": (),
 }
@@ -202,7 +202,7 @@ def test_what_is_no_part_of_the_inode_may_be_used() -> None:
     assert life.life == DESTROYED
     perform = life.host.perform_by_name
     assert perform("get_file", caller="library") is False           # a file is found gone, and not touched
-    assert list(perform("xa_load", "provided", 0, 2)) == [0, 0]     # v17's tree and its lock are in the VM
+    assert list(perform("tree_load", "provided", 0, 2)) == [0, 0]     # v17's tree and its lock are in the VM
     perform("down_read", "bindings")
     with pytest.raises(Blocked):
         perform("freeze_processes", caller="mm")

@@ -18,8 +18,8 @@ from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.kcore import read_kcore
-from guest_memfd.machine.linux.page import Page
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.primitives.services import Services
@@ -44,7 +44,7 @@ class Lent:
         self.host = EmulatedHost(self.machine, self.machine.create_vm(2), 2)
         self.made: int = self.host.run(self.library.create(2))
 
-    def with_a_secret(self) -> Page:
+    def with_a_secret(self) -> LinuxFolio:
         """Page 0 is the guest's, and holds what the guest has written."""
         assert self.made == 0
         assert self.host.run(self.library.bind(0, 0, 2)) == 0
@@ -53,7 +53,7 @@ class Lent:
         (page,) = self.machine.pages.values()
         return page
 
-    def kcore(self, page: Page) -> tuple[str, list[str]]:
+    def kcore(self, page: LinuxFolio) -> tuple[str, list[str]]:
         """/proc/kcore reads the page: what came of it, and what guest-private says to that."""
         got: str = self.host.perform_by_name("copy_from_kernel_nofault", page.pa // PAGE, caller="mm")
         return got, [words for note in self.host.notes if (words := LAWS["guest-private"].on_note(note))]
@@ -87,7 +87,7 @@ def test_an_unknown_parameter_is_refused() -> None:
 def test_without_the_question_a_zapped_page_stays_where_it_is(rodata: str) -> None:
     lent = Lent(Unasked, rodata)
     page = lent.with_a_secret()
-    assert page.private                                         # the library believes that it is gone
+    assert page.no_direct_map                                         # the library believes that it is gone
     assert lent.machine.linear_map.kernel_page_present(page.pa)
     assert lent.kcore(page) == ("ok", [
         "copy_from_kernel_nofault reads a page that is private to the guest, through the direct map"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EBUSY
+
 import pytest
 
 from guest_memfd.designs import DESIGNS
@@ -24,7 +26,7 @@ from guest_memfd.machine.linux.snapshot import (
 from guest_memfd.machine.linux.trans_pgd import trans_pgd_create_copy
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.primitives.services import Services
-from guest_memfd.words.primitives import EBUSY, Folio
+from guest_memfd.words.primitives import Folio
 
 SECRET = b"GUESTGST"
 

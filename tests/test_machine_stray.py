@@ -6,6 +6,7 @@ Each mistake is planted in the library or in the machine, beside the library and
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EAGAIN
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from guest_memfd.machine.linux.mm import Mm
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.uapi.kvm import SHARED
 from guest_memfd.words.facts import Ended, StrayGuest
-from guest_memfd.words.primitives import EAGAIN, Folio, Primitive, Steps
+from guest_memfd.words.primitives import Folio, Primitive, Steps
 
 MIB = 1 << 20
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, EFAULT, EPERM
 from typing import Any
 
 import pytest
@@ -31,7 +32,6 @@ from guest_memfd.machine.linux.mem_abort import (
     UserSignal,
     do_mem_abort,
 )
-from guest_memfd.words.primitives import EAGAIN, EFAULT, EPERM
 
 ZEROPAD = ExceptionEntry(PC, PC + 4, ExType.LOAD_UNALIGNED_ZEROPAD, registers(3, 4))
 KACCESS = ExceptionEntry(PC, PC + 8, ExType.KACCESS_ERR_ZERO, registers(9, 2))

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from errno import EBUSY, ENOMEM, EPERM
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,7 @@ from guest_memfd.machine.linux.kcore import read_kcore
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.primitives.services import Services
-from guest_memfd.words.primitives import EBUSY, ENOMEM, EPERM, Folio
+from guest_memfd.words.primitives import Folio
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "tiny_hypervisor.py"
 
@@ -135,7 +136,7 @@ def test_what_tiny_does_with_real_tables() -> None:
     assert driver.owner(pa) == "guest"
     assert not driver.host_may(pa)
     assert driver.host_may(pa + PAGE)
-    assert driver.guest_maps(lent.vm, pa) == 0
+    assert driver.ipa_of(lent.vm, pa) == 0
     assert list(driver.not_the_hosts()) == [(pa, pa + PAGE, "is guest by the hypervisor's record")]
     assert driver.hypercall(lent.vm, "lend", (1, folio)) == -EPERM
     assert driver.rules == frozenset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from errno import EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, EPERM
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ from guest_memfd.machine.linux.module import (
     export_symbol_ns_gpl,
     module_matches,
 )
-from guest_memfd.words.primitives import EBUSY, EEXIST, EINVAL, ENODEV, ENOENT, EPERM
 
 
 def load(loader: Loader, name: str, **options: Any) -> Module:

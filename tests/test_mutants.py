@@ -50,7 +50,7 @@ class Part:
         """Words."""
         yield from self.host.begin_op("punch", start, nr)
         yield from self.host.down_write("invalidate")
-        ret = yield from self.host.xa_reserve("attributes", start, nr)
+        ret = yield from self.host.tree_reserve("attributes", start, nr)
         if ret:
             yield from self.host.up_write("invalidate")
             return ret
@@ -81,7 +81,7 @@ def done(found: list[Mutant], name: str, operator: str) -> list[str]:
 STEP = {
     "drop-undo": ["yield from self.host.up_write('invalidate') -> nothing"],
     "drop-step": ["yield from self.host.down_write('invalidate') -> nothing",
-                  "ret = (yield from self.host.xa_reserve('attributes', start, nr)) -> ret = 0",
+                  "ret = (yield from self.host.tree_reserve('attributes', start, nr)) -> ret = 0",
                   "yield from self.host.up_write('invalidate') -> nothing",
                   "yield from self.ops.reclaim(held.gfn, held.folio) -> nothing"],
     "no-lock": ["yield from self.host.down_write('invalidate'); yield from self.host.up_write('invalidate'); "
@@ -99,7 +99,7 @@ STEP = {
     "part-of-batch": ["folios -> folios[:1]", "folios -> folios[-1:]", "folios -> folios[1:]", "folios -> folios[::-1]"],
     "other-place": ["held.gfn -> held.pgoff", "held.gfn -> held.pgoff"],
     "swap-arguments": ["start, nr -> nr, start"],
-    "other-call": ["self.host.xa_reserve -> self.host.xa_load", "self.ops.reclaim -> self.ops.make_private",
+    "other-call": ["self.host.tree_reserve -> self.host.tree_load", "self.ops.reclaim -> self.ops.make_private",
                    "self.ops.reclaim -> self.ops.make_shared"],
 }
 NAMES = {
@@ -402,7 +402,7 @@ killer.within(work)
 
 def test_tests_are_imported_anew_with_all_that_they_share(tmp_path: Path, python: Any) -> None:
     (tmp_path / "shared").mkdir()
-    (tmp_path / "shared" / "part.py").write_text("from guest_memfd.words.primitives import EAGAIN, Primitive as known\n")
+    (tmp_path / "shared" / "part.py").write_text("from guest_memfd.words.primitives import Folio, Primitive as known\n")
     (tmp_path / "test_same.py").write_text(
         "from shared import part\nfrom guest_memfd.words.primitives import Primitive\n\n"
         "def test_same(): assert part.known is Primitive\n")

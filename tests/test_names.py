@@ -1,4 +1,4 @@
-"""Names: a class's name is one thing's alone, and tests that are named are there."""
+"""Names: a class's name is one thing's alone, and tests that are named are there. Docstrings say something."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ SOURCE = ROOT / "src" / "guest_memfd"
 
 SHARED = {
     "Stage2": "of a hypervisor, what it says of a page's tables; of the architecture, the registers of a walk",
-    **dict.fromkeys((
-        "CreateMemArgs", "MapMemArgs", "VmDtbConfig", "FnDesc", "VmBootContext", "FnVcpuArg", "FnIrqfdArg",
-        "FnIoeventfdArg", "RunMmio", "RunUnion", "VcpuRun", "UserspaceMemoryRegion", "CreateGuestMemfd",
-        "MemoryAttributes", "MemoryAttributes2", "PreFaultMemory",
-    ), "a structure of the UAPI: as a VMM fills it in, and as ctypes lays it out; each by its kernel name"),
 }
 """Names that two files have, and why."""
 
@@ -62,3 +57,19 @@ def test_tests_that_words_name_are_where_the_words_say() -> None:
             if file and not (text and (not mention[2] or f"def {mention[2]}(" in text)):
                 lost.append(f"{path.relative_to(ROOT)}: {mention[0]} of {file}")
     assert lost == []
+
+
+def short(files: dict[str, str]) -> list[str]:
+    """Docstrings of three words or fewer in *files*, by name: they say what the name says, or nothing."""
+    return [f"{name}: {text}" for name, source in files.items() for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node))
+            and len(text.split()) <= 3]
+
+
+def test_a_docstring_says_more_than_three_words() -> None:
+    assert short({str(path.relative_to(SOURCE)): path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py")}) == []
+
+
+@pytest.mark.parametrize(("text", "told"), [("As it says.", ["a.py: As it says."]), ("All that it says.", [])])
+def test_a_short_docstring_is_told(text: str, told: list[str]) -> None:
+    assert short({"a.py": f'def f():\n    """{text}"""'}) == told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from errno import EFAULT, EPERM
 from typing import Any
 
 import pytest
@@ -26,7 +27,6 @@ from guest_memfd.machine.linux.mem_abort import (
     do_mem_abort,
 )
 from guest_memfd.machine.linux.text import KIMAGE_VADDR, ROUTINES, KernelText
-from guest_memfd.words.primitives import EFAULT, EPERM
 
 # -- the same with a CPU -----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EAGAIN, EBUSY, EINVAL, ENOENT, EPERM
 from typing import Any
 
 import pytest
@@ -24,7 +25,6 @@ from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject
 from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EINVAL, ENOENT, EPERM
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def test_guest_calls_that_are_refused(machine: Machine) -> None:
     assert vcpu.run() == exits.MemoryFaultExit(ipa + PAGE, write=True, exec=False)
     cpu.script = [cpu.call(MEM_SHARE, 0x1000)]
     assert isinstance(vcpu.run(), exits.InternalErrorExit), "no memory there, ever"
-    assert t.force_reclaim_guest_page(machine.el2, machine.vm.guest_maps(machine.vm.pgt.leaf(ipa).oa)
+    assert t.force_reclaim_guest_page(machine.el2, machine.vm.ipa_of(machine.vm.pgt.leaf(ipa).oa)
                                       and machine.vm.pgt.leaf(ipa).oa) == 0
     cpu.script = [cpu.call(MEM_SHARE, ipa), stops.Wfi()]
     assert vcpu.run() == exits.WfiExit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from pkvm_machine import BORROWED, FLAT, GFN, GIB, LENT, Machine, hvc
 
 from guest_memfd.abstract import AbstractHost
 from guest_memfd.abstract import state as st
-from guest_memfd.errors import BadInput
+from guest_memfd.errors import EHWPOISON, BadInput
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm import hypercalls as hc
@@ -24,7 +25,7 @@ from guest_memfd.machine.hw.arm64.regime import Stage1
 from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.pagestate import DYING, OWNERS
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM, Folio
+from guest_memfd.words.primitives import Folio
 from guest_memfd.words.scene import Scene
 
 
@@ -185,7 +186,7 @@ def test_what_a_transition_does(situation: str, call: str, after: tuple[PkvmStat
     assert machine.el2.owner(pa) == owner
     assert machine.el2.host_may(pa) == (machine.touch(pa) is None) == (after[0] is not NOPAGE)
     gfn = next((GFN + i for i in (0, 1) if after[2 + i] in (OWNED, LENT, BORROWED)), None)
-    assert machine.vm.guest_maps(pa + 8) == (None if gfn is None else gfn * PAGE + 8)
+    assert machine.vm.ipa_of(pa + 8) == (None if gfn is None else gfn * PAGE + 8)
     if gfn is not None:
         assert [machine.guest(gfn * PAGE + 8, access) for access in "rwx"] == [pa + 8] * 3
     assert (machine.ram.read(pa + 100, 9) == bytes(9)) == (call in ("force_reclaim", "reclaim"))
@@ -202,7 +203,7 @@ def test_ranges_are_leaves_on_both_sides() -> None:
     assert machine.vm.pgt.leaf(gfn * PAGE + GIB - 1).level == 1
     assert (machine.el2.host.pgt.tables, machine.vm.pgt.tables) == tables
     assert machine.el2.owner(pfn * PAGE + 123 * PAGE) == "guest"
-    assert machine.vm.guest_maps(pfn * PAGE + 12345) == gfn * PAGE + 12345
+    assert machine.vm.ipa_of(pfn * PAGE + 12345) == gfn * PAGE + 12345
     inject = machine.touch(pfn * PAGE + 123 * PAGE)
     assert inject is not None
     assert inject.esr == 0x96000085, "a level-1 fault: the annotation is that large"
@@ -378,13 +379,13 @@ class Both:
             abstract.vm.vm, vm.dying = DYING, True
         elif name == "replace":                                 # the file has another page there: both hosts' free frames
             spare = ({0, 1, 2} - set(self.held)).pop()
-            if abstract.owner(frame) == "host" and abstract.guest_maps(frame) is None:
+            if abstract.owner(frame) == "host" and abstract.gfn_of(frame) is None:
                 self.held[gfn] = spare
         elif name == "force_reclaim":
             done = HYPERVISORS["pkvm"].force_reclaim(abstract, frame)
             assert (t.force_reclaim_guest_page(el2, self.frames[frame] * PAGE) == 0) == done
         elif name == "guest_share_host":
-            if abstract.guest_maps(frame) == gfn:
+            if abstract.gfn_of(frame) == gfn:
                 HYPERVISORS["pkvm"].guest_consents(abstract, frame)
                 t.guest_share_host(el2, vm, gfn)
         else:
@@ -395,7 +396,7 @@ class Both:
     def compare(self) -> None:
         el2, vm, state = self.machine.el2, self.machine.vm, self.abstract.state
         for frame, pfn in zip(state.frames(), self.frames, strict=True):
-            gmap = vm.guest_maps(pfn * PAGE)
+            gmap = vm.ipa_of(pfn * PAGE)
             assert el2.owner(pfn * PAGE) == OWNERS[frame.owner]
             assert el2.host_may(pfn * PAGE) == frame.s2
             assert (0 if gmap is None else gmap // PAGE + 1) == frame.gmap

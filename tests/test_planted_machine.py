@@ -26,10 +26,10 @@ from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.linux import mm
 from guest_memfd.machine.linux.direct_map import KernelTable
 from guest_memfd.machine.linux.extable import ExceptionTable
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.kernel_flush import KernelFlush
 from guest_memfd.machine.linux.linear_map import LinearMap
 from guest_memfd.machine.linux.maple import MapleTree
-from guest_memfd.machine.linux.page import Page
 from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.machine.primitives import files, guest
 from guest_memfd.machine.primitives.host import EmulatedHost
@@ -253,8 +253,8 @@ def a_donation_is_one_page_too_long(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("kvm", "device", "vmm")
 def a_speculative_reference_is_kept(patch: pytest.MonkeyPatch) -> None:
-    right = Page.drop
-    patch.setattr(Page, "drop", lambda self, kind, nr=1: False if kind == "spec" else right(self, kind, nr))
+    right = LinuxFolio.drop
+    patch.setattr(LinuxFolio, "drop", lambda self, kind, nr=1: False if kind == "spec" else right(self, kind, nr))
 
 
 @mistake("kvm", "vmm", "vcpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EPERM
+
 import pytest
 from driver import Bench
 from scripted import asked
@@ -12,7 +14,6 @@ from guest_memfd.explore.engine.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.scenarios import PARTIES
-from guest_memfd.words.primitives import EPERM
 
 PARTNERS = ("vcpu", "power")
 

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from probes import NO_KVM, NOWHERE, crashes, gmem, needs_kvm, refused, row
 
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe import left, report
 from guest_memfd.probe.against import compare
 from guest_memfd.probe.ask import child
 from guest_memfd.probe.ask.calls import load
 from guest_memfd.probe.ask.child import Slate, Unfit, perform
-from guest_memfd.probe.ask.here import PAGE, Here
+from guest_memfd.probe.ask.here import Here
 from guest_memfd.probe.ask.row import SETTLED, KernelFeatures
 from guest_memfd.probe.bugs import Bug, BugFound
 from guest_memfd.probe.left import count, since

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Sequence
+from errno import EAGAIN
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -28,7 +29,7 @@ from guest_memfd.report.style import WIDTH, Style
 from guest_memfd.scenarios import PARTIES, SCENES
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, ANY, DESTROYED, DYING, GONE, GUEST, PRIVATE_PAGE, SECRET, SHARED_PAGE
-from guest_memfd.words.primitives import EAGAIN, Entries, Folio, Locked, Primitive, Steps
+from guest_memfd.words.primitives import Entries, Folio, Locked, Primitive, Steps
 from guest_memfd.words.scene import Scene
 
 SIZES = st.Sizes(frames=3, pages=2, gfns=3, files=2, vms=2, parties=4)
@@ -107,8 +108,8 @@ def test_two_files_are_told_apart_where_there_are_two() -> None:
 def test_bare_numbers_and_flags_are_named() -> None:
     assert steps.call(Primitive("guest_access", (1, True), "guest")) == "guest_access(gfn=1, write=yes)"
     assert steps.call(Primitive("hypercall", ("mmu_map", 0, Folio(2)), "kvm")) == "hypercall(mmu_map, 0, pfn2)"
-    assert steps.call(Primitive("xa_store", ("attributes", 0, Entries(2, 2)), "library")) == (
-        "xa_store(attributes, start=0, [2 x 2])")
+    assert steps.call(Primitive("tree_store", ("attributes", 0, Entries(2, 2)), "library")) == (
+        "tree_store(attributes, start=0, [2 x 2])")
     assert steps.call(Primitive("flush_tlb_kernel_range", ((Folio(0), Folio(1)),), "mm")) == (
         "flush_tlb_kernel_range([pfn0, pfn1])")
 

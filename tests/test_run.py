@@ -307,7 +307,7 @@ def test_sizes_that_are_none(text: str) -> None:
     (["--memory", "5000"], "no multiple of a page"), (["--memory", "1G"], "more than the machine's RAM"),
     (["--memory", "256M"], "bytes are free"), (["--ram", "1M"], "16M at least"), (["--timeout", "0"], "above 0"),
     (["--timeout", "soon"], "not a number of seconds"), (["--folio", "8K"], "unknown folio size"),
-    (["--memory", "4K"], "no page is left behind the image"),
+    (["--memory", "4K"], "no page is left after the image"),
     (["--folio", "2M", "--memory", "17M"], "no multiple of the folio size"), (["--reader", "mind"], "unknown reader 'mind'"),
     (["--zeropad", "--reader", "kcore"], "exclude each other"), (["--shared", "200M"], "would reach the console"),
     (["--folio", "2M", "--shared", "2M"], "cannot be made of folios"), (["--fail", "disk:1"], "kernel:N"),

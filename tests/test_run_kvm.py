@@ -36,6 +36,7 @@ from guest_memfd.linux.anonymous import Anonymous
 from guest_memfd.linux.guest_x86 import SmallGuest
 from guest_memfd.linux.system import System
 from guest_memfd.linux.vcpu_x86 import X86Vcpu
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.kvm import Cap
 from guest_memfd.uapi.kvm_run import (
     Exit,
@@ -51,7 +52,7 @@ from guest_memfd.uapi.kvm_run import (
 )
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
-from guest_memfd.vmm.layout import PAGE, Layout
+from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import LoopEnded, drive
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +115,7 @@ def test_the_example_is_shown_as_it_is() -> None:
     ("hello", 0, "hello from a guest\nsecret written\n"), ("memory", 0, "4094 pages hold what was written\n"),
     ("shared", 0, "line left in the shared window\n"),
     ("relinquish", 0, "page given up\npage reads zeros\npage in use again\n"),
-    ("outside", 0, "ffffffffffffffff read behind private memory\nwrote behind private memory\n"),
+    ("outside", 0, "ffffffffffffffff read beyond private memory\nwrote beyond private memory\n"),
     ("boot-sector", 0, "hello from real mode\npage given up\npage reads zeros\npage in use again\n"),
     ("jump-nowhere", 2, "KVM cannot go on with an instruction"), ("fault-forever", 2, "triple fault"),
     ("loop", 3, "0.3 s are over, and the guest is at PC 0x80000000"),
@@ -409,7 +410,7 @@ def test_one_page_goes_and_its_neighbours_stay(monkeypatch: pytest.MonkeyPatch) 
     (Shutdown(), "a triple fault"), (FailEntry(0x21), "refuses the vCPU's state: 0x21"),
     (KvmInternalError("KVM_INTERNAL_ERROR_EMULATION"), "KVM_INTERNAL_ERROR_EMULATION"),
     (MemoryFault(0, 0x8000_3000, PAGE, 14), "EFAULT (Bad address): the guest's page at 0x80003000 is gone"),
-    (Unknown(7, 0), "ends with reason 7"), (SystemEvent(1), "an exit that nobody here expects"),
+    (Unknown(7, 0), "ends with reason 7"), (SystemEvent(1), "an exit that no one here expects"),
 ])
 def test_crashes(told: Exit, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as stack:
@@ -552,7 +553,7 @@ def test_ctrl_c_ends_it_and_nothing_that_was_said_is_lost(tmp_path: Path, monkey
     (("--design", "none"), "--design is for emulated machines"), (("--ram", "1G"), "--ram is for emulated machines"),
     (("--zeropad",), "--zeropad is for emulated machines"), (("--fail", "kernel:1"), "--fail is for emulated machines"),
     (("--folio", "2M"), "--folio is for emulated machines"), (("--memory", "4097"), "no multiple of a page"),
-    (("--memory", "0"), "at least a page"), (("--memory", "4K"), "no page is left behind the image"),
+    (("--memory", "0"), "at least a page"), (("--memory", "4K"), "no page is left after the image"),
     (("--memory", "600G"), "beyond the 64 GiB that this vCPU can address; 62G is the most"),
     (("--shared", "200M"), "would reach the console"),
     (("--timeout", "0"), "above 0"), (("--real-mode", "--memory", "1M"), "would reach the window at 0x80000"),

@@ -94,7 +94,7 @@ def test_every_primitive_is_asked_for(tables: list[Tables]) -> None:
 @pytest.mark.parametrize("hypervisor", [*HYPERVISORS])
 def test_the_library_uses_its_trees_under_the_invalidate_lock(hypervisor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     world = built("library", hypervisor, laws=())
-    load, store = AbstractHost.xa_load, AbstractHost.xa_store
+    load, store = AbstractHost.tree_load, AbstractHost.tree_store
     bare: set[tuple[str, str]] = set()
 
     def loads(host: AbstractHost, tree: str, start: int, nr: int) -> tuple[int, ...]:
@@ -107,8 +107,8 @@ def test_the_library_uses_its_trees_under_the_invalidate_lock(hypervisor: str, m
             bare.add(("store", tree))
         return store(host, tree, start, values)
 
-    monkeypatch.setattr(AbstractHost, "xa_load", loads)
-    monkeypatch.setattr(AbstractHost, "xa_store", stores)
+    monkeypatch.setattr(AbstractHost, "tree_load", loads)
+    monkeypatch.setattr(AbstractHost, "tree_store", stores)
     for parties in (("vcpu2", "vmm"), ("vcpu", "stop"), ("vmm2", "device"), ("vmm2", "memory-failure")):
         world.explorer(parties).run()
     assert bare == set()

@@ -360,7 +360,7 @@ class Odd:
     (lambda host: host.end_op(1 << 99), f"end_op() is given {1 << 99} for ret, which is a whole number"),
     (lambda host: host.end_op(-1, 0.5), "end_op() is given 0.5 for error_index, which is a whole number or None"),
     (lambda host: host.down_read("invalid"), "down_read() is given 'invalid' for sem, which is 'invalidate' or 'bindings'"),
-    (lambda host: host.xa_store("attributes", 0, [1]), "xa_store() is given [1] for values, which is a Entries"),
+    (lambda host: host.tree_store("attributes", 0, [1]), "tree_store() is given [1] for values, which is a Entries"),
     (lambda host: host.flush_tlb_kernel_range([PAGE]),
      "flush_tlb_kernel_range() is given [Folio(pfn=0, order=0)] for folios, which is a tuple of Folio"),
     (lambda host: host.hypercall("lend", [1]), "hypercall() is given [1]; numbers, words and tuples of them can be told"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class ReadsOnAndOn(OurLibrary):
 
     def munmap(self) -> Steps[None]:
         yield from super().munmap()
-        while (yield from self.host.xa_load("attributes", 0, 1)).count(0) == 0:
+        while (yield from self.host.tree_load("attributes", 0, 1)).count(0) == 0:
             pass
 
 
@@ -132,6 +133,17 @@ def test_a_saved_trace_replays_to_the_same_finding(none: Report, tmp_path: Path)
         assert again.same
         assert again.finding == found.finding
     assert list(tmp_path.iterdir()) == [tmp_path / "t.json"]
+
+
+def test_a_trace_with_the_names_that_primitives_had_replays() -> None:
+    report, seen = check("gunyah-v17", "gunyah", parties=("vcpu2", "vmm")), ""
+    for found in report.findings:
+        old = re.sub(r'"tree_(?=load|store|reserve|release)', '"xa_', dumps(trace_of(report, found)))
+        old = old.replace('"folio_set_no_direct_map"', '"folio_set_private"')
+        assert replay(loads(old)).same
+        seen += old
+    assert '"xa_' in seen
+    assert '"folio_set_private"' in seen
 
 
 @pytest.mark.parametrize(("design", "hypervisor", "parties"), [
@@ -222,7 +234,7 @@ def test_a_step_says_which_file_it_is_about_unless_it_is_the_first() -> None:
     (), (1, "a", None), ((Folio(0), Folio(1)), 3), STAY, Entries(2, 1 << 28), Entries(3, 2, 1),
 ])
 def test_values_survive_json(trace: Trace, value: Any) -> None:
-    there = changed(trace, 1, result=value, primitive=Primitive("xa_store", ("provided", value), "user"))
+    there = changed(trace, 1, result=value, primitive=Primitive("tree_store", ("provided", value), "user"))
     back = loads(dumps(there))
     assert back == there
     assert type(back.steps[0].result) is type(value)

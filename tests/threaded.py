@@ -233,7 +233,7 @@ class GunyahVmm(Vmm):
                 return False
             raise
         assert isinstance(out, MmioExit), out
-        vcpu.page.resume_action = ResumeAction.HANDLED
+        vcpu.page.mmio.resume_action = ResumeAction.HANDLED
         return True
 
     def stop(self, vcpu: Any) -> None:

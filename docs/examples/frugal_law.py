@@ -1,4 +1,4 @@
-"""`zeroed-once`: no page is zeroed that holds zeros; whoever clears it a second time holds up a fault, or a teardown."""
+"""`zeroed-once`: no page is zeroed that holds zeros; to clear it a second time holds up a fault, or a teardown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from guest_memfd import Law, Violator, facts
 
 
 def zeroed_once(note: Any) -> str | None:
-    """Whoever zeroes a page has a reason to: somebody has written to it, or nobody knows."""
+    """A page is zeroed for a reason: someone has written to it, or no one knows."""
     if isinstance(note, facts.Access) and note.what.startswith("clear_folio") and note.content == "zero":
         return f"{note.what} clears a page that holds zeros"
     return None

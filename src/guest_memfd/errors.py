@@ -23,7 +23,10 @@ from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
-_KERNEL_NAMES = {errnos.EAGAIN: "EAGAIN", errnos.EDEADLK: "EDEADLK", errnos.EOPNOTSUPP: "EOPNOTSUPP", 133: "EHWPOISON"}
+EHWPOISON = 133
+"""Missing in Python's errno (include/uapi/asm-generic/errno.h)."""
+
+_KERNEL_NAMES = {errnos.EAGAIN: "EAGAIN", errnos.EDEADLK: "EDEADLK", errnos.EOPNOTSUPP: "EOPNOTSUPP", EHWPOISON: "EHWPOISON"}
 # Where Python knows two names for a number, or none.
 
 

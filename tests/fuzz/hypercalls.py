@@ -113,7 +113,7 @@ class PkvmCalls(Kind):
         if m.violations():
             return f"break-before-make: {m.violations()}"
         for pfn in pfns:
-            mapped = [vm.handle for vm in m.el2.vms.values() if vm.guest_maps(pfn * PAGE) is not None]
+            mapped = [vm.handle for vm in m.el2.vms.values() if vm.ipa_of(pfn * PAGE) is not None]
             host = m.el2.vmemmap.page(pfn).host
             if len(mapped) > 1:
                 return f"pfn {pfn:#x} is mapped in VMs {mapped}"

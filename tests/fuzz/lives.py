@@ -200,7 +200,7 @@ class GunyahLives(Lives):
             flags = number(choose, *(int(flag) for flag in (
                 MapFlag.ALLOW_RWX, MapFlag.ALLOW_RWX | MapFlag.UNMAP, MapFlag.FORCE_LEND, MapFlag.FORCE_SHARE)))
             odd = choose.randbytes(choose.randrange(300))
-            arg = FnVcpuArg(choose.choice((0, 1, 7, 1 << 31))).pack() if choose.random() < 0.8 else odd
+            arg = bytes(FnVcpuArg(choose.choice((0, 1, 7, 1 << 31)))) if choose.random() < 0.8 else odd
             kind = number(choose, *(int(kind) for kind in FnType))
             does += [
                 *[lambda: on("vm", "map_mem", file, RAM + pages(choose), pages(choose), pages(choose), flags)] * 3,

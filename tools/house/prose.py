@@ -14,7 +14,7 @@ HARDEST = (
     "machine/hw/arm64/tlb.py", "machine/hw/arm64/mmu.py", "machine/hw/arm64/tables.py", "machine/linux/mem_abort.py",
     "machine/el2/pkvm/transitions.py", "machine/el2/gunyah/stage2.py",
 )
-"""Files that nobody understands by reading the code alone."""
+"""Files that no one understands by reading the code alone."""
 
 FEW = 3
 

@@ -13,7 +13,7 @@ A mutant that nothing kills is a hole in the laws or in the scenarios, or it is 
     killer.py       what scenarios are, whatever they do
     baseline.py     what runs where, and what it costs
     run.py          all of them, in processes; trial.py: one mutant against its scenarios
-    watch.py        when a trial has taken too long, or goes round for ever
+    watch.py        when a trial has taken too long, or goes round without end
     children.py     trials in processes of their own, with limits
     equivalent.py   the list of those that cannot be noticed (equivalent.txt)
     report.py       tables

@@ -6,6 +6,7 @@ have been read and copied by anybody, so for one the whole package is imported a
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from guest_memfd.errors import EHWPOISON
 from mutants.mutant import Mutant
 from mutants.targets import PACKAGE, SOURCES
 
@@ -71,8 +73,7 @@ def _functions(code: CodeType) -> Iterator[tuple[str, CodeType]]:
 
 # An errno that the file has not imported may be the one that is returned now.
 def _know_errnos(module: ModuleType) -> None:
-    host = importlib.import_module(f"{PACKAGE}.words.primitives")
-    for name, value in vars(host).items():
+    for name, value in {**vars(errno), "EHWPOISON": EHWPOISON}.items():
         if name.startswith("E") and name.isupper():
             vars(module).setdefault(name, value)
 

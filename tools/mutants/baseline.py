@@ -53,7 +53,7 @@ def wrong_anew(killer: Killer, file: str) -> str | None:
                  for scenario in killer.scenarios() if (found := scenario.run()) is not None), None)
 
 
-# What a party has done before is done again by nobody, and the time of its first scenario is that of all of them. What is
+# What a party has done before is done again by no one, and the time of its first scenario is that of all of them. What is
 # seen before a scenario runs is setting the scene; what no party does is done by the host.
 def _run_all(killer: Killer, seen: set[Place], parties: Seen) -> Iterator[Ran]:
     alone: dict[Member, float] = {}

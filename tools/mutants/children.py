@@ -76,7 +76,7 @@ def _start(work: Callable[[], Any], seconds: float) -> tuple[int, int]:
             pipe.write(pickle.dumps(work()))
         status = 0
     except BaseException:
-        traceback.print_exc()                           # nobody else would ever see it
+        traceback.print_exc()                           # no one else would ever see it
     finally:
         sys.stderr.flush()
         os._exit(status)

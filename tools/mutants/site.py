@@ -64,7 +64,7 @@ class Site:
                     yield [stmt for stmt in block if not _left_alone(stmt)]
 
     def inner_blocks(self) -> Iterator[list[ast.stmt]]:
-        """The same, but for the function's own: what stands behind a condition or in a loop."""
+        """The same, but for the function's own: what stands under a condition or in a loop."""
         own = {id(stmt) for stmt in self.node.body} if isinstance(self.node, ast.FunctionDef) else set()
         yield from (block for block in self.blocks() if block and id(block[0]) not in own)
 

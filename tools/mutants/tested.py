@@ -157,7 +157,7 @@ class _Loop:
 
 
 class _Quiet:
-    # What a test prints is nobody's concern.
+    # What a test prints is no one's concern.
     def __enter__(self) -> None:
         sys.stdout.flush()
         self.kept = os.dup(1), os.dup(2)

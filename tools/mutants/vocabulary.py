@@ -20,10 +20,10 @@ PLACES = (frozenset({"gfn", "head"}), frozenset({"index", "start", "pgoff"}))
 BATCHES = frozenset({"folios", "zapped", "found", "shared"})
 """Variables that hold several things to be treated alike."""
 
-FLAGS = frozenset({"private", "uptodate", "hwpoison", "marked", "sync", "allowed"})
+FLAGS = frozenset({"private", "no_direct_map", "uptodate", "hwpoison", "marked", "sync", "allowed"})
 """Variables and attributes that are true or false."""
 
-LOCKED = ("private", "uptodate", "hwpoison")
+LOCKED = ("no_direct_map", "uptodate", "hwpoison")
 """Flags of what `lock_folio` returns."""
 
 OPTIONAL = frozenset({"guest_consents", "guest_touches", "force_reclaim", "pfn_cache", "flush"})
@@ -61,10 +61,10 @@ HYPERCALLS: tuple[tuple[str, ...], ...] = (
 
 METHODS: tuple[tuple[str, ...], ...] = (
     ("zap", "zap_noflush"), ("make_private", "make_shared", "reclaim"), ("prepare_private", "prepare_shared"),
-    ("give_private", "prepare_private"), ("xa_store", "xa_store_reserved"), ("clear_folio", "clear_folio_local"),
+    ("give_private", "prepare_private"), ("tree_store", "tree_store_reserved"), ("clear_folio", "clear_folio_local"),
     ("set_direct_map_invalid_noflush", "set_direct_map_default_noflush"), ("unlock_and_put", "unlock_folio", "folio_put"),
     ("make_accessible", "zap"), ("guest_map", "guest_unmap"), ("scrub", "forget", "declassify"),
-    ("fput", "iput"), ("mmu_invalidate_begin", "unmap_mapping_pages"), ("xa_reserve", "xa_load"),
+    ("fput", "iput"), ("mmu_invalidate_begin", "unmap_mapping_pages"), ("tree_reserve", "tree_load"),
 )
 """Procedures with the same arguments."""
 

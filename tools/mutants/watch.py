@@ -1,4 +1,4 @@
-"""Watches a child from within: when its time or memory is over, and when it goes round in the mutant for ever."""
+"""Watches a child from within: when its time or memory is over, and when it goes round in the mutant without end."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def look(ride: Ride, pa: int) -> Look:
     page, vm = _page(ride), ride.machine.vms[0]
     found = _frame(ride, pa)
     found["page cache"] = "no folio" if page is None else f"pfn {page.pa // PAGE:#x}"
-    found["mark"] = "set" if page is not None and page.private else "not set"
+    found["mark"] = "set" if page is not None and page.no_direct_map else "not set"
     leaf = vm.handle.pgt.leaf(IPA)
     found["guest stage 2"] = described(leaf.value, leaf.level, 2)
     found["TLB, guest"] = str(sum(entry.ia <= IPA < entry.ia + entry.size

@@ -37,7 +37,7 @@ Five take part. The *VMM* is a process. *Linux* runs at EL1: KVM, the guest_memf
 the part of pKVM that Linux cannot overrule. The *guest* runs behind EL2, too. The *CPUs* walk the page tables, and their
 TLBs keep what they have found.
 
-An address goes through two page tables. Stage 1 belongs to whoever runs, Linux or the guest. Stage 2 belongs to EL2, and
+An address goes through two page tables. Stage 1 belongs to what runs, Linux or the guest. Stage 2 belongs to EL2, and
 there is one for the host and one for each guest. The guest of this tour has not turned its stage 1 on.
 
 The guest is this program:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from guest_memfd import Config, Machine, assemble
 from guest_memfd.guests import CONSOLE, PRIVATE_BASE, SYSTEM_OFF
 from guest_memfd.guests.loader import GuestImage
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.kvm import KvmGuest
-from guest_memfd.vmm.layout import PAGE, Layout
+from guest_memfd.vmm.layout import Layout
 
 PAGES = 16
 INDEX = 8
@@ -47,7 +48,7 @@ class Ride(NamedTuple):
 
 
 class _Nobody:
-    # Nobody debugs this guest.
+    # No one debugs this guest.
 
     def pc(self) -> int:
         return 0

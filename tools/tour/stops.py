@@ -79,7 +79,7 @@ one for stage 1 alone, and one for both stages together. Then comes the most imp
 `give_private`: the host lets go first, and only then the guest gets the page."""),
     Stop("The library takes the page out of the direct map", (Point(direct_map.zap_noflush),), """\
 The direct map is the kernel's own mapping of all RAM. A stray load of the kernel could reach the page there. The
-library marks the folio, and then asks for the entry to be made invalid. The mark comes first: nobody may rely on
+library marks the folio, and then asks for the entry to be made invalid. The mark comes first: no one may rely on
 the entry of a marked folio. If the entry cannot be changed, the library takes the mark back and the fault fails
 with -ENOMEM."""),
     Stop("The primitive: one step of the host", (Point(directmap.set_direct_map_invalid_noflush),), """\

@@ -75,7 +75,7 @@ class AbstractGuestSide(AbstractMappings):
             self.out_of_scope("takes the page from the guest", index)
         return True
 
-    def guest_maps(self, pfn: int) -> int | None:
+    def gfn_of(self, pfn: int) -> int | None:
         """The gfn of this VM that maps *pfn*, if any."""
         gfn = self.state.frame(pfn).gmap - 1 - self.vm.number * self.sizes.gfns
         return gfn if 0 <= gfn < self.sizes.gfns else None

@@ -80,7 +80,7 @@ class AbstractLocks(AbstractBase):
         # A reason to refuse, for the laws: the design may not know it before it has the lock.
         if frame.poison:
             self.against(POISON, frame)
-        return Locked(self.ours(frame), bool(frame.uptodate), bool(frame.private), bool(frame.poison))
+        return Locked(self.ours(frame), bool(frame.uptodate), bool(frame.no_direct_map), bool(frame.poison))
 
     def unlock_folio(self, folio: Folio) -> None:
         """Unlocking an unlocked folio is a VM_BUG_ON."""

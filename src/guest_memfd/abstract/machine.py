@@ -8,6 +8,7 @@ everything.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from errno import EAGAIN, ENOMEM
 from typing import TYPE_CHECKING, Any
 
 from guest_memfd.abstract import state as st
@@ -18,7 +19,7 @@ from guest_memfd.errors import BadInput
 from guest_memfd.words import facts
 from guest_memfd.words.outcome import Blocked, Outcome
 from guest_memfd.words.pagestate import DESTROYED, EVICTED, FAILURE, FOR_GOOD, JUNK, MANY
-from guest_memfd.words.primitives import EAGAIN, ENOMEM, Bound, Primitive
+from guest_memfd.words.primitives import Bound, Primitive
 
 if TYPE_CHECKING:
     from guest_memfd.core.hypervisor import Hypervisor
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 FALLIBLE = {
     "filemap_add_folio": -ENOMEM,
     "set_direct_map_invalid_noflush": -ENOMEM,
-    "xa_store": -ENOMEM,
-    "xa_reserve": -ENOMEM,
+    "tree_store": -ENOMEM,
+    "tree_reserve": -ENOMEM,
     "mmap": -ENOMEM,
     "alloc_inode": -ENOMEM,
 }
@@ -41,8 +42,8 @@ OF_INODE = frozenset({
 """Primitives that work on the inode: it has to be there."""
 
 OF_INODE_BY_NAME = frozenset({
-    "down_read", "down_read_trylock", "up_read", "down_write", "up_write", "xa_load", "xa_store", "xa_store_reserved",
-    "xa_reserve", "xa_release",
+    "down_read", "down_read_trylock", "up_read", "down_write", "up_write", "tree_load", "tree_store", "tree_store_reserved",
+    "tree_reserve", "tree_release",
 })
 """Primitives that work on it if the lock or the tree they name is the inode's: a driver keeps its own in its VM."""
 
@@ -155,7 +156,7 @@ class AbstractHost(AbstractLocks, AbstractWorld):
 
     def _is_the_inodes(self, primitive: Primitive) -> bool:
         what = primitive.args[0]
-        return what in ("invalidate", "attributes") or (what == "bindings" and primitive.name.startswith("xa_")
+        return what in ("invalidate", "attributes") or (what == "bindings" and primitive.name.startswith("tree_")
                                                         and primitive.caller == "library")
 
     def _errno(self, primitive: Primitive) -> int:

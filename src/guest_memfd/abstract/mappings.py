@@ -7,13 +7,15 @@ chooses, and only some kinds consult the table.
 
 from __future__ import annotations
 
+from errno import EBADF
+
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.base import AbstractBase
 from guest_memfd.core.hypervisor import DATA_ABORT, SEA
 from guest_memfd.errors import shown
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTS, DATA, EVICTED, FREE, GUEST, JUNK, KEPT, OWNERS, ZERO
-from guest_memfd.words.primitives import EBADF, Folio
+from guest_memfd.words.primitives import Folio
 
 
 class AbstractMappings(AbstractBase):
@@ -143,7 +145,7 @@ class AbstractMappings(AbstractBase):
             self.kernel_access(frame, "allocator", "free-time poisoning", write=True, fixup=False)
             frame.content = JUNK
         frame.allocated = FREE
-        frame.uptodate = frame.private = 0
+        frame.uptodate = frame.no_direct_map = 0
 
     # -- direct map ----------------------------------------------------------------------------------------------
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from errno import EBUSY, EEXIST, ENOMEM
+
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.mappings import AbstractMappings
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTION, EVICTED, FAILURE, FREE, JUNK, REFERENCE, ZERO
-from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
+from guest_memfd.words.primitives import Folio, Lookup
 
 
 class AbstractPageCache(AbstractMappings):
-    """The page-cache primitives, filemap_get_folio to folio_set_private, and the references on a frame."""
+    """The page-cache primitives, filemap_get_folio to folio_set_no_direct_map, and the references on a frame."""
 
     def filemap_get_folio(self, index: int) -> Lookup | None:
         """A hit comes with a transient reference."""
@@ -128,9 +130,9 @@ class AbstractPageCache(AbstractMappings):
         """Under the folio lock."""
         self._locked(folio, "folio_mark_uptodate").uptodate = 1
 
-    def folio_set_private(self, folio: Folio, private: bool) -> None:
+    def folio_set_no_direct_map(self, folio: Folio, marked: bool) -> None:
         """Under the folio lock."""
-        self._locked(folio, "folio_set_private").private = int(private)
+        self._locked(folio, "folio_set_no_direct_map").no_direct_map = int(marked)
 
     def _locked(self, folio: Folio, what: str) -> st.Frame:
         frame = self.state.frame(folio.pfn)

@@ -20,12 +20,12 @@ LABELS = {
     "s1": "direct map", "s2": "host stage 2", "stale": "stale TLB entry", "gmap": "guest maps it at",
     "gstale": "stale guest TLB entry", "locked_in": "guest holds on", "user": "VMM maps it", "slot": "in the file",
     "cached": "page cache", "attr": "attribute", "binding": "bound to", "gpoison": "guest entry poisoned",
-    "expect": "reader expects", "lock": "folio lock", "private": "marked private", "poison": "hwpoison",
+    "expect": "reader expects", "lock": "folio lock", "no_direct_map": "marked no-direct-map", "poison": "hwpoison",
     "vma": "VMAs", "vm": "VM", "inodes": "inode refs", "files": "file refs", "module": "module refs",
     "unloaded": "module unloaded", "progress": "mmu_invalidate_in_progress",
     "gpc": "pfn cache", "gpc_fresh": "pfn cache fresh", "gpc_readers": "pfn cache in use", "away": "pages counted away",
     "preparing": "hibernation announced", "frozen": "tasks frozen", "reserved": "nodes preallocated",
-    "failures": "failures left", "panic": "kernel stopped", "of": "of VM", "kept": "kept for ever",
+    "failures": "failures left", "panic": "kernel stopped", "of": "of VM", "kept": "kept permanently",
     "handled": "memory failure handled", "stuck": "refused for good", "asked": "the guest asked for it",
     "withdrawn": "consent withdrawn",
     "inode": "inode", "evictor": "evicted by", "refuses_readers": "AS_NO_DIRECT_MAP", "released": "ops released",
@@ -43,7 +43,7 @@ _ENUMS: dict[str, tuple[str, ...]] = {
     "fd": ("closed", "open"), "inode": INODE_STATES,
 }
 _FLAGS = frozenset({
-    "stale", "locked_in", "uptodate", "private", "poison", "gpoison", "unloaded", "gpc_fresh", "gpc_readers",
+    "stale", "locked_in", "uptodate", "no_direct_map", "poison", "gpoison", "unloaded", "gpc_fresh", "gpc_readers",
     "preparing", "frozen", "panic", "handled", "stuck", "asked", "withdrawn", "refuses_readers", "released",
 })
 HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q", "evictor"})

@@ -32,15 +32,15 @@ FRAME_FIELDS = {
     "slot": "page + 1 at which the page cache holds it, 0 when it has left",
     "cache": "references: the page cache's",
     "lru": "references: a per-CPU lru_add batch's",
-    "lookup": "references: transient, of whoever looked it up and means to lock it",
+    "lookup": "references: transient, of a lookup that means to lock it",
     "provided": "references: one per page a v17 driver has provided to the guest",
     "pin": "references: FOLL_PIN of a device or io_uring",
     "get": "references: GUP without FOLL_PIN (vmsplice, /proc/pid/mem)",
     "spec": "references: speculative, from GUP-fast; never used to touch the page",
-    "kept": "references: for ever, of a page that is taken out of use and counted",
+    "kept": "references: permanent, of a page that is taken out of use and counted",
     "lock": "folio lock: party number + 1 of the holder",
     "uptodate": "PG_uptodate: the library has zeroed it in this life",
-    "private": "the library's mark: inaccessible to the host",
+    "no_direct_map": "the library's mark: not in the direct map",
     "poison": "PG_hwpoison",
     "handled": "memory_failure() has done with the poisoned page",
     "stuck": "the hypervisor has refused for good to give it back",
@@ -49,7 +49,7 @@ PAGE_FIELDS = {
     "cached": "page cache slot: frame + 1",
     "attr": "attribute tree: SHARED_PAGE, PRIVATE_PAGE",
     "binding": "binding tree: gfn + 1 bound to this page",
-    "expect": "ghost: what whoever may read this page must find (or ANY)",
+    "expect": "ghost: what any reader of this page must find (or ANY)",
 }
 GFN_FIELDS = {
     "provided": "v17's vm->mm tree: 2 * frame + lend + 1",
@@ -309,7 +309,7 @@ class State:
     def private(self, frame: Frame) -> bool:
         """The library's word on a frame in a file: its attribute, or the mark where a design keeps no attributes."""
         attr = self.page(frame.slot - 1).attr if frame.slot else 0
-        return attr == PRIVATE_PAGE if attr else bool(frame.private)
+        return attr == PRIVATE_PAGE if attr else bool(frame.no_direct_map)
 
 
 def _global(offset: int) -> property:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from errno import EAGAIN, EBUSY, EPERM
 
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.guest import AbstractGuestSide
@@ -26,14 +27,14 @@ from guest_memfd.words.pagestate import (
     VM_STATES,
     ZERO,
 )
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, OPS, UNREPORTED, Bound, Cost, Entries, Folio
+from guest_memfd.words.primitives import OPS, UNREPORTED, Bound, Cost, Entries, Folio, MfResult
 
 TREES = {"attributes": "attr", "bindings": "binding"}
 """Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""
 
 
 class AbstractWorld(AbstractPageCache, AbstractGuestSide):
-    """xa_load ... vm_destroyed, begin_op, end_op."""
+    """tree_load ... vm_destroyed, begin_op, end_op."""
 
     bounds: Mapping[str, Bound]
     errnos: Mapping[str, tuple[int, ...]]
@@ -114,14 +115,14 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
 
     # -- trees ---------------------------------------------------------------------------------------------------
 
-    def xa_load(self, tree: str, start: int, nr: int) -> tuple[int, ...]:
+    def tree_load(self, tree: str, start: int, nr: int) -> tuple[int, ...]:
         """Entries past the end of the file, or of the VM's gfns, are holes."""
         if tree == "provided":
             return tuple(self.gfn(i).provided if 0 <= i < self.sizes.gfns else 0 for i in range(start, start + nr))
         field = TREES[tree]
         return tuple(getattr(self.page(i), field) if 0 <= i < self.sizes.pages else 0 for i in range(start, start + nr))
 
-    def xa_store(self, tree: str, start: int, values: Entries) -> int:
+    def tree_store(self, tree: str, start: int, values: Entries) -> int:
         """Stores past the end go nowhere on this host of few pages."""
         for i, value in enumerate(values, start):
             if tree == "provided":
@@ -165,23 +166,23 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         else:
             self.declassify(frame.number)
 
-    def xa_store_reserved(self, tree: str, start: int, values: Entries) -> None:
+    def tree_store_reserved(self, tree: str, start: int, values: Entries) -> None:
         """A store that changes the attribute tree needs its reservation."""
         if tree == "attributes":
             # Such a store must not fail, because nothing can be undone any more: so the nodes have to be there.
             if self._mask(start, len(values)) & ~self.file.reserved:
                 self.die("store into the attribute tree without preallocated nodes")
             self.file.reserved = 0
-        self.xa_store(tree, start, values)
+        self.tree_store(tree, start, values)
 
-    def xa_reserve(self, tree: str, start: int, nr: int) -> int:
+    def tree_reserve(self, tree: str, start: int, nr: int) -> int:
         """The nodes are there until they are used or given back."""
         if tree == "attributes":
             self.file.reserved = self._mask(start, nr)
         return 0
 
-    def xa_release(self, tree: str) -> None:
-        """Give the reservation of `xa_reserve` back unused, as an operation does that fails after it."""
+    def tree_release(self, tree: str) -> None:
+        """Give the reservation of `tree_reserve` back unused, as an operation does that fails after it."""
         if tree == "attributes":
             self.file.reserved = 0
 
@@ -379,7 +380,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         frame.lookup += 1
         return Folio(frame.number)
 
-    def memory_failure_done(self, folio: Folio, result: str) -> None:
+    def memory_failure_done(self, folio: Folio, result: MfResult) -> None:
         """Who still reaches the page now, and what the handler makes of it."""
         frame, ghost = self.state.frame(folio.pfn), self.state.ghost(self.who)
         reached = {"the guest": (frame.gmap or frame.gstale) and self.vm.vm == RUNNING, "the VMM": frame.user,

@@ -11,11 +11,11 @@ from guest_memfd.cli.kernel import add_machine
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
-from guest_memfd.linux.abi.kvm import PATH
 from guest_memfd.probe import report
 from guest_memfd.probe.against import Against, compare, read
 from guest_memfd.probe.survey import PARTS, Survey, survey
 from guest_memfd.report import json
+from guest_memfd.uapi.kvm import PATH
 
 FEWEST = 64
 """Descriptors; with fewer, what fails for want of one would be taken for what the kernel answers."""

@@ -17,6 +17,7 @@ from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output, seconds
 from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.report.style import style_for
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ _ARM64 = "emulated:arm64/"
 _MODULES = {**dict.fromkeys(EMULATED, "run_emulated"), "kvm": "run_kvm"}
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 _DIGITS = 30
-PAGE = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

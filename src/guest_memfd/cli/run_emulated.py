@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 from guest_memfd.cli.output import Output
-from guest_memfd.cli.run import PAGE, RUN, Lines, fill, log, refuse, size, tell
+from guest_memfd.cli.run import RUN, Lines, fill, log, refuse, size, tell
 from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.guests.loader import load
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.report import json
 from guest_memfd.vmm.emulated import EmulatedOrder, EmulatedReport, EmulatedRun
 from guest_memfd.vmm.layout import Layout

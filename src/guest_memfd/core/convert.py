@@ -41,9 +41,11 @@ tests/test_folios.py has the calls one by one; tools/mutants/equivalent.txt says
 
 from __future__ import annotations
 
+from errno import EAGAIN, EINVAL
+
 from guest_memfd.core.gmem import Conversion, Gmem, Held
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import EAGAIN, EINVAL, Entries, Folio, Steps
+from guest_memfd.words.primitives import Entries, Folio, Steps
 
 CACHE_AND_LOOKUP = 2
 """References a folio of order 0 has when no one but the page cache and we know it; in general nr pages + 1."""
@@ -69,7 +71,7 @@ def make_private_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
     """`make_private`, under the invalidate lock held exclusively; returns as it."""
     host = gmem.host
     # Where there is nothing to do nothing is touched: a call that is repeated must not cost the guest its mappings.
-    attributes = yield from host.xa_load("attributes", start, nr)
+    attributes = yield from host.tree_load("attributes", start, nr)
     if attributes.count(PRIVATE_PAGE) == nr:
         return Conversion(0)
     # Before references are counted. GUP-fast takes its reference without a lock; with the entry gone its second
@@ -101,16 +103,16 @@ def check_and_commit_private(gmem: Gmem, start: int, nr: int, folios: tuple[Held
         return Conversion(ret, index)
     # The last allocations, and the zap, come before the store. From the store on a failure could not be undone:
     # part of the range would be private, and the caller would be told that none is.
-    ret = yield from host.xa_reserve("attributes", start, nr)
+    ret = yield from host.tree_reserve("attributes", start, nr)
     if ret:
         return Conversion(ret)
     ret = yield from _zap_all(gmem, folios)
     if ret:
         # Folios that have been zapped stay so, marked. They are shared, and the next host access puts them back;
         # to do it here could fail in turn.
-        yield from host.xa_release("attributes")
+        yield from host.tree_release("attributes")
         return Conversion(ret)
-    yield from host.xa_store_reserved("attributes", start, Entries(PRIVATE_PAGE, nr))
+    yield from host.tree_store_reserved("attributes", start, Entries(PRIVATE_PAGE, nr))
     # The attribute is stored, so the hypervisor is told what is so already. pKVM completes a pending MEM_UNSHARE
     # here; a guest that is told earlier could write secrets to a page that the host still maps.
     for held in folios:
@@ -147,7 +149,7 @@ def _zap_all(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[int]:
         # The mark belongs to the folio lock; a fault of an earlier time may have zapped the folio already, and
         # its entry must not be counted twice.
         locked = yield from host.lock_folio(held.folio)
-        if not locked.private:
+        if not locked.no_direct_map:
             ret = yield from gmem.zap_noflush(held.folio)
             if not ret:
                 zapped.append(held.folio)
@@ -181,12 +183,12 @@ def make_shared(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
 def make_shared_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
     """`make_shared`, under the invalidate lock held exclusively; returns as it."""
     host = gmem.host
-    attributes = yield from host.xa_load("attributes", start, nr)
+    attributes = yield from host.tree_load("attributes", start, nr)
     if attributes.count(SHARED_PAGE) == nr:
         return Conversion(0)
     # Before anything is asked of the hypervisor: a page that it has given back cannot be handed out again in case
     # there are no nodes.
-    ret = yield from host.xa_reserve("attributes", start, nr)
+    ret = yield from host.tree_reserve("attributes", start, nr)
     if ret:
         return Conversion(ret)
     yield from host.mmu_invalidate_begin(start, nr)
@@ -194,9 +196,9 @@ def make_shared_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
     result = yield from gmem.give_to_host(tuple(held for held in folios if held.private))
     yield from gmem.put_all(folios)
     if result.ret:
-        yield from host.xa_release("attributes")
+        yield from host.tree_release("attributes")
     else:
-        yield from host.xa_store_reserved("attributes", start, Entries(SHARED_PAGE, nr))
+        yield from host.tree_store_reserved("attributes", start, Entries(SHARED_PAGE, nr))
     yield from host.mmu_invalidate_end()
     return result
 

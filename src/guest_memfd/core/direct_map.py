@@ -62,12 +62,12 @@ def zap_noflush(gmem: Gmem, folio: Folio) -> Steps[int]:
         return ret
     # The mark before the entry: code that finds an unmarked folio writes to it through the direct map without
     # looking, and that write would fault.
-    yield from host.folio_set_private(folio, True)
+    yield from host.folio_set_no_direct_map(folio, True)
     ret = yield from host.set_direct_map_invalid_noflush(folio)
     if ret:
         # The entry is as it was, so mark and count must be as they were: a mark that stays makes the next zap be
         # skipped, and the guest would get a page that the host still maps.
-        yield from host.folio_set_private(folio, False)
+        yield from host.folio_set_no_direct_map(folio, False)
         yield from gmem.account(-folio.nr)
     return ret
 
@@ -86,7 +86,7 @@ def restore(gmem: Gmem, folio: Folio) -> Steps[int]:
         ret = yield from host.set_direct_map_default_noflush(folio)
         if not ret:
             # After the entry is back, never before: an unmarked folio is used at once.
-            yield from host.folio_set_private(folio, False)
+            yield from host.folio_set_no_direct_map(folio, False)
             yield from gmem.account(-folio.nr)
             return 0
     return ret

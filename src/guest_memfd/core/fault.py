@@ -6,9 +6,11 @@ is made, so there is no sequence to recheck. (KVM's own path drops the lock befo
 
 from __future__ import annotations
 
+from errno import EAGAIN, EFAULT, EINVAL
+
 from guest_memfd.core.gmem import Gmem, Grabbed
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import EAGAIN, EFAULT, EINVAL, Steps
+from guest_memfd.words.primitives import Steps, VmFault
 
 
 def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
@@ -21,7 +23,7 @@ def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
     # From looking at the trees to the mapping made. KVM's own path drops the lock before it maps, and has to
     # compare a sequence number afterwards; here no conversion can come in between.
     yield from host.down_read("invalidate")
-    (bound,) = yield from host.xa_load("bindings", index, 1)
+    (bound,) = yield from host.tree_load("bindings", index, 1)
     # The slot may have been unbound, or bound elsewhere, while this vCPU was on its way.
     ret = (yield from gmem.fault_bound(gfn, index)) if bound == gfn + 1 else -EFAULT
     yield from host.end_op(ret)
@@ -33,7 +35,7 @@ def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
 
 def fault_bound(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
     """Give the guest page *index*, which is bound to *gfn*, under the invalidate lock; 0 or -errno."""
-    (attribute,) = yield from gmem.host.xa_load("attributes", index, 1)
+    (attribute,) = yield from gmem.host.tree_load("attributes", index, 1)
     grabbed = yield from gmem.grab_folio(index)
     if isinstance(grabbed, int):
         return grabbed
@@ -51,14 +53,14 @@ def give_private(gmem: Gmem, gfn: int, grabbed: Grabbed) -> Steps[int]:
     """The host lets go first - direct map, then TLBs - and only then the guest gets the page."""
     # A fault that failed after its zap leaves the mark. The page is out of the direct map already, and a second
     # zap would count it twice.
-    if not grabbed.private:
+    if not grabbed.no_direct_map:
         ret = yield from gmem.zap(grabbed.folio)
         if ret:
             return ret
     return (yield from gmem.ops.prepare_private(gfn, grabbed.folio))
 
 
-def user_fault(gmem: Gmem, index: int) -> Steps[str]:
+def user_fault(gmem: Gmem, index: int) -> Steps[VmFault]:
     """Map page *index* into the VMM; ``ok``, ``retry`` (VM_FAULT_RETRY), or ``SIGBUS`` (private, poisoned, no memory).
 
     To try again is the answer where the VMA went, and where others were faster too often (-EAGAIN of `grab_folio`).
@@ -74,13 +76,13 @@ def user_fault(gmem: Gmem, index: int) -> Steps[str]:
     return answer
 
 
-def fault_shared(gmem: Gmem, index: int) -> Steps[str]:
+def fault_shared(gmem: Gmem, index: int) -> Steps[VmFault]:
     """Map page *index* into the VMM under the invalidate lock; ``ok``, ``retry`` or ``SIGBUS``, as `user_fault`.
 
     Ask first: a private page is never grabbed, let alone zeroed, for the host.
     """
     # The order matters: to grab is to allocate and zero, through the direct map, a page that may be the guest's.
-    (attribute,) = yield from gmem.host.xa_load("attributes", index, 1)
+    (attribute,) = yield from gmem.host.tree_load("attributes", index, 1)
     if attribute != SHARED_PAGE:
         return "SIGBUS"
     grabbed = yield from gmem.grab_folio(index)
@@ -88,7 +90,7 @@ def fault_shared(gmem: Gmem, index: int) -> Steps[str]:
         return "retry" if grabbed == -EAGAIN else "SIGBUS"
     # Before the entry is installed: GUP may hand the page to a driver that uses its kernel address.
     if (yield from gmem.make_accessible(grabbed)):
-        answer = "SIGBUS"
+        answer: VmFault = "SIGBUS"
     else:
         mapped = yield from gmem.host.vmf_insert_folio(index, grabbed.folio)
         answer = "ok" if mapped else "retry"
@@ -98,7 +100,7 @@ def fault_shared(gmem: Gmem, index: int) -> Steps[str]:
 
 def make_accessible(gmem: Gmem, grabbed: Grabbed) -> Steps[int]:
     """A shared page is in the direct map before the host may use it; 0 or -ENOMEM."""
-    return (yield from gmem.restore(grabbed.folio)) if grabbed.private else 0
+    return (yield from gmem.restore(grabbed.folio)) if grabbed.no_direct_map else 0
 
 
 def allocate(gmem: Gmem, start: int, nr: int) -> Steps[int]:

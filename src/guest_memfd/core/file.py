@@ -7,12 +7,13 @@ binding and not by the descriptor - a vCPU, an unbind, a dying VM - holds the fi
 
 from __future__ import annotations
 
+from errno import EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP
 from itertools import chain
 
 from guest_memfd.core.gmem import Conversion, Gmem, Held, filled
 from guest_memfd.core.ops import Reason
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP, Entries, Steps
+from guest_memfd.words.primitives import Entries, Steps
 
 
 def runs(pages: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -69,10 +70,10 @@ def alloc_inode(gmem: Gmem) -> Steps[int]:
 def init_attributes(gmem: Gmem, size: int, shared: tuple[int, ...]) -> Steps[int]:
     """Cover every page: a hole in the tree would have to be read as something."""
     host = gmem.host
-    ret = yield from host.xa_store("attributes", 0, Entries(PRIVATE_PAGE, size))
+    ret = yield from host.tree_store("attributes", 0, Entries(PRIVATE_PAGE, size))
     for start, nr in runs(shared):
         if not ret:
-            ret = yield from host.xa_store("attributes", start, Entries(SHARED_PAGE, nr))
+            ret = yield from host.tree_store("attributes", start, Entries(SHARED_PAGE, nr))
     return ret
 
 
@@ -92,7 +93,7 @@ def bind(gmem: Gmem, gfn: int, start: int, nr: int) -> Steps[int]:
         yield from host.end_op(-EBADF)
         return -EBADF
     yield from host.down_write("invalidate")
-    bound = yield from host.xa_load("bindings", 0, gmem.size)
+    bound = yield from host.tree_load("bindings", 0, gmem.size)
     if filled(bound[start:start + nr]):
         ret = -EEXIST
     # A stopped VM has had its teardown, or will not ask again for bindings that come later. No one would ever
@@ -100,7 +101,7 @@ def bind(gmem: Gmem, gfn: int, start: int, nr: int) -> Steps[int]:
     elif (yield from host.vm_state()) != "running":
         ret = -ENODEV
     else:
-        ret = yield from host.xa_store("bindings", start, Entries(gfn + 1, nr, 1))
+        ret = yield from host.tree_store("bindings", start, Entries(gfn + 1, nr, 1))
     yield from host.end_op(ret)
     yield from host.up_write("invalidate")
     if ret or filled(bound):                       # one reference for all bindings, taken by the first
@@ -172,7 +173,7 @@ def unbind_locked(gmem: Gmem, start: int, nr: int, reason: Reason) -> Steps[tupl
     A refusal leaves the bindings whole. 0 under ``teardown`` where nothing is bound, -ENOENT otherwise.
     """
     host = gmem.host
-    bound = yield from host.xa_load("bindings", 0, gmem.size)
+    bound = yield from host.tree_load("bindings", 0, gmem.size)
     if not filled(bound[start:start + nr]):
         return Conversion(0 if reason == "teardown" else -ENOENT), False
     yield from host.mmu_invalidate_begin(start, nr)
@@ -189,7 +190,7 @@ def unbind_locked(gmem: Gmem, start: int, nr: int, reason: Reason) -> Steps[tupl
     yield from gmem.put_all(folios)
     if not ret:
         # Erasing needs no memory, so it can come after everything that fails.
-        yield from host.xa_store_reserved("bindings", start, Entries(0, nr))
+        yield from host.tree_store_reserved("bindings", start, Entries(0, nr))
     yield from host.mmu_invalidate_end()
     if ret:
         return Conversion(ret, index), False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, EEXIST, EIO
+
 from guest_memfd.core.gmem import Gmem, Grabbed, Held
 from guest_memfd.core.ops import Reason
+from guest_memfd.errors import EHWPOISON
 from guest_memfd.words.pagestate import PRIVATE_PAGE
-from guest_memfd.words.primitives import EAGAIN, EEXIST, EHWPOISON, EIO, Folio, Steps
+from guest_memfd.words.primitives import Folio, Steps
 
 LOOKUPS = 3
 """Attempts to look a folio up while others add and remove it, before -EAGAIN."""
@@ -45,7 +48,7 @@ def grab_folio(gmem: Gmem, index: int) -> Steps[Grabbed | int]:
             # direct map.
             if not locked.uptodate:
                 yield from gmem.zero(hit.folio)
-            return Grabbed(hit.folio, hit.pgoff, locked.private)
+            return Grabbed(hit.folio, hit.pgoff, locked.no_direct_map)
         yield from gmem.unlock_and_put(hit.folio)
         if locked.hwpoison:
             return -EHWPOISON
@@ -68,8 +71,8 @@ def present(gmem: Gmem, start: int, nr: int) -> Steps[tuple[Held, ...]]:
     """All folios of [start, start+nr) that exist, referenced; gfn is None where nothing is bound."""
     # Both trees are read once for the range. The lock is held exclusively, so they cannot change while the folios
     # are looked up.
-    bound = yield from gmem.host.xa_load("bindings", start, nr)
-    attributes = yield from gmem.host.xa_load("attributes", start, nr)
+    bound = yield from gmem.host.tree_load("bindings", start, nr)
+    attributes = yield from gmem.host.tree_load("attributes", start, nr)
     found: list[Held] = []
     index, misses = start, 0
     while index < start + nr:
@@ -124,8 +127,8 @@ def remove_folio(gmem: Gmem, held: Held) -> Steps[int]:
         return ret
     # A broken page must not be touched again, so it is neither scrubbed nor mapped.
     if not locked.hwpoison:
-        yield from gmem.return_to_kernel(held, locked.private)
-    elif locked.private:                            # broken memory is not mapped again, and no one waits for it
+        yield from gmem.return_to_kernel(held, locked.no_direct_map)
+    elif locked.no_direct_map:                            # broken memory is not mapped again, and no one waits for it
         yield from gmem.account(-folio.nr)
     # Last, when nothing can fail any more: a folio that has left the file cannot be found by anyone who would
     # repeat the attempt.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.words.primitives import Folio, Host, Steps
+from guest_memfd.words.primitives import Folio, Host, Steps, VmFault
 
 PowerPolicy = Literal["count", "notifier", "none"]
 """How hibernation is kept from pages that are away from the host (power.py)."""
@@ -29,7 +29,7 @@ class Grabbed(NamedTuple):
 
     folio: Folio
     pgoff: int
-    private: bool
+    no_direct_map: bool
 
 
 class Held(NamedTuple):
@@ -128,7 +128,7 @@ class Gmem(Protocol):
     def give_private(self, gfn: int, grabbed: Grabbed) -> Steps[int]:
         """A private page leaves the host and is given to the guest."""
 
-    def fault_shared(self, index: int) -> Steps[str]:
+    def fault_shared(self, index: int) -> Steps[VmFault]:
         """A VMM's fault, under the lock."""
 
     def make_accessible(self, grabbed: Grabbed) -> Steps[int]:

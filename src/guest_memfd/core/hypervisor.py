@@ -52,7 +52,7 @@ class Stage2(Protocol):
     def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
         """Unmap it; False if gfn did not map it. Without *flush* (NOSYNC) TLBs may keep the entry."""
 
-    def guest_maps(self, pfn: int) -> int | None:
+    def gfn_of(self, pfn: int) -> int | None:
         """The gfn that maps the page."""
 
     def scrub(self, pfn: int) -> None:

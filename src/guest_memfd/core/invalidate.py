@@ -8,10 +8,12 @@ Source: kvm_gmem_punch_hole(), kvm_gmem_error_folio() (virt/kvm/guest_memfd.c).
 
 from __future__ import annotations
 
+from errno import EINVAL
+
 from guest_memfd.core.gmem import Conversion, Gmem, Held
 from guest_memfd.core.ops import Reason
 from guest_memfd.words.pagestate import PRIVATE_PAGE
-from guest_memfd.words.primitives import EINVAL, Folio, Locked, Steps
+from guest_memfd.words.primitives import Folio, Locked, MfResult, Steps
 
 
 def _cut(held: Held, start: int, nr: int) -> bool:
@@ -88,7 +90,7 @@ def split(gmem: Gmem, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[tu
     return 0, 0
 
 
-def error_folio(gmem: Gmem, folio: Folio, locked: Locked) -> Steps[str]:
+def error_folio(gmem: Gmem, folio: Folio, locked: Locked) -> Steps[MfResult]:
     """memory_failure() found the locked *folio* broken: guest and VMM lose it, the file keeps it.
 
     ``delayed`` (MF_DELAYED: the next to ask for the page is told), or ``failed`` if the hypervisor refuses or the
@@ -128,8 +130,8 @@ def take_from_users(gmem: Gmem, folio: Folio) -> Steps[int]:
         return 0
     yield from host.mmu_invalidate_begin(locked.pgoff, folio.nr)
     yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
-    (bound,) = yield from host.xa_load("bindings", locked.pgoff, 1)
-    (attribute,) = yield from host.xa_load("attributes", locked.pgoff, 1)
+    (bound,) = yield from host.tree_load("bindings", locked.pgoff, 1)
+    (attribute,) = yield from host.tree_load("attributes", locked.pgoff, 1)
     held = Held(folio, locked.pgoff, bound - 1 if bound else None, attribute == PRIVATE_PAGE)
     ret, _ = yield from gmem.invalidate_guest((held,), "error")
     yield from host.mmu_invalidate_end()

@@ -11,8 +11,10 @@ Suspend to RAM keeps the tables of both stages, so nothing is vetoed there.
 
 from __future__ import annotations
 
+from errno import EPERM
+
 from guest_memfd.core.gmem import Gmem
-from guest_memfd.words.primitives import EPERM, Steps
+from guest_memfd.words.primitives import Steps
 
 
 def account(gmem: Gmem, pages: int) -> Steps[int]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from errno import EOPNOTSUPP
 from typing import ClassVar
 
+from guest_memfd.compat import override
 from guest_memfd.core import Library
+from guest_memfd.core.gmem import Conversion
 from guest_memfd.core.hypervisor import LendingDriver
-from guest_memfd.words.primitives import Bound
+from guest_memfd.words.primitives import Bound, Steps
 from guest_memfd.words.scene import Scene
 
 OPERATIONS = (
@@ -54,3 +57,25 @@ class Design(Library):
     def born_shared(self) -> tuple[int, ...]:
         """Pages that start out shared: what a binding's FORCE_SHARE says where there are no attributes."""
         return self.scene.shared
+
+
+class NoAttributes(Design):
+    """A posted design without attributes: a page is lent or shared for the life of its binding, and nothing converts it."""
+
+    @override
+    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
+        """There is no attribute tree, and so nothing to fail."""
+        yield from ()
+        return 0
+
+    @override
+    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
+        """-EOPNOTSUPP: there is no conversion by range."""
+        yield from ()
+        return Conversion(-EOPNOTSUPP)
+
+    @override
+    def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
+        """-EOPNOTSUPP: there is no conversion by range."""
+        yield from ()
+        return Conversion(-EOPNOTSUPP)

@@ -12,15 +12,17 @@ hypervisor the client is the Gunyah one of the CLO tree (@a36302d6, never posted
 from __future__ import annotations
 
 from collections.abc import Mapping
+from errno import EBUSY, EFAULT, EINVAL, EPERM
 from typing import ClassVar
 
 from guest_memfd.compat import override
 from guest_memfd.core.gmem import Conversion, Grabbed, Held
-from guest_memfd.designs.design import Design
-from guest_memfd.words.primitives import EBUSY, EFAULT, EHWPOISON, EINVAL, EOPNOTSUPP, EPERM, Bound, Folio, Steps
+from guest_memfd.designs.design import Design, NoAttributes
+from guest_memfd.errors import EHWPOISON
+from guest_memfd.words.primitives import Bound, Folio, Steps, VmFault
 
 
-class GuestmemRfc1(Design):
+class GuestmemRfc1(NoAttributes):
     """mm/guest_memfd.c of the RFC."""
 
     name = "guestmem-rfc1"
@@ -67,27 +69,27 @@ class GuestmemRfc1(Design):
             new = yield from host.filemap_add_folio(index, 0)
             if isinstance(new, int):
                 return new
-            hit, zeroed, private = new, False, False
+            hit, zeroed, marked = new, False, False
         else:
             locked = yield from host.lock_folio(hit.folio)
             if locked.hwpoison:
                 yield from self.unlock_and_put(hit.folio)
                 return -EHWPOISON
-            zeroed, private = locked.uptodate, locked.private
+            zeroed, marked = locked.uptodate, locked.no_direct_map
         # The caller decides. Who asks without gets whatever the frame held before.
         if uptodate and not zeroed:
             yield from self.zero(hit.folio)
         if not self.has_accessible:
             yield from self.unmap_direct(hit.folio)
-            private = True
-        return Grabbed(hit.folio, index, private)
+            marked = True
+        return Grabbed(hit.folio, index, marked)
 
     def unmap_direct(self, folio: Folio) -> Steps[None]:
         """set_direct_map_invalid_noflush() and BUG_ON (R26); no flush (R25)."""
         # Splitting a leaf needs memory, so this fails on a machine that is short of it, and the whole machine goes.
         if (yield from self.host.set_direct_map_invalid_noflush(folio)):
             yield from self.host.bug("BUG_ON(set_direct_map_invalid_noflush())")
-        yield from self.host.folio_set_private(folio, True)
+        yield from self.host.folio_set_no_direct_map(folio, True)
 
     def map_direct(self, folio: Folio) -> Steps[None]:
         """set_direct_map_default_noflush(), BUG_ON, and the flush."""
@@ -95,15 +97,9 @@ class GuestmemRfc1(Design):
             yield from self.host.bug("BUG_ON(set_direct_map_default_noflush())")
         # On the way back, where no stale entry can exist; the way out, where one can, has none (R25).
         yield from self.host.flush_tlb_kernel_range((folio,))
-        yield from self.host.folio_set_private(folio, False)
+        yield from self.host.folio_set_no_direct_map(folio, False)
 
     # -- the guest's side ----------------------------------------------------------------------------------------
-
-    @override
-    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
-        """There is no attribute tree: a folio is accessible or not."""
-        yield from ()
-        return 0
 
     @override
     def guest_fault(self, gfn: int, index: int) -> Steps[int]:
@@ -111,7 +107,7 @@ class GuestmemRfc1(Design):
         host = self.host
         yield from host.begin_op("fault", index, 1, gfn)
         yield from host.down_read("invalidate")
-        (bound,) = yield from host.xa_load("bindings", index, 1)
+        (bound,) = yield from host.tree_load("bindings", index, 1)
         if bound != gfn + 1:
             ret, tidy = -EFAULT, True
         elif self.has_accessible:
@@ -140,7 +136,7 @@ class GuestmemRfc1(Design):
         if not self.lends(index):
             ret = yield from self.ops.prepare_shared(gfn, grabbed.folio)
         else:
-            if not grabbed.private and (yield from self.make_inaccessible(index, grabbed.folio)):
+            if not grabbed.no_direct_map and (yield from self.make_inaccessible(index, grabbed.folio)):
                 return -EPERM, False
             ret = yield from self.ops.prepare_private(gfn, grabbed.folio)
         yield from self.unlock_and_put(grabbed.folio)
@@ -163,7 +159,7 @@ class GuestmemRfc1(Design):
         return (yield from self.host.mmap()) if self.has_accessible else -EPERM
 
     @override
-    def user_fault(self, index: int) -> Steps[str]:
+    def user_fault(self, index: int) -> Steps[VmFault]:
         """guest_memfd_fault(): grab, zeroed, before ->accessible is asked (R22); an error pointer is not NULL (S41)."""
         host = self.host
         yield from host.down_read("invalidate")
@@ -172,9 +168,9 @@ class GuestmemRfc1(Design):
             yield from host.bug("an error pointer from guest_memfd_grab_folio() is dereferenced in the fault handler")
             return "SIGBUS"
         yield from host.begin_op("user_fault", index, 1)
-        answer = "SIGBUS"
+        answer: VmFault = "SIGBUS"
         if not (yield from self.accessible(grabbed)):
-            if grabbed.private:
+            if grabbed.no_direct_map:
                 yield from self.map_direct(grabbed.folio)
             mapped = yield from host.vmf_insert_folio(index, grabbed.folio)
             answer = "ok" if mapped else "retry"
@@ -185,11 +181,11 @@ class GuestmemRfc1(Design):
 
     def accessible(self, grabbed: Grabbed) -> Steps[int]:
         """CLO ->accessible: take the folio back if it is lent; the offset inside the folio serves as file offset (S51)."""
-        return (yield from self.take_back_at(0, grabbed.folio)) if grabbed.private else 0
+        return (yield from self.take_back_at(0, grabbed.folio)) if grabbed.no_direct_map else 0
 
     def take_back_at(self, index: int, folio: Folio) -> Steps[int]:
         """Unmap and reclaim *folio* from the binding that covers page *index*."""
-        (bound,) = yield from self.host.xa_load("bindings", index, 1)
+        (bound,) = yield from self.host.tree_load("bindings", index, 1)
         if not bound:
             return 0
         private = self.lends(index)
@@ -235,15 +231,3 @@ class GuestmemRfc1(Design):
         """free_folio: restore the direct map; no one scrubs."""
         if marked:
             yield from self.map_direct(held.folio)
-
-    @override
-    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
-        """There is no conversion by range."""
-        yield from ()
-        return Conversion(-EOPNOTSUPP)
-
-    @override
-    def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        """-EOPNOTSUPP, as `make_private`: the posted library has no conversion by range."""
-        yield from ()
-        return Conversion(-EOPNOTSUPP)

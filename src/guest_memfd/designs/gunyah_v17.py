@@ -12,27 +12,15 @@ are this hypervisor's hypercalls.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from errno import EAGAIN, EBUSY, EINVAL, ENOENT, EPERM
 from typing import ClassVar
 
 from guest_memfd.compat import override
 from guest_memfd.core.folio import MISSES
 from guest_memfd.core.gmem import Conversion, Grabbed, filled
-from guest_memfd.designs.design import Design
-from guest_memfd.words.primitives import (
-    EAGAIN,
-    EBUSY,
-    EINVAL,
-    ENOENT,
-    EOPNOTSUPP,
-    EPERM,
-    Bound,
-    Entries,
-    Folio,
-    Host,
-    Locked,
-    Lookup,
-    Steps,
-)
+from guest_memfd.designs.design import NoAttributes
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.primitives import Bound, Entries, Folio, Host, Locked, Lookup, MfResult, Steps, VmFault
 
 LENT = 1
 """Low bit of an entry of the provided tree: this page is lent, not shared."""
@@ -62,7 +50,7 @@ def places(entries: Sequence[int], at: int = 0) -> Iterator[int]:
             yield from places(entries[half:], at + half)
 
 
-class GunyahV17(Design):
+class GunyahV17(NoAttributes):
     """drivers/virt/gunyah/{guest_memfd,vm_mgr_mem}.c as posted, mistakes included; S and a number names one of them."""
 
     name = "gunyah-v17"
@@ -92,19 +80,13 @@ class GunyahV17(Design):
     # -- file and bindings (23, 24/35) ---------------------------------------------------------------------------
 
     @override
-    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
-        """There is no attribute tree: lend or share belongs to the binding."""
-        yield from ()
-        return 0
-
-    @override
     def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
         """MAP_MEM, once per page here; each binding keeps a reference on the file."""
         host = self.driver
         yield from host.begin_op("bind", start, nr)
         for index in range(start, start + nr):
             yield from host.get_file()
-            yield from host.xa_store("bindings", index, Entries(gfn + index - start + 1, 1))
+            yield from host.tree_store("bindings", index, Entries(gfn + index - start + 1, 1))
         yield from host.end_op(0)
         return 0
 
@@ -121,13 +103,13 @@ class GunyahV17(Design):
         yield from host.begin_op("unbind", start, nr)
         yield from host.down_write("invalidate")
         yield from host.down_write("bindings")
-        (bound,) = yield from host.xa_load("bindings", start, 1)
+        (bound,) = yield from host.tree_load("bindings", start, 1)
         ret = 0 if bound and nr == 1 else -ENOENT
         if not ret:
             # A page that is still locked by the guest makes it fail, and what was reclaimed before stays reclaimed.
             ret = yield from self.reclaim_range(bound - 1, nr)
         if not ret:
-            yield from host.xa_store_reserved("bindings", start, Entries(0, 1))
+            yield from host.tree_store_reserved("bindings", start, Entries(0, 1))
             yield from host.fput()                          # the binding's; the ioctl's own is forgotten (S12)
         index = start if ret not in (0, -ENOENT) else None          # the ioctl has an errno only, of the whole binding
         yield from host.end_op(ret, index)
@@ -145,7 +127,7 @@ class GunyahV17(Design):
         host = self.driver
         yield from host.begin_op("fault", index, 1, gfn)
         yield from host.down_read("bindings")
-        (bound,) = yield from host.xa_load("bindings", index, 1)
+        (bound,) = yield from host.tree_load("bindings", index, 1)
         ret = (yield from self._demand(gfn, index)) if bound == gfn + 1 else -ENOENT
         yield from host.end_op(ret)
         yield from host.up_read("bindings")
@@ -163,9 +145,9 @@ class GunyahV17(Design):
         """gunyah_vm_provide_folio(): tree entry, safe to lend?, donate, map, reference, PG_private."""
         host, folio = self.driver, grabbed.folio
         # Another vCPU is providing the same page, or has: this one goes back to the guest and tries again.
-        if filled((yield from host.xa_load("provided", gfn, folio.nr))):
+        if filled((yield from host.tree_load("provided", gfn, folio.nr))):
             return -EAGAIN
-        ret = yield from host.xa_store("provided", gfn, Entries(entry_of(folio, lend), folio.nr))
+        ret = yield from host.tree_store("provided", gfn, Entries(entry_of(folio, lend), folio.nr))
         if ret:
             return ret
         ret = (yield from self.lend_safe(grabbed)) if lend else 0
@@ -174,12 +156,12 @@ class GunyahV17(Design):
             if ret:
                 yield from host.set_direct_map_default_noflush(folio)
         if ret:
-            yield from host.xa_store_reserved("provided", gfn, Entries(0, folio.nr))
+            yield from host.tree_store_reserved("provided", gfn, Entries(0, folio.nr))
             return ret
         # One reference for what the guest has been given: it is dropped by reclaim, or leaked where reclaim fails.
         yield from host.folio_get(folio, "provided")
         if lend:
-            yield from host.folio_set_private(folio, True)
+            yield from host.folio_set_no_direct_map(folio, True)
         return 0
 
     def lend_safe(self, grabbed: Grabbed) -> Steps[int]:
@@ -206,10 +188,10 @@ class GunyahV17(Design):
 
     # -- taking back (20, 24/35) ---------------------------------------------------------------------------------
 
-    def reclaim_folio(self, gfn: int, folio: Folio, private: bool, sync: bool) -> Steps[int]:
+    def reclaim_folio(self, gfn: int, folio: Folio, marked: bool, sync: bool) -> Steps[int]:
         """gunyah_vm_reclaim_folio(), folio locked: a failure at any step leaves the entry, and what was done."""
         host = self.driver
-        (entry,) = yield from host.xa_load("provided", gfn, 1)
+        (entry,) = yield from host.tree_load("provided", gfn, 1)
         if not entry:
             return 0
         lent = not entry % 2
@@ -218,10 +200,10 @@ class GunyahV17(Design):
             ret = yield from host.hypercall("donate_from_protected" if lent else "donate_from_sibling", folio)
         if ret:
             return ret
-        yield from host.xa_store_reserved("provided", gfn, Entries(0, folio.nr))
-        if private:
+        yield from host.tree_store_reserved("provided", gfn, Entries(0, folio.nr))
+        if marked:
             yield from host.set_direct_map_default_noflush(folio)          # result ignored (S19)
-            yield from host.folio_set_private(folio, False)
+            yield from host.folio_set_no_direct_map(folio, False)
         yield from host.folio_put(folio, "provided")
         return 0
 
@@ -229,7 +211,7 @@ class GunyahV17(Design):
         """gunyah_vm_reclaim_range(): one page too many (S5), and the last unmap is not synchronised (S6)."""
         host = self.driver
         ret = done = 0
-        entries = yield from host.xa_load("provided", gfn, nr + 1)          # S5: inclusive
+        entries = yield from host.tree_load("provided", gfn, nr + 1)          # S5: inclusive
         for at in places(entries):
             # One entry for each gfn of a folio; the folio is taken back once.
             if at < done:
@@ -239,14 +221,14 @@ class GunyahV17(Design):
             done = head + folio.nr - gfn
             sync = filled(entries[done:]) > 0                               # S6
             locked = yield from host.lock_folio(folio)
-            failed = yield from self.reclaim_folio(head, folio, locked.private, sync)
+            failed = yield from self.reclaim_folio(head, folio, locked.no_direct_map, sync)
             yield from host.unlock_folio(folio)
             ret = failed or ret
         return ret
 
     def launder(self, index: int, folio: Folio) -> Steps[int]:
         """Take the locked *folio* back from the VM that was given it."""
-        (bound,) = yield from self.driver.xa_load("bindings", index, 1)
+        (bound,) = yield from self.driver.tree_load("bindings", index, 1)
         return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, True, True)) if bound else 0
 
     # -- the host's side (24/35) ---------------------------------------------------------------------------------
@@ -266,13 +248,13 @@ class GunyahV17(Design):
         return ret or (yield from host.mmap())
 
     @override
-    def user_fault(self, index: int) -> Steps[str]:
+    def user_fault(self, index: int) -> Steps[VmFault]:
         """gunyah_gmem_fault(): a lent page is laundered on the way; folio lock, then invalidate_lock."""
         grabbed = yield from self.grab_folio(index)
         if isinstance(grabbed, int):
             return "SIGBUS"
-        answer = "ok"
-        if grabbed.private:
+        answer: VmFault = "ok"
+        if grabbed.no_direct_map:
             yield from self.driver.down_read("invalidate")
             if (yield from self.launder(index, grabbed.folio)):
                 answer = "SIGBUS"
@@ -288,7 +270,7 @@ class GunyahV17(Design):
         host = self.driver
         yield from host.begin_op("punch", start, nr)
         yield from host.down_write("invalidate")
-        ret = yield from self.invalidate_pages2(start * 4096, (start + nr) * 4096 - 1)
+        ret = yield from self.invalidate_pages2(start * PAGE, (start + nr) * PAGE - 1)
         yield from host.end_op(ret, start if ret else None)
         yield from host.up_write("invalidate")
         return Conversion(ret, start if ret else None)
@@ -301,7 +283,7 @@ class GunyahV17(Design):
             index, hit = found
             locked = yield from host.lock_folio(hit.folio)
             yield from host.unmap_mapping_pages(hit.pgoff, hit.folio.nr)
-            if (yield from self.launder_if_provided(index, hit.folio, locked.private)):
+            if (yield from self.launder_if_provided(index, hit.folio, locked.no_direct_map)):
                 ret = -EBUSY
             else:
                 yield from host.filemap_remove_folio(hit.folio)
@@ -321,32 +303,20 @@ class GunyahV17(Design):
                 index = yield from host.filemap_find_folio(index, end - index)
         return None
 
-    def launder_if_provided(self, index: int, folio: Folio, private: bool) -> Steps[int]:
+    def launder_if_provided(self, index: int, folio: Folio, marked: bool) -> Steps[int]:
         """release_folio / launder_folio: shared pages are taken back as well, without touching the direct map."""
-        (bound,) = yield from self.driver.xa_load("bindings", index, 1)
-        return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, private, True)) if bound else 0
+        (bound,) = yield from self.driver.tree_load("bindings", index, 1)
+        return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, marked, True)) if bound else 0
 
     @override
-    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
-        """There is no conversion: lend or share is for the life of a binding."""
-        yield from ()
-        return Conversion(-EOPNOTSUPP)
-
-    @override
-    def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
-        """-EOPNOTSUPP, as `make_private`: a page is shared only when its binding goes."""
-        yield from ()
-        return Conversion(-EOPNOTSUPP)
-
-    @override
-    def error_folio(self, folio: Folio, locked: Locked) -> Steps[str]:
+    def error_folio(self, folio: Folio, locked: Locked) -> Steps[MfResult]:
         """error_remove_folio: launder; folio lock, then invalidate_lock."""
         host = self.driver
         if locked.pgoff is None:
             return "failed"
         yield from host.down_read("invalidate")
         yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
-        ret = yield from self.launder_if_provided(locked.pgoff, folio, locked.private)
+        ret = yield from self.launder_if_provided(locked.pgoff, folio, locked.no_direct_map)
         yield from host.up_read("invalidate")
         return "failed" if ret else "delayed"
 
@@ -358,12 +328,12 @@ class GunyahV17(Design):
         host = self.driver
         yield from host.begin_op("teardown", 0, self.size)
         for index in range(self.size):
-            (bound,) = yield from host.xa_load("bindings", index, 1)
+            (bound,) = yield from host.tree_load("bindings", index, 1)
             if bound:
                 yield from host.down_write("bindings")
                 if (yield from self.reclaim_range(bound - 1, 1)):
                     yield from host.warn(f"page {index} is not reclaimed")
-                yield from host.xa_store_reserved("bindings", index, Entries(0, 1))
+                yield from host.tree_store_reserved("bindings", index, Entries(0, 1))
                 yield from host.up_write("bindings")
                 yield from self.close()
         if (yield from self.reclaim_range(0, self.size - 1)):

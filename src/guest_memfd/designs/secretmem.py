@@ -35,7 +35,7 @@ class Secretmem(Design):
     def grab_folio(self, index: int) -> Steps[Grabbed | int]:
         """A new page leaves the direct map at once; if that fails it is given up again."""
         grabbed = yield from super().grab_folio(index)
-        if isinstance(grabbed, int) or grabbed.private:
+        if isinstance(grabbed, int) or grabbed.no_direct_map:
             return grabbed
         # At allocation and not at the first guest fault: a shared page of this design is out of the direct map, too.
         ret = yield from self.zap(grabbed.folio)
@@ -45,7 +45,7 @@ class Secretmem(Design):
             yield from self.host.filemap_remove_folio(grabbed.folio)
             yield from self.unlock_and_put(grabbed.folio)
             return ret
-        return grabbed._replace(private=True)
+        return grabbed._replace(no_direct_map=True)
 
     @override
     def make_accessible(self, grabbed: Grabbed) -> Steps[int]:
@@ -57,6 +57,6 @@ class Secretmem(Design):
     def return_to_kernel(self, held: Held, marked: bool) -> Steps[None]:
         """Put the page back into the direct map, then zero it through there (secretmem_free_folio(), mm/secretmem.c)."""
         yield from self.host.set_direct_map_default_noflush(held.folio)
-        yield from self.host.folio_set_private(held.folio, False)
+        yield from self.host.folio_set_no_direct_map(held.folio, False)
         # Restored first, zeroed then: for a moment the kernel's mapping shows what was in the page.
         yield from self.host.clear_folio(held.folio)

@@ -32,6 +32,10 @@ SCHEMA = "guest-memfd-trace/3"
 """Name and version; the version changes when a field goes, or changes its meaning."""
 
 
+_RENAMED = {"folio_set_private": "folio_set_no_direct_map",
+            **{f"xa_{name}": f"tree_{name}" for name in ("load", "store", "store_reserved", "reserve", "release")}}
+"""Primitives that have another name in traces of earlier versions."""
+
 _DEEPEST, _LONGEST, _MOST_ORDER = 50, 4000, 63
 """Of what a trace holds: how deep it nests, characters of a string; and the order of a folio."""
 
@@ -299,7 +303,8 @@ def _decode_step(fields: _Fields) -> TraceStep:
     if name is not None:
         values = tuple(_decode(arg, f"'args'{fields.place}") for arg in args)
         file = fields.count("file") if "file" in fields.members else 0
-        primitive = Primitive(fields.text("primitive"), values, fields.text("caller"), file)
+        name = fields.text("primitive")
+        primitive = Primitive(_RENAMED.get(name, name), values, fields.text("caller"), file)
     elif caller is not None or args:
         raise TraceError(f"has a caller or arguments{fields.place}, which has no primitive")
     return TraceStep(fields.text("party"), fields.texts("choices"), primitive, fields.value("result"),

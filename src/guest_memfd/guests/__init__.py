@@ -22,6 +22,7 @@ from importlib.resources.abc import Traversable
 from typing import NamedTuple
 
 from guest_memfd.errors import BadInput, UnknownName
+from guest_memfd.machine.hw.ram import PAGE
 
 PRIVATE_BASE = 0x8000_0000
 """IPA of the memory that is the guest's own, unless said otherwise."""
@@ -60,24 +61,22 @@ class Guest(NamedTuple):
     real_mode: bool = False
 
 
-_PAGE = 4096
-
 GUESTS = {guest.name: guest for guest in (
-    Guest("hello", "prints a line and writes a secret into its last page", Needs(4 * _PAGE)),
-    Guest("memory", "writes to all of its private pages, reads them back and counts", Needs(4 * _PAGE)),
-    Guest("shared", "leaves a line in the window it shares with the host", Needs(4 * _PAGE, _PAGE)),
-    Guest("relinquish", "gives a page up and touches it again", Needs(4 * _PAGE)),
-    Guest("mmu", "maps itself with 2 MiB blocks, turns its MMU on and prints through it", Needs(8 * _PAGE),
+    Guest("hello", "prints a line and writes a secret into its last page", Needs(4 * PAGE)),
+    Guest("memory", "writes to all of its private pages, reads them back and counts", Needs(4 * PAGE)),
+    Guest("shared", "leaves a line in the window it shares with the host", Needs(4 * PAGE, PAGE)),
+    Guest("relinquish", "gives a page up and touches it again", Needs(4 * PAGE)),
+    Guest("mmu", "maps itself with 2 MiB blocks, turns its MMU on and prints through it", Needs(8 * PAGE),
           architectures=("arm64",)),
-    Guest("jump-nowhere", "jumps to where there is no memory", Needs(4 * _PAGE), False),
-    Guest("loop", "runs forever without an exit", Needs(4 * _PAGE), False),
-    Guest("fault-forever", "faults, and its vectors fault", Needs(4 * _PAGE), False),
-    Guest("outside", "reads and writes behind its private memory", Needs(4 * _PAGE), False),
-    Guest("bad-hypercall", "calls functions that do not exist, with arguments that make no sense", Needs(4 * _PAGE), False,
+    Guest("jump-nowhere", "jumps to where there is no memory", Needs(4 * PAGE), False),
+    Guest("loop", "runs forever without an exit", Needs(4 * PAGE), False),
+    Guest("fault-forever", "faults, and its vectors fault", Needs(4 * PAGE), False),
+    Guest("outside", "reads and writes beyond its private memory", Needs(4 * PAGE), False),
+    Guest("bad-hypercall", "calls functions that do not exist, with arguments that make no sense", Needs(4 * PAGE), False,
           ("arm64",)),
-    Guest("boot-sector", "says hello from real mode, gives a page up and touches it again", Needs(32 * _PAGE),
+    Guest("boot-sector", "says hello from real mode, gives a page up and touches it again", Needs(32 * PAGE),
           architectures=("x86_64",), real_mode=True),
-    Guest("real-loop", "runs forever in real mode", Needs(32 * _PAGE), False, ("x86_64",), real_mode=True),
+    Guest("real-loop", "runs forever in real mode", Needs(32 * PAGE), False, ("x86_64",), real_mode=True),
 )}
 
 

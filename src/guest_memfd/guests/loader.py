@@ -234,7 +234,7 @@ def _check_static(data: bytes, headers: Sequence[Any], path: Path) -> None:
         for tag, value in struct.iter_unpack("<QQ", tags[:len(tags) // 16 * 16]):
             if tag == _NEEDED or (tag in _RELOCATIONS and value):
                 reason = "needs a shared library" if tag == _NEEDED else "has relocations"
-                raise BadInput(f"{path}: it {reason}, and nobody here would link it; link it with -static -no-pie "
+                raise BadInput(f"{path}: it {reason}, and no one here would link it; link it with -static -no-pie "
                                f"-Wl,-Ttext-segment={PRIVATE_BASE:#x}")
 
 
@@ -243,7 +243,7 @@ def _check_ranges(loads: Sequence[Any], size: int, path: Path) -> None:
     for each in loads:
         what = f"{path}: the segment at {each['p_paddr']:#x}"
         if each["p_offset"] + each["p_filesz"] > size:
-            raise BadInput(f"{what} is truncated: its {each['p_filesz']:#x} bytes end behind the file's {size:#x}")
+            raise BadInput(f"{what} is truncated: its {each['p_filesz']:#x} bytes end beyond the file's {size:#x}")
         if each["p_filesz"] > each["p_memsz"]:
             raise BadInput(f"{what} has {each['p_filesz']:#x} bytes in the file and {each['p_memsz']:#x} in memory")
         if each["p_paddr"] < behind:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from guest_memfd.asm.assembler import Assembled
 
 
-
 class Target(NamedTuple):
     """One kind of code: *architecture* as the kernel calls it, *title* for messages, *machine* of its ELF files.
 

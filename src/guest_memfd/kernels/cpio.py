@@ -36,7 +36,7 @@ class Cpio:
         self._entry(str(path).lstrip("/"), stat.S_IFREG | mode, data.encode() if isinstance(data, str) else data)
 
     def link(self, path: str | Path, target: str) -> None:
-        """A symbolic link."""
+        """A symbolic link to *target*, which need not be there."""
         self._entry(str(path).lstrip("/"), stat.S_IFLNK | 0o777, target.encode())
 
     def console(self) -> None:

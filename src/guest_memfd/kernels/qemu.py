@@ -24,7 +24,7 @@ from guest_memfd.kernels import packages
 from guest_memfd.kernels.packages import Say
 
 
-class Emulated(NamedTuple):
+class QemuMachine(NamedTuple):
     """The program for an architecture, its machine, and the console that its kernels have."""
 
     program: str
@@ -33,8 +33,8 @@ class Emulated(NamedTuple):
 
 
 MACHINES = {
-    "amd64": Emulated("qemu-system-x86_64", ("-machine", "q35", "-cpu", "EPYC-v4"), "ttyS0"),
-    "arm64": Emulated("qemu-system-aarch64", ("-machine", "virt,virtualization=on,gic-version=3", "-cpu", "cortex-a76"),
+    "amd64": QemuMachine("qemu-system-x86_64", ("-machine", "q35", "-cpu", "EPYC-v4"), "ttyS0"),
+    "arm64": QemuMachine("qemu-system-aarch64", ("-machine", "virt,virtualization=on,gic-version=3", "-cpu", "cortex-a76"),
                       "ttyAMA0"),
 }
 _LIBRARIES = ("libaio1", "libcapstone4", "libdaxctl1", "libfdt1", "libfuse3-3", "libibverbs1", "libndctl6", "libnl-3-200",
@@ -51,7 +51,7 @@ OLDEST = 10
 """QEMU 7.2 wipes pages of protected guests wrongly, so an older one than this is not taken from the PATH."""
 
 
-class Ended(NamedTuple):
+class QemuEnded(NamedTuple):
     """How a machine has ended: what QEMU said if that was no success, and seconds, by the clock and of CPU."""
 
     problem: str
@@ -77,7 +77,7 @@ def _version(path: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def watched(command: Sequence[str], environment: dict[str, str], timeout: float, files: Sequence[int]) -> Ended:
+def watched(command: Sequence[str], environment: dict[str, str], timeout: float, files: Sequence[int]) -> QemuEnded:
     """Run QEMU for *timeout* seconds at most; *files*: descriptors that it inherits.
 
     It ends with who started it: by the kernel (PR_SET_PDEATHSIG), and here, whatever ends the wait.
@@ -107,7 +107,7 @@ def watched(command: Sequence[str], environment: dict[str, str], timeout: float,
         said.seek(0)
         if machine.returncode > 0:
             problem = f"{Path(command[0]).name}: {said.read().strip()[-300:] or f'exit status {machine.returncode}'}"
-    return Ended(problem, round(time.monotonic() - began, 2), round(done[2].ru_utime + done[2].ru_stime, 2))
+    return QemuEnded(problem, round(time.monotonic() - began, 2), round(done[2].ru_utime + done[2].ru_stime, 2))
 
 
 def is_linux() -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-import guest_memfd
 from guest_memfd.errors import HostUnavailable
 from guest_memfd.kernels import guest, qemu, userland
 from guest_memfd.kernels.cpio import Cpio
@@ -29,6 +28,7 @@ BOOT = 240
 STEADY = 8
 """How much longer everything may take when time is counted in instructions."""
 
+_OURS = Path(__file__).resolve().parents[1]
 _GMEM = "#!/usr/bin/python3\nimport sys\nfrom guest_memfd.cli.main import main\nsys.exit(main())\n"
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1",
                 "PYTHONPATH": PACKAGE}
@@ -114,7 +114,7 @@ def _image(booted: BootedKernel, job: Job) -> bytes:
         image.put(f"{guest.FOLDER}/{name}.ko", data)
     for source, path in job.files:
         image.add(source, path)
-    image.add(Path(guest_memfd.__file__).parent, f"{PACKAGE}/guest_memfd")
+    image.add(_OURS, f"{PACKAGE}/guest_memfd")
     image.put("usr/bin/gmem", _GMEM, 0o755)
     if booted.config:
         image.add(booted.config, f"boot/{booted.config.name}")
@@ -124,7 +124,7 @@ def _image(booted: BootedKernel, job: Job) -> bytes:
     return image.done()
 
 
-def _answer(booted: BootedKernel, job: Job, ended: qemu.Ended, said: str, log: str) -> KernelAnswer:
+def _answer(booted: BootedKernel, job: Job, ended: qemu.QemuEnded, said: str, log: str) -> KernelAnswer:
     found = re.search(rf"{guest.BEGIN} (\S+) {guest.END}", said + log)
     if not found:
         panic = re.search(r"Kernel panic.*|---\[ end Kernel.*", log)

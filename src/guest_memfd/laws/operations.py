@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EAGAIN, EBADF, EBUSY, EEXIST, EFAULT, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, EOPNOTSUPP
 from typing import Any
 
-from guest_memfd.errors import errno_name
+from guest_memfd.errors import EHWPOISON, errno_name
 from guest_memfd.laws.law import Evidence
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import (
-    EAGAIN,
-    EBADF,
-    EBUSY,
-    EEXIST,
-    EFAULT,
-    EHWPOISON,
-    EINVAL,
-    EIO,
-    ENODEV,
-    ENOENT,
-    ENOMEM,
-    EOPNOTSUPP,
-)
 
 DOCUMENTED: dict[str, tuple[int, ...]] = {
     "fault": (EFAULT, ENOMEM, EHWPOISON, EAGAIN),

@@ -1,6 +1,6 @@
 """The Linux host: guest memory on the kernel this process runs on, by its own system calls.
 
-    abi/            tables: commands, structures, flags, one file per device; nothing there calls anything
+    abi/            structures, numbers and flags that only a real kernel takes; nothing there calls anything
     syscall.py      the one place that enters the kernel
     fd.py           what owns a descriptor
     mapping.py      a mapping that may be touched safely

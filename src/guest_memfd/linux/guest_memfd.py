@@ -7,7 +7,6 @@ from errno import EINTR
 
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.linux import syscall
-from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.linux.abi.memory import Cachestat
 from guest_memfd.linux.fd import Descriptor
 from guest_memfd.linux.mapping import PAGE, LinuxMapping
@@ -81,16 +80,12 @@ class GuestMemfd(MemoryFile):
 
     def set_memory_attributes2(self, attributes: uapi.MemoryAttributes2) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES2; raises SyscallFailed with `attributes.error_offset` filled in, ENOTTY without it."""
-        words = abi.MemoryAttributes2.from_buffer_copy(attributes.pack())       # a number that does not fit is BadInput
-        try:
-            syscall.ioctl(self.fileno(), uapi.SET_MEMORY_ATTRIBUTES2, words, call="KVM_SET_MEMORY_ATTRIBUTES2",
-                          why=f"{attributes.size:#x} bytes at {attributes.offset:#x}")
-        finally:
-            attributes.error_offset = words.error_offset
+        syscall.ioctl(self.fileno(), uapi.SET_MEMORY_ATTRIBUTES2, attributes, call="KVM_SET_MEMORY_ATTRIBUTES2",
+                      why=f"{attributes.size:#x} bytes at {attributes.offset:#x}")
 
 
 def create(vm: Descriptor, size: int, flags: int) -> GuestMemfd:
     """KVM_CREATE_GUEST_MEMFD on *vm*; raises SyscallFailed."""
-    fd = syscall.ioctl(vm.fileno(), uapi.CREATE_GUEST_MEMFD, abi.CreateGuestMemfd(size, flags),
+    fd = syscall.ioctl(vm.fileno(), uapi.CREATE_GUEST_MEMFD, uapi.CreateGuestMemfd(size, flags),
                        call="KVM_CREATE_GUEST_MEMFD", why=f"{size:#x} bytes, flags {flags:#x}")
     return GuestMemfd(fd, "guest_memfd", size)

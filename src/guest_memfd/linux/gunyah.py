@@ -1,4 +1,4 @@
-"""/dev/gunyah, series v17. Each method is one ioctl, with the argument as `abi.gunyah` lays it out.
+"""/dev/gunyah, series v17. Each method is one ioctl, with the argument as `uapi.gunyah` lays it out.
 
 Arguments that the driver refuses go to it as they are; so does a closed descriptor, as -1.
 """
@@ -8,16 +8,28 @@ from __future__ import annotations
 import ctypes
 from errno import EACCES, ENODEV, ENOENT, ENXIO, EPERM
 from mmap import MAP_SHARED, PROT_READ, PROT_WRITE
-from typing import cast
 
 from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.linux import syscall
-from guest_memfd.linux.abi import gunyah as abi
 from guest_memfd.linux.fd import Descriptor, number_of
 from guest_memfd.linux.guest_memfd import MemoryFile
 from guest_memfd.linux.system import open_device
-from guest_memfd.uapi.gunyah import PATH, Exit, FnType, FnVcpuArg, GunyahDevice, GunyahMemFlag, Ioctl, VcpuRun
+from guest_memfd.uapi.gunyah import (
+    PATH,
+    CreateMemArgs,
+    Exit,
+    FnDesc,
+    FnType,
+    FnVcpuArg,
+    GunyahDevice,
+    GunyahMemFlag,
+    Ioctl,
+    MapMemArgs,
+    VcpuRun,
+    VmBootContext,
+    VmDtbConfig,
+)
 from guest_memfd.uapi.memory import GuestMemory
 
 _HELP = {
@@ -42,7 +54,7 @@ class LinuxGunyahDevice(Descriptor):
 
     def create_guest_mem(self, size: int, flags: int = GunyahMemFlag.CLOEXEC) -> MemoryFile:
         """CREATE_GUEST_MEM, bytes; close-on-exec is set whatever *flags* say."""
-        fd = syscall.ioctl(self.fileno(), Ioctl.CREATE_GUEST_MEM, abi.CreateMemArgs(flags, size),
+        fd = syscall.ioctl(self.fileno(), Ioctl.CREATE_GUEST_MEM, CreateMemArgs(flags, size),
                            call="GUNYAH_CREATE_GUEST_MEM", why=f"{size:#x} bytes, flags {flags:#x}")
         return MemoryFile(fd, "gunyah-guest-mem", size)
 
@@ -55,17 +67,17 @@ class LinuxGunyahVm(Descriptor):
 
     def map_mem(self, memory: GuestMemory, guest_addr: int, offset: int, size: int, flags: int) -> None:
         """MAP_MEM, also to unmap."""
-        syscall.ioctl(self.fileno(), Ioctl.MAP_MEM, abi.MapMemArgs(guest_addr, flags, number_of(memory), offset, size),
+        syscall.ioctl(self.fileno(), Ioctl.MAP_MEM, MapMemArgs(guest_addr, flags, number_of(memory), offset, size),
                       call="GUNYAH_VM_MAP_MEM", why=f"{size:#x} bytes at {guest_addr:#x}, flags {flags:#x}")
 
     def set_dtb_config(self, guest_phys_addr: int, size: int) -> None:
         """GUNYAH_VM_SET_DTB_CONFIG: *size* bytes of device tree at a guest physical address; raises SyscallFailed."""
-        syscall.ioctl(self.fileno(), Ioctl.SET_DTB_CONFIG, abi.VmDtbConfig(guest_phys_addr, size),
+        syscall.ioctl(self.fileno(), Ioctl.SET_DTB_CONFIG, VmDtbConfig(guest_phys_addr, size),
                       call="GUNYAH_VM_SET_DTB_CONFIG", why=f"{size:#x} bytes at {guest_phys_addr:#x}")
 
     def set_boot_context(self, reg: int, value: int, reserved: int = 0) -> None:
         """SET_BOOT_CONTEXT; again after a signal, which may hit it while it waits for the VM's lock."""
-        argument = abi.VmBootContext(reg, reserved, value)
+        argument = VmBootContext(reg, reserved, value)
         syscall.until_done(lambda: syscall.ioctl(self.fileno(), Ioctl.SET_BOOT_CONTEXT, argument,
                                                  call="GUNYAH_VM_SET_BOOT_CONTEXT", why=f"register {reg:#x}"))
 
@@ -84,12 +96,12 @@ class LinuxGunyahVm(Descriptor):
 
     def _function(self, request: int, call: str, kind: int, arg: bytes) -> int:
         data = ctypes.create_string_buffer(arg, len(arg))
-        return syscall.ioctl(self.fileno(), request, abi.FnDesc(kind, len(arg), ctypes.addressof(data)),
+        return syscall.ioctl(self.fileno(), request, FnDesc(kind, len(arg), ctypes.addressof(data)),
                              call=call, why=f"function {kind}, {len(arg)} bytes")
 
     def add_vcpu(self, index: int) -> LinuxGunyahVcpu:
         """ADD_FUNCTION of a vCPU."""
-        made = self.add_function(FnType.VCPU, FnVcpuArg(index).pack())
+        made = self.add_function(FnType.VCPU, bytes(FnVcpuArg(index)))
         assert made is not None
         return made
 
@@ -106,8 +118,7 @@ class LinuxGunyahVcpu(Descriptor):
             self.closed = True
             super()._release()
             raise
-        self._view = memoryview((ctypes.c_ubyte * self._size).from_address(self._address)).cast("B")
-        self.page = VcpuRun(cast(bytearray, self._view))        # written and read in place, as a bytearray would be
+        self.page = VcpuRun.from_address(self._address)
 
     def run(self) -> Exit:
         """GUNYAH_VCPU_RUN; the exit is read off the shared page. Raises SyscallFailed."""
@@ -116,7 +127,7 @@ class LinuxGunyahVcpu(Descriptor):
 
     @override
     def _release(self) -> None:
-        self._view.release()                # any use of `page` now is a ValueError
+        del self.page                       # a stray use is an AttributeError, not a SIGSEGV
         syscall.munmap(self._address, self._size)
         super()._release()
 

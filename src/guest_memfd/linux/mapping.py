@@ -21,6 +21,7 @@ from guest_memfd.linux import syscall
 from guest_memfd.linux.fd import Descriptor, OwnedFd
 
 PAGE = os.sysconf("SC_PAGESIZE")
+"""Bytes of a page of the kernel that this process runs on; on arm64 it need not be the emulated machine's 4 KiB."""
 BUS_ADRERR = 2
 """si_code of the SIGBUS of a fault handler that has no page (include/uapi/asm-generic/siginfo.h)."""
 

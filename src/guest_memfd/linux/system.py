@@ -7,10 +7,10 @@ from errno import EACCES, ENODEV, ENOENT, ENXIO, EPERM
 
 from guest_memfd.errors import HostUnavailable, SyscallFailed
 from guest_memfd.linux import syscall
-from guest_memfd.linux.abi.kvm import PATH
 from guest_memfd.linux.fd import Descriptor
 from guest_memfd.linux.vm import LinuxVm
 from guest_memfd.uapi import kvm as uapi
+from guest_memfd.uapi.kvm import PATH
 
 _HELP = {
     ENOENT: "load kvm_intel, kvm_amd or kvm_pvm, or start this machine with nested virtualisation",

@@ -14,9 +14,8 @@ from mmap import MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
-from guest_memfd.errors import BadInput, SyscallFailed
+from guest_memfd.errors import EHWPOISON, BadInput, SyscallFailed
 from guest_memfd.linux import stats, syscall
-from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.linux.fd import Descriptor
 from guest_memfd.linux.kick import Thread, drain, let_in, this_thread
 from guest_memfd.uapi import kvm as uapi
@@ -24,10 +23,6 @@ from guest_memfd.uapi import kvm_run as exits
 
 if TYPE_CHECKING:
     from guest_memfd.linux.vm import LinuxVm
-
-_SAYS = abi.KvmRun.exit.offset + ctypes.sizeof(abi.RunUnion)
-"""Bytes of the run page that an exit is decoded from; only what an Io writes lies after them."""
-
 
 _LONGEST = 1e9
 """Seconds."""
@@ -49,7 +44,7 @@ class LinuxVcpu(Descriptor):
             self.closed = True
             super()._release()
             raise
-        self.page = abi.KvmRun.from_address(self._address)
+        self.page = exits.KvmRun.from_address(self._address)
         self._thread: Thread | None = None
         self._running = False
         self._last: exits.Exit | None = None
@@ -77,7 +72,7 @@ class LinuxVcpu(Descriptor):
         if timeout is None:
             return self._enter(fd)
         if not timeout < _LONGEST:
-            raise BadInput(f"a timeout of {timeout} s; None is for ever")
+            raise BadInput(f"a timeout of {timeout} s; None is without an end")
         thread.arm(timeout)
         try:
             return self._enter(fd)
@@ -94,9 +89,9 @@ class LinuxVcpu(Descriptor):
             drain()
             self._last = exits.Intr()
             return self._last
-        if errno not in (0, EFAULT, abi.EHWPOISON):
+        if errno not in (0, EFAULT, EHWPOISON):
             raise SyscallFailed(errno, "KVM_RUN")
-        told = exits.decode_run(ctypes.string_at(self._address, _SAYS), errno)
+        told = exits.decode_run(ctypes.string_at(self._address, exits.RUN_SAYS), errno)
         if type(told) is exits.Io and told.is_write:
             told = exits.decode_run(ctypes.string_at(self._address, self._size), errno)
         if errno and not isinstance(told, exits.MemoryFault):
@@ -162,14 +157,14 @@ class LinuxVcpu(Descriptor):
     def get_one_reg(self, reg: int) -> int:
         """KVM_GET_ONE_REG of a register of 64 bits or fewer; raises SyscallFailed."""
         value = c_uint64()
-        syscall.ioctl(self.fileno(), uapi.GET_ONE_REG, abi.OneReg(reg, ctypes.addressof(value)), call="KVM_GET_ONE_REG",
+        syscall.ioctl(self.fileno(), uapi.GET_ONE_REG, uapi.OneReg(reg, ctypes.addressof(value)), call="KVM_GET_ONE_REG",
                       why=f"register {reg:#x}")
         return value.value
 
     def set_one_reg(self, reg: int, value: int) -> None:
         """KVM_SET_ONE_REG of a register of 64 bits or fewer; raises SyscallFailed."""
         word = c_uint64(value)
-        syscall.ioctl(self.fileno(), uapi.SET_ONE_REG, abi.OneReg(reg, ctypes.addressof(word)), call="KVM_SET_ONE_REG",
+        syscall.ioctl(self.fileno(), uapi.SET_ONE_REG, uapi.OneReg(reg, ctypes.addressof(word)), call="KVM_SET_ONE_REG",
                       why=f"register {reg:#x}")
 
     @abstractmethod
@@ -178,7 +173,7 @@ class LinuxVcpu(Descriptor):
 
     def pre_fault_memory(self, gpa: int, size: int) -> int:
         """KVM_PRE_FAULT_MEMORY, bytes: how many of them it came. EOPNOTSUPP without two-dimensional paging."""
-        argument = abi.PreFaultMemory(gpa=gpa, size=size)
+        argument = uapi.PreFaultMemory(gpa=gpa, size=size)
         syscall.ioctl(self.fileno(), uapi.PRE_FAULT_MEMORY, argument, call="KVM_PRE_FAULT_MEMORY",
                       why=f"{size:#x} bytes at {gpa:#x}")
         return size - int(argument.size)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
 from guest_memfd.linux import syscall
-from guest_memfd.linux.abi.kvm_arm64 import VcpuEvents, VcpuInit
 from guest_memfd.linux.vcpu import LinuxVcpu
 from guest_memfd.uapi import kvm_arm64 as arm64
 
@@ -19,14 +18,14 @@ class Arm64Vcpu(LinuxVcpu):
 
     def __init__(self, vm: LinuxVm, fd: int, vcpu_id: int) -> None:
         super().__init__(vm, fd, vcpu_id)
-        target = VcpuInit()
+        target = arm64.VcpuInit()
         syscall.ioctl(vm.fileno(), arm64.PREFERRED_TARGET, target, call="KVM_ARM_PREFERRED_TARGET")
         syscall.ioctl(fd, arm64.VCPU_INIT, target, call="KVM_ARM_VCPU_INIT")
 
     @override
     def inject_external_abort(self) -> None:
         """KVM_SET_VCPU_EVENTS with ext_dabt_pending: the MMIO access under way ends in an external abort."""
-        syscall.ioctl(self.fileno(), arm64.SET_VCPU_EVENTS, VcpuEvents(ext_dabt_pending=1), call="KVM_SET_VCPU_EVENTS")
+        syscall.ioctl(self.fileno(), arm64.SET_VCPU_EVENTS, arm64.VcpuEvents(ext_dabt_pending=1), call="KVM_SET_VCPU_EVENTS")
 
     @override
     def _hypercall_result(self, value: int) -> None:

@@ -13,9 +13,10 @@ from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.linux import syscall
 from guest_memfd.linux.abi import kvm_x86 as x86
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.linux.vcpu import LinuxVcpu
 
-_PAGE, _BIG = 0x1000, 2 << 20
+_BIG = 2 << 20
 _TABLE = x86.Pte.P | x86.Pte.RW | x86.Pte.US | x86.Pte.A
 _LEAF = _TABLE | x86.Pte.D | x86.Pte.PS
 
@@ -102,8 +103,8 @@ def identity_tables(base: int, gib: int = 1) -> bytes:
     2 + *gib* pages; everything is readable, writable, executable and CPL 3's, in leaves of 2 MiB. *base* is CR3. Not in
     a guest_memfd: a hypervisor that walks them in software reads userspace_addr.
     """
-    directory = base + _PAGE
+    directory = base + PAGE
     top = [directory | _TABLE] + [0] * 511
-    middle = [directory + (1 + i) * _PAGE | _TABLE for i in range(gib)] + [0] * (512 - gib)
+    middle = [directory + (1 + i) * PAGE | _TABLE for i in range(gib)] + [0] * (512 - gib)
     leaves = [i * _BIG | _LEAF for i in range(512 * gib)]
     return struct.pack(f"<{len(top) + len(middle) + len(leaves)}Q", *top, *middle, *leaves)

@@ -8,7 +8,6 @@ from collections.abc import Mapping as Map
 
 from guest_memfd.errors import HostUnavailable
 from guest_memfd.linux import guest_memfd, stats, syscall
-from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.linux.fd import Descriptor, number_of
 from guest_memfd.linux.guest_memfd import GuestMemfd
 from guest_memfd.linux.mapping import PAGE
@@ -44,7 +43,7 @@ class LinuxVm(Descriptor):
         guest_memfd: GuestMemory | None = None, guest_memfd_offset: int = 0,
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION2; *memory_size* 0 deletes the slot. A closed file is EBADF."""
-        region = abi.UserspaceMemoryRegion2(
+        region = uapi.UserspaceMemoryRegion2(
             slot=slot, flags=flags, guest_phys_addr=guest_phys_addr, memory_size=memory_size,
             userspace_addr=userspace_addr, guest_memfd_offset=guest_memfd_offset, guest_memfd=number_of(guest_memfd))
         syscall.ioctl(self.fileno(), uapi.SET_USER_MEMORY_REGION2, region, call="KVM_SET_USER_MEMORY_REGION2",
@@ -53,19 +52,19 @@ class LinuxVm(Descriptor):
     def set_user_memory_region(self, slot: int, flags: int, guest_phys_addr: int, memory_size: int,
                                userspace_addr: int = 0) -> None:
         """KVM_SET_USER_MEMORY_REGION: plain memory of this process; *memory_size* 0 deletes the slot."""
-        region = abi.UserspaceMemoryRegion(slot, flags, guest_phys_addr, memory_size, userspace_addr)
+        region = uapi.UserspaceMemoryRegion(slot, flags, guest_phys_addr, memory_size, userspace_addr)
         syscall.ioctl(self.fileno(), uapi.SET_USER_MEMORY_REGION, region, call="KVM_SET_USER_MEMORY_REGION",
                       why=f"slot {slot:#x}, {memory_size:#x} bytes at {guest_phys_addr:#x}")
 
     def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES; ENOTTY where attributes belong to the file, or there are none."""
-        syscall.ioctl(self.fileno(), uapi.SET_MEMORY_ATTRIBUTES, abi.MemoryAttributes(address, size, attributes, flags),
+        syscall.ioctl(self.fileno(), uapi.SET_MEMORY_ATTRIBUTES, uapi.MemoryAttributes(address, size, attributes, flags),
                       call="KVM_SET_MEMORY_ATTRIBUTES", why=f"{size:#x} bytes at {address:#x}")
 
     def get_dirty_log(self, slot: int, memory_size: int) -> bytes:
         """KVM_GET_DIRTY_LOG of a slot of *memory_size* bytes: one bit per page; ENOENT for one of a guest_memfd."""
         bitmap = ctypes.create_string_buffer(-(-memory_size // PAGE // 64) * 8)
-        syscall.ioctl(self.fileno(), uapi.GET_DIRTY_LOG, abi.DirtyLog(slot, 0, ctypes.addressof(bitmap)),
+        syscall.ioctl(self.fileno(), uapi.GET_DIRTY_LOG, uapi.DirtyLog(slot, 0, ctypes.addressof(bitmap)),
                       call="KVM_GET_DIRTY_LOG", why=f"slot {slot:#x}")
         return bitmap.raw
 

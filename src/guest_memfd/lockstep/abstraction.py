@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from guest_memfd.abstract import state as st
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.page import KINDS, Page
+from guest_memfd.machine.linux.folio import KINDS, LinuxFolio
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words.pagestate import ALLOCATED, FREE, KEPT, OWNERS, ZERO
 from guest_memfd.words.primitives import OPS
@@ -46,7 +46,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     # A TLB entry that agrees with the table is not stale; the abstract host does not know that it is there.
     frame.stale = not frame.s1 and machine.holds_kernel(pa)
     frame.s2 = machine.host_reaches(pa)
-    mapped = driver.guest_maps(vm, pa)
+    mapped = driver.ipa_of(vm, pa)
     frame.gmap = 0 if mapped is None else mapped // PAGE + 1
     frame.asked = mapped is not None and pa in machine.tracer.asked
     frame.withdrawn = pa in machine.tracer.withdrawn
@@ -56,7 +56,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     frame.user = _shown_at(host, pa)
     frame.stuck = pa in driver.stuck
     page = machine.pages.get(pa // PAGE)
-    frame.content = machine.tracer.content(page or Page(pa, 0))
+    frame.content = machine.tracer.content(page or LinuxFolio(pa, 0))
     frame.allocated = KEPT if page and page.retired else ALLOCATED if page else FREE
     if page is not None:
         # The machine has one count, as the kernel does, and the kinds beside it, for the laws. If they differ the
@@ -68,7 +68,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
         # A frame of another file, or of none, is in no slot of this one.
         frame.slot = page.index + 1 if page.inode is host.inode else 0
         frame.lock = 0 if page.lock is None else page.lock + 1
-        frame.uptodate, frame.private, frame.poison = page.uptodate, page.private, page.hwpoison
+        frame.uptodate, frame.no_direct_map, frame.poison = page.uptodate, page.no_direct_map, page.hwpoison
         frame.handled = page.handled
 
 

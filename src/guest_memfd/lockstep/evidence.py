@@ -52,7 +52,7 @@ class OnMachine:
             yield f"  stage 1   {describe(s1.value, s1.level, 1)} = {s1.value:#018x}"
             reached = "lets the host touch it" if machine.driver.host_may(pa) else "withheld from the host"
             yield f"  stage 2   {reached}, owner {machine.driver.owner(pa)}"
-            if host.vm.state != GONE and (ipa := machine.driver.guest_maps(host.vm, pa)) is not None:
+            if host.vm.state != GONE and (ipa := machine.driver.ipa_of(host.vm, pa)) is not None:
                 yield f"  guest     IPA {ipa:#x} (gfn {ipa // PAGE})"
             yield f"  holds     {machine.ram.read(pa, 8).hex(' ')}"
         yield from machine.console

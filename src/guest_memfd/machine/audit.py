@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.direct_map import PUD_SIZE, VALID, level_size
-from guest_memfd.machine.linux.page import KINDS
+from guest_memfd.machine.linux.folio import KINDS
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.stray import stray_mappings
 from guest_memfd.words.pagestate import EVICTED
@@ -57,7 +57,7 @@ def _not_mapped(machine: Board) -> Iterator[int]:
             continue
         leaf = lm.leaf(pa)
         size = level_size(min(leaf.level, 2))
-        if leaf.level < 3 and not leaf.value & VALID:
+        if leaf.level < 3 and not leaf.valid:
             yield pa
         elif leaf.level == 3:
             table = memoryview(machine.ram.read(leaf.address & -PAGE, PAGE)).cast("Q")

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.entry import TlbEntry
 from guest_memfd.machine.hw.arm64.reached import reached
 from guest_memfd.machine.hw.arm64.tlb import VA_MASK, Tlb
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.direct_map import VALID, level_size
+from guest_memfd.machine.linux.direct_map import level_size
 from guest_memfd.machine.linux.mm import FIRST
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def _against_kernel(machine: Board, entry: TlbEntry) -> Iterator[tuple[int, int,
     for va, leaf in machine.linear_map.tables.leaves(start, start + entry.size):
         size = level_size(leaf.level)
         pa, end = entry.oa + va - start, min((va & -size) + size, start + entry.size)
-        if leaf.value & VALID and d.output_address(leaf.value, leaf.level) + va % size == pa:
+        if leaf.valid and leaf.oa + va % size == pa:
             continue
         free = machine.first_free(pa, end - va)
         if free is not None:

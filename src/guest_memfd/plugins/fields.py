@@ -76,7 +76,7 @@ NAME = Kind("a name: letters, digits, '-', '_', '.', '+'",
             lambda value: type(value) is str and re.fullmatch(r"\w[\w.+-]*", value) is not None)
 LINE = Kind("a line of words", _is_line)
 FLAG = Kind("True or False", lambda value: type(value) is bool)
-NAMES = Kind("a tuple of names (with a comma behind a single one)", lambda value: _is_tuple(value, NAME))
+NAMES = Kind("a tuple of names (with a comma after a single one)", lambda value: _is_tuple(value, NAME))
 SOME_NAMES = Kind(NAMES.words, lambda value: NAMES.fits(value) and bool(value))
 COUNT = Kind("a whole number, 0 or more", lambda value: type(value) is int and value >= 0)
 ERRNO = Kind("an errno (ENOMEM: 12)", lambda value: type(value) is int and 0 < value <= MAX_ERRNO)

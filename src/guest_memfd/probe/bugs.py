@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import FAILED, MAP_SHARED, RW, attempt, call, name_of, store
 from guest_memfd.probe.ask.child import Slate, perform
 from guest_memfd.probe.ask.guest import ProbeGuest
-from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, bind, punch, resident
+from guest_memfd.probe.ask.here import SECRET, SIZE, Here, bind, punch, resident
 from guest_memfd.probe.ask.row import KernelFeatures
 from guest_memfd.probe.offers import direct_map, patch_of, version_of
 from guest_memfd.probe.rows import create, fallocate, guest, memory, pins, secret, slots
@@ -127,7 +128,7 @@ def _policy(here: Here) -> str:
 def _thp(here: Here) -> str:
     built = _config("READ_ONLY_THP_FOR_FS")
     if built == "n":
-        return "cannot tell: this kernel is built without READ_ONLY_THP_FOR_FS, so nobody makes such a page"
+        return "cannot tell: this kernel is built without READ_ONLY_THP_FOR_FS, so no one makes such a page"
     how = "with READ_ONLY_THP_FOR_FS" if built != "?" else "this kernel's configuration is not to be seen; with the option"
     return f"cannot tell: {how} trying it ends in a kernel warning, which may be a panic"
 

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from guest_memfd.errors import GuestMemfdError
-from guest_memfd.linux.abi.kvm import PATH
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.linux.system import System
 from guest_memfd.probe.ask.calls import ADVICE, call, store
 from guest_memfd.probe.ask.calls import attempt as tried
 from guest_memfd.probe.ask.child import Slate, Unfit, perform, ptrace_works
 from guest_memfd.probe.ask.guest import ProbeGuest
-from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind, create, resident
+from guest_memfd.probe.ask.here import SIZE, Here, bind, create, resident
 from guest_memfd.probe.ask.row import SETTLED, SINCE_6_1, KernelFeatures
 from guest_memfd.probe.rows.files import fs_type
 from guest_memfd.probe.rows.secret import under_limit
 from guest_memfd.probe.rows.slots import BEYOND, GMEM, GPA
-from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, Cap
+from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, PATH, Cap
 
 _PARAMETERS = {
     "kvm": ("gmem_in_place_conversion", "guest_memfd_tlb_flush", "tdp_mmu", "nx_huge_pages", "mmio_caching",

@@ -12,7 +12,6 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from guest_memfd.errors import BadInput
-from guest_memfd.linux.abi.kvm import PATH
 from guest_memfd.probe.ask.child import TIMEOUT, Slate, perform
 from guest_memfd.probe.ask.here import Here
 from guest_memfd.probe.ask.row import Judged, KernelFeatures, Row, RowOutcome, judge, missing
@@ -20,6 +19,7 @@ from guest_memfd.probe.bugs import BUGS, Bug, BugFound, find
 from guest_memfd.probe.left import Left, count, since
 from guest_memfd.probe.offers import Offers, look
 from guest_memfd.probe.rows import ROWS
+from guest_memfd.uapi.kvm import PATH
 
 SCHEMA = "guest-memfd-probe/1"
 """Name and version of a survey as JSON."""

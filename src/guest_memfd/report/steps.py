@@ -126,7 +126,7 @@ def _fact(note: Any) -> str | None:
         return f"{note.op} returns {result(note.ret)}{where}"
     if isinstance(note, facts.Returned):
         told = note.how is not None and note.ret == note.how.ret
-        return None if told else f"{note.op} returns {result(note.ret)} to whoever asked"
+        return None if told else f"{note.op} returns {result(note.ret)} to its caller"
     if isinstance(note, facts.Given):
         return f"pfn{note.pfn}, whose memory is broken, is mapped for {note.whom}"
     if isinstance(note, facts.Destroyed):

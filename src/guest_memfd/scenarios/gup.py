@@ -5,8 +5,10 @@ GUP-fast holds no lock, so it looks twice; GUP-slow lets the fault handler map t
 
 from __future__ import annotations
 
+from errno import EAGAIN, EFAULT
+
 from guest_memfd.designs.design import Design
-from guest_memfd.words.primitives import EAGAIN, EFAULT, Folio, Host, Steps
+from guest_memfd.words.primitives import Folio, Host, Steps
 
 MM = Host("mm")
 ATTEMPTS = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party
-from guest_memfd.words.primitives import Host, Steps
+from guest_memfd.words.primitives import Host, MfResult, Steps
 
 MM = Host("mm")
 
@@ -21,7 +21,7 @@ def memory_failure(design: Design, hypervisor: Hypervisor) -> Steps[None]:
         return
     yield from MM.begin_op("error", index, 1)
     locked = yield from MM.lock_folio(folio)
-    result = "delayed" if locked.pgoff is None else (yield from design.error_folio(folio, locked))
+    result: MfResult = "delayed" if locked.pgoff is None else (yield from design.error_folio(folio, locked))
     yield from MM.memory_failure_done(folio, result)
     yield from MM.unlock_folio(folio)
     yield from MM.folio_put(folio)

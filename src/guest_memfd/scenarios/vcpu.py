@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, EFAULT
+
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party
-from guest_memfd.words.primitives import EAGAIN, EFAULT, Host, Steps
+from guest_memfd.words.primitives import Host, Steps
 
 GUEST = Host("guest")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, EBADF, EFAULT, ENOTTY
+
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party, Procedure
-from guest_memfd.words.primitives import EAGAIN, EBADF, EFAULT, ENOTTY, Host, Steps
+from guest_memfd.words.primitives import Host, Steps, VmFault
 
 USER = Host("user")
 
@@ -20,7 +22,7 @@ def user_touch(design: Design, index: int) -> Steps[str]:
     return seen
 
 
-def fault_in(design: Design, index: int) -> Steps[str]:
+def fault_in(design: Design, index: int) -> Steps[VmFault]:
     """A fault of the VMM at page *index*; what is not ``ok`` is what the VMM is told, by SIGBUS or by faulting again."""
     answer = yield from design.user_fault(index)
     if answer != "ok":

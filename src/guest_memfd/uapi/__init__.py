@@ -2,8 +2,8 @@
 
     ioctl.py   command numbers, computed as the kernel's _IOC() does
     memory.py  a guest_memfd file, and a mapping of it
-    owned.py   what is given up when it is closed; words.py: flags as words
-    kvm.py     /dev/kvm; kvm_run.py its exits, kvm_arm64.py what is arm64's
+    owned.py   what is given up when it is closed; words.py: what a structure is
+    kvm.py     /dev/kvm; kvm_run.py the page a vCPU shares, and its exits; kvm_arm64.py what is arm64's
     gunyah.py  /dev/gunyah (series v17)
 
 Rule of this package: names, numbers, layouts and promises; no implementation. Errors are `errors.SyscallFailed` with the

@@ -1,19 +1,20 @@
 """/dev/gunyah: numbers, layouts and promises of the Gunyah driver, series v17 (include/uapi/linux/gunyah.h).
 
-Little endian throughout. Every structure packs to exactly the bytes that the driver copies from user space; the page that a
-vCPU shares with user space is `VcpuRun`. Patches 08, 10, 13, 15, 23, 24, 26, 30 and 33 of the series.
+The bytes of a structure are those that the driver copies from user space; the page that a vCPU shares with user space is
+`VcpuRun`. Patches 08, 10, 13, 15, 23, 24, 26, 30 and 33 of the series.
 """
 
 from __future__ import annotations
 
-import struct
+import ctypes
+from ctypes import c_int32, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 from enum import IntEnum, IntFlag
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 from guest_memfd.distinct import distinct
 from guest_memfd.uapi.ioctl import io, iow
 from guest_memfd.uapi.memory import GuestMemory, Owner
-from guest_memfd.uapi.words import packed
+from guest_memfd.uapi.words import Words
 
 PATH = "/dev/gunyah"
 _KIND = "G"
@@ -21,142 +22,57 @@ _KIND = "G"
 
 # -- structures ------------------------------------------------------------------------------------------------------
 
-class CreateMemArgs(NamedTuple):
-    """struct gunyah_create_mem_args: GHMF_* flags, size in bytes; six reserved words that no one checks."""
+class CreateMemArgs(Words):
+    """struct gunyah_create_mem_args: GHMF_* flags, size in bytes; no one looks at `reserved`."""
 
-    flags: int
-    size: int
-
-    def pack(self) -> bytes:
-        """The 64 bytes for the ioctl, reserved words 0; raises BadInput for a number that does not fit its field."""
-        return packed("<QQ48x", type(self).__name__, *self)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """The reverse of `pack`, of exactly 64 bytes; the reserved words are dropped."""
-        return cls(*struct.unpack("<QQ48x", data))
+    _fields_ = [("flags", c_uint64), ("size", c_uint64), ("reserved", c_uint64 * 6)]
 
 
-class MapMemArgs(NamedTuple):
+class MapMemArgs(Words):
     """struct gunyah_map_mem_args: guest address, `MapFlag` bits, descriptor, offset and size in bytes."""
 
-    guest_addr: int
-    flags: int
-    guest_mem_fd: int
-    offset: int
-    size: int
-
-    def pack(self) -> bytes:
-        """The 32 bytes for the ioctl; raises BadInput for a number that does not fit its field."""
-        return packed("<QIIQQ", type(self).__name__, *self)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """The reverse of `pack`, of exactly 32 bytes."""
-        return cls(*struct.unpack("<QIIQQ", data))
+    _fields_ = [("guest_addr", c_uint64), ("flags", c_uint32), ("guest_mem_fd", c_uint32), ("offset", c_uint64),
+                ("size", c_uint64)]
 
 
-class VmDtbConfig(NamedTuple):
+class VmDtbConfig(Words):
     """struct gunyah_vm_dtb_config: where the device tree is, guest address and bytes."""
 
-    guest_phys_addr: int
-    size: int
-
-    def pack(self) -> bytes:
-        """The 16 bytes for the ioctl; raises BadInput for a number that does not fit its field."""
-        return packed("<QQ", type(self).__name__, *self)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """The reverse of `pack`, of exactly 16 bytes."""
-        return cls(*struct.unpack("<QQ", data))
+    _fields_ = [("guest_phys_addr", c_uint64), ("size", c_uint64)]
 
 
-class FnDesc(NamedTuple):
+class FnDesc(Words):
     """struct gunyah_fn_desc: `FnType`, bytes of the argument, its address in user space."""
 
-    type: int
-    arg_size: int
-    arg: int
-
-    def pack(self) -> bytes:
-        """The 16 bytes for the ioctl; raises BadInput for a number that does not fit its field."""
-        return packed("<IIQ", type(self).__name__, *self)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """The reverse of `pack`, of exactly 16 bytes."""
-        return cls(*struct.unpack("<IIQ", data))
+    _fields_ = [("type", c_uint32), ("arg_size", c_uint32), ("arg", c_uint64)]
 
 
-class VmBootContext(NamedTuple):
-    """struct gunyah_vm_boot_context: register (see `boot_register`), a reserved word, value."""
+class VmBootContext(Words):
+    """struct gunyah_vm_boot_context: register (see `boot_register`), its value; `reserved` has to be 0."""
 
-    reg: int
-    reserved: int
-    value: int
-
-    def pack(self) -> bytes:
-        """The 16 bytes for the ioctl; raises BadInput for a number that does not fit its field."""
-        return packed("<IIQ", type(self).__name__, *self)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """The reverse of `pack`, of exactly 16 bytes."""
-        return cls(*struct.unpack("<IIQ", data))
+    _fields_ = [("reg", c_uint32), ("reserved", c_uint32), ("value", c_uint64)]
 
 
-class FnVcpuArg(NamedTuple):
-    """struct gunyah_fn_vcpu_arg: which vCPU."""
+class FnVcpuArg(Words):
+    """struct gunyah_fn_vcpu_arg, what `FnDesc` points to: the number of the vCPU to add or remove."""
 
-    id: int
-
-    def pack(self) -> bytes:
-        """The 4 bytes that `FnDesc` points to; raises BadInput for a number that does not fit."""
-        return packed("<I", type(self).__name__, *self)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """The reverse of `pack`, of exactly 4 bytes."""
-        return cls(*struct.unpack("<I", data))
+    _fields_ = [("id", c_uint32)]
 
 
-class FnIrqfdArg(NamedTuple):
-    """struct gunyah_fn_irqfd_arg: eventfd, label of the interrupt, flags (`IRQFD_LEVEL`), padding."""
+class FnIrqfdArg(Words):
+    """struct gunyah_fn_irqfd_arg: an eventfd, the label of the interrupt that it raises, flags (`IRQFD_LEVEL`)."""
 
-    fd: int
-    label: int
-    flags: int = 0
-    padding: int = 0
-
-    def pack(self) -> bytes:
-        """The 16 bytes that `FnDesc` points to; raises BadInput for a number that does not fit its field."""
-        return packed("<IIII", type(self).__name__, *self)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """The reverse of `pack`, of exactly 16 bytes."""
-        return cls(*struct.unpack("<IIII", data))
+    _fields_ = [("fd", c_uint32), ("label", c_uint32), ("flags", c_uint32), ("padding", c_uint32)]
 
 
-class FnIoeventfdArg(NamedTuple):
-    """struct gunyah_fn_ioeventfd_arg: value and guest address to match, bytes, eventfd, flags, padding."""
+class FnIoeventfdArg(Words):
+    """struct gunyah_fn_ioeventfd_arg: a store of `len` bytes at guest address `addr` signals the eventfd.
 
-    datamatch: int
-    addr: int
-    len: int
-    fd: int
-    flags: int = 0
-    padding: int = 0
+    With `IOEVENTFD_DATAMATCH` only a store of `datamatch` does.
+    """
 
-    def pack(self) -> bytes:
-        """The 32 bytes that `FnDesc` points to; raises BadInput for a number that does not fit its field."""
-        return packed("<QQIiII", type(self).__name__, *self)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """The reverse of `pack`, of exactly 32 bytes."""
-        return cls(*struct.unpack("<QQIiII", data))
+    _fields_ = [("datamatch", c_uint64), ("addr", c_uint64), ("len", c_uint32), ("fd", c_int32), ("flags", c_uint32),
+                ("padding", c_uint32)]
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -165,15 +81,15 @@ class Ioctl(IntEnum):
     """Commands. Anything else is -ENOTTY; 0x1 is not used by this series."""
 
     CREATE_VM = io(_KIND, 0x0)
-    SET_DTB_CONFIG = iow(_KIND, 0x2, 16)
+    SET_DTB_CONFIG = iow(_KIND, 0x2, sizeof(VmDtbConfig))
     START = io(_KIND, 0x3)
-    ADD_FUNCTION = iow(_KIND, 0x4, 16)
+    ADD_FUNCTION = iow(_KIND, 0x4, sizeof(FnDesc))
     VCPU_RUN = io(_KIND, 0x5)
     VCPU_MMAP_SIZE = io(_KIND, 0x6)
-    REMOVE_FUNCTION = iow(_KIND, 0x7, 16)
-    CREATE_GUEST_MEM = iow(_KIND, 0x8, 64)
-    MAP_MEM = iow(_KIND, 0x9, 32)
-    SET_BOOT_CONTEXT = iow(_KIND, 0xA, 16)
+    REMOVE_FUNCTION = iow(_KIND, 0x7, sizeof(FnDesc))
+    CREATE_GUEST_MEM = iow(_KIND, 0x8, sizeof(CreateMemArgs))
+    MAP_MEM = iow(_KIND, 0x9, sizeof(MapMemArgs))
+    SET_BOOT_CONTEXT = iow(_KIND, 0xA, sizeof(VmBootContext))
 
 
 class GunyahMemFlag(IntFlag):
@@ -286,92 +202,81 @@ Exit = MmioExit | StatusExit | PageFaultExit | None
 """What VCPU_RUN came back with; None: no reason is set (UNKNOWN)."""
 
 
-class VcpuRun:
-    """struct gunyah_vcpu_run, 40 bytes at the start of the page that mmap() of a vCPU shows; `raw` is what both sides see.
+class VcpuRunMmio(Words):
+    """gunyah_vcpu_run.mmio: a guest access of `len` bytes; `resume_action` is read by the next VCPU_RUN."""
 
-    The three kinds of exit overlay each other from byte 16 on.
+    _fields_ = [("phys_addr", c_uint64), ("data", c_uint8 * 8), ("len", c_uint32), ("is_write", c_uint8),
+                ("resume_action", c_uint8)]
+
+
+class VcpuRunStatus(Words):
+    """gunyah_vcpu_run.status; all but `status` is what the kernel calls exit_info."""
+
+    _fields_ = [("status", c_uint32), ("type", c_uint16), ("padding", c_uint16), ("reason_size", c_uint32),
+                ("reason", c_uint8 * 8)]
+
+
+class VcpuRunPageFault(Words):
+    """gunyah_vcpu_run.page_fault: a guest address that could not be given, and -errno of the attempt."""
+
+    _fields_ = [("phys_addr", c_uint64), ("attempt", c_int32), ("resume_action", c_uint8)]
+
+
+class VcpuRunUnion(ctypes.Union):
+    """What an exit says; which member is valid is `VcpuRun.exit_reason`'s."""
+
+    _fields_ = [("mmio", VcpuRunMmio), ("status", VcpuRunStatus), ("page_fault", VcpuRunPageFault)]
+
+
+class VcpuRun(Words):
+    """struct gunyah_vcpu_run, the beginning of the page that mmap() of a vCPU shows.
+
+    `immediate_exit` not 0: VCPU_RUN returns -EINTR instead of entering the guest.
     """
 
-    SIZE: ClassVar[int] = 40
-    MMIO: ClassVar[struct.Struct] = struct.Struct("<Q8sIBB")            # @16
-    STATUS: ClassVar[struct.Struct] = struct.Struct("<IHHI8s")          # @16
-    PAGE_FAULT: ClassVar[struct.Struct] = struct.Struct("<QiB")         # @16
-    UNION: ClassVar[int] = 16
-
-    def __init__(self, raw: bytearray | None = None) -> None:
-        self.raw = bytearray(4096) if raw is None else raw
-
-    @property
-    def immediate_exit(self) -> int:
-        """Non-zero: VCPU_RUN returns -EINTR instead of entering the guest."""
-        return self.raw[0]
-
-    @immediate_exit.setter
-    def immediate_exit(self, value: int) -> None:
-        self.raw[0] = value
-
-    @property
-    def exit_reason(self) -> GunyahExitReason:
-        """Which of the three is valid."""
-        return GunyahExitReason(struct.unpack_from("<I", self.raw, 8)[0])
-
-    @exit_reason.setter
-    def exit_reason(self, value: GunyahExitReason) -> None:
-        struct.pack_into("<I", self.raw, 8, value)
+    _anonymous_ = ("says",)
+    _fields_ = [("immediate_exit", c_uint8), ("padding", c_uint8 * 7), ("exit_reason", c_uint32), ("says", VcpuRunUnion)]
 
     @property
     def exit(self) -> Exit:
         """The exit that the page describes, decoded; None when no reason is set."""
-        reason = self.exit_reason
-        if reason == GunyahExitReason.MMIO:
-            address, data, length, is_write, _ = self.MMIO.unpack_from(self.raw, self.UNION)
-            return MmioExit(address, data[:length], bool(is_write))
-        if reason == GunyahExitReason.STATUS:
-            status, kind, _, size, words = self.STATUS.unpack_from(self.raw, self.UNION)
-            return StatusExit(VmStatus(status), kind, words[:size])
-        if reason == GunyahExitReason.PAGE_FAULT:
-            address, attempt, _ = self.PAGE_FAULT.unpack_from(self.raw, self.UNION)
-            return PageFaultExit(address, attempt)
+        match GunyahExitReason(self.exit_reason):
+            case GunyahExitReason.MMIO:
+                return MmioExit(self.mmio.phys_addr, self.data[:self.mmio.len], bool(self.mmio.is_write))
+            case GunyahExitReason.STATUS:
+                status = self.status
+                return StatusExit(VmStatus(status.status), status.type, bytes(status.reason)[:status.reason_size])
+            case GunyahExitReason.PAGE_FAULT:
+                return PageFaultExit(self.page_fault.phys_addr, self.page_fault.attempt)
         return None
 
     def set_mmio(self, phys_addr: int, data: bytes, length: int, is_write: bool) -> None:
         """The driver: an MMIO exit; resume_action keeps what it was."""
-        action = self.raw[37]
-        self.MMIO.pack_into(self.raw, self.UNION, phys_addr, data, length, is_write, action)
+        self.says.mmio = VcpuRunMmio(phys_addr, _eight(data), length, is_write, self.mmio.resume_action)
         self.exit_reason = GunyahExitReason.MMIO
 
     def set_status(self, status: VmStatus, kind: int, reason: bytes) -> None:
         """The driver: a STATUS exit."""
-        self.STATUS.pack_into(self.raw, self.UNION, status, kind, 0, len(reason), reason)
+        self.says.status = VcpuRunStatus(status, kind, 0, len(reason), _eight(reason))
         self.exit_reason = GunyahExitReason.STATUS
 
     def set_page_fault(self, phys_addr: int, attempt: int) -> None:
         """The driver: a PAGE_FAULT exit; resume_action is preset to FAULT."""
-        self.PAGE_FAULT.pack_into(self.raw, self.UNION, phys_addr, attempt, ResumeAction.FAULT)
+        self.says.page_fault = VcpuRunPageFault(phys_addr, attempt, ResumeAction.FAULT)
         self.exit_reason = GunyahExitReason.PAGE_FAULT
 
     @property
     def data(self) -> bytes:
         """mmio.data: eight bytes, for a read what the guest is to find."""
-        return bytes(self.raw[24:32])
+        return bytes(self.mmio.data)
 
     @data.setter
     def data(self, value: bytes) -> None:
-        self.raw[24:32] = value.ljust(8, b"\0")[:8]
+        self.mmio.data = _eight(value)
 
-    @property
-    def is_write(self) -> bool:
-        """mmio.is_write: the guest stores, and `data` is what it wrote."""
-        return bool(self.raw[36])
 
-    @property
-    def resume_action(self) -> int:
-        """mmio.resume_action, read by the next VCPU_RUN after an MMIO exit."""
-        return self.raw[37]
-
-    @resume_action.setter
-    def resume_action(self, value: int) -> None:
-        self.raw[37] = value
+def _eight(data: bytes) -> ctypes.Array[c_uint8]:
+    return (c_uint8 * 8)(*data[:8])
 
 
 # -- what the descriptors do -----------------------------------------------------------------------------------------

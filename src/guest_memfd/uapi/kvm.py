@@ -7,128 +7,76 @@ Structures are little-endian, and have the size the ioctl number says.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping as Map
-from dataclasses import dataclass
+from ctypes import c_uint32, c_uint64, sizeof
 from enum import IntEnum, IntFlag
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol
 
 from guest_memfd.uapi.ioctl import io, iow, iowr
 from guest_memfd.uapi.kvm_run import Exit
 from guest_memfd.uapi.memory import GuestMemory, Owner
-from guest_memfd.uapi.words import packed
+from guest_memfd.uapi.words import Words
 
+PATH = "/dev/kvm"
 KVMIO = 0xAE
 API_VERSION = 12
 
 # -- structures ------------------------------------------------------------------------------------------------------
 
-_U64X8, _REGION2, _ATTRIBUTES, _ATTRIBUTES2 = "<8Q", "<IIQQQQII14Q", "<4Q", "<5Q11Q"
+class CreateGuestMemfd(Words):
+    """struct kvm_create_guest_memfd. 6.18 does not look at `reserved`."""
+
+    _fields_ = [("size", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 6)]
 
 
-class CreateGuestMemfd(NamedTuple):
-    """struct kvm_create_guest_memfd: *size* in bytes; six reserved words that no one checks."""
+class UserspaceMemoryRegion(Words):
+    """struct kvm_userspace_memory_region: a slot without guest_memfd; address and size are bytes."""
 
-    size: int
-    flags: int = 0
-
-
-    def pack(self) -> bytes:
-        """The bytes of the structure."""
-        return packed(_U64X8, type(self).__name__, *self)
-
-    @classmethod
-    def unpack(cls, raw: bytes) -> Self:
-        """From the bytes of the structure."""
-        size, flags, *_ = struct.unpack(_U64X8, raw)
-        return cls(size, flags)
+    _fields_ = [("slot", c_uint32), ("flags", c_uint32), ("guest_phys_addr", c_uint64), ("memory_size", c_uint64),
+                ("userspace_addr", c_uint64)]
 
 
-class UserMemoryRegion2(NamedTuple):
-    """struct kvm_userspace_memory_region2: *slot* has the id in its low half; sizes and addresses in bytes.
+class UserspaceMemoryRegion2(Words):
+    """struct kvm_userspace_memory_region2. 6.18 does not look at the pads."""
 
-    Its first 32 bytes are struct kvm_userspace_memory_region.
+    _fields_ = [("slot", c_uint32), ("flags", c_uint32), ("guest_phys_addr", c_uint64), ("memory_size", c_uint64),
+                ("userspace_addr", c_uint64), ("guest_memfd_offset", c_uint64), ("guest_memfd", c_uint32),
+                ("pad1", c_uint32), ("pad2", c_uint64 * 14)]
+
+
+class MemoryAttributes(Words):
+    """struct kvm_memory_attributes of KVM_SET_MEMORY_ATTRIBUTES: guest address and size are bytes."""
+
+    _fields_ = [("address", c_uint64), ("size", c_uint64), ("attributes", c_uint64), ("flags", c_uint64)]
+
+
+class MemoryAttributes2(Words):
+    """struct kvm_memory_attributes2: *offset* into the file, *size* in bytes; `reserved` has to be 0.
+
+    The kernel writes *error_offset* when it refuses, and only then: the offset in bytes that it refused at. C has a union of
+    `offset` with the `address` that a VM's descriptor would take.
     """
 
-    slot: int
-    flags: int
-    guest_phys_addr: int
-    memory_size: int
-    userspace_addr: int = 0
-    guest_memfd_offset: int = 0
-    guest_memfd: int = 0
+    _fields_ = [("offset", c_uint64), ("size", c_uint64), ("attributes", c_uint64), ("flags", c_uint64),
+                ("error_offset", c_uint64), ("reserved", c_uint64 * 11)]
 
 
-    def pack(self) -> bytes:
-        """The bytes of the structure."""
-        return packed(_REGION2, type(self).__name__, *self)
+class PreFaultMemory(Words):
+    """struct kvm_pre_fault_memory: guest address and size in bytes; the kernel moves both on as it maps."""
 
-    @classmethod
-    def unpack(cls, raw: bytes) -> Self:
-        """From the bytes of the structure."""
-        return cls(*struct.unpack(_REGION2, raw)[:7])
+    _fields_ = [("gpa", c_uint64), ("size", c_uint64), ("flags", c_uint64), ("padding", c_uint64 * 5)]
 
 
-class MemoryAttributes(NamedTuple):
-    """struct kvm_memory_attributes: guest physical *address* and *size* in bytes."""
+class DirtyLog(Words):
+    """struct kvm_dirty_log; `dirty_bitmap` is an address."""
 
-    address: int
-    size: int
-    attributes: int
-    flags: int = 0
+    _fields_ = [("slot", c_uint32), ("padding1", c_uint32), ("dirty_bitmap", c_uint64)]
 
 
-    def pack(self) -> bytes:
-        """The bytes of the structure."""
-        return packed(_ATTRIBUTES, type(self).__name__, *self)
+class OneReg(Words):
+    """struct kvm_one_reg; `addr` is where the value is or goes."""
 
-    @classmethod
-    def unpack(cls, raw: bytes) -> Self:
-        """From the bytes of the structure."""
-        return cls(*struct.unpack(_ATTRIBUTES, raw))
-
-
-@dataclass
-class MemoryAttributes2:
-    """struct kvm_memory_attributes2: *offset* into the file, *size* in bytes.
-
-    The kernel writes *error_offset* when it refuses, and only then: the offset in bytes that it refused at.
-    """
-
-    offset: int
-    size: int
-    attributes: int
-    flags: int = 0
-    error_offset: int = 0
-
-
-    def pack(self) -> bytes:
-        """The bytes of the structure."""
-        return packed(_ATTRIBUTES2, type(self).__name__, self.offset, self.size, self.attributes, self.flags,
-                      self.error_offset)
-
-    @classmethod
-    def unpack(cls, raw: bytes) -> Self:
-        """From the bytes of the structure."""
-        return cls(*struct.unpack(_ATTRIBUTES2, raw)[:5])
-
-
-class PreFaultMemory(NamedTuple):
-    """struct kvm_pre_fault_memory: *gpa* and *size* in bytes, both moved on as far as it came."""
-
-    gpa: int
-    size: int
-    flags: int = 0
-
-
-    def pack(self) -> bytes:
-        """The bytes of the structure."""
-        return packed(_U64X8, type(self).__name__, *self)
-
-    @classmethod
-    def unpack(cls, raw: bytes) -> Self:
-        """From the bytes of the structure."""
-        return cls(*struct.unpack(_U64X8, raw)[:3])
+    _fields_ = [("id", c_uint64), ("addr", c_uint64)]
 
 
 # -- ioctls ----------------------------------------------------------------------------------------------------------
@@ -138,16 +86,16 @@ CREATE_VM = io(KVMIO, 0x01)
 CHECK_EXTENSION = io(KVMIO, 0x03)
 GET_VCPU_MMAP_SIZE = io(KVMIO, 0x04)
 CREATE_VCPU = io(KVMIO, 0x41)
-GET_DIRTY_LOG = iow(KVMIO, 0x42, 16)
-SET_USER_MEMORY_REGION = iow(KVMIO, 0x46, 32)
-SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, struct.calcsize(_REGION2))
+GET_DIRTY_LOG = iow(KVMIO, 0x42, sizeof(DirtyLog))
+SET_USER_MEMORY_REGION = iow(KVMIO, 0x46, sizeof(UserspaceMemoryRegion))
+SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, sizeof(UserspaceMemoryRegion2))
 RUN = io(KVMIO, 0x80)
-GET_ONE_REG, SET_ONE_REG = iow(KVMIO, 0xAB, 16), iow(KVMIO, 0xAC, 16)
-SET_MEMORY_ATTRIBUTES = iow(KVMIO, 0xD2, struct.calcsize(_ATTRIBUTES))
-SET_MEMORY_ATTRIBUTES2 = iowr(KVMIO, 0xD2, struct.calcsize(_ATTRIBUTES2))
+GET_ONE_REG, SET_ONE_REG = iow(KVMIO, 0xAB, sizeof(OneReg)), iow(KVMIO, 0xAC, sizeof(OneReg))
+SET_MEMORY_ATTRIBUTES = iow(KVMIO, 0xD2, sizeof(MemoryAttributes))
+SET_MEMORY_ATTRIBUTES2 = iowr(KVMIO, 0xD2, sizeof(MemoryAttributes2))
 """On the descriptor of a guest_memfd, not on that of a VM."""
-CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, struct.calcsize(_U64X8))
-PRE_FAULT_MEMORY = iowr(KVMIO, 0xD5, struct.calcsize(_U64X8))
+CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, sizeof(CreateGuestMemfd))
+PRE_FAULT_MEMORY = iowr(KVMIO, 0xD5, sizeof(PreFaultMemory))
 
 
 class Cap(IntEnum):

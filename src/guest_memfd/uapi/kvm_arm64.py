@@ -1,18 +1,35 @@
-"""What of /dev/kvm is arm64's: VM types, register ids (arch/arm64/include/uapi/asm/kvm.h), and their ioctls."""
+"""What of /dev/kvm is arm64's: VM types, structures and registers of a vCPU (arch/arm64/include/uapi/asm/kvm.h)."""
 
 from __future__ import annotations
 
+from ctypes import c_uint8, c_uint32, c_uint64, sizeof
+
 from guest_memfd.uapi.ioctl import ior, iow
 from guest_memfd.uapi.kvm import KVMIO
+from guest_memfd.uapi.words import Words
 
 VM_TYPE_IPA_SIZE = 0xFF
 """Mask of the IPA bits asked for in a VM type; 0 is 40."""
 VM_TYPE_PROTECTED = 1 << 31
 """KVM_VM_TYPE_ARM_PROTECTED: a protected guest, where KVM runs in protected mode."""
 
-PREFERRED_TARGET = ior(KVMIO, 0xAF, 32)
-VCPU_INIT = iow(KVMIO, 0xAE, 32)
-GET_VCPU_EVENTS, SET_VCPU_EVENTS = ior(KVMIO, 0x9F, 64), iow(KVMIO, 0xA0, 64)
+
+class VcpuInit(Words):
+    """struct kvm_vcpu_init of KVM_ARM_VCPU_INIT: a target CPU and a bit map of 224 features."""
+
+    _fields_ = [("target", c_uint32), ("features", c_uint32 * 7)]
+
+
+class VcpuEvents(Words):
+    """struct kvm_vcpu_events; the first four fields are its `exception`."""
+
+    _fields_ = [("serror_pending", c_uint8), ("serror_has_esr", c_uint8), ("ext_dabt_pending", c_uint8),
+                ("pad", c_uint8 * 5), ("serror_esr", c_uint64), ("reserved", c_uint32 * 12)]
+
+
+PREFERRED_TARGET = ior(KVMIO, 0xAF, sizeof(VcpuInit))
+VCPU_INIT = iow(KVMIO, 0xAE, sizeof(VcpuInit))
+GET_VCPU_EVENTS, SET_VCPU_EVENTS = ior(KVMIO, 0x9F, sizeof(VcpuEvents)), iow(KVMIO, 0xA0, sizeof(VcpuEvents))
 
 _CORE, _SYSTEM = 0x6030_0000_0010_0000, 0x6030_0000_0013_0000
 

@@ -1,17 +1,19 @@
-"""struct kvm_run: why KVM_RUN came back, decoded. It tells what the page says, and nothing else.
+"""struct kvm_run: why KVM_RUN came back, as a VMM reads it and as the page has it.
 
 Offsets and numbers: include/uapi/linux/kvm.h (7.3), the same on every architecture.
 """
 
 from __future__ import annotations
 
-import struct
+import ctypes
+from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
 from enum import IntEnum
 from typing import NamedTuple
 
 from guest_memfd.compat import override
 from guest_memfd.distinct import distinct
 from guest_memfd.errors import errno_name
+from guest_memfd.uapi.words import Words
 
 
 class ExitReason(IntEnum):
@@ -138,55 +140,115 @@ class Unknown(NamedTuple):
 Exit = (Mmio | Io | Halt | Shutdown | HypercallExit | SystemEvent | MemoryFault | Intr | FailEntry | KvmInternalError
         | Unknown)
 
-RUN_EXIT_REASON, RUN_UNION, RUN_IMMEDIATE_EXIT = 8, 32, 1
-"""Offsets in struct kvm_run."""
+# -- the page, and what it says ----------------------------------------------------------------------------------------
 
-_MMIO, _HYPERCALL, _MEMORY_FAULT = struct.Struct("<Q8sIB"), struct.Struct("<Q6Q"), struct.Struct("<3Q")
-_IO = struct.Struct("<BBHIQ")
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+class RunMmio(Words):
+    """kvm_run.mmio: a guest access of `len` bytes, at most 8, at `phys_addr`."""
+
+    _fields_ = [("phys_addr", c_uint64), ("data", c_uint8 * 8), ("len", c_uint32), ("is_write", c_uint8)]
+
+
+class RunIo(Words):
+    """kvm_run.io; `data_offset` counts from the beginning of kvm_run."""
+
+    _fields_ = [("direction", c_uint8), ("size", c_uint8), ("port", c_uint16), ("count", c_uint32),
+                ("data_offset", c_uint64)]
+
+
+class RunHypercall(Words):
+    """kvm_run.hypercall; the last word is a union of `longmode` and flags."""
+
+    _fields_ = [("nr", c_uint64), ("args", c_uint64 * 6), ("ret", c_uint64), ("flags", c_uint64)]
+
+
+class RunMemoryFault(Words):
+    """kvm_run.memory_fault: `gpa` and `size` are bytes; `flags` says whether the access was private."""
+
+    _fields_ = [("flags", c_uint64), ("gpa", c_uint64), ("size", c_uint64)]
+
+
+class RunEmulationFailure(Words):
+    """kvm_run.internal, as suberror EMULATION has it: `ndata` words follow, of which `flags` is the first."""
+
+    _fields_ = [("suberror", c_uint32), ("ndata", c_uint32), ("flags", c_uint64), ("insn_size", c_uint8),
+                ("insn_bytes", c_uint8 * 15)]
+
+
+class RunFailEntry(Words):
+    """kvm_run.fail_entry: what the CPU said when it refused to enter the guest, and on which CPU."""
+
+    _fields_ = [("hardware_entry_failure_reason", c_uint64), ("cpu", c_uint32)]
+
+
+class RunSystemEvent(Words):
+    """kvm_run.system_event: shutdown, reset or crash in `type`; `ndata` words of `data` come with it."""
+
+    _fields_ = [("type", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16)]
+
+
+class RunUnion(ctypes.Union):
+    """What an exit says; which member is valid is `KvmRun.exit_reason`'s."""
+
+    _fields_ = [("mmio", RunMmio), ("io", RunIo), ("hypercall", RunHypercall), ("memory_fault", RunMemoryFault),
+                ("emulation_failure", RunEmulationFailure), ("fail_entry", RunFailEntry), ("system_event", RunSystemEvent),
+                ("padding", c_char * 256)]
+
+
+class KvmRun(Words):
+    """struct kvm_run, the page that a vCPU shares with user space; `sync_regs` is the architecture's."""
+
+    _anonymous_ = ("exit",)
+    _fields_ = [("request_interrupt_window", c_uint8), ("immediate_exit", c_uint8), ("padding1", c_uint8 * 6),
+                ("exit_reason", c_uint32), ("ready_for_interrupt_injection", c_uint8), ("if_flag", c_uint8),
+                ("flags", c_uint16), ("cr8", c_uint64), ("apic_base", c_uint64), ("exit", RunUnion),
+                ("kvm_valid_regs", c_uint64), ("kvm_dirty_regs", c_uint64), ("sync_regs", c_char * 2048)]
+
+
+_REASON, _SAID = slice(KvmRun.exit_reason.offset, KvmRun.exit_reason.offset + 4), KvmRun.exit.offset
+RUN_SAYS = _SAID + ctypes.sizeof(RunUnion)
+"""Bytes of struct kvm_run that an exit is decoded from; only what an Io writes lies after them."""
+
 _BARE: dict[int, Exit] = {ExitReason.HLT: Halt(), ExitReason.SHUTDOWN: Shutdown(), ExitReason.INTR: Intr()}
-
-
 _SUBERRORS = {1: "EMULATION", 2: "SIMUL_EX", 3: "DELIVERY_EV", 4: "UNEXPECTED_EXIT_REASON"}
 """KVM_INTERNAL_ERROR_*."""
-_EMULATION = struct.Struct("<IIQB15s")
 _HAS_BYTES = 1 << 0
 """KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES: the instruction that could not be emulated follows."""
 
 
-def _internal(run: bytes) -> str:
-    suberror, ndata, flags, size, code = _EMULATION.unpack_from(run, RUN_UNION)
-    if suberror not in _SUBERRORS:
-        return f"suberror {suberror}"
-    name = f"KVM_INTERNAL_ERROR_{_SUBERRORS[suberror]}"
-    told = suberror == 1 and ndata > 1 and flags & _HAS_BYTES and size
-    return f"{name}, instruction bytes {code[:size].hex(' ')}" if told else name
+def _internal(said: RunEmulationFailure) -> str:
+    if said.suberror not in _SUBERRORS:
+        return f"suberror {said.suberror}"
+    name = f"KVM_INTERNAL_ERROR_{_SUBERRORS[said.suberror]}"
+    told = said.suberror == 1 and said.ndata > 1 and said.flags & _HAS_BYTES and said.insn_size
+    return f"{name}, instruction bytes {bytes(said.insn_bytes)[:said.insn_size].hex(' ')}" if told else name
 
 
 def decode_run(run: bytes, errno: int = 0) -> Exit:
     """What the shared struct kvm_run says after KVM_RUN; *errno* is positive, 0 when the ioctl returned 0.
 
-    *run* may end after the union, but for an Io, whose data lies after the first page.
+    *run* may end after `RUN_SAYS` bytes, but for an Io, whose data lies after the first page.
     """
-    (reason,) = _U32.unpack_from(run, RUN_EXIT_REASON)
+    reason = int.from_bytes(run[_REASON], "little")
     if reason == ExitReason.MMIO:
-        address, data, size, write = _MMIO.unpack_from(run, RUN_UNION)
-        return Mmio(address, size, bool(write), data[:size] if write else b"")
+        mmio = RunMmio.from_buffer_copy(run, _SAID)
+        size, write = mmio.len, bool(mmio.is_write)
+        return Mmio(mmio.phys_addr, size, write, bytes(mmio.data)[:size] if write else b"")
     if reason in _BARE:
         return _BARE[reason]
+    said = RunUnion.from_buffer_copy(run, _SAID)
     if reason == ExitReason.IO:
-        write, size, port, times, at = _IO.unpack_from(run, RUN_UNION)
-        return Io(port, size, times, bool(write), run[at:at + size * times] if write else b"")
+        io = said.io
+        data = run[io.data_offset:io.data_offset + io.size * io.count] if io.direction else b""
+        return Io(io.port, io.size, io.count, bool(io.direction), data)
     if reason == ExitReason.HYPERCALL:
-        nr, *args = _HYPERCALL.unpack_from(run, RUN_UNION)
-        return HypercallExit(nr, tuple(args))
+        return HypercallExit(said.hypercall.nr, tuple(said.hypercall.args))
     if reason == ExitReason.SYSTEM_EVENT:
-        return SystemEvent(*_U32.unpack_from(run, RUN_UNION))
+        return SystemEvent(said.system_event.type)
     if reason == ExitReason.MEMORY_FAULT:
-        flags, gpa, size = _MEMORY_FAULT.unpack_from(run, RUN_UNION)
-        return MemoryFault(flags, gpa, size, errno)
+        fault = said.memory_fault
+        return MemoryFault(fault.flags, fault.gpa, fault.size, errno)
     if reason == ExitReason.FAIL_ENTRY:
-        return FailEntry(*_U64.unpack_from(run, RUN_UNION))
+        return FailEntry(said.fail_entry.hardware_entry_failure_reason)
     if reason == ExitReason.INTERNAL_ERROR:
-        return KvmInternalError(_internal(run))
+        return KvmInternalError(_internal(said.emulation_failure))
     return Unknown(reason, errno)

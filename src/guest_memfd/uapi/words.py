@@ -1,13 +1,15 @@
-"""Structures of the kernel's interface as bytes. A number that does not fit is refused, not cut."""
+"""Structures of the kernel's interface as bytes. A number that does not fit is refused, not cut.
+
+ctypes stores what is left of it, and takes any name for an attribute; the kernel would then be asked for something else.
+"""
 
 from __future__ import annotations
 
-import re
-import struct
+import ctypes
+from typing import Any
 
+from guest_memfd.compat import override
 from guest_memfd.errors import BadInput
-
-_BITS = {"Q": 64, "I": 32, "i": 32}
 
 
 def word(name: str, value: int, bits: int) -> int:
@@ -23,14 +25,31 @@ def signed(name: str, value: int, bits: int) -> int:
     return one - (1 << bits) if one >> bits - 1 else one
 
 
-def packed(form: str, name: str, *values: int) -> bytes:
-    """The bytes of structure *name*, whose fields are *form* (struct's letters Q, I and i, and padding); raises as `word`.
+class Words(ctypes.Structure):
+    """A structure whose constructor raises BadInput for unknown fields and numbers too large; negative ones wrap as in C.
 
-    Fields after *values* are reserved, and 0.
+    Fields that are not given are 0. `bytes()` of one is what the kernel copies, and `from_buffer_copy` the reverse.
     """
-    words = []
-    letters = [letter for nr, letter in re.findall(r"(\d*)([QIi])", form) for _ in range(int(nr or 1))]
-    for letter, value in zip(letters, (*values, *[0] * (len(letters) - len(values))), strict=True):
-        bits = _BITS[letter]
-        words.append(signed(name, value, bits) if letter == "i" else word(name, value, bits))
-    return struct.pack(form, *words)
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        super().__init__(*values, **named)
+        for field, value in zip(self._fields_, values, strict=False):
+            if getattr(self, field[0]) != value:
+                self._check(field[0], value)
+        for name, value in named.items():
+            if not hasattr(type(self), name):
+                raise BadInput(f"{type(self).__name__} has no field {name!r}; there are {', '.join(self._names())}")
+            if getattr(self, name) != value:
+                self._check(name, value)
+
+    def _check(self, name: str, value: object) -> None:
+        if isinstance(value, int):
+            word(f"{type(self).__name__}.{name}", value, 8 * int(getattr(type(self), name).size))
+
+    def _names(self) -> list[str]:
+        return [field[0] for field in self._fields_]
+
+    @override
+    def __repr__(self) -> str:
+        shown = ((name, getattr(self, name)) for name in self._names())
+        return f"{type(self).__name__}({', '.join(f'{n}={v:#x}' if isinstance(v, int) else f'{n}={v!r}' for n, v in shown)})"

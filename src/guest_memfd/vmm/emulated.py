@@ -20,6 +20,7 @@ from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER
 from guest_memfd.machine.el2.gunyah.vcpu import VcpuState
 from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.modelled import ModelledDriver
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.panic import KernelPanic
@@ -29,7 +30,7 @@ from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.ghosts import ProgramTracer
 from guest_memfd.vmm.gunyah import GunyahGuest
 from guest_memfd.vmm.kvm import KvmGuest
-from guest_memfd.vmm.layout import PAGE, Layout
+from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import SLICE, LoopEnded, LoopOutcome, drive
 from guest_memfd.vmm.readers import Read
 from guest_memfd.vmm.watch import LawBroken, Watch

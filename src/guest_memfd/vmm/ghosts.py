@@ -12,8 +12,8 @@ from collections.abc import Callable
 from guest_memfd.compat import override
 from guest_memfd.machine.board.tracer import TracedTask, Tracer
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.inode import Inode
-from guest_memfd.machine.linux.page import Page
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ANY, DATA, JUNK, PRIVATE_PAGE, SECRET, ZERO
 
@@ -24,7 +24,7 @@ class ProgramTracer(Tracer):
     """The ghosts of a machine whose guests run programs."""
 
     @override
-    def content(self, page: Page) -> int:
+    def content(self, page: LinuxFolio) -> int:
         """ZERO; SECRET; DATA for a page that has been cleared in this life; JUNK for any other."""
         if self.machine.ram.read(page.pa, PAGE) == _ZEROS:
             return ZERO
@@ -33,29 +33,30 @@ class ProgramTracer(Tracer):
         return DATA if page.uptodate else JUNK
 
     @override
-    def contents(self) -> Callable[[Page], int]:
+    def contents(self) -> Callable[[LinuxFolio], int]:
         """`content`, asked afterwards: no write makes a page other than it was in a way that a law would miss."""
         return self.content
 
     @override
-    def declassify(self, page: Page) -> None:
+    def declassify(self, page: LinuxFolio) -> None:
         """The guest agrees that the host reads the page, whatever it holds by now."""
         self.secret.discard(page.pa)
         self.expect(page, ANY)
 
     @override
-    def access(self, host: TracedTask, page: Page, who: str, what: str, via: str, write: bool, content: int) -> facts.Access:
+    def access(self, host: TracedTask, page: LinuxFolio, who: str, what: str, via: str, write: bool,
+               content: int) -> facts.Access:
         """As for every tracer; a write finds nothing that could be expected."""
         fact = super().access(host, page, who, what, via, write, content)
         return fact._replace(expect=None) if write else fact
 
     @override
-    def after_hypercall(self, page: Page, sanitised: bool) -> None:
+    def after_hypercall(self, page: LinuxFolio, sanitised: bool) -> None:
         """A page that a guest maps may hold anything from now on, and what it has alone is its secret."""
         super().after_hypercall(page, sanitised)
         machine = self.machine
         owned = machine.driver.owner(page.pa) == "guest"
-        if machine.guest_maps(page.pa):
+        if machine.any_guest_maps(page.pa):
             self.expect(page, ANY)
             if owned or (isinstance(page.inode, Inode) and page.inode.entry("attributes", page.index) == PRIVATE_PAGE):
                 self.secret.add(page.pa)

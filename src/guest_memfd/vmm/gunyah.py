@@ -13,11 +13,12 @@ from guest_memfd.errors import SyscallFailed, errno_name
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import BootHypervisor
 from guest_memfd.guests.loader import GuestImage
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi import gunyah
 from guest_memfd.uapi.gunyah import GunyahDevice, GunyahMemFlag, GunyahVcpu, GunyahVm, MapFlag, RegisterSet, ResumeAction
 from guest_memfd.uapi.memory import GuestMemory
 from guest_memfd.vmm.devices import Console
-from guest_memfd.vmm.layout import PAGE, Layout
+from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import SAME_ABORT, Debugger, LoopEnded
 
 _HUGE = 2 << 20
@@ -143,10 +144,10 @@ class GunyahGuest:
         page = self.vcpu.page
         if not self.console.has(out.phys_addr):
             self.log(f"exit MMIO {'write' if out.is_write else 'read'} at {out.phys_addr:#x}: nothing there, abort")
-            page.resume_action = ResumeAction.FAULT
+            page.mmio.resume_action = ResumeAction.FAULT
             self.aborts += 1
             return
-        page.resume_action = ResumeAction.HANDLED
+        page.mmio.resume_action = ResumeAction.HANDLED
         if out.is_write:
             self.console.put(out.data)
         else:

@@ -19,10 +19,11 @@ from guest_memfd.linux.guest_memfd import GuestMemfd
 from guest_memfd.linux.guest_x86 import IdentityMap, x86_vcpu
 from guest_memfd.linux.mapping import LinuxMapping
 from guest_memfd.linux.system import System
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import SHARED, MemFlag
 from guest_memfd.vmm.devices import Balloon, Console, MmioDevice, Nobody
-from guest_memfd.vmm.layout import PAGE, Layout
+from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import Debugger, LoopEnded
 
 _MEMORY, _WINDOW, _TABLES = 0, 1, 2
@@ -175,4 +176,4 @@ def _words(out: kvm_run.Exit) -> str:
         case kvm_run.Unknown(reason, errno):
             return f"KVM_RUN ends with reason {reason}, errno {errno}"
         case _:
-            return f"an exit that nobody here expects: {out}"
+            return f"an exit that no one here expects: {out}"

@@ -9,8 +9,7 @@ from guest_memfd.errors import BadInput
 from guest_memfd.guests import CONSOLE, PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import SIZE, BootHypervisor, BootInfo
 from guest_memfd.guests.loader import GuestImage, fits
-
-PAGE = 4096
+from guest_memfd.machine.hw.ram import PAGE
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Layout:
         fits(image, [(self.base, self.private)])
         where = -(-image.end // PAGE) * PAGE
         if where + PAGE > self.end:
-            raise BadInput(f"{image.name}: no page is left behind the image for the boot info; it ends at {image.end:#x}, "
+            raise BadInput(f"{image.name}: no page is left after the image for the boot info; it ends at {image.end:#x}, "
                            f"and private memory at {self.end:#x}")
         return where
 

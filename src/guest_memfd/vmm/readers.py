@@ -14,7 +14,7 @@ from typing import NamedTuple
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.boot import Machine
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.primitives.contents import BEFORE
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words.pagestate import PRIVATE_PAGE
@@ -71,7 +71,7 @@ def read(reader: str, machine: Machine, host: EmulatedHost, names: Names) -> Rea
         owned = [page for page in owned if _hosts(machine, page.pa - PAGE, owned)]
         owned.sort(key=lambda page: page.pa - PAGE not in names.pages)
     if not owned:
-        raise BadInput(f"--reader {reader}: the guest owns no page" + " behind one of the host's" * (reader == "zeropad"))
+        raise BadInput(f"--reader {reader}: the guest owns no page" + " after one of the host's" * (reader == "zeropad"))
     if reader == "kcore":
         return _kcore(machine, host, owned)
     page, va = owned[0], machine.linear_map.va(owned[0].pa)
@@ -82,7 +82,7 @@ def read(reader: str, machine: Machine, host: EmulatedHost, names: Names) -> Rea
     return Read(reader, va, machine.cpu.core.x(0), _words(how))
 
 
-def _kcore(machine: Machine, host: EmulatedHost, owned: list[Page]) -> Read:
+def _kcore(machine: Machine, host: EmulatedHost, owned: list[LinuxFolio]) -> Read:
     how = [host.perform(Primitive("copy_from_kernel_nofault", (page.pa // PAGE,), "kernel"), 0) for page in owned]
     copied = sum(one == "ok" for one in how)
     words = f"{len(how)} pages, {copied} copied, {len(how) - copied} read as zeros"
@@ -96,15 +96,15 @@ def _words(how: str) -> str:
 
 
 # Pages that are some guest's alone: by EL2's record, or where no one keeps one, by the library's word.
-def _owned(machine: Machine) -> Iterator[Page]:
+def _owned(machine: Machine) -> Iterator[LinuxFolio]:
     for inode in machine.inodes:
         for page in sorted(inode.pages.values(), key=lambda p: p.pa):
-            private = inode.entry("attributes", page.index) == PRIVATE_PAGE and machine.guest_maps(page.pa)
+            private = inode.entry("attributes", page.index) == PRIVATE_PAGE and machine.any_guest_maps(page.pa)
             if machine.driver.owner(page.pa) == "guest" or (private and not machine.hypervisor.tracks_owner):
                 yield page
 
 
 # Whether the page at *pa* is the host's, and readable.
-def _hosts(machine: Machine, pa: int, owned: list[Page]) -> bool:
+def _hosts(machine: Machine, pa: int, owned: list[LinuxFolio]) -> bool:
     return (machine.ram.contains(pa) and machine.driver.owner(pa) == "host" and machine.driver.host_may(pa)
             and machine.linear_map.kernel_page_present(pa) and not any(page.pa == pa for page in owned))

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from guest_memfd.laws import LAWS
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.words import facts
 from guest_memfd.words.primitives import Folio, Primitive
 
 MOVES = frozenset({
     "filemap_add_folio", "filemap_remove_folio", "set_direct_map_invalid_noflush", "set_direct_map_default_noflush",
-    "flush_tlb_kernel_range", "hypercall", "unmap_mapping_pages", "vmf_insert_folio", "xa_store_reserved", "vm_kill",
+    "flush_tlb_kernel_range", "hypercall", "unmap_mapping_pages", "vmf_insert_folio", "tree_store_reserved", "vm_kill",
     "vm_destroyed", "load_unaligned_zeropad", "copy_from_kernel_nofault", "clear_folio", "clear_folio_local",
 })
 """Primitives that move a folio, change a table, or are a reader of the host."""
@@ -32,7 +32,7 @@ def shown(primitive: Primitive) -> str:
 def _shown(arg: object) -> str:
     if isinstance(arg, Folio):
         return str(arg)
-    if isinstance(arg, Page):
+    if isinstance(arg, LinuxFolio):
         return f"pfn{arg.pa // PAGE}"
     if isinstance(arg, bytes):
         return f"{len(arg)} bytes"

@@ -7,7 +7,7 @@ other CPU may run.
 
 Some primitives take no step of their own but act together with the one that follows: ``choose`` (a party's free
 will), ``fd_open`` (what a task knows of itself) and the tracepoints that only the laws read (``begin_op``, ``end_op``,
-``op_returned``). A load, ``xa_load``, may do either: both are explored, so traces are short where the lock is held and
+``op_returned``). A load, ``tree_load``, may do either: both are explored, so traces are short where the lock is held and
 "read, then lock" is seen where it is not.
 """
 
@@ -21,8 +21,6 @@ from guest_memfd.compat import override
 
 T = TypeVar("T")
 
-ENOMEM, EBUSY, EAGAIN, EINVAL, EPERM, EEXIST = 12, 16, 11, 22, 1, 17
-ENODEV, EHWPOISON, EIO, ENOENT, EOPNOTSUPP, EFAULT, EBADF, ENOTTY = 19, 133, 5, 2, 95, 14, 9, 25
 MAX_ERRNO = 4095
 
 Caller = str
@@ -74,7 +72,7 @@ class Locked(NamedTuple):
 
     pgoff: int | None
     uptodate: bool
-    private: bool
+    no_direct_map: bool
     hwpoison: bool
 
 
@@ -133,6 +131,12 @@ class Entries:
         shown = [str(self[at]) for at in range(min(self.nr, 2))]
         return ",".join(shown) if self.nr <= 2 else f"{','.join(shown)}..{self[-1]}"
 
+
+VmFault = Literal["ok", "retry", "SIGBUS"]
+"""vm_fault_t, what the handler of a VMM's fault answers: the entry is there; VM_FAULT_RETRY; there is no page."""
+
+MfResult = Literal["delayed", "failed"]
+"""enum mf_result, what memory_failure() is told: MF_DELAYED, the next to ask for the page learns of it; or MF_FAILED."""
 
 RefKind = Literal["lookup", "provided"]
 """lookup: transient; provided: v17's, one per page given to the guest."""
@@ -289,9 +293,9 @@ class Host:
         """folio_mark_uptodate(), under the folio lock."""
         return self._do("folio_mark_uptodate", folio)
 
-    def folio_set_private(self, folio: Folio, private: bool) -> Steps[None]:
-        """Set or clear the library's mark "inaccessible to the host" on the locked folio (folio->private bit 0)."""
-        return self._do("folio_set_private", folio, private)
+    def folio_set_no_direct_map(self, folio: Folio, marked: bool) -> Steps[None]:
+        """Set or clear the library's mark on the locked folio: it may be out of the direct map (folio->private bit 0)."""
+        return self._do("folio_set_no_direct_map", folio, marked)
 
     # -- contents ------------------------------------------------------------------------------------------------
 
@@ -382,25 +386,25 @@ class Host:
 
     # -- the library's own memory --------------------------------------------------------------------------------
 
-    def xa_load(self, tree: Tree, start: int, nr: int) -> Steps[Sequence[int]]:
+    def tree_load(self, tree: Tree, start: int, nr: int) -> Steps[Sequence[int]]:
         """Read the entries of [start, start+nr): count(), an index and a slice are cheap, going through all may not be."""
-        return self._do("xa_load", tree, start, nr)
+        return self._do("tree_load", tree, start, nr)
 
-    def xa_store(self, tree: Tree, start: int, values: Entries) -> Steps[int]:
+    def tree_store(self, tree: Tree, start: int, values: Entries) -> Steps[int]:
         """Write entries from *start* on; 0, or -ENOMEM with nothing written."""
-        return self._do("xa_store", tree, start, values)
+        return self._do("tree_store", tree, start, values)
 
-    def xa_store_reserved(self, tree: Tree, start: int, values: Entries) -> Steps[None]:
-        """Write entries for which `xa_reserve` has the memory (or erase: writing 0 needs none)."""
-        return self._do("xa_store_reserved", tree, start, values)
+    def tree_store_reserved(self, tree: Tree, start: int, values: Entries) -> Steps[None]:
+        """Write entries for which `tree_reserve` has the memory (or erase: writing 0 needs none)."""
+        return self._do("tree_store_reserved", tree, start, values)
 
-    def xa_reserve(self, tree: Tree, start: int, nr: int) -> Steps[int]:
+    def tree_reserve(self, tree: Tree, start: int, nr: int) -> Steps[int]:
         """Preallocate the nodes for a store of nr entries; 0 or -ENOMEM."""
-        return self._do("xa_reserve", tree, start, nr)
+        return self._do("tree_reserve", tree, start, nr)
 
-    def xa_release(self, tree: Tree) -> Steps[None]:
+    def tree_release(self, tree: Tree) -> Steps[None]:
         """Give preallocated nodes back unused."""
-        return self._do("xa_release", tree)
+        return self._do("tree_release", tree)
 
     # -- files, modules, VMs, power ------------------------------------------------------------------------------
 
@@ -533,7 +537,7 @@ class Host:
         """An uncorrectable error is reported for the page at *index*: marks it; None when there is none."""
         return self._do("hwpoison", index)
 
-    def memory_failure_done(self, folio: Folio, result: str) -> Steps[None]:
+    def memory_failure_done(self, folio: Folio, result: MfResult) -> Steps[None]:
         """memory_failure() has done with *folio*; *result* is what the file's owner has said: ``delayed`` or ``failed``."""
         return self._do("memory_failure_done", folio, result)
 
@@ -570,7 +574,7 @@ class Host:
         return self._do("vm_destroyed")
 
 
-LOADS = frozenset({"xa_load"})
+LOADS = frozenset({"tree_load"})
 """Primitives that act together with the one that follows, or take a step of their own."""
 
 SILENT = frozenset({"choose", "begin_op", "end_op", "op_returned", "ops_released", "fd_open"}) | LOADS

@@ -1,4 +1,4 @@
-"""Locks not taken, taken shared for exclusive, waited for where that may be for ever; what begins and never ends."""
+"""Locks not taken, taken shared for exclusive, waited for where that may be without end; what begins and never ends."""
 
 from __future__ import annotations
 

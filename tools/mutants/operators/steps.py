@@ -62,7 +62,7 @@ def repeat_step(site: Site) -> Iterator[Change]:
 def swap_steps(site: Site) -> Iterator[Change]:
     """Two steps that follow each other are taken in the other order, each with the look at its result.
 
-    Not in a hypercall's own code: all of that is one step, and nobody can look in between. Nor in the abstraction, which
+    Not in a hypercall's own code: all of that is one step, and no one can look in between. Nor in the abstraction, which
     changes nothing.
     """
     if site.is_hypercall or site.file == ABSTRACTION:

@@ -48,7 +48,7 @@ def _address(operands: list[str], value: Value) -> Address:
         raise Malformed(f"{inside[0]!r} must be an x register or sp")
     if len(operands) == 2:
         if match[2] or len(inside) > 1:
-            raise Malformed("an offset behind the brackets needs the base alone in them")
+            raise Malformed("an offset after the brackets needs the base alone in them")
         return Address(base.number, "post", value(operands[1]))
     want(operands, 1)
     if len(inside) > 1 and is_register(inside[1]):

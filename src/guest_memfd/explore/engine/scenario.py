@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from errno import EOPNOTSUPP
 from typing import Any
 
 from guest_memfd.abstract import AbstractHost
@@ -26,7 +27,7 @@ from guest_memfd.scenarios import PARTIES, SCENES, TEARDOWN, Party
 from guest_memfd.scenarios.party import lacks as lacks_party
 from guest_memfd.scenarios.party import system_call
 from guest_memfd.words.outcome import Outcome
-from guest_memfd.words.primitives import EOPNOTSUPP, Host, Primitive, Steps
+from guest_memfd.words.primitives import Host, Primitive, Steps
 from guest_memfd.words.scene import Scene
 
 MOST_ALONE = 2000

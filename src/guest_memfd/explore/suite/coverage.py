@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from errno import EOPNOTSUPP
 from typing import Any
 
 from guest_memfd.words.facts import Abort, Access, Contained, Ended, Freed, Refused, Returned
-from guest_memfd.words.primitives import EOPNOTSUPP
 
 Seen = Callable[[Any], object]
 

@@ -14,7 +14,7 @@ _start:
     b       power_off
 
 read_text:
-    .asciz  "read behind private memory\n"
+    .asciz  "read beyond private memory\n"
 write_text:
-    .asciz  "wrote behind private memory\n"
+    .asciz  "wrote beyond private memory\n"
     .align  3

@@ -13,6 +13,6 @@ _start:
     jmp     power_off
 
 read_text:
-    .asciz  " read behind private memory\n"
+    .asciz  " read beyond private memory\n"
 write_text:
-    .asciz  "wrote behind private memory\n"
+    .asciz  "wrote beyond private memory\n"

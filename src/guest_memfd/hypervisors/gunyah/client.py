@@ -5,11 +5,13 @@ A -EINVAL from a donate means "not the owner": the page is where it should be al
 
 from __future__ import annotations
 
+from errno import EAGAIN, EINVAL, EIO, ENOMEM
+
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import SEA, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.hypervisors.gunyah import driver, el2
-from guest_memfd.words.primitives import EAGAIN, EINVAL, EIO, ENOMEM, Folio, Steps
+from guest_memfd.words.primitives import Folio, Steps
 
 
 class GunyahOps(GuestMemfdOps):

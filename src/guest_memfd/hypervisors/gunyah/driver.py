@@ -26,11 +26,12 @@ series v17, patch 24), as they would be on top of this library.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from errno import EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
 from guest_memfd.core.gmem import filled
 from guest_memfd.words.pagestate import PRIVATE_PAGE
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, EPERM, Folio, Steps
+from guest_memfd.words.primitives import Folio, Steps
 
 if TYPE_CHECKING:
     from guest_memfd.core import Library
@@ -65,7 +66,7 @@ def lend_range(library: Library, start: int, nr: int) -> Steps[int]:
     """Convert the folios of [start, start+nr) to private, under the bindings lock; 0, -EPERM, or as `make_private`."""
     host = library.ops.host
     first, length = around(library, start, nr)
-    attributes = yield from host.xa_load("attributes", first, length)
+    attributes = yield from host.tree_load("attributes", first, length)
     if attributes.count(PRIVATE_PAGE) == length:
         return 0
     # As the posted driver: lent memory is not mapped by the VMM, and must not be mappable either.
@@ -129,7 +130,7 @@ def abandon(library: Library, ranges: Sequence[tuple[int, int]]) -> Steps[int]:
     ret = 0
     for start, nr in ranges:
         ret = (yield from _abandon(library, start, nr)) or ret
-    left = yield from host.xa_load("bindings", 0, library.size)
+    left = yield from host.tree_load("bindings", 0, library.size)
     if not filled(left):
         yield from library.ops.release()
     yield from host.up_write("bindings")

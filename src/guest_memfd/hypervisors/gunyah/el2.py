@@ -6,8 +6,10 @@ and `shared`. Source: docs/api/gunyah_api.md of the Gunyah hypervisor (2024), er
 
 from __future__ import annotations
 
+from errno import EBUSY, EINVAL
+
 from guest_memfd.core.hypervisor import Stage2
-from guest_memfd.words.primitives import EBUSY, EINVAL, Folio
+from guest_memfd.words.primitives import Folio
 
 
 def donate_to_protected(stage2: Stage2, folio: Folio) -> int:
@@ -24,7 +26,7 @@ def donate_from_protected(stage2: Stage2, folio: Folio) -> int:
     if stage2.owner(folio.pfn) != "guest":
         return -EINVAL
     # The order is the driver's duty: unmap, then donate. Gunyah never unmaps without being asked to, so it refuses.
-    if stage2.guest_maps(folio.pfn) is not None:
+    if stage2.gfn_of(folio.pfn) is not None:
         return stage2.refuse("donate_from_protected", EBUSY)
     stage2.set_owner(folio.pfn, "host")
     stage2.host_maps(folio.pfn, True)
@@ -45,7 +47,7 @@ def donate_from_sibling(stage2: Stage2, folio: Folio) -> int:
         return -EINVAL
     # Extents that are shared have recorded mappings: a page that leaves the extent leaves every place where the
     # extent is mapped.
-    gfn = stage2.guest_maps(folio.pfn)
+    gfn = stage2.gfn_of(folio.pfn)
     if gfn is not None:
         stage2.guest_unmap(gfn, folio.pfn)
     stage2.set_owner(folio.pfn, "host")
@@ -76,7 +78,7 @@ def unmap_private(stage2: Stage2, gfn: int, folio: Folio, sync: bool) -> int:
     A stopped VM holds on to nothing (its address space can no longer run; taken to follow from the driver, where
     memory is reclaimed after VM_STOP and before VM_RESET). Without *sync* (NOSYNC) TLBs may keep the entry.
     """
-    if stage2.guest_maps(folio.pfn) != gfn or stage2.owner(folio.pfn) != "guest":
+    if stage2.gfn_of(folio.pfn) != gfn or stage2.owner(folio.pfn) != "guest":
         return -EINVAL
     if stage2.locked_in(folio.pfn):
         # A living guest must have given the page up itself. A stopped one cannot run again, so nothing that it relied

@@ -6,10 +6,12 @@ Sources: virt/kvm/guest_memfd.c, arch/x86/kvm/mmu.
 
 from __future__ import annotations
 
+from errno import ENOMEM
+
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor, Stage2
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.words.primitives import ENOMEM, Folio, Steps
+from guest_memfd.words.primitives import Folio, Steps
 
 
 def mmu_map(stage2: Stage2, gfn: int, folio: Folio) -> int:

@@ -8,12 +8,13 @@ let go (`unshare`, called by `make_private`).
 
 from __future__ import annotations
 
+from errno import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM, EPERM
 from typing import Any
 
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import DATA_ABORT, Hypervisor, Stage2
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EIO, ENOENT, ENOMEM, EPERM, Folio, Steps
+from guest_memfd.words.primitives import Folio, Steps
 
 # -- EL2 -----------------------------------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ def guest_share_host(stage2: Stage2, pfn: int) -> None:
 
 def force_reclaim(stage2: Any, pfn: int) -> bool:
     """__pkvm_force_reclaim_guest_page(): poison the guest's entry, zero the page, give it to the host."""
-    gfn = stage2.guest_maps(pfn)
+    gfn = stage2.gfn_of(pfn)
     if stage2.owner(pfn) != "guest" or gfn is None:
         return False
     # One step here; EL2 poisons before it zeroes (machine/el2/pkvm/transitions.py), because the guest must meet an error

@@ -1,15 +1,14 @@
-"""What of /dev/kvm is x86's: registers, VM types, and the state of a program at CPL 3 (arch/x86/include/uapi/asm/kvm.h)."""
+"""What of /dev/kvm is x86's: registers, and the state of a program at CPL 3 (arch/x86/include/uapi/asm/kvm.h)."""
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
-from enum import IntEnum, IntFlag
+from enum import IntFlag
 
-from guest_memfd.linux.abi.table import Command
-from guest_memfd.linux.abi.words import Words
 from guest_memfd.uapi.ioctl import ior, iow
 from guest_memfd.uapi.kvm import KVMIO
+from guest_memfd.uapi.words import Words
 
 REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
              "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")
@@ -61,25 +60,6 @@ class Cpuid2(Words):
 GET_REGS, SET_REGS = ior(KVMIO, 0x81, ctypes.sizeof(Regs)), iow(KVMIO, 0x82, ctypes.sizeof(Regs))
 GET_SREGS, SET_SREGS = ior(KVMIO, 0x83, ctypes.sizeof(Sregs)), iow(KVMIO, 0x84, ctypes.sizeof(Sregs))
 SET_CPUID2 = iow(KVMIO, 0x90, Cpuid2.entries.offset)
-
-COMMANDS = (
-    Command("KVM_GET_REGS", "vCPU", GET_REGS, Regs),
-    Command("KVM_SET_REGS", "vCPU", SET_REGS, Regs),
-    Command("KVM_GET_SREGS", "vCPU", GET_SREGS, Sregs),
-    Command("KVM_SET_SREGS", "vCPU", SET_SREGS, Sregs),
-    Command("KVM_SET_CPUID2", "vCPU", SET_CPUID2),
-)
-
-
-class VmType(IntEnum):
-    """KVM_X86_*_VM, the argument of KVM_CREATE_VM; KVM_CAP_VM_TYPES is a bitmap of those there are."""
-
-    DEFAULT = 0
-    SW_PROTECTED = 1
-    SEV = 2
-    SEV_ES = 3
-    SNP = 4
-    TDX = 5
 
 
 # -- bits a program at CPL 3 needs (Intel SDM volume 3, 2.5, 4.5; AMD APM volume 2, 3.1) ---------------------------------

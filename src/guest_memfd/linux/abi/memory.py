@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from guest_memfd.errors import HostUnavailable
-from guest_memfd.linux.abi.words import Words
+from guest_memfd.uapi.words import Words
 
 
 class Numbers(NamedTuple):

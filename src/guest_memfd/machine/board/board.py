@@ -19,7 +19,6 @@ from guest_memfd.machine.board.hostcpu import HostCpu
 from guest_memfd.machine.board.lock import Turns
 from guest_memfd.machine.board.tracer import Tracer
 from guest_memfd.machine.hw.arm64 import tlbi
-from guest_memfd.machine.hw.arm64.descriptor import output_address
 from guest_memfd.machine.hw.arm64.entry import TlbEntry
 from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import PAGE
@@ -27,11 +26,11 @@ from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux import direct_map as dm
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.linear_map import LinearMap
 from guest_memfd.machine.linux.mm import Mm
 from guest_memfd.machine.linux.module import Loader, Module, ModuleImage
-from guest_memfd.machine.linux.page import Page
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.linux.text import KernelText
 from guest_memfd.words import facts
@@ -63,8 +62,8 @@ class Board:
         self.ram, self.tlbs = hardware.ram, hardware.tlbs
         self.el2_pool, self.kernel_pages = hardware.el2_pool, hardware.kernel_pages
         self.on_free = config.on_free
-        self.pages: dict[int, Page] = {}
-        self.lru_batch: dict[int, Page] = {}
+        self.pages: dict[int, LinuxFolio] = {}
+        self.lru_batch: dict[int, LinuxFolio] = {}
         self.inodes: dict[Inode, None] = {}
         self.power = PowerState()
         self.dead: KernelPanic | None = None
@@ -91,7 +90,7 @@ class Board:
         self.bounce_va = self.linear_map.va(self.kernel_pages.alloc())
         self.vmm = Mm(self.ram, self.kernel_pages, self.tlbs, self.driver.host_vmid)
         self.cpu = HostCpu(self, sea_fixup=self.config.sea_fixup, pkvm=self.hypervisor.name == "pkvm")
-        with self.poking(Page(text, 0)):                        # poking_init(): tables that a mapping of the moment needs
+        with self.poking(LinuxFolio(text, 0)):                  # poking_init(): tables that a mapping of the moment needs
             pass
         self.modules = Loader()
         loaded = self.modules.load(ModuleImage(self.hypervisor.module, exit=lambda: None))
@@ -132,7 +131,7 @@ class Board:
         """What the laws call the frame at *pa*: its place among the watched ones, or its frame number."""
         return self.watched.index(pa) if pa in self.watched else pa // PAGE
 
-    def page_at(self, pa: int) -> Page:
+    def page_at(self, pa: int) -> LinuxFolio:
         """The folio that the byte at *pa* belongs to, or a stand-in for a free frame."""
         pfn = pa // PAGE
         page = self.pages.get(pfn)
@@ -143,9 +142,9 @@ class Board:
             page = self.pages.get(pfn >> order << order)
             if page is not None and page.order >= order:
                 return page
-        return Page(pfn * PAGE, 0)
+        return LinuxFolio(pfn * PAGE, 0)
 
-    def allocated(self, page: Page) -> bool:
+    def allocated(self, page: LinuxFolio) -> bool:
         """Whether it is someone's."""
         return page.pa // PAGE in self.pages
 
@@ -185,7 +184,7 @@ class Board:
         entry = self.linear_map.leaf(pa)
         offset = self.linear_map.va(pa) % dm.level_size(entry.level)
         # Present, and at its own address: an entry that leads to another page does not map this one.
-        return self.linear_map.kernel_page_present(pa) and output_address(entry.value, entry.level) + offset == pa
+        return self.linear_map.kernel_page_present(pa) and entry.oa + offset == pa
 
     def holds_kernel(self, pa: int) -> bool:
         """Whether some CPU's TLB still translates the linear-map address of *pa*."""
@@ -223,13 +222,13 @@ class Board:
         found = (self.vmm.find(e.ia) for e in self._user_entries() if e.oa == pa)
         return (at[1] for at in found if at is not None)
 
-    def guest_maps(self, pa: int) -> bool:
+    def any_guest_maps(self, pa: int) -> bool:
         """Whether any VM's stage 2 maps *pa*."""
-        return any(self.driver.guest_maps(vm, pa) is not None for vm in self.vms)
+        return any(self.driver.ipa_of(vm, pa) is not None for vm in self.vms)
 
-    def guest_reaches(self, page: Page) -> bool:
+    def guest_reaches(self, page: LinuxFolio) -> bool:
         """Whether a guest reaches *page* through its tables or a TLB entry that outlived its mapping."""
-        return self.guest_maps(page.pa) or any(self.stale_guest_gfn(vm, page.pa) is not None for vm in self.vms)
+        return self.any_guest_maps(page.pa) or any(self.stale_guest_gfn(vm, page.pa) is not None for vm in self.vms)
 
     def stale_guest_gfn(self, vm: Vm, pa: int) -> int | None:
         """The guest frame number that a TLB still translates to *pa* and *vm*'s tables do not."""
@@ -245,7 +244,7 @@ class Board:
     # -- mappings of the moment ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def poking(self, page: Page) -> Iterator[int]:
+    def poking(self, page: LinuxFolio) -> Iterator[int]:
         """A virtual address at which this CPU alone has *page* while the block runs (text_poke())."""
         tables = self.linear_map.tables
         tables.map(_POKING, _POKING + page.size, page.pa, dm.PAGE_KERNEL_TAGGED, dm.NO_CONT)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.inode import Inode
-from guest_memfd.machine.linux.page import Page
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import (
     ANY,
@@ -59,7 +59,7 @@ class TracedTask(Protocol):
     def vm_at(self, index: int) -> Vm:
         """The VM that page *index* of the file is bound to, or would be."""
 
-    def private(self, page: Page) -> bool:
+    def private(self, page: LinuxFolio) -> bool:
         """Whether *page* is private, by what the library says."""
 
 
@@ -98,7 +98,7 @@ class Tracer:
 
     # -- contents ------------------------------------------------------------------------------------------------
 
-    def content(self, page: Page) -> int:
+    def content(self, page: LinuxFolio) -> int:
         """ZERO, JUNK, DATA or SECRET, by the first 4 KiB of *page*."""
         raw = self.machine.ram.read(page.pa, PAGE)
         if raw == _ZEROS:
@@ -107,12 +107,12 @@ class Tracer:
             return JUNK
         return SECRET if page.pa in self.secret else DATA
 
-    def contents(self) -> Callable[[Page], int]:
+    def contents(self) -> Callable[[LinuxFolio], int]:
         """`content` of the frames in use as it is now, for after an access whose target is not known before."""
-        before = {pa: self.content(Page(pa, 0)) for pa in self.machine.watched}
+        before = {pa: self.content(LinuxFolio(pa, 0)) for pa in self.machine.watched}
         return lambda page: before.get(page.pa, JUNK)
 
-    def wrote(self, page: Page, content: int) -> None:
+    def wrote(self, page: LinuxFolio, content: int) -> None:
         """*page* now holds DATA or a SECRET, and any reader is to find that."""
         if content == SECRET:
             self.secret.add(page.pa)
@@ -120,24 +120,24 @@ class Tracer:
             self.secret.discard(page.pa)
         self.expect(page, content)
 
-    def expect(self, page: Page, content: int) -> None:
+    def expect(self, page: LinuxFolio, content: int) -> None:
         """Any reader of the page of the file is to find *content*."""
         if isinstance(page.inode, Inode):
             self.expected[page.inode, page.index] = content
 
-    def declassify(self, page: Page) -> None:
+    def declassify(self, page: LinuxFolio) -> None:
         """The guest agrees that the host reads what it wrote."""
         if self.content(page) == SECRET:
             self.wrote(page, DATA)
 
-    def consented(self, page: Page) -> None:
+    def consented(self, page: LinuxFolio) -> None:
         """The guest has given *page* up; under a hypervisor whose guests relinquish, no one relies on it any more."""
         self.withdrawn.discard(page.pa)
         self.declassify(page)
         if self.machine.driver.forgets:
             self.expect(page, ANY)
 
-    def after_hypercall(self, page: Page, sanitised: bool) -> None:
+    def after_hypercall(self, page: LinuxFolio, sanitised: bool) -> None:
         """What it did to *page*: if it has zeroed it, no one relies on what it held."""
         if self.machine.driver.owner(page.pa) != "borrowed":
             self.withdrawn.discard(page.pa)
@@ -145,22 +145,23 @@ class Tracer:
             self.secret.discard(page.pa)
             self.expect(page, ANY)
 
-    def reclaimed_by_force(self, host: TracedTask, page: Page) -> None:
+    def reclaimed_by_force(self, host: TracedTask, page: LinuxFolio) -> None:
         """EL2 took the page from a guest that never agreed, and zeroed it."""
         self.secret.discard(page.pa)
         host.notes.append(facts.Destroyed(
             self.machine.number(page.pa), "reclaimed by force because the host touched it"))
 
-    def freed(self, page: Page) -> None:
+    def freed(self, page: LinuxFolio) -> None:
         """The allocator has written to it."""
         self.secret.discard(page.pa)
 
-    def access(self, host: TracedTask, page: Page, who: str, what: str, via: str, write: bool, content: int) -> facts.Access:
+    def access(self, host: TracedTask, page: LinuxFolio, who: str, what: str, via: str, write: bool,
+               content: int) -> facts.Access:
         """The fact that *who* reached a page that held *content*."""
         index = page.index if isinstance(page.inode, Inode) else None
         expect = self.expected.get((page.inode, page.index), ZERO) if isinstance(page.inode, Inode) else ANY
         machine = self.machine
-        owner, mapped = machine.driver.owner(page.pa), machine.guest_maps(page.pa)
+        owner, mapped = machine.driver.owner(page.pa), machine.any_guest_maps(page.pa)
         guests = owner == "guest" or content == SECRET or (mapped and index is not None and host.private(page))
         return facts.Access(who, what, via, machine.number(page.pa), write, CONTENTS[content], guests,
                             mapped or owner == "guest", index, None if expect == ANY else CONTENTS[expect],
@@ -170,7 +171,7 @@ class Tracer:
         """The file is gone: no one reads there any more."""
         self.expected = {(file, index): content for (file, index), content in self.expected.items() if file is not inode}
 
-    def split(self, page: Page) -> None:
+    def split(self, page: LinuxFolio) -> None:
         """A folio becomes single pages: what is known of it is known of each."""
         inode, index = page.inode, page.index
         if page.pa in self.secret:
@@ -217,7 +218,7 @@ class Tracer:
         if operation is not None and announced is not None and not any(index in pages for pages in announced):
             host.notes.append(facts.Unannounced(operation.op, what, index))
 
-    def removed(self, host: TracedTask, page: Page) -> None:
+    def removed(self, host: TracedTask, page: LinuxFolio) -> None:
         """*page* has left the file: the next reader is to find zeros."""
         index, nr = page.index, page.nr
         operation = self.operations.get(host.who)
@@ -230,7 +231,7 @@ class Tracer:
             host.notes.append(facts.Destroyed(self.machine.number(page.pa), f"{op} takes the page out of the file"))
         self.done_to(host, "removes the folio", index)
 
-    def attributes(self, host: TracedTask, start: int, values: Entries) -> list[Page]:
+    def attributes(self, host: TracedTask, start: int, values: Entries) -> list[LinuxFolio]:
         """Attributes are about to change: the folios in the file for which they do."""
         operation, inode = self.operations.get(host.who), host.inode
         old = inode.trees["attributes"].load(start, len(values))
@@ -262,7 +263,7 @@ class Tracer:
                 # Of a binding that goes a kernel mapping has to be told, or no one will be able to tell it any more.
                 self.done_to(host, "changes the binding", index, always=bool(was and self.machine.hypervisor.pfn_cache))
 
-    def against(self, task: int, reason: int, page: Page | None) -> None:
+    def against(self, task: int, reason: int, page: LinuxFolio | None) -> None:
         """Something stands against the operation of *task*: at *page* of its file, if it is a page's doing."""
         operation = self.operations.get(task)
         if operation is not None:
@@ -277,7 +278,7 @@ class Tracer:
         if operation is not None:
             operation.cost[what] = min(operation.cost[what] + 1, MANY)
 
-    def mapped(self, task: int, page: Page) -> None:
+    def mapped(self, task: int, page: LinuxFolio) -> None:
         """*task* has mapped *page* into the guest: whether the guest had asked for it."""
         operation = self.operations.get(task)
         if operation is not None and operation.op == "fault":

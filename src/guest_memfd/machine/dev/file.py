@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
     from guest_memfd.machine.board.lock import Turns
     from guest_memfd.machine.hypcalls.vm import Vm
-    from guest_memfd.machine.linux.page import Page
+    from guest_memfd.machine.linux.folio import LinuxFolio
 
 BUS_ADRERR = 2
 """si_code of the SIGBUS that a fault handler asks for (include/uapi/asm-generic/siginfo.h)."""
@@ -73,7 +73,7 @@ class FileHost(EmulatedHost):
         self.window = 0, 0                              # what mmap(2) or munmap(2) is about
 
     @override
-    def asked(self, page: Page) -> bool:
+    def asked(self, page: LinuxFolio) -> bool:
         """A device gives a guest what it has asked for, and nothing else."""
         return True
 
@@ -352,7 +352,7 @@ class GuestMemoryFile(Serialised, ABC):
 
     def init_shared(self) -> None:
         """All of the new file is shared: there is no page yet whose state could differ from its attribute."""
-        ret = self.perform(Primitive("xa_store", ("attributes", 0, Entries(SHARED_PAGE, self.host.inode.size)), "library"))
+        ret = self.perform(Primitive("tree_store", ("attributes", 0, Entries(SHARED_PAGE, self.host.inode.size)), "library"))
         if ret:
             self.close()
             raise SyscallFailed(-ret, self.created_by)

@@ -11,7 +11,9 @@ import mmap
 
 from guest_memfd.errors import BadInput, HostUnavailable
 
-PAGE = 4096
+PAGE_SHIFT = 12
+PAGE = 1 << PAGE_SHIFT
+"""Bytes of a page: this machine's kernel's, hypervisor's and guests'. A real kernel's is `linux.mapping.PAGE`."""
 BASE = 0x8000_0000
 """Where RAM begins on this machine (memstart), as on most arm64 boards; below are devices."""
 

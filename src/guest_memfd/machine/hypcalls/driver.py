@@ -133,9 +133,9 @@ class Driver(ABC):
     def owner(self, pa: int) -> str:
         """host, guest, shared or borrowed: EL2's record of the page."""
 
-    @abstractmethod
     def host_may(self, pa: int) -> bool:
-        """Whether the host's stage 2 lets the host touch the page."""
+        """Whether the host's stage 2 has the page for the host, or gives it at the first fault; True where there is none."""
+        return bool(self.el2.host_may(pa))
 
     @abstractmethod
     def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
@@ -148,9 +148,10 @@ class Driver(ABC):
     def host_touches(self, pa: int) -> None:  # noqa: B027 - most have nothing to do
         """The host stores to its page: a stage 2 that is filled by faults maps it."""
 
-    @abstractmethod
-    def guest_maps(self, vm: Vm, pa: int) -> int | None:
+    def ipa_of(self, vm: Vm, pa: int) -> int | None:
         """The IPA at which *vm* maps the page."""
+        found: int | None = vm.handle.ipa_of(pa)
+        return found
 
     @abstractmethod
     def lookup(self, vm: Vm, ipa: int) -> int | None:

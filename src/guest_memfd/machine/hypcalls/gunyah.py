@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from errno import EBUSY, EINVAL
 from typing import Any
 
 from guest_memfd.compat import override
@@ -29,7 +30,7 @@ from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.maple import MapleTree
-from guest_memfd.words.primitives import EBUSY, EINVAL, Folio
+from guest_memfd.words.primitives import Folio
 
 RW = Attributes(ExtentAccess.RW, ExtentAccess.RW)
 RX = Attributes(ExtentAccess.RX, ExtentAccess.RX)
@@ -205,17 +206,6 @@ class GunyahDriver(Driver):
             yield from (f"the Resource Manager keeps parcel {handle:#x}" for handle in self.rm.parcels.parcels)
 
     @override
-    def host_may(self, pa: int) -> bool:
-        """By the host's stage 2."""
-        return bool(self.el2.host_may(pa))
-
-    @override
-    def guest_maps(self, vm: Vm, pa: int) -> int | None:
-        """By the address space."""
-        found: int | None = vm.handle.guest_maps(pa)
-        return found
-
-    @override
     def lookup(self, vm: Vm, ipa: int) -> int | None:
         """By the guest's table."""
         leaf = vm.handle.space.table.leaf(ipa)
@@ -224,7 +214,7 @@ class GunyahDriver(Driver):
     @override
     def locked_in(self, vm: Vm, pa: int) -> bool:
         """Private and locked, where it is mapped."""
-        ipa = self.guest_maps(vm, pa)
+        ipa = self.ipa_of(vm, pa)
         return ipa is not None and bool(vm.handle.locked(ipa))
 
     @override

@@ -19,23 +19,12 @@ from guest_memfd.words.primitives import Folio
 
 
 class KvmGuests(Driver):
-    """Guests whose stage 2 is KVM's own, whoever is at EL2 (el2/kvm/guest.py)."""
+    """Guests whose stage 2 is KVM's own, whatever runs at EL2 (el2/kvm/guest.py)."""
 
     @override
     def owner(self, pa: int) -> str:
         """By EL2's record; under plain KVM the host's, all of it."""
         return str(self.el2.owner(pa))
-
-    @override
-    def host_may(self, pa: int) -> bool:
-        """Mapped, or mapped by the first fault; true for every page where there is no host stage 2."""
-        return bool(self.el2.host_may(pa))
-
-    @override
-    def guest_maps(self, vm: Vm, pa: int) -> int | None:
-        """By the guest's table."""
-        found: int | None = vm.handle.guest_maps(pa)
-        return found
 
     @override
     def lookup(self, vm: Vm, ipa: int) -> int | None:
@@ -91,7 +80,7 @@ class KvmDriver(KvmVms):
         return int(vm.handle.map(gfn, folio.pfn, folio.nr))
 
     def _mmu_unmap(self, vm: Vm, gfn: int, folio: Folio) -> int:
-        return int(vm.handle.unmap(gfn, folio.nr)) if self.guest_maps(vm, folio.pfn * PAGE) == gfn * PAGE else 0
+        return int(vm.handle.unmap(gfn, folio.nr)) if self.ipa_of(vm, folio.pfn * PAGE) == gfn * PAGE else 0
 
     @override
     def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:

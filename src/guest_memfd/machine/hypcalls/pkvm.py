@@ -7,6 +7,7 @@ guest took before. (KVM itself waits for its vCPUs before it tears a VM down.)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from errno import EBUSY, ENOMEM, EPERM
 
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
@@ -20,7 +21,7 @@ from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.kvm import KvmGuests
 from guest_memfd.machine.hypcalls.vm import Vm
-from guest_memfd.words.primitives import EBUSY, ENOMEM, EPERM, Folio
+from guest_memfd.words.primitives import Folio
 
 _RWX = 7
 _SIGN = 1 << 63

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.words.pagestate import RUNNING
 
 
@@ -17,7 +17,7 @@ class Vm:
     handle: Any
     vmid: int
     state: int = RUNNING
-    gpc: Page | None = None                             # what its gfn_to_pfn_cache maps
+    gpc: LinuxFolio | None = None                             # what its gfn_to_pfn_cache maps
     gpc_fresh: bool = False                             # no invalidation since it sampled mmu_invalidate_seq
     gpc_readers: int = 0
     begun: Counter[int] = field(default_factory=Counter)    # invalidations by task: mmu_invalidate_in_progress is their sum

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 from guest_memfd.machine.hw.arm64 import bbm
 from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.granule import K4
+from guest_memfd.machine.hw.arm64.pages import PageSource, TableMemory
+from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
 
-PAGE_SIZE = 1 << 12
 CONT_PTE_SIZE = 1 << 16
 PMD_SIZE = 1 << 21
 CONT_PMD_SIZE = 1 << 25
 PUD_SIZE = 1 << 30
 PGDIR_SIZE = 1 << 39
 
-VALID, AF, NG, PXN, UXN = d.VALID, d.AF, d.NG, d.PXN, d.UXN
+VALID, AF, NG, PXN = d.VALID, d.AF, d.NG, d.PXN
 TABLE_PXN, TABLE_UXN = d.PXN_TABLE, d.UXN_TABLE
 PRESENT_INVALID = d.PRESENT_INVALID
 """Bit 11 of an entry whose bit 0 is clear: present for Linux, invalid for the hardware (asm/pgtable-prot.h)."""
@@ -41,21 +41,6 @@ NO_BLOCK = 1 << 0
 NO_CONT = 1 << 1
 ROX = 1 << 2
 """Map as text: read-only and executable, and no PXNTable on the way down."""
-
-
-class DirectMapMemory(Protocol):
-    """Physical memory as tables need it; `Ram` is one."""
-
-    def read64(self, pa: int) -> int: ...  # noqa: D102
-    def write64(self, pa: int, value: int) -> None: ...  # noqa: D102
-    def write(self, pa: int, data: bytes) -> None: ...  # noqa: D102
-
-
-class DirectMapPages(Protocol):
-    """Where table pages come from; `Buddy` is one. alloc_table() raises OutOfMemory."""
-
-    def alloc_table(self) -> int: ...  # noqa: D102
-    def free_table(self, pa: int) -> None: ...  # noqa: D102
 
 
 def level_size(level: int) -> int:
@@ -81,7 +66,7 @@ class KernelTable:
     tolerates a change of size (BBML3), so that those are none.
     """
 
-    def __init__(self, memory: DirectMapMemory, source: DirectMapPages, *, any_size: bool = False) -> None:
+    def __init__(self, memory: TableMemory, source: PageSource, *, any_size: bool = False) -> None:
         self.memory, self.source, self.any_size = memory, source, any_size
         self.violations: list[bbm.Violation] = []
         self.before_store: Callable[[], None] = lambda: None
@@ -179,6 +164,6 @@ class KernelTable:
         while at < end:
             run = end if flags & NO_CONT else min(end, (at & -CONT_PTE_SIZE) + CONT_PTE_SIZE)
             cont = 0 if (at | run | pa) % CONT_PTE_SIZE or flags & NO_CONT else CONT
-            values += range(pa | prot | cont, (pa | prot | cont) + run - at, PAGE_SIZE)
+            values += range(pa | prot | cont, (pa | prot | cont) + run - at, PAGE)
             at, pa = run, pa + run - at
-        self.fill(self.table_for(va, 3, flags), va >> 12 & 511, values)
+        self.fill(self.table_for(va, 3, flags), va >> PAGE_SHIFT & 511, values)

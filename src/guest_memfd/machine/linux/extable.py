@@ -8,9 +8,8 @@ import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from enum import IntEnum
+from errno import EFAULT
 from typing import NamedTuple, Protocol
-
-from guest_memfd.words.primitives import EFAULT
 
 ZERO_REGISTER = 31
 ENTRY_SIZE = 12

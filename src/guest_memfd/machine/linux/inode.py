@@ -10,8 +10,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.maple import MapleTree
-from guest_memfd.machine.linux.page import Page
 from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.words.pagestate import DESTROYED, EVICTED, NO_INODE
 
@@ -27,7 +27,7 @@ class Inode:
 
     size: int
     module: str
-    pages: dict[int, Page] = field(default_factory=dict)        # page index of the head -> folio
+    pages: dict[int, LinuxFolio] = field(default_factory=dict)        # page index of the head -> folio
     orders: dict[int, int] = field(default_factory=dict)        # order -> folios of it in `pages`
     trees: dict[str, MapleTree] = field(default_factory=lambda: {name: MapleTree() for name in TREES})
     released: bool = False                                      # the hypervisor's half will not be called again
@@ -43,7 +43,7 @@ class Inode:
     mapping: FileMapping | None = None                          # the user page table its VMAs share
     _in_order: list[int] | None = None                          # keys of `pages`, sorted when first asked for
 
-    def find(self, index: int) -> Page | None:
+    def find(self, index: int) -> LinuxFolio | None:
         """The folio that covers page *index*."""
         # A folio is found by its head, and the head of *index* depends on the order: one look for each order in use.
         for order in self.orders:
@@ -59,14 +59,14 @@ class Inode:
         at = bisect_left(self._in_order, index)
         return self._in_order[at] if at < len(self._in_order) else 1 << 62
 
-    def insert(self, page: Page, index: int) -> None:
+    def insert(self, page: LinuxFolio, index: int) -> None:
         """Put *page* into the page cache at the aligned *index*."""
         self.pages[index] = page
         self._in_order = None
         self.orders[page.order] = self.orders.get(page.order, 0) + 1
         page.inode, page.index = self, index
 
-    def remove(self, page: Page) -> None:
+    def remove(self, page: LinuxFolio) -> None:
         """Take *page* out of the page cache; it belongs to no file then. Its references are left as they are."""
         del self.pages[page.index]
         self._in_order = None

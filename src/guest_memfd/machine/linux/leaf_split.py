@@ -7,12 +7,15 @@ The machine must tolerate a change of size on a live entry (BBML3): no TLBI is i
 
 from __future__ import annotations
 
-from guest_memfd.machine.hw.arm64.descriptor import Entry
-from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.linux import direct_map as dm
-from guest_memfd.words.primitives import ENOMEM
+from errno import ENOMEM
 
-COUNTERS = {dm.PAGE_SIZE: "DirectMap4k", dm.CONT_PTE_SIZE: "DirectMap64k", dm.PMD_SIZE: "DirectMap2M",
+from guest_memfd.machine.hw.arm64.descriptor import Entry
+from guest_memfd.machine.hw.arm64.pages import PageSource, TableMemory
+from guest_memfd.machine.hw.buddy import OutOfMemory
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.linux import direct_map as dm
+
+COUNTERS = {PAGE: "DirectMap4k", dm.CONT_PTE_SIZE: "DirectMap64k", dm.PMD_SIZE: "DirectMap2M",
             dm.CONT_PMD_SIZE: "DirectMap32M", dm.PUD_SIZE: "DirectMap1G"}
 """Leaf sizes, named as in /proc/meminfo."""
 
@@ -22,7 +25,7 @@ _LARGE = (dm.PUD_SIZE, dm.CONT_PMD_SIZE, dm.PMD_SIZE, dm.CONT_PTE_SIZE)
 class SplitTable(dm.KernelTable):
     """A table whose leaves can be split; `mapped` is bytes by leaf size, `splits` how many leaves of a size were split."""
 
-    def __init__(self, memory: dm.DirectMapMemory, source: dm.DirectMapPages, *, any_size: bool = False) -> None:
+    def __init__(self, memory: TableMemory, source: PageSource, *, any_size: bool = False) -> None:
         super().__init__(memory, source, any_size=any_size)
         self.mapped = dict.fromkeys(COUNTERS, 0)
         self.splits = dict.fromkeys(_LARGE, 0)
@@ -30,7 +33,7 @@ class SplitTable(dm.KernelTable):
     def count(self, va: int, end: int, flags: int) -> None:
         """Add [va, end), up to a gigabyte of the linear map, to `mapped` by the rules of map()."""
         if flags & dm.NO_BLOCK:
-            self.mapped[dm.PAGE_SIZE] += end - va
+            self.mapped[PAGE] += end - va
             return
         for size in sorted(COUNTERS, reverse=True):
             first, last = va + -va % size, end & -size

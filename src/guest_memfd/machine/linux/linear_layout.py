@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64.descriptor import Entry
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux import direct_map as dm
-from guest_memfd.machine.linux.direct_map import DirectMapPages
 from guest_memfd.machine.linux.kernel_flush import KernelFlush
 from guest_memfd.machine.linux.leaf_split import COUNTERS, SplitTable
 
@@ -41,9 +41,9 @@ class LinearLayout:
     panics at boot). `warnings` collects what the kernel would print.
     """
 
-    def __init__(self, ram: Ram, source: DirectMapPages, tlbs: Sequence[Tlb], *, release: str = "7.3", rodata: str = "full",
+    def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb], *, release: str = "7.3", rodata: str = "full",
                  bbml3: bool = False, debug_pagealloc: bool = False, kpti: bool = False, tlb_range: bool = False,
-                 ranges: Iterable[tuple[int, int]] | None = None, boot: DirectMapPages | None = None,
+                 ranges: Iterable[tuple[int, int]] | None = None, boot: PageSource | None = None,
                  eager: int = 4 << 30, vmid: Callable[[], int] = lambda: 0) -> None:
         if release not in RELEASES:
             raise BadInput(f"release {release!r}: the rules of {' and '.join(RELEASES)} are known")

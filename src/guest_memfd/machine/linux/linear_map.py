@@ -6,12 +6,14 @@ release by release (arch/arm64/mm/pageattr.c, split_kernel_leaf_mapping() in mmu
 
 from __future__ import annotations
 
+from errno import EBUSY, EINVAL
+
 from guest_memfd.errors import BadInput
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.machine.linux.linear_layout import PAGE_END as PAGE_END
 from guest_memfd.machine.linux.linear_layout import PAGE_OFFSET as PAGE_OFFSET
 from guest_memfd.machine.linux.linear_layout import LinearLayout
-from guest_memfd.words.primitives import EBUSY, EINVAL
 
 _MIGHT_SLEEP = "BUG: sleeping function called from invalid context at kernel/locking/mutex.c"
 
@@ -57,7 +59,7 @@ class LinearMap(LinearLayout):
             return self._update_range_prot(pa, nr, self._present_valid, dm.PRESENT_INVALID)
         else:
             ret = self._update_range_prot(pa, nr, dm.PRESENT_INVALID, self._present_valid)
-        self.flush_tlb_kernel_range(self.va(pa), self.va(pa) + nr * dm.PAGE_SIZE)
+        self.flush_tlb_kernel_range(self.va(pa), self.va(pa) + nr * PAGE)
         return ret
 
     def kernel_map_pages(self, pa: int, nr: int, enable: bool) -> None:
@@ -71,12 +73,12 @@ class LinearMap(LinearLayout):
         return dm.VALID | (dm.NG if self.kpti else 0)
 
     def _update_range_prot(self, pa: int, nr: int, set_mask: int, clear_mask: int) -> int:
-        if pa % dm.PAGE_SIZE or nr <= 0:
+        if pa % PAGE or nr <= 0:
             return self._warn_on_once("update_range_prot", -EINVAL)
         start = self.va(pa)
-        end = start + nr * dm.PAGE_SIZE
-        if not any(low <= pa and pa + nr * dm.PAGE_SIZE <= high for low, high in self.ranges):
-            raise ValueError(f"pages [{pa:#x}, {pa + nr * dm.PAGE_SIZE:#x}) are not in the linear map")
+        end = start + nr * PAGE
+        if not any(low <= pa and pa + nr * PAGE <= high for low, high in self.ranges):
+            raise ValueError(f"pages [{pa:#x}, {pa + nr * PAGE:#x}) are not in the linear map")
         for va in range(start & -dm.PUD_SIZE, end, dm.PUD_SIZE):
             self.fault_in(va)
         ret = self._split_kernel_leaf_mapping(start, end)
@@ -110,7 +112,7 @@ class LinearMap(LinearLayout):
             return -EBUSY
         if self.atomic:
             self.warnings.append(_MIGHT_SLEEP)
-        if end - start == dm.PAGE_SIZE:
+        if end - start == PAGE:
             # Both ends are in one contiguous run; splitting at the end that is inside of it isolates the page.
             return self.tables.split_at(start if start & -start < end & -end else end)
         return self.tables.split_at(start) or self.tables.split_at(end)

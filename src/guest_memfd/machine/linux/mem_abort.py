@@ -42,6 +42,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from errno import EAGAIN
 from typing import Protocol
 
 from guest_memfd.machine.hw.arm64.syndrome import Syndrome
@@ -58,7 +59,6 @@ from guest_memfd.machine.linux.fault_info import (
     fault_info,
 )
 from guest_memfd.machine.linux.oops import TASK_SIZE, Oops, Panic, PtRegs, die, user_mode
-from guest_memfd.words.primitives import EAGAIN
 
 _EC_IABT_LOWER, _EC_IABT, _EC_DABT = 0x20, 0x21, 0x25
 _TRANSLATION = (0x04, 0x05, 0x06, 0x07, 0x2B)

@@ -7,9 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from errno import EAGAIN, EBUSY, EEXIST, EINVAL, ENOENT, EPERM
 from typing import NamedTuple
-
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EEXIST, EINVAL, ENOENT, EPERM
 
 EWOULDBLOCK = EAGAIN
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from errno import EBUSY, ENOMEM, EOPNOTSUPP, EPERM
 from typing import NamedTuple, Protocol
-
-from guest_memfd.words.primitives import EBUSY, ENOMEM, EOPNOTSUPP, EPERM
 
 NOTIFY_DONE = 0x0000
 NOTIFY_OK = 0x0001

@@ -5,13 +5,14 @@ valid and writable, so holes are not there in the copy (copy_pte() in arch/arm64
 from __future__ import annotations
 
 from collections.abc import Iterator
+from errno import ENOMEM
 from typing import Protocol
 
 from guest_memfd.machine.hw.arm64.descriptor import Entry
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux import direct_map as dm
-from guest_memfd.words.primitives import ENOMEM
 
 
 class PgdSource(Protocol):
@@ -28,7 +29,7 @@ class PgdSource(Protocol):
         """Build what has not been needed yet."""
 
 
-def trans_pgd_create_copy(linear_map: PgdSource, pages: dm.DirectMapPages, start: int, end: int) -> int:
+def trans_pgd_create_copy(linear_map: PgdSource, pages: PageSource, start: int, end: int) -> int:
     """Physical address of a table tree that maps what [start, end), virtual, maps; or -ENOMEM, and nothing is kept.
 
     *pages* gives the tables. A copy of a hole is valid: a kernel that runs on the copy reaches everything.
@@ -46,12 +47,12 @@ def trans_pgd_create_copy(linear_map: PgdSource, pages: dm.DirectMapPages, start
     return root
 
 
-def _new(pages: dm.DirectMapPages, taken: list[int]) -> int:
+def _new(pages: PageSource, taken: list[int]) -> int:
     taken.append(pages.alloc_table())
     return taken[-1]
 
 
-def _copy(linear_map: PgdSource, pages: dm.DirectMapPages, taken: list[int], tables: tuple[int, int], span: tuple[int, int],
+def _copy(linear_map: PgdSource, pages: PageSource, taken: list[int], tables: tuple[int, int], span: tuple[int, int],
           level: int) -> None:
     ram, (old, new) = linear_map.ram, tables
     for index, inside in _entries(span, level):

@@ -15,8 +15,8 @@ from guest_memfd.words.primitives import Bound, Caller, Folio
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
     from guest_memfd.machine.hypcalls.vm import Vm
+    from guest_memfd.machine.linux.folio import LinuxFolio
     from guest_memfd.machine.linux.inode import Inode
-    from guest_memfd.machine.linux.page import Page
     from guest_memfd.words.scene import Scene
 
 
@@ -57,11 +57,11 @@ class Base:
         if not 0 <= index < self.inode.size:
             self.die(f"page {index} is used, of a file of {self.inode.size} pages")
 
-    def against(self, reason: int, page: Page | None = None) -> None:
+    def against(self, reason: int, page: LinuxFolio | None = None) -> None:
         """Something stands against the operation that the task is in: at *page*, if it is a page's doing."""
         self.machine.tracer.against(self.who, reason, page if page is not None and page.inode is self.inode else None)
 
-    def page(self, folio: Folio) -> Page:
+    def page(self, folio: Folio) -> LinuxFolio:
         """struct folio of *folio*, which someone holds."""
         # A folio whose last reference has gone has no struct page here. A procedure that still uses it reads what is
         # freed.
@@ -70,31 +70,31 @@ class Base:
             self.die(f"{folio} is used without a reference")
         return page
 
-    def folio(self, page: Page) -> Folio:
+    def folio(self, page: LinuxFolio) -> Folio:
         """The handle procedures know *page* by."""
         return Folio(page.pa // PAGE, page.order)
 
-    def locked(self, folio: Folio, what: str) -> Page:
+    def locked(self, folio: Folio, what: str) -> LinuxFolio:
         """*folio*, which the caller must have locked."""
         page = self.page(folio)
         if page.lock != self.who:
             self.die(f"{what} of {folio} without its lock")
         return page
 
-    def private(self, page: Page) -> bool:
+    def private(self, page: LinuxFolio) -> bool:
         """The library's word on *page*: its attribute, or the mark where a design keeps no attributes."""
         # Designs without an attribute tree have only the mark to say it by.
         attribute = self.inode.entry("attributes", page.index) if page.inode is self.inode else 0
-        return attribute == PRIVATE_PAGE if attribute else page.private
+        return attribute == PRIVATE_PAGE if attribute else page.no_direct_map
 
-    def drop(self, page: Page, kind: str, nr: int = 1) -> None:
+    def drop(self, page: LinuxFolio, kind: str, nr: int = 1) -> None:
         """Drop *nr* references; a count below zero is a bug of the caller."""
         try:
             page.drop(kind, nr)
         except ValueError:
             self.die(f"reference count of {self.folio(page)} drops below zero ({kind})")
 
-    def asked(self, page: Page) -> bool:
+    def asked(self, page: LinuxFolio) -> bool:
         """Whether the guest can hold on to *page*: it has written to it, or was given it when it had faulted there."""
         tracer = self.machine.tracer
         return tracer.content(page) != ZERO or page.pa in tracer.asked

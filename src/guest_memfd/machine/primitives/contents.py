@@ -12,7 +12,7 @@ from guest_memfd.core.hypervisor import DATA_ABORT, SEA
 from guest_memfd.machine.board.hostcpu import Aborted, Ran
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.direct_map import level_size
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.linux.snapshot import safe_copy_page
 from guest_memfd.machine.primitives.base import Base
@@ -26,20 +26,20 @@ BEFORE = 4
 """load_unaligned_zeropad() starts this many bytes before the end of the page in front."""
 
 
-def note_access(host: Base, page: Page, who: str, what: str, via: str, write: bool, content: int) -> None:
+def note_access(host: Base, page: LinuxFolio, who: str, what: str, via: str, write: bool, content: int) -> None:
     """Record that *who* reached the contents, which were *content* until then."""
     host.notes.append(host.machine.tracer.access(host, page, who, what, via, write, content))
 
 
 # Every abort that the CPU took on the way, as a fact.
-def _note_aborts(host: Base, what: str, page: Page, aborts: list[Aborted], *, survived: bool) -> None:
+def _note_aborts(host: Base, what: str, page: LinuxFolio, aborts: list[Aborted], *, survived: bool) -> None:
     for aborted in aborts:
         kind = ("translation fault" if aborted.stage == 1 else SEA if aborted.external else DATA_ABORT)
         host.notes.append(facts.Abort(what, aborted.stage, host.machine.number(page.pa), kind, survived,
                                       aborted.words()))
 
 
-def kernel_access(host: Base, page: Page, who: str, what: str, symbol: str, *arguments: int) -> str:
+def kernel_access(host: Base, page: LinuxFolio, who: str, what: str, symbol: str, *arguments: int) -> str:
     """Call kernel function *symbol*: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
     machine = host.machine
     # Asked before the access: if it arrives although the table has no entry, it came through a TLB.
@@ -57,7 +57,7 @@ def kernel_access(host: Base, page: Page, who: str, what: str, symbol: str, *arg
     return "ok"
 
 
-def _run(host: Base, what: str, page: Page, run: Callable[[], Ran]) -> Ran:
+def _run(host: Base, what: str, page: LinuxFolio, run: Callable[[], Ran]) -> Ran:
     cpu = host.machine.cpu
     try:
         ran = run()
@@ -70,7 +70,7 @@ def _run(host: Base, what: str, page: Page, run: Callable[[], Ran]) -> Ran:
     return ran
 
 
-def kernel_write(host: Base, page: Page, who: str, what: str) -> None:
+def kernel_write(host: Base, page: LinuxFolio, who: str, what: str) -> None:
     """Store to every leaf through which the direct map shows *page*: what holds for one word of it holds for all."""
     lm = host.machine.linear_map
     pa = page.pa
@@ -122,7 +122,7 @@ def clear_folio_local(host: Base, folio: Folio) -> None:
     _zeroed(host, page)
 
 
-def _zeroed(host: Base, page: Page) -> None:
+def _zeroed(host: Base, page: LinuxFolio) -> None:
     host.machine.ram.zero(page.pa, page.size)
     host.machine.tracer.secret.discard(page.pa)
 
@@ -143,7 +143,7 @@ def image_copy(host: Base, pfn: int) -> str:
     return "copied"
 
 
-def written(host: Base, page: Page, token: bytes) -> None:
+def written(host: Base, page: LinuxFolio, token: bytes) -> None:
     """Someone of the host's side has put *token* there: both sides may know it."""
     host.machine.ram.write(page.pa, token)
     host.machine.tracer.wrote(page, DATA)

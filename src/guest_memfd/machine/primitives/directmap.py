@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import FAILURE
@@ -21,7 +21,7 @@ def set_direct_map_invalid_noflush(host: Base, folio: Folio) -> int:
     return _changed(host, page, ret, invalid=True)
 
 
-def _changed(host: Base, page: Page, ret: int, *, invalid: bool) -> int:
+def _changed(host: Base, page: LinuxFolio, ret: int, *, invalid: bool) -> int:
     if not ret:
         host.notes.append(facts.DirectMapChange(host.caller, host.machine.number(page.pa), invalid, page.handled))
         # A change that failed has written nothing, so it does not count.

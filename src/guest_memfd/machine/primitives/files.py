@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from errno import EBUSY, ENOMEM
 
 from guest_memfd.machine.primitives import guest, user
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, DYING, EVICTED, FAILURE, GONE_BEFORE, PRIVATE_PAGE, RUNNING, VM_STATES
-from guest_memfd.words.primitives import EBUSY, ENOMEM, Entries, Tree
+from guest_memfd.words.primitives import Entries, Tree
 
 
 def begin_op(host: Base, op: str, start: int, nr: int, gfn: int | None) -> None:
@@ -38,12 +39,12 @@ def op_returned(
 # -- trees ---------------------------------------------------------------------------------------------------
 
 
-def xa_load(host: Base, tree: Tree, start: int, nr: int) -> Sequence[int]:
+def tree_load(host: Base, tree: Tree, start: int, nr: int) -> Sequence[int]:
     """Entries past the end of the file are holes."""
     return host.inode.trees[tree].load(start, nr)
 
 
-def xa_store(host: Base, tree: Tree, start: int, values: Entries) -> int:
+def tree_store(host: Base, tree: Tree, start: int, values: Entries) -> int:
     """A maple node may have to be allocated."""
     if host.machine.slab_fails():
         host.against(FAILURE)
@@ -75,7 +76,7 @@ def _store(host: Base, tree: Tree, start: int, values: Entries) -> None:
     host.inode.trees[tree].store(start, values)
 
 
-def xa_store_reserved(host: Base, tree: Tree, start: int, values: Entries) -> None:
+def tree_store_reserved(host: Base, tree: Tree, start: int, values: Entries) -> None:
     """A store that changes the attribute tree needs its reservation."""
     if tree == "attributes":
         there = host.inode.reserved
@@ -85,7 +86,7 @@ def xa_store_reserved(host: Base, tree: Tree, start: int, values: Entries) -> No
     _store(host, tree, start, values)
 
 
-def xa_reserve(host: Base, tree: Tree, start: int, nr: int) -> int:
+def tree_reserve(host: Base, tree: Tree, start: int, nr: int) -> int:
     """The nodes are there until they are used or given back."""
     if host.machine.slab_fails():
         host.against(FAILURE)
@@ -95,8 +96,8 @@ def xa_reserve(host: Base, tree: Tree, start: int, nr: int) -> int:
     return 0
 
 
-def xa_release(host: Base, tree: Tree) -> None:
-    """Give the nodes back that `xa_reserve` has allocated, unused."""
+def tree_release(host: Base, tree: Tree) -> None:
+    """Give the nodes back that `tree_reserve` has allocated, unused."""
     if tree == "attributes":
         host.inode.reserved = range(0)
 

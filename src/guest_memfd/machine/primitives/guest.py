@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, ENOMEM
+
 from guest_memfd.machine.board.tracer import GUEST_TOKEN, KERNEL_TOKEN
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.primitives import contents
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import DATA, FAILURE, FOR_GOOD, GONE, HELD, RUNNING, SECRET
-from guest_memfd.words.primitives import EAGAIN, ENOMEM, Folio
+from guest_memfd.words.primitives import Folio
 
 
 def hypercall(host: Base, name: str, *args: object) -> int:
@@ -22,7 +24,7 @@ def hypercall(host: Base, name: str, *args: object) -> int:
     folio = next(arg for arg in args if isinstance(arg, Folio))
     page = host.page(folio)
     # Before and after: what the hypercall did is read off EL2's records, not believed from its result.
-    owner, mapped = machine.driver.owner(page.pa), machine.driver.guest_maps(host.vm, page.pa)
+    owner, mapped = machine.driver.owner(page.pa), machine.driver.ipa_of(host.vm, page.pa)
     machine.tracer.counts(host.who, "calls")
     asked = host.asked(page)
     ret = machine.driver.hypercall(host.vm, name, args)
@@ -36,20 +38,20 @@ def hypercall(host: Base, name: str, *args: object) -> int:
             host.against(HELD, page)
     elif ret in (-ENOMEM, -EAGAIN):
         host.against(FAILURE, page if ret == -EAGAIN else None)
-    now = machine.driver.guest_maps(host.vm, page.pa)
+    now = machine.driver.ipa_of(host.vm, page.pa)
     if mapped is None and now is not None:
         machine.tracer.mapped(host.who, page)
     if page.handled and mapped is None and now is not None:
         host.notes.append(facts.Given("the guest", machine.number(page.pa)))
     if owner != "guest" and machine.driver.owner(page.pa) == "guest":
         note_private(host, page, "donated")
-    if mapped is not None and machine.driver.guest_maps(host.vm, page.pa) is None and page.inode is host.inode:
+    if mapped is not None and machine.driver.ipa_of(host.vm, page.pa) is None and page.inode is host.inode:
         machine.tracer.out_of_scope(host, "takes the page from the guest", page.index, page.nr)
     machine.tracer.after_hypercall(page, machine.driver.sanitised)
     return ret
 
 
-def note_private(host: Base, page: Page, how: str) -> None:
+def note_private(host: Base, page: LinuxFolio, how: str) -> None:
     """A folio is the guest's alone from now on."""
     cached = host.vm.gpc is page
     host.notes.append(facts.MadePrivate(how, host.machine.number(page.pa), page.pin + page.get, cached))
@@ -80,7 +82,7 @@ def guest_access(host: Base, gfn: int, write: bool) -> str:
 
 
 # The guest's own: the page the file holds at the index that this gfn is bound to.
-def _guest_may(host: Base, page: Page, gfn: int) -> bool:
+def _guest_may(host: Base, page: LinuxFolio, gfn: int) -> bool:
     if page.inode is not host.inode or host.inode.entry("bindings", page.index) != gfn + 1:
         return False
     return host.machine.driver.owner(page.pa) != "host" or not host.machine.hypervisor.tracks_owner

@@ -103,11 +103,11 @@ class EmulatedHost(Base):
     end_op = files.end_op
     ops_released = files.ops_released
     op_returned = files.op_returned
-    xa_load = files.xa_load
-    xa_store = files.xa_store
-    xa_store_reserved = files.xa_store_reserved
-    xa_reserve = files.xa_reserve
-    xa_release = files.xa_release
+    tree_load = files.tree_load
+    tree_store = files.tree_store
+    tree_store_reserved = files.tree_store_reserved
+    tree_reserve = files.tree_reserve
+    tree_release = files.tree_release
     alloc_inode = files.alloc_inode
     fd_install = files.fd_install
     fd_close = files.fd_close
@@ -152,7 +152,7 @@ class EmulatedHost(Base):
     folio_mapped = pagecache.folio_mapped
     lru_add_drain_all = pagecache.lru_add_drain_all
     folio_mark_uptodate = pagecache.folio_mark_uptodate
-    folio_set_private = pagecache.folio_set_private
+    folio_set_no_direct_map = pagecache.folio_set_no_direct_map
 
     # contents.py; the last is in no procedure, and a reader of all RAM is carried out by it (vmm/readers.py)
     load_unaligned_zeropad = contents.load_unaligned_zeropad

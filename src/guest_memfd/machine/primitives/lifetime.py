@@ -15,9 +15,9 @@ from guest_memfd.words.pagestate import DESTROYED, EVICTED
 from guest_memfd.words.primitives import Primitive
 
 ON_INODE = frozenset({
-    "filemap_get_folio", "filemap_find_folio", "filemap_add_folio", "filemap_remove_folio", "xa_load", "xa_store",
-    "xa_store_reserved", "xa_reserve", "xa_release", "unmap_mapping_pages", "vmf_insert_folio", "iput", "destroy_inode",
-    "mapping_set_no_direct_map", "mapping_no_direct_map",
+    "filemap_get_folio", "filemap_find_folio", "filemap_add_folio", "filemap_remove_folio", "tree_load", "tree_store",
+    "tree_store_reserved", "tree_reserve", "tree_release", "unmap_mapping_pages", "vmf_insert_folio", "iput",
+    "destroy_inode", "mapping_set_no_direct_map", "mapping_no_direct_map",
 })
 """Primitives that read or write an inode, or what is kept in it."""
 
@@ -32,7 +32,7 @@ def works_on_inode(primitive: Primitive) -> bool:
     """Whether *primitive* touches the memory of the inode."""
     if primitive.name in LOCKS:
         return bool(primitive.args[0] == "invalidate")
-    if primitive.name.startswith("xa_"):
+    if primitive.name.startswith("tree_"):
         of_a_vm = primitive.args[0] == OF_A_VM or (primitive.args[0] == "bindings" and primitive.caller != "library")
         return not of_a_vm
     return primitive.name in ON_INODE

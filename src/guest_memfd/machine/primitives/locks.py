@@ -62,7 +62,7 @@ def lock_folio(host: Base, folio: Folio) -> Locked:
     page.lock = host.who
     if page.hwpoison:
         host.against(POISON, page)
-    return Locked(page.index if page.inode is host.inode else None, page.uptodate, page.private, page.hwpoison)
+    return Locked(page.index if page.inode is host.inode else None, page.uptodate, page.no_direct_map, page.hwpoison)
 
 
 def unlock_folio(host: Base, folio: Folio) -> None:

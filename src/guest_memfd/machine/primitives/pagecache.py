@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from errno import EBUSY, EEXIST, ENOMEM
+
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.page_poison import PAGE_POISON
 from guest_memfd.machine.primitives import contents
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import CONTENTION, CONTENTS, FAILURE, REFERENCE
-from guest_memfd.words.primitives import EBUSY, EEXIST, ENOMEM, Folio, Lookup
+from guest_memfd.words.primitives import Folio, Lookup
 
 FOLIO_BATCH = 31
 """Folios that a CPU's lru_add batch holds before it is emptied (include/linux/folio_batch.h)."""
@@ -46,7 +48,7 @@ def filemap_add_folio(host: Base, index: int, order: int) -> Lookup | int:
         folios.free(pa, order)
         host.against(CONTENTION)
         return -EEXIST
-    page = host.machine.pages[pa // PAGE] = Page(pa, order)
+    page = host.machine.pages[pa // PAGE] = LinuxFolio(pa, order)
     page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
     page.take("lookup")
     # Locked before it can be found, so the first to see it is the one who zeroes it.
@@ -69,7 +71,7 @@ def _occupied(host: Base, head: int, order: int) -> bool:
 
 
 # folio_add_lru(): a batch per CPU; a large folio empties it at once (mm/swap.c).
-def _lru_add(host: Base, page: Page) -> None:
+def _lru_add(host: Base, page: LinuxFolio) -> None:
     batch = host.machine.lru_batch
     page.take("lru")
     batch[page.pa] = page
@@ -100,9 +102,9 @@ def split_folio(host: Base, folio: Folio) -> int:
     host.machine.tracer.split(page)
     inode.remove(page)
     for at in range(page.nr):
-        small = host.machine.pages[page.pa // PAGE + at] = Page(page.pa + at * PAGE, 0)
+        small = host.machine.pages[page.pa // PAGE + at] = LinuxFolio(page.pa + at * PAGE, 0)
         small.take("cache")
-        small.uptodate, small.private = page.uptodate, page.private
+        small.uptodate, small.no_direct_map = page.uptodate, page.no_direct_map
         small.hwpoison, small.handled = page.hwpoison, page.handled
         inode.insert(small, head + at)
     first = host.machine.pages[page.pa // PAGE]
@@ -177,12 +179,12 @@ def folio_mark_uptodate(host: Base, folio: Folio) -> None:
     host.locked(folio, "folio_mark_uptodate").uptodate = True
 
 
-def folio_set_private(host: Base, folio: Folio, private: bool) -> None:
+def folio_set_no_direct_map(host: Base, folio: Folio, marked: bool) -> None:
     """Under the folio lock."""
-    host.locked(folio, "folio_set_private").private = private
+    host.locked(folio, "folio_set_no_direct_map").no_direct_map = marked
 
 
-def free_if_unused(host: Base, page: Page) -> None:
+def free_if_unused(host: Base, page: LinuxFolio) -> None:
     """free_pages_prepare(): a poisoned frame stays out of use, any other is written to and freed (mm/page_alloc.c)."""
     if page.refcount or page.retired:
         return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from errno import EAGAIN, EBUSY, EPERM
+
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, HIBERNATION, RUNNING
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, Folio
+from guest_memfd.words.primitives import Folio, MfResult
 
 
 def pm_account(host: Base, pages: int) -> int:
@@ -73,7 +75,7 @@ def hwpoison(host: Base, index: int) -> Folio | None:
     return host.folio(page)
 
 
-def memory_failure_done(host: Base, folio: Folio, result: str) -> None:
+def memory_failure_done(host: Base, folio: Folio, result: MfResult) -> None:
     """Who still reaches the page now, and what the handler makes of it."""
     machine, page = host.machine, host.page(folio)
     reached = {"the guest": host.vm.state == RUNNING and machine.guest_reaches(page),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from errno import EBADF, ENOMEM
+
 from guest_memfd.machine.board.tracer import DEVICE_TOKEN, USER_TOKEN
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.page import Page
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.primitives import contents, pagecache
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import FAILURE
-from guest_memfd.words.primitives import EBADF, ENOMEM, Folio
+from guest_memfd.words.primitives import Folio
 
 
 def mmap(host: Base) -> int:
@@ -137,7 +139,7 @@ def pin_access(host: Base, folio: Folio, write: bool, dma: bool) -> str:
     return "ok"
 
 
-def _copy(host: Base, page: Page, write: bool) -> str:
+def _copy(host: Base, page: LinuxFolio, write: bool) -> str:
     return contents.kernel_access(host, page, "kernel", "copy through a GUP reference",
                               "plain_write" if write else "plain_read", host.machine.linear_map.va(page.pa))
 

@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.linux.abi.memory import Cachestat, CachestatRange
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import FAILED, MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PUNCH, RW, attempt, call, name_of
 from guest_memfd.probe.ask.child import Slate, Unfit
 from guest_memfd.probe.ask.row import KernelFeatures
@@ -24,13 +24,11 @@ from guest_memfd.uapi.kvm import SHARED, GuestMemfdFlag
 
 _T = TypeVar("_T")
 
-PAGE = os.sysconf("SC_PAGESIZE")
 SIZE = 4 * PAGE
 """Bytes of a file under test, where the row does not say otherwise."""
 
 SECRET = "secret"
 """Says memfd_secret where others say which flags of KVM_CREATE_GUEST_MEMFD."""
-
 
 
 @dataclass
@@ -175,7 +173,7 @@ def _must(what: str, do: Callable[[], _T]) -> _T:
 
 def create(vm: int, size: int, flags: int) -> int:
     """KVM_CREATE_GUEST_MEMFD, whatever size and flags."""
-    return call("ioctl", vm, kvm.CREATE_GUEST_MEMFD, abi.CreateGuestMemfd(size, flags))
+    return call("ioctl", vm, kvm.CREATE_GUEST_MEMFD, kvm.CreateGuestMemfd(size, flags))
 
 
 def resident(fd: int, offset: int = 0, nr: int = 0) -> int:
@@ -195,4 +193,4 @@ def bind(
 ) -> None:
     """KVM_SET_USER_MEMORY_REGION2, whatever its fields."""
     call("ioctl", vm, kvm.SET_USER_MEMORY_REGION2,
-         abi.UserspaceMemoryRegion2(slot, flags, gpa, size, uaddr, offset & (1 << 64) - 1, fd & 0xFFFFFFFF))
+         kvm.UserspaceMemoryRegion2(slot, flags, gpa, size, uaddr, offset & (1 << 64) - 1, fd & 0xFFFFFFFF))

@@ -7,10 +7,10 @@ import os
 import resource
 import socket
 
-from guest_memfd.linux.abi import kvm as abi
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import KEEP_SIZE, call, load, store
 from guest_memfd.probe.ask.child import Unfit
-from guest_memfd.probe.ask.here import PAGE, SIZE, Here, create, resident
+from guest_memfd.probe.ask.here import SIZE, Here, create, resident
 from guest_memfd.probe.ask.row import SINCE_6_1, Row, among
 from guest_memfd.uapi import kvm
 from guest_memfd.uapi.kvm import SHARED
@@ -35,7 +35,7 @@ def costs_nothing(here: Here, size: int) -> str:
 
 def reserved_words(here: Here) -> None:
     """All six reserved words set."""
-    argument = abi.CreateGuestMemfd(SIZE, 0)
+    argument = kvm.CreateGuestMemfd(SIZE, 0)
     argument.reserved[:] = [1 << 63] * 6
     call("ioctl", here.vm, kvm.CREATE_GUEST_MEMFD, argument)
 

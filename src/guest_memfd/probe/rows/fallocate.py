@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import KEEP_SIZE, PUNCH, PUNCH_HOLE, attempt, call, load, store
 from guest_memfd.probe.ask.child import Unfit
-from guest_memfd.probe.ask.here import PAGE, SIZE, Here, punch, resident
+from guest_memfd.probe.ask.here import SIZE, Here, punch, resident
 from guest_memfd.probe.ask.row import Row, among
 
 MODES = {"0": 0, "punch-without-keep": PUNCH_HOLE, "no-hide-stale": 4, "collapse": 8, "zero": 0x10, "zero-keep": 0x11,

@@ -14,11 +14,11 @@ import struct
 import time
 from collections.abc import Callable
 
-from guest_memfd.linux.abi import kvm as abi
 from guest_memfd.linux.abi.memfd_secret import SECRETMEM_MAGIC
 from guest_memfd.linux.abi.memory import Iovec
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import AT_EMPTY_PATH, AT_FDCWD, KEEP_SIZE, call
-from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, resident
+from guest_memfd.probe.ask.here import SECRET, SIZE, Here, resident
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.uapi import kvm
 
@@ -103,12 +103,12 @@ OPERATIONS: dict[str, tuple[str, Callable[[int, Here], object], str | None, str 
     "setxattr": ("fsetxattr(2)", lambda fd, _: call("fsetxattr", fd, b"user.x", b"1", 1, 0), "EOPNOTSUPP", None),
     "getxattr": ("fgetxattr(2)", lambda fd, _: call("fgetxattr", fd, b"user.x", _buffer(), 9), "EOPNOTSUPP", None),
     "listxattr": ("flistxattr(2)", lambda fd, _: f"{call('flistxattr', fd, _buffer(), 99)} bytes", "0 bytes", None),
-    "ioctl-unknown": ("an ioctl that nobody knows", lambda fd, _: call("ioctl", fd, 0xDEAD, 0), "ENOTTY", "ENOTTY"),
+    "ioctl-unknown": ("an ioctl that no one knows", lambda fd, _: call("ioctl", fd, 0xDEAD, 0), "ENOTTY", "ENOTTY"),
     "fionread": ("FIONREAD", lambda fd, _: call("ioctl", fd, _FIONREAD, ctypes.c_int()), "ENOTTY", None),
     "getflags": ("FS_IOC_GETFLAGS", lambda fd, _: call("ioctl", fd, _GETFLAGS, ctypes.c_long()), "ENOTTY", None),
     "ioctl-kvm": ("KVM_GET_API_VERSION", lambda fd, _: call("ioctl", fd, kvm.GET_API_VERSION, 0), "ENOTTY", None),
     "attributes2": ("KVM_SET_MEMORY_ATTRIBUTES2",
-                    lambda fd, _: call("ioctl", fd, kvm.SET_MEMORY_ATTRIBUTES2, abi.MemoryAttributes2(size=PAGE)), "ENOTTY",
+                    lambda fd, _: call("ioctl", fd, kvm.SET_MEMORY_ATTRIBUTES2, kvm.MemoryAttributes2(size=PAGE)), "ENOTTY",
                     None),
     "figetbsz": ("FIGETBSZ", lambda fd, _: call("ioctl", fd, _FIGETBSZ, ctypes.c_int()), "ok", None),
     "fioclex": ("FIOCLEX", lambda fd, _: call("ioctl", fd, _FIOCLEX, 0), "ok", None),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import ADVICE, KEEP_SIZE, call, load, store
 from guest_memfd.probe.ask.guest import ProbeGuest
-from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind, punch, resident
+from guest_memfd.probe.ask.here import SIZE, Here, bind, punch, resident
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.probe.rows.slots import GMEM, GPA
 from guest_memfd.uapi.kvm import SHARED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask import calls
 from guest_memfd.probe.ask.calls import (
     KEEP_SIZE,
@@ -19,7 +20,7 @@ from guest_memfd.probe.ask.calls import (
     load,
     store,
 )
-from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, punch, resident
+from guest_memfd.probe.ask.here import SECRET, SIZE, Here, punch, resident
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.uapi.kvm import SHARED
 

@@ -6,9 +6,10 @@ import ctypes
 import re
 from pathlib import Path
 
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import ADVICE, FAILED, MAP_SHARED, RW, attempt, call, load, store
 from guest_memfd.probe.ask.child import Unfit
-from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, resident
+from guest_memfd.probe.ask.here import SECRET, SIZE, Here, resident
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.uapi.kvm import SHARED
 

@@ -11,9 +11,10 @@ import struct
 from collections.abc import Callable
 
 from guest_memfd.linux.abi.memory import Iovec
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import FAILED, attempt, call, load, store
 from guest_memfd.probe.ask.child import Unfit
-from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here, punch
+from guest_memfd.probe.ask.here import SECRET, SIZE, Here, punch
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.uapi.kvm import SHARED
 

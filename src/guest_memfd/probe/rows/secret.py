@@ -6,9 +6,10 @@ import fcntl
 import os
 import resource
 
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import KEEP_SIZE, MAP_SHARED, PUNCH, RW, attempt, call, load
 from guest_memfd.probe.ask.child import Unfit
-from guest_memfd.probe.ask.here import PAGE, SECRET, SIZE, Here
+from guest_memfd.probe.ask.here import SECRET, SIZE, Here
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.probe.rows.create import control, sent_over_a_socket
 

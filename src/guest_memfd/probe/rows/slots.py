@@ -6,9 +6,9 @@ import ctypes
 import os
 from collections.abc import Callable
 
-from guest_memfd.linux.abi import kvm as abi
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.probe.ask.calls import KEEP_SIZE, attempt, call, load, store
-from guest_memfd.probe.ask.here import PAGE, SIZE, Here, bind
+from guest_memfd.probe.ask.here import SIZE, Here, bind
 from guest_memfd.probe.ask.row import Row, among
 from guest_memfd.uapi import kvm
 from guest_memfd.uapi.kvm import SHARED, MemFlag
@@ -43,7 +43,7 @@ def too_large_slot(here: Here) -> None:
 
 def old_ioctl(here: Here) -> None:
     """KVM_SET_USER_MEMORY_REGION with the flag KVM_MEM_GUEST_MEMFD, for which its structure has no field."""
-    call("ioctl", here.vm, kvm.SET_USER_MEMORY_REGION, abi.UserspaceMemoryRegion(0, GMEM, GPA, SIZE, here.memory()))
+    call("ioctl", here.vm, kvm.SET_USER_MEMORY_REGION, kvm.UserspaceMemoryRegion(0, GMEM, GPA, SIZE, here.memory()))
 
 
 def without_flag(here: Here) -> None:
@@ -53,7 +53,7 @@ def without_flag(here: Here) -> None:
 
 def pads(here: Here) -> None:
     """KVM_SET_USER_MEMORY_REGION2 with all bits of all padding set."""
-    region = abi.UserspaceMemoryRegion2(0, GMEM, GPA, SIZE, 0, 0, here.bindable(), 0xFFFFFFFF)
+    region = kvm.UserspaceMemoryRegion2(0, GMEM, GPA, SIZE, 0, 0, here.bindable(), 0xFFFFFFFF)
     region.pad2[:] = [(1 << 64) - 1] * 14
     call("ioctl", here.vm, kvm.SET_USER_MEMORY_REGION2, region)
 
@@ -158,24 +158,24 @@ def dirty_log(here: Here) -> None:
     """KVM_GET_DIRTY_LOG of the slot."""
     binds(here)
     log = ctypes.create_string_buffer(PAGE)
-    call("ioctl", here.vm, kvm.GET_DIRTY_LOG, abi.DirtyLog(0, 0, ctypes.addressof(log)))
+    call("ioctl", here.vm, kvm.GET_DIRTY_LOG, kvm.DirtyLog(0, 0, ctypes.addressof(log)))
 
 
 def vm_attributes(here: Here) -> None:
     """KVM_SET_MEMORY_ATTRIBUTES of the VM: make it private."""
     binds(here)
-    call("ioctl", here.vm, kvm.SET_MEMORY_ATTRIBUTES, abi.MemoryAttributes(GPA, SIZE, kvm.PRIVATE, 0))
+    call("ioctl", here.vm, kvm.SET_MEMORY_ATTRIBUTES, kvm.MemoryAttributes(GPA, SIZE, kvm.PRIVATE, 0))
 
 
 def vm_attributes2(here: Here) -> None:
     """KVM_SET_MEMORY_ATTRIBUTES2 of the VM, whose ioctl it is not."""
-    call("ioctl", here.vm, kvm.SET_MEMORY_ATTRIBUTES2, abi.MemoryAttributes2(size=PAGE))
+    call("ioctl", here.vm, kvm.SET_MEMORY_ATTRIBUTES2, kvm.MemoryAttributes2(size=PAGE))
 
 
 def pre_fault(here: Here) -> None:
     """KVM_PRE_FAULT_MEMORY of the slot."""
     binds(here)
-    call("ioctl", here.vcpu(), kvm.PRE_FAULT_MEMORY, abi.PreFaultMemory(GPA, SIZE, 0))
+    call("ioctl", here.vcpu(), kvm.PRE_FAULT_MEMORY, kvm.PreFaultMemory(GPA, SIZE, 0))
 
 
 def fallocates_bound(here: Here) -> str:

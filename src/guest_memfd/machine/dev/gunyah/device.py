@@ -47,7 +47,8 @@ class GunyahDeviceFile(Serialised):
     def create_guest_mem(self, size: int, flags: int = 0) -> GunyahMemoryFile:
         """CREATE_GUEST_MEM of *size* bytes; raises SyscallFailed: EINVAL no whole pages or unknown flags."""
         self._in_use("CREATE_GUEST_MEM")
-        flags, size = CreateMemArgs.unpack(CreateMemArgs(flags, size).pack())
+        asked = CreateMemArgs(flags, size)
+        flags, size = asked.flags, asked.size
         if size % PAGE or size >> 63:
             raise SyscallFailed(EINVAL, "CREATE_GUEST_MEM", f"{size:#x} bytes are no whole pages")
         if flags & ~int(GunyahMemFlag.CLOEXEC | GunyahMemFlag.ALLOW_HUGEPAGE):

@@ -6,7 +6,8 @@ Source: gunyah_gmem_fallocate(), gunyah_gmem_mmap() (drivers/virt/gunyah/guest_m
 from __future__ import annotations
 
 from abc import abstractmethod
-from errno import EINVAL, EOPNOTSUPP
+from errno import EBUSY, EINVAL, ENODEV, EOPNOTSUPP
+from errno import EINVAL as NOT_THERE
 from typing import TYPE_CHECKING, NamedTuple
 
 from guest_memfd.compat import override
@@ -20,8 +21,7 @@ from guest_memfd.machine.hypcalls.gunyah import DeviceVm
 from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from guest_memfd.words.pagestate import GONE, HELD
-from guest_memfd.words.primitives import EBUSY, ENODEV, Folio
-from guest_memfd.words.primitives import EINVAL as NOT_THERE
+from guest_memfd.words.primitives import Folio
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

@@ -6,7 +6,7 @@ Several bindings, ranges, huge folios, parcels. Mistakes are kept and marked wit
 
 from __future__ import annotations
 
-from errno import ENOMEM, EOPNOTSUPP
+from errno import EINVAL, ENOMEM, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -14,7 +14,7 @@ from guest_memfd.designs.gunyah_v17 import GunyahV17, entry_of
 from guest_memfd.machine.dev.gunyah.binding import Binding
 from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, GunyahMemoryFile, Parcelled
 from guest_memfd.uapi.gunyah import GunyahMemFlag
-from guest_memfd.words.primitives import EINVAL, Entries, Folio, Lookup, Steps
+from guest_memfd.words.primitives import Entries, Folio, Lookup, Steps
 
 if TYPE_CHECKING:
     from guest_memfd.core.gmem import Grabbed
@@ -60,7 +60,7 @@ class PostedDriver(GunyahV17):
     def bind_range(self, gfn: int, start: int, nr: int) -> Steps[int]:
         """MAP_MEM of a range: one reference on the file."""
         yield from self.driver.get_file()
-        ret = yield from self.driver.xa_store("bindings", start, Entries(gfn + 1, nr, 1))
+        ret = yield from self.driver.tree_store("bindings", start, Entries(gfn + 1, nr, 1))
         if ret:
             yield from self.close()
         return ret
@@ -77,7 +77,7 @@ class PostedDriver(GunyahV17):
         # As posted, so the bug stays: the range ends too far, and takes pages that the guest still uses.
         ret = yield from self.reclaim_range(gfn, nr if whole else gfn + nr)
         if not ret:
-            yield from host.xa_store_reserved("bindings", start, Entries(0, nr))
+            yield from host.tree_store_reserved("bindings", start, Entries(0, nr))
             # An edge leaves the rest of the binding, which needs its reference.
             if whole:
                 yield from host.fput()                      # the binding's; the ioctl's own is forgotten (S12)
@@ -113,7 +113,7 @@ class PostedDriver(GunyahV17):
         if ret:
             # The VM ends whatever happens, so no caller could act on an error.
             yield from host.warn(f"gfn {binding.gfn:#x} and up are not reclaimed")
-        yield from host.xa_store_reserved("bindings", binding.start, Entries(0, binding.nr))
+        yield from host.tree_store_reserved("bindings", binding.start, Entries(0, binding.nr))
         yield from host.up_write("bindings")
         yield from self.close()
         return ret
@@ -139,7 +139,7 @@ class PostedDriver(GunyahV17):
             ret = (yield from self.lend_safe(grabbed)) if lend else 0
             if not ret:
                 if lend:
-                    yield from self.driver.folio_set_private(grabbed.folio, True)
+                    yield from self.driver.folio_set_no_direct_map(grabbed.folio, True)
                 # The parcel's own reference: the look-up's goes in the next lines, and the page must not be freed
                 # while it is lent.
                 yield from self.driver.folio_get(grabbed.folio, "provided")
@@ -162,7 +162,7 @@ class PostedDriver(GunyahV17):
             if lend:
                 # Before the last put: a page must not reach the allocator with a hole.
                 yield from host.set_direct_map_default_noflush(folio)
-                yield from host.folio_set_private(folio, False)
+                yield from host.folio_set_no_direct_map(folio, False)
             yield from host.unlock_folio(folio)
             yield from host.folio_put(folio, "provided")
 
@@ -170,7 +170,7 @@ class PostedDriver(GunyahV17):
         """gunyah_vm_parcel_to_paged(): their references become those of the tree."""
         gfn = parcel.gfn
         for folio in parcel.folios:
-            ret = yield from self.driver.xa_store("provided", gfn, Entries(entry_of(folio, lend), folio.nr))
+            ret = yield from self.driver.tree_store("provided", gfn, Entries(entry_of(folio, lend), folio.nr))
             if ret:
                 yield from self.forget_paged(parcel, gfn - parcel.gfn)
                 return ret
@@ -179,7 +179,7 @@ class PostedDriver(GunyahV17):
 
     def forget_paged(self, parcel: Parcelled, nr: int) -> Steps[None]:
         """The rollback: one page short, and without an end where there was nothing to roll back (S31)."""
-        yield from self.driver.xa_store_reserved("provided", parcel.gfn, Entries(0, nr - 1 if nr else _ALL))
+        yield from self.driver.tree_store_reserved("provided", parcel.gfn, Entries(0, nr - 1 if nr else _ALL))
 
 
 class PostedFile(GunyahMemoryFile):

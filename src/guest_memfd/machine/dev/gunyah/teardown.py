@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from guest_memfd.machine.dev.gunyah.posted import PostedFile
 from guest_memfd.machine.el2.gunyah.rm.lifecycle import VmState
 from guest_memfd.machine.el2.gunyah.rm.payloads import Id
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.pagestate import DYING, GONE
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _bindings(vm: VmFile) -> bool:
     for binding in vm.bindings:
         if binding.file.abandon(binding):
             lost = True
-            warn(vm, f"memory at {binding.gfn << 12:#x} is not given back")
+            warn(vm, f"memory at {binding.gfn * PAGE:#x} is not given back")
         elif not vm.posted:
             binding.file.bindings.remove(binding)
         if isinstance(binding.file, PostedFile):

@@ -6,7 +6,7 @@ The wait for an interrupt, which no one here sends, ends as a signal ends it: -E
 
 from __future__ import annotations
 
-from errno import EINTR, EINVAL, ENODEV
+from errno import EAGAIN, EINTR, EINVAL, ENODEV, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -20,7 +20,6 @@ from guest_memfd.machine.el2.gunyah.rm.lifecycle import VmState
 from guest_memfd.machine.el2.gunyah.vcpu import Action, VcpuState
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.gunyah import Exit, ResumeAction, VcpuRun, VmStatus
-from guest_memfd.words.primitives import EAGAIN, ENOENT, EPERM
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.gunyah.vm import VmFile
@@ -95,7 +94,7 @@ class VcpuFile(Serialised):
     def _answer(self) -> None:
         if self._last not in (VcpuState.VMMIO_READ, VcpuState.VMMIO_WRITE):
             return
-        action = self.page.resume_action
+        action = self.page.mmio.resume_action
         if action not in tuple(ResumeAction):
             raise SyscallFailed(EINVAL, "VCPU_RUN", f"resume_action {action}")
         if action == ResumeAction.RETRY:
@@ -171,7 +170,7 @@ class VcpuFile(Serialised):
     def _mmio(self, state: VcpuState, address: int, size: int, value: int) -> bool:
         is_write = state == VcpuState.VMMIO_WRITE
         # Series v17 asks the page that user space can write, where the previous exit has left its answer (S25).
-        ret = self._demand(address, self.page.is_write if self.vm.posted else is_write)
+        ret = self._demand(address, self.page.mmio.is_write if self.vm.posted else is_write)
         if ret in (0, -EAGAIN):
             self._resume = 0, Action.RETRY, 0
             return self._again(address)

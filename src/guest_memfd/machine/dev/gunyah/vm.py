@@ -5,6 +5,7 @@ Source: drivers/virt/gunyah/vm_mgr.c, guest_memfd.c (series v17, patches 10, 13,
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from errno import EEXIST, EINVAL, ENOENT, ENOMEM
 from typing import TYPE_CHECKING, Any
@@ -106,8 +107,8 @@ class VmFile(Serialised):
         """MAP_MEM; addresses and sizes in bytes. Raises SyscallFailed as uapi/gunyah.py says, in the driver's order."""
         call = "MAP_MEM"
         self._in_use(call)
-        asked = MapMemArgs.unpack(MapMemArgs(guest_addr, flags, 0, offset, size).pack())
-        guest_addr, flags, _, offset, size = asked
+        asked = MapMemArgs(guest_addr, flags, 0, offset, size)
+        guest_addr, flags, offset, size = asked.guest_addr, asked.flags, asked.offset, asked.size
         if getattr(memory, "closed", False):
             raise SyscallFailed(EINVAL, call, "guest_mem_fd is not open")
         if not isinstance(memory, GunyahMemoryFile):
@@ -169,13 +170,14 @@ class VmFile(Serialised):
     def set_dtb_config(self, guest_phys_addr: int, size: int) -> None:
         """SET_DTB_CONFIG: guest address and bytes of the device tree; START checks them, not this call."""
         self._in_use("SET_DTB_CONFIG")
-        self.dtb = VmDtbConfig.unpack(VmDtbConfig(guest_phys_addr, size).pack())
+        self.dtb = VmDtbConfig(guest_phys_addr, size)
 
     def set_boot_context(self, reg: int, value: int, reserved: int = 0) -> None:
         """SET_BOOT_CONTEXT; raises SyscallFailed(EINVAL): no such register, reserved bits, or after START."""
         call = "SET_BOOT_CONTEXT"
         self._in_use(call)
-        reg, reserved, value = VmBootContext.unpack(VmBootContext(reg, reserved, value).pack())
+        asked = VmBootContext(reg, reserved, value)
+        reg, reserved, value = asked.reg, asked.reserved, asked.value
         which, index = reg >> 8 & 0xFF, reg & 0xFF
         if reserved or reg >> 16 or which not in tuple(RegisterSet) or index >= REGISTERS[RegisterSet(which)]:
             raise SyscallFailed(EINVAL, call, f"register {reg:#x}, reserved word {reserved:#x}")
@@ -192,7 +194,7 @@ class VmFile(Serialised):
 
     def add_vcpu(self, index: int) -> VcpuFile:
         """ADD_FUNCTION of a vCPU."""
-        vcpu = self.add_function(FnType.VCPU, FnVcpuArg(index).pack())
+        vcpu = self.add_function(FnType.VCPU, bytes(FnVcpuArg(index)))
         assert isinstance(vcpu, VcpuFile)
         return vcpu
 
@@ -206,9 +208,9 @@ class VmFile(Serialised):
         if kind == FnType.VCPU:
             made: VcpuFile | Irqfd | Ioeventfd = VcpuFile(self, key[1])
         elif kind == FnType.IRQFD:
-            made = Irqfd(FnIrqfdArg.unpack(arg))
+            made = Irqfd(FnIrqfdArg.from_buffer_copy(arg))
         else:
-            made = Ioeventfd(FnIoeventfdArg.unpack(arg))
+            made = Ioeventfd(FnIoeventfdArg.from_buffer_copy(arg))
         if key in self.functions:
             raise SyscallFailed(EEXIST, call, f"{FnType(kind).name} {key[1]} exists")
         self.functions[key] = made
@@ -223,16 +225,16 @@ class VmFile(Serialised):
     def _key(call: str, kind: int, arg: bytes) -> tuple[int, Any]:
         if len(arg) > FN_MAX_ARG_SIZE:
             raise SyscallFailed(EINVAL, call, f"an argument of {len(arg)} bytes")
-        sizes = {FnType.VCPU: 4, FnType.IRQFD: 16, FnType.IOEVENTFD: 32}
+        arguments = {FnType.VCPU: FnVcpuArg, FnType.IRQFD: FnIrqfdArg, FnType.IOEVENTFD: FnIoeventfdArg}
         if kind not in tuple(FnType):
             raise SyscallFailed(ENOENT, call, f"function {kind}")
-        if len(arg) != sizes[FnType(kind)]:
+        if len(arg) != ctypes.sizeof(arguments[FnType(kind)]):
             raise SyscallFailed(EINVAL, call, f"an argument of {len(arg)} bytes")
         if kind == FnType.VCPU:
-            return kind, FnVcpuArg.unpack(arg).id
+            return kind, FnVcpuArg.from_buffer_copy(arg).id
         if kind == FnType.IRQFD:
-            return kind, FnIrqfdArg.unpack(arg).label
-        event = FnIoeventfdArg.unpack(arg)
+            return kind, FnIrqfdArg.from_buffer_copy(arg).label
+        event = FnIoeventfdArg.from_buffer_copy(arg)
         return kind, (event.addr, event.len, event.datamatch if event.flags else None)
 
     def remove_function(self, kind: int, arg: bytes) -> None:

@@ -30,7 +30,8 @@ class KvmMemoryFile(GuestMemoryFile):
     created_by = CREATE
 
     def __init__(self, vm: KvmVmFile, size: int, flags: int) -> None:
-        size, flags = CreateGuestMemfd.unpack(CreateGuestMemfd(size, flags).pack())
+        asked = CreateGuestMemfd(size, flags)
+        size, flags = asked.size, asked.flags
         if flags & ~int(SHARED):
             raise SyscallFailed(EINVAL, CREATE, f"flags {flags:#x}")
         if not size or size % PAGE or size > _BIGGEST:
@@ -68,9 +69,8 @@ class KvmMemoryFile(GuestMemoryFile):
     def set_memory_attributes2(self, attributes: MemoryAttributes2) -> None:
         """Convert in place; raises SyscallFailed with `attributes.error_offset` set where a page refused."""
         self._in_use(ATTRIBUTES)
-        asked = MemoryAttributes2.unpack(attributes.pack())
-        start, size, wanted = asked.offset, asked.size, asked.attributes
-        if asked.flags or wanted & ~PRIVATE or not self.owner.has_private_memory:
+        start, size, wanted = attributes.offset, attributes.size, attributes.attributes
+        if attributes.flags or wanted & ~PRIVATE or not self.owner.has_private_memory:
             raise SyscallFailed(EINVAL, ATTRIBUTES, f"flags {attributes.flags:#x}, attributes {wanted:#x}")
         if not size or (start | size) % PAGE or start + size > self.size:
             raise SyscallFailed(EINVAL, ATTRIBUTES, f"{size:#x} bytes at {start:#x} of a file of {self.size:#x}")

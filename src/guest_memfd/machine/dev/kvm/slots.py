@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.el2.kvm.guest import IPA_BITS
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.uapi.kvm import MemFlag, UserMemoryRegion2
+from guest_memfd.uapi.kvm import MemFlag, UserspaceMemoryRegion2
 from guest_memfd.uapi.memory import GuestMemory
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Memslots:
         """Whether a slot covers the guest physical address *ipa*."""
         return self.find(ipa // PAGE) is not None
 
-    def check(self, region: UserMemoryRegion2, file: GuestMemory | None) -> None:
+    def check(self, region: UserspaceMemoryRegion2, file: GuestMemory | None) -> None:
         """Raise SyscallFailed for what is refused before anything is changed."""
         self._check_numbers(region)
         # A size of 0 deletes, and the other members are not looked at then.
@@ -81,7 +81,7 @@ class Memslots:
         self._check_file(region, file)
 
     @staticmethod
-    def _check_numbers(region: UserMemoryRegion2) -> None:
+    def _check_numbers(region: UserspaceMemoryRegion2) -> None:
         flags, size = region.flags, region.memory_size
         valid = MemFlag.GUEST_MEMFD if flags & MemFlag.GUEST_MEMFD else MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY
         if flags & ~int(valid):
@@ -102,7 +102,7 @@ class Memslots:
         if slot.gfn + slot.nr > 1 << IPA_BITS - 12:
             refuse(EFAULT, f"beyond {IPA_BITS} bits of guest address")
 
-    def _check_file(self, region: UserMemoryRegion2, file: GuestMemory | None) -> None:
+    def _check_file(self, region: UserspaceMemoryRegion2, file: GuestMemory | None) -> None:
         if file is None or file.closed:
             refuse(EBADF, "no open file")
         # A file belongs to the VM that made it. With another VM's file, invalidation would miss this one's stage 2.

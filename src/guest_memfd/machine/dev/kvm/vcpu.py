@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from errno import EFAULT, EINVAL, EIO, ENOENT, EPERM
+from errno import EAGAIN, EFAULT, EINVAL, EIO, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -25,7 +25,6 @@ from guest_memfd.uapi import kvm_arm64 as regs
 from guest_memfd.uapi import kvm_run as uapi
 from guest_memfd.uapi.kvm import PRIVATE
 from guest_memfd.words.pagestate import PRIVATE_PAGE, RUNNING
-from guest_memfd.words.primitives import EAGAIN
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.kvm.vm import KvmVmFile

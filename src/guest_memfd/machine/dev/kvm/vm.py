@@ -18,7 +18,7 @@ from guest_memfd.machine.dev.kvm.vcpu import KvmVcpuFile
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.host import EmulatedHost
-from guest_memfd.uapi.kvm import UserMemoryRegion2
+from guest_memfd.uapi.kvm import UserspaceMemoryRegion2
 from guest_memfd.uapi.memory import GuestMemory
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Primitive
@@ -75,8 +75,7 @@ class KvmVmFile(Serialised):
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION2; refuses as `Slots.check` says, EBUSY when the guest holds on to a deleted page."""
         self._in_use(CALL)
-        region = UserMemoryRegion2.unpack(UserMemoryRegion2(
-            slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset).pack())
+        region = UserspaceMemoryRegion2(slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset)
         self.slots.check(region, guest_memfd)
         if not memory_size:
             self._delete(slot)

@@ -17,8 +17,9 @@ from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.mappings import VISIBLE, Mappings
 from guest_memfd.machine.el2.gunyah.memdb import MemDb
 from guest_memfd.machine.el2.gunyah.memextent import Attributes, Extent, ExtentAccess, ExtentMapping
-from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, GunyahLeaf, Stock, StockSource
+from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, GunyahLeaf, Stock
 from guest_memfd.machine.hw.arm64.descriptor import VALID
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import PAGE, Ram
 
@@ -55,7 +56,7 @@ def check_range(start: int, size: int, limit: int, outside: GunyahError = Gunyah
 class AddressSpace(Mappings):
     """The stage 2 of one VM. *alive*: whether its vCPUs may still run, for then locked pages stay."""
 
-    def __init__(self, ram: Ram, memdb: MemDb, source: StockSource, tlbs: list[Tlb], vmid: int, name: str,
+    def __init__(self, ram: Ram, memdb: MemDb, source: PageSource, tlbs: list[Tlb], vmid: int, name: str,
                  alive: Callable[[], bool], relock: private.Relock = "access",
                  layout: private.Layout = "2024-12") -> None:
         super().__init__(ram, source, tlbs, vmid, name)

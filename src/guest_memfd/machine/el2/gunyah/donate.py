@@ -13,10 +13,10 @@ from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace, check_range
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.memextent import Extent
 from guest_memfd.machine.el2.gunyah.stage2 import Stock
+from guest_memfd.machine.hw.arm64.pages import PageSource
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.memdb import MemDb
-    from guest_memfd.machine.el2.gunyah.stage2 import StockSource
 
 NOSYNC = 1 << 31
 _TYPE = 0xFF
@@ -61,7 +61,7 @@ def check_family(kind: Donation, source: Extent, to: Extent) -> None:
         raise HypRefused(GunyahError.MEMEXTENT_TYPE, "only sparse extents give and take pages")
 
 
-def donate(memdb: MemDb, pages: StockSource, spaces: Sequence[AddressSpace], options: Options, source: Extent, to: Extent,
+def donate(memdb: MemDb, pages: PageSource, spaces: Sequence[AddressSpace], options: Options, source: Extent, to: Extent,
            offset: int, size: int) -> None:
     """MEMEXTENT_DONATE: [offset, offset+size) of *source* becomes *to*'s; offsets of sparse extents are physical addresses.
 
@@ -88,7 +88,7 @@ def donate(memdb: MemDb, pages: StockSource, spaces: Sequence[AddressSpace], opt
 
 # What both extents map at the same place stays as it is; that is how a shared page stays the host's to use. No one but its
 # VM may reach a page that becomes one VM's alone, not even by what a TLB has kept of a mapping that is gone already.
-def _move_mappings(pages: StockSource, spaces: Sequence[AddressSpace], source: Extent, to: Extent, start: int, end: int,
+def _move_mappings(pages: PageSource, spaces: Sequence[AddressSpace], source: Extent, to: Extent, start: int, end: int,
                    options: Options) -> None:
     # Both extents are recorded at the same place of the same space: the page leaves one and enters the other there,
     # and nothing has to change.

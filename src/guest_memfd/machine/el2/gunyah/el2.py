@@ -20,12 +20,13 @@ from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.hypercalls import Hypercalls
 from guest_memfd.machine.el2.gunyah.memdb import MemDb
 from guest_memfd.machine.el2.gunyah.memextent import RWX, Extent
-from guest_memfd.machine.el2.gunyah.stage2 import Stock, StockSource
+from guest_memfd.machine.el2.gunyah.stage2 import Stock
 from guest_memfd.machine.el2.gunyah.vcpu import SEA_FSC
 from guest_memfd.machine.el2.gunyah.vm import PRIVATE_HOST_RIGHTS, GunyahHypVm
 from guest_memfd.machine.hw.arm64 import permission
 from guest_memfd.machine.hw.arm64.descriptor import AF
 from guest_memfd.machine.hw.arm64.fault import ADDRESS_SIZE, ALIGNMENT, PERMISSION, TRANSLATION, Fault
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.regime import Stage2
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import Ram
@@ -61,7 +62,7 @@ class Gunyah:
     *modify_flags* and *relock*: see private.py. Raises HypRefused(NOMEM) when the host's tables cannot be had.
     """
 
-    def __init__(self, ram: Ram, source: StockSource, tlbs: list[Tlb], *, reserved: Iterable[tuple[int, int]] = (),
+    def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], *, reserved: Iterable[tuple[int, int]] = (),
                  inject: InjectKind = "sea", modify_flags: private.Layout = "2024-12",
                  relock: private.Relock = "access") -> None:
         self.ram, self.source, self.tlbs = ram, source, tlbs

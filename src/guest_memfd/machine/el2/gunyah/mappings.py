@@ -14,7 +14,8 @@ from guest_memfd.machine.el2.gunyah import private
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.memextent import ExtentMapping
 from guest_memfd.machine.el2.gunyah.rangemap import RangeMap
-from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, GunyahLeaf, GunyahStage2Table, Stock, StockSource
+from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, GunyahLeaf, GunyahStage2Table, Stock
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, Ram
@@ -28,7 +29,7 @@ VISIBLE = 0x3FC | 3 << 53
 class Mappings:
     """The table of the VM with this VMID, and where each physical page appears. Raises HypRefused(NOMEM)."""
 
-    def __init__(self, ram: Ram, source: StockSource, tlbs: list[Tlb], vmid: int, name: str) -> None:
+    def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], vmid: int, name: str) -> None:
         self.ram, self.source, self.name = ram, source, name
         try:
             self.table = GunyahStage2Table(ram, source, tlbs, vmid)

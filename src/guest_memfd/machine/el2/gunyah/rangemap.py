@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from guest_memfd.machine.hw.ram import PAGE
+
 T = TypeVar("T")
 
 _FANOUT_BITS = 9
 _FANOUT = 1 << _FANOUT_BITS
-_PAGE_SHIFT = 12
 _TOP_SHIFT = 39
 
 Run = tuple[int, int, T]
@@ -114,7 +115,7 @@ class RangeMap(Generic[T]):
 
     def runs(self, start: int, end: int) -> Iterator[Run[T]]:
         """[start, end) as maximal ranges of one value, in order: (start, end, value)."""
-        if end - start == 1 << _PAGE_SHIFT:
+        if end - start == PAGE:
             yield start, end, self.get(start)
             return
         low = high = start

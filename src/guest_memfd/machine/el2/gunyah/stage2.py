@@ -42,12 +42,13 @@ test_a_table_that_makes_room_for_a_block_is_forgotten_by_the_walker), tests/test
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.descriptor import ADDRESS, TABLE, VALID, leaf, table
 from guest_memfd.machine.hw.arm64.granule import K4
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.regime import Stage2
 from guest_memfd.machine.hw.arm64.registers import Vtcr
 from guest_memfd.machine.hw.arm64.tables import PageTable
@@ -63,23 +64,13 @@ _PS = 5         # 48 bits
 _LARGEST_RANGE = 32 << 16 << 12
 
 
-class StockSource(Protocol):
-    """Where the hypervisor's own pages come from."""
-
-    def alloc_table(self) -> int:
-        """One zeroed page; raises OutOfMemory."""
-
-    def free_table(self, pa: int) -> None:
-        """Take back a page that `alloc_table` gave; no descriptor may point to it any more."""
-
-
 class Stock:
     """Table pages taken in advance; what is left over goes back at the end of the ``with`` block.
 
     Raises HypRefused(NOMEM), with everything given back, when there are not *count* pages.
     """
 
-    def __init__(self, source: StockSource, count: int) -> None:
+    def __init__(self, source: PageSource, count: int) -> None:
         self._source = source
         self._pages: list[int] = []
         try:
@@ -134,7 +125,7 @@ def _is_table(value: int, level: int) -> bool:
 class GunyahStage2Table:
     """The table of the VM with this VMID; all addresses and sizes are bytes, multiples of 4 KiB."""
 
-    def __init__(self, ram: Ram, source: StockSource, tlbs: list[Tlb], vmid: int) -> None:
+    def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], vmid: int) -> None:
         self._ram, self._source, self._tlbs, self.vmid = ram, source, tlbs, vmid
         self.pages = PageTable(ram, source, 2, granule=K4, ia_bits=IA_BITS, start_level=_START)
         self.registers = Stage2(Vtcr(t0sz=64 - IA_BITS, sl0=2, tg0=K4, ps=_PS), vmid << 48 | self.pages.root)

@@ -14,11 +14,11 @@ from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import ACCESS_FLAG, EXTERNAL_ABORT, PERMISSION, TRANSLATION, Fault
 from guest_memfd.machine.hw.arm64.stop import Breakpoint, Bus, CpuAbort, Hvc, Smc, Stop, Svc, Undefined, Wfi
+from guest_memfd.machine.hw.ram import PAGE
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.vm import GunyahHypVm
 
-_PAGE_MASK = -4096
 _EC_UNKNOWN, _EC_SVC, _EC_BRK = 0x00, 0x15, 0x3C
 _IL = 1 << 25
 SEA_FSC = 0x10
@@ -200,8 +200,8 @@ class GunyahHypVcpu:
         if fault.kind in (ACCESS_FLAG, PERMISSION) and self.vm.space.touch(ipa, fault.access):
             return None
         self._fault = fault
-        page = ipa & _PAGE_MASK
-        kind = self.vm.space.ranges.kind(page, page + 4096)
+        page = ipa & -PAGE
+        kind = self.vm.space.ranges.kind(page, page + PAGE)
         # Outside of every configured range no one could do anything about it.
         if kind is None or fault.kind not in (TRANSLATION, ACCESS_FLAG, PERMISSION):
             return GunyahRun(VcpuState.FAULT, (ipa, 0, 0))

@@ -114,7 +114,7 @@ class GunyahHypVm:
 
     # -- questions -----------------------------------------------------------------------------------------------
 
-    def guest_maps(self, pa: int) -> int | None:
+    def ipa_of(self, pa: int) -> int | None:
         """The guest address that maps the page at *pa*, if any."""
         return self.space.maps(pa)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from itertools import chain
 
-from guest_memfd.machine.el2.kvm.pgtable import KvmStage2Table, TableSource
+from guest_memfd.machine.el2.kvm.pgtable import KvmStage2Table
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.registers import Vtcr
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.tlb import Tlb
@@ -40,7 +41,7 @@ def first_tables(ipa_bits: int = IPA_BITS) -> int:
 class GuestStage2:
     """The stage 2 of one VM, with *vmid*, for IPAs of *ipa_bits*; table pages come from *source*."""
 
-    def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb], vmid: int, ipa_bits: int = IPA_BITS,
+    def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb], vmid: int, ipa_bits: int = IPA_BITS,
                  ps: int = 5) -> None:
         self.ram, self.vmid, self.ipa_bits = ram, vmid, ipa_bits
         vtcr = Vtcr.for_ipa(ipa_bits, ps=ps)
@@ -74,7 +75,7 @@ class GuestStage2:
         if not gfns:
             self._gfns.pop(pfn, None)
 
-    def guest_maps(self, pa: int) -> int | None:
+    def ipa_of(self, pa: int) -> int | None:
         """The lowest IPA that maps the byte at physical address *pa*, if any."""
         for order in _ORDERS:
             head = pa // PAGE >> order << order

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guest_memfd.machine.el2.kvm.pgtable import KvmStage2Table, TableSource
+from guest_memfd.machine.el2.kvm.pgtable import KvmStage2Table
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.registers import PA_BITS, Vtcr
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.tlb import Tlb
@@ -26,7 +27,7 @@ class HostIdmap:
     *locked* is what an entry says in the middle of break-before-make.
     """
 
-    def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb], pa_bits: int, locked: int) -> None:
+    def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb], pa_bits: int, locked: int) -> None:
         self.vtcr = Vtcr.for_ipa(pa_bits, ps=PA_BITS.index(pa_bits))
         start = self.vtcr.start_level
         assert start is not None

@@ -11,10 +11,10 @@ Descriptors are stored by arm64's PageTable.write, which watches over break-befo
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
 from guest_memfd.machine.hw.arm64 import descriptor as d
+from guest_memfd.machine.hw.arm64.descriptor import Entry
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.ram import PAGE, Ram
 
@@ -25,39 +25,6 @@ STATE_SHIFT = 55
 
 LAST_LEVEL = 3
 _STRIDE = 9
-
-
-class TableSource(Protocol):
-    """Where table pages come from: a pool of EL2, or a memcache; raises buddy.OutOfMemory."""
-
-    def alloc_table(self) -> int:
-        """The physical address of one zeroed page; raises buddy.OutOfMemory."""
-
-    def free_table(self, pa: int) -> None:
-        """Take a page back."""
-
-
-class KvmLeaf(NamedTuple):
-    """The entry that decides an address: it maps, it is annotated, or it is empty."""
-
-    level: int
-    address: int
-    value: int
-
-    @property
-    def valid(self) -> bool:
-        """Whether bit 0 is set: the entry maps memory."""
-        return bool(self.value & d.VALID)
-
-    @property
-    def order(self) -> int:
-        """log2 of the 4 KiB pages it decides."""
-        return (LAST_LEVEL - self.level) * _STRIDE
-
-    @property
-    def oa(self) -> int:
-        """Output address of the first byte, of an entry that maps."""
-        return d.output_address(self.value, self.level)
 
 
 def leaf_attributes(prot: str, *, device: bool = False, state: int = 0) -> int:
@@ -78,7 +45,7 @@ class KvmStage2Table:
     *locked* is what an entry says in the middle of break-before-make.
     """
 
-    def __init__(self, ram: Ram, table: PageTable, source: TableSource, tlbs: Maintenance, locked: int = LOCKED) -> None:
+    def __init__(self, ram: Ram, table: PageTable, source: PageSource, tlbs: Maintenance, locked: int = LOCKED) -> None:
         self.ram, self.table, self.source, self.tlbs, self.locked = ram, table, source, tlbs, locked
         table.live_check = tlbs.holds
         # How many entries of a table other than the first are in use (KVM: the table page's refcount).
@@ -98,25 +65,25 @@ class KvmStage2Table:
         return ia >> 12 + (LAST_LEVEL - level) * _STRIDE & (1 << _STRIDE) - 1
 
     # The entries from the first level down to *level*, or to the first that is no table.
-    def _path(self, ia: int, level: int = LAST_LEVEL) -> list[KvmLeaf]:
-        return [KvmLeaf(*entry) for entry in self.table.path(ia) if entry.level <= level]
+    def _path(self, ia: int, level: int = LAST_LEVEL) -> list[Entry]:
+        return [entry for entry in self.table.path(ia) if entry.level <= level]
 
-    def leaf(self, ia: int) -> KvmLeaf:
+    def leaf(self, ia: int) -> Entry:
         """What decides *ia*; beyond the input size that is an empty entry which is nowhere."""
         if ia >> self.table.ia_bits:
-            return KvmLeaf(self.table.start_level, 0, 0)
-        return KvmLeaf(*self.table.lookup(ia))
+            return Entry(self.table.start_level, 0, 0)
+        return self.table.lookup(ia)
 
     def empty(self, ia: int, order: int) -> bool:
         """Whether nothing in the aligned range maps and nothing in it is annotated."""
         return self._empty(self._path(ia, level_of(order))[-1])
 
-    def _empty(self, entry: KvmLeaf) -> bool:
+    def _empty(self, entry: Entry) -> bool:
         if d.kind(entry.value, entry.level) != "table":
             return not entry.value
         base = d.table_address(entry.value)
         return not self._used[base] or all(
-            self._empty(KvmLeaf(entry.level + 1, at, self.ram.read64(at))) for at in range(base, base + PAGE, 8))
+            self._empty(Entry(entry.level + 1, at, self.ram.read64(at))) for at in range(base, base + PAGE, 8))
 
     # -- changes -----------------------------------------------------------------------------------------------
 
@@ -159,7 +126,7 @@ class KvmStage2Table:
         return value
 
     # stage2_try_break_pte(), then stage2_make_pte().
-    def _replace(self, ia: int, entry: KvmLeaf, value: int) -> None:
+    def _replace(self, ia: int, entry: Entry, value: int) -> None:
         if entry.valid:
             # Not zero: an empty entry means that anyone may map it, and another CPU's fault could do so between break
             # and make.
@@ -173,31 +140,31 @@ class KvmStage2Table:
             self._free(entry)
         self._count(entry, bool(value) - bool(entry.value))
 
-    def _write(self, ia: int, entry: KvmLeaf, value: int) -> None:
+    def _write(self, ia: int, entry: Entry, value: int) -> None:
         self.table.write(entry.address, entry.level, value, ia)
 
-    def _flush(self, ia: int, entry: KvmLeaf) -> None:
+    def _flush(self, ia: int, entry: Entry) -> None:
         size = PAGE << entry.order
         if d.kind(entry.value, entry.level) == "table":
             self.tlbs.flush_range(ia & -size, size)
         else:
             self.tlbs.flush_ipa(ia & -size, entry.level)
 
-    def _count(self, entry: KvmLeaf, change: int) -> None:
+    def _count(self, entry: Entry, change: int) -> None:
         page = entry.address & -PAGE
         if page in self._used:
             self._used[page] += change
 
-    def _free(self, entry: KvmLeaf) -> None:
+    def _free(self, entry: Entry) -> None:
         base = d.table_address(entry.value)
         for at in range(base, base + PAGE, 8) if self._used[base] else ():
-            below = KvmLeaf(entry.level + 1, at, self.ram.read64(at))
+            below = Entry(entry.level + 1, at, self.ram.read64(at))
             if d.kind(below.value, below.level) == "table":
                 self._free(below)
         del self._used[base]
         self.source.free_table(base)
 
-    def unmap(self, ia: int) -> KvmLeaf:
+    def unmap(self, ia: int) -> Entry:
         """Clear what decides *ia*, mapping or note, and free tables that hold nothing any more; returns what was there."""
         path = self._path(ia)
         entry = path.pop()
@@ -208,7 +175,7 @@ class KvmStage2Table:
                 self._clear(ia, path.pop())
         return entry
 
-    def _clear(self, ia: int, entry: KvmLeaf) -> None:
+    def _clear(self, ia: int, entry: Entry) -> None:
         self._write(ia, entry, 0)
         if entry.valid:
             self._flush(ia, entry)

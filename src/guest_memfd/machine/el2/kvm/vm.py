@@ -7,16 +7,17 @@ make. arch/arm64/kvm/mmu.c; every change happens under mmu_lock and ends with it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from errno import EINVAL, ENOMEM
 
 from guest_memfd.machine.el2.kvm.guest import IPA_BITS, GuestStage2, next_vmid
-from guest_memfd.machine.el2.kvm.pgtable import TableSource, leaf_attributes
+from guest_memfd.machine.el2.kvm.pgtable import leaf_attributes
 from guest_memfd.machine.el2.kvm.vcpu import VheGuestCpu, VheVcpu
 from guest_memfd.machine.hw.arm64.fault import Fault, Inject
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.primitives import EINVAL, ENOMEM
 
 _ORDER_OF = {1: 0, 1 << 9: 9, 1 << 18: 18}
 
@@ -24,7 +25,7 @@ _ORDER_OF = {1: 0, 1 << 9: 9, 1 << 18: 18}
 class VheVm(GuestStage2):
     """One VM. *bound* says whether a memslot covers an IPA."""
 
-    def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb], vmid: int,
+    def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb], vmid: int,
                  bound: Callable[[int], bool], ipa_bits: int = IPA_BITS) -> None:
         super().__init__(ram, source, tlbs, vmid, ipa_bits)
         self.bound = bound
@@ -74,7 +75,7 @@ class VheVm(GuestStage2):
 class Kvm:
     """The EL2 of a machine whose host runs there: the machine asks it the same things as any other."""
 
-    def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb]) -> None:
+    def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb]) -> None:
         self.ram, self.source, self.tlbs = ram, source, list(tlbs)
         self.vms: dict[int, VheVm] = {}
         self._last = 0

@@ -65,7 +65,7 @@ class ModelledEl2(Kvm):
 
 
 class ModelledStage2:
-    """What one hypercall about *vm* can do (`core.hypervisor.Stage2`); what it did is kept for whoever made the call."""
+    """What one hypercall about *vm* can do (`core.hypervisor.Stage2`); what it did is kept for its caller."""
 
     def __init__(self, el2: ModelledEl2, vm: VheVm, alive: bool) -> None:
         self._el2, self._vm, self._alive = el2, vm, alive
@@ -108,7 +108,7 @@ class ModelledStage2:
 
     def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
         """Unmap it; flushed, if it is to be, even where nothing was mapped."""
-        if self.guest_maps(pfn) == gfn:
+        if self.gfn_of(pfn) == gfn:
             with self._flushing(flush):
                 self._vm.unmap(gfn)
             return True
@@ -127,9 +127,9 @@ class ModelledStage2:
         finally:
             table.tlbs = kept
 
-    def guest_maps(self, pfn: int) -> int | None:
+    def gfn_of(self, pfn: int) -> int | None:
         """The gfn that maps the page, by the guest's table."""
-        ipa = self._vm.guest_maps(pfn * PAGE)
+        ipa = self._vm.ipa_of(pfn * PAGE)
         return None if ipa is None else ipa // PAGE
 
     def scrub(self, pfn: int) -> None:
@@ -146,7 +146,7 @@ class ModelledStage2:
         return (self._vm.vmid, gfn) in self._el2.poisoned
 
     def locked_in(self, pfn: int) -> bool:
-        """As recorded."""
+        """Whether the guest holds on to the page, by the model's record."""
         return pfn in self._el2.locked
 
     def set_locked_in(self, pfn: int, locked: bool) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guest_memfd.machine.el2.kvm.idmap import HostIdmap
-from guest_memfd.machine.el2.kvm.pgtable import LOCKED, TableSource, leaf_attributes
+from guest_memfd.machine.el2.kvm.pgtable import LOCKED, leaf_attributes
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import PAGE, Ram
 
@@ -21,7 +22,7 @@ _MEMORY = leaf_attributes("rwx")
 class HostMap(HostIdmap):
     """The host's table; *source* gives its pages, *tlbs* are those of all CPUs."""
 
-    def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb]) -> None:
+    def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb]) -> None:
         super().__init__(ram, source, tlbs, _BITS, LOCKED)
         self.ram = ram
 

@@ -6,12 +6,15 @@ The names are those of arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3), without the 
 
 from __future__ import annotations
 
+from errno import EINVAL, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.el2.kvm.pgtable import STATE_SHIFT, KvmLeaf
+from guest_memfd.errors import EHWPOISON
+from guest_memfd.machine.el2.kvm.pgtable import STATE_SHIFT
 from guest_memfd.machine.el2.pkvm.annotation import Annotation, AnnotationType
-from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT, HypPage, PkvmState
-from guest_memfd.words.primitives import EHWPOISON, EINVAL, ENOENT, EPERM
+from guest_memfd.machine.el2.pkvm.states import ORDERS, HypPage, PkvmState
+from guest_memfd.machine.hw.arm64.descriptor import Entry
+from guest_memfd.machine.hw.ram import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
@@ -52,7 +55,7 @@ def host_and_hyp(el2: El2, pfn: int, order: int, host: PkvmState, hyp: PkvmState
     return 0 if all(page.hyp is hyp for page in el2.vmemmap.pages(pfn, order)) else -EPERM
 
 
-def guest_page_state(entry: KvmLeaf) -> PkvmState:
+def guest_page_state(entry: Entry) -> PkvmState:
     """From the software bits of an entry that maps, inferred for one that does not (guest_get_page_state())."""
     # A valid leaf carries its state in software bits; an invalid one says it by its note, or has nothing to say.
     if entry.valid:
@@ -61,7 +64,7 @@ def guest_page_state(entry: KvmLeaf) -> PkvmState:
     return PkvmState.POISON if note and note.type is AnnotationType.POISONED else PkvmState.NOPAGE
 
 
-def valid_guest_leaf(vm: PkvmHypVm, gfn: int, order: int) -> tuple[int, KvmLeaf]:
+def valid_guest_leaf(vm: PkvmHypVm, gfn: int, order: int) -> tuple[int, Entry]:
     """The guest's entry and 0, -EHWPOISON, -ENOENT, or -E2BIG for another order (get_valid_guest_pte())."""
     entry = vm.pgt.leaf(gfn << PAGE_SHIFT)
     state = guest_page_state(entry)

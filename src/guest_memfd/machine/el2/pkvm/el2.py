@@ -9,17 +9,17 @@ from collections.abc import Callable, Sequence
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.el2.kvm.guest import IPA_BITS, first_tables, next_vmid
-from guest_memfd.machine.el2.kvm.pgtable import TableSource
 from guest_memfd.machine.el2.pkvm import hypercalls, transitions
 from guest_memfd.machine.el2.pkvm.annotation import PageOwner, Release
 from guest_memfd.machine.el2.pkvm.host_stage2 import HostStage2, Region
-from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT, HypPage, PkvmState, Vmemmap
+from guest_memfd.machine.el2.pkvm.states import ORDERS, HypPage, PkvmState, Vmemmap
 from guest_memfd.machine.el2.pkvm.vm import PkvmHypVm, PkvmVcpu
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import Fault, Inject
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT, Ram
 
 _FIRST_HANDLE = 0x1000
 
@@ -32,7 +32,7 @@ class El2:
     access to a page it has given away.
     """
 
-    def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb], regions: Sequence[Region] = (),
+    def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb], regions: Sequence[Region] = (),
                  reserved: Sequence[tuple[int, int]] = (), pa_bits: int = 48, release: Release = "7.3") -> None:
         self.ram, self.release = ram, release
         self.vmemmap = Vmemmap()

@@ -14,14 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from guest_memfd.machine.el2.kvm.idmap import HostIdmap
-from guest_memfd.machine.el2.kvm.pgtable import KvmLeaf, TableSource, leaf_attributes
+from guest_memfd.machine.el2.kvm.pgtable import leaf_attributes
 from guest_memfd.machine.el2.pkvm.annotation import LOCKED, Annotation, AnnotationType, PageOwner, Release
-from guest_memfd.machine.el2.pkvm.states import ORDERS, PAGE_SHIFT
+from guest_memfd.machine.el2.pkvm.states import ORDERS
 from guest_memfd.machine.hw.arm64.access import Transfer
+from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject, LoadStore
+from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT, Ram
 
 MEMORY = leaf_attributes("rwx")
 DEVICE = leaf_attributes("rw", device=True)
@@ -54,7 +56,7 @@ class HostStage2(HostIdmap):
     *release* picks the format of annotations and what becomes of an access to an annotated page.
     """
 
-    def __init__(self, ram: Ram, source: TableSource, tlbs: Sequence[Tlb], regions: Sequence[Region],
+    def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb], regions: Sequence[Region],
                  pa_bits: int, release: Release) -> None:
         super().__init__(ram, source, tlbs, pa_bits, LOCKED.encode(release))
         self.regions, self.release, self.pa_bits = sorted(regions), release, pa_bits
@@ -90,7 +92,7 @@ class HostStage2(HostIdmap):
         return None
 
     # host_inject_mem_abort(): the host sees its own ESR_EL2 with a mark that no other abort of EL1 has.
-    def _refuse(self, fault: Fault, el: int, transfer: Transfer | None, entry: KvmLeaf) -> Inject:
+    def _refuse(self, fault: Fault, el: int, transfer: Transfer | None, entry: Entry) -> Inject:
         if self.release == "6.12":
             raise MachineDead(f"kernel BUG at arch/arm64/kvm/hyp/nvhe/mem_protect.c: host_stage2_idmap({fault.ipa:#x}) "
                               f"returned -EPERM: {Annotation.decode(entry.value, self.release)!r}")

@@ -8,11 +8,11 @@ so that calls below MIN_PKVM are refused. Numbers from 51 on, after the last of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EINVAL, ENOENT
 from typing import TYPE_CHECKING
 
 from guest_memfd.machine.el2.pkvm import transitions
 from guest_memfd.machine.el2.pkvm.vm import PkvmHypVm, PkvmVcpu
-from guest_memfd.words.primitives import EINVAL, ENOENT
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2

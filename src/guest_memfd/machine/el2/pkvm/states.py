@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from guest_memfd.compat import override
 
-PAGE_SHIFT = 12
 ORDERS = (0, 9, 18)
 """Orders (log2 of 4 KiB pages) of what one leaf can map: page, 2 MiB, 1 GiB."""
 

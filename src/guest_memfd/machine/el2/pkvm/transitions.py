@@ -38,15 +38,17 @@ test_el2_does_what_the_abstract_el2_does). Laws: one-owner, no-stale-mapping, no
 
 from __future__ import annotations
 
+from errno import EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.el2.kvm.pgtable import KvmLeaf, leaf_attributes
+from guest_memfd.errors import EHWPOISON
+from guest_memfd.machine.el2.kvm.pgtable import leaf_attributes
 from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm.annotation import POISONED, PageOwner
-from guest_memfd.machine.el2.pkvm.states import PAGE_SHIFT, HypPage, PkvmState
+from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState
+from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.primitives import EAGAIN, EBUSY, EFAULT, EHWPOISON, EINVAL, ENOENT, ENOMEM, EPERM
+from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
@@ -116,12 +118,6 @@ def pin_shared_mem(el2: El2, pfn: int) -> int:
         page = el2.vmemmap.page(pfn)
         el2.vmemmap.set(pfn, 0, page._replace(refcount=page.refcount + 1))
     return ret
-
-
-def unpin_shared_mem(el2: El2, pfn: int) -> None:
-    """hyp_unpin_shared_mem() of one page that is pinned."""
-    page = el2.vmemmap.page(pfn)
-    el2.vmemmap.set(pfn, 0, page._replace(refcount=page.refcount - 1))
 
 
 def donate_hyp(el2: El2, pfn: int, nr: int) -> int:
@@ -270,7 +266,7 @@ def unshare_guest(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> int:
     return 0
 
 
-def _give_borrowed_back(el2: El2, vm: PkvmHypVm, gfn: int, entry: KvmLeaf) -> None:
+def _give_borrowed_back(el2: El2, vm: PkvmHypVm, gfn: int, entry: Entry) -> None:
     pfn = entry.oa >> PAGE_SHIFT
     # Unmapped and flushed before the host is told that it is the only user again.
     _guest_unmap(vm, gfn)

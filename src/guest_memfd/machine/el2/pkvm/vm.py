@@ -11,6 +11,7 @@ when the vCPU runs next, only if the host has let go by then (transitions.unshar
 from __future__ import annotations
 
 from collections.abc import Callable
+from errno import EBUSY, ENOENT
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -25,10 +26,9 @@ from guest_memfd.machine.el2.kvm.vcpu import (
     VheVcpu,
 )
 from guest_memfd.machine.el2.pkvm import checks, transitions
-from guest_memfd.machine.el2.pkvm.states import PAGE_SHIFT, PkvmState
+from guest_memfd.machine.el2.pkvm.states import PkvmState
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.primitives import EBUSY, ENOENT
+from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2

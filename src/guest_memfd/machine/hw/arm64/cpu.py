@@ -31,7 +31,7 @@ from guest_memfd.machine.hw.arm64.stop import (
     Undefined,
     Wfi,
 )
-from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.machine.hw.ram import PAGE, Ram
 
 __all__ = [
     "Breakpoint",
@@ -54,7 +54,6 @@ __all__ = [
 Translate = Callable[[int, Any, int], tuple[int, int, bool, bool, bool]]
 """(va, access, el) -> (pa, bytes for which that is linear, readable, writable, executable at el); raises Fault."""
 
-_PAGE = 4096
 _MASK = 0xffff_ffff_ffff_ffff
 _WFI, _MSR, _SYS = 0xd503_207f, 0xd510_0000, 0xd508_0000
 # QEMU's exception numbers (target/arm/cpu.h): what the interrupt hook is called with.
@@ -117,7 +116,7 @@ class Cpu:
         uc = self._uc = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
         # Armv8.0: no large-system atomics, no PAN. The model that has them ends this process on some undefined words.
         uc.ctl_set_cpu_model(reg.UC_CPU_ARM64_A72)
-        uc.ctl_set_page_size(_PAGE)
+        uc.ctl_set_page_size(PAGE)
         uc.ctl_set_tcg_buffer_size(_TRANSLATED)
         uc.ctl_set_tlb_mode(unicorn.UC_TLB_VIRTUAL)
         uc.ctl_exits_enabled(True)                          # and there are none: no address is special
@@ -238,7 +237,7 @@ class Cpu:
                 self._stop = Expired()
                 uc.emu_stop()
             pa, _size, *permissions = self.translate(va, access, el)
-            pa &= -_PAGE
+            pa &= -PAGE
             # Outside of RAM there may be a device, and Unicorn knows none: refuse, and find out afterwards what the
             # access was.
             if not (self.ram.base <= pa < self.ram.end and permissions[_PERMISSION[access]]):
@@ -267,7 +266,7 @@ class Cpu:
     def _current(self, pa: int) -> bool:
         if pa in self._seen:
             return True
-        now = self.ram.read(pa, _PAGE)
+        now = self.ram.read(pa, PAGE)
         self._seen.add(pa)
         before = self._code.setdefault(pa, now)
         if before == now:
@@ -299,7 +298,7 @@ class Cpu:
         finally:
             # What Unicorn keeps of these pages is what they hold now: the CPU's own stores it has seen.
             for pa in self._seen:
-                self._code[pa] = self.ram.read(pa, _PAGE)
+                self._code[pa] = self.ram.read(pa, PAGE)
 
     def _slices(self, instructions: int | None) -> Stop:
         slice_, now = _FIRST, time.monotonic()
@@ -377,7 +376,7 @@ class Cpu:
         word = self._executed(pc)
         va = address_of(word, pc, lambda n: 0 if n == 31 else self.x(n), lambda: self.sp)
         # An access that crosses into a page reports the first byte of that page, not where it began.
-        return va if va is not None and page <= va < page + _PAGE else page
+        return va if va is not None and page <= va < page + PAGE else page
 
     # Called by Unicorn for everything that is an exception; the state is that of the instruction, or after a call.
     def _exception(self, uc: Any, number: int, _: object) -> None:
@@ -400,7 +399,7 @@ class Cpu:
 
     # The instruction that this run executed at *pc*; the tables may say something else by now.
     def _executed(self, pc: int) -> int:
-        return int.from_bytes(self.ram.read(self._fetched[pc & -_PAGE] + pc % _PAGE, 4), "little")
+        return int.from_bytes(self.ram.read(self._fetched[pc & -PAGE] + pc % PAGE, 4), "little")
 
     # What HCR_EL2 makes trap. True: done, execution goes on after it.
     def _trapped(self, pc: int) -> bool:

@@ -66,6 +66,21 @@ class Entry(NamedTuple):
     address: int
     value: int
 
+    @property
+    def valid(self) -> bool:
+        """Whether bit 0 is set: the entry maps memory, or leads to a table."""
+        return bool(self.value & VALID)
+
+    @property
+    def order(self) -> int:
+        """log2 of the pages it decides, of a tree with a granule of 4 KiB."""
+        return (3 - self.level) * 9
+
+    @property
+    def oa(self) -> int:
+        """Output address of the first byte, of a leaf in a tree with a granule of 4 KiB."""
+        return output_address(self.value, self.level)
+
 
 def kind(value: int, level: int, granule: Granule = K4, pa_bits: int = 48) -> Kind:
     """What a descriptor is at *level*; reserved encodings are ``invalid`` (AArch64.DecodeDescriptorType)."""

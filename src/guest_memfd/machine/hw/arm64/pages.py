@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 from guest_memfd.errors import BadInput
-
-PAGE = 4096
+from guest_memfd.machine.hw.ram import PAGE
 
 
 class TableMemory(Protocol):

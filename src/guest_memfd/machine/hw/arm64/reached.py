@@ -7,8 +7,7 @@ from typing import NamedTuple, Protocol
 
 from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.tables import PageTable
-
-PAGE = 4096
+from guest_memfd.machine.hw.ram import PAGE
 
 
 class ReachedMemory(Protocol):

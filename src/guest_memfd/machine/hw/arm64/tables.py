@@ -45,10 +45,7 @@ from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.filling import Filling
 from guest_memfd.machine.hw.arm64.granule import K4, Granule
-from guest_memfd.machine.hw.arm64.pages import BlockSource as BlockSource
-from guest_memfd.machine.hw.arm64.pages import PageSource as PageSource
-from guest_memfd.machine.hw.arm64.pages import TableMemory as TableMemory
-from guest_memfd.machine.hw.arm64.pages import TablePages
+from guest_memfd.machine.hw.arm64.pages import PageSource, TableMemory, TablePages
 
 # What a descriptor says besides type, address and contiguity.
 _ATTRIBUTES = ~(d.TABLE | d.ADDRESS | d.CONTIGUOUS) & (1 << 64) - 1

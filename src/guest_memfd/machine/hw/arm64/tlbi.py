@@ -13,9 +13,7 @@ from collections.abc import Iterable
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64.tlb import Tlb
-
-PAGE = 4096
-
+from guest_memfd.machine.hw.ram import PAGE
 
 # -- by VA ------------------------------------------------------------------------------------------------------------
 

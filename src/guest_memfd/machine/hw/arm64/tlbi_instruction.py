@@ -11,8 +11,7 @@ from typing import NamedTuple
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.tlb import Tlb
-
-PAGE = 4096
+from guest_memfd.machine.hw.ram import PAGE
 
 
 class Operand(NamedTuple):

@@ -26,6 +26,7 @@ from guest_memfd.machine.el2.gunyah.rm.memparcel import Memparcels, Parcel, Plac
 from guest_memfd.machine.el2.gunyah.rm.message import Message, MessageType, Receiver, fragments
 from guest_memfd.machine.el2.gunyah.rm.payloads import Id, Resource, Sgl
 from guest_memfd.machine.el2.gunyah.vm import Exit, GunyahHypVm
+from guest_memfd.machine.hw.ram import PAGE
 
 DEVICES_END = 1 << 30
 """Below this, what is not lent is taken for devices. Not confirmed by any public source."""
@@ -209,7 +210,7 @@ class ResourceManager:
         vmid, range_id, base, size = p.decode_fields(p.ADDRESS_LAYOUT, body)
         record = self._record(caller, vmid, Id.VM_SET_ADDRESS_LAYOUT)
         assert record.image is not None
-        if range_id or base % 4096 or size < record.image.size:
+        if range_id or base % PAGE or size < record.image.size:
             raise RmRefused(RmError.ARGUMENT_INVALID, f"range {range_id} at {base:#x}+{size:#x}")
         record.base = base
         return b""
