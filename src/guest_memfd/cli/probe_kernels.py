@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from guest_memfd.cli.kernel import architecture, job_of
@@ -20,6 +21,7 @@ OLDEST = (6, 12)
 """The first release whose guest_memfd is asked for by ``all``."""
 
 _AGAINST = "/against.json"
+_SECRETMEM = "secretmem.enable=1"                       # not the default before 6.5
 EMULATED = 20
 """How many times as long a row may take under emulation, on a busy host."""
 
@@ -75,6 +77,7 @@ def _surveys(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[Su
 def _ask(name: str, arguments: argparse.Namespace, options: tuple[str, ...]) -> KernelAnswer:
     files = () if arguments.against is None else ((Path(arguments.against), _AGAINST),)
     job = job_of(arguments, ("gmem", "probe", *options), files=files)
+    job = replace(job, append=f"{_SECRETMEM} {job.append}")
     return run(find.find(name, arguments.arch, packages.tell, arguments.modules), job, packages.tell)
 
 
