@@ -447,6 +447,60 @@ def test_unlocking_and_unmapping_parts_of_blocks_without_memory(m: Machine, pa: 
     assert exhaust(m, lambda: m.unlock(LENT + GIB // 2, 2 * MIB)) == 0
 
 
+def window(m: Machine, vbase: int) -> int:
+    """An extent that is mapped as a whole at *vbase*, and has nothing yet: its capability."""
+    cap = m.el2.cspace.grant(Extent("window", parent=m.el2.root_extent), ExtentRight.MAP | ExtentRight.DONATE)
+    assert m.hvc(hc.ADDRSPACE_MAP, m.vm.caps.addrspace, cap, vbase, RWX, 0, 0, 0) == 0
+    return cap
+
+
+def tables_needed(m: Machine, call: Callable[[], int]) -> int:
+    """As `exhaust`, of pages that belong to neither host nor guest."""
+    for n in range(100):
+        before = m.snapshot()
+        m.pool.fail_at(n)
+        ret = call()
+        m.pool.fail_at(None)
+        assert all(not space.table.pages.violations for space in m.spaces)
+        check_places(m.vm.space)
+        if ret != E.NOMEM:
+            assert ret == 0
+            return n
+        assert m.snapshot() == before
+    raise AssertionError("it never succeeds")
+
+
+# In the guest each lies 1 TiB, and 2 MiB, above its own address: what is counted has to be counted there.
+@pytest.mark.parametrize("away", [1 << 40, (1 << 40) + 2 * MIB])
+def test_tables_are_counted_where_the_guest_has_the_pages(m: Machine, pa: int, away: int) -> None:
+    caps, cap = m.vm.caps, window(m, away)
+    assert m.donate(Donation.TO_SIBLING, caps.host_shared, cap, pa, 4 * MIB) == 0
+    assert m.guest_walk(away + pa + PAGE) == pa + PAGE
+    # A range that begins in one block of 2 MiB and ends in the next goes back: both are cut there, and the host needs two
+    # tables of pages in its hole.
+    middle = pa + PAGE, 2 * MIB
+    back = tables_needed(m, lambda: m.donate(Donation.TO_SIBLING, cap, caps.host_shared, *middle))
+    assert [m.guest_walk(away + pa + at) for at in (0, PAGE, 2 * MIB, 2 * MIB + PAGE)] == [
+        pa, None, None, pa + 2 * MIB + PAGE]
+    # And comes again, to where there are tables already.
+    again = tables_needed(m, lambda: m.donate(Donation.TO_SIBLING, caps.host_shared, cap, *middle))
+    assert m.guest_walk(away + pa + PAGE) == pa + PAGE
+    assert (back, again) == (4, 0)
+
+
+def test_pages_that_come_cut_the_blocks_that_are_in_their_place(m: Machine, pa: int) -> None:
+    caps, away = m.vm.caps, 1 << 40
+    assert m.donate(Donation.TO_SIBLING, caps.host_shared, caps.guest_shared, pa, 4 * MIB) == 0
+    assert m.map(away + pa + 4 * MIB, pa, 4 * MIB, RWX, PARTIAL) == 0        # two blocks, where the window will have others
+    cap = window(m, away)
+    there = pa + 4 * MIB + PAGE
+    # The host's block of 1 GiB is cut (1 and 2), and the guest's two of 2 MiB (2); what is to be mapped is counted as
+    # long as there are no tables yet (2).
+    assert tables_needed(m, lambda: m.donate(Donation.TO_SIBLING, caps.host_shared, cap, there, 2 * MIB)) == 7
+    assert [m.guest_walk(away + there + at) for at in (-PAGE, 0, 2 * MIB - PAGE, 2 * MIB)] == [
+        pa, there, there + 2 * MIB - PAGE, pa + 2 * MIB + PAGE]
+
+
 def test_a_vm_that_has_no_table_does_not_exist(m: Machine) -> None:
     m.pool.fail_at(0)
     before = m.snapshot()
