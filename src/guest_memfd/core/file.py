@@ -13,16 +13,17 @@ from guest_memfd.core.gmem import Conversion, Gmem, Held, filled
 from guest_memfd.core.ops import Reason
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP, Entries, Steps
+from guest_memfd.words.units import FIRST_PAGE, Gfn, Index
 
 
-def runs(pages: tuple[int, ...]) -> list[tuple[int, int]]:
+def runs(pages: tuple[int, ...]) -> list[tuple[Index, int]]:
     """The runs of consecutive page indexes in *pages*: (first, length) each, in order."""
-    found: list[tuple[int, int]] = []
+    found: list[tuple[Index, int]] = []
     for page in sorted(set(pages)):
         if found and sum(found[-1]) == page:
             found[-1] = found[-1][0], found[-1][1] + 1
         else:
-            found.append((page, 1))
+            found.append((Index(page), 1))
     return found
 
 
@@ -40,7 +41,7 @@ def create(gmem: Gmem, size: int, shared: tuple[int, ...] = ()) -> Steps[int]:
     # Asked once, here. Later the setters would say 0 and do nothing, and the file would look protected.
     if gmem.no_direct_map and not (yield from host.can_set_direct_map()):
         return -EOPNOTSUPP
-    yield from host.begin_op("create", 0, size)
+    yield from host.begin_op("create", FIRST_PAGE, size)
     # The module before the inode: an inode whose module has gone would call code that is no longer there.
     ret = (yield from gmem.alloc_inode()) if (yield from host.try_module_get()) else -ENODEV
     if ret:
@@ -69,14 +70,14 @@ def alloc_inode(gmem: Gmem) -> Steps[int]:
 def init_attributes(gmem: Gmem, size: int, shared: tuple[int, ...]) -> Steps[int]:
     """Cover every page: a hole in the tree would have to be read as something."""
     host = gmem.host
-    ret = yield from host.xa_store("attributes", 0, Entries(PRIVATE_PAGE, size))
+    ret = yield from host.xa_store("attributes", FIRST_PAGE, Entries(PRIVATE_PAGE, size))
     for start, nr in runs(shared):
         if not ret:
             ret = yield from host.xa_store("attributes", start, Entries(SHARED_PAGE, nr))
     return ret
 
 
-def bind(gmem: Gmem, gfn: int, start: int, nr: int) -> Steps[int]:
+def bind(gmem: Gmem, gfn: Gfn, start: Index, nr: int) -> Steps[int]:
     """Let *gfn* on be pages [start, start+nr); -EEXIST if bound already, -ENOMEM.
 
     -EBADF when the file has gone, -ENODEV when the VM has been stopped: no one would take that binding away again.
@@ -92,7 +93,7 @@ def bind(gmem: Gmem, gfn: int, start: int, nr: int) -> Steps[int]:
         yield from host.end_op(-EBADF)
         return -EBADF
     yield from host.down_write("invalidate")
-    bound = yield from host.xa_load("bindings", 0, gmem.size)
+    bound = yield from host.xa_load("bindings", FIRST_PAGE, gmem.size)
     if filled(bound[start:start + nr]):
         ret = -EEXIST
     # A stopped VM has had its teardown, or will not ask again for bindings that come later. No one would ever
@@ -108,7 +109,7 @@ def bind(gmem: Gmem, gfn: int, start: int, nr: int) -> Steps[int]:
     return ret
 
 
-def unbind(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+def unbind(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     """Take the binding of [start, start+nr) away; -EBUSY with the page index if the guest holds on to a page.
 
     Pages stay in the file, the host's again, with their contents where the hypervisor preserves them. -EINVAL
@@ -142,9 +143,9 @@ def vm_teardown(gmem: Gmem) -> Steps[int]:
     if not (yield from gmem.host.get_file()):
         yield from gmem.ops.release()
         return 0
-    yield from gmem.host.begin_op("teardown", 0, gmem.size)
+    yield from gmem.host.begin_op("teardown", FIRST_PAGE, gmem.size)
     yield from gmem.host.down_write("invalidate")
-    result, last = yield from gmem.unbind_locked(0, gmem.size, "teardown")
+    result, last = yield from gmem.unbind_locked(FIRST_PAGE, gmem.size, "teardown")
     yield from gmem.host.end_op(result.ret, result.error_index)
     yield from gmem.host.up_write("invalidate")
     if result.ret:
@@ -157,13 +158,13 @@ def vm_teardown(gmem: Gmem) -> Steps[int]:
     return result.ret
 
 
-def unbind_locked(gmem: Gmem, start: int, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
+def unbind_locked(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
     """Take the bindings of [start, start+nr) away, under the invalidate lock; and whether they were the file's last.
 
     A refusal leaves the bindings whole. 0 under ``teardown`` where nothing is bound, -ENOENT otherwise.
     """
     host = gmem.host
-    bound = yield from host.xa_load("bindings", 0, gmem.size)
+    bound = yield from host.xa_load("bindings", FIRST_PAGE, gmem.size)
     if not filled(bound[start:start + nr]):
         return Conversion(0 if reason == "teardown" else -ENOENT), False
     yield from host.mmu_invalidate_begin(start, nr)
@@ -187,7 +188,7 @@ def unbind_locked(gmem: Gmem, start: int, nr: int, reason: Reason) -> Steps[tupl
     return Conversion(0), filled(bound) == filled(bound[start:start + nr])
 
 
-def take_all_back(gmem: Gmem, folios: tuple[Held, ...], *, leaks: bool) -> Steps[tuple[int, int]]:
+def take_all_back(gmem: Gmem, folios: tuple[Held, ...], *, leaks: bool) -> Steps[tuple[int, Index]]:
     """Have the private ones of *folios* back from the hypervisor; (0, 0), or -errno and the page index that failed.
 
     *leaks*: of a dying VM. Nothing is asked beforehand: each page comes back, or is given up for good.
@@ -206,7 +207,7 @@ def take_all_back(gmem: Gmem, folios: tuple[Held, ...], *, leaks: bool) -> Steps
         yield from gmem.host.unlock_folio(held.folio)
         if ret:
             return ret, held.pgoff
-    return 0, 0
+    return 0, FIRST_PAGE
 
 
 def mmap(gmem: Gmem) -> Steps[int]:
@@ -233,7 +234,7 @@ def evict(gmem: Gmem) -> Steps[None]:
     """Give every page back, and let the inode and the module go: no reference is left, and nothing is bound."""
     yield from gmem.host.down_write("invalidate")
     # No one can reach the inode any more, so the lock is for lockdep only.
-    yield from gmem.remove_range(0, gmem.size, "punch")
+    yield from gmem.remove_range(FIRST_PAGE, gmem.size, "punch")
     yield from gmem.host.up_write("invalidate")
     yield from gmem.host.destroy_inode()
     # The very last step: the code that runs here may be unloaded from now on.

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, get_args
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.errors import shown
 from guest_memfd.words.primitives import MAX_ERRNO
+from guest_memfd.words.units import Gfn, Pfn
 
 Owner = Literal["host", "guest", "shared", "borrowed"]
 
@@ -31,46 +32,46 @@ DATA_ABORT = "translation fault with S1PTW"
 class Stage2(Protocol):
     """The hypervisor's records and page tables. Each call of a hypercall's code is one atomic step of the machine."""
 
-    def owner(self, pfn: int) -> str:
+    def owner(self, pfn: Pfn) -> str:
         """host; guest (donated); shared (the host's, both may use it); borrowed (the guest's, the host may use it).
 
         ``other guest``: a guest of another VM has it.
         """
 
-    def set_owner(self, pfn: int, owner: Owner) -> None:
+    def set_owner(self, pfn: Pfn, owner: Owner) -> None:
         """Record *owner* as the owner of the page; neither the host's nor a guest's mapping changes."""
 
-    def host_maps(self, pfn: int, allowed: bool) -> None:
+    def host_maps(self, pfn: Pfn, allowed: bool) -> None:
         """Let the host's stage 2 map the page, or not; taking it away flushes the host's TLBs of both stages."""
 
-    def guest_map(self, gfn: int, pfn: int) -> None:
+    def guest_map(self, gfn: Gfn, pfn: Pfn) -> None:
         """Map the page into the guest."""
 
-    def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
+    def guest_unmap(self, gfn: Gfn, pfn: Pfn, *, flush: bool = True) -> bool:
         """Unmap it; False if gfn did not map it. Without *flush* (NOSYNC) TLBs may keep the entry."""
 
-    def guest_maps(self, pfn: int) -> int | None:
+    def guest_maps(self, pfn: Pfn) -> Gfn | None:
         """The gfn that maps the page."""
 
-    def scrub(self, pfn: int) -> None:
+    def scrub(self, pfn: Pfn) -> None:
         """Write zeros over the page from EL2, which needs no mapping of the host's."""
 
-    def destroy(self, pfn: int, gfn: int, how: str) -> None:
+    def destroy(self, pfn: Pfn, gfn: Gfn, how: str) -> None:
         """Scrub a living guest's page without its consent and mark its entry POISONED."""
 
-    def poisoned(self, gfn: int) -> bool:
+    def poisoned(self, gfn: Gfn) -> bool:
         """Whether the guest's entry says POISONED: its page was destroyed."""
 
-    def locked_in(self, pfn: int) -> bool:
+    def locked_in(self, pfn: Pfn) -> bool:
         """Whether the guest holds on to the page."""
 
-    def set_locked_in(self, pfn: int, locked: bool) -> None:
+    def set_locked_in(self, pfn: Pfn, locked: bool) -> None:
         """Record that the guest holds on, or lets go."""
 
-    def declassify(self, pfn: int) -> None:
+    def declassify(self, pfn: Pfn) -> None:
         """The guest agrees that the host reads the page."""
 
-    def forget(self, pfn: int) -> None:
+    def forget(self, pfn: Pfn) -> None:
         """The guest no longer relies on the contents."""
 
     def vm_alive(self) -> bool:
@@ -83,11 +84,11 @@ class Stage2(Protocol):
 Hypercall = Callable[..., int]
 
 
-def _nothing(_stage2: Stage2, _pfn: int) -> None:
+def _nothing(_stage2: Stage2, _pfn: Pfn) -> None:
     return None
 
 
-def _never(_stage2: Stage2, _pfn: int) -> bool:
+def _never(_stage2: Stage2, _pfn: Pfn) -> bool:
     return False
 
 
@@ -112,9 +113,9 @@ class Hypervisor:
     abort: str | None
     tracks_owner: bool
     consents: str | None = None
-    guest_consents: Callable[[Stage2, int], None] = _nothing
-    guest_touches: Callable[[Stage2, int], None] = _nothing
-    force_reclaim: Callable[[Any, int], bool] = _never
+    guest_consents: Callable[[Stage2, Pfn], None] = _nothing
+    guest_touches: Callable[[Stage2, Pfn], None] = _nothing
+    force_reclaim: Callable[[Any, Pfn], bool] = _never
     pfn_cache: bool = False
     final: Mapping[str, int] = field(default_factory=dict)
     errnos: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

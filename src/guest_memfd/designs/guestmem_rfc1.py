@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from guest_memfd.compat import override
-from guest_memfd.core.gmem import Conversion, Grabbed, Held
+from guest_memfd.core.gmem import Conversion, Grabbed, Held, bound_gfn
 from guest_memfd.designs.design import Design
 from guest_memfd.words.primitives import EBUSY, EFAULT, EHWPOISON, EINVAL, EOPNOTSUPP, EPERM, Bound, Folio, Steps
+from guest_memfd.words.units import Gfn, Index, span
 
 
 class GuestmemRfc1(Design):
@@ -46,19 +47,19 @@ class GuestmemRfc1(Design):
         """Whether the client supplies ->accessible; the KVM of the series does not."""
         return self.ops.module != "kvm"
 
-    def lends(self, index: int) -> bool:
+    def lends(self, index: Index) -> bool:
         """Whether the page's binding lends (the client's flag)."""
         return not self.has_accessible or index not in self.born_shared
 
     @override
-    def present(self, start: int, nr: int) -> Steps[tuple[Held, ...]]:
+    def present(self, start: Index, nr: int) -> Steps[tuple[Held, ...]]:
         """What is private is what the binding lends."""
         folios = yield from super().present(start, nr)
         return tuple(held._replace(private=self.lends(held.pgoff)) for held in folios)
 
     # -- grab ----------------------------------------------------------------------------------------------------
 
-    def grab(self, index: int, uptodate: bool) -> Steps[Grabbed | int]:
+    def grab(self, index: Index, uptodate: bool) -> Steps[Grabbed | int]:
         """guest_memfd_grab_folio(): zero only if asked; without ->accessible leave the direct map every time (R19)."""
         host = self.host
         hit = yield from host.filemap_get_folio(index)
@@ -105,7 +106,7 @@ class GuestmemRfc1(Design):
         return 0
 
     @override
-    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
+    def guest_fault(self, gfn: Gfn, index: Index) -> Steps[int]:
         """The client's demand paging."""
         host = self.host
         yield from host.begin_op("fault", index, 1, gfn)
@@ -123,7 +124,7 @@ class GuestmemRfc1(Design):
         return ret
 
     # KVM of the series: grab(UPTODATE | PREPARE), then map.
-    def _get_pfn(self, gfn: int, index: int) -> Steps[tuple[int, bool]]:
+    def _get_pfn(self, gfn: Gfn, index: Index) -> Steps[tuple[int, bool]]:
         grabbed = yield from self.grab(index, True)
         if isinstance(grabbed, int):
             return grabbed, True
@@ -132,7 +133,7 @@ class GuestmemRfc1(Design):
         return ret, True
 
     # CLO: not zeroed; error paths leave the invalidate lock, and once the folio, as they are (S51).
-    def _demand_page(self, gfn: int, index: int) -> Steps[tuple[int, bool]]:
+    def _demand_page(self, gfn: Gfn, index: Index) -> Steps[tuple[int, bool]]:
         grabbed = yield from self.grab(index, False)
         if isinstance(grabbed, int):
             return grabbed, False
@@ -145,7 +146,7 @@ class GuestmemRfc1(Design):
         yield from self.unlock_and_put(grabbed.folio)
         return ret, not ret
 
-    def make_inaccessible(self, index: int, folio: Folio) -> Steps[int]:
+    def make_inaccessible(self, index: Index, folio: Folio) -> Steps[int]:
         """guest_memfd_make_inaccessible(): unmap from user space, look for DMA pins, leave the direct map."""
         yield from self.host.unmap_mapping_pages(index, folio.nr)
         # References without FOLL_PIN are not seen: vmsplice, /proc/pid/mem (R12).
@@ -162,7 +163,7 @@ class GuestmemRfc1(Design):
         return (yield from self.host.mmap()) if self.has_accessible else -EPERM
 
     @override
-    def user_fault(self, index: int) -> Steps[str]:
+    def user_fault(self, index: Index) -> Steps[str]:
         """guest_memfd_fault(): grab, zeroed, before ->accessible is asked (R22); an error pointer is not NULL (S41)."""
         host = self.host
         yield from host.down_read("invalidate")
@@ -184,28 +185,28 @@ class GuestmemRfc1(Design):
 
     def accessible(self, grabbed: Grabbed) -> Steps[int]:
         """CLO ->accessible: take the folio back if it is lent; the offset inside the folio serves as file offset (S51)."""
-        return (yield from self.take_back_at(0, grabbed.folio)) if grabbed.private else 0
+        return (yield from self.take_back_at(Index(0), grabbed.folio)) if grabbed.private else 0
 
-    def take_back_at(self, index: int, folio: Folio) -> Steps[int]:
+    def take_back_at(self, index: Index, folio: Folio) -> Steps[int]:
         """Unmap and reclaim *folio* from the binding that covers page *index*."""
         (bound,) = yield from self.host.xa_load("bindings", index, 1)
         if not bound:
             return 0
         private = self.lends(index)
-        ret = yield from self.ops.invalidate(bound - 1, folio, private, "punch")
+        ret = yield from self.ops.invalidate(bound_gfn(bound), folio, private, "punch")
         if not ret and private:
-            ret = yield from self.ops.reclaim(bound - 1, folio)
+            ret = yield from self.ops.reclaim(bound_gfn(bound), folio)
         return ret
 
     @override
-    def allocate(self, start: int, nr: int) -> Steps[int]:
+    def allocate(self, start: Index, nr: int) -> Steps[int]:
         """fallocate: tests for NULL, gets an error pointer (S41)."""
         host = self.host
         if not self.has(start, nr):
             return -EINVAL
         yield from host.begin_op("allocate", start, nr)
         yield from host.down_read("invalidate")
-        for index in range(start, start + nr):
+        for index in span(start, nr):
             grabbed = yield from self.grab(index, True)
             if isinstance(grabbed, int):
                 yield from host.bug("an error pointer from guest_memfd_grab_folio() is dereferenced in fallocate")
@@ -216,7 +217,7 @@ class GuestmemRfc1(Design):
         return 0
 
     @override
-    def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
+    def punch_hole(self, start: Index, nr: int) -> Steps[Conversion]:
         """Whatever invalidate_begin says, the answer is 0 (S40)."""
         nr = min(nr, self.size - start)
         yield from self.host.begin_op("punch", start, nr)
@@ -236,13 +237,13 @@ class GuestmemRfc1(Design):
             yield from self.map_direct(held.folio)
 
     @override
-    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_private(self, start: Index, nr: int) -> Steps[Conversion]:
         """There is no conversion by range."""
         yield from ()
         return Conversion(-EOPNOTSUPP)
 
     @override
-    def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_shared(self, start: Index, nr: int) -> Steps[Conversion]:
         """-EOPNOTSUPP, as `make_private`: the posted library has no conversion by range."""
         yield from ()
         return Conversion(-EOPNOTSUPP)

@@ -6,11 +6,12 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party, Procedure
 from guest_memfd.words.primitives import EAGAIN, EBADF, EFAULT, Host, Steps
+from guest_memfd.words.units import FIRST_PAGE, Index, span
 
 USER = Host("user")
 
 
-def user_touch(design: Design, index: int) -> Steps[str]:
+def user_touch(design: Design, index: Index) -> Steps[str]:
     """Write page *index* through the mapping; one fault at most."""
     seen = yield from USER.user_access(index, True)
     if seen == "fault":
@@ -20,7 +21,7 @@ def user_touch(design: Design, index: int) -> Steps[str]:
     return seen
 
 
-def fault_in(design: Design, index: int) -> Steps[str]:
+def fault_in(design: Design, index: Index) -> Steps[str]:
     """A fault of the VMM at page *index*; what is not ``ok`` is what the VMM is told, by SIGBUS or by faulting again."""
     answer = yield from design.user_fault(index)
     if answer != "ok":
@@ -32,7 +33,7 @@ def vmm(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Two things one after the other: change pages and touch them then, or touch them first and change them mapped."""
     what = yield from USER.choose("VMM", "map", "allocate", "punch", "to_private", "to_shared", "unbind", "close")
     if what == "map":
-        index = yield from USER.choose("page", *range(design.scene.pages))
+        index = yield from USER.choose("page", *span(FIRST_PAGE, design.scene.pages))
         yield from mapping(design, index, "munmap", "punch", "to_private")
     elif what == "close":
         yield from close(design)
@@ -43,7 +44,7 @@ def vmm(design: Design, hypervisor: Hypervisor) -> Steps[None]:
             yield from mapping(design, start, "munmap")
 
 
-def mapping(design: Design, index: int, *then: str) -> Steps[None]:
+def mapping(design: Design, index: Index, *then: str) -> Steps[None]:
     """mmap, touch page *index*, perhaps convert or punch it under the mapping and touch it again, munmap."""
     if (yield from design.mmap()):
         return
@@ -62,14 +63,14 @@ def close(design: Design) -> Steps[None]:
         yield from design.close()
 
 
-def change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
+def change(design: Design, what: str, start: Index, nr: int) -> Steps[int]:
     """One ioctl or fallocate: what it returned; -EBADF without a descriptor, which only an unbind does not need."""
     if what != "unbind" and not (yield from USER.fd_open()):
         return -EBADF
     return (yield from _change(design, what, start, nr))
 
 
-def _change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
+def _change(design: Design, what: str, start: Index, nr: int) -> Steps[int]:
     index, gfn = None, None
     if what == "allocate":
         ret = yield from design.allocate(start, nr)
@@ -90,10 +91,10 @@ def _change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
 
 def mover(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Move a memslot: KVM_SET_USER_MEMORY_REGION deletes it, and sets it anew at a gfn that has none."""
-    yield from change(design, "unbind", 0, 1)
+    yield from change(design, "unbind", FIRST_PAGE, 1)
     if (yield from USER.fd_open()):
-        ret = yield from design.bind(design.scene.beyond, 0, 1)
-        yield from USER.op_returned("bind", 0, 1, ret, gfn=design.scene.beyond)
+        ret = yield from design.bind(design.scene.beyond, FIRST_PAGE, 1)
+        yield from USER.op_returned("bind", FIRST_PAGE, 1, ret, gfn=design.scene.beyond)
 
 
 STEPS = 3
@@ -116,7 +117,7 @@ def life(*allowed: str) -> Procedure:
             elif what == "touch":
                 # Only what it has mapped itself: a fault holds its VMA, and another thread's munmap() would not wait here.
                 if mapped:
-                    index = yield from USER.choose("page", *range(design.scene.pages))
+                    index = yield from USER.choose("page", *span(FIRST_PAGE, design.scene.pages))
                     yield from user_touch(design, index)
             else:
                 start, nr = yield from USER.choose("range", *design.scene.ranges)
@@ -130,15 +131,15 @@ def life(*allowed: str) -> Procedure:
 def second_thread(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """One system call of another thread."""
     what = yield from USER.choose("thread", "allocate", "punch", "to_private", "to_shared", "unbind", "bind")
-    last = design.scene.pages - 1
+    last = FIRST_PAGE + design.scene.pages - 1
     # Of a binding a part can be taken away while another thread takes the rest.
-    start = (yield from USER.choose("first page", 0, last)) if what == "unbind" and last else 0
+    start = (yield from USER.choose("first page", FIRST_PAGE, last)) if what == "unbind" and last else FIRST_PAGE
     yield from _change(design, what, start, design.scene.pages - start)
 
 
 def repeater(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Convert, and again as long as the answer is to try again; private for as long as that takes."""
-    while (yield from _change(design, "to_private", 0, design.scene.pages)) == -EAGAIN:
+    while (yield from _change(design, "to_private", FIRST_PAGE, design.scene.pages)) == -EAGAIN:
         pass
 
 
@@ -146,9 +147,9 @@ def odd_requests(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """A request that is not about pages of the file, or is about none."""
     size = design.scene.pages
     what = yield from USER.choose("odd", "allocate", "punch", "to_private", "to_shared", "unbind", "bind")
-    ranges = [(size, 1), (0, size + 1), (size - 1, 2)]
+    ranges = [(FIRST_PAGE + size, 1), (FIRST_PAGE, size + 1), (FIRST_PAGE + size - 1, 2)]
     if what not in ("allocate", "punch"):              # vfs_fallocate() lets none of these through
-        ranges += [(-1, 1), (0, 0), (0, -1)]
+        ranges += [(FIRST_PAGE - 1, 1), (FIRST_PAGE, 0), (FIRST_PAGE, -1)]
     start, nr = yield from USER.choose("range", *ranges)
     yield from change(design, what, start, nr)
 

@@ -21,6 +21,7 @@ from guest_memfd.machine.hypcalls.gunyah import GunyahDriver
 from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import EAGAIN, EBUSY, EPERM, Folio, Primitive, Steps
+from guest_memfd.words.units import Gfn, Index, gfn_to_gpa, pfn_to_pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -39,13 +40,13 @@ class LentFile(GunyahMemoryFile):
         self.init_shared()
 
     # Whole folios around [start, start+nr).
-    def _around(self, start: int, nr: int) -> tuple[int, int]:
+    def _around(self, start: Index, nr: int) -> tuple[Index, int]:
         size = 1 << self.library.order
         first = start & -size
         return first, (-(-(start + nr) // size) * size) - first
 
     @override
-    def map_range(self, start: int, nr: int) -> Steps[int]:
+    def map_range(self, start: Index, nr: int) -> Steps[int]:
         """What was lent comes back first; -EBUSY while a guest holds on to it."""
         first, length = self._around(start, nr)
         length = min(length, self.host.inode.size - first)
@@ -78,7 +79,7 @@ class LentFile(GunyahMemoryFile):
         return driver.configure(vm, binding.gfn, binding.nr, "private" if binding.lend else "vmmio")
 
     @override
-    def unbind(self, binding: Binding, gfn: int, nr: int) -> int:
+    def unbind(self, binding: Binding, gfn: Gfn, nr: int) -> int:
         """Pages come back with what the guest left in them, and are the VMM's to see.
 
         The binding's reference may be the file's last, so the file is held meanwhile, as the ioctl's fget() does.
@@ -105,7 +106,7 @@ class LentFile(GunyahMemoryFile):
     # -- the guest -------------------------------------------------------------------------------------------------
 
     @override
-    def demand(self, binding: Binding, gfn: int) -> int:
+    def demand(self, binding: Binding, gfn: Gfn) -> int:
         """-EPERM what the VMM maps, -EBUSY what someone refers to, -EINVAL lent for reading only, -ENOMEM."""
         index = binding.index(gfn)
         if binding.lend and not binding.writable:
@@ -115,7 +116,7 @@ class LentFile(GunyahMemoryFile):
             ret = int(self.run(self.library.guest_fault(gfn, index)))
         return -EBUSY if ret == -EAGAIN else ret            # -EAGAIN would have the vCPU try without end
 
-    def _make_private(self, start: int, nr: int) -> int:
+    def _make_private(self, start: Index, nr: int) -> int:
         first, length = self._around(start, nr)
         attributes = self.host.inode.trees["attributes"].load(first, length)
         if attributes.count(PRIVATE_PAGE) == length:
@@ -128,7 +129,7 @@ class LentFile(GunyahMemoryFile):
     # -- parcels ---------------------------------------------------------------------------------------------------
 
     @override
-    def make_parcel(self, binding: Binding, gfn: int, nr: int) -> int | Parcelled:
+    def make_parcel(self, binding: Binding, gfn: Gfn, nr: int) -> int | Parcelled:
         """Folios exist, are private if they are to be lent, and stay where they are until the parcel is back."""
         start, nr = self._around(binding.index(gfn), nr)
         if start + nr > self.pages:
@@ -145,15 +146,15 @@ class LentFile(GunyahMemoryFile):
             hit = self.perform(Primitive("filemap_get_folio", (start + sum(folio.nr for folio in folios),), "library"))
             self.perform(Primitive("folio_put", (hit.folio,), "library"))
             folios.append(hit.folio)
-        self.parcelled |= {folio.pfn * PAGE for folio in folios}
-        return Parcelled(tuple(folios), binding.gfn + start - binding.start)
+        self.parcelled |= {pfn_to_pa(folio.pfn) for folio in folios}
+        return Parcelled(tuple(folios), binding.gfn + (start - binding.start))
 
     @override
     def parcel_is_paged(self, binding: Binding, parcel: Parcelled) -> int:
         """The Resource Manager makes them ordinary where guest addresses are configured for that."""
         driver = self.machine.driver
         assert isinstance(driver, GunyahDriver)
-        if binding.lend or parcel.gfn * PAGE < DEVICES_END:
+        if binding.lend or gfn_to_gpa(parcel.gfn) < DEVICES_END:
             return 0
         return self.announce(binding)
 

@@ -17,6 +17,7 @@ from guest_memfd.machine.el2.kvm.tlb import Maintenance
 from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Ipa, Pa, span
 
 LOCKED = 1 << 60
 """Software's note in an invalid entry: break-before-make is under way (KVM_INVALID_PTE_TYPE_LOCKED, 7.3)."""
@@ -30,10 +31,10 @@ _STRIDE = 9
 class TableSource(Protocol):
     """Where table pages come from: a pool of EL2, or a memcache; raises buddy.OutOfMemory."""
 
-    def alloc_table(self) -> int:
+    def alloc_table(self) -> Pa:
         """The physical address of one zeroed page; raises buddy.OutOfMemory."""
 
-    def free_table(self, pa: int) -> None:
+    def free_table(self, pa: Pa) -> None:
         """Take a page back."""
 
 
@@ -41,7 +42,7 @@ class KvmLeaf(NamedTuple):
     """The entry that decides an address: it maps, it is annotated, or it is empty."""
 
     level: int
-    address: int
+    address: Pa
     value: int
 
     @property
@@ -55,9 +56,9 @@ class KvmLeaf(NamedTuple):
         return (LAST_LEVEL - self.level) * _STRIDE
 
     @property
-    def oa(self) -> int:
+    def oa(self) -> Pa:
         """Output address of the first byte, of an entry that maps."""
-        return d.output_address(self.value, self.level)
+        return Pa(d.output_address(self.value, self.level))
 
 
 def leaf_attributes(prot: str, *, device: bool = False, state: int = 0) -> int:
@@ -82,10 +83,10 @@ class KvmStage2Table:
         self.ram, self.table, self.source, self.tlbs, self.locked = ram, table, source, tlbs, locked
         table.live_check = tlbs.holds
         # How many entries of a table other than the first are in use (KVM: the table page's refcount).
-        self._used: dict[int, int] = {}
+        self._used: dict[Pa, int] = {}
 
     @property
-    def root(self) -> int:
+    def root(self) -> Pa:
         """Physical address of the first table."""
         return self.table.root
 
@@ -94,20 +95,20 @@ class KvmStage2Table:
         """Table pages in use, without the first."""
         return len(self._used)
 
-    def _index(self, ia: int, level: int) -> int:
+    def _index(self, ia: Ipa, level: int) -> int:
         return ia >> 12 + (LAST_LEVEL - level) * _STRIDE & (1 << _STRIDE) - 1
 
     # The entries from the first level down to *level*, or to the first that is no table.
-    def _path(self, ia: int, level: int = LAST_LEVEL) -> list[KvmLeaf]:
+    def _path(self, ia: Ipa, level: int = LAST_LEVEL) -> list[KvmLeaf]:
         return [KvmLeaf(*entry) for entry in self.table.path(ia) if entry.level <= level]
 
-    def leaf(self, ia: int) -> KvmLeaf:
+    def leaf(self, ia: Ipa) -> KvmLeaf:
         """What decides *ia*; beyond the input size that is an empty entry which is nowhere."""
         if ia >> self.table.ia_bits:
-            return KvmLeaf(self.table.start_level, 0, 0)
+            return KvmLeaf(self.table.start_level, Pa(0), 0)
         return KvmLeaf(*self.table.lookup(ia))
 
-    def empty(self, ia: int, order: int) -> bool:
+    def empty(self, ia: Ipa, order: int) -> bool:
         """Whether nothing in the aligned range maps and nothing in it is annotated."""
         return self._empty(self._path(ia, level_of(order))[-1])
 
@@ -116,19 +117,19 @@ class KvmStage2Table:
             return not entry.value
         base = d.table_address(entry.value)
         return not self._used[base] or all(
-            self._empty(KvmLeaf(entry.level + 1, at, self.ram.read64(at))) for at in range(base, base + PAGE, 8))
+            self._empty(KvmLeaf(entry.level + 1, at, self.ram.read64(at))) for at in span(base, PAGE // 8, 8))
 
     # -- changes -----------------------------------------------------------------------------------------------
 
-    def map(self, ia: int, order: int, oa: int, attributes: int) -> None:
+    def map(self, ia: Ipa, order: int, oa: Pa, attributes: int) -> None:
         """Map the aligned range with one leaf, whatever was there; raises OutOfMemory with nothing changed."""
         self._install(ia, order, d.leaf(oa, attributes, level_of(order)))
 
-    def annotate(self, ia: int, order: int, note: int) -> None:
+    def annotate(self, ia: Ipa, order: int, note: int) -> None:
         """Unmap the aligned range and leave *note* in its one entry; raises OutOfMemory with nothing changed."""
         self._install(ia, order, note)
 
-    def _install(self, ia: int, order: int, value: int) -> None:
+    def _install(self, ia: Ipa, order: int, value: int) -> None:
         level = level_of(order)
         entry = self._path(ia, level)[-1]
         # To put a smaller entry into an annotated range would need the annotation for the rest of it, which a table
@@ -141,8 +142,8 @@ class KvmStage2Table:
             self._replace(ia, entry, new)
 
     # New tables from *above* down to *level* with *value* at the bottom; the descriptor of the uppermost.
-    def _chain(self, ia: int, above: int, level: int, value: int) -> int:
-        made: list[int] = []
+    def _chain(self, ia: Ipa, above: int, level: int, value: int) -> int:
+        made: list[Pa] = []
         try:
             while len(made) < level - above:
                 made.append(self.source.alloc_table())
@@ -159,7 +160,7 @@ class KvmStage2Table:
         return value
 
     # stage2_try_break_pte(), then stage2_make_pte().
-    def _replace(self, ia: int, entry: KvmLeaf, value: int) -> None:
+    def _replace(self, ia: Ipa, entry: KvmLeaf, value: int) -> None:
         if entry.valid:
             # Not zero: an empty entry means that anyone may map it, and another CPU's fault could do so between break
             # and make.
@@ -173,10 +174,10 @@ class KvmStage2Table:
             self._free(entry)
         self._count(entry, bool(value) - bool(entry.value))
 
-    def _write(self, ia: int, entry: KvmLeaf, value: int) -> None:
+    def _write(self, ia: Ipa, entry: KvmLeaf, value: int) -> None:
         self.table.write(entry.address, entry.level, value, ia)
 
-    def _flush(self, ia: int, entry: KvmLeaf) -> None:
+    def _flush(self, ia: Ipa, entry: KvmLeaf) -> None:
         size = PAGE << entry.order
         if d.kind(entry.value, entry.level) == "table":
             self.tlbs.flush_range(ia & -size, size)
@@ -190,14 +191,14 @@ class KvmStage2Table:
 
     def _free(self, entry: KvmLeaf) -> None:
         base = d.table_address(entry.value)
-        for at in range(base, base + PAGE, 8) if self._used[base] else ():
+        for at in span(base, PAGE // 8, 8) if self._used[base] else ():
             below = KvmLeaf(entry.level + 1, at, self.ram.read64(at))
             if d.kind(below.value, below.level) == "table":
                 self._free(below)
         del self._used[base]
         self.source.free_table(base)
 
-    def unmap(self, ia: int) -> KvmLeaf:
+    def unmap(self, ia: Ipa) -> KvmLeaf:
         """Clear what decides *ia*, mapping or note, and free tables that hold nothing any more; returns what was there."""
         path = self._path(ia)
         entry = path.pop()
@@ -208,7 +209,7 @@ class KvmStage2Table:
                 self._clear(ia, path.pop())
         return entry
 
-    def _clear(self, ia: int, entry: KvmLeaf) -> None:
+    def _clear(self, ia: Ipa, entry: KvmLeaf) -> None:
         self._write(ia, entry, 0)
         if entry.valid:
             self._flush(ia, entry)
@@ -221,7 +222,7 @@ class KvmStage2Table:
     def destroy(self) -> None:
         """Free every table but the first, which is emptied; the caller sees to the TLBs."""
         size = PAGE << (LAST_LEVEL - self.table.start_level) * _STRIDE
-        for ia in range(0, 1 << self.table.ia_bits, size):
+        for ia in span(Ipa(0), (1 << self.table.ia_bits) // size, size):
             entry = self._path(ia, self.table.start_level)[-1]
             if d.kind(entry.value, entry.level) == "table":
                 self._free(entry)
