@@ -33,7 +33,7 @@ from guest_memfd.words.primitives import (
     Lookup,
     Steps,
 )
-from guest_memfd.words.units import FIRST_PAGE, Gfn, Index, Pfn, span
+from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Gfn, Index, Pfn, span
 
 LENT = 1
 """Low bit of an entry of the provided tree: this page is lent, not shared."""
@@ -265,7 +265,13 @@ class GunyahV17(Design):
             return (yield from host.mmap())
         yield from host.begin_op("mmap", lent[0], len(lent))
         yield from host.down_read("invalidate")
-        ret = yield from self.reclaim_range(Gfn(lent[0]), len(lent))
+        ret = 0
+        for index in lent:
+            (bound,) = yield from host.xa_load("bindings", index, 1)
+            # Where the file's first page would be by this binding. Below 0 it wraps, and nothing is found there.
+            first = bound_gfn(bound) - (index - FIRST_PAGE)
+            if bound and not ret and first >= 0:
+                ret = yield from self.reclaim_range(first, self.size)           # S9: up to the end of the VMA
         yield from host.end_op(0)
         yield from host.up_read("invalidate")
         return ret or (yield from host.mmap())
@@ -371,7 +377,7 @@ class GunyahV17(Design):
                 yield from host.xa_store_reserved("bindings", index, Entries(0, 1))
                 yield from host.up_write("bindings")
                 yield from self.close()
-        if (yield from self.reclaim_range(Gfn(0), self.size - 1)):
+        if (yield from self.reclaim_range(FIRST_GFN, self.scene.guest_frames - 1)):
             yield from host.warn("guest memory is lost")
         yield from host.end_op(0)
         yield from self.ops.release()
