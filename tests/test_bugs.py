@@ -6,15 +6,18 @@ and the length of the shortest trace. docs/bugs.md has the same table in words.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from scripted import asked
 
-from guest_memfd.designs import DESIGNS
+from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.explore.engine.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
-from guest_memfd.scenarios import PARTIES
+from guest_memfd.scenarios import PARTIES, SCENES
+from guest_memfd.words.primitives import Primitive
 
 
 class Bug(NamedTuple):
@@ -78,3 +81,33 @@ def test_documented() -> None:
         parties = bug.parties.replace(" ", " + ")
         row = f"| {bug.number} | {bug.design} | {bug.hypervisor} | {parties} | {bug.law} | {bug.steps} |"
         assert row in page, f"docs/bugs.md lacks the row {row}"
+
+
+# -- what the posted drivers did right must not be wrong here ----------------------------------------------------------
+
+
+def posted(scene: str) -> tuple[Design, Callable[[Primitive], Any]]:
+    """The Gunyah driver in *scene*, whose pages are bound as that says; and a host whose guest has been given none."""
+    design = DESIGNS["gunyah-v17"](HYPERVISORS["gunyah"].ops(), SCENES[scene].pages)
+    design.scene = SCENES[scene]
+    bound = {slot.start + at: slot.gfn + at + 1 for slot in design.scene.slots for at in range(slot.nr)}
+
+    def answer(primitive: Primitive) -> Any:
+        if primitive.name != "tree_load":
+            return 0
+        tree, start, nr = primitive.args
+        return tuple(bound.get(at, 0) if tree == "bindings" else 0 for at in range(start, start + nr))
+
+    return design, answer
+
+
+def test_v17_takes_lent_memory_back_from_the_gfns_it_is_bound_to() -> None:
+    design, answer = posted("crossed")
+    _, told = asked(design.mmap(), answer)
+    assert [step for step in told if "provided" in step] == ["tree_load(provided, 2, 3)"]     # page 0 is at gfn 2; S5, S9
+
+
+def test_v17_looks_at_all_gfns_when_its_vm_ends() -> None:
+    design, answer = posted("crossed")
+    _, told = asked(design.vm_teardown(), answer)
+    assert [step for step in told if "provided" in step][-1] == f"tree_load(provided, 0, {design.scene.guest_frames})"

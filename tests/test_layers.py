@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "guest_memfd"
 
 LAYERS = (
-    ("errors", "printable", "compat", "distinct"),
+    ("errors", "printable", "compat", "distinct", "words.units"),
     ("words", "uapi", "machine.hw", "kernels"),
     ("core", "linux", "machine.hw.arm64"),
     ("plugins", "asm", "machine.linux", "machine.el2.gunyah", "machine.el2.kvm", "probe.ask"),

@@ -31,6 +31,7 @@ from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, ANY, DESTROYED, DYING, GONE, GUEST, PRIVATE_PAGE, SECRET, SHARED_PAGE
 from guest_memfd.words.primitives import Entries, Folio, Locked, Primitive, Steps
 from guest_memfd.words.scene import Scene
+from guest_memfd.words.units import Gfn, Index, Pfn
 
 SIZES = st.Sizes(frames=3, pages=2, gfns=3, files=2, vms=2, parties=4)
 
@@ -279,6 +280,8 @@ def test_any_fact_can_be_blamed_and_told(kind: type) -> None:
 EXAMPLES: dict[str, Any] = {
     "<class 'str'>": "words", "<class 'int'>": 1, "<class 'bool'>": True, "tuple[int, ...]": (0, 1),
     "tuple[str, ...]": ("a failure",), "int | None": 0, "str | None": "zero", str(facts.Cost): NOTHING,
+    **dict.fromkeys((str(Pfn), str(Gfn), str(Index)), 1), **dict.fromkeys((str(Gfn | None), str(Index | None)), 0),
+    str(tuple[Index, ...]): (0, 1),
     "guest_memfd.words.primitives.Bound | None": None, "guest_memfd.words.facts.HowEnded | None": facts.HowEnded("punch", 0),
 }
 """Type of a field of a fact -> something of that type."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from errno import EBUSY, ENOMEM, EPERM
 
-from guest_memfd import SEA, Folio, GuestMemfdOps, Hypervisor, Reason, Stage2, Steps
+from guest_memfd import SEA, Folio, Gfn, GuestMemfdOps, Hypervisor, Reason, Stage2, Steps
 
 # -- its own half: what each hypercall does, in one atomic step -------------------------------------------------------
 
 
-def lend(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def lend(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """host -> guest; the host's mapping goes, the guest's comes. -EPERM: not the host's."""
     if stage2.owner(folio.pfn) != "host":
         return -EPERM
@@ -22,7 +22,7 @@ def lend(stage2: Stage2, gfn: int, folio: Folio) -> int:
     return 0
 
 
-def share(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def share(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """host -> shared: both map it. -EPERM: not the host's."""
     if stage2.owner(folio.pfn) != "host":
         return -EPERM
@@ -31,7 +31,7 @@ def share(stage2: Stage2, gfn: int, folio: Folio) -> int:
     return 0
 
 
-def unshare(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def unshare(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """shared -> host; 0 as well when it was not shared."""
     if stage2.owner(folio.pfn) == "shared":
         stage2.guest_unmap(gfn, folio.pfn)
@@ -46,7 +46,7 @@ def ask(stage2: Stage2, folio: Folio, contents_matter: bool) -> int:
     return 0
 
 
-def take_back(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def take_back(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """guest -> host, zeroed; 0 as well when it was the host's. -EBUSY: the guest lives."""
     if stage2.owner(folio.pfn) == "host":
         return 0
@@ -69,17 +69,17 @@ class TinyOps(GuestMemfdOps):
     module = "tiny"
     scrubs = True                   # take_back leaves zeros
 
-    def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
+    def prepare_private(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Lend it; -EPERM means that the guest has it already."""
         ret = yield from self.host.hypercall("lend", gfn, folio)
         return 0 if ret == -EPERM else ret
 
-    def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+    def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Share it; -EPERM means that it is shared already."""
         ret = yield from self.host.hypercall("share", gfn, folio)
         return 0 if ret == -EPERM else ret
 
-    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+    def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """A shared page is the host's at once; a private one is asked for. Nothing refuses under teardown."""
         if not private:
             return (yield from self.host.hypercall("unshare", gfn, folio))
@@ -87,16 +87,16 @@ class TinyOps(GuestMemfdOps):
             return 0
         return (yield from self.host.hypercall("ask", folio, reason == "to_shared"))
 
-    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+    def make_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """`invalidate` has agreed, so the guest never had the page: it is the host's."""
         yield from ()
         return 0
 
-    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+    def make_private(self, gfn: Gfn, folio: Folio) -> Steps[None]:
         """The next guest fault lends it."""
         yield from ()
 
-    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
+    def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Take it back for good."""
         return (yield from self.host.hypercall("take_back", gfn, folio))
 

@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     from guest_memfd.words.scene import Kernel as Kernel
     from guest_memfd.words.scene import Scene as Scene
     from guest_memfd.words.scene import Slot as Slot
+    from guest_memfd.words.units import Gfn as Gfn
+    from guest_memfd.words.units import Index as Index
+    from guest_memfd.words.units import Ipa as Ipa
+    from guest_memfd.words.units import Pa as Pa
+    from guest_memfd.words.units import Pfn as Pfn
+    from guest_memfd.words.units import Va as Va
 
 _FROM = {
     "asm.arm64.asm": ("assemble",),
@@ -59,6 +65,7 @@ _FROM = {
     "scenarios": ("PARTIES", "SCENES", "Party",),
     "words.primitives": ("Folio", "Host", "Primitive", "Steps",),
     "words.scene": ("Kernel", "Scene", "Slot",),
+    "words.units": ("Gfn", "Index", "Ipa", "Pa", "Pfn", "Va"),
 }
 _MODULES = {"errors": "errors", "facts": "words.facts"}
 _PLACES = {name: module for module, names in _FROM.items() for name in names}

@@ -11,8 +11,8 @@ TRACEPOINTS = frozenset({"begin_op", "end_op", "warn"})
 TEXT = frozenset({"title", "name", "source", "notes", "consents", "fallible", "final", "errnos"})
 """Names and arguments that are words for people, or say what a test host may inject."""
 
-NUMBERS = frozenset({"gfn", "index", "start", "nr", "size", "pgoff", "head", "at"})
-"""Variables and attributes that hold a page index, a gfn or a length."""
+NUMBERS = frozenset({"gfn", "index", "start", "nr", "size", "pgoff", "head", "at", "FIRST_PAGE"})
+"""Variables, attributes and a constant that hold a page index, a gfn or a length."""
 
 PLACES = (frozenset({"gfn", "head"}), frozenset({"index", "start", "pgoff"}))
 """A gfn, and a page index: what may be taken for the other."""
@@ -87,16 +87,16 @@ CALM = {
 """What a variable holds when a step went well, or there was nothing to do."""
 
 SUCCESS = {
-    "int": "0", "Conversion": "Conversion(0)", "tuple[int, int]": "(0, 0)", "int | None": "None",
+    "int": "0", "Conversion": "Conversion(0)", "tuple[int, Index]": "(0, FIRST_PAGE)", "Index | None": "None",
     "tuple[Conversion, bool]": "(Conversion(0), False)",
 }
 """What a procedure returns when all went well, by the type it says it returns."""
 
 FAILURE = {
-    "int": "-EAGAIN", "Conversion": "Conversion(-EAGAIN)", "tuple[int, int]": "(-EAGAIN, 0)", "int | None": "0",
+    "int": "-EAGAIN", "Conversion": "Conversion(-EAGAIN)", "tuple[int, Index]": "(-EAGAIN, FIRST_PAGE)", "Index | None": "0",
     "tuple[Conversion, bool]": "(Conversion(-EAGAIN), False)", "Grabbed | int": "-EAGAIN",
 }
 """And when not."""
 
-PASSED_ON = {"int": "ret", "Conversion": "Conversion(ret)", "tuple[int, int]": "(ret, 0)"}
+PASSED_ON = {"int": "ret", "Conversion": "Conversion(ret)", "tuple[int, Index]": "(ret, FIRST_PAGE)"}
 """How it passes an error on that is in `ret`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from guest_memfd.abstract import state as st
@@ -9,6 +10,7 @@ from guest_memfd.words import facts
 from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import EVICTED, GUEST, MANY, SECRET
 from guest_memfd.words.primitives import OPS
+from guest_memfd.words.units import Gfn, Index
 
 if TYPE_CHECKING:
     from guest_memfd.core.hypervisor import Hypervisor
@@ -28,6 +30,7 @@ class AbstractBase:
     sea_fixup: bool
     tasks: frozenset[int]
     sizes: st.Sizes
+    indexes: Sequence[Index]            # of all pages of a file
     state: st.State
     file: st.FileRecord
     vm: st.VmRecord
@@ -57,7 +60,7 @@ class AbstractBase:
 
     # -- numbers: of pages and gfns, counted on from file to file and from VM to VM --------------------------------
 
-    def page(self, index: int) -> st.PageRecord:
+    def page(self, index: Index) -> st.PageRecord:
         """Page *index* of the file; outside of it the kernel stops."""
         # A design that asks for a page beyond the file has a bug that real memory would hide; here the kernel stops,
         # and the trace ends at the line that asked.
@@ -65,16 +68,16 @@ class AbstractBase:
             self.die(f"page {index} is used, of a file of {self.sizes.pages} pages")
         return self.state.page(self.file.number * self.sizes.pages + index)
 
-    def index(self, number: int) -> int:
+    def index(self, number: int) -> Index:
         """The page index, in its own file, of page record *number*."""
-        return number % self.sizes.pages
+        return Index(number % self.sizes.pages)
 
-    def ours(self, frame: st.Frame) -> int | None:
+    def ours(self, frame: st.Frame) -> Index | None:
         """The page index at which the current file holds *frame*."""
         number = frame.slot - 1 - self.file.number * self.sizes.pages
-        return number if frame.slot and 0 <= number < self.sizes.pages else None
+        return Index(number) if frame.slot and 0 <= number < self.sizes.pages else None
 
-    def gfn(self, gfn: int) -> st.GfnRecord:
+    def gfn(self, gfn: Gfn) -> st.GfnRecord:
         """Record of *gfn* of the VM; outside of what it has the kernel stops."""
         if not 0 <= gfn < self.sizes.gfns:
             self.die(f"gfn {gfn} is used, of a VM of {self.sizes.gfns} guest frames")
@@ -93,14 +96,14 @@ class AbstractBase:
         op = self.state.ghost(self.who).op
         return OPS[op - 1] if op else None
 
-    def out_of_scope(self, what: str, index: int) -> None:
+    def out_of_scope(self, what: str, index: Index) -> None:
         """Note it when the current party's operation is not about page *index*; an eviction is about all pages."""
         ghost = self.state.ghost(self.who)
         # Eviction is about the whole file, whatever operation dropped the last reference.
         if ghost.op and self.file.inode != EVICTED and not ghost.scope >> index & 1:
             self.notes.append(facts.OutOfScope(OPS[ghost.op - 1], what, index))
 
-    def done_to(self, what: str, index: int, *, always: bool = False) -> None:
+    def done_to(self, what: str, index: Index, *, always: bool = False) -> None:
         """The current party's operation does something to page *index* that users of it must hear of beforehand.
 
         *always*: that is so even if the operation has begun no invalidation at all: there is a VM to be told.
@@ -143,7 +146,7 @@ class AbstractBase:
         ghost = self.state.ghost(self.who)
         ghost.ended, ghost.ended_op = 1 + errno, OPS.index(op) + 1
 
-    def faulted_in(self, index: int) -> None:
+    def faulted_in(self, index: Index) -> None:
         """The party goes on at page *index* of its mapping: if it has faulted, it was told that it can."""
         ghost = self.state.ghost(self.who)
         if ghost.ended_op == OPS.index("user_fault") + 1 and not ghost.op:
@@ -156,6 +159,6 @@ class AbstractBase:
         ghost.op = ghost.gfn = ghost.scope = ghost.toggled = ghost.removed = ghost.reasons = ghost.places = 0
         ghost.writes = ghost.flushes = ghost.calls = ghost.stalls = ghost.ended = ghost.ended_op = ghost.ended_at = 0
 
-    def members(self, mask: int) -> tuple[int, ...]:
+    def members(self, mask: int) -> tuple[Index, ...]:
         """The page indexes of bit mask *mask*."""
-        return tuple(i for i in range(self.sizes.pages) if mask >> i & 1)
+        return tuple(i for i in self.indexes if mask >> i & 1)

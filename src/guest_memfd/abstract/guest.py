@@ -8,6 +8,7 @@ from guest_memfd.core.hypervisor import check_owner
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ANY, DATA, FOR_GOOD, GONE, GUEST, HELD, HOST, OWNERS, RUNNING, SECRET, ZERO
 from guest_memfd.words.primitives import OPS, Folio
+from guest_memfd.words.units import Gfn, Index, Pfn
 
 
 class AbstractGuestSide(AbstractMappings):
@@ -17,12 +18,12 @@ class AbstractGuestSide(AbstractMappings):
 
     # -- Stage2: what a hypervisor can do ------------------------------------------------------------------------
 
-    def owner(self, pfn: int) -> str:
+    def owner(self, pfn: Pfn) -> str:
         """The hypervisor's record, as far as it is about this VM: what is another guest's is none of its business."""
         frame = self.state.frame(pfn)
         return OWNERS[frame.owner] if frame.owner == HOST or frame.of == self.vm.number else "other guest"
 
-    def set_owner(self, pfn: int, owner: str) -> None:
+    def set_owner(self, pfn: Pfn, owner: str) -> None:
         """Change the record; GUEST makes the frame private to the guest."""
         check_owner(owner)
         frame = self.state.frame(pfn)
@@ -32,7 +33,7 @@ class AbstractGuestSide(AbstractMappings):
         if owner == "guest":
             self.note_private(frame, "donated")
 
-    def host_maps(self, pfn: int, allowed: bool) -> None:
+    def host_maps(self, pfn: Pfn, allowed: bool) -> None:
         """Host stage 2. Taking a page away ends in TLBI VMALLE1IS, which empties the host's stage-1 TLBs as well."""
         self.state.frame(pfn).s2 = int(allowed)
         if not allowed:
@@ -41,7 +42,7 @@ class AbstractGuestSide(AbstractMappings):
             for frame in self.state.frames():
                 frame.stale = 0
 
-    def guest_map(self, gfn: int, pfn: int) -> None:
+    def guest_map(self, gfn: Gfn, pfn: Pfn) -> None:
         """Guest stage 2: gfn -> pfn, in place of what it mapped. A TLB entry that says the same has outlived nothing."""
         entry, frame = self.gfn(gfn), self.state.frame(pfn)
         # A gfn maps one page: what it mapped before is replaced.
@@ -60,7 +61,7 @@ class AbstractGuestSide(AbstractMappings):
         if frame.handled:
             self.notes.append(facts.Given("the guest", pfn))
 
-    def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
+    def guest_unmap(self, gfn: Gfn, pfn: Pfn, *, flush: bool = True) -> bool:
         """Remove gfn -> pfn; False when it is not mapped so. Without *flush* TLBs keep it."""
         entry, frame = self.gfn(gfn).number + 1, self.state.frame(pfn)
         if flush:
@@ -75,42 +76,42 @@ class AbstractGuestSide(AbstractMappings):
             self.out_of_scope("takes the page from the guest", index)
         return True
 
-    def gfn_of(self, pfn: int) -> int | None:
+    def gfn_of(self, pfn: Pfn) -> Gfn | None:
         """The gfn of this VM that maps *pfn*, if any."""
         gfn = self.state.frame(pfn).gmap - 1 - self.vm.number * self.sizes.gfns
-        return gfn if 0 <= gfn < self.sizes.gfns else None
+        return Gfn(gfn) if 0 <= gfn < self.sizes.gfns else None
 
-    def scrub(self, pfn: int) -> None:
+    def scrub(self, pfn: Pfn) -> None:
         """Zero and clean the page, at EL2."""
         frame = self.state.frame(pfn)
         frame.content = ZERO
 
-    def destroy(self, pfn: int, gfn: int, how: str) -> None:
+    def destroy(self, pfn: Pfn, gfn: Gfn, how: str) -> None:
         """Take the page from a living guest that never agreed: its contents are lost, its next access says so."""
         self.scrub(pfn)
         self.notes.append(facts.Destroyed(pfn, how))
         self.gfn(gfn).gpoison = 1
 
-    def poisoned(self, gfn: int) -> bool:
+    def poisoned(self, gfn: Gfn) -> bool:
         """Whether the entry of *gfn* is POISONED: `destroy` took its page, and the guest's next access reports it."""
         return bool(self.gfn(gfn).gpoison)
 
-    def locked_in(self, pfn: int) -> bool:
+    def locked_in(self, pfn: Pfn) -> bool:
         """Whether the guest holds on to the page."""
         return bool(self.state.frame(pfn).locked_in)
 
-    def set_locked_in(self, pfn: int, locked: bool) -> None:
+    def set_locked_in(self, pfn: Pfn, locked: bool) -> None:
         """The guest holds on, or lets go."""
         self.state.frame(pfn).locked_in = int(locked)
 
-    def declassify(self, pfn: int) -> None:
+    def declassify(self, pfn: Pfn) -> None:
         """The guest agrees that the host may read what it wrote."""
         frame = self.state.frame(pfn)
         if frame.content == SECRET:
             frame.content = DATA
             self._expect(frame, DATA)
 
-    def forget(self, pfn: int) -> None:
+    def forget(self, pfn: Pfn) -> None:
         """The guest gives up the contents: no one relies on them from here on."""
         frame = self.state.frame(pfn)
         if frame.slot:
@@ -164,7 +165,7 @@ class AbstractGuestSide(AbstractMappings):
         cached = any(vm.gpc == frame.number + 1 for vm in self.state.vms())
         self.notes.append(facts.MadePrivate(how, frame.number, frame.pin + frame.get, cached))
 
-    def guest_access(self, gfn: int, write: bool) -> str:
+    def guest_access(self, gfn: Gfn, write: bool) -> str:
         """Through a TLB entry that should be gone if there is one, as a hit comes before a walk; else guest stage 2."""
         entry = self.gfn(gfn)
         if self.vm.vm != RUNNING:
@@ -189,14 +190,14 @@ class AbstractGuestSide(AbstractMappings):
         return "ok"
 
     # The guest's own: the page the file holds at the index that this gfn is bound to.
-    def _guest_may(self, frame: st.Frame, gfn: int) -> bool:
+    def _guest_may(self, frame: st.Frame, gfn: Gfn) -> bool:
         if self.ours(frame) is None or self.state.page(frame.slot - 1).binding != gfn + 1:
             return False
         if not self.hypervisor.tracks_owner:
             return True
         return frame.owner != HOST and frame.of == self.vm.number
 
-    def guest_consents(self, gfn: int) -> str:
+    def guest_consents(self, gfn: Gfn) -> str:
         """The hypervisor's own way of letting go."""
         if self.vm.vm != RUNNING:
             return "stopped"
@@ -207,7 +208,7 @@ class AbstractGuestSide(AbstractMappings):
         self.hypervisor.guest_consents(self, frame.number)
         return "ok"
 
-    def mmu_invalidate_begin(self, start: int, nr: int) -> None:
+    def mmu_invalidate_begin(self, start: Index, nr: int) -> None:
         """Kernel mappings of the range end; a reader of the cache's lock is waited for."""
         if not self._is_bound("mmu_invalidate_begin"):
             return
@@ -224,7 +225,7 @@ class AbstractGuestSide(AbstractMappings):
         vm.progress += 1
         ghost = self.state.ghost(self.who)
         ghost.begun += 1
-        for index in range(max(start, 0), min(start + nr, self.sizes.pages)):
+        for index in self.indexes[max(start, 0):max(start + nr, 0)]:
             ghost.announced |= 1 << index
             self.out_of_scope("announces an invalidation", index)
 
@@ -251,11 +252,11 @@ class AbstractGuestSide(AbstractMappings):
 
     def bound(self) -> bool:
         """Whether any page of the file is bound."""
-        return any(self.page(index).binding for index in range(self.sizes.pages))
+        return any(self.page(index).binding for index in self.indexes)
 
     # -- gfn_to_pfn_cache ----------------------------------------------------------------------------------------
 
-    def gpc_begin(self, index: int) -> bool:
+    def gpc_begin(self, index: Index) -> bool:
         """Sample the sequence, if there is a memslot to come back to."""
         if not self.page(index).binding:
             return False

@@ -20,6 +20,7 @@ from guest_memfd.words import facts
 from guest_memfd.words.outcome import Blocked, Outcome
 from guest_memfd.words.pagestate import DESTROYED, EVICTED, FAILURE, FOR_GOOD, JUNK, MANY
 from guest_memfd.words.primitives import Bound, Primitive
+from guest_memfd.words.units import FIRST_PAGE, span
 
 if TYPE_CHECKING:
     from guest_memfd.core.hypervisor import Hypervisor
@@ -70,6 +71,7 @@ class AbstractHost(AbstractLocks, AbstractWorld):
         self.sea_fixup, self.tasks = sea_fixup, tasks
         self.bounds, self.errnos = bounds or {}, errnos or {}
         self.sizes = st.Sizes(scene.frames, scene.pages, scene.guest_frames, scene.files, scene.vms, parties)
+        self.indexes = span(FIRST_PAGE, scene.pages)
         restore = {"set_direct_map_default_noflush": -ENOMEM} if scene.kernel.merges_leaves else {}
         self.fallible = FALLIBLE | restore if scene.kernel.changes_direct_map else {
             name: errno for name, errno in FALLIBLE.items() if not name.startswith("set_direct_map")}

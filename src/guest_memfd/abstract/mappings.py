@@ -16,6 +16,7 @@ from guest_memfd.errors import shown
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTS, DATA, EVICTED, FREE, GUEST, JUNK, KEPT, OWNERS, ZERO
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import FIRST_PAGE, Index, Pfn
 
 
 class AbstractMappings(AbstractBase):
@@ -76,11 +77,11 @@ class AbstractMappings(AbstractBase):
         self.note_access(frame, who, what, "direct map", write)
         return "ok"
 
-    def load_unaligned_zeropad(self, pfn: int) -> str:
+    def load_unaligned_zeropad(self, pfn: Pfn) -> str:
         """A word load that runs into *pfn*: it has an exception-table entry."""
         return self.kernel_access(self.state.frame(pfn), "kernel", "load_unaligned_zeropad", write=False, fixup=True)
 
-    def copy_from_kernel_nofault(self, pfn: int) -> str:
+    def copy_from_kernel_nofault(self, pfn: Pfn) -> str:
         """/proc/kcore: it has an exception-table entry; poisoned pages are skipped."""
         frame = self.state.frame(pfn)
         if frame.poison:
@@ -105,7 +106,7 @@ class AbstractMappings(AbstractBase):
         self.note_access(frame, "library", "clear_folio_local", "local mapping", True)
         frame.content = ZERO
 
-    def image_copy(self, pfn: int) -> str:
+    def image_copy(self, pfn: Pfn) -> str:
         """safe_copy_page() (kernel/power/snapshot.c): map a hole for the moment, copy plainly, make it again and flush."""
         frame = self.state.frame(pfn)
         if not frame.allocated or frame.poison:
@@ -193,7 +194,7 @@ class AbstractMappings(AbstractBase):
         """The VMA's inode reference goes with it; entries are shared by all VMAs and go with the last."""
         self.file.vma -= 1
         if not self.file.vma:
-            self.unmap_mapping_pages(0, self.sizes.pages)
+            self.unmap_mapping_pages(FIRST_PAGE, self.sizes.pages)
         return self.drop_inode()
 
     def drop_inode(self) -> bool:
@@ -207,11 +208,11 @@ class AbstractMappings(AbstractBase):
         return True
 
     # The VMM's page table: what it maps at page *index* of the file, if anything.
-    def _pte(self, index: int) -> st.Frame | None:
+    def _pte(self, index: Index) -> st.Frame | None:
         number = self.page(index).number
         return next((f for f in self.state.frames() if f.user == number + 1), None)
 
-    def user_access(self, index: int, write: bool) -> str:
+    def user_access(self, index: Index, write: bool) -> str:
         """Through the VMM's page table; at EL0 an abort of stage 2 is a signal (arch/arm64/mm/fault.c)."""
         if not self.file.vma:
             return "SIGSEGV"
@@ -226,7 +227,7 @@ class AbstractMappings(AbstractBase):
             self._written(frame)
         return "ok"
 
-    def vmf_insert_folio(self, index: int, folio: Folio) -> bool:
+    def vmf_insert_folio(self, index: Index, folio: Folio) -> bool:
         """Under the page-table lock: only while the VMA is there; an entry that is there stays."""
         if not self.file.vma:
             return False
@@ -237,23 +238,23 @@ class AbstractMappings(AbstractBase):
             frame.user = self.page(index).number + 1
         return True
 
-    def vma_covers(self, start: int, nr: int) -> bool:
+    def vma_covers(self, start: Index, nr: int) -> bool:
         """A VMA covers every page."""
         return bool(self.file.vma) and start < self.sizes.pages and nr > 0
 
-    def unmap_mapping_pages(self, start: int, nr: int) -> None:
+    def unmap_mapping_pages(self, start: Index, nr: int) -> None:
         """Entries and user TLBs together."""
         if nr <= 0:
             self.die("unmap_mapping_pages of no pages, which means all up to the end of the file")
         first = self.file.number * self.sizes.pages
         for frame in self.state.frames():
             if frame.user and start < frame.user - first <= min(start + nr, self.sizes.pages):
-                self.out_of_scope("takes the page from the VMM", frame.user - first - 1)
+                self.out_of_scope("takes the page from the VMM", self.index(frame.user - 1))
                 frame.user = 0
 
     # -- GUP -----------------------------------------------------------------------------------------------------
 
-    def gup_read_pte(self, index: int) -> Folio | None:
+    def gup_read_pte(self, index: Index) -> Folio | None:
         """GUP-fast, first half: the folio that the VMM's page table maps at page *index*, or None; no reference is taken."""
         self.faulted_in(index)
         frame = self._pte(index)
@@ -267,7 +268,7 @@ class AbstractMappings(AbstractBase):
         frame.spec += 1
         return True
 
-    def gup_recheck(self, index: int, folio: Folio, foll_pin: bool) -> bool:
+    def gup_recheck(self, index: Index, folio: Folio, foll_pin: bool) -> bool:
         """Keep or drop the speculative reference."""
         frame = self.state.frame(folio.pfn)
         frame.spec -= 1

@@ -9,12 +9,13 @@ from guest_memfd.abstract.mappings import AbstractMappings
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTION, EVICTED, FAILURE, FREE, JUNK, REFERENCE, ZERO
 from guest_memfd.words.primitives import Folio, Lookup
+from guest_memfd.words.units import Index, span
 
 
 class AbstractPageCache(AbstractMappings):
     """The page-cache primitives, filemap_get_folio to folio_set_no_direct_map, and the references on a frame."""
 
-    def filemap_get_folio(self, index: int) -> Lookup | None:
+    def filemap_get_folio(self, index: Index) -> Lookup | None:
         """A hit comes with a transient reference."""
         page = self.page(index)
         if not page.cached:
@@ -23,12 +24,12 @@ class AbstractPageCache(AbstractMappings):
         frame.lookup += 1
         return Lookup(Folio(frame.number), index)
 
-    def filemap_find_folio(self, index: int, nr: int) -> int:
+    def filemap_find_folio(self, index: Index, nr: int) -> Index:
         """The first slot that is taken."""
         end = min(index + nr, self.sizes.pages)
-        return next((i for i in range(index, end) if self.page(i).cached), index + nr)
+        return next((i for i in span(index, end - index) if self.page(i).cached), index + nr)
 
-    def filemap_add_folio(self, index: int, order: int) -> Lookup | int:
+    def filemap_add_folio(self, index: Index, order: int) -> Lookup | int:
         """Allocates the lowest free frame; this host has no free block above order 0."""
         page = self.page(index)
         # Any free frame would do. Always the lowest keeps the number of states small.

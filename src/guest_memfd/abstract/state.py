@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from guest_memfd.compat import override
 from guest_memfd.words.pagestate import PRIVATE_PAGE
+from guest_memfd.words.units import FIRST_FRAME, Gfn, Index, Pfn, Unit, span
+
+if TYPE_CHECKING:
+    from typing import Generic
+
+    # A field that holds one more than a unit, and 0 for none.
+    class _OneMore(Generic[Unit]):
+        def __get__(self, record: object, owner: object, /) -> Unit: ...
+        def __set__(self, record: object, value: int, /) -> None: ...
 
 FRAME_FIELDS = {
     "allocated": "FREE, ALLOCATED, KEPT",
@@ -134,12 +143,13 @@ PANIC_AT: Final = _HEADER + list(GLOBALS).index("panic")
 class StateLayout:
     """Where the records are in a state of given *sizes*."""
 
-    __slots__ = ("at", "counts", "names", "size", "sizes")
+    __slots__ = ("at", "counts", "names", "pfns", "size", "sizes")
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         self.counts = {"pfn": sizes.frames, "page": sizes.pages * sizes.files, "gfn": sizes.gfns * sizes.vms,
                        "file": sizes.files, "vm": sizes.vms, "party": sizes.parties}
+        self.pfns = span(FIRST_FRAME, sizes.frames)
         self.at: dict[str, int] = {}
         self.names = [*(f"number of {what}" for what in Sizes._fields), *GLOBALS]
         for kind, fields in RECORDS.items():
@@ -190,6 +200,9 @@ class _Record:
 class Frame(_Record):
     """One page frame; `number` is its pfn. Fields: FRAME_FIELDS."""
 
+    if TYPE_CHECKING:
+        number: Pfn
+
     def refs(self) -> int:
         """The number that folio_ref_count() returns: all kinds of references on this frame, added up."""
         return int(self.cache + self.lru + self.lookup + self.provided + self.pin + self.get + self.spec + self.kept)
@@ -197,6 +210,10 @@ class Frame(_Record):
 
 class PageRecord(_Record):
     """One page of a file; `number` is its page index, counted on from file to file. Fields: PAGE_FIELDS."""
+
+    if TYPE_CHECKING:
+        cached: _OneMore[Pfn]
+        binding: _OneMore[Gfn]
 
 
 class GfnRecord(_Record):
@@ -210,9 +227,16 @@ class FileRecord(_Record):
 class VmRecord(_Record):
     """A VM. Fields: VM_FIELDS."""
 
+    if TYPE_CHECKING:
+        gpc: _OneMore[Pfn]
+
 
 class PartyGhost(_Record):
     """What the laws remember of the operation a party is in. Fields: PARTY_FIELDS."""
+
+    if TYPE_CHECKING:
+        gfn: _OneMore[Gfn]
+        ended_at: _OneMore[Index]
 
 
 for _cls, _fields in ((Frame, FRAME_FIELDS), (PageRecord, PAGE_FIELDS), (GfnRecord, GFN_FIELDS), (FileRecord, FILE_FIELDS),
@@ -254,7 +278,7 @@ class State:
             raise IndexError(f"there is no {kind} {number} on this host, which has {self.layout.counts[kind]}")
         return self.layout.at[kind] + number * size
 
-    def frame(self, pfn: int) -> Frame:
+    def frame(self, pfn: Pfn) -> Frame:
         """Frame *pfn*; IndexError where there is none."""
         return Frame(self.raw, self._at("pfn", pfn, _FRAME_SIZE), pfn)
 
@@ -280,7 +304,7 @@ class State:
 
     def frames(self) -> Iterator[Frame]:
         """The records of all frames, by frame number from 0 on."""
-        return map(self.frame, range(self.layout.counts["pfn"]))
+        return map(self.frame, self.layout.pfns)
 
     def pages(self) -> Iterator[PageRecord]:
         """All pages of all files."""

@@ -28,6 +28,7 @@ from guest_memfd.words.pagestate import (
     ZERO,
 )
 from guest_memfd.words.primitives import OPS, UNREPORTED, Bound, Cost, Entries, Folio, MfResult
+from guest_memfd.words.units import Gfn, Index, span
 
 TREES = {"attributes": "attr", "bindings": "binding"}
 """Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""
@@ -41,7 +42,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
 
     # -- tracepoints ---------------------------------------------------------------------------------------------
 
-    def begin_op(self, op: str, start: int, nr: int, gfn: int | None) -> None:
+    def begin_op(self, op: str, start: Index, nr: int, gfn: Gfn | None) -> None:
         """Remember what the operation is about."""
         ghost = self.state.ghost(self.who)
         self.clear(ghost)
@@ -49,7 +50,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         ghost.gfn = 0 if gfn is None else gfn + 1
         ghost.scope = self._mask(start, nr)
 
-    def end_op(self, ret: int, error_index: int | None) -> None:
+    def end_op(self, ret: int, error_index: Index | None) -> None:
         """Report how it ended, in the state it is about to unlock."""
         ghost = self.state.ghost(self.who)
         if not ghost.op:
@@ -99,18 +100,18 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         self.file.released = 1
 
     def op_returned(
-        self, op: str, start: int, nr: int, ret: int, error_index: int | None, gfn: int | None = None,
+        self, op: str, start: Index, nr: int, ret: int, error_index: Index | None, gfn: Gfn | None = None,
     ) -> None:
         """What the caller is told, beside what the operation had said."""
         ghost = self.state.ghost(self.who)
-        shared = tuple(i for i in range(start, start + nr) if self.page(i).attr == SHARED_PAGE) if op == "lend" else ()
+        shared = tuple(i for i in span(start, nr) if self.page(i).attr == SHARED_PAGE) if op == "lend" else ()
         self.notes.append(facts.Returned(op, start, nr, ret, error_index, self.sizes.pages, self.how_ended(ghost),
                                          bool(ghost.begun), gfn, shared))
         if ghost.op or ghost.ended:
             self.clear(ghost)
 
     # Of the pages of [start, start+nr) that there are.
-    def _mask(self, start: int, nr: int) -> int:
+    def _mask(self, start: Index, nr: int) -> int:
         return sum(1 << i for i in range(max(start, 0), min(start + nr, self.sizes.pages)))
 
     # -- trees ---------------------------------------------------------------------------------------------------
@@ -118,21 +119,22 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
     def tree_load(self, tree: str, start: int, nr: int) -> tuple[int, ...]:
         """Entries past the end of the file, or of the VM's gfns, are holes."""
         if tree == "provided":
-            return tuple(self.gfn(i).provided if 0 <= i < self.sizes.gfns else 0 for i in range(start, start + nr))
-        field = TREES[tree]
-        return tuple(getattr(self.page(i), field) if 0 <= i < self.sizes.pages else 0 for i in range(start, start + nr))
+            gfns = span(Gfn(start), nr)
+            return tuple(self.gfn(gfn).provided if 0 <= gfn < self.sizes.gfns else 0 for gfn in gfns)
+        field, indexes = TREES[tree], span(Index(start), nr)
+        return tuple(getattr(self.page(i), field) if 0 <= i < self.sizes.pages else 0 for i in indexes)
 
     def tree_store(self, tree: str, start: int, values: Entries) -> int:
         """Stores past the end go nowhere on this host of few pages."""
         for i, value in enumerate(values, start):
             if tree == "provided":
                 if 0 <= i < self.sizes.gfns:
-                    self.gfn(i).provided = value
+                    self.gfn(Gfn(i)).provided = value
             elif 0 <= i < self.sizes.pages:
-                self._store(TREES[tree], i, value)
+                self._store(TREES[tree], Index(i), value)
         return 0
 
-    def _store(self, field: str, index: int, value: int) -> None:
+    def _store(self, field: str, index: Index, value: int) -> None:
         page = self.page(index)
         if field == "attr" and page.attr != value:
             ghost = self.state.ghost(self.who)
@@ -146,7 +148,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
             self._bind(page, index, value)
         setattr(page, field, value)
 
-    def _bind(self, page: st.PageRecord, index: int, value: int) -> None:
+    def _bind(self, page: st.PageRecord, index: Index, value: int) -> None:
         op = self.under_way()
         if page.binding != value:
             if op in ("bind", "unbind"):
@@ -170,12 +172,12 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         """A store that changes the attribute tree needs its reservation."""
         if tree == "attributes":
             # Such a store must not fail, because nothing can be undone any more: so the nodes have to be there.
-            if self._mask(start, len(values)) & ~self.file.reserved:
+            if self._mask(Index(start), len(values)) & ~self.file.reserved:
                 self.die("store into the attribute tree without preallocated nodes")
             self.file.reserved = 0
         self.tree_store(tree, start, values)
 
-    def tree_reserve(self, tree: str, start: int, nr: int) -> int:
+    def tree_reserve(self, tree: str, start: Index, nr: int) -> int:
         """The nodes are there until they are used or given back."""
         if tree == "attributes":
             self.file.reserved = self._mask(start, nr)
@@ -248,14 +250,14 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         if self.file.inode != EVICTED:
             self.die("destroy_inode of an inode that is in use")
         # BUG_ON(inode->i_data.nrpages) of clear_inode() (fs/inode.c).
-        if any(self.page(i).cached for i in range(self.sizes.pages)):
+        if any(self.page(i).cached for i in self.indexes):
             self.die("destroy_inode of an inode whose page cache is not empty")
         if self.file.reserved:
             self.die("destroy_inode of an inode with preallocated nodes")
         if self.file.invalidate_w or self.file.invalidate_r:        # lockdep: "held lock freed!"
             self.die("destroy_inode of an inode whose invalidate_lock is held")
         self.file.inode, self.file.evictor = DESTROYED, 0
-        for index in range(self.sizes.pages):
+        for index in self.indexes:
             page = self.page(index)
             page.attr = page.binding = 0
             page.expect = ZERO
@@ -316,7 +318,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
                 frame.locked_in = 0
             if first < frame.gstale <= first + self.sizes.gfns:
                 frame.gstale = 0
-        for gfn in range(self.sizes.gfns):
+        for gfn in span(Gfn(0), self.sizes.gfns):
             self.gfn(gfn).gpoison = 0
         self.vm.gpc = self.vm.gpc_fresh = 0
         self.module_put()
@@ -367,7 +369,7 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         """Let the tasks run that `freeze_processes` has stopped."""
         self.state.frozen = 0
 
-    def hwpoison(self, index: int) -> Folio | None:
+    def hwpoison(self, index: Index) -> Folio | None:
         """Hardware reports the frame at *index*; memory_failure() holds a reference while it works."""
         page = self.page(index)
         if not page.cached:

@@ -19,6 +19,7 @@ from guest_memfd.report import json
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.linux import LinuxOrder, LinuxReport
 from guest_memfd.vmm.linux import run as run_guest
+from guest_memfd.words.units import Ipa
 
 _THEIRS = ("--design", "--folio", "--ram", "--reader", "--zeropad", "--fail")
 _MODES = {False: "64-bit mode at CPL 3", True: "real mode"}
@@ -60,7 +61,7 @@ def order_of(arguments: argparse.Namespace) -> LinuxOrder:
     real_mode = target is REAL_MODE
     fill(arguments, memory="512K" if real_mode else "16M", shared="64K")
     memory, shared = size("--memory", arguments.memory), size("--shared", arguments.shared, least=0)
-    layout = Layout(memory, shared, base=0) if real_mode else Layout(memory, shared)
+    layout = Layout(memory, shared, base=Ipa(0)) if real_mode else Layout(memory, shared)
     return LinuxOrder(load(found, target), real_mode, layout, arguments.timeout)
 
 

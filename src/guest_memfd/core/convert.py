@@ -46,12 +46,13 @@ from errno import EAGAIN, EINVAL
 from guest_memfd.core.gmem import Conversion, Gmem, Held
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import Entries, Folio, Steps
+from guest_memfd.words.units import Index
 
 CACHE_AND_LOOKUP = 2
 """References a folio of order 0 has when no one but the page cache and we know it; in general nr pages + 1."""
 
 
-def make_private(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+def make_private(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     """Take [start, start+nr) from the host.
 
     -EAGAIN with the page index while someone holds an unexpected reference, or hibernation is being prepared;
@@ -67,7 +68,7 @@ def make_private(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
     return result
 
 
-def make_private_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+def make_private_locked(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     """`make_private`, under the invalidate lock held exclusively; returns as it."""
     host = gmem.host
     # Where there is nothing to do nothing is touched: a call that is repeated must not cost the guest its mappings.
@@ -90,7 +91,7 @@ def make_private_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
     return result
 
 
-def check_and_commit_private(gmem: Gmem, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
+def check_and_commit_private(gmem: Gmem, start: Index, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
     """The steps 2 to 6 of the theory, for the *folios* of the range that are present; returns as `make_private`."""
     host = gmem.host
     # The check that user space can do something about comes first: it drops its pins and tries again, and the
@@ -121,7 +122,7 @@ def check_and_commit_private(gmem: Gmem, start: int, nr: int, folios: tuple[Held
     return Conversion(0)
 
 
-def unexpected_refs(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[int | None]:
+def unexpected_refs(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[Index | None]:
     """Page index of the first folio that someone else still refers to; lru_add batches are drained once."""
     drained = False
     for held in folios:
@@ -163,7 +164,7 @@ def _zap_all(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[int]:
     return ret
 
 
-def make_shared(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+def make_shared(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     """Give [start, start+nr) to the host with its contents.
 
     -EBUSY with the page index while the guest holds on to a page; -ENOMEM, -EAGAIN; -EINVAL as `make_private`.
@@ -180,7 +181,7 @@ def make_shared(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
     return result
 
 
-def make_shared_locked(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+def make_shared_locked(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     """`make_shared`, under the invalidate lock held exclusively; returns as it."""
     host = gmem.host
     attributes = yield from host.tree_load("attributes", start, nr)

@@ -11,9 +11,10 @@ from errno import EAGAIN, EFAULT, EINVAL
 from guest_memfd.core.gmem import Gmem, Grabbed
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import Steps, VmFault
+from guest_memfd.words.units import Gfn, Index
 
 
-def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
+def guest_fault(gmem: Gmem, gfn: Gfn, index: Index) -> Steps[int]:
     """Give the guest page *index* at *gfn*, with the folio it lies in; 0, -EFAULT (not bound so), or a refusal."""
     host = gmem.host
     yield from host.begin_op("fault", index, 1, gfn)
@@ -33,7 +34,7 @@ def guest_fault(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
     return ret
 
 
-def fault_bound(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
+def fault_bound(gmem: Gmem, gfn: Gfn, index: Index) -> Steps[int]:
     """Give the guest page *index*, which is bound to *gfn*, under the invalidate lock; 0 or -errno."""
     (attribute,) = yield from gmem.host.tree_load("attributes", index, 1)
     grabbed = yield from gmem.grab_folio(index)
@@ -49,7 +50,7 @@ def fault_bound(gmem: Gmem, gfn: int, index: int) -> Steps[int]:
     return ret
 
 
-def give_private(gmem: Gmem, gfn: int, grabbed: Grabbed) -> Steps[int]:
+def give_private(gmem: Gmem, gfn: Gfn, grabbed: Grabbed) -> Steps[int]:
     """The host lets go first - direct map, then TLBs - and only then the guest gets the page."""
     # A fault that failed after its zap leaves the mark. The page is out of the direct map already, and a second
     # zap would count it twice.
@@ -60,7 +61,7 @@ def give_private(gmem: Gmem, gfn: int, grabbed: Grabbed) -> Steps[int]:
     return (yield from gmem.ops.prepare_private(gfn, grabbed.folio))
 
 
-def user_fault(gmem: Gmem, index: int) -> Steps[VmFault]:
+def user_fault(gmem: Gmem, index: Index) -> Steps[VmFault]:
     """Map page *index* into the VMM; ``ok``, ``retry`` (VM_FAULT_RETRY), or ``SIGBUS`` (private, poisoned, no memory).
 
     To try again is the answer where the VMA went, and where others were faster too often (-EAGAIN of `grab_folio`).
@@ -76,7 +77,7 @@ def user_fault(gmem: Gmem, index: int) -> Steps[VmFault]:
     return answer
 
 
-def fault_shared(gmem: Gmem, index: int) -> Steps[VmFault]:
+def fault_shared(gmem: Gmem, index: Index) -> Steps[VmFault]:
     """Map page *index* into the VMM under the invalidate lock; ``ok``, ``retry`` or ``SIGBUS``, as `user_fault`.
 
     Ask first: a private page is never grabbed, let alone zeroed, for the host.
@@ -103,7 +104,7 @@ def make_accessible(gmem: Gmem, grabbed: Grabbed) -> Steps[int]:
     return (yield from gmem.restore(grabbed.folio)) if grabbed.no_direct_map else 0
 
 
-def allocate(gmem: Gmem, start: int, nr: int) -> Steps[int]:
+def allocate(gmem: Gmem, start: Index, nr: int) -> Steps[int]:
     """fallocate(KEEP_SIZE): have the pages of [start, start+nr); on -ENOMEM those already allocated stay."""
     host = gmem.host
     if not gmem.has(start, nr):

@@ -14,16 +14,17 @@ from guest_memfd.core.gmem import Conversion, Gmem, Held, filled
 from guest_memfd.core.ops import Reason
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import Entries, Steps
+from guest_memfd.words.units import FIRST_PAGE, Gfn, Index
 
 
-def runs(pages: tuple[int, ...]) -> list[tuple[int, int]]:
+def runs(pages: tuple[int, ...]) -> list[tuple[Index, int]]:
     """The runs of consecutive page indexes in *pages*: (first, length) each, in order."""
-    found: list[tuple[int, int]] = []
+    found: list[tuple[Index, int]] = []
     for page in sorted(set(pages)):
         if found and sum(found[-1]) == page:
             found[-1] = found[-1][0], found[-1][1] + 1
         else:
-            found.append((page, 1))
+            found.append((Index(page), 1))
     return found
 
 
@@ -41,7 +42,7 @@ def create(gmem: Gmem, size: int, shared: tuple[int, ...] = ()) -> Steps[int]:
     # Asked once, here. Later the setters would say 0 and do nothing, and the file would look protected.
     if gmem.no_direct_map and not (yield from host.can_set_direct_map()):
         return -EOPNOTSUPP
-    yield from host.begin_op("create", 0, size)
+    yield from host.begin_op("create", FIRST_PAGE, size)
     # The module before the inode: an inode whose module has gone would call code that is no longer there.
     ret = (yield from gmem.alloc_inode()) if (yield from host.try_module_get()) else -ENODEV
     if ret:
@@ -70,14 +71,14 @@ def alloc_inode(gmem: Gmem) -> Steps[int]:
 def init_attributes(gmem: Gmem, size: int, shared: tuple[int, ...]) -> Steps[int]:
     """Cover every page: a hole in the tree would have to be read as something."""
     host = gmem.host
-    ret = yield from host.tree_store("attributes", 0, Entries(PRIVATE_PAGE, size))
+    ret = yield from host.tree_store("attributes", FIRST_PAGE, Entries(PRIVATE_PAGE, size))
     for start, nr in runs(shared):
         if not ret:
             ret = yield from host.tree_store("attributes", start, Entries(SHARED_PAGE, nr))
     return ret
 
 
-def bind(gmem: Gmem, gfn: int, start: int, nr: int) -> Steps[int]:
+def bind(gmem: Gmem, gfn: Gfn, start: Index, nr: int) -> Steps[int]:
     """Let *gfn* on be pages [start, start+nr); -EEXIST if bound already, -ENOMEM.
 
     -EBADF when the file has gone, -ENODEV when the VM has been stopped: no one would take that binding away again.
@@ -93,7 +94,7 @@ def bind(gmem: Gmem, gfn: int, start: int, nr: int) -> Steps[int]:
         yield from host.end_op(-EBADF)
         return -EBADF
     yield from host.down_write("invalidate")
-    bound = yield from host.tree_load("bindings", 0, gmem.size)
+    bound = yield from host.tree_load("bindings", FIRST_PAGE, gmem.size)
     if filled(bound[start:start + nr]):
         ret = -EEXIST
     # A stopped VM has had its teardown, or will not ask again for bindings that come later. No one would ever
@@ -109,7 +110,7 @@ def bind(gmem: Gmem, gfn: int, start: int, nr: int) -> Steps[int]:
     return ret
 
 
-def unbind(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+def unbind(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     """Take the binding of [start, start+nr) away; -EBUSY with the page index if the guest holds on to a page.
 
     Pages stay in the file, the host's again, with their contents where the hypervisor preserves them. -EINVAL
@@ -143,7 +144,7 @@ def vm_teardown(gmem: Gmem) -> Steps[int]:
     if not (yield from gmem.host.get_file()):
         yield from gmem.ops.release()
         return 0
-    ret, last = yield from gmem.teardown_bindings(0, gmem.size)
+    ret, last = yield from gmem.teardown_bindings(FIRST_PAGE, gmem.size)
     if not ret:
         yield from gmem.ops.release()
     if last:
@@ -152,7 +153,7 @@ def vm_teardown(gmem: Gmem) -> Steps[int]:
     return ret
 
 
-def teardown_bindings(gmem: Gmem, start: int, nr: int) -> Steps[tuple[int, bool]]:
+def teardown_bindings(gmem: Gmem, start: Index, nr: int) -> Steps[tuple[int, bool]]:
     """What a dying VM has bound of [start, start+nr) comes back, of a file that the caller holds: as `vm_teardown`.
 
     Also whether these were the file's last bindings, whose reference is the caller's to drop.
@@ -167,13 +168,13 @@ def teardown_bindings(gmem: Gmem, start: int, nr: int) -> Steps[tuple[int, bool]
     return result.ret, last
 
 
-def unbind_locked(gmem: Gmem, start: int, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
+def unbind_locked(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
     """Take the bindings of [start, start+nr) away, under the invalidate lock; and whether they were the file's last.
 
     A refusal leaves the bindings whole. 0 under ``teardown`` where nothing is bound, -ENOENT otherwise.
     """
     host = gmem.host
-    bound = yield from host.tree_load("bindings", 0, gmem.size)
+    bound = yield from host.tree_load("bindings", FIRST_PAGE, gmem.size)
     if not filled(bound[start:start + nr]):
         return Conversion(0 if reason == "teardown" else -ENOENT), False
     yield from host.mmu_invalidate_begin(start, nr)
@@ -197,7 +198,7 @@ def unbind_locked(gmem: Gmem, start: int, nr: int, reason: Reason) -> Steps[tupl
     return Conversion(0), filled(bound) == filled(bound[start:start + nr])
 
 
-def take_all_back(gmem: Gmem, folios: tuple[Held, ...], *, leaks: bool) -> Steps[tuple[int, int]]:
+def take_all_back(gmem: Gmem, folios: tuple[Held, ...], *, leaks: bool) -> Steps[tuple[int, Index]]:
     """Have the private ones of *folios* back from the hypervisor; (0, 0), or -errno and the page index that failed.
 
     *leaks*: of a dying VM. Nothing is asked beforehand: each page comes back, or is given up for good.
@@ -216,7 +217,7 @@ def take_all_back(gmem: Gmem, folios: tuple[Held, ...], *, leaks: bool) -> Steps
         yield from gmem.host.unlock_folio(held.folio)
         if ret:
             return ret, held.pgoff
-    return 0, 0
+    return 0, FIRST_PAGE
 
 
 def mmap(gmem: Gmem) -> Steps[int]:
@@ -243,7 +244,7 @@ def evict(gmem: Gmem) -> Steps[None]:
     """Give every page back, and let the inode and the module go: no reference is left, and nothing is bound."""
     yield from gmem.host.down_write("invalidate")
     # No one can reach the inode any more, so the lock is for lockdep only.
-    yield from gmem.remove_range(0, gmem.size, "punch")
+    yield from gmem.remove_range(FIRST_PAGE, gmem.size, "punch")
     yield from gmem.host.up_write("invalidate")
     yield from gmem.host.destroy_inode()
     # The very last step: the code that runs here may be unloaded from now on.

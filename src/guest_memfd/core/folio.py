@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from errno import EAGAIN, EEXIST, EIO
 
-from guest_memfd.core.gmem import Gmem, Grabbed, Held
+from guest_memfd.core.gmem import Gmem, Grabbed, Held, bound_gfn
 from guest_memfd.core.ops import Reason
 from guest_memfd.errors import EHWPOISON
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import Folio, Steps
+from guest_memfd.words.units import FIRST_PAGE, Index
 
 LOOKUPS = 3
 """Attempts to look a folio up while others add and remove it, before -EAGAIN."""
@@ -17,7 +18,7 @@ MISSES = 15
 """Page indexes without a folio, one after the other, before the page cache is asked for the next that has one."""
 
 
-def grab_folio(gmem: Gmem, index: int) -> Steps[Grabbed | int]:
+def grab_folio(gmem: Gmem, index: Index) -> Steps[Grabbed | int]:
     """Find or allocate the folio at *index*, locked and zeroed; -ENOMEM, -EHWPOISON, -EAGAIN.
 
     PG_uptodate means "zeroed in this life" and nothing else; whether the guest has it is the hypervisor's record.
@@ -67,7 +68,7 @@ def unlock_and_put(gmem: Gmem, folio: Folio) -> Steps[None]:
     yield from gmem.host.folio_put(folio)
 
 
-def present(gmem: Gmem, start: int, nr: int) -> Steps[tuple[Held, ...]]:
+def present(gmem: Gmem, start: Index, nr: int) -> Steps[tuple[Held, ...]]:
     """All folios of [start, start+nr) that exist, referenced; gfn is None where nothing is bound."""
     # Both trees are read once for the range. The lock is held exclusively, so they cannot change while the folios
     # are looked up.
@@ -86,7 +87,7 @@ def present(gmem: Gmem, start: int, nr: int) -> Steps[tuple[Held, ...]]:
         else:
             misses = 0
             at = index - start
-            gfn = bound[at] - 1 - (index - hit.pgoff) if bound[at] else None
+            gfn = bound_gfn(bound[at]) - (index - hit.pgoff) if bound[at] else None
             found.append(Held(hit.folio, hit.pgoff, gfn, attributes[at] == PRIVATE_PAGE))
             index = hit.pgoff + hit.folio.nr
     return tuple(found)
@@ -98,7 +99,7 @@ def put_all(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[None]:
         yield from gmem.host.folio_put(held.folio)
 
 
-def invalidate_guest(gmem: Gmem, folios: tuple[Held, ...], reason: Reason) -> Steps[tuple[int, int]]:
+def invalidate_guest(gmem: Gmem, folios: tuple[Held, ...], reason: Reason) -> Steps[tuple[int, Index]]:
     """Ask the hypervisor for every bound folio; (0, 0), or the first refusal and its page index.
 
     Folios before the refused one may have left the guest's page tables: the guest faults them in again.
@@ -108,7 +109,7 @@ def invalidate_guest(gmem: Gmem, folios: tuple[Held, ...], reason: Reason) -> St
             ret = yield from gmem.ops.invalidate(held.gfn, held.folio, held.private, reason)
             if ret:
                 return ret, held.pgoff
-    return 0, 0
+    return 0, FIRST_PAGE
 
 
 def remove_folio(gmem: Gmem, held: Held) -> Steps[int]:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.words.primitives import Folio, Host, Steps, VmFault
+from guest_memfd.words.units import Gfn, Index
 
 PowerPolicy = Literal["count", "notifier", "none"]
 """How hibernation is kept from pages that are away from the host (power.py)."""
@@ -21,14 +22,14 @@ class Conversion(NamedTuple):
     """0, or -errno and the page index that refused (None when no page did)."""
 
     ret: int
-    error_index: int | None = None
+    error_index: Index | None = None
 
 
 class Grabbed(NamedTuple):
     """A locked, referenced, zeroed folio, its mark, and the page index of its head."""
 
     folio: Folio
-    pgoff: int
+    pgoff: Index
     no_direct_map: bool
 
 
@@ -39,9 +40,14 @@ class Held(NamedTuple):
     """
 
     folio: Folio
-    pgoff: int
-    gfn: int | None
+    pgoff: Index
+    gfn: Gfn | None
     private: bool
+
+
+def bound_gfn(entry: int) -> Gfn:
+    """The gfn that *entry* of the bindings, which is no hole, binds a page to."""
+    return Gfn(entry - 1)
 
 
 def filled(entries: Sequence[int]) -> int:
@@ -63,7 +69,7 @@ class Gmem(Protocol):
     def power(self) -> PowerPolicy:
         """How hibernation is kept away from its pages."""
 
-    def has(self, start: int, nr: int) -> bool:
+    def has(self, start: Index, nr: int) -> bool:
         """Whether [start, start+nr) is a range of the file."""
 
     def whole(self, *numbers: int) -> bool:
@@ -90,7 +96,7 @@ class Gmem(Protocol):
 
     # folio.py
 
-    def grab_folio(self, index: int) -> Steps[Grabbed | int]:
+    def grab_folio(self, index: Index) -> Steps[Grabbed | int]:
         """Find or allocate a folio, locked and zeroed."""
 
     def zero(self, folio: Folio) -> Steps[None]:
@@ -99,13 +105,13 @@ class Gmem(Protocol):
     def unlock_and_put(self, folio: Folio) -> Steps[None]:
         """Let go of what was grabbed."""
 
-    def present(self, start: int, nr: int) -> Steps[tuple[Held, ...]]:
+    def present(self, start: Index, nr: int) -> Steps[tuple[Held, ...]]:
         """All folios of a range, referenced."""
 
     def put_all(self, folios: tuple[Held, ...]) -> Steps[None]:
         """Drop the references that `present` has taken."""
 
-    def invalidate_guest(self, folios: tuple[Held, ...], reason: Reason) -> Steps[tuple[int, int]]:
+    def invalidate_guest(self, folios: tuple[Held, ...], reason: Reason) -> Steps[tuple[int, Index]]:
         """Ask the hypervisor for the folios, before anything is changed."""
 
     def remove_folio(self, held: Held) -> Steps[int]:
@@ -122,13 +128,13 @@ class Gmem(Protocol):
 
     # fault.py
 
-    def fault_bound(self, gfn: int, index: int) -> Steps[int]:
+    def fault_bound(self, gfn: Gfn, index: Index) -> Steps[int]:
         """A guest's fault, under the lock, of a page that is bound there."""
 
-    def give_private(self, gfn: int, grabbed: Grabbed) -> Steps[int]:
+    def give_private(self, gfn: Gfn, grabbed: Grabbed) -> Steps[int]:
         """A private page leaves the host and is given to the guest."""
 
-    def fault_shared(self, index: int) -> Steps[VmFault]:
+    def fault_shared(self, index: Index) -> Steps[VmFault]:
         """A VMM's fault, under the lock."""
 
     def make_accessible(self, grabbed: Grabbed) -> Steps[int]:
@@ -136,16 +142,16 @@ class Gmem(Protocol):
 
     # convert.py
 
-    def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_private_locked(self, start: Index, nr: int) -> Steps[Conversion]:
         """Shared to private, under the lock."""
 
-    def check_and_commit_private(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
+    def check_and_commit_private(self, start: Index, nr: int, folios: tuple[Held, ...]) -> Steps[Conversion]:
         """All that can fail, and then the store."""
 
-    def unexpected_refs(self, folios: tuple[Held, ...]) -> Steps[int | None]:
+    def unexpected_refs(self, folios: tuple[Held, ...]) -> Steps[Index | None]:
         """Who else refers to a folio?"""
 
-    def make_shared_locked(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_shared_locked(self, start: Index, nr: int) -> Steps[Conversion]:
         """Private to shared, under the lock."""
 
     def give_to_host(self, folios: tuple[Held, ...]) -> Steps[Conversion]:
@@ -153,10 +159,10 @@ class Gmem(Protocol):
 
     # invalidate.py
 
-    def remove_range(self, start: int, nr: int, reason: Reason) -> Steps[Conversion]:
+    def remove_range(self, start: Index, nr: int, reason: Reason) -> Steps[Conversion]:
         """What a punch and the end of the file have in common."""
 
-    def split(self, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[tuple[int, int]]:
+    def split(self, start: Index, nr: int, folios: tuple[Held, ...]) -> Steps[tuple[int, Index]]:
         """Make single pages of the folios that a range cuts."""
 
     def take_from_users(self, folio: Folio) -> Steps[int]:
@@ -170,13 +176,13 @@ class Gmem(Protocol):
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         """Which of its pages are private at first, and which are shared."""
 
-    def teardown_bindings(self, start: int, nr: int) -> Steps[tuple[int, bool]]:
+    def teardown_bindings(self, start: Index, nr: int) -> Steps[tuple[int, bool]]:
         """Bindings of a dying VM end; and whether they were the file's last."""
 
-    def unbind_locked(self, start: int, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
+    def unbind_locked(self, start: Index, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
         """A binding, or what a dying VM has bound, goes; and whether it was the last."""
 
-    def take_all_back(self, folios: tuple[Held, ...], *, leaks: bool) -> Steps[tuple[int, int]]:
+    def take_all_back(self, folios: tuple[Held, ...], *, leaks: bool) -> Steps[tuple[int, Index]]:
         """The hypervisor gives back what was bound."""
 
     def close(self) -> Steps[None]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.errors import shown
 from guest_memfd.words.primitives import MAX_ERRNO, Steps
+from guest_memfd.words.units import Gfn, Index, Pfn
 
 if TYPE_CHECKING:
     from guest_memfd.core.library import Library
@@ -34,46 +35,46 @@ DATA_ABORT = "translation fault with S1PTW"
 class Stage2(Protocol):
     """The hypervisor's records and page tables. Each call of a hypercall's code is one atomic step of the machine."""
 
-    def owner(self, pfn: int) -> str:
+    def owner(self, pfn: Pfn) -> str:
         """host; guest (donated); shared (the host's, both may use it); borrowed (the guest's, the host may use it).
 
         ``other guest``: a guest of another VM has it.
         """
 
-    def set_owner(self, pfn: int, owner: Owner) -> None:
+    def set_owner(self, pfn: Pfn, owner: Owner) -> None:
         """Record *owner* as the owner of the page; neither the host's nor a guest's mapping changes."""
 
-    def host_maps(self, pfn: int, allowed: bool) -> None:
+    def host_maps(self, pfn: Pfn, allowed: bool) -> None:
         """Let the host's stage 2 map the page, or not; taking it away flushes the host's TLBs of both stages."""
 
-    def guest_map(self, gfn: int, pfn: int) -> None:
+    def guest_map(self, gfn: Gfn, pfn: Pfn) -> None:
         """Map the page into the guest."""
 
-    def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
+    def guest_unmap(self, gfn: Gfn, pfn: Pfn, *, flush: bool = True) -> bool:
         """Unmap it; False if gfn did not map it. Without *flush* (NOSYNC) TLBs may keep the entry."""
 
-    def gfn_of(self, pfn: int) -> int | None:
+    def gfn_of(self, pfn: Pfn) -> Gfn | None:
         """The gfn that maps the page."""
 
-    def scrub(self, pfn: int) -> None:
+    def scrub(self, pfn: Pfn) -> None:
         """Write zeros over the page from EL2, which needs no mapping of the host's."""
 
-    def destroy(self, pfn: int, gfn: int, how: str) -> None:
+    def destroy(self, pfn: Pfn, gfn: Gfn, how: str) -> None:
         """Scrub a living guest's page without its consent and mark its entry POISONED."""
 
-    def poisoned(self, gfn: int) -> bool:
+    def poisoned(self, gfn: Gfn) -> bool:
         """Whether the guest's entry says POISONED: its page was destroyed."""
 
-    def locked_in(self, pfn: int) -> bool:
+    def locked_in(self, pfn: Pfn) -> bool:
         """Whether the guest holds on to the page."""
 
-    def set_locked_in(self, pfn: int, locked: bool) -> None:
+    def set_locked_in(self, pfn: Pfn, locked: bool) -> None:
         """Record that the guest holds on, or lets go."""
 
-    def declassify(self, pfn: int) -> None:
+    def declassify(self, pfn: Pfn) -> None:
         """The guest agrees that the host reads the page."""
 
-    def forget(self, pfn: int) -> None:
+    def forget(self, pfn: Pfn) -> None:
         """The guest no longer relies on the contents."""
 
     def vm_alive(self) -> bool:
@@ -92,24 +93,25 @@ class LendingDriver(Protocol):
     Ranges are in pages of the file; all return 0 or -errno.
     """
 
-    def demand_page(self, library: Library, gfn: int, index: int, *, lend: bool = True, writable: bool = True) -> Steps[int]:
+    def demand_page(self, library: Library, gfn: Gfn, index: Index, *, lend: bool = True,
+                    writable: bool = True) -> Steps[int]:
         """Give the guest page *index* at *gfn*, lent or shared; an error is user space's to see."""
 
-    def mmap(self, library: Library, start: int, nr: int) -> Steps[int]:
+    def mmap(self, library: Library, start: Index, nr: int) -> Steps[int]:
         """Map [start, start+nr) into the VMM, once the guest has let go of it."""
 
-    def unbind(self, library: Library, start: int, nr: int) -> Steps[int]:
+    def unbind(self, library: Library, start: Index, nr: int) -> Steps[int]:
         """End the binding of [start, start+nr); its pages are the VMM's."""
 
-    def abandon(self, library: Library, ranges: Sequence[tuple[int, int]]) -> Steps[int]:
+    def abandon(self, library: Library, ranges: Sequence[tuple[Index, int]]) -> Steps[int]:
         """The VM is dying: end its bindings, each (first page, length)."""
 
 
-def _nothing(_stage2: Stage2, _pfn: int) -> None:
+def _nothing(_stage2: Stage2, _pfn: Pfn) -> None:
     return None
 
 
-def _never(_stage2: Stage2, _pfn: int) -> bool:
+def _never(_stage2: Stage2, _pfn: Pfn) -> bool:
     return False
 
 
@@ -135,9 +137,9 @@ class Hypervisor:
     abort: str | None
     tracks_owner: bool
     consents: str | None = None
-    guest_consents: Callable[[Stage2, int], None] = _nothing
-    guest_touches: Callable[[Stage2, int], None] = _nothing
-    force_reclaim: Callable[[Any, int], bool] = _never
+    guest_consents: Callable[[Stage2, Pfn], None] = _nothing
+    guest_touches: Callable[[Stage2, Pfn], None] = _nothing
+    force_reclaim: Callable[[Any, Pfn], bool] = _never
     pfn_cache: bool = False
     final: Mapping[str, int] = field(default_factory=dict)
     errnos: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from errno import EINVAL
 
-from guest_memfd.core.gmem import Conversion, Gmem, Held
+from guest_memfd.core.gmem import Conversion, Gmem, Held, bound_gfn
 from guest_memfd.core.ops import Reason
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import Folio, Locked, MfResult, Steps
+from guest_memfd.words.units import FIRST_PAGE, Index
 
 
-def _cut(held: Held, start: int, nr: int) -> bool:
+def _cut(held: Held, start: Index, nr: int) -> bool:
     return held.pgoff < start or held.pgoff + held.folio.nr > start + nr
 
 
-def punch_hole(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
+def punch_hole(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     """Free the pages of [start, start+nr); -EBUSY with the page index if the guest holds on to one.
 
     What lies past the end of the file is left out, as fallocate() does; -EINVAL for a range that is none, or that
@@ -40,7 +41,7 @@ def punch_hole(gmem: Gmem, start: int, nr: int) -> Steps[Conversion]:
     return result
 
 
-def remove_range(gmem: Gmem, start: int, nr: int, reason: Reason) -> Steps[Conversion]:
+def remove_range(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[Conversion]:
     """Take the folios of the range from user space, from the guest, and out of the file. Lock held exclusively."""
     host = gmem.host
     # First everything that could bring a page back is stopped: kernel mappings of guest pages, the user's page
@@ -72,7 +73,7 @@ def remove_range(gmem: Gmem, start: int, nr: int, reason: Reason) -> Steps[Conve
     return Conversion(ret, max(index, start)) if ret else Conversion(0)
 
 
-def split(gmem: Gmem, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[tuple[int, int]]:
+def split(gmem: Gmem, start: Index, nr: int, folios: tuple[Held, ...]) -> Steps[tuple[int, Index]]:
     """Take the folios that [start, start+nr) cuts back from the hypervisor, and make single pages of them.
 
     (0, 0), or -errno and a page index: -EBUSY while someone refers to a part. The guest faults the rest in again.
@@ -87,7 +88,7 @@ def split(gmem: Gmem, start: int, nr: int, folios: tuple[Held, ...]) -> Steps[tu
             yield from host.unlock_folio(held.folio._replace(order=0) if not ret else held.folio)
             if ret:
                 return ret, held.pgoff
-    return 0, 0
+    return 0, FIRST_PAGE
 
 
 def error_folio(gmem: Gmem, folio: Folio, locked: Locked) -> Steps[MfResult]:
@@ -132,7 +133,7 @@ def take_from_users(gmem: Gmem, folio: Folio) -> Steps[int]:
     yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
     (bound,) = yield from host.tree_load("bindings", locked.pgoff, 1)
     (attribute,) = yield from host.tree_load("attributes", locked.pgoff, 1)
-    held = Held(folio, locked.pgoff, bound - 1 if bound else None, attribute == PRIVATE_PAGE)
+    held = Held(folio, locked.pgoff, bound_gfn(bound) if bound else None, attribute == PRIVATE_PAGE)
     ret, _ = yield from gmem.invalidate_guest((held,), "error")
     yield from host.mmu_invalidate_end()
     return ret

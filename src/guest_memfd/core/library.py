@@ -11,6 +11,7 @@ from guest_memfd.core import power as pm
 from guest_memfd.core.gmem import PowerPolicy
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.words.primitives import Host
+from guest_memfd.words.units import Index
 
 
 class Library:
@@ -33,7 +34,7 @@ class Library:
         self.ops = ops
         self.size = size
 
-    def has(self, start: int, nr: int) -> bool:
+    def has(self, start: Index, nr: int) -> bool:
         """Whether [start, start+nr) is a range of the file."""
         return start >= 0 and nr > 0 and start + nr <= self.size
 

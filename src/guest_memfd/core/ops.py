@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 from guest_memfd.words.primitives import Folio, Host, Steps
+from guest_memfd.words.units import Gfn
 
 Reason = Literal["to_private", "to_shared", "punch", "unbind", "error", "teardown"]
 """Why a page is taken from the guest. Under ``teardown`` the VM is dying and `invalidate` may not refuse."""
@@ -38,30 +39,30 @@ class GuestMemfdOps(ABC):
         self.host = Host(self.module)
 
     @abstractmethod
-    def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
+    def prepare_private(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Make *folio* the guest's alone and map it at *gfn*; repeatable if the page is the guest's already."""
 
     @abstractmethod
-    def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+    def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Map *folio* at *gfn* for guest and host together."""
 
     @abstractmethod
-    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+    def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """See to it that the guest cannot reach *folio*; -EBUSY if the guest holds on to it (not under teardown).
 
         A shared folio (*private* False) is wholly the host's afterwards; a private one is still the guest's.
         """
 
     @abstractmethod
-    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+    def make_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Give an invalidated private *folio* back to the host with its contents."""
 
     @abstractmethod
-    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+    def make_private(self, gfn: Gfn, folio: Folio) -> Steps[None]:
         """The library calls *folio* private from now on; cannot fail. For guests that kept it mapped while shared."""
 
     @abstractmethod
-    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
+    def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Give an invalidated *folio* back to the host for good; contents need not survive."""
 
     def release(self) -> Steps[None]:

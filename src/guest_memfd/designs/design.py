@@ -12,6 +12,7 @@ from guest_memfd.core.gmem import Conversion
 from guest_memfd.core.hypervisor import LendingDriver
 from guest_memfd.words.primitives import Bound, Steps
 from guest_memfd.words.scene import Scene
+from guest_memfd.words.units import Index
 
 OPERATIONS = (
     "create", "bind", "unbind", "guest_fault", "user_fault", "allocate", "punch_hole", "make_private", "make_shared", "mmap",
@@ -69,13 +70,13 @@ class NoAttributes(Design):
         return 0
 
     @override
-    def make_private(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_private(self, start: Index, nr: int) -> Steps[Conversion]:
         """-EOPNOTSUPP: there is no conversion by range."""
         yield from ()
         return Conversion(-EOPNOTSUPP)
 
     @override
-    def make_shared(self, start: int, nr: int) -> Steps[Conversion]:
+    def make_shared(self, start: Index, nr: int) -> Steps[Conversion]:
         """-EOPNOTSUPP: there is no conversion by range."""
         yield from ()
         return Conversion(-EOPNOTSUPP)

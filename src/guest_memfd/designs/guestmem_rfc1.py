@@ -16,10 +16,11 @@ from errno import EBUSY, EFAULT, EINVAL, EPERM
 from typing import ClassVar
 
 from guest_memfd.compat import override
-from guest_memfd.core.gmem import Conversion, Grabbed, Held
+from guest_memfd.core.gmem import Conversion, Grabbed, Held, bound_gfn
 from guest_memfd.designs.design import Design, NoAttributes
 from guest_memfd.errors import EHWPOISON
 from guest_memfd.words.primitives import Bound, Folio, Steps, VmFault
+from guest_memfd.words.units import Gfn, Index, span
 
 
 class GuestmemRfc1(NoAttributes):
@@ -49,19 +50,19 @@ class GuestmemRfc1(NoAttributes):
         """Whether the client supplies ->accessible; the KVM of the series does not."""
         return self.ops.module != "kvm"
 
-    def lends(self, index: int) -> bool:
+    def lends(self, index: Index) -> bool:
         """Whether the page's binding lends (the client's flag)."""
         return not self.has_accessible or index not in self.born_shared
 
     @override
-    def present(self, start: int, nr: int) -> Steps[tuple[Held, ...]]:
+    def present(self, start: Index, nr: int) -> Steps[tuple[Held, ...]]:
         """What is private is what the binding lends."""
         folios = yield from super().present(start, nr)
         return tuple(held._replace(private=self.lends(held.pgoff)) for held in folios)
 
     # -- grab ----------------------------------------------------------------------------------------------------
 
-    def grab(self, index: int, uptodate: bool) -> Steps[Grabbed | int]:
+    def grab(self, index: Index, uptodate: bool) -> Steps[Grabbed | int]:
         """guest_memfd_grab_folio(): zero only if asked; without ->accessible leave the direct map every time (R19)."""
         host = self.host
         hit = yield from host.filemap_get_folio(index)
@@ -102,7 +103,7 @@ class GuestmemRfc1(NoAttributes):
     # -- the guest's side ----------------------------------------------------------------------------------------
 
     @override
-    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
+    def guest_fault(self, gfn: Gfn, index: Index) -> Steps[int]:
         """The client's demand paging."""
         host = self.host
         yield from host.begin_op("fault", index, 1, gfn)
@@ -120,7 +121,7 @@ class GuestmemRfc1(NoAttributes):
         return ret
 
     # KVM of the series: grab(UPTODATE | PREPARE), then map.
-    def _get_pfn(self, gfn: int, index: int) -> Steps[tuple[int, bool]]:
+    def _get_pfn(self, gfn: Gfn, index: Index) -> Steps[tuple[int, bool]]:
         grabbed = yield from self.grab(index, True)
         if isinstance(grabbed, int):
             return grabbed, True
@@ -129,7 +130,7 @@ class GuestmemRfc1(NoAttributes):
         return ret, True
 
     # CLO: not zeroed; error paths leave the invalidate lock, and once the folio, as they are (S51).
-    def _demand_page(self, gfn: int, index: int) -> Steps[tuple[int, bool]]:
+    def _demand_page(self, gfn: Gfn, index: Index) -> Steps[tuple[int, bool]]:
         grabbed = yield from self.grab(index, False)
         if isinstance(grabbed, int):
             return grabbed, False
@@ -142,7 +143,7 @@ class GuestmemRfc1(NoAttributes):
         yield from self.unlock_and_put(grabbed.folio)
         return ret, not ret
 
-    def make_inaccessible(self, index: int, folio: Folio) -> Steps[int]:
+    def make_inaccessible(self, index: Index, folio: Folio) -> Steps[int]:
         """guest_memfd_make_inaccessible(): unmap from user space, look for DMA pins, leave the direct map."""
         yield from self.host.unmap_mapping_pages(index, folio.nr)
         # References without FOLL_PIN are not seen: vmsplice, /proc/pid/mem (R12).
@@ -159,7 +160,7 @@ class GuestmemRfc1(NoAttributes):
         return (yield from self.host.mmap()) if self.has_accessible else -EPERM
 
     @override
-    def user_fault(self, index: int) -> Steps[VmFault]:
+    def user_fault(self, index: Index) -> Steps[VmFault]:
         """guest_memfd_fault(): grab, zeroed, before ->accessible is asked (R22); an error pointer is not NULL (S41)."""
         host = self.host
         yield from host.down_read("invalidate")
@@ -181,28 +182,28 @@ class GuestmemRfc1(NoAttributes):
 
     def accessible(self, grabbed: Grabbed) -> Steps[int]:
         """CLO ->accessible: take the folio back if it is lent; the offset inside the folio serves as file offset (S51)."""
-        return (yield from self.take_back_at(0, grabbed.folio)) if grabbed.no_direct_map else 0
+        return (yield from self.take_back_at(Index(0), grabbed.folio)) if grabbed.no_direct_map else 0
 
-    def take_back_at(self, index: int, folio: Folio) -> Steps[int]:
+    def take_back_at(self, index: Index, folio: Folio) -> Steps[int]:
         """Unmap and reclaim *folio* from the binding that covers page *index*."""
         (bound,) = yield from self.host.tree_load("bindings", index, 1)
         if not bound:
             return 0
         private = self.lends(index)
-        ret = yield from self.ops.invalidate(bound - 1, folio, private, "punch")
+        ret = yield from self.ops.invalidate(bound_gfn(bound), folio, private, "punch")
         if not ret and private:
-            ret = yield from self.ops.reclaim(bound - 1, folio)
+            ret = yield from self.ops.reclaim(bound_gfn(bound), folio)
         return ret
 
     @override
-    def allocate(self, start: int, nr: int) -> Steps[int]:
+    def allocate(self, start: Index, nr: int) -> Steps[int]:
         """fallocate: tests for NULL, gets an error pointer (S41)."""
         host = self.host
         if not self.has(start, nr):
             return -EINVAL
         yield from host.begin_op("allocate", start, nr)
         yield from host.down_read("invalidate")
-        for index in range(start, start + nr):
+        for index in span(start, nr):
             grabbed = yield from self.grab(index, True)
             if isinstance(grabbed, int):
                 yield from host.bug("an error pointer from guest_memfd_grab_folio() is dereferenced in fallocate")
@@ -213,7 +214,7 @@ class GuestmemRfc1(NoAttributes):
         return 0
 
     @override
-    def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
+    def punch_hole(self, start: Index, nr: int) -> Steps[Conversion]:
         """Whatever invalidate_begin says, the answer is 0 (S40)."""
         nr = min(nr, self.size - start)
         yield from self.host.begin_op("punch", start, nr)

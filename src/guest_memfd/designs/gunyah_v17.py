@@ -17,10 +17,11 @@ from typing import ClassVar
 
 from guest_memfd.compat import override
 from guest_memfd.core.folio import MISSES
-from guest_memfd.core.gmem import Conversion, Grabbed, filled
+from guest_memfd.core.gmem import Conversion, Grabbed, bound_gfn, filled
 from guest_memfd.designs.design import NoAttributes
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.primitives import Bound, Entries, Folio, Host, Locked, Lookup, MfResult, Steps, VmFault
+from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Gfn, Index, Pfn, span
 
 LENT = 1
 """Low bit of an entry of the provided tree: this page is lent, not shared."""
@@ -36,7 +37,12 @@ def entry_of(folio: Folio, lend: bool) -> int:
 
 def folio_of(entry: int) -> Folio:
     """The folio of such an entry."""
-    return Folio(((entry & (1 << ORDER_SHIFT) - 1) - 1) // 2, entry >> ORDER_SHIFT)
+    return Folio(Pfn(((entry & (1 << ORDER_SHIFT) - 1) - 1) // 2), entry >> ORDER_SHIFT)
+
+
+def head_gfn(gfn: Gfn, folio: Folio) -> Gfn:
+    """The gfn of the first page of *folio*, which has *gfn*: in the guest it lies at a multiple of its size."""
+    return gfn & -folio.nr
 
 
 def places(entries: Sequence[int], at: int = 0) -> Iterator[int]:
@@ -80,22 +86,22 @@ class GunyahV17(NoAttributes):
     # -- file and bindings (23, 24/35) ---------------------------------------------------------------------------
 
     @override
-    def bind(self, gfn: int, start: int, nr: int) -> Steps[int]:
+    def bind(self, gfn: Gfn, start: Index, nr: int) -> Steps[int]:
         """MAP_MEM, once per page here; each binding keeps a reference on the file."""
         host = self.driver
         yield from host.begin_op("bind", start, nr)
-        for index in range(start, start + nr):
+        for index in span(start, nr):
             yield from host.get_file()
-            yield from host.tree_store("bindings", index, Entries(gfn + index - start + 1, 1))
+            yield from host.tree_store("bindings", index, Entries(gfn + (index - start) + 1, 1))
         yield from host.end_op(0)
         return 0
 
-    def lends(self, index: int) -> bool:
+    def lends(self, index: Index) -> bool:
         """Whether the binding of page *index* is FORCE_LEND."""
         return index not in self.born_shared
 
     @override
-    def unbind(self, start: int, nr: int) -> Steps[Conversion]:
+    def unbind(self, start: Index, nr: int) -> Steps[Conversion]:
         """MAP_MEM with UNMAP: invalidate_lock, then bindings_lock; the whole binding or -ENOENT."""
         host = self.driver
         if not (yield from host.get_file()):                # fget() of the ioctl's argument
@@ -107,7 +113,7 @@ class GunyahV17(NoAttributes):
         ret = 0 if bound and nr == 1 else -ENOENT
         if not ret:
             # A page that is still locked by the guest makes it fail, and what was reclaimed before stays reclaimed.
-            ret = yield from self.reclaim_range(bound - 1, nr)
+            ret = yield from self.reclaim_range(bound_gfn(bound), nr)
         if not ret:
             yield from host.tree_store_reserved("bindings", start, Entries(0, 1))
             yield from host.fput()                          # the binding's; the ioctl's own is forgotten (S12)
@@ -122,7 +128,7 @@ class GunyahV17(NoAttributes):
     # -- the guest faults (20, 28/35) ----------------------------------------------------------------------------
 
     @override
-    def guest_fault(self, gfn: int, index: int) -> Steps[int]:
+    def guest_fault(self, gfn: Gfn, index: Index) -> Steps[int]:
         """gunyah_gmem_demand_page(): bindings_lock, then folio lock, then (in provide) invalidate_lock (S14)."""
         host = self.driver
         yield from host.begin_op("fault", index, 1, gfn)
@@ -133,7 +139,7 @@ class GunyahV17(NoAttributes):
         yield from host.up_read("bindings")
         return ret
 
-    def _demand(self, gfn: int, index: int) -> Steps[int]:
+    def _demand(self, gfn: Gfn, index: Index) -> Steps[int]:
         grabbed = yield from self.grab_folio(index)
         if isinstance(grabbed, int):
             return grabbed
@@ -141,7 +147,7 @@ class GunyahV17(NoAttributes):
         yield from self.unlock_and_put(grabbed.folio)
         return ret
 
-    def provide_folio(self, gfn: int, grabbed: Grabbed, lend: bool) -> Steps[int]:
+    def provide_folio(self, gfn: Gfn, grabbed: Grabbed, lend: bool) -> Steps[int]:
         """gunyah_vm_provide_folio(): tree entry, safe to lend?, donate, map, reference, PG_private."""
         host, folio = self.driver, grabbed.folio
         # Another vCPU is providing the same page, or has: this one goes back to the guest and tries again.
@@ -176,7 +182,7 @@ class GunyahV17(NoAttributes):
         yield from host.set_direct_map_invalid_noflush(grabbed.folio)      # result ignored (S19)
         return 0
 
-    def _donate_and_map(self, gfn: int, folio: Folio, lend: bool) -> Steps[int]:
+    def _donate_and_map(self, gfn: Gfn, folio: Folio, lend: bool) -> Steps[int]:
         host = self.driver
         ret = yield from host.hypercall("donate_to_protected" if lend else "donate_to_sibling", folio)
         if ret:
@@ -188,7 +194,7 @@ class GunyahV17(NoAttributes):
 
     # -- taking back (20, 24/35) ---------------------------------------------------------------------------------
 
-    def reclaim_folio(self, gfn: int, folio: Folio, marked: bool, sync: bool) -> Steps[int]:
+    def reclaim_folio(self, gfn: Gfn, folio: Folio, marked: bool, sync: bool) -> Steps[int]:
         """gunyah_vm_reclaim_folio(), folio locked: a failure at any step leaves the entry, and what was done."""
         host = self.driver
         (entry,) = yield from host.tree_load("provided", gfn, 1)
@@ -207,7 +213,7 @@ class GunyahV17(NoAttributes):
         yield from host.folio_put(folio, "provided")
         return 0
 
-    def reclaim_range(self, gfn: int, nr: int) -> Steps[int]:
+    def reclaim_range(self, gfn: Gfn, nr: int) -> Steps[int]:
         """gunyah_vm_reclaim_range(): one page too many (S5), and the last unmap is not synchronised (S6)."""
         host = self.driver
         ret = done = 0
@@ -217,7 +223,7 @@ class GunyahV17(NoAttributes):
             if at < done:
                 continue
             folio = folio_of(entries[at])
-            head = (gfn + at) & -folio.nr
+            head = head_gfn(gfn + at, folio)
             done = head + folio.nr - gfn
             sync = filled(entries[done:]) > 0                               # S6
             locked = yield from host.lock_folio(folio)
@@ -226,10 +232,10 @@ class GunyahV17(NoAttributes):
             ret = failed or ret
         return ret
 
-    def launder(self, index: int, folio: Folio) -> Steps[int]:
+    def launder(self, index: Index, folio: Folio) -> Steps[int]:
         """Take the locked *folio* back from the VM that was given it."""
         (bound,) = yield from self.driver.tree_load("bindings", index, 1)
-        return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, True, True)) if bound else 0
+        return (yield from self.reclaim_folio(head_gfn(bound_gfn(bound), folio), folio, True, True)) if bound else 0
 
     # -- the host's side (24/35) ---------------------------------------------------------------------------------
 
@@ -237,18 +243,24 @@ class GunyahV17(NoAttributes):
     def mmap(self) -> Steps[int]:
         """mmap of lent memory takes it back first; share bindings are ignored."""
         host = self.driver
-        lent = tuple(i for i in range(self.size) if self.lends(i))
+        lent = tuple(i for i in span(FIRST_PAGE, self.size) if self.lends(i))
         if not lent:
             return (yield from host.mmap())
         yield from host.begin_op("mmap", lent[0], len(lent))
         yield from host.down_read("invalidate")
-        ret = yield from self.reclaim_range(lent[0], len(lent))
+        ret = 0
+        for index in lent:
+            (bound,) = yield from host.tree_load("bindings", index, 1)
+            # Where the file's first page would be by this binding. Below 0 it wraps, and nothing is found there.
+            first = bound_gfn(bound) - (index - FIRST_PAGE)
+            if bound and not ret and first >= 0:
+                ret = yield from self.reclaim_range(first, self.size)           # S9: up to the end of the VMA
         yield from host.end_op(0)
         yield from host.up_read("invalidate")
         return ret or (yield from host.mmap())
 
     @override
-    def user_fault(self, index: int) -> Steps[VmFault]:
+    def user_fault(self, index: Index) -> Steps[VmFault]:
         """gunyah_gmem_fault(): a lent page is laundered on the way; folio lock, then invalidate_lock."""
         grabbed = yield from self.grab_folio(index)
         if isinstance(grabbed, int):
@@ -265,17 +277,17 @@ class GunyahV17(NoAttributes):
         return answer
 
     @override
-    def punch_hole(self, start: int, nr: int) -> Steps[Conversion]:
+    def punch_hole(self, start: Index, nr: int) -> Steps[Conversion]:
         """invalidate_inode_pages2_range() with byte offsets where page indexes belong (S4)."""
         host = self.driver
         yield from host.begin_op("punch", start, nr)
         yield from host.down_write("invalidate")
-        ret = yield from self.invalidate_pages2(start * PAGE, (start + nr) * PAGE - 1)
+        ret = yield from self.invalidate_pages2(Index(start * PAGE), Index((start + nr) * PAGE - 1))
         yield from host.end_op(ret, start if ret else None)
         yield from host.up_write("invalidate")
         return Conversion(ret, start if ret else None)
 
-    def invalidate_pages2(self, first: int, last: int) -> Steps[int]:
+    def invalidate_pages2(self, first: Index, last: Index) -> Steps[int]:
         """mm/truncate.c: unmap, launder and drop each folio of page indexes [first, last]; -EBUSY for those that stay."""
         host = self.driver
         ret, index, end = 0, first, min(last + 1, self.size)
@@ -291,7 +303,7 @@ class GunyahV17(NoAttributes):
             index = hit.pgoff + hit.folio.nr
         return ret
 
-    def cached(self, index: int, end: int) -> Steps[tuple[int, Lookup] | None]:
+    def cached(self, index: Index, end: int) -> Steps[tuple[Index, Lookup] | None]:
         """The first of pages [index, end) that is in the page cache, with its folio referenced; holes are walked over."""
         host, misses = self.driver, 0
         while index < end:
@@ -303,10 +315,10 @@ class GunyahV17(NoAttributes):
                 index = yield from host.filemap_find_folio(index, end - index)
         return None
 
-    def launder_if_provided(self, index: int, folio: Folio, marked: bool) -> Steps[int]:
+    def launder_if_provided(self, index: Index, folio: Folio, marked: bool) -> Steps[int]:
         """release_folio / launder_folio: shared pages are taken back as well, without touching the direct map."""
         (bound,) = yield from self.driver.tree_load("bindings", index, 1)
-        return (yield from self.reclaim_folio((bound - 1) & -folio.nr, folio, marked, True)) if bound else 0
+        return (yield from self.reclaim_folio(head_gfn(bound_gfn(bound), folio), folio, marked, True)) if bound else 0
 
     @override
     def error_folio(self, folio: Folio, locked: Locked) -> Steps[MfResult]:
@@ -326,17 +338,17 @@ class GunyahV17(NoAttributes):
     def vm_teardown(self) -> Steps[int]:
         """Each binding: reclaim (a failure only warns), drop its file reference; then what is left in the tree."""
         host = self.driver
-        yield from host.begin_op("teardown", 0, self.size)
-        for index in range(self.size):
+        yield from host.begin_op("teardown", FIRST_PAGE, self.size)
+        for index in span(FIRST_PAGE, self.size):
             (bound,) = yield from host.tree_load("bindings", index, 1)
             if bound:
                 yield from host.down_write("bindings")
-                if (yield from self.reclaim_range(bound - 1, 1)):
+                if (yield from self.reclaim_range(bound_gfn(bound), 1)):
                     yield from host.warn(f"page {index} is not reclaimed")
                 yield from host.tree_store_reserved("bindings", index, Entries(0, 1))
                 yield from host.up_write("bindings")
                 yield from self.close()
-        if (yield from self.reclaim_range(0, self.size - 1)):
+        if (yield from self.reclaim_range(FIRST_GFN, self.scene.guest_frames - 1)):
             yield from host.warn("guest memory is lost")
         yield from host.end_op(0)
         yield from self.ops.release()
@@ -345,7 +357,7 @@ class GunyahV17(NoAttributes):
     @override
     def evict(self) -> Steps[None]:
         """The inode goes: truncate_inode_pages() drops what is cached, no matter who owns it."""
-        host, index = self.driver, 0
+        host, index = self.driver, FIRST_PAGE
         while (found := (yield from self.cached(index, self.size))) is not None:
             index, hit = found
             yield from host.lock_folio(hit.folio)

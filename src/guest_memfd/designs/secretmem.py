@@ -14,6 +14,7 @@ from guest_memfd.compat import override
 from guest_memfd.core.gmem import Grabbed, Held
 from guest_memfd.designs.design import OPERATIONS, Design
 from guest_memfd.words.primitives import Bound, Steps
+from guest_memfd.words.units import Index
 
 
 class Secretmem(Design):
@@ -32,7 +33,7 @@ class Secretmem(Design):
     }
 
     @override
-    def grab_folio(self, index: int) -> Steps[Grabbed | int]:
+    def grab_folio(self, index: Index) -> Steps[Grabbed | int]:
         """A new page leaves the direct map at once; if that fails it is given up again."""
         grabbed = yield from super().grab_folio(index)
         if isinstance(grabbed, int) or grabbed.no_direct_map:

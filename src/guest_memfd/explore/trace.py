@@ -27,6 +27,7 @@ from guest_memfd.printable import printable
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.primitives import Entries, Folio, Locked, Lookup, Primitive
 from guest_memfd.words.scene import Kernel, Scene, Slot
+from guest_memfd.words.units import Index, Pfn
 
 SCHEMA = "guest-memfd-trace/3"
 """Name and version; the version changes when a field goes, or changes its meaning."""
@@ -45,13 +46,13 @@ def _folio(pfn: Any, order: Any) -> Folio:
     # again.
     if type(pfn) is not int or type(order) is not int or not (pfn >= 0 and 0 <= order <= _MOST_ORDER):
         raise TypeError("a folio is a page frame number and an order")
-    return Folio(pfn, order)
+    return Folio(Pfn(pfn), order)
 
 
 def _lookup(folio: Any, pgoff: Any) -> Lookup:
     if type(folio) is not Folio or type(pgoff) is not int:
         raise TypeError("a lookup is a folio and a page index")
-    return Lookup(folio, pgoff)
+    return Lookup(folio, Index(pgoff))
 
 
 def _locked(pgoff: Any, *flags: Any) -> Locked:

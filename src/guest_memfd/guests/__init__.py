@@ -23,10 +23,11 @@ from typing import NamedTuple
 
 from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Ipa
 
-PRIVATE_BASE = 0x8000_0000
+PRIVATE_BASE = Ipa(0x8000_0000)
 """IPA of the memory that is the guest's own, unless said otherwise."""
-SHARED_BASE = 0x0008_0000
+SHARED_BASE = Ipa(0x0008_0000)
 """IPA of the window it shares with the host."""
 CONSOLE = 0x0900_0000
 """UARTDR of the PL011 of the usual virtual machine."""

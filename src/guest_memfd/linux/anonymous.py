@@ -9,6 +9,7 @@ from guest_memfd.compat import override
 from guest_memfd.errors import BadInput
 from guest_memfd.linux import syscall
 from guest_memfd.linux.fd import OwnedFd
+from guest_memfd.words.units import Va
 
 
 class Anonymous(OwnedFd):
@@ -16,7 +17,7 @@ class Anonymous(OwnedFd):
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.address = syscall.mmap(-1, 0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS)
+        self.address = Va(syscall.mmap(-1, 0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS))
         self.closed = False
 
     def put(self, at: int, data: bytes) -> None:

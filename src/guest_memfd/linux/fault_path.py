@@ -16,9 +16,10 @@ from guest_memfd.linux.system import System
 from guest_memfd.linux.vcpu_x86 import identity_tables
 from guest_memfd.uapi.kvm import SHARED, MemFlag
 from guest_memfd.uapi.kvm_run import Exit, Io, Mmio
+from guest_memfd.words.units import Ipa
 
 _FILE, _OTHER = 0x55, 0xAA
-_BASE, _CODE, _SIZE, _RESULT = 0x8000, 0x4000, 0x8000, 0x3000_0000
+_BASE, _CODE, _SIZE, _RESULT = Ipa(0x8000), 0x4000, 0x8000, 0x3000_0000
 _DATA = _BASE + _SIZE
 # mov (%rbx),%al | mov %rax,(%rcx) | jmp . - and: mov ax, 0x1000 | mov ds, ax | mov al, [0] | out 0xe9, al | jmp .
 _LOAD, _REAL_LOAD = bytes.fromhex("8a03" "488901" "ebfe"), bytes.fromhex("b80010" "8ed8" "a00000" "e6e9" "ebfe")

@@ -15,8 +15,9 @@ from guest_memfd.linux.fd import OwnedFd
 from guest_memfd.linux.system import System
 from guest_memfd.linux.vcpu_x86 import X86Vcpu, identity_tables
 from guest_memfd.linux.vm import LinuxVm
+from guest_memfd.words.units import Ipa
 
-BASE, SIZE = 0x10000, 0x10000
+BASE, SIZE = Ipa(0x10000), 0x10000
 """The plain slot, number 0: page tables first."""
 CODE, STACK = BASE + 0x8000, BASE + SIZE
 """Where the program starts; where its stack ends."""
@@ -30,7 +31,7 @@ class IdentityMap(OwnedFd):
     The first *gib* GiB are mapped to themselves. *base* is CR3. Raises SyscallFailed.
     """
 
-    def __init__(self, vm: LinuxVm, number: int, base: int, gib: int) -> None:
+    def __init__(self, vm: LinuxVm, number: int, base: Ipa, gib: int) -> None:
         tables = identity_tables(base, gib)
         with ExitStack() as undo:
             memory = undo.enter_context(Anonymous(len(tables)))

@@ -31,6 +31,7 @@ from guest_memfd.uapi.gunyah import (
     VmDtbConfig,
 )
 from guest_memfd.uapi.memory import GuestMemory
+from guest_memfd.words.units import Ipa
 
 _HELP = {
     ENOENT: "this is no Gunyah host, or its kernel lacks the Gunyah driver",
@@ -65,12 +66,12 @@ class LinuxGunyahVm(Descriptor):
     def __init__(self, fd: int) -> None:
         super().__init__(fd, "gunyah-vm")
 
-    def map_mem(self, memory: GuestMemory, guest_addr: int, offset: int, size: int, flags: int) -> None:
+    def map_mem(self, memory: GuestMemory, guest_addr: Ipa, offset: int, size: int, flags: int) -> None:
         """MAP_MEM, also to unmap."""
         syscall.ioctl(self.fileno(), Ioctl.MAP_MEM, MapMemArgs(guest_addr, flags, number_of(memory), offset, size),
                       call="GUNYAH_VM_MAP_MEM", why=f"{size:#x} bytes at {guest_addr:#x}, flags {flags:#x}")
 
-    def set_dtb_config(self, guest_phys_addr: int, size: int) -> None:
+    def set_dtb_config(self, guest_phys_addr: Ipa, size: int) -> None:
         """GUNYAH_VM_SET_DTB_CONFIG: *size* bytes of device tree at a guest physical address; raises SyscallFailed."""
         syscall.ioctl(self.fileno(), Ioctl.SET_DTB_CONFIG, VmDtbConfig(guest_phys_addr, size),
                       call="GUNYAH_VM_SET_DTB_CONFIG", why=f"{size:#x} bytes at {guest_phys_addr:#x}")

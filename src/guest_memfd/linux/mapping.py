@@ -19,6 +19,7 @@ from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.linux import syscall
 from guest_memfd.linux.fd import Descriptor, OwnedFd
+from guest_memfd.words.units import Va
 
 PAGE = os.sysconf("SC_PAGESIZE")
 """Bytes of a page of the kernel that this process runs on; on arm64 it need not be the emulated machine's 4 KiB."""
@@ -43,8 +44,8 @@ class LinuxMapping(OwnedFd):
         if nr <= 0:
             raise SyscallFailed(EINVAL, "mmap", f"{nr} bytes at {offset:#x} of {file.name}")
         self.offset, self.size, self.name = offset, nr, file.name
-        self.address = syscall.mmap(fd, offset, nr, PROT_READ | PROT_WRITE,
-                                    flags | (MAP_SHARED if shared else MAP_PRIVATE))
+        self.address = Va(syscall.mmap(fd, offset, nr, PROT_READ | PROT_WRITE,
+                                       flags | (MAP_SHARED if shared else MAP_PRIVATE)))
         self.closed = False
 
     def read(self, at: int, nr: int) -> bytes:

@@ -20,6 +20,7 @@ from guest_memfd.linux.fd import Descriptor
 from guest_memfd.linux.kick import Thread, drain, let_in, this_thread
 from guest_memfd.uapi import kvm as uapi
 from guest_memfd.uapi import kvm_run as exits
+from guest_memfd.words.units import Ipa
 
 if TYPE_CHECKING:
     from guest_memfd.linux.vm import LinuxVm
@@ -171,7 +172,7 @@ class LinuxVcpu(Descriptor):
     def inject_external_abort(self) -> None:
         """KVM_SET_VCPU_EVENTS; raises SyscallFailed, EOPNOTSUPP where the architecture has no such thing."""
 
-    def pre_fault_memory(self, gpa: int, size: int) -> int:
+    def pre_fault_memory(self, gpa: Ipa, size: int) -> int:
         """KVM_PRE_FAULT_MEMORY, bytes: how many of them it came. EOPNOTSUPP without two-dimensional paging."""
         argument = uapi.PreFaultMemory(gpa=gpa, size=size)
         syscall.ioctl(self.fileno(), uapi.PRE_FAULT_MEMORY, argument, call="KVM_PRE_FAULT_MEMORY",

@@ -16,6 +16,7 @@ from guest_memfd.linux.vcpu_arm64 import Arm64Vcpu
 from guest_memfd.linux.vcpu_x86 import X86Vcpu
 from guest_memfd.uapi import kvm as uapi
 from guest_memfd.uapi.memory import GuestMemory
+from guest_memfd.words.units import NULL, Ipa, Va
 
 _VCPUS: dict[str, type[LinuxVcpu]] = {"x86_64": X86Vcpu, "aarch64": Arm64Vcpu}
 
@@ -39,7 +40,7 @@ class LinuxVm(Descriptor):
         return guest_memfd.create(self, size, flags)
 
     def set_user_memory_region2(
-        self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, *, userspace_addr: int = 0,
+        self, slot: int, flags: int, guest_phys_addr: Ipa, memory_size: int, *, userspace_addr: Va = NULL,
         guest_memfd: GuestMemory | None = None, guest_memfd_offset: int = 0,
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION2; *memory_size* 0 deletes the slot. A closed file is EBADF."""
@@ -49,14 +50,14 @@ class LinuxVm(Descriptor):
         syscall.ioctl(self.fileno(), uapi.SET_USER_MEMORY_REGION2, region, call="KVM_SET_USER_MEMORY_REGION2",
                       why=f"slot {slot:#x}, {memory_size:#x} bytes at {guest_phys_addr:#x}")
 
-    def set_user_memory_region(self, slot: int, flags: int, guest_phys_addr: int, memory_size: int,
-                               userspace_addr: int = 0) -> None:
+    def set_user_memory_region(self, slot: int, flags: int, guest_phys_addr: Ipa, memory_size: int,
+                               userspace_addr: Va = NULL) -> None:
         """KVM_SET_USER_MEMORY_REGION: plain memory of this process; *memory_size* 0 deletes the slot."""
         region = uapi.UserspaceMemoryRegion(slot, flags, guest_phys_addr, memory_size, userspace_addr)
         syscall.ioctl(self.fileno(), uapi.SET_USER_MEMORY_REGION, region, call="KVM_SET_USER_MEMORY_REGION",
                       why=f"slot {slot:#x}, {memory_size:#x} bytes at {guest_phys_addr:#x}")
 
-    def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
+    def set_memory_attributes(self, address: Ipa, size: int, attributes: int, flags: int = 0) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES; ENOTTY where attributes belong to the file, or there are none."""
         syscall.ioctl(self.fileno(), uapi.SET_MEMORY_ATTRIBUTES, uapi.MemoryAttributes(address, size, attributes, flags),
                       call="KVM_SET_MEMORY_ATTRIBUTES", why=f"{size:#x} bytes at {address:#x}")

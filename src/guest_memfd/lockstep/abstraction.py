@@ -11,11 +11,11 @@ import itertools
 from collections.abc import Collection
 
 from guest_memfd.abstract import state as st
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import KINDS, LinuxFolio
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words.pagestate import ALLOCATED, FREE, KEPT, OWNERS, ZERO
 from guest_memfd.words.primitives import OPS
+from guest_memfd.words.units import FIRST_PAGE, Gfn, Index, Pa, gpa_to_gfn, pa_to_pfn, span
 
 
 def abstraction(host: EmulatedHost, sizes: st.Sizes, failures: int = 0, given: int = 0, refusals: int = 0) -> bytes:
@@ -39,7 +39,7 @@ def abstraction(host: EmulatedHost, sizes: st.Sizes, failures: int = 0, given: i
     return state.save()
 
 
-def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
+def _frame(host: EmulatedHost, frame: st.Frame, pa: Pa) -> None:
     machine, driver, vm = host.machine, host.machine.driver, host.vm
     frame.owner = OWNERS.index(driver.owner(pa))
     frame.s1 = machine.kernel_maps(pa)
@@ -47,7 +47,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     frame.stale = not frame.s1 and machine.holds_kernel(pa)
     frame.s2 = machine.host_reaches(pa)
     mapped = driver.ipa_of(vm, pa)
-    frame.gmap = 0 if mapped is None else mapped // PAGE + 1
+    frame.gmap = 0 if mapped is None else gpa_to_gfn(mapped) + 1
     frame.asked = mapped is not None and pa in machine.tracer.asked
     frame.withdrawn = pa in machine.tracer.withdrawn
     stale = machine.stale_guest_gfn(vm, pa)
@@ -55,14 +55,14 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
     frame.locked_in = driver.locked_in(vm, pa)
     frame.user = _shown_at(host, pa)
     frame.stuck = pa in driver.stuck
-    page = machine.pages.get(pa // PAGE)
+    page = machine.pages.get(pa_to_pfn(pa))
     frame.content = machine.tracer.content(page or LinuxFolio(pa, 0))
     frame.allocated = KEPT if page and page.retired else ALLOCATED if page else FREE
     if page is not None:
         # The machine has one count, as the kernel does, and the kinds beside it, for the laws. If they differ the
         # machine is wrong, not the design.
         if page.refcount != page.kinds():
-            raise AssertionError(f"pfn {pa // PAGE:#x}: {page.refcount} references, {page.kinds()} by kind")
+            raise AssertionError(f"pfn {pa_to_pfn(pa):#x}: {page.refcount} references, {page.kinds()} by kind")
         for kind in KINDS:
             setattr(frame, kind, getattr(page, kind))
         # A frame of another file, or of none, is in no slot of this one.
@@ -73,9 +73,9 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: int) -> None:
 
 
 # Page index + 1 at which the VMM's page table has the frame; a TLB entry that says otherwise goes first.
-def _shown_at(host: EmulatedHost, pa: int) -> int:
+def _shown_at(host: EmulatedHost, pa: Pa) -> int:
     mapping = host.inode.mapping
-    table = {index for index in range(host.inode.size) if mapping.lookup(index) == pa} if mapping is not None else set()
+    table = {i for i in span(FIRST_PAGE, host.inode.size) if mapping.lookup(i) == pa} if mapping is not None else set()
     outlived = set(host.machine.user_indexes(pa)) - table
     # An entry that has outlived the table is what an access would hit first, so it is what the abstract host must
     # have.
@@ -83,7 +83,7 @@ def _shown_at(host: EmulatedHost, pa: int) -> int:
 
 
 def _page(host: EmulatedHost, page: st.PageRecord) -> None:
-    machine, inode, index = host.machine, host.inode, page.number
+    machine, inode, index = host.machine, host.inode, Index(page.number)        # there is one file
     cached = inode.find(index)
     page.cached = machine.number(cached.pa) + 1 if cached else 0
     page.attr = inode.entry("attributes", index)
@@ -92,8 +92,8 @@ def _page(host: EmulatedHost, page: st.PageRecord) -> None:
 
 
 def _gfn(host: EmulatedHost, gfn: st.GfnRecord) -> None:
-    gfn.provided = host.inode.entry("provided", gfn.number)
-    gfn.gpoison = host.machine.driver.poisoned(host.vm, gfn.number)
+    gfn.provided = host.inode.entry("provided", Gfn(gfn.number))
+    gfn.gpoison = host.machine.driver.poisoned(host.vm, Gfn(gfn.number))
 
 
 def _ghost(host: EmulatedHost, ghost: st.PartyGhost, pages: int) -> None:

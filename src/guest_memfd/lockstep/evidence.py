@@ -14,8 +14,8 @@ from guest_memfd.explore.trace import Trace
 from guest_memfd.lockstep.refinement import Pair, kernel_of, pair
 from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.hw.arm64.descriptor import describe
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.pagestate import GONE
+from guest_memfd.words.units import gpa_to_gfn
 
 APART = 512
 """Pages between the frames of the scene: each lies in a 2 MiB leaf of its own, so that splitting can fail for each."""
@@ -53,7 +53,7 @@ class OnMachine:
             reached = "lets the host touch it" if machine.driver.host_may(pa) else "withheld from the host"
             yield f"  stage 2   {reached}, owner {machine.driver.owner(pa)}"
             if host.vm.state != GONE and (ipa := machine.driver.ipa_of(host.vm, pa)) is not None:
-                yield f"  guest     IPA {ipa:#x} (gfn {ipa // PAGE})"
+                yield f"  guest     IPA {ipa:#x} (gfn {gpa_to_gfn(ipa)})"
             yield f"  holds     {machine.ram.read(pa, 8).hex(' ')}"
         yield from machine.console
 

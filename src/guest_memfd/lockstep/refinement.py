@@ -48,13 +48,13 @@ from guest_memfd.laws import LAWS
 from guest_memfd.lockstep.abstraction import abstraction
 from guest_memfd.machine.adversary import Adversary
 from guest_memfd.machine.boot import Machine
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words import facts
 from guest_memfd.words.outcome import STAY, Blocked, Outcome
 from guest_memfd.words.primitives import SILENT, Folio, Lookup, Primitive, Steps
 from guest_memfd.words.scene import Scene
+from guest_memfd.words.units import pa_to_pfn, pfn_to_pa
 
 PFNS = frozenset({"load_unaligned_zeropad", "copy_from_kernel_nofault", "image_copy"})
 """Primitives whose first argument is a frame number."""
@@ -168,17 +168,17 @@ class Pair:
         if primitive.name in PFNS:
             # The abstract host's frame numbers are 0, 1, 2; the machine's frames lie where its allocator has put
             # them.
-            args = (self.host.machine.watched[primitive.args[0]] // PAGE, *args[1:])
+            args = (pa_to_pfn(self.host.machine.watched[primitive.args[0]]), *args[1:])
         return primitive._replace(args=args)
 
     def _real(self, value: Any) -> Any:
         if isinstance(value, Folio):
-            return Folio(self.host.machine.watched[value.pfn] // PAGE, value.order)
+            return Folio(pa_to_pfn(self.host.machine.watched[value.pfn]), value.order)
         return tuple(map(self._real, value)) if type(value) is tuple else value
 
     def _in(self, value: Any) -> Any:
         if isinstance(value, Folio):
-            return Folio(self.host.machine.number(value.pfn * PAGE), value.order)
+            return Folio(self.host.machine.number(pfn_to_pa(value.pfn)), value.order)
         if isinstance(value, Lookup):
             return Lookup(self._in(value.folio), value.pgoff)
         return value

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.words.primitives import Folio, Primitive
+from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Ipa, Pa, gfn_to_gpa, pfn_to_pa, span
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -43,16 +43,16 @@ class Adversary:
         mapping = host.inode.mapping
         if mapping is not None:
             for vma in mapping.vmas:
-                for index in range(host.inode.size):
+                for index in span(FIRST_PAGE, host.inode.size):
                     mmu.prefetch(vma.va(index), cpu.stage1, stage2)
         if host.vm in machine.vms:
-            for gfn in range(host.inode.size if host.scene is None else host.scene.beyond):
-                pa_now = machine.driver.lookup(host.vm, gfn * PAGE)
-                if pa_now in machine.watched:
+            for gfn in span(FIRST_GFN, host.inode.size if host.scene is None else host.scene.beyond):
+                pa_now = machine.driver.lookup(host.vm, gfn_to_gpa(gfn))
+                if pa_now is not None and pa_now in machine.watched:
                     # Each page on a CPU of its own, so that the flush has to reach all of them.
-                    machine.driver.prefetch(self._home(pa_now), host.vm, gfn * PAGE)
+                    machine.driver.prefetch(self._home(pa_now), host.vm, gfn_to_gpa(gfn))
 
-    def _home(self, pa: int) -> int:
+    def _home(self, pa: Pa) -> int:
         return self.machine.watched.index(pa) % len(self.machine.tlbs)
 
     def walk_late(self) -> None:
@@ -68,18 +68,18 @@ class Adversary:
             if leaf.level == 3 and not leaf.value & dm.CONT:
                 mmu.prefetch(machine.linear_map.va(pa), machine.cpu.stage1, stage2)
 
-    def cpu_of_guest(self, vm: Vm, ipa: int) -> int:
+    def cpu_of_guest(self, vm: Vm, ipa: Ipa) -> int:
         """The CPU on which a guest access to *ipa* goes most astray: one with a stale entry, if there is one."""
         machine = self.machine
         now = machine.driver.lookup(vm, ipa)
         stale = []
         for cpu, tlb in enumerate(machine.tlbs):
             entry = tlb.stage2(vm.vmid, ipa)
-            if entry is not None and entry.oa + (ipa & entry.size - 1) != now:
+            if entry is not None and entry.oa + ipa % entry.size != now:
                 stale.append((entry.oa, cpu))
         if stale:
             return min(stale)[1]
-        return self._home(now) if now in machine.watched else 0
+        return self._home(now) if now is not None and now in machine.watched else 0
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -89,7 +89,7 @@ class Adversary:
         if primitive.name == "set_direct_map_invalid_noflush":
             folio: Folio = primitive.args[0]
             # Splitting needs a table page; an entry of its own needs nothing.
-            return lm.can_set_direct_map() and lm.leaf(folio.pfn * PAGE).level < 3
+            return lm.can_set_direct_map() and lm.leaf(pfn_to_pa(folio.pfn)).level < 3
         if primitive.name == "set_direct_map_default_noflush":
             return False                                # an entry that was split is there
         return host.inode.fd if primitive.name == "mmap" else True
@@ -101,7 +101,7 @@ class Adversary:
             name, args = primitive.args[0], primitive.args[1:]
             if machine.hypervisor.final.get(name) == errno:
                 # From now on for this page, as EL2 would have decided; a failure that passes is for one call.
-                machine.driver.stuck |= {arg.pfn * PAGE for arg in args if isinstance(arg, Folio)}
+                machine.driver.stuck |= {pfn_to_pa(arg.pfn) for arg in args if isinstance(arg, Folio)}
             else:
                 machine.driver.refuse_next = errno
         elif primitive.name == "filemap_add_folio":

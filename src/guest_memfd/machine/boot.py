@@ -28,6 +28,7 @@ from guest_memfd.machine.hypcalls.modelled import ModelledDriver
 from guest_memfd.machine.hypcalls.pkvm import PkvmDriver
 from guest_memfd.machine.stray import stray_mappings
 from guest_memfd.uapi.gunyah import PATH as GUNYAH
+from guest_memfd.words.units import span
 
 __all__ = ["Config", "Machine", "boot"]
 
@@ -66,7 +67,7 @@ class Machine(Board):
         self.folios = Buddy(self.ram, start, PAGE << order)
         for _ in range(1 << order):
             self.folios.alloc()
-        self.watched = [start + PAGE * (self.config.apart * i + 1) for i in range(nr)]
+        self.watched = [*span(start + PAGE, nr, PAGE * self.config.apart)]
         for pa in self.watched:
             self.ram.fill(pa, PAGE, 0x5A)
             self.folios.free(pa)

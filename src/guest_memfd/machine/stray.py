@@ -17,6 +17,7 @@ from guest_memfd.machine.hw.arm64.tlb import VA_MASK, Tlb
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.direct_map import level_size
 from guest_memfd.machine.linux.mm import FIRST
+from guest_memfd.words.units import Pa, Va, pa_to_pfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -35,7 +36,7 @@ def stray_mappings(machine: Board) -> list[str]:
 
 
 # What is wrong with user address *va* leading to the page at *pa*; nothing: an empty string.
-def _against_user(machine: Board, va: int, pa: int) -> str:
+def _against_user(machine: Board, va: Va, pa: Pa) -> str:
     if machine.first_free(pa, PAGE) is not None:
         return "which is free"
     if va < FIRST:                                          # the VMM's own text
@@ -56,7 +57,7 @@ def _user_entries(machine: Board) -> Iterator[str]:
         if entry.table:
             why = "a table that is free" if machine.first_free(entry.pa, PAGE) is not None else ""
         else:                                               # a page: Linux maps no blocks there
-            why = _against_user(machine, entry.ia, entry.pa)
+            why = _against_user(machine, Va(entry.ia), entry.pa)
         if why:
             yield f"the VMM's page table leads from {entry.ia:#x} to {entry.pa:#x}, {why}"
 
@@ -76,7 +77,7 @@ def _caches(machine: Board) -> Iterator[str]:
         page = vm.gpc
         if page is None:
             continue
-        if machine.pages.get(page.pa // PAGE) is not page:
+        if machine.pages.get(pa_to_pfn(page.pa)) is not page:
             why = "which is free, or somebody else's by now"
         else:
             why = "" if page.inode is not None else "which its file no longer holds"
@@ -115,19 +116,19 @@ def _against(machine: Board, entry: TlbEntry) -> Iterator[tuple[int, int, str]]:
     elif entry.ia & _KERNEL_HALF:
         yield from _against_kernel(machine, entry)
     else:
-        why = _against_user(machine, entry.ia, entry.oa)
+        why = _against_user(machine, Va(entry.ia), entry.oa)
         if why:
             yield entry.ia, entry.oa, why
 
 
 # The kernel maps what is free, in the direct map; an entry that is in no table any more is another matter.
 def _against_kernel(machine: Board, entry: TlbEntry) -> Iterator[tuple[int, int, str]]:
-    start = entry.ia | _KERNEL_BITS
+    start = Va(entry.ia | _KERNEL_BITS)
     for va, leaf in machine.linear_map.tables.leaves(start, start + entry.size):
         size = level_size(leaf.level)
-        pa, end = entry.oa + va - start, min((va & -size) + size, start + entry.size)
+        pa, end = entry.oa + (va - start), min((va & -size) + size, start + entry.size)
         if leaf.valid and leaf.oa + va % size == pa:
             continue
         free = machine.first_free(pa, end - va)
         if free is not None:
-            yield va + free - pa, free, "which is free and no longer mapped there"
+            yield va + (free - pa), free, "which is free and no longer mapped there"

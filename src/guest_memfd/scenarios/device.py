@@ -8,15 +8,16 @@ from guest_memfd.scenarios.gup import gup_fast
 from guest_memfd.scenarios.party import Party
 from guest_memfd.scenarios.vmm import change, fault_in, map_pages, user_touch
 from guest_memfd.words.primitives import Folio, Host, Steps
+from guest_memfd.words.units import FIRST_PAGE, span
 
 MM = Host("mm")
 
 
 def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Map, fault the page in, pin it, unmap - and only then use it and let go."""
-    if (yield from map_pages(design, 0, design.scene.pages)):
+    if (yield from map_pages(design, FIRST_PAGE, design.scene.pages)):
         return
-    index = yield from MM.choose("page", *range(design.scene.pages))
+    index = yield from MM.choose("page", *span(FIRST_PAGE, design.scene.pages))
     seen = yield from fault_in(design, index)
     folio: Folio | None = None
     foll_pin = True
@@ -31,9 +32,9 @@ def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
 def pinner(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Pin a page of one's own mapping, convert or punch it while it is pinned, use the pin, let go."""
-    if (yield from map_pages(design, 0, design.scene.pages)):
+    if (yield from map_pages(design, FIRST_PAGE, design.scene.pages)):
         return
-    index = yield from MM.choose("page", *range(design.scene.pages))
+    index = yield from MM.choose("page", *span(FIRST_PAGE, design.scene.pages))
     if (yield from user_touch(design, index)) == "ok":
         foll_pin = yield from MM.choose("FOLL_PIN", True, False)
         folio = yield from gup_fast(design, index, foll_pin)

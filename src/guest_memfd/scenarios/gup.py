@@ -9,13 +9,14 @@ from errno import EAGAIN, EFAULT
 
 from guest_memfd.designs.design import Design
 from guest_memfd.words.primitives import Folio, Host, Steps
+from guest_memfd.words.units import Index
 
 MM = Host("mm")
 ATTEMPTS = 3
 """Faults that GUP-slow takes for one page before it gives up; the kernel goes on until a signal is pending."""
 
 
-def gup_fast(design: Design, index: int, foll_pin: bool) -> Steps[Folio | None]:
+def gup_fast(design: Design, index: Index, foll_pin: bool) -> Steps[Folio | None]:
     """gup_fast(): read the entry, take a reference blindly, look again; None: fall back to the slow path."""
     if not design.gup:
         return None
@@ -28,7 +29,7 @@ def gup_fast(design: Design, index: int, foll_pin: bool) -> Steps[Folio | None]:
     return folio if kept else None
 
 
-def pin_user_page(design: Design, index: int, foll_pin: bool = True) -> Steps[Folio | int]:
+def pin_user_page(design: Design, index: Index, foll_pin: bool = True) -> Steps[Folio | int]:
     """pin_user_pages() of page *index*, or get_user_pages() without *foll_pin*: the folio, -EFAULT or -EAGAIN.
 
     The fast path first; then faultin_page() and another look, as __get_user_pages() has it. A VMA of secretmem is

@@ -7,6 +7,7 @@ from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party
 from guest_memfd.scenarios.vmm import close
 from guest_memfd.words.primitives import Host, Steps
+from guest_memfd.words.units import FIRST_PAGE
 
 MM, USER = Host("mm"), Host("user")
 
@@ -45,10 +46,10 @@ def creator(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     if (yield from USER.choose("create", "a file", "none")) == "none":
         size, shared = yield from USER.choose("as", (0, ()), (-1, ()), (scene.pages, (scene.pages,)), (scene.pages, (-1,)))
         ret = yield from design.create(size, shared)
-        yield from USER.op_returned("create", 0, size if shared == () else -1, ret)
+        yield from USER.op_returned("create", FIRST_PAGE, size if shared == () else -1, ret)
         return
     ret = yield from design.create(scene.pages, scene.shared)
-    yield from USER.op_returned("create", 0, scene.pages, ret)
+    yield from USER.op_returned("create", FIRST_PAGE, scene.pages, ret)
     if ret:
         return
     for slot in scene.slots:

@@ -8,15 +8,16 @@ from guest_memfd.scenarios.gup import gup_fast
 from guest_memfd.scenarios.party import Party
 from guest_memfd.scenarios.vmm import map_pages
 from guest_memfd.words.primitives import Host, Steps
+from guest_memfd.words.units import FIRST_PAGE
 
 MM = Host("mm")
 
 
 def pfn_cache(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Refresh the cache through the VMM's mapping, use it under its lock, drop it."""
-    if (yield from map_pages(design, 0, design.scene.pages)):
+    if (yield from map_pages(design, FIRST_PAGE, design.scene.pages)):
         return
-    last = design.scene.pages - 1
+    last = FIRST_PAGE + design.scene.pages - 1
     if (yield from MM.gpc_begin(last)) and (yield from design.user_fault(last)) == "ok":
         folio = yield from gup_fast(design, last, False)
         if folio is not None:

@@ -6,6 +6,7 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party
 from guest_memfd.words.primitives import Host, MfResult, Steps
+from guest_memfd.words.units import FIRST_PAGE, span
 
 MM = Host("mm")
 
@@ -15,7 +16,7 @@ def memory_failure(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 
     A page that has left the file meanwhile is no one's to take away (mm/memory-failure.c me_pagecache_clean()).
     """
-    index = yield from MM.choose("page", *range(design.scene.pages))
+    index = yield from MM.choose("page", *span(FIRST_PAGE, design.scene.pages))
     folio = yield from MM.hwpoison(index)
     if folio is None:
         return

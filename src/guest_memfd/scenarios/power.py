@@ -6,6 +6,7 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party
 from guest_memfd.words.primitives import Host, Steps
+from guest_memfd.words.units import FIRST_FRAME, FIRST_PAGE, span
 
 MM = Host("mm")
 
@@ -18,10 +19,10 @@ def hibernate(design: Design, hypervisor: Hypervisor) -> Steps[None]:
         return
     ret = yield from design.hibernate_prepare()
     if ret:
-        yield from MM.op_returned("hibernate", 0, design.scene.pages, ret)
+        yield from MM.op_returned("hibernate", FIRST_PAGE, design.scene.pages, ret)
         return
     yield from MM.freeze_processes()
-    for pfn in range(design.scene.frames):
+    for pfn in span(FIRST_FRAME, design.scene.frames):
         yield from MM.image_copy(pfn)
     yield from MM.thaw_processes()
     yield from design.hibernate_post()

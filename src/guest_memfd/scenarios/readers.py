@@ -7,27 +7,28 @@ from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party
 from guest_memfd.scenarios.vmm import map_pages
 from guest_memfd.words.primitives import Host, Steps
+from guest_memfd.words.units import FIRST_FRAME, FIRST_PAGE, span
 
 MM = Host("mm")
 
 
 def zeropad(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """One load_unaligned_zeropad() from the end of the page before; dentry names do this all day."""
-    pfn = yield from MM.choose("next to", *range(design.scene.frames))
+    pfn = yield from MM.choose("next to", *span(FIRST_FRAME, design.scene.frames))
     yield from MM.load_unaligned_zeropad(pfn)
 
 
 def kcore(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """A reader of /proc/kcore, page after page."""
-    for pfn in range(design.scene.frames):
+    for pfn in span(FIRST_FRAME, design.scene.frames):
         yield from MM.copy_from_kernel_nofault(pfn)
 
 
 def page_cache_reader(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Read a page of the file as lib/buildid.c and uprobes do: look it up, ask no one else, map it and read."""
-    if (yield from map_pages(design, 0, design.scene.pages)):
+    if (yield from map_pages(design, FIRST_PAGE, design.scene.pages)):
         return
-    index = yield from MM.choose("page", *range(design.scene.pages))
+    index = yield from MM.choose("page", *span(FIRST_PAGE, design.scene.pages))
     if not (yield from MM.mapping_no_direct_map()):
         hit = yield from MM.filemap_get_folio(index)
         if hit is not None:

@@ -8,16 +8,17 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party
 from guest_memfd.words.primitives import Host, Steps
+from guest_memfd.words.units import Gfn
 
 GUEST = Host("guest")
 
 
-def backed(design: Design) -> tuple[int, ...]:
+def backed(design: Design) -> tuple[Gfn, ...]:
     """The gfns that have a page of the file, in order; where none has, one without."""
     return design.scene.gfns or (design.scene.beyond,)
 
 
-def touch(design: Design, gfn: int) -> Steps[str]:
+def touch(design: Design, gfn: Gfn) -> Steps[str]:
     """Write *gfn*, faulting it in as KVM_RUN and VCPU_RUN do: 0 and -EAGAIN run the guest again, the rest exits."""
     for _attempt in range(2):
         seen = yield from GUEST.guest_access(gfn, True)
@@ -29,7 +30,7 @@ def touch(design: Design, gfn: int) -> Steps[str]:
     return (yield from GUEST.guest_access(gfn, True))
 
 
-def handle_fault(design: Design, gfn: int) -> Steps[int]:
+def handle_fault(design: Design, gfn: Gfn) -> Steps[int]:
     """The exit of a vCPU: find the memslot, ask the library for the page; 0 or -errno, -EFAULT without a memslot."""
     index = design.scene.index(gfn)
     if index is None:

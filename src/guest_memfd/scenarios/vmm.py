@@ -8,11 +8,12 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party, Procedure
 from guest_memfd.words.primitives import Host, Steps, VmFault
+from guest_memfd.words.units import FIRST_PAGE, Index, span
 
 USER = Host("user")
 
 
-def user_touch(design: Design, index: int) -> Steps[str]:
+def user_touch(design: Design, index: Index) -> Steps[str]:
     """Write page *index* through the mapping; one fault at most."""
     seen = yield from USER.user_access(index, True)
     if seen == "fault":
@@ -22,7 +23,7 @@ def user_touch(design: Design, index: int) -> Steps[str]:
     return seen
 
 
-def fault_in(design: Design, index: int) -> Steps[VmFault]:
+def fault_in(design: Design, index: Index) -> Steps[VmFault]:
     """A fault of the VMM at page *index*; what is not ``ok`` is what the VMM is told, by SIGBUS or by faulting again."""
     answer = yield from design.user_fault(index)
     if answer != "ok":
@@ -34,7 +35,7 @@ def vmm(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Two things one after the other: change pages and touch them then, or touch them first and change them mapped."""
     what = yield from USER.choose("VMM", "map", "allocate", "punch", "to_private", "to_shared", "unbind", "close")
     if what == "map":
-        index = yield from USER.choose("page", *range(design.scene.pages))
+        index = yield from USER.choose("page", *span(FIRST_PAGE, design.scene.pages))
         yield from mapping(design, index, "munmap", "punch", "to_private")
     elif what == "close":
         yield from close(design)
@@ -45,7 +46,7 @@ def vmm(design: Design, hypervisor: Hypervisor) -> Steps[None]:
             yield from mapping(design, start, "munmap")
 
 
-def mapping(design: Design, index: int, *then: str) -> Steps[None]:
+def mapping(design: Design, index: Index, *then: str) -> Steps[None]:
     """mmap, touch page *index*, perhaps convert or punch it under the mapping and touch it again, munmap."""
     if (yield from map_pages(design, index, 1)):
         return
@@ -58,7 +59,7 @@ def mapping(design: Design, index: int, *then: str) -> Steps[None]:
     yield from design.munmap()
 
 
-def map_pages(design: Design, start: int, nr: int) -> Steps[int]:
+def map_pages(design: Design, start: Index, nr: int) -> Steps[int]:
     """mmap(2) of the file for the sake of [start, start+nr), which a driver that has lent them takes back first."""
     if design.lender is None:
         return (yield from design.mmap())
@@ -73,14 +74,14 @@ def close(design: Design) -> Steps[None]:
         yield from design.close()
 
 
-def change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
+def change(design: Design, what: str, start: Index, nr: int) -> Steps[int]:
     """One ioctl or fallocate: what it returned; -EBADF without a descriptor, which only an unbind does not need."""
     if what != "unbind" and not (yield from USER.fd_open()):
         return -EBADF
     return (yield from _change(design, what, start, nr))
 
 
-def _change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
+def _change(design: Design, what: str, start: Index, nr: int) -> Steps[int]:
     if design.lender is not None:
         if what == "unbind":
             return (yield from design.lender.unbind(design, start, nr))
@@ -106,10 +107,10 @@ def _change(design: Design, what: str, start: int, nr: int) -> Steps[int]:
 
 def mover(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Move a memslot: KVM_SET_USER_MEMORY_REGION deletes it, and sets it anew at a gfn that has none."""
-    yield from change(design, "unbind", 0, 1)
+    yield from change(design, "unbind", FIRST_PAGE, 1)
     if (yield from USER.fd_open()):
-        ret = yield from design.bind(design.scene.beyond, 0, 1)
-        yield from USER.op_returned("bind", 0, 1, ret, gfn=design.scene.beyond)
+        ret = yield from design.bind(design.scene.beyond, FIRST_PAGE, 1)
+        yield from USER.op_returned("bind", FIRST_PAGE, 1, ret, gfn=design.scene.beyond)
 
 
 STEPS = 3
@@ -128,11 +129,11 @@ def life(*allowed: str) -> Procedure:
             if what == "close":
                 yield from close(design)
             elif what == "map":
-                mapped = mapped or not (yield from map_pages(design, 0, design.scene.pages))
+                mapped = mapped or not (yield from map_pages(design, FIRST_PAGE, design.scene.pages))
             elif what == "touch":
                 # Only what it has mapped itself: a fault holds its VMA, and another thread's munmap() would not wait here.
                 if mapped:
-                    index = yield from USER.choose("page", *range(design.scene.pages))
+                    index = yield from USER.choose("page", *span(FIRST_PAGE, design.scene.pages))
                     yield from user_touch(design, index)
             else:
                 start, nr = yield from USER.choose("range", *design.scene.ranges)
@@ -146,15 +147,15 @@ def life(*allowed: str) -> Procedure:
 def second_thread(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """One system call of another thread."""
     what = yield from USER.choose("thread", "allocate", "punch", "to_private", "to_shared", "unbind", "bind")
-    last = design.scene.pages - 1
+    last = FIRST_PAGE + design.scene.pages - 1
     # Of a binding a part can be taken away while another thread takes the rest.
-    start = (yield from USER.choose("first page", 0, last)) if what == "unbind" and last else 0
+    start = (yield from USER.choose("first page", FIRST_PAGE, last)) if what == "unbind" and last else FIRST_PAGE
     yield from _change(design, what, start, design.scene.pages - start)
 
 
 def repeater(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """Convert, and again as long as the answer is to try again; private for as long as that takes."""
-    while (yield from _change(design, "to_private", 0, design.scene.pages)) == -EAGAIN:
+    while (yield from _change(design, "to_private", FIRST_PAGE, design.scene.pages)) == -EAGAIN:
         pass
 
 
@@ -162,9 +163,9 @@ def odd_requests(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """A request that is not about pages of the file, or is about none."""
     size = design.scene.pages
     what = yield from USER.choose("odd", "allocate", "punch", "to_private", "to_shared", "unbind", "bind")
-    ranges = [(size, 1), (0, size + 1), (size - 1, 2)]
+    ranges = [(FIRST_PAGE + size, 1), (FIRST_PAGE, size + 1), (FIRST_PAGE + size - 1, 2)]
     if what not in ("allocate", "punch"):              # vfs_fallocate() lets none of these through
-        ranges += [(-1, 1), (0, 0), (0, -1)]
+        ranges += [(FIRST_PAGE - 1, 1), (FIRST_PAGE, 0), (FIRST_PAGE, -1)]
     start, nr = yield from USER.choose("range", *ranges)
     yield from change(design, what, start, nr)
 

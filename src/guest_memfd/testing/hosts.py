@@ -23,6 +23,7 @@ from guest_memfd.uapi import kvm as uapi
 from guest_memfd.uapi import kvm_arm64
 from guest_memfd.uapi.gunyah import PATH as GUNYAH
 from guest_memfd.uapi.kvm import KvmVcpu, KvmVm, MemoryAttributes2
+from guest_memfd.words.units import Ipa
 
 KVM = "/dev/kvm"
 NEEDS = {
@@ -34,7 +35,7 @@ NEEDS = {
 }
 """What a test may need, beyond a device to open."""
 
-PAGE_TABLES = 0x1000_0000
+PAGE_TABLES = Ipa(0x1000_0000)
 """Guest address of the page tables that `GmemHost.enter` needs on x86: six pages."""
 
 _GIB_MAPPED = 4

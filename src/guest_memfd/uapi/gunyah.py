@@ -15,6 +15,7 @@ from guest_memfd.distinct import distinct
 from guest_memfd.uapi.ioctl import io, iow
 from guest_memfd.uapi.memory import GuestMemory, Owner
 from guest_memfd.uapi.words import Words
+from guest_memfd.words.units import Ipa
 
 PATH = "/dev/gunyah"
 _KIND = "G"
@@ -176,7 +177,7 @@ def boot_register(which: RegisterSet, index: int) -> int:
 class MmioExit(NamedTuple):
     """The guest touched a device: address, bytes written (or room for those read), whether it wrote."""
 
-    phys_addr: int
+    phys_addr: Ipa
     data: bytes
     is_write: bool
 
@@ -194,7 +195,7 @@ class StatusExit(NamedTuple):
 class PageFaultExit(NamedTuple):
     """Memory could not be given to the guest: address, and -errno of the attempt."""
 
-    phys_addr: int
+    phys_addr: Ipa
     attempt: int
 
 
@@ -298,7 +299,7 @@ class GunyahVcpu(Owner, Protocol):
 class GunyahVm(Owner, Protocol):
     """A VM's descriptor. All calls raise SyscallFailed."""
 
-    def map_mem(self, memory: GuestMemory, guest_addr: int, offset: int, size: int, flags: int) -> None:
+    def map_mem(self, memory: GuestMemory, guest_addr: Ipa, offset: int, size: int, flags: int) -> None:
         """MAP_MEM: let [offset, offset+size) of *memory* appear at *guest_addr*; with UNMAP, take that away again. Bytes.
 
         In this order, EINVAL: *memory* closed; no guest memory of this driver; unknown bits; none of R, W and X; access
@@ -308,7 +309,7 @@ class GunyahVm(Owner, Protocol):
         EBUSY while the guest holds on to a page, and the binding stays. Source: gunyah_gmem_modify_binding(), patch 24.
         """
 
-    def set_dtb_config(self, guest_phys_addr: int, size: int) -> None:
+    def set_dtb_config(self, guest_phys_addr: Ipa, size: int) -> None:
         """SET_DTB_CONFIG: where START finds the device tree; any time, any value."""
 
     def set_boot_context(self, reg: int, value: int, reserved: int = 0) -> None:

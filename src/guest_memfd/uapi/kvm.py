@@ -16,6 +16,7 @@ from guest_memfd.uapi.ioctl import io, iow, iowr
 from guest_memfd.uapi.kvm_run import Exit
 from guest_memfd.uapi.memory import GuestMemory, Owner
 from guest_memfd.uapi.words import Words
+from guest_memfd.words.units import NULL, Ipa, Va
 
 PATH = "/dev/kvm"
 KVMIO = 0xAE
@@ -190,7 +191,7 @@ class KvmVm(Owner, Protocol):
         """KVM_CREATE_GUEST_MEMFD; EINVAL for unknown flags, size 0, and a size that is no multiple of a page."""
 
     def set_user_memory_region2(
-        self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, *, userspace_addr: int = 0,
+        self, slot: int, flags: int, guest_phys_addr: Ipa, memory_size: int, *, userspace_addr: Va = NULL,
         guest_memfd: GuestMemory | None = None, guest_memfd_offset: int = 0,
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION2; *memory_size* 0 deletes the slot.
@@ -199,7 +200,7 @@ class KvmVm(Owner, Protocol):
         guest addresses or file range in use.
         """
 
-    def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
+    def set_memory_attributes(self, address: Ipa, size: int, attributes: int, flags: int = 0) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES, where attributes belong to the VM; ENOTTY where they belong to the file."""
 
     def create_vcpu(self, vcpu_id: int = 0) -> KvmVcpu:

@@ -14,6 +14,7 @@ from guest_memfd.compat import override
 from guest_memfd.distinct import distinct
 from guest_memfd.errors import errno_name
 from guest_memfd.uapi.words import Words
+from guest_memfd.words.units import Ipa
 
 
 class ExitReason(IntEnum):
@@ -47,7 +48,7 @@ class Mmio(NamedTuple):
     A read goes on with what `KvmVcpu.answer` was given.
     """
 
-    phys_addr: int
+    phys_addr: Ipa
     size: int
     is_write: bool
     data: bytes
@@ -101,7 +102,7 @@ class MemoryFault(NamedTuple):
     """KVM_RUN returned -1 with *errno*, EFAULT or EHWPOISON: the guest cannot have [gpa, gpa+size) as it asked for it."""
 
     flags: int
-    gpa: int
+    gpa: Ipa
     size: int
     errno: int
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
+from guest_memfd.words.units import Va
+
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x08, 0x10
 FALLOC_FL_INSERT_RANGE, FALLOC_FL_UNSHARE_RANGE, FALLOC_FL_WRITE_ZEROES = 0x20, 0x40, 0x80
 """Mode bits of fallocate(2) (include/uapi/linux/falloc.h)."""
@@ -44,7 +46,7 @@ class Mapping(Owner, Protocol):
     size: int
 
     @property
-    def address(self) -> int:
+    def address(self) -> Va:
         """Where it lies in the VMM's address space, for the userspace_addr of a memory slot."""
 
     def read(self, at: int, nr: int) -> bytes:

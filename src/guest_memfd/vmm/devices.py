@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from guest_memfd.guests import CONSOLE
+from guest_memfd.words.units import Ipa
 
 
 class MmioDevice(Protocol):
@@ -52,12 +53,12 @@ class Console:
 class Balloon:
     """The guest stores the address of a page that it can do without, and loads 0 or an errno: what *take* made of it."""
 
-    def __init__(self, take: Callable[[int], int]) -> None:
+    def __init__(self, take: Callable[[Ipa], int]) -> None:
         self._take, self._errno = take, 0
 
     def put(self, data: bytes) -> None:
         """The page's guest physical address."""
-        self._errno = self._take(int.from_bytes(data, "little"))
+        self._errno = self._take(Ipa(int.from_bytes(data, "little")))
 
     def get(self) -> bytes:
         """What came of it."""

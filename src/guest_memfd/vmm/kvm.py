@@ -24,6 +24,7 @@ from guest_memfd.uapi.kvm import (
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import Debugger, LoopEnded
+from guest_memfd.words.units import Ipa
 
 MEM_SHARE, MEM_UNSHARE = 0xC600_0003, 0xC600_0004
 """ARM_SMCCC_VENDOR_HYP_KVM_MEM_SHARE_FUNC_ID and its opposite (include/linux/arm-smccc.h)."""
@@ -54,7 +55,7 @@ class KvmGuest:
         self.vcpu.set_one_reg(kvm_arm64.X[0], layout.boot_info(image))
         self.exits = 0
 
-    def _slot(self, stack: ExitStack, number: int, base: int, size: int, flags: int) -> KvmGuestMemory:
+    def _slot(self, stack: ExitStack, number: int, base: Ipa, size: int, flags: int) -> KvmGuestMemory:
         file = stack.enter_context(self.vm.create_guest_memfd(size, flags))
         self.vm.set_user_memory_region2(number, MemFlag.GUEST_MEMFD, base, size, guest_memfd=file)
         return file
@@ -85,7 +86,7 @@ class KvmGuest:
                 self._mmio(out)
             case kvm_run.HypercallExit(nr, args):
                 self.log(f"exit HYPERCALL {nr:#x} {args[0]:#x}")
-                self._convert(nr, args[0])
+                self._convert(nr, Ipa(args[0]))
             case kvm_run.SystemEvent(kind):
                 self.log(f"exit SYSTEM_EVENT {kind}")
                 return LoopEnded("off" if kind == kvm_run.SystemEventType.SHUTDOWN else "reset")
@@ -111,7 +112,7 @@ class KvmGuest:
             self.vcpu.answer(self.console.get()[:out.size])
 
     # The guest has shared a page with us, or wants it back: the library has to know, too.
-    def _convert(self, nr: int, ipa: int) -> None:
+    def _convert(self, nr: int, ipa: Ipa) -> None:
         base = PRIVATE_BASE if ipa >= PRIVATE_BASE else SHARED_BASE
         wanted = 0 if nr == MEM_SHARE else kvm.PRIVATE
         attributes = MemoryAttributes2(ipa - base, self.layout.folio, wanted)

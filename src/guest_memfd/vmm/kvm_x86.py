@@ -25,10 +25,11 @@ from guest_memfd.uapi.kvm import SHARED, MemFlag
 from guest_memfd.vmm.devices import Balloon, Console, MmioDevice, Nobody
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import Debugger, LoopEnded
+from guest_memfd.words.units import Ipa
 
 _MEMORY, _WINDOW, _TABLES = 0, 1, 2
 """Slots."""
-_TABLES_BASE = 0x1000_0000
+_TABLES_BASE = Ipa(0x1000_0000)
 _GIB, _MOST_GIB = 1 << 30, 64
 """A vCPU whose CPUID was never set has 36 bits of address: cpuid_query_maxphyaddr() in arch/x86/kvm/cpuid.c."""
 _REAL_MODE_END = 1 << 20
@@ -69,7 +70,7 @@ class X86Guest:
         # As if it had been called: a function compiled for the System V ABI finds its stack where it expects it.
         self.vcpu.enter_user_mode(_TABLES_BASE, image.entry, rdi=boot_info, rsp=boot_info + PAGE - 8)
 
-    def _slot(self, stack: ExitStack, number: int, base: int, size: int) -> tuple[GuestMemfd, LinuxMapping]:
+    def _slot(self, stack: ExitStack, number: int, base: Ipa, size: int) -> tuple[GuestMemfd, LinuxMapping]:
         file = stack.enter_context(self.vm.create_guest_memfd(size, SHARED))
         mapping = stack.enter_context(file.mmap())
         self.vm.set_user_memory_region2(number, MemFlag.GUEST_MEMFD, base, size, guest_memfd=file,
@@ -111,7 +112,7 @@ class X86Guest:
             device.put(data[at:at + size])
 
     # The guest can do without a page: its frame goes back to the host, and the next touch finds zeros. 0 or an errno.
-    def _take(self, gpa: int) -> int:
+    def _take(self, gpa: Ipa) -> int:
         offset = gpa - self.layout.base
         if gpa % PAGE or not 0 <= offset < self.layout.private:
             self.log(f"the guest gives up {gpa:#x}, which is no page of its memory")

@@ -10,6 +10,7 @@ from guest_memfd.guests import CONSOLE, PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import SIZE, BootHypervisor, BootInfo
 from guest_memfd.guests.loader import GuestImage, fits
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Ipa
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Layout:
     private: int = 16 << 20
     shared: int = 64 << 10
     folio: int = PAGE
-    base: int = PRIVATE_BASE
+    base: Ipa = PRIVATE_BASE
 
     def __post_init__(self) -> None:
         for name, size in (("--memory", self.private), ("--shared", self.shared)):
@@ -43,14 +44,14 @@ class Layout:
         """The first IPA after the private memory."""
         return self.base + self.private
 
-    def boot_info(self, image: GuestImage) -> int:
+    def boot_info(self, image: GuestImage) -> Ipa:
         """IPA of the boot info: a page of its own after *image*. Raises BadInput when they do not fit together."""
         fits(image, [(self.base, self.private)])
         where = -(-image.end // PAGE) * PAGE
         if where + PAGE > self.end:
             raise BadInput(f"{image.name}: no page is left after the image for the boot info; it ends at {image.end:#x}, "
                            f"and private memory at {self.end:#x}")
-        return where
+        return Ipa(where)
 
     def contents(self, image: GuestImage, hypervisor: BootHypervisor) -> list[tuple[int, bytes]]:
         """(offset into the private memory, bytes) of all that is there at the start; the rest is zeros."""

@@ -19,6 +19,7 @@ from guest_memfd.machine.primitives.contents import BEFORE
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import Primitive
+from guest_memfd.words.units import Pa, pa_to_pfn
 
 READERS = ("zeropad", "kcore", "plain")
 NAME = b"/boot/initrd.img"
@@ -39,9 +40,9 @@ class Names:
     """Some pages of the kernel's own, each with `NAME` at its end; what is allocated next comes to lie after them."""
 
     def __init__(self, machine: Machine) -> None:
-        self.machine, self.pages = machine, set[int]()
+        self.machine, self.pages = machine, set[Pa]()
         self._held = [machine.kernel_pages.alloc()]
-        behind: list[int] = []
+        behind: list[Pa] = []
         while len(behind) < _PAIRS:
             now, before = machine.kernel_pages.alloc(), self._held[-1]
             if now == before + PAGE and not before % (2 * PAGE):
@@ -76,17 +77,17 @@ def read(reader: str, machine: Machine, host: EmulatedHost, names: Names) -> Rea
         return _kcore(machine, host, owned)
     page, va = owned[0], machine.linear_map.va(owned[0].pa)
     if reader == "zeropad":
-        how = host.perform(Primitive("load_unaligned_zeropad", (page.pa // PAGE,), "kernel"), 0)
+        how = host.perform(Primitive("load_unaligned_zeropad", (pa_to_pfn(page.pa),), "kernel"), 0)
         return Read(reader, va - BEFORE, machine.cpu.core.x(0), _words(how))
     how = host.perform(Primitive("kernel_access", (page, "kernel", "a stray load", "plain_read", va), "kernel"), 0)
     return Read(reader, va, machine.cpu.core.x(0), _words(how))
 
 
 def _kcore(machine: Machine, host: EmulatedHost, owned: list[LinuxFolio]) -> Read:
-    how = [host.perform(Primitive("copy_from_kernel_nofault", (page.pa // PAGE,), "kernel"), 0) for page in owned]
+    how = [host.perform(Primitive("copy_from_kernel_nofault", (pa_to_pfn(page.pa),), "kernel"), 0) for page in owned]
     copied = sum(one == "ok" for one in how)
     words = f"{len(how)} pages, {copied} copied, {len(how) - copied} read as zeros"
-    bounce = machine.bounce_va - machine.linear_map.va(machine.ram.base) + machine.ram.base
+    bounce = machine.linear_map.pa(machine.bounce_va)
     word = machine.ram.read64(bounce) if copied else 0
     return Read("kcore", machine.linear_map.va(owned[-1].pa), word, words)
 
@@ -105,6 +106,6 @@ def _owned(machine: Machine) -> Iterator[LinuxFolio]:
 
 
 # Whether the page at *pa* is the host's, and readable.
-def _hosts(machine: Machine, pa: int, owned: list[LinuxFolio]) -> bool:
+def _hosts(machine: Machine, pa: Pa, owned: list[LinuxFolio]) -> bool:
     return (machine.ram.contains(pa) and machine.driver.owner(pa) == "host" and machine.driver.host_may(pa)
             and machine.linear_map.kernel_page_present(pa) and not any(page.pa == pa for page in owned))

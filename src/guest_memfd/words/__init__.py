@@ -1,1 +1,1 @@
-"""The vocabulary that all share: primitives, outcomes, facts, page states, scenes. It imports nothing but errors."""
+"""The vocabulary that all share: units, primitives, outcomes, facts, page states, scenes. It imports nothing but errors."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from guest_memfd.distinct import distinct
 from guest_memfd.words.primitives import Bound, Cost
+from guest_memfd.words.units import Gfn, Index, Pfn
 
 
 @distinct
@@ -18,12 +19,12 @@ class Access(NamedTuple):
     who: str                    # guest, VMM, kernel, device, image, allocator, library
     what: str                   # the primitive, in words
     via: str                    # direct map, stale TLB entry, user mapping, DMA, guest mapping, ...
-    pfn: int
+    pfn: Pfn
     write: bool
     content: str                # before the access
     guests: bool                # the frame was private to the guest
     held: bool                  # the guest could still reach it, or owned it
-    pgoff: int | None           # page index at which the file holds it
+    pgoff: Index | None         # page index at which the file holds it
     expect: str | None          # what a reader there must find; None: no one can say
     free: bool                  # the frame was free
     broken: bool                # its memory is broken, and memory_failure() has done with it
@@ -35,7 +36,7 @@ class Abort(NamedTuple):
 
     what: str
     stage: int
-    pfn: int
+    pfn: Pfn
     kind: str                   # translation fault, synchronous external abort, ...
     survived: bool
     why: str
@@ -46,7 +47,7 @@ class DirectMapChange(NamedTuple):
     """A direct-map entry was written by the code of *caller*."""
 
     caller: str
-    pfn: int
+    pfn: Pfn
     invalid: bool
     broken: bool = False                # its memory is broken, and memory_failure() has done with it
 
@@ -56,7 +57,7 @@ class MadePrivate(NamedTuple):
     """A frame has just become private to the guest: by the library's word, or by the hypervisor's."""
 
     how: str
-    pfn: int
+    pfn: Pfn
     pins: int                   # references through which someone may still touch it
     cached_mapping: bool        # a gfn_to_pfn_cache still maps it
 
@@ -65,7 +66,7 @@ class MadePrivate(NamedTuple):
 class StrayGuest(NamedTuple):
     """The guest reached a frame that is not its own any more."""
 
-    pfn: int
+    pfn: Pfn
     via: str
 
 
@@ -83,7 +84,7 @@ class OutOfScope(NamedTuple):
 
     op: str
     what: str
-    pgoff: int
+    pgoff: Index
 
 
 @distinct
@@ -92,14 +93,14 @@ class Unannounced(NamedTuple):
 
     op: str
     what: str
-    pgoff: int
+    pgoff: Index
 
 
 @distinct
 class Rebound(NamedTuple):
     """A bind has overwritten the binding that a page had."""
 
-    pgoff: int
+    pgoff: Index
 
 
 @distinct
@@ -108,18 +109,18 @@ class Ended(NamedTuple):
 
     op: str
     ret: int
-    error_index: int | None
-    scope: tuple[int, ...]
-    toggled: tuple[int, ...]            # pages whose attribute is not what it was before
-    removed: tuple[int, ...]            # pages it took out of the page cache
-    left: tuple[int, ...]               # pages of the range that are in the page cache now
+    error_index: Index | None
+    scope: tuple[Index, ...]
+    toggled: tuple[Index, ...]          # pages whose attribute is not what it was before
+    removed: tuple[Index, ...]          # pages it took out of the page cache
+    left: tuple[Index, ...]             # pages of the range that are in the page cache now
     attrs: tuple[int, ...]              # attributes of the range now
     bound: tuple[int, ...]              # for each page of the range the gfn + 1 it is bound to now, or 0
-    batched: tuple[int, ...]            # pages of the range that sit in an lru_add batch
-    mapped: tuple[int, ...]             # pages that who has faulted maps now: the guest where they are bound, or the VMM
+    batched: tuple[Index, ...]          # pages of the range that sit in an lru_add batch
+    mapped: tuple[Index, ...]           # pages that who has faulted maps now: the guest where they are bound, or the VMM
     reasons: tuple[str, ...]            # what stood against it on the way
-    places: tuple[int, ...]             # pages at which something did
-    gfn: int | None                     # where the guest has faulted, if that is what it was about
+    places: tuple[Index, ...]           # pages at which something did
+    gfn: Gfn | None                     # where the guest has faulted, if that is what it was about
     cost: Cost
     documented: tuple[int, ...]         # errno values that hypervisor and design add to those of the library
     bound_of_cost: Bound | None         # what the design says it costs at most, None if it says nothing
@@ -132,8 +133,8 @@ class HowEnded(NamedTuple):
     op: str
     ret: int
     about: range = range(0)             # page indexes
-    at: int | None = None               # the page index that it has named
-    gfn: int | None = None              # of a bind: the first
+    at: Index | None = None             # the page index that it has named
+    gfn: Gfn | None = None              # of a bind: the first
 
 
 @distinct
@@ -141,14 +142,14 @@ class Returned(NamedTuple):
     """A system call, or an exit of a vCPU, has returned to its caller."""
 
     op: str
-    start: int
+    start: Index
     nr: int
     ret: int
-    error_index: int | None
+    error_index: Index | None
     size: int                           # of the file, in pages
     how: HowEnded | None                # what the operation had said at its end, None if it never said
     begun: bool = False                 # an invalidation that was begun has not been ended
-    gfn: int | None = None              # of a bind: the first gfn that was asked for
+    gfn: Gfn | None = None              # of a bind: the first gfn that was asked for
     shared: tuple[int, ...] = ()        # of pages that were to be lent: those that the host shares now
 
 
@@ -157,14 +158,14 @@ class Given(NamedTuple):
     """A page was mapped for *whom* while its memory was known to be broken."""
 
     whom: str
-    pfn: int
+    pfn: Pfn
 
 
 @distinct
 class Contained(NamedTuple):
     """memory_failure() has done with a page of the file."""
 
-    pfn: int
+    pfn: Pfn
     result: str                         # what error_remove_folio() said: delayed or failed
     reached: tuple[str, ...]            # who still reaches the page: guest, VMM, kernel
     reasons: tuple[str, ...]            # what stood against taking it away
@@ -181,7 +182,7 @@ class UseAfterFree(NamedTuple):
 class Freed(NamedTuple):
     """The last reference of a frame went."""
 
-    pfn: int
+    pfn: Pfn
     owner: str
     content: str
     guest_reaches: bool
@@ -191,7 +192,7 @@ class Freed(NamedTuple):
 class Destroyed(NamedTuple):
     """Contents that someone relied on were lost without being asked for."""
 
-    pfn: int
+    pfn: Pfn
     how: str
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 from guest_memfd.compat import override
+from guest_memfd.words.units import Gfn, Index, Pfn
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ Steps = Generator[Primitive, Any, T]
 class Folio(NamedTuple):
     """``struct folio *``: first page frame number and order; opaque to the library but for its size."""
 
-    pfn: int
+    pfn: Pfn
     order: int = 0
 
     @property
@@ -70,7 +71,7 @@ class Locked(NamedTuple):
     pgoff is the folio's page index in the file, None once it has left the page cache (truncated).
     """
 
-    pgoff: int | None
+    pgoff: Index | None
     uptodate: bool
     no_direct_map: bool
     hwpoison: bool
@@ -80,7 +81,7 @@ class Lookup(NamedTuple):
     """A page-cache hit: the folio (with a reference) and the page index of its head."""
 
     folio: Folio
-    pgoff: int
+    pgoff: Index
 
 
 class Cost(NamedTuple):
@@ -144,8 +145,14 @@ RefKind = Literal["lookup", "provided"]
 Sem = Literal["invalidate", "bindings"]
 """The rw-semaphores there are: the inode's invalidate_lock, and the one that a driver of Gunyah adds."""
 
-Tree = Literal["attributes", "bindings", "provided"]
-"""The library's (and v17's) maple trees and xarrays, index -> small integer, 0 for none."""
+FileTree = Literal["attributes", "bindings"]
+"""The library's maple trees and xarrays of a file, page index -> small integer, 0 for none."""
+
+GuestTree = Literal["provided"]
+"""v17's of a VM, gfn -> small integer, 0 for none."""
+
+Tree = Literal[FileTree, GuestTree]
+"""All there are."""
 
 OPS = ("fault", "user_fault", "mmap", "allocate", "punch", "to_private", "to_shared", "unbind", "teardown", "create", "bind",
        "error", "hibernate", "lend")
@@ -175,16 +182,16 @@ class Host:
         chosen: T = yield Primitive("choose", (what, *options), self.caller)
         return chosen
 
-    def begin_op(self, op: str, start: int, nr: int, gfn: int | None = None) -> Steps[None]:
+    def begin_op(self, op: str, start: Index, nr: int, gfn: Gfn | None = None) -> Steps[None]:
         """Tracepoint: this party starts *op* on pages [start, start+nr); a guest's fault says at which *gfn*."""
         return self._do("begin_op", op, start, nr, gfn)
 
-    def end_op(self, ret: int, error_index: int | None = None) -> Steps[None]:
+    def end_op(self, ret: int, error_index: Index | None = None) -> Steps[None]:
         """Tracepoint: the operation is about to return *ret* (the failing page index beside it, if it names one)."""
         return self._do("end_op", ret, error_index)
 
     def op_returned(
-        self, op: str, start: int, nr: int, ret: int, error_index: int | None = None, gfn: int | None = None,
+        self, op: str, start: Index, nr: int, ret: int, error_index: Index | None = None, gfn: Gfn | None = None,
     ) -> Steps[None]:
         """Tracepoint: *op* on [start, start+nr), a bind at *gfn*, has returned to who asked for it.
 
@@ -228,15 +235,15 @@ class Host:
 
     # -- page cache and references -------------------------------------------------------------------------------
 
-    def filemap_get_folio(self, index: int) -> Steps[Lookup | None]:
+    def filemap_get_folio(self, index: Index) -> Steps[Lookup | None]:
         """Look *index* up in the page cache and take a reference; None when there is no folio (mm/filemap.c)."""
         return self._do("filemap_get_folio", index)
 
-    def filemap_find_folio(self, index: int, nr: int) -> Steps[int]:
+    def filemap_find_folio(self, index: Index, nr: int) -> Steps[Index]:
         """Page index of the first folio in [index, index+nr), index+nr when there is none; takes no reference (xas_find)."""
         return self._do("filemap_find_folio", index, nr)
 
-    def filemap_add_folio(self, index: int, order: int) -> Steps[Lookup | int]:
+    def filemap_add_folio(self, index: Index, order: int) -> Steps[Lookup | int]:
         """Allocate a folio and insert it: returned locked, referenced, not up to date, in this CPU's lru_add batch.
 
         -EEXIST when someone was faster, -ENOMEM when there is no memory.
@@ -307,11 +314,11 @@ class Host:
         """Zero through a mapping that this CPU alone has for the moment, as text_poke() writes; no direct map needed."""
         return self._do("clear_folio_local", folio)
 
-    def load_unaligned_zeropad(self, pfn: int) -> Steps[str]:
+    def load_unaligned_zeropad(self, pfn: Pfn) -> Steps[str]:
         """A word load that starts in the page before *pfn* and runs into it; has an exception-table entry."""
         return self._do("load_unaligned_zeropad", pfn)
 
-    def copy_from_kernel_nofault(self, pfn: int) -> Steps[str]:
+    def copy_from_kernel_nofault(self, pfn: Pfn) -> Steps[str]:
         """/proc/kcore reads frame *pfn* through the direct map; has an exception-table entry."""
         return self._do("copy_from_kernel_nofault", pfn)
 
@@ -343,19 +350,19 @@ class Host:
         """Remove the VMA and its page-table entries; True when that was the inode's last reference."""
         return self._do("munmap")
 
-    def user_access(self, index: int, write: bool) -> Steps[str]:
+    def user_access(self, index: Index, write: bool) -> Steps[str]:
         """The VMM touches its mapping: ``ok``, ``fault`` (no entry: call the fault handler), or a signal's name."""
         return self._do("user_access", index, write)
 
-    def vmf_insert_folio(self, index: int, folio: Folio) -> Steps[bool]:
+    def vmf_insert_folio(self, index: Index, folio: Folio) -> Steps[bool]:
         """Install the user page-table entry; False when the VMA has gone meanwhile (include/linux/mm.h)."""
         return self._do("vmf_insert_folio", index, folio)
 
-    def vma_covers(self, start: int, nr: int) -> Steps[bool]:
+    def vma_covers(self, start: Index, nr: int) -> Steps[bool]:
         """Whether any VMA of any process covers part of [start, start+nr) (v17's folio_mmapped)."""
         return self._do("vma_covers", start, nr)
 
-    def unmap_mapping_pages(self, start: int, nr: int) -> Steps[None]:
+    def unmap_mapping_pages(self, start: Index, nr: int) -> Steps[None]:
         """Remove all user page-table entries of [start, start+nr), TLBs included (mm/memory.c).
 
         Never for no pages: the kernel takes a length of 0 for everything up to the end, so hosts stop there.
@@ -368,15 +375,15 @@ class Host:
         """Ask the hypervisor (EL2, or KVM's MMU code) for *name*; 0 or -errno as its client maps it."""
         return self._do("hypercall", name, *args)
 
-    def guest_access(self, gfn: int, write: bool) -> Steps[str]:
+    def guest_access(self, gfn: Gfn, write: bool) -> Steps[str]:
         """The vCPU touches *gfn*: ``ok``, ``fault`` (stage-2 fault exit), ``poisoned``, ``stopped``."""
         return self._do("guest_access", gfn, write)
 
-    def guest_consents(self, gfn: int) -> Steps[str]:
+    def guest_consents(self, gfn: Gfn) -> Steps[str]:
         """The guest gives *gfn* up to the host: relinquish under Gunyah, MEM_SHARE under pKVM; ``ok`` or ``fault``."""
         return self._do("guest_consents", gfn)
 
-    def mmu_invalidate_begin(self, start: int, nr: int) -> Steps[None]:
+    def mmu_invalidate_begin(self, start: Index, nr: int) -> Steps[None]:
         """kvm_mmu_invalidate_begin(): kernel mappings of these guest pages (gfn_to_pfn_cache) end; waits for a user."""
         return self._do("mmu_invalidate_begin", start, nr)
 
@@ -386,19 +393,31 @@ class Host:
 
     # -- the library's own memory --------------------------------------------------------------------------------
 
+    @overload
+    def tree_load(self, tree: FileTree, start: Index, nr: int) -> Steps[Sequence[int]]: ...
+    @overload
+    def tree_load(self, tree: GuestTree, start: Gfn, nr: int) -> Steps[Sequence[int]]: ...
     def tree_load(self, tree: Tree, start: int, nr: int) -> Steps[Sequence[int]]:
         """Read the entries of [start, start+nr): count(), an index and a slice are cheap, going through all may not be."""
         return self._do("tree_load", tree, start, nr)
 
+    @overload
+    def tree_store(self, tree: FileTree, start: Index, values: Entries) -> Steps[int]: ...
+    @overload
+    def tree_store(self, tree: GuestTree, start: Gfn, values: Entries) -> Steps[int]: ...
     def tree_store(self, tree: Tree, start: int, values: Entries) -> Steps[int]:
         """Write entries from *start* on; 0, or -ENOMEM with nothing written."""
         return self._do("tree_store", tree, start, values)
 
+    @overload
+    def tree_store_reserved(self, tree: FileTree, start: Index, values: Entries) -> Steps[None]: ...
+    @overload
+    def tree_store_reserved(self, tree: GuestTree, start: Gfn, values: Entries) -> Steps[None]: ...
     def tree_store_reserved(self, tree: Tree, start: int, values: Entries) -> Steps[None]:
         """Write entries for which `tree_reserve` has the memory (or erase: writing 0 needs none)."""
         return self._do("tree_store_reserved", tree, start, values)
 
-    def tree_reserve(self, tree: Tree, start: int, nr: int) -> Steps[int]:
+    def tree_reserve(self, tree: FileTree, start: Index, nr: int) -> Steps[int]:
         """Preallocate the nodes for a store of nr entries; 0 or -ENOMEM."""
         return self._do("tree_reserve", tree, start, nr)
 
@@ -486,7 +505,7 @@ class Host:
 
     # -- what the other parties do ---------------------------------------------------------------------------------
 
-    def gup_read_pte(self, index: int) -> Steps[Folio | None]:
+    def gup_read_pte(self, index: Index) -> Steps[Folio | None]:
         """GUP-fast, first half: read the user's entry; nothing is held yet (mm/gup.c)."""
         return self._do("gup_read_pte", index)
 
@@ -494,7 +513,7 @@ class Host:
         """try_get_folio(): take a reference without having looked again (speculative)."""
         return self._do("gup_try_get", folio)
 
-    def gup_recheck(self, index: int, folio: Folio, foll_pin: bool) -> Steps[bool]:
+    def gup_recheck(self, index: Index, folio: Folio, foll_pin: bool) -> Steps[bool]:
         """GUP-fast, second half: keep the reference if the entry is still there, else drop it."""
         return self._do("gup_recheck", index, folio, foll_pin)
 
@@ -506,7 +525,7 @@ class Host:
         """unpin_user_page() or folio_put() of a GUP reference."""
         return self._do("unpin", folio, foll_pin)
 
-    def gpc_begin(self, index: int) -> Steps[bool]:
+    def gpc_begin(self, index: Index) -> Steps[bool]:
         """gfn_to_pfn_cache refresh: find the memslot of page *index* and sample the mmu sequence; False without one.
 
         A cache that is filled where nothing is bound is told of no invalidation (__kvm_gpc_refresh(), virt/kvm/pfncache.c).
@@ -533,7 +552,7 @@ class Host:
         """kvm_gpc_deactivate(): give the cache up; later invalidations do not concern it."""
         return self._do("gpc_drop")
 
-    def hwpoison(self, index: int) -> Steps[Folio | None]:
+    def hwpoison(self, index: Index) -> Steps[Folio | None]:
         """An uncorrectable error is reported for the page at *index*: marks it; None when there is none."""
         return self._do("hwpoison", index)
 
@@ -557,7 +576,7 @@ class Host:
         """Let the tasks run again."""
         return self._do("thaw_processes")
 
-    def image_copy(self, pfn: int) -> Steps[str]:
+    def image_copy(self, pfn: Pfn) -> Steps[str]:
         """safe_copy_page(): copy one allocated frame into the hibernation image, mapping it for that if need be."""
         return self._do("image_copy", pfn)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 
 from guest_memfd.errors import BadInput
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.words.units import FIRST_PAGE, Gfn, Index, span
 
 MOST = {"pages": 4, "frames": 6, "files": 2, "vms": 2, "failures": 255, "refusals": 255}
 """Largest sizes of a scene."""
@@ -17,7 +18,7 @@ MOST = {"pages": 4, "frames": 6, "files": 2, "vms": 2, "failures": 255, "refusal
 MOST_GFNS = 8
 
 
-_KINDS = {"int": int, "bool": bool, "str": str}
+_KINDS = {"int": int, "Gfn": int, "Index": int, "bool": bool, "str": str}
 
 
 # A scene may come from a file, where a number may be anything.
@@ -25,15 +26,16 @@ def _typed(thing: Slot | Kernel | Scene) -> None:
     for each in fields(thing):
         kind, value = _KINDS.get(str(each.type)), getattr(thing, each.name)
         if kind is not None and type(value) is not kind:
-            raise BadInput(f"{each.name!r} of a {type(thing).__name__.lower()} must be of type {each.type}, not {value!r}")
+            whose = type(thing).__name__.lower()
+            raise BadInput(f"{each.name!r} of a {whose} must be of type {kind.__name__}, not {value!r}")
 
 
 @dataclass(frozen=True)
 class Slot:
     """A memslot: gfns [gfn, gfn+nr) are pages [start, start+nr) of the file."""
 
-    gfn: int
-    start: int
+    gfn: Gfn
+    start: Index
     nr: int
 
     def __post_init__(self) -> None:
@@ -41,9 +43,9 @@ class Slot:
         if not 1 <= self.nr <= MOST["pages"]:
             raise BadInput(f"a slot has 1 to {MOST['pages']} pages, not {self.nr}")
 
-    def index(self, gfn: int) -> int | None:
+    def index(self, gfn: Gfn) -> Index | None:
         """The page index of *gfn*, None if the slot does not have it."""
-        return self.start + gfn - self.gfn if self.gfn <= gfn < self.gfn + self.nr else None
+        return self.start + (gfn - self.gfn) if self.gfn <= gfn < self.gfn + self.nr else None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Scene:
     pages: int = 2
     frames: int = 3
     shared: tuple[int, ...] = (1,)
-    slots: tuple[Slot, ...] = (Slot(0, 0, 2),)
+    slots: tuple[Slot, ...] = (Slot(Gfn(0), Index(0), 2),)
     kernel: Kernel = field(default_factory=Kernel)
     failures: int = 1
     refusals: int = 0
@@ -110,10 +112,10 @@ class Scene:
         for index in self.shared:
             if type(index) is not int or not 0 <= index < self.pages:
                 raise BadInput(f"scene {self.name!r}: page {index!r} cannot be shared, the file has {self.pages} pages")
-        bound = [index for slot in self.slots for index in range(slot.start, slot.start + slot.nr)]
+        bound = [index for slot in self.slots for index in span(slot.start, slot.nr)]
         if len(set(bound)) < len(bound) or any(not 0 <= index < self.pages for index in bound):
             raise BadInput(f"scene {self.name!r}: its slots bind pages {bound} of a file of {self.pages} pages")
-        gfns = [gfn for slot in self.slots for gfn in range(slot.gfn, slot.gfn + slot.nr)]
+        gfns = [gfn for slot in self.slots for gfn in span(slot.gfn, slot.nr)]
         if len(set(gfns)) < len(gfns) or any(not 0 <= gfn < MOST_GFNS - 1 for gfn in gfns):
             raise BadInput(f"scene {self.name!r}: its slots have gfns {gfns}; they must be below {MOST_GFNS - 1}, each once")
 
@@ -123,37 +125,37 @@ class Scene:
         return tuple(SHARED_PAGE if index in self.shared else PRIVATE_PAGE for index in range(self.pages))
 
     @property
-    def gfns(self) -> tuple[int, ...]:
+    def gfns(self) -> tuple[Gfn, ...]:
         """The gfns that have a page of the file, in order."""
-        return tuple(sorted(gfn for slot in self.slots for gfn in range(slot.gfn, slot.gfn + slot.nr)))
+        return tuple(sorted(gfn for slot in self.slots for gfn in span(slot.gfn, slot.nr)))
 
     @property
-    def beyond(self) -> int:
+    def beyond(self) -> Gfn:
         """The first gfn above all slots: no page is bound to it."""
-        return max(self.gfns, default=-1) + 1
+        return max(self.gfns, default=Gfn(-1)) + 1
 
-    def gfn(self, index: int) -> int:
+    def gfn(self, index: Index) -> Gfn:
         """Where a VMM binds a range that begins with page *index*: where its slot has it, or above all slots."""
         slot = self.slot_of(index)
-        return self.beyond if slot is None else slot.gfn + index - slot.start
+        return self.beyond if slot is None else slot.gfn + (index - slot.start)
 
     @property
     def guest_frames(self) -> int:
         """How many gfns a VM needs to have: up to the last that a VMM binds, and one that no slot has."""
         return max(self.beyond + 1, *(self.gfn(start) + nr for start, nr in self.ranges))
 
-    def index(self, gfn: int) -> int | None:
+    def index(self, gfn: Gfn) -> Index | None:
         """The page index that *gfn* is bound to when the parties begin, None for a gfn without a slot."""
         return next((index for slot in self.slots if (index := slot.index(gfn)) is not None), None)
 
-    def slot_of(self, index: int) -> Slot | None:
+    def slot_of(self, index: Index) -> Slot | None:
         """The slot that binds page *index*."""
         return next((slot for slot in self.slots if slot.start <= index < slot.start + slot.nr), None)
 
     @property
-    def ranges(self) -> tuple[tuple[int, int], ...]:
+    def ranges(self) -> tuple[tuple[Index, int], ...]:
         """Ranges that a VMM asks for: (first page, length) of the first page, the last, and all of them."""
-        return tuple(dict.fromkeys(((0, 1), (self.pages - 1, 1), (0, self.pages))))
+        return tuple(dict.fromkeys(((FIRST_PAGE, 1), (FIRST_PAGE + self.pages - 1, 1), (FIRST_PAGE, self.pages))))
 
     def differences(self) -> Iterator[str]:
         """In words, where it differs from the plainest scene."""

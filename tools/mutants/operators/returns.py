@@ -43,9 +43,9 @@ def index_off_by_one(site: Site) -> Iterator[Change]:
         index = None
         if isinstance(node, ast.Call) and called(node) == "Conversion" and len(node.args) > 1:
             index = node.args[1]
-        elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and site.returns == "tuple[int, int]":
+        elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and site.returns == "tuple[int, Index]":
             index = node.value.elts[1]
-        if index is not None and not isinstance(index, ast.Constant):
+        if index is not None and source(index) != "FIRST_PAGE":
             yield replaced(index, f"{source(index)} + 1")
             yield replaced(index, f"{source(index)} - 1")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import types
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 from guest_memfd.errors import shown
 from guest_memfd.words.primitives import Entries, Host, Primitive
@@ -59,7 +59,7 @@ def _is(value: Any, annotation: Any) -> bool:
         return type(value) is str and value in members
     if origin is tuple:
         return isinstance(value, tuple) and all(_is(each, members[0]) for each in value)
-    if annotation is int:
+    if annotation is int or isinstance(annotation, NewType):        # words/units.py: numbers, all of them
         return _is_number(value)
     if isinstance(value, tuple):
         return isinstance(value, annotation) and _is_plain(value)
@@ -77,4 +77,5 @@ def _called(annotation: Any) -> str:
         return " or ".join(map(repr, members))
     if origin is tuple:
         return f"a tuple of {members[0].__name__}"
-    return _WORDS.get(annotation) or f"a {annotation.__name__}"
+    kind = getattr(annotation, "__supertype__", annotation)
+    return _WORDS.get(kind) or f"a {kind.__name__}"

@@ -29,6 +29,7 @@ from guest_memfd.scenarios.party import system_call
 from guest_memfd.words.outcome import Outcome
 from guest_memfd.words.primitives import Host, Primitive, Steps
 from guest_memfd.words.scene import Scene
+from guest_memfd.words.units import FIRST_PAGE
 
 MOST_ALONE = 2000
 """Steps of a procedure that runs alone."""
@@ -169,15 +170,15 @@ def set_scene(library: Design) -> Steps[list[int]]:
     """Create the file of the library's scene, bind it slot by slot, populate it: what each returned, up to a failure."""
     user, scene = Host("user"), library.scene
     ret = yield from library.create(scene.pages, scene.shared)
-    yield from user.op_returned("create", 0, scene.pages, ret)
+    yield from user.op_returned("create", FIRST_PAGE, scene.pages, ret)
     results = [ret]
     for slot in scene.slots if not ret else ():
         ret = yield from library.bind(slot.gfn, slot.start, slot.nr)
         yield from user.op_returned("bind", slot.start, slot.nr, ret, gfn=slot.gfn)
         results.append(ret)
     if scene.populated and not any(results):
-        ret = yield from library.allocate(0, scene.pages)
-        yield from user.op_returned("allocate", 0, scene.pages, ret)
+        ret = yield from library.allocate(FIRST_PAGE, scene.pages)
+        yield from user.op_returned("allocate", FIRST_PAGE, scene.pages, ret)
         results.append(ret)
     return results
 

@@ -12,6 +12,7 @@ from guest_memfd.core.hypervisor import SEA, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.hypervisors.gunyah import driver, el2
 from guest_memfd.words.primitives import Folio, Steps
+from guest_memfd.words.units import Gfn
 
 
 class GunyahOps(GuestMemfdOps):
@@ -21,7 +22,7 @@ class GunyahOps(GuestMemfdOps):
     scrubs = True
 
     @override
-    def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
+    def prepare_private(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Lend. A map that fails leaves the page donated; the next attempt maps it, `reclaim` takes it back."""
         # Ownership before the mapping: a page that is mapped while the host owns it could be reached by both.
         ret = yield from self.host.hypercall("donate_to_protected", folio)
@@ -30,7 +31,7 @@ class GunyahOps(GuestMemfdOps):
         return (yield from self.host.hypercall("map_private", gfn, folio))
 
     @override
-    def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+    def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Share: donate to the sibling extent, then map; a map that fails is repeated as in `prepare_private`."""
         ret = yield from self.host.hypercall("donate_to_sibling", folio)
         if ret not in (0, -EINVAL):
@@ -38,7 +39,7 @@ class GunyahOps(GuestMemfdOps):
         return (yield from self.host.hypercall("map_vmmio", gfn, folio))
 
     @override
-    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+    def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Unmap; the hypervisor refuses with -EBUSY while the guest has the page locked."""
         kind = "unmap_private" if private else "unmap_vmmio"
         ret = yield from self.host.hypercall(kind, gfn, folio, True)
@@ -54,17 +55,17 @@ class GunyahOps(GuestMemfdOps):
         return 0 if ret == -EINVAL else ret
 
     @override
-    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+    def make_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Take it back; the contents are what the guest left when it relinquished the page."""
         return (yield from self.reclaim(gfn, folio))
 
     @override
-    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+    def make_private(self, gfn: Gfn, folio: Folio) -> Steps[None]:
         """The next guest access lends it."""
         yield from ()
 
     @override
-    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
+    def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Donate it back to the host."""
         ret = yield from self.host.hypercall("donate_from_protected", folio)
         return 0 if ret == -EINVAL else ret

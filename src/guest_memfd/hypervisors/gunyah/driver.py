@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 from guest_memfd.core.gmem import filled
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import Folio, Steps
+from guest_memfd.words.units import FIRST_PAGE, Gfn, Index
 
 if TYPE_CHECKING:
     from guest_memfd.core import Library
@@ -40,7 +41,7 @@ _ATTEMPTS = 3
 """How often the pages of a dead VM are asked for: what can fail there is want of memory."""
 
 
-def demand_page(library: Library, gfn: int, index: int, *, lend: bool = True, writable: bool = True) -> Steps[int]:
+def demand_page(library: Library, gfn: Gfn, index: Index, *, lend: bool = True, writable: bool = True) -> Steps[int]:
     """Give the guest page *index* at *gfn*, lent or shared as its binding says; 0 or -errno.
 
     -EPERM what the VMM maps, -EBUSY what someone refers to, -EINVAL lent for reading only, -EFAULT where the file or the
@@ -62,7 +63,7 @@ def demand_page(library: Library, gfn: int, index: int, *, lend: bool = True, wr
     return -EBUSY if ret == -EAGAIN else ret        # -EAGAIN would have the vCPU try without end
 
 
-def lend_range(library: Library, start: int, nr: int) -> Steps[int]:
+def lend_range(library: Library, start: Index, nr: int) -> Steps[int]:
     """Convert the folios of [start, start+nr) to private, under the bindings lock; 0, -EPERM, or as `make_private`."""
     host = library.ops.host
     first, length = around(library, start, nr)
@@ -75,14 +76,14 @@ def lend_range(library: Library, start: int, nr: int) -> Steps[int]:
     return (yield from library.make_private(first, length)).ret
 
 
-def around(library: Library, start: int, nr: int) -> tuple[int, int]:
+def around(library: Library, start: Index, nr: int) -> tuple[Index, int]:
     """The range of the whole folios around [start, start+nr), in pages: first and length."""
     size = 1 << library.order
     first = start & -size
     return first, (-(-(start + nr) // size) * size) - first
 
 
-def mmap(library: Library, start: int, nr: int) -> Steps[int]:
+def mmap(library: Library, start: Index, nr: int) -> Steps[int]:
     """Map [start, start+nr) into the VMM; what was lent comes back first, with what the guest left in it.
 
     -EBUSY while a guest holds on to a page, -ENOMEM.
@@ -97,13 +98,13 @@ def mmap(library: Library, start: int, nr: int) -> Steps[int]:
 
 
 # Pages beyond the end of the file are nobody's.
-def _take_back(library: Library, start: int, nr: int) -> Steps[int]:
+def _take_back(library: Library, start: Index, nr: int) -> Steps[int]:
     first, length = around(library, start, nr)
     length = min(length, library.size - first)
     return (yield from library.make_shared(first, length)).ret if length > 0 else 0
 
 
-def unbind(library: Library, start: int, nr: int) -> Steps[int]:
+def unbind(library: Library, start: Index, nr: int) -> Steps[int]:
     """End the binding of [start, start+nr): its pages are the VMM's to see; as `Library.unbind` but for the page index."""
     host = library.ops.host
     if not (yield from host.get_file()):            # as the ioctl's fget(): the binding's may be the last
@@ -117,7 +118,7 @@ def unbind(library: Library, start: int, nr: int) -> Steps[int]:
     return ret
 
 
-def abandon(library: Library, ranges: Sequence[tuple[int, int]]) -> Steps[int]:
+def abandon(library: Library, ranges: Sequence[tuple[Index, int]]) -> Steps[int]:
     """The VM is dying: end its bindings, each (first page, length); -EAGAIN if the hypervisor fails again and again.
 
     A file may be bound to several VMs. Gunyah's half of it is released with the last binding.
@@ -130,7 +131,7 @@ def abandon(library: Library, ranges: Sequence[tuple[int, int]]) -> Steps[int]:
     ret = 0
     for start, nr in ranges:
         ret = (yield from _abandon(library, start, nr)) or ret
-    left = yield from host.tree_load("bindings", 0, library.size)
+    left = yield from host.tree_load("bindings", FIRST_PAGE, library.size)
     if not filled(left):
         yield from library.ops.release()
     yield from host.up_write("bindings")
@@ -138,7 +139,7 @@ def abandon(library: Library, ranges: Sequence[tuple[int, int]]) -> Steps[int]:
     return ret
 
 
-def _abandon(library: Library, start: int, nr: int) -> Steps[int]:
+def _abandon(library: Library, start: Index, nr: int) -> Steps[int]:
     ret, last = -EAGAIN, False
     for _attempt in range(_ATTEMPTS):
         ret, last = yield from library.teardown_bindings(start, nr)
@@ -150,7 +151,7 @@ def _abandon(library: Library, start: int, nr: int) -> Steps[int]:
     return ret
 
 
-def take_for_parcel(library: Library, start: int, nr: int, *, lend: bool) -> Steps[int | tuple[Folio, ...]]:
+def take_for_parcel(library: Library, start: Index, nr: int, *, lend: bool) -> Steps[int | tuple[Folio, ...]]:
     """The folios of [start, start+nr), whole ones, for a memory parcel: allocated, private if they are to be lent.
 
     -EPERM, -EBUSY, -ENOMEM as `demand_page`.

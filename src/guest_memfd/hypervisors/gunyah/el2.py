@@ -10,6 +10,7 @@ from errno import EBUSY, EINVAL
 
 from guest_memfd.core.hypervisor import Stage2
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Gfn, Pfn
 
 
 def donate_to_protected(stage2: Stage2, folio: Folio) -> int:
@@ -54,7 +55,7 @@ def donate_from_sibling(stage2: Stage2, folio: Folio) -> int:
     return 0
 
 
-def map_private(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def map_private(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """ADDRSPACE_MAP PARTIAL|PRIVATE: the page becomes private and locked; -EACCES (here -EINVAL) if not the guest's."""
     if stage2.owner(folio.pfn) != "guest":
         return -EINVAL
@@ -64,7 +65,7 @@ def map_private(stage2: Stage2, gfn: int, folio: Folio) -> int:
     return 0
 
 
-def map_vmmio(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def map_vmmio(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """ADDRSPACE_MAP PARTIAL|VMMIO: existing mappings are silently replaced."""
     if stage2.owner(folio.pfn) != "shared":
         return -EINVAL
@@ -72,7 +73,7 @@ def map_vmmio(stage2: Stage2, gfn: int, folio: Folio) -> int:
     return 0
 
 
-def unmap_private(stage2: Stage2, gfn: int, folio: Folio, sync: bool) -> int:
+def unmap_private(stage2: Stage2, gfn: Gfn, folio: Folio, sync: bool) -> int:
     """ADDRSPACE_UNMAP PRIVATE: -EBUSY while locked in a living VM; zeroes what the guest has not relinquished.
 
     A stopped VM holds on to nothing (its address space can no longer run; taken to follow from the driver, where
@@ -92,14 +93,14 @@ def unmap_private(stage2: Stage2, gfn: int, folio: Folio, sync: bool) -> int:
     return 0
 
 
-def unmap_vmmio(stage2: Stage2, gfn: int, folio: Folio, sync: bool) -> int:
+def unmap_vmmio(stage2: Stage2, gfn: Gfn, folio: Folio, sync: bool) -> int:
     """ADDRSPACE_UNMAP VMMIO: -EINVAL when there is no such mapping."""
     if stage2.owner(folio.pfn) != "shared" or not stage2.guest_unmap(gfn, folio.pfn, flush=sync):
         return -EINVAL
     return 0
 
 
-def unlock_pages(stage2: Stage2, pfn: int) -> None:
+def unlock_pages(stage2: Stage2, pfn: Pfn) -> None:
     """MODIFY_PAGES unlock with do_not_sanitise: the guest relinquishes a page, and what it holds is kept."""
     if stage2.owner(pfn) == "guest":
         stage2.set_locked_in(pfn, False)
@@ -107,7 +108,7 @@ def unlock_pages(stage2: Stage2, pfn: int) -> None:
         stage2.declassify(pfn)
 
 
-def guest_touches(stage2: Stage2, pfn: int) -> None:
+def guest_touches(stage2: Stage2, pfn: Pfn) -> None:
     """A guest access to an unlocked page locks it again."""
     if stage2.owner(pfn) == "guest":
         stage2.set_locked_in(pfn, True)

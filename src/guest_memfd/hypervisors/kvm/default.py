@@ -12,16 +12,17 @@ from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor, Stage2
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.words.primitives import Folio, Steps
+from guest_memfd.words.units import Gfn
 
 
-def mmu_map(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def mmu_map(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """kvm_mmu_map_tdp_page() under mmu_lock: map the folio at *gfn*; 0, it cannot fail but by injection."""
     # No check of an owner: plain KVM keeps none, and nothing but the library stands between guest and host.
     stage2.guest_map(gfn, folio.pfn)
     return 0
 
 
-def mmu_unmap(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def mmu_unmap(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """kvm_mmu_unmap_gfn_range() and the remote TLB flush."""
     # With the flush: the library goes on to free or convert the page as soon as this returns.
     stage2.guest_unmap(gfn, folio.pfn)
@@ -34,33 +35,33 @@ class KvmOps(GuestMemfdOps):
     module = "kvm"
 
     @override
-    def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
+    def prepare_private(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Map the folio at *gfn*; 0 or -ENOMEM. There is no owner to record."""
         return (yield from self.host.hypercall("mmu_map", gfn, folio))
 
     @override
-    def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+    def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Map the folio at *gfn*; 0 or -ENOMEM. The guest reaches private and shared pages the same way."""
         return (yield from self.host.hypercall("mmu_map", gfn, folio))
 
     @override
-    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+    def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Unmap it; never refuses."""
         return (yield from self.host.hypercall("mmu_unmap", gfn, folio))
 
     @override
-    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+    def make_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """0 at once: `invalidate` has unmapped the page, and there is no owner to change."""
         yield from ()
         return 0
 
     @override
-    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+    def make_private(self, gfn: Gfn, folio: Folio) -> Steps[None]:
         """No hypercall: there is no owner to change, and the next guest access maps the page."""
         yield from ()
 
     @override
-    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
+    def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Nothing to change; the library scrubs."""
         yield from ()
         return 0

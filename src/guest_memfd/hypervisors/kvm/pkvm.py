@@ -15,11 +15,12 @@ from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import DATA_ABORT, Hypervisor, Stage2
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.words.primitives import Folio, Steps
+from guest_memfd.words.units import Gfn, Pfn
 
 # -- EL2 -----------------------------------------------------------------------------------------------------------
 
 
-def donate_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def donate_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """host OWNED, guest NOPAGE -> guest OWNED, mapped RWX; -EPERM otherwise."""
     # A poisoned gfn stays unusable. Were it filled again, the guest would find zeros where it has written and would
     # not notice that it has lost a page.
@@ -33,7 +34,7 @@ def donate_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
     return 0
 
 
-def share_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def share_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """host OWNED, guest NOPAGE -> SHARED_OWNED, guest SHARED_BORROWED; -EPERM otherwise."""
     if stage2.owner(folio.pfn) != "host" or stage2.poisoned(gfn):
         return -EPERM
@@ -43,7 +44,7 @@ def share_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
     return 0
 
 
-def unshare_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def unshare_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """The host's page leaves the guest; -ENOENT when the guest had not borrowed it."""
     if stage2.owner(folio.pfn) != "shared":
         return -ENOENT
@@ -52,7 +53,7 @@ def unshare_guest(stage2: Stage2, gfn: int, folio: Folio) -> int:
     return 0
 
 
-def unshare(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def unshare(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """Complete the guest's MEM_UNSHARE: what the host borrowed is the guest's alone again; -EPERM otherwise."""
     if stage2.owner(folio.pfn) != "borrowed":
         return -EPERM
@@ -63,7 +64,7 @@ def unshare(stage2: Stage2, gfn: int, folio: Folio) -> int:
     return 0
 
 
-def check_consent(stage2: Stage2, gfn: int, folio: Folio, converting: bool) -> int:
+def check_consent(stage2: Stage2, gfn: Gfn, folio: Folio, converting: bool) -> int:
     """-EBUSY: a conversion needs the guest's MEM_SHARE, dying or not; everything else needs its death."""
     owner = stage2.owner(folio.pfn)
     free = owner == "borrowed" if converting else not stage2.vm_alive()
@@ -73,7 +74,7 @@ def check_consent(stage2: Stage2, gfn: int, folio: Folio, converting: bool) -> i
     return 0
 
 
-def reclaim_dying_guest_page(stage2: Stage2, gfn: int, folio: Folio) -> int:
+def reclaim_dying_guest_page(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """Zero, unmap, give back; -EPERM for a living guest, 0 when the host owns it already."""
     if stage2.owner(folio.pfn) == "host":
         return 0
@@ -90,7 +91,7 @@ def reclaim_dying_guest_page(stage2: Stage2, gfn: int, folio: Folio) -> int:
     return 0
 
 
-def guest_share_host(stage2: Stage2, pfn: int) -> None:
+def guest_share_host(stage2: Stage2, pfn: Pfn) -> None:
     """HVC MEM_SHARE: the guest lets the host use its page."""
     if stage2.owner(pfn) == "guest":
         stage2.set_owner(pfn, "borrowed")
@@ -100,7 +101,7 @@ def guest_share_host(stage2: Stage2, pfn: int) -> None:
         stage2.declassify(pfn)
 
 
-def force_reclaim(stage2: Any, pfn: int) -> bool:
+def force_reclaim(stage2: Any, pfn: Pfn) -> bool:
     """__pkvm_force_reclaim_guest_page(): poison the guest's entry, zero the page, give it to the host."""
     gfn = stage2.gfn_of(pfn)
     if stage2.owner(pfn) != "guest" or gfn is None:
@@ -125,20 +126,20 @@ class PkvmOps(GuestMemfdOps):
     scrubs = True
 
     @override
-    def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
+    def prepare_private(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Donate; -EPERM means that the guest has it already."""
         ret = yield from self.host.hypercall("donate_guest", gfn, folio)
         # Every entry of the library can be repeated. A fault that failed after the donation finds the page donated.
         return 0 if ret == -EPERM else ret
 
     @override
-    def prepare_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+    def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Lend it to both; -EPERM means that both have it already."""
         ret = yield from self.host.hypercall("share_guest", gfn, folio)
         return 0 if ret == -EPERM else ret
 
     @override
-    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+    def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Unshare a shared page; a private one needs the guest's consent or its death.
 
         A page that is the guest's own, which it only lets the host use, comes back with the guest's death: asked and done
@@ -159,18 +160,18 @@ class PkvmOps(GuestMemfdOps):
         return -EBUSY if ret == -EPERM else ret
 
     @override
-    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
+    def make_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """The guest has shared it: EL2 lets the host in already."""
         yield from ()
         return 0
 
     @override
-    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
+    def make_private(self, gfn: Gfn, folio: Folio) -> Steps[None]:
         """The host has let go: the guest's MEM_UNSHARE may complete (-EPERM: it had none under way)."""
         yield from self.host.hypercall("unshare", gfn, folio)
 
     @override
-    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
+    def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Only a dying guest gives pages back."""
         return (yield from self.host.hypercall("reclaim_dying_guest_page", gfn, folio))
 

@@ -21,7 +21,6 @@ from guest_memfd.machine.board.tracer import Tracer
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.entry import TlbEntry
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
@@ -36,11 +35,12 @@ from guest_memfd.machine.linux.text import KernelText
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Primitive
+from guest_memfd.words.units import Gfn, Index, Ipa, Pa, Pfn, Va, gpa_to_gfn, identity_ipa, pa_to_pfn, pfn_to_pa
 
 Judge = Callable[[Primitive, list[facts.Note]], None]
 """Told of every primitive, and of the facts that it left."""
 
-_POKING = 0xFFFF_FC00_0000_0000
+_POKING = Va(0xFFFF_FC00_0000_0000)
 """Where one CPU maps a folio for itself alone for the moment; a multiple of 1 GiB, outside of the linear map."""
 
 
@@ -71,7 +71,7 @@ class Board:
         self._slab_in: int | None = None
         self._vms: list[Vm] = []
         self.folios: Buddy = self.kernel_pages
-        self.watched: list[int] = []
+        self.watched: list[Pa] = []
         self.leaked = 0                                         # folios that are counted as never coming back
         self.judge: Judge | None = None                         # of every host that has none of its own
         self._boot(driver)
@@ -127,28 +127,28 @@ class Board:
 
     # -- frames ------------------------------------------------------------------------------------------------------
 
-    def number(self, pa: int) -> int:
+    def number(self, pa: Pa) -> Pfn:
         """What the laws call the frame at *pa*: its place among the watched ones, or its frame number."""
-        return self.watched.index(pa) if pa in self.watched else pa // PAGE
+        return Pfn(self.watched.index(pa)) if pa in self.watched else pa_to_pfn(pa)
 
-    def page_at(self, pa: int) -> LinuxFolio:
+    def page_at(self, pa: Pa) -> LinuxFolio:
         """The folio that the byte at *pa* belongs to, or a stand-in for a free frame."""
-        pfn = pa // PAGE
+        pfn = pa_to_pfn(pa)
         page = self.pages.get(pfn)
         if page is not None:
             return page
         # A frame inside of a large folio: only the head has a struct page here.
         for order in (9, 18):
-            page = self.pages.get(pfn >> order << order)
+            page = self.pages.get(pfn & -1 << order)
             if page is not None and page.order >= order:
                 return page
-        return LinuxFolio(pfn * PAGE, 0)
+        return LinuxFolio(pfn_to_pa(pfn), 0)
 
     def allocated(self, page: LinuxFolio) -> bool:
         """Whether it is someone's."""
-        return page.pa // PAGE in self.pages
+        return pa_to_pfn(page.pa) in self.pages
 
-    def first_free(self, pa: int, size: int) -> int | None:
+    def first_free(self, pa: Pa, size: int) -> Pa | None:
         """The lowest page of [pa, pa+size) that Linux's or EL2's allocator has, None when all of it is someone's."""
         found = (buddy.first_free(pa, size) for buddy in {self.kernel_pages, self.folios, self.el2_pool})
         return min((free for free in found if free is not None), default=None)
@@ -179,26 +179,26 @@ class Board:
 
     # -- who reaches what ----------------------------------------------------------------------------------------
 
-    def kernel_maps(self, pa: int) -> bool:
+    def kernel_maps(self, pa: Pa) -> bool:
         """Whether the linear map has *pa*, at its own address."""
         entry = self.linear_map.leaf(pa)
         offset = self.linear_map.va(pa) % dm.level_size(entry.level)
         # Present, and at its own address: an entry that leads to another page does not map this one.
         return self.linear_map.kernel_page_present(pa) and entry.oa + offset == pa
 
-    def holds_kernel(self, pa: int) -> bool:
+    def holds_kernel(self, pa: Pa) -> bool:
         """Whether some CPU's TLB still translates the linear-map address of *pa*."""
         va = self.linear_map.va(pa)
         return any(tlb.holds_stage1(va, None, self.driver.host_vmid) for tlb in self.tlbs)
 
-    def host_reaches(self, pa: int) -> bool:
+    def host_reaches(self, pa: Pa) -> bool:
         """Whether stage 2, or a TLB entry made from it, lets the host touch *pa*."""
         # The table allows it, or a TLB entry that was made when it did.
         if self.driver.host_may(pa):
             return True
-        return any(tlb.holds_stage2(pa, self.driver.host_vmid) for tlb in self.tlbs)
+        return any(tlb.holds_stage2(identity_ipa(pa), self.driver.host_vmid) for tlb in self.tlbs)
 
-    def mapped_by_user(self, pa: int, size: int) -> bool:
+    def mapped_by_user(self, pa: Pa, size: int) -> bool:
         """Whether a VMM's page table, or a TLB entry made from it, maps any of [pa, pa+size)."""
         for inode in self.inodes:
             mapping = inode.mapping
@@ -209,7 +209,7 @@ class Board:
                     return True
         return self.tlb_maps_user(pa, size)
 
-    def tlb_maps_user(self, pa: int, size: int) -> bool:
+    def tlb_maps_user(self, pa: Pa, size: int) -> bool:
         """Whether a TLB translates a user address to [pa, pa+size)."""
         return any(pa <= e.oa < pa + size for e in self._user_entries())
 
@@ -217,12 +217,12 @@ class Board:
         return (e for tlb in self.tlbs for e in tlb.entries()
                 if e.kind != "stage2" and e.vmid == self.driver.host_vmid and not e.ia >> 55)
 
-    def user_indexes(self, pa: int) -> Iterator[int]:
+    def user_indexes(self, pa: Pa) -> Iterator[Index]:
         """Which pages of a file TLBs take *pa* for."""
-        found = (self.vmm.find(e.ia) for e in self._user_entries() if e.oa == pa)
+        found = (self.vmm.find(Va(e.ia)) for e in self._user_entries() if e.oa == pa)
         return (at[1] for at in found if at is not None)
 
-    def any_guest_maps(self, pa: int) -> bool:
+    def any_guest_maps(self, pa: Pa) -> bool:
         """Whether any VM's stage 2 maps *pa*."""
         return any(self.driver.ipa_of(vm, pa) is not None for vm in self.vms)
 
@@ -230,21 +230,21 @@ class Board:
         """Whether a guest reaches *page* through its tables or a TLB entry that outlived its mapping."""
         return self.any_guest_maps(page.pa) or any(self.stale_guest_gfn(vm, page.pa) is not None for vm in self.vms)
 
-    def stale_guest_gfn(self, vm: Vm, pa: int) -> int | None:
+    def stale_guest_gfn(self, vm: Vm, pa: Pa) -> Gfn | None:
         """The guest frame number that a TLB still translates to *pa* and *vm*'s tables do not."""
         for tlb in self.tlbs:
             for entry in tlb.of_stage2(vm.vmid):
                 if entry.oa <= pa < entry.oa + entry.size:
-                    ipa = entry.ia + pa - entry.oa
+                    ipa = Ipa(entry.ia + (pa - entry.oa))
                     # An entry that agrees with the table is no stale one.
                     if self.driver.lookup(vm, ipa) != pa:
-                        return ipa // PAGE
+                        return gpa_to_gfn(ipa)
         return None
 
     # -- mappings of the moment ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def poking(self, page: LinuxFolio) -> Iterator[int]:
+    def poking(self, page: LinuxFolio) -> Iterator[Va]:
         """A virtual address at which this CPU alone has *page* while the block runs (text_poke())."""
         tables = self.linear_map.tables
         tables.map(_POKING, _POKING + page.size, page.pa, dm.PAGE_KERNEL_TAGGED, dm.NO_CONT)

@@ -23,6 +23,7 @@ from guest_memfd.machine.linux.mem_abort import KernelDied, MmFault
 from guest_memfd.machine.linux.mm import LOAD, STORE
 from guest_memfd.machine.linux.oops import TASK_SIZE, Oops, Panic
 from guest_memfd.machine.linux.panic import HARDWARE, KernelPanic
+from guest_memfd.words.units import Pa, Va
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -46,7 +47,7 @@ class Aborted:
     """An abort taken to EL1: the syndrome and the address it saw, the stage that refused, the entries on the way."""
 
     esr: int
-    far: int
+    far: Va
     stage: int
     path: tuple[Entry, ...]
 
@@ -73,7 +74,7 @@ class Ran:
     fixed: bool = False
     reclaimed: bool = False
     signal: str | None = None
-    reached: tuple[int, ...] = ()
+    reached: tuple[Pa, ...] = ()
 
 
 class HostCpu:
@@ -97,12 +98,12 @@ class HostCpu:
         self.mmus = [Mmu(machine.ram, tlb) for tlb in machine.tlbs]
         self.stage1 = Stage1(Tcr(), machine.vmm.ttbr0, machine.linear_map.root)
         self.core = c.Cpu(machine.ram, self._translate)
-        self._reached: list[int] = []
+        self._reached: list[Pa] = []
         self._fills = 0
         self._reclaimed = False
 
     # Unicorn asks for every page that an instruction touches.
-    def _translate(self, va: int, access: Access, el: int) -> tuple[int, int, bool, bool, bool]:
+    def _translate(self, va: Va, access: Access, el: int) -> tuple[Pa, int, bool, bool, bool]:
         # Not a fault of anybody: the call has returned to where nothing is mapped, and this is how it is noticed.
         if va == RETURN:
             raise Fault(TRANSLATION, 0, 1, va=va, access=access, el=el)
@@ -134,7 +135,7 @@ class HostCpu:
         fixed = self._run()
         return Ran(core.x(0), fixed, self._reclaimed, None, tuple(self._reached))
 
-    def user(self, va: int, write: bool, value: int = 0) -> Ran:
+    def user(self, va: Va, write: bool, value: int = 0) -> Ran:
         """One load or store of the VMM at *va*; what stops it is in `signal`."""
         self.aborts, self._reached = [], []
         core = self.core
@@ -205,14 +206,14 @@ class HostCpu:
         self.aborts.append(Aborted(esr, far, fault.stage, tuple(self.path(far))))
         return mem_abort.do_mem_abort(esr, far, self.core, self)
 
-    def path(self, va: int) -> Sequence[Entry]:
+    def path(self, va: Va) -> Sequence[Entry]:
         """Stage-1 entries on the way to *va*."""
         found = self.page_table(va)
         return found[1] if found else ()
 
     # -- what the abort handlers ask ------------------------------------------------------------------------------
 
-    def read_aligned(self, va: int) -> int:
+    def read_aligned(self, va: Va) -> int:
         """The zero-padding handler's own load, on the CPU; raises KernelDied when that dies."""
         core = self.core
         saved = [core.x(n) for n in range(31)], core.pc
@@ -228,20 +229,20 @@ class HostCpu:
         core.pc = saved[1]
         return word
 
-    def at_s1e1r(self, va: int) -> int | None:
+    def at_s1e1r(self, va: Va) -> Pa | None:
         """AT S1E1R: stage 1 alone."""
         try:
             return self.mmus[self.current].at_s1(va, "r", 1, self.stage1, self.machine.el2.stage2()).pa
         except Fault:
             return None
 
-    def force_reclaim(self, pa: int) -> int:
+    def force_reclaim(self, pa: Pa) -> int:
         """__pkvm_force_reclaim_guest_page() of the page of *pa*; a success is remembered, the access will be tried again."""
         ret = self.machine.driver.force_reclaim(pa & -PAGE)
         self._reclaimed = self._reclaimed or ret == 0
         return ret
 
-    def handle_mm_fault(self, va: int, access: str, user: bool) -> MmFault:
+    def handle_mm_fault(self, va: Va, access: str, user: bool) -> MmFault:
         """A user address has a VMA only where the VMM maps a file; its fault handler is a procedure, and runs later."""
         return MmFault.SIGBUS
 
@@ -249,7 +250,7 @@ class HostCpu:
         """As %pS prints an address."""
         return "guest_memfd_reader+0x2c/0x40" if pc == RETURN else self.machine.text.symbol_at(pc)
 
-    def page_table(self, va: int) -> tuple[int, Sequence[Entry]] | None:
+    def page_table(self, va: Va) -> tuple[int, Sequence[Entry]] | None:
         """Root and entries of the tables that translate *va*."""
         lm = self.machine.linear_map
         if va >= TASK_SIZE:

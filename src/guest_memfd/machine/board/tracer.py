@@ -6,11 +6,11 @@ is read from its bytes; only whether words that a guest wrote are a *secret* can
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from guest_memfd.core.gmem import bound_gfn
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.inode import Inode
@@ -30,6 +30,7 @@ from guest_memfd.words.pagestate import (
     ZERO,
 )
 from guest_memfd.words.primitives import UNREPORTED, Bound, Cost, Entries
+from guest_memfd.words.units import FIRST_PAGE, Gfn, Index, Pa, gfn_to_gpa, pa_to_pfn, span
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -56,7 +57,7 @@ class TracedTask(Protocol):
     scene: Scene | None
     errnos: Mapping[str, tuple[int, ...]]
 
-    def vm_at(self, index: int) -> Vm:
+    def vm_at(self, index: Index) -> Vm:
         """The VM that page *index* of the file is bound to, or would be."""
 
     def private(self, page: LinuxFolio) -> bool:
@@ -68,16 +69,16 @@ class Operation:
     """The operation a task is in."""
 
     op: str
-    start: int
+    start: Index
     nr: int
-    gfn: int | None = None                              # where the guest has faulted, if that is what it is about
-    toggled: set[int] = field(default_factory=set)      # pages whose attribute changed an odd number of times
-    removed: set[int] = field(default_factory=set)
+    gfn: Gfn | None = None                              # where the guest has faulted, if that is what it is about
+    toggled: set[Index] = field(default_factory=set)    # pages whose attribute changed an odd number of times
+    removed: set[Index] = field(default_factory=set)
     reasons: int = 0                                    # what has stood against it (abstract/state.py REASONS)
-    places: set[int] = field(default_factory=set)       # pages at which something did
+    places: set[Index] = field(default_factory=set)     # pages at which something did
     cost: dict[str, int] = field(default_factory=lambda: {"writes": 0, "flushes": 0, "calls": 0, "stalls": 0})
 
-    def first_of(self, index: int, nr: int = 1) -> int | None:
+    def first_of(self, index: Index, nr: int = 1) -> Index | None:
         """The first of pages [index, index+nr) that it is about, None if it is about none of them."""
         first = max(index, self.start)
         return first if first < min(index + nr, self.start + self.nr) else None
@@ -88,11 +89,11 @@ class Tracer:
 
     def __init__(self, machine: Board) -> None:
         self.machine = machine
-        self.secret: set[int] = set()                   # physical addresses of pages that hold what a guest wrote in private
-        self.expected: dict[tuple[Inode, int], int] = {}
+        self.secret: set[Pa] = set()                    # physical addresses of pages that hold what a guest wrote in private
+        self.expected: dict[tuple[Inode, Index], int] = {}
         self.operations: dict[int, Operation] = {}
-        self.asked: set[int] = set()                    # physical addresses of pages whose mapping the guest had asked for
-        self.withdrawn: set[int] = set()                # of pages whose consent is older than their conversion to private
+        self.asked: set[Pa] = set()                     # physical addresses of pages whose mapping the guest had asked for
+        self.withdrawn: set[Pa] = set()                 # of pages whose consent is older than their conversion to private
         self.announced: dict[int, tuple[range, ...]] = {}   # task -> pages whose invalidation it has begun and not ended
         self.ended: dict[int, facts.HowEnded] = {}            # task -> how its operation has ended, before it returns
 
@@ -165,7 +166,7 @@ class Tracer:
         guests = owner == "guest" or content == SECRET or (mapped and index is not None and host.private(page))
         return facts.Access(who, what, via, machine.number(page.pa), write, CONTENTS[content], guests,
                             mapped or owner == "guest", index, None if expect == ANY else CONTENTS[expect],
-                            page.pa // PAGE not in machine.pages, page.handled)
+                            pa_to_pfn(page.pa) not in machine.pages, page.handled)
 
     def destroyed(self, inode: Inode) -> None:
         """The file is gone: no one reads there any more."""
@@ -175,19 +176,19 @@ class Tracer:
         """A folio becomes single pages: what is known of it is known of each."""
         inode, index = page.inode, page.index
         if page.pa in self.secret:
-            self.secret.update(page.pa + at * PAGE for at in range(page.nr))
+            self.secret.update(span(page.pa, page.nr, PAGE))
         if isinstance(inode, Inode) and (inode, index) in self.expected:
             self.expected |= {(inode, index + at): self.expected[inode, index] for at in range(page.nr)}
 
     # -- operations ----------------------------------------------------------------------------------------------
 
-    def begin(self, host: TracedTask, op: str, start: int, nr: int, gfn: int | None = None) -> None:
+    def begin(self, host: TracedTask, op: str, start: Index, nr: int, gfn: Gfn | None = None) -> None:
         """The task starts *op* on pages [start, start+nr)."""
-        first = max(start, 0)
+        first = max(start, FIRST_PAGE)
         self.ended.pop(host.who, None)
         self.operations[host.who] = Operation(op, first, max(min(start + nr, host.inode.size) - first, 0), gfn)
 
-    def out_of_scope(self, host: TracedTask, what: str, index: int, nr: int = 1) -> None:
+    def out_of_scope(self, host: TracedTask, what: str, index: Index, nr: int = 1) -> None:
         """Note it when the task's operation is about none of pages [index, index+nr), which are one folio's.
 
         Who evicts the inode is about all of them.
@@ -196,17 +197,19 @@ class Tracer:
         if operation is not None and host.inode.life != EVICTED and operation.first_of(index, nr) is None:
             host.notes.append(facts.OutOfScope(operation.op, what, index))
 
-    def announces(self, host: TracedTask, start: int, nr: int) -> None:
+    def announces(self, host: TracedTask, start: Index, nr: int) -> None:
         """The task begins to invalidate pages [start, start+nr)."""
-        pages = range(max(start, 0), max(min(start + nr, host.inode.size), 0))
+        first = max(start, FIRST_PAGE)
+        pages = range(first, max(min(start + nr, host.inode.size), 0))
         self.announced[host.who] = (*self.announced.get(host.who, ()), pages)
         operation = self.operations.get(host.who)
         if operation is not None and host.inode.life != EVICTED:
-            beyond = next((i for i in (pages.start, pages.stop - 1) if pages and operation.first_of(i, 1) is None), None)
+            ends = (first, first + len(pages) - 1) if pages else ()
+            beyond = next((i for i in ends if operation.first_of(i, 1) is None), None)
             if beyond is not None:
                 host.notes.append(facts.OutOfScope(operation.op, "announces an invalidation", beyond))
 
-    def done_to(self, host: TracedTask, what: str, index: int, nr: int = 1, *, always: bool = False) -> None:
+    def done_to(self, host: TracedTask, what: str, index: Index, nr: int = 1, *, always: bool = False) -> None:
         """The task's operation does something to a folio that its users must hear of beforehand.
 
         *always*: that is so even if the operation has begun no invalidation at all: there is a VM to be told.
@@ -223,7 +226,7 @@ class Tracer:
         index, nr = page.index, page.nr
         operation = self.operations.get(host.who)
         if operation is not None and operation.nr <= JUDGED:
-            operation.removed.update(range(index, index + nr))
+            operation.removed.update(span(index, nr))
         expected = self.expected.pop((host.inode, index), ZERO)
         # Only a punch, or the end of the file, is asked to lose what is there; a page that is given up is lost already.
         op = self.under_way(host.who) or "someone"
@@ -231,7 +234,7 @@ class Tracer:
             host.notes.append(facts.Destroyed(self.machine.number(page.pa), f"{op} takes the page out of the file"))
         self.done_to(host, "removes the folio", index)
 
-    def attributes(self, host: TracedTask, start: int, values: Entries) -> list[LinuxFolio]:
+    def attributes(self, host: TracedTask, start: Index, values: Entries) -> list[LinuxFolio]:
         """Attributes are about to change: the folios in the file for which they do."""
         operation, inode = self.operations.get(host.who), host.inode
         old = inode.trees["attributes"].load(start, len(values))
@@ -248,13 +251,13 @@ class Tracer:
         pages = (inode.find(index) for index in changed)
         return list({page.pa: page for page in pages if page is not None}.values())
 
-    def bindings(self, host: TracedTask, start: int, values: Entries) -> None:
+    def bindings(self, host: TracedTask, start: Index, values: Entries) -> None:
         """Bindings are about to change: what the operation does to pages that are bound, or will be."""
         operation = self.operations.get(host.who)
         if operation is None or len(values) > JUDGED:
             return
         bound = host.inode.trees["bindings"].load(start, len(values))
-        for index, was, entry in zip(itertools.count(start), bound, values, strict=False):
+        for index, was, entry in zip(span(start, len(values)), bound, values, strict=True):
             if was and entry and operation.op == "bind":
                 host.notes.append(facts.Rebound(index))
             if was != entry:
@@ -297,14 +300,14 @@ class Tracer:
         self.ended.pop(task, None)
         return _reasons(operation.reasons & ~(0 if excused else GONE_BEFORE)) if operation is not None else ()
 
-    def faulted_in(self, host: TracedTask, index: int) -> None:
+    def faulted_in(self, host: TracedTask, index: Index) -> None:
         """The task goes on at page *index* of its mapping: if it has faulted, it was told that it can."""
         how = self.ended.get(host.who)
         if how is not None and how.op == "user_fault" and host.who not in self.operations:
             self.returned(host, "user_fault", index, 1, 0, None)
 
     def returned(
-        self, host: TracedTask, op: str, start: int, nr: int, ret: int, error_index: int | None, gfn: int | None = None,
+        self, host: TracedTask, op: str, start: Index, nr: int, ret: int, error_index: Index | None, gfn: Gfn | None = None,
     ) -> None:
         """What the caller is told, beside what the operation had said."""
         shared: tuple[int, ...] = ()
@@ -315,7 +318,7 @@ class Tracer:
                                          host.who in self.announced, gfn, shared))
         self.forget(host.who)
 
-    def end(self, host: TracedTask, ret: int, error_index: int | None) -> None:
+    def end(self, host: TracedTask, ret: int, error_index: Index | None) -> None:
         """Report how the task's operation ended."""
         operation = self.operations.pop(host.who, None)
         if operation is None:
@@ -328,9 +331,9 @@ class Tracer:
         if operation.nr <= JUDGED:
             host.notes.append(self._ended(host, operation, ret, error_index))
 
-    def _ended(self, host: TracedTask, operation: Operation, ret: int, error_index: int | None) -> facts.Ended:
+    def _ended(self, host: TracedTask, operation: Operation, ret: int, error_index: Index | None) -> facts.Ended:
         inode = host.inode
-        scope = tuple(range(operation.start, operation.start + operation.nr))
+        scope = tuple(span(operation.start, operation.nr))
         attributes = inode.trees["attributes"].load(operation.start, operation.nr)
         bindings = inode.trees["bindings"].load(operation.start, operation.nr)
         left = tuple(i for i in scope if inode.find(i) is not None)
@@ -346,22 +349,22 @@ class Tracer:
             host.bounds.get(operation.op), host.scene.attributes if operation.op == "create" and host.scene else ())
 
     # Unless the mapping has gone meanwhile, or memory is broken: who faulted is told so when he goes on.
-    def _vmm_has(self, host: TracedTask, index: int) -> bool:
+    def _vmm_has(self, host: TracedTask, index: Index) -> bool:
         mapping, page = host.inode.mapping, host.inode.find(index)
         if mapping is None or not mapping.vmas or (page is not None and page.hwpoison):
             return True
         return mapping.lookup(index) is not None
 
     # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
-    def _guest_has(self, host: TracedTask, index: int, entry: int) -> bool:
+    def _guest_has(self, host: TracedTask, index: Index, entry: int) -> bool:
         vm, page = host.vm_at(index), host.inode.find(index)
         if vm.state != RUNNING or vm.handle is None:
             return True
         if not entry or page is None:
             return False
-        driver, ipa = self.machine.driver, (entry - 1) * PAGE
-        return driver.lookup(vm, ipa) == page.pa + (index - page.index) * PAGE or (
-            page.hwpoison or driver.poisoned(vm, entry - 1))
+        driver, gfn = self.machine.driver, bound_gfn(entry)
+        return driver.lookup(vm, gfn_to_gpa(gfn)) == page.pa + (index - page.index) * PAGE or (
+            page.hwpoison or driver.poisoned(vm, gfn))
 
 
 def _reasons(mask: int) -> tuple[str, ...]:

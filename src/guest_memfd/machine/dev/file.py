@@ -40,6 +40,7 @@ from guest_memfd.uapi.memory import (
 from guest_memfd.uapi.words import signed, word
 from guest_memfd.words.pagestate import ANY, DATA, FAILURE, SECRET, SHARED_PAGE
 from guest_memfd.words.primitives import Entries, Folio, Primitive, Steps
+from guest_memfd.words.units import FIRST_PAGE, NULL, Index, Pa, Va, page_index
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -61,7 +62,7 @@ _LAST_BYTE = (1 << 63) - 1
 class FileHost(EmulatedHost):
     """The primitives for one file, with VMAs over parts of it, and copies by user space."""
 
-    windows: list[tuple[int, int]]
+    windows: list[tuple[Index, int]]
     """First page and number of pages of every VMA."""
 
     # What operations cost is judged in a run as well, and what they return: every device hands on what its design states.
@@ -70,7 +71,7 @@ class FileHost(EmulatedHost):
         if foreign(type(library), machine.hypervisor.ops):
             self.theirs = f"a procedure of design {library.name!r} on {machine.hypervisor.name!r}"
         self.windows = []
-        self.window = 0, 0                              # what mmap(2) or munmap(2) is about
+        self.window = FIRST_PAGE, 0                     # what mmap(2) or munmap(2) is about
 
     @override
     def asked(self, page: LinuxFolio) -> bool:
@@ -78,7 +79,7 @@ class FileHost(EmulatedHost):
         return True
 
     @override
-    def vma_covers(self, start: int, nr: int) -> bool:
+    def vma_covers(self, start: Index, nr: int) -> bool:
         """Whether one of the VMAs does."""
         return any(first < start + nr and start < first + length for first, length in self.windows)
 
@@ -103,7 +104,7 @@ class FileHost(EmulatedHost):
         self.machine.vmm.munmap(self.inode, self.window)
         return put_inode(self)
 
-    def user_read(self, index: int, within: int, nr: int) -> bytes | str:
+    def user_read(self, index: Index, within: int, nr: int) -> bytes | str:
         """EL0 loads the doubleword at byte *within* of page *index*, and with it *nr* bytes; or what stops it."""
         pa = self._executed(index, within & -_WORD, None)
         if isinstance(pa, str):
@@ -112,13 +113,13 @@ class FileHost(EmulatedHost):
         return self.machine.ram.read(pa + within, nr)
 
     # For the laws. What these bytes should be no one has recorded; that the page was zeroed before its use, the file has.
-    def _saw(self, pa: int, *, write: bool) -> None:
+    def _saw(self, pa: Pa, *, write: bool) -> None:
         page, tracer = self.machine.page_at(pa), self.machine.tracer
         tracer.expect(page, ANY)
         content = SECRET if page.pa in tracer.secret else DATA if page.uptodate else tracer.content(page)
         note_access(self, page, "VMM", "user access", "user mapping", write, content)
 
-    def user_write(self, index: int, within: int, data: bytes) -> str:
+    def user_write(self, index: Index, within: int, data: bytes) -> str:
         """EL0 stores one doubleword of *data* at byte *within* of page *index*, and the rest with it.
 
         ``ok``, or what stops it.
@@ -143,14 +144,14 @@ class FileHost(EmulatedHost):
         return "ok"
 
     # The doubleword at *pa* once *data* has been put at its byte *first*.
-    def _merged(self, pa: int, first: int, data: bytes) -> bytes:
+    def _merged(self, pa: Pa, first: int, data: bytes) -> bytes:
         word = bytearray(self.machine.ram.read(pa, _WORD))
         part = data[:_WORD - first]
         word[first:first + len(part)] = part
         return bytes(word)
 
     # One instruction: the frame it arrived at, or a signal.
-    def _executed(self, index: int, at: int, value: int | None) -> int | str:
+    def _executed(self, index: Index, at: int, value: int | None) -> Pa | str:
         mapping = self.inode.mapping
         vma = mapping.covering(index) if mapping is not None else None
         if vma is None:
@@ -231,9 +232,9 @@ class Mapped(Serialised):
         self._lock = file.machine.lock
 
     @property
-    def address(self) -> int:
+    def address(self) -> Va:
         """Where the VMM sees it."""
-        return self.file.address(self.offset // PAGE)
+        return self.file.address(page_index(self.offset))
 
     def read(self, at: int, nr: int) -> bytes:
         """*nr* bytes from byte *at* on; raises Signalled, BadInput beyond the mapping."""
@@ -263,19 +264,20 @@ class Mapped(Serialised):
         raise SyscallFailed(EFAULT, "pin_user_pages", f"page {index} of the file")
 
     # What of [at, at+nr) lies in each page: its index in the file, first byte there, bytes, bytes before it.
-    def _pieces(self, call: str, at: int, nr: int) -> Iterator[tuple[int, int, int, int]]:
+    def _pieces(self, call: str, at: int, nr: int) -> Iterator[tuple[Index, int, int, int]]:
         self._in_use(call)
         if at < 0 or nr < 0 or at + nr > self.size:
             raise BadInput(f"{call} of {nr:#x} bytes at {at:#x} of a mapping of {self.size:#x} bytes")
         done = 0
         while done < nr:
-            index, within = divmod(self.offset + at + done, PAGE)
+            start = self.offset + at + done
+            within = start % PAGE
             length = min(PAGE - within, nr - done)
-            yield index, within, length, done
+            yield page_index(start), within, length, done
             done += length
 
     # A load of *length* bytes, or a store of *data*; faults go to the library.
-    def _access(self, index: int, within: int, length: int, data: bytes | None = None) -> bytes:
+    def _access(self, index: Index, within: int, length: int, data: bytes | None = None) -> bytes:
         file = self.file
         name, args = ("user_read", (index, within, length)) if data is None else ("user_write", (index, within, data))
         for _attempt in range(_FAULTS):
@@ -361,7 +363,7 @@ class GuestMemoryFile(Serialised, ABC):
     def check_mmap(self, offset: int, nr: int, shared: bool) -> None:
         """Raise SyscallFailed for a mapping this file's mmap() refuses; the generic checks come before."""
 
-    def map_range(self, start: int, nr: int) -> Steps[int]:
+    def map_range(self, start: Index, nr: int) -> Steps[int]:
         """The library's part of mmap(2)."""
         return self.library.mmap()
 
@@ -379,14 +381,14 @@ class GuestMemoryFile(Serialised, ABC):
             raise SyscallFailed(EFBIG, "fallocate", f"{nr:#x} bytes at {offset:#x}")
         self.check_fallocate(mode, offset, nr)
         if mode & FALLOC_FL_PUNCH_HOLE:
-            result = self.run(self.library.punch_hole(offset // PAGE, nr // PAGE))
+            result = self.run(self.library.punch_hole(page_index(offset), nr // PAGE))
             self.check(result.ret, "fallocate", self._where(result.error_index))
         else:
-            self._check_room(offset // PAGE, nr // PAGE)
-            self.check(self.run(self.library.allocate(offset // PAGE, nr // PAGE)), "fallocate")
+            self._check_room(page_index(offset), nr // PAGE)
+            self.check(self.run(self.library.allocate(page_index(offset), nr // PAGE)), "fallocate")
 
     # What there is no memory for fails at its first page here, and not at its last.
-    def _check_room(self, start: int, nr: int) -> None:
+    def _check_room(self, start: Index, nr: int) -> None:
         free = self.machine.folios.free_pages
         if nr > free:
             there = sum(page.nr for index, page in self.host.inode.pages.items() if start <= index < start + nr)
@@ -394,7 +396,7 @@ class GuestMemoryFile(Serialised, ABC):
                 raise SyscallFailed(ENOMEM, "fallocate", f"{nr - there} pages, of which {free} are free")
 
     @staticmethod
-    def _where(index: int | None) -> str:
+    def _where(index: Index | None) -> str:
         return "" if index is None else f"page {index} stays"
 
     def punch_hole(self, offset: int, nr: int) -> None:
@@ -407,7 +409,7 @@ class GuestMemoryFile(Serialised, ABC):
         nr = self.size - offset if nr is None else nr
         self._may_map(offset, nr)
         self.check_mmap(offset, nr, shared)
-        window = self.host.window = offset // PAGE, -(-nr // PAGE)
+        window = self.host.window = page_index(offset), -(-nr // PAGE)
         self.check(self.run(self.map_range(*window)), "mmap")
         mapped = Mapped(self, offset, nr)
         self.host.windows.append(window)
@@ -427,7 +429,7 @@ class GuestMemoryFile(Serialised, ABC):
     def unmap(self, mapped: Mapped) -> None:
         """munmap(2) of one of this file's mappings."""
         self.mappings.remove(mapped)
-        self.host.window = mapped.offset // PAGE, -(-mapped.size // PAGE)
+        self.host.window = page_index(mapped.offset), -(-mapped.size // PAGE)
         self.host.windows.remove(self.host.window)
         self.run(self.library.munmap())
 
@@ -456,7 +458,7 @@ class GuestMemoryFile(Serialised, ABC):
             raise self.machine.dead
         return self.host.run(procedure)
 
-    def fault_in(self, index: int) -> bool:
+    def fault_in(self, index: Index) -> bool:
         """A fault of the VMM at page *index*: whether it is to go on; False: SIGBUS. Raises KernelPanic as `perform`."""
         answer = self.run(self.library.user_fault(index))
         told = {"ok": 0, "SIGBUS": -EFAULT}.get(answer, -EAGAIN)
@@ -468,8 +470,8 @@ class GuestMemoryFile(Serialised, ABC):
         if ret < 0:
             raise SyscallFailed(-ret, call, why)
 
-    def address(self, index: int) -> int:
+    def address(self, index: Index) -> Va:
         """Where the VMM sees page *index* (or would)."""
         mapping = self.host.inode.mapping
         vma = mapping.covering(index) if mapping is not None else None
-        return 0 if vma is None else vma.va(index)
+        return NULL if vma is None else vma.va(index)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from heapq import heappop, heappush
 
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Pa
 
 MAX_ORDER = 18
 """Largest block: 4 KiB << 18 = 1 GiB (Linux's own allocator ends at order 10, and takes 1 GiB from CMA)."""
@@ -21,18 +22,18 @@ class OutOfMemory(Exception):  # noqa: N818 - named after what it is
 class Buddy:
     """The allocator of [start, start+size), physical addresses; all of it free at first."""
 
-    def __init__(self, ram: Ram, start: int, size: int) -> None:
+    def __init__(self, ram: Ram, start: Pa, size: int) -> None:
         self.ram, self.start, self.size = ram, start, size
         self.free_pages = 0
-        self._free: list[dict[int, None]] = [{} for _ in range(MAX_ORDER + 1)]
+        self._free: list[dict[Pa, None]] = [{} for _ in range(MAX_ORDER + 1)]
         # Addresses that may be free, lowest first; those that are not any more are skipped when met.
-        self._heaps: list[list[int]] = [[] for _ in range(MAX_ORDER + 1)]
+        self._heaps: list[list[Pa]] = [[] for _ in range(MAX_ORDER + 1)]
         self._fail_in: int | None = None
         self.allocations = 0
         self._release(start, size)
 
     # Largest aligned blocks first, so that a range which is no power of two comes apart as Linux's memblocks do.
-    def _release(self, start: int, size: int) -> None:
+    def _release(self, start: Pa, size: int) -> None:
         while size >= PAGE:
             order = min(MAX_ORDER, (size // PAGE).bit_length() - 1)
             while start % (PAGE << order):
@@ -59,7 +60,7 @@ class Buddy:
         self._fail_in = None
         return True
 
-    def alloc(self, order: int = 0) -> int:
+    def alloc(self, order: int = 0) -> Pa:
         """Physical address of a block of 4 KiB << *order* bytes, lowest first; raises OutOfMemory."""
         if self._injected():
             raise OutOfMemory(f"injected failure of an order-{order} allocation")
@@ -73,7 +74,7 @@ class Buddy:
         self.free_pages -= 1 << order
         return pa
 
-    def _lowest(self, order: int) -> int:
+    def _lowest(self, order: int) -> Pa:
         heap, free = self._heaps[order], self._free[order]
         while True:
             pa = heappop(heap)
@@ -81,47 +82,47 @@ class Buddy:
                 del free[pa]
                 return pa
 
-    def _put(self, pa: int, order: int) -> None:
+    def _put(self, pa: Pa, order: int) -> None:
         self._free[order][pa] = None
         heappush(self._heaps[order], pa)
 
-    def free(self, pa: int, order: int = 0) -> None:
+    def free(self, pa: Pa, order: int = 0) -> None:
         """Give a block back; it merges with its buddy for as long as that is free."""
         if not self.start <= pa < self.start + self.size or pa % (PAGE << order):
             raise ValueError(f"{pa:#x} is no block of order {order} of this allocator")
         self.free_pages += 1 << order
         while order < MAX_ORDER:
-            buddy = pa ^ (PAGE << order)
+            buddy = Pa(pa ^ (PAGE << order))
             if buddy not in self._free[order]:
                 break
             del self._free[order][buddy]
             pa, order = min(pa, buddy), order + 1
         self._put(pa, order)
 
-    def is_free(self, pa: int) -> bool:
+    def is_free(self, pa: Pa) -> bool:
         """Whether the page at *pa* is in a free block."""
         return any(pa & -(PAGE << order) in free for order, free in enumerate(self._free))
 
-    def first_free(self, start: int, size: int) -> int | None:
+    def first_free(self, start: Pa, size: int) -> Pa | None:
         """The lowest free page in [start, start+size), which are whole pages; None when there is none."""
         found = []
         for order, free in enumerate(self._free):
             block = PAGE << order
             first, last = start & -block, start + size - 1 & -block
             if (last - first) // block < len(free):
-                lowest = next((pa for pa in range(first, last + block, block) if pa in free), None)
+                lowest = next((Pa(pa) for pa in range(first, last + block, block) if pa in free), None)
             else:
                 lowest = min((pa for pa in free if first <= pa <= last), default=None)
             if lowest is not None:
                 found.append(max(lowest, start))
         return min(found, default=None)
 
-    def alloc_table(self) -> int:
+    def alloc_table(self) -> Pa:
         """One zeroed page for a translation table; raises OutOfMemory."""
         pa = self.alloc()
         self.ram.zero(pa, PAGE)
         return pa
 
-    def free_table(self, pa: int) -> None:
+    def free_table(self, pa: Pa) -> None:
         """Give a table page back."""
         self.free(pa)

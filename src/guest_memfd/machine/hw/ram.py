@@ -10,11 +10,11 @@ import ctypes
 import mmap
 
 from guest_memfd.errors import BadInput, HostUnavailable
+from guest_memfd.words.units import PAGE_SHIFT, Pa
 
-PAGE_SHIFT = 12
 PAGE = 1 << PAGE_SHIFT
 """Bytes of a page: this machine's kernel's, hypervisor's and guests'. A real kernel's is `linux.mapping.PAGE`."""
-BASE = 0x8000_0000
+BASE = Pa(0x8000_0000)
 """Where RAM begins on this machine (memstart), as on most arm64 boards; below are devices."""
 
 # Linux's value; the mmap module has no name for it before 3.12.
@@ -26,7 +26,7 @@ _GIVE_BACK = 1 << 16
 class BusError(Exception):
     """There is no memory at this physical address."""
 
-    def __init__(self, pa: int) -> None:
+    def __init__(self, pa: Pa) -> None:
         super().__init__(f"no memory at physical address {pa:#x}")
         self.pa = pa
 
@@ -37,7 +37,7 @@ class Ram:
     Raises BadInput when the size is no positive multiple of a page, HostUnavailable when there is no address range for it.
     """
 
-    def __init__(self, size: int, base: int = BASE) -> None:
+    def __init__(self, size: int, base: Pa = BASE) -> None:
         if size <= 0 or size % PAGE:
             raise BadInput(f"RAM of {size:#x} bytes: the size must be a positive multiple of {PAGE}")
         self.size, self.base, self.end = size, base, base + size
@@ -56,43 +56,43 @@ class Ram:
         """Address of the first byte in this process."""
         return ctypes.addressof(ctypes.c_char.from_buffer(self._store))
 
-    def contains(self, pa: int, nr: int = 1) -> bool:
+    def contains(self, pa: Pa, nr: int = 1) -> bool:
         """Whether all of [pa, pa+nr) is RAM."""
         return self.base <= pa and pa + nr <= self.end
 
-    def _at(self, pa: int, nr: int) -> int:
+    def _at(self, pa: Pa, nr: int) -> int:
         if not self.contains(pa, nr):
             raise BusError(pa)
         return pa - self.base
 
-    def read64(self, pa: int) -> int:
+    def read64(self, pa: Pa) -> int:
         """The aligned little-endian doubleword at *pa*."""
         if not self.base <= pa < self.end:
             raise BusError(pa)
         return self._words[(pa - self.base) >> 3]
 
-    def write64(self, pa: int, value: int) -> None:
+    def write64(self, pa: Pa, value: int) -> None:
         """Store an aligned doubleword."""
         if not self.base <= pa < self.end:
             raise BusError(pa)
         self._words[(pa - self.base) >> 3] = value
 
-    def read(self, pa: int, nr: int) -> bytes:
+    def read(self, pa: Pa, nr: int) -> bytes:
         """The *nr* bytes from physical address *pa* on; raises BusError where there is no RAM."""
         at = self._at(pa, nr)
         return bytes(self._bytes[at:at + nr])
 
-    def write(self, pa: int, data: bytes) -> None:
+    def write(self, pa: Pa, data: bytes) -> None:
         """Store *data* from physical address *pa* on; raises BusError where there is no RAM."""
         at = self._at(pa, len(data))
         self._bytes[at:at + len(data)] = data
 
-    def fill(self, pa: int, nr: int, byte: int) -> None:
+    def fill(self, pa: Pa, nr: int, byte: int) -> None:
         """Store the same byte *nr* times."""
         at = self._at(pa, nr)
         self._bytes[at:at + nr] = bytes((byte,)) * nr
 
-    def zero(self, pa: int, nr: int) -> None:
+    def zero(self, pa: Pa, nr: int) -> None:
         """Store zeros; whole pages of large ranges are given back and cost nothing from then on."""
         at = self._at(pa, nr)
         if nr < _GIVE_BACK or at % PAGE or nr % PAGE:

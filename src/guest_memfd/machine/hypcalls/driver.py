@@ -22,6 +22,7 @@ from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Gfn, Ipa, Pa, Va, gpa_to_gfn, pfn_to_pa
 
 MMU_OFF = Stage1(Tcr(), 0, 0, enabled=False)
 """A guest that has not turned its MMU on: virtual addresses are IPAs."""
@@ -30,11 +31,15 @@ MMU_OFF = Stage1(Tcr(), 0, 0, enabled=False)
 _CODE = (0xF9400001).to_bytes(4, "little") + (0xF9000001).to_bytes(4, "little")
 
 
+NOWHERE = Pa(0)
+"""Where an access has arrived that did not arrive."""
+
+
 @dataclass(frozen=True)
 class GuestRan:
     """A guest access: where it arrived, or what became of it (``fault``, ``poisoned``)."""
 
-    pa: int = 0
+    pa: Pa = NOWHERE
     exit: str | None = None
 
 
@@ -49,11 +54,11 @@ class Accessor:
         hardware.ram.write(self._rom, _CODE)
         self.mmus = [Mmu(hardware.ram, tlb) for tlb in hardware.tlbs]
         self._core = c.Cpu(hardware.ram, self._translate)
-        self._mmu, self._stage2, self._reached = self.mmus[0], None, 0
+        self._mmu, self._stage2, self._reached = self.mmus[0], None, NOWHERE
 
     _stage2: Stage2 | None
 
-    def _translate(self, va: int, access: Access, el: int) -> tuple[int, int, bool, bool, bool]:
+    def _translate(self, va: Va, access: Access, el: int) -> tuple[Pa, int, bool, bool, bool]:
         # Instructions come from outside of the guest's memory, so that an access has exactly one effect: its own.
         if access == "x":
             return self._rom, PAGE, True, False, True
@@ -61,7 +66,7 @@ class Accessor:
         self._reached = found.pa
         return found.pa, found.size, found.readable, found.writable, False
 
-    def access(self, cpu: int, stage2: Stage2, ipa: int, write: bool, token: bytes) -> int | Fault:
+    def access(self, cpu: int, stage2: Stage2, ipa: Ipa, write: bool, token: bytes) -> Pa | Fault:
         """One access of the guest on CPU number *cpu*: the physical address reached, or the fault EL2 takes."""
         core = self._core
         self._mmu, self._stage2 = self.mmus[cpu], stage2
@@ -91,12 +96,12 @@ class Driver(ABC):
 
     def __init__(self, hardware: Hardware, hypervisor: Hypervisor) -> None:
         self.hardware, self.hypervisor = hardware, hypervisor
-        self.cpu_of_guest: Callable[[Vm, int], int] = lambda _vm, _ipa: 0
+        self.cpu_of_guest: Callable[[Vm, Ipa], int] = lambda _vm, _ipa: 0
         self._accessor: Accessor | None = None
         self.sanitised = False
         """Whether the last hypercall zeroed the page."""
         self.refuse_next: int | None = None             # injected: what the next hypercall returns, having done nothing
-        self.stuck: set[int] = set()                    # injected: pages that EL2 will never give back
+        self.stuck: set[Pa] = set()                     # injected: pages that EL2 will never give back
 
     # -- hypercalls ----------------------------------------------------------------------------------------------
 
@@ -121,47 +126,47 @@ class Driver(ABC):
     def keeps(self, name: str, args: tuple[Any, ...]) -> bool:
         """Whether EL2 refuses *name* because it will never give that page back."""
         return name in self.hypervisor.final and any(
-            isinstance(arg, Folio) and arg.pfn * PAGE in self.stuck for arg in args)
+            isinstance(arg, Folio) and pfn_to_pa(arg.pfn) in self.stuck for arg in args)
 
-    def force_reclaim(self, pa: int) -> int:
+    def force_reclaim(self, pa: Pa) -> int:
         """Take a page from its guest because the host has touched it: 0 or -errno."""
         return -1
 
     # -- records and tables --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def owner(self, pa: int) -> str:
+    def owner(self, pa: Pa) -> str:
         """host, guest, shared or borrowed: EL2's record of the page."""
 
-    def host_may(self, pa: int) -> bool:
+    def host_may(self, pa: Pa) -> bool:
         """Whether the host's stage 2 has the page for the host, or gives it at the first fault; True where there is none."""
         return bool(self.el2.host_may(pa))
 
     @abstractmethod
-    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+    def not_the_hosts(self) -> Iterator[tuple[Pa, Pa, str]]:
         """Ranges of RAM that are not wholly the host's, [start, end) each, and how; EL2's own pool left out."""
 
     def leftovers(self) -> Iterator[str]:
         """What EL2 should have forgotten, in words."""
         yield from ()
 
-    def host_touches(self, pa: int) -> None:  # noqa: B027 - most have nothing to do
+    def host_touches(self, pa: Pa) -> None:  # noqa: B027 - most have nothing to do
         """The host stores to its page: a stage 2 that is filled by faults maps it."""
 
-    def ipa_of(self, vm: Vm, pa: int) -> int | None:
+    def ipa_of(self, vm: Vm, pa: Pa) -> Ipa | None:
         """The IPA at which *vm* maps the page."""
-        found: int | None = vm.handle.ipa_of(pa)
+        found: Ipa | None = vm.handle.ipa_of(pa)
         return found
 
     @abstractmethod
-    def lookup(self, vm: Vm, ipa: int) -> int | None:
+    def lookup(self, vm: Vm, ipa: Ipa) -> Pa | None:
         """The physical address that *vm*'s stage 2 has for *ipa*."""
 
     @abstractmethod
-    def locked_in(self, vm: Vm, pa: int) -> bool:
+    def locked_in(self, vm: Vm, pa: Pa) -> bool:
         """Whether the guest holds on to the page."""
 
-    def poisoned(self, vm: Vm, gfn: int) -> bool:
+    def poisoned(self, vm: Vm, gfn: Gfn) -> bool:
         """Whether the guest's entry says that its page was taken by force."""
         return False
 
@@ -175,7 +180,7 @@ class Driver(ABC):
 
     # -- the guest acts ------------------------------------------------------------------------------------------
 
-    def guest_access(self, vm: Vm, ipa: int, write: bool, token: bytes) -> GuestRan:
+    def guest_access(self, vm: Vm, ipa: Ipa, write: bool, token: bytes) -> GuestRan:
         """One load or store of the guest, on the CPU where a TLB entry may mislead it, if there is one."""
         accessor = self.accessor()
         # The guest may run on any CPU. Lock step chooses the one on which it goes most wrong.
@@ -186,11 +191,11 @@ class Driver(ABC):
                 return GuestRan(reached)
             # EL2 has repaired it and the guest tries again: the host is not asked, as on hardware.
             if not self.handles(vm, reached):
-                return GuestRan(exit="poisoned" if self.poisoned(vm, ipa // PAGE) else "fault")
+                return GuestRan(exit="poisoned" if self.poisoned(vm, gpa_to_gfn(ipa)) else "fault")
 
-    def prefetch(self, cpu: int, vm: Vm, ipa: int) -> None:
+    def prefetch(self, cpu: int, vm: Vm, ipa: Ipa) -> None:
         """CPU number *cpu* caches the translation of *ipa* without being asked to."""
-        self.accessor().mmus[cpu].prefetch(ipa, MMU_OFF, self.guest_stage2(vm))
+        self.accessor().mmus[cpu].prefetch(Va(ipa), MMU_OFF, self.guest_stage2(vm))
 
     def accessor(self) -> Accessor:
         """The vCPU for single accesses, made when first needed."""
@@ -202,7 +207,7 @@ class Driver(ABC):
         """Whether EL2 deals with a guest's stage-2 fault itself, so that the guest goes on."""
         return False
 
-    def guest_consents(self, vm: Vm, ipa: int) -> bool:
+    def guest_consents(self, vm: Vm, ipa: Ipa) -> bool:
         """The guest gives the page at *ipa* up, by its own hypercall; False when EL2 refuses that."""
         raise LookupError(f"guests of {type(self).__name__} cannot give pages up")
 

@@ -31,6 +31,7 @@ from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Gfn, Ipa, Pa, gfn_to_gpa, identity_ipa, identity_pa, pfn_to_pa
 
 RW = Attributes(ExtentAccess.RW, ExtentAccess.RW)
 RX = Attributes(ExtentAccess.RX, ExtentAccess.RX)
@@ -53,7 +54,7 @@ class DeviceVm(Vm):
     """
 
     posted: bool = False
-    writable: Callable[[int], bool] = lambda gfn: True
+    writable: Callable[[Gfn], bool] = lambda gfn: True
     provided: MapleTree = field(default_factory=MapleTree)          # v17's vm->mm
 
 
@@ -124,38 +125,38 @@ class GunyahDriver(Driver):
         caps = vm.handle.caps
         return self._donate(Donation.TO_SIBLING, caps.guest_shared, caps.host_shared, folio)
 
-    def _map(self, vm: Vm, gfn: int, folio: Folio, extent: int, attributes: Attributes, flags: int) -> int:
+    def _map(self, vm: Vm, gfn: Gfn, folio: Folio, extent: int, attributes: Attributes, flags: int) -> int:
         return self._call(n.ADDRSPACE_MAP, vm.handle.caps.addrspace, extent, gfn * PAGE, attributes.value,
                           AddrMapFlag.PARTIAL | flags, folio.pfn * PAGE, folio.nr * PAGE)
 
-    def _unmap(self, vm: Vm, gfn: int, folio: Folio, extent: int, flags: int) -> int:
+    def _unmap(self, vm: Vm, gfn: Gfn, folio: Folio, extent: int, flags: int) -> int:
         return self._call(n.ADDRSPACE_UNMAP, vm.handle.caps.addrspace, extent, gfn * PAGE, AddrMapFlag.PARTIAL | flags,
                           folio.pfn * PAGE, folio.nr * PAGE)
 
-    def _map_private(self, vm: Vm, gfn: int, folio: Folio) -> int:
+    def _map_private(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         self._configure(vm, gfn, folio.nr, "private")
         attributes = RWX if self._writable(vm, gfn) else RX
         return self._map(vm, gfn, folio, vm.handle.caps.guest_private, attributes, AddrMapFlag.PRIVATE)
 
-    def _map_vmmio(self, vm: Vm, gfn: int, folio: Folio) -> int:
+    def _map_vmmio(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         self._configure(vm, gfn, folio.nr, "vmmio")
         attributes = RW if self._writable(vm, gfn) else READ
         return self._map(vm, gfn, folio, vm.handle.caps.guest_shared, attributes, AddrMapFlag.VMMIO)
 
     @staticmethod
-    def _writable(vm: Vm, gfn: int) -> bool:
+    def _writable(vm: Vm, gfn: Gfn) -> bool:
         return vm.writable(gfn) if isinstance(vm, DeviceVm) else True
 
-    def _unmap_private(self, vm: Vm, gfn: int, folio: Folio, sync: bool) -> int:
-        held = self.locked_in(vm, folio.pfn * PAGE)
+    def _unmap_private(self, vm: Vm, gfn: Gfn, folio: Folio, sync: bool) -> int:
+        held = self.locked_in(vm, pfn_to_pa(folio.pfn))
         ret = self._unmap(vm, gfn, folio, vm.handle.caps.guest_private, AddrMapFlag.PRIVATE | (0 if sync else NOSYNC))
         self.sanitised = held and not ret
         return ret
 
-    def _unmap_vmmio(self, vm: Vm, gfn: int, folio: Folio, sync: bool) -> int:
+    def _unmap_vmmio(self, vm: Vm, gfn: Gfn, folio: Folio, sync: bool) -> int:
         return self._unmap(vm, gfn, folio, vm.handle.caps.guest_shared, AddrMapFlag.VMMIO | (0 if sync else NOSYNC))
 
-    def configure(self, vm: Vm, gfn: int, nr: int, kind: str) -> int:
+    def configure(self, vm: Vm, gfn: Gfn, nr: int, kind: str) -> int:
         """Have the Resource Manager make guest pages ``private`` or ``vmmio``; 0 or -errno."""
         try:
             self._configure(vm, gfn, nr, kind)
@@ -164,10 +165,10 @@ class GunyahDriver(Driver):
         return 0
 
     # RM's part: VM_SET_DEMAND_PAGING and what it leaves as VMMIO.
-    def _configure(self, vm: Vm, gfn: int, nr: int, kind: str) -> None:
+    def _configure(self, vm: Vm, gfn: Gfn, nr: int, kind: str) -> None:
         if isinstance(vm, DeviceVm) and vm.posted:
             return
-        space, start, size = vm.handle.space, gfn * PAGE, nr * PAGE
+        space, start, size = vm.handle.space, gfn_to_gpa(gfn), nr * PAGE
         now = space.ranges.kind(start, start + size)
         if now == kind:
             return
@@ -178,13 +179,13 @@ class GunyahDriver(Driver):
     # -- records and tables ----------------------------------------------------------------------------------------
 
     @override
-    def owner(self, pa: int) -> str:
+    def owner(self, pa: Pa) -> str:
         """The memory database: whose extent."""
         found = self.el2.owner(pa)
         return str(found[0] if isinstance(found, tuple) else found)
 
     @override
-    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+    def not_the_hosts(self) -> Iterator[tuple[Pa, Pa, str]]:
         """From the memory database, and from the host's table."""
         memdb, ram = self.el2.memdb, self.hardware.ram
         end = self.hardware.el2_pool.start
@@ -193,9 +194,9 @@ class GunyahDriver(Driver):
             if at < low:
                 yield at, low, f"belongs to {memdb.owner(at)!r}"
             at = high
-        for leaf in self.el2.hlos.table.leaves(ram.base, end):
+        for leaf in self.el2.hlos.table.leaves(identity_ipa(ram.base), identity_ipa(end)):
             if not leaf.valid:
-                yield leaf.ipa, leaf.ipa + leaf.size, "is not in the host's stage 2"
+                yield identity_pa(leaf.ipa), identity_pa(leaf.ipa + leaf.size), "is not in the host's stage 2"
 
     @override
     def leftovers(self) -> Iterator[str]:
@@ -206,13 +207,13 @@ class GunyahDriver(Driver):
             yield from (f"the Resource Manager keeps parcel {handle:#x}" for handle in self.rm.parcels.parcels)
 
     @override
-    def lookup(self, vm: Vm, ipa: int) -> int | None:
+    def lookup(self, vm: Vm, ipa: Ipa) -> Pa | None:
         """By the guest's table."""
         leaf = vm.handle.space.table.leaf(ipa)
-        return leaf.oa + ipa - leaf.ipa if leaf.valid else None
+        return leaf.oa + (ipa - leaf.ipa) if leaf.valid else None
 
     @override
-    def locked_in(self, vm: Vm, pa: int) -> bool:
+    def locked_in(self, vm: Vm, pa: Pa) -> bool:
         """Private and locked, where it is mapped."""
         ipa = self.ipa_of(vm, pa)
         return ipa is not None and bool(vm.handle.locked(ipa))
@@ -238,7 +239,7 @@ class GunyahDriver(Driver):
             vm.handle.space.touch(fault.ipa, fault.access))
 
     @override
-    def guest_consents(self, vm: Vm, ipa: int) -> bool:
+    def guest_consents(self, vm: Vm, ipa: Ipa) -> bool:
         """HVC ADDRSPACE_MODIFY_PAGES: unlock; refused for what is not a private page."""
         regs = [n.ADDRSPACE_MODIFY_PAGES, 0, ipa, PAGE, _UNLOCK] + [0] * 13
         vm.handle.guest_call(regs)

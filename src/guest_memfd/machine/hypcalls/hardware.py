@@ -9,15 +9,16 @@ from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import Pa
 
 
 class KernelPages(Buddy):
     """Linux's own pages. A table is zeroed by the kernel, so from then on the host's stage 2 maps it."""
 
-    touched: Callable[[int], None] = staticmethod(lambda pa: None)
+    touched: Callable[[Pa], None] = staticmethod(lambda pa: None)
 
     @override
-    def alloc_table(self) -> int:
+    def alloc_table(self) -> Pa:
         """One zeroed page; raises OutOfMemory."""
         pa = super().alloc_table()
         self.touched(pa)

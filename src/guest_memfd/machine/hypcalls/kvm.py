@@ -16,21 +16,22 @@ from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Gfn, Ipa, Pa, gfn_to_gpa, pfn_to_pa
 
 
 class KvmGuests(Driver):
     """Guests whose stage 2 is KVM's own, whatever runs at EL2 (el2/kvm/guest.py)."""
 
     @override
-    def owner(self, pa: int) -> str:
+    def owner(self, pa: Pa) -> str:
         """By EL2's record; under plain KVM the host's, all of it."""
         return str(self.el2.owner(pa))
 
     @override
-    def lookup(self, vm: Vm, ipa: int) -> int | None:
+    def lookup(self, vm: Vm, ipa: Ipa) -> Pa | None:
         """By the guest's table."""
         leaf = vm.handle.pgt.leaf(ipa)
-        return leaf.oa + (ipa & (PAGE << leaf.order) - 1) if leaf.valid else None
+        return leaf.oa + ipa % (PAGE << leaf.order) if leaf.valid else None
 
     @override
     def guest_stage2(self, vm: Vm) -> Stage2:
@@ -76,18 +77,18 @@ class KvmDriver(KvmVms):
         self.tables = hardware.kernel_pages
         self.el2 = Kvm(hardware.ram, self.tables, hardware.tlbs)
 
-    def _mmu_map(self, vm: Vm, gfn: int, folio: Folio) -> int:
+    def _mmu_map(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         return int(vm.handle.map(gfn, folio.pfn, folio.nr))
 
-    def _mmu_unmap(self, vm: Vm, gfn: int, folio: Folio) -> int:
-        return int(vm.handle.unmap(gfn, folio.nr)) if self.ipa_of(vm, folio.pfn * PAGE) == gfn * PAGE else 0
+    def _mmu_unmap(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
+        return int(vm.handle.unmap(gfn, folio.nr)) if self.ipa_of(vm, pfn_to_pa(folio.pfn)) == gfn_to_gpa(gfn) else 0
 
     @override
-    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+    def not_the_hosts(self) -> Iterator[tuple[Pa, Pa, str]]:
         """No one but the host owns anything."""
         yield from ()
 
     @override
-    def locked_in(self, vm: Vm, pa: int) -> bool:
+    def locked_in(self, vm: Vm, pa: Pa) -> bool:
         """Guests of plain KVM hold on to nothing."""
         return False

@@ -15,7 +15,6 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.errors import BadInput, PluginError
 from guest_memfd.machine.el2.modelled.el2 import ModelledEl2, ModelledStage2
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import GuestRan
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.kvm import KvmVms
@@ -23,6 +22,7 @@ from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.plugins.guard import Guard
 from guest_memfd.words.pagestate import RUNNING
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Gfn, Ipa, Pa, pa_to_pfn, pfn_to_pa
 
 _TABLES = 8
 """Pages that a hypercall may need for tables: four levels of the host's, three of the guest's, and one."""
@@ -65,7 +65,7 @@ class ModelledDriver(KvmVms):
 
     # Whether EL2's pool gives as many pages as any call may need; an allocation that is made to fail is one of these.
     def _room(self) -> bool:
-        taken: list[int] = []
+        taken: list[Pa] = []
         try:
             taken += (self.tables.alloc() for _ in range(_TABLES))
         except OutOfMemory:
@@ -84,10 +84,10 @@ class ModelledDriver(KvmVms):
     # -- records and tables --------------------------------------------------------------------------------------
 
     @override
-    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+    def not_the_hosts(self) -> Iterator[tuple[Pa, Pa, str]]:
         """From the model's record."""
         for pfn, (owner, _) in self.el2.owners.items():
-            yield pfn * PAGE, (pfn + 1) * PAGE, f"is {owner} by the hypervisor's record"
+            yield pfn_to_pa(pfn), pfn_to_pa(pfn + 1), f"is {owner} by the hypervisor's record"
 
     @override
     def leftovers(self) -> Iterator[str]:
@@ -95,39 +95,39 @@ class ModelledDriver(KvmVms):
         yield from (f"VM {vmid} exists" for vmid in self.el2.vms)
 
     @override
-    def host_touches(self, pa: int) -> None:
+    def host_touches(self, pa: Pa) -> None:
         """The first store is a stage-2 fault, which maps the page."""
         if self.el2.host is not None:
             self.el2.host.fill(pa)
 
     @override
-    def locked_in(self, vm: Vm, pa: int) -> bool:
+    def locked_in(self, vm: Vm, pa: Pa) -> bool:
         """By the model's record."""
-        return pa // PAGE in self.el2.locked
+        return pa_to_pfn(pa) in self.el2.locked
 
     @override
-    def poisoned(self, vm: Vm, gfn: int) -> bool:
+    def poisoned(self, vm: Vm, gfn: Gfn) -> bool:
         """Whether the model has destroyed the page there."""
         return (vm.vmid, gfn) in self.el2.poisoned
 
     # -- the guest acts ------------------------------------------------------------------------------------------
 
     @override
-    def guest_access(self, vm: Vm, ipa: int, write: bool, token: bytes) -> GuestRan:
+    def guest_access(self, vm: Vm, ipa: Ipa, write: bool, token: bytes) -> GuestRan:
         """As any guest's; where the table led there, the model is told."""
         ran = super().guest_access(vm, ipa, write, token)
         if ran.exit is None and self.lookup(vm, ipa) == ran.pa:
             with self._guard("guest_touches"):
-                self.hypervisor.guest_touches(self._stage2(vm), ran.pa // PAGE)
+                self.hypervisor.guest_touches(self._stage2(vm), pa_to_pfn(ran.pa))
         return ran
 
     @override
-    def guest_consents(self, vm: Vm, ipa: int) -> bool:
+    def guest_consents(self, vm: Vm, ipa: Ipa) -> bool:
         """The model's own way of letting go; True if the guest has agreed that the host reads the page."""
         pa, stage2 = self.lookup(vm, ipa), self._stage2(vm)
         assert pa is not None
         with self._guard("guest_consents"):
-            self.hypervisor.guest_consents(stage2, pa // PAGE)
+            self.hypervisor.guest_consents(stage2, pa_to_pfn(pa))
         self.forgets = stage2.forgot
         return stage2.declassified
 

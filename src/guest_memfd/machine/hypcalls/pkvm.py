@@ -22,6 +22,7 @@ from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.kvm import KvmGuests
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Gfn, Ipa, Pa, Va, gfn_to_gpa, gpa_to_gfn, identity_ipa, pfn_to_pa
 
 _RWX = 7
 _SIGN = 1 << 63
@@ -54,66 +55,67 @@ class PkvmDriver(KvmGuests):
             return -ENOMEM
         return 0
 
-    def _donate_guest(self, vm: Vm, gfn: int, folio: Folio) -> int:
+    def _donate_guest(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         return self._topup(vm) or self._call(n.DONATE_GUEST, folio.pfn, gfn, folio.nr)
 
-    def _share_guest(self, vm: Vm, gfn: int, folio: Folio) -> int:
+    def _share_guest(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         return self._topup(vm) or self._call(n.SHARE_GUEST, folio.pfn, gfn, folio.nr, _RWX)
 
-    def _unshare_guest(self, vm: Vm, gfn: int, folio: Folio) -> int:
+    def _unshare_guest(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         return self._call(n.UNSHARE_GUEST, vm.handle.handle, gfn, folio.nr)
 
-    def _unshare(self, vm: Vm, gfn: int, folio: Folio) -> int:
+    def _unshare(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         return self._call(n.UNSHARE, vm.handle.handle, gfn)
 
-    def _check_consent(self, vm: Vm, gfn: int, folio: Folio, converting: bool) -> int:
+    def _check_consent(self, vm: Vm, gfn: Gfn, folio: Folio, converting: bool) -> int:
         return self._call(n.CHECK_CONSENT, vm.handle.handle, gfn, int(converting))
 
-    def _reclaim_dying_guest_page(self, vm: Vm, gfn: int, folio: Folio) -> int:
-        owned = self.owner(folio.pfn * PAGE) != "host"
+    def _reclaim_dying_guest_page(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
+        owned = self.owner(pfn_to_pa(folio.pfn)) != "host"
         ret = self._call(n.RECLAIM_DYING, vm.handle.handle, gfn, folio.nr)
         self.sanitised = owned and not ret
         return ret
 
     @override
-    def force_reclaim(self, pa: int) -> int:
+    def force_reclaim(self, pa: Pa) -> int:
         """__pkvm_force_reclaim_guest_page() of physical address *pa*: 0 or -errno; the guest's entry is poisoned."""
         return self._call(n.FORCE_RECLAIM, pa)
 
     # -- records and tables --------------------------------------------------------------------------------------
 
     @override
-    def not_the_hosts(self) -> Iterator[tuple[int, int, str]]:
+    def not_the_hosts(self) -> Iterator[tuple[Pa, Pa, str]]:
         """From hyp_vmemmap; EL2's own pool left out."""
         for pfn, order in self.el2.vmemmap.recorded():
-            pa = pfn * PAGE
+            pa = pfn_to_pa(pfn)
             owner = self.owner(pa)
             if owner != "host" and pa < self.hardware.el2_pool.start:
                 yield pa, pa + (PAGE << order), f"is {owner} by EL2's record"
 
     @override
-    def host_touches(self, pa: int) -> None:
+    def host_touches(self, pa: Pa) -> None:
         """The first store is a stage-2 fault, which EL2 answers by mapping the page."""
-        if not self.el2.host.pgt.leaf(pa).valid:
-            fault = Fault(TRANSLATION, 3, 2, va=pa, ipa=pa, access="w")
+        ipa = identity_ipa(pa)
+        if not self.el2.host.pgt.leaf(ipa).valid:
+            fault = Fault(TRANSLATION, 3, 2, va=Va(ipa), ipa=ipa, access="w")
             assert self.el2.host_abort(fault, 1) is None
 
     @override
-    def locked_in(self, vm: Vm, pa: int) -> bool:
+    def locked_in(self, vm: Vm, pa: Pa) -> bool:
         """Not shared with the host."""
         return self.owner(pa) == "guest"
 
     @override
-    def poisoned(self, vm: Vm, gfn: int) -> bool:
+    def poisoned(self, vm: Vm, gfn: Gfn) -> bool:
         """The guest's entry is annotated POISONED."""
-        return bool(vm.handle.poisoned(gfn * PAGE))
+        return bool(vm.handle.poisoned(gfn_to_gpa(gfn)))
 
     # -- the guest acts, VMs ---------------------------------------------------------------------------------------
 
     @override
-    def guest_consents(self, vm: Vm, ipa: int) -> bool:
+    def guest_consents(self, vm: Vm, ipa: Ipa) -> bool:
         """HVC MEM_SHARE; EL2 refuses it for a page that is not the guest's alone."""
-        return transitions.guest_share_host(self.el2, vm.handle, ipa // PAGE) == 0
+        return transitions.guest_share_host(self.el2, vm.handle, gpa_to_gfn(ipa)) == 0
 
     @override
     def create_vm(self, frames: int) -> Vm:

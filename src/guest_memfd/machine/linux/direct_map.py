@@ -15,7 +15,8 @@ from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.granule import K4
 from guest_memfd.machine.hw.arm64.pages import PageSource, TableMemory
-from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import PAGE_SHIFT, Pa, Va
 
 CONT_PTE_SIZE = 1 << 16
 PMD_SIZE = 1 << 21
@@ -76,7 +77,7 @@ class KernelTable:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def path(self, va: int) -> Iterator[Entry]:
+    def path(self, va: Va) -> Iterator[Entry]:
         """Every entry on the way to what decides *va*, from level 0 down."""
         table = self.root
         for level in range(4):
@@ -85,14 +86,14 @@ class KernelTable:
             yield entry
             if not is_table(entry):
                 return
-            table = entry.value & OUTPUT
+            table = Pa(entry.value & OUTPUT)
 
-    def lookup(self, va: int) -> Entry:
+    def lookup(self, va: Va) -> Entry:
         """What decides *va*: a leaf (valid or present-invalid) or an empty entry."""
         *_, last = self.path(va)
         return last
 
-    def leaves(self, va: int, end: int) -> Iterator[tuple[int, Entry]]:
+    def leaves(self, va: Va, end: Va) -> Iterator[tuple[Va, Entry]]:
         """(address, entry) of everything that decides [va, end), in order, empty entries included."""
         while va < end:
             entry = self.lookup(va)
@@ -110,7 +111,7 @@ class KernelTable:
         self.before_store()
         self.memory.write64(entry.address, value)
 
-    def table_for(self, va: int, level: int, flags: int) -> int:
+    def table_for(self, va: Va, level: int, flags: int) -> Pa:
         """Address of the table of *level* that covers *va*; tables on the way are made."""
         table = self.root
         for above in range(level):
@@ -119,22 +120,22 @@ class KernelTable:
             if not value & VALID:
                 value = self.new_table() | VALID | TABLE | TABLE_UXN | (0 if flags & ROX else TABLE_PXN)
                 self.memory.write64(address, value)
-            table = value & OUTPUT
+            table = Pa(value & OUTPUT)
         return table
 
-    def new_table(self) -> int:
+    def new_table(self) -> Pa:
         """One zeroed page for a table; raises OutOfMemory."""
         pa = self.source.alloc_table()
         self.pages += 1
         return pa
 
-    def fill(self, table: int, index: int, values: list[int]) -> None:
+    def fill(self, table: Pa, index: int, values: list[int]) -> None:
         """Consecutive entries of a table, from *index* on."""
         self.memory.write(table + 8 * index, struct.pack(f"<{len(values)}Q", *values))
 
     # -- construction -------------------------------------------------------------------------------------------
 
-    def map(self, va: int, end: int, pa: int, prot: int, flags: int = 0) -> None:
+    def map(self, va: Va, end: Va, pa: Pa, prot: int, flags: int = 0) -> None:
         """alloc_init_pud(): [va, end) -> pa. *prot* is the attributes of a page; raises OutOfMemory."""
         while va < end:
             nxt = min(end, (va & -PUD_SIZE) + PUD_SIZE)
@@ -142,10 +143,10 @@ class KernelTable:
                 self.fill(self.table_for(va, 1, flags), va >> 30 & 511, [pa | prot & ~TABLE])
             else:
                 self._map_pmds(va, nxt, pa, prot, flags)
-            va, pa = nxt, pa + nxt - va
+            va, pa = nxt, pa + (nxt - va)
 
     # alloc_init_cont_pmd() and init_pmd()
-    def _map_pmds(self, va: int, end: int, pa: int, prot: int, flags: int) -> None:
+    def _map_pmds(self, va: Va, end: Va, pa: Pa, prot: int, flags: int) -> None:
         while va < end:
             run = min(end, (va & -CONT_PMD_SIZE) + CONT_PMD_SIZE)
             cont = 0 if (va | run | pa) % CONT_PMD_SIZE or flags & NO_CONT else CONT
@@ -155,15 +156,15 @@ class KernelTable:
                     self.fill(self.table_for(va, 2, flags), va >> 21 & 511, [pa | prot & ~TABLE | cont])
                 else:
                     self._map_ptes(va, nxt, pa, prot, flags)
-                va, pa = nxt, pa + nxt - va
+                va, pa = nxt, pa + (nxt - va)
 
     # alloc_init_cont_pte() and init_pte()
-    def _map_ptes(self, va: int, end: int, pa: int, prot: int, flags: int) -> None:
+    def _map_ptes(self, va: Va, end: Va, pa: Pa, prot: int, flags: int) -> None:
         values: list[int] = []
         at = va
         while at < end:
             run = end if flags & NO_CONT else min(end, (at & -CONT_PTE_SIZE) + CONT_PTE_SIZE)
             cont = 0 if (at | run | pa) % CONT_PTE_SIZE or flags & NO_CONT else CONT
             values += range(pa | prot | cont, (pa | prot | cont) + run - at, PAGE)
-            at, pa = run, pa + run - at
+            at, pa = run, pa + (run - at)
         self.fill(self.table_for(va, 3, flags), va >> PAGE_SHIFT & 511, values)

@@ -11,6 +11,8 @@ from enum import IntEnum
 from errno import EFAULT
 from typing import NamedTuple, Protocol
 
+from guest_memfd.words.units import Va
+
 ZERO_REGISTER = 31
 ENTRY_SIZE = 12
 
@@ -99,7 +101,7 @@ class ExceptionTable:
         """The __ex_table section at virtual address *at*."""
         return b"".join(entry.encode(at + ENTRY_SIZE * i) for i, entry in enumerate(self._entries))
 
-    def fixup(self, regs: Registers, esr: int, read_aligned: Callable[[int], int]) -> bool:
+    def fixup(self, regs: Registers, esr: int, read_aligned: Callable[[Va], int]) -> bool:
         """fixup_exception(): True, and *regs* continue at the fixup; False when there is no entry for the pc.
 
         *read_aligned* reads the aligned doubleword at a kernel address as the zero-padding handler does, with an
@@ -109,7 +111,7 @@ class ExceptionTable:
         return entry is not None and _HANDLERS[entry.type](entry, regs, esr, read_aligned)
 
 
-Reader = Callable[[int], int]
+Reader = Callable[[Va], int]
 
 
 def _bug(entry: ExceptionEntry, regs: Registers, esr: int, read_aligned: Reader) -> bool:
@@ -141,7 +143,7 @@ def _uaccess_cpy(entry: ExceptionEntry, regs: Registers, esr: int, read_aligned:
 # Whichever page faulted: the word is read again, rounded down, and what lies beyond its end becomes zero.
 def _zeropad(entry: ExceptionEntry, regs: Registers, esr: int, read_aligned: Reader) -> bool:
     address = read_reg(regs, entry.data >> 5 & 31)
-    word = read_aligned(address & ~7)
+    word = read_aligned(Va(address & ~7))
     write_reg(regs, entry.data & 31, word >> 8 * (address & 7))
     regs.pc = entry.fixup
     return True

@@ -7,6 +7,7 @@ ref_tracker does for debugging, so that the laws - and people - can tell a pin f
 from __future__ import annotations
 
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import FIRST_PAGE, Pa
 
 KINDS = ("cache", "lru", "lookup", "provided", "pin", "get", "spec", "kept")
 """Kinds of references (abstract/state.py FRAME_FIELDS); ``kept`` is never dropped."""
@@ -18,7 +19,7 @@ class LinuxFolio:
     __slots__ = ("cache", "get", "handled", "hwpoison", "index", "inode", "kept", "lock", "lookup", "lru", "no_direct_map",
                  "order", "pa", "pin", "provided", "refcount", "retired", "spec", "uptodate")
 
-    def __init__(self, pa: int, order: int) -> None:
+    def __init__(self, pa: Pa, order: int) -> None:
         self.pa, self.order = pa, order
         self.refcount = 0
         self.cache = self.lru = self.lookup = self.provided = self.pin = self.get = self.spec = self.kept = 0
@@ -27,7 +28,7 @@ class LinuxFolio:
         self.retired = False                            # broken memory that no one refers to any more: never free again
         self.lock: int | None = None                    # the task that holds the folio lock
         self.inode: object | None = None                # folio->mapping
-        self.index = 0
+        self.index = FIRST_PAGE
 
     @property
     def size(self) -> int:

@@ -14,6 +14,7 @@ from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.words.pagestate import DESTROYED, EVICTED, NO_INODE
+from guest_memfd.words.units import Gfn, Index
 
 if TYPE_CHECKING:
     from guest_memfd.machine.linux.mm import FileMapping
@@ -27,7 +28,7 @@ class Inode:
 
     size: int
     module: str
-    pages: dict[int, LinuxFolio] = field(default_factory=dict)        # page index of the head -> folio
+    pages: dict[Index, LinuxFolio] = field(default_factory=dict)        # page index of the head -> folio
     orders: dict[int, int] = field(default_factory=dict)        # order -> folios of it in `pages`
     trees: dict[str, MapleTree] = field(default_factory=lambda: {name: MapleTree() for name in TREES})
     released: bool = False                                      # the hypervisor's half will not be called again
@@ -41,25 +42,25 @@ class Inode:
     life: int = NO_INODE
     evictor: int | None = None                                  # the task that dropped the last reference and evicts it
     mapping: FileMapping | None = None                          # the user page table its VMAs share
-    _in_order: list[int] | None = None                          # keys of `pages`, sorted when first asked for
+    _in_order: list[Index] | None = None                        # keys of `pages`, sorted when first asked for
 
-    def find(self, index: int) -> LinuxFolio | None:
+    def find(self, index: Index) -> LinuxFolio | None:
         """The folio that covers page *index*."""
         # A folio is found by its head, and the head of *index* depends on the order: one look for each order in use.
         for order in self.orders:
-            page = self.pages.get(index >> order << order)
+            page = self.pages.get(index & -1 << order)
             if page is not None and page.order == order:
                 return page
         return None
 
-    def next(self, index: int) -> int:
+    def next(self, index: Index) -> Index:
         """The page index of the first folio that begins at *index* or after it; beyond any range when there is none."""
         if self._in_order is None:
             self._in_order = sorted(self.pages)
         at = bisect_left(self._in_order, index)
-        return self._in_order[at] if at < len(self._in_order) else 1 << 62
+        return self._in_order[at] if at < len(self._in_order) else Index(1 << 62)
 
-    def insert(self, page: LinuxFolio, index: int) -> None:
+    def insert(self, page: LinuxFolio, index: Index) -> None:
         """Put *page* into the page cache at the aligned *index*."""
         self.pages[index] = page
         self._in_order = None
@@ -93,6 +94,6 @@ class Inode:
         """Whether any page is bound to a VM."""
         return self.trees["bindings"].load(0, self.size).count(0) < self.size
 
-    def entry(self, tree: str, index: int) -> int:
+    def entry(self, tree: str, index: Index | Gfn) -> int:
         """One entry of a tree."""
         return self.trees[tree].load(index, 1)[0]

@@ -7,25 +7,26 @@ from __future__ import annotations
 from typing import Protocol
 
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Pa
 
 
 class Kcore(Protocol):
     """What read_kcore() asks of the kernel; physical addresses."""
 
-    def is_ram(self, pa: int) -> bool:
+    def is_ram(self, pa: Pa) -> bool:
         """pfn_is_ram(), and the page is online."""
 
-    def is_offline(self, pa: int) -> bool:
+    def is_offline(self, pa: Pa) -> bool:
         """PageOffline() of the page at *pa*: a balloon or memory hotplug has taken it, and it is read as zeros."""
 
-    def is_hwpoison(self, pa: int) -> bool:
+    def is_hwpoison(self, pa: Pa) -> bool:
         """The page, or a page of its folio, is poisoned."""
 
-    def copy_from_kernel_nofault(self, pa: int, nr: int) -> bytes | None:
+    def copy_from_kernel_nofault(self, pa: Pa, nr: int) -> bytes | None:
         """*nr* bytes through the linear map; None when a fault was fixed up (-EFAULT)."""
 
 
-def read_kcore(kernel: Kcore, pa: int, nr: int) -> bytes:
+def read_kcore(kernel: Kcore, pa: Pa, nr: int) -> bytes:
     """*nr* bytes of RAM from *pa* on; zeros for what is no RAM, offline or poisoned, and for a page that faults."""
     out = bytearray()
     while nr:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Va
 
 MAX_DVM_OPS = 512
 """Without range operations, so many pages (4 KiB) are too many to be flushed one by one."""
@@ -26,7 +27,7 @@ class KernelFlush:
         self.too_many = MAX_TLBI_RANGE_PAGES + 1 if self.ranges else MAX_DVM_OPS + (release == "6.12")
         self.counts = {"vaale1is": 0, "rvaale1is": 0, "vmalle1is": 0}
 
-    def __call__(self, start: int, end: int) -> None:
+    def __call__(self, start: Va, end: Va) -> None:
         """All CPUs forget the last-level entries of kernel addresses [start, end), rounded to pages."""
         start, end = start & -PAGE, end + -end % PAGE
         nr = (end - start) // PAGE

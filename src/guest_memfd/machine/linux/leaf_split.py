@@ -14,6 +14,7 @@ from guest_memfd.machine.hw.arm64.pages import PageSource, TableMemory
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import direct_map as dm
+from guest_memfd.words.units import Va, span
 
 COUNTERS = {PAGE: "DirectMap4k", dm.CONT_PTE_SIZE: "DirectMap64k", dm.PMD_SIZE: "DirectMap2M",
             dm.CONT_PMD_SIZE: "DirectMap32M", dm.PUD_SIZE: "DirectMap1G"}
@@ -30,7 +31,7 @@ class SplitTable(dm.KernelTable):
         self.mapped = dict.fromkeys(COUNTERS, 0)
         self.splits = dict.fromkeys(_LARGE, 0)
 
-    def count(self, va: int, end: int, flags: int) -> None:
+    def count(self, va: Va, end: Va, flags: int) -> None:
         """Add [va, end), up to a gigabyte of the linear map, to `mapped` by the rules of map()."""
         if flags & dm.NO_BLOCK:
             self.mapped[PAGE] += end - va
@@ -43,7 +44,7 @@ class SplitTable(dm.KernelTable):
                 self.count(last, end, flags)
                 return
 
-    def split_at(self, va: int) -> int:
+    def split_at(self, va: Va) -> int:
         """split_kernel_leaf_mapping_locked(): afterwards no leaf reaches across *va*. -ENOMEM: some were split."""
         try:
             for size in _LARGE:
@@ -61,7 +62,7 @@ class SplitTable(dm.KernelTable):
             return -ENOMEM
         return 0
 
-    def split_to_ptes(self, va: int, end: int) -> None:
+    def split_to_ptes(self, va: Va, end: Va) -> None:
         """range_split_to_ptes(): nothing but single pages in [va, end); raises OutOfMemory."""
         while va < end:
             entry = self.lookup(va)
@@ -88,7 +89,7 @@ class SplitTable(dm.KernelTable):
     def _split_run(self, entry: Entry) -> None:
         size = dm.level_size(entry.level)
         first = entry.address & -128
-        for address in range(first, first + 128, 8):
+        for address in span(first, 16, 8):
             one = Entry(entry.level, address, self.memory.read64(address))
             self.store(one, one.value & ~dm.CONT)
         self._account(16 * size, size, 16 * size)

@@ -17,11 +17,12 @@ from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.machine.linux.kernel_flush import KernelFlush
 from guest_memfd.machine.linux.leaf_split import COUNTERS, SplitTable
+from guest_memfd.words.units import Pa, Va
 
 RELEASES = ("6.12", "7.3")
 RODATA = ("full", "on", "off", "noalias")
-PAGE_OFFSET = 0xFFFF_0000_0000_0000
-PAGE_END = 0xFFFF_8000_0000_0000
+PAGE_OFFSET = Va(0xFFFF_0000_0000_0000)
+PAGE_END = Va(0xFFFF_8000_0000_0000)
 
 
 class LinearLayout:
@@ -43,7 +44,7 @@ class LinearLayout:
 
     def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb], *, release: str = "7.3", rodata: str = "full",
                  bbml3: bool = False, debug_pagealloc: bool = False, kpti: bool = False, tlb_range: bool = False,
-                 ranges: Iterable[tuple[int, int]] | None = None, boot: PageSource | None = None,
+                 ranges: Iterable[tuple[Pa, Pa]] | None = None, boot: PageSource | None = None,
                  eager: int = 4 << 30, vmid: Callable[[], int] = lambda: 0) -> None:
         if release not in RELEASES:
             raise BadInput(f"release {release!r}: the rules of {' and '.join(RELEASES)} are known")
@@ -61,7 +62,7 @@ class LinearLayout:
         """All CPUs forget [start, end), virtual: see kernel_flush.py."""
         self.ranges = sorted(ranges or [(ram.base, ram.end)])
         # Gigabytes of the linear map that no one has needed yet, and the table pages they will take.
-        self._unbuilt: dict[int, list[tuple[int, int]]] = {}
+        self._unbuilt: dict[Va, list[tuple[Pa, Pa]]] = {}
         self._owed = 0
         self._flags = dm.NO_BLOCK | dm.NO_CONT if self.force_pte_mapping() else 0
         # linear_map_requires_bbml2 of 7.3: there are blocks to be split, and only BBML3 allows it.
@@ -88,12 +89,12 @@ class LinearLayout:
         for start, end in self.ranges:
             while start < end:
                 va = self.va(start)
-                nxt = min(end, start + (va & -dm.PUD_SIZE) + dm.PUD_SIZE - va)
-                self.tables.count(va, va + nxt - start, self._flags)
+                nxt = min(end, start + (dm.PUD_SIZE - va % dm.PUD_SIZE))
+                self.tables.count(va, va + (nxt - start), self._flags)
                 if self._flags & dm.NO_BLOCK and start - self.ram.base >= eager:
                     self._unbuilt.setdefault(va & -dm.PUD_SIZE, []).append((start, nxt))
                 else:
-                    self.tables.map(va, va + nxt - start, start, self._prot, self._flags)
+                    self.tables.map(va, va + (nxt - start), start, self._prot, self._flags)
                 start = nxt
         self._owed = self._tables_owed()
 
@@ -117,11 +118,11 @@ class LinearLayout:
             self.flush_tlb_kernel_range(self.va(start), self.va(end))
         self.bbml3 = self._requires_bbml3 = self.tables.any_size = False
 
-    def built(self, va: int) -> bool:
+    def built(self, va: Va) -> bool:
         """Whether the tables of the gigabyte around *va* are there."""
         return va & -dm.PUD_SIZE not in self._unbuilt
 
-    def fault_in(self, va: int) -> bool:
+    def fault_in(self, va: Va) -> bool:
         """Build the gigabyte around *va* if it has not been needed yet: True, and the access is to be repeated.
 
         Code that walks the tables in hardware's place asks this before a translation fault of the linear map is taken.
@@ -131,13 +132,13 @@ class LinearLayout:
             return False
         before, self.tables.source = self.tables.pages, self._boot
         for start, end in spans:
-            self.tables.map(self.va(start), self.va(start) + end - start, start, self._prot, self._flags)
+            self.tables.map(self.va(start), self.va(end), start, self._prot, self._flags)
         self.tables.source = self.source
         del self._unbuilt[va & -dm.PUD_SIZE]
         self._owed -= self.tables.pages - before
         return True
 
-    def map_text(self, va: int, pa: int, size: int) -> None:
+    def map_text(self, va: Va, pa: Pa, size: int) -> None:
         """Map kernel text outside of the linear map: 4 KiB pages, read-only, executable at EL1; raises OutOfMemory."""
         prot = dm.PAGE_KERNEL_ROX | (dm.NG if self.kpti else 0)
         self.tables.map(va, va + size, pa, prot, dm.NO_BLOCK | dm.NO_CONT | dm.ROX)
@@ -145,34 +146,34 @@ class LinearLayout:
     # -- queries ------------------------------------------------------------------------------------------------
 
     @property
-    def root(self) -> int:
+    def root(self) -> Pa:
         """Physical address of swapper_pg_dir."""
         return self.tables.root
 
-    def va(self, pa: int) -> int:
+    def va(self, pa: Pa) -> Va:
         """Where the linear map has physical address *pa*: phys_to_virt()."""
-        return PAGE_OFFSET + pa - self.memstart
+        return PAGE_OFFSET + (pa - self.memstart)
 
-    def pa(self, va: int) -> int:
+    def pa(self, va: Va) -> Pa:
         """virt_to_phys() of a linear-map address."""
-        return va - PAGE_OFFSET + self.memstart
+        return self.memstart + (va - PAGE_OFFSET)
 
-    def covers(self, va: int) -> bool:
+    def covers(self, va: Va) -> bool:
         """Whether *va* is an address of the linear map, mapped or not."""
         return PAGE_OFFSET <= va < PAGE_END
 
-    def leaf(self, pa: int) -> Entry:
+    def leaf(self, pa: Pa) -> Entry:
         """The entry that decides the linear-map address of *pa*."""
         va = self.va(pa)
         self.fault_in(va)
         return self.tables.lookup(va)
 
-    def path(self, va: int) -> list[Entry]:
+    def path(self, va: Va) -> list[Entry]:
         """Every entry from the root down to what decides *va*, as show_pte() prints them."""
         self.fault_in(va)
         return list(self.tables.path(va))
 
-    def kernel_page_present(self, pa: int) -> bool:
+    def kernel_page_present(self, pa: Pa) -> bool:
         """Whether the linear map has the page. 6.12 takes every block for present (arch/arm64/mm/pageattr.c)."""
         entry = self.leaf(pa)
         if self.release == "6.12" and entry.level < 3 and entry.value & dm.VALID:

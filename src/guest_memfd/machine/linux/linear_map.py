@@ -14,6 +14,7 @@ from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.machine.linux.linear_layout import PAGE_END as PAGE_END
 from guest_memfd.machine.linux.linear_layout import PAGE_OFFSET as PAGE_OFFSET
 from guest_memfd.machine.linux.linear_layout import LinearLayout
+from guest_memfd.words.units import Pa, Va, span
 
 _MIGHT_SLEEP = "BUG: sleeping function called from invalid context at kernel/locking/mutex.c"
 
@@ -26,7 +27,7 @@ class LinearMap(LinearLayout):
 
     # -- the setters --------------------------------------------------------------------------------------------
 
-    def set_direct_map_invalid_noflush(self, pa: int, nr: int = 1) -> int:
+    def set_direct_map_invalid_noflush(self, pa: Pa, nr: int = 1) -> int:
         """Make a hole of *nr* pages; TLBs keep what they have. 0 and nothing done unless can_set_direct_map().
 
         -ENOMEM (table page), -EBUSY (too early to split), -EINVAL (*pa* no page, or a leaf that cannot be split).
@@ -37,7 +38,7 @@ class LinearMap(LinearLayout):
             return self._update_range_prot(pa, nr, 0, dm.VALID)
         return self._update_range_prot(pa, nr, dm.PRESENT_INVALID, self._present_valid)
 
-    def set_direct_map_default_noflush(self, pa: int, nr: int = 1) -> int:
+    def set_direct_map_default_noflush(self, pa: Pa, nr: int = 1) -> int:
         """Undo it: valid and writable again; execute bits stay. Guard and errors as above."""
         if not self.can_set_direct_map():
             return 0
@@ -45,13 +46,13 @@ class LinearMap(LinearLayout):
             return self._update_range_prot(pa, nr, dm.VALID | dm.WRITE, dm.RDONLY)
         return self._update_range_prot(pa, nr, self._present_valid | dm.WRITE, dm.PRESENT_INVALID | dm.RDONLY)
 
-    def set_direct_map_valid_noflush(self, pa: int, nr: int, valid: bool) -> int:
+    def set_direct_map_valid_noflush(self, pa: Pa, nr: int, valid: bool) -> int:
         """As set_memory_valid(): in spite of its name it flushes when it makes a hole. Not there in 6.12: BadInput."""
         if self.release == "6.12":
             raise BadInput("set_direct_map_valid_noflush: arm64 has none in 6.12")
         return self.set_memory_valid(pa, nr, valid) if self.can_set_direct_map() else 0
 
-    def set_memory_valid(self, pa: int, nr: int, valid: bool) -> int:
+    def set_memory_valid(self, pa: Pa, nr: int, valid: bool) -> int:
         """Change validity alone. 6.12 flushes both ways, 7.3 only when pages become invalid; no guard."""
         if self.release == "6.12":
             ret = self._update_range_prot(pa, nr, dm.VALID * valid, dm.VALID * (not valid))
@@ -62,7 +63,7 @@ class LinearMap(LinearLayout):
         self.flush_tlb_kernel_range(self.va(pa), self.va(pa) + nr * PAGE)
         return ret
 
-    def kernel_map_pages(self, pa: int, nr: int, enable: bool) -> None:
+    def kernel_map_pages(self, pa: Pa, nr: int, enable: bool) -> None:
         """__kernel_map_pages(): debug_pagealloc takes free pages out; may be called in atomic context."""
         if self.can_set_direct_map():
             self.set_memory_valid(pa, nr, enable)
@@ -72,14 +73,15 @@ class LinearMap(LinearLayout):
     def _present_valid(self) -> int:
         return dm.VALID | (dm.NG if self.kpti else 0)
 
-    def _update_range_prot(self, pa: int, nr: int, set_mask: int, clear_mask: int) -> int:
+    def _update_range_prot(self, pa: Pa, nr: int, set_mask: int, clear_mask: int) -> int:
         if pa % PAGE or nr <= 0:
             return self._warn_on_once("update_range_prot", -EINVAL)
         start = self.va(pa)
         end = start + nr * PAGE
         if not any(low <= pa and pa + nr * PAGE <= high for low, high in self.ranges):
             raise ValueError(f"pages [{pa:#x}, {pa + nr * PAGE:#x}) are not in the linear map")
-        for va in range(start & -dm.PUD_SIZE, end, dm.PUD_SIZE):
+        first = start & -dm.PUD_SIZE
+        for va in span(first, -(-(end - first) // dm.PUD_SIZE), dm.PUD_SIZE):
             self.fault_in(va)
         ret = self._split_kernel_leaf_mapping(start, end)
         if ret:
@@ -87,7 +89,7 @@ class LinearMap(LinearLayout):
         return self._set_pageattr_masks(start, end, set_mask, clear_mask)
 
     # The walk over [start, end): a leaf is changed as a whole or not at all.
-    def _set_pageattr_masks(self, start: int, end: int, set_mask: int, clear_mask: int) -> int:
+    def _set_pageattr_masks(self, start: Va, end: Va, set_mask: int, clear_mask: int) -> int:
         for va, entry in self.tables.leaves(start, end):
             size = dm.level_size(entry.level)
             if (self.release == "6.12" and entry.level < 3) or va % size or va + size > end:
@@ -103,7 +105,7 @@ class LinearMap(LinearLayout):
 
     # -- splitting ----------------------------------------------------------------------------------------------
 
-    def _split_kernel_leaf_mapping(self, start: int, end: int) -> int:
+    def _split_kernel_leaf_mapping(self, start: Va, end: Va) -> int:
         if not self._requires_bbml3:
             return 0
         if not self.capabilities_finalized and (not self.page_alloc_available or self.online_cpus > 1):

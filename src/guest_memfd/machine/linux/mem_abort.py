@@ -59,6 +59,7 @@ from guest_memfd.machine.linux.fault_info import (
     fault_info,
 )
 from guest_memfd.machine.linux.oops import TASK_SIZE, Oops, Panic, PtRegs, die, user_mode
+from guest_memfd.words.units import Pa, Va
 
 _EC_IABT_LOWER, _EC_IABT, _EC_DABT = 0x20, 0x21, 0x25
 _TRANSLATION = (0x04, 0x05, 0x06, 0x07, 0x2B)
@@ -126,23 +127,23 @@ class AbortKernel(oops.Reporter, Protocol):
     sea_fixup: bool
     pagefault_disabled: bool
 
-    def read_aligned(self, va: int) -> int:
+    def read_aligned(self, va: Va) -> int:
         """The zero-padding handler's own read of an aligned doubleword; raises KernelDied when that dies."""
 
-    def at_s1e1r(self, va: int) -> int | None:
+    def at_s1e1r(self, va: Va) -> Pa | None:
         """Physical address by AT S1E1R, stage 1 only; None when PAR_EL1 reports a translation fault."""
 
-    def force_reclaim(self, pa: int) -> int:
+    def force_reclaim(self, pa: Pa) -> int:
         """__pkvm_force_reclaim_guest_page: 0 or a negative errno."""
 
-    def handle_mm_fault(self, va: int, access: str, user: bool) -> MmFault:
+    def handle_mm_fault(self, va: Va, access: str, user: bool) -> MmFault:
         """Look for the VMA of user address *va* and let it handle the fault; *access* is r, w or x."""
 
 
-Handler = Callable[[int, int, PtRegs, AbortKernel], "Outcome | None"]
+Handler = Callable[[Va, int, PtRegs, AbortKernel], "Outcome | None"]
 
 
-def do_mem_abort(esr: int, far: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
+def do_mem_abort(esr: int, far: Va, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """do_mem_abort(): an abort taken to EL1. *regs* are changed when the outcome is Fixed."""
     info = fault_info[esr & 63]
     try:
@@ -157,7 +158,7 @@ def do_mem_abort(esr: int, far: int, regs: PtRegs, kernel: AbortKernel) -> Outco
     return UserSignal(info.signal, info.code, untagged(far))
 
 
-def untagged(far: int) -> int:
+def untagged(far: Va) -> Va:
     """untagged_addr(): without the tag of a user address; kernel addresses stay as they are."""
     return far if far >> 55 & 1 else far & ~_TAG
 
@@ -165,14 +166,14 @@ def untagged(far: int) -> int:
 # -- handlers ----------------------------------------------------------------------------------------------------
 
 
-def do_translation_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
+def do_translation_fault(far: Va, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """A user address may have a VMA; a kernel address has no second chance but the exception table."""
     if untagged(far) < TASK_SIZE:
         return do_page_fault(far, esr, regs, kernel)
     return do_bad_area(far, esr, regs, kernel)
 
 
-def do_page_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
+def do_page_fault(far: Va, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """Permission and access flag faults, and translation faults of user addresses."""
     va, user = untagged(far), user_mode(regs)
     # To handle a fault may sleep, which is not allowed here. Only the exception table is left.
@@ -203,7 +204,7 @@ _SIGNALS = {MmFault.SIGBUS: (SIGBUS, BUS_ADRERR), MmFault.HWPOISON: (SIGBUS, BUS
             MmFault.BADMAP: (SIGSEGV, SEGV_MAPERR), MmFault.BADACCESS: (SIGSEGV, SEGV_ACCERR)}
 
 
-def do_bad_area(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
+def do_bad_area(far: Va, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """A signal at EL0; at EL1 the exception table or the end."""
     if user_mode(regs):
         info = fault_info[esr & 63]
@@ -211,17 +212,17 @@ def do_bad_area(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcom
     return do_kernel_fault(far, esr, regs, kernel)
 
 
-def do_alignment_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
+def do_alignment_fault(far: Va, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """As any bad address."""
     return do_bad_area(far, esr, regs, kernel)
 
 
-def do_tag_check_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
+def do_tag_check_fault(far: Va, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """As any bad address; do_kernel_fault() knows how to go on."""
     return do_bad_area(far, esr, regs, kernel)
 
 
-def do_sea(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
+def do_sea(far: Va, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """A synchronous external abort is a hardware error: at EL1 the kernel dies, and no exception table is asked.
 
     With `sea_fixup` it is, for a data abort at EL1 whose FAR is valid.
@@ -235,14 +236,14 @@ def do_sea(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     return die(info.name, esr, regs, kernel)
 
 
-def do_bad(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> None:
+def do_bad(far: Va, esr: int, regs: PtRegs, kernel: AbortKernel) -> None:
     """fault_info[]'s handler for faults that nothing can handle; it returns, so do_mem_abort() reports them."""
 
 
 # -- the kernel's own faults -------------------------------------------------------------------------------------
 
 
-def do_kernel_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
+def do_kernel_fault(far: Va, esr: int, regs: PtRegs, kernel: AbortKernel) -> Outcome:
     """__do_kernel_fault(): fixup, spurious or pKVM, tag check, and then the oops with the best guess."""
     # First, as nothing is changed by it. is_spurious_el1_translation_fault() may take the page from its guest.
     if not is_el1_instruction_abort(esr) and fixup_exception(esr, regs, kernel):
@@ -255,7 +256,7 @@ def do_kernel_fault(far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Ou
     return die_kernel_fault(_best_guess(far, esr, kernel), far, esr, regs, kernel)
 
 
-def _best_guess(far: int, esr: int, kernel: AbortKernel) -> str:
+def _best_guess(far: Va, esr: int, kernel: AbortKernel) -> str:
     if is_el1_permission_fault(esr):
         if Syndrome.decode(esr).write:
             return "write to read-only memory"
@@ -270,7 +271,7 @@ def fixup_exception(esr: int, regs: PtRegs, kernel: AbortKernel) -> bool:
     return kernel.extable.fixup(regs, esr, kernel.read_aligned)
 
 
-def is_spurious_el1_translation_fault(far: int, esr: int, kernel: AbortKernel) -> Retry | None:
+def is_spurious_el1_translation_fault(far: Va, esr: int, kernel: AbortKernel) -> Retry | None:
     """A translation fault that stage 1 does not confirm: another CPU was faster, or stage 2 withholds it.
 
     Under pKVM the page is then taken from its guest by force; -EAGAIN, too, is worth another try.
@@ -290,7 +291,7 @@ def is_spurious_el1_translation_fault(far: int, esr: int, kernel: AbortKernel) -
     return None
 
 
-def die_kernel_fault(what: str, far: int, esr: int, regs: PtRegs, kernel: AbortKernel) -> Oops | Panic:
+def die_kernel_fault(what: str, far: Va, esr: int, regs: PtRegs, kernel: AbortKernel) -> Oops | Panic:
     """die_kernel_fault(): the syndrome and the tables first."""
     before = [f"Unable to handle kernel {what} at virtual address {far:016x}",
               *oops.mem_abort_decode(esr, fault_info[esr & 63].name), *oops.show_pte(untagged(far), kernel)]

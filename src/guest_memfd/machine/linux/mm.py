@@ -22,8 +22,9 @@ from guest_memfd.machine.hw.buddy import Buddy, OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, Ram
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.oops import TASK_SIZE
+from guest_memfd.words.units import FIRST_PAGE, Index, Pa, Va
 
-FIRST = 512 << 30
+FIRST = Va(512 << 30)
 """VMAs of files begin here: no table above them is the VMM's own text's."""
 MAX_VMAS = 65530
 """vm.max_map_count."""
@@ -37,7 +38,7 @@ USER_TEXT = d.AF | d.NG | d.SH_INNER | d.AP_EL0 | d.AP_RO | d.PXN
 """PAGE_READONLY_EXEC."""
 
 ASID = 1
-TEXT = 0x40_0000
+TEXT = Va(0x40_0000)
 """Virtual address of the VMM's own code."""
 
 # ldr x1, [x0]; svc #0; str x1, [x0]; svc #0
@@ -52,15 +53,15 @@ _SHIFT = (39, 30, 21)
 class Vma(NamedTuple):
     """Pages [start, start+nr) of a file at *address*, which is as far from 2 MiB as page *start* is."""
 
-    address: int
-    start: int
+    address: Va
+    start: Index
     nr: int
 
-    def covers(self, index: int) -> bool:
+    def covers(self, index: Index) -> bool:
         """Whether it shows page *index* of the file."""
         return self.start <= index < self.start + self.nr
 
-    def va(self, index: int) -> int:
+    def va(self, index: Index) -> Va:
         """The user virtual address of page *index* of the file."""
         return self.address + (index - self.start) * PAGE
 
@@ -70,16 +71,16 @@ class Vma(NamedTuple):
         return range(self.start // CHUNK, (self.start + self.nr - 1) // CHUNK + 1)
 
     @property
-    def base(self) -> int:
+    def base(self) -> Va:
         """The first address that its tables are for."""
-        return self.address // _SPAN * _SPAN
+        return self.address & -_SPAN
 
 
 @dataclass
 class Upper:
     """A table above those that are shared, and how many entries it has."""
 
-    pa: int
+    pa: Pa
     entries: int = 0
 
 
@@ -89,24 +90,24 @@ class FileMapping:
     def __init__(self, mm: Mm) -> None:
         self.mm = mm
         self.vmas: list[Vma] = []
-        self.tables: dict[int, int] = {}                # chunk -> physical address of its table
-        self.present: dict[int, int] = {}               # page index -> physical address: what folio_mapped() counts
+        self.tables: dict[int, Pa] = {}                 # chunk -> physical address of its table
+        self.present: dict[Index, Pa] = {}              # page index -> physical address: what folio_mapped() counts
 
-    def covering(self, index: int) -> Vma | None:
+    def covering(self, index: Index) -> Vma | None:
         """The oldest VMA that shows page *index*."""
         return next((vma for vma in self.vmas if vma.covers(index)), None)
 
-    def _entry(self, index: int) -> int:
+    def _entry(self, index: Index) -> Pa:
         return self.tables[index // CHUNK] + 8 * (index % CHUNK)
 
-    def lookup(self, index: int) -> int | None:
+    def lookup(self, index: Index) -> Pa | None:
         """The physical address that the entry of page *index* has, None if it is not valid."""
         if index // CHUNK not in self.tables:
             return None
         value = self.mm.ram.read64(self._entry(index))
-        return d.output_address(value, 3) if d.kind(value, 3) == "page" else None
+        return Pa(d.output_address(value, 3)) if d.kind(value, 3) == "page" else None
 
-    def insert(self, index: int, pa: int) -> None:
+    def insert(self, index: Index, pa: Pa) -> None:
         """Let page *index* be *pa*; an entry that is there stays (vmf_insert_pfn()). Raises OutOfMemory."""
         if self.lookup(index) is not None:
             return
@@ -122,7 +123,7 @@ class FileMapping:
         self.mm.table.write(self._entry(index), 3, d.leaf(pa, USER_PAGE, 3))
         self.present[index] = pa
 
-    def zap(self, start: int, nr: int) -> list[int]:
+    def zap(self, start: Index, nr: int) -> list[Index]:
         """Remove the entries of [start, start+nr), and from every CPU's TLB: the page indexes that had one."""
         end = start + nr
         had = []
@@ -145,11 +146,11 @@ class Mm:
         text = source.alloc()
         ram.write(text, _CODE)
         self.table.map(TEXT, PAGE, text, USER_TEXT)
-        self._bases: list[int] = []                     # of all VMAs, in order
-        self._vmas: dict[int, tuple[Inode, Vma]] = {}   # by their bases
+        self._bases: list[Va] = []                      # of all VMAs, in order
+        self._vmas: dict[Va, tuple[Inode, Vma]] = {}    # by their bases
         self._next = FIRST
         self._uppers: dict[tuple[int, int], Upper] = {}     # level, and which of that level
-        self._empty: list[int] = []                     # tables that no entry leads to, and a TLB may
+        self._empty: list[Pa] = []                      # tables that no entry leads to, and a TLB may
 
     @property
     def ttbr0(self) -> int:
@@ -161,7 +162,7 @@ class Mm:
         """Whether there are as many VMAs as a process may have."""
         return len(self._vmas) >= MAX_VMAS
 
-    def find(self, va: int) -> tuple[Inode, int] | None:
+    def find(self, va: Va) -> tuple[Inode, Index] | None:
         """The file whose tables *va* leads to, and which page of it (find_vma())."""
         at = bisect_right(self._bases, va) - 1
         if at < 0:
@@ -170,7 +171,7 @@ class Mm:
         index = vma.start + (va - vma.address) // PAGE
         return (inode, index) if index // CHUNK in vma.chunks else None
 
-    def mmap(self, inode: Inode, start: int = 0, nr: int | None = None) -> None:
+    def mmap(self, inode: Inode, start: Index = FIRST_PAGE, nr: int | None = None) -> None:
         """A VMA over pages [start, start+nr) of *inode*, all of it by default; raises OutOfMemory."""
         nr = inode.size if nr is None else nr
         if self.full:
@@ -184,14 +185,14 @@ class Mm:
         self._vmas[vma.base] = inode, vma
 
     # An address that is *skew* after a multiple of 2 MiB (get_unmapped_area()): after the last, or where there is room.
-    def _place(self, skew: int, size: int) -> int:
+    def _place(self, skew: int, size: int) -> Va:
         room = -(-(skew + size) // _SPAN) * _SPAN
         if self._next + room > TASK_SIZE:
             return self._gap(room) + skew
         self._next += room
         return self._next - room + skew
 
-    def _gap(self, room: int) -> int:
+    def _gap(self, room: int) -> Va:
         at = FIRST
         for base in self._bases:
             if base - at >= room:
@@ -201,7 +202,7 @@ class Mm:
             raise OutOfMemory(f"no {room:#x} bytes of address space")
         return at
 
-    def munmap(self, inode: Inode, window: tuple[int, int] | None = None) -> None:
+    def munmap(self, inode: Inode, window: tuple[Index, int] | None = None) -> None:
         """The newest VMA of *inode* goes, or of those over *window*; entries go with the last VMA that shows them."""
         mapping = inode.mapping
         assert mapping is not None
@@ -222,7 +223,7 @@ class Mm:
 
     # -- the levels above the shared tables ----------------------------------------------------------------------
 
-    def link_all(self, wanted: Iterable[tuple[Vma, int, int]]) -> None:
+    def link_all(self, wanted: Iterable[tuple[Vma, int, Pa]]) -> None:
         """Let each VMA lead to the table of a chunk, (VMA, chunk, table); raises OutOfMemory, and nothing has changed."""
         done: list[tuple[Vma, int]] = []
         try:
@@ -237,8 +238,8 @@ class Mm:
             raise
 
     # Raises OutOfMemory before anything is changed.
-    def _link(self, vma: Vma, chunk: int, table: int) -> None:
-        va, new = _base(vma, chunk), list[int]()
+    def _link(self, vma: Vma, chunk: int, table: Pa) -> None:
+        va, new = _base(vma, chunk), list[Pa]()
         keys = [(level, va >> _SHIFT[level - 1]) for level in (1, 2)]
         try:
             for _ in [key for key in keys if key not in self._uppers]:
@@ -268,7 +269,7 @@ class Mm:
         self._write(0, va, self.table.root, 0)
 
     # The entry of *va* in the *table* at *level*.
-    def _write(self, level: int, va: int, table: int, value: int) -> None:
+    def _write(self, level: int, va: Va, table: Pa, value: int) -> None:
         self.table.write(table + 8 * (va >> _SHIFT[level] & CHUNK - 1), level, value)
         if level:
             self._uppers[level, va >> _SHIFT[level - 1]].entries += 1 if value else -1
@@ -278,5 +279,5 @@ class Mm:
             self.source.free_table(self._empty.pop())
 
 
-def _base(vma: Vma, chunk: int) -> int:
+def _base(vma: Vma, chunk: int) -> Va:
     return vma.base + (chunk - vma.start // CHUNK) * _SPAN

@@ -13,9 +13,10 @@ from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.syndrome import Syndrome
 from guest_memfd.machine.linux.extable import Registers
 from guest_memfd.machine.linux.panic import HARDWARE
+from guest_memfd.words.units import Va
 
 TASK_SIZE = 1 << 48
-PAGE_OFFSET = 0xFFFF_0000_0000_0000
+PAGE_OFFSET = Va(0xFFFF_0000_0000_0000)
 
 _CLASSES = {0x20: "IABT (lower EL)", 0x21: "IABT (current EL)", 0x24: "DABT (lower EL)", 0x25: "DABT (current EL)"}
 _LEVELS = ("pgd", "pud", "pmd", "pte")
@@ -57,7 +58,7 @@ class Reporter(Protocol):
     def symbol_at(self, pc: int) -> str:
         """As %pS prints an address."""
 
-    def page_table(self, va: int) -> tuple[int, Sequence[Entry]] | None:
+    def page_table(self, va: Va) -> tuple[int, Sequence[Entry]] | None:
         """Root and entries of the tables that translate *va*; None: no user address space is active."""
 
     def modules(self) -> str:
@@ -93,7 +94,7 @@ def mem_abort_decode(esr: int, name: str) -> list[str]:
             f"  GCS = {s.iss2 >> 8 & 1}, Overlay = {s.iss2 >> 6 & 1}, DirtyBit = {s.iss2 >> 5 & 1}, Xs = {s.iss2 & 31}"]
 
 
-def show_pte(va: int, kernel: Reporter) -> list[str]:
+def show_pte(va: Va, kernel: Reporter) -> list[str]:
     """The page table entries of *va*, down to the first that is no table."""
     if TASK_SIZE <= va < PAGE_OFFSET:
         return [f"[{va:016x}] address between user and kernel address ranges"]

@@ -6,10 +6,11 @@ Every access is a plain one through the linear map: the owner that took the page
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Protocol
 
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Pa, span
 
 PAGE_POISON = 0xAA
 
@@ -17,10 +18,10 @@ PAGE_POISON = 0xAA
 class PoisonAccess(Protocol):
     """Plain accesses of the kernel to a page of the linear map; an abort that is fatal does not return."""
 
-    def memset_page(self, pa: int, byte: int) -> None:
+    def memset_page(self, pa: Pa, byte: int) -> None:
         """Write *byte* to the whole page."""
 
-    def memchr_inv_page(self, pa: int, byte: int) -> bytes | None:
+    def memchr_inv_page(self, pa: Pa, byte: int) -> bytes | None:
         """The page's contents if anything in it is not *byte*, else None."""
 
 
@@ -44,7 +45,7 @@ class PageChecks:
         self.init_on_free = init_on_free and not poison
         self.init_on_alloc = init_on_alloc and not poison
 
-    def on_free(self, pa: int, order: int = 0) -> None:
+    def on_free(self, pa: Pa, order: int = 0) -> None:
         """free_pages_prepare(): poison, clear, and take out of the linear map, in this order."""
         if self.poison:
             for page in _pages(pa, order):
@@ -56,7 +57,7 @@ class PageChecks:
         if self.linear_map.debug_pagealloc:
             self.linear_map.kernel_map_pages(pa, 1 << order, False)
 
-    def on_alloc(self, pa: int, order: int = 0, *, zero: bool = False) -> None:
+    def on_alloc(self, pa: Pa, order: int = 0, *, zero: bool = False) -> None:
         """post_alloc_hook(): back into the linear map, check the poison, clear if asked (*zero*: __GFP_ZERO).
 
         Pages that init_on_free has cleared are not cleared again.
@@ -73,7 +74,7 @@ class PageChecks:
                 self.access.memset_page(page, 0)
 
     # check_poison_mem()
-    def _check(self, page: int) -> None:
+    def _check(self, page: Pa) -> None:
         found = self.access.memchr_inv_page(page, PAGE_POISON)
         if found is None:
             return
@@ -89,9 +90,9 @@ class PoisonLinearMap(Protocol):
 
     debug_pagealloc: bool
 
-    def kernel_map_pages(self, pa: int, nr: int, enable: bool) -> None:
+    def kernel_map_pages(self, pa: Pa, nr: int, enable: bool) -> None:
         """__kernel_map_pages(): make *nr* pages from *pa* on present in the linear map, or not present."""
 
 
-def _pages(pa: int, order: int) -> Iterator[int]:
-    return iter(range(pa, pa + (PAGE << order), PAGE))
+def _pages(pa: Pa, order: int) -> Sequence[Pa]:
+    return span(pa, 1 << order, PAGE)

@@ -10,6 +10,8 @@ from enum import IntEnum
 from errno import EBUSY, ENOMEM, EOPNOTSUPP, EPERM
 from typing import NamedTuple, Protocol
 
+from guest_memfd.words.units import Pa
+
 NOTIFY_DONE = 0x0000
 NOTIFY_OK = 0x0001
 NOTIFY_STOP_MASK = 0x8000
@@ -109,37 +111,37 @@ def hibernation_available(policy: Policy) -> bool:
 class SnapshotMachine(Protocol):
     """What hibernate() and the image copy ask of the machine; physical addresses of pages."""
 
-    def pages(self) -> Iterable[int]:
+    def pages(self) -> Iterable[Pa]:
         """Every page of RAM that Linux knows, in order."""
 
-    def is_free(self, pa: int) -> bool:
+    def is_free(self, pa: Pa) -> bool:
         """swsusp_page_is_free(): in the page allocator."""
 
-    def is_nosave(self, pa: int) -> bool:
+    def is_nosave(self, pa: Pa) -> bool:
         """pfn_is_nosave(), or swsusp's own."""
 
-    def is_offline(self, pa: int) -> bool:
+    def is_offline(self, pa: Pa) -> bool:
         """PageOffline() of the page at *pa*: not saved."""
 
-    def is_guard(self, pa: int) -> bool:
+    def is_guard(self, pa: Pa) -> bool:
         """page_is_guard() of the page at *pa*: a guard page of debug_pagealloc, not saved."""
 
-    def is_reserved(self, pa: int) -> bool:
+    def is_reserved(self, pa: Pa) -> bool:
         """PageReserved() of the page at *pa*: saved only where the linear map has it."""
 
-    def kernel_page_present(self, pa: int) -> bool:
+    def kernel_page_present(self, pa: Pa) -> bool:
         """The linear map has it."""
 
-    def set_direct_map_default_noflush(self, pa: int) -> int:
+    def set_direct_map_default_noflush(self, pa: Pa) -> int:
         """Make one page present in the linear map, for the copy of a page that is not; 0 or -ENOMEM."""
 
-    def set_direct_map_invalid_noflush(self, pa: int) -> int:
+    def set_direct_map_invalid_noflush(self, pa: Pa) -> int:
         """Take one page out of the linear map again after its copy; 0 or -ENOMEM, and no flush."""
 
-    def flush_tlb_kernel_page(self, pa: int) -> None:
+    def flush_tlb_kernel_page(self, pa: Pa) -> None:
         """flush_tlb_kernel_range() of the linear-map address of one page."""
 
-    def do_copy_page(self, pa: int) -> bytes:
+    def do_copy_page(self, pa: Pa) -> bytes:
         """Copy the page word by word through the linear map; an abort that is fatal does not return."""
 
     def free_pages(self) -> int:
@@ -162,14 +164,14 @@ class SnapshotMachine(Protocol):
 class HibernationImage:
     """The pages saved: by physical address; all-zero pages are in a bitmap instead."""
 
-    pages: dict[int, bytes] = field(default_factory=dict)
-    zero: set[int] = field(default_factory=set)
+    pages: dict[Pa, bytes] = field(default_factory=dict)
+    zero: set[Pa] = field(default_factory=set)
 
-    def __contains__(self, pa: int) -> bool:
+    def __contains__(self, pa: Pa) -> bool:
         return pa in self.pages or pa in self.zero
 
 
-def saveable_page(machine: SnapshotMachine, pa: int) -> bool:
+def saveable_page(machine: SnapshotMachine, pa: Pa) -> bool:
     """Whether the image must hold the page. A hole in the linear map matters for reserved pages only."""
     # Only a reserved page is left out for its hole. A lent page is allocated and not reserved, so it is saved: the
     # copy maps it and reads it, and stage 2 may answer with an abort.
@@ -180,7 +182,7 @@ def saveable_page(machine: SnapshotMachine, pa: int) -> bool:
     return not machine.is_guard(pa)
 
 
-def safe_copy_page(machine: SnapshotMachine, pa: int) -> bytes:
+def safe_copy_page(machine: SnapshotMachine, pa: Pa) -> bytes:
     """The contents of a page; a hole is mapped for the time of the copy, and made again with a flush."""
     if machine.kernel_page_present(pa):
         return machine.do_copy_page(pa)
@@ -193,7 +195,7 @@ def safe_copy_page(machine: SnapshotMachine, pa: int) -> bytes:
     return data
 
 
-def saveable_pages(machine: SnapshotMachine) -> list[int] | int:
+def saveable_pages(machine: SnapshotMachine) -> list[Pa] | int:
     """What the image will hold, in order; -ENOMEM when the copies do not fit into free memory."""
     saved = [pa for pa in machine.pages() if saveable_page(machine, pa)]
     return saved if len(saved) <= machine.free_pages() else -ENOMEM

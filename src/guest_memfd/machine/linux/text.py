@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from guest_memfd.machine.hw.ram import PAGE, Ram
 from guest_memfd.machine.linux.extable import ENTRY_SIZE, ExceptionEntry, ExceptionTable, ExType, registers
+from guest_memfd.words.units import Pa, Va
 
-KIMAGE_VADDR = 0xFFFF_8000_8000_0000
+KIMAGE_VADDR = Va(0xFFFF_8000_8000_0000)
 """Where the kernel image is mapped without KASLR (asm/memory.h): not in the linear map."""
 
 _RET = 0xD65F03C0
@@ -158,8 +159,8 @@ class KernelText:
     The owner of the page table maps `size` bytes of *pa* at *va*, read-only and executable at EL1.
     """
 
-    def __init__(self, ram: Ram, pa: int, va: int = KIMAGE_VADDR) -> None:
-        self._va: dict[str, int] = {}
+    def __init__(self, ram: Ram, pa: Pa, va: Va = KIMAGE_VADDR) -> None:
+        self._va: dict[str, Va] = {}
         entries = []
         code = b""
         for routine in ROUTINES:
@@ -171,11 +172,11 @@ class KernelText:
         self.extable = ExceptionTable(entries)
         self.extable_va = va + len(code) + -len(code) % 8
         ram.write(pa, code)
-        ram.write(pa + self.extable_va - va, self.extable.encode(self.extable_va))
+        ram.write(pa + (self.extable_va - va), self.extable.encode(self.extable_va))
         used = self.extable_va - va + ENTRY_SIZE * len(self.extable)
         self.size = used + -used % PAGE
 
-    def va(self, symbol: str) -> int:
+    def va(self, symbol: str) -> Va:
         """Address of a routine; raises KeyError."""
         return self._va[symbol]
 

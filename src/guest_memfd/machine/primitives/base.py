@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.panic import HARDWARE, KernelPanic
 from guest_memfd.words import facts
 from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import PRIVATE_PAGE, ZERO
 from guest_memfd.words.primitives import Bound, Caller, Folio
+from guest_memfd.words.units import Index, pa_to_pfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -33,7 +33,7 @@ class Base:
     bounds: Mapping[str, Bound]
     errnos: Mapping[str, tuple[int, ...]]
 
-    def vm_at(self, index: int) -> Vm:
+    def vm_at(self, index: Index) -> Vm:
         """The VM that page *index* is bound to, or would be."""
         return self.vm
 
@@ -52,7 +52,7 @@ class Base:
         raise KernelPanic(f"BUG: KASAN: slab-use-after-free of {what}\n{HARDWARE}\n"
                           "Kernel panic - not syncing: kasan.fault=panic set ...")
 
-    def must_have(self, index: int) -> None:
+    def must_have(self, index: Index) -> None:
         """BUG() where the file has no page *index*: what is put there no one takes out again."""
         if not 0 <= index < self.inode.size:
             self.die(f"page {index} is used, of a file of {self.inode.size} pages")
@@ -72,7 +72,7 @@ class Base:
 
     def folio(self, page: LinuxFolio) -> Folio:
         """The handle procedures know *page* by."""
-        return Folio(page.pa // PAGE, page.order)
+        return Folio(pa_to_pfn(page.pa), page.order)
 
     def locked(self, folio: Folio, what: str) -> LinuxFolio:
         """*folio*, which the caller must have locked."""

@@ -20,6 +20,7 @@ from guest_memfd.machine.primitives.services import Services
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import DATA, ZERO
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Pa, Pfn, pfn_to_pa
 
 WORD = 8
 BEFORE = 4
@@ -82,16 +83,16 @@ def kernel_write(host: Base, page: LinuxFolio, who: str, what: str) -> None:
         pa += size - lm.va(pa) % size
 
 
-def load_unaligned_zeropad(host: Base, pfn: int) -> str:
+def load_unaligned_zeropad(host: Base, pfn: Pfn) -> str:
     """A word load from the page before that runs into *pfn*: it has an exception-table entry."""
-    page = host.machine.page_at(pfn * PAGE)
+    page = host.machine.page_at(pfn_to_pa(pfn))
     return kernel_access(host, page, "kernel", "load_unaligned_zeropad", "load_unaligned_zeropad",
                               host.machine.linear_map.va(page.pa) - BEFORE)
 
 
-def copy_from_kernel_nofault(host: Base, pfn: int) -> str:
+def copy_from_kernel_nofault(host: Base, pfn: Pfn) -> str:
     """/proc/kcore: it has an exception-table entry; poisoned pages are skipped (fs/proc/kcore.c)."""
-    page = host.machine.page_at(pfn * PAGE)
+    page = host.machine.page_at(pfn_to_pa(pfn))
     if page.hwpoison:
         return "skipped"
     return kernel_access(host, page, "kernel", "copy_from_kernel_nofault", "copy_from_kernel_nofault",
@@ -127,14 +128,14 @@ def _zeroed(host: Base, page: LinuxFolio) -> None:
     host.machine.tracer.secret.discard(page.pa)
 
 
-def image_copy(host: Base, pfn: int) -> str:
+def image_copy(host: Base, pfn: Pfn) -> str:
     """safe_copy_page(): map a hole for the moment, copy plainly, make the hole again (kernel/power/snapshot.c)."""
     machine = host.machine
-    page = machine.page_at(pfn * PAGE)
+    page = machine.page_at(pfn_to_pa(pfn))
     if not machine.allocated(page) or page.hwpoison:
         return "skipped"
 
-    def read(pa: int) -> bytes:
+    def read(pa: Pa) -> bytes:
         kernel_access(host, page, "image", "safe_copy_page", "plain_read", machine.linear_map.va(pa))
         return machine.ram.read(pa, PAGE)
 

@@ -10,14 +10,15 @@ from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, DYING, EVICTED, FAILURE, GONE_BEFORE, PRIVATE_PAGE, RUNNING, VM_STATES
 from guest_memfd.words.primitives import Entries, Tree
+from guest_memfd.words.units import Gfn, Index
 
 
-def begin_op(host: Base, op: str, start: int, nr: int, gfn: int | None) -> None:
+def begin_op(host: Base, op: str, start: Index, nr: int, gfn: Gfn | None) -> None:
     """Tell the tracer that an operation begins, on pages [start, start+nr); takes no step of its own."""
     host.machine.tracer.begin(host, op, start, nr, gfn)
 
 
-def end_op(host: Base, ret: int, error_index: int | None) -> None:
+def end_op(host: Base, ret: int, error_index: Index | None) -> None:
     """Tracepoint, in the state the operation is about to unlock."""
     host.machine.tracer.end(host, ret, error_index)
 
@@ -30,7 +31,7 @@ def ops_released(host: Base) -> None:
 
 
 def op_returned(
-    host: Base, op: str, start: int, nr: int, ret: int, error_index: int | None, gfn: int | None = None,
+    host: Base, op: str, start: Index, nr: int, ret: int, error_index: Index | None, gfn: Gfn | None = None,
 ) -> None:
     """Tracepoint, where the caller is told."""
     host.machine.tracer.returned(host, op, start, nr, ret, error_index, gfn)
@@ -44,7 +45,7 @@ def tree_load(host: Base, tree: Tree, start: int, nr: int) -> Sequence[int]:
     return host.inode.trees[tree].load(start, nr)
 
 
-def tree_store(host: Base, tree: Tree, start: int, values: Entries) -> int:
+def tree_store(host: Base, tree: Tree, start: Index, values: Entries) -> int:
     """A maple node may have to be allocated."""
     if host.machine.slab_fails():
         host.against(FAILURE)
@@ -54,7 +55,7 @@ def tree_store(host: Base, tree: Tree, start: int, values: Entries) -> int:
 
 
 # Stores past the end of the file go nowhere. What is provided is kept by gfn.
-def _store(host: Base, tree: Tree, start: int, values: Entries) -> None:
+def _store(host: Base, tree: Tree, start: Index, values: Entries) -> None:
     nr = len(values) if tree == "provided" else min(len(values), host.inode.size - start)
     if nr <= 0:
         return
@@ -76,7 +77,7 @@ def _store(host: Base, tree: Tree, start: int, values: Entries) -> None:
     host.inode.trees[tree].store(start, values)
 
 
-def tree_store_reserved(host: Base, tree: Tree, start: int, values: Entries) -> None:
+def tree_store_reserved(host: Base, tree: Tree, start: Index, values: Entries) -> None:
     """A store that changes the attribute tree needs its reservation."""
     if tree == "attributes":
         there = host.inode.reserved
@@ -86,7 +87,7 @@ def tree_store_reserved(host: Base, tree: Tree, start: int, values: Entries) -> 
     _store(host, tree, start, values)
 
 
-def tree_reserve(host: Base, tree: Tree, start: int, nr: int) -> int:
+def tree_reserve(host: Base, tree: Tree, start: Index, nr: int) -> int:
     """The nodes are there until they are used or given back."""
     if host.machine.slab_fails():
         host.against(FAILURE)

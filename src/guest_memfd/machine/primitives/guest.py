@@ -5,13 +5,13 @@ from __future__ import annotations
 from errno import EAGAIN, ENOMEM
 
 from guest_memfd.machine.board.tracer import GUEST_TOKEN, KERNEL_TOKEN
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.primitives import contents
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import DATA, FAILURE, FOR_GOOD, GONE, HELD, RUNNING, SECRET
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Gfn, Index, gfn_to_gpa
 
 
 def hypercall(host: Base, name: str, *args: object) -> int:
@@ -57,19 +57,19 @@ def note_private(host: Base, page: LinuxFolio, how: str) -> None:
     host.notes.append(facts.MadePrivate(how, host.machine.number(page.pa), page.pin + page.get, cached))
 
 
-def guest_access(host: Base, gfn: int, write: bool) -> str:
+def guest_access(host: Base, gfn: Gfn, write: bool) -> str:
     """One load or store of the vCPU, through guest stage 2 or a TLB entry that should be gone."""
     machine, vm = host.machine, host.vm
     if vm.state != RUNNING:
         return "stopped"
     # Before the access: afterwards a store has replaced what was there.
     before = machine.tracer.contents()
-    ran = machine.driver.guest_access(vm, gfn * PAGE, write, GUEST_TOKEN)
+    ran = machine.driver.guest_access(vm, gfn_to_gpa(gfn), write, GUEST_TOKEN)
     if ran.exit is not None:
         return ran.exit
     page = machine.page_at(ran.pa)
     # The CPU says where it arrived. If the tables say otherwise, a TLB entry has outlived its mapping.
-    via = "guest mapping" if machine.driver.lookup(vm, gfn * PAGE) == ran.pa else "stale guest TLB entry"
+    via = "guest mapping" if machine.driver.lookup(vm, gfn_to_gpa(gfn)) == ran.pa else "stale guest TLB entry"
     if not _guest_may(host, page, gfn):
         host.notes.append(facts.StrayGuest(machine.number(page.pa), via))
         return "ok"
@@ -82,26 +82,26 @@ def guest_access(host: Base, gfn: int, write: bool) -> str:
 
 
 # The guest's own: the page the file holds at the index that this gfn is bound to.
-def _guest_may(host: Base, page: LinuxFolio, gfn: int) -> bool:
+def _guest_may(host: Base, page: LinuxFolio, gfn: Gfn) -> bool:
     if page.inode is not host.inode or host.inode.entry("bindings", page.index) != gfn + 1:
         return False
     return host.machine.driver.owner(page.pa) != "host" or not host.machine.hypervisor.tracks_owner
 
 
-def guest_consents(host: Base, gfn: int) -> str:
+def guest_consents(host: Base, gfn: Gfn) -> str:
     """The hypervisor's own way of letting go, by the guest's own hypercall."""
     machine, vm = host.machine, host.vm
     if vm.state != RUNNING:
         return "stopped"
-    pa = machine.driver.lookup(vm, gfn * PAGE)
+    pa = machine.driver.lookup(vm, gfn_to_gpa(gfn))
     if pa is None:
         return "fault"
-    if machine.driver.guest_consents(vm, gfn * PAGE):
+    if machine.driver.guest_consents(vm, gfn_to_gpa(gfn)):
         machine.tracer.consented(machine.page_at(pa))
     return "ok"
 
 
-def mmu_invalidate_begin(host: Base, start: int, nr: int) -> None:
+def mmu_invalidate_begin(host: Base, start: Index, nr: int) -> None:
     """Kernel mappings of the range end; a reader of the cache's lock is waited for (virt/kvm/pfncache.c)."""
     if not _is_bound(host, "mmu_invalidate_begin"):
         return
@@ -140,7 +140,7 @@ def _is_bound(host: Base, what: str) -> bool:
 # -- gfn_to_pfn_cache ----------------------------------------------------------------------------------------
 
 
-def gpc_begin(host: Base, index: int) -> bool:
+def gpc_begin(host: Base, index: Index) -> bool:
     """Sample the sequence, if there is a memslot to come back to."""
     if not host.inode.entry("bindings", index):
         return False

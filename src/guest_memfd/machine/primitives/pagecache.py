@@ -13,12 +13,13 @@ from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import CONTENTION, CONTENTS, FAILURE, REFERENCE
 from guest_memfd.words.primitives import Folio, Lookup
+from guest_memfd.words.units import Index, pa_to_pfn, span
 
 FOLIO_BATCH = 31
 """Folios that a CPU's lru_add batch holds before it is emptied (include/linux/folio_batch.h)."""
 
 
-def filemap_get_folio(host: Base, index: int) -> Lookup | None:
+def filemap_get_folio(host: Base, index: Index) -> Lookup | None:
     """A hit comes with a transient reference."""
     host.must_have(index)
     page = host.inode.find(index)
@@ -28,15 +29,15 @@ def filemap_get_folio(host: Base, index: int) -> Lookup | None:
     return Lookup(host.folio(page), page.index)
 
 
-def filemap_find_folio(host: Base, index: int, nr: int) -> int:
+def filemap_find_folio(host: Base, index: Index, nr: int) -> Index:
     """As xas_find() walks over holes."""
     return min(host.inode.next(index), index + nr)
 
 
-def filemap_add_folio(host: Base, index: int, order: int) -> Lookup | int:
+def filemap_add_folio(host: Base, index: Index, order: int) -> Lookup | int:
     """Allocates from the page allocator and inserts, at the index rounded down to the folio's size."""
     host.must_have(index)
-    head, folios = index >> order << order, host.machine.folios
+    head, folios = index & -1 << order, host.machine.folios
     try:
         pa = folios.alloc(order)
     except OutOfMemory:
@@ -48,7 +49,7 @@ def filemap_add_folio(host: Base, index: int, order: int) -> Lookup | int:
         folios.free(pa, order)
         host.against(CONTENTION)
         return -EEXIST
-    page = host.machine.pages[pa // PAGE] = LinuxFolio(pa, order)
+    page = host.machine.pages[pa_to_pfn(pa)] = LinuxFolio(pa, order)
     page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
     page.take("lookup")
     # Locked before it can be found, so the first to see it is the one who zeroes it.
@@ -59,7 +60,7 @@ def filemap_add_folio(host: Base, index: int, order: int) -> Lookup | int:
 
 
 # Whether a folio is in the way: one that covers the head, or a smaller one further on.
-def _occupied(host: Base, head: int, order: int) -> bool:
+def _occupied(host: Base, head: Index, order: int) -> bool:
     inode, end = host.inode, head + (1 << order)
     if inode.find(head) is not None:
         return True
@@ -67,7 +68,7 @@ def _occupied(host: Base, head: int, order: int) -> bool:
     smaller = sum(count for o, count in inode.orders.items() if o < order)
     if smaller < 1 << order:
         return smaller > 0 and any(head <= i < end for i in inode.pages)
-    return any(i in inode.pages for i in range(head, end))
+    return any(i in inode.pages for i in span(head, 1 << order))
 
 
 # folio_add_lru(): a batch per CPU; a large folio empties it at once (mm/swap.c).
@@ -102,12 +103,12 @@ def split_folio(host: Base, folio: Folio) -> int:
     host.machine.tracer.split(page)
     inode.remove(page)
     for at in range(page.nr):
-        small = host.machine.pages[page.pa // PAGE + at] = LinuxFolio(page.pa + at * PAGE, 0)
+        small = host.machine.pages[folio.pfn + at] = LinuxFolio(page.pa + at * PAGE, 0)
         small.take("cache")
         small.uptodate, small.no_direct_map = page.uptodate, page.no_direct_map
         small.hwpoison, small.handled = page.hwpoison, page.handled
         inode.insert(small, head + at)
-    first = host.machine.pages[page.pa // PAGE]
+    first = host.machine.pages[folio.pfn]
     first.take("lookup")
     first.lock = page.lock
     return 0
@@ -206,5 +207,5 @@ def free_if_unused(host: Base, page: LinuxFolio) -> None:
         machine.ram.fill(page.pa, page.size, PAGE_POISON)
     elif machine.on_free == "zero":
         machine.ram.zero(page.pa, page.size)
-    del machine.pages[page.pa // PAGE]
+    del machine.pages[pa_to_pfn(page.pa)]
     machine.folios.free(page.pa, page.order)

@@ -8,6 +8,7 @@ from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, HIBERNATION, RUNNING
 from guest_memfd.words.primitives import Folio, MfResult
+from guest_memfd.words.units import Index
 
 
 def pm_account(host: Base, pages: int) -> int:
@@ -65,7 +66,7 @@ def thaw_processes(host: Base) -> None:
     host.machine.power.frozen = False
 
 
-def hwpoison(host: Base, index: int) -> Folio | None:
+def hwpoison(host: Base, index: Index) -> Folio | None:
     """Hardware reports the folio at *index*; memory_failure() holds a reference while it works."""
     page = host.inode.find(index)
     if page is None or page.hwpoison:

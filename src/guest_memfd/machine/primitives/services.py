@@ -6,10 +6,11 @@ linux/snapshot.py and linux/page_poison.py; this is what they ask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Pa, span
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -18,41 +19,42 @@ if TYPE_CHECKING:
 class Services:
     """What those three ask of *machine*; *read* replaces the copy loop of the image where someone watches it."""
 
-    def __init__(self, machine: Board, read: Callable[[int], bytes] | None = None) -> None:
+    def __init__(self, machine: Board, read: Callable[[Pa], bytes] | None = None) -> None:
         self.machine, self.linear_map, self._read = machine, machine.linear_map, read
 
     # -- pages -------------------------------------------------------------------------------------------------------
 
-    def pages(self) -> range:
+    def pages(self) -> Sequence[Pa]:
         """Physical addresses of all pages that Linux has."""
-        return range(self.machine.ram.base, self.machine.el2_pool.start, PAGE)
+        start, end = self.machine.ram.base, self.machine.el2_pool.start
+        return span(start, (end - start) // PAGE, PAGE)
 
-    def is_ram(self, pa: int) -> bool:
+    def is_ram(self, pa: Pa) -> bool:
         """Whether Linux has the page."""
         return self.machine.ram.base <= pa < self.machine.el2_pool.start
 
-    def is_free(self, pa: int) -> bool:
+    def is_free(self, pa: Pa) -> bool:
         """In one of the allocators."""
         folios, kernel = self.machine.folios, self.machine.kernel_pages
         return kernel.is_free(pa) or (folios is not kernel and folios.is_free(pa))
 
-    def is_nosave(self, pa: int) -> bool:
+    def is_nosave(self, pa: Pa) -> bool:
         """No page of this machine is."""
         return False
 
-    def is_offline(self, pa: int) -> bool:
+    def is_offline(self, pa: Pa) -> bool:
         """guest_memfd marks nothing PageOffline."""
         return False
 
-    def is_guard(self, pa: int) -> bool:
+    def is_guard(self, pa: Pa) -> bool:
         """There are no guard pages."""
         return False
 
-    def is_reserved(self, pa: int) -> bool:
+    def is_reserved(self, pa: Pa) -> bool:
         """Only the page of kernel text is PageReserved on this machine."""
         return pa == self.machine.text.pa
 
-    def is_hwpoison(self, pa: int) -> bool:
+    def is_hwpoison(self, pa: Pa) -> bool:
         """PageHWPoison() of the page at *pa*, or of the folio that it is part of."""
         return self.machine.page_at(pa).hwpoison
 
@@ -62,26 +64,26 @@ class Services:
 
     # -- the linear map ----------------------------------------------------------------------------------------------
 
-    def kernel_page_present(self, pa: int) -> bool:
+    def kernel_page_present(self, pa: Pa) -> bool:
         """The linear map has it."""
         return self.linear_map.kernel_page_present(pa)
 
-    def set_direct_map_default_noflush(self, pa: int) -> int:
+    def set_direct_map_default_noflush(self, pa: Pa) -> int:
         """For the time of a copy."""
         return self.linear_map.set_direct_map_default_noflush(pa)
 
-    def set_direct_map_invalid_noflush(self, pa: int) -> int:
+    def set_direct_map_invalid_noflush(self, pa: Pa) -> int:
         """Take one page out of the linear map again, after the copy that needed it; 0 or -ENOMEM."""
         return self.linear_map.set_direct_map_invalid_noflush(pa)
 
-    def flush_tlb_kernel_page(self, pa: int) -> None:
+    def flush_tlb_kernel_page(self, pa: Pa) -> None:
         """Drop the linear-map entry of one page from the TLBs of all CPUs."""
         va = self.linear_map.va(pa)
         self.linear_map.flush_tlb_kernel_range(va, va + PAGE)
 
     # -- accesses: instructions on a CPU -------------------------------------------------------------------------------
 
-    def do_copy_page(self, pa: int) -> bytes:
+    def do_copy_page(self, pa: Pa) -> bytes:
         """Word by word into a page of the kernel's; raises KernelPanic when an abort on the way is fatal."""
         if self._read is not None:
             return self._read(pa)
@@ -89,17 +91,17 @@ class Services:
         machine.cpu.call("do_copy_page", machine.bounce_va, self.linear_map.va(pa))
         return machine.ram.read(self.linear_map.pa(machine.bounce_va), PAGE)
 
-    def copy_from_kernel_nofault(self, pa: int, nr: int) -> bytes | None:
+    def copy_from_kernel_nofault(self, pa: Pa, nr: int) -> bytes | None:
         """*nr* bytes, None when the exception table stepped in; raises KernelPanic when it is not asked."""
         machine = self.machine
         ran = machine.cpu.call("copy_from_kernel_nofault", machine.bounce_va, self.linear_map.va(pa), nr)
         return None if ran.fixed else machine.ram.read(self.linear_map.pa(machine.bounce_va), nr)
 
-    def memset_page(self, pa: int, byte: int) -> None:
+    def memset_page(self, pa: Pa, byte: int) -> None:
         """Store to every doubleword of the page."""
         self.machine.cpu.call("memset_page", self.linear_map.va(pa), byte * 0x0101_0101_0101_0101)
 
-    def memchr_inv_page(self, pa: int, byte: int) -> bytes | None:
+    def memchr_inv_page(self, pa: Pa, byte: int) -> bytes | None:
         """Look at every doubleword until one differs."""
         ran = self.machine.cpu.call("memchr_inv_page", self.linear_map.va(pa), byte * 0x0101_0101_0101_0101)
         return self.machine.ram.read(pa, PAGE) if ran.x0 else None

@@ -13,6 +13,7 @@ from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import FAILURE
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Index
 
 
 def mmap(host: Base) -> int:
@@ -40,7 +41,7 @@ def put_inode(host: Base) -> bool:
     return host.inode.put(host.who)
 
 
-def user_access(host: Base, index: int, write: bool) -> str:
+def user_access(host: Base, index: Index, write: bool) -> str:
     """One instruction at EL0; what stage 1 refuses is the fault handler's, what stage 2 refuses a signal."""
     machine = host.machine
     mapping = host.inode.mapping
@@ -59,7 +60,7 @@ def user_access(host: Base, index: int, write: bool) -> str:
     return "ok"
 
 
-def vmf_insert_folio(host: Base, index: int, folio: Folio) -> bool:
+def vmf_insert_folio(host: Base, index: Index, folio: Folio) -> bool:
     """Under the page-table lock: only while the VMA is there, and there is memory for a table.
 
     False in both cases: VM_FAULT_OOM is to the caller what a VMA that went is, and the access is tried again.
@@ -78,13 +79,13 @@ def vmf_insert_folio(host: Base, index: int, folio: Folio) -> bool:
     return True
 
 
-def vma_covers(host: Base, start: int, nr: int) -> bool:
+def vma_covers(host: Base, start: Index, nr: int) -> bool:
     """A VMA covers every page of the file."""
     mapping = host.inode.mapping
     return mapping is not None and bool(mapping.vmas) and start < host.inode.size and nr > 0
 
 
-def unmap_mapping_pages(host: Base, start: int, nr: int) -> None:
+def unmap_mapping_pages(host: Base, start: Index, nr: int) -> None:
     """Entries and user TLBs together."""
     if nr <= 0:
         host.die("unmap_mapping_pages of no pages, which means all up to the end of the file")
@@ -96,7 +97,7 @@ def unmap_mapping_pages(host: Base, start: int, nr: int) -> None:
 # -- GUP -----------------------------------------------------------------------------------------------------
 
 
-def gup_read_pte(host: Base, index: int) -> Folio | None:
+def gup_read_pte(host: Base, index: Index) -> Folio | None:
     """Read the entry as GUP-fast does, without a lock (mm/gup.c)."""
     host.machine.tracer.faulted_in(host, index)
     mapping = host.inode.mapping
@@ -113,7 +114,7 @@ def gup_try_get(host: Base, folio: Folio) -> bool:
     return True
 
 
-def gup_recheck(host: Base, index: int, folio: Folio, foll_pin: bool) -> bool:
+def gup_recheck(host: Base, index: Index, folio: Folio, foll_pin: bool) -> bool:
     """Keep or drop the speculative reference."""
     page = host.page(folio)
     # Dropped first, and taken again as a real one: the speculative reference is never used to touch the page.

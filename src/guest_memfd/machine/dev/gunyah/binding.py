@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from guest_memfd.uapi.gunyah import ACCESS_MASK, MapFlag
+from guest_memfd.words.units import Gfn, Index
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.gunyah.memory import GunyahMemoryFile
@@ -21,8 +22,8 @@ class Binding:
 
     vm: DeviceVm
     file: GunyahMemoryFile
-    gfn: int
-    start: int
+    gfn: Gfn
+    start: Index
     nr: int
     flags: MapFlag
 
@@ -37,27 +38,27 @@ class Binding:
         return bool(self.flags & MapFlag.ALLOW_WRITE)
 
     @property
-    def end(self) -> int:
+    def end(self) -> Gfn:
         """The first gfn after it."""
         return self.gfn + self.nr
 
-    def has(self, gfn: int, nr: int = 1) -> bool:
+    def has(self, gfn: Gfn, nr: int = 1) -> bool:
         """Whether all of these gfns are in it."""
         return self.gfn <= gfn and gfn + nr <= self.end
 
-    def meets(self, gfn: int, nr: int) -> bool:
+    def meets(self, gfn: Gfn, nr: int) -> bool:
         """Whether any of these gfns is in it."""
         return gfn < self.end and self.gfn < gfn + nr
 
-    def covers(self, start: int, nr: int) -> bool:
+    def covers(self, start: Index, nr: int) -> bool:
         """Whether any of these pages of the file is in it."""
         return start < self.start + self.nr and self.start < start + nr
 
-    def index(self, gfn: int) -> int:
+    def index(self, gfn: Gfn) -> Index:
         """The page of the file at *gfn*."""
-        return self.start + gfn - self.gfn
+        return self.start + (gfn - self.gfn)
 
-    def trim(self, gfn: int, nr: int) -> None:
+    def trim(self, gfn: Gfn, nr: int) -> None:
         """Give up *nr* gfns from *gfn* on, which must be the first or the last of the binding."""
         if gfn == self.gfn:
             self.gfn, self.start = self.gfn + nr, self.start + nr

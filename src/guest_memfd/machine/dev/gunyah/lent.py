@@ -19,6 +19,7 @@ from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.gunyah import GunyahDriver
 from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.words.primitives import Primitive, Steps
+from guest_memfd.words.units import Gfn, Index, gfn_to_gpa, pfn_to_pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -34,7 +35,7 @@ class LentFile(GunyahMemoryFile):
         self.init_shared()
 
     @override
-    def map_range(self, start: int, nr: int) -> Steps[int]:
+    def map_range(self, start: Index, nr: int) -> Steps[int]:
         """What was lent comes back first; -EBUSY while a guest holds on to it."""
         return driver.mmap(self.library, start, nr)
 
@@ -61,7 +62,7 @@ class LentFile(GunyahMemoryFile):
         return hypcalls.configure(vm, binding.gfn, binding.nr, "private" if binding.lend else "vmmio")
 
     @override
-    def unbind(self, binding: Binding, gfn: int, nr: int) -> int:
+    def unbind(self, binding: Binding, gfn: Gfn, nr: int) -> int:
         """Pages come back with what the guest left in them, and are the VMM's to see."""
         return int(self.run(driver.unbind(self.library, binding.index(gfn), nr)))
 
@@ -73,7 +74,7 @@ class LentFile(GunyahMemoryFile):
     # -- the guest -------------------------------------------------------------------------------------------------
 
     @override
-    def demand(self, binding: Binding, gfn: int) -> int:
+    def demand(self, binding: Binding, gfn: Gfn) -> int:
         """The driver's demand_page(), as the binding says."""
         return int(self.run(driver.demand_page(
             self.library, gfn, binding.index(gfn), lend=binding.lend, writable=binding.writable)))
@@ -81,7 +82,7 @@ class LentFile(GunyahMemoryFile):
     # -- parcels ---------------------------------------------------------------------------------------------------
 
     @override
-    def make_parcel(self, binding: Binding, gfn: int, nr: int) -> int | Parcelled:
+    def make_parcel(self, binding: Binding, gfn: Gfn, nr: int) -> int | Parcelled:
         """Folios exist, are private if they are to be lent, and stay where they are until the parcel is back."""
         start, nr = driver.around(self.library, binding.index(gfn), nr)
         if start + nr > self.pages:
@@ -89,13 +90,13 @@ class LentFile(GunyahMemoryFile):
         folios = self.run(driver.take_for_parcel(self.library, start, nr, lend=binding.lend))
         if isinstance(folios, int):
             return folios
-        self.parcelled |= {folio.pfn * PAGE for folio in folios}
-        return Parcelled(folios, binding.gfn + start - binding.start)
+        self.parcelled |= {pfn_to_pa(folio.pfn) for folio in folios}
+        return Parcelled(folios, binding.gfn + (start - binding.start))
 
     @override
     def parcel_is_paged(self, binding: Binding, parcel: Parcelled) -> int:
         """The Resource Manager makes them ordinary where guest addresses are configured for that."""
-        if binding.lend or parcel.gfn * PAGE < DEVICES_END:
+        if binding.lend or gfn_to_gpa(parcel.gfn) < DEVICES_END:
             return 0
         return self.announce(binding)
 

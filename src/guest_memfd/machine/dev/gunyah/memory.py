@@ -22,6 +22,7 @@ from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from guest_memfd.words.pagestate import GONE, HELD
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Gfn, Index, Pa, pfn_to_pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -34,7 +35,7 @@ class Parcelled(NamedTuple):
     """The folios of a memory parcel, and the gfn of the first."""
 
     folios: tuple[Folio, ...]
-    gfn: int
+    gfn: Gfn
 
     @property
     def nr(self) -> int:
@@ -69,11 +70,11 @@ class MemoryHost(FileHost):
         finally:
             self.vm = kept
 
-    def _bound_to(self, start: int, nr: int) -> DeviceVm:
+    def _bound_to(self, start: Index, nr: int) -> DeviceVm:
         return next((b.vm for b in self.file.bindings if b.covers(start, nr)), self.file.vm)
 
     @override
-    def vm_at(self, index: int) -> DeviceVm:
+    def vm_at(self, index: Index) -> DeviceVm:
         """The VM that page *index* is bound to; the file's own where no binding covers it."""
         return self._bound_to(index, 1)
 
@@ -89,7 +90,7 @@ class GunyahMemoryFile(GuestMemoryFile):
     def __init__(self, machine: Board, library: Design, size: int, flags: GunyahMemFlag) -> None:
         self.flags = flags
         self.bindings: list[Binding] = []
-        self.parcelled: set[int] = set()        # physical addresses of what a memory parcel has at the moment
+        self.parcelled: set[Pa] = set()         # physical addresses of what a memory parcel has at the moment
         self.vm = DeviceVm(None, -1)            # for pages that no VM has
         super().__init__(machine, library, size, self.vm)
 
@@ -139,15 +140,15 @@ class GunyahMemoryFile(GuestMemoryFile):
         return 0
 
     @abstractmethod
-    def unbind(self, binding: Binding, gfn: int, nr: int) -> int:
+    def unbind(self, binding: Binding, gfn: Gfn, nr: int) -> int:
         """Take [gfn, gfn+nr) of *binding* back: all of it, or an edge. A failure leaves the binding."""
 
     @abstractmethod
-    def demand(self, binding: Binding, gfn: int) -> int:
+    def demand(self, binding: Binding, gfn: Gfn) -> int:
         """Give the guest the page at *gfn*."""
 
     @abstractmethod
-    def make_parcel(self, binding: Binding, gfn: int, nr: int) -> int | Parcelled:
+    def make_parcel(self, binding: Binding, gfn: Gfn, nr: int) -> int | Parcelled:
         """Make [gfn, gfn+nr) ready for a memory parcel, whole folios."""
 
     @abstractmethod
@@ -160,7 +161,7 @@ class GunyahMemoryFile(GuestMemoryFile):
 
     def parcel_has_started(self, parcel: Parcelled) -> None:
         """The VM runs: the folios are ordinary pages of the guest now."""
-        self.parcelled -= {folio.pfn * PAGE for folio in parcel.folios}
+        self.parcelled -= {pfn_to_pa(folio.pfn) for folio in parcel.folios}
 
     @abstractmethod
     def parcel_is_back(self, parcel: Parcelled, lend: bool, ret: int) -> None:

@@ -15,6 +15,7 @@ from guest_memfd.machine.dev.gunyah.binding import Binding
 from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, GunyahMemoryFile, Parcelled
 from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.words.primitives import Entries, Folio, Lookup, Steps
+from guest_memfd.words.units import FIRST_GFN, Gfn, Index
 
 if TYPE_CHECKING:
     from guest_memfd.core.gmem import Grabbed
@@ -34,13 +35,13 @@ class PostedDriver(GunyahV17):
         self.huge = False
 
     @override
-    def lends(self, index: int) -> bool:
+    def lends(self, index: Index) -> bool:
         """As the binding of page *index* says."""
         return any(b.lend for b in self.bindings if b.covers(index, 1))
 
     # __gunyah_gmem_get_huge_folio(): a huge folio where the window is empty, else, or when that fails, a small one.
     @override
-    def grab_folio(self, index: int) -> Steps[Grabbed | int]:
+    def grab_folio(self, index: Index) -> Steps[Grabbed | int]:
         """Find or allocate the folio of page *index*; in a huge file try an aligned 2 MiB folio first."""
         if self.huge:
             hit = yield from self.driver.filemap_get_folio(index)
@@ -57,7 +58,7 @@ class PostedDriver(GunyahV17):
 
     # -- bindings ------------------------------------------------------------------------------------------------
 
-    def bind_range(self, gfn: int, start: int, nr: int) -> Steps[int]:
+    def bind_range(self, gfn: Gfn, start: Index, nr: int) -> Steps[int]:
         """MAP_MEM of a range: one reference on the file."""
         yield from self.driver.get_file()
         ret = yield from self.driver.tree_store("bindings", start, Entries(gfn + 1, nr, 1))
@@ -65,7 +66,7 @@ class PostedDriver(GunyahV17):
             yield from self.close()
         return ret
 
-    def unbind_range(self, binding: Binding, gfn: int, nr: int) -> Steps[int]:
+    def unbind_range(self, binding: Binding, gfn: Gfn, nr: int) -> Steps[int]:
         """UNMAP: the whole binding, or an edge; for an edge the end is passed where a count belongs (S7)."""
         host = self.driver
         start, whole = binding.index(gfn), nr == binding.nr
@@ -88,11 +89,11 @@ class PostedDriver(GunyahV17):
             yield from self.close()
         return ret
 
-    def mmap_range(self, start: int, nr: int) -> Steps[int]:
+    def mmap_range(self, start: Index, nr: int) -> Steps[int]:
         """mmap of part of the file: lent memory is taken back up to the end of its binding (S9)."""
         host = self.driver
         for binding in [b for b in self.bindings if b.lend and b.covers(start, nr)]:
-            gfn = binding.gfn + start - binding.start
+            gfn = binding.gfn + (start - binding.start)
             end = max(start + nr, binding.start + binding.nr)
             if gfn < 0:                                     # wraps, and nothing is found there
                 continue
@@ -120,14 +121,14 @@ class PostedDriver(GunyahV17):
 
     def reclaim_rest(self) -> Steps[int]:
         """What is left in the VM's tree."""
-        ret = yield from self.reclaim_range(0, _ALL)
+        ret = yield from self.reclaim_range(FIRST_GFN, _ALL)
         if ret:
             yield from self.driver.warn("guest memory is lost")
         return ret
 
     # -- parcels (25/35) -------------------------------------------------------------------------------------------
 
-    def take_for_parcel(self, start: int, nr: int, lend: bool) -> Steps[int | tuple[Folio, ...]]:
+    def take_for_parcel(self, start: Index, nr: int, lend: bool) -> Steps[int | tuple[Folio, ...]]:
         """gunyah_gmem_share_parcel(): folios, each with a reference; lent ones out of the direct map and marked."""
         taken: list[Folio] = []
         index, ret = start, 0
@@ -193,7 +194,7 @@ class PostedFile(GunyahMemoryFile):
         library.bindings = self.bindings
 
     @override
-    def map_range(self, start: int, nr: int) -> Steps[int]:
+    def map_range(self, start: Index, nr: int) -> Steps[int]:
         """The driver's mmap() of pages [start, start+nr); 0 or -errno."""
         return self.library.mmap_range(start, nr)
 
@@ -210,7 +211,7 @@ class PostedFile(GunyahMemoryFile):
         return int(self.run(self.library.bind_range(binding.gfn, binding.start, binding.nr)))
 
     @override
-    def unbind(self, binding: Binding, gfn: int, nr: int) -> int:
+    def unbind(self, binding: Binding, gfn: Gfn, nr: int) -> int:
         """Give *nr* gfns of the binding up, by the driver's code as posted; 0 or -errno."""
         return int(self.run(self.library.unbind_range(binding, gfn, nr)))
 
@@ -220,12 +221,12 @@ class PostedFile(GunyahMemoryFile):
         return int(self.run(self.library.abandon_range(binding)))
 
     @override
-    def demand(self, binding: Binding, gfn: int) -> int:
+    def demand(self, binding: Binding, gfn: Gfn) -> int:
         """The guest has faulted at *gfn*: provide its page, by the driver's code as posted; 0 or -errno."""
         return int(self.run(self.library.guest_fault(gfn, binding.index(gfn))))
 
     @override
-    def make_parcel(self, binding: Binding, gfn: int, nr: int) -> int | Parcelled:
+    def make_parcel(self, binding: Binding, gfn: Gfn, nr: int) -> int | Parcelled:
         """As posted: -EPERM what the VMM maps or could; -ENOMEM for all that is not lent, whose ACL has no entry (S15)."""
         if not binding.lend:
             return -ENOMEM
@@ -235,9 +236,9 @@ class PostedFile(GunyahMemoryFile):
         first = self.host.inode.find(binding.index(gfn))
         assert first is not None
         # The last look-up takes the index in the binding for one in the file (S16).
-        if self.host.inode.find(gfn - binding.gfn) is None:
+        if self.host.inode.find(Index(gfn - binding.gfn)) is None:
             self.run(self.library.driver.bug("the parcel's start is read through an error pointer"))
-        return Parcelled(folios, binding.gfn + first.index - binding.start)
+        return Parcelled(folios, binding.gfn + (first.index - binding.start))
 
     @override
     def parcel_is_paged(self, binding: Binding, parcel: Parcelled) -> int:

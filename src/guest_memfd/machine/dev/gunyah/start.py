@@ -24,6 +24,7 @@ from guest_memfd.machine.el2.gunyah.vcpu import GunyahRun, VcpuState
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.gunyah import FnType, MapFlag, RegisterSet
+from guest_memfd.words.units import gfn_to_gpa, gpa_to_gfn, identity_ipa, pfn_to_pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.gunyah.binding import Binding
@@ -76,7 +77,7 @@ def _check(ret: int, step: str) -> None:
 
 # The device tree's folios become a parcel: lent to the VM, or shared with it.
 def _parcel(vm: VmFile) -> tuple[Binding, Parcelled]:
-    gfn, nr = vm.dtb.guest_phys_addr // PAGE, vm.dtb.size // PAGE
+    gfn, nr = gpa_to_gfn(vm.dtb.guest_phys_addr), vm.dtb.size // PAGE
     if not nr:
         raise SyscallFailed(EINVAL, "START", "no device tree is configured")
     binding = vm.binding_at(gfn, nr)
@@ -87,7 +88,8 @@ def _parcel(vm: VmFile) -> tuple[Binding, Parcelled]:
         raise SyscallFailed(-parcel, "START", "the device tree cannot be made a memory parcel")
     guest = Acl(vm.vmid, rights(binding.flags))
     acl = (guest,) if binding.lend else (guest, Acl(HLOS_VMID, _RWX))
-    ret, handle = vm.rm.mem_share(acl, tuple(Sgl(folio.pfn * PAGE, folio.nr * PAGE) for folio in parcel.folios))
+    pieces = tuple(Sgl(identity_ipa(pfn_to_pa(folio.pfn)), folio.nr * PAGE) for folio in parcel.folios)
+    ret, handle = vm.rm.mem_share(acl, pieces)
     if ret:
         # The Resource Manager has never had it.
         binding.file.parcel_is_back(parcel, binding.lend, 0)
@@ -103,13 +105,13 @@ def rights(flags: MapFlag) -> int:
 
 
 def _configure(vm: VmFile, binding: Binding, parcel: Parcelled) -> None:
-    rm, base = vm.rm, parcel.gfn * PAGE
+    rm, base = vm.rm, gfn_to_gpa(parcel.gfn)
     assert vm.parcel is not None
     offset = vm.dtb.guest_phys_addr - base
     _check(rm.vm_configure(vm.vmid, Auth.NONE, vm.parcel[2], offset, vm.dtb.size), "VM_CONFIG_IMAGE")
     vm.linux.handle, vm.linux.vmid = vm.driver.rm.vms[vm.vmid].vm, vm.vmid
     vm.machine.add_vm(vm.linux)
-    lent = tuple(Sgl(b.gfn * PAGE, b.nr * PAGE) for b in vm.bindings if b.lend)
+    lent = tuple(Sgl(gfn_to_gpa(b.gfn), b.nr * PAGE) for b in vm.bindings if b.lend)
     _check(rm.vm_set_demand_paging(vm.vmid, lent), "VM_SET_DEMAND_PAGING")
     _check(rm.vm_set_address_layout(vm.vmid, base, parcel.nr * PAGE), "VM_SET_ADDRESS_LAYOUT")
     if not vm.posted:

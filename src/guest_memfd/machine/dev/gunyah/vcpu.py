@@ -18,8 +18,8 @@ from guest_memfd.machine.el2.gunyah import hypercalls as n
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, remap
 from guest_memfd.machine.el2.gunyah.rm.lifecycle import VmState
 from guest_memfd.machine.el2.gunyah.vcpu import Action, VcpuState
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.gunyah import Exit, ResumeAction, VcpuRun, VmStatus
+from guest_memfd.words.units import Ipa, gpa_to_gfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.gunyah.vm import VmFile
@@ -183,7 +183,7 @@ class VcpuFile(Serialised):
 
     # gunyah_gmem_demand_page().
     def _demand(self, address: int, write: bool, execute: bool = False) -> int:
-        gfn = address // PAGE
+        gfn = gpa_to_gfn(Ipa(address))
         binding = self.vm.binding_at(gfn)
         if binding is None:
             return -ENOENT

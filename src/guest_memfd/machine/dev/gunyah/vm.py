@@ -38,6 +38,7 @@ from guest_memfd.uapi.gunyah import (
     VmBootContext,
     VmDtbConfig,
 )
+from guest_memfd.words.units import Gfn, Ipa, gpa_to_gfn, page_index
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.gunyah.device import GunyahDeviceFile
@@ -60,7 +61,7 @@ class VmFile(Serialised):
         self._status = VmState.NO_STATE
         self.vmid = 0
         self.bindings: list[Binding] = []
-        self.dtb = VmDtbConfig(0, 0)
+        self.dtb = VmDtbConfig(Ipa(0), 0)
         self.boot: dict[tuple[int, int], int] = {}
         self.functions: dict[tuple[int, Any], VcpuFile | Irqfd | Ioeventfd] = {}
         self.parcel: tuple[Binding, Parcelled, int] | None = None       # what RM has as an image, and its handle
@@ -95,15 +96,15 @@ class VmFile(Serialised):
 
     # -- memory --------------------------------------------------------------------------------------------------
 
-    def binding_at(self, gfn: int, nr: int = 1) -> Binding | None:
+    def binding_at(self, gfn: Gfn, nr: int = 1) -> Binding | None:
         """The binding that has all of these gfns."""
         return next((b for b in self.bindings if b.has(gfn, nr)), None)
 
-    def _writable(self, gfn: int) -> bool:
+    def _writable(self, gfn: Gfn) -> bool:
         binding = self.binding_at(gfn)
         return binding is not None and binding.writable
 
-    def map_mem(self, memory: Any, guest_addr: int, offset: int, size: int, flags: int) -> None:
+    def map_mem(self, memory: Any, guest_addr: Ipa, offset: int, size: int, flags: int) -> None:
         """MAP_MEM; addresses and sizes in bytes. Raises SyscallFailed as uapi/gunyah.py says, in the driver's order."""
         call = "MAP_MEM"
         self._in_use(call)
@@ -121,7 +122,7 @@ class VmFile(Serialised):
             raise SyscallFailed(EINVAL, call, f"access {flags & ACCESS_MASK}")
         if (guest_addr | offset | size) % PAGE:
             raise SyscallFailed(EINVAL, call, f"{guest_addr:#x}, {offset:#x} or {size:#x} is not page aligned")
-        gfn, first, nr = guest_addr // PAGE, offset // PAGE, size // PAGE
+        gfn, first, nr = gpa_to_gfn(guest_addr), page_index(offset), size // PAGE
         if flags & MapFlag.UNMAP:
             self._unmap(memory, gfn, first, nr, MapFlag(flags & ~MapFlag.UNMAP))
         else:
@@ -153,7 +154,7 @@ class VmFile(Serialised):
         binding.file.bindings.remove(binding)
         self.bindings.remove(binding)
 
-    def _unmap(self, memory: GunyahMemoryFile, gfn: int, first: int, nr: int, flags: MapFlag) -> None:
+    def _unmap(self, memory: GunyahMemoryFile, gfn: Gfn, first: int, nr: int, flags: MapFlag) -> None:
         call, found = "MAP_MEM", self.binding_at(gfn, nr)
         if not nr or found is None or found.file is not memory or found.flags != flags or found.index(gfn) != first:
             raise SyscallFailed(ENOENT, call, "no such binding")
@@ -167,7 +168,7 @@ class VmFile(Serialised):
 
     # -- configuration, START ------------------------------------------------------------------------------------
 
-    def set_dtb_config(self, guest_phys_addr: int, size: int) -> None:
+    def set_dtb_config(self, guest_phys_addr: Ipa, size: int) -> None:
         """SET_DTB_CONFIG: guest address and bytes of the device tree; START checks them, not this call."""
         self._in_use("SET_DTB_CONFIG")
         self.dtb = VmDtbConfig(guest_phys_addr, size)

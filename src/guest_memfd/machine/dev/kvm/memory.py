@@ -15,6 +15,7 @@ from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.plugins.guard import Guard
 from guest_memfd.uapi.kvm import PRIVATE, SHARED, CreateGuestMemfd, GuestMemfdFlag, MemoryAttributes2
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from guest_memfd.words.units import page_index
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.kvm.vm import KvmVmFile
@@ -75,7 +76,7 @@ class KvmMemoryFile(GuestMemoryFile):
         if not size or (start | size) % PAGE or start + size > self.size:
             raise SyscallFailed(EINVAL, ATTRIBUTES, f"{size:#x} bytes at {start:#x} of a file of {self.size:#x}")
         convert = self.library.make_private if wanted else self.library.make_shared
-        result = self.run(convert(start // PAGE, size // PAGE))
+        result = self.run(convert(page_index(start), size // PAGE))
         if result.ret:
             # Where no page refused, the kernel names the beginning of the range.
             index = start // PAGE if result.error_index is None else result.error_index

@@ -17,6 +17,7 @@ from guest_memfd.machine.el2.kvm.guest import IPA_BITS
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.kvm import MemFlag, UserspaceMemoryRegion2
 from guest_memfd.uapi.memory import GuestMemory
+from guest_memfd.words.units import Gfn, Index, Ipa, gpa_to_gfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.kvm.memory import KvmMemoryFile
@@ -31,14 +32,14 @@ _USER = 1 << 48
 class Memslot:
     """Guest frames [gfn, gfn+nr) are pages from *start* on of *file*."""
 
-    gfn: int
+    gfn: Gfn
     nr: int
     file: KvmMemoryFile
-    start: int
+    start: Index
 
-    def page(self, gfn: int) -> int:
+    def page(self, gfn: Gfn) -> Index:
         """The page of the file that *gfn* is."""
-        return gfn - self.gfn + self.start
+        return self.start + (gfn - self.gfn)
 
 
 def refuse(errno: int, why: str) -> NoReturn:
@@ -53,13 +54,13 @@ class Memslots:
         self.by_id: dict[int, Memslot] = {}
         self._owns = owns
 
-    def find(self, gfn: int) -> Memslot | None:
+    def find(self, gfn: Gfn) -> Memslot | None:
         """The slot that covers *gfn*."""
         return next((s for s in self.by_id.values() if s.gfn <= gfn < s.gfn + s.nr), None)
 
-    def covers(self, ipa: int) -> bool:
+    def covers(self, ipa: Ipa) -> bool:
         """Whether a slot covers the guest physical address *ipa*."""
-        return self.find(ipa // PAGE) is not None
+        return self.find(gpa_to_gfn(ipa)) is not None
 
     def check(self, region: UserspaceMemoryRegion2, file: GuestMemory | None) -> None:
         """Raise SyscallFailed for what is refused before anything is changed."""

@@ -25,6 +25,7 @@ from guest_memfd.uapi import kvm_arm64 as regs
 from guest_memfd.uapi import kvm_run as uapi
 from guest_memfd.uapi.kvm import PRIVATE
 from guest_memfd.words.pagestate import PRIVATE_PAGE, RUNNING
+from guest_memfd.words.units import Ipa, gfn_to_gpa, gpa_to_gfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.kvm.vm import KvmVmFile
@@ -116,8 +117,8 @@ class KvmVcpuFile(Serialised):
             while end is not None and not self.immediate_exit and (left := end - time.monotonic()) > 0:
                 time.sleep(min(left, _NAP))
 
-    def _fault(self, ipa: int) -> uapi.Exit | None:
-        vm, gfn = self.vm, ipa // PAGE
+    def _fault(self, ipa: Ipa) -> uapi.Exit | None:
+        vm, gfn = self.vm, gpa_to_gfn(ipa)
         slot = vm.slots.find(gfn)
         assert slot is not None, "the hypervisor has asked"
         self._counts["faults"] += 1
@@ -131,9 +132,9 @@ class KvmVcpuFile(Serialised):
             return self._stuck(ipa) if not ret else None
         # As KVM_EXIT_MEMORY_FAULT says it: how the file has the page, which is what user space would have to change.
         private = file.host.inode.entry("attributes", index) == PRIVATE_PAGE
-        return uapi.MemoryFault(PRIVATE if private else 0, gfn * PAGE, PAGE, -ret)
+        return uapi.MemoryFault(PRIVATE if private else 0, gfn_to_gpa(gfn), PAGE, -ret)
 
-    def _stuck(self, ipa: int) -> uapi.Exit | None:
+    def _stuck(self, ipa: Ipa) -> uapi.Exit | None:
         where, times = self._again
         here = ipa, self.core.pc
         self._again = here, times + 1 if here == where else 0

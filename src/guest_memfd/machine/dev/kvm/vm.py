@@ -22,6 +22,7 @@ from guest_memfd.uapi.kvm import UserspaceMemoryRegion2
 from guest_memfd.uapi.memory import GuestMemory
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Primitive
+from guest_memfd.words.units import NULL, Ipa, Va, gpa_to_gfn, page_index
 
 if TYPE_CHECKING:
     from guest_memfd.designs import Design
@@ -70,7 +71,7 @@ class KvmVmFile(Serialised):
         return KvmMemoryFile(self, size, flags)
 
     def set_user_memory_region2(
-        self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, *, userspace_addr: int = 0,
+        self, slot: int, flags: int, guest_phys_addr: Ipa, memory_size: int, *, userspace_addr: Va = NULL,
         guest_memfd: GuestMemory | None = None, guest_memfd_offset: int = 0,
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION2; refuses as `Slots.check` says, EBUSY when the guest holds on to a deleted page."""
@@ -81,7 +82,7 @@ class KvmVmFile(Serialised):
             self._delete(slot)
             return
         assert isinstance(guest_memfd, KvmMemoryFile)
-        new = Memslot(guest_phys_addr // PAGE, memory_size // PAGE, guest_memfd, guest_memfd_offset // PAGE)
+        new = Memslot(gpa_to_gfn(guest_phys_addr), memory_size // PAGE, guest_memfd, page_index(guest_memfd_offset))
         guest_memfd.check(guest_memfd.run(guest_memfd.library.bind(new.gfn, new.start, new.nr)), CALL,
                           f"pages from {new.start:#x} on at {guest_phys_addr:#x}")
         try:
@@ -97,7 +98,7 @@ class KvmVmFile(Serialised):
         slot.file.check(result.ret, CALL, f"page {result.error_index} of the file stays with the guest")
         del self.slots.by_id[number]
 
-    def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
+    def set_memory_attributes(self, address: Ipa, size: int, attributes: int, flags: int = 0) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES: ENOTTY, because attributes belong to the file here."""
         self._in_use("KVM_SET_MEMORY_ATTRIBUTES")
         raise SyscallFailed(ENOTTY, "KVM_SET_MEMORY_ATTRIBUTES", "attributes belong to the guest_memfd")

@@ -22,6 +22,7 @@ from guest_memfd.machine.hw.arm64.descriptor import VALID
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Ipa, Pa
 
 _LIMIT = 1 << 48
 _PAGE_BITS = PAGE - 1
@@ -67,14 +68,14 @@ class AddressSpace(Mappings):
 
     # -- questions -----------------------------------------------------------------------------------------------
 
-    def locked(self, ipa: int) -> bool:
+    def locked(self, ipa: Ipa) -> bool:
         """Whether *ipa* is a private page that the guest holds on to."""
         value = self.table.leaf(ipa & -PAGE).value
         return bool(value & VALID and value & private.LOCKED)
 
     # -- map -----------------------------------------------------------------------------------------------------
 
-    def map(self, extent: Extent, vbase: int, attributes: Attributes, flags: int, offset: int, size: int) -> None:
+    def map(self, extent: Extent, vbase: Ipa, attributes: Attributes, flags: int, offset: int, size: int) -> None:
         """Map memory of *extent*: [offset, offset+size) of it at *vbase* (PARTIAL), or all of it.
 
         Raises HypRefused; nothing is mapped then. Errors in the order of the checks: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE;
@@ -108,7 +109,7 @@ class AddressSpace(Mappings):
             raise HypRefused(GunyahError.ARG_INVAL, "PRIVATE and VMMIO together")
         return "private" if flags & AddrMapFlag.PRIVATE else "vmmio" if flags & AddrMapFlag.VMMIO else "plain"
 
-    def _check_place(self, extent: Extent, vbase: int, attributes: Attributes, size: int) -> None:
+    def _check_place(self, extent: Extent, vbase: Ipa, attributes: Attributes, size: int) -> None:
         if not attributes.within(extent.attributes):
             raise HypRefused(GunyahError.ARG_INVAL, f"{attributes} is more than {extent!r} allows")
         if vbase & _PAGE_BITS:
@@ -116,18 +117,18 @@ class AddressSpace(Mappings):
         if vbase >= _LIMIT or vbase + size > 1 << IA_BITS:
             raise HypRefused(GunyahError.ADDR_INVAL, f"vbase {vbase:#x}")
 
-    def _check_owner(self, extent: Extent, start: int, end: int,
+    def _check_owner(self, extent: Extent, start: Pa, end: Pa,
                      error: GunyahError = GunyahError.MEMDB_NOT_OWNER) -> None:
         if not self.memdb.owns(extent, start, end):
             raise HypRefused(error, f"{extent!r} does not own [{start:#x}, {end:#x})")
 
-    def _check_configured(self, kind: str, vbase: int, size: int) -> None:
+    def _check_configured(self, kind: str, vbase: Ipa, size: int) -> None:
         if self.ranges.kind(vbase, vbase + size) != kind:
             raise HypRefused(GunyahError.DENIED, f"{vbase:#x}+{size:#x} is not configured {kind}")
 
     # A page that is private already may only be mapped where it is, and is locked again; the place must not hold another
     # page that the guest has locked.
-    def _map_private(self, extent: Extent, vbase: int, attributes: Attributes, start: int, end: int) -> None:
+    def _map_private(self, extent: Extent, vbase: Ipa, attributes: Attributes, start: Pa, end: Pa) -> None:
         if not attributes.kernel & ExtentAccess.W:
             raise HypRefused(GunyahError.ARG_INVAL, "a private page has to be writable for the kernel of the VM")
         # A private page must come from the extent of this VM's own, or the host could map a page that another VM
@@ -143,7 +144,7 @@ class AddressSpace(Mappings):
         self._check_free(vbase, start, end)
         self.place(vbase, start, end, bits)
 
-    def _map_vmmio(self, extent: Extent, vbase: int, attributes: Attributes, start: int, end: int) -> None:
+    def _map_vmmio(self, extent: Extent, vbase: Ipa, attributes: Attributes, start: Pa, end: Pa) -> None:
         if (attributes.user | attributes.kernel) & ExtentAccess.X:
             raise HypRefused(GunyahError.ARG_INVAL, "device memory is not executable")
         self._check_configured("vmmio", vbase, end - start)
@@ -152,7 +153,7 @@ class AddressSpace(Mappings):
         self.place(vbase, start, end, private.encode(attributes))
 
     # What the guest holds on to is not replaced, silently or otherwise.
-    def _check_free(self, vbase: int, start: int, end: int) -> None:
+    def _check_free(self, vbase: Ipa, start: Pa, end: Pa) -> None:
         if self._alive() and any(value & private.LOCKED for _, _, value in self.others(vbase, start, end)):
             raise HypRefused(GunyahError.BUSY, f"{self!r} holds on to what it has in {vbase:#x}+{end - start:#x}")
 
@@ -168,14 +169,15 @@ class AddressSpace(Mappings):
             self._recorded.append(extent)
             self.apply(mapping, extent.base, owned, stock)
 
-    def unmap_whole(self, extent: Extent, vbase: int) -> None:
+    def unmap_whole(self, extent: Extent, vbase: Ipa) -> None:
         """Forget a recorded mapping and unmap what it maps; raises HypRefused(ADDR_INVAL) when it is not recorded."""
         mapping = extent.forget(self, vbase)
         self._recorded.remove(extent)
         distance = vbase - extent.base
         owned = list(self.memdb.ranges(extent))
         try:
-            need = sum(self.table.tables_for_cut(low + distance, high + distance) for low, high in owned)
+            places = [(Ipa(low + distance), Ipa(high + distance)) for low, high in owned]
+            need = sum(self.table.tables_for_cut(start, end) for start, end in places)
             with Stock(self.source, need) as stock:
                 for low, high in owned:
                     self.withdraw(low, high, distance, stock)
@@ -196,7 +198,7 @@ class AddressSpace(Mappings):
 
     # -- unmap ---------------------------------------------------------------------------------------------------
 
-    def unmap(self, extent: Extent, vbase: int, flags: int, offset: int, size: int) -> None:
+    def unmap(self, extent: Extent, vbase: Ipa, flags: int, offset: int, size: int) -> None:
         """Unmap: an entry goes only if it maps the page of *extent* that the call names.
 
         Raises HypRefused and changes nothing: ARG_INVAL flags; ARG_ALIGN; ARG_SIZE; ADDR_INVAL vbase, or nothing of that
@@ -217,8 +219,8 @@ class AddressSpace(Mappings):
         self._check_place(extent, vbase, extent.attributes, size)
         self._unmap_partial(extent, vbase, kind, extent.base + offset, extent.base + end, not flags & AddrMapFlag.NOSYNC)
 
-    def _unmap_partial(self, extent: Extent, vbase: int, kind: str, start: int, end: int, sync: bool) -> None:
-        stop = vbase + end - start
+    def _unmap_partial(self, extent: Extent, vbase: Ipa, kind: str, start: Pa, end: Pa, sync: bool) -> None:
+        stop = vbase + (end - start)
         if kind != "plain":
             self._check_configured(kind, vbase, end - start)
         self._check_owner(extent, start, end)
@@ -254,33 +256,33 @@ class AddressSpace(Mappings):
 
     # -- the rest ------------------------------------------------------------------------------------------------
 
-    def configure(self, op: int, base: int, size: int) -> None:
+    def configure(self, op: int, base: Ipa, size: int) -> None:
         """addrspace_configure_range; raises Refused: ARG_INVAL, ARG_ALIGN, ARG_SIZE and those of `ConfiguredRanges`."""
         if op not in tuple(RangeOp):
             raise HypRefused(GunyahError.ARG_INVAL, f"configure_range operation {op}")
-        end = check_range(base, size, 1 << IA_BITS)
+        end = Ipa(check_range(base, size, 1 << IA_BITS))
         self.ranges.apply(RangeOp(op), base, end)
 
-    def lookup(self, extent: Extent, vbase: int, size: int) -> tuple[int, int, Attributes]:
+    def lookup(self, extent: Extent, vbase: Ipa, size: int) -> tuple[int, int, Attributes]:
         """What the address space maps at *vbase*: offset into *extent*, contiguous bytes up to *size*, attributes.
 
         Raises HypRefused: ARG_ALIGN, ARG_SIZE, ADDR_INVAL nothing mapped, MEMDB_NOT_OWNER the page is in another extent.
         """
-        end = check_range(vbase, size, 1 << IA_BITS, outside=GunyahError.ADDR_INVAL)
+        end = Ipa(check_range(vbase, size, 1 << IA_BITS, outside=GunyahError.ADDR_INVAL))
         first = self.table.leaf(vbase)
         if not first.valid:
             raise HypRefused(GunyahError.ADDR_INVAL, f"nothing is mapped at {vbase:#x}")
-        start = first.oa + vbase - first.ipa
+        start = first.oa + (vbase - first.ipa)
         self._check_owner(extent, start, start + PAGE)
         stop = vbase
         for leaf in self.table.leaves(vbase, end):
             if not leaf.valid or leaf.oa - leaf.ipa != start - vbase or (leaf.value ^ first.value) & VISIBLE:
                 break
             stop = min(end, leaf.ipa + leaf.size)
-        owned = next(self.memdb.ranges(extent, start, start + stop - vbase))
+        owned = next(self.memdb.ranges(extent, start, start + (stop - vbase)))
         return start - extent.base, owned[1] - owned[0], private.decode(first.value)
 
-    def modify(self, vbase: int, size: int, flags: int) -> None:
+    def modify(self, vbase: Ipa, size: int, flags: int) -> None:
         """modify_pages, by the guest: unlock private pages. Raises HypRefused, and nothing changes.
 
         ARG_INVAL flags; ARG_ALIGN; ARG_SIZE (0 is for a flush alone); ADDR_INVAL not mapped; DENIED not private; NOMEM
@@ -292,7 +294,7 @@ class AddressSpace(Mappings):
                 raise HypRefused(GunyahError.ARG_INVAL, "a flush has no range")
             self.sync_all()
             return
-        end = check_range(vbase, size, 1 << IA_BITS)
+        end = Ipa(check_range(vbase, size, 1 << IA_BITS))
         found = list(self.table.leaves(vbase, end))
         if not all(leaf.valid for leaf in found):
             raise HypRefused(GunyahError.ADDR_INVAL, f"not all of {vbase:#x}+{size:#x} is mapped")
@@ -308,7 +310,7 @@ class AddressSpace(Mappings):
         elif wanted.sync and self.relock != "never":
             self.table.sync(vbase, end)
 
-    def touch(self, ipa: int, access: str) -> bool:
+    def touch(self, ipa: Ipa, access: str) -> bool:
         """A guest access was refused; True if only because the page is unlocked: it is locked again now.
 
         With it all that the same entry maps, as the access flag is one for all of a block.

@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import Literal, NamedTuple
 
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
+from guest_memfd.words.units import Ipa
 
 MAX_RANGES = 128
 """Per address space."""
@@ -29,8 +30,8 @@ class RangeOp(IntEnum):
 class ConfiguredRange(NamedTuple):
     """Guest addresses [start, end), bytes."""
 
-    start: int
-    end: int
+    start: Ipa
+    end: Ipa
     kind: Kind
 
 
@@ -46,7 +47,7 @@ class ConfiguredRanges:
     def __len__(self) -> int:
         return len(self._ranges)
 
-    def apply(self, op: RangeOp, start: int, end: int) -> None:
+    def apply(self, op: RangeOp, start: Ipa, end: Ipa) -> None:
         """Add or remove [start, end).
 
         Raises HypRefused: BUSY adding inside a range of the same kind, IDLE removing from where there is none, ARG_INVAL
@@ -86,6 +87,6 @@ class ConfiguredRanges:
         self._ranges.remove(found)
         self._ranges += left
 
-    def kind(self, start: int, end: int) -> Kind | None:
+    def kind(self, start: Ipa, end: Ipa) -> Kind | None:
         """What all of [start, end) is configured as; None when that is nothing, or not one thing."""
         return next((found.kind for found in self._ranges if found.start <= start and end <= found.end), None)

@@ -14,6 +14,7 @@ from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.memextent import Extent
 from guest_memfd.machine.el2.gunyah.stage2 import Stock
 from guest_memfd.machine.hw.arm64.pages import PageSource
+from guest_memfd.words.units import Ipa, Pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.memdb import MemDb
@@ -69,26 +70,27 @@ def donate(memdb: MemDb, pages: PageSource, spaces: Sequence[AddressSpace], opti
     MEMDB_NOT_OWNER; BUSY when pages that are one VM's alone are mapped in any of *spaces*; NOMEM. What else maps a page
     of *source* there does so no longer, however it was mapped.
     """
-    end = check_range(offset, size, source.size, outside=GunyahError.ARG_INVAL)
+    start = Pa(offset)
+    end = Pa(check_range(start, size, source.size, outside=GunyahError.ARG_INVAL))
     check_family(options.type, source, to)
     # Ownership first: it is one check of all pages, and can be taken back. A mapping of a page that its extent does
     # not own could not be explained to anyone.
-    memdb.change(offset, end, source, to)
+    memdb.change(start, end, source, to)
     try:
         protected = options.type == Donation.FROM_PROTECTED or source.alone is not None
         # Pages of a protected extent are one VM's alone. While anything maps them the donation is refused, and never
         # unmaps by itself: the driver has to unmap, and the guest has a say in that.
-        if protected and any(space.maps_any(offset, end) for space in spaces):
+        if protected and any(space.maps_any(start, end) for space in spaces):
             raise HypRefused(GunyahError.BUSY, f"[{offset:#x}, {end:#x}) is still mapped")
-        _move_mappings(pages, spaces, source, to, offset, end, options)
+        _move_mappings(pages, spaces, source, to, start, end, options)
     except HypRefused:
-        memdb.change(offset, end, to, source)
+        memdb.change(start, end, to, source)
         raise
 
 
 # What both extents map at the same place stays as it is; that is how a shared page stays the host's to use. No one but its
 # VM may reach a page that becomes one VM's alone, not even by what a TLB has kept of a mapping that is gone already.
-def _move_mappings(pages: PageSource, spaces: Sequence[AddressSpace], source: Extent, to: Extent, start: int, end: int,
+def _move_mappings(pages: PageSource, spaces: Sequence[AddressSpace], source: Extent, to: Extent, start: Pa, end: Pa,
                    options: Options) -> None:
     # Both extents are recorded at the same place of the same space: the page leaves one and enters the other there,
     # and nothing has to change.
@@ -117,12 +119,12 @@ class Place(NamedTuple):
     """Physical [start, end) appears in *space*, *distance* further on."""
 
     space: AddressSpace
-    start: int
-    end: int
+    start: Pa
+    end: Pa
     distance: int
 
 
-def shown(spaces: Iterable[AddressSpace], start: int, end: int,
+def shown(spaces: Iterable[AddressSpace], start: Pa, end: Pa,
           kept: Container[tuple[AddressSpace, int]]) -> Iterator[Place]:
     """Where *spaces* show physical [start, end); (space, distance) pairs of *kept* are left out."""
     return (Place(space, low, high, distance) for space in spaces for low, high, distance in space.places(start, end)
@@ -131,4 +133,4 @@ def shown(spaces: Iterable[AddressSpace], start: int, end: int,
 
 def tables_for_withdrawal(places: Iterable[Place]) -> int:
     """How many tables it takes at most to unmap *places*."""
-    return sum(p.space.table.tables_for_cut(p.start + p.distance, p.end + p.distance) for p in places)
+    return sum(p.space.table.tables_for_cut(Ipa(p.start + p.distance), Ipa(p.end + p.distance)) for p in places)

@@ -19,7 +19,7 @@ from guest_memfd.machine.el2.gunyah.donate import Options, donate, shown, tables
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.hypercalls import Hypercalls
 from guest_memfd.machine.el2.gunyah.memdb import MemDb
-from guest_memfd.machine.el2.gunyah.memextent import RWX, Extent
+from guest_memfd.machine.el2.gunyah.memextent import RWX, START, Extent
 from guest_memfd.machine.el2.gunyah.stage2 import Stock
 from guest_memfd.machine.el2.gunyah.vcpu import SEA_FSC
 from guest_memfd.machine.el2.gunyah.vm import PRIVATE_HOST_RIGHTS, GunyahHypVm
@@ -30,6 +30,7 @@ from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.regime import Stage2
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import Ipa, Pa, Va, identity_ipa
 
 HLOS_VMID = 3
 FIRST_VMID, LAST_VMID = 0x80, 0xBF
@@ -48,7 +49,7 @@ class GunyahInject(NamedTuple):
     """An exception for the host's EL1: ESR_EL1 and FAR_EL1."""
 
     esr: int
-    far: int
+    far: Va
 
 
 Owner = str | tuple[str, GunyahHypVm]
@@ -62,7 +63,7 @@ class Gunyah:
     *modify_flags* and *relock*: see private.py. Raises HypRefused(NOMEM) when the host's tables cannot be had.
     """
 
-    def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], *, reserved: Iterable[tuple[int, int]] = (),
+    def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], *, reserved: Iterable[tuple[Pa, int]] = (),
                  inject: InjectKind = "sea", modify_flags: private.Layout = "2024-12",
                  relock: private.Relock = "access") -> None:
         self.ram, self.source, self.tlbs = ram, source, tlbs
@@ -80,7 +81,7 @@ class Gunyah:
             # Before the host's map is made below: the hypervisor's own memory is never in the host's stage 2.
             self.memdb.insert(start, start + size, self.root_extent)
         self.hlos = AddressSpace(ram, self.memdb, source, tlbs, HLOS_VMID, "hlos", lambda: True)
-        self.hlos.map(self.host_extent, 0, RWX, 0, 0, 0)
+        self.hlos.map(self.host_extent, Ipa(0), RWX, 0, 0, 0)
 
     # -- what a machine asks of EL2 ------------------------------------------------------------------------------
 
@@ -154,7 +155,7 @@ class Gunyah:
         shared_ranges = list(self.memdb.ranges(vm.guest_shared))
         others = [other.space for other in self.vms.values() if other is not vm]
         gone = [place for start, end in shared_ranges for place in shown(others, start, end, ())]
-        need = self.hlos.tables_for_mapping(identity, 0, private_ranges) + tables_for_withdrawal(gone)
+        need = self.hlos.tables_for_mapping(identity, START, private_ranges) + tables_for_withdrawal(gone)
         # Everything the host's table may need is taken first. The VM's tables are freed inside, and cannot be had
         # back.
         with Stock(self.source, need) as stock:
@@ -169,12 +170,12 @@ class Gunyah:
             for start, end in shared_ranges:
                 self.memdb.change(start, end, vm.guest_shared, self.host_extent)
             # Last. Shared memory never left the host's table, so only the private ranges are mapped again.
-            self.hlos.apply(identity, 0, private_ranges, stock)
+            self.hlos.apply(identity, START, private_ranges, stock)
 
-    def owner(self, pa: int) -> Owner | None:
+    def owner(self, pa: Pa) -> Owner | None:
         """``host``, ``hypervisor``, ("guest" or "shared", VM); None: a memory parcel has it, or nothing is there."""
         return self._roles.get(self.memdb.owner(pa))
 
-    def host_may(self, pa: int) -> bool:
+    def host_may(self, pa: Pa) -> bool:
         """Whether the host's stage 2 maps the page at *pa*."""
-        return self.hlos.table.leaf(pa).valid
+        return self.hlos.table.leaf(identity_ipa(pa)).valid

@@ -15,6 +15,7 @@ from guest_memfd.machine.el2.gunyah.donate import Donation, Options
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.el2.gunyah.memextent import Attributes, Extent
 from guest_memfd.machine.el2.gunyah.vcpu import GunyahHypVcpu
+from guest_memfd.words.units import Ipa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.el2 import Gunyah
@@ -74,13 +75,13 @@ class Hypercalls:
         """Address space, extent, vbase, attributes, flags, offset, size."""
         space, extent = self._pair(caller, args[0], args[1], args[4])
         attributes = Attributes.decode(args[3])
-        space.map(extent, args[2], attributes, args[4], args[5], args[6])
+        space.map(extent, Ipa(args[2]), attributes, args[4], args[5], args[6])
         return ()
 
     def unmap(self, caller: Caller, args: list[int]) -> tuple[int, ...]:
         """Address space, extent, vbase, flags, offset, size."""
         space, extent = self._pair(caller, args[0], args[1], args[3])
-        space.unmap(extent, args[2], args[3], args[4], args[5])
+        space.unmap(extent, Ipa(args[2]), args[3], args[4], args[5])
         return ()
 
     @staticmethod
@@ -104,13 +105,13 @@ class Hypercalls:
         """Address space, extent, vbase, size; results: offset, size, attributes."""
         space = caller.cspace.lookup(args[0], AddressSpace, SpaceRight.LOOKUP)
         extent = caller.cspace.lookup(args[1], Extent, ExtentRight.LOOKUP)
-        offset, size, attributes = space.lookup(extent, args[2], args[3])
+        offset, size, attributes = space.lookup(extent, Ipa(args[2]), args[3])
         return offset, size, attributes.value
 
     def configure_range(self, caller: Caller, args: list[int]) -> tuple[int, ...]:
         """Address space, vbase, size, operation."""
         space = caller.cspace.lookup(args[0], AddressSpace, SpaceRight.CONFIGURE_RANGE)
-        space.configure(args[3], args[1], args[2])
+        space.configure(args[3], Ipa(args[1]), args[2])
         return ()
 
     def vcpu_run(self, caller: Caller, args: list[int]) -> tuple[int, ...]:
@@ -124,7 +125,7 @@ class Hypercalls:
         # A guest may unlock its own pages without a capability on itself.
         if args[0]:
             space = caller.cspace.lookup(args[0], AddressSpace, SpaceRight.MODIFY_PROTECTED)
-        space.modify(args[1], args[2], args[3])
+        space.modify(Ipa(args[1]), args[2], args[3])
         return (0,)
 
 

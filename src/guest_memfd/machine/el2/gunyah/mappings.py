@@ -19,6 +19,7 @@ from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Ipa, Pa
 
 # Bits whose change is live (software bits, access flag).
 _CHANGING = private.PRIVATE | private.LOCKED | private.NO_SANITISE | private.WRITABLE | 1 << 10
@@ -45,16 +46,16 @@ class Mappings:
     def __repr__(self) -> str:
         return f"<address space of {self.name}>"
 
-    def maps(self, pa: int) -> int | None:
+    def maps(self, pa: Pa) -> Ipa | None:
         """The lowest address that maps the page at *pa*, if any."""
         places = self._places.get(pa)
-        return (pa & -PAGE) + places[0] if places else None
+        return Ipa((pa & -PAGE) + places[0]) if places else None
 
-    def maps_any(self, start: int, end: int) -> bool:
+    def maps_any(self, start: Pa, end: Pa) -> bool:
         """Whether any page of physical [start, end) is mapped."""
         return not self._places.only(start, end, ())
 
-    def places(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    def places(self, start: Pa, end: Pa) -> Iterator[tuple[Pa, Pa, int]]:
         """Where it shows physical [start, end): (pa, end, distance from there to its own address) of each run."""
         if not self._abandoned:
             for low, high, distances in self._places.runs(start, end):
@@ -63,35 +64,35 @@ class Mappings:
     @property
     def stale(self) -> bool:
         """Whether a TLB may still have what was unmapped with NOSYNC."""
-        return not self._unsynced.only(0, 1 << IA_BITS, False)
+        return not self._unsynced.only(Ipa(0), Ipa(1 << IA_BITS), False)
 
     def mappings(self) -> Iterator[GunyahLeaf]:
         """Every valid leaf, in order of addresses."""
-        return (leaf for leaf in self.table.leaves(0, 1 << IA_BITS) if leaf.valid)
+        return (leaf for leaf in self.table.leaves(Ipa(0), Ipa(1 << IA_BITS)) if leaf.valid)
 
     # -- one piece -----------------------------------------------------------------------------------------------
 
-    def others(self, vbase: int, start: int, end: int) -> list[tuple[int, int, int]]:
+    def others(self, vbase: Ipa, start: Pa, end: Pa) -> list[tuple[Pa, Pa, int]]:
         """What [vbase, ...) maps other than the pages of [start, end) in their order: (pa, end, descriptor)."""
         found = []
-        for leaf in self.table.leaves(vbase, vbase + end - start):
+        for leaf in self.table.leaves(vbase, vbase + (end - start)):
             if leaf.valid and leaf.oa - leaf.ipa != start - vbase:
-                low, high = max(leaf.ipa, vbase), min(leaf.ipa + leaf.size, vbase + end - start)
-                found.append((leaf.oa + low - leaf.ipa, leaf.oa + high - leaf.ipa, leaf.value))
+                low, high = max(leaf.ipa, vbase), min(leaf.ipa + leaf.size, vbase + (end - start))
+                found.append((leaf.oa + (low - leaf.ipa), leaf.oa + (high - leaf.ipa), leaf.value))
         return found
 
-    def sanitise(self, gone: list[tuple[int, int, int]]) -> None:
+    def sanitise(self, gone: list[tuple[Pa, Pa, int]]) -> None:
         """Zero what leaves the guest, unless it said otherwise."""
         for start, end, value in gone:
             if value & private.PRIVATE and not value & private.NO_SANITISE:
                 self.ram.zero(start, end - start)
 
-    def place(self, vbase: int, start: int, end: int, bits: int) -> None:
+    def place(self, vbase: Ipa, start: Pa, end: Pa, bits: int) -> None:
         """Map physical [start, end) at *vbase* in place of whatever is there; private pages that go are sanitised.
 
         Entries that say so already stay, which is how a page is only locked again. Raises HypRefused(NOMEM).
         """
-        stop = vbase + end - start
+        stop = vbase + (end - start)
         found = list(self.table.leaves(vbase, stop))
         if all(leaf.valid and leaf.oa - leaf.ipa == start - vbase and vbase <= leaf.ipa and leaf.ipa + leaf.size <= stop
                and not (leaf.value ^ bits) & VISIBLE for leaf in found):
@@ -105,8 +106,8 @@ class Mappings:
         with Stock(self.source, need) as stock:
             self._put(vbase, start, end, bits, stock)
 
-    def _put(self, vbase: int, start: int, end: int, bits: int, stock: Stock) -> None:
-        stop = vbase + end - start
+    def _put(self, vbase: Ipa, start: Pa, end: Pa, bits: int, stock: Stock) -> None:
+        stop = vbase + (end - start)
         # Asked before the table changes: afterwards it is not known what was there, and so not what has to be
         # sanitised.
         replaced = self.others(vbase, start, end)
@@ -121,29 +122,30 @@ class Mappings:
         # Last, when the guest cannot reach the pages any more.
         self.sanitise(replaced)
 
-    def _remember(self, start: int, end: int, distance: int) -> None:
+    def _remember(self, start: Pa, end: Pa, distance: int) -> None:
         self._places.update(start, end, lambda places: tuple(sorted({*places, distance})))
 
-    def _forget(self, vbase: int, stop: int) -> None:
+    def _forget(self, vbase: Ipa, stop: Ipa) -> None:
         for leaf in self.table.leaves(vbase, stop):
             if leaf.valid:
                 distance = leaf.ipa - leaf.oa
-                low, high = max(leaf.ipa, vbase) - distance, min(leaf.ipa + leaf.size, stop) - distance
+                low = leaf.oa + (max(leaf.ipa, vbase) - leaf.ipa)
+                high = leaf.oa + (min(leaf.ipa + leaf.size, stop) - leaf.ipa)
                 self._places.update(low, high, partial(_without, distance))
 
-    def remove(self, found: list[GunyahLeaf]) -> list[tuple[int, int, int]]:
+    def remove(self, found: list[GunyahLeaf]) -> list[tuple[Pa, Pa, int]]:
         """Make whole leaves invalid, without TLBI: (pa, end, descriptor) of each."""
         for leaf in found:
             self._forget(leaf.ipa, leaf.ipa + leaf.size)
             self.table.rewrite(leaf, 0)
         return [(leaf.oa, leaf.oa + leaf.size, leaf.value) for leaf in found]
 
-    def sync(self, start: int, end: int) -> None:
+    def sync(self, start: Ipa, end: Ipa) -> None:
         """No TLB has anything of [start, end) afterwards."""
         self.table.sync(start, end)
         self._unsynced.set(start, end, False)
 
-    def leave_stale(self, start: int, end: int) -> None:
+    def leave_stale(self, start: Ipa, end: Ipa) -> None:
         """[start, end) was unmapped with NOSYNC: a map there has to synchronise first."""
         self._unsynced.set(start, end, True)
 
@@ -154,22 +156,21 @@ class Mappings:
 
     # -- recorded mappings of an extent ------------------------------------------------------------------------------
 
-    def tables_for_mapping(self, mapping: ExtentMapping, base: int, ranges: list[tuple[int, int]]) -> int:
+    def tables_for_mapping(self, mapping: ExtentMapping, base: Pa, ranges: list[tuple[Pa, Pa]]) -> int:
         """How many tables `apply` takes at most."""
-        away = mapping.vbase - base
         table = self.table
-        return sum(table.tables_for_cut(low + away, high + away) + table.tables_for_fill(low + away, high + away, low)
-                   for low, high in ranges)
+        places = [(mapping.vbase + (low - base), mapping.vbase + (high - base), low) for low, high in ranges]
+        return sum(table.tables_for_cut(start, end) + table.tables_for_fill(start, end, pa) for start, end, pa in places)
 
-    def apply(self, mapping: ExtentMapping, base: int, ranges: list[tuple[int, int]], stock: Stock) -> None:
+    def apply(self, mapping: ExtentMapping, base: Pa, ranges: list[tuple[Pa, Pa]], stock: Stock) -> None:
         """Map physical *ranges* of an extent that begins at *base* where *mapping* says."""
-        away, bits = mapping.vbase - base, private.encode(mapping.attributes)
+        bits = private.encode(mapping.attributes)
         for low, high in ranges:
-            self._put(low + away, low, high, bits, stock)
+            self._put(mapping.vbase + (low - base), low, high, bits, stock)
 
-    def withdraw(self, start: int, end: int, distance: int, stock: Stock) -> None:
+    def withdraw(self, start: Pa, end: Pa, distance: int, stock: Stock) -> None:
         """Unmap physical [start, end) from where it is at *distance*; no TLBI."""
-        vbase, stop = start + distance, end + distance
+        vbase, stop = Ipa(start + distance), Ipa(end + distance)
         self.table.cut(vbase, stop, stock)
         self.remove([leaf for leaf in self.table.leaves(vbase, stop) if leaf.valid and leaf.oa - leaf.ipa == start - vbase])
         # The caller flushes; should something be mapped there before, `_put` does.

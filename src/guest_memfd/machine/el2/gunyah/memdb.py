@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
-from guest_memfd.machine.el2.gunyah.memextent import Extent
+from guest_memfd.machine.el2.gunyah.memextent import END, START, Extent
 from guest_memfd.machine.el2.gunyah.rangemap import RangeMap
+from guest_memfd.words.units import Pa
 
 
 class MemDb:
@@ -18,25 +19,25 @@ class MemDb:
     def __init__(self, nowhere: Extent) -> None:
         self._owners: RangeMap[Extent] = RangeMap(nowhere)
 
-    def insert(self, start: int, end: int, owner: Extent) -> None:
+    def insert(self, start: Pa, end: Pa, owner: Extent) -> None:
         """Boot: these pages are there and belong to *owner*."""
         self._owners.set(start, end, owner)
 
-    def owner(self, pa: int) -> Extent:
+    def owner(self, pa: Pa) -> Extent:
         """Who owns the page at *pa*."""
         return self._owners.get(pa)
 
-    def owns(self, extent: Extent, start: int, end: int) -> bool:
+    def owns(self, extent: Extent, start: Pa, end: Pa) -> bool:
         """Whether all of [start, end) is in *extent*."""
         return self._owners.only(start, end, extent)
 
-    def change(self, start: int, end: int, old: Extent, new: Extent) -> None:
+    def change(self, start: Pa, end: Pa, old: Extent, new: Extent) -> None:
         """Hand [start, end) over; raises HypRefused(MEMDB_NOT_OWNER), and nothing moves, if any page is not *old*'s."""
         # All pages are asked before the first moves.
         if not self.owns(old, start, end):
             raise HypRefused(GunyahError.MEMDB_NOT_OWNER, f"[{start:#x}, {end:#x}) is not all in {old!r}")
         self._owners.set(start, end, new)
 
-    def ranges(self, extent: Extent, start: int = 0, end: int = 1 << 48) -> Iterator[tuple[int, int]]:
+    def ranges(self, extent: Extent, start: Pa = START, end: Pa = END) -> Iterator[tuple[Pa, Pa]]:
         """What *extent* owns of [start, end), as maximal ranges in order."""
         return ((low, high) for low, high, owner in self._owners.runs(start, end) if owner is extent)

@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
 from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
+from guest_memfd.words.units import Ipa, Pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.addrspace import AddressSpace
+
+START, END = Pa(0), Pa(1 << 48)
+"""Of all physical addresses."""
 
 MAX_MAPPINGS = 4
 """MEMEXTENT_MAX_MAPS: recorded mappings of one extent."""
@@ -70,7 +74,7 @@ class ExtentMapping:
     """The extent's offset 0 (physical address 0 for a sparse one) appears at *vbase* of *space*."""
 
     space: AddressSpace
-    vbase: int
+    vbase: Ipa
     attributes: Attributes
 
 
@@ -84,7 +88,7 @@ class Extent:
     name: str
     parent: Extent | None = None
     sparse: bool = True
-    base: int = 0
+    base: Pa = START
     size: int = 1 << 48
     attributes: Attributes = RWX
     alone: AddressSpace | None = None
@@ -104,7 +108,7 @@ class Extent:
         """*space* ends: so does every mapping in it."""
         self.mappings = [mapping for mapping in self.mappings if mapping.space is not space]
 
-    def forget(self, space: AddressSpace, vbase: int) -> ExtentMapping:
+    def forget(self, space: AddressSpace, vbase: Ipa) -> ExtentMapping:
         """Drop the record of a mapping and return it; raises HypRefused(ADDR_INVAL) when there is none."""
         for mapping in self.mappings:
             if mapping.space is space and mapping.vbase == vbase:

@@ -9,17 +9,16 @@ million scattered ones is found in four steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Unit
 
 T = TypeVar("T")
 
 _FANOUT_BITS = 9
 _FANOUT = 1 << _FANOUT_BITS
 _TOP_SHIFT = 39
-
-Run = tuple[int, int, T]
 
 
 class _Node(Generic[T]):
@@ -68,7 +67,7 @@ class _Node(Generic[T]):
             at = stop
         self.settle()
 
-    def runs(self, start: int, end: int, base: int) -> Iterator[Run[T]]:
+    def runs(self, start: int, end: int, base: int) -> Iterator[tuple[Any, Any, T]]:
         shift = self.shift
         first, last = start >> shift, (end - 1) >> shift
         # Only the exceptions are gone through; between them everything has the value of the rest.
@@ -95,7 +94,7 @@ class RangeMap(Generic[T]):
     def __init__(self, default: T) -> None:
         self._root: _Node[T] = _Node(_TOP_SHIFT, default)
 
-    def get(self, at: int) -> T:
+    def get(self, at: Unit) -> T:
         """The value at one address."""
         node = self._root
         while True:
@@ -104,16 +103,16 @@ class RangeMap(Generic[T]):
                 return child
             node = child
 
-    def set(self, start: int, end: int, value: T) -> None:
+    def set(self, start: Unit, end: Unit, value: T) -> None:
         """Give [start, end) a value."""
         self._root.set(start, end, value)
 
-    def update(self, start: int, end: int, change: Callable[[T], T]) -> None:
+    def update(self, start: Unit, end: Unit, change: Callable[[T], T]) -> None:
         """Replace every value in [start, end) by what *change* makes of it."""
         for low, high, value in list(self.runs(start, end)):
             self.set(low, high, change(value))
 
-    def runs(self, start: int, end: int) -> Iterator[Run[T]]:
+    def runs(self, start: Unit, end: Unit) -> Iterator[tuple[Unit, Unit, T]]:
         """[start, end) as maximal ranges of one value, in order: (start, end, value)."""
         if end - start == PAGE:
             yield start, end, self.get(start)
@@ -130,6 +129,6 @@ class RangeMap(Generic[T]):
         if low < high:
             yield low, high, current  # type: ignore[misc]
 
-    def only(self, start: int, end: int, value: T) -> bool:
+    def only(self, start: Unit, end: Unit, value: T) -> bool:
         """Whether all of [start, end) has this value."""
         return all(found == value for _, _, found in self.runs(start, end))

@@ -55,6 +55,7 @@ from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Ipa, Pa
 
 IA_BITS = 44
 """Intermediate physical addresses of every VM: from level 0 on with one first table, 16 TiB."""
@@ -72,7 +73,7 @@ class Stock:
 
     def __init__(self, source: PageSource, count: int) -> None:
         self._source = source
-        self._pages: list[int] = []
+        self._pages: list[Pa] = []
         try:
             for _ in range(count):
                 # One page may be missing after many have been taken: they go back, and the call is refused with
@@ -89,7 +90,7 @@ class Stock:
         while self._pages:
             self._source.free_table(self._pages.pop())
 
-    def take(self) -> int:
+    def take(self) -> Pa:
         """One page; there is one, because the caller counted."""
         return self._pages.pop()
 
@@ -97,10 +98,10 @@ class Stock:
 class GunyahLeaf(NamedTuple):
     """An entry that maps [ipa, ipa+size) or, when invalid, maps nothing there."""
 
-    ipa: int
+    ipa: Ipa
     size: int
     level: int
-    address: int
+    address: Pa
     value: int
 
     @property
@@ -109,9 +110,9 @@ class GunyahLeaf(NamedTuple):
         return bool(self.value & VALID)
 
     @property
-    def oa(self) -> int:
+    def oa(self) -> Pa:
         """Physical address that *ipa* goes to."""
-        return self.value & ADDRESS & -self.size
+        return Pa(self.value & ADDRESS & -self.size)
 
 
 # log2 of what an entry maps, by level.
@@ -131,15 +132,15 @@ class GunyahStage2Table:
         self.registers = Stage2(Vtcr(t0sz=64 - IA_BITS, sl0=2, tg0=K4, ps=_PS), vmid << 48 | self.pages.root)
 
     # Entries of one table that meet [start, end): (its address, value, first byte, end).
-    def _entries(self, at: int, level: int, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    def _entries(self, at: Pa, level: int, start: Ipa, end: Ipa) -> Iterator[tuple[Pa, int, Ipa, Ipa]]:
         read, shift = self._ram.read64, _SHIFT[level]
         while start < end:
             address = at + 8 * (start >> shift & 511)
-            high = min(end, (start >> shift) + 1 << shift)
+            high = min(end, (start & -1 << shift) + (1 << shift))
             yield address, read(address), start, high
             start = high
 
-    def leaf(self, ipa: int) -> GunyahLeaf:
+    def leaf(self, ipa: Ipa) -> GunyahLeaf:
         """The entry that decides one address."""
         read, at, level = self._ram.read64, self.pages.root, _START
         while True:
@@ -147,10 +148,10 @@ class GunyahStage2Table:
             address = at + 8 * (ipa >> shift & 511)
             value = read(address)
             if not _is_table(value, level):
-                return GunyahLeaf(ipa >> shift << shift, 1 << shift, level, address, value)
-            at, level = value & ADDRESS, level + 1
+                return GunyahLeaf(ipa & -1 << shift, 1 << shift, level, address, value)
+            at, level = Pa(value & ADDRESS), level + 1
 
-    def leaves(self, start: int, end: int) -> Iterator[GunyahLeaf]:
+    def leaves(self, start: Ipa, end: Ipa) -> Iterator[GunyahLeaf]:
         """The entries that decide [start, end), in order; the first and the last may reach beyond it."""
         first = self.leaf(start)
         if end <= first.ipa + first.size:
@@ -158,17 +159,17 @@ class GunyahStage2Table:
         else:
             yield from self._leaves(self.pages.root, _START, start, end)
 
-    def _leaves(self, at: int, level: int, start: int, end: int) -> Iterator[GunyahLeaf]:
+    def _leaves(self, at: Pa, level: int, start: Ipa, end: Ipa) -> Iterator[GunyahLeaf]:
         size = 1 << _SHIFT[level]
         for address, value, low, high in self._entries(at, level, start, end):
             if _is_table(value, level):
-                yield from self._leaves(value & ADDRESS, level + 1, low, high)
+                yield from self._leaves(Pa(value & ADDRESS), level + 1, low, high)
             else:
                 yield GunyahLeaf(low & -size, size, level, address, value)
 
     # -- cutting -------------------------------------------------------------------------------------------------
 
-    def tables_for_cut(self, start: int, end: int) -> int:
+    def tables_for_cut(self, start: Ipa, end: Ipa) -> int:
         """How many tables `cut` takes."""
         split = set()
         for at in (start, end):
@@ -179,7 +180,7 @@ class GunyahStage2Table:
                 split |= {(level, at >> _SHIFT[level]) for level in range(found.level, 3) if at % (1 << _SHIFT[level])}
         return len(split)
 
-    def cut(self, start: int, end: int, stock: Stock) -> None:
+    def cut(self, start: Ipa, end: Ipa, stock: Stock) -> None:
         """Split blocks until no entry reaches across *start* or *end*; what is mapped stays mapped."""
         for at in (start, end):
             while at < 1 << IA_BITS:
@@ -202,14 +203,14 @@ class GunyahStage2Table:
 
     # -- removing ------------------------------------------------------------------------------------------------
 
-    def clear(self, start: int, end: int) -> None:
+    def clear(self, start: Ipa, end: Ipa) -> None:
         """Make [start, end) invalid, without TLBI. No entry reaches across the ends (`cut`)."""
         self._clear(self.pages.root, _START, start, end)
 
-    def _clear(self, at: int, level: int, start: int, end: int) -> None:
+    def _clear(self, at: Pa, level: int, start: Ipa, end: Ipa) -> None:
         for address, value, low, high in self._entries(at, level, start, end):
             if _is_table(value, level):
-                self._clear(value & ADDRESS, level + 1, low, high)
+                self._clear(Pa(value & ADDRESS), level + 1, low, high)
             elif value:
                 self.pages.write(address, level, 0, low)
 
@@ -221,31 +222,31 @@ class GunyahStage2Table:
 
     # Whether one entry at this level can map all of [low, high) to pa.
     @staticmethod
-    def _fits(level: int, low: int, high: int, pa: int) -> bool:
+    def _fits(level: int, low: Ipa, high: Ipa, pa: Pa) -> bool:
         size = 1 << _SHIFT[level]
         # A block must be aligned at both ends, guest address and physical address.
         return level > 0 and high - low == size and pa % size == 0
 
-    def tables_for_fill(self, start: int, end: int, pa: int) -> int:
+    def tables_for_fill(self, start: Ipa, end: Ipa, pa: Pa) -> int:
         """How many tables `fill` takes at most."""
         return self._need(self.pages.root, _START, start, end, pa)
 
     # *at* None: a table that is not there yet.
-    def _need(self, at: int | None, level: int, start: int, end: int, pa: int) -> int:
+    def _need(self, at: Pa | None, level: int, start: Ipa, end: Ipa, pa: Pa) -> int:
         size, need, low = (1 << _SHIFT[level]), 0, start
         while low < end:
             high = min(end, (low & -size) + size)
-            if not self._fits(level, low, high, pa + low - start):
+            if not self._fits(level, low, high, pa + (low - start)):
                 value = 0 if at is None else self._ram.read64(at + 8 * (low // size & 511))
                 there = _is_table(value, level)
                 # A table that is there already is used; one that this same call will make is counted once, by the
                 # entry that it hangs on.
                 need += not there
-                need += self._need(value & ADDRESS if there else None, level + 1, low, high, pa + low - start)
+                need += self._need(Pa(value & ADDRESS) if there else None, level + 1, low, high, pa + (low - start))
             low = high
         return need
 
-    def fill(self, start: int, end: int, pa: int, attributes: int, stock: Stock) -> None:
+    def fill(self, start: Ipa, end: Ipa, pa: Pa, attributes: int, stock: Stock) -> None:
         """Map [start, end) to [pa, ...). What was mapped there is removed first, TLBs included; nothing partly covered
         by the range may be mapped (`cut`).
         """
@@ -256,9 +257,9 @@ class GunyahStage2Table:
             self.sync(start, end)
         self._fill(self.pages.root, _START, start, end, pa, attributes, stock)
 
-    def _fill(self, at: int, level: int, start: int, end: int, pa: int, attributes: int, stock: Stock) -> None:
+    def _fill(self, at: Pa, level: int, start: Ipa, end: Ipa, pa: Pa, attributes: int, stock: Stock) -> None:
         for address, value, low, high in self._entries(at, level, start, end):
-            to = pa + low - start
+            to = pa + (low - start)
             there = _is_table(value, level)
             if self._fits(level, low, high, to):
                 # Only tables without a valid entry are met here: `fill` has cleared the range.
@@ -266,23 +267,23 @@ class GunyahStage2Table:
                     self._unhook(address, value, level, low, high)
                 self.pages.write(address, level, leaf(to, attributes, level), low)
                 continue
-            below = value & ADDRESS if there else stock.take()
+            below = Pa(value & ADDRESS) if there else stock.take()
             if not there:
                 self.pages.write(address, level, table(below), low)
             self._fill(below, level + 1, low, high, to, attributes, stock)
 
     # A table without a valid entry below it makes room for a block. A walk may have cached the way to it.
-    def _unhook(self, address: int, value: int, level: int, low: int, high: int) -> None:
+    def _unhook(self, address: Pa, value: int, level: int, low: Ipa, high: Ipa) -> None:
         self.pages.write(address, level, 0, low)
         self.sync(low, high)
-        self._free(value & ADDRESS, level + 1)
+        self._free(Pa(value & ADDRESS), level + 1)
 
-    def _free(self, at: int, level: int) -> None:
+    def _free(self, at: Pa, level: int) -> None:
         if level < 3:
             for index in range(512):
                 value = self._ram.read64(at + 8 * index)
                 if _is_table(value, level):
-                    self._free(value & ADDRESS, level + 1)
+                    self._free(Pa(value & ADDRESS), level + 1)
         self._source.free_table(at)
 
     def destroy(self) -> None:
@@ -292,7 +293,7 @@ class GunyahStage2Table:
 
     # -- TLB maintenance -----------------------------------------------------------------------------------------
 
-    def sync(self, start: int, end: int) -> None:
+    def sync(self, start: Ipa, end: Ipa) -> None:
         """DSB ISH; TLBI IPAS2E1IS, or RIPAS2E1IS; DSB ISH; TLBI VMALLE1IS; DSB ISH; ISB, for [start, end)."""
         # More than one range operation can name. To drop everything of the VMID costs less than a long series.
         if end - start > _LARGEST_RANGE:

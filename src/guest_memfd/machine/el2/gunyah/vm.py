@@ -16,6 +16,7 @@ from guest_memfd.machine.el2.gunyah.capabilities import CapabilitySpace, ExtentR
 from guest_memfd.machine.el2.gunyah.errors import HypRefused
 from guest_memfd.machine.el2.gunyah.memextent import RWX, Extent, ExtentMapping
 from guest_memfd.machine.el2.gunyah.vcpu import GunyahGuestCpu, GunyahHypVcpu, GunyahRun, VcpuState
+from guest_memfd.words.units import Ipa, Pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.el2 import Gunyah
@@ -81,7 +82,7 @@ class GunyahHypVm:
         self.guest_shared = Extent(f"{name}.shared", parent=el2.root_extent)
         # This record is what makes a shared page stay the host's to use: a donation from the host's extent finds the
         # same mapping on both sides.
-        self.guest_shared.record(ExtentMapping(el2.hlos, 0, RWX))
+        self.guest_shared.record(ExtentMapping(el2.hlos, Ipa(0), RWX))
         self.caps = self._grant()
 
     # All of them or none.
@@ -114,11 +115,11 @@ class GunyahHypVm:
 
     # -- questions -----------------------------------------------------------------------------------------------
 
-    def ipa_of(self, pa: int) -> int | None:
+    def ipa_of(self, pa: Pa) -> Ipa | None:
         """The guest address that maps the page at *pa*, if any."""
         return self.space.maps(pa)
 
-    def locked(self, ipa: int) -> bool:
+    def locked(self, ipa: Ipa) -> bool:
         """Whether *ipa* is a private page that the guest holds on to."""
         return self.space.locked(ipa)
 

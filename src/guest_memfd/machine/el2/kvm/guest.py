@@ -17,6 +17,7 @@ from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Gfn, Ipa, Pa, Pfn, gfn_to_gpa, pa_to_pfn, pfn_to_pa
 
 IPA_BITS = 40
 _ORDERS = (0, 9, 18)
@@ -51,23 +52,23 @@ class GuestStage2:
         self.pgt = KvmStage2Table(ram, self.page_table, source, Maintenance(tlbs, vmid))
         self._registers = Stage2(vtcr, self.pgt.root | vmid << 48)
         # First pfn of a leaf -> the gfns that map it. A hint where to look: what the tables say counts.
-        self._gfns: dict[int, list[int]] = {}
+        self._gfns: dict[Pfn, list[Gfn]] = {}
 
     def registers(self) -> Stage2:
         """VTCR_EL2 and VTTBR_EL2 while the guest runs."""
         return self._registers
 
-    def in_range(self, gfn: int, nr: int) -> bool:
+    def in_range(self, gfn: Gfn, nr: int) -> bool:
         """Whether the guest has these page frames at all."""
         return gfn >= 0 and (gfn + nr) * PAGE <= 1 << self.ipa_bits
 
-    def mapped(self, gfn: int, pfn: int) -> None:
+    def mapped(self, gfn: Gfn, pfn: Pfn) -> None:
         """Note that the leaf at *gfn* maps *pfn*, the first of its pages."""
         gfns = self._gfns.setdefault(pfn, [])
         if gfn not in gfns:
             gfns.append(gfn)
 
-    def unmapped(self, gfn: int, pfn: int) -> None:
+    def unmapped(self, gfn: Gfn, pfn: Pfn) -> None:
         """Note that it does no more."""
         gfns = self._gfns.get(pfn, [])
         if gfn in gfns:
@@ -75,14 +76,14 @@ class GuestStage2:
         if not gfns:
             self._gfns.pop(pfn, None)
 
-    def ipa_of(self, pa: int) -> int | None:
+    def ipa_of(self, pa: Pa) -> Ipa | None:
         """The lowest IPA that maps the byte at physical address *pa*, if any."""
         for order in _ORDERS:
-            head = pa // PAGE >> order << order
+            head = pa_to_pfn(pa) & -1 << order
             for gfn in sorted(self._gfns.get(head, ())):
-                ipa = gfn * PAGE + pa - head * PAGE
+                ipa = gfn_to_gpa(gfn) + (pa - pfn_to_pa(head))
                 entry = self.pgt.leaf(ipa)
                 # The table decides. What the hint says may be out of date after a block has been dropped.
-                if entry.valid and entry.oa + (ipa & (PAGE << entry.order) - 1) == pa:
+                if entry.valid and entry.oa + ipa % (PAGE << entry.order) == pa:
                     return ipa
         return None

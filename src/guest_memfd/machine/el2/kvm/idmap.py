@@ -15,7 +15,8 @@ from guest_memfd.machine.hw.arm64.registers import PA_BITS, Vtcr
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import Pa, Pfn, identity_ipa, pfn_to_pa
 
 VMID = 0
 _SHIFT = 12
@@ -40,21 +41,21 @@ class HostIdmap:
         """VTCR_EL2 and VTTBR_EL2 while the host runs."""
         return self._registers
 
-    def may(self, pa: int) -> bool:
+    def may(self, pa: Pa) -> bool:
         """Whether the host's access to *pa* would succeed, at once or after a fault that maps it."""
-        entry = self.pgt.leaf(pa)
+        entry = self.pgt.leaf(identity_ipa(pa))
         return entry.valid or not entry.value
 
-    def annotate(self, pfn: int, order: int, note: int) -> None:
+    def annotate(self, pfn: Pfn, order: int, note: int) -> None:
         """Leave *note* for an aligned range of 1 << *order* pages; no TLB keeps it then. Raises OutOfMemory.
 
         Nothing has changed then. The host's stage-1 entries go, too: TLBI VMALLE1IS runs even if the host never touched
         the range.
         """
-        pa = pfn * PAGE
-        before = self.pgt.leaf(pa)
-        self.pgt.annotate(pa, order, note)
+        ipa = identity_ipa(pfn_to_pa(pfn))
+        before = self.pgt.leaf(ipa)
+        self.pgt.annotate(ipa, order, note)
         # The annotation has flushed nothing, as nothing was mapped. The host's stage-1 entries have to go all the
         # same: the abstract host says so of every donation.
         if not before.valid:
-            self.pgt.tlbs.flush_ipa(pa, before.level)
+            self.pgt.tlbs.flush_ipa(ipa, before.level)

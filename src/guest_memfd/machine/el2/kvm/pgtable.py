@@ -17,6 +17,7 @@ from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Ipa, Pa, span
 
 LOCKED = 1 << 60
 """Software's note in an invalid entry: break-before-make is under way (KVM_INVALID_PTE_TYPE_LOCKED, 7.3)."""
@@ -49,10 +50,10 @@ class KvmStage2Table:
         self.ram, self.table, self.source, self.tlbs, self.locked = ram, table, source, tlbs, locked
         table.live_check = tlbs.holds
         # How many entries of a table other than the first are in use (KVM: the table page's refcount).
-        self._used: dict[int, int] = {}
+        self._used: dict[Pa, int] = {}
 
     @property
-    def root(self) -> int:
+    def root(self) -> Pa:
         """Physical address of the first table."""
         return self.table.root
 
@@ -61,20 +62,20 @@ class KvmStage2Table:
         """Table pages in use, without the first."""
         return len(self._used)
 
-    def _index(self, ia: int, level: int) -> int:
+    def _index(self, ia: Ipa, level: int) -> int:
         return ia >> 12 + (LAST_LEVEL - level) * _STRIDE & (1 << _STRIDE) - 1
 
     # The entries from the first level down to *level*, or to the first that is no table.
-    def _path(self, ia: int, level: int = LAST_LEVEL) -> list[Entry]:
+    def _path(self, ia: Ipa, level: int = LAST_LEVEL) -> list[Entry]:
         return [entry for entry in self.table.path(ia) if entry.level <= level]
 
-    def leaf(self, ia: int) -> Entry:
+    def leaf(self, ia: Ipa) -> Entry:
         """What decides *ia*; beyond the input size that is an empty entry which is nowhere."""
         if ia >> self.table.ia_bits:
-            return Entry(self.table.start_level, 0, 0)
+            return Entry(self.table.start_level, Pa(0), 0)
         return self.table.lookup(ia)
 
-    def empty(self, ia: int, order: int) -> bool:
+    def empty(self, ia: Ipa, order: int) -> bool:
         """Whether nothing in the aligned range maps and nothing in it is annotated."""
         return self._empty(self._path(ia, level_of(order))[-1])
 
@@ -83,19 +84,19 @@ class KvmStage2Table:
             return not entry.value
         base = d.table_address(entry.value)
         return not self._used[base] or all(
-            self._empty(Entry(entry.level + 1, at, self.ram.read64(at))) for at in range(base, base + PAGE, 8))
+            self._empty(Entry(entry.level + 1, at, self.ram.read64(at))) for at in span(base, PAGE // 8, 8))
 
     # -- changes -----------------------------------------------------------------------------------------------
 
-    def map(self, ia: int, order: int, oa: int, attributes: int) -> None:
+    def map(self, ia: Ipa, order: int, oa: Pa, attributes: int) -> None:
         """Map the aligned range with one leaf, whatever was there; raises OutOfMemory with nothing changed."""
         self._install(ia, order, d.leaf(oa, attributes, level_of(order)))
 
-    def annotate(self, ia: int, order: int, note: int) -> None:
+    def annotate(self, ia: Ipa, order: int, note: int) -> None:
         """Unmap the aligned range and leave *note* in its one entry; raises OutOfMemory with nothing changed."""
         self._install(ia, order, note)
 
-    def _install(self, ia: int, order: int, value: int) -> None:
+    def _install(self, ia: Ipa, order: int, value: int) -> None:
         level = level_of(order)
         entry = self._path(ia, level)[-1]
         # To put a smaller entry into an annotated range would need the annotation for the rest of it, which a table
@@ -108,8 +109,8 @@ class KvmStage2Table:
             self._replace(ia, entry, new)
 
     # New tables from *above* down to *level* with *value* at the bottom; the descriptor of the uppermost.
-    def _chain(self, ia: int, above: int, level: int, value: int) -> int:
-        made: list[int] = []
+    def _chain(self, ia: Ipa, above: int, level: int, value: int) -> int:
+        made: list[Pa] = []
         try:
             while len(made) < level - above:
                 made.append(self.source.alloc_table())
@@ -126,7 +127,7 @@ class KvmStage2Table:
         return value
 
     # stage2_try_break_pte(), then stage2_make_pte().
-    def _replace(self, ia: int, entry: Entry, value: int) -> None:
+    def _replace(self, ia: Ipa, entry: Entry, value: int) -> None:
         if entry.valid:
             # Not zero: an empty entry means that anyone may map it, and another CPU's fault could do so between break
             # and make.
@@ -140,10 +141,10 @@ class KvmStage2Table:
             self._free(entry)
         self._count(entry, bool(value) - bool(entry.value))
 
-    def _write(self, ia: int, entry: Entry, value: int) -> None:
+    def _write(self, ia: Ipa, entry: Entry, value: int) -> None:
         self.table.write(entry.address, entry.level, value, ia)
 
-    def _flush(self, ia: int, entry: Entry) -> None:
+    def _flush(self, ia: Ipa, entry: Entry) -> None:
         size = PAGE << entry.order
         if d.kind(entry.value, entry.level) == "table":
             self.tlbs.flush_range(ia & -size, size)
@@ -157,14 +158,14 @@ class KvmStage2Table:
 
     def _free(self, entry: Entry) -> None:
         base = d.table_address(entry.value)
-        for at in range(base, base + PAGE, 8) if self._used[base] else ():
+        for at in span(base, PAGE // 8, 8) if self._used[base] else ():
             below = Entry(entry.level + 1, at, self.ram.read64(at))
             if d.kind(below.value, below.level) == "table":
                 self._free(below)
         del self._used[base]
         self.source.free_table(base)
 
-    def unmap(self, ia: int) -> Entry:
+    def unmap(self, ia: Ipa) -> Entry:
         """Clear what decides *ia*, mapping or note, and free tables that hold nothing any more; returns what was there."""
         path = self._path(ia)
         entry = path.pop()
@@ -175,7 +176,7 @@ class KvmStage2Table:
                 self._clear(ia, path.pop())
         return entry
 
-    def _clear(self, ia: int, entry: Entry) -> None:
+    def _clear(self, ia: Ipa, entry: Entry) -> None:
         self._write(ia, entry, 0)
         if entry.valid:
             self._flush(ia, entry)
@@ -188,7 +189,7 @@ class KvmStage2Table:
     def destroy(self) -> None:
         """Free every table but the first, which is emptied; the caller sees to the TLBs."""
         size = PAGE << (LAST_LEVEL - self.table.start_level) * _STRIDE
-        for ia in range(0, 1 << self.table.ia_bits, size):
+        for ia in span(Ipa(0), (1 << self.table.ia_bits) // size, size):
             entry = self._path(ia, self.table.start_level)[-1]
             if d.kind(entry.value, entry.level) == "table":
                 self._free(entry)

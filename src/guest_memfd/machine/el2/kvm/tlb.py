@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.tlb import Tlb
+from guest_memfd.words.units import Ipa, span
 
 # What one range operation covers at most with 4 KiB pages: 32 << 16 of them.
 _RANGE = 1 << 33
@@ -21,7 +22,7 @@ class Maintenance:
     def __init__(self, tlbs: Sequence[Tlb], vmid: int) -> None:
         self.tlbs, self.vmid = list(tlbs), vmid
 
-    def flush_ipa(self, ipa: int, level: int) -> None:
+    def flush_ipa(self, ipa: Ipa, level: int) -> None:
         """__kvm_tlb_flush_vmid_ipa(): one leaf at *level*."""
         # First the stage-2 entries: as long as one is there, a stage-1 walk could make a combined entry from it
         # again.
@@ -29,9 +30,9 @@ class Maintenance:
         # Then everything that has stage-1 information. By IPA it cannot be found, so all of the VMID goes.
         tlbi.vmalle1is(self.tlbs, self.vmid)
 
-    def flush_range(self, ipa: int, size: int) -> None:
+    def flush_range(self, ipa: Ipa, size: int) -> None:
         """__kvm_tlb_flush_vmid_range(): *size* bytes, whatever their level."""
-        for at in range(ipa, ipa + size, _RANGE):
+        for at in span(ipa, -(-size // _RANGE), _RANGE):
             tlbi.ripas2e1is(self.tlbs, at, min(_RANGE, ipa + size - at), self.vmid)
         tlbi.vmalle1is(self.tlbs, self.vmid)
 
@@ -39,6 +40,6 @@ class Maintenance:
         """__kvm_tlb_flush_vmid(): drop all entries of the VMID, of both stages."""
         tlbi.vmalls12e1is(self.tlbs, self.vmid)
 
-    def holds(self, ipa: int, size: int) -> bool:
+    def holds(self, ipa: Ipa, size: int) -> bool:
         """Whether some TLB still translates *ipa*, for `PageTable.live_check`."""
         return any(tlb.holds_stage2(ipa, self.vmid) for tlb in self.tlbs)

@@ -27,6 +27,7 @@ from guest_memfd.machine.hw.arm64.cpu import Expired as OutOfTime
 from guest_memfd.machine.hw.arm64.cpu import Wfi as Waits
 from guest_memfd.machine.hw.arm64.fault import Fault
 from guest_memfd.machine.hw.ram import BusError
+from guest_memfd.words.units import Ipa, Va
 
 NOT_SUPPORTED, INVALID_PARAMETER = -1, -3
 """SMCCC and PSCI return codes."""
@@ -45,7 +46,7 @@ _ESR = {Svc: 0x15 << 26 | 1 << 25, Breakpoint: 0x3c << 26 | 1 << 25, Undefined: 
 class MmioAccess(NamedTuple):
     """KVM_EXIT_MMIO: *size* bytes at *ipa*; *data* is what is written. A read waits for `Vcpu.complete_mmio`."""
 
-    ipa: int
+    ipa: Ipa
     size: int
     write: bool
     data: int
@@ -56,7 +57,7 @@ class MmioAccess(NamedTuple):
 class MemoryFaultExit(NamedTuple):
     """A stage-2 fault on memory that is bound there: the handler maps something, or returns -EFAULT."""
 
-    ipa: int
+    ipa: Ipa
     write: bool
     exec: bool
 
@@ -110,7 +111,7 @@ class VheGuestCpu(Protocol):
     def set_x(self, n: int, value: int) -> None:
         """Write general register 0..30."""
 
-    def fetch(self, va: int) -> int:
+    def fetch(self, va: Va) -> int:
         """The instruction at *va*; raises Fault or BusError."""
 
     def take_exception(self, esr: int, far: int | None = None) -> None:
@@ -120,7 +121,7 @@ class VheGuestCpu(Protocol):
 class VheVcpu:
     """One vCPU on *cpu*; *bound* says whether a memslot covers an IPA."""
 
-    def __init__(self, cpu: VheGuestCpu, bound: Callable[[int], bool]) -> None:
+    def __init__(self, cpu: VheGuestCpu, bound: Callable[[Ipa], bool]) -> None:
         self.cpu, self.bound = cpu, bound
         self._load: Transfer | None = None      # of the MMIO read that user space has not answered yet
         self._fault: tuple[Fault, int] | None = None    # the MMIO access that user space was told of last, and its PC
@@ -207,7 +208,7 @@ class VheVcpu:
     # What ESR_EL2.ISV would describe.
     def _transfer(self, pc: int) -> Transfer | None:
         try:
-            word = self.cpu.fetch(pc)
+            word = self.cpu.fetch(Va(pc))
         except (Fault, BusError):
             return None
         # A load that also changes its base register has no valid syndrome; hardware leaves ISV clear, and so must we.

@@ -18,6 +18,7 @@ from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Gfn, Ipa, Pa, Pfn, gfn_to_gpa, pa_to_pfn, pfn_to_pa
 
 _ORDER_OF = {1: 0, 1 << 9: 9, 1 << 18: 18}
 
@@ -26,7 +27,7 @@ class VheVm(GuestStage2):
     """One VM. *bound* says whether a memslot covers an IPA."""
 
     def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb], vmid: int,
-                 bound: Callable[[int], bool], ipa_bits: int = IPA_BITS) -> None:
+                 bound: Callable[[Ipa], bool], ipa_bits: int = IPA_BITS) -> None:
         super().__init__(ram, source, tlbs, vmid, ipa_bits)
         self.bound = bound
         self.vcpus: list[VheVcpu] = []
@@ -36,33 +37,33 @@ class VheVm(GuestStage2):
         self.vcpus.append(VheVcpu(cpu, self.bound))
         return self.vcpus[-1]
 
-    def map(self, gfn: int, pfn: int, nr: int = 1, prot: str = "rwx") -> int:
+    def map(self, gfn: Gfn, pfn: Pfn, nr: int = 1, prot: str = "rwx") -> int:
         """kvm_pgtable_stage2_map(): *nr* pages, one leaf, over whatever was there; 0, -EINVAL or -ENOMEM."""
         order = _ORDER_OF.get(nr)
         if order is None or (gfn | pfn) & nr - 1 or not self.in_range(gfn, nr):
             return -EINVAL
         # Read before it is replaced: the reverse map must forget what was there.
-        before = self.pgt.leaf(gfn * PAGE)
+        before = self.pgt.leaf(gfn_to_gpa(gfn))
         try:
-            self.pgt.map(gfn * PAGE, order, pfn * PAGE, leaf_attributes(prot))
+            self.pgt.map(gfn_to_gpa(gfn), order, pfn_to_pa(pfn), leaf_attributes(prot))
         except OutOfMemory:
             return -ENOMEM
         if before.valid:
-            self.unmapped(gfn >> before.order << before.order, before.oa // PAGE)
+            self.unmapped(gfn & -1 << before.order, pa_to_pfn(before.oa))
         self.mapped(gfn, pfn)
         return 0
 
-    def unmap(self, gfn: int, nr: int = 1) -> int:
+    def unmap(self, gfn: Gfn, nr: int = 1) -> int:
         """kvm_unmap_gfn_range(), then kvm_flush_remote_tlbs_range(): flushed even where nothing was mapped; 0."""
         at = gfn
         while at < gfn + nr:
-            entry = self.pgt.unmap(at * PAGE)
-            head = at >> entry.order << entry.order
+            entry = self.pgt.unmap(gfn_to_gpa(at))
+            head = at & -1 << entry.order
             if entry.valid:
-                self.unmapped(head, entry.oa // PAGE)
+                self.unmapped(head, pa_to_pfn(entry.oa))
             at = head + (1 << entry.order)
         # Once for the range, as the kernel does at the end of an invalidation, whatever was mapped in it.
-        self.pgt.tlbs.flush_range(gfn * PAGE, nr * PAGE)
+        self.pgt.tlbs.flush_range(gfn_to_gpa(gfn), nr * PAGE)
         return 0
 
     def destroy(self) -> None:
@@ -80,7 +81,7 @@ class Kvm:
         self.vms: dict[int, VheVm] = {}
         self._last = 0
 
-    def create_vm(self, bound: Callable[[int], bool], ipa_bits: int = IPA_BITS) -> VheVm:
+    def create_vm(self, bound: Callable[[Ipa], bool], ipa_bits: int = IPA_BITS) -> VheVm:
         """KVM_CREATE_VM; raises OutOfMemory without a first table."""
         self._last = next_vmid(self._last, self.vms)
         vm = self.vms[self._last] = VheVm(self.ram, self.source, self.tlbs, self._last, bound, ipa_bits)
@@ -98,10 +99,10 @@ class Kvm:
         """Raises LookupError: without a stage 2 there is no fault of stage 2."""
         raise LookupError(f"a stage-2 fault of a host that has no stage 2: {fault!r}")
 
-    def owner(self, pa: int) -> str:
+    def owner(self, pa: Pa) -> str:
         """No one keeps ownership: always ``host``."""
         return "host"
 
-    def host_may(self, pa: int) -> bool:
+    def host_may(self, pa: Pa) -> bool:
         """No one withholds memory from the host."""
         return True

@@ -20,6 +20,7 @@ from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2 as Stage2Registers
 from guest_memfd.machine.hw.buddy import Buddy, OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Gfn, Ipa, Pa, Pfn, gfn_to_gpa, gpa_to_gfn, identity_pa, pa_to_pfn, pfn_to_pa
 
 _S1PTW = 1 << 7
 
@@ -31,9 +32,9 @@ class ModelledEl2(Kvm):
         super().__init__(ram, pool, tlbs)
         self.hypervisor = hypervisor
         self.host = HostMap(ram, pool, tlbs) if hypervisor.abort is not None else None
-        self.owners: dict[int, tuple[Owner, VheVm]] = {}        # pfn -> who has it and for which VM, unless it is the host's
-        self.locked: set[int] = set()                           # pfns that a guest holds on to
-        self.poisoned: set[tuple[int, int]] = set()             # (VMID, gfn) whose page was destroyed
+        self.owners: dict[Pfn, tuple[Owner, VheVm]] = {}        # pfn -> who has it and for which VM, unless it is the host's
+        self.locked: set[Pfn] = set()                           # pfns that a guest holds on to
+        self.poisoned: set[tuple[int, Gfn]] = set()             # (VMID, gfn) whose page was destroyed
 
     @override
     def stage2(self) -> Stage2Registers | None:
@@ -45,7 +46,7 @@ class ModelledEl2(Kvm):
         """A stage-2 fault of the host: None when it tries again, or what its EL1 is told, as the model's `abort` says."""
         assert self.host is not None
         assert fault.ipa is not None
-        if self.host.fill(fault.ipa):
+        if self.host.fill(identity_pa(fault.ipa)):
             return None
         if self.hypervisor.abort == SEA:
             told = Fault(EXTERNAL_ABORT, None, 2, va=fault.va, access=fault.access, el=el)
@@ -53,13 +54,13 @@ class ModelledEl2(Kvm):
         return Inject(fault.esr_el1() | _S1PTW, fault.va)
 
     @override
-    def owner(self, pa: int) -> str:
+    def owner(self, pa: Pa) -> str:
         """Who has the page at *pa*, by the model's record."""
-        found = self.owners.get(pa // PAGE)
+        found = self.owners.get(pa_to_pfn(pa))
         return "host" if found is None else found[0]
 
     @override
-    def host_may(self, pa: int) -> bool:
+    def host_may(self, pa: Pa) -> bool:
         """Whether the host's stage 2 lets the host touch *pa*."""
         return self.host is None or self.host.may(pa)
 
@@ -72,17 +73,18 @@ class ModelledStage2:
         self.refused = self.forgot = self.declassified = False
 
     # The physical address of a page of RAM.
-    def _pa(self, pfn: int) -> int:
-        if not self._el2.ram.contains(pfn * PAGE, PAGE):
+    def _pa(self, pfn: Pfn) -> Pa:
+        pa = pfn_to_pa(pfn)
+        if not self._el2.ram.contains(pa, PAGE):
             raise ValueError(f"there is no page {pfn:#x} in this machine")
-        return pfn * PAGE
+        return pa
 
-    def owner(self, pfn: int) -> str:
+    def owner(self, pfn: Pfn) -> str:
         """As recorded; ``other guest`` where it is of another VM."""
         owner, vm = self._el2.owners.get(pfn, ("host", self._vm))
         return owner if vm is self._vm else "other guest"
 
-    def set_owner(self, pfn: int, owner: Owner) -> None:
+    def set_owner(self, pfn: Pfn, owner: Owner) -> None:
         """Record *owner*; raises ValueError for what is none."""
         check_owner(owner)
         if owner == "host":
@@ -90,7 +92,7 @@ class ModelledStage2:
         else:
             self._el2.owners[pfn] = owner, self._vm
 
-    def host_maps(self, pfn: int, allowed: bool) -> None:
+    def host_maps(self, pfn: Pfn, allowed: bool) -> None:
         """Change the host's stage 2; taking a page away flushes both stages."""
         host, pa = self._el2.host, self._pa(pfn)
         if host is not None and not allowed:
@@ -98,22 +100,22 @@ class ModelledStage2:
         elif host is not None and not host.may(pa):
             host.give_back(pfn)
 
-    def guest_map(self, gfn: int, pfn: int) -> None:
+    def guest_map(self, gfn: Gfn, pfn: Pfn) -> None:
         """Map the page, in place of what *gfn* mapped. Raises OutOfMemory, ValueError for what no guest or machine has."""
         if not self._vm.in_range(gfn, 1):
             raise ValueError(f"gfn {gfn:#x} is beyond {self._vm.ipa_bits} bits of guest address")
-        if self._vm.map(gfn, self._pa(pfn) // PAGE):
+        if self._vm.map(gfn, pa_to_pfn(self._pa(pfn))):
             raise OutOfMemory("no page for a table of the guest")
         self._el2.poisoned.discard((self._vm.vmid, gfn))
 
-    def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
+    def guest_unmap(self, gfn: Gfn, pfn: Pfn, *, flush: bool = True) -> bool:
         """Unmap it; flushed, if it is to be, even where nothing was mapped."""
         if self.gfn_of(pfn) == gfn:
             with self._flushing(flush):
                 self._vm.unmap(gfn)
             return True
         if flush:
-            self._vm.pgt.tlbs.flush_range(gfn * PAGE, PAGE)
+            self._vm.pgt.tlbs.flush_range(gfn_to_gpa(gfn), PAGE)
         return False
 
     @contextmanager
@@ -127,37 +129,37 @@ class ModelledStage2:
         finally:
             table.tlbs = kept
 
-    def gfn_of(self, pfn: int) -> int | None:
+    def gfn_of(self, pfn: Pfn) -> Gfn | None:
         """The gfn that maps the page, by the guest's table."""
-        ipa = self._vm.ipa_of(pfn * PAGE)
-        return None if ipa is None else ipa // PAGE
+        ipa = self._vm.ipa_of(pfn_to_pa(pfn))
+        return None if ipa is None else gpa_to_gfn(ipa)
 
-    def scrub(self, pfn: int) -> None:
+    def scrub(self, pfn: Pfn) -> None:
         """Zero the page, past all stages of translation."""
         self._el2.ram.zero(self._pa(pfn), PAGE)
 
-    def destroy(self, pfn: int, gfn: int, how: str) -> None:
+    def destroy(self, pfn: Pfn, gfn: Gfn, how: str) -> None:
         """Scrub the page, and remember that the guest has lost it."""
         self.scrub(pfn)
         self._el2.poisoned.add((self._vm.vmid, gfn))
 
-    def poisoned(self, gfn: int) -> bool:
+    def poisoned(self, gfn: Gfn) -> bool:
         """Whether its page was destroyed."""
         return (self._vm.vmid, gfn) in self._el2.poisoned
 
-    def locked_in(self, pfn: int) -> bool:
+    def locked_in(self, pfn: Pfn) -> bool:
         """Whether the guest holds on to the page, by the model's record."""
         return pfn in self._el2.locked
 
-    def set_locked_in(self, pfn: int, locked: bool) -> None:
+    def set_locked_in(self, pfn: Pfn, locked: bool) -> None:
         """Record that the guest holds on to it, or lets go."""
         (self._el2.locked.add if locked else self._el2.locked.discard)(pfn)
 
-    def declassify(self, pfn: int) -> None:
+    def declassify(self, pfn: Pfn) -> None:
         """The guest agrees that the host reads the page."""
         self.declassified = True
 
-    def forget(self, pfn: int) -> None:
+    def forget(self, pfn: Pfn) -> None:
         """No one relies on the contents any more."""
         self.forgot = True
 
@@ -174,9 +176,9 @@ class ModelledStage2:
 class _NoFlush(Maintenance):
     # NOSYNC: entries change, and no TLB is told.
     @override
-    def flush_ipa(self, ipa: int, level: int) -> None:
+    def flush_ipa(self, ipa: Ipa, level: int) -> None:
         pass
 
     @override
-    def flush_range(self, ipa: int, size: int) -> None:
+    def flush_range(self, ipa: Ipa, size: int) -> None:
         pass

@@ -12,6 +12,7 @@ from guest_memfd.machine.el2.kvm.pgtable import LOCKED, leaf_attributes
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Pa, Pfn, identity_ipa, pfn_to_pa
 
 _BITS = 48
 _WITHHELD = 1 << 2
@@ -26,23 +27,24 @@ class HostMap(HostIdmap):
         super().__init__(ram, source, tlbs, _BITS, LOCKED)
         self.ram = ram
 
-    def withhold(self, pfn: int) -> None:
+    def withhold(self, pfn: Pfn) -> None:
         """Take the page from the host; no TLB has it then, of either stage. Raises OutOfMemory, nothing changed."""
         self.annotate(pfn, 0, _WITHHELD)
 
-    def give_back(self, pfn: int) -> None:
+    def give_back(self, pfn: Pfn) -> None:
         """Map the page for the host again; its entry is there."""
-        self.pgt.map(pfn * PAGE, 0, pfn * PAGE, _MEMORY)
+        pa = pfn_to_pa(pfn)
+        self.pgt.map(identity_ipa(pa), 0, pa, _MEMORY)
 
-    def fill(self, pa: int) -> bool:
+    def fill(self, pa: Pa) -> bool:
         """A fault of the host at *pa*: map it; False when the page is withheld. Raises OutOfMemory."""
-        entry = self.pgt.leaf(pa)
+        entry = self.pgt.leaf(identity_ipa(pa))
         if not entry.valid and not entry.value:
             order = next(order for order in (18, 9, 0) if order <= entry.order and self._in_ram(pa, order))
             at = pa & -(PAGE << order)
-            self.pgt.map(at, order, at, _MEMORY)
+            self.pgt.map(identity_ipa(at), order, at, _MEMORY)
         return entry.valid or not entry.value
 
-    def _in_ram(self, pa: int, order: int) -> bool:
+    def _in_ram(self, pa: Pa, order: int) -> bool:
         size = PAGE << order
         return not order or self.ram.contains(pa & -size, size)

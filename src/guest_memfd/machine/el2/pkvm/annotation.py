@@ -16,6 +16,7 @@ from enum import IntEnum
 from typing import Literal
 
 from guest_memfd.compat import override
+from guest_memfd.words.units import FIRST_GFN, Gfn
 
 Release = Literal["7.3", "6.12"]
 
@@ -50,7 +51,7 @@ class Annotation:
     type: AnnotationType
     owner: PageOwner = PageOwner.HOST
     handle: int = 0
-    gfn: int = 0
+    gfn: Gfn = FIRST_GFN
 
     def encode(self, release: Release = "7.3") -> int:
         """The eight bytes. Raises ValueError for what the release has no format for (6.12: POISONED)."""
@@ -70,7 +71,7 @@ class Annotation:
             return None
         if release == "7.3":
             extra = (value & _PAYLOAD) >> 4
-            return cls(AnnotationType(value >> _TYPE_SHIFT), PageOwner(value >> 1 & 7), extra & _HANDLE, extra >> 16)
+            return cls(AnnotationType(value >> _TYPE_SHIFT), PageOwner(value >> 1 & 7), extra & _HANDLE, Gfn(extra >> 16))
         if value & _LOCKED_612:
             return cls(AnnotationType.LOCKED)
         return cls(AnnotationType.DONATION, PageOwner((value & _OWNER_612) >> 2))

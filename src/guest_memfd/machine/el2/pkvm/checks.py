@@ -14,7 +14,7 @@ from guest_memfd.machine.el2.kvm.pgtable import STATE_SHIFT
 from guest_memfd.machine.el2.pkvm.annotation import Annotation, AnnotationType
 from guest_memfd.machine.el2.pkvm.states import ORDERS, HypPage, PkvmState
 from guest_memfd.machine.hw.arm64.descriptor import Entry
-from guest_memfd.machine.hw.ram import PAGE_SHIFT
+from guest_memfd.words.units import Gfn, Pfn, gfn_to_gpa, pfn_to_pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
@@ -30,16 +30,16 @@ def transition_order(nr: int, *frames: int) -> int:
     return -EINVAL if order >= 0 and any(frame & nr - 1 for frame in frames) else order
 
 
-def range_allowed_memory(el2: El2, pfn: int, nr: int) -> int:
+def range_allowed_memory(el2: El2, pfn: Pfn, nr: int) -> int:
     """-EPERM: no memory, or no one's; -EINVAL: the range leaves its region (check_range_allowed_memory())."""
     # Devices are never donated, nor memory that firmware keeps.
-    region = el2.host.region(pfn << PAGE_SHIFT)
+    region = el2.host.region(pfn_to_pa(pfn))
     if region is None or region.nomap:
         return -EPERM
-    return 0 if pfn + nr << PAGE_SHIFT <= region.end else -EINVAL
+    return 0 if pfn_to_pa(pfn + nr) <= region.end else -EINVAL
 
 
-def host_page_state(el2: El2, pfn: int, order: int, state: PkvmState) -> int:
+def host_page_state(el2: El2, pfn: Pfn, order: int, state: PkvmState) -> int:
     """-EPERM unless all pages are in *state* for the host; what `range_allowed_memory` says comes first."""
     ret = range_allowed_memory(el2, pfn, 1 << order)
     if ret:
@@ -47,7 +47,7 @@ def host_page_state(el2: El2, pfn: int, order: int, state: PkvmState) -> int:
     return 0 if all(page.host is state for page in el2.vmemmap.pages(pfn, order)) else -EPERM
 
 
-def host_and_hyp(el2: El2, pfn: int, order: int, host: PkvmState, hyp: PkvmState) -> int:
+def host_and_hyp(el2: El2, pfn: Pfn, order: int, host: PkvmState, hyp: PkvmState) -> int:
     """As `host_page_state`, and -EPERM unless all pages are in state *hyp* for the hypervisor."""
     ret = host_page_state(el2, pfn, order, host)
     if ret:
@@ -64,9 +64,9 @@ def guest_page_state(entry: Entry) -> PkvmState:
     return PkvmState.POISON if note and note.type is AnnotationType.POISONED else PkvmState.NOPAGE
 
 
-def valid_guest_leaf(vm: PkvmHypVm, gfn: int, order: int) -> tuple[int, Entry]:
+def valid_guest_leaf(vm: PkvmHypVm, gfn: Gfn, order: int) -> tuple[int, Entry]:
     """The guest's entry and 0, -EHWPOISON, -ENOENT, or -E2BIG for another order (get_valid_guest_pte())."""
-    entry = vm.pgt.leaf(gfn << PAGE_SHIFT)
+    entry = vm.pgt.leaf(gfn_to_gpa(gfn))
     state = guest_page_state(entry)
     if state is PkvmState.POISON:
         return -EHWPOISON, entry
@@ -75,9 +75,9 @@ def valid_guest_leaf(vm: PkvmHypVm, gfn: int, order: int) -> tuple[int, Entry]:
     return (0 if entry.order == order else -E2BIG), entry
 
 
-def guest_is_empty(vm: PkvmHypVm, gfn: int, order: int) -> bool:
+def guest_is_empty(vm: PkvmHypVm, gfn: Gfn, order: int) -> bool:
     """Whether the guest is at NOPAGE there; POISON is not."""
-    return vm.pgt.empty(gfn << PAGE_SHIFT, order)
+    return vm.pgt.empty(gfn_to_gpa(gfn), order)
 
 
 def may_share(page: HypPage, protected: bool) -> bool:

@@ -19,7 +19,8 @@ from guest_memfd.machine.hw.arm64.fault import Fault, Inject
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2
-from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT, Ram
+from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import PAGE_SHIFT, Ipa, Pa, Pfn, pa_to_pfn
 
 _FIRST_HANDLE = 0x1000
 
@@ -33,7 +34,7 @@ class El2:
     """
 
     def __init__(self, ram: Ram, source: PageSource, tlbs: Sequence[Tlb], regions: Sequence[Region] = (),
-                 reserved: Sequence[tuple[int, int]] = (), pa_bits: int = 48, release: Release = "7.3") -> None:
+                 reserved: Sequence[tuple[Pa, int]] = (), pa_bits: int = 48, release: Release = "7.3") -> None:
         self.ram, self.release = ram, release
         self.vmemmap = Vmemmap()
         self.host = HostStage2(ram, source, tlbs, regions or [Region(ram.base, ram.size)], pa_bits, release)
@@ -41,10 +42,10 @@ class El2:
         self.loaded: dict[int, PkvmVcpu] = {}
         self._created = self._last = 0
         for base, size in reserved:
-            self._reserve(base >> PAGE_SHIFT, size >> PAGE_SHIFT)
+            self._reserve(pa_to_pfn(base), size >> PAGE_SHIFT)
 
     # In leaves as large as fit: no one ever asks for part of it back.
-    def _reserve(self, pfn: int, nr: int) -> None:
+    def _reserve(self, pfn: Pfn, nr: int) -> None:
         while nr:
             order = max(o for o in ORDERS if not pfn & (1 << o) - 1 and 1 << o <= nr)
             self.host.give_away(pfn, order, PageOwner.HYP)
@@ -67,7 +68,7 @@ class El2:
 
     # -- VMs -----------------------------------------------------------------------------------------------------
 
-    def create_vm(self, pgd: int, bound: Callable[[int], bool], *, protected: bool = True,
+    def create_vm(self, pgd: Pa, bound: Callable[[Ipa], bool], *, protected: bool = True,
                   ipa_bits: int = IPA_BITS) -> PkvmHypVm:
         """__pkvm_init_vm(): the host donates its pages at *pgd* (first_tables() of them, aligned) for the first tables.
 
@@ -75,7 +76,7 @@ class El2:
         """
         nr = first_tables(ipa_bits)
         # The tables of a protected VM are EL2's memory: the host must not be able to write a descriptor.
-        if pgd % (nr * PAGE) or transitions.donate_hyp(self, pgd >> PAGE_SHIFT, nr):
+        if pgd % (nr * PAGE) or transitions.donate_hyp(self, pa_to_pfn(pgd), nr):
             raise BadInput(f"{nr} pages at {pgd:#x} cannot become first-level tables of a VM")
         self._created += 1
         self._last = next_vmid(self._last, {vm.vmid for vm in self.vms.values()})
@@ -85,9 +86,9 @@ class El2:
 
     # -- queries -------------------------------------------------------------------------------------------------
 
-    def owner(self, pa: int) -> str:
+    def owner(self, pa: Pa) -> str:
         """``host``, ``guest`` (donated), ``shared`` (a guest borrows it), ``borrowed`` (a guest's), or ``hyp``."""
-        page = self.vmemmap.page(pa >> PAGE_SHIFT)
+        page = self.vmemmap.page(pa_to_pfn(pa))
         # The host's state alone tells whose the page is: OWNED and SHARED_OWNED the host's, SHARED_BORROWED a
         # guest's, NOPAGE someone's whom the host cannot reach.
         if page.host is PkvmState.NOPAGE:
@@ -96,6 +97,6 @@ class El2:
             return "borrowed"
         return "shared" if page.guests else "host"
 
-    def host_may(self, pa: int) -> bool:
+    def host_may(self, pa: Pa) -> bool:
         """Whether the host reaches the byte at *pa*: mapped, or mapped by its first fault."""
         return self.host.may(pa)

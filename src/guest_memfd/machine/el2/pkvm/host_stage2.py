@@ -23,7 +23,8 @@ from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject, LoadS
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT, Ram
+from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import FIRST_GFN, Gfn, Pa, Pfn, identity_ipa, identity_pa, pfn_to_pa
 
 MEMORY = leaf_attributes("rwx")
 DEVICE = leaf_attributes("rw", device=True)
@@ -36,12 +37,12 @@ _SAME_EL = 1 << 26
 class Region(NamedTuple):
     """A memblock region: bytes of memory from *base* on. *nomap*: memory that neither host nor guests may have."""
 
-    base: int
+    base: Pa
     size: int
     nomap: bool = False
 
     @property
-    def end(self) -> int:
+    def end(self) -> Pa:
         """The first byte after it."""
         return self.base + self.size
 
@@ -61,7 +62,7 @@ class HostStage2(HostIdmap):
         super().__init__(ram, source, tlbs, pa_bits, LOCKED.encode(release))
         self.regions, self.release, self.pa_bits = sorted(regions), release, pa_bits
 
-    def region(self, pa: int) -> Region | None:
+    def region(self, pa: Pa) -> Region | None:
         """The memory region of an address."""
         return next((r for r in self.regions if r.base <= pa < r.end), None)
 
@@ -81,11 +82,12 @@ class HostStage2(HostIdmap):
             return self._refuse(fault, el, transfer, entry)
         # The largest block that neither crosses the empty entry (its neighbours may be annotated) nor the end of the
         # memory region.
-        order = self._largest(ipa, entry.order)
+        order = self._largest(identity_pa(ipa), entry.order)
         at = ipa & -(PAGE << order)
+        pa = identity_pa(at)
         try:
             # RAM is mapped by the first fault and never by a call: at boot EL2 knows of no page that the host needs.
-            self._try(lambda: self.pgt.map(at, order, at, MEMORY if self.region(at) else DEVICE))
+            self._try(lambda: self.pgt.map(at, order, pa, MEMORY if self.region(pa) else DEVICE))
         except OutOfMemory as error:
             raise MachineDead(f"kernel BUG at arch/arm64/kvm/hyp/nvhe/mem_protect.c: host_stage2_idmap({ipa:#x}) "
                               f"returned -ENOMEM ({error})") from error
@@ -105,7 +107,7 @@ class HostStage2(HostIdmap):
 
     # host_stage2_adjust_range(): the order of the largest block in the empty entry that stays inside its region. Devices
     # get pages.
-    def _largest(self, pa: int, most: int) -> int:
+    def _largest(self, pa: Pa, most: int) -> int:
         region = self.region(pa)
         for order in reversed(ORDERS):
             start = pa & -(PAGE << order)
@@ -126,9 +128,9 @@ class HostStage2(HostIdmap):
 
     def unmap_devices(self) -> None:
         """host_stage2_unmap_dev_all(): what it drops is faulted in again."""
-        edges = [0, *(edge for r in self.regions for edge in (r.base, r.end)), 1 << self.pa_bits]
+        edges = [Pa(0), *(edge for r in self.regions for edge in (r.base, r.end)), Pa(1 << self.pa_bits)]
         for start, end in zip(edges[::2], edges[1::2], strict=True):
-            at = start
+            at = identity_ipa(start)
             while at < end:
                 entry = self.pgt.leaf(at)
                 size = PAGE << entry.order
@@ -136,16 +138,16 @@ class HostStage2(HostIdmap):
                     self.pgt.unmap(at)
                 at = (at & -size) + size
 
-    def give_away(self, pfn: int, order: int, owner: PageOwner, handle: int = 0, gfn: int = 0) -> None:
+    def give_away(self, pfn: Pfn, order: int, owner: PageOwner, handle: int = 0, gfn: Gfn = FIRST_GFN) -> None:
         """Annotate an aligned range of 1 << *order* pages as *owner*'s. Raises OutOfMemory, nothing changed."""
         note = Annotation(AnnotationType.DONATION, owner, handle, gfn).encode(self.release)
         self._try(lambda: self.annotate(pfn, order, note))
 
-    def take_back(self, pfn: int, order: int) -> None:
+    def take_back(self, pfn: Pfn, order: int) -> None:
         """Map an annotated range RWX again. Raises OutOfMemory, nothing changed: never when its entry is that size."""
-        pa = pfn << PAGE_SHIFT
-        self._try(lambda: self.pgt.map(pa, order, pa, MEMORY))
+        pa = pfn_to_pa(pfn)
+        self._try(lambda: self.pgt.map(identity_ipa(pa), order, pa, MEMORY))
 
-    def note(self, pa: int) -> Annotation | None:
+    def note(self, pa: Pa) -> Annotation | None:
         """What the host's entry of *pa* says about its owner; None for one that maps or is empty."""
-        return Annotation.decode(self.pgt.leaf(pa).value, self.release)
+        return Annotation.decode(self.pgt.leaf(identity_ipa(pa)).value, self.release)

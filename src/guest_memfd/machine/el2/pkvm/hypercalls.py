@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from guest_memfd.machine.el2.pkvm import transitions
 from guest_memfd.machine.el2.pkvm.vm import PkvmHypVm, PkvmVcpu
+from guest_memfd.words.units import Gfn, Ipa, Pa, Pfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
@@ -44,7 +45,7 @@ def _loaded(el2: El2, cpu: int, *, donating: bool) -> PkvmVcpu | None:
 
 def _donate_guest(el2: El2, a: list[int], cpu: int) -> int:
     vcpu = _loaded(el2, cpu, donating=True)
-    return -EINVAL if vcpu is None else transitions.donate_guest(el2, vcpu.vm, a[0], a[1], a[2] or 1)
+    return -EINVAL if vcpu is None else transitions.donate_guest(el2, vcpu.vm, Pfn(a[0]), Gfn(a[1]), a[2] or 1)
 
 
 def _share_guest(el2: El2, a: list[int], cpu: int) -> int:
@@ -52,33 +53,33 @@ def _share_guest(el2: El2, a: list[int], cpu: int) -> int:
     if vcpu is None or a[3] & ~7:
         return -EINVAL
     prot = "".join(letter for bit, letter in _PROT if a[3] & bit)
-    return transitions.share_guest(el2, vcpu.vm, a[0], a[1], a[2], prot)
+    return transitions.share_guest(el2, vcpu.vm, Pfn(a[0]), Gfn(a[1]), a[2], prot)
 
 
 def _unshare_guest(el2: El2, a: list[int], cpu: int) -> int:
     vm = _vm(el2, a[0])
-    return -ENOENT if vm is None else transitions.unshare_guest(el2, vm, a[1], a[2])
+    return -ENOENT if vm is None else transitions.unshare_guest(el2, vm, Gfn(a[1]), a[2])
 
 
 def _reclaim_dying(el2: El2, a: list[int], cpu: int) -> int:
     vm = _vm(el2, a[0])
-    return -EINVAL if vm is None else transitions.reclaim_dying_guest_page(el2, vm, a[1], a[2] or 1)
+    return -EINVAL if vm is None else transitions.reclaim_dying_guest_page(el2, vm, Gfn(a[1]), a[2] or 1)
 
 
 def _unshare(el2: El2, a: list[int], cpu: int) -> int:
     vm = _vm(el2, a[0])
-    return -ENOENT if vm is None else transitions.unshare(el2, vm, a[1])
+    return -ENOENT if vm is None else transitions.unshare(el2, vm, Gfn(a[1]))
 
 
 def _check_consent(el2: El2, a: list[int], cpu: int) -> int:
     vm = _vm(el2, a[0])
-    return -ENOENT if vm is None else transitions.check_consent(el2, vm, a[1], bool(a[2]))
+    return -ENOENT if vm is None else transitions.check_consent(el2, vm, Gfn(a[1]), bool(a[2]))
 
 
 def _in_poison_fault(el2: El2, a: list[int], cpu: int) -> int:
     # Upstream reads the IPA from the vCPU's fault registers.
     vcpu = el2.loaded.get(cpu)
-    return -EINVAL if vcpu is None else int(vcpu.vm.poisoned(a[0]))
+    return -EINVAL if vcpu is None else int(vcpu.vm.poisoned(Ipa(a[0])))
 
 
 def _vcpu_load(el2: El2, a: list[int], cpu: int) -> int:
@@ -108,13 +109,13 @@ def _finalize_teardown(el2: El2, a: list[int], cpu: int) -> int:
 
 
 HANDLERS: dict[int, Handler] = {
-    SHARE_HYP: lambda el2, a, cpu: transitions.share_hyp(el2, a[0]),                # pfn
-    UNSHARE_HYP: lambda el2, a, cpu: transitions.unshare_hyp(el2, a[0]),            # pfn
+    SHARE_HYP: lambda el2, a, cpu: transitions.share_hyp(el2, Pfn(a[0])),           # pfn
+    UNSHARE_HYP: lambda el2, a, cpu: transitions.unshare_hyp(el2, Pfn(a[0])),       # pfn
     DONATE_GUEST: _donate_guest,                                                    # pfn, gfn[, nr: addition, 0 is 1]
     SHARE_GUEST: _share_guest,                                                      # pfn, gfn, nr, prot
     UNSHARE_GUEST: _unshare_guest,                                                  # handle, gfn, nr
     IN_POISON_FAULT: _in_poison_fault,                                              # ipa: addition
-    FORCE_RECLAIM: lambda el2, a, cpu: transitions.force_reclaim_guest_page(el2, a[0]),     # physical address
+    FORCE_RECLAIM: lambda el2, a, cpu: transitions.force_reclaim_guest_page(el2, Pa(a[0])),     # physical address
     RECLAIM_DYING: _reclaim_dying,                                                  # handle, gfn[, nr: addition]
     START_TEARDOWN: _start_teardown,                                                # handle
     FINALIZE_TEARDOWN: _finalize_teardown,                                          # handle

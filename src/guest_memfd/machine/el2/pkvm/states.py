@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from guest_memfd.compat import override
+from guest_memfd.words.units import Pfn, span
 
 ORDERS = (0, 9, 18)
 """Orders (log2 of 4 KiB pages) of what one leaf can map: page, 2 MiB, 1 GiB."""
@@ -67,42 +68,42 @@ class Vmemmap:
 
     def __init__(self) -> None:
         # One dict of packed words per order, keyed by first pfn. A pfn is in at most one of them.
-        self._words: dict[int, dict[int, int]] = {order: {} for order in ORDERS}
+        self._words: dict[int, dict[Pfn, int]] = {order: {} for order in ORDERS}
 
     def __len__(self) -> int:
         return sum(map(len, self._words.values()))
 
-    def page(self, pfn: int) -> HypPage:
+    def page(self, pfn: Pfn) -> HypPage:
         """The record of one page."""
         return HypPage.decode(self._word(pfn))
 
-    def _word(self, pfn: int) -> int:
+    def _word(self, pfn: Pfn) -> int:
         for order, words in self._words.items():
-            word = words.get(pfn >> order << order)
+            word = words.get(pfn & -1 << order)
             if word is not None:
                 return word
         return 0
 
-    def recorded(self) -> Iterator[tuple[int, int]]:
+    def recorded(self) -> Iterator[tuple[Pfn, int]]:
         """(first pfn, order) of every record that differs from that of an untouched page, the host's own."""
         yield from ((pfn, order) for order, words in self._words.items() for pfn, word in words.items() if word)
 
-    def pages(self, pfn: int, order: int) -> Iterator[HypPage]:
+    def pages(self, pfn: Pfn, order: int) -> Iterator[HypPage]:
         """The different records of the naturally aligned range of 1 << *order* pages; one if all pages agree."""
         # One word for the whole range is the usual case; 1 GiB has 262144 pages, too many to look at each.
         if self._covered(pfn, order):
             yield self.page(pfn)
             return
-        for word in {self._word(each) for each in range(pfn, pfn + (1 << order))}:
+        for word in {self._word(each) for each in span(pfn, 1 << order)}:
             yield HypPage.decode(word)
 
     # Whether one word, or no word at all, stands for the whole range.
-    def _covered(self, pfn: int, order: int) -> bool:
-        if any(pfn >> o << o in self._words[o] for o in ORDERS if o >= order):
+    def _covered(self, pfn: Pfn, order: int) -> bool:
+        if any(pfn & -1 << o in self._words[o] for o in ORDERS if o >= order):
             return True
         return not any(self._below(pfn, order))
 
-    def _below(self, pfn: int, order: int) -> Iterator[tuple[int, int]]:
+    def _below(self, pfn: Pfn, order: int) -> Iterator[tuple[int, Pfn]]:
         end = pfn + (1 << order)
         for lower in ORDERS:
             words = self._words[lower]
@@ -112,9 +113,9 @@ class Vmemmap:
             if len(words) < end - pfn >> lower:
                 yield from ((lower, at) for at in words if pfn <= at < end)
             else:
-                yield from ((lower, at) for at in range(pfn, end, 1 << lower) if at in words)
+                yield from ((lower, at) for at in span(pfn, 1 << order - lower, 1 << lower) if at in words)
 
-    def set(self, pfn: int, order: int, page: HypPage) -> None:
+    def set(self, pfn: Pfn, order: int, page: HypPage) -> None:
         """Write the record of all pages of a naturally aligned range of 1 << *order* pages, order one of ORDERS."""
         # A word for 2 MiB has to come apart before one of its pages can have another state.
         self._open(pfn, order)
@@ -129,10 +130,10 @@ class Vmemmap:
             self._words[order].pop(pfn, None)
 
     # A word that stands for more than this range comes apart.
-    def _open(self, pfn: int, order: int) -> None:
+    def _open(self, pfn: Pfn, order: int) -> None:
         for i in range(len(ORDERS) - 1, 0, -1):
             upper, lower = ORDERS[i], ORDERS[i - 1]
-            head = pfn >> upper << upper
+            head = pfn & -1 << upper
             if upper > order and (word := self._words[upper].pop(head, None)) is not None:
-                for at in range(head, head + (1 << upper), 1 << lower):
+                for at in span(head, 1 << upper - lower, 1 << lower):
                     self._words[lower][at] = word

@@ -48,29 +48,30 @@ from guest_memfd.machine.el2.pkvm.annotation import POISONED, PageOwner
 from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Gfn, Pa, Pfn, gfn_to_gpa, identity_ipa, pa_to_pfn, pfn_to_pa, span
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
     from guest_memfd.machine.el2.pkvm.vm import PkvmHypVm
 
 
-def _set(el2: El2, pfn: int, order: int, host: PkvmState, hyp: PkvmState = PkvmState.NOPAGE, guests: int = 0) -> None:
+def _set(el2: El2, pfn: Pfn, order: int, host: PkvmState, hyp: PkvmState = PkvmState.NOPAGE, guests: int = 0) -> None:
     el2.vmemmap.set(pfn, order, HypPage(host=host, hyp=hyp, guests=guests))
 
 
-def _guest_map(vm: PkvmHypVm, gfn: int, order: int, pfn: int, state: PkvmState, prot: str = "rwx") -> None:
-    vm.pgt.map(gfn << PAGE_SHIFT, order, pfn << PAGE_SHIFT, leaf_attributes(prot, state=state))
+def _guest_map(vm: PkvmHypVm, gfn: Gfn, order: int, pfn: Pfn, state: PkvmState, prot: str = "rwx") -> None:
+    vm.pgt.map(gfn_to_gpa(gfn), order, pfn_to_pa(pfn), leaf_attributes(prot, state=state))
     vm.mapped(gfn, pfn)
 
 
-def _guest_unmap(vm: PkvmHypVm, gfn: int) -> None:
-    entry = vm.pgt.unmap(gfn << PAGE_SHIFT)
-    vm.unmapped(gfn, entry.oa >> PAGE_SHIFT)
+def _guest_unmap(vm: PkvmHypVm, gfn: Gfn) -> None:
+    entry = vm.pgt.unmap(gfn_to_gpa(gfn))
+    vm.unmapped(gfn, pa_to_pfn(entry.oa))
 
 
 # host_stage2_set_owner_metadata_locked() with the donation's data.
-def _donated(el2: El2, vm: PkvmHypVm, pfn: int, order: int, gfn: int) -> int:
+def _donated(el2: El2, vm: PkvmHypVm, pfn: Pfn, order: int, gfn: Gfn) -> int:
     try:
         # First the table, which can fail; the record follows when it has succeeded. In between no one looks: a
         # transition is one step.
@@ -82,7 +83,7 @@ def _donated(el2: El2, vm: PkvmHypVm, pfn: int, order: int, gfn: int) -> int:
 
 
 # host_stage2_set_owner_locked() to the host: mapped RWX at once, in the entry that was annotated.
-def _returned(el2: El2, pfn: int, order: int) -> None:
+def _returned(el2: El2, pfn: Pfn, order: int) -> None:
     el2.host.take_back(pfn, order)
     _set(el2, pfn, order, PkvmState.OWNED)
 
@@ -90,7 +91,7 @@ def _returned(el2: El2, pfn: int, order: int) -> None:
 # -- host and hypervisor -------------------------------------------------------------------------------------------
 
 
-def share_hyp(el2: El2, pfn: int) -> int:
+def share_hyp(el2: El2, pfn: Pfn) -> int:
     """host OWNED -> SHARED_OWNED, hypervisor SHARED_BORROWED."""
     ret = checks.host_and_hyp(el2, pfn, 0, PkvmState.OWNED, PkvmState.NOPAGE)
     if not ret:
@@ -98,7 +99,7 @@ def share_hyp(el2: El2, pfn: int) -> int:
     return ret
 
 
-def unshare_hyp(el2: El2, pfn: int) -> int:
+def unshare_hyp(el2: El2, pfn: Pfn) -> int:
     """The way back; -EBUSY while pinned."""
     # Both sides are checked although they must agree: a record that does not is a mistake of EL2's, and must not
     # become a page with two owners.
@@ -111,7 +112,7 @@ def unshare_hyp(el2: El2, pfn: int) -> int:
     return ret
 
 
-def pin_shared_mem(el2: El2, pfn: int) -> int:
+def pin_shared_mem(el2: El2, pfn: Pfn) -> int:
     """hyp_pin_shared_mem() of one page."""
     ret = checks.host_and_hyp(el2, pfn, 0, PkvmState.SHARED_OWNED, PkvmState.SHARED_BORROWED)
     if not ret:
@@ -120,57 +121,57 @@ def pin_shared_mem(el2: El2, pfn: int) -> int:
     return ret
 
 
-def donate_hyp(el2: El2, pfn: int, nr: int) -> int:
+def donate_hyp(el2: El2, pfn: Pfn, nr: int) -> int:
     """*nr* pages: host OWNED -> hypervisor OWNED."""
-    for at in range(pfn, pfn + nr):
+    for at in span(pfn, nr):
         ret = checks.range_allowed_memory(el2, pfn, nr) or checks.host_and_hyp(el2, at, 0, PkvmState.OWNED, PkvmState.NOPAGE)
         if ret:
             return ret
-    for at in range(pfn, pfn + nr):
+    for at in span(pfn, nr):
         try:
             el2.host.give_away(at, 0, PageOwner.HYP)
         except OutOfMemory:
             # All pages or none. The entries that are put back have their size already, so this cannot fail.
-            for undo in range(pfn, at):
+            for undo in span(pfn, at - pfn):
                 _returned(el2, undo, 0)
             return -ENOMEM
         _set(el2, at, 0, PkvmState.NOPAGE, PkvmState.OWNED)
     return 0
 
 
-def hyp_donate_host(el2: El2, pfn: int, nr: int) -> int:
+def hyp_donate_host(el2: El2, pfn: Pfn, nr: int) -> int:
     """*nr* pages: hypervisor OWNED -> host OWNED, mapped RWX; no one zeroes them here.
 
     -EINVAL for what EL2 has had from the start, in larger leaves: it is never asked for.
     """
-    for at in range(pfn, pfn + nr):
+    for at in span(pfn, nr):
         page = el2.vmemmap.page(at)
         if page.hyp is not PkvmState.OWNED or page.host is not PkvmState.NOPAGE:
             return -EPERM
-        if el2.host.pgt.leaf(at << PAGE_SHIFT).order:
+        if el2.host.pgt.leaf(identity_ipa(pfn_to_pa(at))).order:
             return -EINVAL
-    for at in range(pfn, pfn + nr):
+    for at in span(pfn, nr):
         _returned(el2, at, 0)
     return 0
 
 
-def share_ffa(el2: El2, pfn: int, nr: int) -> int:
+def share_ffa(el2: El2, pfn: Pfn, nr: int) -> int:
     """*nr* pages: host OWNED -> SHARED_OWNED, with someone in the secure world."""
     return _ffa(el2, pfn, nr, PkvmState.OWNED, PkvmState.SHARED_OWNED)
 
 
-def unshare_ffa(el2: El2, pfn: int, nr: int) -> int:
+def unshare_ffa(el2: El2, pfn: Pfn, nr: int) -> int:
     """*nr* pages: host SHARED_OWNED -> OWNED, the secure world has let go; -EPERM where a page is in another state."""
     return _ffa(el2, pfn, nr, PkvmState.SHARED_OWNED, PkvmState.OWNED)
 
 
-def _ffa(el2: El2, pfn: int, nr: int, old: PkvmState, new: PkvmState) -> int:
-    for at in range(pfn, pfn + nr):
+def _ffa(el2: El2, pfn: Pfn, nr: int, old: PkvmState, new: PkvmState) -> int:
+    for at in span(pfn, nr):
         page = el2.vmemmap.page(at)
         ret = checks.range_allowed_memory(el2, pfn, nr) or checks.host_page_state(el2, at, 0, old)
         if ret or page.hyp is not PkvmState.NOPAGE or page.guests:
             return ret or -EPERM
-    for at in range(pfn, pfn + nr):
+    for at in span(pfn, nr):
         _set(el2, at, 0, new)
     return 0
 
@@ -178,7 +179,7 @@ def _ffa(el2: El2, pfn: int, nr: int, old: PkvmState, new: PkvmState) -> int:
 # -- host and guest ------------------------------------------------------------------------------------------------
 
 
-def donate_guest(el2: El2, vm: PkvmHypVm, pfn: int, gfn: int, nr: int = 1) -> int:
+def donate_guest(el2: El2, vm: PkvmHypVm, pfn: Pfn, gfn: Gfn, nr: int = 1) -> int:
     """host OWNED, guest NOPAGE -> the guest's, mapped RWX there, annotated in the host's table."""
     order = checks.transition_order(nr, pfn, gfn)
     if order < 0:
@@ -203,7 +204,7 @@ def donate_guest(el2: El2, vm: PkvmHypVm, pfn: int, gfn: int, nr: int = 1) -> in
     return ret
 
 
-def share_guest(el2: El2, vm: PkvmHypVm, pfn: int, gfn: int, nr: int = 1, prot: str = "rwx") -> int:
+def share_guest(el2: El2, vm: PkvmHypVm, pfn: Pfn, gfn: Gfn, nr: int = 1, prot: str = "rwx") -> int:
     """The guest borrows: host OWNED -> SHARED_OWNED, or one more guest of a page that guests borrow already.
 
     ADDITION: protected guests may borrow, too, one at a time, as the abstract host has it.
@@ -233,17 +234,17 @@ def share_guest(el2: El2, vm: PkvmHypVm, pfn: int, gfn: int, nr: int = 1, prot: 
 
 
 # One guest more or less borrows each of the pages; some of them may be another guest's, too.
-def _count_guests(el2: El2, pfn: int, order: int, change: int) -> None:
+def _count_guests(el2: El2, pfn: Pfn, order: int, change: int) -> None:
     # Pages of one block may be lent to different numbers of guests; then each has a record of its own.
     if order and len(list(el2.vmemmap.pages(pfn, order))) > 1:
-        for at in range(pfn, pfn + (1 << order)):
+        for at in span(pfn, 1 << order):
             _count_guests(el2, at, 0, change)
         return
     guests = el2.vmemmap.page(pfn).guests + change
     _set(el2, pfn, order, PkvmState.SHARED_OWNED if guests else PkvmState.OWNED, guests=guests)
 
 
-def unshare_guest(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> int:
+def unshare_guest(el2: El2, vm: PkvmHypVm, gfn: Gfn, nr: int = 1) -> int:
     """What the guest borrowed leaves it; the host is its only user again when no other guest borrows it.
 
     ADDITION: -ENOENT, where upstream has -EPERM, for a page that a protected guest owns: it has not borrowed it.
@@ -251,7 +252,7 @@ def unshare_guest(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> int:
     order = checks.transition_order(nr, gfn)
     if order < 0:
         return order
-    entry = vm.pgt.leaf(gfn << PAGE_SHIFT)
+    entry = vm.pgt.leaf(gfn_to_gpa(gfn))
     if not entry.valid:
         return -ENOENT
     if checks.guest_page_state(entry) is not PkvmState.SHARED_BORROWED:
@@ -266,14 +267,14 @@ def unshare_guest(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> int:
     return 0
 
 
-def _give_borrowed_back(el2: El2, vm: PkvmHypVm, gfn: int, entry: Entry) -> None:
-    pfn = entry.oa >> PAGE_SHIFT
+def _give_borrowed_back(el2: El2, vm: PkvmHypVm, gfn: Gfn, entry: Entry) -> None:
+    pfn = pa_to_pfn(entry.oa)
     # Unmapped and flushed before the host is told that it is the only user again.
     _guest_unmap(vm, gfn)
     _count_guests(el2, pfn, entry.order, -1)
 
 
-def reclaim_dying_guest_page(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> int:
+def reclaim_dying_guest_page(el2: El2, vm: PkvmHypVm, gfn: Gfn, nr: int = 1) -> int:
     """A dying guest's page: unmapped there, zeroed, and the host's again; 0 when there is nothing to reclaim.
 
     -EPERM for a living guest. Upstream returns -EINVAL then, and -ENOENT for a gfn that maps nothing: here it means, as
@@ -293,7 +294,7 @@ def reclaim_dying_guest_page(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> 
         return -EPERM
     if ret:
         return ret
-    pfn = entry.oa >> PAGE_SHIFT
+    pfn = pa_to_pfn(entry.oa)
     if checks.guest_page_state(entry) is PkvmState.SHARED_BORROWED:
         if not vm.protected:
             return -EPERM
@@ -308,13 +309,13 @@ def reclaim_dying_guest_page(el2: El2, vm: PkvmHypVm, gfn: int, nr: int = 1) -> 
     return 0
 
 
-def force_reclaim_guest_page(el2: El2, phys: int) -> int:
+def force_reclaim_guest_page(el2: El2, phys: Pa) -> int:
     """The host's page after all: the guest's entry is POISONED, then the page is zeroed, then the host maps it.
 
     *phys* in bytes. Takes the whole leaf that the page was donated with. -EAGAIN: not withheld any more, try the access
     again; -EPERM: not a guest's own page; -EFAULT: no memory.
     """
-    pfn = phys >> PAGE_SHIFT
+    pfn = pa_to_pfn(phys)
     if el2.host.region(phys) is None:
         return -EFAULT
     # The host may touch it: its abort was answered meanwhile. -EAGAIN lets Linux try the access again.
@@ -330,28 +331,28 @@ def force_reclaim_guest_page(el2: El2, phys: int) -> int:
     # The VM has been torn down meanwhile: the access is worth another try.
     if vm is None:
         return -EAGAIN
-    entry = vm.pgt.leaf(note.gfn << PAGE_SHIFT)
+    entry = vm.pgt.leaf(gfn_to_gpa(note.gfn))
     # SHARED_OWNED: the guest lets the host use the page, so the host's abort had another reason.
     if checks.guest_page_state(entry) is not PkvmState.OWNED:
         return -EPERM
     # Poison, zero, give back. The guest must meet an error at its next access; a page of zeros would look like memory
     # that it has lost without a reason.
-    vm.pgt.annotate(note.gfn << PAGE_SHIFT, entry.order, POISONED.encode())
-    vm.unmapped(note.gfn, entry.oa >> PAGE_SHIFT)
+    vm.pgt.annotate(gfn_to_gpa(note.gfn), entry.order, POISONED.encode())
+    vm.unmapped(note.gfn, pa_to_pfn(entry.oa))
     el2.ram.zero(entry.oa, PAGE << entry.order)
-    _returned(el2, entry.oa >> PAGE_SHIFT, entry.order)
+    _returned(el2, pa_to_pfn(entry.oa), entry.order)
     return 0
 
 
 # -- the guest's own calls -----------------------------------------------------------------------------------------
 
 
-def guest_share_host(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
+def guest_share_host(el2: El2, vm: PkvmHypVm, gfn: Gfn) -> int:
     """MEM_SHARE: guest OWNED -> SHARED_OWNED, host NOPAGE -> SHARED_BORROWED, mapped RWX; pages only."""
     ret, entry = checks.valid_guest_leaf(vm, gfn, 0)
     if ret:
         return ret
-    pfn = entry.oa >> PAGE_SHIFT
+    pfn = pa_to_pfn(entry.oa)
     if checks.guest_page_state(entry) is not PkvmState.OWNED:
         return -EPERM
     ret = checks.host_page_state(el2, pfn, 0, PkvmState.NOPAGE)
@@ -364,12 +365,12 @@ def guest_share_host(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
     return 0
 
 
-def guest_unshare_host(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
+def guest_unshare_host(el2: El2, vm: PkvmHypVm, gfn: Gfn) -> int:
     """MEM_UNSHARE: guest SHARED_OWNED -> OWNED, host SHARED_BORROWED -> NOPAGE, annotated; pages only."""
     ret, entry = checks.valid_guest_leaf(vm, gfn, 0)
     if ret:
         return ret
-    pfn = entry.oa >> PAGE_SHIFT
+    pfn = pa_to_pfn(entry.oa)
     if checks.guest_page_state(entry) is not PkvmState.SHARED_OWNED:
         return -EPERM
     # The host loses it before the guest's entry says OWNED; from then on the guest may put secrets there.
@@ -382,7 +383,7 @@ def guest_unshare_host(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
 # -- additions for conversion in place -----------------------------------------------------------------------------
 
 
-def unshare(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
+def unshare(el2: El2, vm: PkvmHypVm, gfn: Gfn) -> int:
     """ADDITION: the host has let go of what the guest shared, so its MEM_UNSHARE completes; -EPERM: it shares nothing."""
     ret = guest_unshare_host(el2, vm, gfn)
     # One answer for every state in which there is nothing to complete; want of memory is not among them, as it
@@ -390,9 +391,9 @@ def unshare(el2: El2, vm: PkvmHypVm, gfn: int) -> int:
     return ret if ret in (0, -ENOMEM) else -EPERM
 
 
-def check_consent(el2: El2, vm: PkvmHypVm, gfn: int, converting: bool) -> int:
+def check_consent(el2: El2, vm: PkvmHypVm, gfn: Gfn, converting: bool) -> int:
     """ADDITION: -EBUSY unless the guest has agreed that its page goes: by MEM_SHARE for a conversion, else by dying."""
-    state = checks.guest_page_state(vm.pgt.leaf(gfn << PAGE_SHIFT))
+    state = checks.guest_page_state(vm.pgt.leaf(gfn_to_gpa(gfn)))
     if state not in (PkvmState.OWNED, PkvmState.SHARED_OWNED):
         return 0
     free = state is PkvmState.SHARED_OWNED if converting else vm.dying

@@ -28,7 +28,8 @@ from guest_memfd.machine.el2.kvm.vcpu import (
 from guest_memfd.machine.el2.pkvm import checks, transitions
 from guest_memfd.machine.el2.pkvm.states import PkvmState
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, PAGE_SHIFT
+from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Ipa, Pa, gfn_to_gpa, gpa_to_gfn, pa_to_pfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
@@ -39,10 +40,10 @@ MEM_SHARE, MEM_UNSHARE = 0xc600_0003, 0xc600_0004
 class Memcache:
     """A stack of EL2's pages for one VM's tables, above the first-level tables at *pgd*."""
 
-    def __init__(self, el2: El2, pgd: int) -> None:
+    def __init__(self, el2: El2, pgd: Pa) -> None:
         self._el2, self._pgd = el2, pgd
-        self.pages: list[int] = []
-        self.offered: list[int] = []
+        self.pages: list[Pa] = []
+        self.offered: list[Pa] = []
         """Pages (physical addresses) the host offers: struct kvm_hyp_memcache of its vCPU."""
 
     def refill(self, nr: int) -> bool:
@@ -50,19 +51,19 @@ class Memcache:
         while len(self.pages) < nr and self.offered:
             # The host may offer a page that is not its own, by mistake or not. Then the page stays where it is, and
             # the memcache is not full.
-            if transitions.donate_hyp(self._el2, self.offered[-1] >> PAGE_SHIFT, 1):
+            if transitions.donate_hyp(self._el2, pa_to_pfn(self.offered[-1]), 1):
                 break
             self.pages.append(self.offered.pop())
         return len(self.pages) >= nr
 
-    def alloc(self, order: int = 0) -> int:
+    def alloc(self, order: int = 0) -> Pa:
         """The first-level tables, for which a memcache has no pages."""
         return self._pgd
 
-    def free(self, pa: int, order: int = 0) -> None:
+    def free(self, pa: Pa, order: int = 0) -> None:
         """They go back with the VM."""
 
-    def alloc_table(self) -> int:
+    def alloc_table(self) -> Pa:
         """One zeroed page of EL2's; raises OutOfMemory."""
         if not self.pages:
             raise OutOfMemory("the memcache is empty")
@@ -71,7 +72,7 @@ class Memcache:
         self._el2.ram.zero(pa, PAGE)
         return pa
 
-    def free_table(self, pa: int) -> None:
+    def free_table(self, pa: Pa) -> None:
         """A table is no longer needed."""
         self.pages.append(pa)
 
@@ -79,7 +80,7 @@ class Memcache:
 class PkvmHypVm(GuestStage2):
     """A VM with *handle*; *pgd* is the physical address of its first-level tables, which EL2 owns already."""
 
-    def __init__(self, el2: El2, handle: int, vmid: int, pgd: int, protected: bool, bound: Callable[[int], bool],
+    def __init__(self, el2: El2, handle: int, vmid: int, pgd: Pa, protected: bool, bound: Callable[[Ipa], bool],
                  ipa_bits: int = IPA_BITS) -> None:
         self.el2, self.handle, self.protected, self.bound = el2, handle, protected, bound
         self.pgd = [pgd + PAGE * i for i in range(first_tables(ipa_bits))]
@@ -87,7 +88,7 @@ class PkvmHypVm(GuestStage2):
         super().__init__(el2.ram, self.memcache, el2.host.pgt.tlbs.tlbs, vmid, ipa_bits, el2.host.vtcr.ps)
         self.dying = False
         self.vcpus: list[PkvmVcpu] = []
-        self.teardown: list[int] = []
+        self.teardown: list[Pa] = []
         """Pages given back to the host by `finalize_teardown`."""
 
     @property
@@ -99,7 +100,7 @@ class PkvmHypVm(GuestStage2):
         """__guest_check_pgtable_memcache(), after a refill from what the host offers."""
         return self.memcache.refill(self.min_pages)
 
-    def topup(self, pages: list[int]) -> None:
+    def topup(self, pages: list[Pa]) -> None:
         """The host offers pages for tables; EL2 takes them when it needs them."""
         self.memcache.offered += pages
 
@@ -108,7 +109,7 @@ class PkvmHypVm(GuestStage2):
         self.vcpus.append(PkvmVcpu(self, cpu))
         return self.vcpus[-1]
 
-    def poisoned(self, ipa: int) -> bool:
+    def poisoned(self, ipa: Ipa) -> bool:
         """__pkvm_vcpu_in_poison_fault() for *ipa*: the page was there, and the host took it by force."""
         return checks.guest_page_state(self.pgt.leaf(ipa)) is PkvmState.POISON
 
@@ -135,7 +136,7 @@ class PkvmHypVm(GuestStage2):
         for pa in self.teardown:
             # They hold addresses of pages of the guest, which are nothing for the host to know.
             self.ram.zero(pa, PAGE)
-            transitions.hyp_donate_host(self.el2, pa >> PAGE_SHIFT, 1)
+            transitions.hyp_donate_host(self.el2, pa_to_pfn(pa), 1)
         del self.el2.vms[self.handle]
         return 0
 
@@ -147,7 +148,7 @@ class PkvmVcpu(VheVcpu):
         super().__init__(cpu, vm.bound)
         self.vm = vm
         self.loaded = False
-        self._unsharing: int | None = None      # IPA of a MEM_UNSHARE that the host has to let go of first
+        self._unsharing: Ipa | None = None      # IPA of a MEM_UNSHARE that the host has to let go of first
 
     @override
     def run(self, timeout: float | None = None, instructions: int | None = None) -> Exit:
@@ -155,10 +156,10 @@ class PkvmVcpu(VheVcpu):
         if not self.loaded:
             return InternalErrorExit("-EINVAL: the vCPU is not loaded")
         if self._unsharing is not None:
-            gfn, self._unsharing = self._unsharing >> PAGE_SHIFT, None
+            gfn, self._unsharing = gpa_to_gfn(self._unsharing), None
             # The host may have let go of the page or not. The guest learns it from the state, not from what the host
             # says.
-            done = checks.guest_page_state(self.vm.pgt.leaf(gfn << PAGE_SHIFT)) is PkvmState.OWNED
+            done = checks.guest_page_state(self.vm.pgt.leaf(gfn_to_gpa(gfn))) is PkvmState.OWNED
             self.cpu.set_x(0, 0 if done else INVALID_PARAMETER)
         return super().run(timeout, instructions)
 
@@ -166,20 +167,20 @@ class PkvmVcpu(VheVcpu):
     def _call(self, number: int) -> Exit | None:
         if number not in (MEM_SHARE, MEM_UNSHARE) or not self.vm.protected:
             return super()._call(number)
-        ipa = self.cpu.x(1)
-        if ipa % PAGE or self.cpu.x(2) or self.cpu.x(3) or not self.vm.in_range(ipa >> PAGE_SHIFT, 1):
+        ipa = Ipa(self.cpu.x(1))
+        if ipa % PAGE or self.cpu.x(2) or self.cpu.x(3) or not self.vm.in_range(gpa_to_gfn(ipa), 1):
             self.cpu.set_x(0, INVALID_PARAMETER)
             return None
         return self._share(ipa) if number == MEM_SHARE else self._unshare(ipa)
 
-    def _share(self, ipa: int) -> Exit | None:
-        ret = transitions.guest_share_host(self.vm.el2, self.vm, ipa >> PAGE_SHIFT)
+    def _share(self, ipa: Ipa) -> Exit | None:
+        ret = transitions.guest_share_host(self.vm.el2, self.vm, gpa_to_gfn(ipa))
         if ret == -ENOENT:
             return self._fault_in(ipa)
         self.cpu.set_x(0, INVALID_PARAMETER if ret else 0)
         return None if ret else Hypercall(MEM_SHARE, ipa)
 
-    def _unshare(self, ipa: int) -> Exit | None:
+    def _unshare(self, ipa: Ipa) -> Exit | None:
         state = checks.guest_page_state(self.vm.pgt.leaf(ipa))
         if state is PkvmState.NOPAGE:
             return self._fault_in(ipa)
@@ -190,7 +191,7 @@ class PkvmVcpu(VheVcpu):
         return Hypercall(MEM_UNSHARE, ipa)
 
     # The HVC becomes a write fault of the page, and is executed again when the host has mapped it.
-    def _fault_in(self, ipa: int) -> Exit:
+    def _fault_in(self, ipa: Ipa) -> Exit:
         # PC is after the HVC, which must run once more when the page is there.
         self.cpu.pc -= 4
         if not self.bound(ipa):

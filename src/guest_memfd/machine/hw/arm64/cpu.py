@@ -32,6 +32,7 @@ from guest_memfd.machine.hw.arm64.stop import (
     Wfi,
 )
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.words.units import Pa, Va
 
 __all__ = [
     "Breakpoint",
@@ -51,7 +52,7 @@ __all__ = [
     "access_of",
 ]
 
-Translate = Callable[[int, Any, int], tuple[int, int, bool, bool, bool]]
+Translate = Callable[[Va, Any, int], tuple[Pa, int, bool, bool, bool]]
 """(va, access, el) -> (pa, bytes for which that is linear, readable, writable, executable at el); raises Fault."""
 
 _MASK = 0xffff_ffff_ffff_ffff
@@ -128,9 +129,9 @@ class Cpu:
         # Registers that only trapped instructions change: kept here, because every translation may ask for them.
         self._kept = dict.fromkeys(("TCR_EL1", "TTBR0_EL1", "TTBR1_EL1", "MAIR_EL1"), 0)
         self.set_sysreg("SCTLR_EL1", _SCTLR_RESET)
-        self._code: dict[int, bytes] = {}                   # pages that Unicorn has translated, as they were
-        self._seen: set[int] = set()                        # of these, the ones compared in this run
-        self._fetched: dict[int, int] = {}                  # where this run's instructions come from, by page
+        self._code: dict[Pa, bytes] = {}                    # pages that Unicorn has translated, as they were
+        self._seen: set[Pa] = set()                         # of these, the ones compared in this run
+        self._fetched: dict[Va, Pa] = {}                    # where this run's instructions come from, by page
         self._deadline: float | None = None
         self._fills = 0                                     # of this run
         self.kicked: Callable[[], bool] = lambda: False
@@ -213,18 +214,18 @@ class Cpu:
         """Drop all that Unicorn remembers of translations; also done when `run` begins."""
         self._uc.ctl(*self._flush)
 
-    def fetch(self, va: int) -> int:
+    def fetch(self, va: Va) -> int:
         """The instruction at *va*; raises Fault or BusError as executing it would."""
         return int.from_bytes(self.ram.read(self.translate(va, "x", self.el)[0], 4), "little")
 
     def _forget(self) -> None:
-        self._miss: tuple[int, str, int] | None = None      # the page that was refused last, how it was accessed, by whom
+        self._miss: tuple[Va, str, int] | None = None      # the page that was refused last, how it was accessed, by whom
         self._raised: BaseException | None = None
         self._stop: Stop | None = None
         self._changed = False                               # refused because translated code is out of date
 
     # Called by Unicorn with the address of the page. It must not raise; False makes the access fail.
-    def _fill(self, uc: Any, va: int, kind: int, entry: Any, _: object) -> bool:
+    def _fill(self, uc: Any, va: Va, kind: int, entry: Any, _: object) -> bool:
         self._miss = None
         access = self._access[kind]
         el = self.el
@@ -263,7 +264,7 @@ class Cpu:
         return False
 
     # Unicorn sees the CPU's own stores to code that it translated, but not ours to the same RAM: compare.
-    def _current(self, pa: int) -> bool:
+    def _current(self, pa: Pa) -> bool:
         if pa in self._seen:
             return True
         now = self.ram.read(pa, PAGE)
@@ -361,7 +362,7 @@ class Cpu:
         # Unicorn asks for pages. The fault's address must be exact to the byte, since FAR and the zero-padding
         # handler depend on it.
         page, access, el = self._miss
-        pc = self.pc
+        pc = Va(self.pc)
         va = pc if access == "x" else self._address(page, pc)
         try:
             pa, _size, *permissions = self.translate(va, access, el)
@@ -372,11 +373,11 @@ class Cpu:
         return None if self.ram.contains(pa) else Bus(pa, pc, va, access)
 
     # The first byte of the access that lies in the page: an access that came over from the page before begins there.
-    def _address(self, page: int, pc: int) -> int:
+    def _address(self, page: Va, pc: Va) -> Va:
         word = self._executed(pc)
         va = address_of(word, pc, lambda n: 0 if n == 31 else self.x(n), lambda: self.sp)
         # An access that crosses into a page reports the first byte of that page, not where it began.
-        return va if va is not None and page <= va < page + PAGE else page
+        return Va(va) if va is not None and page <= va < page + PAGE else page
 
     # Called by Unicorn for everything that is an exception; the state is that of the instruction, or after a call.
     def _exception(self, uc: Any, number: int, _: object) -> None:
@@ -399,7 +400,7 @@ class Cpu:
 
     # The instruction that this run executed at *pc*; the tables may say something else by now.
     def _executed(self, pc: int) -> int:
-        return int.from_bytes(self.ram.read(self._fetched[pc & -PAGE] + pc % PAGE, 4), "little")
+        return int.from_bytes(self.ram.read(self._fetched[Va(pc & -PAGE)] + pc % PAGE, 4), "little")
 
     # What HCR_EL2 makes trap. True: done, execution goes on after it.
     def _trapped(self, pc: int) -> bool:
@@ -426,7 +427,8 @@ class Cpu:
     def _misaligned(self, pc: int) -> Stop:
         word = self._executed(pc)
         va = address_of(word, pc, lambda n: 0 if n == 31 else self.x(n), lambda: self.sp)
-        return CpuAbort(Fault(ALIGNMENT, None, 1, va=va, access="r" if word >> 22 & 1 else "w", el=self.el), pc)
+        where = None if va is None else Va(va)
+        return CpuAbort(Fault(ALIGNMENT, None, 1, va=where, access="r" if word >> 22 & 1 else "w", el=self.el), pc)
 
     def take_exception(self, esr: int, far: int | None = None) -> None:
         """Deliver a synchronous exception to EL1 as the architecture does: the instruction at PC is its cause.

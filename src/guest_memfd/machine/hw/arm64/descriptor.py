@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from guest_memfd.compat import override
 from guest_memfd.machine.hw.arm64.granule import K4, Granule
+from guest_memfd.words.units import Pa
 
 VALID = 1 << 0
 TABLE = 0b11
@@ -63,7 +64,7 @@ class Entry(NamedTuple):
     """What was found where: the *value* of the descriptor at physical *address*, reached at *level*."""
 
     level: int
-    address: int
+    address: Pa
     value: int
 
     @property
@@ -77,9 +78,9 @@ class Entry(NamedTuple):
         return (3 - self.level) * 9
 
     @property
-    def oa(self) -> int:
-        """Output address of the first byte, of a leaf in a tree with a granule of 4 KiB."""
-        return output_address(self.value, self.level)
+    def oa(self) -> Pa:
+        """Output address of the first byte, of a leaf of stage 2 with a granule of 4 KiB."""
+        return Pa(output_address(self.value, self.level))
 
 
 def kind(value: int, level: int, granule: Granule = K4, pa_bits: int = 48) -> Kind:
@@ -98,9 +99,9 @@ def output_address(value: int, level: int, granule: Granule = K4, pa_bits: int =
     return oa | (value >> 12 & 15) << 48 if granule.shift == 16 and pa_bits >= 52 else oa
 
 
-def table_address(value: int, granule: Granule = K4, pa_bits: int = 48) -> int:
+def table_address(value: int, granule: Granule = K4, pa_bits: int = 48) -> Pa:
     """The next-level table of a table descriptor."""
-    return output_address(value, 3, granule, pa_bits)
+    return Pa(output_address(value, 3, granule, pa_bits))
 
 
 def leaf(oa: int, attributes: int, level: int) -> int:
@@ -108,7 +109,7 @@ def leaf(oa: int, attributes: int, level: int) -> int:
     return oa & (1 << 48) - 1 | (oa >> 48) << 12 | attributes | (TABLE if level == 3 else VALID)
 
 
-def table(address: int, attributes: int = 0) -> int:
+def table(address: Pa, attributes: int = 0) -> int:
     """A table descriptor for the next-level table at physical *address*; bits 1:0 are 11, as a page's."""
     return leaf(address, attributes, 3)
 

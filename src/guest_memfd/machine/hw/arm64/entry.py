@@ -9,6 +9,7 @@ from typing import Literal
 
 from guest_memfd.compat import override
 from guest_memfd.machine.hw.arm64.walk import Entry, PassedEntry
+from guest_memfd.words.units import Ipa, Pa, Va
 
 TlbKind = Literal["stage1", "stage2", "combined"]
 
@@ -18,14 +19,14 @@ class TlbEntry:
 
     *asid* None: global. *level*: of the leaf that maintenance by address refers to; *leaf_shift*: log2 of what that leaf,
     or its run, maps; *unit*: of the leaf alone. *may* and *may2* are `permission` sets. *ipa*: where stage 1 leads, for
-    combined ones. *born*: its age.
+    combined ones; stage-1-only ones have it in *oa*. *born*: its age.
     """
 
     __slots__ = ("asid", "born", "ia", "ipa", "kind", "leaf_shift", "level", "may", "may2", "oa", "s1", "s2", "shift",
                  "unit", "vmid")
 
-    def __init__(self, kind: TlbKind, vmid: int, asid: int | None, ia: int, oa: int, shift: int, leaf_shift: int,
-                 level: int, may: int, may2: int, s1: Entry | None, s2: Entry | None, ipa: int, unit: int) -> None:
+    def __init__(self, kind: TlbKind, vmid: int, asid: int | None, ia: Va | Ipa, oa: Pa, shift: int, leaf_shift: int,
+                 level: int, may: int, may2: int, s1: Entry | None, s2: Entry | None, ipa: Ipa, unit: int) -> None:
         self.kind: TlbKind = kind
         self.vmid, self.asid, self.shift, self.leaf_shift, self.level, self.unit = vmid, asid, shift, leaf_shift, level, unit
         # Aligned down, as an entry is found by its number at its size.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from guest_memfd.compat import override
 from guest_memfd.machine.hw.arm64.syndrome import Syndrome as Syndrome
+from guest_memfd.words.units import Ipa, Va
 
 TRANSLATION = "translation"
 ACCESS_FLAG = "access flag"
@@ -48,8 +49,8 @@ class Fault(Exception):  # noqa: N818 - named after what it is
     *s1ptw*: a stage-2 fault on the fetch of a stage-1 descriptor; *ipa* is then the descriptor's.
     """
 
-    def __init__(self, kind: str, level: int | None, stage: int, s1ptw: bool = False, va: int | None = None,
-                 ipa: int | None = None, access: str = "r", el: int = 1) -> None:
+    def __init__(self, kind: str, level: int | None, stage: int, s1ptw: bool = False, va: Va | None = None,
+                 ipa: Ipa | None = None, access: str = "r", el: int = 1) -> None:
         super().__init__(kind, level, stage, s1ptw, va, ipa, access, el)
         self.kind, self.level, self.stage, self.s1ptw = kind, level, stage, s1ptw
         self.va, self.ipa, self.access, self.el = va, ipa, access, el
@@ -88,7 +89,7 @@ class Fault(Exception):  # noqa: N818 - named after what it is
         return self._esr(0, far_valid, rest)
 
     @property
-    def far(self) -> int:
+    def far(self) -> Va:
         """FAR_ELx: the virtual address that was accessed; raises ValueError when the fault knows none."""
         if self.va is None:
             raise ValueError(f"{self!r} was raised without a virtual address")

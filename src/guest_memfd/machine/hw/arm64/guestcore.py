@@ -22,6 +22,7 @@ from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.tlbi_instruction import execute
 from guest_memfd.machine.hw.arm64.walk import Stage1, Stage2
 from guest_memfd.machine.hw.ram import BusError, Ram
+from guest_memfd.words.units import Pa, Va
 
 _M, _WXN = 1 << 0, 1 << 19
 _PAN = 1 << 22
@@ -53,7 +54,7 @@ class GuestCore(Cpu):
         """
         self._counting = self._uc.hook_add(importlib.import_module("unicorn").UC_HOOK_BLOCK, self._block)
 
-    def _block(self, uc: Any, va: int, size: int, _: object) -> None:
+    def _block(self, uc: Any, va: Va, size: int, _: object) -> None:
         self.instructions += size // 4
 
     @override
@@ -67,7 +68,7 @@ class GuestCore(Cpu):
             self._counting = None
         return stop
 
-    def _through(self, va: int, access: Access, el: int) -> tuple[int, int, bool, bool, bool]:
+    def _through(self, va: Va, access: Access, el: int) -> tuple[Pa, int, bool, bool, bool]:
         self.fills += 1
         # Registers are read at every fill, not when the run begins: the guest changes them while it runs.
         found = self._mmu.translate(va, access, el, self._stage1(), self._stage2())
@@ -94,7 +95,7 @@ class GuestCore(Cpu):
     def transfer(self) -> Transfer | None:
         """What ISV would describe of the load or store at the PC; None for everything that has no such syndrome."""
         try:
-            word = self.fetch(self.pc)
+            word = self.fetch(Va(self.pc))
         except (Fault, BusError):
             return None
         return None if writes_back(word) else access_of(word)

@@ -58,6 +58,7 @@ from guest_memfd.machine.hw.arm64.walk import (
     stage1_off,
     walk_stage2,
 )
+from guest_memfd.words.units import Ipa, Pa, Va, identity_pa
 
 _NG = 1 << 11
 
@@ -73,16 +74,16 @@ class Mmu:
         self.memory, self.tlb, self.conflict_aborts = memory, tlb, conflict_aborts
         self.hits = self.walks = 0
 
-    def translate(self, va: int, access: Access, el: int, s1: Stage1, s2: Stage2 | None = None) -> Translation:
+    def translate(self, va: Va, access: Access, el: int, s1: Stage1, s2: Stage2 | None = None) -> Translation:
         """Translate *va* for *access* from *el*; raises Fault."""
         who: Who = (1, False, va, None, access, el)
         if not s1.enabled:
             ipa = stage1_off(va, s1, who)
             if s2 is None:
-                return Translation(ipa, None, None, 48, permission.ALL, el)
+                return Translation(identity_pa(ipa), None, None, 48, permission.ALL, el)
             entry = self._stage2(ipa, s2, (2, False, va, ipa, access, el))
             self._check_stage2(entry, va, ipa, False, access, el)
-            return Translation(entry.oa + ipa - entry.ia, None, entry.s2, entry.shift, entry.may2, el)
+            return Translation(entry.oa + (ipa - entry.ia), None, entry.s2, entry.shift, entry.may2, el)
         # Before the TLB: whether the address is in a half at all follows from TCR_EL1, and no entry can say
         # otherwise.
         plan = select(s1, va, who)
@@ -99,7 +100,7 @@ class Mmu:
             hit = self._combine(va, first, s2, access, el)
         return self._answer(hit, va, s1, who)
 
-    def prefetch(self, va: int, s1: Stage1, s2: Stage2 | None = None) -> None:
+    def prefetch(self, va: Va, s1: Stage1, s2: Stage2 | None = None) -> None:
         """A speculative access: fills the TLB with every valid entry on the way, whatever it permits; never faults."""
         who: Who = (1, False, va, None, "r", 1)
         try:
@@ -115,22 +116,22 @@ class Mmu:
         except Fault:
             pass
 
-    def at_s1(self, va: int, access: Access, el: int, s1: Stage1, s2: Stage2 | None = None) -> Translation:
+    def at_s1(self, va: Va, access: Access, el: int, s1: Stage1, s2: Stage2 | None = None) -> Translation:
         """AT S1E1R, S1E1W, S1E0R and S1E0W: stage 1 alone, so that *pa* is an IPA; PSTATE.PAN does not count.
 
         *s2* still translates the addresses of the tables. Raises Fault.
         """
         who: Who = (1, False, va, None, access, el)
         if not s1.enabled:
-            return Translation(stage1_off(va, s1, who), None, None, 48, permission.ALL, el)
+            return Translation(identity_pa(stage1_off(va, s1, who)), None, None, 48, permission.ALL, el)
         entry = self._stage1(va, select(s1, va, who), s1, s2, who)
         assert entry.s1 is not None
         check_stage1(entry.may, entry.s1.level, False, who)
-        return Translation(entry.oa + (va & VA_MASK) - entry.ia, entry.s1, None, entry.shift, entry.may, el)
+        return Translation(entry.oa + ((va & VA_MASK) - entry.ia), entry.s1, None, entry.shift, entry.may, el)
 
     # -- a combined entry answers ----------------------------------------------------------------------------------
 
-    def _combined(self, va: int, s1: Stage1, s2: Stage2 | None, who: Who) -> TlbEntry | None:
+    def _combined(self, va: Va, s1: Stage1, s2: Stage2 | None, who: Who) -> TlbEntry | None:
         vmid = s2.vmid if s2 is not None else 0
         if self.conflict_aborts:
             found = self.tlb.overlapping(vmid, s1.asid, va & VA_MASK)
@@ -139,7 +140,7 @@ class Mmu:
                 raise Fault(TLB_CONFLICT, None, *who)
         return self.tlb.combined(vmid, s1.asid, va & VA_MASK)
 
-    def _answer(self, hit: TlbEntry, va: int, s1: Stage1, who: Who) -> Translation:
+    def _answer(self, hit: TlbEntry, va: Va, s1: Stage1, who: Who) -> Translation:
         access, el = who[4], who[5]
         may, may2, offset = hit.may, hit.may2, (va & VA_MASK) - hit.ia
         need = BITS[el, access]
@@ -153,7 +154,7 @@ class Mmu:
         return Translation(hit.oa + offset, hit.s1, hit.s2, hit.shift, may & may2, el)
 
     @staticmethod
-    def _check_stage2(entry: TlbEntry, va: int, ipa: int, s1ptw: bool, access: str, el: int) -> None:
+    def _check_stage2(entry: TlbEntry, va: Va, ipa: Ipa, s1ptw: bool, access: str, el: int) -> None:
         if not entry.may2 & BITS[el, "r" if s1ptw else access]:
             assert entry.s2 is not None
             raise Fault(PERMISSION, entry.s2.level, 2, s1ptw, va, ipa, access, el)
@@ -161,7 +162,7 @@ class Mmu:
     # -- the parts it is made of -------------------------------------------------------------------------------------
 
     # The stage-1-only entry for *va*, kept or walked for.
-    def _stage1(self, va: int, plan: Plan, s1: Stage1, s2: Stage2 | None, who: Who) -> TlbEntry:
+    def _stage1(self, va: Va, plan: Plan, s1: Stage1, s2: Stage2 | None, who: Who) -> TlbEntry:
         tlb, vmid, asid, key = self.tlb, s2.vmid if s2 is not None else 0, s1.asid, va & VA_MASK
         known = tlb.stage1(vmid, asid, key)
         if known is not None:
@@ -170,13 +171,13 @@ class Mmu:
         begin(plan, who)
         access, el = who[4], who[5]
 
-        def locate(ipa: int) -> int:
+        def locate(ipa: Ipa) -> Pa:
             assert s2 is not None
             # The descriptor's own address. Its translation is cached as well, so a table page that stage 2 withholds
             # later can still be walked.
             entry = self._stage2(ipa, s2, (2, True, va, ipa, access, el))
             self._check_stage2(entry, va, ipa, True, access, el)
-            return entry.oa + ipa - entry.ia
+            return entry.oa + (ipa - entry.ia)
 
         passed: list[PassedEntry] = []
         try:
@@ -195,7 +196,7 @@ class Mmu:
         return self._insert(entries)
 
     # The stage-2-only entry for *ipa*, kept or walked for; its permissions are the caller's business.
-    def _stage2(self, ipa: int, s2: Stage2, who: Who) -> TlbEntry:
+    def _stage2(self, ipa: Ipa, s2: Stage2, who: Who) -> TlbEntry:
         tlb, vmid = self.tlb, s2.vmid
         known = tlb.stage2(vmid, ipa)
         if known is not None:
@@ -212,14 +213,14 @@ class Mmu:
         return self._insert(entries)
 
     # Entries over both stages, as large as the smaller of the two; where one is a run, one for the single leaves as well.
-    def _combine(self, va: int, first: TlbEntry, s2: Stage2 | None, access: str, el: int) -> TlbEntry:
+    def _combine(self, va: Va, first: TlbEntry, s2: Stage2 | None, access: str, el: int) -> TlbEntry:
         key = va & VA_MASK
-        ipa = first.oa + key - first.ia
+        ipa = Ipa(first.oa + (key - first.ia))
         if s2 is None:
-            second, pa, may2, leaf2, large, unit = None, ipa, permission.ALL, None, 64, 64
+            second, pa, may2, leaf2, large, unit = None, identity_pa(ipa), permission.ALL, None, 64, 64
         else:
             second = self._stage2(ipa, s2, (2, False, va, ipa, access, el))
-            pa, may2, leaf2 = second.oa + ipa - second.ia, second.may2, second.s2
+            pa, may2, leaf2 = second.oa + (ipa - second.ia), second.may2, second.s2
             large, unit = second.shift, second.unit
         sizes = ((min(first.shift, large), first.leaf_shift), (min(first.unit, unit), first.unit))
         entries = [TlbEntry("combined", first.vmid, first.asid, key, pa, shift, leaf_shift, first.level, first.may, may2,

@@ -11,28 +11,29 @@ from typing import Protocol, runtime_checkable
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Pa
 
 
 class TableMemory(Protocol):
     """What holds the tables."""
 
-    def read64(self, pa: int, /) -> int:
+    def read64(self, pa: Pa, /) -> int:
         """The doubleword at *pa*."""
 
-    def write64(self, pa: int, value: int, /) -> None:
+    def write64(self, pa: Pa, value: int, /) -> None:
         """Store a doubleword at *pa*, 8-byte aligned, little endian."""
 
-    def write(self, pa: int, data: bytes, /) -> None:
+    def write(self, pa: Pa, data: bytes, /) -> None:
         """Store *data* from *pa* on; used to zero tables."""
 
 
 class PageSource(Protocol):
     """Where table pages of 4 KiB come from."""
 
-    def alloc_table(self) -> int:
+    def alloc_table(self) -> Pa:
         """A zeroed page; raises OutOfMemory."""
 
-    def free_table(self, pa: int, /) -> None:
+    def free_table(self, pa: Pa, /) -> None:
         """Take a page back."""
 
 
@@ -40,10 +41,10 @@ class PageSource(Protocol):
 class BlockSource(Protocol):
     """Where larger tables (16K and 64K granules, concatenated ones) come from: 4 KiB << *order* bytes, aligned to that."""
 
-    def alloc(self, order: int = 0, /) -> int:
+    def alloc(self, order: int = 0, /) -> Pa:
         """A block, contents untouched; raises OutOfMemory."""
 
-    def free(self, pa: int, order: int = 0, /) -> None:
+    def free(self, pa: Pa, order: int = 0, /) -> None:
         """Take a block back."""
 
 
@@ -52,9 +53,9 @@ class TablePages:
 
     def __init__(self, memory: TableMemory, source: PageSource, order: int) -> None:
         self.memory, self.source, self.order = memory, source, order
-        self.tables: set[int] = set()
+        self.tables: set[Pa] = set()
 
-    def alloc(self, order: int) -> int:
+    def alloc(self, order: int) -> Pa:
         """Zeroed memory for 1 << *order* pages; raises OutOfMemory, and BadInput when the source has single pages only."""
         if not order:
             return self.source.alloc_table()
@@ -64,7 +65,7 @@ class TablePages:
         self.memory.write(pa, bytes(PAGE << order))
         return pa
 
-    def free(self, pa: int, order: int) -> None:
+    def free(self, pa: Pa, order: int) -> None:
         """Give back what `alloc` returned."""
         if not order:
             self.source.free_table(pa)
@@ -73,11 +74,11 @@ class TablePages:
             self.source.free(pa, order)
 
     @contextmanager
-    def new(self) -> Iterator[Callable[[], int]]:
+    def new(self) -> Iterator[Callable[[], Pa]]:
         """A function that allocates tables, of which none stays when anything goes wrong inside."""
-        made: list[int] = []
+        made: list[Pa] = []
 
-        def table() -> int:
+        def table() -> Pa:
             made.append(self.alloc(self.order))
             return made[-1]
 

@@ -8,12 +8,13 @@ from typing import NamedTuple, Protocol
 from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Pa
 
 
 class ReachedMemory(Protocol):
     """What holds the tables."""
 
-    def read(self, pa: int, nr: int, /) -> bytes:
+    def read(self, pa: Pa, nr: int, /) -> bytes:
         """The *nr* bytes from *pa* on."""
 
 
@@ -21,7 +22,7 @@ class Reached(NamedTuple):
     """A valid entry: [ia, ia+size) goes to *pa*, which is where it arrives or, if *table*, the next table."""
 
     ia: int
-    pa: int
+    pa: Pa
     size: int
     table: bool
 
@@ -31,7 +32,7 @@ def reached(memory: ReachedMemory, tree: PageTable) -> Iterator[Reached]:
     return _below(memory, tree, tree.root, tree.start_level, 0, PAGE * tree.concatenated)
 
 
-def _below(memory: ReachedMemory, tree: PageTable, table: int, level: int, ia: int, nr: int) -> Iterator[Reached]:
+def _below(memory: ReachedMemory, tree: PageTable, table: Pa, level: int, ia: int, nr: int) -> Iterator[Reached]:
     shift = tree.granule.level_shift(level)
     for number, value in enumerate(memoryview(memory.read(table, nr)).cast("Q")):
         kind = d.kind(value, level, tree.granule) if value & d.VALID else "invalid"
@@ -43,4 +44,4 @@ def _below(memory: ReachedMemory, tree: PageTable, table: int, level: int, ia: i
             yield Reached(at, below, 1 << shift, True)
             yield from _below(memory, tree, below, level + 1, at, PAGE)
         else:
-            yield Reached(at, d.output_address(value, level, tree.granule), 1 << shift, False)
+            yield Reached(at, Pa(d.output_address(value, level, tree.granule)), 1 << shift, False)

@@ -15,6 +15,7 @@ from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64.fault import ADDRESS_SIZE, TRANSLATION
 from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
 from guest_memfd.machine.hw.arm64.registers import FEATURES, PA_BITS, CpuFeatures, Tcr, Vtcr
+from guest_memfd.words.units import Va
 
 
 class WalkStep(NamedTuple):
@@ -130,7 +131,7 @@ class Stage1:
                     granule is K64 and features.pa_bits >= 52, (1 << 48) - granule.size, wrong,
                     tag_mask, tag_mask if half else 0, bool(epd), bool(e0pd), not hpd)
 
-    def half(self, va: int) -> Plan:
+    def half(self, va: Va) -> Plan:
         """The half that VA[55] selects."""
         return self.high if va >> 55 & 1 else self.low
 

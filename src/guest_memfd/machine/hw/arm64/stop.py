@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from guest_memfd.distinct import distinct
 from guest_memfd.machine.hw.arm64.fault import Fault
+from guest_memfd.words.units import Pa, Va
 
 
 @distinct
@@ -27,9 +28,9 @@ class CpuAbort(NamedTuple):
 class Bus(NamedTuple):
     """The instruction at *pc* accesses *pa*, where there is no memory: a device, or an external abort."""
 
-    pa: int
+    pa: Pa
     pc: int
-    va: int
+    va: Va
     access: str
 
 

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from struct import pack
+from typing import Any
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64 import bbm
@@ -46,6 +47,7 @@ from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.filling import Filling
 from guest_memfd.machine.hw.arm64.granule import K4, Granule
 from guest_memfd.machine.hw.arm64.pages import PageSource, TableMemory, TablePages
+from guest_memfd.words.units import Pa
 
 # What a descriptor says besides type, address and contiguity.
 _ATTRIBUTES = ~(d.TABLE | d.ADDRESS | d.CONTIGUOUS) & (1 << 64) - 1
@@ -63,7 +65,7 @@ class PageTable:
 
     def __init__(self, memory: TableMemory, source: PageSource, stage: int, granule: Granule = K4, ia_bits: int = 48,
                  start_level: int | None = None, concatenated: int = 1,
-                 live_check: Callable[[int, int], bool] | None = None, *, bbml3: bool = False) -> None:
+                 live_check: Callable[[Any, int], bool] | None = None, *, bbml3: bool = False) -> None:
         self.memory, self.source, self.stage, self.granule, self.ia_bits = memory, source, stage, granule, ia_bits
         self.start_level = granule.start_level(ia_bits) if start_level is None else start_level
         self.concatenated, self.live_check, self.bbml3 = concatenated, live_check, bbml3
@@ -72,12 +74,12 @@ class PageTable:
             raise BadInput(f"{ia_bits} bits from level {self.start_level} on: {1 << first} first-level tables of {granule}")
         self.violations: list[bbm.Violation] = []
         # The last valid descriptor of entries that were broken, by address; kept only for live_check.
-        self._broken: dict[int, int] = {}
+        self._broken: dict[Pa, int] = {}
         self._pages = TablePages(memory, source, granule.shift - 12)
         self.root = self._pages.alloc(self._pages.order + first)
 
     @property
-    def tables(self) -> set[int]:
+    def tables(self) -> set[Pa]:
         """Physical addresses of all tables but the first."""
         return self._pages.tables
 
@@ -121,13 +123,13 @@ class PageTable:
             raise BadInput(f"{ia:#x} is beyond the {self.ia_bits} bits of this table")
         return ia
 
-    def _slot(self, table: int, level: int, ia: int) -> int:
+    def _slot(self, table: Pa, level: int, ia: int) -> Pa:
         number = ia >> self.granule.level_shift(level)
         return table + 8 * (number if level == self.start_level else number & self.granule.table_entries - 1)
 
     # -- the one place that stores ------------------------------------------------------------------------------------
 
-    def write(self, address: int, level: int, value: int, ia: int | None = None) -> None:
+    def write(self, address: Pa, level: int, value: int, ia: int | None = None) -> None:
         """Store a descriptor; what needed break-before-make and did not get it goes to `violations`.
 
         *ia* (an address the entry is for) lets `live_check` be asked.
@@ -148,7 +150,7 @@ class PageTable:
                 del self._broken[address]
         self.memory.write64(address, value)
 
-    def _note(self, address: int, level: int, old: int, new: int, more: str) -> None:
+    def _note(self, address: Pa, level: int, old: int, new: int, more: str) -> None:
         why = bbm.needs(old, new, level, self.stage, self.granule, self.bbml3)
         if why is not None:
             self.violations.append(bbm.Violation(address, level, self.stage, self.granule, old, new, why + more))
@@ -226,7 +228,7 @@ class PageTable:
         return d.leaf(oa, entry.value & _ATTRIBUTES, level)
 
     # A new table in place of the block *value* at *level*; *below* is what stands for *ia*, unless another leaf does.
-    def _fill_split(self, table: int, level: int, value: int, ia: int, below: int | None, contiguous: bool) -> None:
+    def _fill_split(self, table: Pa, level: int, value: int, ia: int, below: int | None, contiguous: bool) -> None:
         oa, step = d.output_address(value, level, self.granule), 1 << self.granule.level_shift(level + 1)
         bits = value & _ATTRIBUTES
         run = self.granule.contiguous(level + 1)
@@ -281,15 +283,15 @@ class PageTable:
     def _fill(self, what: Filling) -> None:
         self._input(what.end - 1)
         self._whole(what.ia, what.end)
-        links: list[tuple[int, int, int, int]] = []
+        links: list[tuple[Pa, int, int, int]] = []
         with self._pages.new() as new:
             self._cover(self.root, self.start_level, what.ia, what.end, what, new, links)
             for address, level, value, ia in links:
                 self.write(address, level, value, ia)
 
     # What belongs into a table that is linked already; stores are collected and made when nothing can fail any more.
-    def _cover(self, table: int, level: int, ia: int, end: int, what: Filling, new: Callable[[], int],
-               links: list[tuple[int, int, int, int]]) -> None:
+    def _cover(self, table: Pa, level: int, ia: int, end: int, what: Filling, new: Callable[[], Pa],
+               links: list[tuple[Pa, int, int, int]]) -> None:
         for at, until in what.slots(ia, end, level):
             address = self._slot(table, level, at)
             value = self.memory.read64(address)
@@ -307,7 +309,7 @@ class PageTable:
                 links.append((address, level, d.table(self._build(level + 1, at, until, what, new)), at))
 
     # A new table, with everything below it.
-    def _build(self, level: int, ia: int, end: int, what: Filling, new: Callable[[], int]) -> int:
+    def _build(self, level: int, ia: int, end: int, what: Filling, new: Callable[[], Pa]) -> Pa:
         table = new()
         values = [0] * self.granule.table_entries
         shift, mask = self.granule.level_shift(level), self.granule.table_entries - 1
@@ -320,7 +322,7 @@ class PageTable:
         return table
 
     # The leaf, marked contiguous if its whole run is; in a linked table none of the run may lead to another table.
-    def _marked(self, what: Filling, ia: int, level: int, table: int | None) -> int:
+    def _marked(self, what: Filling, ia: int, level: int, table: Pa | None) -> int:
         value, base = what.value(ia, level), what.run(ia, level)
         if base is None:
             return value
@@ -333,5 +335,5 @@ class PageTable:
         return value | d.CONTIGUOUS
 
     # No one can see this table yet, so that no rule about changing descriptors applies.
-    def _write_unlinked(self, table: int, values: list[int]) -> None:
+    def _write_unlinked(self, table: Pa, values: list[int]) -> None:
         self.memory.write(table, pack(f"<{len(values)}Q", *values))

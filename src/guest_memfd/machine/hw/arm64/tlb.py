@@ -44,6 +44,7 @@ from collections.abc import Collection, Iterator
 from guest_memfd.machine.hw.arm64.entry import Context, Sized, Tables
 from guest_memfd.machine.hw.arm64.entry import TlbEntry as TlbEntry
 from guest_memfd.machine.hw.arm64.walk import PassedEntry
+from guest_memfd.words.units import Ipa, Pa, Va
 
 VA_MASK = (1 << 56) - 1
 
@@ -57,17 +58,17 @@ class Tlb:
 
     # -- lookup: the oldest of several that overlap, which software should have removed -------------------------------
 
-    def combined(self, vmid: int, asid: int, va: int) -> TlbEntry | None:
+    def combined(self, vmid: int, asid: int, va: Va) -> TlbEntry | None:
         """The combined entry for VA[55:0] *va*."""
         context = self._contexts.get(vmid)
         return None if context is None else _find(context.combined, asid, va)
 
-    def stage1(self, vmid: int, asid: int, va: int) -> TlbEntry | None:
+    def stage1(self, vmid: int, asid: int, va: Va) -> TlbEntry | None:
         """The stage-1-only entry for *va*."""
         context = self._contexts.get(vmid)
         return None if context is None else _find(context.stage1, asid, va)
 
-    def stage2(self, vmid: int, ipa: int) -> TlbEntry | None:
+    def stage2(self, vmid: int, ipa: Ipa) -> TlbEntry | None:
         """The stage-2-only entry for *ipa*."""
         context = self._contexts.get(vmid)
         if context is None:
@@ -81,17 +82,17 @@ class Tlb:
                 best = entry
         return best
 
-    def table1(self, vmid: int, asid: int, va: int) -> PassedEntry | None:
+    def table1(self, vmid: int, asid: int, va: Va) -> PassedEntry | None:
         """The deepest stage-1 table descriptor known on the way to *va*."""
         context = self._contexts.get(vmid)
         return None if context is None else _deepest(context.tables1.get(asid), va)
 
-    def table2(self, vmid: int, ipa: int) -> PassedEntry | None:
+    def table2(self, vmid: int, ipa: Ipa) -> PassedEntry | None:
         """The deepest stage-2 table descriptor known on the way to *ipa*."""
         context = self._contexts.get(vmid)
         return None if context is None else _deepest(context.tables2, ipa)
 
-    def overlapping(self, vmid: int, asid: int, va: int) -> list[TlbEntry]:
+    def overlapping(self, vmid: int, asid: int, va: Va) -> list[TlbEntry]:
         """Every combined entry for *va*; more than one that do not agree are a TLB conflict."""
         context = self._contexts.get(vmid)
         lanes = () if context is None else (context.combined.get(asid, {}), context.combined.get(None, {}))
@@ -151,7 +152,7 @@ class Tlb:
                     for passed in known.values():
                         yield vmid, asid, passed
 
-    def holds_stage1(self, va: int, asid: int | None, vmid: int) -> bool:
+    def holds_stage1(self, va: Va, asid: int | None, vmid: int) -> bool:
         """Whether a stage-1-only or combined entry, global or of *asid* (None: of any), translates *va*."""
         context = self._contexts.get(vmid)
         if context is None:
@@ -163,7 +164,7 @@ class Tlb:
                    if asid is None or tag is None or tag == asid
                    for shift, pages in lane.items())
 
-    def holds_stage2(self, ipa: int, vmid: int) -> bool:
+    def holds_stage2(self, ipa: Ipa, vmid: int) -> bool:
         """Whether a stage-2-only or combined entry leads through *ipa*."""
         context = self._contexts.get(vmid)
         if context is None:
@@ -178,7 +179,7 @@ class Tlb:
         context = self._contexts.get(vmid)
         return iter(()) if context is None else _all(context.stage2)
 
-    def reaching(self, pa: int) -> list[TlbEntry]:
+    def reaching(self, pa: Pa) -> list[TlbEntry]:
         """The entries that lead to physical address *pa*: combined ones and stage-2-only ones."""
         return [entry for entry in self.entries() if entry.kind != "stage1" and entry.oa <= pa < entry.oa + entry.size]
 
@@ -252,7 +253,7 @@ class Tlb:
             _drop_tables(context.tables2, start, size)
 
 
-def _find(lanes: dict[int | None, Sized], asid: int, va: int) -> TlbEntry | None:
+def _find(lanes: dict[int | None, Sized], asid: int, va: Va) -> TlbEntry | None:
     best = None
     # Own entries and global ones compete by age alone.
     for tag in (asid, None):

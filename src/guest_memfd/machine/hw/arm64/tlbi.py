@@ -14,76 +14,77 @@ from collections.abc import Iterable
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Ipa, Va
 
 # -- by VA ------------------------------------------------------------------------------------------------------------
 
 
-def vae1(tlb: Tlb, va: int, asid: int, vmid: int, level: int | None = None) -> None:
+def vae1(tlb: Tlb, va: Va, asid: int, vmid: int, level: int | None = None) -> None:
     """The page of *va*, of *asid* or global, with the tables that lead to it for *asid*."""
     tlb.drop_va(vmid, asid, va & -PAGE, PAGE, level, last_only=False)
 
 
-def vale1(tlb: Tlb, va: int, asid: int, vmid: int, level: int | None = None) -> None:
+def vale1(tlb: Tlb, va: Va, asid: int, vmid: int, level: int | None = None) -> None:
     """The leaf of *va*, of *asid* or global."""
     tlb.drop_va(vmid, asid, va & -PAGE, PAGE, level, last_only=True)
 
 
-def vaae1(tlb: Tlb, va: int, vmid: int, level: int | None = None) -> None:
+def vaae1(tlb: Tlb, va: Va, vmid: int, level: int | None = None) -> None:
     """The page of *va* for all ASIDs, with the tables that lead to it."""
     tlb.drop_va(vmid, None, va & -PAGE, PAGE, level, last_only=False)
 
 
-def vaale1(tlb: Tlb, va: int, vmid: int, level: int | None = None) -> None:
+def vaale1(tlb: Tlb, va: Va, vmid: int, level: int | None = None) -> None:
     """The leaf of *va* for all ASIDs."""
     tlb.drop_va(vmid, None, va & -PAGE, PAGE, level, last_only=True)
 
 
-def vae1is(tlbs: Iterable[Tlb], va: int, asid: int, vmid: int, level: int | None = None) -> None:
+def vae1is(tlbs: Iterable[Tlb], va: Va, asid: int, vmid: int, level: int | None = None) -> None:
     """`vae1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         vae1(tlb, va, asid, vmid, level)
 
 
-def vale1is(tlbs: Iterable[Tlb], va: int, asid: int, vmid: int, level: int | None = None) -> None:
+def vale1is(tlbs: Iterable[Tlb], va: Va, asid: int, vmid: int, level: int | None = None) -> None:
     """`vale1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         vale1(tlb, va, asid, vmid, level)
 
 
-def vaae1is(tlbs: Iterable[Tlb], va: int, vmid: int, level: int | None = None) -> None:
+def vaae1is(tlbs: Iterable[Tlb], va: Va, vmid: int, level: int | None = None) -> None:
     """`vaae1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         vaae1(tlb, va, vmid, level)
 
 
-def vaale1is(tlbs: Iterable[Tlb], va: int, vmid: int, level: int | None = None) -> None:
+def vaale1is(tlbs: Iterable[Tlb], va: Va, vmid: int, level: int | None = None) -> None:
     """`vaale1`, broadcast to every CPU of the inner shareable domain."""
     for tlb in tlbs:
         vaale1(tlb, va, vmid, level)
 
 
-def rvae1is(tlbs: Iterable[Tlb], start: int, size: int, asid: int, vmid: int, level: int | None = None) -> None:
+def rvae1is(tlbs: Iterable[Tlb], start: Va, size: int, asid: int, vmid: int, level: int | None = None) -> None:
     """All pages of the range, of *asid* or global, with their tables; raises BadInput for a size no range has."""
     _check(size)
     for tlb in tlbs:
         tlb.drop_va(vmid, asid, start, size, level, last_only=False)
 
 
-def rvale1is(tlbs: Iterable[Tlb], start: int, size: int, asid: int, vmid: int, level: int | None = None) -> None:
+def rvale1is(tlbs: Iterable[Tlb], start: Va, size: int, asid: int, vmid: int, level: int | None = None) -> None:
     """All leaves of the range, of *asid* or global; raises BadInput for a size no range has."""
     _check(size)
     for tlb in tlbs:
         tlb.drop_va(vmid, asid, start, size, level, last_only=True)
 
 
-def rvaae1is(tlbs: Iterable[Tlb], start: int, size: int, vmid: int, level: int | None = None) -> None:
+def rvaae1is(tlbs: Iterable[Tlb], start: Va, size: int, vmid: int, level: int | None = None) -> None:
     """All pages of the range for all ASIDs, with their tables; raises BadInput for a size no range has."""
     _check(size)
     for tlb in tlbs:
         tlb.drop_va(vmid, None, start, size, level, last_only=False)
 
 
-def rvaale1is(tlbs: Iterable[Tlb], start: int, size: int, vmid: int, level: int | None = None) -> None:
+def rvaale1is(tlbs: Iterable[Tlb], start: Va, size: int, vmid: int, level: int | None = None) -> None:
     """All leaves of the range for all ASIDs; raises BadInput for a size no range has."""
     _check(size)
     for tlb in tlbs:
@@ -146,36 +147,36 @@ def alle1is(tlbs: Iterable[Tlb]) -> None:
 # -- by IPA: combined entries stay, so a hypervisor follows with VMALLE1IS --------------------------------------------
 
 
-def ipas2e1(tlb: Tlb, ipa: int, vmid: int, level: int | None = None) -> None:
+def ipas2e1(tlb: Tlb, ipa: Ipa, vmid: int, level: int | None = None) -> None:
     """The stage-2-only entries of the page of *ipa*, with the stage-2 tables that lead to it."""
     tlb.drop_ipa(vmid, ipa & -PAGE, PAGE, level, last_only=False)
 
 
-def ipas2le1(tlb: Tlb, ipa: int, vmid: int, level: int | None = None) -> None:
+def ipas2le1(tlb: Tlb, ipa: Ipa, vmid: int, level: int | None = None) -> None:
     """The stage-2-only leaf of *ipa*."""
     tlb.drop_ipa(vmid, ipa & -PAGE, PAGE, level, last_only=True)
 
 
-def ipas2e1is(tlbs: Iterable[Tlb], ipa: int, vmid: int, level: int | None = None) -> None:
+def ipas2e1is(tlbs: Iterable[Tlb], ipa: Ipa, vmid: int, level: int | None = None) -> None:
     """`ipas2e1`, broadcast to every CPU; the caller follows with `vmalle1is` for combined entries."""
     for tlb in tlbs:
         ipas2e1(tlb, ipa, vmid, level)
 
 
-def ipas2le1is(tlbs: Iterable[Tlb], ipa: int, vmid: int, level: int | None = None) -> None:
+def ipas2le1is(tlbs: Iterable[Tlb], ipa: Ipa, vmid: int, level: int | None = None) -> None:
     """`ipas2le1`, broadcast to every CPU; the caller follows with `vmalle1is` for combined entries."""
     for tlb in tlbs:
         ipas2le1(tlb, ipa, vmid, level)
 
 
-def ripas2e1is(tlbs: Iterable[Tlb], start: int, size: int, vmid: int, level: int | None = None) -> None:
+def ripas2e1is(tlbs: Iterable[Tlb], start: Ipa, size: int, vmid: int, level: int | None = None) -> None:
     """The stage-2-only entries of the range with their tables; raises BadInput for a size no range has."""
     _check(size)
     for tlb in tlbs:
         tlb.drop_ipa(vmid, start, size, level, last_only=False)
 
 
-def ripas2le1is(tlbs: Iterable[Tlb], start: int, size: int, vmid: int, level: int | None = None) -> None:
+def ripas2le1is(tlbs: Iterable[Tlb], start: Ipa, size: int, vmid: int, level: int | None = None) -> None:
     """The stage-2-only leaves of the range; raises BadInput for a size no range has."""
     _check(size)
     for tlb in tlbs:

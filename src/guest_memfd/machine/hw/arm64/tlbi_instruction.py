@@ -6,18 +6,21 @@ Arm ARM C5.5 (TLB maintenance instructions); arch/arm64/include/asm/tlbflush.h.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Ipa, Va
+
+Address = TypeVar("Address", Va, Ipa)
 
 
-class Operand(NamedTuple):
+class Operand(NamedTuple, Generic[Address]):
     """The register of an operation by address: *start* and *size* in bytes, the TTL's *level* (None: no hint), the ASID."""
 
-    start: int
+    start: Address
     size: int
     level: int | None
     asid: int
@@ -28,18 +31,18 @@ def _ttl(ttl: int) -> int | None:
     return (ttl & 3 or None) if ttl >> 2 else None
 
 
-def va_operand(value: int) -> Operand:
+def va_operand(value: int) -> Operand[Va]:
     """VAE1 and its kin: VA[55:12] in 43:0 (sign-extended here), TTL in 47:44, the ASID in 63:48."""
     va = (value & (1 << 44) - 1) << 12
-    return Operand(va | (0xff << 56 if va >> 55 else 0), PAGE, _ttl(value >> 44 & 15), value >> 48)
+    return Operand(Va(va | (0xff << 56 if va >> 55 else 0)), PAGE, _ttl(value >> 44 & 15), value >> 48)
 
 
-def ipa_operand(value: int) -> Operand:
+def ipa_operand(value: int) -> Operand[Ipa]:
     """IPAS2E1 and its kin: IPA[51:12] in 39:0, TTL in 47:44; the address space bit 63 is ignored."""
-    return Operand((value & (1 << 40) - 1) << 12, PAGE, _ttl(value >> 44 & 15), 0)
+    return Operand(Ipa((value & (1 << 40) - 1) << 12), PAGE, _ttl(value >> 44 & 15), 0)
 
 
-def range_operand(value: int, signed: bool = True) -> Operand | None:
+def range_operand(value: int, signed: bool = True) -> Operand[Any] | None:
     """The range forms: BADDR 36:0, TTL 38:37, NUM 43:39, SCALE 45:44, TG 47:46, ASID 63:48; None when TG is reserved.
 
     Covers (NUM + 1) << (5 * SCALE + 1) pages of the granule TG names, BADDR in units of it. *signed*: a VA, whose upper
@@ -60,7 +63,7 @@ def range_operand(value: int, signed: bool = True) -> Operand | None:
 # -- execution ---------------------------------------------------------------------------------------------------------
 
 # By name without IS; each works on all TLBs it is given, with the operand and the VMID.
-_BY_VA: dict[str, Callable[[Iterable[Tlb], Operand, int], None]] = {
+_BY_VA: dict[str, Callable[[Iterable[Tlb], Operand[Va], int], None]] = {
     "VAE1": lambda tlbs, o, vmid: tlbi.vae1is(tlbs, o.start, o.asid, vmid, o.level),
     "VALE1": lambda tlbs, o, vmid: tlbi.vale1is(tlbs, o.start, o.asid, vmid, o.level),
     "VAAE1": lambda tlbs, o, vmid: tlbi.vaae1is(tlbs, o.start, vmid, o.level),
@@ -70,17 +73,17 @@ _BY_VA: dict[str, Callable[[Iterable[Tlb], Operand, int], None]] = {
     "VMALLS12E1": lambda tlbs, o, vmid: tlbi.vmalls12e1is(tlbs, vmid),
     "ALLE1": lambda tlbs, o, vmid: tlbi.alle1is(tlbs),
 }
-_BY_VA_RANGE: dict[str, Callable[[Iterable[Tlb], Operand, int], None]] = {
+_BY_VA_RANGE: dict[str, Callable[[Iterable[Tlb], Operand[Va], int], None]] = {
     "RVAE1": lambda tlbs, o, vmid: tlbi.rvae1is(tlbs, o.start, o.size, o.asid, vmid, o.level),
     "RVALE1": lambda tlbs, o, vmid: tlbi.rvale1is(tlbs, o.start, o.size, o.asid, vmid, o.level),
     "RVAAE1": lambda tlbs, o, vmid: tlbi.rvaae1is(tlbs, o.start, o.size, vmid, o.level),
     "RVAALE1": lambda tlbs, o, vmid: tlbi.rvaale1is(tlbs, o.start, o.size, vmid, o.level),
 }
-_BY_IPA: dict[str, Callable[[Iterable[Tlb], Operand, int], None]] = {
+_BY_IPA: dict[str, Callable[[Iterable[Tlb], Operand[Ipa], int], None]] = {
     "IPAS2E1": lambda tlbs, o, vmid: tlbi.ipas2e1is(tlbs, o.start, vmid, o.level),
     "IPAS2LE1": lambda tlbs, o, vmid: tlbi.ipas2le1is(tlbs, o.start, vmid, o.level),
 }
-_BY_IPA_RANGE: dict[str, Callable[[Iterable[Tlb], Operand, int], None]] = {
+_BY_IPA_RANGE: dict[str, Callable[[Iterable[Tlb], Operand[Ipa], int], None]] = {
     "RIPAS2E1": lambda tlbs, o, vmid: tlbi.ripas2e1is(tlbs, o.start, o.size, vmid, o.level),
     "RIPAS2LE1": lambda tlbs, o, vmid: tlbi.ripas2le1is(tlbs, o.start, o.size, vmid, o.level),
 }

@@ -32,7 +32,7 @@ tests/test_arm64_oracle.py compares with Unicorn's MMU, which others have writte
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from guest_memfd.compat import override
 from guest_memfd.machine.hw.arm64 import permission
@@ -50,19 +50,21 @@ from guest_memfd.machine.hw.arm64.regime import Plan
 from guest_memfd.machine.hw.arm64.regime import Stage1 as Stage1
 from guest_memfd.machine.hw.arm64.regime import Stage2 as Stage2
 from guest_memfd.machine.hw.ram import BusError
+from guest_memfd.words.units import Ipa, Pa, Va, identity_pa
 
 _AF = 1 << 10
 _CONTIGUOUS = 1 << 52
 
-Read = Callable[[int], int]
+# Of a Pa; of what *locate* makes one of, where a walk has that.
+Read = Callable[[Any], int]
 # Whose walk it is, as Fault wants it: stage, s1ptw, va, ipa, access, el.
-Who = tuple[int, bool, int | None, int | None, str, int]
+Who = tuple[int, bool, Va | None, Ipa | None, str, int]
 
 
 class Memory(Protocol):
     """What holds the tables; raises BusError where there is nothing."""
 
-    def read64(self, pa: int, /) -> int:
+    def read64(self, pa: Pa, /) -> int:
         """The doubleword at *pa*."""
 
 
@@ -72,7 +74,7 @@ class Leaf(NamedTuple):
     *run* is log2 of the contiguous run the leaf belongs to (*shift* when to none).
     """
 
-    oa: int
+    oa: Pa
     entry: Entry
     may: int
     shift: int
@@ -84,7 +86,7 @@ class PassedEntry(NamedTuple):
 
     level: int      # of the table it leads to
     shift: int      # log2 of what it spans
-    table: int
+    table: Pa
     attributes: int
 
 
@@ -93,7 +95,7 @@ class Translation:
 
     __slots__ = ("el", "may", "pa", "s1", "s2", "shift")
 
-    def __init__(self, pa: int, s1: Entry | None, s2: Entry | None, shift: int, may: int, el: int) -> None:
+    def __init__(self, pa: Pa, s1: Entry | None, s2: Entry | None, shift: int, may: int, el: int) -> None:
         self.pa, self.s1, self.s2, self.shift, self.may, self.el = pa, s1, s2, shift, may, el
 
     @property
@@ -122,14 +124,15 @@ class Translation:
         return f"<PA={self.pa:#x} {rights or '-'} at EL{self.el}, linear for {self.size:#x}>"
 
 
-def descend(read: Read, plan: Plan, ia: int, who: Who, locate: Callable[[int], int] | None = None,
-            passed: list[PassedEntry] | None = None, start: PassedEntry | None = None) -> tuple[Entry, int, int, int, int]:
+def descend(read: Read, plan: Plan, ia: int, who: Who, locate: Callable[[Any], Pa] | None = None,
+            passed: list[PassedEntry] | None = None, start: PassedEntry | None = None) -> tuple[Entry, Any, int, int, int]:
     """Follow tables to the leaf of *ia*: the entry, OA, log2 of its size and of its run, ORed hierarchical bits.
 
-    *locate* turns the address of a stage-1 descriptor into a PA (stage 2); *start* is a table descriptor known from
-    earlier, *passed* collects those gone through. Raises Fault.
+    OA is an Ipa at stage 1, a Pa at stage 2. *locate* turns the address of a stage-1 descriptor into a PA (stage 2);
+    *start* is a table descriptor known from earlier, *passed* collects those gone through. Raises Fault.
     """
-    steps, table, attributes = plan.steps, plan.base, 0
+    table: Any = plan.base                              # an address of the kind that *read*, or *locate*, is given
+    steps, attributes = plan.steps, 0
     if start is not None:
         # From the deepest table that is known, with the hierarchical bits of the tables above it, which are not read
         # again.
@@ -180,7 +183,7 @@ def descend(read: Read, plan: Plan, ia: int, who: Who, locate: Callable[[int], i
     raise AssertionError("level 3 never leads to a table")
 
 
-def walk_stage2(read: Read, s2: Stage2, ipa: int, who: Who, passed: list[PassedEntry] | None = None,
+def walk_stage2(read: Read, s2: Stage2, ipa: Ipa, who: Who, passed: list[PassedEntry] | None = None,
                 start: PassedEntry | None = None) -> Leaf:
     """The stage-2 leaf of *ipa*; permissions are not checked. Raises Fault."""
     plan = s2.plan
@@ -203,7 +206,7 @@ def check_stage2(leaf: Leaf, who: Who) -> None:
         raise Fault(PERMISSION, leaf.entry.level, *who)
 
 
-def select(s1: Stage1, va: int, who: Who) -> Plan:
+def select(s1: Stage1, va: Va, who: Who) -> Plan:
     """The plan of the half that *va* is in; raises the fault of an address outside, before any TLB is asked."""
     plan = s1.high if va >> 55 & 1 else s1.low
     if va & plan.tag_mask != plan.tag_value or (plan.e0pd and not who[5]):
@@ -231,7 +234,7 @@ def effective(may: int, pan: bool) -> int:
     return may & ~(permission.R1 | permission.W1) if pan and may & (permission.R0 | permission.W0) else may
 
 
-def stage1_off(va: int, s1: Stage1, who: Who) -> int:
+def stage1_off(va: Va, s1: Stage1, who: Who) -> Ipa:
     """The output address with SCTLR_EL1.M clear: the VA, which has to be a physical address (S1DisabledOutput).
 
     The top byte is ignored only where TBI says so.
@@ -240,10 +243,10 @@ def stage1_off(va: int, s1: Stage1, who: Who) -> int:
     address = va & (1 << 56) - 1 if tagged else va
     if address >> s1.features.pa_bits:
         raise Fault(ADDRESS_SIZE, 0, *who)
-    return address
+    return Ipa(address)
 
 
-def walk(memory: Memory, va: int, access: Access, el: int, s1: Stage1, s2: Stage2 | None = None) -> Translation:
+def walk(memory: Memory, va: Va, access: Access, el: int, s1: Stage1, s2: Stage2 | None = None) -> Translation:
     """Translate *va* for *access* from *el* with nothing but what is in memory now; raises Fault."""
     read = memory.read64
     who: Who = (1, False, va, None, access, el)
@@ -252,7 +255,7 @@ def walk(memory: Memory, va: int, access: Access, el: int, s1: Stage1, s2: Stage
         plan = select(s1, va, who)
         begin(plan, who)
 
-        def locate(ipa: int) -> int:
+        def locate(ipa: Ipa) -> Pa:
             assert s2 is not None
             walker: Who = (2, True, va, ipa, access, el)
             leaf = walk_stage2(read, s2, ipa, walker)
@@ -268,7 +271,7 @@ def walk(memory: Memory, va: int, access: Access, el: int, s1: Stage1, s2: Stage
     else:
         oa = stage1_off(va, s1, who)
     if s2 is None:
-        return Translation(oa, entry1, None, shift, may, el)
+        return Translation(identity_pa(oa), entry1, None, shift, may, el)
     who = (2, False, va, oa, access, el)
     leaf = walk_stage2(read, s2, oa, who)
     check_stage2(leaf, who)

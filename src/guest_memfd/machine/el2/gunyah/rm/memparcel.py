@@ -34,6 +34,7 @@ from guest_memfd.machine.el2.gunyah.rm.payloads import (
 from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS
 from guest_memfd.machine.el2.gunyah.vm import GunyahHypVm
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Ipa, Pa, identity_pa
 
 MAX_PARCELS = 64
 """Of one owner."""
@@ -70,8 +71,8 @@ _NOTIFICATIONS = {
 class Placed(NamedTuple):
     """Where a VM has a piece: guest address, physical address, bytes."""
 
-    ipa: int
-    pa: int
+    ipa: Ipa
+    pa: Pa
     size: int
 
 
@@ -158,7 +159,7 @@ class Memparcels:
         if kind == Transaction.SHARE:
             # Before the pages come in. With the same mapping recorded on both extents the donation leaves the host's
             # mapping alone; afterwards it would be gone already.
-            extent.record(ExtentMapping(self._el2.hlos, 0, RWX))
+            extent.record(ExtentMapping(self._el2.hlos, Ipa(0), RWX))
         parcel = Parcel(self._next, kind, request.mem_type, request.flags, request.label, request.acl, extent)
         self._take(parcel, request.sgl)
         parcel.complete = not request.flags & RmMemFlag.APPEND
@@ -190,7 +191,7 @@ class Memparcels:
         # While the parcel still owns the pages: the host must not see them before they are zero.
         if (flags | parcel.flags) & RmMemFlag.SANITIZE:
             for piece in parcel.pieces:
-                self._el2.ram.zero(piece.ipa, piece.size)
+                self._el2.ram.zero(identity_pa(piece.ipa), piece.size)
         self._untake(parcel, parcel.pieces)
         self.drop(parcel)
 
@@ -242,7 +243,7 @@ class Memparcels:
         self._unplace(vm, parcel, parcel.accepted.pop(vm.vmid))
         if flags & RmMemFlag.SANITIZE:
             for piece in parcel.pieces:
-                self._el2.ram.zero(piece.ipa, piece.size)
+                self._el2.ram.zero(identity_pa(piece.ipa), piece.size)
 
     def notify(self, caller: int, handle: int, flags: int, tag: int, vmids: tuple[int, ...]) -> None:
         """MEM_NOTIFY. Raises RmRefused: HANDLE_INVALID; ARGUMENT_INVALID; DENIED when this is not the caller's to say."""
@@ -275,7 +276,8 @@ class Memparcels:
         done: list[Sgl] = []
         try:
             for piece in sgl:
-                if not self._el2.memdb.owns(host, piece.ipa, piece.ipa + piece.size):
+                start = identity_pa(piece.ipa)
+                if not self._el2.memdb.owns(host, start, start + piece.size):
                     raise RmRefused(RmError.MEM_INVALID, f"{piece.ipa:#x}+{piece.size:#x} is not the host's")
                 # Without synchronisation, piece by piece; one flush follows for all, and until then no one has been
                 # told that the parcel exists.
@@ -311,7 +313,7 @@ def _pair(pieces: list[Sgl], sgl: tuple[Sgl, ...]) -> list[Placed]:
         while at < piece.size:
             ipa, size = wanted[0]
             step = min(size, piece.size - at)
-            found.append(Placed(ipa, piece.ipa + at, step))
+            found.append(Placed(ipa, identity_pa(piece.ipa) + at, step))
             at += step
             wanted[0] = Sgl(ipa + step, size - step)
             if step == size:

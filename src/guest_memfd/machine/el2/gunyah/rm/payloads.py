@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from guest_memfd.machine.el2.gunyah.rm.errors import RmError, RmRefused
+from guest_memfd.words.units import Ipa
 
 MAX_SGL = 512
 """Entries of one scatter list; longer ones go on in MEM_APPEND."""
@@ -69,7 +70,7 @@ class Acl(NamedTuple):
 class Sgl(NamedTuple):
     """One piece of memory: intermediate physical address of the caller, size in bytes."""
 
-    ipa: int
+    ipa: Ipa
     size: int
 
 
@@ -140,7 +141,7 @@ class Body:
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
 
-    def take(self, layout: struct.Struct) -> tuple[int, ...]:
+    def take(self, layout: struct.Struct) -> tuple[Any, ...]:
         """The fields of the next structure; raises RmRefused(MSG_INVALID) when the body ends within it."""
         if self._at + layout.size > len(self._data):
             raise RmRefused(RmError.MSG_INVALID, f"a body of {len(self._data)} bytes ends in the middle of a field")
@@ -148,7 +149,7 @@ class Body:
         self._at += layout.size
         return fields
 
-    def take_list(self, layout: struct.Struct) -> list[tuple[int, ...]]:
+    def take_list(self, layout: struct.Struct) -> list[tuple[Any, ...]]:
         """A 16-bit count, padding, and that many structures."""
         count, _ = self.take(_COUNT)
         return [self.take(layout) for _ in range(count)]

@@ -27,10 +27,11 @@ from guest_memfd.machine.el2.gunyah.rm.message import Message, MessageType, Rece
 from guest_memfd.machine.el2.gunyah.rm.payloads import Id, Resource, Sgl
 from guest_memfd.machine.el2.gunyah.vm import Exit, GunyahHypVm
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import Ipa
 
-DEVICES_END = 1 << 30
+DEVICES_END = Ipa(1 << 30)
 """Below this, what is not lent is taken for devices. Not confirmed by any public source."""
-DEFAULT_BASE = 1 << 31
+DEFAULT_BASE = Ipa(1 << 31)
 """Where an image appears when no layout was set."""
 
 # Resource types of VM_GET_HYP_RESOURCES, and the labels of the extents (include/linux/gunyah.h, vm_mgr.h).
@@ -48,7 +49,7 @@ class Record:
     state: VmState = VmState.LOAD
     vm: GunyahHypVm | None = None
     image: Parcel | None = None
-    base: int = DEFAULT_BASE
+    base: Ipa = DEFAULT_BASE
     boot_context: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
@@ -195,7 +196,7 @@ class ResourceManager:
         vmid, ranges = p.decode_demand_paging(body)
         record = self._record(caller, vmid, Id.VM_SET_DEMAND_PAGING)
         assert record.vm is not None
-        done: list[tuple[RangeOp, int, int]] = []
+        done: list[tuple[RangeOp, Ipa, int]] = []
         try:
             for op, base, size in _layout(ranges):
                 record.vm.space.configure(op, base, size)
@@ -212,7 +213,7 @@ class ResourceManager:
         assert record.image is not None
         if range_id or base % PAGE or size < record.image.size:
             raise RmRefused(RmError.ARGUMENT_INVALID, f"range {range_id} at {base:#x}+{size:#x}")
-        record.base = base
+        record.base = Ipa(base)
         return b""
 
     def _init(self, caller: int, body: bytes) -> bytes:
@@ -338,9 +339,9 @@ class ResourceManager:
 
 
 # What is lent, and the gaps between that below the end of devices.
-def _layout(ranges: tuple[Sgl, ...]) -> list[tuple[RangeOp, int, int]]:
+def _layout(ranges: tuple[Sgl, ...]) -> list[tuple[RangeOp, Ipa, int]]:
     found = [(RangeOp.ADD_PRIVATE, base, size) for base, size in ranges]
-    at = 0
+    at = Ipa(0)
     for base, size in [*sorted(r for r in ranges if r.ipa < DEVICES_END), Sgl(DEVICES_END, 0)]:
         if at < base:
             found.append((RangeOp.ADD_VMMIO, at, base - at))
