@@ -25,8 +25,11 @@ MASK_SHIFT = 16
 PLACE_BITS = 8
 """The place of a party is two parts of the row, of as many bits each; one if that is enough."""
 
-FACT, FAILED = 1, 2
-"""Flags of a way: a fact of it breaks a law; something failed in it, by injection."""
+FACT, FAILED, VISIBLE = 1, 2, 4
+"""Flags of a way: a fact of it breaks a law; something failed in it, by injection; it changes what laws on states look at.
+
+A new state that a way has led to which is not VISIBLE need not be judged: the one before it was, and looks the same.
+"""
 
 HALTS, BREAKS, BREAKS_AT_END, FIRST_PARTY = range(4)
 """Trees: has the machine stopped, what does a state break, what does it break at the end, and those of the parties."""

@@ -17,12 +17,14 @@ import numpy as np
 
 from guest_memfd.explore.engine.compiled.encoding import (
     BASE_SHIFT,
+    BREAKS,
     FIRST_PARTY,
     KIND_BITS,
     LEAF,
     MISSING,
     NODE,
     PART_MASK,
+    VISIBLE,
 )
 
 Array = Any
@@ -94,6 +96,8 @@ class Flat:
         self._leaves: dict[tuple[int, int], list[tuple[Path, int]]] = {}
         self._looks_at: dict[tuple[int, int], int] = {}  # a mask of bytes
         self._outgrown: set[int] = set()                # bytes that have got a value
+        self._changed_by: list[list[int]] = [[] for _ in initial]       # per byte the ways that change it
+        self._visible = 0                               # a mask of the bytes that laws on states look at
 
     @property
     def trees(self) -> Trees:
@@ -150,13 +154,23 @@ class Flat:
         for at, _ in path:
             mask |= 1 << at
         self._looks_at[key] = mask
+        if tree == BREAKS:
+            self._see(mask)
         self._put(key, path, leaf)
 
+    def _see(self, bytes_: int) -> None:
+        for at, ways in enumerate(self._changed_by):
+            if bytes_ & ~self._visible & 1 << at:
+                self._flag[ways] |= VISIBLE
+        self._visible |= bytes_
+
     def _add_way(self, way: FlatWay) -> None:
-        at = len(self.payload)
+        at, flags = len(self.payload), way.flags
         if at + 1 == len(self._first):
             self._first, self._place, self._flag = map(_doubled, (self._first, self._place, self._flag))
         for byte, old, new in way.change:
+            self._changed_by[byte].append(at)
+            flags |= VISIBLE * (self._visible >> byte & 1)
             change = self.codes[byte][old] ^ self.codes[byte][new]
             for part in self.parts[byte]:
                 if bits := part.of(change):
@@ -164,7 +178,7 @@ class Flat:
                         self._part, self._xor = _doubled(self._part), _doubled(self._xor)
                     self._part[self._changes], self._xor[self._changes] = part.number, bits
                     self._changes += 1
-        self._first[at + 1], self._place[at], self._flag[at] = self._changes, way.place, way.flags
+        self._first[at + 1], self._place[at], self._flag[at] = self._changes, way.place, flags
         self.payload.append(way.payload)
 
     # The loops look places up without asking whether there are so many.

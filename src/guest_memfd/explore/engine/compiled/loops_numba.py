@@ -68,6 +68,7 @@ from guest_memfd.explore.engine.compiled.encoding import (
     SHIFT_SHIFT,
     STEP,
     TRANSITIONS,
+    VISIBLE,
     WAITS,
     WORD_MASK,
 )
@@ -240,7 +241,7 @@ def expand(
     batch = BATCH + parties * most
     last_row = min(len(rows), I(len(table) * FULL)) - batch - 1
     few = len(aside) - 2 * batch - 1
-    hashes = np.empty(batch, np.uint64)
+    hashes, by = np.empty(batch, np.uint64), np.empty(batch, np.int64)
     size, k = 0, lo
     while k < len(queue) or size:
         full = count[ROWS] > last_row or count[ASIDE] > few
@@ -278,7 +279,7 @@ def expand(
                 for way in range(first, last):
                     n = count[ROWS] + size
                     take(rows, i, n, way, p, trees, room, places)
-                    hashes[size] = hash_of(rows, n)
+                    hashes[size], by[size] = hash_of(rows, n), way
                     size += 1
                     if trees.flag[way] & FACT:
                         tell(way, seen, events, count)
@@ -302,7 +303,8 @@ def expand(
                     rows[n, w] = rows[start + j, w]
             if enter(rows, n, hashes[j], table):
                 count[ROWS] = n + 1
-                judge(rows, n, parties + 1, trees, room, seen, aside, events, count)
+                if trees.flag[by[j]] & VISIBLE:
+                    judge(rows, n, parties + 1, trees, room, seen, aside, events, count)
         size = 0
         if full:
             break

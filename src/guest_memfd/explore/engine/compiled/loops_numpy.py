@@ -44,6 +44,7 @@ from guest_memfd.explore.engine.compiled.encoding import (
     SHIFT_SHIFT,
     STEP,
     TRANSITIONS,
+    VISIBLE,
     WAITS,
     WORD_MASK,
 )
@@ -275,10 +276,10 @@ def _step(
     count[TRANSITIONS] += m
     rows[n:n + m] = _taken(source[which], way, entries[which, 1], at)
     _tell(way[at.trees.flag[way] & FACT > 0], seen, events, count)
-    new = len(_enter(rows, n, m, table))
-    count[ROWS] = n + new
-    fresh = np.stack([np.arange(n, n + new), np.full(new, len(of) + 1)], 1)
-    _judge(rows, fresh, at, seen, aside, events, count)
+    new = _enter(rows, n, m, table)
+    count[ROWS] = n + len(new)
+    visible = n + np.flatnonzero(at.trees.flag[way[new]] & VISIBLE)
+    _judge(rows, np.stack([visible, np.full(len(visible), len(of) + 1)], axis=1), at, seen, aside, events, count)
 
 
 # All steps of rows [lo, hi), a stretch at a time: row, party, way, and the row it makes.

@@ -25,6 +25,7 @@ from guest_memfd.explore.engine.compiled.encoding import (
     EVENTS,
     HALTED,
     HALTS,
+    MISSING,
     TRANSITIONS,
 )
 from guest_memfd.explore.engine.compiled.flat import Array, TooWide
@@ -99,7 +100,11 @@ class CompiledExplorer(Explorer):
 
     @override
     def _visit(self, reached: Callable[[int], str | None]) -> tuple[int, int, str | None]:
-        rows = self.rows
+        rows, known = self.rows, self.known
+        # What laws look at in the initial state; later only what changes that is judged.
+        if known.flat.trees.root[BREAKS, 0] == MISSING:
+            known.learn(BREAKS, self.initial)
+            known.flatten()
         lo, hi, limit = 0, 1, None
         while lo < hi:
             self.bounds.append(hi)
