@@ -67,36 +67,41 @@ def agree(built: World, parties: Sequence[str], **limits: Any) -> Result:
 
 # -- the shipped models ----------------------------------------------------------------------------------------------
 
-@cache
-def somewhere(design: str, hypervisor: str, scene: str) -> World:
-    return world(design, hypervisor, scene=scene)
-
-
 SAMPLE = [
-    ("library", "pkvm", "two-pages", "vcpu zeropad"), ("library", "kvm", "two-pages", "vcpu2 vmm2 kcore"),
+    ("library", "pkvm", "two-pages", "vcpu zeropad"), ("library", "kvm", "two-pages", "vcpu2 kcore zeropad"),
     ("library", "gunyah", "two-vms", "stop other-stop vcpu2"), ("library", "pkvm", "nothing-yet", "creator vcpu2"),
-    ("library", "kvm", "failing-twice", "vcpu2 vmm2"), ("library", "gunyah", "for-good", "vcpu2 vmm2"),
-    ("none", "kvm", "two-pages", "vcpu vmm2"), ("none", "pkvm", "two-pages", "vcpu zeropad"),
-    ("none", "gunyah", "both-shared", "vcpu2 repeater"), ("secretmem", "pkvm", "two-pages", "vcpu vmm2"),
-    ("fixup", "pkvm", "two-pages", "vcpu2 device zeropad"), ("guestmem-rfc1", "kvm", "two-pages", "vcpu2 vmm2"),
-    ("gunyah-v17", "gunyah", "two-pages", "vcpu stop"), ("gunyah-v17", "gunyah", "two-pages", "vcpu2 unloader"),
+    ("library", "kvm", "failing-twice", "vcpu2 stop"), ("library", "gunyah", "for-good", "vcpu2 stop"),
+    ("none", "kvm", "two-pages", "vcpu2 zeropad power"), ("none", "pkvm", "two-pages", "vcpu kcore"),
+    ("none", "gunyah", "both-shared", "vcpu2 repeater"), ("secretmem", "pkvm", "two-pages", "vcpu2 stop"),
+    ("fixup", "pkvm", "two-pages", "vcpu2 zeropad"), ("guestmem-rfc1", "kvm", "two-pages", "vcpu2 stop"),
+    ("gunyah-v17", "gunyah", "two-pages", "vcpu2 stop"), ("gunyah-v17", "gunyah", "two-pages", "vcpu2 unloader"),
 ]
+
+
+@cache
+def explored(design: str, hypervisor: str, scene: str, parties: str) -> Result:
+    return agree(world(design, hypervisor, scene=scene), parties.split())
 
 
 @pytest.mark.parametrize(("design", "hypervisor", "scene", "parties"), SAMPLE)
 def test_they_say_the_same(design: str, hypervisor: str, scene: str, parties: str) -> None:
-    assert agree(somewhere(design, hypervisor, scene), parties.split()).states > 50
+    assert explored(design, hypervisor, scene, parties).states > 50
 
 
-def test_the_sample_has_findings_of_every_kind() -> None:
-    found = {(finding.law, finding.evidence.partition(":")[0]) for design, hypervisor, scene, parties in SAMPLE
-             for finding in somewhere(design, hypervisor, scene).explorer(parties.split()).run().findings}
-    assert len({law for law, _ in found}) >= 4
+def test_the_sample_has_findings_of_many_kinds() -> None:
+    found = [finding for each in SAMPLE for finding in explored(*each).findings]
+    assert len({finding.law for finding in found}) >= 5
+    assert len(found) >= 8
 
 
-@pytest.mark.parametrize("limits", [{"max_states": 500}, {"max_steps": 7}, {"max_states": 1}, {"max_steps": 1}])
+def test_every_design_and_hypervisor_is_in_the_sample() -> None:
+    assert {design for design, *_ in SAMPLE} == {*DESIGNS}
+    assert {hypervisor for _, hypervisor, *_ in SAMPLE} == {*HYPERVISORS}
+
+
+@pytest.mark.parametrize("limits", [{"max_states": 20}, {"max_steps": 7}, {"max_states": 1}, {"max_steps": 1}])
 def test_they_stop_at_the_same_limit(limits: dict[str, int]) -> None:
-    assert agree(somewhere("none", "kvm", "two-pages"), ["vcpu", "vmm2"], **limits).limit is not None
+    assert agree(world("none", "kvm"), ["vcpu", "zeropad"], **limits).limit is not None
 
 
 def test_no_time_is_a_limit() -> None:
@@ -106,7 +111,7 @@ def test_no_time_is_a_limit() -> None:
 
 def test_tables_kept_from_other_scenarios_change_nothing() -> None:
     kept = world("none", "pkvm", engine="compiled")
-    for parties in (["vcpu"], ["vcpu2", "vmm2"], ["vcpu", "zeropad"], ["zeropad", "stop"], ["vcpu2", "vmm2"], ["vcpu"]):
+    for parties in (["vcpu"], ["vcpu2", "kcore"], ["vcpu", "zeropad"], ["zeropad", "stop"], ["vcpu2", "kcore"], ["vcpu"]):
         fresh = told(kept.explorer(parties, Tables(kept.machine, kept.laws)).run())
         again = told(kept.explorer(parties).run())
         assert again[0] == fresh[0]
@@ -128,7 +133,7 @@ def test_facts_are_the_same() -> None:
     facts = []
     for engine in choice.ENGINES:
         built = world("none", "pkvm", engine=engine)
-        built.explorer(["vcpu", "vmm2"]).run()
+        built.explorer(["vcpu", "zeropad"]).run()
         facts.append(set(built.tables.facts))
     assert facts[0] == facts[1] == facts[2]
 
@@ -174,7 +179,7 @@ def programs_of(codes: Sequence[Any]) -> list[Program]:
     return [Program(i, f"p{i}", procedure(code)) for i, code in enumerate(codes)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(CALLS, st.lists(CODE, min_size=1, max_size=5), st.sets(st.integers(0, BYTES - 1), max_size=2),
        st.sets(st.integers(0, BYTES - 1), max_size=2), st.none() | CODE)
 def test_they_say_the_same_of_whatever_is_drawn(
@@ -198,13 +203,13 @@ def flips(times: int) -> Callable[[], Steps[None]]:
 
 def test_a_party_of_many_places_gets_room_for_them() -> None:
     toy = Watched(hypercall=lambda byte, party, args: [end(None, byte ^ 1)])
-    assert run_all(toy, [ToyLaw()], [Program(0, "a", flips(700)), Program(1, "b", flips(3))], b"\0").states == 4 * 701
+    assert run_all(toy, [ToyLaw()], [Program(0, "a", flips(300)), Program(1, "b", flips(3))], b"\0").states == 4 * 301
 
 
 def test_a_byte_of_all_values_gets_room_for_them() -> None:
     toy = Watched(hypercall=lambda byte, party, args: [end(None, (byte + 1) % PANIC)])
-    result = run_all(toy, [ToyLaw(states=(200,))], [Program(0, "a", flips(254))], b"\0")
-    assert [len(finding.steps) for finding in result.findings] == [200]
+    result = run_all(toy, [ToyLaw(states=(100,))], [Program(0, "a", flips(150))], b"\0")
+    assert [len(finding.steps) for finding in result.findings] == [100]
 
 
 def test_more_parties_than_a_word_has_room_for() -> None:
@@ -277,25 +282,25 @@ def test_small_scenarios_load_nothing() -> None:
 
 
 def test_large_scenarios_are_handed_over_and_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = world("none", "kvm", engine="python").explorer(["vcpu", "vmm2"]).run()
+    plain = world("none", "kvm", engine="python").explorer(["vcpu", "zeropad"]).run()
     loaded = []
-    monkeypatch.setattr(choice, "MANY", 100)
+    monkeypatch.setattr(choice, "MANY", 20)
     monkeypatch.setattr(choice, "_load", lambda engine: loaded.append(engine) or load.loops("numba"))
     choice._fastest.cache_clear()
-    assert told(world("none", "kvm").explorer(["vcpu", "vmm2"]).run()) == told(plain)
+    assert told(world("none", "kvm").explorer(["vcpu", "zeropad"]).run()) == told(plain)
     assert loaded == ["compiled"]
 
 
 def test_a_limit_before_that_is_reached_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "MANY", 100)
+    monkeypatch.setattr(choice, "MANY", 20)
     monkeypatch.setattr(choice, "_fastest", lambda: pytest.fail("nothing is to be loaded"))
-    assert world("none", "kvm").explorer(["vcpu", "vmm2"]).run(max_states=50).limit == "more than 50 states"
+    assert world("none", "kvm").explorer(["vcpu", "zeropad"]).run(max_states=10).limit == "more than 10 states"
 
 
 @pytest.mark.parametrize("engine", choice.ENGINES)
 def test_reports_are_equal(engine: str) -> None:
     def report(engine: str) -> Any:
-        return replace(check("none", "kvm", parties=["vcpu", "vmm2"], jobs=1, engine=engine), seconds=0.0)
+        return replace(check("none", "kvm", parties=["vcpu", "zeropad"], jobs=1, engine=engine), seconds=0.0)
 
     assert report(engine) == report("python")
 
@@ -314,13 +319,13 @@ def test_an_engine_that_is_not_here(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_without_numba_numpy_and_without_both_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "MANY", 100)
-    plain = told(world("none", "kvm", engine="python").explorer(["vcpu", "vmm2"]).run())
+    monkeypatch.setattr(choice, "MANY", 20)
+    plain = told(world("none", "kvm", engine="python").explorer(["vcpu", "zeropad"]).run())
     for missing, here in ((["numba"], load.loops("numpy")), (["numba", "numpy"], None)):
         monkeypatch.setattr(choice, "find_spec", without(*missing))
         choice._fastest.cache_clear()
         assert choice._fastest() is here
-        assert told(world("none", "kvm").explorer(["vcpu", "vmm2"]).run()) == plain
+        assert told(world("none", "kvm").explorer(["vcpu", "zeropad"]).run()) == plain
     choice._fastest.cache_clear()
 
 
@@ -369,7 +374,7 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 def test_loops_are_compiled_for_one_set_of_types() -> None:
     module = load.loops("numba")
-    agree(somewhere("none", "pkvm", "two-pages"), ["vcpu2", "zeropad"])
+    agree(world("none", "pkvm"), ["vcpu2", "zeropad"])
     for name in ("expand", "before", "breaking", "clear", "run_down", "rehash"):
         assert len(getattr(module, name).signatures) == 1, name
 
@@ -422,8 +427,3 @@ def test_nowhere_to_keep_it_is_said_each_time(tmp_path: Path) -> None:
         states, (said,) = fresh(NUMBA_CACHE_DIR=str(locked), PYTHONPYCACHEPREFIX=str(locked), XDG_CACHE_HOME=str(locked))
         assert states > 50
         assert "can be written" in said
-
-
-def test_every_design_is_in_the_sample() -> None:
-    assert {design for design, *_ in SAMPLE} == {*DESIGNS}
-    assert {hypervisor for _, hypervisor, *_ in SAMPLE} == {*HYPERVISORS}
