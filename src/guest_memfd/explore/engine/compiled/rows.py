@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from guest_memfd.errors import InternalError
 from guest_memfd.explore.engine.compiled.encoding import (
     COUNTERS,
     FULL,
@@ -22,6 +23,9 @@ from guest_memfd.explore.engine.compiled.flat import Array, Flat, TooWide
 WORD = 64
 FEW = 1 << 15
 """Rows at the beginning."""
+
+MOST = 1 << 32
+"""Rows that the table has numbers for."""
 
 
 class Rows:
@@ -89,6 +93,8 @@ class Rows:
     def grow(self, spare: int) -> None:
         """Have room for *spare* more rows."""
         n = len(self) + spare
+        if n >= MOST:
+            raise InternalError(f"more than {MOST} states")
         if n > len(self.rows):
             self.rows.resize((n + n // 2, self.rows.shape[1]), refcheck=False)
         if n > len(self.table) * FULL:
