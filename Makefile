@@ -58,9 +58,14 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.x")'
 	$(PYTHON) -m venv .venv
 
-# Unicorn has no wheel for every platform, and only the emulated host needs it.
+# Unicorn has no wheel for every platform, and only the emulated host needs it; numba has none for every Python, and without
+# it large scenarios take longer: with numpy alone, and more so without both.
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(PIP) install -e '.[emu]' || $(PIP) install -e .
+	$(PIP) install --only-binary numba,llvmlite,numpy -e '.[emu,fast]' \
+		|| $(PIP) install --only-binary numpy -e '.[emu]' 'numpy>=2' \
+		|| $(PIP) install --only-binary numba,llvmlite,numpy -e '.[fast]' \
+		|| $(PIP) install -e '.[emu]' \
+		|| $(PIP) install -e .
 	touch $@
 
 .venv/dev: pyproject.toml | .venv/bin/python

@@ -93,6 +93,8 @@ class Pages:
     A primitive is a method; it changes `self.raw` and returns its result, or returns BLOCKED and changes nothing.
     """
 
+    footprints = True
+
     def __init__(self, pages: int) -> None:
         self.pages = pages
         self.raw = bytearray()
@@ -109,11 +111,13 @@ class Pages:
         """Never: an abort is judged by the law, as an assertion is in Spin."""
         return False
 
-    def outcomes(self, shared: bytes, party: int, primitive: Primitive) -> list[Outcome]:
+    def outcomes(self, shared: bytes | bytearray, party: int, primitive: Primitive) -> list[Outcome]:
         """The one way *primitive* can end, or none."""
-        self.raw, self.me, self.notes = bytearray(shared), party + 1, ()
+        watched = isinstance(shared, bytearray)
+        self.raw, self.me, self.notes = shared.copy() if watched else bytearray(shared), party + 1, ()
         result = getattr(self, primitive.name)(*primitive.args)
-        return [] if result is BLOCKED else [Outcome(result, bytes(self.raw), self.notes)]
+        after: Any = self.raw if watched else bytes(self.raw)
+        return [] if result is BLOCKED else [Outcome(result, after, self.notes)]
 
     def _at(self, page: int, field: int) -> int:
         return 1 + page * PER_PAGE + field

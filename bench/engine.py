@@ -1,7 +1,7 @@
-"""How fast the explorer is: against its naive twin, and against Spin on the same scenario with the same states.
+"""How fast the explorer is: its engines against each other, and against Spin on the same scenario with the same states.
 
-Run it with the Python that has guest_memfd installed (`make bench`). Without spin or gcc the comparison is left out and
-said so. Nothing is judged by time: a count that differs is an error, a slow machine is not.
+Run it with the Python that has guest_memfd installed (`make bench`). Without numba, or without spin or gcc, that comparison
+is left out and said so. Nothing is judged by time: a count that differs is an error, a slow machine is not.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from conversion import HostSurvives, Pages, parties
 
 from guest_memfd.explore.engine.explorer import Explorer
 from guest_memfd.explore.engine.naive import explore
+from guest_memfd.explore.engine.program import Program
+from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.explore.engine.tables import Tables
 
 PAGES = 2
@@ -55,15 +59,73 @@ class Count(NamedTuple):
         return f"{self.states:>11,} states {self.transitions:>12,} transitions {self.seconds:8.2f} s {rate}"
 
 
+class Scenario(NamedTuple):
+    """What an explorer is made of, but the tables."""
+
+    machine: Any
+    laws: Sequence[Any]
+    programs: Sequence[Program]
+    initial: bytes
+    teardown: Program | None = None
+
+    def explore(self, make: Callable[..., Explorer], tables: Tables) -> tuple[Count, Explorer]:
+        """With what *make* makes: what it sees, in CPU seconds; and what has explored."""
+        gc.disable()
+        began = time.process_time()
+        explorer = make(tables, self.programs, self.initial, self.teardown)
+        result = explorer.run()
+        seconds = time.process_time() - began
+        gc.enable()
+        return Count(result.states, result.transitions, seconds), explorer
+
+    def tables(self) -> Tables:
+        """Empty ones."""
+        return Tables(self.machine, self.laws)
+
+
+def model(size: Size) -> Scenario:
+    """Conversions of guest memory."""
+    machine = Pages(PAGES)
+    return Scenario(machine, [HostSurvives()], parties(*size), machine.initial())
+
+
+def shipped(built: World, names: Sequence[str]) -> Scenario:
+    """One of the suite."""
+    return Scenario(built.machine, built.laws, [built.programs[name] for name in names], built.initial, built.teardown)
+
+
 def tabulated(size: Size) -> Count:
-    """The explorer of this project, tables empty at the beginning."""
-    machine, programs = Pages(PAGES), parties(*size)
-    gc.disable()
-    began = time.process_time()
-    result = Explorer(Tables(machine, [HostSurvives()]), programs, machine.initial()).run()
-    seconds = time.process_time() - began
-    gc.enable()
-    return Count(result.states, result.transitions, seconds)
+    """The engine in Python, tables empty at the beginning."""
+    one = model(size)
+    return one.explore(Explorer, one.tables())[0]
+
+
+def compiled() -> tuple[Callable[..., Explorer], float] | None:
+    """The compiled engine, and the seconds that loading it takes: if it is the first time, compiling. None: not here."""
+    began = time.perf_counter()
+    try:
+        from guest_memfd.explore.engine.compiled.load import loops
+        from guest_memfd.explore.engine.compiled.search import CompiledExplorer
+
+        return partial(CompiledExplorer, loops=loops("numba")), time.perf_counter() - began
+    except ImportError:
+        return None
+
+
+def against_python(name: str, one: Scenario, fast: Callable[..., Explorer]) -> bool:
+    """Print *one* in both engines, on empty tables and again on the same; whether they agree."""
+    slow, kept = one.tables(), one.tables()
+    counts = [one.explore(Explorer, slow)[0], one.explore(Explorer, slow)[0], one.explore(fast, kept)[0]]
+    again, explorer = one.explore(fast, kept)
+    counts.append(again)
+    rows = explorer.rows                                # type: ignore[attr-defined]
+    words = ("tabulated", "  again", "compiled", "  again")
+    for at, (what, count) in enumerate(zip(words, counts, strict=True)):
+        print(f"{'' if at else name:8}{what:11} {count}")
+    ratios = [counts[at].seconds / counts[at + 2].seconds for at in range(2)]
+    print(f"        compiled / tabulated: {ratios[0]:.1f} on empty tables, {ratios[1]:.1f} on full ones; "
+          f"{rows.bits} bits and {8 * len(rows.used)} bytes a state, {rows.table.nbytes / len(rows):.0f} more to find it")
+    return len({count[:2] for count in counts}) == 1
 
 
 def naive(size: Size) -> Count:
@@ -102,14 +164,23 @@ def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     small, slow = tabulated(SMALL), naive(SMALL)
     print(f"small   naive       {slow}\n        tabulated   {small}")
-    big = tabulated(BIG)
-    print(f"big     tabulated   {big}")
     agree = small[:2] == slow[:2]
+    if (fast := compiled()) is not None:
+        make, seconds = fast
+        print(f"        compiled    loaded in {seconds:.1f} s")
+        agree &= against_python("library", shipped(world("library", "pkvm"), ("vcpu", "vmm", "device")), make)
+        agree &= against_python("big", model(BIG), make)
+        one = model(BIG)
+        big, name = one.explore(make, one.tables())[0], "compiled"
+    else:
+        print("        compiled    left out: it needs numpy and numba (pip install -e '.[fast]')")
+        big, name = tabulated(BIG), "tabulated"
+        print(f"big     tabulated   {big}")
     if spin_is_here():
         theirs = spin(BIG)
         print(f"        Spin        {theirs}")
         ratio = big.states / big.seconds / theirs.states * theirs.seconds
-        print(f"ratio   tabulated / Spin, states per second: {ratio:.2f}")
+        print(f"ratio   {name} / Spin, states per second: {ratio:.2f}")
         agree = agree and spin(SMALL)[:2] == small[:2] and theirs[:2] == big[:2]
     else:
         print("        Spin        left out: it needs the commands spin and gcc (Debian: apt install spin gcc)")

@@ -14,6 +14,7 @@
 
     UserWarning
     +-- PluginLeftOut          a plugin that does not load is left out of all that there is
+    +-- EngineNotice           an engine is compiled, or does not work and a slower one explores
 """
 
 import difflib
@@ -155,3 +156,7 @@ class InternalError(GuestMemfdError):
 
 class PluginLeftOut(UserWarning):
     """All hypervisors, designs, parties or laws were asked for, and one that is registered does not load."""
+
+
+class EngineNotice(UserWarning):
+    """The compiled engine has just been compiled; or it does not work here, and a slower one does the same."""

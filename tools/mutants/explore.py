@@ -66,7 +66,7 @@ class Explored(Killer):
 
         self.worlds = {}
         for name, (hypervisor, scene) in self.names().items():
-            self.worlds[name] = built = world("library", hypervisor, scene=scene)
+            self.worlds[name] = built = world("library", hypervisor, scene=scene, engine="python")
             for parties in self.plan(built):
                 yield _scenario(name, parties, partial(_explore, built, parties))
 
@@ -152,7 +152,7 @@ class _Against(Tried):
         from guest_memfd.explore.engine.scenario import world
 
         kept, (hypervisor, scene) = self.killer.worlds[name], self.killer.names()[name]
-        built = world("library", hypervisor, scene=scene)
+        built = world("library", hypervisor, scene=scene, engine="python")
         if self.anew or built.initial != kept.initial or built.broken_before:
             vars(built.tables).update({table: getattr(kept.tables, table) for table in JUDGED})
             return built

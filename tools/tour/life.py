@@ -76,7 +76,9 @@ def life(design: str = "library", runs: Sequence[tuple[str, tuple[str, ...]]] = 
     found = Life()
     for scene, names in runs:
         parties = [PARTIES[name] for name in names]
-        world = World(DESIGNS[design], HYPERVISORS[HYPERVISOR], parties, scene=SCENES[scene], failures=0, laws=[])
+        # All states are looked at, and the engine in Python lists them.
+        world = World(DESIGNS[design], HYPERVISORS[HYPERVISOR], parties, scene=SCENES[scene], failures=0, laws=[],
+                      engine="python")
         explorer = world.explorer(names)
         result = explorer.run()
         assert result.limit is None

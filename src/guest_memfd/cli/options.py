@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
+from guest_memfd.explore.engine.choice import ENGINES
 from guest_memfd.explore.suite.check import compare
 from guest_memfd.explore.suite.plan import FEW, NAMED, PARTNER, QUICK, QUICK_PARTNERS, QUICK_WITHOUT, TRIPLES, WHOLE
 from guest_memfd.explore.suite.verdict import Limits, Report
@@ -35,6 +36,8 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-states", type=whole, metavar="N", help="states per scenario")
     group.add_argument("--max-seconds", type=seconds, metavar="S", help="seconds for everything")
     group.add_argument("-j", "--jobs", type=whole, metavar="N", help="processes (default: one per CPU)")
+    group.add_argument("--engine", metavar="NAME", help=f"what explores: {', '.join(ENGINES)}; all say the same (default: "
+                       "python for small scenarios, for others the first of these that is here)")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +81,7 @@ class Scope:
     limits: Limits
     jobs: int | None
     full: bool
+    engine: str | None = None
 
     def hypervisors_of(self, design: str) -> tuple[str, ...]:
         """The hypervisors to explore *design* under: those asked for, else those it was posted for, else all."""
@@ -87,7 +91,7 @@ class Scope:
         """`compare` of (design, hypervisor) *pairs*."""
         with progress:
             return compare(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
-                              limits=self.limits, full=self.full, jobs=self.jobs, progress=progress)
+                              limits=self.limits, full=self.full, jobs=self.jobs, progress=progress, engine=self.engine)
 
     def words(self) -> str:
         """Which scenarios are explored: ``vcpu and zeropad``, or what explore/suite/plan.py has, in one clause."""
@@ -141,6 +145,7 @@ def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
         Limits(states=arguments.max_states, seconds=arguments.max_seconds, failures=arguments.failures),
         arguments.jobs,
         full,
+        arguments.engine,
     )
 
 

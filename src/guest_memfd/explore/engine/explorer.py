@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from guest_memfd.errors import DesignRaised, InternalError
+from guest_memfd.errors import DesignRaised
 from guest_memfd.explore.engine.automaton import LOCAL_BITS, LOCAL_MASK
-from guest_memfd.explore.engine.finding import Finding, Result, Step, step_line
+from guest_memfd.explore.engine.backwards import Arrival, Backwards
+from guest_memfd.explore.engine.finding import Finding, Result, Sight, Step, step_line
 from guest_memfd.explore.engine.livelock import never_ending
 from guest_memfd.explore.engine.program import Program
 from guest_memfd.explore.engine.tables import NEVER_ENDS, SHARED_BITS, SHARED_MASK, Move, Steps, Tables
+
+T = TypeVar("T")
 
 _ENDS = 20
 """Steps that a message shows of the beginning, and of the end, of a long way."""
@@ -42,7 +45,8 @@ class Explorer:
         self.shifts = [SHARED_BITS + LOCAL_BITS * i for i in range(len(programs))]
         self.levels: list[list[int]] = []
         self.ends: list[tuple[int, int]] = []           # level, and the state, of those in which no one moves
-        self.findings: dict[tuple[str, str], tuple[int, int, int, Move]] = {}
+        self.findings: dict[tuple[str, str], int] = {}  # (law, evidence) of a move -> the first level that has one
+        self.lost: list[tuple[int, int]] = []           # level, and those of its states from which no end is reached
 
     def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40) -> Result:
         """Explore all of it, or up to a limit; what breaks within *max_steps* is found, the rest is not looked for."""
@@ -55,25 +59,44 @@ class Explorer:
                 return f"more than {max_seconds:g} seconds"
             return f"more than {max_steps} steps" if len(self.levels) > max_steps else None
 
-        rows = self._rows()
-        visited, transitions, limit = self._visit(rows, reached)
-        states = len(visited)
-        lost = [] if limit else self._lost(rows, visited)
-        _release(rows)
-        findings = [Finding(*b, [], self.initial) for b in (*self.broken_before, *self.tables.broken[self.levels[0][0]])]
-        findings += [self._finding(broken, *at) for broken, at in self.findings.items()]
-        findings += self._at_ends()
-        findings += [Finding("progress", NEVER_ENDS, self.trace(*at), self.initial) for at in lost]
+        states, transitions, limit = self._visit(reached)
+        told = dict.fromkeys((*self.broken_before, *self.tables.broken[self.tables.intern(self.initial)]))
+        findings = [Finding(*broken, [], self.initial) for broken in told]
+        sights = [sight for sight in self._sights(complete=limit is None) if (sight.law, sight.evidence) not in told]
+        runs = Backwards(_wanted(sights), self._before)
+        for law, evidence, level, tails in sights:
+            last = min(tails, key=lambda state: runs.rank[level, state])
+            findings.append(Finding(law, evidence, runs.trace(level, last) + tails[last], self.initial))
         unique: dict[tuple[str, str], Finding] = {}
-        for finding in sorted(findings, key=lambda f: (len(f.steps), f.injected)):
+        for finding in sorted(findings, key=lambda f: (len(f.steps), f.injected, f.law, f.evidence)):
             unique.setdefault((finding.law, finding.evidence), finding)
         return Result(
-            states, transitions, list(unique.values()), limit, len(self.ends), len(self.levels) - 1,
-            time.perf_counter() - began,
+            states, transitions, list(unique.values()), limit, self.finals, self.depth, time.perf_counter() - began,
         )
 
-    # Makes the levels and the ends: all states that were seen, how many transitions, the limit that was *reached*.
-    def _visit(self, rows: Sequence[Row], reached: Callable[[int], str | None]) -> tuple[set[int], int, str | None]:
+    @property
+    def finals(self) -> int:
+        """States in which no one moves."""
+        return len(self.ends)
+
+    @property
+    def depth(self) -> int:
+        """Steps to the last level."""
+        return len(self.levels) - 1
+
+    # Makes the levels and the ends: how many states, how many transitions, the limit that was *reached*.
+    def _visit(self, reached: Callable[[int], str | None]) -> tuple[int, int, str | None]:
+        rows = self._rows()
+        try:
+            visited, transitions, limit = self._search(rows, reached)
+            states = len(visited)
+            if limit is None:
+                self._look_for_lost(rows, visited)
+        finally:
+            _release(rows)
+        return states, transitions, limit
+
+    def _search(self, rows: Sequence[Row], reached: Callable[[int], str | None]) -> tuple[set[int], int, str | None]:
         frontier = [self.tables.intern(self.initial)]
         visited, transitions = set(frontier), 0
         self.levels, self.ends = [frontier], []
@@ -128,13 +151,10 @@ class Explorer:
                 return added
             moves = tables.moves(automaton, local, shared)
             known = steps.flagged[key] = tuple(to), tuple((broken, m) for m in moves for broken in tables.judge(m))
-        level = len(self.levels) - 1
-        for broken, move in known[1]:
-            told = self.findings.get(broken)
-            # Breadth first, so the first level is the shortest. Of equally short runs the one that needs fewer
-            # injected failures is the better example.
-            if told is None or (told[0] == level and self._spared(move.shared) > self._spared(told[3].shared)):
-                self.findings[broken] = level, self._first(i, key), i, move
+        for broken, _ in known[1]:
+            # Breadth first, so the first level is the shortest.
+            if broken not in self.findings:
+                self.findings[broken] = len(self.levels) - 1
         return known[0]
 
     def _spared(self, shared: int) -> int:
@@ -146,17 +166,12 @@ class Explorer:
         return next(code for code in self.levels[-1] if code & keep == key)
 
     def _after(self, error: DesignRaised, level: int, code: int) -> DesignRaised:
-        lines = [step_line(step) for step in self.trace(level, code)]
+        lines = [step_line(step) for step in Backwards({level: [code]}, self._before).trace(level, code)]
         numbered = [f"  {n}. {line}" for n, line in enumerate(lines, 1)] or ["  (at once)"]
         if len(numbered) > 2 * _ENDS:
             numbered[_ENDS:-_ENDS] = [f"  ... {len(numbered) - 2 * _ENDS} more"]
         shown = "\n".join(numbered)
         return DesignRaised(f"{error}, after\n{shown}")
-
-    def _finding(self, broken: tuple[str, str], level: int, code: int, i: int, move: Move) -> Finding:
-        steps = self.trace(level, code)
-        steps.append(self._step(i, move))
-        return Finding(*broken, steps, self.initial)
 
     def _step(self, i: int, move: Move) -> Step:
         return Step(
@@ -164,42 +179,61 @@ class Explorer:
             self.tables.shared[move.shared], move.notes,
         )
 
-    def trace(self, level: int, code: int) -> list[Step]:
-        """A shortest run to product state *code*, which lies on *level*."""
-        steps: list[Step] = []
-        for states in reversed(self.levels[:level]):
-            code, i, move = self._into(states, code)
-            steps.append(self._step(i, move))
-        steps.reverse()
-        return steps
+    # All steps from states of *level* into *targets*, by target.
+    def _before(self, level: int, targets: set[int]) -> dict[int, list[Arrival]]:
+        found: dict[int, list[Arrival]] = {target: [] for target in targets}
+        for i, shift in enumerate(self.shifts):
+            others = ~(SHARED_MASK | LOCAL_MASK << shift)
+            # One party moves at a time: a predecessor agrees with its successor in the places of all others.
+            alike: dict[int, list[int]] = {}
+            for target in targets:
+                alike.setdefault(target & others, []).append(target)
+            for code in self.levels[level]:
+                if code & others in alike:
+                    moves = self.tables.moves(self.automata[i], code >> shift & LOCAL_MASK, code & SHARED_MASK)
+                    for number, move in enumerate(moves):
+                        to = code & others | move.shared | move.local << shift
+                        if to in found:
+                            found[to].append(Arrival(code, self._saved(code), i, number, self._step(i, move)))
+        return found
 
-    def _into(self, states: Sequence[int], target: int) -> tuple[int, int, Move]:
-        # Only states that agree with the target in all parties but one can lead to it.
-        for code in states:
-            for i, shift in enumerate(self.shifts):
-                others = ~(SHARED_MASK | LOCAL_MASK << shift)
-                # One party moves at a time: a predecessor agrees with its successor in the places of all others.
-                if (code ^ target) & others:
-                    continue
-                for move in self.tables.moves(self.automata[i], code >> shift & LOCAL_MASK, code & SHARED_MASK):
-                    if code & others | move.shared | move.local << shift == target:
-                        return code, i, move
-        raise InternalError("no predecessor: the levels of the exploration do not fit together")
+    # What was found, each with the states in which it is seen after the fewest steps; of these those with the fewest
+    # injected failures, and of these those whose host state is the least: what is told must not depend on our numbers.
+    def _sights(self, *, complete: bool) -> list[Sight]:
+        sights = [*self._moves_that_break(), *self._at_ends()]
+        if complete and self.lost:
+            level = self.lost[0][0]
+            best = Least[list[Step]]()
+            for _, code in self.lost:
+                best.add((-self._spared(code & SHARED_MASK), self._saved(code)), code, [])
+            sights.append(Sight("progress", NEVER_ENDS, level, best.tails))
+        return sights
+
+    def _saved(self, code: int) -> bytes:
+        return self.tables.shared[code & SHARED_MASK]
+
+    def _moves_that_break(self) -> Iterator[Sight]:
+        flagged = [(SHARED_MASK | LOCAL_MASK << shift, self._steps(i).flagged) for i, shift in enumerate(self.shifts)]
+        for level in sorted({*self.findings.values()}):
+            best = {broken: Least[list[Step]]() for broken, at in self.findings.items() if at == level}
+            for code in self.levels[level]:
+                for i, (keep, known) in enumerate(flagged):
+                    for broken, move in known[code & keep][1] if code & keep in known else ():
+                        if broken in best:
+                            best[broken].add((-self._spared(move.shared), self._saved(code)), code, [self._step(i, move)])
+            yield from (Sight(*broken, level, least.tails) for broken, least in best.items())
 
     # States from which no one moves: all done (then the world is torn down and judged), a panic, or a deadlock.
-    def _at_ends(self) -> list[Finding]:
-        shortest: dict[tuple[str, str], tuple[tuple[int, int], int, int, list[Step]]] = {}
+    def _at_ends(self) -> list[Sight]:
+        best: dict[tuple[str, str], Least[list[Step]]] = {}
         torn: set[int] = set()
+        levels: dict[int, int] = {}
         for level, code in self.ends:
+            levels[code] = level
             for law, evidence, more in self._at_end(level, code, torn):
-                length = level + len(more), -self._spared(code & SHARED_MASK)
-                known = shortest.get((law, evidence))
-                if known is None or length < known[0]:
-                    shortest[law, evidence] = (length, level, code, more)
-        return [
-            Finding(law, evidence, self.trace(level, code) + more, self.initial)
-            for (law, evidence), (_, level, code, more) in shortest.items()
-        ]
+                order = level + len(more), -self._spared(code & SHARED_MASK), level, self._saved(code)
+                best.setdefault((law, evidence), Least()).add(order, code, more)
+        return [Sight(*broken, levels[next(iter(least.tails))], least.tails) for broken, least in best.items()]
 
     def _at_end(self, level: int, code: int, torn: set[int]) -> list[tuple[str, str, list[Step]]]:
         shared = code & SHARED_MASK
@@ -251,14 +285,16 @@ class Explorer:
                 if (evidence := law.at_end(tables.shared[shared])) is not None:
                     yield law.name, evidence, steps
 
-    # If some procedure contains a loop every state must be seen to reach an end. The first that does not, and its level.
-    def _lost(self, rows: Sequence[Row], visited: set[int]) -> list[tuple[int, int]]:
+    # If some procedure contains a loop every state must be seen to reach an end. Those of the first level that do not.
+    def _look_for_lost(self, rows: Sequence[Row], visited: set[int]) -> None:
         # Without a cycle in any party's automaton every run is finite, so every state reaches an end. Most scenarios
         # stop here.
-        if not any(automaton.cyclic() for automaton in self.automata):
-            return []
-        stuck = never_ending(rows, self.levels, (code for _, code in self.ends), visited)
-        return [(level, code) for level, states in enumerate(self.levels) for code in states if code in stuck][:1]
+        if any(automaton.cyclic() for automaton in self.automata):
+            stuck = never_ending(rows, self.levels, (code for _, code in self.ends), visited)
+            for level, states in enumerate(self.levels):
+                self.lost = [(level, code) for code in states if code in stuck]
+                if self.lost:
+                    return
 
     def breaks_at(self, paths: Sequence[Sequence[Any]], shared: bytes) -> list[tuple[str, str, list[Step]]]:
         """What breaks, by no one's doing, where the parties have come to by the results *paths*, in *shared*.
@@ -289,6 +325,29 @@ class Explorer:
             visited |= fresh
             self.levels.append(list(fresh))
         return False
+
+
+class Least(Generic[T]):
+    """The states for which an order is the least, each with what was first said of it."""
+
+    def __init__(self) -> None:
+        self.order: Any = None
+        self.tails: dict[int, T] = {}
+
+    def add(self, order: Any, state: int, tail: T) -> None:
+        """One more; orders are compared with each other."""
+        if self.order is None or order < self.order:
+            self.order, self.tails = order, {}
+        if order == self.order:
+            self.tails.setdefault(state, tail)
+
+
+def _wanted(sights: Sequence[Sight]) -> dict[int, set[int]]:
+    wanted: dict[int, set[int]] = {}
+    for sight in sights:
+        wanted.setdefault(sight.level, set()).update(sight.tails)
+    return wanted
+
 
 Row = tuple[int, Steps]
 """What the step of a party depends on, as a mask of the code of a product state, and the table of its steps."""

@@ -35,6 +35,18 @@ class Finding:
         return sum(step.failed for step in self.steps)
 
 
+class Sight(NamedTuple):
+    """Where a finding was seen: states of one level with the steps that follow, of which one is to be told.
+
+    tails: state, as the engine numbers them -> steps from there on. All are as good: as many steps and injected failures.
+    """
+
+    law: str
+    evidence: str
+    level: int
+    tails: dict[int, list[Step]]
+
+
 @dataclass
 class Result:
     """What an exploration saw. `limit` names the limit that was reached, if one was: then nothing is proved."""

@@ -95,6 +95,16 @@ def grow(root: Node | None, seen: dict[int, int], learned: Any) -> Any:
     return root
 
 
+def path_of(node: Any, state: bytes) -> list[tuple[int, int]]:
+    """The bytes that the tree below *node* looks at for *state*, and their values."""
+    path = []
+    while type(node) is tuple:
+        at, below = node
+        path.append((at, state[at]))
+        node = below.get(state[at])
+    return path
+
+
 class Remembered:
     """A judgement of states that is made once for all states that agree in the bytes it looks at.
 

@@ -13,6 +13,7 @@ from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.names import lacks as lacks_design
 from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, InternalError, PluginError, UnknownName, shown
+from guest_memfd.explore.engine import choice
 from guest_memfd.explore.engine.explorer import Explorer
 from guest_memfd.explore.engine.place import local_key
 from guest_memfd.explore.engine.program import Program, perform, resume, send
@@ -47,9 +48,10 @@ class World:
 
     def __init__(
         self, design: type[Design], hypervisor: Hypervisor, parties: Sequence[Party], *, scene: Scene | None = None,
-        failures: int | None = None, laws: Sequence[Law] | None = None,
+        failures: int | None = None, laws: Sequence[Law] | None = None, engine: str | None = None,
     ) -> None:
         self.design, self.hypervisor, self.scene = design, hypervisor, scene or SCENES["two-pages"]
+        self.engine = engine
         _look_at(design, hypervisor)
         self.foreign = foreign(design, hypervisor.ops, *_code(hypervisor))
         self.named = f" of design {design.name!r} on {hypervisor.name!r}"
@@ -163,7 +165,8 @@ class World:
     def explorer(self, names: Sequence[str], tables: Tables | None = None) -> Explorer:
         """The scenario of the parties *names*; fresh *tables* make its result independent of what ran before."""
         programs = [self.programs[n] for n in names]
-        return Explorer(tables or self.tables, programs, self.initial, self.teardown, self.broken_before)
+        return choice.explorer(
+            self.engine, tables or self.tables, programs, self.initial, self.teardown, self.broken_before)
 
 
 def set_scene(library: Design) -> Steps[list[int]]:
@@ -235,12 +238,14 @@ def _readdressed(file: int, steps: Steps[Any]) -> Steps[Any]:
 
 def world(
     design: str | type[Design], hypervisor: str | Hypervisor, *, scene: str | Scene = "two-pages",
-    failures: int | None = None, laws: Sequence[str] | None = None,
+    failures: int | None = None, laws: Sequence[str] | None = None, engine: str | None = None,
 ) -> World:
     """The world of *design* under *hypervisor* in *scene* with every party there is; laws by name, None for all.
 
-    Raises UnknownName, PluginError, and BadInput where the design was not posted for the hypervisor.
+    engine: one of `choice.ENGINES`; None: the fastest for each scenario. Raises UnknownName, PluginError, BadInput where the
+    design was not posted for the hypervisor, and HostUnavailable where the engine is not here.
     """
+    choice.must_be_here(engine)
     if isinstance(design, str):
         design = DESIGNS[design]
     if isinstance(hypervisor, str):
@@ -253,7 +258,8 @@ def world(
             f"design {design.name!r} was posted for {', '.join(design.hypervisors)} only, not for {hypervisor.name!r}"
         )
     judged = [law for law in LAWS.values() if laws is None or law.name in laws]
-    return World(design, hypervisor, [PARTIES[name] for name in PARTIES], scene=scene, failures=failures, laws=judged)
+    return World(design, hypervisor, [PARTIES[name] for name in PARTIES], scene=scene, failures=failures, laws=judged,
+                 engine=engine)
 
 
 def scene_of(name: str) -> Scene:

@@ -107,6 +107,7 @@ class Tables:
         self.facts: dict[tuple[str, Any], None] = {}             # (party, note), all that were ever noted
         self.steps: dict[tuple[Program, int], Steps] = {}        # by program, and its place among the parties
         self.ends: dict[tuple[Program | None, int], list[tuple[str, str, list[Step]]]] = {}     # by teardown and state
+        self.flat: dict[bytes, Any] = {}                         # of the compiled engine, by initial state
 
     def intern(self, saved: bytes) -> int:
         """The number of shared state *saved*; state laws are judged once, here."""
@@ -142,14 +143,17 @@ class Tables:
         # Done, or the kernel has stopped: then nothing moves.
         if automaton.waits_on[local] is None or self.halted[shared]:
             return ()
-        state = self.shared[shared]
+        return self.known(automaton, local, self.shared[shared])
+
+    def known(self, automaton: Automaton, local: int, state: bytes) -> Sequence[Way]:
+        """What can happen at *local*, which is not the end, in *state*, in which the machine has not stopped."""
         node = automaton.ways[local]
         # The walk down the tree of bytes: one look-up for each byte that the step reads (footprint.py).
         while type(node) is tuple:
             at, below = node
             node = below.get(state[at])
         if node is None:
-            return self._work_out(automaton, local, state)
+            node = self._work_out(automaton, local, state)
         known: list[Way] = node
         return known
 

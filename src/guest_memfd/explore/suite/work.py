@@ -1,8 +1,7 @@
 """One piece of a suite, in whichever process it is done: explore one scenario, on tables that are kept or on new ones.
 
-What is answered depends on the task alone. How long a shortest trace is does; which of several shortest traces comes out
-depends on the order in which states were numbered, so traces leave here only if they were found on tables that nothing
-had been explored on before.
+What is answered depends on the task alone. Traces leave here only if they were found on tables that nothing had been
+explored on before: what is printed has been seen to break on its own, whatever ran in the process earlier.
 """
 
 from __future__ import annotations
@@ -77,8 +76,6 @@ class Bench:
         if left <= 0:
             return Answer(0, 0, 0.0, "seconds")
         tables = _new(world) if task.apart else self._kept(task.world)
-        # On fresh tables the numbering of states depends on nothing but this scenario, so the traces are the same in
-        # every run.
         untouched = not tables.shared
         result = world.explorer(task.parties, tables).run(self.max_states, left)
         limit = None if result.limit is None else "states" if result.states > self.max_states else "seconds"

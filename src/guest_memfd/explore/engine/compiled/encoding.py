@@ -1,0 +1,56 @@
+"""What the loops and those who feed them agree on: what a word of a tree says, and what is counted where.
+
+A *descriptor* is a word of 64 bits. Its two lowest bits are its kind:
+
+    MISSING   nobody has come here: Python has to work it out
+    NODE      look at part `PART` of the row; go on at child[base + what is there], base in the upper 32 bits
+    LEAF      `COUNT` ways, the first of them in the upper 32 bits; of a judgement: one if something breaks, else none
+    PENDING   missing, and asked for already
+
+A *location* is a word as well: where a part lies in a row (`WORD`, `SHIFT`) and the bits it has, as a mask. A part that has
+never changed in a scenario has no location: word 0, and a mask without bits.
+"""
+
+from __future__ import annotations
+
+MISSING, NODE, LEAF, PENDING = range(4)
+KIND_BITS = 2
+BASE_SHIFT = 32
+PART_MASK = 0xFFFF
+
+WORD_MASK = 0xFF
+SHIFT_SHIFT, SHIFT_MASK = 8, 0x3F
+MASK_SHIFT = 16
+
+PLACE_BITS = 8
+"""The place of a party is two parts of the row, of as many bits each; one if that is enough."""
+
+FACT, FAILED, VISIBLE = 1, 2, 4
+"""Flags of a way: a fact of it breaks a law; something failed in it, by injection; it changes what laws on states look at.
+
+A new state that a way has led to which is not VISIBLE need not be judged: the one before it was, and looks the same.
+"""
+
+HALTS, BREAKS, BREAKS_AT_END, FIRST_PARTY = range(4)
+"""Trees: has the machine stopped, what does a state break, what does it break at the end, and those of the parties."""
+
+MOVED, HALTED = 1, 2
+"""Of a row: somebody can move, the machine has stopped; 0: neither."""
+
+ROWS, TRANSITIONS, ASIDE, EVENTS, COUNTERS = range(5)
+"""What a loop counts: the rows there are, and how full its lists are."""
+
+WAITS, ASKS = -1, -2
+"""Why something was put aside: somebody has asked already, or this one asks. Else: the way whose parts have no room yet."""
+
+LAW, END, HALT, STEP, ODD, ROOM = range(6)
+"""What a teardown asks for. ODD: it waits or does not end. ROOM: its next way has parts without."""
+
+BATCH = 64
+"""Rows that are entered together, so that waiting for memory overlaps."""
+
+FULL = 0.6
+"""How full the hash table may be."""
+
+MOST_STEPS = 1000
+"""Steps of a teardown; one that takes more does not end."""

@@ -1,0 +1,213 @@
+"""The footprint trees of a world as arrays, which a compiled loop can walk.
+
+Bytes of the host's state become *codes*, numbered as values appear: the value of the initial state is 0. The code of a byte
+is cut into *parts*, some bits each. A byte that has had one value only has no part; one that gets more values than its parts
+can tell is given one more. So codes that were written before stay right, and only nodes have to be made again.
+
+A way changes the bytes that its step has looked at, and the leaf fixes their values: what it changes is a constant, one
+exclusive-or for each part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from guest_memfd.explore.engine.compiled.encoding import (
+    BASE_SHIFT,
+    BREAKS,
+    FIRST_PARTY,
+    KIND_BITS,
+    LEAF,
+    MISSING,
+    NODE,
+    PART_MASK,
+    VISIBLE,
+)
+
+Array = Any
+"""An array of numpy, which is checked without numpy, too."""
+
+Path = Sequence[tuple[int, int]]
+"""The bytes that were looked at, in their order, and their values."""
+
+SLACK = 1
+"""Bits that a further part has more than it needs at once."""
+
+KIND = (1 << KIND_BITS) - 1
+
+
+class TooWide(Exception):  # noqa: N818 - the other engine goes on
+    """A state that has more parts, or more words, than the loops have numbers for."""
+
+
+class Part(NamedTuple):
+    """Bits [at, at + width) of the code of a byte."""
+
+    number: int
+    at: int
+    width: int
+
+    def of(self, code: int) -> int:
+        """These bits of *code*."""
+        return code >> self.at & (1 << self.width) - 1
+
+
+class FlatWay(NamedTuple):
+    """Where a step leads: exclusive-or of the place, (byte, old, new) that change, flags, and what it was made of."""
+
+    place: int
+    change: Sequence[tuple[int, int, int]]
+    flags: int
+    payload: Any
+
+
+class Trees(NamedTuple):
+    """The arrays, as the loops take them. first: of each way its first part in *part*, and one past the last way."""
+
+    root: Array
+    child: Array
+    first: Array
+    part: Array
+    xor: Array
+    place: Array
+    flag: Array
+
+
+class Flat:
+    """The trees, one for each party and the judgements of `encoding`. A tree has a root for each place."""
+
+    def __init__(self, initial: bytes) -> None:
+        self.initial = initial
+        self.codes: list[dict[int, int]] = [{value: 0} for value in initial]
+        self.values: list[list[int]] = [[value] for value in initial]
+        self.parts: list[list[Part]] = [[] for _ in initial]
+        self.of_part: list[tuple[int, Part]] = []
+        self.payload: list[Any] = []
+        self.leaf_of: dict[int, int] = {}               # the first way of a leaf -> how many it has
+        self.most = 1                                   # ways of the leaf that has most
+        self._root = np.zeros((FIRST_PARTY, 16), np.uint64)
+        self._child, self._children = np.zeros(1 << 12, np.uint64), 0
+        self._first, self._place = np.zeros(1 << 10, np.int64), np.zeros(1 << 10, np.int64)
+        self._flag = np.zeros(1 << 10, np.uint8)
+        self._part, self._xor, self._changes = np.zeros(1 << 11, np.int64), np.zeros(1 << 11, np.uint64), 0
+        self._leaves: dict[tuple[int, int], list[tuple[Path, int]]] = {}
+        self._looks_at: dict[tuple[int, int], int] = {}  # a mask of bytes
+        self._outgrown: set[int] = set()                # bytes that have got a value
+        self._changed_by: list[list[int]] = [[] for _ in initial]       # per byte the ways that change it
+        self._visible = 0                               # a mask of the bytes that laws on states look at
+
+    @property
+    def trees(self) -> Trees:
+        """As they are now: what is added may move them."""
+        return Trees(self._root, self._child, self._first, self._part, self._xor, self._place, self._flag)
+
+    def add_tree(self) -> int:
+        """The number of a new tree."""
+        self._root = np.concatenate([self._root, np.zeros_like(self._root[:1])])
+        return len(self._root) - 1
+
+    def learn(self, values: Iterable[tuple[int, int]]) -> None:
+        """These bytes can have these values; `make_room` must follow."""
+        for at, value in values:
+            codes = self.codes[at]
+            if value not in codes:
+                codes[value] = len(codes)
+                self.values[at].append(value)
+                self._outgrown.add(at)
+
+    def make_room(self) -> None:
+        """Bytes that have more values than their parts can tell get one more; nodes that look at them are made again."""
+        grown = 0
+        for at in sorted(self._outgrown):
+            room = sum(part.width for part in self.parts[at])
+            more = (len(self.codes[at]) - 1).bit_length() - room
+            if more > 0:
+                part = Part(len(self.of_part), room, more + SLACK if room else more)
+                if part.number > PART_MASK:
+                    raise TooWide("the state of the host changes in too many bytes")
+                self.parts[at].append(part)
+                self.of_part.append((at, part))
+                grown |= 1 << at
+        self._outgrown.clear()
+        for key, mask in self._looks_at.items() if grown else ():
+            if mask & grown:
+                self._root[key] = MISSING
+                for path, leaf in self._leaves[key]:
+                    self._put(key, path, leaf)
+
+    def add(self, tree: int, place: int, path: Path, ways: Sequence[FlatWay]) -> None:
+        """A leaf below *path*, all values of which have been learned."""
+        first = len(self.payload)
+        self.most = max(self.most, len(ways))
+        for way in ways:
+            self._add_way(way)
+        if ways:
+            self.leaf_of[first] = len(ways)
+        self._reach(max([place, *(place ^ way.place for way in ways)]))
+        leaf = LEAF | len(ways) << KIND_BITS | first << BASE_SHIFT
+        key = tree, place
+        self._leaves.setdefault(key, []).append((path, leaf))
+        mask = self._looks_at.get(key, 0)
+        for at, _ in path:
+            mask |= 1 << at
+        self._looks_at[key] = mask
+        if tree == BREAKS:
+            self._see(mask)
+        self._put(key, path, leaf)
+
+    def _see(self, bytes_: int) -> None:
+        for at, ways in enumerate(self._changed_by):
+            if bytes_ & ~self._visible & 1 << at:
+                self._flag[ways] |= VISIBLE
+        self._visible |= bytes_
+
+    def _add_way(self, way: FlatWay) -> None:
+        at, flags = len(self.payload), way.flags
+        if at + 1 == len(self._first):
+            self._first, self._place, self._flag = map(_doubled, (self._first, self._place, self._flag))
+        for byte, old, new in way.change:
+            self._changed_by[byte].append(at)
+            flags |= VISIBLE * (self._visible >> byte & 1)
+            change = self.codes[byte][old] ^ self.codes[byte][new]
+            for part in self.parts[byte]:
+                if bits := part.of(change):
+                    if self._changes == len(self._part):
+                        self._part, self._xor = _doubled(self._part), _doubled(self._xor)
+                    self._part[self._changes], self._xor[self._changes] = part.number, bits
+                    self._changes += 1
+        self._first[at + 1], self._place[at], self._flag[at] = self._changes, way.place, flags
+        self.payload.append(way.payload)
+
+    # The loops look places up without asking whether there are so many.
+    def _reach(self, place: int) -> None:
+        while place >= self._root.shape[1]:
+            self._root = np.concatenate([self._root, np.zeros_like(self._root)], axis=1)
+
+    def _put(self, key: tuple[int, int], path: Path, what: int) -> None:
+        where: Any
+        array, where, at_root = self._root, key, True
+        for at, value in path:
+            code = self.codes[at][value]
+            for part in self.parts[at]:
+                found = int(array[where])
+                if found & KIND != NODE:
+                    found = NODE | part.number << KIND_BITS | self._room(1 << part.width) << BASE_SHIFT
+                    # The array of children may have been made anew for the room.
+                    array = self._root if at_root else self._child
+                    array[where] = found
+                array, where, at_root = self._child, (found >> BASE_SHIFT) + part.of(code), False
+        array[where] = what
+
+    def _room(self, children: int) -> int:
+        base = self._children
+        self._children += children
+        while self._children > len(self._child):
+            self._child = _doubled(self._child)
+        return base
+
+
+def _doubled(array: Array) -> Array:
+    return np.concatenate([array, np.zeros_like(array)])

@@ -1,0 +1,55 @@
+"""Compiling with numba, and where what is compiled is kept: beside the package, or in the user's cache directory.
+
+The folder is named after the sources, so what an older version has left is never taken for this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SOURCES = ("encoding.py", "loops_numba.py")
+
+
+@cache
+def folder() -> Path | None:
+    """Where compiled loops are kept; None where nothing can be written."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(b"".join((here / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+    for place in _places(here):
+        try:
+            (place / digest).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place / digest):
+                return place / digest
+        except OSError:
+            continue
+    return None
+
+
+def _places(here: Path) -> Iterator[Path]:
+    if named := os.environ.get("NUMBA_CACHE_DIR"):
+        yield Path(named) / "guest-memfd"
+    yield (Path(sys.pycache_prefix) if sys.pycache_prefix else here / "__pycache__") / "guest-memfd"
+    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guest-memfd"
+
+
+def compiled(function: F) -> F:
+    """*function*, compiled at its first call, or loaded where it has been compiled before."""
+    kept, before = folder(), numba.config.CACHE_DIR
+    # numba takes its folder from there, once, when a function is decorated.
+    numba.config.CACHE_DIR = "" if kept is None else str(kept)
+    try:
+        done: F = numba.njit(cache=kept is not None)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+    return done

@@ -1,0 +1,475 @@
+"""The inner loops, compiled by numba. loops_numpy.py has the same functions without a compiler.
+
+Theory of operation. A product state is a row of 64-bit words: the places of the parties and the host's state, packed in
+parts of a few bits. `rows` holds all that were seen, in the order in which they were found, so a level of the search is a
+range of it and no list. The first row is all zeros: a part says how far a byte is from its initial value.
+
+To take a step is to walk down a tree (encoding.py): each node names a part of the row and has a child for each value of it.
+At the bottom is a leaf, with the ways that the step can end. A way is an exclusive-or of the row. The tree has looked at
+every byte that the way changes, so the way is the same for all rows that come to that leaf.
+
+`table` finds a row again. It is open addressing with steps of one; an entry has 32 bits of the hash above and the number of
+the row, and one, below. Only rows whose 32 bits agree are compared, and they are compared in full: two states are never
+taken for one. A word that is zero adds nothing to a hash, so rows may become wider while the search runs. The table answers
+from memory that is in no cache, which takes longer than all else that is done for a row. So successors are made in batches:
+first all are written behind the rows that are there, then the entries are touched, then the rows that they point to, and
+only then is compared and entered. The touches do not wait for each other.
+
+The loops never call Python. What no one knows yet (a step that was never worked out, a state that no law has judged, a part
+that has no room in the rows) is put aside, and the loop goes on. Who comes first to such a place marks it as asked for;
+those who come later only wait. Python works out what was asked for, and calls again with what was put aside as the queue. A
+level is done when nothing is put aside, so the levels, and with them counts and lengths of traces, do not depend on what
+was known.
+
+An entry of a queue is (row, party). Party number P, one past the last: all parties, unless the machine has stopped; P + 1:
+the laws on states, for a row that is new. A loop stops early when there may be no room for what one more entry needs, and
+says how far it has come.
+
+Only int64 and uint64 are used, and never mixed in one expression: numba would make a float of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from guest_memfd.explore.engine.compiled.encoding import (
+    ASIDE,
+    ASKS,
+    BASE_SHIFT,
+    BATCH,
+    BREAKS,
+    BREAKS_AT_END,
+    COUNTERS,
+    END,
+    EVENTS,
+    FACT,
+    FAILED,
+    FULL,
+    HALT,
+    HALTED,
+    HALTS,
+    KIND_BITS,
+    LAW,
+    LEAF,
+    MASK_SHIFT,
+    MISSING,
+    MOST_STEPS,
+    MOVED,
+    NODE,
+    ODD,
+    PART_MASK,
+    PENDING,
+    PLACE_BITS,
+    ROOM,
+    ROWS,
+    SHIFT_MASK,
+    SHIFT_SHIFT,
+    STEP,
+    TRANSITIONS,
+    VISIBLE,
+    WAITS,
+    WORD_MASK,
+)
+from guest_memfd.explore.engine.compiled.jit import compiled
+
+CHUNK = 1 << 14
+"""Entries of a queue that are taken together."""
+
+SPARE = 1 << 14
+"""Rows that there is room for when a queue is begun."""
+
+U = np.uint64
+I = np.int64  # noqa: E741
+K0, K1, M = U(0x9E3779B97F4A7C15), U(0xD6E8FEB86659FD93), U(0xFF51AFD7ED558CCD)
+ZERO, ONE, LOW, S29, S32 = U(0), U(1), U(0xFFFFFFFF), U(29), U(32)
+KIND, KINDS, PARTS, BASE = U((1 << KIND_BITS) - 1), U(KIND_BITS), U(PART_MASK), U(BASE_SHIFT)
+WORD, SHIFTED, SHIFT, MASKED = U(WORD_MASK), U(SHIFT_SHIFT), U(SHIFT_MASK), U(MASK_SHIFT)
+IS_NODE, IS_LEAF, IS_MISSING, NOW_PENDING = U(NODE), U(LEAF), U(MISSING), U(PENDING)
+PLACE, PLACE_MASK = U(PLACE_BITS), U((1 << PLACE_BITS) - 1)
+
+
+@compiled
+def hash_of(rows: Any, at: Any) -> Any:
+    """The hash of row *at*."""
+    h, k = ZERO, K0
+    for w in range(rows.shape[1]):
+        x = rows[at, w]
+        h += (x ^ (x >> S29)) * k
+        k *= K1
+    h ^= h >> S32
+    h *= M
+    return h ^ (h >> S29)
+
+
+@compiled
+def equal(rows: Any, a: Any, b: Any) -> Any:
+    """Whether two rows are."""
+    differ = ZERO
+    for w in range(rows.shape[1]):
+        differ |= rows[a, w] ^ rows[b, w]
+    return differ == ZERO
+
+
+@compiled
+def read(rows: Any, i: Any, where: Any) -> Any:
+    """What row *i* has at location *where*."""
+    return (rows[i, I(where & WORD)] >> ((where >> SHIFTED) & SHIFT)) & (where >> MASKED)
+
+
+@compiled
+def flip(rows: Any, i: Any, where: Any, bits: Any) -> None:
+    """Change row *i* by *bits* at location *where*."""
+    rows[i, I(where & WORD)] ^= (bits & (where >> MASKED)) << ((where >> SHIFTED) & SHIFT)
+
+
+@compiled
+def place_of(rows: Any, i: Any, places: Any, p: Any) -> Any:
+    """Where party *p* stands in row *i*."""
+    return I(read(rows, i, places[p, 0]) | read(rows, i, places[p, 1]) << PLACE)
+
+
+@compiled
+def walk(tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: Any) -> Any:
+    """From a root down for row *i*: where it ends, and which child said so (-1: the root)."""
+    d, child = trees.root[tree, place], I(-1)
+    while d & KIND == IS_NODE:
+        child = I((d >> BASE) + read(rows, i, room[I((d >> KINDS) & PARTS)]))
+        d = trees.child[child]
+    return d, child
+
+
+@compiled
+def ask(tree: Any, place: Any, d: Any, child: Any, trees: Any) -> Any:
+    """What is missing is asked for: ASKS, or WAITS if it has been."""
+    if d != IS_MISSING:
+        return I(WAITS)
+    if child < 0:
+        trees.root[tree, place] = NOW_PENDING
+    else:
+        trees.child[child] = NOW_PENDING
+    return I(ASKS)
+
+
+@compiled
+def ways_of(d: Any) -> Any:
+    """Of a leaf: the first way, and one past the last."""
+    first = I(d >> BASE)
+    return first, first + I((d & LOW) >> KINDS)
+
+
+@compiled
+def take(rows: Any, i: Any, n: Any, way: Any, p: Any, trees: Any, room: Any, places: Any) -> None:
+    """Make row *n* what row *i* becomes when party *p* goes *way*."""
+    for w in range(rows.shape[1]):
+        rows[n, w] = rows[i, w]
+    turn = U(trees.place[way])
+    flip(rows, n, places[p, 0], turn & PLACE_MASK)
+    flip(rows, n, places[p, 1], turn >> PLACE)
+    for c in range(trees.first[way], trees.first[way + 1]):
+        flip(rows, n, room[trees.part[c]], trees.xor[c])
+
+
+@compiled
+def put_aside(aside: Any, count: Any, i: Any, p: Any, why: Any) -> None:
+    """Note (row, party, why)."""
+    n = count[ASIDE]
+    aside[n, 0], aside[n, 1], aside[n, 2] = i, p, why
+    count[ASIDE] = n + 1
+
+
+@compiled
+def tell(what: Any, seen: Any, events: Any, count: Any) -> None:
+    """Note that payload *what* breaks a law, the first time."""
+    if seen[what] == 0:
+        seen[what] = 1
+        events[count[EVENTS]] = what
+        count[EVENTS] += 1
+
+
+@compiled
+def judge(rows: Any, i: Any, p: Any, trees: Any, room: Any, seen: Any, aside: Any, events: Any, count: Any) -> None:
+    """Ask the laws on states about row *i*."""
+    d, child = walk(BREAKS, 0, rows, i, trees, room)
+    if d & KIND != IS_LEAF:
+        put_aside(aside, count, i, p, ask(BREAKS, 0, d, child, trees))
+    else:
+        first, last = ways_of(d)
+        if first < last:
+            tell(first, seen, events, count)
+
+
+@compiled
+def enter(rows: Any, n: Any, h: Any, table: Any) -> Any:
+    """Enter row *n*, whose hash is *h*; False if a row that equals it is there."""
+    mask = U(len(table) - 1)
+    tag, slot = h >> S32, h & mask
+    while True:
+        e = table[I(slot)]
+        if e == ZERO:
+            table[I(slot)] = tag << S32 | U(n + 1)
+            return True
+        if e >> S32 == tag and equal(rows, I(e & LOW) - 1, n):
+            return False
+        slot = (slot + ONE) & mask
+
+
+@compiled
+def rehash(rows: Any, n: Any, table: Any) -> None:
+    """Enter the first *n* rows into the empty *table*."""
+    mask = U(len(table) - 1)
+    for i in range(n):
+        h = hash_of(rows, i)
+        slot = h & mask
+        while table[I(slot)] != ZERO:
+            slot = (slot + ONE) & mask
+        table[I(slot)] = h >> S32 << S32 | U(i + 1)
+
+
+@compiled
+def expand(
+    rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, ready: Any, seen: Any, queue: Any, lo: Any,
+    base: Any, moved: Any, aside: Any, events: Any, count: Any, most: Any,
+) -> Any:
+    """Take every step that queue[lo:] asks for; returns how far it has come.
+
+    of: the tree of each party. ready: ways whose parts have room. seen: payloads that were told. moved: of rows from *base*.
+    most: ways of the largest leaf.
+    """
+    parties, mask = len(of), U(len(table) - 1)
+    batch = BATCH + parties * most
+    last_row = min(len(rows), I(len(table) * FULL)) - batch - 1
+    few = len(aside) - 2 * batch - 1
+    hashes, by = np.empty(batch, np.uint64), np.empty(batch, np.int64)
+    size, k = 0, lo
+    while k < len(queue) or size:
+        full = count[ROWS] > last_row or count[ASIDE] > few
+        if k < len(queue) and size < BATCH and not full:
+            i, p0 = queue[k, 0], queue[k, 1]
+            k += 1
+            if p0 > parties:
+                judge(rows, i, p0, trees, room, seen, aside, events, count)
+                continue
+            p1 = p0 + 1
+            if p0 == parties:
+                d, child = walk(HALTS, 0, rows, i, trees, room)
+                if d & KIND != IS_LEAF:
+                    put_aside(aside, count, i, p0, ask(HALTS, 0, d, child, trees))
+                    continue
+                first, last = ways_of(d)
+                if first < last:
+                    moved[i - base] = HALTED
+                    continue
+                p0, p1 = 0, parties
+            for p in range(p0, p1):
+                place = place_of(rows, i, places, p)
+                d, child = walk(of[p], place, rows, i, trees, room)
+                if d & KIND != IS_LEAF:
+                    put_aside(aside, count, i, p, ask(of[p], place, d, child, trees))
+                    continue
+                first, last = ways_of(d)
+                if first == last:
+                    continue
+                if ready[first] == 0:
+                    put_aside(aside, count, i, p, first)
+                    continue
+                moved[i - base] = MOVED
+                count[TRANSITIONS] += last - first
+                for way in range(first, last):
+                    n = count[ROWS] + size
+                    take(rows, i, n, way, p, trees, room, places)
+                    hashes[size], by[size] = hash_of(rows, n), way
+                    size += 1
+                    if trees.flag[way] & FACT:
+                        tell(way, seen, events, count)
+            continue
+        if size == 0:
+            break
+        # Touch what will be compared, all of it before any of it is needed.
+        touched = ZERO
+        for j in range(size):
+            touched ^= table[I(hashes[j] & mask)]
+        for j in range(size):
+            e = table[I(hashes[j] & mask)]
+            if e >> S32 == hashes[j] >> S32:
+                touched ^= rows[I(e & LOW) - 1, 0]
+        count[COUNTERS] = I(touched & ONE)              # or the compiler would leave it out
+        start = count[ROWS]
+        for j in range(size):
+            n = count[ROWS]
+            if n != start + j:
+                for w in range(rows.shape[1]):
+                    rows[n, w] = rows[start + j, w]
+            if enter(rows, n, hashes[j], table):
+                count[ROWS] = n + 1
+                if trees.flag[by[j]] & VISIBLE:
+                    judge(rows, n, parties + 1, trees, room, seen, aside, events, count)
+        size = 0
+        if full:
+            break
+    return k
+
+
+@compiled
+def before(rows: Any, trees: Any, room: Any, places: Any, of: Any, others: Any, lo: Any, hi: Any, target: Any) -> Any:
+    """All (row, party, way) by which one of rows [lo, hi) becomes row *target*.
+
+    others: of each party, the bits of a row in which the others stand. The last of all rows is scratch.
+    """
+    found, words, scratch = [(I(-1), I(-1), I(-1))], rows.shape[1], len(rows) - 1
+    for i in range(lo, hi):
+        for p in range(len(of)):
+            alike = True
+            for w in range(words):
+                if (rows[i, w] ^ rows[target, w]) & others[p, w]:
+                    alike = False
+                    break
+            if not alike:
+                continue
+            d, _ = walk(of[p], place_of(rows, i, places, p), rows, i, trees, room)
+            if d & KIND != IS_LEAF:
+                continue
+            first, last = ways_of(d)
+            for way in range(first, last):
+                take(rows, i, scratch, way, p, trees, room, places)
+                if equal(rows, scratch, target):
+                    found.append((i, I(p), I(way)))
+    return found
+
+
+@compiled
+def breaking(
+    rows: Any, trees: Any, room: Any, places: Any, of: Any, wanted: Any, lo: Any, hi: Any, found: Any,
+) -> Any:
+    """All (row, party, way) of rows [lo, hi) and payloads that are *wanted*, by which they break a law; how many."""
+    scratch, n = len(rows) - 1, 0
+    for i in range(lo, hi):
+        d, _ = walk(HALTS, 0, rows, i, trees, room)
+        first, last = ways_of(d)
+        if first < last:
+            continue
+        for p in range(len(of)):
+            d, _ = walk(of[p], place_of(rows, i, places, p), rows, i, trees, room)
+            first, last = ways_of(d)
+            for way in range(first, last):
+                if trees.flag[way] & FACT and wanted[way]:
+                    found[n, 0], found[n, 1], found[n, 2], found[n, 3] = i, p, way, way
+                    n += 1
+                take(rows, i, scratch, way, p, trees, room, places)
+                d, _ = walk(BREAKS, 0, rows, scratch, trees, room)
+                what, none = ways_of(d)
+                if what < none and wanted[what]:
+                    found[n, 0], found[n, 1], found[n, 2], found[n, 3] = i, p, way, what
+                    n += 1
+    return n
+
+
+@compiled
+def clear(rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, lo: Any, hi: Any, ends: Any) -> Any:
+    """Set ends[i] of those rows [lo, hi) from which a step leads to a row with it, or none; how many it was."""
+    mask, scratch, cleared = U(len(table) - 1), len(rows) - 1, 0
+    for i in range(hi - 1, lo - 1, -1):
+        if ends[i]:
+            continue
+        moves, good = False, False
+        d, _ = walk(HALTS, 0, rows, i, trees, room)
+        first, last = ways_of(d)
+        if first == last:
+            for p in range(len(of)):
+                d, _ = walk(of[p], place_of(rows, i, places, p), rows, i, trees, room)
+                first, last = ways_of(d)
+                for way in range(first, last):
+                    moves = True
+                    take(rows, i, scratch, way, p, trees, room, places)
+                    h = hash_of(rows, scratch)
+                    slot = h & mask
+                    while True:
+                        e = table[I(slot)]
+                        if e >> S32 == h >> S32 and equal(rows, I(e & LOW) - 1, scratch):
+                            break
+                        slot = (slot + ONE) & mask
+                    if ends[I(e & LOW) - 1]:
+                        good = True
+                        break
+                if good:
+                    break
+        if good or not moves:
+            ends[i] = 1
+            cleared += 1
+    return cleared
+
+
+@compiled
+def run_down(
+    rows: Any, trees: Any, room: Any, places: Any, tree: Any, done: Any, ready: Any, steps: Any, level: Any, unjudged: Any,
+    todo: Any, best: Any, best_at: Any, asks: Any,
+) -> Any:
+    """Let the party of *tree* go on alone from rows[todo], nothing failing, to its end; rows are changed in place.
+
+    tree: -1 if there is none. done: the place where it is done. best, best_at: per payload, the fewest steps in all after
+    which it breaks a law, and the row. asks: (row, what it wants, why or the way); returns how many.
+    """
+    n = 0
+    for k in range(len(todo)):
+        j, wants, way = todo[k], I(-1), I(-1)
+        while True:
+            if unjudged[j]:
+                d, child = walk(BREAKS, 0, rows, j, trees, room)
+                if d & KIND != IS_LEAF:
+                    wants, way = I(LAW), ask(BREAKS, 0, d, child, trees)
+                    break
+                unjudged[j] = 0
+                better(d, level[j] + steps[j], j, best, best_at)
+            d, child = walk(HALTS, 0, rows, j, trees, room)
+            if d & KIND != IS_LEAF:
+                wants, way = I(HALT), ask(HALTS, 0, d, child, trees)
+                break
+            first, last = ways_of(d)
+            if first < last:
+                break
+            place = place_of(rows, j, places, 0)
+            if tree < 0 or place == done:
+                d, child = walk(BREAKS_AT_END, 0, rows, j, trees, room)
+                if d & KIND != IS_LEAF:
+                    wants, way = I(END), ask(BREAKS_AT_END, 0, d, child, trees)
+                    break
+                better(d, level[j] + steps[j], j, best, best_at)
+                break
+            d, child = walk(tree, place, rows, j, trees, room)
+            if d & KIND != IS_LEAF:
+                wants, way = I(STEP), ask(tree, place, d, child, trees)
+                break
+            way, last = ways_of(d)
+            if way < last and ready[way] == 0:
+                wants = I(ROOM)
+                break
+            while way < last and trees.flag[way] & FAILED:
+                way += 1
+            if way == last or steps[j] > MOST_STEPS:
+                wants = I(ODD)
+                break
+            take(rows, j, j, way, 0, trees, room, places)
+            steps[j] += 1
+            unjudged[j] = 1
+            if trees.flag[way] & FACT:
+                shorter(way, level[j] + steps[j], j, best, best_at)
+        if wants >= 0:
+            asks[n, 0], asks[n, 1], asks[n, 2] = j, wants, way
+            n += 1
+    return n
+
+
+@compiled
+def better(d: Any, length: Any, j: Any, best: Any, best_at: Any) -> None:
+    """`shorter`, if the judgement *d* says that something breaks."""
+    first, last = ways_of(d)
+    if first < last:
+        shorter(first, length, j, best, best_at)
+
+
+@compiled
+def shorter(what: Any, length: Any, j: Any, best: Any, best_at: Any) -> None:
+    """Payload *what* breaks a law after *length* steps, on the run from row *j*."""
+    if length < best[what] or (length == best[what] and j < best_at[what]):
+        best[what], best_at[what] = length, j

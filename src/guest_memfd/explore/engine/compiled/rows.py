@@ -1,0 +1,144 @@
+"""The rows of one scenario: which part of a state lies where, the table that finds a row again, and how both grow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from guest_memfd.errors import InternalError
+from guest_memfd.explore.engine.compiled.encoding import (
+    COUNTERS,
+    FULL,
+    MASK_SHIFT,
+    PLACE_BITS,
+    ROWS,
+    SHIFT_MASK,
+    SHIFT_SHIFT,
+    WORD_MASK,
+)
+from guest_memfd.explore.engine.compiled.flat import Array, Flat, TooWide
+
+WORD = 64
+FEW = 1 << 15
+"""Rows at the beginning."""
+
+MOST = 1 << 32
+"""Rows that the table has numbers for."""
+
+
+class Rows:
+    """Rows of *parties* parties. A part gets room when it first changes; until then it is zero in every row."""
+
+    def __init__(self, flat: Flat, parties: int, loops: Any) -> None:
+        self.flat, self.loops = flat, loops
+        self.used = [0]                                 # bits of each word
+        self.placed: list[int] = []                     # the parts of bytes that have room
+        self.room = np.zeros(1 << 8, np.uint64)
+        self.places = np.zeros((parties, 2), np.uint64)
+        for p in range(parties):
+            self.places[p, 0] = self._take(PLACE_BITS)
+        self.ready = np.zeros(1 << 8, np.uint8)
+        self.rows = np.zeros((FEW, len(self.used)), np.uint64)
+        self.table = np.zeros(2 * FEW, np.uint64)
+        self.count = np.zeros(COUNTERS + 1, np.int64)
+        self.count[ROWS] = 1                            # the first is all zeros
+        loops.rehash(self.rows, 1, self.table)
+
+    def __len__(self) -> int:
+        """How many states there are."""
+        return int(self.count[ROWS])
+
+    @property
+    def bits(self) -> int:
+        """Bits of a row that are in use."""
+        return sum(self.used)
+
+    # First fit: narrow parts fill the gaps that wide ones leave.
+    def _take(self, width: int) -> int:
+        word = next((word for word, used in enumerate(self.used) if used + width <= WORD), len(self.used))
+        if word == len(self.used):
+            self.used.append(0)
+        if word > WORD_MASK:
+            raise TooWide("the states of a scenario do not fit into rows")
+        shift = self.used[word]
+        self.used[word] += width
+        return word | shift << SHIFT_SHIFT | (1 << width) - 1 << MASK_SHIFT
+
+    def make_room(self, way: int, parties: Sequence[int]) -> None:
+        """For all that changes on the leaf whose first way is *way*, a step of *parties*."""
+        trees = self.flat.trees
+        for each in range(way, way + self.flat.leaf_of[way]):
+            for number in trees.part[trees.first[each]:trees.first[each + 1]].tolist():
+                if not self.room[number]:
+                    self.room[number] = self._take(self.flat.of_part[number][1].width)
+                    self.placed.append(number)
+            for p in parties:
+                if trees.place[each] >> PLACE_BITS and not self.places[p, 1]:
+                    self.places[p, 1] = self._take(PLACE_BITS)
+            self.ready[each] = 1
+        self.rows = self.widened(self.rows)
+
+    def widened(self, rows: Array) -> Array:
+        """*rows*, with as many words as there are now."""
+        missing = len(self.used) - rows.shape[1]
+        return rows if missing <= 0 else np.concatenate([rows, np.zeros((len(rows), missing), np.uint64)], axis=1)
+
+    def keep_up(self) -> None:
+        """With the ways and parts of the trees."""
+        self.room = _as_long(self.room, len(self.flat.of_part))
+        self.ready = _as_long(self.ready, len(self.flat.payload))
+
+    def grow(self, spare: int) -> None:
+        """Have room for *spare* more rows."""
+        n = len(self) + spare
+        if n >= MOST:
+            raise InternalError(f"more than {MOST} states")
+        if n > len(self.rows):
+            self.rows.resize((n + n // 2, self.rows.shape[1]), refcheck=False)
+        if n > len(self.table) * FULL:
+            size = len(self.table)
+            while n > size * FULL:
+                size *= 2
+            self.table = np.zeros(0, np.uint64)         # the old one goes before the new one comes
+            self.table = np.zeros(size, np.uint64)
+            self.loops.rehash(self.rows, len(self), self.table)
+
+    def states(self, rows: Array) -> Array:
+        """The bytes of the host's state of each of *rows*."""
+        flat = self.flat
+        states = np.tile(np.frombuffer(flat.initial, np.uint8), (len(rows), 1))
+        codes: dict[int, Array] = {}
+        for number in self.placed:
+            at, part = flat.of_part[number]
+            bits = _read(rows, int(self.room[number])) << np.uint64(part.at)
+            codes[at] = codes[at] | bits if at in codes else bits
+        for at, code in codes.items():
+            states[:, at] = np.array(flat.values[at], np.uint8)[code.astype(np.int64)]
+        return states
+
+    def place(self, rows: Array, p: int) -> Array:
+        """Where party *p* stands in each of *rows*."""
+        low, high = (_read(rows, int(where)) for where in self.places[p])
+        return (low | high << np.uint64(PLACE_BITS)).astype(np.int64)
+
+    def standing(self, parties: Sequence[int]) -> Array:
+        """A row that has all bits in which these parties stand."""
+        bits = np.zeros(len(self.used), np.uint64)
+        for p in parties:
+            for where in self.places[p].tolist():
+                bits[where & WORD_MASK] |= np.uint64((where >> MASK_SHIFT) << (where >> SHIFT_SHIFT & SHIFT_MASK))
+        return bits
+
+
+def _read(rows: Array, where: int) -> Array:
+    shift, mask = np.uint64(where >> SHIFT_SHIFT & SHIFT_MASK), np.uint64(where >> MASK_SHIFT)
+    bits: Array = rows[:, where & WORD_MASK] >> shift & mask
+    return bits
+
+
+def _as_long(array: Array, length: int) -> Array:
+    if length <= len(array):
+        return array
+    return np.concatenate([array, np.zeros(2 * length - len(array), array.dtype)])
