@@ -68,6 +68,7 @@ ELSEWHERE = [
     ("nothing-yet", "pkvm", ["creator", "creator vcpu2", "creator vmm2"]), ("for-good", "gunyah", ["vcpu2 stop"]),
     ("no-direct-map-changes", "kvm", ["vcpu2 kcore"]), ("quiet-free", "pkvm", ["vcpu2 stop", "vcpu2 zeropad"]),
     ("three-pages", "kvm", ["vcpu2", "vcpu2 stop"]), ("failing-twice", "kvm", ["vcpu2 stop", "vcpu2 zeropad"]),
+    ("on-demand", "gunyah", ["vcpu2 pinner", "vcpu2 stop"]),
     ("two-vms", "gunyah", ["vcpu2 zeropad", "stop other-stop", "vcpu2 other-stop"]),
 ]
 """In each scene some scenarios that are about what is special there."""

@@ -67,7 +67,7 @@ def objects() -> Counter[str]:
     """How many there are of every type of the project's, and all others together."""
     gc.collect()
     kinds = (type(thing) for thing in gc.get_objects())
-    return Counter(kind.__qualname__ if kind.__module__.startswith("guest_memfd") else "other" for kind in kinds)
+    return Counter(kind.__qualname__ if str(kind.__module__).startswith("guest_memfd") else "other" for kind in kinds)
 
 
 def memory() -> tuple[int, int]:

@@ -26,6 +26,9 @@ _LOOPS = {COMPILED: "numba", NUMPY: "numpy"}
 MANY = 50_000
 """States that Python explores in half a second, on empty tables: a scenario that has more starts again, compiled."""
 
+ADDRESS_SPACE = 2 << 30
+"""Bytes that a process must be allowed for the libraries of the compiled engine to be loaded; they take half of that."""
+
 _INSTALL = "pip install 'guest-memfd[fast]' installs what it needs"
 
 
@@ -61,10 +64,21 @@ def _load(engine: str) -> Any:
     return loops(_LOOPS[engine])
 
 
+# Whether so much address space is left to this process. A library that runs out of it while it is loaded says so in words of
+# its own, or not at all.
+def _room(bytes_: int) -> bool:
+    try:
+        import resource
+    except ImportError:                                     # no Unix
+        return True
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return limit == resource.RLIM_INFINITY or limit >= bytes_
+
+
 # The fastest that works; None if it is Python.
 @cache
 def _fastest() -> Any:
-    for engine in (COMPILED, NUMPY):
+    for engine in (COMPILED, NUMPY) if _room(ADDRESS_SPACE) else ():
         if all(find_spec(name) is not None for name in _NEEDS[engine]):
             try:
                 return _load(engine)
@@ -88,6 +102,7 @@ class _Growing(Explorer):
         try:
             return super().run(max_states, max_seconds, max_steps)
         except _Outgrown:
+            self._give_up()
             again = _compiled(self.tables, self.programs, self.initial, self.teardown, self.broken_before, loops=_fastest())
             return again.run(max_states, max_seconds - (time.perf_counter() - began), max_steps)
 

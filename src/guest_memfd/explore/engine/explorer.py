@@ -28,6 +28,11 @@ from guest_memfd.explore.engine.tables import NEVER_ENDS, SHARED_BITS, SHARED_MA
 
 T = TypeVar("T")
 
+_SPARE, _BYTES_A_STATE = 16 << 20, 400
+"""Memory that one level needs, as a rule at most: for what is worked out, and for each of its states, bytes.
+
+It is an address range only, that no one touches."""
+
 _ENDS = 20
 """Steps that a message shows of the beginning, and of the end, of a long way."""
 
@@ -87,20 +92,25 @@ class Explorer:
     # Makes the levels and the ends: how many states, how many transitions, the limit that was *reached*.
     def _visit(self, reached: Callable[[int], str | None]) -> tuple[int, int, str | None]:
         rows = self._rows()
-        try:
-            visited, transitions, limit = self._search(rows, reached)
-            states = len(visited)
-            if limit is None:
-                self._look_for_lost(rows, visited)
-        finally:
-            _release(rows)
+        visited, transitions, limit = self._search(rows, reached)
+        states = len(visited)
+        if limit is None:
+            self._look_for_lost(rows, visited)
+        # Not where something raises: without memory whatever is done on the way out raises in turn.
+        _release(rows)
         return states, transitions, limit
+
+    def _give_up(self) -> None:
+        _release(self._rows())
+        self.levels, self.ends = [], []
 
     def _search(self, rows: Sequence[Row], reached: Callable[[int], str | None]) -> tuple[set[int], int, str | None]:
         frontier = [self.tables.intern(self.initial)]
         visited, transitions = set(frontier), 0
         self.levels, self.ends = [frontier], []
         while frontier:
+            # Without memory Python cannot even raise: it is asked for here, a level ahead, and given back at once.
+            bytes(_SPARE + _BYTES_A_STATE * len(frontier))
             found, idle = _spread(rows, frontier)
             self.ends += ((len(self.levels) - 1, code) for code in idle)
             transitions += len(found)

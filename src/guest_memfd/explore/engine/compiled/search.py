@@ -68,7 +68,7 @@ class CompiledExplorer(Explorer):
 
     @override
     def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40) -> Result:
-        """As `Explorer.run`."""
+        """Explore all of it, or up to a limit, as `Explorer.run` does."""
         began = time.perf_counter()
         # What is asked for and never answered must not be waited for in the next scenario.
         self.tables.flat.pop(self.initial, None)
