@@ -26,6 +26,12 @@ def python() -> Python:
     return run
 
 
+# How long the first use of the compiled engine took is no failure. (In pyproject.toml the class would be imported before
+# pytest is ready to rewrite what the package asserts.)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore::guest_memfd.errors.EngineNotice")
+
+
 # Tests of one class share what takes seconds to make, so they go to one worker; all others go to whoever is free.
 # (xdist's groups do not work with pytest 9.2: xdist 3.8 puts them into an attribute that is not there any more.)
 @pytest.hookimpl(optionalhook=True)

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from guest_memfd.errors import EHWPOISON
 from mutants.mutant import Mutant
 from mutants.targets import PACKAGE, SOURCES
 
@@ -73,6 +72,8 @@ def _functions(code: CodeType) -> Iterator[tuple[str, CodeType]]:
 
 # An errno that the file has not imported may be the one that is returned now.
 def _know_errnos(module: ModuleType) -> None:
+    from guest_memfd.errors import EHWPOISON  # not before: pytest rewrites what the package asserts
+
     for name, value in {**vars(errno), "EHWPOISON": EHWPOISON}.items():
         if name.startswith("E") and name.isupper():
             vars(module).setdefault(name, value)
