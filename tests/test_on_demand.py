@@ -45,7 +45,8 @@ def test_mistake_is_seen(mistake: type[mistaken.GunyahsDriver]) -> None:
     assert (law, evidence) in {(found.law, found.evidence) for found in explored(mistake(), parties).findings}
 
 
-@pytest.mark.parametrize("parties", sorted({parties for parties, *_ in MISTAKES.values()}))
+# The last: an mmap() that does not hold the file maps one that another thread has closed and the last binding has left.
+@pytest.mark.parametrize("parties", [*sorted({parties for parties, *_ in MISTAKES.values()}), "vmm-life page-cache-reader"])
 def test_and_the_driver_as_it_is_holds(parties: str) -> None:
     assert explored(None, parties).findings == []
 

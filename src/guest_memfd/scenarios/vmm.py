@@ -63,9 +63,11 @@ def map_pages(design: Design, start: Index, nr: int) -> Steps[int]:
     """mmap(2) of the file for the sake of [start, start+nr), which a driver that has lent them takes back first."""
     if design.lender is None:
         return (yield from design.mmap())
-    if not (yield from USER.fd_open()):
+    if not (yield from USER.fdget()):               # the system call holds the file, whoever closes the descriptor meanwhile
         return -EBADF
-    return (yield from design.lender.mmap(design, start, nr))
+    ret = yield from design.lender.mmap(design, start, nr)
+    yield from design.close()
+    return ret
 
 
 def close(design: Design) -> Steps[None]:

@@ -79,6 +79,7 @@ LONG: dict[str, dict[str, Scenario]] = {
     "vmm-life": {
         "two-pages": ("vcpu", "vmm2", "stop", "memory-failure"), "unbound": ("vcpu", "vmm2", "stop", "memory-failure"),
         "both-shared": ("memory-failure",), "for-good": ("vcpu", "stop"), "quiet-free": ("vcpu",),
+        "on-demand": ("page-cache-reader",),
     },
     "vmm-pages": {
         "two-pages": ("vcpu2", "vmm2", "drainer", "stop", "power"),
