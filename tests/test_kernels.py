@@ -27,7 +27,6 @@ from guest_memfd.kernels.cpio import Cpio
 from guest_memfd.probe.matrix import SurveyOf, as_tables
 
 REAL = [name for name in os.environ.get("GMEM_KERNELS", "").split(",") if name]
-ROOT = Path(__file__).parent.parent
 
 
 def quiet(line: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput
-from guest_memfd.kernels import find, packages, userland
+from guest_memfd.kernels import find, userland
 from guest_memfd.kernels.qemu import MACHINES
 from guest_memfd.kernels.run import Job
 from guest_memfd.kernels.run import run as run_job
@@ -65,7 +65,8 @@ def architecture(arguments: argparse.Namespace) -> str:
     return str(arguments.arch)
 
 
-def job_of(arguments: argparse.Namespace, argv: tuple[str, ...], **more: object) -> Job:
+def job_of(arguments: argparse.Namespace, argv: tuple[str, ...], *, files: tuple[tuple[Path, str], ...] = (),
+           user: int | None = None) -> Job:
     """The job that the options of `add_machine` describe. Raises BadInput for a machine that cannot be."""
     architecture(arguments)
     for name, least in (("cpus", 1), ("memory", 256)):
@@ -73,8 +74,13 @@ def job_of(arguments: argparse.Namespace, argv: tuple[str, ...], **more: object)
             raise BadInput(f"--{name} {getattr(arguments, name)}: {least} at least")
     if not 0 < arguments.timeout < 1e6:
         raise BadInput(f"--timeout {arguments.timeout:g}: a number of seconds above 0")
-    return Job(argv, timeout=arguments.timeout, cpus=arguments.cpus, memory=arguments.memory, append=arguments.append,
-               steady=arguments.steady, **more)        # type: ignore[arg-type]
+    return Job(argv, arguments.timeout, user, files, cpus=arguments.cpus, memory=arguments.memory, append=arguments.append,
+               steady=arguments.steady)
+
+
+def tell(line: str) -> None:
+    """Progress on standard error."""
+    print(f"gmem: {line}", file=sys.stderr, flush=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,13 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     job = job_of(arguments, tuple(arguments.command or ("gmem", "probe")), files=tuple(map(_file, arguments.add)),
                  user=arguments.user)
-    booted = find.find(arguments.kernel, arguments.arch, packages.tell, arguments.modules)
-    answer = run_job(booted, job, packages.tell)
+    booted = find.find(arguments.kernel, arguments.arch, tell, arguments.modules)
+    answer = run_job(booted, job, tell)
     sys.stderr.write(answer.err)
     if answer.out:
         with Output(None) as out:
             out.write(answer.out)
-    packages.tell(f"{answer.kernel}: exit code {answer.code}; boot {answer.boot:.1f} s, command {answer.command:.1f} s, "
+    tell(f"{answer.kernel}: exit code {answer.code}; boot {answer.boot:.1f} s, command {answer.command:.1f} s, "
                   f"in all {answer.wall:.1f} s ({answer.cpu:.1f} s of CPU)")
     return answer.code if answer.code >= 0 else 128 - answer.code
 

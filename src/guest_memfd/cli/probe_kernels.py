@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from guest_memfd.cli.kernel import architecture, job_of
+from guest_memfd.cli.kernel import architecture, job_of, tell
 from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput, HostUnavailable
-from guest_memfd.kernels import find, packages
+from guest_memfd.kernels import find
 from guest_memfd.kernels.run import KernelAnswer, run
 from guest_memfd.probe.matrix import SurveyOf, as_tables
 
@@ -38,7 +38,7 @@ def probe(arguments: argparse.Namespace) -> int:
     """Probe the kernels that `--kernel` names; the exit code is the worst of theirs."""
     names = [name.strip() for name in arguments.kernel.split(",")]
     if names == [ALL]:
-        names = [name for name in find.releases(architecture(arguments)) if _series(name) >= OLDEST]
+        names = [name for name in find.releases(architecture(arguments)) if find.series_of(name) >= OLDEST]
     if len(names) > 1 and not arguments.table:
         raise BadInput("several kernels need --table")
     if arguments.table and (arguments.json or arguments.ktap or arguments.against):
@@ -50,27 +50,23 @@ def probe(arguments: argparse.Namespace) -> int:
             return _worst(surveys)
         answer = _ask(names[0], arguments, tuple(_options(arguments)))
         if answer.err:
-            packages.tell(answer.err.strip().removeprefix("gmem: "))
+            tell(answer.err.strip().removeprefix("gmem: "))
         out.write(answer.out.rstrip("\n"))
     return answer.code
-
-
-def _series(name: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in name.split("-")[0].split("+")[0].split(".")[:2])
 
 
 def _surveys(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[SurveyOf]:
     began = time.monotonic()
     for number, name in enumerate(names):
         left = f", about {(time.monotonic() - began) / number * (len(names) - number):.0f} s to go" if number else ""
-        packages.tell(f"{number + 1} of {len(names)}: {name}{left}")
+        tell(f"{number + 1} of {len(names)}: {name}{left}")
         try:
-            answer = _ask(name, arguments, ("--json", *_parts(arguments)))
-            yield SurveyOf(answer.kernel, json.loads(answer.out), "", answer.command, answer.cpu)
+            answer = _ask(name, arguments, ("--json", *_what(arguments)))
+            yield SurveyOf(answer.kernel, json.loads(answer.out), "", answer.command)
         except (HostUnavailable, ValueError) as error:
             problem = str(error) if isinstance(error, HostUnavailable) else (
                 f"exit code {answer.code}: {answer.err.strip()[-200:] or 'no survey'}")
-            packages.tell(f"{name}: {problem}")
+            tell(f"{name}: {problem}")
             yield SurveyOf(name, None, problem)
 
 
@@ -78,18 +74,18 @@ def _ask(name: str, arguments: argparse.Namespace, options: tuple[str, ...]) -> 
     files = () if arguments.against is None else ((Path(arguments.against), _AGAINST),)
     job = job_of(arguments, ("gmem", "probe", *options), files=files)
     job = replace(job, append=f"{_SECRETMEM} {job.append}")
-    return run(find.find(name, arguments.arch, packages.tell, arguments.modules), job, packages.tell)
+    return run(find.find(name, arguments.arch, tell, arguments.modules), job, tell)
 
 
 def _options(arguments: argparse.Namespace) -> Iterator[str]:
-    yield from _parts(arguments)
+    yield from _what(arguments)
     yield from (f"--{name}" for name in ("json", "ktap", "verbose") if getattr(arguments, name))
     if arguments.against is not None:
         yield from ("--against", _AGAINST)
 
 
-# Emulated, everything takes longer.
-def _parts(arguments: argparse.Namespace) -> Iterator[str]:
+# What is asked for; emulated, everything takes longer.
+def _what(arguments: argparse.Namespace) -> Iterator[str]:
     yield from ("--patience", f"{arguments.patience * EMULATED:g}")
     if arguments.part is not None:
         yield from ("--part", arguments.part)

@@ -6,17 +6,12 @@ Two runs may fill it at once: each makes its own, and the one that is renamed fi
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from guest_memfd.errors import HostUnavailable
-
-_STALE = 3600
-"""Seconds after which what nobody has written to is nobody's."""
 
 
 def folder() -> Path:
@@ -61,21 +56,6 @@ def kept_folder(name: str, fill: Callable[[Path, Path], None]) -> Path:
         if not path.exists():
             raise HostUnavailable(f"{path} cannot be made")
     return path
-
-
-def sweep() -> None:
-    """Take away what runs that were killed have left half done."""
-    for path in folder().glob(".new-*"):
-        if not _in_use(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-# Of a run that goes on it changes all the time.
-def _in_use(path: Path) -> bool:
-    try:
-        return time.time() - max(each.stat().st_mtime for each in (path, *path.rglob("*"))) < _STALE
-    except OSError:
-        return True
 
 
 @contextmanager

@@ -89,8 +89,13 @@ def releases(arch: str) -> list[str]:
     """All releases that can be had for *arch*, the newest of each series, oldest first."""
     series: dict[tuple[int, ...], str] = {}
     for release in sorted(_releases(_of(arch), arch), key=_numbers):
-        series[_numbers(release)[:2]] = release
+        series[series_of(release)] = release
     return list(series.values())
+
+
+def series_of(release: str) -> tuple[int, ...]:
+    """The first two numbers of *release*: (6, 12) of 6.12.117+deb12-amd64."""
+    return _numbers(release)[:2]
 
 
 # The names of packages as those of the native architecture have them.
@@ -118,7 +123,7 @@ def _newest(given: str, arch: str, have: set[str]) -> str:
     if f"linux-image-{release}" in have:
         found.append(release)
     if not found:
-        known = ", ".join(dict.fromkeys(".".join(map(str, _numbers(each)[:2]))
+        known = ", ".join(dict.fromkeys(".".join(map(str, series_of(each)))
                                         for each in sorted(_releases(have, arch), key=_numbers)))
         raise HostUnavailable(f"no kernel {given!r} for {arch} can be had; there are {known or 'none'}, or an image's path")
     return max(found, key=_numbers)

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -108,8 +107,3 @@ def _run(root: Path, folder: Path | None, tool: str, *words: str) -> str:
         why = (done.stderr.strip() or done.stdout.strip() or "it failed").splitlines()[-1]
         raise HostUnavailable(f"{tool} {' '.join(word for word in words[:2] if word != '-qq')}: {why}; {INSTEAD}")
     return done.stdout
-
-
-def tell(line: str) -> None:
-    """Progress on standard error."""
-    print(f"gmem: {line}", file=sys.stderr, flush=True)

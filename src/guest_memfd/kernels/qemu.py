@@ -11,7 +11,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -108,8 +107,3 @@ def watched(command: Sequence[str], environment: dict[str, str], timeout: float,
         if machine.returncode > 0:
             problem = f"{Path(command[0]).name}: {said.read().strip()[-300:] or f'exit status {machine.returncode}'}"
     return QemuEnded(problem, round(time.monotonic() - began, 2), round(done[2].ru_utime + done[2].ru_stime, 2))
-
-
-def is_linux() -> bool:
-    """Whether there is what this needs of its host: files without a name, and a signal when the parent ends."""
-    return sys.platform == "linux"

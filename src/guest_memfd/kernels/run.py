@@ -6,10 +6,12 @@ import base64
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,14 +81,15 @@ def run(booted: BootedKernel, job: Job, say: Say) -> KernelAnswer:
     Raises HostUnavailable: there is no QEMU, the kernel does not boot, panics or gives no answer, or the command takes too
     long.
     """
-    if not qemu.is_linux():
+    if not sys.platform.startswith("linux"):
         raise HostUnavailable("kernels are booted on Linux only")
     machine = qemu.MACHINES[booted.arch]
     start, environment = qemu.program(booted.arch, say)
     base = userland.archive(booted.arch, say).read_bytes()
     with ExitStack() as stack:
         initrd, answer, second, console = (_nameless(stack, name) for name in ("initrd", "answer", "second", "console"))
-        initrd.write(base + _image(booted, job))
+        for part in (base, _package(), _image(booted, job)):
+            initrd.write(part)
         initrd.flush()
         command = [
             *start, *machine.machine, "-accel", "tcg", "-smp", str(job.cpus), "-m", str(job.memory), "-nodefaults",
@@ -107,6 +110,14 @@ def run(booted: BootedKernel, job: Job, say: Say) -> KernelAnswer:
     return _answer(booted, job, ended, said, log)
 
 
+# Compiled once, however many kernels are booted.
+@cache
+def _package() -> bytes:
+    image = Cpio()
+    image.add(_OURS, f"{PACKAGE}/guest_memfd")
+    return image.done()
+
+
 def _image(booted: BootedKernel, job: Job) -> bytes:
     image, modules = Cpio(), booted.load_order()
     image.put("init", b"#!/usr/bin/python3 -IB\n" + Path(guest.__file__).read_bytes(), 0o755)
@@ -114,7 +125,6 @@ def _image(booted: BootedKernel, job: Job) -> bytes:
         image.put(f"{guest.FOLDER}/{name}.ko", data)
     for source, path in job.files:
         image.add(source, path)
-    image.add(_OURS, f"{PACKAGE}/guest_memfd")
     image.put("usr/bin/gmem", _GMEM, 0o755)
     if booted.config:
         image.add(booted.config, f"boot/{booted.config.name}")

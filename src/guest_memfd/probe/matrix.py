@@ -14,13 +14,12 @@ MARKS = {"differs": " *", "unknown": " ~"}
 
 
 class SurveyOf(NamedTuple):
-    """A survey as JSON, of a *kernel*; or the *problem* why there is none. seconds: of it all; cpu: of QEMU."""
+    """A survey as JSON, of a *kernel*; or the *problem* why there is none. seconds: of the command."""
 
     kernel: str
     survey: Mapping[str, Any] | None
     problem: str = ""
     seconds: float = 0.0
-    cpu: float = 0.0
 
 
 def as_tables(surveys: Sequence[SurveyOf]) -> Iterator[str]:
