@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         with Output(None) as out:
             out.write(answer.out)
     tell(f"{answer.kernel}: exit code {answer.code}; boot {answer.boot:.1f} s, command {answer.command:.1f} s, "
-                  f"in all {answer.wall:.1f} s ({answer.cpu:.1f} s of CPU)")
+         f"in all {answer.wall:.1f} s ({answer.cpu:.1f} s of CPU)")
     return answer.code if answer.code >= 0 else 128 - answer.code
 
 
