@@ -25,7 +25,7 @@ from guest_memfd.probe.ask.here import SIZE, Here, bind, create, resident
 from guest_memfd.probe.ask.row import SETTLED, SINCE_6_1, KernelFeatures
 from guest_memfd.probe.rows.files import fs_type
 from guest_memfd.probe.rows.secret import under_limit
-from guest_memfd.probe.rows.slots import BEYOND, GMEM, GPA
+from guest_memfd.probe.rows.slots import BEYOND, GMEM, GPA, binds, two
 from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, PATH, Cap
 
 _PARAMETERS = {
@@ -178,17 +178,17 @@ def _file_works(here: Here) -> None:
 
 
 def _slot_works(here: Here) -> None:
-    bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.bindable())
+    binds(here)
 
 
 # arm64's kvm_arch_prepare_memory_region() wants a file that can be mapped: private memory is not supported there.
 def _unmappable_slot_works(here: Here) -> None:
-    bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.gmem(0))
+    binds(here, file=0)
 
 
 # "KVM: guest_memfd: Treat memslot binding offsets as unsigned", in 7.2 and in stable trees.
 def _refuses_overflow(here: Here) -> None:
-    if (said := tried(lambda: bind(here.vm, 1, GMEM, GPA, SIZE, 0, here.bindable(), BEYOND))) == "ok":
+    if (said := tried(lambda: binds(here, offset=BEYOND))) == "ok":
         raise Unfit("a slot may begin near 2^63 of its file")
     if said != "EINVAL":
         raise Unfit(f"such a slot is refused with {said}")
@@ -196,10 +196,7 @@ def _refuses_overflow(here: Here) -> None:
 
 # 7ea987a90585, in 7.2.
 def _overlap_is_told(here: Here) -> None:
-    fd = here.bindable()
-    bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
-    said = tried(lambda: bind(here.vm, 2, GMEM, 2 * GPA, SIZE, 0, fd))
-    if said != "EEXIST":
+    if (said := tried(lambda: two(here, 2 * GPA, 0, 2 * PAGE))) != "EEXIST":
         raise Unfit(f"pages that are bound already are refused with {said}")
 
 

@@ -73,10 +73,11 @@ def touched_under(here: Here, limit: int) -> str:
 def readable_pages(address: int, pages: int) -> int:
     """How many of *pages* from *address* on the kernel can read, one after the other: a fault that fails is EFAULT there."""
     _, end = os.pipe()
-    for at in range(pages):
-        if attempt(lambda at=at: call("write", end, address + at * PAGE, 1)) == "EFAULT":       # type: ignore[misc]
-            return at
-    return pages
+
+    def faults(at: int) -> bool:
+        return attempt(lambda: call("write", end, address + at * PAGE, 1)) == "EFAULT"
+
+    return next((at for at in range(pages) if faults(at)), pages)
 
 
 def privileged(here: Here) -> str:
