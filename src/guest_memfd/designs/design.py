@@ -63,6 +63,8 @@ class Design(Library):
 class NoAttributes(Design):
     """A posted design without attributes: a page is lent or shared for the life of its binding, and nothing converts it."""
 
+    converts = False
+
     @override
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         """There is no attribute tree, and so nothing to fail."""

@@ -31,7 +31,6 @@ class GuestmemRfc1(NoAttributes):
     source = "20240805-guest-memfd-lib-v1-*-e5a29a4ff5d7@quicinc.com; CodeLinaro guest_memfd.c @a36302d6"
     power = "none"
     no_direct_map = False
-    converts = False
     keeps: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("bind", "unbind", "vm_teardown"), "the client's: the series gives it no say in bindings"),
         "create": "a file and an inode; without attributes, as init_attributes() has it here",

@@ -65,7 +65,6 @@ class GunyahV17(NoAttributes):
     hypervisors = ("gunyah",)
     power = "none"
     no_direct_map = False
-    converts = False
     keeps: ClassVar[Mapping[str, str]] = {
         "create": "a file and an inode; without attributes, as init_attributes() has it here",
         "allocate": "a folio per page of the range under the invalidate lock, shared, as gunyah_gmem_allocate()",
