@@ -96,8 +96,8 @@ class Tables:
     def __init__(self, machine: ExploredHost, laws: Sequence[JudgingLaw]) -> None:
         self.machine, self.laws = machine, laws
         self.footprints = getattr(machine, "footprints", False)
-        self.judges = [(law.name, Remembered(law.in_state) if self.footprints else law.in_state) for law in laws
-                       if getattr(law, "state", True)]
+        self.state_laws = [law for law in laws if getattr(law, "state", True)]
+        self.judges = [(law.name, Remembered(law.in_state) if self.footprints else law.in_state) for law in self.state_laws]
         self.spared: Callable[[bytes], int] = getattr(machine, "spared", lambda _shared: 0)
         self.shared_ids: dict[bytes, int] = {}
         self.shared: list[bytes] = []

@@ -34,10 +34,10 @@ class Known:
         self.payloads: dict[Broken, list[int]] = {}     # those that break it
         self._trees: dict[Program, int] = {}
         self._new: list[tuple[int, int, Path, Any]] = []
-        of_states = [law for law in tables.laws if getattr(law, "state", True)]
         questions: dict[int, Callable[[Any], Any]] = {
             HALTS: lambda state: [("", "")] * bool(tables.machine.halted(state)),
-            BREAKS: lambda state: [(law.name, said) for law in of_states if (said := law.in_state(state)) is not None],
+            BREAKS: lambda state: [
+                (law.name, said) for law in tables.state_laws if (said := law.in_state(state)) is not None],
             BREAKS_AT_END: lambda state: [
                 (law.name, said) for law in tables.laws if (said := law.at_end(state)) is not None],
         }
