@@ -23,7 +23,11 @@ from guest_memfd.words.primitives import Primitive
 
 FIELDS = (*(f"{kind}.{field}" for kind, fields in st.RECORDS.items() for field in fields), *st.GLOBALS)
 
-NEVER = {"pfn.of": "a page is only ever some other VM's where there are two, and a machine beside the abstract host has one"}
+SINGLE = "a machine beside the abstract host has single pages"
+NEVER = {
+    "pfn.of": "a page is only ever some other VM's where there are two, and a machine beside the abstract host has one",
+    **dict.fromkeys((f"folio.{field}" for field in st.FOLIO_FIELDS), SINGLE), "party.splits": SINGLE,
+}
 """Fields that no schedule can change, and why."""
 
 HANDED_IN = {"failures", "given", "refusals"}

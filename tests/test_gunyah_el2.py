@@ -319,11 +319,23 @@ class Model:
     def set_owner(self, pfn: int, owner: Any) -> None:
         self.owners[pfn] = owner
 
-    def host_maps(self, pfn: int, allowed: bool) -> None:
+    def host_maps(self, pfn: int, allowed: bool, order: int = 0) -> None:
         self.host[pfn] = allowed
 
-    def guest_map(self, gfn: int, pfn: int) -> None:
+    def guest_map(self, gfn: int, pfn: int, order: int = 0) -> None:
         self.maps[pfn] = gfn
+
+    def host_leaf(self, pfn: int) -> int:
+        return 0
+
+    def host_split(self, pfn: int, order: int) -> None:
+        """It has no entry larger than a page."""
+
+    def guest_leaf(self, gfn: int) -> int:
+        return 0
+
+    def guest_split(self, gfn: int, order: int) -> None:
+        """It has no leaf larger than a page."""
 
     def guest_unmap(self, gfn: int, pfn: int, *, flush: bool = True) -> bool:
         if self.maps[pfn] != gfn:
@@ -336,6 +348,12 @@ class Model:
 
     def scrub(self, pfn: int) -> None:
         self.zeroed.append(pfn)
+
+    def zeroed(self, pfn: int) -> None:
+        self.scrub(pfn)
+
+    def lose(self, pfn: int, how: str) -> None:
+        self.scrub(pfn)
 
     def destroy(self, pfn: int, gfn: int, how: str) -> None:
         raise AssertionError("Gunyah takes nothing by force")

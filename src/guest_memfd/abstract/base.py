@@ -121,14 +121,15 @@ class AbstractBase:
             setattr(ghost, what, min(getattr(ghost, what) + 1, MANY))
 
     def against(self, reason: int, frame: st.Frame | None = None) -> None:
-        """Something stands against the operation that the current party is in: at *frame*, if it is a page's doing."""
+        """Something stands against the operation that the current party is in: at *frame*'s folio, if it is one's doing."""
         ghost = self.state.ghost(self.who)
         if not ghost.op:
             return
         ghost.reasons |= reason
-        index = None if frame is None else self.ours(frame)
-        if index is not None:
-            ghost.places |= 1 << index
+        for part in () if frame is None else self.state.parts(self.state.head(frame)):
+            index = self.ours(part)
+            if index is not None:
+                ghost.places |= 1 << index
 
     # -- how an operation has ended, until its caller is told ----------------------------------------------------------
 
@@ -157,7 +158,8 @@ class AbstractBase:
     def clear(ghost: st.PartyGhost) -> None:
         """The party is in no operation, and has been in none."""
         ghost.op = ghost.gfn = ghost.scope = ghost.toggled = ghost.removed = ghost.reasons = ghost.places = 0
-        ghost.writes = ghost.flushes = ghost.calls = ghost.stalls = ghost.ended = ghost.ended_op = ghost.ended_at = 0
+        ghost.writes = ghost.flushes = ghost.calls = ghost.stalls = ghost.splits = 0
+        ghost.ended = ghost.ended_op = ghost.ended_at = 0
 
     def members(self, mask: int) -> tuple[Index, ...]:
         """The page indexes of bit mask *mask*."""

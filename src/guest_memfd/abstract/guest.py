@@ -6,7 +6,7 @@ from guest_memfd.abstract import state as st
 from guest_memfd.abstract.mappings import AbstractMappings
 from guest_memfd.core.hypervisor import check_owner
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import ANY, DATA, FOR_GOOD, GONE, GUEST, HELD, HOST, OWNERS, RUNNING, SECRET, ZERO
+from guest_memfd.words.pagestate import ANY, DATA, EVICTED, FOR_GOOD, GONE, GUEST, HELD, HOST, OWNERS, RUNNING, SECRET, ZERO
 from guest_memfd.words.primitives import OPS, Folio
 from guest_memfd.words.units import Gfn, Index, Pfn
 
@@ -33,21 +33,40 @@ class AbstractGuestSide(AbstractMappings):
         if owner == "guest":
             self.note_private(frame, "donated")
 
-    def host_maps(self, pfn: Pfn, allowed: bool) -> None:
+    def host_maps(self, pfn: Pfn, allowed: bool, order: int = 0) -> None:
         """Host stage 2. Taking a page away ends in TLBI VMALLE1IS, which empties the host's stage-1 TLBs as well."""
-        self.state.frame(pfn).s2 = int(allowed)
+        self.cut_leaf("s2_leaf", Folio(pfn, order))
+        self.set_leaf("s2_leaf", pfn, order)
+        for frame in self.frames_of(Folio(pfn, order)):
+            frame.s2 = int(allowed)
         if not allowed:
             # TLBI VMALLE1IS is for all addresses. So a page that the driver forgot to flush is flushed here, by an
             # unrelated donation, and the mistake shows only where no such call comes in between.
             for frame in self.state.frames():
                 frame.stale = 0
 
-    def guest_map(self, gfn: Gfn, pfn: Pfn) -> None:
+    def host_leaf(self, pfn: Pfn) -> int:
+        """As it was last changed."""
+        return self.leaf("s2_leaf", pfn)
+
+    def host_split(self, pfn: Pfn, order: int) -> None:
+        """One entry of each page, which says the same."""
+        self.split_leaves("s2_leaf", Folio(pfn, order))
+
+    def guest_map(self, gfn: Gfn, pfn: Pfn, order: int = 0) -> None:
         """Guest stage 2: gfn -> pfn, in place of what it mapped. A TLB entry that says the same has outlived nothing."""
-        entry, frame = self.gfn(gfn), self.state.frame(pfn)
+        whole = not (gfn | pfn) & ((1 << order) - 1)
+        for at, frame in enumerate(self.frames_of(Folio(pfn, order))):
+            self._map(self.gfn(gfn + at), frame)
+            self.cut_leaf("guest_leaf", Folio(frame.number, order if whole else 0))
+        if whole:
+            self.set_leaf("guest_leaf", pfn, order)
+
+    def _map(self, entry: st.GfnRecord, frame: st.Frame) -> None:
         # A gfn maps one page: what it mapped before is replaced.
         for other in self.state.frames():
-            if other.gmap == entry.number + 1 and other.number != pfn:
+            if other.gmap == entry.number + 1 and other.number != frame.number:
+                self.cut_leaf("guest_leaf", Folio(other.number))
                 other.gmap = other.asked = 0
         if not frame.gmap:
             # Whether the guest itself has asked for the page. Of a page that was given to it without its asking it
@@ -59,19 +78,33 @@ class AbstractGuestSide(AbstractMappings):
         entry.gpoison = 0
         # memory_failure() has told everybody that the page is lost; to map it again is to hand broken memory out.
         if frame.handled:
-            self.notes.append(facts.Given("the guest", pfn))
+            self.notes.append(facts.Given("the guest", frame.number))
+
+    def guest_leaf(self, gfn: Gfn) -> int:
+        """The order of the leaf that maps *gfn*."""
+        entry = self.gfn(gfn).number + 1
+        return next((self.leaf("guest_leaf", frame.number) for frame in self.state.frames() if frame.gmap == entry), 0)
+
+    def guest_split(self, gfn: Gfn, order: int) -> None:
+        """One leaf of each page; what a TLB has of the large one says the same."""
+        for frame in self.state.frames():
+            if self.gfn(gfn).number < frame.gmap <= self.gfn(gfn).number + (1 << order):
+                self.cut_leaf("guest_leaf", Folio(frame.number))
 
     def guest_unmap(self, gfn: Gfn, pfn: Pfn, *, flush: bool = True) -> bool:
-        """Remove gfn -> pfn; False when it is not mapped so. Without *flush* TLBs keep it."""
+        """Remove gfn -> pfn, and what else its leaf maps; False when it is not mapped so. Without *flush* TLBs keep it."""
         entry, frame = self.gfn(gfn).number + 1, self.state.frame(pfn)
         if flush:
             frame.gstale = 0
         if frame.gmap != entry:
             return False
-        frame.gmap = frame.asked = 0
-        if not flush:
-            frame.gstale = entry
+        order = self.leaf("guest_leaf", pfn)
+        for part in self.frames_of(Folio(Pfn(pfn >> order << order), order)):
+            part.gstale = 0 if flush else part.gmap
+            part.gmap = part.asked = 0
+            self.set_leaf("guest_leaf", part.number, 0)
         index = self.ours(frame)
+        # That the rest of the leaf goes with it is how tables are: what comes of it is for the other laws.
         if index is not None:
             self.out_of_scope("takes the page from the guest", index)
         return True
@@ -85,6 +118,21 @@ class AbstractGuestSide(AbstractMappings):
         """Zero and clean the page, at EL2."""
         frame = self.state.frame(pfn)
         frame.content = ZERO
+
+    def zeroed(self, pfn: Pfn) -> None:
+        """Zeros, and who reads there expects them."""
+        frame = self.state.frame(pfn)
+        frame.content = ZERO
+        self._expect(frame, ZERO)
+
+    def lose(self, pfn: Pfn, how: str) -> None:
+        """Zeros stand for what no one can make sense of."""
+        frame, ghost = self.state.frame(pfn), self.state.ghost(self.who)
+        index = self.ours(frame)
+        asked = not ghost.op or self.file.inode == EVICTED or (index is not None and ghost.scope >> index & 1)
+        if not asked and index is not None and self.page(index).expect not in (ZERO, ANY):
+            self.notes.append(facts.Destroyed(pfn, how))
+        self.zeroed(pfn)
 
     def destroy(self, pfn: Pfn, gfn: Gfn, how: str) -> None:
         """Take the page from a living guest that never agreed: its contents are lost, its next access says so."""
@@ -140,7 +188,7 @@ class AbstractGuestSide(AbstractMappings):
             self.gone("what the hypervisor keeps of the file, in hypercall")
         self.count("calls")
         frame = self.subject(args)
-        if frame is not None and frame.stuck and name in self.hypervisor.final:
+        if frame is not None and name in self.hypervisor.final and any(part.stuck for part in self.state.parts(frame)):
             self.against(FOR_GOOD, frame)
             return self.hypervisor.final[name]
         # Set by `refuse` within this call only.
@@ -150,7 +198,7 @@ class AbstractGuestSide(AbstractMappings):
         if wrong is not None:
             raise TypeError(wrong)
         # A guest that has never asked for a page, nor written to it, cannot be said to hold on to it.
-        if self._refused and (frame is None or frame.asked or frame.content != ZERO):
+        if self._refused and (frame is None or any(part.asked or part.content != ZERO for part in self.state.parts(frame))):
             self.against(HELD, frame)
         return ret
 
@@ -163,7 +211,8 @@ class AbstractGuestSide(AbstractMappings):
     def note_private(self, frame: st.Frame, how: str) -> None:
         """A frame is the guest's alone from now on."""
         cached = any(vm.gpc == frame.number + 1 for vm in self.state.vms())
-        self.notes.append(facts.MadePrivate(how, frame.number, frame.pin + frame.get, cached))
+        head = self.state.head(frame)
+        self.notes.append(facts.MadePrivate(how, frame.number, head.pin + head.get, cached))
 
     def guest_access(self, gfn: Gfn, write: bool) -> str:
         """Through a TLB entry that should be gone if there is one, as a hit comes before a walk; else guest stage 2."""

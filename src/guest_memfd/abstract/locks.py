@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from guest_memfd.abstract.base import AbstractBase
+from guest_memfd.abstract.folios import AbstractFolios
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.pagestate import CONTENTION, POISON
 from guest_memfd.words.primitives import Folio, Locked
 
 
-class AbstractLocks(AbstractBase):
+class AbstractLocks(AbstractFolios):
     """The lock primitives, down_read to unlock_folio: they wait, and a release without a hold is a bug."""
 
     def _sem(self, sem: str) -> tuple[int, int, int]:
@@ -69,22 +69,23 @@ class AbstractLocks(AbstractBase):
 
     def lock_folio(self, folio: Folio) -> Locked:
         """Wait for the folio lock."""
-        frame = self.state.frame(folio.pfn)
+        head = self.head_of(folio)
         # Without a reference the frame may have been freed and allocated anew: the lock would be that of another
         # folio.
-        if not frame.refs():
+        if not head.refs():
             self.die(f"folio_lock of {folio} without a reference")
-        if frame.lock:
+        if head.lock:
             self.wait()
-        frame.lock = self.who + 1
+        head.lock = self.who + 1
         # A reason to refuse, for the laws: the design may not know it before it has the lock.
-        if frame.poison:
+        poisoned = [frame for frame in self.state.parts(head) if frame.poison]
+        for frame in poisoned:
             self.against(POISON, frame)
-        return Locked(self.ours(frame), bool(frame.uptodate), bool(frame.no_direct_map), bool(frame.poison))
+        return Locked(self.ours(head), bool(head.uptodate), bool(head.no_direct_map), bool(poisoned))
 
     def unlock_folio(self, folio: Folio) -> None:
         """Unlocking an unlocked folio is a VM_BUG_ON."""
-        frame = self.state.frame(folio.pfn)
-        if frame.lock != self.who + 1:
+        head = self.head_of(folio)
+        if head.lock != self.who + 1:
             self.die(f"folio_unlock of {folio}, which this task has not locked")
-        frame.lock = 0
+        head.lock = 0

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 FALLIBLE = {
     "filemap_add_folio": -ENOMEM,
+    "filemap_add_pages": -ENOMEM,
+    "split_folio": -ENOMEM,
+    "split_direct_map": -ENOMEM,
     "set_direct_map_invalid_noflush": -ENOMEM,
     "tree_store": -ENOMEM,
     "tree_reserve": -ENOMEM,
@@ -36,9 +39,13 @@ FALLIBLE = {
 }
 """Primitives that can fail for want of memory, and what they return then."""
 
+OF_LEAVES = frozenset({"split_direct_map", "set_direct_map_invalid_noflush", "set_direct_map_default_noflush"})
+"""Those of them that take memory only where a leaf has to be split."""
+
 OF_INODE = frozenset({
-    "filemap_get_folio", "filemap_find_folio", "filemap_add_folio", "filemap_remove_folio", "unmap_mapping_pages",
-    "vmf_insert_folio", "destroy_inode", "iput", "mapping_set_no_direct_map", "mapping_no_direct_map",
+    "filemap_get_folio", "filemap_find_folio", "filemap_add_folio", "filemap_add_pages", "filemap_remove_folio",
+    "split_folio", "merge_folio", "unmap_mapping_pages", "vmf_insert_folio", "destroy_inode", "iput",
+    "mapping_set_no_direct_map", "mapping_no_direct_map",
 })
 """Primitives that work on the inode: it has to be there."""
 
@@ -70,9 +77,12 @@ class AbstractHost(AbstractLocks, AbstractWorld):
         self.hypervisor, self.scene, self.kernel = hypervisor, scene, scene.kernel
         self.sea_fixup, self.tasks = sea_fixup, tasks
         self.bounds, self.errnos = bounds or {}, errnos or {}
-        self.sizes = st.Sizes(scene.frames, scene.pages, scene.guest_frames, scene.files, scene.vms, parties)
+        self.sizes = st.Sizes(scene.frames, scene.pages, scene.guest_frames, scene.files, scene.vms, parties,
+                              scene.order)
         self.indexes = span(FIRST_PAGE, scene.pages)
-        restore = {"set_direct_map_default_noflush": -ENOMEM} if scene.kernel.merges_leaves else {}
+        # Where there are large leaves it can be seen whether an entry is part of one; else it may be.
+        unseen = scene.kernel.merges_leaves or scene.order
+        restore = {"set_direct_map_default_noflush": -ENOMEM} if unseen else {}
         self.fallible = FALLIBLE | restore if scene.kernel.changes_direct_map else {
             name: errno for name, errno in FALLIBLE.items() if not name.startswith("set_direct_map")}
 
@@ -82,6 +92,8 @@ class AbstractHost(AbstractLocks, AbstractWorld):
         for frame in state.frames():
             frame.s1 = frame.s2 = 1
             frame.content = JUNK
+        for folio in state.folios():
+            folio.s1_leaf = folio.s2_leaf = self.sizes.order
         state.module = self.sizes.vms
         state.failures, state.given, state.refusals = failures, failures, refusals
         return state.save()
@@ -109,7 +121,7 @@ class AbstractHost(AbstractLocks, AbstractWorld):
         # Only if the primitive can go on at all. A failure of something that has to wait would be a failure out of
         # nothing.
         if ends and errno and st.State(shared).failures:
-            ends.append(self._fail(shared, party, primitive, errno))
+            ends += self._fail(shared, party, primitive, errno)
         if ends and primitive.name == "hypercall" and primitive.args[0] in self.hypervisor.final:
             ends += self._refuse_for_good(shared, party, primitive, ends[0])
         return ends
@@ -166,13 +178,17 @@ class AbstractHost(AbstractLocks, AbstractWorld):
             return self.hypervisor.fallible.get(primitive.args[0], 0)
         return self.fallible.get(primitive.name, 0)
 
-    def _fail(self, shared: bytes, party: int, primitive: Primitive, errno: int) -> Outcome:
+    def _fail(self, shared: bytes, party: int, primitive: Primitive, errno: int) -> list[Outcome]:
         self._look_at(shared, party, primitive)
+        if primitive.name in OF_LEAVES:
+            folio = primitive.args[0]
+            if not self.may_fail(folio, 0 if primitive.name == "split_direct_map" else folio.order):
+                return []
         self.state.failures -= 1
         if primitive.name == "hypercall":
             self.count("calls")
         self.against(FAILURE, self._frame_of(primitive) if errno == -EAGAIN else None)
-        return Outcome(errno, self.state.save(), (), failed=True)
+        return [Outcome(errno, self.state.save(), (), failed=True)]
 
     # The hypervisor says no where it might have said yes, and will say so ever after.
     def _refuse_for_good(self, shared: bytes, party: int, primitive: Primitive, done: Outcome) -> list[Outcome]:
@@ -181,7 +197,8 @@ class AbstractHost(AbstractLocks, AbstractWorld):
         if not self.state.refusals or done.result != 0 or frame is None or frame.stuck:
             return []
         self.state.refusals -= 1
-        frame.stuck = 1
+        # The last page of what was asked for: who looks at the first alone does not see it.
+        self.state.parts(frame)[-1].stuck = 1
         self.count("calls")
         self.against(FOR_GOOD, frame)
         return [Outcome(self.hypervisor.final[primitive.args[0]], self.state.save(), (), failed=True)]

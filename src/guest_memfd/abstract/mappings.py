@@ -10,16 +10,16 @@ from __future__ import annotations
 from errno import EBADF
 
 from guest_memfd.abstract import state as st
-from guest_memfd.abstract.base import AbstractBase
+from guest_memfd.abstract.folios import AbstractFolios
 from guest_memfd.core.hypervisor import DATA_ABORT, SEA
 from guest_memfd.errors import shown
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTS, DATA, EVICTED, FREE, GUEST, JUNK, KEPT, OWNERS, ZERO
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import FIRST_PAGE, Index, Pfn
+from guest_memfd.words.units import FIRST_PAGE, Index, Pfn, span
 
 
-class AbstractMappings(AbstractBase):
+class AbstractMappings(AbstractFolios):
     """clear_folio ... unpin, and `kernel_access`, the one way the kernel touches memory."""
 
     # -- accesses ------------------------------------------------------------------------------------------------
@@ -30,9 +30,15 @@ class AbstractMappings(AbstractBase):
         number = frame.slot - 1 if frame.slot else None
         expect = self.state.page(number).expect if number is not None else ANY
         self.notes.append(facts.Access(
-            who, what, via, frame.number, write, CONTENTS[frame.content], self.guests(frame),
+            who, what, via, frame.number, write, self._seen_by(who, frame), self.guests(frame),
             bool(frame.gmap) or frame.owner == GUEST, None if number is None else self.index(number),
             None if expect == ANY else CONTENTS[expect], frame.allocated == FREE, bool(frame.handled)))
+
+    # Memory that is encrypted for its guest is something else for everybody else.
+    def _seen_by(self, who: str, frame: st.Frame) -> str:
+        if self.hypervisor.encrypts and who != "guest" and frame.owner == GUEST:
+            return "ciphertext"
+        return CONTENTS[frame.content]
 
     def kernel_access(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
         """One access through the direct map: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
@@ -44,10 +50,18 @@ class AbstractMappings(AbstractBase):
             return "fixed" if fixup else self.panic()
         # Stage 2 is asked after stage 1, so a hole in stage 1 keeps stage 2's abort from happening at all: this is
         # what a hole is for.
-        if not frame.s2:
+        if self._withheld(frame, write):
             return self._stage2_abort(frame, who, what, write=write, fixup=fixup)
         self.note_access(frame, who, what, "direct map" if frame.s1 else "stale TLB entry", write)
         return "ok"
+
+    # By the hypervisor. Where only writes are checked, that is done at the size of the entry that they go through.
+    def _withheld(self, frame: st.Frame, write: bool, *, alone: bool = False) -> bool:
+        if self.hypervisor.guards == "accesses":
+            return not frame.s2
+        order = 0 if alone else self.leaf("s1_leaf", frame.number)
+        first = Pfn(frame.number >> order << order)
+        return write and any(not part.s2 for part in self.frames_of(Folio(first, order)))
 
     def _stage2_abort(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
         kind = self.hypervisor.abort or DATA_ABORT
@@ -90,21 +104,23 @@ class AbstractMappings(AbstractBase):
 
     def read_folio(self, folio: Folio) -> str:
         """A plain read through the direct map, of a folio that the reader found in the page cache."""
-        return self.kernel_access(self.state.frame(folio.pfn), "kernel", "read_folio", write=False, fixup=False)
+        for frame in self.frames_of(folio):
+            self.kernel_access(frame, "kernel", "read_folio", write=False, fixup=False)
+        return "ok"
 
     def clear_folio(self, folio: Folio) -> None:
         """A plain write through the direct map."""
-        frame = self.state.frame(folio.pfn)
-        self.kernel_access(frame, "library", "clear_folio", write=True, fixup=False)
-        frame.content = ZERO
+        for frame in self.frames_of(folio):
+            self.kernel_access(frame, "library", "clear_folio", write=True, fixup=False)
+            frame.content = ZERO
 
     def clear_folio_local(self, folio: Folio) -> None:
         """A write through a private mapping of this CPU: stage 2 still has a say."""
-        frame = self.state.frame(folio.pfn)
-        if not frame.s2:
-            self._stage2_abort(frame, "library", "clear_folio_local", write=True, fixup=False)
-        self.note_access(frame, "library", "clear_folio_local", "local mapping", True)
-        frame.content = ZERO
+        for frame in self.frames_of(folio):
+            if self._withheld(frame, True, alone=True):
+                self._stage2_abort(frame, "library", "clear_folio_local", write=True, fixup=False)
+            self.note_access(frame, "library", "clear_folio_local", "local mapping", True)
+            frame.content = ZERO
 
     def image_copy(self, pfn: Pfn) -> str:
         """safe_copy_page() (kernel/power/snapshot.c): map a hole for the moment, copy plainly, make it again and flush."""
@@ -115,6 +131,7 @@ class AbstractMappings(AbstractBase):
         # image.
         hole = not frame.s1
         if hole:
+            self.cut_leaf("s1_leaf", Folio(pfn))
             frame.s1 = 1
         self.kernel_access(frame, "image", "safe_copy_page", write=False, fixup=False)
         if hole:
@@ -131,22 +148,33 @@ class AbstractMappings(AbstractBase):
 
     # -- the last reference --------------------------------------------------------------------------------
 
-    def free_if_unused(self, frame: st.Frame) -> None:
-        """free_pages_prepare(): debug options write to the page, and its next owner finds what it holds."""
-        if frame.refs() or frame.allocated != ALLOCATED:
+    def free_if_unused(self, head: st.Frame) -> None:
+        """free_pages_prepare(): debug options write to the pages, and their next owner finds what they hold.
+
+        *head* is the first frame of a folio. A page whose memory is broken is kept, and the others are freed.
+        """
+        if head.refs() or head.allocated != ALLOCATED:
             return
+        parts = self.state.parts(head)
+        for frame in parts:
+            if not frame.poison:
+                self.notes.append(facts.Freed(
+                    frame.number, OWNERS[frame.owner], CONTENTS[frame.content], bool(frame.gmap or frame.gstale)))
+        if head.lock and not head.poison:
+            self.die(f"pfn{head.number} is freed while locked")
+        for frame in parts:
+            self._free(frame)
+
+    def _free(self, frame: st.Frame) -> None:
         if frame.poison:
             frame.allocated = KEPT
-            return
-        self.notes.append(facts.Freed(
-            frame.number, OWNERS[frame.owner], CONTENTS[frame.content], bool(frame.gmap or frame.gstale)))
-        if frame.lock:
-            self.die(f"pfn{frame.number} is freed while locked")
-        if self.kernel.init_on_free:
-            self.kernel_access(frame, "allocator", "free-time poisoning", write=True, fixup=False)
-            frame.content = JUNK
-        frame.allocated = FREE
-        frame.uptodate = frame.no_direct_map = 0
+        else:
+            if self.kernel.init_on_free:
+                self.kernel_access(frame, "allocator", "free-time poisoning", write=True, fixup=False)
+                frame.content = JUNK
+            frame.allocated = FREE
+            frame.uptodate = frame.no_direct_map = 0
+        self.make_folio(frame, 0)
 
     # -- direct map ----------------------------------------------------------------------------------------------
 
@@ -155,30 +183,47 @@ class AbstractMappings(AbstractBase):
         return self.kernel.changes_direct_map
 
     def set_direct_map_invalid_noflush(self, folio: Folio) -> int:
-        """The entry goes, TLBs keep it. Where it cannot be changed nothing is done, and that is no error."""
-        frame = self.state.frame(folio.pfn)
-        self._changes(frame, invalid=True)
-        if self.kernel.changes_direct_map and frame.s1:
-            frame.s1, frame.stale = 0, 1
-        return 0
+        """The entries go, TLBs keep them. Where they cannot be changed nothing is done, and that is no error."""
+        return self._set_direct_map(folio, 0)
 
     def set_direct_map_default_noflush(self, folio: Folio) -> int:
         """Invalid to valid: nothing stale can be left."""
-        frame = self.state.frame(folio.pfn)
-        self._changes(frame, invalid=False)
+        return self._set_direct_map(folio, 1)
+
+    def _set_direct_map(self, folio: Folio, valid: int) -> int:
+        self.count("writes")
         if self.kernel.changes_direct_map:
-            frame.s1, frame.stale = 1, 0
+            self.cut_leaf("s1_leaf", folio)
+        for frame in self.frames_of(folio):
+            self.notes.append(facts.DirectMapChange(self.caller, frame.number, not valid, bool(frame.handled)))
+            if self.kernel.changes_direct_map and frame.s1 != valid:
+                frame.s1, frame.stale = valid, 1 - valid
+        if valid and self.kernel.merges_leaves:
+            self._merge_leaves(folio.pfn)
         return 0
 
-    def _changes(self, frame: st.Frame, *, invalid: bool) -> None:
-        self.notes.append(facts.DirectMapChange(self.caller, frame.number, invalid, bool(frame.handled)))
-        self.count("writes")
+    # Small leaves become a large one again where all of it is mapped (cpa_collapse_large_pages()).
+    def _merge_leaves(self, pfn: Pfn) -> None:
+        for order in range(1, self.sizes.order + 1):
+            first = Pfn(pfn >> order << order)
+            if all(self.state.frame(part).s1 for part in span(first, 1 << order)):
+                self.set_leaf("s1_leaf", first, order)
+
+    def split_direct_map(self, folio: Folio) -> int:
+        """Of each page a leaf of its own, present or not as before."""
+        self.split_leaves("s1_leaf", folio)
+        return 0
+
+    def may_fail(self, folio: Folio, order: int) -> bool:
+        """Whether a leaf of the direct map has to be split for *folio* to be in leaves of *order*, which takes memory."""
+        return not self.sizes.order or self.leaf("s1_leaf", folio.pfn) > order
 
     def flush_tlb_kernel_range(self, folios: tuple[Folio, ...]) -> None:
         """Drop the stale kernel TLB entries of *folios*, on all CPUs; the law on cost counts it as one flush."""
         self.count("flushes")
         for folio in folios:
-            self.state.frame(folio.pfn).stale = 0
+            for frame in self.frames_of(folio):
+                frame.stale = 0
 
     # -- user mappings -------------------------------------------------------------------------------------------
 
@@ -220,7 +265,7 @@ class AbstractMappings(AbstractBase):
         frame = self._pte(index)
         if frame is None:
             return "fault"
-        if not frame.s2:
+        if self._withheld(frame, write, alone=True):
             return "SIGSEGV" if self.hypervisor.abort == DATA_ABORT else "SIGBUS"
         self.note_access(frame, "VMM", "user access", "user mapping", write)
         if write:
@@ -232,11 +277,18 @@ class AbstractMappings(AbstractBase):
         if not self.file.vma:
             return False
         if self._pte(index) is None:
-            frame = self.state.frame(folio.pfn)
+            frame = self._page_of(folio, index)
             if frame.handled:
                 self.notes.append(facts.Given("the VMM", frame.number))
             frame.user = self.page(index).number + 1
         return True
+
+    # The frame of *folio* that is page *index*, by where the folio begins in the file.
+    def _page_of(self, folio: Folio, index: Index) -> st.Frame:
+        head = self.head_of(folio)
+        begins = self.ours(head)
+        at = 0 if begins is None else index - begins
+        return self.state.frame(Pfn(head.number + at)) if 0 <= at < folio.nr else head
 
     def vma_covers(self, start: Index, nr: int) -> bool:
         """A VMA covers every page."""
@@ -255,30 +307,30 @@ class AbstractMappings(AbstractBase):
     # -- GUP -----------------------------------------------------------------------------------------------------
 
     def gup_read_pte(self, index: Index) -> Folio | None:
-        """GUP-fast, first half: the folio that the VMM's page table maps at page *index*, or None; no reference is taken."""
+        """GUP-fast, first half: the page that the VMM's page table maps at *index*, or None; no reference is taken."""
         self.faulted_in(index)
         frame = self._pte(index)
         return Folio(frame.number) if frame else None
 
     def gup_try_get(self, folio: Folio) -> bool:
         """Fails only when the count is zero: the frame may be another folio by now."""
-        frame = self.state.frame(folio.pfn)
-        if not frame.refs():
+        head = self.head_of(folio)
+        if not head.refs():
             return False
-        frame.spec += 1
+        head.spec += 1
         return True
 
     def gup_recheck(self, index: Index, folio: Folio, foll_pin: bool) -> bool:
         """Keep or drop the speculative reference."""
-        frame = self.state.frame(folio.pfn)
-        frame.spec -= 1
+        frame, head = self.state.frame(folio.pfn), self.head_of(folio)
+        head.spec -= 1
         if frame.user != self.page(index).number + 1:
-            self.free_if_unused(frame)
+            self.free_if_unused(head)
             return False
         if foll_pin:
-            frame.pin += 1
+            head.pin += 1
         else:
-            frame.get += 1
+            head.get += 1
         return True
 
     def pin_access(self, folio: Folio, write: bool, dma: bool) -> str:
@@ -294,9 +346,9 @@ class AbstractMappings(AbstractBase):
 
     def unpin(self, folio: Folio, foll_pin: bool) -> None:
         """The reference goes; perhaps the last."""
-        frame = self.state.frame(folio.pfn)
+        head = self.head_of(folio)
         if foll_pin:
-            frame.pin -= 1
+            head.pin -= 1
         else:
-            frame.get -= 1
-        self.free_if_unused(frame)
+            head.get -= 1
+        self.free_if_unused(head)

@@ -54,6 +54,13 @@ FRAME_FIELDS = {
     "handled": "memory_failure() has done with the poisoned page",
     "stuck": "the hypervisor has refused for good to give it back",
 }
+FOLIO_FIELDS = {
+    "order": "of the folio that begins at this frame",
+    "tail": "how many frames before this one its folio begins: 0 for its first",
+    "s1_leaf": "order of the direct-map leaf that the page's entry is, or is part of",
+    "s2_leaf": "host stage 2: the same",
+    "guest_leaf": "guest stage 2: the same, of a page that is mapped",
+}
 PAGE_FIELDS = {
     "cached": "page cache slot: frame + 1",
     "attr": "attribute tree: SHARED_PAGE, PRIVATE_PAGE",
@@ -100,6 +107,7 @@ PARTY_FIELDS = {
     "flushes": "ghost: kernel TLB flushes it has asked for",
     "calls": "ghost: hypercalls it has made",
     "stalls": "ghost: how often it has made others wait (locks taken exclusively, batches drained)",
+    "splits": "ghost: leaves it has split, of the direct map and of either stage 2",
     "begun": "invalidations it has begun and not ended",
     "announced": "ghost: bit mask of the pages whose invalidation it has begun and not ended",
     "ended": "ghost: 1 + errno with which it has ended, before it returns; scope is kept until then",
@@ -118,8 +126,10 @@ GLOBALS = {
     "refusals": "refusals for good that may still happen",
     "leaked": "pages the library has counted as never coming back",
 }
+
+
 class Sizes(NamedTuple):
-    """How many records of each kind a state has; pages are per file, gfns per VM."""
+    """How many records of each kind a state has; pages are per file, gfns per VM. order: of the largest folio."""
 
     frames: int
     pages: int
@@ -127,10 +137,11 @@ class Sizes(NamedTuple):
     files: int
     vms: int
     parties: int
+    order: int = 0
 
 
 RECORDS: dict[str, dict[str, str]] = {
-    "pfn": FRAME_FIELDS, "page": PAGE_FIELDS, "gfn": GFN_FIELDS, "file": FILE_FIELDS, "vm": VM_FIELDS,
+    "pfn": FRAME_FIELDS, "folio": FOLIO_FIELDS, "page": PAGE_FIELDS, "gfn": GFN_FIELDS, "file": FILE_FIELDS, "vm": VM_FIELDS,
     "party": PARTY_FIELDS,
 }
 """Kinds of records, in the order of the layout, and the fields of each."""
@@ -147,7 +158,9 @@ class StateLayout:
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
-        self.counts = {"pfn": sizes.frames, "page": sizes.pages * sizes.files, "gfn": sizes.gfns * sizes.vms,
+        # Where every folio is a single page, and so is every leaf, nothing has to be kept of them.
+        self.counts = {"pfn": sizes.frames, "folio": sizes.frames if sizes.order else 0,
+                       "page": sizes.pages * sizes.files, "gfn": sizes.gfns * sizes.vms,
                        "file": sizes.files, "vm": sizes.vms, "party": sizes.parties}
         self.pfns = span(FIRST_FRAME, sizes.frames)
         self.at: dict[str, int] = {}
@@ -172,7 +185,8 @@ def layout_of(state: bytes | bytearray) -> StateLayout:
         return _layout(tuple(state[:_HEADER]))
     # Past `Watched.__getitem__`: the header is the same in every state, and noting it would make each footprint
     # longer.
-    return _layout((_read(state, 0), _read(state, 1), _read(state, 2), _read(state, 3), _read(state, 4), _read(state, 5)))
+    return _layout((_read(state, 0), _read(state, 1), _read(state, 2), _read(state, 3), _read(state, 4), _read(state, 5),
+                    _read(state, 6)))
 
 
 def _byte(offset: int) -> property:
@@ -208,6 +222,10 @@ class Frame(_Record):
         return int(self.cache + self.lru + self.lookup + self.provided + self.pin + self.get + self.spec + self.kept)
 
 
+class FolioRecord(_Record):
+    """What is more than a page about frame `number`: its folio, and the leaves that map it. Fields: FOLIO_FIELDS."""
+
+
 class PageRecord(_Record):
     """One page of a file; `number` is its page index, counted on from file to file. Fields: PAGE_FIELDS."""
 
@@ -239,14 +257,14 @@ class PartyGhost(_Record):
         ended_at: _OneMore[Index]
 
 
-for _cls, _fields in ((Frame, FRAME_FIELDS), (PageRecord, PAGE_FIELDS), (GfnRecord, GFN_FIELDS), (FileRecord, FILE_FIELDS),
-                      (VmRecord, VM_FIELDS), (PartyGhost, PARTY_FIELDS)):
+for _cls, _fields in ((Frame, FRAME_FIELDS), (FolioRecord, FOLIO_FIELDS), (PageRecord, PAGE_FIELDS),
+                      (GfnRecord, GFN_FIELDS), (FileRecord, FILE_FIELDS), (VmRecord, VM_FIELDS), (PartyGhost, PARTY_FIELDS)):
     for _offset, _name in enumerate(_fields):
         # Properties and not a dictionary: a field is one byte of the state, read and written in place, and a
         # footprint sees each.
         setattr(_cls, _name, _byte(_offset))
 
-_FRAME_SIZE, _PAGE_SIZE, _GFN_SIZE, _FILE_SIZE, _VM_SIZE, _PARTY_SIZE = map(len, RECORDS.values())
+_FRAME_SIZE, _FOLIO_SIZE, _PAGE_SIZE, _GFN_SIZE, _FILE_SIZE, _VM_SIZE, _PARTY_SIZE = map(len, RECORDS.values())
 
 
 class State:
@@ -282,6 +300,23 @@ class State:
         """Frame *pfn*; IndexError where there is none."""
         return Frame(self.raw, self._at("pfn", pfn, _FRAME_SIZE), pfn)
 
+    def folio(self, pfn: Pfn) -> FolioRecord:
+        """What is more than a page about frame *pfn*; IndexError where all folios are single pages."""
+        return FolioRecord(self.raw, self._at("folio", pfn, _FOLIO_SIZE), pfn)
+
+    def head(self, frame: Frame) -> Frame:
+        """The first frame of the folio that *frame* is part of: it has the lock, the references and the flags."""
+        if not self.layout.sizes.order:
+            return frame
+        tail = self.folio(frame.number).tail
+        return self.frame(Pfn(frame.number - tail)) if tail else frame
+
+    def parts(self, frame: Frame) -> tuple[Frame, ...]:
+        """All frames of the folio that begins at *frame*."""
+        if not self.layout.sizes.order:
+            return (frame,)
+        return tuple(self.frame(pfn) for pfn in span(frame.number, 1 << self.folio(frame.number).order))
+
     def page(self, number: int) -> PageRecord:
         """Page *number* (its page index, if it is of the first file); IndexError where there is none."""
         return PageRecord(self.raw, self._at("page", number, _PAGE_SIZE), number)
@@ -305,6 +340,10 @@ class State:
     def frames(self) -> Iterator[Frame]:
         """The records of all frames, by frame number from 0 on."""
         return map(self.frame, self.layout.pfns)
+
+    def folios(self) -> Iterator[FolioRecord]:
+        """What is more than a page about each frame; none where all folios are single pages."""
+        return map(self.folio, self.layout.pfns[:self.layout.counts["folio"]])
 
     def pages(self) -> Iterator[PageRecord]:
         """All pages of all files."""
@@ -333,7 +372,7 @@ class State:
     def private(self, frame: Frame) -> bool:
         """The library's word on a frame in a file: its attribute, or the mark where a design keeps no attributes."""
         attr = self.page(frame.slot - 1).attr if frame.slot else 0
-        return attr == PRIVATE_PAGE if attr else bool(frame.no_direct_map)
+        return attr == PRIVATE_PAGE if attr else bool(self.head(frame).no_direct_map)
 
 
 def _global(offset: int) -> property:

@@ -63,20 +63,31 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
             op, ret, error_index, scope, self.members(ghost.toggled), self.members(ghost.removed),
             tuple(i for i, p in zip(scope, pages, strict=True) if p.cached), tuple(p.attr for p in pages),
             tuple(p.binding for p in pages),
-            tuple(i for i, p in zip(scope, pages, strict=True) if p.cached and self.state.frame(p.cached - 1).lru),
+            tuple(i for i, p in zip(scope, pages, strict=True) if p.cached and self._head(p).lru),
             tuple(i for i, p in zip(scope, pages, strict=True) if maps(p)),
             tuple(why for bit, why in enumerate(REASONS) if ghost.reasons >> bit & 1),
             self.members(ghost.places),
             ghost.gfn - 1 if ghost.gfn else None,
-            Cost(ghost.writes, ghost.flushes, ghost.calls, ghost.stalls),
+            Cost(ghost.writes, ghost.flushes, ghost.calls, ghost.stalls, ghost.splits),
             (*self.hypervisor.errnos.get(op, ()), *self.errnos.get(op, ())), self.bounds.get(op),
-            self.scene.attributes if op == "create" else ()))
+            self.scene.attributes if op == "create" else (), *self._around(scope)))
         about, gfn = ghost.scope, ghost.gfn if op == "bind" else 0
         self.clear(ghost)
         # Its caller will say what it was told; the law compares that with what the operation ended with.
         if op not in UNREPORTED:
             ghost.ended, ghost.ended_op, ghost.scope, ghost.gfn = 1 - ret, OPS.index(op) + 1, about, gfn
             ghost.ended_at = 0 if error_index is None else min(max(error_index, -1) + 1, MANY)
+
+    def _head(self, page: st.PageRecord) -> st.Frame:
+        return self.state.head(self.state.frame(page.cached - 1))
+
+    # How many pages there are in the largest folios over *scope*, and how many leaves: one of the largest size, under it two
+    # of the next, and so on.
+    def _around(self, scope: tuple[Index, ...]) -> tuple[int, int]:
+        if not self.sizes.order:
+            return 0, 0
+        folios = len({index >> self.sizes.order for index in scope})
+        return folios << self.sizes.order, (folios << self.sizes.order) - folios
 
     # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
     def _guest_has(self, page: st.PageRecord) -> bool:
@@ -85,13 +96,17 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         if not page.binding or not page.cached:
             return False
         entry, frame = self.gfn(page.binding - 1), self.state.frame(page.cached - 1)
-        return frame.gmap == entry.number + 1 or bool(entry.gpoison or frame.poison)
+        return frame.gmap == entry.number + 1 or bool(entry.gpoison or self._broken(frame))
 
     # Unless the mapping has gone meanwhile, or memory is broken: who faulted is told so when he goes on.
     def _vmm_has(self, page: st.PageRecord) -> bool:
-        if not self.file.vma or (page.cached and self.state.frame(page.cached - 1).poison):
+        if not self.file.vma or (page.cached and self._broken(self.state.frame(page.cached - 1))):
             return True
         return any(frame.user == page.number + 1 for frame in self.state.frames())
+
+    # Its memory, or that of another page of its folio, which is withheld as a whole.
+    def _broken(self, frame: st.Frame) -> bool:
+        return any(part.poison for part in self.state.parts(self.state.head(frame)))
 
     def ops_released(self) -> None:
         """Once; but of a file that is gone nothing is left to be called about, and it may be said again."""
@@ -379,19 +394,23 @@ class AbstractWorld(AbstractPageCache, AbstractGuestSide):
         if frame.poison:
             return None
         frame.poison = 1
-        frame.lookup += 1
-        return Folio(frame.number)
+        head = self.state.head(frame)
+        head.lookup += 1
+        return self.folio(head)
 
     def memory_failure_done(self, folio: Folio, result: MfResult) -> None:
         """Who still reaches the page now, and what the handler makes of it."""
-        frame, ghost = self.state.frame(folio.pfn), self.state.ghost(self.who)
-        reached = {"the guest": (frame.gmap or frame.gstale) and self.vm.vm == RUNNING, "the VMM": frame.user,
-                   "the kernel": any(vm.gpc == frame.number + 1 for vm in self.state.vms())}
+        ghost = self.state.ghost(self.who)
         # The end of the file is an excuse while it ends, and no other's.
         mask = ghost.reasons & ~(GONE_BEFORE if self.file.inode == ALIVE else 0)
         reasons = tuple(why for bit, why in enumerate(REASONS) if mask >> bit & 1)
-        self.notes.append(facts.Contained(frame.number, result, tuple(who for who, how in reached.items() if how), reasons))
-        frame.handled = int(result == "delayed")
+        for frame in self.frames_of(folio):
+            if frame.poison:
+                reached = {"the guest": (frame.gmap or frame.gstale) and self.vm.vm == RUNNING, "the VMM": frame.user,
+                           "the kernel": any(vm.gpc == frame.number + 1 for vm in self.state.vms())}
+                self.notes.append(facts.Contained(
+                    frame.number, result, tuple(who for who, how in reached.items() if how), reasons))
+                frame.handled = int(result == "delayed")
         self.clear(ghost)
 
     # -- saying so -----------------------------------------------------------------------------------------------

@@ -27,9 +27,10 @@ def check_owner(owner: str) -> None:
         raise ValueError(f"{owner!r} is recorded as the owner of a page; an owner is {', '.join(get_args(Owner))}")
 
 
-# What the host gets for an access to a lent page: with the first no exception table is asked, with the second it is.
+# What the host gets for an access to a lent page: with the first no exception table is asked, with the others it is.
 SEA = "synchronous external abort"
 DATA_ABORT = "translation fault with S1PTW"
+RMP_FAULT = "page fault of the RMP check"
 
 
 class Stage2(Protocol):
@@ -44,20 +45,41 @@ class Stage2(Protocol):
     def set_owner(self, pfn: Pfn, owner: Owner) -> None:
         """Record *owner* as the owner of the page; neither the host's nor a guest's mapping changes."""
 
-    def host_maps(self, pfn: Pfn, allowed: bool) -> None:
-        """Let the host's stage 2 map the page, or not; taking it away flushes the host's TLBs of both stages."""
+    def host_maps(self, pfn: Pfn, allowed: bool, order: int = 0) -> None:
+        """Let the host's stage 2 map 2^*order* pages, or not; taking them away flushes the host's TLBs of both stages."""
 
-    def guest_map(self, gfn: Gfn, pfn: Pfn) -> None:
-        """Map the page into the guest."""
+    def host_leaf(self, pfn: Pfn) -> int:
+        """The order of the entry that says what the host may do to the page."""
+
+    def host_split(self, pfn: Pfn, order: int) -> None:
+        """Make entries of single pages of what says so of 2^*order* pages."""
+
+    def guest_map(self, gfn: Gfn, pfn: Pfn, order: int = 0) -> None:
+        """Map 2^*order* pages into the guest, from *gfn* and *pfn* on: as one leaf where both are multiples of that."""
+
+    def guest_leaf(self, gfn: Gfn) -> int:
+        """The order of the leaf that maps *gfn*, 0 if nothing does."""
+
+    def guest_split(self, gfn: Gfn, order: int) -> None:
+        """Make leaves of single pages of what maps [gfn, gfn + 2^order), which stays mapped."""
 
     def guest_unmap(self, gfn: Gfn, pfn: Pfn, *, flush: bool = True) -> bool:
-        """Unmap it; False if gfn did not map it. Without *flush* (NOSYNC) TLBs may keep the entry."""
+        """Unmap it; False if gfn did not map it. Without *flush* (NOSYNC) TLBs may keep the entry.
+
+        A leaf that maps more goes as a whole: who wants to keep the rest splits it first.
+        """
 
     def gfn_of(self, pfn: Pfn) -> Gfn | None:
         """The gfn that maps the page."""
 
     def scrub(self, pfn: Pfn) -> None:
         """Write zeros over the page from EL2, which needs no mapping of the host's."""
+
+    def zeroed(self, pfn: Pfn) -> None:
+        """The page is zeros, and whoever uses it from now on knows it: it has been accepted by its guest."""
+
+    def lose(self, pfn: Pfn, how: str) -> None:
+        """The contents are lost: to who asked for that, or to a guest that did not, if the request is about other pages."""
 
     def destroy(self, pfn: Pfn, gfn: Gfn, how: str) -> None:
         """Scrub a living guest's page without its consent and mark its entry POISONED."""
@@ -123,8 +145,11 @@ class Hypervisor:
     hypercalls: name -> code(stage2, *args) -> 0 or -errno. fallible: name -> -errno of an injected failure, which passes.
     final: name -> -errno of a refusal for good: the page in question will never come back.
     errnos: operation of the library -> errno values that it can have under this hypervisor on top of the documented ones.
+    guards: which accesses of the host it withholds: all to such a page, or writes through an entry that maps one.
+    encrypts: what the host reads of a guest's page is ciphertext.
     tracks_owner: whether it keeps ownership at all (plain KVM does not).
     consents: in words, what `guest_consents` is to this guest; None if its guests cannot give a page up.
+    large: whether its operations take folios of more than one page.
     driver: decides when pages are lent and taken back; None where user space does, by conversions.
     """
 
@@ -141,6 +166,9 @@ class Hypervisor:
     guest_touches: Callable[[Stage2, Pfn], None] = _nothing
     force_reclaim: Callable[[Any, Pfn], bool] = _never
     pfn_cache: bool = False
+    large: bool = False
+    guards: Literal["accesses", "writes"] = "accesses"
+    encrypts: bool = False
     final: Mapping[str, int] = field(default_factory=dict)
     errnos: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     driver: LendingDriver | None = None

@@ -46,6 +46,35 @@ class GuestMemfdOps(ABC):
     def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Map *folio* at *gfn* for guest and host together."""
 
+    def split(self, gfn: Gfn, folio: Folio) -> Steps[int]:
+        """The parts of *folio* go different ways from now on: nothing of the hypervisor's is larger than a page of it.
+
+        What the guest has it keeps, with its contents. Called before anything is changed, so it may fail. Not needed by a
+        hypervisor that splits what it has when a part of it is asked for, or that can do without.
+        """
+        yield from ()
+        return 0
+
+    def by_page(self, already: int, name: str, gfn: Gfn | None, folio: Folio, *args: object) -> Steps[int]:
+        """Hypercall *name* about *folio*; about each page of it if the answer is *already*, for it may be so of a part only.
+
+        *gfn*, None for a call that takes none, and *args* are those of the call. 0, the first other -errno, or *already*
+        if it is so of every page.
+        """
+        ret = yield from self._call(name, gfn, folio, args)
+        if ret != already or not folio.order:
+            return ret
+        for at, pfn in enumerate(folio.pfns):
+            one = yield from self._call(name, None if gfn is None else gfn + at, Folio(pfn), args)
+            if one not in (0, already):
+                return one
+            ret = ret and one
+        return ret
+
+    def _call(self, name: str, gfn: Gfn | None, folio: Folio, args: tuple[object, ...]) -> Steps[int]:
+        about = (folio,) if gfn is None else (gfn, folio)
+        return (yield from self.host.hypercall(name, *about, *args))
+
     @abstractmethod
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """See to it that the guest cannot reach *folio*; -EBUSY if the guest holds on to it (not under teardown).

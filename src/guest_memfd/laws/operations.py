@@ -15,13 +15,13 @@ DOCUMENTED: dict[str, tuple[int, ...]] = {
     "fault": (EFAULT, ENOMEM, EHWPOISON, EAGAIN),
     "user_fault": (EFAULT,),
     "allocate": (ENOMEM, EHWPOISON, EAGAIN),
-    "punch": (EBUSY, EAGAIN, EIO),
+    "punch": (EBUSY, EAGAIN, EIO, ENOMEM),
     "to_private": (EAGAIN, ENOMEM, EBUSY, EIO),
     "to_shared": (EBUSY, ENOMEM, EAGAIN, EIO),
-    "unbind": (EBUSY, EAGAIN, ENOENT, EIO),
+    "unbind": (EBUSY, EAGAIN, ENOENT, EIO, ENOMEM),
     "teardown": (EAGAIN,),
     "create": (ENODEV, ENOMEM),
-    "bind": (EEXIST, ENOMEM, EBADF, ENODEV),
+    "bind": (EEXIST, ENOMEM, EBADF, ENODEV, EAGAIN),
 }
 """Operation -> errno values its documentation names; a hypervisor may add its own (`Hypervisor.errnos`)."""
 
@@ -39,6 +39,7 @@ PASSING: dict[str, frozenset[str]] = {
     "fault": frozenset({"a failure", "hibernation", "somebody else"}),
     "allocate": frozenset({"somebody else"}),
     "to_private": frozenset({"a failure", "hibernation", "a reference"}),
+    **dict.fromkeys(("to_shared", "bind", "unbind"), frozenset({"a failure", "a reference"})),
 }
 """Operation -> what must have stood against it when it returns -EAGAIN; where it is not here, a failure."""
 
@@ -89,7 +90,7 @@ def _punched(note: facts.Ended) -> Evidence:
     # A hole that has a page in it would give old data to the next reader.
     if note.ret == 0 and note.left:
         return "punch returns 0 and a page of the hole is still there"
-    if note.ret == -EBUSY and note.removed:
+    if note.ret in (-EBUSY, -ENOMEM) and note.removed:
         return "punch is refused and has removed a page"
     return None
 
@@ -237,11 +238,13 @@ def bounded_cost(note: Any) -> Evidence:
     if not isinstance(note, facts.Ended) or note.bound_of_cost is None:
         return None
     # At least one: an operation on an empty range may ask for what one page costs, to find out that it is empty.
-    folios, most = max(len(note.scope), 1), note.bound_of_cost
+    # What is done to a large folio is done to pages around the range, too.
+    folios, most = max(note.around or len(note.scope), 1), note.bound_of_cost
     bounds = {"direct-map writes": (note.cost.writes, most.writes * folios),
               "TLB flushes": (note.cost.flushes, most.flushes * folios + most.once),
-              "hypercalls": (note.cost.calls, most.calls * folios),
-              "stalls": (note.cost.stalls, most.stalls)}
+              # A hypervisor is asked for a large folio as a whole first, and then perhaps for each of its pages.
+              "hypercalls": (note.cost.calls, most.calls * (folios + note.leaves)),
+              "stalls": (note.cost.stalls, most.stalls), "leaf splits": (note.cost.splits, most.splits * note.leaves)}
     for what, (count, bound) in bounds.items():
         if count > bound:
             return f"{note.op} of {folios} pages takes {count} {what}, and at most {bound} are stated"

@@ -9,12 +9,14 @@ from guest_memfd.laws.access import through
 from guest_memfd.laws.law import Evidence
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ANY, BORROWED, CONTENTS, DESTROYED, GUEST, HOST, KEPT, NO_INODE
+from guest_memfd.words.units import Pfn, span
 
 
 def no_stale_data(state: st.State) -> Evidence:
     """A page that no one is working on holds what was last put there on purpose."""
     for frame in state.frames():
-        if not frame.slot or not frame.uptodate or frame.lock or frame.poison or (
+        head = state.head(frame)
+        if not frame.slot or not head.uptodate or head.lock or frame.poison or (
                 state.file_of(frame.slot - 1).invalidate_w):
             continue
         expect = state.page(frame.slot - 1).expect
@@ -35,13 +37,13 @@ def one_owner(state: st.State) -> Evidence:
     for frame in state.frames():
         # Under the folio lock, or with the file locked exclusively, the records may disagree: someone is just
         # changing them.
-        if frame.lock or (frame.slot and state.file_of(frame.slot - 1).invalidate_w):
+        if state.head(frame).lock or (frame.slot and state.file_of(frame.slot - 1).invalidate_w):
             continue
         if not frame.allocated:
             if frame.owner != HOST:
                 return "a free page is still the guest's"
         elif frame.slot:
-            evidence = _one_story(state, frame)
+            evidence = _one_story(state, frame) or _one_leaf(state, frame)
             if evidence:
                 return evidence
     return None
@@ -60,6 +62,15 @@ def _one_story(state: st.State, frame: st.Frame) -> Evidence:
         return "a page has become private, and by the hypervisor's record the guest still lets the host use it"
     if private and frame.gmap and frame.s2 and frame.owner != BORROWED and (frame.s1 or frame.stale):
         return "guest and host both reach a private page"
+    return None
+
+
+# What is done to a leaf is done to all of it, so it cannot be right of pages of both kinds.
+def _one_leaf(state: st.State, frame: st.Frame) -> Evidence:
+    order = state.folio(frame.number).guest_leaf if state.layout.sizes.order and frame.gmap else 0
+    first = Pfn(frame.number >> order << order)
+    if any(state.private(state.frame(pfn)) != state.private(frame) for pfn in span(first, 1 << order)):
+        return "a leaf of the guest maps private pages and shared ones"
     return None
 
 
@@ -93,10 +104,10 @@ def nothing_lost(state: st.State) -> Evidence:
     """When the last reference is gone everything is back, or counted as what the hypervisor keeps for good."""
     for frame in state.frames():
         # Broken memory stays out of use, and is lost by no one's mistake.
-        evidence = None if frame.poison else _leaked(state, frame) if frame.stuck or frame.kept else _lost(frame)
+        evidence = None if frame.poison else _leaked(state, frame) if frame.stuck or state.head(frame).kept else _lost(frame)
         if evidence:
             return evidence
-    kept = [frame for frame in state.frames() if frame.kept]
+    kept = [head for frame in state.frames() if (head := state.head(frame)).kept]
     left = {
         "the inode": any(file.inode not in (NO_INODE, DESTROYED) for file in state.all_files()),
         "the file": any(file.files for file in state.all_files()),
@@ -133,11 +144,12 @@ TRIES = 2
 def _leaked(state: st.State, frame: st.Frame) -> Evidence:
     if not frame.stuck and state.given - state.failures < TRIES:
         return "a page is kept out of use for ever, and the hypervisor had not refused for good"
-    if frame.kept == 1 and frame.refs() == 1:
+    head = state.head(frame)
+    if head.kept == 1 and head.refs() == 1:
         return None
-    if frame.owner == HOST and not frame.kept:       # it came back in the end, by another way
+    if frame.owner == HOST and not head.kept:        # it came back in the end, by another way
         return _lost(frame)
-    return f"a page that the hypervisor keeps is not given up properly ({_references(frame)})"
+    return f"a page that the hypervisor keeps is not given up properly ({_references(head)})"
 
 
 def _references(frame: st.Frame) -> str:
@@ -158,7 +170,8 @@ def pins_respected_note(note: Any) -> Evidence:
 def pins_respected(state: st.State) -> Evidence:
     """Nor gets one later."""
     for frame in state.frames():
-        if (frame.pin or frame.get) and frame.slot and not frame.lock and state.private(frame) and (
+        head = state.head(frame)
+        if (head.pin or head.get) and frame.slot and not head.lock and state.private(frame) and (
                 not state.file_of(frame.slot - 1).invalidate_w):
             return "a private page has been pinned"
     for vm in state.vms():

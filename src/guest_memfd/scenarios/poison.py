@@ -6,7 +6,7 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs.design import Design
 from guest_memfd.scenarios.party import Party
 from guest_memfd.words.primitives import Host, MfResult, Steps
-from guest_memfd.words.units import FIRST_PAGE, span
+from guest_memfd.words.units import FIRST_PAGE, Index, span
 
 MM = Host("mm")
 
@@ -20,7 +20,8 @@ def memory_failure(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     folio = yield from MM.hwpoison(index)
     if folio is None:
         return
-    yield from MM.begin_op("error", index, 1)
+    # All of the folio that the page is part of is taken away.
+    yield from MM.begin_op("error", Index(index & -folio.nr), folio.nr)
     locked = yield from MM.lock_folio(folio)
     result: MfResult = "delayed" if locked.pgoff is None else (yield from design.error_folio(folio, locked))
     yield from MM.memory_failure_done(folio, result)

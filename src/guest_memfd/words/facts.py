@@ -125,6 +125,8 @@ class Ended(NamedTuple):
     documented: tuple[int, ...]         # errno values that hypervisor and design add to those of the library
     bound_of_cost: Bound | None         # what the design says it costs at most, None if it says nothing
     asked: tuple[int, ...] = ()         # of a new file: the attributes that it was to have, where someone has said
+    around: int = 0                     # pages of all the large folios that its range can have a part of
+    leaves: int = 0                     # how many leaves, larger than a page, can lie over those in one table
 
 
 class HowEnded(NamedTuple):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 from guest_memfd.compat import override
-from guest_memfd.words.units import Gfn, Index, Pfn
+from guest_memfd.words.units import Gfn, Index, Pfn, span
 
 T = TypeVar("T")
 
@@ -60,6 +60,11 @@ class Folio(NamedTuple):
         """Size in pages: 1 << order."""
         return 1 << self.order
 
+    @property
+    def pfns(self) -> Sequence[Pfn]:
+        """Its page frames, in order."""
+        return span(self.pfn, self.nr)
+
     @override
     def __str__(self) -> str:
         return f"pfn{self.pfn}" if not self.order else f"pfn{self.pfn}/o{self.order}"
@@ -68,7 +73,8 @@ class Folio(NamedTuple):
 class Locked(NamedTuple):
     """What the folio lock protects, as read by the one who has just taken it.
 
-    pgoff is the folio's page index in the file, None once it has left the page cache (truncated).
+    pgoff is the folio's page index in the file, None once it has left the page cache (truncated). hwpoison: that the memory
+    of one of its pages is broken.
     """
 
     pgoff: Index | None
@@ -88,22 +94,28 @@ class Cost(NamedTuple):
     """What an operation asks the host for: direct-map entries written, kernel TLB flushes, hypercalls.
 
     stalls: how often it makes others wait, by taking the invalidate lock exclusively or draining the lru_add batches.
+    splits: leaves that it makes smaller ones of, in the direct map and in both tables of stage 2.
     """
 
     writes: int = 0
     flushes: int = 0
     calls: int = 0
     stalls: int = 0
+    splits: int = 0
 
 
 class Bound(NamedTuple):
-    """What an operation may ask for at most: per folio of its range; flushes *once*, and stalls, for all of it."""
+    """What an operation may ask for at most: per folio of its range; flushes *once*, and stalls, for all of it.
+
+    splits: the number of tables in which it may split each leaf, larger than a page, that its range has a part of.
+    """
 
     writes: int = 0
     flushes: int = 0
     calls: int = 0
     once: int = 0
     stalls: int = 1
+    splits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +262,14 @@ class Host:
         """
         return self._do("filemap_add_folio", index, order)
 
+    def filemap_add_pages(self, index: Index, order: int) -> Steps[Lookup | int]:
+        """Allocate 2^order pages that lie side by side and insert each as a folio of its own, at the index rounded down.
+
+        What is returned is the folio at *index*, as by `filemap_add_folio`; the others are neither locked nor up to date.
+        Source: split_page() (mm/page_alloc.c) of what was allocated as one.
+        """
+        return self._do("filemap_add_pages", index, order)
+
     def filemap_remove_folio(self, folio: Folio) -> Steps[None]:
         """Take the locked *folio* out of the page cache and drop the cache's reference."""
         return self._do("filemap_remove_folio", folio)
@@ -257,9 +277,17 @@ class Host:
     def split_folio(self, folio: Folio) -> Steps[int]:
         """Make single pages of the locked *folio*, which no page table maps: the first stays locked and referenced.
 
-        0, or -EBUSY while anybody but the page cache and the caller refers to it (mm/huge_memory.c).
+        0, or -EBUSY while anybody but the page cache and the caller refers to it; -ENOMEM (mm/huge_memory.c).
         """
         return self._do("split_folio", folio)
+
+    def merge_folio(self, index: Index, order: int) -> Steps[bool]:
+        """Make one folio of the single pages at [index, index + 2^order), which nobody refers to but the page cache.
+
+        False, and nothing is changed, where one is missing, locked, referred to or broken, where they do not lie side by
+        side in memory, aligned, or where their flags differ (collapse_file(), mm/khugepaged.c, without the copy).
+        """
+        return self._do("merge_folio", index, order)
 
     def folio_put(self, folio: Folio, kind: RefKind = "lookup") -> Steps[None]:
         """Drop a reference; the last one frees the folio, and the allocator may write to it (init_on_free).
@@ -283,6 +311,10 @@ class Host:
     def folio_ref_count(self, folio: Folio) -> Steps[int]:
         """folio_ref_count(): all references, no matter who holds them."""
         return self._do("folio_ref_count", folio)
+
+    def page_hwpoison(self, folio: Folio) -> Steps[tuple[bool, ...]]:
+        """PageHWPoison() of each page of the locked *folio*."""
+        return self._do("page_hwpoison", folio)
 
     def folio_maybe_dma_pinned(self, folio: Folio) -> Steps[bool]:
         """folio_maybe_dma_pinned(): sees FOLL_PIN references only."""
@@ -331,6 +363,13 @@ class Host:
     def set_direct_map_invalid_noflush(self, folio: Folio) -> Steps[int]:
         """Make the kernel's mapping of *folio* not present; 0 or -ENOMEM (a large leaf must be split). No flush."""
         return self._do("set_direct_map_invalid_noflush", folio)
+
+    def split_direct_map(self, folio: Folio) -> Steps[int]:
+        """Have each page of *folio* be an entry of its own, present or not as it was; 0 or -ENOMEM.
+
+        Source: split_kernel_leaf_mapping() (arch/arm64/mm/mmu.c), set_memory_4k() (arch/x86/mm/pat/set_memory.c).
+        """
+        return self._do("split_direct_map", folio)
 
     def set_direct_map_default_noflush(self, folio: Folio) -> Steps[int]:
         """Make the kernel's mapping of *folio* present again; 0 or -ENOMEM. Invalid to valid needs no flush."""

@@ -12,7 +12,7 @@ from guest_memfd.errors import BadInput
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.units import FIRST_PAGE, Gfn, Index, span
 
-MOST = {"pages": 4, "frames": 6, "files": 2, "vms": 2, "failures": 255, "refusals": 255}
+MOST = {"pages": 4, "frames": 6, "files": 2, "vms": 2, "failures": 255, "refusals": 255, "order": 2}
 """Largest sizes of a scene."""
 
 MOST_GFNS = 8
@@ -76,6 +76,7 @@ class Scene:
     failures, refusals: how many injected failures, and how many refusals for good, one run may have.
     made: whether the file exists when the parties begin; if not, someone has to create and bind it.
     populated: whether all its pages have been allocated by then.
+    order: of the largest folio, and of the leaves that map memory at first: 1 stands for 2 MiB where 0 stands for 4 KiB.
     lends: whether the hypervisor's driver, if it is one that can, decides which pages are lent; user space converts none.
 
     Raises BadInput for a scene that cannot be.
@@ -95,14 +96,17 @@ class Scene:
     made: bool = True
     populated: bool = False
     lends: bool = False
+    order: int = 0
 
     def __post_init__(self) -> None:
         for what, most in MOST.items():
             number = getattr(self, what)
-            least = 0 if what in ("failures", "refusals") else 1
+            least = 0 if what in ("failures", "refusals", "order") else 1
             if type(number) is not int or not least <= number <= most:
                 raise BadInput(f"scene {self.name!r}: {what} must be {least} to {most}, not {number!r}")
         _typed(self)
+        if self.frames % (1 << self.order):
+            raise BadInput(f"scene {self.name!r}: {self.frames} frames are no whole number of folios of order {self.order}")
         if self.populated and (not self.made or self.files * self.pages > self.frames):
             raise BadInput(f"scene {self.name!r}: {self.files * self.pages} pages of files that are there have to fit "
                            f"into {self.frames} frames to be populated")
@@ -154,14 +158,20 @@ class Scene:
 
     @property
     def ranges(self) -> tuple[tuple[Index, int], ...]:
-        """Ranges that a VMM asks for: (first page, length) of the first page, the last, and all of them."""
-        return tuple(dict.fromkeys(((FIRST_PAGE, 1), (FIRST_PAGE + self.pages - 1, 1), (FIRST_PAGE, self.pages))))
+        """Ranges that a VMM asks for: (first page, length) of the first page, the last, and all of them.
+
+        Where two large folios are there, also of what lies between first and last page: it has a part of both.
+        """
+        all_of_it = [(FIRST_PAGE, 1), (FIRST_PAGE + self.pages - 1, 1), (FIRST_PAGE, self.pages)]
+        if self.order and self.pages > 1 << self.order:
+            all_of_it.append((FIRST_PAGE + 1, self.pages - 2))
+        return tuple(dict.fromkeys(all_of_it))
 
     def differences(self) -> Iterator[str]:
         """In words, where it differs from the plainest scene."""
         usual = Scene()
         for name in ("pages", "frames", "shared", "slots", "failures", "refusals", "files", "vms", "made",
-                     "populated", "lends"):
+                     "populated", "lends", "order"):
             if getattr(self, name) != getattr(usual, name):
                 yield f"{name} {getattr(self, name)}"
         for name, value in vars(self.kernel).items():

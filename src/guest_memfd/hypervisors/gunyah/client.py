@@ -25,7 +25,7 @@ class GunyahOps(GuestMemfdOps):
     def prepare_private(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Lend. A map that fails leaves the page donated; the next attempt maps it, `reclaim` takes it back."""
         # Ownership before the mapping: a page that is mapped while the host owns it could be reached by both.
-        ret = yield from self.host.hypercall("donate_to_protected", folio)
+        ret = yield from self.by_page(-EINVAL, "donate_to_protected", None, folio)
         if ret not in (0, -EINVAL):
             return ret
         return (yield from self.host.hypercall("map_private", gfn, folio))
@@ -33,7 +33,7 @@ class GunyahOps(GuestMemfdOps):
     @override
     def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Share: donate to the sibling extent, then map; a map that fails is repeated as in `prepare_private`."""
-        ret = yield from self.host.hypercall("donate_to_sibling", folio)
+        ret = yield from self.by_page(-EINVAL, "donate_to_sibling", None, folio)
         if ret not in (0, -EINVAL):
             return ret
         return (yield from self.host.hypercall("map_vmmio", gfn, folio))
@@ -42,16 +42,16 @@ class GunyahOps(GuestMemfdOps):
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Unmap; the hypervisor refuses with -EBUSY while the guest has the page locked."""
         kind = "unmap_private" if private else "unmap_vmmio"
-        ret = yield from self.host.hypercall(kind, gfn, folio, True)
+        ret = yield from self.by_page(-EINVAL, kind, gfn, folio, True)
         # The hypervisor says RETRY. It passes, and a refusal here would be taken for the guest's.
         if ret == -EAGAIN:
-            ret = yield from self.host.hypercall(kind, gfn, folio, True)
+            ret = yield from self.by_page(-EINVAL, kind, gfn, folio, True)
         # -EINVAL: it was not mapped, which is what was asked for. A private page stays the guest's; `reclaim` or
         # `make_shared` takes it back.
         if ret not in (0, -EINVAL) or private:
             return 0 if ret == -EINVAL else ret
         # A shared page must be wholly the host's after `invalidate` (core/ops.py), so its extent changes, too.
-        ret = yield from self.host.hypercall("donate_from_sibling", folio)
+        ret = yield from self.by_page(-EINVAL, "donate_from_sibling", None, folio)
         return 0 if ret == -EINVAL else ret
 
     @override
@@ -67,7 +67,7 @@ class GunyahOps(GuestMemfdOps):
     @override
     def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Donate it back to the host."""
-        ret = yield from self.host.hypercall("donate_from_protected", folio)
+        ret = yield from self.by_page(-EINVAL, "donate_from_protected", None, folio)
         return 0 if ret == -EINVAL else ret
 
 
@@ -93,4 +93,5 @@ GUNYAH = Hypervisor(
     guest_consents=el2.unlock_pages,
     guest_touches=el2.guest_touches,
     driver=driver,
+    large=True,
 )

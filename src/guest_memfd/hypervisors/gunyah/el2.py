@@ -8,68 +8,73 @@ from __future__ import annotations
 
 from errno import EBUSY, EINVAL
 
-from guest_memfd.core.hypervisor import Stage2
+from guest_memfd.core.hypervisor import Owner, Stage2
 from guest_memfd.words.primitives import Folio
 from guest_memfd.words.units import Gfn, Pfn
 
 
 def donate_to_protected(stage2: Stage2, folio: Folio) -> int:
     """MEMEXTENT_DONATE TO_PROTECTED: host extent -> guest extent; the host's mapping goes. -EINVAL: not the owner."""
-    if stage2.owner(folio.pfn) != "host":
+    if not _all(stage2, folio, "host"):
         return -EINVAL
-    stage2.set_owner(folio.pfn, "guest")
-    stage2.host_maps(folio.pfn, False)
+    for pfn in folio.pfns:
+        stage2.set_owner(pfn, "guest")
+    stage2.host_maps(folio.pfn, False, folio.order)
     return 0
 
 
 def donate_from_protected(stage2: Stage2, folio: Folio) -> int:
     """MEMEXTENT_DONATE FROM_PROTECTED: -EBUSY while anything maps the page, -EINVAL: not the owner. Never unmaps."""
-    if stage2.owner(folio.pfn) != "guest":
+    if not _all(stage2, folio, "guest"):
         return -EINVAL
     # The order is the driver's duty: unmap, then donate. Gunyah never unmaps without being asked to, so it refuses.
-    if stage2.gfn_of(folio.pfn) is not None:
+    if any(stage2.gfn_of(pfn) is not None for pfn in folio.pfns):
         return stage2.refuse("donate_from_protected", EBUSY)
-    stage2.set_owner(folio.pfn, "host")
-    stage2.host_maps(folio.pfn, True)
+    for pfn in folio.pfns:
+        stage2.set_owner(pfn, "host")
+    stage2.host_maps(folio.pfn, True, folio.order)
     return 0
 
 
 def donate_to_sibling(stage2: Stage2, folio: Folio) -> int:
     """MEMEXTENT_DONATE TO_SIBLING, host_shared -> guest_shared: both may map it. -EINVAL: not the owner."""
-    if stage2.owner(folio.pfn) != "host":
+    if not _all(stage2, folio, "host"):
         return -EINVAL
-    stage2.set_owner(folio.pfn, "shared")
+    for pfn in folio.pfns:
+        stage2.set_owner(pfn, "shared")
     return 0
 
 
 def donate_from_sibling(stage2: Stage2, folio: Folio) -> int:
     """TO_SIBLING back: what maps the page by way of the guest's extent maps it no longer. -EINVAL: not the owner."""
-    if stage2.owner(folio.pfn) != "shared":
+    if not _all(stage2, folio, "shared"):
         return -EINVAL
     # Extents that are shared have recorded mappings: a page that leaves the extent leaves every place where the
     # extent is mapped.
-    gfn = stage2.gfn_of(folio.pfn)
-    if gfn is not None:
-        stage2.guest_unmap(gfn, folio.pfn)
-    stage2.set_owner(folio.pfn, "host")
+    for pfn in folio.pfns:
+        gfn = stage2.gfn_of(pfn)
+        if gfn is not None:
+            _unmap(stage2, gfn, Folio(pfn), sync=True)
+        stage2.set_owner(pfn, "host")
     return 0
 
 
 def map_private(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """ADDRSPACE_MAP PARTIAL|PRIVATE: the page becomes private and locked; -EACCES (here -EINVAL) if not the guest's."""
-    if stage2.owner(folio.pfn) != "guest":
+    if not _all(stage2, folio, "guest"):
         return -EINVAL
-    stage2.guest_map(gfn, folio.pfn)
+    stage2.guest_map(gfn, folio.pfn, folio.order)
     # A new private page is locked: from here on only the guest, or its end, lets it go.
-    stage2.set_locked_in(folio.pfn, True)
+    for pfn in folio.pfns:
+        stage2.set_locked_in(pfn, True)
     return 0
 
 
 def map_vmmio(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """ADDRSPACE_MAP PARTIAL|VMMIO: existing mappings are silently replaced."""
-    if stage2.owner(folio.pfn) != "shared":
+    if not _all(stage2, folio, "shared"):
         return -EINVAL
-    stage2.guest_map(gfn, folio.pfn)
+    stage2.guest_map(gfn, folio.pfn, folio.order)
     return 0
 
 
@@ -79,25 +84,44 @@ def unmap_private(stage2: Stage2, gfn: Gfn, folio: Folio, sync: bool) -> int:
     A stopped VM holds on to nothing (its address space can no longer run; taken to follow from the driver, where
     memory is reclaimed after VM_STOP and before VM_RESET). Without *sync* (NOSYNC) TLBs may keep the entry.
     """
-    if stage2.gfn_of(folio.pfn) != gfn or stage2.owner(folio.pfn) != "guest":
+    if not _mapped(stage2, gfn, folio) or not _all(stage2, folio, "guest"):
         return -EINVAL
-    if stage2.locked_in(folio.pfn):
-        # A living guest must have given the page up itself. A stopped one cannot run again, so nothing that it relied
-        # on can be missed.
-        if stage2.vm_alive():
-            return stage2.refuse("unmap_private", EBUSY)
-        stage2.scrub(folio.pfn)
-        stage2.forget(folio.pfn)
-        stage2.set_locked_in(folio.pfn, False)
-    stage2.guest_unmap(gfn, folio.pfn, flush=sync)
+    locked = [pfn for pfn in folio.pfns if stage2.locked_in(pfn)]
+    # A living guest must have given the page up itself. A stopped one cannot run again, so nothing that it relied on can
+    # be missed.
+    if locked and stage2.vm_alive():
+        return stage2.refuse("unmap_private", EBUSY)
+    for pfn in locked:
+        stage2.scrub(pfn)
+        stage2.forget(pfn)
+        stage2.set_locked_in(pfn, False)
+    _unmap(stage2, gfn, folio, sync=sync)
     return 0
 
 
 def unmap_vmmio(stage2: Stage2, gfn: Gfn, folio: Folio, sync: bool) -> int:
     """ADDRSPACE_UNMAP VMMIO: -EINVAL when there is no such mapping."""
-    if stage2.owner(folio.pfn) != "shared" or not stage2.guest_unmap(gfn, folio.pfn, flush=sync):
+    if not _all(stage2, folio, "shared"):
         return -EINVAL
-    return 0
+    mapped = _mapped(stage2, gfn, folio)
+    _unmap(stage2, gfn, folio, sync=sync)               # it flushes, whatever it finds
+    return 0 if mapped else -EINVAL
+
+
+# A block that is unmapped in part is cut first, and what is left of it stays mapped.
+def _unmap(stage2: Stage2, gfn: Gfn, folio: Folio, *, sync: bool) -> None:
+    if stage2.guest_leaf(gfn) > folio.order:
+        stage2.guest_split(gfn, folio.order)
+    for at, pfn in enumerate(folio.pfns):
+        stage2.guest_unmap(gfn + at, pfn, flush=sync)
+
+
+def _mapped(stage2: Stage2, gfn: Gfn, folio: Folio) -> bool:
+    return all(stage2.gfn_of(pfn) == gfn + at for at, pfn in enumerate(folio.pfns))
+
+
+def _all(stage2: Stage2, folio: Folio, owner: Owner) -> bool:
+    return all(stage2.owner(pfn) == owner for pfn in folio.pfns)
 
 
 def unlock_pages(stage2: Stage2, pfn: Pfn) -> None:

@@ -18,14 +18,16 @@ from guest_memfd.words.units import Gfn
 def mmu_map(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """kvm_mmu_map_tdp_page() under mmu_lock: map the folio at *gfn*; 0, it cannot fail but by injection."""
     # No check of an owner: plain KVM keeps none, and nothing but the library stands between guest and host.
-    stage2.guest_map(gfn, folio.pfn)
+    stage2.guest_map(gfn, folio.pfn, folio.order)
     return 0
 
 
 def mmu_unmap(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """kvm_mmu_unmap_gfn_range() and the remote TLB flush."""
-    # With the flush: the library goes on to free or convert the page as soon as this returns.
-    stage2.guest_unmap(gfn, folio.pfn)
+    # With the flush: the library goes on to free or convert the page as soon as this returns. Of a large entry all goes,
+    # also what is no part of the folio: the guest faults that in again.
+    for at, pfn in enumerate(folio.pfns):
+        stage2.guest_unmap(gfn + at, pfn)
     return 0
 
 
@@ -77,4 +79,5 @@ KVM = Hypervisor(
     abort=None,
     tracks_owner=False,
     pfn_cache=True,
+    large=True,
 )

@@ -65,6 +65,12 @@ class ModelledEl2(Kvm):
         return self.host is None or self.host.may(pa)
 
 
+# A model's pages are single ones on this machine (docs/write-a-hypervisor.md).
+def _single(order: int) -> None:
+    if order:
+        raise ValueError(f"a model maps single pages here, and no folio of order {order}")
+
+
 class ModelledStage2:
     """What one hypercall about *vm* can do (`core.hypervisor.Stage2`); what it did is kept for its caller."""
 
@@ -92,21 +98,39 @@ class ModelledStage2:
         else:
             self._el2.owners[pfn] = owner, self._vm
 
-    def host_maps(self, pfn: Pfn, allowed: bool) -> None:
+    def host_maps(self, pfn: Pfn, allowed: bool, order: int = 0) -> None:
         """Change the host's stage 2; taking a page away flushes both stages."""
+        _single(order)
         host, pa = self._el2.host, self._pa(pfn)
         if host is not None and not allowed:
             host.withhold(pfn)
         elif host is not None and not host.may(pa):
             host.give_back(pfn)
 
-    def guest_map(self, gfn: Gfn, pfn: Pfn) -> None:
+    def guest_map(self, gfn: Gfn, pfn: Pfn, order: int = 0) -> None:
         """Map the page, in place of what *gfn* mapped. Raises OutOfMemory, ValueError for what no guest or machine has."""
+        _single(order)
         if not self._vm.in_range(gfn, 1):
             raise ValueError(f"gfn {gfn:#x} is beyond {self._vm.ipa_bits} bits of guest address")
         if self._vm.map(gfn, pa_to_pfn(self._pa(pfn))):
             raise OutOfMemory("no page for a table of the guest")
         self._el2.poisoned.discard((self._vm.vmid, gfn))
+
+    def host_leaf(self, pfn: Pfn) -> int:
+        """There is no entry larger than a page."""
+        return 0
+
+    def host_split(self, pfn: Pfn, order: int) -> None:
+        """There is no entry larger than a page."""
+        _single(order)
+
+    def guest_leaf(self, gfn: Gfn) -> int:
+        """There is no leaf larger than a page."""
+        return 0
+
+    def guest_split(self, gfn: Gfn, order: int) -> None:
+        """There is no leaf larger than a page."""
+        _single(order)
 
     def guest_unmap(self, gfn: Gfn, pfn: Pfn, *, flush: bool = True) -> bool:
         """Unmap it; flushed, if it is to be, even where nothing was mapped."""
@@ -137,6 +161,15 @@ class ModelledStage2:
     def scrub(self, pfn: Pfn) -> None:
         """Zero the page, past all stages of translation."""
         self._el2.ram.zero(self._pa(pfn), PAGE)
+
+    def zeroed(self, pfn: Pfn) -> None:
+        """Zeros, which are expected."""
+        self.scrub(pfn)
+        self.forget(pfn)
+
+    def lose(self, pfn: Pfn, how: str) -> None:
+        """Whether it was asked for is not looked at here."""
+        self.zeroed(pfn)
 
     def destroy(self, pfn: Pfn, gfn: Gfn, how: str) -> None:
         """Scrub the page, and remember that the guest has lost it."""
