@@ -92,7 +92,7 @@ def test_what_is_missed_was_asked_for() -> None:
 
 @pytest.mark.parametrize(("design", "order"), [(Order9, 9), (Order1, 1)])
 def test_what_the_host_cannot_do_is_refused(design: type[OurLibrary], order: int) -> None:
-    with pytest.raises(BadInput, match=f"has folios of order {order}; the abstract host has order 0 only"):
+    with pytest.raises(BadInput, match=f"has folios of order {order}; scene .* has single pages only"):
         check(design, "kvm", parties=FAULTS, scenes=["both-private"])
 
 

@@ -376,12 +376,18 @@ def test_a_fault_of_the_vmm_is_answered(attribute: int, fails: dict[str, list[An
 
 @pytest.mark.parametrize(("design", "size", "shared"), [
     (OurLibrary, 0, ()), (OurLibrary, -1, ()), (OurLibrary, 2, (0, 5)), (OurLibrary, 2, (5, 0)), (OurLibrary, 2, (-1, 0)),
-    (OurLibrary, 2, (0, 2)), (Splitting, 3, ()), (Splitting, 4, (0,)), (Splitting, 4, (1, 2)),
+    (OurLibrary, 2, (0, 2)), (Whole, 3, ()), (Whole, 4, (0,)), (Whole, 4, (1, 2)),
 ])
 def test_a_file_that_cannot_be_is_refused_before_anything_is_asked_for(
     design: type[OurLibrary], size: int, shared: tuple[int, ...],
 ) -> None:
     assert asked(library(4, design).create(size, shared), PageCache()) == (-EINVAL, [])
+
+
+@pytest.mark.parametrize(("size", "shared"), [(3, ()), (4, (0,)), (4, (1, 2))])
+def test_where_folios_can_be_split_a_file_may_end_inside_of_one(size: int, shared: tuple[int, ...]) -> None:
+    ret, _ = asked(library(size, Splitting).create(size, shared), lambda primitive: int(primitive.name in ASKS))
+    assert ret == 0
 
 
 @pytest.mark.parametrize("design", [OurLibrary, Mapped])
@@ -529,12 +535,12 @@ def test_of_what_is_so_already_the_hypervisor_is_not_asked() -> None:
     assert ops.calls == ["invalidate 6 to_shared", "make_shared 6"]
 
 
-def test_a_page_that_the_guest_keeps_is_not_split_either() -> None:
+def test_a_page_that_the_guest_keeps_stays_though_its_folio_is_split() -> None:
     ops = Recorded(-EBUSY)
     cache = PageCache({0: Folio(0, 1)}, dict.fromkeys(range(2), PRIVATE_PAGE), {0: 1, 1: 2})
     result, done = asked(Splitting(ops, 4).punch_hole(1, 1), cache)
-    assert (result, ops.calls) == (Conversion(-EBUSY, 1), ["invalidate 0 punch"])
-    assert not any(step.startswith(("split", "filemap_remove")) for step in done)
+    assert (result, ops.calls) == (Conversion(-EBUSY, 1), ["invalidate 1 punch"])
+    assert [step for step in done if step.startswith(("split", "filemap_remove"))] == ["split_folio(pfn0/o1)"]
     balanced(cache, done)
 
 
@@ -617,14 +623,15 @@ def test_what_cannot_be_put_back_into_the_direct_map_is_kept() -> None:
     balanced(cache, done)
 
 
-@pytest.mark.parametrize(("start", "nr", "page"), [(1, 3, 0), (0, 3, 2), (1, 2, 0)])
-def test_a_folio_that_stays_with_the_hypervisor_is_not_split(start: int, nr: int, page: int) -> None:
+@pytest.mark.parametrize(("start", "nr", "cut"), [(1, 3, [0]), (0, 3, [2]), (1, 2, [0, 2])])
+def test_the_first_page_of_a_range_that_stays_with_the_hypervisor_ends_a_punch(start: int, nr: int, cut: list[int]) -> None:
     cache = PageCache({0: Folio(0, 1), 2: Folio(2, 1)}, dict.fromkeys(range(4), PRIVATE_PAGE), {n: n + 1 for n in range(4)})
     ops = Recorded(0, 0, -EIO)
     result, done = asked(Splitting(ops, 4).punch_hole(start, nr), cache)
-    assert result == Conversion(-EIO, max(page, start))
-    assert ops.calls[2:] == [f"reclaim {page}"]
-    assert not any(step.startswith(("split_folio", "filemap_remove")) for step in done)
+    assert result == Conversion(-EIO, start)
+    assert ops.calls[2:] == [f"reclaim {start}"]
+    assert [step for step in done if step.startswith(("split_folio", "filemap_remove"))] == [
+        f"split_folio(pfn{head}/o1)" for head in cut]
     balanced(cache, done)
 
 

@@ -171,7 +171,11 @@ def test_partial_page_reclaim(scene: Scene) -> None:
     assert scene.write(LENT + HUGE - 8, OTHER) == 0
     assert [page.order for page in file.host.inode.pages.values()] == [9]
     assert scene.unlock(LENT, HUGE // 2) == 0
-    assert errno_of(file.punch_hole, 0, PAGE) == EBUSY
+    if scene.design == "library":
+        file.punch_hole(0, PAGE)                        # what the guest holds on to is no part of it
+        assert {page.order for page in file.host.inode.pages.values()} == {0}
+    else:
+        assert errno_of(file.punch_hole, 0, PAGE) == EBUSY
     assert scene.read(LENT + HUGE - 8) == OTHER
     assert scene.unlock(LENT + HUGE // 2, HUGE // 2) == 0
     file.punch_hole(0, PAGE)

@@ -58,7 +58,7 @@ def make_private(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     -EAGAIN with the page index while someone holds an unexpected reference, or hibernation is being prepared;
     -ENOMEM; -EBUSY if the hypervisor refuses; -EINVAL for a range outside of the file, or that cuts a folio.
     """
-    if not gmem.has(start, nr) or not gmem.whole(start, nr):
+    if not gmem.has(start, nr) or not (gmem.splits or gmem.whole(start, nr)):
         return Conversion(-EINVAL)
     yield from gmem.host.begin_op("to_private", start, nr)
     yield from gmem.host.down_write("invalidate")
@@ -86,6 +86,9 @@ def make_private_locked(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     # Of a page that is private already there is nothing to ask anybody: its guest may well hold on to it.
     result = yield from gmem.check_and_commit_private(start, nr, tuple(held for held in folios if not held.private))
     yield from gmem.put_all(folios)
+    # Now that all of it is private, and no reference is left that would stand against it.
+    if not result.ret:
+        yield from gmem.merge(start, nr)
     # Also after a refusal: an invalidation that is never ended keeps every later user of the range waiting.
     yield from host.mmu_invalidate_end()
     return result
@@ -150,6 +153,9 @@ def _zap_all(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[int]:
         # The mark belongs to the folio lock; a fault of an earlier time may have zapped the folio already, and
         # its entry must not be counted twice.
         locked = yield from host.lock_folio(held.folio)
+        # A page that nobody has used yet has not been zeroed either, and that is done through the direct map.
+        if not locked.uptodate:
+            yield from gmem.zero(held.folio)
         if not locked.no_direct_map:
             ret = yield from gmem.zap_noflush(held.folio)
             if not ret:
@@ -171,7 +177,7 @@ def make_shared(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     References never matter. The direct map is restored by the first host access, so a page that goes to and fro
     costs no flush.
     """
-    if not gmem.has(start, nr) or not gmem.whole(start, nr):
+    if not gmem.has(start, nr) or not (gmem.splits or gmem.whole(start, nr)):
         return Conversion(-EINVAL)
     yield from gmem.host.begin_op("to_shared", start, nr)
     yield from gmem.host.down_write("invalidate")
@@ -194,7 +200,11 @@ def make_shared_locked(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
         return Conversion(ret)
     yield from host.mmu_invalidate_begin(start, nr)
     folios = yield from gmem.present(start, nr)
-    result = yield from gmem.give_to_host(tuple(held for held in folios if held.private))
+    # Before anything is asked of the hypervisor: what the split needs it may not get, and some hypervisors lose the contents
+    # of what is taken from the guest.
+    ret, index, folios = yield from gmem.single_pages(start, nr, folios, tuple(held for held in folios if held.folio.order))
+    result = Conversion(ret, index) if ret else (
+        yield from gmem.give_to_host(tuple(held for held in folios if held.private)))
     yield from gmem.put_all(folios)
     if result.ret:
         yield from host.tree_release("attributes")

@@ -11,6 +11,7 @@ one count for the whole system of pages that are away (power.py), for hibernatio
 Invariants:
 
 - A page whose entry is not present is marked. So code that frees or maps a folio looks at the mark, not at the page table.
+- A marked page is up to date: it is zeroed through the direct map.
 - A marked page is counted, if the policy is to count, and no other page is: while the folio lock is not held, the two agree.
 - A marked page may be shared. Its mark says only that the host must restore the entry before it uses the page. That is
   why no caller has anything to undo after an error, and why a conversion to shared needs no access to the direct map.

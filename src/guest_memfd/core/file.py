@@ -10,6 +10,7 @@ from __future__ import annotations
 from errno import EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP
 from itertools import chain
 
+from guest_memfd.core import large
 from guest_memfd.core.gmem import Conversion, Gmem, Held, filled
 from guest_memfd.core.ops import Reason
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
@@ -31,13 +32,14 @@ def runs(pages: tuple[int, ...]) -> list[tuple[Index, int]]:
 def create(gmem: Gmem, size: int, shared: tuple[int, ...] = ()) -> Steps[int]:
     """A file of *size* pages, private but for the page indexes in *shared*; -EINVAL, -ENODEV, -ENOMEM, -EOPNOTSUPP.
 
-    -EINVAL also for a file or a run of shared pages that would end inside a folio. -EOPNOTSUPP on a kernel whose direct
-    map cannot be changed: there the setters do nothing and say 0, so no one would notice later (CVE-2024-50182).
+    -EINVAL also for a file or a run of shared pages that would end inside a folio, where those cannot be split. -EOPNOTSUPP
+    on a kernel whose direct map cannot be changed: there the setters do nothing and say 0, so no one would notice later
+    (CVE-2024-50182).
     """
     host = gmem.host
     if size <= 0 or any(not 0 <= i < size for i in shared):
         return -EINVAL
-    if not gmem.whole(size, *chain.from_iterable(runs(shared))):
+    if not (gmem.splits or gmem.whole(size, *chain.from_iterable(runs(shared)))):
         return -EINVAL
     # Asked once, here. Later the setters would say 0 and do nothing, and the file would look protected.
     if gmem.no_direct_map and not (yield from host.can_set_direct_map()):
@@ -82,10 +84,11 @@ def bind(gmem: Gmem, gfn: Gfn, start: Index, nr: int) -> Steps[int]:
     """Let *gfn* on be pages [start, start+nr); -EEXIST if bound already, -ENOMEM.
 
     -EBADF when the file has gone, -ENODEV when the VM has been stopped: no one would take that binding away again.
-    -EINVAL outside of the file, for a range that cuts a folio, and for a gfn that is no multiple of a folio's size.
+    -EINVAL outside of the file. A range that cuts a folio, or a gfn that is no multiple of its size, splits it, and -EAGAIN
+    says that someone refers to it; where folios cannot be split that is -EINVAL, too.
     """
     host = gmem.host
-    if not gmem.has(start, nr) or not gmem.whole(gfn, start, nr):
+    if not gmem.has(start, nr) or not (gmem.splits or gmem.whole(gfn, start, nr)):
         return -EINVAL
     yield from host.begin_op("bind", start, nr, gfn)
     # A reference, not only a pointer: the descriptor may be closed by another thread while this call waits for
@@ -102,11 +105,24 @@ def bind(gmem: Gmem, gfn: Gfn, start: Index, nr: int) -> Steps[int]:
     elif (yield from host.vm_state()) != "running":
         ret = -ENODEV
     else:
-        ret = yield from host.tree_store("bindings", start, Entries(gfn + 1, nr, 1))
+        ret = (yield from gmem.split_to_bind(gfn, start, nr)) if gmem.splits else 0
+        ret = ret or (yield from host.tree_store("bindings", start, Entries(gfn + 1, nr, 1)))
     yield from host.end_op(ret)
     yield from host.up_write("invalidate")
     if ret or filled(bound):                       # one reference for all bindings, taken by the first
         yield from gmem.close()
+    return ret
+
+
+def split_to_bind(gmem: Gmem, gfn: Gfn, start: Index, nr: int) -> Steps[int]:
+    """Make single pages of the folios that a binding would cut, or put at a gfn that is no multiple of their size.
+
+    0, -ENOMEM, or -EAGAIN while someone refers to one of them.
+    """
+    folios = yield from gmem.present(start, nr)
+    cut = tuple(held for held in folios if large.is_cut(held, start, nr) or (gfn + held.pgoff - start) % held.folio.nr)
+    ret, _, folios = yield from gmem.single_pages(start, nr, folios, cut)
+    yield from gmem.put_all(folios)
     return ret
 
 
@@ -117,7 +133,7 @@ def unbind(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     outside of the file, and for a range that cuts a folio; -ENOENT where nothing is bound; -EIO with the page index
     if the hypervisor will never give a page back.
     """
-    if not gmem.has(start, nr) or not gmem.whole(start, nr):
+    if not gmem.has(start, nr) or not (gmem.splits or gmem.whole(start, nr)):
         return Conversion(-EINVAL)
     yield from gmem.host.begin_op("unbind", start, nr)
     if not (yield from gmem.host.get_file()):      # a task that waits for the lock must hold what it is in
@@ -179,7 +195,10 @@ def unbind_locked(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[tu
         return Conversion(0 if reason == "teardown" else -ENOENT), False
     yield from host.mmu_invalidate_begin(start, nr)
     folios = yield from gmem.present(start, nr)
-    if reason == "teardown":
+    ret, index, folios = yield from large.cut_off(gmem, start, nr, folios)
+    if ret:
+        pass
+    elif reason == "teardown":
         # A dying VM is not asked: refusing is for guests that go on. What cannot come back is given up, or the VM
         # could never end.
         ret, index = yield from gmem.take_all_back(folios, leaks=True)
@@ -211,13 +230,34 @@ def take_all_back(gmem: Gmem, folios: tuple[Held, ...], *, leaks: bool) -> Steps
         yield from gmem.host.lock_folio(held.folio)
         if not ret:
             ret = yield from gmem.take_back(held)
-        if ret == -EIO and leaks:
+        whole = ret != -EIO or not held.folio.order
+        if ret == -EIO and leaks and whole:
             yield from gmem.leak(held)
             ret = 0
         yield from gmem.host.unlock_folio(held.folio)
+        if leaks and not whole:
+            ret = yield from gmem.take_parts_back(held)
         if ret:
             return ret, held.pgoff
     return 0, FIRST_PAGE
+
+
+def take_parts_back(gmem: Gmem, held: Held) -> Steps[int]:
+    """Have the pages of a large folio back, of a dying VM, one by one: what stays for good may be one of them; 0 or -errno.
+
+    All of it is given up where it cannot be split, twice.
+    """
+    for _attempt in range(2):
+        ret, _ = yield from gmem.split((held,))
+        if not ret:
+            parts = yield from gmem.present(held.pgoff, held.folio.nr)
+            ret, _ = yield from gmem.take_all_back(parts, leaks=True)
+            yield from gmem.put_all(parts)
+            return ret
+    yield from gmem.host.lock_folio(held.folio)
+    yield from gmem.leak(held)
+    yield from gmem.host.unlock_folio(held.folio)
+    return 0
 
 
 def mmap(gmem: Gmem) -> Steps[int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from errno import EAGAIN, EEXIST, EIO
 
-from guest_memfd.core.gmem import Gmem, Grabbed, Held, bound_gfn
+from guest_memfd.core.gmem import Gmem, Grabbed, Held, bound_gfn, filled
 from guest_memfd.core.ops import Reason
 from guest_memfd.errors import EHWPOISON
 from guest_memfd.words.pagestate import PRIVATE_PAGE
-from guest_memfd.words.primitives import Folio, Steps
+from guest_memfd.words.primitives import Folio, Locked, Lookup, Steps
 from guest_memfd.words.units import FIRST_PAGE, Index
 
 LOOKUPS = 3
@@ -23,18 +24,19 @@ def grab_folio(gmem: Gmem, index: Index) -> Steps[Grabbed | int]:
 
     PG_uptodate means "zeroed in this life" and nothing else; whether the guest has it is the hypervisor's record.
     """
-    host, order = gmem.host, gmem.order
+    host, small = gmem.host, False
     # A folio that was looked up can leave the file before it is locked (a punch of another page of it, memory
     # failure). Then the look-up starts again; -EAGAIN after some attempts keeps a fault from spinning without end.
     for _attempt in range(LOOKUPS):
         hit = yield from host.filemap_get_folio(index)
         if hit is None:
-            new = yield from host.filemap_add_folio(index, order)
+            new = yield from gmem.add_folio(index, small)
             if isinstance(new, int):
                 # A large folio may not be had when a page can. -EEXIST means that another fault was faster: look
                 # up what it has added.
-                smaller, order = gmem.splits and order, 0 if gmem.splits else order
-                if new == -EEXIST or smaller:
+                again = new == -EEXIST or (gmem.splits and gmem.order and not small)
+                small = True
+                if again:
                     continue
                 return new
             # It comes back locked, so no other fault sees it before it is zero. The frame may hold another
@@ -54,6 +56,46 @@ def grab_folio(gmem: Gmem, index: Index) -> Steps[Grabbed | int]:
         if locked.hwpoison:
             return -EHWPOISON
     return -EAGAIN
+
+
+def add_folio(gmem: Gmem, index: Index, small: bool) -> Steps[Lookup | int]:
+    """Allocate a folio for page *index*, *small*: a single page, if there may be one; as `filemap_add_folio`.
+
+    Where a large folio would not be one thing throughout, its pages are allocated side by side: they may become one later.
+    """
+    host, order = gmem.host, gmem.order
+    if not order or not gmem.splits:
+        return (yield from host.filemap_add_folio(index, order))
+    if small or (index | (1 << order) - 1) >= gmem.size:
+        return (yield from host.filemap_add_folio(index, 0))
+    if (yield from gmem.order_at(index)):
+        return (yield from host.filemap_add_folio(index, order))
+    return (yield from host.filemap_add_pages(index, order))
+
+
+def order_at(gmem: Gmem, index: Index) -> Steps[int]:
+    """The order of the folio that page *index* can be part of: `order` where that would be one thing throughout, else 0.
+
+    One thing: private all of it, bound to nothing or to gfns that go on from a multiple of its size. Shared pages are single
+    ones, so that a reference on one of them stands against the conversion of no other.
+    """
+    size = 1 << gmem.order
+    if not gmem.splits or size == 1:
+        return gmem.order
+    head = Index(index & -size)
+    if head + size > gmem.size:
+        return 0
+    attributes = yield from gmem.host.tree_load("attributes", head, size)
+    bound = yield from gmem.host.tree_load("bindings", head, size)
+    alike = attributes.count(PRIVATE_PAGE) == size and (filled(bound) == 0 or _goes_on(bound, size))
+    return gmem.order if alike else 0
+
+
+# From a gfn that is a multiple of *size*, without a gap. The last entry first: it is enough where a part is bound.
+def _goes_on(bound: Sequence[int], size: int) -> bool:
+    if not bound[0] or bound_gfn(bound[0]) % size or bound[-1] != bound[0] + size - 1:
+        return False
+    return all(entry == bound[0] + at for at, entry in enumerate(bound))
 
 
 def zero(gmem: Gmem, folio: Folio) -> Steps[None]:
@@ -126,16 +168,26 @@ def remove_folio(gmem: Gmem, held: Held) -> Steps[int]:
     if ret:
         yield from host.unlock_folio(folio)
         return ret
-    # A broken page must not be touched again, so it is neither scrubbed nor mapped.
-    if not locked.hwpoison:
-        yield from gmem.return_to_kernel(held, locked.no_direct_map)
-    elif locked.no_direct_map:                            # broken memory is not mapped again, and no one waits for it
-        yield from gmem.account(-folio.nr)
+    for part, broken in (yield from _parts(gmem, held, locked)):
+        # A broken page must not be touched again, so it is neither scrubbed nor mapped.
+        if not broken:
+            yield from gmem.return_to_kernel(part, locked.no_direct_map)
+        elif locked.no_direct_map:                        # broken memory is not mapped again, and no one waits for it
+            yield from gmem.account(-part.folio.nr)
     # Last, when nothing can fail any more: a folio that has left the file cannot be found by anyone who would
     # repeat the attempt.
     yield from host.filemap_remove_folio(folio)
     yield from gmem.unlock_and_put(folio)
     return 0
+
+
+# All of it, or page by page if some of its memory is broken; and whether that is so of each.
+def _parts(gmem: Gmem, held: Held, locked: Locked) -> Steps[list[tuple[Held, bool]]]:
+    if not locked.hwpoison or not held.folio.order:
+        return [(held, locked.hwpoison)]
+    broken = yield from gmem.host.page_hwpoison(held.folio)
+    return [(Held(Folio(pfn), held.pgoff + at, None if held.gfn is None else held.gfn + at, held.private), broken[at])
+            for at, pfn in enumerate(held.folio.pfns)]
 
 
 def return_to_kernel(gmem: Gmem, held: Held, marked: bool) -> Steps[None]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.words.primitives import Folio, Host, Steps, VmFault
+from guest_memfd.words.primitives import Folio, Host, Lookup, Steps, VmFault
 from guest_memfd.words.units import Gfn, Index
 
 PowerPolicy = Literal["count", "notifier", "none"]
@@ -99,6 +99,12 @@ class Gmem(Protocol):
     def grab_folio(self, index: Index) -> Steps[Grabbed | int]:
         """Find or allocate a folio, locked and zeroed."""
 
+    def add_folio(self, index: Index, small: bool) -> Steps[Lookup | int]:
+        """Allocate a folio for a page."""
+
+    def order_at(self, index: Index) -> Steps[int]:
+        """Of the folio that a page can be part of."""
+
     def zero(self, folio: Folio) -> Steps[None]:
         """Zero a folio for its first use in this life."""
 
@@ -140,6 +146,22 @@ class Gmem(Protocol):
     def make_accessible(self, grabbed: Grabbed) -> Steps[int]:
         """A shared page is in the direct map before the VMM has it."""
 
+    # large.py
+
+    def single_pages(
+        self, start: Index, nr: int, folios: tuple[Held, ...], cut: tuple[Held, ...],
+    ) -> Steps[tuple[int, Index, tuple[Held, ...]]]:
+        """Some folios of a range are split, and all of it is looked up anew."""
+
+    def split(self, folios: tuple[Held, ...]) -> Steps[tuple[int, Index]]:
+        """Make single pages of folios."""
+
+    def split_locked(self, held: Held, marked: bool) -> Steps[int]:
+        """Make single pages of a folio that is locked."""
+
+    def merge(self, start: Index, nr: int) -> Steps[None]:
+        """Make large folios of pages that have become alike."""
+
     # convert.py
 
     def make_private_locked(self, start: Index, nr: int) -> Steps[Conversion]:
@@ -162,9 +184,6 @@ class Gmem(Protocol):
     def remove_range(self, start: Index, nr: int, reason: Reason) -> Steps[Conversion]:
         """What a punch and the end of the file have in common."""
 
-    def split(self, start: Index, nr: int, folios: tuple[Held, ...]) -> Steps[tuple[int, Index]]:
-        """Make single pages of the folios that a range cuts."""
-
     def take_from_users(self, folio: Folio) -> Steps[int]:
         """Guest and VMM lose a folio whose memory is broken."""
 
@@ -176,6 +195,9 @@ class Gmem(Protocol):
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         """Which of its pages are private at first, and which are shared."""
 
+    def split_to_bind(self, gfn: Gfn, start: Index, nr: int) -> Steps[int]:
+        """Make single pages of the folios that a binding would cut."""
+
     def teardown_bindings(self, start: Index, nr: int) -> Steps[tuple[int, bool]]:
         """Bindings of a dying VM end; and whether they were the file's last."""
 
@@ -184,6 +206,9 @@ class Gmem(Protocol):
 
     def take_all_back(self, folios: tuple[Held, ...], *, leaks: bool) -> Steps[tuple[int, Index]]:
         """The hypervisor gives back what was bound."""
+
+    def take_parts_back(self, held: Held) -> Steps[int]:
+        """The same of a large folio that does not come back as a whole."""
 
     def close(self) -> Steps[None]:
         """A reference on the file goes, and perhaps the file."""

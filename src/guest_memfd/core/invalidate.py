@@ -8,24 +8,21 @@ Source: kvm_gmem_punch_hole(), kvm_gmem_error_folio() (virt/kvm/guest_memfd.c).
 
 from __future__ import annotations
 
-from errno import EINVAL
+from errno import EAGAIN, EBUSY, EINVAL
 
+from guest_memfd.core import large
 from guest_memfd.core.gmem import Conversion, Gmem, Held, bound_gfn
 from guest_memfd.core.ops import Reason
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import Folio, Locked, MfResult, Steps
-from guest_memfd.words.units import FIRST_PAGE, Index
-
-
-def _cut(held: Held, start: Index, nr: int) -> bool:
-    return held.pgoff < start or held.pgoff + held.folio.nr > start + nr
+from guest_memfd.words.units import Index
 
 
 def punch_hole(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     """Free the pages of [start, start+nr); -EBUSY with the page index if the guest holds on to one.
 
     What lies past the end of the file is left out, as fallocate() does; -EINVAL for a range that is none, or that
-    cuts a folio where folios cannot be split.
+    cuts a folio where folios cannot be split. Where they can: -EBUSY also while someone refers to one that is cut, -ENOMEM.
     """
     if start < 0 or nr <= 0:
         return Conversion(-EINVAL)
@@ -49,15 +46,15 @@ def remove_range(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[Con
     yield from host.mmu_invalidate_begin(start, nr)
     yield from host.unmap_mapping_pages(start, nr)
     folios = yield from gmem.present(start, nr)
-    # Every folio is asked for before the first is removed: a guest that holds on to the last one refuses the
-    # whole punch, and the file is as it was.
-    ret, index = yield from gmem.invalidate_guest(folios, reason)
-    if not ret and any(_cut(held, start, nr) for held in folios):
-        ret, index = yield from gmem.split(start, nr, folios)
-        yield from gmem.put_all(folios)
-        # The folios that were cut are now single pages, and those outside of the range stay. What was held before
-        # the split names folios that are no more.
-        folios = () if ret else (yield from gmem.present(start, nr))
+    # The folios that the range cuts become single pages, before anything is asked of the hypervisor: what lies outside
+    # of the range stays as it is, the guest's with its contents.
+    ret, index, folios = yield from large.cut_off(gmem, start, nr, folios)
+    if ret == -EAGAIN:
+        ret = -EBUSY                                    # -EAGAIN would say that the pages before *index* are gone
+    if not ret:
+        # Every folio is asked for before the first is removed: a guest that holds on to the last one refuses the
+        # whole punch, and the file is as it was.
+        ret, index = yield from gmem.invalidate_guest(folios, reason)
     removed = 0
     # From here on what has gone has gone. A hypervisor that fails to give one back ends the loop, and the index
     # says how far it came.
@@ -70,25 +67,7 @@ def remove_range(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[Con
     # `remove_folio` has dropped the references of those it removed.
     yield from gmem.put_all(folios[removed:])
     yield from host.mmu_invalidate_end()
-    return Conversion(ret, max(index, start)) if ret else Conversion(0)
-
-
-def split(gmem: Gmem, start: Index, nr: int, folios: tuple[Held, ...]) -> Steps[tuple[int, Index]]:
-    """Take the folios that [start, start+nr) cuts back from the hypervisor, and make single pages of them.
-
-    (0, 0), or -errno and a page index: -EBUSY while someone refers to a part. The guest faults the rest in again.
-    """
-    host = gmem.host
-    for held in folios:
-        if _cut(held, start, nr):
-            yield from host.lock_folio(held.folio)
-            ret = yield from gmem.take_back(held)
-            if not ret:
-                ret = yield from host.split_folio(held.folio)
-            yield from host.unlock_folio(held.folio._replace(order=0) if not ret else held.folio)
-            if ret:
-                return ret, held.pgoff
-    return 0, FIRST_PAGE
+    return Conversion(ret, index) if ret else Conversion(0)
 
 
 def error_folio(gmem: Gmem, folio: Folio, locked: Locked) -> Steps[MfResult]:

@@ -6,7 +6,7 @@ places (docs/write-a-design.md), so this list is the design space.
 
 from __future__ import annotations
 
-from guest_memfd.core import convert, direct_map, fault, file, folio, invalidate
+from guest_memfd.core import convert, direct_map, fault, file, folio, invalidate, large
 from guest_memfd.core import power as pm
 from guest_memfd.core.gmem import PowerPolicy
 from guest_memfd.core.ops import GuestMemfdOps
@@ -66,9 +66,11 @@ class Library:
 
     alloc_inode = file.alloc_inode
     init_attributes = file.init_attributes
+    split_to_bind = file.split_to_bind
     teardown_bindings = file.teardown_bindings
     unbind_locked = file.unbind_locked
     take_all_back = file.take_all_back
+    take_parts_back = file.take_parts_back
     fault_bound = fault.fault_bound
     give_private = fault.give_private
     fault_shared = fault.fault_shared
@@ -79,12 +81,17 @@ class Library:
     make_shared_locked = convert.make_shared_locked
     give_to_host = convert.give_to_host
     remove_range = invalidate.remove_range
-    split = invalidate.split
     take_from_users = invalidate.take_from_users
+    single_pages = large.single_pages
+    split = large.split
+    split_locked = large.split_locked
+    merge = large.merge
 
     # -- of one folio ------------------------------------------------------------------------------------------------
 
     grab_folio = folio.grab_folio
+    add_folio = folio.add_folio
+    order_at = folio.order_at
     zero = folio.zero
     unlock_and_put = folio.unlock_and_put
     present = folio.present

@@ -33,6 +33,8 @@ class Design(Library):
     """Whether pages the VMM has mapped may be taken by GUP at all (secretmem refuses)."""
     hypervisors: ClassVar[tuple[str, ...] | None] = None
     """Names of the hypervisors it was posted for; None: any."""
+    large: ClassVar[bool] = False
+    """Whether it takes the largest folios that its scene has, and splits them, if the hypervisor's operations take them."""
     converts: ClassVar[bool] = True
     """Whether it converts in place; where it does not, make_private and make_shared are -EOPNOTSUPP."""
     offers: ClassVar[tuple[str, ...]] = ()
@@ -40,10 +42,10 @@ class Design(Library):
     keeps: ClassVar[Mapping[str, str]] = {}
     """Of a posted design: which of OPERATIONS are our library's, and why that does it no wrong."""
     bounds: ClassVar[Mapping[str, Bound]] = {
-        "fault": Bound(writes=1, flushes=1, calls=2, stalls=0), "user_fault": Bound(writes=2, stalls=0),
-        "allocate": Bound(stalls=0), "to_private": Bound(writes=1, calls=4, once=1, stalls=2), "to_shared": Bound(calls=4),
-        "punch": Bound(writes=2, calls=4),
-        "unbind": Bound(calls=4), "teardown": Bound(calls=4),
+        "fault": Bound(writes=1, flushes=1, calls=2, stalls=0, splits=3), "user_fault": Bound(writes=2, stalls=0),
+        "allocate": Bound(stalls=0), "to_private": Bound(writes=1, calls=4, once=1, stalls=2, splits=2),
+        "to_shared": Bound(calls=4, splits=3), "punch": Bound(writes=2, calls=4, splits=3),
+        "unbind": Bound(calls=4, splits=3), "teardown": Bound(calls=4, splits=3),
     }
     """What an operation costs at most, each of its hypercalls made twice where the first fails (law bounded-cost). One that
     is not here is not bounded."""

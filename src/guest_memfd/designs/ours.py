@@ -11,3 +11,4 @@ class OurLibrary(Design):
     name = "library"
     title = "the guest_memfd library of this project"
     source = "core/"
+    large = True

@@ -215,6 +215,8 @@ def unfit(scene: Scene) -> str | None:
     """Why no machine can be put into *scene*, in words; None where one can."""
     if scene.files > 1 or scene.vms > 1:
         return "a machine beside the abstract host has one file and one VM"
+    if scene.order:
+        return "a machine beside the abstract host has single pages"
     if not scene.kernel.asks_mapping:
         return "readers of the emulated kernel ask AS_NO_DIRECT_MAP"
     return None

@@ -205,9 +205,12 @@ def _made(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Design:
     if not isinstance(ops, GuestMemfdOps):
         raise PluginError(f"hypervisor {hypervisor.name!r}: its ops make {shown(ops)}, which is no GuestMemfdOps")
     library = design(ops, scene.pages)
+    if design.large and hypervisor.large:
+        library.order, library.splits = scene.order, scene.order > 0
     order = getattr(library, "order", 0)
-    if order:
-        raise BadInput(f"design {design.name!r} has folios of order {order}; the abstract host has order 0 only")
+    if order > scene.order:
+        least = f"order {scene.order} at most" if scene.order else "single pages only"
+        raise BadInput(f"design {design.name!r} has folios of order {order}; scene {scene.name!r} has {least}")
     library.scene = scene
     library.lender = hypervisor.driver if scene.lends and design.converts else None
     return library

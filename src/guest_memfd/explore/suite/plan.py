@@ -36,6 +36,7 @@ NAMED: dict[str, Scenario] = {
     "scan-and-a-life": ("vcpu2", "vmm-life", "kcore"),
     "lend-while-stopping": ("vcpu2", "vmm2", "stop"),
     "read-while-created": ("vcpu", "creator", "page-cache-reader"),
+    "merge-and-fault": ("vcpu2", "patient-vcpu", "vmm2"),
 }
 """Hazards people ask for by name."""
 
@@ -48,6 +49,7 @@ TRIPLES: dict[str, Scenario] = {
     "nothing-yet": ("read-while-created",),
     "failing-twice": ("pin-and-a-call",),
     "on-demand": ("lend-while-stopping",),
+    "mixed-block": ("merge-and-fault",),
 }
 """Scene -> its triples. Those that are in none are there for who asks: the same with one call of a VMM in place of two
 things are a tenth of them."""
@@ -62,7 +64,11 @@ QUICK: dict[str, Scenario] = {
 PARTNER = "vcpu2"
 """The vCPU that touches one page. Where not every pair is explored, everybody is alone and with it."""
 
-FEW: dict[str, Scenario] = {"three-pages": (PARTNER,), "failing-twice": (PARTNER,), "on-demand": (PARTNER, "vmm")}
+FEW: dict[str, Scenario] = {
+    "three-pages": (PARTNER,), "failing-twice": (PARTNER,), "on-demand": (PARTNER, "vmm"), "two-large-folios": (PARTNER,),
+    "large-beside-small": (PARTNER,), "mixed-block": (PARTNER,), "half-bound": (PARTNER,), "odd-gfn": (PARTNER,),
+    "large-for-good": (PARTNER,), "larger-leaves": (PARTNER,),
+}
 """Scenes in which that is so in the whole suite, and with whom everybody is: larger than the others, and for what one
 operation makes of them, or one driver."""
 
@@ -71,7 +77,9 @@ WHOLE = ("two-pages",)
 too, since half of the time would be its. One call at a time is there: vmm2, pinner."""
 
 QUICK_WITHOUT = ("vmm",)
-QUICK_PARTNERS: dict[str, Scenario] = {"both-shared": (PARTNER, "repeater"), "three-pages": ()}
+QUICK_PARTNERS: dict[str, Scenario] = {
+    "both-shared": (PARTNER, "repeater"), "three-pages": (), "two-large-folios": (), "larger-leaves": (),
+}
 """Scene -> partners in a first look, where they are not that vCPU alone: what is there to be converted, all of it at once,
 meets everybody, too."""
 
@@ -79,32 +87,37 @@ LONG: dict[str, dict[str, Scenario]] = {
     "vmm-life": {
         "two-pages": ("vcpu", "vmm2", "stop", "memory-failure"), "unbound": ("vcpu", "vmm2", "stop", "memory-failure"),
         "both-shared": ("memory-failure",), "for-good": ("vcpu", "stop"), "quiet-free": ("vcpu",),
-        "on-demand": ("page-cache-reader",),
+        "on-demand": ("page-cache-reader",), "large-folio": ("vcpu2", "stop"), "half-bound": ("vcpu2",),
     },
     "vmm-pages": {
         "two-pages": ("vcpu2", "vmm2", "drainer", "stop", "power"),
         "both-private": ("vcpu", "vcpu2", "vmm2", "drainer", "stop", "power"), "for-good": ("vcpu2", "stop"),
-        "quiet-free": ("vcpu2",), "three-pages": (), "failing-twice": ("vcpu",),
+        "quiet-free": ("vcpu2",), "three-pages": (), "failing-twice": ("vcpu",), "large-folio": ("vcpu2", "vmm2"),
+        "larger-leaves": (), "large-beside-small": (),
     },
     "vmm-mapped": {"both-shared": ("vcpu2", "drainer", "pfn-cache", "device"), "quiet-free": ("device",)},
-    "vmm-any": {"two-pages": ("stop",), "crossed": ("stop",), "failing-twice": ("vcpu2",), "on-demand": ()},
+    "vmm-any": {"two-pages": ("stop",), "crossed": ("stop",), "failing-twice": ("vcpu2",), "on-demand": (), "half-bound": (),
+                "odd-gfn": (), "two-large-folios": ()},
     "vmm-move": {
         "two-pages": ("vcpu2", "patient-vcpu", "vmm2", "pfn-cache", "memory-failure", "stop"), "crossed": ("vcpu2",),
-        "for-good": ("stop",), "failing-twice": (),
+        "for-good": ("stop",), "failing-twice": (), "large-folio": ("vcpu2",), "two-large-folios": (), "odd-gfn": ("vcpu2",),
     },
 }
-"""A VMM of several operations -> scene -> who else is in its pairs; in a scene that none of them names, all of them."""
+"""A VMM of several operations -> scene -> who else is in its pairs; in a scene that none of them names, all of them.
+
+In scenes with large folios such a VMM is only where it is named.
+"""
 
 
 def plan(world: World, *, full: bool = True) -> list[Scenario]:
     """The scenarios of *world*, in their order; without *full* those that are enough for a first look."""
     names, scene = list(world.programs), world.scene.name
-    # Without a driver that lends the scene has nothing of its own.
-    if world.scene.lends and world.library.lender is None:
+    # Without a driver that lends, or without large folios, the scene has nothing of its own.
+    if (world.scene.lends and world.library.lender is None) or (world.scene.order and not world.library.order):
         return [(name,) for name in names if full or name not in LONG]
     brief = not full and scene not in WHOLE
     usual = [name for name in names if name not in LONG and not (brief and name in QUICK_WITHOUT)]
-    long = [name for name in names if name in LONG] if full else []
+    long = [name for name in names if name in LONG and (not world.scene.order or scene in LONG[name])] if full else []
     pairs = [*itertools.combinations(usual, 2)]
     if brief or scene in FEW:
         partners = FEW[scene] if full else QUICK_PARTNERS.get(scene, (PARTNER,))

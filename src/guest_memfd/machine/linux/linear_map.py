@@ -6,9 +6,10 @@ release by release (arch/arm64/mm/pageattr.c, split_kernel_leaf_mapping() in mmu
 
 from __future__ import annotations
 
-from errno import EBUSY, EINVAL
+from errno import EBUSY, EINVAL, ENOMEM
 
 from guest_memfd.errors import BadInput
+from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.machine.linux.linear_layout import PAGE_END as PAGE_END
@@ -104,6 +105,18 @@ class LinearMap(LinearLayout):
         return ret
 
     # -- splitting ----------------------------------------------------------------------------------------------
+
+    def split_to_pages(self, pa: Pa, nr: int) -> int:
+        """Have each of *nr* pages be an entry of its own, valid or not as it was: range_split_to_ptes(); 0 or -ENOMEM."""
+        if not self._requires_bbml3:
+            return 0
+        start = self.va(pa)
+        self.fault_in(start)
+        try:
+            self.tables.split_to_ptes(start, start + nr * PAGE)
+        except OutOfMemory:
+            return -ENOMEM
+        return 0
 
     def _split_kernel_leaf_mapping(self, start: Va, end: Va) -> int:
         if not self._requires_bbml3:

@@ -38,6 +38,15 @@ def set_direct_map_default_noflush(host: Base, folio: Folio) -> int:
     return _changed(host, page, ret, invalid=False)
 
 
+def split_direct_map(host: Base, folio: Folio) -> int:
+    """Live, as the kernel splits them; a hole of one leaf becomes holes of single pages."""
+    page = host.page(folio)
+    ret = host.machine.linear_map.split_to_pages(page.pa, page.nr)
+    if ret:
+        host.against(FAILURE)
+    return ret
+
+
 def flush_tlb_kernel_range(host: Base, folios: tuple[Folio, ...]) -> None:
     """All CPUs, a range for each folio."""
     lm = host.machine.linear_map

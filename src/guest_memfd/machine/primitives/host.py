@@ -140,8 +140,11 @@ class EmulatedHost(Base):
     filemap_get_folio = pagecache.filemap_get_folio
     filemap_find_folio = pagecache.filemap_find_folio
     filemap_add_folio = pagecache.filemap_add_folio
+    filemap_add_pages = pagecache.filemap_add_pages
     filemap_remove_folio = pagecache.filemap_remove_folio
     split_folio = pagecache.split_folio
+    merge_folio = pagecache.merge_folio
+    page_hwpoison = pagecache.page_hwpoison
     folio_put = pagecache.folio_put
     folio_get = pagecache.folio_get
     leak_folio = pagecache.leak_folio
@@ -167,6 +170,7 @@ class EmulatedHost(Base):
     can_set_direct_map = directmap.can_set_direct_map
     set_direct_map_invalid_noflush = directmap.set_direct_map_invalid_noflush
     set_direct_map_default_noflush = directmap.set_direct_map_default_noflush
+    split_direct_map = directmap.split_direct_map
     flush_tlb_kernel_range = directmap.flush_tlb_kernel_range
 
     # user.py

@@ -13,7 +13,7 @@ from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import CONTENTION, CONTENTS, FAILURE, REFERENCE
 from guest_memfd.words.primitives import Folio, Lookup
-from guest_memfd.words.units import Index, pa_to_pfn, span
+from guest_memfd.words.units import Index, Pa, pa_to_pfn, span
 
 FOLIO_BATCH = 31
 """Folios that a CPU's lru_add batch holds before it is emptied (include/linux/folio_batch.h)."""
@@ -36,27 +36,54 @@ def filemap_find_folio(host: Base, index: Index, nr: int) -> Index:
 
 def filemap_add_folio(host: Base, index: Index, order: int) -> Lookup | int:
     """Allocates from the page allocator and inserts, at the index rounded down to the folio's size."""
+    pa, ret = _allocated(host, index, order)
+    if ret:
+        return ret
+    head = Index(index & -1 << order)
+    return _found(host, _insert(host, LinuxFolio(pa, order), head))
+
+
+def filemap_add_pages(host: Base, index: Index, order: int) -> Lookup | int:
+    """The same block, each page of it a folio of its own."""
+    pa, ret = _allocated(host, index, order)
+    if ret:
+        return ret
+    head = Index(index & -1 << order)
+    pages = [_insert(host, LinuxFolio(pa + at * PAGE, 0), head + at) for at in range(1 << order)]
+    return _found(host, pages[index - head])
+
+
+# Memory for a folio of *order* around page *index*, where there is none yet, and 0; or -errno.
+def _allocated(host: Base, index: Index, order: int) -> tuple[Pa, int]:
     host.must_have(index)
-    head, folios = index & -1 << order, host.machine.folios
+    folios = host.machine.folios
     try:
         pa = folios.alloc(order)
     except OutOfMemory:
         host.against(FAILURE)
-        return -ENOMEM
+        return Pa(0), -ENOMEM
     # After the allocation, as in the kernel: two faults allocate at the same time, and one of them gives its
     # folio back.
-    if _occupied(host, head, order):
+    if _occupied(host, Index(index & -1 << order), order):
         folios.free(pa, order)
         host.against(CONTENTION)
-        return -EEXIST
-    page = host.machine.pages[pa_to_pfn(pa)] = LinuxFolio(pa, order)
+        return pa, -EEXIST
+    return pa, 0
+
+
+def _insert(host: Base, page: LinuxFolio, index: Index) -> LinuxFolio:
+    host.machine.pages[pa_to_pfn(page.pa)] = page
     page.take("cache", page.nr)                     # one for each of its pages (mm/filemap.c)
-    page.take("lookup")
-    # Locked before it can be found, so the first to see it is the one who zeroes it.
-    page.lock = host.who
-    host.inode.insert(page, head)
+    host.inode.insert(page, index)
     _lru_add(host, page)
-    return Lookup(host.folio(page), head)
+    return page
+
+
+# Locked before it can be found, so the first to see it is the one who zeroes it.
+def _found(host: Base, page: LinuxFolio) -> Lookup:
+    page.take("lookup")
+    page.lock = host.who
+    return Lookup(host.folio(page), page.index)
 
 
 # Whether a folio is in the way: one that covers the head, or a smaller one further on.
@@ -112,6 +139,38 @@ def split_folio(host: Base, folio: Folio) -> int:
     first.take("lookup")
     first.lock = page.lock
     return 0
+
+
+def merge_folio(host: Base, index: Index, order: int) -> bool:
+    """What the pages are known by becomes the folio's; no page of it can be found while that is done."""
+    inode, machine = host.inode, host.machine
+    found = [inode.find(i) for i in span(index, 1 << order)]
+    pages = [page for page in found if page is not None]
+    if len(pages) < len(found) or not _can_be_one(pages, order):
+        return False
+    first = pages[0]
+    large = LinuxFolio(first.pa, order)
+    large.take("cache", large.nr)
+    large.uptodate, large.no_direct_map = first.uptodate, first.no_direct_map
+    for page in pages:
+        inode.remove(page)
+        del machine.pages[pa_to_pfn(page.pa)]
+    machine.pages[pa_to_pfn(large.pa)] = large
+    inode.insert(large, index)
+    return True
+
+
+def _can_be_one(pages: list[LinuxFolio], order: int) -> bool:
+    first = pages[0]
+    return not first.pa % (PAGE << order) and all(
+        page.pa == first.pa + at * PAGE and not page.order and page.refcount == 1 and page.lock is None
+        and not page.hwpoison and (page.uptodate, page.no_direct_map) == (first.uptodate, first.no_direct_map)
+        for at, page in enumerate(pages))
+
+
+def page_hwpoison(host: Base, folio: Folio) -> tuple[bool, ...]:
+    """Of a large folio one flag is kept here, that of all its pages."""
+    return (host.page(folio).hwpoison,) * folio.nr
 
 
 def folio_put(host: Base, folio: Folio, kind: str = "lookup") -> None:
