@@ -84,8 +84,12 @@ class Scope:
     engine: str | None = None
 
     def hypervisors_of(self, design: str) -> tuple[str, ...]:
-        """The hypervisors to explore *design* under: those asked for, else those it was posted for, else all."""
-        return self.hypervisors or DESIGNS[design].hypervisors or tuple(HYPERVISORS)
+        """The hypervisors to explore *design* under: those asked for, else those it was posted for, else all.
+
+        Those that encrypt differ by what they make of large folios: they are left out for designs that take none.
+        """
+        known = tuple(name for name in HYPERVISORS if DESIGNS[design].large or not HYPERVISORS[name].encrypts)
+        return self.hypervisors or DESIGNS[design].hypervisors or known
 
     def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress) -> list[Report]:
         """`compare` of (design, hypervisor) *pairs*."""

@@ -81,7 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 # Hypervisors of third parties, if one may have been meant: to look for them takes time.
 def _given_by_models(on: str) -> list[str]:
-    return [name for name in HYPERVISORS if f"{_ARM64}{name}" not in _MODULES] if on.startswith(_ARM64) else []
+    if not on.startswith(_ARM64):
+        return []
+    return [name for name in HYPERVISORS if f"{_ARM64}{name}" not in _MODULES and not HYPERVISORS[name].encrypts]
 
 
 def fill(arguments: argparse.Namespace, **defaults: str) -> None:

@@ -6,9 +6,11 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.hypervisors.gunyah.client import GUNYAH
 from guest_memfd.hypervisors.kvm.default import KVM
 from guest_memfd.hypervisors.kvm.pkvm import PKVM
+from guest_memfd.hypervisors.kvm.snp import SNP
+from guest_memfd.hypervisors.kvm.tdx import TDX
 from guest_memfd.hypervisors.names import lacks
 from guest_memfd.plugins.registry import Registry
 
 HYPERVISORS: Registry[Hypervisor] = Registry(
-    "hypervisor", "guest_memfd.hypervisors", {h.name: h for h in (KVM, PKVM, GUNYAH)}, lacks
+    "hypervisor", "guest_memfd.hypervisors", {h.name: h for h in (KVM, PKVM, GUNYAH, TDX, SNP)}, lacks
 )

@@ -11,7 +11,7 @@ from errno import ENOENT
 from typing import Any
 
 from guest_memfd.designs import DESIGNS
-from guest_memfd.errors import SyscallFailed
+from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.machine.adversary import Adversary
 from guest_memfd.machine.audit import audit
@@ -44,6 +44,8 @@ class Machine(Board):
 
     def __init__(self, name: str, config: Config = DEFAULT) -> None:
         hypervisor = HYPERVISORS[name]
+        if hypervisor.encrypts:
+            raise BadInput(f"hypervisor {name!r} keeps its guests' memory encrypted, which no emulated machine does")
         hardware = Hardware(config.ram, config.cpus)
         drivers: dict[str, Callable[[], Driver]] = {
             "kvm": lambda: KvmDriver(hardware, hypervisor),
