@@ -24,8 +24,8 @@ from conversion import HostSurvives, Pages, parties
 from guest_memfd.explore.engine.explorer import Explorer
 from guest_memfd.explore.engine.naive import explore
 from guest_memfd.explore.engine.program import Program
-from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.explore.engine.tables import Tables
+from guest_memfd.explore.world.scenario import World, world
 
 PAGES = 2
 MODEL = Path(__file__).with_name("conversion.pml")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 
 from guest_memfd.designs import DESIGNS
-from guest_memfd.explore.engine.scenario import World, world
+from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.lockstep import refinement
 from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.scenarios import SCENES as ALL_SCENES

@@ -19,7 +19,7 @@ from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import DesignRaised
 from guest_memfd.explore.engine.finding import Finding
-from guest_memfd.explore.engine.scenario import World, world
+from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.kvm import pkvm
 from guest_memfd.laws import LAWS

@@ -14,7 +14,7 @@ import pytest
 from scripted import asked
 
 from guest_memfd.designs import DESIGNS, Design
-from guest_memfd.explore.engine.scenario import World
+from guest_memfd.explore.world.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import PARTIES, SCENES
 from guest_memfd.words.primitives import Primitive

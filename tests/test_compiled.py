@@ -22,13 +22,13 @@ from guest_memfd import check
 from guest_memfd.cli.main import main
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import DesignRaised, EngineNotice, HostUnavailable, UnknownName
-from guest_memfd.explore.engine import choice
 from guest_memfd.explore.engine.explorer import Explorer
 from guest_memfd.explore.engine.finding import Result, step_line
 from guest_memfd.explore.engine.program import Program
-from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.explore.engine.tables import Tables
 from guest_memfd.explore.suite.plan import plan
+from guest_memfd.explore.world import choice
+from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import SCENES
 from guest_memfd.words.primitives import Steps
@@ -395,7 +395,7 @@ def test_where_compiled_loops_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 RUN = """
 import json, sys, warnings
-from guest_memfd.explore.engine.scenario import world
+from guest_memfd.explore.world.scenario import world
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     states = world("library", "pkvm", engine="compiled").explorer(["vcpu"]).run().states

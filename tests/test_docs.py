@@ -27,8 +27,8 @@ from guest_memfd.core import GuestMemfdOps, Library
 from guest_memfd.core.gmem import PowerPolicy
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import EHWPOISON
-from guest_memfd.explore.engine.scenario import World
 from guest_memfd.explore.suite.plan import plan
+from guest_memfd.explore.world.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.laws.operations import DOCUMENTED

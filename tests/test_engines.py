@@ -12,8 +12,8 @@ from guest_memfd.designs import DESIGNS
 from guest_memfd.explore.engine.explorer import Explorer
 from guest_memfd.explore.engine.finding import Result
 from guest_memfd.explore.engine.naive import explore
-from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.explore.engine.tables import Tables
+from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import SCENES
 

@@ -14,8 +14,8 @@ from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs import names as designs
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import DesignRaised, PluginError, PluginLeftOut
-from guest_memfd.explore.engine.scenario import World
 from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.world.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS, Hypervisor
 from guest_memfd.hypervisors import names as hypervisors
 from guest_memfd.hypervisors.kvm.default import KVM, KvmOps

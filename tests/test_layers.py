@@ -27,9 +27,10 @@ LAYERS = (
     ("abstract", "scenarios", "machine.hypcalls"),
     ("laws", "machine.board"),
     ("explore.engine", "machine.primitives"),
-    ("explore.suite", "machine.dev"),
-    ("explore", "machine.dev.gunyah", "machine.dev.kvm"),
-    ("report", "machine"),
+    ("explore.world", "machine.dev"),
+    ("explore.suite", "machine.dev.gunyah", "machine.dev.kvm"),
+    ("explore", "machine"),
+    ("report",),
     ("lockstep", "vmm", "probe"),
     ("testing", "cli"),
 )

@@ -11,7 +11,7 @@ from guest_memfd.core.hypervisor import LendingDriver
 from guest_memfd.designs import DESIGNS
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.explore.engine.finding import Result
-from guest_memfd.explore.engine.scenario import World, world
+from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.gunyah import driver
 from guest_memfd.hypervisors.gunyah.client import GUNYAH

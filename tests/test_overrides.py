@@ -19,7 +19,7 @@ from guest_memfd.designs.guestmem_rfc1 import GuestmemRfc1
 from guest_memfd.designs.names import lacks as lacks_design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import PluginError
-from guest_memfd.explore.engine.scenario import World
+from guest_memfd.explore.world.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors import names as hypervisor_names
 from guest_memfd.hypervisors.gunyah.client import GUNYAH, GunyahOps

@@ -11,7 +11,7 @@ from driver import MERGING
 
 from guest_memfd.core import GuestMemfdOps
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.explore.engine.scenario import World
+from guest_memfd.explore.world.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import PARTIES
 

@@ -10,7 +10,7 @@ from scripted import asked
 
 from guest_memfd.abstract import state as st
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.explore.engine.scenario import World
+from guest_memfd.explore.world.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.scenarios import PARTIES

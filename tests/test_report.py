@@ -13,12 +13,12 @@ import pytest
 from guest_memfd.abstract import show
 from guest_memfd.abstract import state as st
 from guest_memfd.designs.none import NoDesign
-from guest_memfd.explore.engine.cost import DesignCost
 from guest_memfd.explore.engine.finding import Finding, Step
-from guest_memfd.explore.engine.scenario import world
 from guest_memfd.explore.suite.check import check
 from guest_memfd.explore.suite.survived import survived
 from guest_memfd.explore.suite.verdict import Found, LawReport, Report
+from guest_memfd.explore.world.cost import DesignCost
+from guest_memfd.explore.world.scenario import world
 from guest_memfd.laws import LAWS, Law
 from guest_memfd.report import blame, counterexample, ktap, progress, steps, table, terminal
 from guest_memfd.report.blame import offending

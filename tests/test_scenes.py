@@ -15,8 +15,8 @@ import pytest
 from guest_memfd.abstract import state as st
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.errors import BadInput
-from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.explore.suite.plan import plan
+from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import PARTIES, SCENES
 from guest_memfd.words.scene import MOST, Scene, Slot

@@ -11,8 +11,8 @@ import pytest
 
 from guest_memfd.abstract import AbstractHost
 from guest_memfd.abstract import state as st
-from guest_memfd.explore.engine.scenario import world as built
 from guest_memfd.explore.engine.tables import Tables
+from guest_memfd.explore.world.scenario import world as built
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.words.pagestate import CONTENTS, INODE_STATES, OWNERS, VM_STATES
 from guest_memfd.words.primitives import PRIMITIVES, Entries

@@ -19,10 +19,10 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, DesignRaised, NotAPrimitive, describe, shown
-from guest_memfd.explore.engine.cost import cost
 from guest_memfd.explore.engine.program import MOST_OPTIONS
-from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.world.cost import cost
+from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.hypervisors.kvm.default import KVM, KvmOps
 from guest_memfd.hypervisors.kvm.pkvm import PKVM
 from guest_memfd.laws import Law
@@ -207,7 +207,7 @@ def test_what_is_counted_without_end_is_refuted(loops: Callable[[Design], Steps[
 @pytest.fixture
 def short_of_breath(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guest_memfd.explore.engine.automaton.MOST_STEPS", 100)
-    monkeypatch.setattr("guest_memfd.explore.engine.scenario.MOST_ALONE", 100)
+    monkeypatch.setattr("guest_memfd.explore.world.scenario.MOST_ALONE", 100)
 
 
 @pytest.mark.usefixtures("short_of_breath")

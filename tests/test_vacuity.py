@@ -11,8 +11,8 @@ import pytest
 
 from guest_memfd.designs import DESIGNS
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.explore.suite.plan import plan
+from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import PARTIES, SCENES
 

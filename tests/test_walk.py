@@ -5,8 +5,8 @@ from __future__ import annotations
 import mistakes
 import pytest
 
-from guest_memfd.explore.engine.scenario import world
-from guest_memfd.explore.engine.walk import walk
+from guest_memfd.explore.world.scenario import world
+from guest_memfd.explore.world.walk import walk
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import SCENES
 

@@ -20,8 +20,8 @@ from mutants.killer import Killer, Member, Scenario, Seen, Tried
 if TYPE_CHECKING:
     from guest_memfd.explore.engine.automaton import Automaton
     from guest_memfd.explore.engine.program import Program
-    from guest_memfd.explore.engine.scenario import World
     from guest_memfd.explore.engine.tables import Tables
+    from guest_memfd.explore.world.scenario import World
     from mutants.mutant import Mutant, Place
 
 HYPERVISORS = ("kvm", "pkvm", "gunyah")
@@ -62,7 +62,7 @@ class Explored(Killer):
 
     def scenarios(self) -> Iterator[Scenario]:
         """In new worlds."""
-        from guest_memfd.explore.engine.scenario import world
+        from guest_memfd.explore.world.scenario import world
 
         self.worlds = {}
         for name, (hypervisor, scene) in self.names().items():
@@ -149,7 +149,7 @@ class _Against(Tried):
         return self.worlds[name]
 
     def _changed(self, name: str) -> World:
-        from guest_memfd.explore.engine.scenario import world
+        from guest_memfd.explore.world.scenario import world
 
         kept, (hypervisor, scene) = self.killer.worlds[name], self.killer.names()[name]
         built = world("library", hypervisor, scene=scene, engine="python")

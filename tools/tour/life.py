@@ -14,8 +14,8 @@ from guest_memfd import DESIGNS, HYPERVISORS, PARTIES, SCENES
 from guest_memfd.abstract.state import State
 from guest_memfd.explore.engine.automaton import LOCAL_MASK
 from guest_memfd.explore.engine.explorer import Explorer
-from guest_memfd.explore.engine.scenario import World
 from guest_memfd.explore.engine.tables import SHARED_MASK, Move
+from guest_memfd.explore.world.scenario import World
 from guest_memfd.words.pagestate import OWNERS, PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import OPS
 

@@ -12,8 +12,8 @@ from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
-from guest_memfd.explore.engine.cost import DesignCost, cost
 from guest_memfd.explore.suite.verdict import Report
+from guest_memfd.explore.world.cost import DesignCost, cost
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report import json, terminal
 from guest_memfd.report.progress import Progress

@@ -19,9 +19,9 @@ from guest_memfd.cli.load import load
 from guest_memfd.cli.options import Scope
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import DesignRaised, GuestMemfdError
-from guest_memfd.explore.engine.scenario import world
 from guest_memfd.explore.suite.plan import NAMED
 from guest_memfd.explore.suite.pool import end_with
+from guest_memfd.explore.world.scenario import world
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.plugins.guard import foreign
 from guest_memfd.scenarios import PARTIES

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
-from guest_memfd.explore.engine.choice import ENGINES
 from guest_memfd.explore.suite.check import compare
 from guest_memfd.explore.suite.plan import FEW, NAMED, PARTNER, QUICK, QUICK_PARTNERS, QUICK_WITHOUT, TRIPLES, WHOLE
 from guest_memfd.explore.suite.verdict import Limits, Report
+from guest_memfd.explore.world.choice import ENGINES
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report.progress import Progress
 from guest_memfd.report.sentence import listed

@@ -16,8 +16,8 @@ from guest_memfd.designs import Design
 from guest_memfd.errors import GuestMemfdError
 from guest_memfd.explore.engine.finding import Finding, Step, word
 from guest_memfd.explore.engine.program import Program, dismiss, perform, resume
-from guest_memfd.explore.engine.scenario import World, world
 from guest_memfd.explore.trace import Trace, TraceStep, version
+from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.scenarios import TEARDOWN
 from guest_memfd.words.outcome import STAY, Outcome
 from guest_memfd.words.primitives import LOADS, SILENT, Primitive

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from guest_memfd.explore.engine.scenario import World
 from guest_memfd.explore.replay import Replay, replay
 from guest_memfd.explore.trace import Trace
+from guest_memfd.explore.world.scenario import World
 from guest_memfd.lockstep.refinement import Pair, kernel_of, pair
 from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.hw.arm64.descriptor import describe

@@ -43,7 +43,7 @@ from typing import Any
 
 from guest_memfd.abstract import state as st
 from guest_memfd.errors import BadInput, GuestMemfdError
-from guest_memfd.explore.engine.scenario import World, set_scene
+from guest_memfd.explore.world.scenario import World, set_scene
 from guest_memfd.laws import LAWS
 from guest_memfd.lockstep.abstraction import abstraction
 from guest_memfd.machine.adversary import Adversary

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from guest_memfd.abstract import show
-from guest_memfd.explore.engine.cost import DesignCost
 from guest_memfd.explore.engine.finding import Finding, Step
 from guest_memfd.explore.replay import Replay
 from guest_memfd.explore.suite.survived import Survived
 from guest_memfd.explore.suite.verdict import Found, Report
+from guest_memfd.explore.world.cost import DesignCost
 from guest_memfd.report.blame import offending
 from guest_memfd.report.steps import call, lock_holders, result
 

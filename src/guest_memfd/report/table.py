@@ -5,8 +5,8 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Mapping, Sequence
 
-from guest_memfd.explore.engine.cost import DesignCost
 from guest_memfd.explore.suite.verdict import LawReport, Report
+from guest_memfd.explore.world.cost import DesignCost
 from guest_memfd.report.style import Style
 from guest_memfd.words.scene import Scene
 

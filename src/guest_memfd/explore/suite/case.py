@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 
-from guest_memfd.explore.engine.scenario import World
 from guest_memfd.explore.suite.coverage import Coverage
 from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report
 from guest_memfd.explore.suite.work import Answer, Task
+from guest_memfd.explore.world.scenario import World
 from guest_memfd.laws import LAWS
 
 

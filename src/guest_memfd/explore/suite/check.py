@@ -14,12 +14,12 @@ from dataclasses import replace
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, UnknownName
-from guest_memfd.explore.engine.scenario import World, scene_of, world
 from guest_memfd.explore.suite.case import Case
 from guest_memfd.explore.suite.plan import NAMED, plan
 from guest_memfd.explore.suite.pool import Pool, Schedule, jobs_for
 from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report
 from guest_memfd.explore.suite.work import Answer, Bench, Task
+from guest_memfd.explore.world.scenario import World, scene_of, world
 from guest_memfd.laws import LAWS
 from guest_memfd.scenarios import SCENES
 from guest_memfd.words.scene import Scene

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 
-from guest_memfd.explore.engine.scenario import World
+from guest_memfd.explore.world.scenario import World
 
 Scenario = tuple[str, ...]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from guest_memfd.compat import override
-from guest_memfd.explore.engine.scenario import world
+from guest_memfd.explore.world.scenario import world
 from guest_memfd.words.facts import Abort
 
 STATES = 100_000

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from guest_memfd.explore.engine.finding import Finding, Result
-from guest_memfd.explore.engine.scenario import World
 from guest_memfd.explore.engine.tables import NEVER_ENDS, Tables
 from guest_memfd.explore.suite.coverage import Coverage, covered
+from guest_memfd.explore.world.scenario import World
 
 ROOMY = 200_000
 """Host states after which kept tables are given up: some 500 MB, and what they save is a third of the time at most."""

@@ -54,3 +54,6 @@ FULL = 0.6
 
 MOST_STEPS = 1000
 """Steps of a teardown; one that takes more does not end."""
+
+MIX = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xFF51AFD7ED558CCD
+"""Odd numbers that a hash multiplies by: the first word of a row, each further one, and the end."""

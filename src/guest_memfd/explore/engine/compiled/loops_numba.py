@@ -34,44 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from guest_memfd.explore.engine.compiled.encoding import (
-    ASIDE,
-    ASKS,
-    BASE_SHIFT,
-    BATCH,
-    BREAKS,
-    BREAKS_AT_END,
-    COUNTERS,
-    END,
-    EVENTS,
-    FACT,
-    FAILED,
-    FULL,
-    HALT,
-    HALTED,
-    HALTS,
-    KIND_BITS,
-    LAW,
-    LEAF,
-    MASK_SHIFT,
-    MISSING,
-    MOST_STEPS,
-    MOVED,
-    NODE,
-    ODD,
-    PART_MASK,
-    PENDING,
-    PLACE_BITS,
-    ROOM,
-    ROWS,
-    SHIFT_MASK,
-    SHIFT_SHIFT,
-    STEP,
-    TRANSITIONS,
-    VISIBLE,
-    WAITS,
-    WORD_MASK,
-)
+from guest_memfd.explore.engine.compiled import encoding as enc
 from guest_memfd.explore.engine.compiled.jit import compiled
 
 CHUNK = 1 << 14
@@ -82,12 +45,12 @@ SPARE = 1 << 14
 
 U = np.uint64
 I = np.int64  # noqa: E741
-K0, K1, M = U(0x9E3779B97F4A7C15), U(0xD6E8FEB86659FD93), U(0xFF51AFD7ED558CCD)
+K0, K1, M = U(enc.MIX[0]), U(enc.MIX[1]), U(enc.MIX[2])
 ZERO, ONE, LOW, S29, S32 = U(0), U(1), U(0xFFFFFFFF), U(29), U(32)
-KIND, KINDS, PARTS, BASE = U((1 << KIND_BITS) - 1), U(KIND_BITS), U(PART_MASK), U(BASE_SHIFT)
-WORD, SHIFTED, SHIFT, MASKED = U(WORD_MASK), U(SHIFT_SHIFT), U(SHIFT_MASK), U(MASK_SHIFT)
-IS_NODE, IS_LEAF, IS_MISSING, NOW_PENDING = U(NODE), U(LEAF), U(MISSING), U(PENDING)
-PLACE, PLACE_MASK = U(PLACE_BITS), U((1 << PLACE_BITS) - 1)
+KIND, KINDS, PARTS, BASE = U((1 << enc.KIND_BITS) - 1), U(enc.KIND_BITS), U(enc.PART_MASK), U(enc.BASE_SHIFT)
+WORD, SHIFTED, SHIFT, MASKED = U(enc.WORD_MASK), U(enc.SHIFT_SHIFT), U(enc.SHIFT_MASK), U(enc.MASK_SHIFT)
+IS_NODE, IS_LEAF, IS_MISSING, NOW_PENDING = U(enc.NODE), U(enc.LEAF), U(enc.MISSING), U(enc.PENDING)
+PLACE, PLACE_MASK = U(enc.PLACE_BITS), U((1 << enc.PLACE_BITS) - 1)
 
 
 @compiled
@@ -144,12 +107,12 @@ def walk(tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: Any) -> Any
 def ask(tree: Any, place: Any, d: Any, child: Any, trees: Any) -> Any:
     """What is missing is asked for: ASKS, or WAITS if it has been."""
     if d != IS_MISSING:
-        return I(WAITS)
+        return I(enc.WAITS)
     if child < 0:
         trees.root[tree, place] = NOW_PENDING
     else:
         trees.child[child] = NOW_PENDING
-    return I(ASKS)
+    return I(enc.ASKS)
 
 
 @compiled
@@ -174,9 +137,9 @@ def take(rows: Any, i: Any, n: Any, way: Any, p: Any, trees: Any, room: Any, pla
 @compiled
 def put_aside(aside: Any, count: Any, i: Any, p: Any, why: Any) -> None:
     """Note (row, party, why)."""
-    n = count[ASIDE]
+    n = count[enc.ASIDE]
     aside[n, 0], aside[n, 1], aside[n, 2] = i, p, why
-    count[ASIDE] = n + 1
+    count[enc.ASIDE] = n + 1
 
 
 @compiled
@@ -184,16 +147,16 @@ def tell(what: Any, seen: Any, events: Any, count: Any) -> None:
     """Note that payload *what* breaks a law, the first time."""
     if seen[what] == 0:
         seen[what] = 1
-        events[count[EVENTS]] = what
-        count[EVENTS] += 1
+        events[count[enc.EVENTS]] = what
+        count[enc.EVENTS] += 1
 
 
 @compiled
 def judge(rows: Any, i: Any, p: Any, trees: Any, room: Any, seen: Any, aside: Any, events: Any, count: Any) -> None:
     """Ask the laws on states about row *i*."""
-    d, child = walk(BREAKS, 0, rows, i, trees, room)
+    d, child = walk(enc.BREAKS, 0, rows, i, trees, room)
     if d & KIND != IS_LEAF:
-        put_aside(aside, count, i, p, ask(BREAKS, 0, d, child, trees))
+        put_aside(aside, count, i, p, ask(enc.BREAKS, 0, d, child, trees))
     else:
         first, last = ways_of(d)
         if first < last:
@@ -238,14 +201,14 @@ def expand(
     most: ways of the largest leaf.
     """
     parties, mask = len(of), U(len(table) - 1)
-    batch = BATCH + parties * most
-    last_row = min(len(rows), I(len(table) * FULL)) - batch - 1
+    batch = enc.BATCH + parties * most
+    last_row = min(len(rows), I(len(table) * enc.FULL)) - batch - 1
     few = len(aside) - 2 * batch - 1
     hashes, by = np.empty(batch, np.uint64), np.empty(batch, np.int64)
     size, k = 0, lo
     while k < len(queue) or size:
-        full = count[ROWS] > last_row or count[ASIDE] > few
-        if k < len(queue) and size < BATCH and not full:
+        full = count[enc.ROWS] > last_row or count[enc.ASIDE] > few
+        if k < len(queue) and size < enc.BATCH and not full:
             i, p0 = queue[k, 0], queue[k, 1]
             k += 1
             if p0 > parties:
@@ -253,13 +216,13 @@ def expand(
                 continue
             p1 = p0 + 1
             if p0 == parties:
-                d, child = walk(HALTS, 0, rows, i, trees, room)
+                d, child = walk(enc.HALTS, 0, rows, i, trees, room)
                 if d & KIND != IS_LEAF:
-                    put_aside(aside, count, i, p0, ask(HALTS, 0, d, child, trees))
+                    put_aside(aside, count, i, p0, ask(enc.HALTS, 0, d, child, trees))
                     continue
                 first, last = ways_of(d)
                 if first < last:
-                    moved[i - base] = HALTED
+                    moved[i - base] = enc.HALTED
                     continue
                 p0, p1 = 0, parties
             for p in range(p0, p1):
@@ -274,14 +237,14 @@ def expand(
                 if ready[first] == 0:
                     put_aside(aside, count, i, p, first)
                     continue
-                moved[i - base] = MOVED
-                count[TRANSITIONS] += last - first
+                moved[i - base] = enc.MOVED
+                count[enc.TRANSITIONS] += last - first
                 for way in range(first, last):
-                    n = count[ROWS] + size
+                    n = count[enc.ROWS] + size
                     take(rows, i, n, way, p, trees, room, places)
                     hashes[size], by[size] = hash_of(rows, n), way
                     size += 1
-                    if trees.flag[way] & FACT:
+                    if trees.flag[way] & enc.FACT:
                         tell(way, seen, events, count)
             continue
         if size == 0:
@@ -294,16 +257,16 @@ def expand(
             e = table[I(hashes[j] & mask)]
             if e >> S32 == hashes[j] >> S32:
                 touched ^= rows[I(e & LOW) - 1, 0]
-        count[COUNTERS] = I(touched & ONE)              # or the compiler would leave it out
-        start = count[ROWS]
+        count[enc.COUNTERS] = I(touched & ONE)          # or the compiler would leave it out
+        start = count[enc.ROWS]
         for j in range(size):
-            n = count[ROWS]
+            n = count[enc.ROWS]
             if n != start + j:
                 for w in range(rows.shape[1]):
                     rows[n, w] = rows[start + j, w]
             if enter(rows, n, hashes[j], table):
-                count[ROWS] = n + 1
-                if trees.flag[by[j]] & VISIBLE:
+                count[enc.ROWS] = n + 1
+                if trees.flag[by[j]] & enc.VISIBLE:
                     judge(rows, n, parties + 1, trees, room, seen, aside, events, count)
         size = 0
         if full:
@@ -345,7 +308,7 @@ def breaking(
     """All (row, party, way) of rows [lo, hi) and payloads that are *wanted*, by which they break a law; how many."""
     scratch, n = len(rows) - 1, 0
     for i in range(lo, hi):
-        d, _ = walk(HALTS, 0, rows, i, trees, room)
+        d, _ = walk(enc.HALTS, 0, rows, i, trees, room)
         first, last = ways_of(d)
         if first < last:
             continue
@@ -353,11 +316,11 @@ def breaking(
             d, _ = walk(of[p], place_of(rows, i, places, p), rows, i, trees, room)
             first, last = ways_of(d)
             for way in range(first, last):
-                if trees.flag[way] & FACT and wanted[way]:
+                if trees.flag[way] & enc.FACT and wanted[way]:
                     found[n, 0], found[n, 1], found[n, 2], found[n, 3] = i, p, way, way
                     n += 1
                 take(rows, i, scratch, way, p, trees, room, places)
-                d, _ = walk(BREAKS, 0, rows, scratch, trees, room)
+                d, _ = walk(enc.BREAKS, 0, rows, scratch, trees, room)
                 what, none = ways_of(d)
                 if what < none and wanted[what]:
                     found[n, 0], found[n, 1], found[n, 2], found[n, 3] = i, p, way, what
@@ -373,7 +336,7 @@ def clear(rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, lo
         if ends[i]:
             continue
         moves, good = False, False
-        d, _ = walk(HALTS, 0, rows, i, trees, room)
+        d, _ = walk(enc.HALTS, 0, rows, i, trees, room)
         first, last = ways_of(d)
         if first == last:
             for p in range(len(of)):
@@ -415,44 +378,44 @@ def run_down(
         j, wants, way = todo[k], I(-1), I(-1)
         while True:
             if unjudged[j]:
-                d, child = walk(BREAKS, 0, rows, j, trees, room)
+                d, child = walk(enc.BREAKS, 0, rows, j, trees, room)
                 if d & KIND != IS_LEAF:
-                    wants, way = I(LAW), ask(BREAKS, 0, d, child, trees)
+                    wants, way = I(enc.LAW), ask(enc.BREAKS, 0, d, child, trees)
                     break
                 unjudged[j] = 0
                 better(d, level[j] + steps[j], j, best, best_at)
-            d, child = walk(HALTS, 0, rows, j, trees, room)
+            d, child = walk(enc.HALTS, 0, rows, j, trees, room)
             if d & KIND != IS_LEAF:
-                wants, way = I(HALT), ask(HALTS, 0, d, child, trees)
+                wants, way = I(enc.HALT), ask(enc.HALTS, 0, d, child, trees)
                 break
             first, last = ways_of(d)
             if first < last:
                 break
             place = place_of(rows, j, places, 0)
             if tree < 0 or place == done:
-                d, child = walk(BREAKS_AT_END, 0, rows, j, trees, room)
+                d, child = walk(enc.BREAKS_AT_END, 0, rows, j, trees, room)
                 if d & KIND != IS_LEAF:
-                    wants, way = I(END), ask(BREAKS_AT_END, 0, d, child, trees)
+                    wants, way = I(enc.END), ask(enc.BREAKS_AT_END, 0, d, child, trees)
                     break
                 better(d, level[j] + steps[j], j, best, best_at)
                 break
             d, child = walk(tree, place, rows, j, trees, room)
             if d & KIND != IS_LEAF:
-                wants, way = I(STEP), ask(tree, place, d, child, trees)
+                wants, way = I(enc.STEP), ask(tree, place, d, child, trees)
                 break
             way, last = ways_of(d)
             if way < last and ready[way] == 0:
-                wants = I(ROOM)
+                wants = I(enc.ROOM)
                 break
-            while way < last and trees.flag[way] & FAILED:
+            while way < last and trees.flag[way] & enc.FAILED:
                 way += 1
-            if way == last or steps[j] > MOST_STEPS:
-                wants = I(ODD)
+            if way == last or steps[j] > enc.MOST_STEPS:
+                wants = I(enc.ODD)
                 break
             take(rows, j, j, way, 0, trees, room, places)
             steps[j] += 1
             unjudged[j] = 1
-            if trees.flag[way] & FACT:
+            if trees.flag[way] & enc.FACT:
                 shorter(way, level[j] + steps[j], j, best, best_at)
         if wants >= 0:
             asks[n, 0], asks[n, 1], asks[n, 2] = j, wants, way

@@ -12,42 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from guest_memfd.explore.engine.compiled.encoding import (
-    ASIDE,
-    ASKS,
-    BASE_SHIFT,
-    BREAKS,
-    BREAKS_AT_END,
-    END,
-    EVENTS,
-    FACT,
-    FAILED,
-    FULL,
-    HALT,
-    HALTED,
-    HALTS,
-    KIND_BITS,
-    LAW,
-    LEAF,
-    MASK_SHIFT,
-    MISSING,
-    MOST_STEPS,
-    MOVED,
-    NODE,
-    ODD,
-    PART_MASK,
-    PENDING,
-    PLACE_BITS,
-    ROOM,
-    ROWS,
-    SHIFT_MASK,
-    SHIFT_SHIFT,
-    STEP,
-    TRANSITIONS,
-    VISIBLE,
-    WAITS,
-    WORD_MASK,
-)
+from guest_memfd.explore.engine.compiled import encoding as enc
 from guest_memfd.explore.engine.compiled.flat import Array
 
 CHUNK = 1 << 16
@@ -57,9 +22,9 @@ SPARE = 1 << 18
 """Rows that there is room for when a queue is begun."""
 
 U = np.uint64
-K0, K1, M = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, U(0xFF51AFD7ED558CCD)
+K0, K1, M = *enc.MIX[:2], U(enc.MIX[2])
 ALL = (1 << 64) - 1
-LOW, KIND = U(0xFFFFFFFF), U((1 << KIND_BITS) - 1)
+LOW, KIND = U(0xFFFFFFFF), U((1 << enc.KIND_BITS) - 1)
 
 
 class _Map(NamedTuple):
@@ -93,35 +58,35 @@ def hash_of(rows: Array) -> Array:
 
 
 def _read(rows: Array, where: Array) -> Array:
-    at, shift = (where & U(WORD_MASK)).astype(np.int64), where >> U(SHIFT_SHIFT) & U(SHIFT_MASK)
-    return rows[np.arange(len(rows)), at] >> shift & where >> U(MASK_SHIFT)
+    at, shift = (where & U(enc.WORD_MASK)).astype(np.int64), where >> U(enc.SHIFT_SHIFT) & U(enc.SHIFT_MASK)
+    return rows[np.arange(len(rows)), at] >> shift & where >> U(enc.MASK_SHIFT)
 
 
 def _flip(rows: Array, i: Array, where: Array, bits: Array) -> None:
-    at, shift = (where & U(WORD_MASK)).astype(np.int64), where >> U(SHIFT_SHIFT) & U(SHIFT_MASK)
+    at, shift = (where & U(enc.WORD_MASK)).astype(np.int64), where >> U(enc.SHIFT_SHIFT) & U(enc.SHIFT_MASK)
     # One row may be there several times, one for each part that changes.
-    np.bitwise_xor.at(rows, (i, at), (bits & where >> U(MASK_SHIFT)) << shift)
+    np.bitwise_xor.at(rows, (i, at), (bits & where >> U(enc.MASK_SHIFT)) << shift)
 
 
 def _place_of(rows: Array, places: Array, p: Array) -> Array:
-    return (_read(rows, places[p, 0]) | _read(rows, places[p, 1]) << U(PLACE_BITS)).astype(np.int64)
+    return (_read(rows, places[p, 0]) | _read(rows, places[p, 1]) << U(enc.PLACE_BITS)).astype(np.int64)
 
 
 def _walk(tree: Array | int, place: Array | int, rows: Array, at: _Map) -> _Leaves:
     d = np.array(np.broadcast_to(at.trees.root[tree, place], len(rows)))
     child = np.full(len(rows), -1, np.int64)
-    active = np.flatnonzero(d & KIND == NODE)
+    active = np.flatnonzero(d & KIND == enc.NODE)
     now = d[active]
     while len(active):
-        bits = _read(rows[active], at.room[(now >> U(KIND_BITS) & U(PART_MASK)).astype(np.int64)])
-        to = ((now >> U(BASE_SHIFT)) + bits).astype(np.int64)
+        bits = _read(rows[active], at.room[(now >> U(enc.KIND_BITS) & U(enc.PART_MASK)).astype(np.int64)])
+        to = ((now >> U(enc.BASE_SHIFT)) + bits).astype(np.int64)
         now = at.trees.child[to]
         d[active], child[active] = now, to
-        on = now & KIND == NODE
+        on = now & KIND == enc.NODE
         active, now = active[on], now[on]
-    there = d & KIND == LEAF
-    ways = np.where(there, (d & LOW) >> U(KIND_BITS), U(0)).astype(np.int64)
-    return _Leaves(d, child, there, (d >> U(BASE_SHIFT)).astype(np.int64), ways)
+    there = d & KIND == enc.LEAF
+    ways = np.where(there, (d & LOW) >> U(enc.KIND_BITS), U(0)).astype(np.int64)
+    return _Leaves(d, child, there, (d >> U(enc.BASE_SHIFT)).astype(np.int64), ways)
 
 
 # What is missing is asked for by the first that comes to each place; the others wait. Of those that have come to no leaf.
@@ -131,13 +96,13 @@ def _ask(leaves: _Leaves, tree: Array | int, place: Array | int, at: _Map) -> Ar
     of, where = (np.broadcast_to(each, len(leaves.d))[rest] for each in (tree, place))
     at_root = child < 0
     key = np.where(at_root, -1 - (of * root.shape[1] + where), child)
-    missing = np.flatnonzero(leaves.d[rest] == MISSING)
+    missing = np.flatnonzero(leaves.d[rest] == enc.MISSING)
     _, first = np.unique(key[missing], return_index=True)
     asks = missing[first]
-    root[of[asks[at_root[asks]]], where[asks[at_root[asks]]]] = PENDING
-    at.trees.child[child[asks[~at_root[asks]]]] = PENDING
-    why = np.full(len(rest), WAITS)
-    why[asks] = ASKS
+    root[of[asks[at_root[asks]]], where[asks[at_root[asks]]]] = enc.PENDING
+    at.trees.child[child[asks[~at_root[asks]]]] = enc.PENDING
+    why = np.full(len(rest), enc.WAITS)
+    why[asks] = enc.ASKS
     return why
 
 
@@ -148,16 +113,16 @@ def _put_aside(
 
 
 def _note(aside: Array, count: Array, entries: Array, why: Array) -> None:
-    n = int(count[ASIDE])
+    n = int(count[enc.ASIDE])
     aside[n:n + len(entries), :2], aside[n:n + len(entries), 2] = entries, why
-    count[ASIDE] += len(entries)
+    count[enc.ASIDE] += len(entries)
 
 
 def _tell(what: Array, seen: Array, events: Array, count: Array) -> None:
     fresh = np.unique(what[seen[what] == 0])
     seen[fresh] = 1
-    events[count[EVENTS]:count[EVENTS] + len(fresh)] = fresh
-    count[EVENTS] += len(fresh)
+    events[count[enc.EVENTS]:count[enc.EVENTS] + len(fresh)] = fresh
+    count[enc.EVENTS] += len(fresh)
 
 
 # One row for each way of each leaf: whose it is (in order), and the way.
@@ -170,8 +135,8 @@ def _taken(rows: Array, way: Array, p: Array, at: _Map) -> Array:
     rows = rows.copy()
     every = np.arange(len(rows))
     turn = at.trees.place[way].astype(U)
-    _flip(rows, every, at.places[p, 0], turn & U((1 << PLACE_BITS) - 1))
-    _flip(rows, every, at.places[p, 1], turn >> U(PLACE_BITS))
+    _flip(rows, every, at.places[p, 0], turn & U((1 << enc.PLACE_BITS) - 1))
+    _flip(rows, every, at.places[p, 1], turn >> U(enc.PLACE_BITS))
     first = at.trees.first[way]
     source, change = _each(first, at.trees.first[way + 1] - first)
     _flip(rows, source, at.room[at.trees.part[change]], at.trees.xor[change])
@@ -225,10 +190,10 @@ def expand(
 ) -> int:
     """Take every step that queue[lo:] asks for; returns how far it has come."""
     at, parties = _Map(trees, room, places), len(of)
-    spare = min(len(rows) - 1, int(len(table) * FULL)) - int(count[ROWS])
+    spare = min(len(rows) - 1, int(len(table) * enc.FULL)) - int(count[enc.ROWS])
     # What one entry makes at most has room.
     makes, puts = parties * most, parties * (most + 1) + 1
-    hi = min(len(queue), lo + min(CHUNK, spare // makes, (len(aside) - int(count[ASIDE])) // puts))
+    hi = min(len(queue), lo + min(CHUNK, spare // makes, (len(aside) - int(count[enc.ASIDE])) // puts))
     entries = queue[lo:hi]
     judged = entries[entries[:, 1] > parties]
     if len(judged):
@@ -244,16 +209,16 @@ def expand(
 
 
 def _judge(rows: Array, entries: Array, at: _Map, seen: Array, aside: Array, events: Array, count: Array) -> None:
-    leaves = _walk(BREAKS, 0, rows[entries[:, 0]], at)
-    _put_aside(leaves, BREAKS, 0, entries, at, aside, count)
+    leaves = _walk(enc.BREAKS, 0, rows[entries[:, 0]], at)
+    _put_aside(leaves, enc.BREAKS, 0, entries, at, aside, count)
     _tell(leaves.first[leaves.ways > 0], seen, events, count)
 
 
 # Of those entries the rows in which the machine has not stopped.
 def _running(rows: Array, whole: Array, base: int, moved: Array, at: _Map, aside: Array, count: Array) -> Array:
-    leaves = _walk(HALTS, 0, rows[whole[:, 0]], at)
-    _put_aside(leaves, HALTS, 0, whole, at, aside, count)
-    moved[whole[leaves.ways > 0, 0] - base] = HALTED
+    leaves = _walk(enc.HALTS, 0, rows[whole[:, 0]], at)
+    _put_aside(leaves, enc.HALTS, 0, whole, at, aside, count)
+    moved[whole[leaves.ways > 0, 0] - base] = enc.HALTED
     return whole[leaves.there & (leaves.ways == 0), 0]
 
 
@@ -269,16 +234,16 @@ def _step(
     roomy = ready[leaves.first[has]] > 0
     _note(aside, count, entries[has[~roomy]], leaves.first[has[~roomy]])
     has = has[roomy]
-    moved[entries[has, 0] - base] = MOVED
+    moved[entries[has, 0] - base] = enc.MOVED
     which, way = _each(leaves.first[has], leaves.ways[has])
     which = has[which]
-    n, m = int(count[ROWS]), len(way)
-    count[TRANSITIONS] += m
+    n, m = int(count[enc.ROWS]), len(way)
+    count[enc.TRANSITIONS] += m
     rows[n:n + m] = _taken(source[which], way, entries[which, 1], at)
-    _tell(way[at.trees.flag[way] & FACT > 0], seen, events, count)
+    _tell(way[at.trees.flag[way] & enc.FACT > 0], seen, events, count)
     new = _enter(rows, n, m, table)
-    count[ROWS] = n + len(new)
-    visible = n + np.flatnonzero(at.trees.flag[way[new]] & VISIBLE)
+    count[enc.ROWS] = n + len(new)
+    visible = n + np.flatnonzero(at.trees.flag[way[new]] & enc.VISIBLE)
     _judge(rows, np.stack([visible, np.full(len(visible), len(of) + 1)], axis=1), at, seen, aside, events, count)
 
 
@@ -286,7 +251,7 @@ def _step(
 def _all_steps(rows: Array, at: _Map, of: Array, lo: int, hi: int) -> Iterator[tuple[Array, Array, Array, Array]]:
     for i in range(lo, hi, CHUNK):
         some = np.arange(i, min(i + CHUNK, hi))
-        some = some[_walk(HALTS, 0, rows[some], at).ways == 0]
+        some = some[_walk(enc.HALTS, 0, rows[some], at).ways == 0]
         for p in range(len(of)):
             party = np.full(len(some), p)
             leaves = _walk(int(of[p]), _place_of(rows[some], at.places, party), rows[some], at)
@@ -317,8 +282,8 @@ def breaking(
     """All (row, party, way) of rows [lo, hi) and payloads that are *wanted*, by which they break a law; how many."""
     at, n = _Map(trees, room, places), 0
     for i, p, way, after in _all_steps(rows, at, of, lo, hi):
-        leaves = _walk(BREAKS, 0, after, at)
-        fact = (trees.flag[way] & FACT > 0) & (wanted[way] > 0)
+        leaves = _walk(enc.BREAKS, 0, after, at)
+        fact = (trees.flag[way] & enc.FACT > 0) & (wanted[way] > 0)
         state = (leaves.ways > 0) & (wanted[np.where(leaves.ways > 0, leaves.first, 0)] > 0)
         for good, what in ((fact, way), (state, leaves.first)):
             m = int(good.sum())
@@ -380,28 +345,28 @@ def run_down(
 
     j = np.array(todo)
     while len(j):
-        judged, ways, first = leaves_of(j[unjudged[j] > 0], BREAKS, 0, LAW)
+        judged, ways, first = leaves_of(j[unjudged[j] > 0], enc.BREAKS, 0, enc.LAW)
         shorter(judged[ways > 0], first[ways > 0])
         j = np.concatenate([j[unjudged[j] == 0], judged])
         unjudged[judged] = 0
-        j, ways, _ = leaves_of(j, HALTS, 0, HALT)
+        j, ways, _ = leaves_of(j, enc.HALTS, 0, enc.HALT)
         j = j[ways == 0]
         place = _place_of(rows[j], places, np.zeros(len(j), np.int64))
         over = np.full(len(j), tree < 0) | (place == done)
-        ended, ways, first = leaves_of(j[over], BREAKS_AT_END, 0, END)
+        ended, ways, first = leaves_of(j[over], enc.BREAKS_AT_END, 0, enc.END)
         shorter(ended[ways > 0], first[ways > 0])
-        j, ways, first = leaves_of(j[~over], max(tree, 0), place[~over], STEP)
+        j, ways, first = leaves_of(j[~over], max(tree, 0), place[~over], enc.STEP)
         tight = (ways > 0) & (ready[np.where(ways > 0, first, 0)] == 0)
-        wants(j[tight], ROOM, first[tight])
+        wants(j[tight], enc.ROOM, first[tight])
         j, way, last = j[~tight], first[~tight], (first + ways)[~tight]
-        while (failing := (way < last) & (trees.flag[np.where(way < last, way, 0)] & FAILED > 0)).any():
+        while (failing := (way < last) & (trees.flag[np.where(way < last, way, 0)] & enc.FAILED > 0)).any():
             way[failing] += 1
-        odd = (way == last) | (steps[j] > MOST_STEPS)
-        wants(j[odd], ODD, way[odd])
+        odd = (way == last) | (steps[j] > enc.MOST_STEPS)
+        wants(j[odd], enc.ODD, way[odd])
         j, way = j[~odd], way[~odd]
         rows[j] = _taken(rows[j], way, np.zeros(len(j), np.int64), at)
         steps[j] += 1
         unjudged[j] = 1
-        fact = trees.flag[way] & FACT > 0
+        fact = trees.flag[way] & enc.FACT > 0
         shorter(j[fact], way[fact])
     return n

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import Design
 from guest_memfd.errors import DesignRaised, NotAPrimitive
-from guest_memfd.explore.engine.scenario import World, run_alone
+from guest_memfd.explore.world.scenario import World, run_alone
 from guest_memfd.scenarios import PARTIES
 from guest_memfd.words.outcome import Outcome
 from guest_memfd.words.primitives import Primitive

@@ -13,7 +13,7 @@ from typing import Any
 
 from guest_memfd.explore.engine.footprint import Remembered
 from guest_memfd.explore.engine.program import Program, send
-from guest_memfd.explore.engine.scenario import World
+from guest_memfd.explore.world.scenario import World
 from guest_memfd.words.outcome import STAY, Outcome
 from guest_memfd.words.primitives import Primitive, Steps
 

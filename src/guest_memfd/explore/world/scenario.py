@@ -13,12 +13,12 @@ from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.names import lacks as lacks_design
 from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, InternalError, PluginError, UnknownName, shown
-from guest_memfd.explore.engine import choice
 from guest_memfd.explore.engine.explorer import Explorer
 from guest_memfd.explore.engine.place import local_key
 from guest_memfd.explore.engine.program import Program, perform, resume, send
 from guest_memfd.explore.engine.rehearsal import Rehearsal
 from guest_memfd.explore.engine.tables import Tables
+from guest_memfd.explore.world import choice
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.names import lacks as lacks_hypervisor
 from guest_memfd.laws import LAWS, Law
