@@ -22,7 +22,6 @@ from guest_memfd.explore.engine.compiled.encoding import (
     KIND_BITS,
     LEAF,
     MISSING,
-    NODE,
     PART_MASK,
     VISIBLE,
 )
@@ -36,7 +35,11 @@ Path = Sequence[tuple[int, int]]
 SLACK = 1
 """Bits that a further part has more than it needs at once."""
 
-KIND = (1 << KIND_BITS) - 1
+VALUES = 256
+"""Values of a byte."""
+
+BITS = 8
+"""Parts that a byte has at most."""
 
 
 class TooWide(Exception):  # noqa: N818 - the other engine goes on
@@ -76,24 +79,54 @@ class Trees(NamedTuple):
     flag: Array
 
 
-class Flat:
-    """The trees, one for each party and the judgements of `encoding`. A tree has a root for each place."""
+class Leaves:
+    """What has been learned, in arrays: of each leaf its tree, place and word, and where its path ends in *path*."""
 
-    def __init__(self, initial: bytes) -> None:
-        self.initial = initial
+    def __init__(self) -> None:
+        self.leaf, self.path = np.zeros((1 << 8, 4), np.int64), np.zeros((1 << 10, 2), np.int64)
+        self.count = self.steps = 0
+
+    def add(self, tree: int, place: int, word: int, path: Sequence[tuple[int, int]]) -> int:
+        """The number of a new leaf; *path*: bytes and their codes."""
+        number, self.count, before = self.count, self.count + 1, self.steps
+        self.steps += len(path)
+        while self.count >= len(self.leaf):
+            self.leaf = _doubled(self.leaf)
+        while self.steps > len(self.path):
+            self.path = _doubled(self.path)
+        if path:
+            self.path[before:self.steps] = path
+        # The path of a leaf begins where that of the one before ends.
+        self.leaf[number], self.leaf[number + 1, 3] = (tree, place, word, before), self.steps
+        return number
+
+
+class Flat:
+    """The trees, one for each party and the judgements of `encoding`. A tree has a root for each place.
+
+    loops: the module that has `put` (loops_numba, loops_numpy).
+    """
+
+    def __init__(self, initial: bytes, loops: Any) -> None:
+        self.initial, self.loops = initial, loops
         self.codes: list[dict[int, int]] = [{value: 0} for value in initial]
-        self.values: list[list[int]] = [[value] for value in initial]
+        self.values = np.zeros((len(initial), VALUES), np.uint8)            # by byte and code
+        self.values[:, 0] = np.frombuffer(initial, np.uint8)
         self.parts: list[list[Part]] = [[] for _ in initial]
         self.of_part: list[tuple[int, Part]] = []
         self.payload: list[Any] = []
         self.leaf_of: dict[int, int] = {}               # the first way of a leaf -> how many it has
         self.most = 1                                   # ways of the leaf that has most
+        self.fields = np.zeros((1 << 6, 3), np.int64)   # of each part: byte, shift, width
+        self._parts = np.zeros((len(initial), 1 + BITS), np.int64)          # of each byte: how many, and their numbers
         self._root = np.zeros((FIRST_PARTY, 16), np.uint64)
-        self._child, self._children = np.zeros(1 << 12, np.uint64), 0
+        self._child, self._children = np.zeros(1 << 12, np.uint64), np.zeros(1, np.int64)
         self._first, self._place = np.zeros(1 << 10, np.int64), np.zeros(1 << 10, np.int64)
         self._flag = np.zeros(1 << 10, np.uint8)
         self._part, self._xor, self._changes = np.zeros(1 << 11, np.int64), np.zeros(1 << 11, np.uint64), 0
-        self._leaves: dict[tuple[int, int], list[tuple[Path, int]]] = {}
+        self._leaves = Leaves()
+        self._at: dict[tuple[int, int], list[int]] = {}  # (tree, place) -> its leaves
+        self._new: list[int] = []                       # leaves that are in no tree yet
         self._looks_at: dict[tuple[int, int], int] = {}  # a mask of bytes
         self._outgrown: set[int] = set()                # bytes that have got a value
         self._changed_by: list[list[int]] = [[] for _ in initial]       # per byte the ways that change it
@@ -114,8 +147,8 @@ class Flat:
         for at, value in values:
             codes = self.codes[at]
             if value not in codes:
+                self.values[at, len(codes)] = value
                 codes[value] = len(codes)
-                self.values[at].append(value)
                 self._outgrown.add(at)
 
     def make_room(self) -> None:
@@ -125,21 +158,27 @@ class Flat:
             room = sum(part.width for part in self.parts[at])
             more = (len(self.codes[at]) - 1).bit_length() - room
             if more > 0:
-                part = Part(len(self.of_part), room, more + SLACK if room else more)
-                if part.number > PART_MASK:
-                    raise TooWide("the state of the host changes in too many bytes")
-                self.parts[at].append(part)
-                self.of_part.append((at, part))
+                self._add_part(at, Part(len(self.of_part), room, more + SLACK if room else more))
                 grown |= 1 << at
         self._outgrown.clear()
         for key, mask in self._looks_at.items() if grown else ():
             if mask & grown:
                 self._root[key] = MISSING
-                for path, leaf in self._leaves[key]:
-                    self._put(key, path, leaf)
+                self._new += self._at[key]
+
+    def _add_part(self, at: int, part: Part) -> None:
+        if part.number > PART_MASK:
+            raise TooWide("the state of the host changes in too many bytes")
+        self.parts[at].append(part)
+        self.of_part.append((at, part))
+        if part.number == len(self.fields):
+            self.fields = _doubled(self.fields)
+        self.fields[part.number] = at, part.at, part.width
+        self._parts[at, 0] += 1
+        self._parts[at, self._parts[at, 0]] = part.number
 
     def add(self, tree: int, place: int, path: Path, ways: Sequence[FlatWay]) -> None:
-        """A leaf below *path*, all values of which have been learned."""
+        """A leaf below *path*, all values of which have been learned; `put` must follow."""
         first = len(self.payload)
         self.most = max(self.most, len(ways))
         for way in ways:
@@ -147,16 +186,26 @@ class Flat:
         if ways:
             self.leaf_of[first] = len(ways)
         self._reach(max([place, *(place ^ way.place for way in ways)]))
-        leaf = LEAF | len(ways) << KIND_BITS | first << BASE_SHIFT
-        key = tree, place
-        self._leaves.setdefault(key, []).append((path, leaf))
-        mask = self._looks_at.get(key, 0)
-        for at, _ in path:
+        key, mask, codes = (tree, place), 0, []
+        for at, value in path:
             mask |= 1 << at
-        self._looks_at[key] = mask
+            codes.append((at, self.codes[at][value]))
+        number = self._leaves.add(tree, place, LEAF | len(ways) << KIND_BITS | first << BASE_SHIFT, codes)
+        self._at.setdefault(key, []).append(number)
+        self._new.append(number)
+        self._looks_at[key] = self._looks_at.get(key, 0) | mask
         if tree == BREAKS:
             self._see(mask)
-        self._put(key, path, leaf)
+
+    def put(self) -> None:
+        """Put all leaves that are in no tree into theirs."""
+        which, at, leaves = np.array(self._new, np.int64), 0, self._leaves
+        self._new.clear()
+        while at < len(which):
+            at = self.loops.put(which, at, leaves.leaf, leaves.path, self._parts, self.fields, self._root.view(np.int64),
+                                self._child.view(np.int64), self._children)
+            if at < len(which):
+                self._child = _doubled(self._child)
 
     def _see(self, bytes_: int) -> None:
         for at, ways in enumerate(self._changed_by):
@@ -185,28 +234,6 @@ class Flat:
     def _reach(self, place: int) -> None:
         while place >= self._root.shape[1]:
             self._root = np.concatenate([self._root, np.zeros_like(self._root)], axis=1)
-
-    def _put(self, key: tuple[int, int], path: Path, what: int) -> None:
-        where: Any
-        array, where, at_root = self._root, key, True
-        for at, value in path:
-            code = self.codes[at][value]
-            for part in self.parts[at]:
-                found = int(array[where])
-                if found & KIND != NODE:
-                    found = NODE | part.number << KIND_BITS | self._room(1 << part.width) << BASE_SHIFT
-                    # The array of children may have been made anew for the room.
-                    array = self._root if at_root else self._child
-                    array[where] = found
-                array, where, at_root = self._child, (found >> BASE_SHIFT) + part.of(code), False
-        array[where] = what
-
-    def _room(self, children: int) -> int:
-        base = self._children
-        self._children += children
-        while self._children > len(self._child):
-            self._child = _doubled(self._child)
-        return base
 
 
 def _doubled(array: Array) -> Array:

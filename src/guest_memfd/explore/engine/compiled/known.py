@@ -29,8 +29,8 @@ class Payload(NamedTuple):
 class Known:
     """The trees of *tables*, for all scenarios that begin in *initial*."""
 
-    def __init__(self, tables: Tables, initial: bytes) -> None:
-        self.tables, self.flat = tables, Flat(initial)
+    def __init__(self, tables: Tables, initial: bytes, loops: Any) -> None:
+        self.tables, self.flat = tables, Flat(initial, loops)
         self.payloads: dict[Broken, list[int]] = {}     # those that break it
         self._trees: dict[Program, int] = {}
         self._new: list[tuple[int, int, Path, Any]] = []
@@ -99,6 +99,7 @@ class Known:
                     for broken in way.payload.broken:
                         self.payloads.setdefault(broken, []).append(number)
             flat.add(tree, local, path, ways)
+        flat.put()
         self._new.clear()
 
 

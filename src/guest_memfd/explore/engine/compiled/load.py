@@ -53,7 +53,11 @@ def _alone(kept: Path | None) -> Iterator[None]:
 
 # Has every loop compiled, or loaded, for the types that it is called with.
 def _compile(module: Any) -> None:
-    flat = Flat(b"\0")
+    flat = Flat(b"\0", module)
+    flat.learn([(0, 1)])
+    flat.make_room()
+    flat.add(0, 0, [(0, 1)], ())
+    flat.put()
     rows = Rows(flat, 1, module)
     trees, of = flat.trees, np.zeros(1, np.int64)
     numbers, bytes_, table = np.zeros(1, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)

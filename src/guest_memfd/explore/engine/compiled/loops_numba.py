@@ -164,6 +164,69 @@ def judge(rows: Any, i: Any, p: Any, trees: Any, room: Any, seen: Any, aside: An
 
 
 @compiled
+def put(
+    which: Any, lo: Any, leaves: Any, path: Any, parts: Any, fields: Any, root: Any, child: Any, children: Any
+) -> Any:
+    """Put leaves which[lo:] into their trees; returns how far it has come, when there is no room for more children.
+
+    leaves, path: flat.Leaves. parts: of each byte, how many, and their numbers. fields: of each part its byte, shift, width.
+    children: how many there are. Everything is signed here.
+    """
+    for k in range(lo, len(which)):
+        tree, place, word, first = leaves[which[k]]
+        last, needed, where = leaves[which[k] + 1, 3], 0, -1
+        for s in range(first, last):
+            for n in range(1, parts[path[s, 0], 0] + 1):
+                needed += 1 << fields[parts[path[s, 0], n], 2]
+        if children[0] + needed > len(child):
+            return k
+        for s in range(first, last):
+            at, code = path[s, 0], path[s, 1]
+            for n in range(1, parts[at, 0] + 1):
+                number = parts[at, n]
+                children_of = 1 << fields[number, 2]
+                d = root[tree, place] if where < 0 else child[where]
+                if d & (1 << enc.KIND_BITS) - 1 != enc.NODE:
+                    d = enc.NODE | number << enc.KIND_BITS | children[0] << enc.BASE_SHIFT
+                    children[0] += children_of
+                    if where < 0:
+                        root[tree, place] = d
+                    else:
+                        child[where] = d
+                where = (d >> enc.BASE_SHIFT) + (code >> fields[number, 1] & children_of - 1)
+        if where < 0:
+            root[tree, place] = word
+        else:
+            child[where] = word
+    return len(which)
+
+
+@compiled
+def unpack(rows: Any, placed: Any, room: Any, fields: Any, values: Any, states: Any) -> None:
+    """Write into *states* the bytes of the host's state of each row. placed: the parts that have room."""
+    codes = np.zeros(states.shape[1], np.int64)
+    for i in range(len(rows)):
+        for part in placed:
+            codes[fields[part, 0]] = 0
+        for part in placed:
+            codes[fields[part, 0]] |= I(read(rows, i, room[part])) << fields[part, 1]
+        for part in placed:
+            states[i, fields[part, 0]] = values[fields[part, 0], codes[fields[part, 0]]]
+
+
+@compiled
+def fits(first: Any, last: Any, p: Any, trees: Any, room: Any, places: Any) -> Any:
+    """Whether rows have room for all that ways [first, last) change, steps of party *p*."""
+    for way in range(first, last):
+        if trees.place[way] >> enc.PLACE_BITS and places[p, 1] == ZERO:
+            return False
+        for c in range(trees.first[way], trees.first[way + 1]):
+            if room[trees.part[c]] == ZERO:
+                return False
+    return True
+
+
+@compiled
 def enter(rows: Any, n: Any, h: Any, table: Any) -> Any:
     """Enter row *n*, whose hash is *h*; False if a row that equals it is there."""
     mask = U(len(table) - 1)
@@ -197,8 +260,8 @@ def expand(
 ) -> Any:
     """Take every step that queue[lo:] asks for; returns how far it has come.
 
-    of: the tree of each party. ready: ways whose parts have room. seen: payloads that were told. moved: of rows from *base*.
-    most: ways of the largest leaf.
+    of: the tree of each party. ready: first ways of leaves, all parts of which have room. seen: payloads that were told.
+    moved: of rows from *base*. most: ways of the largest leaf.
     """
     parties, mask = len(of), U(len(table) - 1)
     batch = enc.BATCH + parties * most
@@ -235,8 +298,10 @@ def expand(
                 if first == last:
                     continue
                 if ready[first] == 0:
-                    put_aside(aside, count, i, p, first)
-                    continue
+                    if not fits(first, last, p, trees, room, places):
+                        put_aside(aside, count, i, p, first)
+                        continue
+                    ready[first] = 1
                 moved[i - base] = enc.MOVED
                 count[enc.TRANSITIONS] += last - first
                 for way in range(first, last):
@@ -405,8 +470,10 @@ def run_down(
                 break
             way, last = ways_of(d)
             if way < last and ready[way] == 0:
-                wants = I(enc.ROOM)
-                break
+                if not fits(way, last, 0, trees, room, places):
+                    wants = I(enc.ROOM)
+                    break
+                ready[way] = 1
             while way < last and trees.flag[way] & enc.FAILED:
                 way += 1
             if way == last or steps[j] > enc.MOST_STEPS:

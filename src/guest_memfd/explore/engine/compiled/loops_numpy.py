@@ -143,6 +143,42 @@ def _taken(rows: Array, way: Array, p: Array, at: _Map) -> Array:
     return rows
 
 
+def put(
+    which: Array, lo: int, leaves: Array, path: Array, parts: Array, fields: Array, root: Array, child: Array,
+    children: Array,
+) -> int:
+    """Put leaves which[lo:] into their trees; returns how far it has come, when there is no room for more children."""
+    few, bits = parts[:, 0].tolist(), fields.tolist()
+    for k in range(lo, len(which)):
+        tree, place, word, first = leaves[which[k]].tolist()
+        steps = [(*bits[number][1:], number, code) for at, code in path[first:leaves[which[k] + 1, 3]].tolist()
+                 for number in parts[at, 1:few[at] + 1].tolist()]
+        if int(children[0]) + sum(1 << width for _, width, _, _ in steps) > len(child):
+            return k
+        array: Any = root
+        where: Any = (tree, place)
+        for shift, width, number, code in steps:
+            d = int(array[where])
+            if d & (1 << enc.KIND_BITS) - 1 != enc.NODE:
+                d = enc.NODE | number << enc.KIND_BITS | int(children[0]) << enc.BASE_SHIFT
+                children[0] += 1 << width
+                array[where] = d
+            array, where = child, (d >> enc.BASE_SHIFT) + (code >> shift & (1 << width) - 1)
+        array[where] = word
+    return len(which)
+
+
+def unpack(rows: Array, placed: Array, room: Array, fields: Array, values: Array, states: Array) -> None:
+    """Write into *states* the bytes of the host's state of each row. placed: the parts that have room."""
+    codes: dict[int, Array] = {}
+    for part in placed.tolist():
+        at, shift, _ = fields[part].tolist()
+        bits = _read(rows, np.full(len(rows), room[part])) << U(shift)
+        codes[at] = codes[at] | bits if at in codes else bits
+    for at, code in codes.items():
+        states[:, at] = values[at, code.astype(np.int64)]
+
+
 def _enter(rows: Array, n: int, m: int, table: Array) -> Array:
     mask = len(table) - 1
     h = hash_of(rows[n:n + m])

@@ -109,13 +109,7 @@ class Rows:
         """The bytes of the host's state of each of *rows*."""
         flat = self.flat
         states = np.tile(np.frombuffer(flat.initial, np.uint8), (len(rows), 1))
-        codes: dict[int, Array] = {}
-        for number in self.placed:
-            at, part = flat.of_part[number]
-            bits = _read(rows, int(self.room[number])) << np.uint64(part.at)
-            codes[at] = codes[at] | bits if at in codes else bits
-        for at, code in codes.items():
-            states[:, at] = np.array(flat.values[at], np.uint8)[code.astype(np.int64)]
+        self.loops.unpack(rows, np.array(self.placed, np.int64), self.room, flat.fields, flat.values, states)
         return states
 
     def place(self, rows: Array, p: int) -> Array:

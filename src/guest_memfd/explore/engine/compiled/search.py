@@ -55,7 +55,7 @@ class CompiledExplorer(Explorer):
     ) -> None:
         super().__init__(tables, programs, initial, teardown, broken_before)
         self.loops = loops
-        self.known: Known = tables.flat.get(initial) or Known(tables, initial)
+        self.known: Known = tables.flat.get(initial) or Known(tables, initial, loops)
         self.of = np.array([self.known.tree(program) for program in programs], np.int64)
         self.rows = Rows(self.known.flat, len(programs), loops)
         self.bounds = [0]                               # of the levels: the first row of each, and one past the last
