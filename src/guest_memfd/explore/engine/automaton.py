@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from guest_memfd.errors import DesignRaised
-from guest_memfd.explore.engine.place import freeze, local_key
-from guest_memfd.explore.engine.program import Program, differs, dismiss, resume
+from guest_memfd.explore.engine.frames import END, Chain, Frames, Place
+from guest_memfd.explore.engine.place import chain_of, freeze
+from guest_memfd.explore.engine.program import Program, differs, dismiss, resume, send
 from guest_memfd.words.primitives import Primitive
 
 LOCAL_BITS = 16
@@ -19,34 +20,65 @@ MOST_STEPS = 1000
 
 
 class Automaton:
-    """All places where one party can stand, discovered as results arrive. Local 0 is its start."""
+    """All places where one party can stand, discovered as results arrive. Local 0 is its start.
 
-    def __init__(self, program: Program) -> None:
+    frames: those of all parties, if what one was found to do is to serve the others.
+    """
+
+    def __init__(self, program: Program, frames: Frames | None = None) -> None:
         self.program = program
+        # Third parties' code is run for each place.
+        self.shared = frames is not None and program.anew is None
+        self.frames = frames or Frames()
         self.ids: dict[Any, int] = {}
+        self.places: list[Place] = []
         self.before: list[int] = []                              # per place: the one that it was first reached from
         self.paths: list[tuple[Any, ...]] = []
         self.waits_on: list[Primitive | None] = []
+        self.asked: list[Any] = []                               # per place: what tells that primitive from all others
         self.ways: list[Any] = []                                # per place: the tree of what was worked out (Tables)
         self.moves: dict[tuple[int, Any], int] = {}
         # Place 0 is the start of the procedure, before any result.
-        self._run(-1, ())
+        generator, primitive = resume(program, ())
+        self._found(-1, (), generator, primitive)
 
-    # Where *path* leads to, by way of the place *before*.
-    def _run(self, before: int, path: tuple[Any, ...]) -> int:
-        asked = self._asked(before)
-        generator, primitive = resume(self.program, path, asked)
+    # Where *result* leads to from the place *before*, by running the procedure.
+    def _run(self, before: int, result: Any) -> int:
+        path = self.paths[before]
+        generator, primitive = resume(self.program, path, self._asked(before)[:-1])
+        if primitive != self.waits_on[before]:
+            raise differs(self.program, len(path), self.waits_on[before], primitive, generator)
+        then = chain_of(generator)
+        try:
+            primitive = send(self.program, generator, result)
+        except StopIteration:
+            primitive = None
+        return self._found(before, (*path, result), generator, primitive, then)
+
+    # The place of *generator*, which *path* has led to, by way of the place *before*, where its chain was *then*.
+    def _found(
+        self, before: int, path: tuple[Any, ...], generator: Any, primitive: Primitive | None, then: Chain = (),
+    ) -> int:
         # The same path on new instances of design and hypervisor: what an instance remembers of earlier runs would
         # show here.
         if self.program.anew is not None:
-            now, again = resume(self.program, path, asked, anew=True)
+            now, again = resume(self.program, path, self._asked(before), anew=True)
             if again != primitive:
                 raise differs(self.program, len(path), primitive, again, now)
             dismiss(self.program, now)
         with self.program.guard():                      # of what they keep in local variables
             # The key is read while the generator is suspended: closing it runs its `finally` blocks and changes its
             # frames.
-            known = self._intern(local_key(generator) if primitive else "done", before, path, primitive)
+            place = END
+            if primitive is not None:
+                chain = chain_of(generator)
+                try:
+                    place = self.frames.place(chain) if not (self.shared and then) else self.frames.learn(
+                        self.places[before], then, freeze(path[-1]), chain, primitive)
+                except TypeError as error:
+                    raise DesignRaised(f"{self.program} keeps what has no hash in a local variable ({error}); "
+                                       "use tuples, numbers and strings") from error
+        known = self._intern(place, before, path, primitive)
         dismiss(self.program, generator)
         return known
 
@@ -58,23 +90,21 @@ class Automaton:
         asked.reverse()
         return asked
 
-    def _intern(self, key: Any, before: int, path: tuple[Any, ...], primitive: Primitive | None) -> int:
-        try:
-            known = self.ids.get(key)
-        except TypeError as error:
-            raise DesignRaised(f"{self.program} keeps what has no hash in a local variable ({error}); "
-                               "use tuples, numbers and strings") from error
+    def _intern(self, place: Place, before: int, path: tuple[Any, ...], primitive: Primitive | None) -> int:
+        known = self.ids.get(place)
         if known is None:
-            known = self.ids[key] = len(self.paths)
+            known = self.ids[place] = len(self.paths)
             if known > LOCAL_MASK:
                 raise DesignRaised(f"{self.program} has more than {LOCAL_MASK} places to stand; does it "
                                    "count without end, or keep objects that equal nothing but themselves?")
             if len(path) > MOST_STEPS:
                 raise DesignRaised(f"{self.program} goes on and on: {MOST_STEPS} steps have led to no end, and to no place "
                                    f"where it has stood before, at {primitive}; does it count without end?")
+            self.places.append(place)
             self.before.append(before)
             self.paths.append(path)
             self.waits_on.append(primitive)
+            self.asked.append(freeze(tuple(primitive)) if primitive else None)
             self.ways.append(None)
         # The key says too little: something that the procedure depends on is not in it. To go on would hide
         # interleavings.
@@ -91,8 +121,16 @@ class Automaton:
         memo = (local, freeze(result))
         known = self.moves.get(memo)
         if known is None:
-            known = self.moves[memo] = self._run(local, (*self.paths[local], result))
+            shared = self.frames.after(self.places[local], memo[1]) if self.shared else None
+            known = self.moves[memo] = (
+                self._run(local, result) if shared is None
+                else self._intern(shared[0], local, (*self.paths[local], result), shared[1]))
         return known
+
+    @property
+    def done(self) -> int:
+        """The place where the procedure has ended; -1 while it has never been seen to."""
+        return self.ids.get(END, -1)
 
     def cyclic(self) -> bool:
         """Whether some place can be reached again from itself (so that running it might never end)."""

@@ -39,39 +39,70 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Callable, Generator, Iterator
+from functools import cache
 from types import CellType, CodeType, FrameType, FunctionType, GeneratorType
 from typing import Any
 
 
-def local_key(generator: Generator[Any, Any, Any]) -> Any:
+def chain_of(generator: Generator[Any, Any, Any]) -> list[GeneratorType[Any, Any, Any]]:
+    """The generators of a suspended procedure, from the outermost down to the one that waits on the primitive."""
+    chain = []
+    inner: Any = generator
+    # Each of them is suspended at its own ``yield from``.
+    while inner is not None and inspect.isgenerator(inner):
+        chain.append(inner)
+        inner = inner.gi_yieldfrom
+    return chain
+
+
+def frame_key(generator: Any) -> Any:
+    """Where one generator of a chain is suspended: its code, bytecode offset, locals and value stack."""
+    frame, below = generator.gi_frame, generator.gi_yieldfrom
+    named = frame.f_locals
+    # In the order of the code: that of the dictionary depends on when it was first asked for. A name for what it waits in
+    # says no more than that one's own frame.
+    values = [(name, freeze(named[name]) if named[name] is not below else _BELOW)
+              for name in _names(frame.f_code) if name in named]
+    # The identity of the code object, not its name: two designs may have methods of one name.
+    return id(frame.f_code), frame.f_lasti, tuple(values), tuple(map(freeze, _stack(generator, named)))
+
+
+def keeps_to_itself(generator: Any) -> bool:
+    """Whether nobody outside of one generator of a chain can change what its frame holds, nor it what others hold."""
+    below, named = generator.gi_yieldfrom, generator.gi_frame.f_locals
+    # An iterator that has no name was made by the loop that goes through it.
+    return all(value is below or _fixed(value) for value in named.values()) and all(
+        _fixed(value) or isinstance(value, Iterator) for value in _stack(generator, named))
+
+
+# Whether *value* cannot change, as far as a key can tell: what has a hash may be taken for that.
+def _fixed(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_fixed, value))
+    return not isinstance(value, (list, dict, set, Iterator, FunctionType))
+
+
+def local_key(generator: Any) -> Any:
     """Where a procedure stands: bytecode offset, locals and value stack of every nested frame, ``done`` at its end.
 
     The value stack holds what has no name: the iterator of a loop, operands of a half-evaluated expression.
     """
-    frames = []
-    inner: Any = generator
-    while inner is not None and inspect.isgenerator(inner):
-        frame = inner.gi_frame
-        if frame is None:
-            return "done"
-        named = frame.f_locals
-        values = tuple((name, freeze(value)) for name, value in named.items())
-        # The identity of the code object, not its name: two designs may have methods of one name.
-        frames.append((id(frame.f_code), frame.f_lasti, values, _stack(inner, named)))
-        # Down to the generator that waits on the primitive; each of them is suspended at its own ``yield from``.
-        inner = inner.gi_yieldfrom
-    return tuple(frames)
+    return tuple(map(frame_key, chain_of(generator))) if generator.gi_frame is not None else "done"
+
+
+@cache
+def _names(code: CodeType) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*code.co_varnames, *code.co_cellvars, *code.co_freevars)))
 
 
 # A generator refers to its locals (again), its stack and some machinery, and only the garbage collector can tell.
-def _stack(generator: GeneratorType[Any, Any, Any], named: dict[str, Any]) -> tuple[Any, ...]:
+def _stack(generator: GeneratorType[Any, Any, Any], named: dict[str, Any]) -> list[Any]:
     inner = generator.gi_yieldfrom
-    return tuple(
-        freeze(value) for value in gc.get_referents(generator)
-        if value is not named and value is not inner and not isinstance(value, _MACHINERY)
-    )
+    return [value for value in gc.get_referents(generator)
+            if value is not named and value is not inner and not isinstance(value, _MACHINERY)]
 
 
+_BELOW = object()
 _MACHINERY = (FrameType, CodeType, FunctionType, CellType)
 
 

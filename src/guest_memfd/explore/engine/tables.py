@@ -13,6 +13,8 @@ from guest_memfd.errors import DesignRaised, InternalError
 from guest_memfd.explore.engine.automaton import Automaton
 from guest_memfd.explore.engine.finding import Step, word
 from guest_memfd.explore.engine.footprint import Remembered, Watched, grow
+from guest_memfd.explore.engine.frames import Frames
+from guest_memfd.explore.engine.performed import Performed
 from guest_memfd.explore.engine.program import MOST_SILENT, ExploredHost, Program, perform
 from guest_memfd.explore.engine.silent import Passed, Place
 from guest_memfd.words.outcome import STAY
@@ -96,6 +98,10 @@ class Tables:
     def __init__(self, machine: ExploredHost, laws: Sequence[JudgingLaw]) -> None:
         self.machine, self.laws = machine, laws
         self.footprints = getattr(machine, "footprints", False)
+        # What third parties' hypercalls do is carried out each time, as that is how they are watched.
+        watched = self.footprints and not getattr(machine, "foreign", "")
+        self._performed = Performed(machine) if watched else None
+        self._broken_by: dict[Any, list[tuple[str, str]]] = {}   # fact -> (law, evidence)
         self.state_laws = [law for law in laws if getattr(law, "state", True)]
         self.judges = [(law.name, Remembered(law.in_state) if self.footprints else law.in_state) for law in self.state_laws]
         self.spared: Callable[[bytes], int] = getattr(machine, "spared", lambda _shared: 0)
@@ -104,6 +110,7 @@ class Tables:
         self.broken: list[tuple[tuple[str, str], ...]] = []      # per shared state: (law, evidence) it breaks
         self.halted: list[bool] = []
         self.automata: dict[Program, Automaton] = {}
+        self.frames = Frames()
         self.facts: dict[tuple[str, Any], None] = {}             # (party, note), all that were ever noted
         self.steps: dict[tuple[Program, int], Steps] = {}        # by program, and its place among the parties
         self.ends: dict[tuple[Program | None, int], list[tuple[str, str, list[Step]]]] = {}     # by teardown and state
@@ -130,7 +137,7 @@ class Tables:
         """The automaton of *program*, made at first use."""
         known = self.automata.get(program)
         if known is None:
-            known = self.automata[program] = Automaton(program)
+            known = self.automata[program] = Automaton(program, self.frames)
         return known
 
     def moves(self, automaton: Automaton, local: int, shared: int) -> Iterator[Move]:
@@ -229,12 +236,25 @@ class Tables:
                 yield here._replace(local=automaton.after(here.local, option),
                                     choices=(*here.choices, f"{what} {word(option)}"))
             return
+        for result, shared, failed, notes in self._outcomes(automaton, here, primitive):
+            stays = result is STAY or self.machine.halted(shared)       # then no one is told anything
+            to = here.local if stays else automaton.after(here.local, result)
+            yield Way(to, shared, here.choices, primitive, result, failed, here.notes + notes)
+
+    # Result, state, whether it failed, and facts.
+    def _outcomes(
+        self, automaton: Automaton, here: Way, primitive: Primitive
+    ) -> Iterator[tuple[Any, Any, bool, tuple[Any, ...]]]:
         state: Any = here.change
-        for outcome in perform(self.machine, state, automaton.program.number, primitive):
-            stays = outcome.result is STAY or self.machine.halted(outcome.shared)     # then no one is told anything
-            to = here.local if stays else automaton.after(here.local, outcome.result)
-            yield Way(to, outcome.shared, here.choices, primitive, outcome.result, outcome.failed,
-                      here.notes + outcome.notes)
+        if self._performed is None or type(state) is not Watched:
+            for outcome in perform(self.machine, state, automaton.program.number, primitive):
+                yield outcome.result, outcome.shared, outcome.failed, outcome.notes
+            return
+        for done in self._performed(state, automaton.program.number, primitive, automaton.asked[here.local]):
+            after = state.copy()
+            for at, value in done.change:
+                after[at] = value
+            yield done.result, after, done.failed, done.notes
 
     def waits(self, automaton: Automaton, local: int, shared: int) -> set[str]:
         """What a party that cannot move waits in: the primitive and, for a semaphore, its name; empty if it is done."""
@@ -259,6 +279,7 @@ class Tables:
 
     def _judge(self, notes: Sequence[Any]) -> Iterator[tuple[str, str]]:
         for note in notes:
-            for law in self.laws:
-                if (evidence := law.on_note(note)) is not None:
-                    yield law.name, evidence
+            if note not in self._broken_by:
+                self._broken_by[note] = [
+                    (law.name, evidence) for law in self.laws if (evidence := law.on_note(note)) is not None]
+            yield from self._broken_by[note]

@@ -329,7 +329,7 @@ class CompiledExplorer(Explorer):
         """Which of these rows have all parties at their ends."""
         done = np.ones(len(which), bool)
         for p, automaton in enumerate(self.automata):
-            done &= self.rows.place(self.rows.rows[which], p) == automaton.ids.get("done", -1)
+            done &= self.rows.place(self.rows.rows[which], p) == automaton.done
         return done
 
     def code(self, i: int) -> int:

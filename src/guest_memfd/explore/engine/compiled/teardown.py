@@ -66,7 +66,7 @@ class Teardown:
         down = rows.rows[self.ends]
         down &= ~rows.standing(range(len(explorer.programs)))
         tree = -1 if last is None else self.known.tree(last)
-        done = -1 if last is None else explorer.tables.automaton(last).ids.get("done", -1)
+        done = -1 if last is None else explorer.tables.automaton(last).done
         steps, unjudged = np.zeros(len(down), np.int64), np.zeros(len(down), np.uint8)
         best, best_at = np.zeros(0, np.int64), np.zeros(0, np.int64)
         todo, asks = np.arange(len(down)), np.zeros((len(down), 3), np.int64)
@@ -79,7 +79,7 @@ class Teardown:
                 todo, best, best_at, asks)
             self._answer(down, asks[:n])
             # It may be done for the first time now.
-            done = -1 if last is None else explorer.tables.automaton(last).ids.get("done", -1)
+            done = -1 if last is None else explorer.tables.automaton(last).done
             down = rows.widened(down)
             todo = np.sort(asks[:n, 0][asks[:n, 1] != ODD])
         shortest: dict[Broken, tuple[int, int]] = {}
