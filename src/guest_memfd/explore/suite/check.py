@@ -19,6 +19,7 @@ from guest_memfd.explore.suite.plan import NAMED, plan
 from guest_memfd.explore.suite.pool import Pool, Schedule, jobs_for
 from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report
 from guest_memfd.explore.suite.work import Answer, Bench, Task
+from guest_memfd.explore.world import choice
 from guest_memfd.explore.world.scenario import World, scene_of, world
 from guest_memfd.laws import LAWS
 from guest_memfd.scenarios import SCENES
@@ -29,6 +30,9 @@ __all__ = ["NAMED", "Found", "LawReport", "Limits", "Report", "check", "compare"
 Progress = Callable[[int, int, str], None]
 Question = tuple[str | type[Design], str | Hypervisor]
 """A design and a hypervisor: names, or the things themselves."""
+
+MANY = 100
+"""Scenarios for which it is worth a second to load an engine."""
 
 PERCENT = 100
 NO_LIMITS = Limits()
@@ -74,6 +78,8 @@ def compare(
             tasks += [Task(len(tasks) + at, len(worlds), names) for at, names in enumerate(asked)]
             worlds.append(built)
         cases.append(case)
+    if len(tasks) >= MANY:
+        choice.prepare(engine)
     of = {number: case for case in cases for number in case.worlds}
     deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
     bench = Bench(worlds, limits.states, deadline)

@@ -1,6 +1,7 @@
 """Which engine explores: the one that was asked for, or Python for what is small and the fastest that is here for the rest.
 
-All give the same `Result`. The compiled one takes a second to load, so it is not loaded for what Python does in less.
+All give the same `Result`. The compiled one takes a second to load, so it is not loaded for what Python does in less; a
+process that has loaded it explores everything with it.
 """
 
 from __future__ import annotations
@@ -58,6 +59,14 @@ def explorer(
     return _compiled(tables, programs, initial, teardown, broken_before, loops=loops)
 
 
+def prepare(engine: str | None) -> None:
+    """Load what *engine* needs, for many scenarios: before processes are forked, which then need not."""
+    if engine is None:
+        _fastest()
+    elif engine != PYTHON:
+        _load(engine)
+
+
 def _load(engine: str) -> Any:
     from guest_memfd.explore.engine.compiled.load import loops
 
@@ -88,6 +97,10 @@ def _fastest() -> Any:
     return None
 
 
+def _is_loaded() -> bool:
+    return _fastest.cache_info().currsize > 0 and _fastest() is not None
+
+
 class _Outgrown(Exception):  # noqa: N818 - a signal, not an error
     # There are too many states for Python.
     pass
@@ -99,12 +112,13 @@ class _Growing(Explorer):
     @override
     def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40) -> Result:
         began = time.perf_counter()
-        try:
-            return super().run(max_states, max_seconds, max_steps)
-        except _Outgrown:
-            self._give_up()
-            again = _compiled(self.tables, self.programs, self.initial, self.teardown, self.broken_before, loops=_fastest())
-            return again.run(max_states, max_seconds - (time.perf_counter() - began), max_steps)
+        if not _is_loaded():
+            try:
+                return super().run(max_states, max_seconds, max_steps)
+            except _Outgrown:
+                self._give_up()
+        again = _compiled(self.tables, self.programs, self.initial, self.teardown, self.broken_before, loops=_fastest())
+        return again.run(max_states, max_seconds - (time.perf_counter() - began), max_steps)
 
     @override
     def _visit(self, reached: Callable[[int], str | None]) -> tuple[int, int, str | None]:
