@@ -291,6 +291,7 @@ def test_large_scenarios_are_handed_over_and_say_the_same(monkeypatch: pytest.Mo
 
 def test_a_limit_before_that_is_reached_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "MANY", 20)
+    monkeypatch.setattr(choice, "_is_loaded", lambda: False)
     monkeypatch.setattr(choice, "_fastest", lambda: pytest.fail("nothing is to be loaded"))
     assert world("none", "kvm").explorer(["vcpu", "zeropad"]).run(max_states=10).limit == "more than 10 states"
 

@@ -38,6 +38,8 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-j", "--jobs", type=whole, metavar="N", help="processes (default: one per CPU)")
     group.add_argument("--engine", metavar="NAME", help=f"what explores: {', '.join(ENGINES)}; all say the same (default: "
                        "python for small scenarios, for others the first of these that is here)")
+    group.add_argument("--no-reduction", action="store_true", help="every state, those included that change no "
+                       "verdict and no length of a trace (docs/explorer.md)")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +84,7 @@ class Scope:
     jobs: int | None
     full: bool
     engine: str | None = None
+    reduce: bool = True
 
     def hypervisors_of(self, design: str) -> tuple[str, ...]:
         """The hypervisors to explore *design* under: those asked for, else those it was posted for, else all.
@@ -95,7 +98,8 @@ class Scope:
         """`compare` of (design, hypervisor) *pairs*."""
         with progress:
             return compare(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
-                              limits=self.limits, full=self.full, jobs=self.jobs, progress=progress, engine=self.engine)
+                              limits=self.limits, full=self.full, jobs=self.jobs, progress=progress, engine=self.engine,
+                              reduce=self.reduce)
 
     def words(self) -> str:
         """Which scenarios are explored: ``vcpu and zeropad``, or what explore/suite/plan.py has, in one clause."""
@@ -150,6 +154,7 @@ def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
         arguments.jobs,
         full,
         arguments.engine,
+        not arguments.no_reduction,
     )
 
 

@@ -38,6 +38,7 @@ def check(report: Report, survived: Sequence[Survived], explored: str) -> dict[s
         "scenes": list(report.scenes), "refused": list(report.refused),
         "missing": list(report.missing), "never": list(report.never),
         "scenarios": report.scenarios, "states": report.states, "transitions": report.transitions,
+        "reductions": list(report.reductions),
         "limits": list(report.limits), "seconds": round(report.seconds, 3),
     }
 
@@ -52,6 +53,7 @@ def compare(
          "cost": _cost(costs.get((r.design, r.hypervisor))), "scenes": list(r.scenes), "refused": list(r.refused),
          "missing": list(r.missing), "never": list(r.never),
          "scenarios": r.scenarios, "states": r.states, "transitions": r.transitions, "limits": list(r.limits),
+         "reductions": list(r.reductions),
          "seconds": round(r.seconds, 3)}
         for r in reports
     ]

@@ -134,7 +134,8 @@ def amount(reports: Sequence[Report], explored: str, style: Style) -> Iterator[s
         sum(getattr(r, what) for r in reports) for what in ("scenarios", "states", "transitions"))
     yield from style.wrap(f"{explored}, {scenarios} scenario{'' if scenarios == 1 else 's'}, {injected(reports[0])}",
                     "explored: ")
-    yield f"          {states:,} states, {transitions:,} transitions"
+    reduced = f" ({', '.join(reports[0].reductions)})" if reports[0].reductions else ""
+    yield f"          {states:,} states, {transitions:,} transitions{reduced}"
     scenes = dict.fromkeys(scene for report in reports for scene in report.scenes)
     if len(scenes) > 1:
         yield from style.wrap(", ".join(scenes), "scenes:   ")

@@ -30,7 +30,7 @@ class Automaton:
         # Third parties' code is run for each place.
         self.shared = frames is not None and program.anew is None
         self.frames = frames or Frames()
-        self.ids: dict[Any, int] = {}
+        self.ids: dict[Any, int] = {}                            # a place; where locals are live, and what is asked for
         self.places: list[Place] = []
         self.before: list[int] = []                              # per place: the one that it was first reached from
         self.paths: list[tuple[Any, ...]] = []
@@ -91,9 +91,12 @@ class Automaton:
         return asked
 
     def _intern(self, place: Place, before: int, path: tuple[Any, ...], primitive: Primitive | None) -> int:
-        known = self.ids.get(place)
+        asked = freeze(tuple(primitive)) if primitive else None
+        # What is asked for is dead once it was, and two live frames may have asked for different things.
+        key = (place, asked) if self.frames.live and primitive else place
+        known = self.ids.get(key)
         if known is None:
-            known = self.ids[place] = len(self.paths)
+            known = self.ids[key] = len(self.paths)
             if known > LOCAL_MASK:
                 raise DesignRaised(f"{self.program} has more than {LOCAL_MASK} places to stand; does it "
                                    "count without end, or keep objects that equal nothing but themselves?")
@@ -104,7 +107,7 @@ class Automaton:
             self.before.append(before)
             self.paths.append(path)
             self.waits_on.append(primitive)
-            self.asked.append(freeze(tuple(primitive)) if primitive else None)
+            self.asked.append(asked)
             self.ways.append(None)
         # The key says too little: something that the procedure depends on is not in it. To go on would hide
         # interleavings.

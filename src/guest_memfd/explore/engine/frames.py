@@ -33,7 +33,8 @@ END: Place = ()
 class Frames:
     """The frames of all parties that were ever seen, and the steps that stay within some of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, live: bool = False) -> None:
+        self.live = live                                # only live locals tell frames apart
         self._numbers: dict[Any, int] = {}
         self._own: list[bool] = []                      # per frame: it keeps to itself
         self._after: dict[tuple[Place, Any], tuple[Place, Primitive]] = {}
@@ -43,11 +44,11 @@ class Frames:
         return tuple(map(self._number, chain))
 
     def _number(self, generator: GeneratorType[Any, Any, Any]) -> int:
-        key = frame_key(generator)
+        key = frame_key(generator, live=self.live)
         known = self._numbers.get(key)
         if known is None:
             known = self._numbers[key] = len(self._own)
-            self._own.append(keeps_to_itself(generator))
+            self._own.append(keeps_to_itself(generator, live=self.live))
         return known
 
     def learn(self, before: Place, then: Chain, result: Any, now: Chain, primitive: Primitive) -> Place:

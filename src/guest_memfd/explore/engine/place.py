@@ -40,8 +40,10 @@ import gc
 import inspect
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
-from types import CellType, CodeType, FrameType, FunctionType, GeneratorType
+from types import BuiltinMethodType, CellType, CodeType, FrameType, FunctionType, GeneratorType, MethodType
 from typing import Any
+
+from guest_memfd.explore.engine.liveness import live_at
 
 
 def chain_of(generator: Generator[Any, Any, Any]) -> list[GeneratorType[Any, Any, Any]]:
@@ -55,39 +57,50 @@ def chain_of(generator: Generator[Any, Any, Any]) -> list[GeneratorType[Any, Any
     return chain
 
 
-def frame_key(generator: Any) -> Any:
-    """Where one generator of a chain is suspended: its code, bytecode offset, locals and value stack."""
+def frame_key(generator: Any, *, live: bool = False) -> Any:
+    """Where one generator of a chain is suspended: its code, bytecode offset, locals and value stack.
+
+    live: only those locals that may still be read (liveness.py).
+    """
     frame, below = generator.gi_frame, generator.gi_yieldfrom
-    named = frame.f_locals
-    # In the order of the code: that of the dictionary depends on when it was first asked for. A name for what it waits in
-    # says no more than that one's own frame.
-    values = [(name, freeze(named[name]) if named[name] is not below else _BELOW)
-              for name in _names(frame.f_code) if name in named]
+    named = _named(frame, live=live)
+    # A name for what it waits in says no more than that one's own frame.
+    values = [(name, freeze(value) if value is not below else _BELOW) for name, value in named.items()]
     # The identity of the code object, not its name: two designs may have methods of one name.
-    return id(frame.f_code), frame.f_lasti, tuple(values), tuple(map(freeze, _stack(generator, named)))
+    return id(frame.f_code), frame.f_lasti, tuple(values), tuple(map(freeze, _stack(generator)))
 
 
-def keeps_to_itself(generator: Any) -> bool:
+def keeps_to_itself(generator: Any, *, live: bool = False) -> bool:
     """Whether nobody outside of one generator of a chain can change what its frame holds, nor it what others hold."""
-    below, named = generator.gi_yieldfrom, generator.gi_frame.f_locals
+    below, named = generator.gi_yieldfrom, _named(generator.gi_frame, live=live)
     # An iterator that has no name was made by the loop that goes through it.
     return all(value is below or _fixed(value) for value in named.values()) and all(
-        _fixed(value) or isinstance(value, Iterator) for value in _stack(generator, named))
+        _fixed(value) or isinstance(value, Iterator) for value in _stack(generator))
 
 
 # Whether *value* cannot change, as far as a key can tell: what has a hash may be taken for that.
 def _fixed(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_fixed, value))
+    if isinstance(value, (MethodType, BuiltinMethodType)):
+        return _fixed(value.__self__)
     return not isinstance(value, (list, dict, set, Iterator, FunctionType))
 
 
-def local_key(generator: Any) -> Any:
+def local_key(generator: Any, *, live: bool = False) -> Any:
     """Where a procedure stands: bytecode offset, locals and value stack of every nested frame, ``done`` at its end.
 
     The value stack holds what has no name: the iterator of a loop, operands of a half-evaluated expression.
     """
-    return tuple(map(frame_key, chain_of(generator))) if generator.gi_frame is not None else "done"
+    if generator.gi_frame is None:
+        return "done"
+    return tuple([frame_key(each, live=live) for each in chain_of(generator)])
+
+
+# In the order of the code: that of the dictionary depends on when it was first asked for.
+def _named(frame: FrameType, *, live: bool) -> dict[str, Any]:
+    there, wanted = frame.f_locals, live_at(frame.f_code, frame.f_lasti) if live else None
+    return {name: there[name] for name in _names(frame.f_code) if name in there and (wanted is None or name in wanted)}
 
 
 @cache
@@ -95,11 +108,25 @@ def _names(code: CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*code.co_varnames, *code.co_cellvars, *code.co_freevars)))
 
 
-# A generator refers to its locals (again), its stack and some machinery, and only the garbage collector can tell.
-def _stack(generator: GeneratorType[Any, Any, Any], named: dict[str, Any]) -> list[Any]:
-    inner = generator.gi_yieldfrom
-    return [value for value in gc.get_referents(generator)
-            if value is not named and value is not inner and not isinstance(value, _MACHINERY)]
+@cache
+def _in_place(code: CodeType) -> tuple[str, ...]:
+    return tuple(name for name in code.co_varnames if name not in code.co_cellvars)
+
+
+# A generator refers to its locals, its stack and some machinery, and only the garbage collector can tell.
+def _stack(generator: GeneratorType[Any, Any, Any]) -> list[Any]:
+    frame: Any = generator.gi_frame
+    inner, named, code = generator.gi_yieldfrom, frame.f_locals, frame.f_code
+    values = [value for value in gc.get_referents(generator)
+              if value is not named and value is not inner and not isinstance(value, _MACHINERY)]
+    # Each local variable once: the stack may hold the same object, too.
+    for name in _in_place(code):
+        value = named.get(name)
+        for at, other in enumerate(values):
+            if other is value:
+                del values[at]
+                break
+    return values
 
 
 _BELOW = object()

@@ -24,6 +24,9 @@ SHARED_BITS = 26
 SHARED_MASK = (1 << SHARED_BITS) - 1
 """64 million host states. It is checked where numbers are given out, as LOCAL_MASK is."""
 
+LIVE_LOCALS = "live-locals"
+"""A reduction (liveness.py)."""
+
 NEVER_ENDS = "from here on no operation ever ends"
 """Evidence of a livelock."""
 
@@ -93,10 +96,13 @@ class Steps(dict[int, tuple[int, ...]]):
 
 
 class Tables:
-    """The tables of one machine under one set of laws; kept from scenario to scenario."""
+    """The tables of one machine under one set of laws; kept from scenario to scenario.
 
-    def __init__(self, machine: ExploredHost, laws: Sequence[JudgingLaw]) -> None:
-        self.machine, self.laws = machine, laws
+    reduce: take places for one that differ in dead locals alone (liveness.py).
+    """
+
+    def __init__(self, machine: ExploredHost, laws: Sequence[JudgingLaw], *, reduce: bool = False) -> None:
+        self.machine, self.laws, self.reduce = machine, laws, reduce
         self.footprints = getattr(machine, "footprints", False)
         # What third parties' hypercalls do is carried out each time, as that is how they are watched.
         watched = self.footprints and not getattr(machine, "foreign", "")
@@ -110,11 +116,20 @@ class Tables:
         self.broken: list[tuple[tuple[str, str], ...]] = []      # per shared state: (law, evidence) it breaks
         self.halted: list[bool] = []
         self.automata: dict[Program, Automaton] = {}
-        self.frames = Frames()
+        self.frames = Frames(live=reduce)
         self.facts: dict[tuple[str, Any], None] = {}             # (party, note), all that were ever noted
         self.steps: dict[tuple[Program, int], Steps] = {}        # by program, and its place among the parties
         self.ends: dict[tuple[Program | None, int], list[tuple[str, str, list[Step]]]] = {}     # by teardown and state
         self.flat: dict[bytes, Any] = {}                         # of the compiled engine, by initial state
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """The names of what is left out."""
+        return (LIVE_LOCALS,) if self.reduce else ()
+
+    def empty(self) -> Tables:
+        """The same, as they were before anything was explored."""
+        return Tables(self.machine, self.laws, reduce=self.reduce)
 
     def intern(self, saved: bytes) -> int:
         """The number of shared state *saved*; state laws are judged once, here."""

@@ -101,7 +101,7 @@ class Case:
             sum(a.states for a in self.answers.values()), sum(a.transitions for a in self.answers.values()),
             seconds, self.scenarios, reached, limits.failures, tuple(world.scene.name for world in self.worlds.values()),
             tuple(world.scene.name for world in self.worlds.values() if world.refused),
-            missing, coverage.never(),
+            missing, coverage.never(), first.tables.reductions,
         )
 
     def _reached(self, limits: Limits) -> tuple[str, ...]:

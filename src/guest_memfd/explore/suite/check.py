@@ -42,25 +42,26 @@ def check(
     design: str | type[Design], hypervisor: str | Hypervisor, *, scenes: Sequence[str | Scene] | None = None,
     parties: Sequence[str] | None = None, scenario: str | None = None, laws: Sequence[str] | None = None,
     limits: Limits = NO_LIMITS, full: bool = True, jobs: int | None = None, progress: Progress | None = None,
-    engine: str | None = None,
+    engine: str | None = None, reduce: bool = True,
 ) -> Report:
     """Judge *design* under *hypervisor*: in *scenes* (None: all), on one scenario of parties or on the suite.
 
     parties: those of one scenario, or a *scenario* of NAMED; without scenes it is put into the plainest one. laws: names of
     those to judge by, None for all. full: the whole suite, or what is enough for a first look. jobs: processes, None for
-    one per CPU. engine: one of `choice.ENGINES`, None for the fastest; all say the same. progress is called with (done, 100,
-    what was done last), done in per cent of the estimated work. Raises HostUnavailable where the engine is not here,
+    one per CPU. engine: one of `choice.ENGINES`, None for the fastest; all say the same. reduce: leave out states that make
+    no difference, which changes their number alone (docs/explorer.md). progress is called with (done, 100, what was done
+    last), done in per cent of the estimated work. Raises HostUnavailable where the engine is not here,
     BadInput (unknown names, parties that do not exist there, impossible limits), and what a design that misbehaves raises.
     """
     question: Question = (design, hypervisor)
     return compare([question], scenes=scenes, parties=parties, scenario=scenario, laws=laws, limits=limits, full=full,
-                      jobs=jobs, progress=progress, engine=engine)[0]
+                      jobs=jobs, progress=progress, engine=engine, reduce=reduce)[0]
 
 
 def compare(
     pairs: Sequence[Question], *, scenes: Sequence[str | Scene] | None = None, parties: Sequence[str] | None = None,
     scenario: str | None = None, laws: Sequence[str] | None = None, limits: Limits = NO_LIMITS, full: bool = True,
-    jobs: int | None = None, progress: Progress | None = None, engine: str | None = None,
+    jobs: int | None = None, progress: Progress | None = None, engine: str | None = None, reduce: bool = True,
 ) -> list[Report]:
     """`check` for many designs and hypervisors at once, which share the processes; reports in the order of *pairs*."""
     jobs = jobs_for(jobs)
@@ -71,7 +72,8 @@ def compare(
     for design, hypervisor in pairs:
         case = Case(judged, suite=parties is None)
         for place in places:
-            built = world(design, hypervisor, scene=place, failures=limits.failures, laws=judged, engine=engine)
+            built = world(design, hypervisor, scene=place, failures=limits.failures, laws=judged, engine=engine,
+                          reduce=reduce)
             asked = plan(built, full=full) if parties is None else [_one(built, parties)]
             built.rehearsal.walk(party for names in asked for party in names)
             case.add(len(worlds), built, len(asked))

@@ -65,6 +65,7 @@ class Report:
     from the first scenario to the last, the only field that differs from run to run. scenes: where it was put to the
     question; refused: those whose kernel the design will not work on, so that there was no file. missing: what should have
     happened and never did, so that nothing is proved; never: all that never happened (`explore.suite.coverage.EVENTS`).
+    reductions: what was left out because it makes no difference, names of docs/explorer.md.
     """
 
     design: str
@@ -82,3 +83,4 @@ class Report:
     refused: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
+    reductions: tuple[str, ...] = ()

@@ -75,7 +75,7 @@ class Bench:
         left = EVER if self.deadline is None else self.deadline - time.monotonic()
         if left <= 0:
             return Answer(0, 0, 0.0, "seconds")
-        tables = _new(world) if task.apart else self._kept(task.world)
+        tables = world.tables.empty() if task.apart else self._kept(task.world)
         untouched = not tables.shared
         result = world.explorer(task.parties, tables).run(self.max_states, left)
         limit = None if result.limit is None else "states" if result.states > self.max_states else "seconds"
@@ -91,7 +91,7 @@ class Bench:
     def _kept(self, number: int) -> Tables:
         if self._tables is None or self._world != number or len(self._tables.shared) > ROOMY:
             self.forget()                               # first let the old ones go
-            self._tables, self._world = _new(self.worlds[number]), number
+            self._tables, self._world = self.worlds[number].tables.empty(), number
             self._seen, self._coverage = 0, NOTHING
         return self._tables
 
@@ -106,9 +106,5 @@ class Bench:
         endless = any(evidence == NEVER_ENDS for _, evidence, _ in wanted)
         # The lengths are known from the first look. A livelock needs all of the graph.
         deepest = EVER if endless else max(steps for _, _, steps in wanted)
-        result: Result = world.explorer(parties, _new(world)).run(self.max_states, EVER, deepest)
+        result: Result = world.explorer(parties, world.tables.empty()).run(self.max_states, EVER, deepest)
         return Answer(result.states, result.transitions, result.seconds, None, traces=tuple(result.findings))
-
-
-def _new(world: World) -> Tables:
-    return Tables(world.machine, world.laws)

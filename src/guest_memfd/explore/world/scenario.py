@@ -48,7 +48,7 @@ class World:
 
     def __init__(
         self, design: type[Design], hypervisor: Hypervisor, parties: Sequence[Party], *, scene: Scene | None = None,
-        failures: int | None = None, laws: Sequence[Law] | None = None, engine: str | None = None,
+        failures: int | None = None, laws: Sequence[Law] | None = None, engine: str | None = None, reduce: bool = False,
     ) -> None:
         self.design, self.hypervisor, self.scene = design, hypervisor, scene or SCENES["two-pages"]
         self.engine = engine
@@ -80,7 +80,7 @@ class World:
         self.refused = 0
         self.initial = self._initial(self.scene.failures if failures is None else failures)
         self.rehearsal = Rehearsal(self.machine, self.programs, self.initial)
-        self.tables = Tables(self.machine, self.laws)
+        self.tables = Tables(self.machine, self.laws, reduce=reduce)
 
     def blame(self, what: str) -> GuestMemfdError:
         """The error to raise for *what* is not the same when it is repeated: a third party's, if any of it is, or ours."""
@@ -241,11 +241,12 @@ def _readdressed(file: int, steps: Steps[Any]) -> Steps[Any]:
 
 def world(
     design: str | type[Design], hypervisor: str | Hypervisor, *, scene: str | Scene = "two-pages",
-    failures: int | None = None, laws: Sequence[str] | None = None, engine: str | None = None,
+    failures: int | None = None, laws: Sequence[str] | None = None, engine: str | None = None, reduce: bool = False,
 ) -> World:
     """The world of *design* under *hypervisor* in *scene* with every party there is; laws by name, None for all.
 
-    engine: one of `choice.ENGINES`; None: the fastest for each scenario. Raises UnknownName, PluginError, BadInput where the
+    engine: one of `choice.ENGINES`; None: the fastest for each scenario. reduce: leave out what makes no difference
+    (docs/explorer.md). Raises UnknownName, PluginError, BadInput where the
     design was not posted for the hypervisor, and HostUnavailable where the engine is not here.
     """
     choice.must_be_here(engine)
@@ -262,7 +263,7 @@ def world(
         )
     judged = [law for law in LAWS.values() if laws is None or law.name in laws]
     return World(design, hypervisor, [PARTIES[name] for name in PARTIES], scene=scene, failures=failures, laws=judged,
-                 engine=engine)
+                 engine=engine, reduce=reduce)
 
 
 def scene_of(name: str) -> Scene:

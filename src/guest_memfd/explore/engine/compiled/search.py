@@ -80,8 +80,7 @@ class CompiledExplorer(Explorer):
             # Of several states that raise, the other engine comes to its own first. So it tells, on tables of its own.
             if isinstance(error, TooWide):
                 warnings.warn(f"Python explores what the compiled engine cannot: {error}", EngineNotice, stacklevel=2)
-            tables = Tables(self.tables.machine, self.tables.laws)
-            plain = Explorer(tables, self.programs, self.initial, self.teardown, self.broken_before)
+            plain = Explorer(self.tables.empty(), self.programs, self.initial, self.teardown, self.broken_before)
             return plain.run(max_states, max_seconds - (time.perf_counter() - began), max_steps)
 
     @property
