@@ -35,6 +35,7 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("limits: reaching one makes the verdict 'undetermined'")
     group.add_argument("--max-states", type=whole, metavar="N", help="states per scenario")
     group.add_argument("--max-seconds", type=seconds, metavar="S", help="seconds for everything")
+    group.add_argument("--memory", metavar="SIZE", help="memory for everything, as 8G (default: nearly all that there is)")
     group.add_argument("-j", "--jobs", type=whole, metavar="N", help="processes (default: one per CPU)")
     group.add_argument("--engine", metavar="NAME", help=f"what explores: {', '.join(ENGINES)}; all say the same (default: "
                        "python for small scenarios, for others the first of these that is here)")
@@ -150,7 +151,8 @@ def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
         _names(None if arguments.parties is None else [arguments.parties], "--parties"),
         arguments.scenario,
         _names(arguments.law, "--law"),
-        Limits(states=arguments.max_states, seconds=arguments.max_seconds, failures=arguments.failures),
+        Limits(states=arguments.max_states, seconds=arguments.max_seconds, failures=arguments.failures,
+               memory=None if arguments.memory is None else _size(arguments.memory)),
         arguments.jobs,
         full,
         arguments.engine,
@@ -168,3 +170,10 @@ def _names(given: Sequence[str] | None, option: str) -> tuple[str, ...] | None:
     if twice is not None:
         raise BadInput(f"{option} names {twice!r} twice")
     return names
+
+
+# Who asks for no limit need not wait for what reads sizes.
+def _size(text: str) -> int:
+    from guest_memfd.cli.run import size
+
+    return size("--memory", text)

@@ -23,6 +23,7 @@ from guest_memfd.explore.engine.automaton import LOCAL_BITS, LOCAL_MASK
 from guest_memfd.explore.engine.backwards import Arrival, Backwards
 from guest_memfd.explore.engine.finding import Finding, Result, Sight, Step, step_line
 from guest_memfd.explore.engine.livelock import never_ending
+from guest_memfd.explore.engine.memory import used
 from guest_memfd.explore.engine.program import Program
 from guest_memfd.explore.engine.tables import NEVER_ENDS, SHARED_BITS, SHARED_MASK, Move, Steps, Tables
 
@@ -32,6 +33,9 @@ _SPARE, _BYTES_A_STATE = 16 << 20, 400
 """Memory that one level needs, as a rule at most: for what is worked out, and for each of its states, bytes.
 
 It is an address range only, that no one touches."""
+
+_MANY = 1 << 12
+"""States of a level from which on memory is looked at."""
 
 _ENDS = 20
 """Steps that a message shows of the beginning, and of the end, of a long way."""
@@ -45,6 +49,7 @@ class Explorer:
         broken_before: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.tables, self.programs, self.initial, self.teardown = tables, list(programs), initial, teardown
+        self.max_bytes: int | None = None
         self.broken_before = broken_before              # (law, evidence) on the way to the initial state
         self.automata = [tables.automaton(p) for p in programs]
         self.shifts = [SHARED_BITS + LOCAL_BITS * i for i in range(len(programs))]
@@ -53,9 +58,15 @@ class Explorer:
         self.findings: dict[tuple[str, str], int] = {}  # (law, evidence) of a move -> the first level that has one
         self.lost: list[tuple[int, int]] = []           # level, and those of its states from which no end is reached
 
-    def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40) -> Result:
-        """Explore all of it, or up to a limit; what breaks within *max_steps* is found, the rest is not looked for."""
+    def run(
+        self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40, max_bytes: int | None = None,
+    ) -> Result:
+        """Explore all of it, or up to a limit; what breaks within *max_steps* is found, the rest is not looked for.
+
+        max_bytes: memory that the process may have.
+        """
         began = time.perf_counter()
+        self.max_bytes = max_bytes
 
         def reached(states: int) -> str | None:
             if states > max_states:
@@ -78,6 +89,10 @@ class Explorer:
         return Result(
             states, transitions, list(unique.values()), limit, self.finals, self.depth, time.perf_counter() - began,
         )
+
+    def out_of_memory(self) -> str:
+        """The limit, in words."""
+        return f"more than {self.max_bytes} bytes of memory"
 
     @property
     def finals(self) -> int:
@@ -121,6 +136,9 @@ class Explorer:
             if (limit := reached(len(visited))) is not None:
                 return visited, transitions, limit
             frontier = list(fresh)
+            if self.max_bytes is not None and len(frontier) > _MANY and (
+                    used() + _BYTES_A_STATE * len(frontier) > self.max_bytes):
+                return visited, transitions, self.out_of_memory()
             if frontier:
                 self.levels.append(frontier)
         return visited, transitions, None

@@ -60,6 +60,11 @@ class Result:
     seconds: float = 0.0
 
     @property
+    def limited_by(self) -> str | None:
+        """``states``, ``seconds``, ``steps`` or ``memory``."""
+        return self.limit and self.limit.rsplit(maxsplit=1)[-1]
+
+    @property
     def verdict(self) -> str:
         """``refuted``, ``undetermined`` or ``holds``."""
         return "refuted" if self.findings else "undetermined" if self.limit else "holds"

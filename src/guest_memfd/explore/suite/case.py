@@ -105,7 +105,9 @@ class Case:
         )
 
     def _reached(self, limits: Limits) -> tuple[str, ...]:
-        words = {"states": f"more than {limits.states} states", "seconds": f"more than {limits.seconds} seconds in all"}
+        words = {"states": f"more than {limits.states} states", "seconds": f"more than {limits.seconds} seconds in all",
+                 "memory": "more memory than there is" if limits.memory is None else
+                 f"more than {limits.memory} bytes of memory in all"}
         reached = []
         for limit, what in words.items():
             cut = sorted((task for task, answer in self.answers.items() if answer.limit == limit), key=lambda t: t.order)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, UnknownName
+from guest_memfd.explore.engine.memory import share
 from guest_memfd.explore.suite.case import Case
 from guest_memfd.explore.suite.plan import NAMED, plan
 from guest_memfd.explore.suite.pool import Pool, Schedule, jobs_for
@@ -84,8 +85,9 @@ def compare(
         choice.prepare(engine)
     of = {number: case for case in cases for number in case.worlds}
     deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
-    bench = Bench(worlds, limits.states, deadline)
-    with Pool(bench, min(jobs, len(tasks))) as pool:
+    jobs = min(jobs, len(tasks))
+    bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs))
+    with Pool(bench, jobs) as pool:
         weights = _weigh(pool, tasks, of) if len(tasks) > 1 else dict.fromkeys(tasks, 1.0)
         clock = _Clock(worlds, of, weights, progress)
         for task, answer in pool.run(Schedule(tasks, weights), clock.done).items():

@@ -14,20 +14,25 @@ MOST_FAILURES = 255
 
 @dataclass(frozen=True)
 class Limits:
-    """How far to go: states per scenario (counted level by level), seconds for all, injected failures per run.
+    """How far to go: states per scenario (counted level by level), seconds and bytes of memory for all, injected failures
+    per run.
 
-    None is no limit; for failures: as many as the scene says. Raises BadInput naming the limit that cannot be.
+    None is no limit; for failures: as many as the scene says; for memory: nearly all that there is. Raises BadInput naming
+    the limit that cannot be.
     """
 
     states: int | None = None
     seconds: float | None = None
     failures: int | None = None
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.states is not None and self.states <= 0:
             raise BadInput(f"the limit of states must be at least 1, not {self.states}")
         if self.seconds is not None and not self.seconds > 0:
             raise BadInput(f"the limit of seconds must be more than 0, not {self.seconds:g}")
+        if self.memory is not None and self.memory <= 0:
+            raise BadInput(f"the limit of memory must be at least 1 byte, not {self.memory}")
         if self.failures is not None and not 0 <= self.failures <= MOST_FAILURES:
             raise BadInput(f"the number of injected failures must be 0 to {MOST_FAILURES}, not {self.failures}")
 

@@ -43,7 +43,8 @@ class Answer:
     """What exploring saw. broken: (law, evidence, steps, injected failures among them).
 
     traces: the findings, if these tables could tell.
-    limit: ``states`` or ``seconds``, if one was reached. coverage: what has happened on the tables it was explored on.
+    limit: ``states``, ``seconds`` or ``memory``, if one was reached. coverage: what has happened on the tables it was
+    explored on.
     """
 
     states: int
@@ -58,8 +59,10 @@ class Answer:
 class Bench:
     """Where tasks are done: the worlds, and the tables of the one that was worked on last."""
 
-    def __init__(self, worlds: Sequence[World], max_states: int | None, deadline: float | None) -> None:
-        self.worlds, self.max_states, self.deadline = worlds, max_states or EVER, deadline
+    def __init__(
+        self, worlds: Sequence[World], max_states: int | None, deadline: float | None, max_bytes: int | None = None,
+    ) -> None:
+        self.worlds, self.max_states, self.deadline, self.max_bytes = worlds, max_states or EVER, deadline, max_bytes
         self._tables: Tables | None = None
         self._world = -1
         self._seen, self._coverage = 0, NOTHING      # facts of these tables that have been looked at
@@ -77,12 +80,16 @@ class Bench:
             return Answer(0, 0, 0.0, "seconds")
         tables = world.tables.empty() if task.apart else self._kept(task.world)
         untouched = not tables.shared
-        result = world.explorer(task.parties, tables).run(self.max_states, left)
-        limit = None if result.limit is None else "states" if result.states > self.max_states else "seconds"
+        result = world.explorer(task.parties, tables).run(self.max_states, left, max_bytes=self.max_bytes)
+        # What is kept of earlier scenarios may be what takes the room.
+        if result.limited_by == "memory" and not untouched:
+            del tables
+            self.forget()
+            return self.do(task)
         broken = tuple((f.law, f.evidence, len(f.steps), f.injected) for f in result.findings)
         traces = tuple(result.findings) if untouched else None
         coverage = NOTHING if task.apart else self._covered(tables)
-        return Answer(result.states, result.transitions, result.seconds, limit, broken, traces, coverage)
+        return Answer(result.states, result.transitions, result.seconds, result.limited_by, broken, traces, coverage)
 
     def forget(self) -> None:
         """Give the kept tables up."""

@@ -110,15 +110,17 @@ class _Growing(Explorer):
     # Begins in Python, and again in compiled loops if there is more to it.
 
     @override
-    def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40) -> Result:
+    def run(
+        self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40, max_bytes: int | None = None,
+    ) -> Result:
         began = time.perf_counter()
         if not _is_loaded():
             try:
-                return super().run(max_states, max_seconds, max_steps)
+                return super().run(max_states, max_seconds, max_steps, max_bytes)
             except _Outgrown:
                 self._give_up()
         again = _compiled(self.tables, self.programs, self.initial, self.teardown, self.broken_before, loops=_fastest())
-        return again.run(max_states, max_seconds - (time.perf_counter() - began), max_steps)
+        return again.run(max_states, max_seconds - (time.perf_counter() - began), max_steps, max_bytes)
 
     @override
     def _visit(self, reached: Callable[[int], str | None]) -> tuple[int, int, str | None]:

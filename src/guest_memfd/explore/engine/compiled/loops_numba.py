@@ -375,10 +375,13 @@ def breaking(
     for i in range(lo, hi):
         d, _ = walk(enc.HALTS, 0, rows, i, trees, room)
         first, last = ways_of(d)
-        if first < last:
+        # Where a limit ended the search not everything is known.
+        if d & KIND != IS_LEAF or first < last:
             continue
         for p in range(len(of)):
             d, _ = walk(of[p], place_of(rows, i, places, p), rows, i, trees, room)
+            if d & KIND != IS_LEAF:
+                continue
             first, last = ways_of(d)
             for way in range(first, last):
                 if trees.flag[way] & enc.FACT and wanted[way]:
@@ -387,7 +390,7 @@ def breaking(
                 take(rows, i, scratch, way, p, trees, room, places)
                 d, _ = walk(enc.BREAKS, 0, rows, scratch, trees, room)
                 what, none = ways_of(d)
-                if what < none and wanted[what]:
+                if d & KIND == IS_LEAF and what < none and wanted[what]:
                     found[n, 0], found[n, 1], found[n, 2], found[n, 3] = i, p, way, what
                     n += 1
     return n

@@ -19,6 +19,7 @@ from guest_memfd.explore.engine.compiled.encoding import (
     WORD_MASK,
 )
 from guest_memfd.explore.engine.compiled.flat import Array, Flat, TooWide
+from guest_memfd.explore.engine.memory import Full, used
 
 WORD = 64
 FEW = 1 << 15
@@ -33,6 +34,7 @@ class Rows:
 
     def __init__(self, flat: Flat, parties: int, loops: Any) -> None:
         self.flat, self.loops = flat, loops
+        self.max_bytes: int | None = None               # memory that the process may have
         self.used = [0]                                 # bits of each word
         self.placed: list[int] = []                     # the parts of bytes that have room
         self.room = np.zeros(1 << 8, np.uint64)
@@ -91,19 +93,26 @@ class Rows:
         self.ready = _as_long(self.ready, len(self.flat.payload))
 
     def grow(self, spare: int) -> None:
-        """Have room for *spare* more rows."""
+        """Have room for *spare* more rows; raises Full where there may be none."""
         n = len(self) + spare
         if n >= MOST:
             raise InternalError(f"more than {MOST} states")
         if n > len(self.rows):
-            self.rows.resize((n + n // 2, self.rows.shape[1]), refcheck=False)
+            more = n + n // 2
+            self._must_fit((more - len(self)) * self.rows.itemsize * self.rows.shape[1])
+            self.rows.resize((more, self.rows.shape[1]), refcheck=False)
         if n > len(self.table) * FULL:
             size = len(self.table)
             while n > size * FULL:
                 size *= 2
+            self._must_fit((size - len(self.table)) * self.table.itemsize)
             self.table = np.zeros(0, np.uint64)         # the old one goes before the new one comes
             self.table = np.zeros(size, np.uint64)
             self.loops.rehash(self.rows, len(self), self.table)
+
+    def _must_fit(self, more: int) -> None:
+        if self.max_bytes is not None and used() + more > self.max_bytes:
+            raise Full
 
     def states(self, rows: Array) -> Array:
         """The bytes of the host's state of each of *rows*."""

@@ -35,6 +35,7 @@ from guest_memfd.explore.engine.compiled.teardown import Teardown
 from guest_memfd.explore.engine.explorer import Explorer, Least
 from guest_memfd.explore.engine.finding import Result, Sight, Step
 from guest_memfd.explore.engine.footprint import Watched
+from guest_memfd.explore.engine.memory import Full
 from guest_memfd.explore.engine.program import Program
 from guest_memfd.explore.engine.tables import NEVER_ENDS, Tables, Way
 from guest_memfd.words.primitives import SILENT
@@ -67,13 +68,16 @@ class CompiledExplorer(Explorer):
         self._events = np.zeros(0, np.int64)
 
     @override
-    def run(self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40) -> Result:
+    def run(
+        self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40, max_bytes: int | None = None,
+    ) -> Result:
         """Explore all of it, or up to a limit, as `Explorer.run` does."""
         began = time.perf_counter()
         # What is asked for and never answered must not be waited for in the next scenario.
         self.tables.flat.pop(self.initial, None)
         try:
-            result = super().run(max_states, max_seconds, max_steps)
+            self.rows.max_bytes = max_bytes
+            result = super().run(max_states, max_seconds, max_steps, max_bytes)
             self.tables.flat[self.initial] = self.known
             return result
         except (BadInput, TooWide) as error:
@@ -81,7 +85,7 @@ class CompiledExplorer(Explorer):
             if isinstance(error, TooWide):
                 warnings.warn(f"Python explores what the compiled engine cannot: {error}", EngineNotice, stacklevel=2)
             plain = Explorer(self.tables.empty(), self.programs, self.initial, self.teardown, self.broken_before)
-            return plain.run(max_states, max_seconds - (time.perf_counter() - began), max_steps)
+            return plain.run(max_states, max_seconds - (time.perf_counter() - began), max_steps, max_bytes)
 
     @property
     @override
@@ -107,7 +111,13 @@ class CompiledExplorer(Explorer):
         lo, hi, limit = 0, 1, None
         while lo < hi:
             self.bounds.append(hi)
-            self.idle.append(self._level(lo, hi))
+            try:
+                self.idle.append(self._level(lo, hi))
+            except Full:
+                # What was found of the next level counts; who cannot move on this one is not known of all.
+                self.idle.append(np.zeros(0, np.int64))
+                limit = self.out_of_memory()
+                break
             lo, hi = hi, len(rows)
             self.levels.append([])                      # they are counted to see whether a limit is reached
             if (limit := reached(hi)) is not None:

@@ -1,0 +1,112 @@
+"""Memory is a limit like any other: what was seen counts, and the kernel has nothing to kill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from guest_memfd import check
+from guest_memfd.cli.main import main
+from guest_memfd.errors import BadInput
+from guest_memfd.explore.engine import explorer, memory
+from guest_memfd.explore.engine.finding import Result
+from guest_memfd.explore.suite.verdict import Limits
+from guest_memfd.explore.suite.work import Bench, Task
+from guest_memfd.explore.world.scenario import world
+
+pytest.importorskip("numba", reason="pip install 'guest-memfd[fast]'")
+
+from guest_memfd.explore.engine.compiled import load, rows
+
+ENGINES = ("python", "compiled", "numpy")
+ROOM = 1000
+"""Bytes that there are, in these tests."""
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
+    """Let all be used up when memory is looked at for the *looks*th time; every engine looks often."""
+    left = [looks]
+
+    def used() -> int:
+        left[0] -= 1
+        return 0 if left[0] > 0 else 1 << 40
+
+    monkeypatch.setattr(explorer, "used", used)
+    monkeypatch.setattr(explorer, "_MANY", 0)
+    monkeypatch.setattr(explorer, "_BYTES_A_STATE", 0)
+    monkeypatch.setattr(rows, "used", used)
+    monkeypatch.setattr(rows, "FEW", 16)
+    for name in ("numba", "numpy"):
+        monkeypatch.setattr(load.loops(name), "SPARE", 64)
+    monkeypatch.setattr(load.loops("numpy"), "CHUNK", 16)
+    monkeypatch.setattr(rows.Rows, "_must_fit", _as_if_nothing_were_needed)
+
+
+def _as_if_nothing_were_needed(self: Any, more: int) -> None:
+    if rows.used() > self.max_bytes:
+        raise memory.Full
+
+
+def explored(engine: str, looks: int, monkeypatch: pytest.MonkeyPatch) -> Result:
+    with monkeypatch.context() as patch:
+        short_of_memory(patch, looks)
+        return world("none", "kvm", engine=engine).explorer(["vcpu", "vmm2"]).run(max_bytes=ROOM)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_was_seen_until_then_counts(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = world("none", "kvm", engine=engine).explorer(["vcpu", "vmm2"]).run(max_bytes=1 << 60)
+    assert whole.limit is None
+    told = {(f.law, f.evidence): len(f.steps) for f in whole.findings}
+    seen = [explored(engine, looks, monkeypatch) for looks in (1, 5, 11)]
+    assert [result.limited_by for result in seen] == ["memory"] * 3
+    assert seen[0].states < seen[1].states < seen[2].states < whole.states
+    for result in seen:
+        # Shortest first: what is found within the levels that were seen is found in as few steps.
+        assert all(told[f.law, f.evidence] <= len(f.steps) for f in result.findings)
+        assert result.verdict == ("refuted" if result.findings else "undetermined")
+    assert seen[-1].findings
+
+
+def test_it_is_the_reports_limit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["check", "library", "--hypervisor", "kvm", "--parties", "vcpu,vmm2", "-j", "1", "--engine", "python"]
+    monkeypatch.setattr(explorer, "_MANY", 0)
+    assert main([*argv, "--memory", "64K"]) == 3
+    assert "limit: library on kvm: more than 65536 bytes of memory in all (1 of 1 scenarios" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "_left", lambda: iter([0]))
+    monkeypatch.setattr(memory, "used", lambda: 0)
+    assert main(argv) == 3
+    assert "limit: library on kvm: more memory than there is (1 of 1" in capsys.readouterr().out
+    assert main([*argv, "--memory", "12Q"]) == 4
+    assert capsys.readouterr().err == "gmem: --memory '12Q' is no size; write 64K, 16M or 2G\n"
+    with pytest.raises(BadInput, match="the limit of memory must be at least 1 byte, not 0"):
+        Limits(memory=0)
+
+
+def test_what_earlier_scenarios_have_left_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench([world("library", "kvm", engine="python")], None, None, ROOM)
+    monkeypatch.setattr(explorer, "_MANY", 0)
+    monkeypatch.setattr(explorer, "used", lambda: 0 if bench._tables is None or len(bench._tables.shared) < 40 else ROOM)
+    assert bench.do(Task(0, 0, ("vcpu",))).limit == "memory"
+    monkeypatch.setattr(explorer, "_BYTES_A_STATE", 0)
+    first = Bench([world("library", "kvm", engine="python")], None, None, 1 << 60).do(Task(1, 0, ("zeropad",)))
+    assert bench.do(Task(1, 0, ("zeropad",))) .states == first.states
+    assert bench.do(Task(1, 0, ("zeropad",))).limit is None
+
+
+def test_all_processes_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.share(1000, 4) == 250
+    monkeypatch.setattr(memory, "used", lambda: 7)
+    monkeypatch.setattr(memory, "_left", lambda: iter([3000, 2000]))
+    assert memory.share(None, 2) == 7 + 900
+    monkeypatch.setattr(memory, "_left", lambda: iter([]))
+    assert memory.share(None, 2) is None
+
+
+def test_what_is_used_is_known_here() -> None:
+    before = memory.used()
+    some = bytes(range(256)) * (1 << 18)
+    assert memory.used() > before > 1 << 20
+    assert len(some) == 1 << 26
+    assert check("library", "kvm", parties=["vcpu2"], jobs=1).limits == ()
