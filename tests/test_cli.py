@@ -369,7 +369,7 @@ def test_a_refused_request_leaves_the_old_output_alone(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(("argv", "says"), [
-    ("", "no verb given: compare, check, explain, replay, probe, kernel, run, list"),
+    ("", "no verb given: compare, check, walk, explain, replay, probe, kernel, run, list"),
     ("chek", "unknown verb 'chek'; did you mean 'check'?"),
     ("check", "DESIGN"),
     ("check libary", "unknown design 'libary'; did you mean 'library'?"),

@@ -146,11 +146,11 @@ def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
     Raises BadInput for a limit that cannot be and for a list that names nothing.
     """
     return Scope(
-        _names(arguments.hypervisor, "--hypervisor"),
-        _names(arguments.scene, "--scene"),
-        _names(None if arguments.parties is None else [arguments.parties], "--parties"),
+        names_of(arguments.hypervisor, "--hypervisor"),
+        names_of(arguments.scene, "--scene"),
+        names_of(None if arguments.parties is None else [arguments.parties], "--parties"),
         arguments.scenario,
-        _names(arguments.law, "--law"),
+        names_of(arguments.law, "--law"),
         Limits(states=arguments.max_states, seconds=arguments.max_seconds, failures=arguments.failures,
                memory=None if arguments.memory is None else _size(arguments.memory)),
         arguments.jobs,
@@ -160,16 +160,17 @@ def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
     )
 
 
-def _names(given: Sequence[str] | None, option: str) -> tuple[str, ...] | None:
+def names_of(given: Sequence[str] | None, option: str) -> tuple[str, ...] | None:
+    """The names of an option that may be repeated, each time with several; BadInput for none, or one twice."""
     if given is None:
         return None
-    names = tuple(name.strip() for text in given for name in text.split(","))
-    if "" in names:
+    each = tuple(name.strip() for text in given for name in text.split(","))
+    if "" in each:
         raise BadInput(f"{option} names nothing; it wants names with commas between them")
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = next((name for name in each if each.count(name) > 1), None)
     if twice is not None:
         raise BadInput(f"{option} names {twice!r} twice")
-    return names
+    return each
 
 
 # Who asks for no limit need not wait for what reads sizes.

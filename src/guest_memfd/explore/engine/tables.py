@@ -119,6 +119,7 @@ class Tables:
         self.frames = Frames(live=reduce)
         self.facts: dict[tuple[str, Any], None] = {}             # (party, note), all that were ever noted
         self.steps: dict[tuple[Program, int], Steps] = {}        # by program, and its place among the parties
+        self.worked_out = 0                                      # footprints of steps
         self.ends: dict[tuple[Program | None, int], list[tuple[str, str, list[Step]]]] = {}     # by teardown and state
         self.flat: dict[bytes, Any] = {}                         # of the compiled engine, by initial state
 
@@ -193,6 +194,7 @@ class Tables:
         return self.intern(bytes(raw))
 
     def _work_out(self, automaton: Automaton, local: int, state: bytes) -> list[Way]:
+        self.worked_out += 1
         seen: dict[int, int] = {}
         # `seen` is filled by everything that happens below, the silent primitives before the step included.
         start: Any = Watched(state, seen) if self.footprints else state
