@@ -27,7 +27,7 @@ class ByNobody(OurLibrary):
 
 
 def explored(design: type[OurLibrary], hypervisor: str) -> tuple[set[str], bool]:
-    world = World(design, HYPERVISORS[hypervisor], [PARTIES[n] for n in PARTNERS])
+    world = World(design, HYPERVISORS[hypervisor], [PARTIES[n] for n in PARTNERS], engine="python")     # lists states
     result = world.explorer(PARTNERS).run()
     frozen = any(st.State(shared).frozen for shared in world.tables.shared)
     return {finding.law for finding in result.findings}, frozen

@@ -62,11 +62,9 @@ class Explored(Killer):
 
     def scenarios(self) -> Iterator[Scenario]:
         """In new worlds."""
-        from guest_memfd.explore.world.scenario import world
-
         self.worlds = {}
         for name, (hypervisor, scene) in self.names().items():
-            self.worlds[name] = built = world("library", hypervisor, scene=scene, engine="python")
+            self.worlds[name] = built = _world(hypervisor, scene)
             for parties in self.plan(built):
                 yield _scenario(name, parties, partial(_explore, built, parties))
 
@@ -84,24 +82,27 @@ class Explored(Killer):
         from guest_memfd.explore.engine import automaton
 
         kept: defaultdict[Member, set[Place]] = defaultdict(set)
-        resume = automaton.resume
 
-        def noting(program: Program, path: Any, asked: Any = None) -> Any:
-            others = seen.copy()
-            seen.clear()
-            try:
-                return resume(program, path, asked)
-            finally:
-                world = next(name for name, built in self.worlds.items() if _has(built, program))
-                kept[world, program.name] |= seen
+        def noting(run: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(program: Program, *rest: Any) -> Any:
+                others = seen.copy()
                 seen.clear()
-                seen.update(others)
+                try:
+                    return run(program, *rest)
+                finally:
+                    world = next(name for name, built in self.worlds.items() if _has(built, program))
+                    kept[world, program.name] |= seen
+                    seen.clear()
+                    seen.update(others)
 
-        automaton.resume = noting
+            return noted
+
+        resume, send = automaton.resume, automaton.send
+        automaton.resume, automaton.send = noting(resume), noting(send)
         try:
             yield kept
         finally:
-            automaton.resume = resume
+            automaton.resume, automaton.send = resume, send
 
     def prepare(self) -> None:
         """Fill the tables, and note all that a party is told."""
@@ -149,10 +150,8 @@ class _Against(Tried):
         return self.worlds[name]
 
     def _changed(self, name: str) -> World:
-        from guest_memfd.explore.world.scenario import world
-
         kept, (hypervisor, scene) = self.killer.worlds[name], self.killer.names()[name]
-        built = world("library", hypervisor, scene=scene, engine="python")
+        built = _world(hypervisor, scene)
         if self.anew or built.initial != kept.initial or built.broken_before:
             vars(built.tables).update({table: getattr(kept.tables, table) for table in JUDGED})
             return built
@@ -177,6 +176,15 @@ class _Against(Tried):
             program = built.teardown if name == TEARDOWN else built.programs[name]
             self.differing[member] = self._reaches(*member) and _differs(self.killer.told[member], program, built.tables)
         return self.differing[member]
+
+
+# Each party is run by itself: which code it comes to is asked, and that may be changed.
+def _world(hypervisor: str, scene: str) -> World:
+    from guest_memfd.explore.world.scenario import world
+
+    built = world("library", hypervisor, scene=scene, engine="python")
+    built.tables.share = False
+    return built
 
 
 def _scenario(world: str, parties: tuple[str, ...], run: Callable[[], str | None]) -> Scenario:

@@ -22,13 +22,13 @@ MOST_STEPS = 1000
 class Automaton:
     """All places where one party can stand, discovered as results arrive. Local 0 is its start.
 
-    frames: those of all parties, if what one was found to do is to serve the others.
+    frames: those of all parties. share: what one party was found to do serves the others.
     """
 
-    def __init__(self, program: Program, frames: Frames | None = None) -> None:
+    def __init__(self, program: Program, frames: Frames | None = None, *, share: bool = True) -> None:
         self.program = program
         # Third parties' code is run for each place.
-        self.shared = frames is not None and program.anew is None
+        self.shared = share and program.anew is None
         self.frames = frames or Frames()
         self.ids: dict[Any, int] = {}                            # a place; where locals are live, and what is asked for
         self.places: list[Place] = []

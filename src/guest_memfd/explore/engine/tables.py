@@ -117,6 +117,7 @@ class Tables:
         self.halted: list[bool] = []
         self.automata: dict[Program, Automaton] = {}
         self.frames = Frames(live=reduce)
+        self.share = True                                        # what one party was found to do serves the others
         self.facts: dict[tuple[str, Any], None] = {}             # (party, note), all that were ever noted
         self.steps: dict[tuple[Program, int], Steps] = {}        # by program, and its place among the parties
         self.worked_out = 0                                      # footprints of steps
@@ -153,7 +154,7 @@ class Tables:
         """The automaton of *program*, made at first use."""
         known = self.automata.get(program)
         if known is None:
-            known = self.automata[program] = Automaton(program, self.frames)
+            known = self.automata[program] = Automaton(program, self.frames, share=self.share)
         return known
 
     def moves(self, automaton: Automaton, local: int, shared: int) -> Iterator[Move]:
