@@ -35,7 +35,7 @@ Question = tuple[str | type[Design], str | Hypervisor]
 MANY = 100
 """Scenarios for which it is worth a second to load an engine."""
 
-PERCENT = 100
+PERCENT, MOMENT = 100, 0.001
 NO_LIMITS = Limits()
 
 
@@ -165,6 +165,7 @@ class _Clock:
         self.worlds, self.of, self.weights, self.progress = worlds, of, weights, progress
         self.total = sum(weights.values())
         self.finished = 0.0
+        self.started, self.states = time.monotonic(), 0
         self.began: dict[int, float] = {}
         self.ended: dict[int, float] = {}
 
@@ -174,10 +175,12 @@ class _Clock:
         self.began[case] = min(self.began.get(case, math.inf), now - answer.seconds)
         self.ended[case] = now
         self.finished += self.weights.get(task, 0)
+        self.states += answer.states
         if self.progress is not None:
-            world = self.worlds[task.world]
+            world, rate = self.worlds[task.world], self.states / max(now - self.started, MOMENT)
             self.progress(int(PERCENT * self.finished / self.total), PERCENT,
-                          f"{world.design.name} on {world.hypervisor.name}, {world.scene.name}: {', '.join(task.parties)}")
+                          f"{world.design.name} on {world.hypervisor.name}, {world.scene.name}: {', '.join(task.parties)}; "
+                          f"{self.states:,} states, {rate:,.0f} a second")
 
     def seconds(self, case: Case) -> float:
         """Wall seconds of *case*."""

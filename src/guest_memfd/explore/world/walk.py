@@ -65,7 +65,7 @@ class Walks:
             (law.name, said) for law in self.tables.state_laws if (said := law.in_state(state)) is not None])
 
     def judge(self, state: bytes) -> Sequence[Broken]:
-        """What *state* breaks."""
+        """(law, evidence) of each law that *state* breaks."""
         broken: Sequence[Broken] = self._judge(state)
         return broken
 
