@@ -46,7 +46,7 @@ FIELDS = [f"{record}.{name}" for record, names in st.RECORDS.items() for name in
 
 
 def explored(seen: Seen) -> Tables:
-    world = built(seen.design, seen.hypervisor, scene=seen.scene, laws=())
+    world = built(seen.design, seen.hypervisor, scene=seen.scene, laws=(), engine="python")     # which lists the states
     for scenario in seen.scenarios:
         world.explorer(scenario).run()
     return world.tables
