@@ -16,8 +16,8 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput
-from guest_memfd.explore.engine import scenario
-from guest_memfd.explore.engine.scenario import World, world
+from guest_memfd.explore.world import scenario
+from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import PARTIES, SCENES, Party
 from guest_memfd.scenarios.vmm import change
