@@ -32,6 +32,7 @@ LAYERS = (
     ("explore", "machine"),
     ("report",),
     ("lockstep", "vmm", "probe"),
+    ("html",),
     ("testing", "cli"),
 )
 """From the ground up. No two units of one layer import each other."""

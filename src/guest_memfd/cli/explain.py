@@ -1,19 +1,22 @@
-"""`gmem explain FILE`: a saved trace on one screen, or as JSON with what every step changed."""
+"""`gmem explain FILE`: a saved trace on one screen, as JSON with what every step changed, or as a page for a browser."""
 
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 
 from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import Output
-from guest_memfd.cli.replay import diverged
-from guest_memfd.explore.replay import replay
-from guest_memfd.explore.trace import load
+from guest_memfd.cli.replay import diverged, recorded
+from guest_memfd.errors import BadInput
+from guest_memfd.explore.replay import Replay, replay
+from guest_memfd.explore.trace import Trace
 from guest_memfd.report import json
-from guest_memfd.report.counterexample import Counterexample, screen
+from guest_memfd.report.counterexample import Command, Counterexample, screen
 from guest_memfd.report.counterexample import again as commands_of
 from guest_memfd.report.steps import lines
+from guest_memfd.report.style import Style
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,21 +24,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a trace that gmem check --save-traces has saved")
     add_load(parser)
     add_output(parser)
+    group = parser.add_argument_group("for other tools")
+    group.add_argument("--html", metavar="PAGE", help="write a page for a browser to PAGE as well: steps, states, a cursor")
+    group.add_argument("--on", metavar="HOST", default="abstract", help="emulated: take the steps on the emulated machine, "
+                       "too, and show descriptors, syndrome and kernel log in the page")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the trace again for what it does not hold (the states), and print it; 3 when it cannot be followed."""
     load_all(arguments)
-    trace = load(arguments.file)
-    with Output(arguments.output) as out:
-        again = replay(trace)
+    trace, host = recorded(arguments)
+    if host != "abstract" and arguments.html is None:
+        raise BadInput(f"--on {arguments.on} is for --html; gmem replay --on {host} shows the machine as text")
+    commands = commands_of(arguments.file, arguments.load)
+    with ExitStack() as stack:
+        out = stack.enter_context(Output(arguments.output))
+        page = None if arguments.html is None else stack.enter_context(Output(arguments.html))
+        again, html = _page(trace, host, commands) if page is not None else (replay(trace), "")
+        if page is not None:
+            page.write(html)
         if arguments.json:
             out.write(json.dump({**json.replayed(again, json.EXPLAIN), "trace": json.trace(again.finding)}))
-        elif again.divergence is not None:
-            out.write("\n".join([*diverged(again, out.style), "", out.style.head("up to there"),
-                                 *lines(again.steps, again.initial, out.style)]))
         else:
-            example = Counterexample(trace.design, trace.hypervisor, trace.scene, trace.parties, again.finding,
-                                     commands_of(arguments.file, arguments.load))
-            out.write("\n".join(screen(example, out.style)))
+            out.write("\n".join(_screen(again, commands, out.style)))
     return 0 if again.same else 3
+
+
+def _screen(again: Replay, commands: tuple[Command, ...], style: Style) -> list[str]:
+    if again.divergence is not None:
+        return [*diverged(again, style), "", style.head("up to there"), *lines(again.steps, again.initial, style)]
+    trace = again.trace
+    example = Counterexample(trace.design, trace.hypervisor, trace.scene, trace.parties, again.finding, commands)
+    return [*screen(example, style)]
+
+
+def _page(trace: Trace, host: str, commands: tuple[Command, ...]) -> tuple[Replay, str]:
+    from guest_memfd.html.trace import page
+
+    if host != "emulated":
+        again = replay(trace)
+        return again, page(again, commands)
+    from guest_memfd.lockstep.evidence import on_machine
+
+    shown = on_machine(trace)
+    last = len(shown.again.steps)
+    notes = {**shown.notes, last: [shown.evidence(), *shown.notes.get(last, ())]}
+    return shown.again, page(shown.again, commands, notes, str(shown.both.host.machine))

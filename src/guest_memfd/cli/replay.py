@@ -36,13 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Replay and say what came of it."""
     load_all(arguments)
-    host, _, machine = arguments.on.partition(":")
-    if host not in HOSTS:
-        raise UnknownName("host", host, HOSTS)
-    trace = load(arguments.file)
-    if machine and (host != "emulated" or machine != f"arm64/{trace.hypervisor}"):
-        raise BadInput(f"--on {arguments.on}: the trace is of {trace.hypervisor}, so it runs on "
-                       f"emulated:arm64/{trace.hypervisor}, or emulated for short")
+    trace, host = recorded(arguments)
     with Output(arguments.output) as out:
         if host == "emulated":
             return _emulated(trace, out, as_json=arguments.json)
@@ -52,6 +46,18 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             out.write("\n".join(_words(again, out.style)))
     return 2 if again.same else 3
+
+
+def recorded(arguments: argparse.Namespace) -> tuple[Trace, str]:
+    """The trace in ``FILE`` and the host that ``--on`` names; raises BadInput where the trace cannot run there."""
+    host, _, machine = arguments.on.partition(":")
+    if host not in HOSTS:
+        raise UnknownName("host", host, HOSTS)
+    trace = load(arguments.file)
+    if machine and (host != "emulated" or machine != f"arm64/{trace.hypervisor}"):
+        raise BadInput(f"--on {arguments.on}: the trace is of {trace.hypervisor}, so it runs on "
+                       f"emulated:arm64/{trace.hypervisor}, or emulated for short")
+    return trace, host
 
 
 def _emulated(trace: Trace, out: Output, *, as_json: bool) -> int:

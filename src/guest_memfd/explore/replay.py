@@ -66,18 +66,19 @@ class Replay:
 
 def replay(
     trace: Trace, *, design: str | type[Design] | None = None, hypervisor: str | Hypervisor | None = None,
-    beside: Callable[[World], Beside] | None = None,
+    beside: Callable[[World], Beside] | None = None, seen: Callable[[Step], None] | None = None,
 ) -> Replay:
     """Run *trace* again, with another *design* or *hypervisor* if one is given; says where it diverges, if it does.
 
-    *beside* makes a second host, in the initial state, that has to take every step as well.
+    *beside* makes a second host, in the initial state, that has to take every step as well; *seen* is called with each step
+    when it has been taken.
 
     Raises BadInput when the scene cannot be set (unknown design, hypervisor or party), and what a design that raises
     makes the explorer raise.
     """
     built = world(design or trace.design, hypervisor or trace.hypervisor, scene=trace.scene, failures=trace.failures)
     built.must_have(trace.parties)
-    run = _Run(built, trace, beside(built) if beside else None)
+    run = _Run(built, trace, beside(built) if beside else None, seen)
     try:
         run.take_all()
     except _Diverged as diverged:
@@ -115,8 +116,10 @@ class _Party:
 class _Run:
     # `number` is that of the step being run; `before_teardown` the state in which the last party was done.
 
-    def __init__(self, built: World, trace: Trace, beside: Beside | None) -> None:
-        self.world, self.trace, self.beside = built, trace, beside
+    def __init__(
+        self, built: World, trace: Trace, beside: Beside | None, seen: Callable[[Step], None] | None
+    ) -> None:
+        self.world, self.trace, self.beside, self.seen = built, trace, beside, seen
         self.parties = {name: _Party(built.programs[name]) for name in trace.parties}
         self.teardown = _Party(built.teardown)
         self.shared = self.before_teardown = built.initial
@@ -135,6 +138,8 @@ class _Run:
             self.number += 1
             taken = self._take(self._who(recorded), recorded)
             self.steps.append(taken)
+            if self.seen is not None:
+                self.seen(taken)
             broken = self._judge(taken.shared, *taken.notes)
         if wanted not in broken:
             broken += self._at_end()

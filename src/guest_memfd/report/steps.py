@@ -41,14 +41,21 @@ def action(step: Step) -> str:
     chosen = f"[{sentence(step.choices)}] " if step.choices else ""
     if step.primitive is None:
         return f"{chosen}done"
-    answer = "none" if step.result is None and _may_be_none(step.primitive.name) else result(step.result)
+    came = answer(step)
     failed = "  (injected failure)" if step.failed else ""
-    return f"{chosen}{call(step.primitive)}{f' -> {answer}' if answer else ''}{failed}"
+    return f"{chosen}{call(step.primitive)}{f' -> {came}' if came else ''}{failed}"
+
+
+def answer(step: Step) -> str:
+    """What came back to who took *step*: ``none`` where something else could have, and nothing where nothing ever does."""
+    if step.primitive is None:
+        return ""
+    return "none" if step.result is None and _may_be_none(step.primitive.name) else result(step.result)
 
 
 def call(primitive: Primitive) -> str:
     """A primitive with the names of those arguments that are bare numbers or flags."""
-    names = _parameters(primitive.name)
+    names = parameters(primitive.name)
     told = []
     for at, arg in enumerate(primitive.args):
         name = names[at] if at < len(names) else ""
@@ -67,9 +74,10 @@ def call(primitive: Primitive) -> str:
 
 
 @cache
-def _parameters(primitive: str) -> tuple[str, ...]:
-    parameters = list(inspect.signature(getattr(Host, primitive)).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+def parameters(primitive: str) -> tuple[str, ...]:
+    """What the arguments of *primitive* are called."""
+    named = list(inspect.signature(getattr(Host, primitive)).parameters.values())[1:]
+    return tuple(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 # ``-> none`` says something only where something else could have come back.

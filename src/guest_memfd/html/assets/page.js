@@ -1,0 +1,122 @@
+"use strict";
+
+// Everything is in the page without this script. What it adds: a cursor among the steps, the states at the cursor, filters.
+
+class Run {
+  constructor(article) {
+    this.article = article;
+    this.steps = [...article.querySelectorAll("li.step")];
+    const data = JSON.parse(article.querySelector("script[type='application/json']").textContent);
+    this.first = data.first;
+    this.changes = data.changes;
+    this.blamed = new Set(data.blamed);
+    this.cells = new Map([...article.querySelectorAll("[data-cell]")].map((cell) => [cell.dataset.cell, cell]));
+    this.at = this.steps.length;
+    this.listen();
+    article.querySelector(".controls").hidden = false;
+    this.show(this.at);
+  }
+
+  listen() {
+    for (const button of this.article.querySelectorAll("[data-move]")) {
+      button.addEventListener("click", () => this.move(button.dataset.move));
+    }
+    for (const input of this.article.querySelectorAll(".controls input, .controls select")) {
+      input.addEventListener("change", () => this.filter());
+    }
+    this.article.querySelector(".steps").addEventListener("click", (event) => {
+      const step = event.target.closest("li.step");
+      if (step && !event.target.closest("summary, pre") && !getSelection().toString()) {
+        event.preventDefault();
+        this.go(this.steps.indexOf(step) + 1);
+      }
+    });
+  }
+
+  // Step 0 is the state before the first.
+  state(number) {
+    const state = {...this.first};
+    for (const change of this.changes.slice(0, number)) Object.assign(state, change);
+    return state;
+  }
+
+  show(number) {
+    this.steps[this.at - 1]?.classList.remove("here");
+    this.steps[this.at - 1]?.removeAttribute("aria-current");
+    this.at = number;
+    const step = this.steps[number - 1];
+    step?.classList.add("here");
+    step?.setAttribute("aria-current", "step");
+    const taken = Math.min(number, this.changes.length);
+    const state = this.state(taken);
+    const changed = number === taken ? this.changes[number - 1] ?? {} : {};
+    const last = this.changes.length === this.steps.length && number === this.steps.length;
+    for (const [name, cell] of this.cells) {
+      if (cell.textContent !== state[name]) cell.textContent = state[name];
+      cell.classList.toggle("is-changed", name in changed);
+      cell.classList.toggle("blamed", last && this.blamed.has(name));
+    }
+    const when = number ? `after step ${taken}` : "at first";
+    this.article.querySelector(".when").textContent = number === taken ? when : `${when}, the last that was taken again`;
+    this.article.querySelector(".where").textContent = number ? `step ${number} of ${this.steps.length}` : "at first";
+  }
+
+  go(number) {
+    this.show(number);
+    const step = this.steps[number - 1];
+    const link = step ? `#${step.id}` : `#${this.article.id}`;
+    history.replaceState(null, "", link);
+    (step ?? this.article).scrollIntoView({block: "nearest"});
+  }
+
+  move(how) {
+    const seen = this.steps.flatMap((step, at) => step.hidden ? [] : [at + 1]);
+    const places = {
+      first: 0, last: seen.at(-1) ?? 0,
+      next: seen.find((number) => number > this.at) ?? this.at,
+      previous: seen.findLast((number) => number < this.at) ?? 0,
+    };
+    this.go(places[how]);
+  }
+
+  filter() {
+    const lanes = new Set([...this.article.querySelectorAll("input[data-lane]:checked")].map((box) => box.dataset.lane));
+    const about = this.article.querySelector("select[data-about]")?.value ?? "";
+    for (const step of this.steps) {
+      const wanted = lanes.has(step.dataset.lane) && (!about || step.dataset.about.split(" ").includes(about));
+      step.hidden = !wanted;
+    }
+  }
+}
+
+const runs = new Map();
+
+// The run that keys move in: the one that the address names, or the only one there is.
+function current() {
+  const named = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const article = named?.closest("article.run") ?? (document.querySelectorAll("article.run").length === 1
+    ? document.querySelector("article.run") : null);
+  if (!article?.querySelector("li.step")) return null;
+  if (!runs.has(article)) runs.set(article, new Run(article));
+  return runs.get(article);
+}
+
+function follow() {
+  const run = current();
+  const at = run?.steps.findIndex((step) => `#${step.id}` === decodeURIComponent(location.hash)) ?? -1;
+  if (at >= 0) run.show(at + 1);
+}
+
+const KEYS = {j: "next", ArrowDown: "next", k: "previous", ArrowUp: "previous", Home: "first", End: "last"};
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, select, textarea")) return;
+  const run = event.key in KEYS ? current() : null;
+  if (run) {
+    event.preventDefault();
+    run.move(KEYS[event.key]);
+  }
+});
+
+addEventListener("hashchange", follow);
+follow();

@@ -1,0 +1,129 @@
+"""The states of a run as small tables: which cells there are, what is in each at first, and what every step puts there.
+
+A column is a frame, a page of the file, or a guest frame; a row is a field under the name that reports give it. A cell is
+called as its field (``pfn0.owner``), but for the kinds of references, which share one (``pfn0.refs``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from guest_memfd.abstract import show
+from guest_memfd.abstract import state as st
+from guest_memfd.explore.engine.finding import Step
+
+_REFS = ("cache", "lru", "lookup", "provided", "pin", "get", "spec", "kept")
+_ALWAYS = {
+    "pfn": ("allocated", "slot", "owner", "s1", "stale", "s2", "gmap", "user", "refs", "lock", "content", "uptodate"),
+    "page": ("cached", "attr", "binding"), "gfn": ("provided",),
+}
+_TITLES = {"pfn": "frames", "page": "pages of the file", "gfn": "guest frames"}
+_UNSEEN = ("given",)
+
+
+class Cell(NamedTuple):
+    """One cell: its name, what is in it after the last step, whether it is to blame there."""
+
+    name: str
+    text: str
+    blamed: bool
+
+
+class Line(NamedTuple):
+    """A row of a table: a field, what it means in a sentence, and its cells."""
+
+    label: str
+    means: str
+    cells: list[Cell]
+
+
+class StateTable(NamedTuple):
+    """A table with its title and the names of its columns; without columns it is a list."""
+
+    title: str
+    heads: list[str]
+    lines: list[Line]
+
+
+class States(NamedTuple):
+    """All states of a run: tables as they are at the end, what the cells hold at first, what each step puts where."""
+
+    tables: list[StateTable]
+    first: dict[str, str]
+    changes: list[dict[str, str]]
+    blamed: list[str]
+
+
+def states(initial: bytes, steps: Sequence[Step], names: show.Names, blamed: Iterable[str]) -> States:
+    """The states from *initial* on through *steps*; *names*: party number -> name; *blamed*: fields of the last state."""
+    fields = st.fields_of(initial)
+    ever = {field for field, number in fields.items() if number} | set(blamed)
+    first = {cell: _text(cell, fields, names) for cell in dict.fromkeys(map(_cell, fields))}
+    changes = []
+    before = initial
+    for step in steps:
+        changed = st.changes(before, step.shared)
+        fields.update((field, new) for field, _, new in changed)
+        ever.update(field for field, _, _ in changed)
+        changes.append({cell: _text(cell, fields, names) for field, _, _ in changed if _seen(cell := _cell(field))})
+        before = step.shared
+    wrong = {_cell(field) for field in blamed}
+    last = dict(first)
+    for change in changes:
+        last.update(change)
+    tables = list(_tables(st.layout_of(initial).counts, {_cell(field) for field in ever}, last, wrong))
+    there = {cell.name for table in tables for line in table.lines for cell in line.cells}
+    return States(tables, {cell: text for cell, text in first.items() if cell in there},
+                  [{cell: text for cell, text in change.items() if cell in there} for change in changes],
+                  sorted(wrong & there))
+
+
+def _cell(field: str) -> str:
+    record, _, name = field.rpartition(".")
+    return f"{record}.refs" if record.startswith("pfn") and name in _REFS else field
+
+
+def _seen(cell: str) -> bool:
+    return not show.ghost(cell) and cell not in _UNSEEN
+
+
+def _text(cell: str, fields: dict[str, int], names: show.Names) -> str:
+    record, _, name = cell.rpartition(".")
+    if name == "refs":
+        held = [f"{kind} {number}" for kind in _REFS if (number := fields[f"{record}.{kind}"])]
+        return ", ".join(held) or "none"
+    return show.value(cell, fields[cell], names)
+
+
+def _tables(counts: dict[str, int], ever: set[str], last: dict[str, str], wrong: set[str]) -> Iterator[StateTable]:
+    for kind, title in _TITLES.items():
+        heads = [f"{kind}{number}" for number in range(counts[kind])]
+        more = (_cell(f"{kind}0.{name}").partition(".")[2] for name in st.RECORDS[kind])
+        lines = [
+            Line(_label(kind, name), _means(kind, name),
+                 [Cell(cell := f"{head}.{name}", last[cell], cell in wrong) for head in heads])
+            for name in dict.fromkeys((*_ALWAYS[kind], *more))
+            if name in _ALWAYS[kind] or any(f"{head}.{name}" in ever for head in heads)
+        ]
+        if kind != "gfn" or any(cell.name in ever for line in lines for cell in line.cells):
+            yield StateTable(title, heads, lines)
+    around = [cell for cell in last if _seen(cell) and cell in ever and not cell.startswith(tuple(_TITLES))]
+    yield StateTable("around them", [], [
+        Line(f"{show.record(cell)} {show.label(cell)}".strip(), _means(*_kind_of(cell)),
+             [Cell(cell, last[cell], cell in wrong)]) for cell in around])
+
+
+def _kind_of(cell: str) -> tuple[str, str]:
+    record, _, name = cell.rpartition(".")
+    return record.rstrip("0123456789"), name
+
+
+def _label(kind: str, name: str) -> str:
+    return {"refs": "references", "allocated": "allocator"}.get(name) or show.label(f"{kind}0.{name}")
+
+
+def _means(kind: str, name: str) -> str:
+    if name == "refs":
+        return "references on the folio, by kind"
+    return st.RECORDS[kind][name] if kind else st.GLOBALS[name]

@@ -1,0 +1,225 @@
+"""The pages in a real browser: steps, keys, filters, links, dark mode, print, no script; no error, no request.
+
+They run where a Chromium is on the PATH. With GMEM_SCREENSHOTS set to a folder, the pictures of the documents are written
+there.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import PROGRAMS, Browser, browser, program
+from test_html import long_run, traced
+
+from guest_memfd.explore.replay import replay
+from guest_memfd.html.trace import page
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(program() is None, reason=f"no browser is here: one of {', '.join(PROGRAMS)} is wanted"),
+]
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser")) as there:
+        yield there
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
+def pinned(folder: Path) -> Path:
+    file = folder / "pinned.html"
+    file.write_text(page(replay(traced("gunyah-v17", "gunyah", ("vcpu", "device"), "pins-respected"))))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def usual(tab: Browser) -> Iterator[None]:
+    tab.script(True)
+    tab.look()
+    yield
+    assert tab.console == []
+    assert all(request.startswith("file://") for request in tab.requests)
+    assert len({*tab.requests}) <= 1
+
+
+def at(tab: Browser) -> str:
+    return str(tab.js("document.querySelector('li.step.here')?.id"))
+
+
+def cell(tab: Browser, name: str) -> tuple[str, str]:
+    found = f"document.querySelector('[data-cell=\"{name}\"]')"
+    return str(tab.js(f"{found}.textContent")), str(tab.js(f"[...{found}.classList].sort().join(' ')"))
+
+
+def shown(tab: Browser) -> list[int]:
+    found = tab.js("[...document.querySelectorAll('li.step')].filter((s) => s.offsetHeight).map((s) => +s.id.slice(5))")
+    return [int(number) for number in found]
+
+
+def picture(tab: Browser, name: str) -> None:
+    data = tab.picture()
+    assert data.startswith(b"\x89PNG")
+    if folder := os.environ.get("GMEM_SCREENSHOTS"):
+        (Path(folder) / f"{name}.png").write_bytes(data)
+
+
+# -- steps and keys ----------------------------------------------------------------------------------------------------
+
+
+def test_it_opens_at_the_step_that_breaks_the_law(tab: Browser, pinned: Path) -> None:
+    tab.open(pinned)
+    assert at(tab) == "step-25"
+    assert cell(tab, "pfn0.owner") == ("guest", "blamed is-changed")
+    assert tab.js("document.querySelector('.where').textContent") == "step 25 of 25"
+
+
+def test_keys_walk_through_the_states(tab: Browser, pinned: Path) -> None:
+    tab.open(pinned)
+    tab.press("Home")
+    assert at(tab) == "None"
+    assert cell(tab, "pfn0.content") == ("junk", "")
+    assert tab.js("document.querySelector('.when').textContent") == "at first"
+    for key in ("j", "j", "ArrowDown", "j", "j", "j", "k", "ArrowUp", "j", "j"):
+        tab.press(key)
+    assert at(tab) == "step-6"
+    assert cell(tab, "pfn0.content") == ("zero", "is-changed")
+    assert cell(tab, "pfn0.owner") == ("host", "")
+    tab.press("k")
+    assert cell(tab, "pfn0.content") == ("junk", "")
+    assert cell(tab, "pfn0.refs") == ("cache 1, lru 1, lookup 1", "is-changed")
+    tab.press("End")
+    assert at(tab) == "step-25"
+    tab.press("j")
+    assert at(tab) == "step-25"
+    assert tab.js("getComputedStyle(document.querySelector('.here')).backgroundColor") != "rgba(0, 0, 0, 0)"
+
+
+def test_a_click_goes_to_a_step_and_a_button_on(tab: Browser, pinned: Path) -> None:
+    tab.open(pinned)
+    tab.js("document.querySelector('#step-12 .call').click()")
+    assert at(tab) == "step-12"
+    tab.js("document.querySelector('[data-move=next]').click()")
+    assert at(tab) == "step-13"
+    assert cell(tab, "pfn0.refs") == ("cache 1, lru 1, get 1", "is-changed")
+
+
+def test_a_link_names_a_step(tab: Browser, pinned: Path) -> None:
+    tab.open(pinned, "#step-7")
+    assert at(tab) == "step-7"
+    tab.press("j")
+    assert tab.js("location.hash") == "#step-8"
+    tab.js("location.hash = '#step-3'")
+    tab.js("new Promise((done) => setTimeout(done, 50))")
+    tab.js("document.querySelector('.where').textContent")
+    assert at(tab) in ("step-3", "step-8")
+    tab.open(pinned, "#no-such-step")
+    assert at(tab) == "step-25"
+
+
+def test_filters_hide_steps_and_keys_skip_them(tab: Browser, pinned: Path) -> None:
+    tab.open(pinned)
+    tab.js("document.querySelector('input[data-lane=\"0\"]').click()")
+    assert shown(tab) == list(range(1, 15))                             # the device's
+    tab.press("Home")
+    tab.press("End")
+    assert at(tab) == "step-14"
+    tab.js("document.querySelector('input[data-lane=\"0\"]').click()")
+    tab.js("(() => { const s = document.querySelector('select'); s.value = 'gfn0'; s.dispatchEvent(new Event('change')) })()")
+    assert shown(tab) == [15, 19]
+    tab.press("Home")
+    tab.press("j")
+    assert at(tab) == "step-15"
+    assert cell(tab, "pfn0.refs")[0] == "cache 1, lru 1, get 1"         # what is hidden has happened all the same
+
+
+def test_keys_are_left_to_who_types(tab: Browser, pinned: Path) -> None:
+    tab.open(pinned)
+    tab.js("document.querySelector('select').focus()")
+    tab.press("k")
+    assert at(tab) == "step-25"
+
+
+# -- how it looks ------------------------------------------------------------------------------------------------------
+
+
+def contrast(tab: Browser, where: str) -> float:
+    """Contrast of the text of *where* with the page (WCAG 2, relative luminance)."""
+    ink, paper = (tab.js(f"getComputedStyle(document.querySelector('{what}')).{name}").strip("rgb()").split(",")
+                  for what, name in ((where, "color"), ("body", "backgroundColor")))
+    light, dark = sorted((sum(part * weight for part, weight in zip(map(linear, each), (0.2126, 0.7152, 0.0722), strict=True))
+                          for each in (ink, paper)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def linear(channel: str) -> float:
+    part = float(channel) / 255
+    return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_is_readable_in_light_and_dark(tab: Browser, pinned: Path, dark: bool) -> None:
+    tab.look(dark=dark)
+    tab.open(pinned, "#step-24")
+    red = int(str(tab.js("getComputedStyle(document.body).backgroundColor")).strip("rgb()").split(",")[0])
+    assert (red < 64) if dark else (red > 192)
+    for where in ("h1 .law", ".lead", ".call b", ".changed", ".facts dt", ".step.colour1 .call b", ".keys"):
+        assert contrast(tab, where) >= 4.5, where
+    picture(tab, "explain-dark" if dark else "explain")
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280, 1920])
+def test_nothing_is_wider_than_the_window(tab: Browser, pinned: Path, width: int) -> None:
+    tab.look(width=width, height=800)
+    tab.open(pinned)
+    assert tab.js("document.documentElement.scrollWidth") <= width
+
+
+def test_the_states_stay_in_sight(tab: Browser, pinned: Path) -> None:
+    for width, height in ((1280, 860), (390, 844)):
+        tab.look(width=width, height=height)
+        tab.open(pinned)
+        for key in ("Home", "j", "End"):
+            tab.press(key)
+            top, bottom = tab.js("(() => { const box = document.querySelector('[data-cell=\"pfn0.owner\"]')"
+                                 ".getBoundingClientRect(); return [box.top, box.bottom] })()")
+            assert key == "Home" or 0 < top < bottom <= height, (width, key)
+
+
+def test_it_prints_without_controls_and_with_all_steps(tab: Browser, pinned: Path) -> None:
+    tab.look(media="print")
+    tab.open(pinned)
+    assert tab.js("getComputedStyle(document.querySelector('.controls')).display") == "none"
+    assert shown(tab) == list(range(1, 26))
+    assert tab.printed().startswith(b"%PDF")
+
+
+def test_without_script_all_steps_and_the_last_state_are_there(tab: Browser, pinned: Path) -> None:
+    tab.script(False)
+    tab.open(pinned)
+    assert at(tab) == "None"
+    assert tab.js("document.querySelector('.controls').offsetHeight") == 0
+    assert shown(tab) == list(range(1, 26))
+    assert cell(tab, "pfn0.owner") == ("guest", "blamed")
+
+
+def test_ten_thousand_steps_stay_usable(tab: Browser, folder: Path) -> None:
+    file = folder / "long.html"
+    file.write_text(page(long_run(10_000)))
+    tab.open(file)
+    assert at(tab) == "step-10000"
+    for key in ("Home", "j", "j", "k", "End", "k"):
+        tab.press(key)
+    assert at(tab) == "step-9999"
+    assert cell(tab, "file0.invalidate_r") == ("1", "is-changed")
+    height = struct.unpack(">I", tab.picture()[20:24])[0]
+    assert height == 860

@@ -1,0 +1,352 @@
+"""The pages: what they show is what was found, every text is escaped, and each is one file of a size to send by mail."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guest_memfd.abstract import show
+from guest_memfd.abstract import state as st
+from guest_memfd.cli.main import main
+from guest_memfd.explore.engine.finding import Finding, Step
+from guest_memfd.explore.world.scenario import world
+from guest_memfd.explore.replay import Replay, replay
+from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.trace import Trace, trace_of, write
+from guest_memfd.html.trace import page, view
+from guest_memfd.report.blame import offending
+from guest_memfd.report.counterexample import Counterexample
+from guest_memfd.report.steps import lock_holders
+from guest_memfd.scenarios import SCENES
+from guest_memfd.words.primitives import Primitive
+from guest_memfd.words.scene import Scene
+
+HOSTILE = "<script>alert('x')</script>\"'&\n</style><img src=x onerror=alert(1)>"
+
+
+class Page(HTMLParser):
+    """The elements of a page, with their attributes, and its text by the element that it is in."""
+
+    VOID = ("meta", "input", "br", "img", "link")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.open: list[tuple[str, dict[str, str], list[str]]] = []
+        self.closed: list[tuple[str, dict[str, str], str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, given))
+        if tag not in self.VOID:
+            self.open.append((tag, given, []))
+
+    def handle_endtag(self, tag: str) -> None:
+        name, given, texts = self.open.pop()
+        assert name == tag
+        self.closed.append((tag, given, "".join(texts)))
+
+    def handle_data(self, data: str) -> None:
+        for _, _, texts in self.open:
+            texts.append(data)
+
+    def texts(self, tag: str, kind: str = "") -> list[str]:
+        """Texts of the elements *tag* of class *kind*, blanks made one."""
+        return [" ".join(text.split()) for name, given, text in self.closed
+                if name == tag and (not kind or kind in given.get("class", "").split())]
+
+    def data(self) -> Any:
+        """What the script is given."""
+        return json.loads(next(text for name, given, text in self.closed if given.get("type") == "application/json"))
+
+
+def traced(design: str, hypervisor: str, parties: tuple[str, ...], law: str, **more: Any) -> Trace:
+    report = check(design, hypervisor, parties=parties, jobs=1, **more)
+    return trace_of(report, report.laws[law])
+
+
+@pytest.fixture(scope="module")
+def load() -> Trace:
+    return traced("none", "gunyah", ("vcpu", "zeropad"), "host-survives")
+
+
+@pytest.fixture(scope="module")
+def pinned() -> Trace:
+    return traced("gunyah-v17", "gunyah", ("vcpu", "device"), "pins-respected")
+
+
+# -- a counterexample --------------------------------------------------------------------------------------------------
+
+
+def test_every_step_is_a_row_in_the_kernels_words(pinned: Trace) -> None:
+    shown = Page(page(replay(pinned)))
+    rows = [(given["id"], " ".join(text.split())) for tag, given, text in shown.closed
+            if tag == "li" and "step" in given.get("class", "").split()]
+    assert [name for name, _ in rows] == [f"step-{n}" for n in range(1, len(pinned.steps) + 1)]
+    for (_, text), step in zip(rows, pinned.steps, strict=True):
+        assert step.party in text
+        assert step.primitive is not None
+        assert step.primitive.name in text
+    assert "get 0 → 1" in rows[12][1]
+    assert "pins-respected is broken: a page is donated while somebody holds a reference" in rows[-1][1]
+    assert shown.texts("p", "verdict") == ["pins-respected is broken: " + pinned.evidence]
+
+
+def test_the_law_is_told_with_sentence_and_source(load: Trace) -> None:
+    told = Page(page(replay(load))).texts("dd")
+    assert "no access the kernel may make on its own ends in an abort it cannot handle" in told
+    assert any("do_sea()" in text and "Feb-Mar 2024" in text for text in told)
+
+
+# The oracle: the state that the replay is in, read cell by cell through the words of the reports.
+def test_the_cells_follow_the_states(pinned: Trace) -> None:
+    again = replay(pinned)
+    given = Page(page(again)).data()
+    names = lock_holders(again.steps, again.initial)
+    cells = dict(given["first"])
+    assert len(given["changes"]) == len(again.steps)
+    for step, change in zip(again.steps, given["changes"], strict=True):
+        cells.update(change)
+        fields = st.fields_of(step.shared)
+        for cell, text in cells.items():
+            if not cell.endswith(".refs"):
+                assert text == show.value(cell, fields[cell], names), cell
+        for frame in range(3):
+            refs = sum(int(number) for number in re.findall(r"\d+", cells[f"pfn{frame}.refs"]))
+            assert refs == st.State(step.shared).frame(frame).refs()
+
+
+def test_the_tables_stand_at_the_end_for_who_runs_no_script(load: Trace) -> None:
+    again = replay(load)
+    shown = Page(page(again))
+    cells = {given["data-cell"]: (text, given.get("class", "")) for tag, given, text in shown.closed if "data-cell" in given}
+    assert cells["pfn0.owner"] == ("guest", "blamed")
+    assert cells["pfn0.s1"] == ("mapped", "blamed")
+    assert cells["pfn1.owner"] == ("host", "")
+    blamed = {cell for cell, (_, kind) in cells.items() if kind}
+    assert blamed == offending(again.finding)
+
+
+def test_a_step_says_what_it_touches(pinned: Trace) -> None:
+    rows = [row for chunk in view(example(replay(pinned))).chunks for row in chunk]
+    assert rows[0].about == ()
+    assert rows[3].about == ("page0",)                                  # a lookup that finds nothing
+    assert rows[5].about == ("page0", "pfn0")                           # clear_folio(pfn0), which is page 0
+    assert rows[14].about == ("gfn0",)
+    assert rows[-1].about == ("page0", "pfn0")
+
+
+def example(again: Replay) -> Counterexample:
+    trace = again.trace
+    return Counterexample(trace.design, trace.hypervisor, trace.scene, trace.parties, again.finding)
+
+
+def test_an_operation_under_way_is_seen_on_its_lane(load: Trace) -> None:
+    rows = [row for chunk in view(example(replay(load))).chunks for row in chunk]
+    assert [row.busy[0] for row in rows] == [False] + [True] * 8
+    assert not any(row.busy[1] for row in rows)
+
+
+def test_two_files_have_pages_of_their_own() -> None:
+    initial = world("none", "gunyah", scene="two-vms").initial
+    step = Step("vcpu", (), Primitive("filemap_get_folio", (1,), "library", 1), None, False, initial, ())
+    finding = Finding("progress", "it never ends", [step], initial)
+    (row,), = view(Counterexample("none", "gunyah", SCENES["two-vms"], ("vcpu",), finding)).chunks
+    pages = st.layout_of(initial).sizes.pages
+    assert row.about == (f"page{pages + 1}",)
+
+
+def test_what_breaks_before_anybody_moves_has_a_page() -> None:
+    finding = Finding("nothing-lost", "it is gone", [], replay_initial())
+    shown = Page(page(Replay(Trace("none", "gunyah", Scene(), 1, ("vcpu",), "nothing-lost", "it is gone", (), "0.1.0"),
+                             finding.initial, ())))
+    assert "before anybody moves" in " ".join(shown.texts("p"))
+    assert [tag for tag, given in shown.elements if "controls" in given.get("class", "")] == []
+
+
+def replay_initial() -> bytes:
+    return world("none", "gunyah").initial
+
+
+def test_a_trace_that_diverges_shows_how_far_it_goes_and_what_was_recorded(load: Trace) -> None:
+    steps = list(load.steps)
+    steps[4] = replace(steps[4], result=-12)
+    other = replace(load, steps=tuple(steps), version="0.0.1")
+    shown = Page(page(replay(other)))
+    assert any("diverges at step 5" in text and "recorded by version 0.0.1" in text for text in shown.texts("p", "doubt"))
+    rows = shown.texts("li", "step")
+    assert len(rows) == 9
+    assert len(shown.texts("li", "recorded")) == 5
+    assert shown.texts("p", "verdict") == []
+    assert len(shown.data()["changes"]) == 4
+
+
+# -- other people's names ----------------------------------------------------------------------------------------------
+
+
+def test_markup_in_names_is_text(load: Trace) -> None:
+    again = replay(load)
+    steps = [step._replace(choices=(f"gfn {HOSTILE}",)) for step in again.steps]
+    trace = replace(load, evidence=HOSTILE, version=HOSTILE, parties=load.parties,
+                    scene=replace(load.scene, title=HOSTILE, name=HOSTILE))
+    text = page(Replay(trace, again.initial, tuple(steps)), commands=(("replay", (HOSTILE,)),),
+                machine={3: [HOSTILE]}, machine_name=HOSTILE)
+    shown = Page(text)
+    assert [tag for tag, _ in shown.elements].count("script") == 2
+    assert [tag for tag, _ in shown.elements].count("style") == 1
+    assert not any(tag == "img" or any(name.startswith("on") for name in given) for tag, given in shown.elements)
+    assert any("<script>alert('x')</script>" in told for told in shown.texts("dd"))
+    assert shown.data()["first"]
+
+
+# A plugin chooses names, too: whatever it registers goes through the same templates.
+PLUGIN = '''
+from guest_memfd.laws import Law
+from guest_memfd.scenarios import Party
+from guest_memfd.words.primitives import Host
+
+def hostile(design, hypervisor):
+    host = Host("mm")
+    yield from host.choose("what", "<script>alert(1)</script>")
+    yield from host.load_unaligned_zeropad(0)
+
+def judge(note):
+    return "<b onmouseover='x'>&amp;</b>" if type(note).__name__ == "Access" else None
+
+HOSTILE = Party("hostile", "<img src=x onerror=alert(2)>", hostile, fd=False)
+MARKUP = Law("markup", "<i>no page is read</i>", "a <b>plugin</b>", "at <u>every</u> access", note=judge)
+'''
+
+
+def test_a_hostile_plugin_is_shown_and_not_obeyed(tmp_path: Path) -> None:
+    (tmp_path / "hostile.py").write_text(PLUGIN)
+
+    def gmem(*argv: str) -> int:                        # in a process of its own: what is registered stays registered
+        command = [sys.executable, "-m", "guest_memfd.cli.main", *argv, "--load", str(tmp_path / "hostile.py")]
+        return subprocess.run(command, capture_output=True, timeout=600, check=False).returncode
+
+    assert gmem("check", "none", "--hypervisor", "gunyah", "--parties", "vcpu,hostile", "--law", "markup",
+                "--save-traces", str(tmp_path), "-q", "-j", "1") == 2
+    target = tmp_path / "page.html"
+    assert gmem("explain", str(tmp_path / "none-gunyah-markup.json"), "--html", str(target)) == 0
+    shown = Page(target.read_text())
+    assert {tag for tag, _ in shown.elements} & {"img", "b"} <= {"b"}
+    assert "<i>no page is read</i>" in shown.texts("dd")
+    assert any("alert(1)" in text for text in shown.texts("em"))
+    assert not any(name.startswith("on") for _, given in shown.elements for name in given)
+
+
+# -- one file, of a size to send -----------------------------------------------------------------------------------------
+
+
+def test_a_page_asks_nobody_for_anything(load: Trace) -> None:
+    shown = Page(page(replay(load)))
+    links = [value for _, given in shown.elements for name, value in given.items() if name in ("src", "href", "action")]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    policy = next(given["content"] for _, given in shown.elements if given.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+
+
+def long_run(count: int) -> Replay:
+    """*count* steps of two parties, each of which takes and drops a lock."""
+    initial = replay_initial()
+    locked = bytearray(initial)
+    locked[st.layout_of(initial).names.index("file0.invalidate_r")] = 1
+    steps = []
+    for number in range(count):
+        name, shared = ("up_read", initial) if number % 2 else ("down_read", bytes(locked))
+        party = ("vcpu", "vmm")[number // 2 % 2]
+        steps.append(Step(party, (), Primitive(name, ("invalidate",), "library"), None, False, shared, ()))
+    trace = Trace("none", "gunyah", Scene(), 1, ("vcpu", "vmm"), "progress", "it never ends", (), "0.1.0")
+    return Replay(trace, initial, tuple(steps))
+
+
+def test_a_page_of_forty_steps_is_small(pinned: Trace) -> None:
+    once = replay(pinned)
+    forty = Replay(pinned, once.initial, (once.steps * 2)[:40])
+    assert len(page(forty).encode()) < 150_000
+
+
+def test_ten_thousand_steps_are_a_page_in_parts() -> None:
+    began = time.process_time()
+    text = page(long_run(10_000))
+    spent = time.process_time() - began
+    shown = [given for tag, given in Page(text).elements if tag == "ol"]
+    assert [given["start"] for given in shown[:3]] == ["1", "101", "201"]
+    assert len(shown) == 100
+    assert len(text) < 8_000_000, f"{spent:.1f} s of CPU"
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(load: Trace, tmp_path: Path) -> Path:
+    write(load, tmp_path / "load.json")
+    return tmp_path / "load.json"
+
+
+def test_explain_writes_the_page_beside_the_text(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = saved.with_name("page.html")
+    assert main(["explain", str(saved), "--html", str(target)]) == 0
+    assert "host-survives is broken" in capsys.readouterr().out
+    text = target.read_text()
+    assert text.startswith("<!DOCTYPE html>")
+    assert text.endswith("</html>\n")
+    assert main(["explain", str(saved), "--html", str(target)]) == 0
+    assert target.read_text() == text
+
+
+@pytest.mark.parametrize(("target", "says"), [
+    ("missing/page.html", "No such file"), (".", "Is a directory"), ("load.json/page.html", "Not a directory")])
+def test_a_page_that_cannot_be_written_is_told_and_nothing_is_printed(
+    saved: Path, capsys: pytest.CaptureFixture[str], target: str, says: str,
+) -> None:
+    assert main(["explain", str(saved), "--html", str(saved.parent / target)]) == 4
+    told = capsys.readouterr()
+    assert (told.out, told.err.count("\n")) == ("", 1)
+    assert says in told.err
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["load.json"]
+
+
+def test_a_full_device_is_one_line(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", str(saved), "--html", "/dev/full"]) == 4
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_trace_of_another_schema_leaves_no_page(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved.write_text(saved.read_text().replace("guest-memfd-trace/3", "guest-memfd-trace/99"))
+    target = saved.with_name("page.html")
+    assert main(["explain", str(saved), "--html", str(target)]) == 4
+    assert "guest-memfd-trace/99" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_the_machine_is_for_the_page(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", str(saved), "--on", "emulated"]) == 4
+    assert "--on emulated is for --html" in capsys.readouterr().err
+
+
+def test_a_page_shows_what_the_machine_did(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("unicorn")
+    target = saved.with_name("page.html")
+    assert main(["explain", str(saved), "--html", str(target), "--on", "emulated"]) == 0
+    machine = Page(target.read_text()).texts("details", "machine")
+    assert len(machine) == 2
+    assert "stage 2 withheld from the host, owner guest" in machine[0]
+    assert "ESR 0x96000010" in machine[1]
+    assert "Kernel panic - not syncing" in machine[1]
