@@ -21,6 +21,7 @@ from guest_memfd.explore.suite.plan import QUICK, TRIPLES
 from guest_memfd.explore.suite.verdict import Limits
 from guest_memfd.explore.trace import SCHEMA
 from guest_memfd.laws import LAWS
+from guest_memfd.report import json as report_json
 from guest_memfd.report.sentence import listed
 from guest_memfd.scenarios import PARTIES, SCENES
 
@@ -152,24 +153,68 @@ def test_what_is_explored_is_said_in_one_clause() -> None:
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
-def test_json_of_one_hypervisor_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert gmem("check", "none", "--hypervisor", "gunyah", *LOAD, "--json") == 2
-    report = json.loads(capsys.readouterr().out)
-    assert report["schema"] == "guest-memfd-check/2"
-    assert (report["design"], report["hypervisor"], report["verdict"]) == ("none", "gunyah", "refuted")
-    assert {"states", "transitions", "seconds", "limits", "scenarios", "survived", "refused"} <= report.keys()
-    assert (report["scenes"], report["failures"]) == (["two-pages"], None)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["schema"], told["design"], told["verdict"]) == ("guest-memfd-check/3", "none", "refuted")
+    assert "breaks host-survives on gunyah: after 9 steps of vcpu and zeropad" in told["sentence"]
+    assert told["failures"] is None
+    (report,) = told["reports"]
+    assert (report["hypervisor"], report["verdict"], report["scenes"]) == ("gunyah", "refuted", ["two-pages"])
     law = report["laws"]["host-survives"]
     assert (law["verdict"], law["steps"], law["parties"], law["scene"]) == ("refuted", 9, ["vcpu", "zeropad"], "two-pages")
+    assert law["sentence"] == "no access the kernel may make on its own ends in an abort it cannot handle"
     assert report["findings"][0]["scene"] == "two-pages"
     assert len(law["trace"]["steps"]) == 9
     assert "pfn0.s1" in law["trace"]["blamed"]
     assert report["laws"]["progress"]["trace"] is None
 
 
-def test_json_of_several_hypervisors_is_a_list(capsys: pytest.CaptureFixture[str]) -> None:
-    gmem("check", "none", "--hypervisor", "gunyah", "--hypervisor", "pkvm", *LOAD, "--json")
-    assert [r["hypervisor"] for r in json.loads(capsys.readouterr().out)] == ["gunyah", "pkvm"]
+@pytest.mark.parametrize(("hypervisors", "verdict", "verdicts"), [
+    ("gunyah", "refuted", ["refuted"]), ("pkvm", "holds", ["holds"]), ("pkvm,gunyah", "refuted", ["holds", "refuted"])])
+def test_json_has_one_shape_however_many_hypervisors(
+    capsys: pytest.CaptureFixture[str], hypervisors: str, verdict: str, verdicts: list[str],
+) -> None:
+    gmem("check", "none", "--hypervisor", hypervisors, *LOAD, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["verdict"] == verdict
+    assert [report["verdict"] for report in told["reports"]] == verdicts
+    assert ",".join(report["hypervisor"] for report in told["reports"]) == hypervisors
+
+
+def strict(schema: Any) -> Any:
+    """*schema* with no room for a field that it does not tell."""
+    if isinstance(schema, dict):
+        closed = {"additionalProperties": False} if "properties" in schema and "type" in schema else {}
+        return closed | {key: strict(value) for key, value in schema.items()}
+    return [strict(each) for each in schema] if isinstance(schema, list) else schema
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = strict(report_json.schema())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("argv", [
+    "none --hypervisor gunyah,pkvm --parties vcpu,zeropad", "none --hypervisor kvm --max-states 1 --parties vcpu,zeropad",
+    "gunyah-v17 --parties vmm-odd --failures 0", "guestmem-rfc1 --parties vcpu,stop --hypervisor kvm"])
+def test_json_is_what_the_published_schema_says(capsys: pytest.CaptureFixture[str], validator: Any, argv: str) -> None:
+    gmem("check", *argv.split(), "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert [error.message for error in validator.iter_errors(told)] == []
+
+
+def test_the_schema_refuses_what_it_does_not_tell(capsys: pytest.CaptureFixture[str], validator: Any) -> None:
+    gmem("check", "none", "--hypervisor", "gunyah", *LOAD, "--json")
+    told = json.loads(capsys.readouterr().out)
+    for spoil in (lambda t: t.pop("verdict"), lambda t: t.update(verdict="good"), lambda t: t["reports"][0].update(more=1),
+                  lambda t: t["reports"][0]["laws"]["host-survives"]["trace"]["steps"][0].update(step="1")):
+        wrong = json.loads(json.dumps(told))
+        spoil(wrong)
+        assert not validator.is_valid(wrong)
 
 
 def test_json_differs_from_run_to_run_in_seconds_only() -> None:

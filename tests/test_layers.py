@@ -34,6 +34,7 @@ LAYERS = (
     ("lockstep", "vmm", "probe"),
     ("html",),
     ("testing", "cli"),
+    ("__main__",),
 )
 """From the ground up. No two units of one layer import each other."""
 

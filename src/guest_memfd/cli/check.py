@@ -10,6 +10,7 @@ from guest_memfd.cli.elsewhere import same_elsewhere
 from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
 from guest_memfd.cli.output import Output, TraceFolder
+from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
 from guest_memfd.explore.suite.plan import NAMED
 from guest_memfd.explore.suite.survived import Survived, survived
@@ -18,6 +19,7 @@ from guest_memfd.explore.trace import save
 from guest_memfd.report import json, terminal
 from guest_memfd.report.ktap import ktap
 from guest_memfd.report.progress import Progress
+from guest_memfd.report.sentence import sentence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +69,9 @@ def _text(arguments: argparse.Namespace, scope: Scope, reports: Sequence[Report]
         return "\n".join(terminal.headline(report, out.style) for report in reports)
     survivals = [_survivals(report, scope) for report in reports]
     if arguments.json:
-        objects = [json.check(report, seen, scope.words()) for report, seen in zip(reports, survivals, strict=True)]
-        return json.dump(objects if len(objects) > 1 else objects[0])
+        design = reports[0].design
+        quoted = sentence(design, DESIGNS[design].title, reports, scope.words())
+        return json.dump(json.check(reports, survivals, quoted, scope.words()))
     screens = [
         "\n".join(terminal.check(report, seen, out.style, explored=scope.words(), folder=arguments.save_traces,
                                  verbose=arguments.verbose, loads=arguments.load))

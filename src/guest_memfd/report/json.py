@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 from guest_memfd.abstract import show
@@ -11,16 +12,22 @@ from guest_memfd.explore.engine.finding import Finding, Step
 from guest_memfd.explore.replay import Replay
 from guest_memfd.explore.suite.survived import Survived
 from guest_memfd.explore.suite.verdict import Found, Report
+from guest_memfd.explore.trace import version
 from guest_memfd.explore.world.cost import DesignCost
+from guest_memfd.laws import LAWS
 from guest_memfd.report.blame import offending
 from guest_memfd.report.steps import call, lock_holders, result
 
 CHECK, COMPARE, EXPLAIN, REPLAY, LIST = (
-    f"guest-memfd-{what}" for what in ("check/2", "compare/2", "explain/1", "replay/1", "list/1"))
-"""Names and versions of what is written here; a version changes when a field goes or changes its meaning.
+    f"guest-memfd-{what}" for what in ("check/3", "compare/2", "explain/1", "replay/1", "list/1"))
+"""Names and versions of what is written here; a version changes when a field goes or changes its meaning (docs/json.md).
 
 2: `failures` is null where every scene has its own number; no law is "reported" any more.
+3, of check: one object, with a list of reports, however many hypervisors there are.
 """
+
+WORST = ("refuted", "undetermined", "holds")
+"""Verdicts, the worst first."""
 
 
 def dump(thing: Any) -> str:
@@ -28,11 +35,32 @@ def dump(thing: Any) -> str:
     return json.dumps(thing, indent=1, ensure_ascii=True)
 
 
-def check(report: Report, survived: Sequence[Survived], explored: str) -> dict[str, Any]:
-    """One design under one hypervisor, with the trace of every law that broke. *explored*: what, in words."""
+def check(
+    reports: Sequence[Report], survivals: Sequence[Sequence[Survived]], sentence: str, explored: str
+) -> dict[str, Any]:
+    """One design under one or many hypervisors, with the trace of every law that broke (schemas/check.json).
+
+    sentence: what a maintainer can quote; explored: which scenarios, in words.
+    """
+    first = reports[0]
     return {
-        "schema": CHECK, "design": report.design, "hypervisor": report.hypervisor, "verdict": report.verdict,
-        "explored": explored, "failures": report.failures, "laws": _laws(report, traces=True),
+        "schema": CHECK, "version": version(), "design": first.design,
+        "verdict": min((report.verdict for report in reports), key=WORST.index), "sentence": sentence,
+        "explored": explored, "failures": first.failures,
+        "reports": [_report(report, survived) for report, survived in zip(reports, survivals, strict=True)],
+    }
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of what `check` makes, as published in the package."""
+    text = (resources.files("guest_memfd.report") / "schemas" / "check.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def _report(report: Report, survived: Sequence[Survived]) -> dict[str, Any]:
+    return {
+        "hypervisor": report.hypervisor, "verdict": report.verdict, "laws": _laws(report, traces=True),
         "findings": [_found(found) for found in report.findings],
         "survived": [event._asdict() for event in survived],
         "scenes": list(report.scenes), "refused": list(report.refused),
@@ -73,6 +101,7 @@ def _laws(report: Report, *, traces: bool) -> dict[str, Any]:
             "evidence": law.evidence, "scene": law.scene and law.scene.name,
         }
         if traces:
+            laws[name] |= {"sentence": LAWS[name].sentence, "source": LAWS[name].source}
             laws[name]["trace"] = trace(law.finding) if law.finding else None
     return laws
 
