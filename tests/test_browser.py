@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from browser import PROGRAMS, Browser, browser, program
 from test_html import long_run, traced
+from test_html_tables import survey
 
+from guest_memfd.designs import DESIGNS
+from guest_memfd.explore.engine.cost import cost
 from guest_memfd.explore.replay import replay
+from guest_memfd.explore.suite.check import compare
+from guest_memfd.html import compare as compared
+from guest_memfd.html import probe as surveyed
 from guest_memfd.html.trace import page
+from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.probe.matrix import SurveyOf
 
 pytestmark = [
     pytest.mark.long,
@@ -59,6 +68,12 @@ def at(tab: Browser) -> str:
 def cell(tab: Browser, name: str) -> tuple[str, str]:
     found = f"document.querySelector('[data-cell=\"{name}\"]')"
     return str(tab.js(f"{found}.textContent")), str(tab.js(f"[...{found}.classList].sort().join(' ')"))
+
+
+def choose(tab: Browser, where: str, option: str) -> None:
+    """Choose *option*, as a person does: the page hears of it."""
+    tab.js(f"(() => {{ const it = document.querySelector('{where}'); it.value = '{option}';"
+           "for (const heard of ['input', 'change']) it.dispatchEvent(new Event(heard, {bubbles: true})) })()")
 
 
 def shown(tab: Browser) -> list[int]:
@@ -119,9 +134,7 @@ def test_a_link_names_a_step(tab: Browser, pinned: Path) -> None:
     tab.press("j")
     assert tab.js("location.hash") == "#step-8"
     tab.js("location.hash = '#step-3'")
-    tab.js("new Promise((done) => setTimeout(done, 50))")
-    tab.js("document.querySelector('.where').textContent")
-    assert at(tab) in ("step-3", "step-8")
+    assert until(tab, lambda: [name for name in [at(tab)] if name != "step-8"]) == ["step-3"]
     tab.open(pinned, "#no-such-step")
     assert at(tab) == "step-25"
 
@@ -134,7 +147,7 @@ def test_filters_hide_steps_and_keys_skip_them(tab: Browser, pinned: Path) -> No
     tab.press("End")
     assert at(tab) == "step-14"
     tab.js("document.querySelector('input[data-lane=\"0\"]').click()")
-    tab.js("(() => { const s = document.querySelector('select'); s.value = 'gfn0'; s.dispatchEvent(new Event('change')) })()")
+    choose(tab, "select[data-about]", "gfn0")
     assert shown(tab) == [15, 19]
     tab.press("Home")
     tab.press("j")
@@ -156,8 +169,8 @@ def contrast(tab: Browser, where: str) -> float:
     """Contrast of the text of *where* with the page (WCAG 2, relative luminance)."""
     ink, paper = (tab.js(f"getComputedStyle(document.querySelector('{what}')).{name}").strip("rgb()").split(",")
                   for what, name in ((where, "color"), ("body", "backgroundColor")))
-    light, dark = sorted((sum(part * weight for part, weight in zip(map(linear, each), (0.2126, 0.7152, 0.0722), strict=True))
-                          for each in (ink, paper)), reverse=True)
+    light, dark = sorted((0.2126 * linear(red) + 0.7152 * linear(green) + 0.0722 * linear(blue)
+                          for red, green, blue in (ink, paper)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
 
@@ -223,3 +236,91 @@ def test_ten_thousand_steps_stay_usable(tab: Browser, folder: Path) -> None:
     assert cell(tab, "file0.invalidate_r") == ("1", "is-changed")
     height = struct.unpack(">I", tab.picture()[20:24])[0]
     assert height == 860
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path) -> Path:
+    pairs = [("none", "gunyah"), ("gunyah-v17", "gunyah"), ("library", "gunyah")]
+    reports = compare(pairs, parties=("vcpu", "device", "zeropad"), jobs=1)
+    costs = {pair: cost(DESIGNS[pair[0]], HYPERVISORS[pair[1]]) for pair in pairs}
+    file = folder / "compare.html"
+    file.write_text(compared.page(reports, costs, {"none": "none does nothing."}, "three parties"))
+    return file
+
+
+def opened(tab: Browser) -> list[str]:
+    found = tab.js("[...document.querySelectorAll('article.run')].filter((a) => a.offsetHeight).map((a) => a.id)")
+    return [str(name) for name in found]
+
+
+def test_a_cell_opens_its_run_and_no_other(tab: Browser, table: Path) -> None:
+    tab.open(table)
+    assert opened(tab) == []
+    picture(tab, "compare")
+    tab.js("document.querySelector('a[href=\"#gunyah-v17-gunyah-pins-respected\"]').click()")
+    assert until(tab, lambda: opened(tab)) == ["gunyah-v17-gunyah-pins-respected"]
+    tab.press("Home")
+    tab.press("j")
+    assert at(tab) == "gunyah-v17-gunyah-pins-respected-step-1"
+    assert opened(tab) == ["gunyah-v17-gunyah-pins-respected"]
+    tab.js("document.querySelector('a[href=\"#none-gunyah-host-survives\"]').click()")
+    assert until(tab, lambda: [name for name in opened(tab) if "none" in name]) == ["none-gunyah-host-survives"]
+    assert opened(tab) == ["none-gunyah-host-survives"]
+    tab.open(table, "#none-gunyah-host-survives-step-5")
+    assert opened(tab) == ["none-gunyah-host-survives"]
+    assert at(tab) == "none-gunyah-host-survives-step-5"
+
+
+def until(tab: Browser, found: Callable[[], list[str]]) -> list[str]:
+    """What is *found*, as soon as anything is; the page hears of a new address a little later."""
+    for _ in range(200):
+        if there := found():
+            return there
+        time.sleep(0.05)
+    return []
+
+
+def test_without_script_a_cell_opens_its_run_as_well(tab: Browser, table: Path) -> None:
+    tab.script(False)
+    tab.open(table, "#none-gunyah-host-survives")
+    assert opened(tab) == ["none-gunyah-host-survives"]
+    tab.open(table, "#none-gunyah-host-survives-step-5")
+    assert opened(tab) == ["none-gunyah-host-survives"]
+
+
+@pytest.fixture(scope="module")
+def survey_page(folder: Path) -> Path:
+    file = folder / "probe.html"
+    file.write_text(surveyed.page([SurveyOf("6.12", survey(), "", 5.0), SurveyOf("6.18", survey(bug="fixed"), "", 6.0),
+                                   SurveyOf("7.0", survey(twice="EINVAL"), "", 6.0)]))
+    return file
+
+
+def items(tab: Browser) -> list[str]:
+    found = tab.js("[...document.querySelectorAll('tr.item')].filter((r) => r.checkVisibility()).map("
+                   "(r) => r.querySelector('code').textContent)")
+    return [str(name) for name in found]
+
+
+def test_a_survey_is_searched_and_filtered(tab: Browser, survey_page: Path) -> None:
+    tab.open(survey_page)
+    assert items(tab) == ["no-cloexec", "bind.twice", "bind.twice"]     # a group is open where something differs
+    choose(tab, "[data-search]", "size created")
+    assert items(tab) == ["stat.size"]
+    choose(tab, "[data-search]", "")
+    choose(tab, "[data-state]", "differs")
+    assert items(tab) == ["bind.twice", "bind.twice"]
+    choose(tab, "[data-state]", "fixed")
+    assert items(tab) == ["no-cloexec"]
+    assert tab.js("document.querySelector('.where').textContent") == "1 of 4"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_tables_scroll_by_themselves(tab: Browser, table: Path, survey_page: Path, width: int) -> None:
+    tab.look(width=width, height=800)
+    for file in (table, survey_page):
+        tab.open(file)
+        assert tab.js("document.documentElement.scrollWidth") <= width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 from guest_memfd.cli.elsewhere import same_elsewhere
 from guest_memfd.cli.load import add_load, designs_of, load_all
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     parser.add_argument("--full", action="store_true",
                         help="the whole suite, as gmem check explores it, and not a first look; takes an hour")
+    parser.add_argument("--html", metavar="PAGE", help="write a page for a browser to PAGE as well: the table, and "
+                        "the shortest run to each broken law")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.epilog = ("A comparison is a report and not a test: broken laws are what it is for, so it exits 0 when the\n"
                      f"table is complete and 3 when a limit was reached.\n\n{parser.epilog}")
@@ -44,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = designs_of(arguments, arguments.designs)
     scope = scope_of(arguments, full=arguments.full)
     pairs = _pairs(chosen or list(DESIGNS), scope, chosen=bool(chosen))
-    with Output(arguments.output) as out:
+    with ExitStack() as stack:
+        out = stack.enter_context(Output(arguments.output))
+        page = None if arguments.html is None else stack.enter_context(Output(arguments.html))
         same_elsewhere(pairs, scope, arguments.load)
         reports = scope.explore(pairs, Progress(quiet=arguments.quiet))
         counted = {pair: cost(DESIGNS[pair[0]], HYPERVISORS[pair[1]]) for pair in pairs}
@@ -53,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
                              scope.words())
             for design in dict.fromkeys(design for design, _ in pairs)
         }
+        if page is not None:
+            page.write(_page(reports, counted, sentences, scope.words(), arguments.load))
         if arguments.json:
             out.write(json.dump(json.compare(reports, counted, sentences, scope.words())))
         else:
@@ -73,6 +80,12 @@ def _pairs(designs: Sequence[str], scope: Scope, *, chosen: bool) -> list[tuple[
     if not pairs:
         raise BadInput(f"no design was posted for {', '.join(scope.hypervisors or ())}")
     return pairs
+
+
+def _page(reports: Sequence[Report], counted: Costs, sentences: dict[str, str], words: str, loads: Sequence[str]) -> str:
+    from guest_memfd.html.compare import page
+
+    return page(reports, counted, sentences, words, loads)
 
 
 def _lines(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
+from contextlib import ExitStack
 
 from guest_memfd.cli import probe_kernels
 from guest_memfd.cli.kernel import add_machine
@@ -13,6 +14,7 @@ from guest_memfd.cli.output import Output
 from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.probe import report
 from guest_memfd.probe.against import Against, compare, read
+from guest_memfd.probe.matrix import SurveyOf
 from guest_memfd.probe.survey import PARTS, Survey, survey
 from guest_memfd.report import json
 from guest_memfd.uapi.kvm import PATH
@@ -41,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     probe_kernels.add_arguments(parser)
     add_machine(parser)
     add_output(parser)
+    parser.add_argument("--html", metavar="PAGE", help="write a page for a browser to PAGE as well: search, filters, what "
+                        "each bug means for a VMM")
     parser.add_argument("--ktap", action="store_true", help="for test harnesses, as the kernel's tests report")
     parser.add_argument("-v", "--verbose", action="store_true", help="every row, and all there is to say about every bug")
 
@@ -64,9 +68,16 @@ def run(arguments: argparse.Namespace) -> int:
     globs = [glob.strip() for given in arguments.row or ("*",) for glob in given.split(",")]
     parts = _parts(arguments.part, arguments.row is not None)
     old = None if arguments.against is None else read(arguments.against)
-    with Output(arguments.output) as out:
+    with ExitStack() as stack:
+        out = stack.enter_context(Output(arguments.output))
+        page = None if arguments.html is None else stack.enter_context(Output(arguments.html))
         found = survey(arguments.kvm or PATH, parts=parts, globs=globs, patience=arguments.patience)
         against = None if old is None else compare(arguments.against, old, report.as_json(found))
+        if page is not None:
+            from guest_memfd.html import probe as html
+
+            name = found.offers.facts["kernel"]
+            page.write(html.page([SurveyOf(name, report.as_json(found), "", found.seconds)]))
         out.write(_text(arguments, found, against, out))
     has = found.offers.features
     if found.absent:

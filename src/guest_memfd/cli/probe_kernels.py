@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("other kernels")
     group.add_argument("--kernel", metavar="K,...", help="probe this kernel in QEMU, not the running one: 7.3, 6.18.15, a "
                        f"package, the path of an image; {ALL}: the newest of each series that can be had")
-    group.add_argument("--table", action="store_true", help="several kernels side by side, in Markdown")
+    group.add_argument("--table", action="store_true", help="several kernels side by side, in Markdown; also with --html")
 
 
 def probe(arguments: argparse.Namespace) -> int:
@@ -39,13 +40,20 @@ def probe(arguments: argparse.Namespace) -> int:
     names = [name.strip() for name in arguments.kernel.split(",")]
     if names == [ALL]:
         names = [name for name in find.releases(architecture(arguments)) if find.series_of(name) >= OLDEST]
-    if len(names) > 1 and not arguments.table:
+    table = arguments.table or arguments.html is not None
+    if len(names) > 1 and not table:
         raise BadInput("several kernels need --table")
-    if arguments.table and (arguments.json or arguments.ktap or arguments.against):
-        raise BadInput("--table excludes --json, --ktap and --against")
-    with Output(arguments.output) as out:
-        if arguments.table:
+    if table and (arguments.json or arguments.ktap or arguments.against):
+        raise BadInput(f"--{'table' if arguments.table else 'html'} excludes --json, --ktap and --against")
+    with ExitStack() as stack:
+        out = stack.enter_context(Output(arguments.output))
+        page = None if arguments.html is None else stack.enter_context(Output(arguments.html))
+        if table:
             surveys = list(_surveys(names, arguments))
+            if page is not None:
+                from guest_memfd.html import probe as html
+
+                page.write(html.page(surveys))
             out.write("\n".join(as_tables(surveys)))
             return _worst(surveys)
         answer = _ask(names[0], arguments, tuple(_options(arguments)))

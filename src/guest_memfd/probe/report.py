@@ -77,7 +77,7 @@ def as_ktap(found: Survey) -> Iterator[str]:
     """A test per row and per known bug. A trap that is there is an expected failure, a bug or worse is a failure."""
     yield "KTAP version 1"
     if "offers" in found.parts:
-        yield from (f"# {line}" for line in _offers(found.offers.facts))
+        yield from (f"# {line}" for line in offers(found.offers.facts))
     yield f"1..{len(found.behaviour) + len(found.bugs)}"
     for number, judged in enumerate(found.behaviour, 1):
         if judged.verdict in ("differs", "unknown"):
@@ -123,7 +123,7 @@ def as_text(found: Survey, style: Style, *, verbose: bool = False) -> Iterator[s
     """Blocks for the parts that were asked for; *verbose*: every row, and what every bug means."""
     if "offers" in found.parts:
         yield style.head("offers")
-        for line in _offers(found.offers.facts):
+        for line in offers(found.offers.facts):
             name, _, words = line.partition(": ")
             yield from style.wrap(words, f"  {name:<22}", " " * 24)
     if "behaviour" in found.parts:
@@ -155,7 +155,8 @@ def _changed(against: Against) -> str:
     return f"{', '.join(said) or 'nothing'} changed{alone}"
 
 
-def _offers(facts: Mapping[str, Any]) -> Iterator[str]:
+def offers(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What a kernel offers, a line each: a name, a colon, and words."""
     kvm, vcpu = facts["kvm"], facts["vcpu"]
     yield f"kernel: {facts['kernel']}, {facts['machine']}"
     if kvm["usable"]:

@@ -41,15 +41,16 @@ def tables(reports: Sequence[Report], titles: Mapping[str, str], explored: str, 
                     "0: broken before anybody moves.  ?: nothing is proved: a limit was reached, or nothing happened.", "")
     if letters:
         yield from style.wrap(", ".join(f"{letter} {party}" for party, letter in letters.items()) + ".", "")
-    yield from _elsewhere(reports, style)
+    for scene, said in elsewhere(reports):
+        yield from style.wrap(f"{said}.", f"' in scene {scene}: ", "  ")
 
 
 def _first_column(reports: Sequence[Report]) -> int:
     return max(len(law) for report in reports for law in report.laws) + 1
 
 
-# Scene -> what breaks there, where it is not the plainest.
-def _elsewhere(reports: Sequence[Report], style: Style) -> Iterator[str]:
+def elsewhere(reports: Sequence[Report]) -> Iterator[tuple[str, str]]:
+    """Scenes that are not the plainest, each with what breaks there, in words."""
     scenes: dict[str, dict[str, list[str]]] = {}
     for report in reports:
         for law in report.laws.values():
@@ -57,8 +58,7 @@ def _elsewhere(reports: Sequence[Report], style: Style) -> Iterator[str]:
                 broken = scenes.setdefault(law.scene.name, {})
                 broken.setdefault(f"{law.law} of {report.design}", []).append(report.hypervisor)
     for scene, broken in scenes.items():
-        said = "; ".join(f"{what} on {', '.join(hypervisors)}" for what, hypervisors in broken.items())
-        yield from style.wrap(f"{said}.", f"' in scene {scene}: ", "  ")
+        yield scene, "; ".join(f"{what} on {', '.join(hypervisors)}" for what, hypervisors in broken.items())
 
 
 def letters_for(reports: Sequence[Report]) -> dict[str, str]:

@@ -89,6 +89,33 @@ class Run {
   }
 }
 
+// Rows of a survey: a search in their text, and what is to be seen of them.
+class Finder {
+  constructor(controls) {
+    this.controls = controls;
+    this.items = [...document.querySelectorAll("tr.item")].map((row) => [row, row.textContent.toLowerCase()]);
+    this.groups = [...document.querySelectorAll("details.group")].map((group) => [group, group.open]);
+    controls.hidden = false;
+    controls.addEventListener("input", () => this.find());
+    this.find();
+  }
+
+  find() {
+    const words = this.controls.querySelector("[data-search]").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const state = this.controls.querySelector("[data-state]").value;
+    let found = 0;
+    for (const [row, text] of this.items) {
+      row.hidden = !words.every((word) => text.includes(word)) || (state && !row.dataset.states.split(" ").includes(state));
+      found += !row.hidden;
+    }
+    for (const [group, open] of this.groups) {
+      group.hidden = !group.querySelector("tr.item:not([hidden])");
+      group.open = words.length || state ? true : open;
+    }
+    this.controls.querySelector(".where").textContent = `${found} of ${this.items.length}`;
+  }
+}
+
 const runs = new Map();
 
 // The run that keys move in: the one that the address names, or the only one there is.
@@ -103,6 +130,7 @@ function current() {
 
 function follow() {
   const run = current();
+  for (const article of document.querySelectorAll("article.run")) article.classList.toggle("open", article === run?.article);
   const at = run?.steps.findIndex((step) => `#${step.id}` === decodeURIComponent(location.hash)) ?? -1;
   if (at >= 0) run.show(at + 1);
 }
@@ -118,5 +146,6 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+for (const controls of document.querySelectorAll(".finder")) new Finder(controls);
 addEventListener("hashchange", follow);
 follow();
