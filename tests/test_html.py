@@ -311,6 +311,17 @@ def test_explain_writes_the_page_beside_the_text(saved: Path, capsys: pytest.Cap
     assert target.read_text() == text
 
 
+def test_text_and_page_may_be_neighbours_but_not_one_file(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, target = saved.with_name("text"), saved.with_name("page.html")
+    assert main(["explain", str(saved), "--html", str(target), "-o", str(text)]) == 0
+    assert text.read_text().startswith("host-survives is broken")
+    assert target.read_text().startswith("<!DOCTYPE html>")
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["load.json", "page.html", "text"]
+    assert main(["explain", str(saved), "--html", str(text), "-o", f"{saved.parent}/./text"]) == 4
+    assert "each needs a file of its own" in capsys.readouterr().err
+    assert text.read_text().startswith("host-survives is broken")
+
+
 @pytest.mark.parametrize(("target", "says"), [
     ("missing/page.html", "No such file"), (".", "Is a directory"), ("load.json/page.html", "Not a directory")])
 def test_a_page_that_cannot_be_written_is_told_and_nothing_is_printed(

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from guest_memfd.cli.elsewhere import same_elsewhere
 from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
-from guest_memfd.cli.output import Output
+from guest_memfd.cli.output import opened
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
 from guest_memfd.explore.suite.verdict import Report
@@ -48,8 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     scope = scope_of(arguments, full=arguments.full)
     pairs = _pairs(chosen or list(DESIGNS), scope, chosen=bool(chosen))
     with ExitStack() as stack:
-        out = stack.enter_context(Output(arguments.output))
-        page = None if arguments.html is None else stack.enter_context(Output(arguments.html))
+        out, page = opened(stack, arguments)
         same_elsewhere(pairs, scope, arguments.load)
         reports = scope.explore(pairs, Progress(quiet=arguments.quiet))
         counted = {pair: cost(DESIGNS[pair[0]], HYPERVISORS[pair[1]]) for pair in pairs}

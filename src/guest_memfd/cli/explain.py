@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output
-from guest_memfd.cli.output import Output
+from guest_memfd.cli.output import opened
 from guest_memfd.cli.replay import diverged, recorded
 from guest_memfd.errors import BadInput
 from guest_memfd.explore.replay import Replay, replay
@@ -38,8 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadInput(f"--on {arguments.on} is for --html; gmem replay --on {host} shows the machine as text")
     commands = commands_of(arguments.file, arguments.load)
     with ExitStack() as stack:
-        out = stack.enter_context(Output(arguments.output))
-        page = None if arguments.html is None else stack.enter_context(Output(arguments.html))
+        out, page = opened(stack, arguments)
         again, html = _page(trace, host, commands) if page is not None else (replay(trace), "")
         if page is not None:
             page.write(html)

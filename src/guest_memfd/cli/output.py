@@ -6,6 +6,7 @@ done.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import os
@@ -14,7 +15,8 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -31,6 +33,7 @@ _OF_A_PROCESS = re.compile(r"/proc/[^/]+(/task/\d+)?/fd")
 
 
 _ours: TextIO | None = None
+_numbers = count()
 
 
 @contextmanager
@@ -88,7 +91,8 @@ class Output:
             return
         if self._path.exists():
             self._path.open("r+b").close()
-        beside = self._path.with_name(f".gmem.{os.getpid()}.tmp")       # its own name may be as long as a name can be
+        # Its own name may be as long as a name can be; the process may write several.
+        beside = self._path.with_name(f".gmem.{os.getpid()}.{next(_numbers)}.tmp")
         self._stream = _text(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         self._beside = beside
 
@@ -172,6 +176,18 @@ def _into_place(beside: Path, path: Path) -> None:
     with beside.open("rb") as source, path.open("r+b") as target:
         shutil.copyfileobj(source, target)
         target.truncate()
+
+
+def opened(stack: ExitStack, arguments: argparse.Namespace) -> tuple[Output, Output | None]:
+    """Where ``--output`` and ``--html`` go, both open in *stack*; the second is None where no page is wanted.
+
+    Raises BadInput where one of them cannot be written, or both are one file.
+    """
+    if arguments.html is not None and arguments.output not in (None, "-") and (
+            os.path.realpath(arguments.html) == os.path.realpath(arguments.output)):
+        raise BadInput(f"--output and --html are both {arguments.html!r}; each needs a file of its own")
+    out = stack.enter_context(Output(arguments.output))
+    return out, None if arguments.html is None else stack.enter_context(Output(arguments.html))
 
 
 class TraceFolder:

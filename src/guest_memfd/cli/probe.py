@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from guest_memfd.cli import probe_kernels
 from guest_memfd.cli.kernel import add_machine
 from guest_memfd.cli.options import add_output
-from guest_memfd.cli.output import Output
+from guest_memfd.cli.output import Output, opened
 from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.probe import report
 from guest_memfd.probe.against import Against, compare, read
@@ -69,8 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     parts = _parts(arguments.part, arguments.row is not None)
     old = None if arguments.against is None else read(arguments.against)
     with ExitStack() as stack:
-        out = stack.enter_context(Output(arguments.output))
-        page = None if arguments.html is None else stack.enter_context(Output(arguments.html))
+        out, page = opened(stack, arguments)
         found = survey(arguments.kvm or PATH, parts=parts, globs=globs, patience=arguments.patience)
         against = None if old is None else compare(arguments.against, old, report.as_json(found))
         if page is not None:

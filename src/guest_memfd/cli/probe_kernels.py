@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from guest_memfd.cli.kernel import architecture, job_of, tell
-from guest_memfd.cli.output import Output
+from guest_memfd.cli.output import opened
 from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.kernels import find
 from guest_memfd.kernels.run import KernelAnswer, run
@@ -46,8 +46,7 @@ def probe(arguments: argparse.Namespace) -> int:
     if table and (arguments.json or arguments.ktap or arguments.against):
         raise BadInput(f"--{'table' if arguments.table else 'html'} excludes --json, --ktap and --against")
     with ExitStack() as stack:
-        out = stack.enter_context(Output(arguments.output))
-        page = None if arguments.html is None else stack.enter_context(Output(arguments.html))
+        out, page = opened(stack, arguments)
         if table:
             surveys = list(_surveys(names, arguments))
             if page is not None:
