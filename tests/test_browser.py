@@ -18,7 +18,7 @@ from test_html import long_run, traced
 from test_html_tables import survey
 
 from guest_memfd.designs import DESIGNS
-from guest_memfd.explore.engine.cost import cost
+from guest_memfd.explore.world.cost import cost
 from guest_memfd.explore.replay import replay
 from guest_memfd.explore.suite.check import compare
 from guest_memfd.html import compare as compared

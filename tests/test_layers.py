@@ -32,7 +32,7 @@ LAYERS = (
     ("explore", "machine"),
     ("report",),
     ("lockstep", "vmm", "probe"),
-    ("html",),
+    ("html", "export"),
     ("testing", "cli"),
     ("__main__",),
 )

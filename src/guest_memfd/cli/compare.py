@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     scope = scope_of(arguments, full=arguments.full)
     pairs = _pairs(chosen or list(DESIGNS), scope, chosen=bool(chosen))
     with ExitStack() as stack:
-        out, page = opened(stack, arguments)
+        out, (page,) = opened(stack, arguments, "html")
         same_elsewhere(pairs, scope, arguments.load)
         reports = scope.explore(pairs, Progress(quiet=arguments.quiet))
         counted = {pair: cost(DESIGNS[pair[0]], HYPERVISORS[pair[1]]) for pair in pairs}

@@ -178,16 +178,20 @@ def _into_place(beside: Path, path: Path) -> None:
         target.truncate()
 
 
-def opened(stack: ExitStack, arguments: argparse.Namespace) -> tuple[Output, Output | None]:
-    """Where ``--output`` and ``--html`` go, both open in *stack*; the second is None where no page is wanted.
+def opened(stack: ExitStack, arguments: argparse.Namespace, *options: str) -> tuple[Output, list[Output | None]]:
+    """Where ``--output`` and each of *options* go, all open in *stack*; None where one is not given.
 
-    Raises BadInput where one of them cannot be written, or both are one file.
+    Raises BadInput where one of them cannot be written, or two are one file.
     """
-    if arguments.html is not None and arguments.output not in (None, "-") and (
-            os.path.realpath(arguments.html) == os.path.realpath(arguments.output)):
-        raise BadInput(f"--output and --html are both {arguments.html!r}; each needs a file of its own")
+    places: dict[str, str] = {}
+    for option in ("output", *options):
+        given = getattr(arguments, option)
+        place = None if given in (None, "-") else os.path.realpath(given)
+        if place is not None and places.setdefault(place, option) != option:
+            raise BadInput(f"--{places[place]} and --{option} are both {given!r}; each needs a file of its own")
     out = stack.enter_context(Output(arguments.output))
-    return out, None if arguments.html is None else stack.enter_context(Output(arguments.html))
+    given = (getattr(arguments, option) for option in options)
+    return out, [None if each is None else stack.enter_context(Output(each)) for each in given]
 
 
 class TraceFolder:

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     parts = _parts(arguments.part, arguments.row is not None)
     old = None if arguments.against is None else read(arguments.against)
     with ExitStack() as stack:
-        out, page = opened(stack, arguments)
+        out, (page,) = opened(stack, arguments, "html")
         found = survey(arguments.kvm or PATH, parts=parts, globs=globs, patience=arguments.patience)
         against = None if old is None else compare(arguments.against, old, report.as_json(found))
         if page is not None:

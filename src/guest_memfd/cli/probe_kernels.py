@@ -46,7 +46,7 @@ def probe(arguments: argparse.Namespace) -> int:
     if table and (arguments.json or arguments.ktap or arguments.against):
         raise BadInput(f"--{'table' if arguments.table else 'html'} excludes --json, --ktap and --against")
     with ExitStack() as stack:
-        out, page = opened(stack, arguments)
+        out, (page,) = opened(stack, arguments, "html")
         if table:
             surveys = list(_surveys(names, arguments))
             if page is not None:

@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "memory is given back: zeropad (a word load 4 bytes before a page of the guest's), kcore "
                        "(all of them), plain (one, by code that expects no fault)")
     group.add_argument("--zeropad", action="store_true", default=None, help="the same as --reader zeropad")
+    group.add_argument("--perfetto", metavar="TRACE", help="write the run to TRACE for Perfetto or chrome://tracing as "
+                       "well: operations, primitives, exits, and counters of what they cost")
     group.add_argument("--fail", metavar="WHO:N", help="let allocation N (from 0) of kernel, slab or el2 fail, once")
     group = parser.add_argument_group("on kvm")
     group.add_argument("--real-mode", action="store_true", default=None,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
-from guest_memfd.cli.output import Output
+from guest_memfd.cli.output import opened
 from guest_memfd.cli.run import RUN, Lines, fill, log, refuse, size, tell
 from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
+from guest_memfd.export.perfetto import Recorder
 from guest_memfd.guests.loader import load
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.report import json
@@ -22,10 +25,16 @@ FOLIOS = {"4K": 4 << 10, "2M": 2 << 20, "1G": 1 << 30}
 def run(arguments: argparse.Namespace) -> int:
     """Run the guest; returns 0 off, 2 crash, panic or a broken law, 3 timeout."""
     order = order_of(arguments)
-    with Output(arguments.output) as out:
+    with ExitStack() as stack:
+        out, (target,) = opened(stack, arguments, "perfetto")
+        recorder = None if target is None else Recorder()
+        order = replace(order, record=recorder)
         with Lines((lambda _text: None) if arguments.json else out.write) as lines:
             report = EmulatedRun(order, lines.say, log).run()
         code = exit_code(report)
+        if target is not None and recorder is not None:
+            about = {"run": f"{arguments.guest} on {arguments.on}", "design": arguments.design}
+            target.write(json.dump(recorder.file(about)))
         if isinstance(report.failed, HostUnavailable) and not arguments.json:
             raise report.failed
         if arguments.json:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from errno import ENOMEM
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, PluginError, Signalled, SyscallFailed
@@ -45,9 +45,24 @@ Where = Literal["kernel", "el2", "slab"]
 """Whose allocator is made to fail: Linux's for pages, the hypervisor's, Linux's for small objects."""
 
 
+class RunRecord(Protocol):
+    """Who notes a run while it goes on. splits: where it can ask how many leaves of the direct map have been split."""
+
+    splits: Callable[[], int]
+
+    def __call__(self, primitive: Primitive) -> None:
+        """*primitive* has just ended."""
+
+    def exit(self, words: str) -> None:
+        """The vCPU has come back to the VMM."""
+
+
 @dataclass(frozen=True)
 class EmulatedOrder:
-    """What to run, and how. ram: bytes. timeout: seconds. reader: of readers.READERS. fail: (whose, which allocation)."""
+    """What to run, and how. ram: bytes. timeout: seconds. reader: of readers.READERS. fail: (whose, which allocation).
+
+    record: who is told of every primitive and exit, None for no one.
+    """
 
     image: GuestImage
     hypervisor: str
@@ -58,6 +73,7 @@ class EmulatedOrder:
     reader: str | None = None
     verbose: int = 0
     fail: tuple[Where, int] | None = None
+    record: RunRecord | None = None
 
 
 @dataclass
@@ -97,7 +113,7 @@ class EmulatedRun:
     def __init__(self, order: EmulatedOrder, say: Callable[[str], None], log: Callable[[str], None]) -> None:
         self.order, self.log = order, log
         self.design = design_of(order.design, order.hypervisor, order.layout.folio)
-        self.watch = Watch(order.verbose, log)
+        self.watch = Watch(order.verbose, log, order.record)
         # Blocks in the direct map where folios are as large; without FEAT_BBM level 3 it is made of pages.
         self.machine = Machine(order.hypervisor, Config(
             ram=order.ram, sea_fixup=self.design.sea_fixup, bbml3=order.layout.folio > PAGE))
@@ -113,6 +129,9 @@ class EmulatedRun:
         self.machine.tracer = ProgramTracer(self.machine)
         self.machine.judge = self.watch
         self._pages = self._countable()
+        tables = self.machine.linear_map.table_pages
+        if order.record is not None:
+            order.record.splits = lambda: self.machine.linear_map.table_pages - tables
         self.console = Console(say)
         self.report = EmulatedReport()
         self.guest: KvmGuest | GunyahGuest | None = None
@@ -227,6 +246,8 @@ class EmulatedRun:
         return f"it touched {last.data[0]:#x}, where it has nothing, and the hypervisor has stopped it"
 
     def _exit(self, words: str) -> None:
+        if self.order.record is not None:
+            self.order.record.exit(words)
         if self.order.verbose:
             self.log(words)
 

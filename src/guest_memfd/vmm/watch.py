@@ -50,10 +50,12 @@ class LawBroken(NamedTuple):
 
 
 class Watch:
-    """Told of every primitive on a machine. *level* 1: `MOVES` go to *log*; 2: all."""
+    """Told of every primitive on a machine. *level* 1: `MOVES` go to *log*; 2: all. *record* is told of all."""
 
-    def __init__(self, level: int, log: Callable[[str], None]) -> None:
-        self.level, self.log = level, log
+    def __init__(
+        self, level: int, log: Callable[[str], None], record: Callable[[Primitive], None] | None = None
+    ) -> None:
+        self.level, self.log, self.record = level, log, record
         self.counts: Counter[str] = Counter()
         self.faults = 0
         """Faults that the library was asked to handle for the guest."""
@@ -62,6 +64,8 @@ class Watch:
     def __call__(self, primitive: Primitive, facts: Sequence[facts.Note]) -> None:
         """Count *primitive*, log it by the level, and let all laws judge *facts*."""
         self.counts[primitive.name] += 1
+        if self.record is not None:
+            self.record(primitive)
         fault = primitive.name == "begin_op" and primitive.args[0] == "fault"
         self.faults += fault
         if self.level > 1 or (self.level and (fault or primitive.name in MOVES)):
