@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
     run: str
 
 
-class Judged(NamedTuple):
+class LawRow(NamedTuple):
     """A row of a table: a law and what became of it under each design."""
 
     law: Law
@@ -42,7 +42,7 @@ class Block(NamedTuple):
     hypervisor: str
     title: str
     reports: list[Report]
-    rows: list[Judged]
+    rows: list[LawRow]
 
 
 class Bar(NamedTuple):
@@ -80,7 +80,7 @@ def page(reports: Sequence[Report], costs: Costs, sentences: Mapping[str, str], 
 
 
 def _block(hypervisor: str, reports: list[Report], letters: Mapping[str, str]) -> Block:
-    rows = [Judged(LAWS[name], [_verdict(report, report.laws[name], letters) for report in reports])
+    rows = [LawRow(LAWS[name], [_verdict(report, report.laws[name], letters) for report in reports])
             for name in reports[0].laws]
     return Block(hypervisor, HYPERVISORS[hypervisor].title, reports, rows)
 

@@ -12,7 +12,7 @@ from guest_memfd.probe.matrix import SurveyOf
 from guest_memfd.probe.report import ROW_VERDICTS, offers
 
 
-class Kernel(NamedTuple):
+class KernelRow(NamedTuple):
     """A kernel that was asked: what it offers, in lines, and how many rows came out how; or the problem."""
 
     name: str
@@ -22,7 +22,7 @@ class Kernel(NamedTuple):
     seconds: float
 
 
-class Answer(NamedTuple):
+class Told(NamedTuple):
     """What *kernel* says to one question: a word for the cell, what it is (a verdict), and what it rests on."""
 
     kernel: str
@@ -42,7 +42,7 @@ class Question(NamedTuple):
     kind: str
     means: str
     source: str
-    answers: list[Answer | None]
+    answers: list[Told | None]
     states: list[str]
 
 
@@ -60,13 +60,13 @@ def page(surveys: Sequence[SurveyOf]) -> str:
         groups=groups, rows=len(rows), verdicts=VERDICTS, row_verdicts=ROW_VERDICTS)
 
 
-def _kernel(each: SurveyOf) -> Kernel:
+def _kernel(each: SurveyOf) -> KernelRow:
     if each.survey is None:
-        return Kernel(each.kernel, each.problem, [], {}, 0)
+        return KernelRow(each.kernel, each.problem, [], {}, 0)
     facts = each.survey.get("offers")
     told = [(name, words) for name, _, words in (line.partition(": ") for line in offers(facts))] if facts else []
     counts = Counter(row["verdict"] for row in each.survey.get("behaviour", ()))
-    return Kernel(each.kernel, "", told, {verdict: counts[verdict] for verdict in ROW_VERDICTS}, each.seconds)
+    return KernelRow(each.kernel, "", told, {verdict: counts[verdict] for verdict in ROW_VERDICTS}, each.seconds)
 
 
 def _names(there: Sequence[SurveyOf], part: str) -> list[str]:
@@ -87,7 +87,7 @@ def _entries(name: str, there: Sequence[SurveyOf], part: str) -> Iterator[tuple[
 def _bug(name: str, there: Sequence[SurveyOf]) -> Question:
     found = list(_entries(name, there, "known_bugs"))
     first = next(entry for _, entry in found if entry is not None)
-    answers = [None if entry is None else Answer(kernel, entry["verdict"], entry["verdict"], entry["seen"])
+    answers = [None if entry is None else Told(kernel, entry["verdict"], entry["verdict"], entry["seen"])
                for kernel, entry in found]
     return Question(name, first["title"], first["severity"], first["means"], first["commit"], answers, _states(answers))
 
@@ -99,13 +99,13 @@ def _row(name: str, there: Sequence[SurveyOf]) -> Question:
     return Question(name, first["says"], "", "", "", answers, _states(answers))
 
 
-def _answer(kernel: str, row: Mapping[str, Any]) -> Answer:
+def _answer(kernel: str, row: Mapping[str, Any]) -> Told:
     verdict = row["verdict"]
     why = row["why"] or (f"expected: {row['expected']}" if verdict == "differs" else "")
-    return Answer(kernel, "skipped" if verdict == "skipped" else row["result"], verdict, why)
+    return Told(kernel, "skipped" if verdict == "skipped" else row["result"], verdict, why)
 
 
-def _states(answers: Sequence[Answer | None]) -> list[str]:
+def _states(answers: Sequence[Told | None]) -> list[str]:
     said = [answer for answer in answers if answer is not None]
     told = {answer.text for answer in said if answer.verdict not in ("skipped", "cannot tell", "not tested")}
     return [*dict.fromkeys(answer.verdict.replace(" ", "-") for answer in said), *(["varies"] if len(told) > 1 else [])]
