@@ -413,8 +413,22 @@ def test_a_refused_request_leaves_the_old_output_alone(tmp_path: Path, capsys: p
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
+def test_without_arguments_three_commands_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gmem() == 4
+    told = capsys.readouterr()
+    assert told.out == ""
+    shown = re.findall(r"^  gmem (\S+)", told.err, re.M)
+    assert shown == ["compare", "check", "run"]
+    assert max(map(len, told.err.splitlines())) <= 80
+
+
+def test_the_package_can_be_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "guest_memfd", "list", "laws"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split("\n")[0], done.stderr) == (0, "laws", "")
+
+
 @pytest.mark.parametrize(("argv", "says"), [
-    ("", "no verb given: compare, check, walk, explain, replay, probe, kernel, run, list"),
+    ("--jobs", "unknown option '--jobs'"),
     ("chek", "unknown verb 'chek'; did you mean 'check'?"),
     ("check", "DESIGN"),
     ("check libary", "unknown design 'libary'; did you mean 'library'?"),

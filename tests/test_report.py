@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from collections.abc import Sequence
 from errno import EAGAIN
 from typing import Any, get_args, get_type_hints
@@ -24,6 +25,7 @@ from guest_memfd.report import blame, counterexample, ktap, progress, steps, tab
 from guest_memfd.report.blame import offending
 from guest_memfd.report.choices import sentence as chosen
 from guest_memfd.report.counterexample import length
+from guest_memfd.report.filling import Filling
 from guest_memfd.report.sentence import sentence
 from guest_memfd.report.style import WIDTH, Style
 from guest_memfd.scenarios import PARTIES, SCENES
@@ -531,6 +533,53 @@ def test_the_bar_says_how_much_is_left(monkeypatch: pytest.MonkeyPatch, rich: bo
     assert "25%" in text
     assert "vcpu, vmm" in text
     assert "0:00 left" in text
+
+
+ALL_DESIGNS = [(design, on) for on in ("kvm", "pkvm", "gunyah")
+         for design in ("none", "gunyah-v17", "fixup", "secretmem", "guestmem-rfc1", "library")]
+
+
+def test_the_table_fills_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    for name, size in (("COLUMNS", "80"), ("LINES", "24")):
+        monkeypatch.setenv(name, size)
+    stream = Terminal()
+    with progress.Progress(stream=stream, table=Filling(ALL_DESIGNS, LAWS)) as bar:
+        bar.found("none", "gunyah", {"host-survives": 12})
+        bar(1, 4, "none on gunyah")
+        bar.found("none", "gunyah", {"host-survives": 9})
+        bar.found("none", "gunyah", {"host-survives": 14})
+        bar(2, 4, "none on gunyah")
+    rows = [re.findall(r"\d+", re.sub("\033\\[[\\d;]*m", "", row)) for row in re.findall("host-survives.*", stream.getvalue())]
+    assert rows[0] == ["12"]
+    assert rows[-1] == ["9"]
+
+
+def test_the_table_fits_into_80_columns_and_has_a_cell_for_each_design() -> None:
+    filling = Filling(ALL_DESIGNS, LAWS)
+    filling.take("none", "pkvm", {"progress": 17})
+    lines = [head.ljust(17) + "".join(text for text, _ in cells) for head, cells in filling.lines()]
+    assert filling.width == max(map(len, lines)) <= 80
+    assert filling.fits(80, 24)
+    assert len({*filling.letters.values()}) == 6
+    column = lines[1].index("n", lines[0].index("pkvm"))
+    row = next(line for line in lines if line.startswith("progress"))
+    assert row[column:column + 2] == "17"
+    assert sum("17" in line for line in lines) == 1
+
+
+def test_a_table_that_does_not_fit_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    for columns, rows in (("60", "50"), ("120", "12")):
+        monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setenv("LINES", rows)
+        stream = Terminal()
+        with progress.Progress(stream=stream, table=Filling(ALL_DESIGNS, LAWS)) as bar:
+            bar(1, 4, "none")
+        assert "host-survives" not in stream.getvalue()
+        assert "25%" in stream.getvalue()
 
 
 def test_the_estimate_is_the_rest_at_the_pace_so_far() -> None:

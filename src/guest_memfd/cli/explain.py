@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output
 from guest_memfd.cli.output import opened
-from guest_memfd.cli.replay import diverged, recorded
+from guest_memfd.cli.replay import HOSTS, diverged, recorded
 from guest_memfd.errors import BadInput
 from guest_memfd.explore.replay import Replay, replay
 from guest_memfd.explore.trace import Trace
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--perfetto", metavar="TRACE", help="write it to TRACE for Perfetto or chrome://tracing as well")
     for name, (words, _) in FORMS.items():
         group.add_argument(f"--{name}", action="store_true", help=f"{words}, and not as text")
-    group.add_argument("--on", metavar="HOST", default="abstract", help="emulated: take the steps on the emulated machine, "
+    group.add_argument("--on", metavar="HOST", default=HOSTS[0], help="emulated: take the steps on the emulated machine, "
                        "too, and show descriptors, syndrome and kernel log in the page")
 
 

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
@@ -37,8 +37,18 @@ VERBS = {
     "probe": "ask this kernel: what its guest_memfd and memfd_secret offer, do, and get wrong",
     "kernel": "run a command on another Linux kernel, in QEMU, without root and without /dev/kvm",
     "run": "a guest program, its memory from guest_memfd: emulated and judged by the laws, or on the real /dev/kvm",
+    "shell": "completion for bash, zsh and fish, and a man page",
     "list": "what there is: guests, designs, hypervisors, scenes, parties, laws, scenarios",
 }
+
+NEWCOMER = """\
+  gmem compare
+      the table: which design keeps the host alive; two or three minutes
+  gmem check none --hypervisor gunyah --scenario zero-padding-load
+      how one does not, step by step
+  gmem run hello
+      a guest on an emulated machine, its memory from guest_memfd"""
+"""What somebody may want who does not know."""
 
 EXIT_CODES = """\
 exit codes: 0 holds, 1 failure of gmem itself, 2 refuted, 3 undetermined (a limit was reached, nothing happened, a
@@ -189,7 +199,10 @@ def run(argv: list[str]) -> int:
     if verb is not None and verb not in VERBS:
         raise UnknownName("verb", verb, VERBS)
     module = import_module(f"guest_memfd.cli.{verb}") if verb else None
-    top, own = _parsers(verb, module)
+    if not argv:
+        raise BadInput(f"no verb given; three to begin with:\n{NEWCOMER}\nall of them: gmem --help")
+    top, verbs = parsers({verb: module} if verb and module else {})
+    own = verbs.get(verb or "")
     argv, command = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, None)
     if command is not None and not hasattr(module, "TAKES_COMMAND"):
         raise BadInput(f"unexpected argument '--'; see {(own or top).prog} --help")
@@ -205,19 +218,19 @@ def run(argv: list[str]) -> int:
         return int(module.run(arguments))
 
 
-def _parsers(verb: str | None, module: ModuleType | None) -> tuple[Parser, Parser | None]:
+def parsers(modules: Mapping[str, ModuleType]) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of all, which knows every verb by name, and those of the verbs in *modules* with their options."""
     top = Parser(
         prog="gmem", epilog=EXIT_CODES,
         description="Which design of guest_memfd keeps the host alive? Explore it, and see what breaks it.")
     top.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     verbs = top.add_subparsers(metavar="VERB", parser_class=Parser)
-    parsers = {
+    every = {
         name: verbs.add_parser(name, help=line, description=line, epilog=EXIT_CODES) for name, line in VERBS.items()
     }
-    if verb is None or module is None:
-        return top, None
-    module.add_arguments(parsers[verb])
-    return top, parsers[verb]
+    for name, module in modules.items():
+        module.add_arguments(every[name])
+    return top, {name: every[name] for name in modules}
 
 
 def _reject(extra: Sequence[str], parser: argparse.ArgumentParser) -> None:

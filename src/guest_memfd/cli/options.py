@@ -100,7 +100,7 @@ class Scope:
         with progress:
             return compare(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
                               limits=self.limits, full=self.full, jobs=self.jobs, progress=progress, engine=self.engine,
-                              reduce=self.reduce)
+                              reduce=self.reduce, seen=progress.found)
 
     def words(self) -> str:
         """Which scenarios are explored: ``vcpu and zeropad``, or what explore/suite/plan.py has, in one clause."""

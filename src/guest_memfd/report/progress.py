@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
+from guest_memfd.compat import override
+from guest_memfd.report.filling import Filling
 from guest_memfd.report.style import columns
 
 PATIENCE = 1.0
@@ -17,10 +19,11 @@ PATIENCE = 1.0
 class Progress:
     """A callback `(done, total, what)` that draws a bar; rich's if it is installed, else one line that is rewritten.
 
-    Nothing is drawn when *stream* is no terminal, when *quiet*, or in the first second.
+    Nothing is drawn when *stream* is no terminal, when *quiet*, or in the first second. A *table* stands above rich's bar.
     """
 
-    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None, table: Filling | None = None) -> None:
+        self.table = table
         self.stream = stream if stream is not None else sys.stderr
         self.shown = not quiet and self.stream.isatty()
         self._began = time.monotonic()
@@ -35,8 +38,13 @@ class Progress:
         if not self.shown or spent < PATIENCE:
             return
         if self._bar is None:
-            self._bar = _bar(self.stream)
+            self._bar = _bar(self.stream, self.table)
         self._bar.show(done, total, f"{what}  {left(done, total, spent)}")
+
+    def found(self, design: str, hypervisor: str, broken: Mapping[str, int]) -> None:
+        """A scenario of *design* has broken laws: law -> steps. It is shown with the next call."""
+        if self.table is not None:
+            self.table.take(design, hypervisor, broken)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -84,13 +92,13 @@ class _Rich:
         self.progress.stop()
 
 
-def _bar(stream: TextIO) -> _Line | _Rich:
+def _bar(stream: TextIO, table: Filling | None) -> _Line | _Rich:
     make = _rich_bar()
-    return make(stream) if make else _Line(stream)
+    return make(stream, table) if make else _Line(stream)
 
 
 # rich costs some 50 ms to import and is optional, so it is asked for only when a bar is wanted.
-def _rich_bar() -> Callable[[TextIO], _Rich] | None:
+def _rich_bar() -> Callable[[TextIO, Filling | None], _Rich] | None:
     try:
         from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -98,9 +106,19 @@ def _rich_bar() -> Callable[[TextIO], _Rich] | None:
     except ImportError:
         return None
 
-    def make(stream: TextIO) -> _Rich:
+    def make(stream: TextIO, table: Filling | None) -> _Rich:
+        console = Console(file=stream)
+        shown = table if table is not None and table.fits(*console.size) else None
+
+        class Filled(RichProgress):
+            @override
+            def get_renderables(self) -> Iterator[Any]:
+                if shown is not None:
+                    yield shown.text()
+                yield from super().get_renderables()
+
         columns = (BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.description}", markup=False))
         # Refreshed by hand: its own thread and the explorer's forks do not go together.
-        return _Rich(RichProgress(*columns, console=Console(file=stream), transient=True, auto_refresh=False))
+        return _Rich(Filled(*columns, console=console, transient=True, auto_refresh=False))
 
     return make

@@ -29,6 +29,7 @@ from guest_memfd.words.scene import Scene
 __all__ = ["NAMED", "Found", "LawReport", "Limits", "Report", "check", "compare"]
 
 Progress = Callable[[int, int, str], None]
+Seen = Callable[[str, str, Mapping[str, int]], None]
 Question = tuple[str | type[Design], str | Hypervisor]
 """A design and a hypervisor: names, or the things themselves."""
 
@@ -63,8 +64,12 @@ def compare(
     pairs: Sequence[Question], *, scenes: Sequence[str | Scene] | None = None, parties: Sequence[str] | None = None,
     scenario: str | None = None, laws: Sequence[str] | None = None, limits: Limits = NO_LIMITS, full: bool = True,
     jobs: int | None = None, progress: Progress | None = None, engine: str | None = None, reduce: bool = True,
+    seen: Seen | None = None,
 ) -> list[Report]:
-    """`check` for many designs and hypervisors at once, which share the processes; reports in the order of *pairs*."""
+    """`check` for many designs and hypervisors at once, which share the processes; reports in the order of *pairs*.
+
+    *seen* is called before *progress* with what a scenario has broken: design, hypervisor, and law -> steps.
+    """
     jobs = jobs_for(jobs)
     judged = _judged(laws)
     parties = _parties(parties, scenario)
@@ -89,7 +94,7 @@ def compare(
     bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs))
     with Pool(bench, jobs) as pool:
         weights = _weigh(pool, tasks, of) if len(tasks) > 1 else dict.fromkeys(tasks, 1.0)
-        clock = _Clock(worlds, of, weights, progress)
+        clock = _Clock(worlds, of, weights, progress, seen)
         for task, answer in pool.run(Schedule(tasks, weights), clock.done).items():
             of[task.world].take(task, answer)
         _trace(pool, cases, clock)
@@ -160,9 +165,10 @@ class _Clock:
     """Says how far the work is, and keeps the time of each case, from the start of its first task to its last's end."""
 
     def __init__(
-        self, worlds: Sequence[World], of: Mapping[int, Case], weights: Mapping[Task, float], progress: Progress | None
+        self, worlds: Sequence[World], of: Mapping[int, Case], weights: Mapping[Task, float], progress: Progress | None,
+        seen: Seen | None,
     ) -> None:
-        self.worlds, self.of, self.weights, self.progress = worlds, of, weights, progress
+        self.worlds, self.of, self.weights, self.progress, self.seen = worlds, of, weights, progress, seen
         self.total = sum(weights.values())
         self.finished = 0.0
         self.started, self.states = time.monotonic(), 0
@@ -176,8 +182,12 @@ class _Clock:
         self.ended[case] = now
         self.finished += self.weights.get(task, 0)
         self.states += answer.states
+        world, rate = self.worlds[task.world], self.states / max(now - self.started, MOMENT)
+        if self.seen is not None:
+            judged = self.of[task.world].judged
+            shortest = sorted(((law, steps) for law, _, steps, _ in answer.broken if law in judged), key=lambda b: -b[1])
+            self.seen(world.design.name, world.hypervisor.name, dict(shortest))
         if self.progress is not None:
-            world, rate = self.worlds[task.world], self.states / max(now - self.started, MOMENT)
             self.progress(int(PERCENT * self.finished / self.total), PERCENT,
                           f"{world.design.name} on {world.hypervisor.name}, {world.scene.name}: {', '.join(task.parties)}; "
                           f"{self.states:,} states, {rate:,.0f} a second")
