@@ -30,7 +30,7 @@ LAYERS = (
     ("explore.world", "machine.dev"),
     ("explore.suite", "machine.dev.gunyah", "machine.dev.kvm"),
     ("explore", "machine"),
-    ("report",),
+    ("report", "draw"),
     ("lockstep", "vmm", "probe"),
     ("html", "export"),
     ("testing", "cli"),

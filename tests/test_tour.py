@@ -11,15 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from tour.draw import HEIGHT, WIDTH, centre, picture  # noqa: E402
 from tour.follow import Been, NotOnTheWay, follow  # noqa: E402
-from tour.life import MAPPED, OUT, RUNS, Life, life, numbered  # noqa: E402
 from tour.page import page  # noqa: E402
 from tour.quote import LINES, quote  # noqa: E402
 from tour.ride import Ride, ride  # noqa: E402
@@ -30,6 +27,8 @@ from tour.wrap import wrapped  # noqa: E402
 
 from guest_memfd.core import fault  # noqa: E402
 from guest_memfd.core.library import Library  # noqa: E402
+from guest_memfd.draw.life import Life, life  # noqa: E402
+from guest_memfd.draw.svg import picture  # noqa: E402
 from guest_memfd.machine.hw.arm64 import tlbi  # noqa: E402
 
 POINTS = [point for stop in STOPS for point in stop.points]
@@ -203,40 +202,9 @@ def test_the_flush_drops_what_the_zap_left() -> None:
     assert changed(been) == {"TLB, kernel": ("2", "0")}
 
 
-# -- the life of a page -----------------------------------------------------------------------------------------------
-
-
-def test_no_page_is_the_guest_s_while_the_host_maps_it() -> None:
-    found = known_life()
-    assert {each.direct for each in found.nodes if each.owner == "guest"} == {OUT}
-    assert [edge.source for _, edge in numbered(found) if edge.target.owner == "guest"] == [("private", True, "host", OUT)]
-    assert {edge.target.attribute for _, edge in numbered(found) if edge.source.owner == "guest"} == {"private"}
-
-
-def test_another_design_has_another_life() -> None:
-    found = life("none", [("two-pages", ("vcpu",))])
-    assert {each.direct for each in found.nodes if each.owner == "guest"} == {MAPPED}
+def test_another_design_has_another_section() -> None:
     with pytest.raises(StopIteration):
-        section(found)
-
-
-def test_every_state_is_counted_and_reached() -> None:
-    found = known_life()
-    assert sum(found.nodes.values()) == found.states
-    reached = {*found.start} | {edge.target for edge in found.edges}
-    assert reached == {*found.nodes}
-    assert len(found.start) == len({scene for scene, _ in RUNS})
-
-
-def test_the_picture_has_all_of_it_and_boxes_do_not_overlap() -> None:
-    found = known_life()
-    svg = ElementTree.fromstring(picture(found))
-    name = "{http://www.w3.org/2000/svg}"
-    assert len(svg.findall(f"{name}rect")) == len(found.nodes) + 1      # and the ground
-    assert len(svg.findall(f"{name}circle")) == len(found.edges)
-    spots = [centre(each) for each in found.nodes]
-    for at, one in enumerate(spots):
-        assert all(abs(one.x - two.x) >= WIDTH or abs(one.y - two.y) >= HEIGHT for two in spots[at + 1:])
+        section(life("none", [("two-pages", ("vcpu",))]))
 
 
 # -- lines ------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tour.draw import picture
+from guest_memfd.draw.life import life
+from guest_memfd.draw.svg import picture
 from tour.follow import follow
-from tour.life import life
 from tour.page import page
 from tour.section import section
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tour.life import MAPPED, OUT, RUNS, ZAPPED, Life, Node, letters, numbered, ordered
+from guest_memfd.draw.life import MAPPED, OUT, RUNS, ZAPPED, Life, Node, letters, numbered, ordered
 
 WAY = (
     ("filemap_add_folio", Node("private", False)),

@@ -37,6 +37,7 @@ VERBS = {
     "probe": "ask this kernel: what its guest_memfd and memfd_secret offer, do, and get wrong",
     "kernel": "run a command on another Linux kernel, in QEMU, without root and without /dev/kvm",
     "run": "a guest program, its memory from guest_memfd: emulated and judged by the laws, or on the real /dev/kvm",
+    "draw": "the life of a page under a design: its states and what leads from one to another, as a picture (SVG)",
     "shell": "completion for bash, zsh and fish, and a man page",
     "list": "what there is: guests, designs, hypervisors, scenes, parties, laws, scenarios",
 }

@@ -10,18 +10,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from guest_memfd import DESIGNS, HYPERVISORS, PARTIES, SCENES
 from guest_memfd.abstract.state import State
+from guest_memfd.designs import DESIGNS
+from guest_memfd.errors import BadInput
 from guest_memfd.explore.engine.automaton import LOCAL_MASK
 from guest_memfd.explore.engine.explorer import Explorer
 from guest_memfd.explore.engine.tables import SHARED_MASK, Move
 from guest_memfd.explore.world.scenario import World
-from guest_memfd.words.pagestate import OWNERS, PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.scenarios import PARTIES, SCENES
+from guest_memfd.words.pagestate import ALIVE, OWNERS, PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import OPS
-
-HYPERVISOR = "pkvm"
-PAGE = 0
-"""The page whose life it is."""
+from guest_memfd.words.units import FIRST_PAGE, Pfn
 
 RUNS = (("two-pages", ("vcpu", "vmm")), ("both-shared", ("vmm", "vmm2")), ("two-pages", ("vcpu2", "vmm2", "stop")))
 """Scenes and parties. In the first the page begins private, in the second shared and allocated; in the third the VM ends."""
@@ -30,6 +30,8 @@ ATTRIBUTES = {PRIVATE_PAGE: "private", SHARED_PAGE: "shared"}
 NOBODY = "-"
 MAPPED, ZAPPED, OUT = "mapped", "zapped, not flushed", "out"
 NO_FILE = "no file"
+NO_ATTRIBUTE = "no attribute"
+"""Of designs that keep none, in a file that is there."""
 
 
 class Node(NamedTuple):
@@ -61,23 +63,31 @@ class Life:
 
 
 def node(shared: bytes) -> Node:
-    """What state *shared* of the abstract host says of the page."""
+    """What state *shared* of the abstract host says of the first page of the file."""
     state = State(shared)
-    page = state.page(PAGE)
-    attribute = ATTRIBUTES.get(page.attr, NO_FILE)
+    page = state.page(FIRST_PAGE)
+    attribute = ATTRIBUTES.get(page.attr) or (NO_ATTRIBUTE if state.file(0).inode == ALIVE or page.cached else NO_FILE)
     if not page.cached:
         return Node(attribute, False)
-    frame = state.frame(page.cached - 1)
+    frame = state.frame(Pfn(page.cached - 1))
     return Node(attribute, True, OWNERS[frame.owner], MAPPED if frame.s1 else ZAPPED if frame.stale else OUT)
 
 
-def life(design: str = "library", runs: Sequence[tuple[str, tuple[str, ...]]] = RUNS) -> Life:
-    """Explore *runs* of *design*, without failures, and look at the page in every state."""
+def life(
+    design: str = "library", runs: Sequence[tuple[str, tuple[str, ...]]] = RUNS, hypervisor: str = "pkvm"
+) -> Life:
+    """Explore *runs* of *design* under *hypervisor*, without failures, and look at the page in every state.
+
+    Raises UnknownName, BadInput where the design was not posted for the hypervisor.
+    """
+    posted = DESIGNS[design].hypervisors
+    if posted is not None and hypervisor not in posted:
+        raise BadInput(f"design {design!r} was posted for {', '.join(posted)} only, not for {hypervisor!r}")
     found = Life()
     for scene, names in runs:
         parties = [PARTIES[name] for name in names]
         # All states are looked at, and the engine in Python lists them.
-        world = World(DESIGNS[design], HYPERVISORS[HYPERVISOR], parties, scene=SCENES[scene], failures=0, laws=[],
+        world = World(DESIGNS[design], HYPERVISORS[hypervisor], parties, scene=SCENES[scene], failures=0, laws=[],
                       engine="python")
         explorer = world.explorer(names)
         result = explorer.run()

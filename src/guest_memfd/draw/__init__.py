@@ -1,0 +1,1 @@
+"""Pictures of what the explorer has found, in SVG."""
