@@ -139,6 +139,15 @@ def test_the_tables_stand_at_the_end_for_who_runs_no_script(load: Trace) -> None
     assert blamed == offending(again.finding)
 
 
+def test_the_step_that_breaks_the_law_says_since_when(load: Trace, pinned: Trace) -> None:
+    told = [(it.record, it.label, it.text, it.since) for it in view(example(replay(load))).because]
+    assert told == [("pfn0", "owner", "guest", 8), ("pfn0", "direct map", "mapped", 0),
+                    ("pfn0", "host stage 2", "withheld", 8)]
+    shown = Page(page(replay(pinned)))
+    assert "pfn0 owner guest, since this step" in shown.texts("li")
+    assert "pfn0 references: GUP without FOLL_PIN (vmsplice, /proc/pid/mem) 1, since step 13" in shown.texts("li")
+
+
 def test_a_step_says_what_it_touches(pinned: Trace) -> None:
     rows = [row for chunk in view(example(replay(pinned))).chunks for row in chunk]
     assert rows[0].about == ()

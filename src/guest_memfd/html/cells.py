@@ -114,6 +114,33 @@ def _tables(counts: dict[str, int], ever: set[str], last: dict[str, str], wrong:
              [Cell(cell, last[cell], cell in wrong)]) for cell in around])
 
 
+class Blamed(NamedTuple):
+    """A field that breaks the law: where, what it is called, what it holds, and since which step; 0: all along."""
+
+    record: str
+    label: str
+    text: str
+    since: int
+
+
+def blamed(initial: bytes, steps: Sequence[Step], names: show.Names, fields: Iterable[str]) -> list[Blamed]:
+    """*fields* of the last state, in the order of the layout, each with the step that made it what it is."""
+    wanted, since = set(fields), dict[str, int]()
+    before = initial
+    for number, step in enumerate(steps, 1):
+        since.update((name, number) for name, _, _ in st.changes(before, step.shared) if name in wanted)
+        before = step.shared
+    return [Blamed(show.record(name), _label_of(name), show.value(name, held, names), since.get(name, 0))
+            for name, held in st.fields_of(before).items() if name in wanted]
+
+
+# A reference says which.
+def _label_of(name: str) -> str:
+    kind, field = _kind_of(name)
+    told = st.FRAME_FIELDS[field] if kind == "pfn" and field in _REFS else ""
+    return told or show.label(name)
+
+
 def _kind_of(cell: str) -> tuple[str, str]:
     record, _, name = cell.rpartition(".")
     return record.rstrip("0123456789"), name

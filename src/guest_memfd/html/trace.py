@@ -14,7 +14,7 @@ from guest_memfd.designs import DESIGNS
 from guest_memfd.explore.engine.finding import Step
 from guest_memfd.explore.replay import Divergence, Replay
 from guest_memfd.explore.trace import TraceStep
-from guest_memfd.html.cells import States, states
+from guest_memfd.html.cells import Blamed, States, blamed, states
 from guest_memfd.html.render import render
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
@@ -80,6 +80,7 @@ class TraceView:
     chunks: Sequence[Sequence[StepRow]]
     about: Sequence[str]
     states: States
+    because: Sequence[Blamed]
     initially: Sequence[tuple[str, str]]
     primitives: Mapping[str, str]
     divergence: Divergence | None = None
@@ -93,7 +94,8 @@ def view(
     """What is to be shown of *example*; *rest*: steps that were recorded and could not be taken, from *divergence* on."""
     finding = example.finding
     names = said.lock_holders(finding.steps, finding.initial)
-    every = states(finding.initial, finding.steps, names, offending(finding) if divergence is None else ())
+    wrong = offending(finding) if divergence is None else frozenset()
+    every = states(finding.initial, finding.steps, names, wrong)
     lanes = _lanes([*example.parties, *(step.party for step in finding.steps), *(step.party for step in rest)])
     rows = list(_rows(example, lanes, names, machine or {}, broken=divergence is None))
     rows += _recorded(rest, len(rows), lanes, st.layout_of(finding.initial).sizes)
@@ -101,6 +103,7 @@ def view(
         slug, example, LAWS[finding.law], DESIGNS[example.design].title, HYPERVISORS[example.hypervisor].title,
         length(finding.steps, example.parties), lanes, [rows[at:at + CHUNK] for at in range(0, len(rows), CHUNK)],
         sorted({thing for row in rows for thing in row.about}, key=_in_order), every,
+        blamed(finding.initial, finding.steps, names, wrong),
         [(f"{what} at first", words.strip()) for what, _, words in (
             line.partition(" ") for line in show.overview(finding.initial))],
         {name: means for row in rows if (means := row.means) and (name := row.call.partition("(")[0])}, divergence,

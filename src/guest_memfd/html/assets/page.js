@@ -26,7 +26,7 @@ class Run {
     }
     this.article.querySelector(".steps").addEventListener("click", (event) => {
       const step = event.target.closest("li.step");
-      if (step && !event.target.closest("summary, pre") && !getSelection().toString()) {
+      if (step && !event.target.closest("summary, pre, .because a") && !getSelection().toString()) {
         event.preventDefault();
         this.go(this.steps.indexOf(step) + 1);
       }
