@@ -5,6 +5,8 @@
 # make bench-linux  what our calls of the real kernel cost beside the same in C, and memfd_secret beside memfd
 # make mutants   the library with one small thing wrong, some thousand times over: what does nobody notice (an hour and more)
 # make tour      docs/tour.md and docs/page-life.svg, written anew from a run
+# make docs      the site of the documents, with search and example pages, in build/site
+# make pictures  docs/pictures, from the tests of the pages in a browser
 # make fuzz      random command lines, traces, guests, plugins, lives of a VMM, hypercalls (FUZZ='lines --count 100000')
 # Needs python3 (3.11 or later, with venv), and for benchmarks gcc (two of them) and spin (one). Nothing is written outside of this folder.
 
@@ -16,7 +18,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: compare test test-long lint mutants tour fuzz bench bench-emulated bench-linux clean
+.PHONY: compare test test-long lint mutants tour docs pictures fuzz bench bench-emulated bench-linux clean
 
 compare: .venv/installed
 	@echo "exploring every pair of parties under every design: two or three minutes, more on a busy machine" >&2
@@ -37,6 +39,13 @@ mutants: .venv/installed
 
 tour: .venv/installed
 	PYTHONPATH=tools $(BIN)/python -m tour docs
+
+docs: .venv/docs
+	PYTHONPATH=tools $(BIN)/python -m docsite build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+pictures: .venv/dev
+	GMEM_SCREENSHOTS=docs/pictures $(BIN)/python -m pytest -q tests/test_browser.py
 
 fuzz: .venv/dev
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
@@ -66,6 +75,10 @@ clean:
 		|| $(PIP) install --only-binary numba,llvmlite,numpy -e '.[fast]' \
 		|| $(PIP) install -e '.[emu]' \
 		|| $(PIP) install -e .
+	touch $@
+
+.venv/docs: pyproject.toml | .venv/installed
+	$(PIP) install -e '.[docs]'
 	touch $@
 
 .venv/dev: pyproject.toml | .venv/bin/python

@@ -114,10 +114,9 @@ class Browser:
         """Whether pages that are loaded from now on may run any."""
         self.call("Emulation.setScriptExecutionDisabled", value=not allowed)
 
-    def picture(self, *, whole: bool = False) -> bytes:
-        """What is seen, or the whole page, as PNG."""
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        return base64.b64decode(shot["data"])
+    def picture(self) -> bytes:
+        """What is seen, as WebP: a fifth of what a PNG of it takes."""
+        return base64.b64decode(self.call("Page.captureScreenshot", format="webp", quality=75)["data"])
 
     def printed(self) -> bytes:
         """The page on paper, as PDF."""
