@@ -28,7 +28,8 @@ def test_what_is_linked_to_comes_along(tmp_path: Path) -> None:
     source, site = tmp_path / "source", tmp_path / "site"
     for name, text in {
         "README.md": "[a](docs/a.md) [p](pkg) [web](https://example.org) [to](#there)\n```\n[no](no/file.py)\n```\n",
-        "docs/a.md": "![x](x.svg) [c](../pkg/code.py#L1)", "docs/x.svg": "<svg/>", "pkg/code.py": "1", "pkg/__init__.py": "2",
+        "docs/a.md": "![x](x.svg) [c](../pkg/code.py#L1)", "docs/x.svg": "<svg/>", "pkg/code.py": "1",
+        "pkg/__init__.py": "2",
     }.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text)
