@@ -139,6 +139,25 @@ def test_the_tables_stand_at_the_end_for_who_runs_no_script(load: Trace) -> None
     assert blamed == offending(again.finding)
 
 
+def test_folios_and_leaves_are_told_of_each_frame() -> None:
+    trace = traced("none", "gunyah", ("vcpu", "zeropad"), "host-survives", scenes=["large-folio"])
+    again = replay(trace)
+    given = Page(page(again)).data()
+    cells, s2_leaves = dict(given["first"]), []
+    for step, change in zip(again.steps, given["changes"], strict=True):
+        cells.update(change)
+        state = st.State(step.shared)
+        for frame in state.frames():
+            order = state.folio(frame.number).s2_leaf
+            first = frame.number - frame.number % (1 << order)
+            assert cells[f"pfn{frame.number}.s2_leaf"] == (f"pfn{first}-{first + 1}" if order else "single")
+            head, parts = state.head(frame), state.parts(state.head(frame))
+            assert cells[f"pfn{frame.number}.folio"] == (
+                f"pfn{head.number}-{parts[-1].number}" if len(parts) > 1 else "single")
+        s2_leaves.append(cells["pfn1.s2_leaf"])
+    assert s2_leaves == ["pfn0-1"] * 7 + ["single"] * 2              # the hypercall splits the leaf
+
+
 def test_the_step_that_breaks_the_law_says_since_when(load: Trace, pinned: Trace) -> None:
     told = [(it.record, it.label, it.text, it.since) for it in view(example(replay(load))).because]
     assert told == [("pfn0", "owner", "guest", 8), ("pfn0", "direct map", "mapped", 0),

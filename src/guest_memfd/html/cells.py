@@ -1,7 +1,9 @@
 """The states of a run as small tables: which cells there are, what is in each at first, and what every step puts there.
 
 A column is a frame, a page of the file, or a guest frame; a row is a field under the name that reports give it. A cell is
-called as its field (``pfn0.owner``), but for the kinds of references, which share one (``pfn0.refs``).
+called as its field (``pfn0.owner``), but for the kinds of references, which share one (``pfn0.refs``). Where there are
+large folios, each frame has rows for the folio and the leaves that it is part of (``pfn0.folio``, ``pfn0.s1_leaf``): the
+frames from the first to the last, so that columns with the same words belong together.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from guest_memfd.explore.engine.finding import Step
 
 _REFS = ("cache", "lru", "lookup", "provided", "pin", "get", "spec", "kept")
 _ALWAYS = {
-    "pfn": ("allocated", "slot", "owner", "s1", "stale", "s2", "gmap", "user", "refs", "lock", "content", "uptodate"),
+    "pfn": ("allocated", "slot", "folio", "owner", "s1", "s1_leaf", "stale", "s2", "s2_leaf", "gmap", "guest_leaf", "user",
+            "refs", "lock", "content", "uptodate"),
     "page": ("cached", "attr", "binding"), "gfn": ("provided",),
 }
+_LARGE = {"folio": "folio", "s1_leaf": "direct-map leaf", "s2_leaf": "host stage-2 leaf", "guest_leaf": "guest stage-2 leaf"}
 _TITLES = {"pfn": "frames", "page": "pages of the file", "gfn": "guest frames"}
 _UNSEEN = ("given",)
 
@@ -60,19 +64,19 @@ def states(initial: bytes, steps: Sequence[Step], names: show.Names, blamed: Ite
     fields = st.fields_of(initial)
     ever = {field for field, number in fields.items() if number} | set(blamed)
     first = {cell: _text(cell, fields, names) for cell in dict.fromkeys(map(_cell, fields))}
-    changes = []
+    held, changes = dict(first), list[dict[str, str]]()
     before = initial
     for step in steps:
         changed = st.changes(before, step.shared)
         fields.update((field, new) for field, _, new in changed)
         ever.update(field for field, _, _ in changed)
-        changes.append({cell: _text(cell, fields, names) for field, _, _ in changed if _seen(cell := _cell(field))})
+        touched = dict.fromkeys(cell for field, _, _ in changed for cell in (_cell(field), *_beside(field, first))
+                                if _seen(cell))
+        changes.append({cell: text for cell in touched if (text := _text(cell, fields, names)) != held.get(cell)})
+        held.update(changes[-1])
         before = step.shared
     wrong = {_cell(field) for field in blamed}
-    last = dict(first)
-    for change in changes:
-        last.update(change)
-    tables = list(_tables(st.layout_of(initial).counts, {_cell(field) for field in ever}, last, wrong))
+    tables = list(_tables(st.layout_of(initial).counts, {_cell(field) for field in ever}, held, wrong))
     there = {cell.name for table in tables for line in table.lines for cell in line.cells}
     return States(tables, {cell: text for cell, text in first.items() if cell in there},
                   [{cell: text for cell, text in change.items() if cell in there} for change in changes],
@@ -81,7 +85,18 @@ def states(initial: bytes, steps: Sequence[Step], names: show.Names, blamed: Ite
 
 def _cell(field: str) -> str:
     record, _, name = field.rpartition(".")
+    if record.startswith("folio"):
+        return f"pfn{record.removeprefix('folio')}.{name if name in _LARGE else 'folio'}"
     return f"{record}.refs" if record.startswith("pfn") and name in _REFS else field
+
+
+# Cells that may say something else as well when *field* has changed: a folio is told of each of its frames.
+def _beside(field: str, cells: Iterable[str]) -> Iterator[str]:
+    record, _, name = field.rpartition(".")
+    if record.startswith("folio"):
+        yield from (cell for cell in cells if cell.endswith(".folio"))
+    elif name == "gmap":
+        yield from (cell for cell in (f"{record}.guest_leaf",) if cell in cells)
 
 
 def _seen(cell: str) -> bool:
@@ -90,21 +105,36 @@ def _seen(cell: str) -> bool:
 
 def _text(cell: str, fields: dict[str, int], names: show.Names) -> str:
     record, _, name = cell.rpartition(".")
+    if name in _LARGE:
+        return _part_of(int(record.removeprefix("pfn")), name, fields)
     if name == "refs":
         held = [f"{kind} {number}" for kind in _REFS if (number := fields[f"{record}.{kind}"])]
         return ", ".join(held) or "none"
     return show.value(cell, fields[cell], names)
 
 
+# The frames of the folio, or of the leaf, that frame *pfn* is part of.
+def _part_of(pfn: int, name: str, fields: dict[str, int]) -> str:
+    if name == "folio":
+        first = pfn - fields[f"folio{pfn}.tail"]
+        order = fields[f"folio{first}.order"]
+    elif name == "guest_leaf" and not fields[f"pfn{pfn}.gmap"]:
+        return "none"
+    else:
+        order = fields[f"folio{pfn}.{name}"]
+        first = pfn >> order << order
+    return f"pfn{first}-{first + (1 << order) - 1}" if order else "single"
+
+
 def _tables(counts: dict[str, int], ever: set[str], last: dict[str, str], wrong: set[str]) -> Iterator[StateTable]:
     for kind, title in _TITLES.items():
         heads = [f"{kind}{number}" for number in range(counts[kind])]
-        more = (_cell(f"{kind}0.{name}").partition(".")[2] for name in st.RECORDS[kind])
+        more = [_cell(f"{kind}0.{name}").partition(".")[2] for name in st.RECORDS[kind]]
+        there = [name for name in dict.fromkeys((*_ALWAYS[kind], *more)) if counts["folio"] or name not in _LARGE]
         lines = [
             Line(_label(kind, name), _means(kind, name),
                  [Cell(cell := f"{head}.{name}", last[cell], cell in wrong) for head in heads])
-            for name in dict.fromkeys((*_ALWAYS[kind], *more))
-            if name in _ALWAYS[kind] or any(f"{head}.{name}" in ever for head in heads)
+            for name in there if name in _ALWAYS[kind] or any(f"{head}.{name}" in ever for head in heads)
         ]
         if kind != "gfn" or any(cell.name in ever for line in lines for cell in line.cells):
             yield StateTable(title, heads, lines)
@@ -147,10 +177,12 @@ def _kind_of(cell: str) -> tuple[str, str]:
 
 
 def _label(kind: str, name: str) -> str:
-    return {"refs": "references", "allocated": "allocator"}.get(name) or show.label(f"{kind}0.{name}")
+    return (_LARGE | {"refs": "references", "allocated": "allocator"}).get(name) or show.label(f"{kind}0.{name}")
 
 
 def _means(kind: str, name: str) -> str:
     if name == "refs":
         return "references on the folio, by kind"
+    if name in _LARGE:
+        return st.RECORDS["folio"].get(name, "the frames of the folio that this one is part of")
     return st.RECORDS[kind][name] if kind else st.GLOBALS[name]

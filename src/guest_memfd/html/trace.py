@@ -177,8 +177,8 @@ def meaning(primitive: str) -> str:
 def _about(step: Step, before: bytes) -> tuple[str, ...]:
     sizes = st.layout_of(before).sizes
     there = {*_named(step, sizes)}
-    there.update(record for name, _, _ in st.changes(before, step.shared)
-                 if (record := name.rpartition(".")[0]).startswith(("pfn", "page", "gfn")))
+    there.update(record.replace("folio", "pfn") for name, _, _ in st.changes(before, step.shared)
+                 if (record := name.rpartition(".")[0]).startswith(("pfn", "folio", "page", "gfn")))
     there.update(f"pfn{note.pfn}" for note in step.notes if getattr(note, "pfn", None) is not None)
     frames = [number for number in range(sizes.frames) if f"pfn{number}" in there]
     for state in (st.State(before), st.State(step.shared)):
