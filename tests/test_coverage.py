@@ -113,7 +113,7 @@ from guest_memfd.words.primitives import Steps
     assert "no-memory on kvm: holds, but nothing happened: it never was that the guest used a page" in out
     assert "never:    the guest used a page;" in out
     assert main([*asked, "--json"]) == 3
-    said = json.loads(capsys.readouterr().out)
+    said, = json.loads(capsys.readouterr().out)["reports"]
     assert (said["verdict"], said["missing"]) == ("undetermined", ["the guest used a page"])
     assert said["never"][0] == "the guest used a page"
     assert main([*asked, "--ktap"]) == 3

@@ -130,7 +130,7 @@ def _tables(counts: dict[str, int], ever: set[str], last: dict[str, str], wrong:
     for kind, title in _TITLES.items():
         heads = [f"{kind}{number}" for number in range(counts[kind])]
         more = [_cell(f"{kind}0.{name}").partition(".")[2] for name in st.RECORDS[kind]]
-        there = [name for name in dict.fromkeys((*_ALWAYS[kind], *more)) if counts["folio"] or name not in _LARGE]
+        there = [name for name in dict.fromkeys((*_ALWAYS[kind], *more)) if counts.get("folio") or name not in _LARGE]
         lines = [
             Line(_label(kind, name), _means(kind, name),
                  [Cell(cell := f"{head}.{name}", last[cell], cell in wrong) for head in heads])
