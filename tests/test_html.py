@@ -309,6 +309,7 @@ def test_a_page_of_forty_steps_is_small(pinned: Trace) -> None:
     assert len(page(forty).encode()) < 150_000
 
 
+@pytest.mark.long
 def test_ten_thousand_steps_are_a_page_in_parts() -> None:
     began = time.process_time()
     text = page(long_run(10_000))

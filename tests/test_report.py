@@ -25,7 +25,7 @@ from guest_memfd.report import blame, counterexample, ktap, progress, steps, tab
 from guest_memfd.report.blame import offending
 from guest_memfd.report.choices import sentence as chosen
 from guest_memfd.report.counterexample import length
-from guest_memfd.report.filling import Filling
+from guest_memfd.report.filling import FillingTable
 from guest_memfd.report.sentence import sentence
 from guest_memfd.report.style import WIDTH, Style
 from guest_memfd.scenarios import PARTIES, SCENES
@@ -545,7 +545,7 @@ def test_the_table_fills_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in (("COLUMNS", "80"), ("LINES", "24")):
         monkeypatch.setenv(name, size)
     stream = Terminal()
-    with progress.Progress(stream=stream, table=Filling(ALL_DESIGNS, LAWS)) as bar:
+    with progress.Progress(stream=stream, table=FillingTable(ALL_DESIGNS, LAWS)) as bar:
         bar.found("none", "gunyah", {"host-survives": 12})
         bar(1, 4, "none on gunyah")
         bar.found("none", "gunyah", {"host-survives": 9})
@@ -558,7 +558,7 @@ def test_the_table_fills_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_fits_into_80_columns_and_has_a_cell_for_each_design() -> None:
-    filling = Filling(ALL_DESIGNS, LAWS)
+    filling = FillingTable(ALL_DESIGNS, LAWS)
     filling.take("none", "pkvm", {"progress": 17})
     lines = [head.ljust(17) + "".join(text for text, _ in cells) for head, cells in filling.lines()]
     assert filling.width == max(map(len, lines)) <= 80
@@ -577,7 +577,7 @@ def test_a_table_that_does_not_fit_is_not_shown(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("COLUMNS", columns)
         monkeypatch.setenv("LINES", rows)
         stream = Terminal()
-        with progress.Progress(stream=stream, table=Filling(ALL_DESIGNS, LAWS)) as bar:
+        with progress.Progress(stream=stream, table=FillingTable(ALL_DESIGNS, LAWS)) as bar:
             bar(1, 4, "none")
         assert "host-survives" not in stream.getvalue()
         assert "25%" in stream.getvalue()

@@ -18,7 +18,7 @@ from guest_memfd.explore.world.cost import DesignCost, cost
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.report import json, terminal
-from guest_memfd.report.filling import Filling
+from guest_memfd.report.filling import FillingTable
 from guest_memfd.report.progress import Progress
 from guest_memfd.report.sentence import sentence
 from guest_memfd.report.style import Style
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         out, (page,) = opened(stack, arguments, "html")
         same_elsewhere(pairs, scope, arguments.load)
-        filling = Filling(pairs, [law for law in LAWS if scope.laws is None or law in scope.laws])
+        filling = FillingTable(pairs, [law for law in LAWS if scope.laws is None or law in scope.laws])
         reports = scope.explore(pairs, Progress(quiet=arguments.quiet, table=filling))
         counted = {pair: cost(DESIGNS[pair[0]], HYPERVISORS[pair[1]]) for pair in pairs}
         sentences = {

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print it."""
+    """Write what was asked for; returns 0."""
     if arguments.what not in WANTED:
         raise UnknownName("shell", arguments.what, WANTED)
     if arguments.json:

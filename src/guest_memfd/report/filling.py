@@ -11,7 +11,7 @@ NARROW = 3
 """Columns of a cell: the steps of the shortest run that breaks the law, as far as is known."""
 
 
-class Filling:
+class FillingTable:
     """Laws x (design, hypervisor); a design is a letter, which is told below. *pairs* in the order of the columns."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]], laws: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from guest_memfd.compat import override
-from guest_memfd.report.filling import Filling
+from guest_memfd.report.filling import FillingTable
 from guest_memfd.report.style import columns
 
 PATIENCE = 1.0
@@ -22,7 +22,7 @@ class Progress:
     Nothing is drawn when *stream* is no terminal, when *quiet*, or in the first second. A *table* stands above rich's bar.
     """
 
-    def __init__(self, quiet: bool = False, stream: TextIO | None = None, table: Filling | None = None) -> None:
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None, table: FillingTable | None = None) -> None:
         self.table = table
         self.stream = stream if stream is not None else sys.stderr
         self.shown = not quiet and self.stream.isatty()
@@ -92,13 +92,13 @@ class _Rich:
         self.progress.stop()
 
 
-def _bar(stream: TextIO, table: Filling | None) -> _Line | _Rich:
+def _bar(stream: TextIO, table: FillingTable | None) -> _Line | _Rich:
     make = _rich_bar()
     return make(stream, table) if make else _Line(stream)
 
 
 # rich costs some 50 ms to import and is optional, so it is asked for only when a bar is wanted.
-def _rich_bar() -> Callable[[TextIO, Filling | None], _Rich] | None:
+def _rich_bar() -> Callable[[TextIO, FillingTable | None], _Rich] | None:
     try:
         from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -106,7 +106,7 @@ def _rich_bar() -> Callable[[TextIO, Filling | None], _Rich] | None:
     except ImportError:
         return None
 
-    def make(stream: TextIO, table: Filling | None) -> _Rich:
+    def make(stream: TextIO, table: FillingTable | None) -> _Rich:
         console = Console(file=stream)
         shown = table if table is not None and table.fits(*console.size) else None
 
