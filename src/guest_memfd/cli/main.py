@@ -32,7 +32,7 @@ VERBS = {
     "compare": "the table: designs x hypervisors x laws, what breaks in how many steps, and what each design costs",
     "check": "explore one design; a law that breaks comes with the shortest way there",
     "walk": "all parties of a scene at once, at random: for what is too large to be explored",
-    "explain": "a saved trace as text",
+    "explain": "a saved trace as text, as a page for a browser, or for other tools",
     "replay": "run a saved trace again: the same verdict, or where it diverges and why",
     "probe": "ask this kernel: what its guest_memfd and memfd_secret offer, do, and get wrong",
     "kernel": "run a command on another Linux kernel, in QEMU, without root and without /dev/kvm",

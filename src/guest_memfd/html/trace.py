@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -168,9 +169,10 @@ def _row(number: int, step: Step, lanes: Sequence[Lane], **more: Any) -> StepRow
 
 @cache
 def meaning(primitive: str) -> str:
-    """What *primitive* does, as its host says it; empty for what no host offers."""
+    """What *primitive* does, as its host says it, without markup; empty for what no host offers."""
     does = getattr(Host, primitive, None)
-    return " ".join((inspect.getdoc(does) or "").split("\n\n")[0].split()) if does else ""
+    said = (inspect.getdoc(does) or "").split("\n\n")[0] if does else ""
+    return re.sub(r"\*(\w+)\*", r"\1", " ".join(said.split())).replace("`", "")
 
 
 # What a step touches: what it changes, what it names, and with a frame the page of the file that it holds.

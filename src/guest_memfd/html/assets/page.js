@@ -58,6 +58,8 @@ class Run {
     }
     const when = number ? `after step ${taken}` : "at first";
     this.article.querySelector(".when").textContent = number === taken ? when : `${when}, the last that was taken again`;
+    const means = this.article.querySelector(".means");
+    if (means) means.textContent = step?.querySelector(".call code").title ?? "";
     this.article.querySelector(".where").textContent = number ? `step ${number} of ${this.steps.length}` : "at first";
   }
 
