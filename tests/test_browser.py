@@ -108,7 +108,8 @@ def test_keys_walk_through_the_states(tab: Browser, pinned: Path) -> None:
     assert at(tab) == "step-6"
     assert cell(tab, "pfn0.content") == ("zero", "is-changed")
     assert cell(tab, "pfn0.owner") == ("host", "")
-    assert str(tab.js("document.querySelector('.means').textContent")).startswith("folio_zero_range() through the direct map")
+    means = str(tab.js("document.querySelector('.means').textContent"))
+    assert means.startswith("folio_zero_range() through the direct map")
     tab.press("k")
     assert cell(tab, "pfn0.content") == ("junk", "")
     assert cell(tab, "pfn0.refs") == ("cache 1, lru 1, lookup 1", "is-changed")

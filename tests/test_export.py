@@ -463,5 +463,7 @@ def test_what_cannot_be_is_one_line(saved: Path, capsys: pytest.CaptureFixture[s
 def test_a_trace_that_diverges_has_no_diagram(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other.json"
     other.write_text(saved.read_text().replace('"args": ["invalidate"]', '"args": ["bindings"]', 1))
-    assert main(["explain", str(other), "--mermaid"]) == 4
-    assert "--mermaid: the trace diverges at step 2" in capsys.readouterr().err
+    for option in (["--mermaid"], ["--perfetto", str(tmp_path / "trace")]):
+        assert main(["explain", str(other), *option]) == 4
+        assert f"{option[0]}: the trace diverges at step 2" in capsys.readouterr().err
+    assert not (tmp_path / "trace").exists()

@@ -61,9 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
         if page is not None:
             page.write(html)
         if track is not None:
-            track.write(json.dump(perfetto.counterexample(_example(again, commands))))
+            track.write(json.dump(perfetto.counterexample(_followed("perfetto", again, commands))))
         if form is not None:
-            out.write("\n".join(_form(form, again, commands)))
+            out.write("\n".join(FORMS[form][1](_followed(form, again, commands))))
         elif arguments.json:
             out.write(json.dump({**json.replayed(again, json.EXPLAIN), "trace": json.trace(again.finding)}))
         else:
@@ -89,11 +89,11 @@ def _one_of(arguments: argparse.Namespace) -> str | None:
     return given[0] if given and given[0] != "json" else None
 
 
-# What a diagram shows has to have happened: a trace that parts from its record is told as text.
-def _form(form: str, again: Replay, commands: tuple[Command, ...]) -> Iterator[str]:
+# What a form shows has to have happened: a trace that parts from its record is told as text, and as a page.
+def _followed(form: str, again: Replay, commands: tuple[Command, ...]) -> Counterexample:
     if again.divergence is not None:
         raise BadInput(f"--{form}: the trace diverges at {again.divergence}")
-    return FORMS[form][1](_example(again, commands))
+    return _example(again, commands)
 
 
 def _page(trace: Trace, host: str, commands: tuple[Command, ...]) -> tuple[Replay, str]:

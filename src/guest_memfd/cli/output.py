@@ -190,8 +190,8 @@ def opened(stack: ExitStack, arguments: argparse.Namespace, *options: str) -> tu
         if place is not None and places.setdefault(place, option) != option:
             raise BadInput(f"--{places[place]} and --{option} are both {given!r}; each needs a file of its own")
     out = stack.enter_context(Output(arguments.output))
-    given = (getattr(arguments, option) for option in options)
-    return out, [None if each is None else stack.enter_context(Output(each)) for each in given]
+    others = (getattr(arguments, option) for option in options)
+    return out, [None if each is None else stack.enter_context(Output(each)) for each in others]
 
 
 class TraceFolder:

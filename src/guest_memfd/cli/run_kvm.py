@@ -21,7 +21,7 @@ from guest_memfd.vmm.linux import LinuxOrder, LinuxReport
 from guest_memfd.vmm.linux import run as run_guest
 from guest_memfd.words.units import Ipa
 
-_THEIRS = ("--design", "--folio", "--ram", "--reader", "--zeropad", "--fail")
+_THEIRS = ("--design", "--folio", "--ram", "--reader", "--zeropad", "--perfetto", "--fail")
 _MODES = {False: "64-bit mode at CPL 3", True: "real mode"}
 _FAULT_PATHS = {
     True: "native: what the guest touches for the first time is faulted in by kvm_gmem_get_pfn()",
