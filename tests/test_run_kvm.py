@@ -552,7 +552,8 @@ def test_ctrl_c_ends_it_and_nothing_that_was_said_is_lost(tmp_path: Path, monkey
 @pytest.mark.parametrize(("options", "words"), [
     (("--design", "none"), "--design is for emulated machines"), (("--ram", "1G"), "--ram is for emulated machines"),
     (("--zeropad",), "--zeropad is for emulated machines"),
-    (("--perfetto", "trace"), "--perfetto is for emulated machines"), (("--fail", "kernel:1"), "--fail is for emulated machines"),
+    (("--perfetto", "trace"), "--perfetto is for emulated machines"),
+    (("--fail", "kernel:1"), "--fail is for emulated machines"),
     (("--folio", "2M"), "--folio is for emulated machines"), (("--memory", "4097"), "no multiple of a page"),
     (("--memory", "0"), "at least a page"), (("--memory", "4K"), "no page is left after the image"),
     (("--memory", "600G"), "beyond the 64 GiB that this vCPU can address; 62G is the most"),
