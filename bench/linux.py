@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guest_memfd.errors import BadInput, HostUnavailable
-from guest_memfd.linux.abi.memory import Advice
 from guest_memfd.linux.fd import Descriptor
 from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
 from guest_memfd.linux.mapping import PAGE, LinuxMapping
 from guest_memfd.linux.secret import Secret
 from guest_memfd.linux.system import System
 from guest_memfd.uapi.kvm import SHARED, MemFlag
-from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, Advice
 
 GIB, GPA, SIZE = 1 << 30, 0x100_0000, 16 * PAGE
 STORE_FOR_EVER = bytes.fromhex("488906" "ebfb")         # mov [rsi], rax; jmp the mov

@@ -180,16 +180,16 @@ class Space:
 
 def test_the_cpu_finds_a_page_where_its_vma_says_in_every_table_of_it() -> None:
     space = Space()
-    for window in ((0, 1 << 19), (0, 4), (3, 1500), (600, 1)):         # the first is of 2 GiB
-        space.mm.mmap(space.inode, *window)
+    windows = (0, 1 << 19), (0, 4), (3, 1500), (600, 1)                 # the first is of 2 GiB
+    vmas = [space.mm.mmap(space.inode, *window) for window in windows]
     regime = Stage1(Tcr(), space.mm.ttbr0, 0)
     for index in (3, 511, 512, 600, 1100, 1502):
         space.mapping.insert(index, space.ram.base + index * PAGE)
         for vma in space.mapping.vmas:
             if vma.covers(index):
                 assert walk(space.ram, vma.va(index), "r", 0, regime).pa == space.ram.base + index * PAGE
-    space.mm.munmap(space.inode, (0, 1 << 19))
-    space.mm.munmap(space.inode, (3, 1500))
+    space.mm.munmap(space.inode, vmas[0])
+    space.mm.munmap(space.inode, vmas[2])
     assert sorted(space.mapping.present) == [3, 600]
 
 

@@ -14,6 +14,7 @@ from guest_memfd.errors import EHWPOISON, BadInput
 from guest_memfd.linux.abi import kvm, kvm_x86, memfd_secret, memory
 from guest_memfd.uapi import gunyah, kvm_arm64, kvm_run
 from guest_memfd.uapi import kvm as uapi
+from guest_memfd.uapi.memory import Advice
 
 KNOWN = platform.machine() in ("x86_64", "aarch64")
 # Each with the number that the header has, read off by hand: include/uapi/linux/kvm.h (7.3) on x86-64, and
@@ -161,7 +162,7 @@ NAMES = {
     **{f"KVM_STATS_TYPE_{kind.name}": int(kind) for kind in kvm.StatsType},
     "KVM_MEMORY_ATTRIBUTE_PRIVATE": uapi.PRIVATE, "KVM_MEMORY_EXIT_FLAG_PRIVATE": uapi.PRIVATE,
     "KVM_EXIT_MMIO": 6, "KVM_EXIT_INTR": 10, "KVM_EXIT_MEMORY_FAULT": 39, "EHWPOISON": EHWPOISON,
-    **{f"MADV_{advice.name}": int(advice) for advice in memory.Advice},
+    **{f"MADV_{advice.name}": int(advice) for advice in Advice},
     **{f"SYS_{name}": number for name, number in (memory.numbers()._asdict().items() if KNOWN else ())},
     "SECRETMEM_MAGIC": memfd_secret.SECRETMEM_MAGIC, "O_CLOEXEC": int(memfd_secret.SecretFlag.CLOEXEC),
     "SIGEV_THREAD_ID": memory.SIGEV_THREAD_ID,

@@ -21,7 +21,6 @@ from linux_driver import fails, in_child, no_guests
 
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.linux import guest_x86, syscall
-from guest_memfd.linux.abi.memory import Advice
 from guest_memfd.linux.guest_memfd import GuestMemfd
 from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
 from guest_memfd.linux.kick import KICK, this_thread
@@ -30,7 +29,7 @@ from guest_memfd.linux.system import System
 from guest_memfd.linux.vm import LinuxVm
 from guest_memfd.uapi.kvm import SHARED, Cap, GuestMemfdFlag, MemFlag
 from guest_memfd.uapi.kvm_run import Intr, MemoryFault, Mmio, Unknown
-from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, Advice
 
 LOAD = bytes.fromhex("488b07" "488906" "ebfe")             # mov rax, [rdi]; mov [rsi], rax; jmp .
 READ_DEVICE = bytes.fromhex("488b07" "50" "59" "48890e" "ebfe")    # mov rax, [rdi]; push rax; pop rcx; mov [rsi], rcx; jmp .

@@ -13,7 +13,6 @@ from linux_driver import errno_of, fails, in_child, limit, lowest_free, no_guest
 
 from guest_memfd.errors import BadInput, HostUnavailable, Signalled
 from guest_memfd.linux import syscall
-from guest_memfd.linux.abi.memory import Advice
 from guest_memfd.linux.guest_memfd import GuestMemfd
 from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
 from guest_memfd.linux.mapping import BUS_ADRERR, PAGE
@@ -21,7 +20,7 @@ from guest_memfd.linux.system import System
 from guest_memfd.linux.vm import LinuxVm
 from guest_memfd.uapi.kvm import PRIVATE, SHARED, Cap, GuestMemfdFlag, MemFlag, MemoryAttributes2
 from guest_memfd.uapi.kvm_run import Mmio
-from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, Advice
 
 pytest_plugins = ["kvm_fixtures"]
 REASON = no_guests()

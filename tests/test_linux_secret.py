@@ -18,13 +18,13 @@ from linux_driver import errno_of, fails, in_child, limit, lowest_free
 from guest_memfd.errors import HostUnavailable, Signalled, SyscallFailed
 from guest_memfd.linux import syscall
 from guest_memfd.linux.abi.memfd_secret import SECRETMEM_MAGIC
-from guest_memfd.linux.abi.memory import Advice, Iovec, numbers
+from guest_memfd.linux.abi.memory import Iovec, numbers
 from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
 from guest_memfd.linux.mapping import BUS_ADRERR, PAGE, LinuxMapping
 from guest_memfd.linux.secret import Secret
 from guest_memfd.linux.system import System
 from guest_memfd.uapi.kvm_run import Unknown
-from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, Advice
 
 
 def why_not() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from errno import EBADF, EINVAL
+from errno import EBADF
 from mmap import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import Any
 
@@ -41,8 +41,6 @@ class LinuxMapping(OwnedFd):
 
     def __init__(self, file: Descriptor, offset: int, nr: int, *, shared: bool = True, flags: int = 0) -> None:
         fd = file.fileno()
-        if nr <= 0:
-            raise SyscallFailed(EINVAL, "mmap", f"{nr} bytes at {offset:#x} of {file.name}")
         self.offset, self.size, self.name = offset, nr, file.name
         self.address = Va(syscall.mmap(fd, offset, nr, PROT_READ | PROT_WRITE,
                                        flags | (MAP_SHARED if shared else MAP_PRIVATE)))

@@ -121,7 +121,7 @@ def munmap(address: int, nr: int) -> None:
 
 
 def madvise(address: int, nr: int, advice: int) -> None:
-    """madvise(2) of *nr* bytes at *address*, with an `Advice`; raises SyscallFailed."""
+    """madvise(2) of *nr* bytes at *address*, with an `uapi.memory.Advice`; raises SyscallFailed."""
     if libc.madvise(address, nr, advice):
         raise failed("madvise", f"advice {advice}, {nr:#x} bytes at {address:#x}")
 

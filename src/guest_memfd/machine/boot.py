@@ -6,7 +6,8 @@ itself while other threads are about does so inside of ``with machine.lock``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from errno import ENOENT
 from typing import Any
 
@@ -87,6 +88,15 @@ class Machine(Board):
             if path == KVM and self.hypervisor.name != "gunyah":
                 return kvm.KvmDevice(self, chosen)
         raise SyscallFailed(ENOENT, f"open {path}", f"the machine runs {self.hypervisor.name}")
+
+    @contextmanager
+    def in_child(self) -> Iterator[None]:
+        """What the block calls, a child that the VMM has forked calls: its mappings are the same, its mm is another."""
+        self.forked = True
+        try:
+            yield
+        finally:
+            self.forked = False
 
     def audit(self) -> list[str]:
         """What has not come back, now that every VM and file is gone: see audit.py."""

@@ -99,12 +99,12 @@ class GmemHost(ABC):
 class Emulated(GmemHost):
     """An emulated arm64 machine under *hypervisor*, whose files *design* serves; all laws are judged all the way.
 
-    `machine`: to look at it, and to make its memory run out. *ram*: bytes.
+    `machine`: to look at it, and to make its memory run out. *ram*: bytes; *more*: of machine/board/config.py Config.
     """
 
     architecture = "arm64"
 
-    def __init__(self, hypervisor: str, design: str = "library", ram: int = 64 << 20) -> None:
+    def __init__(self, hypervisor: str, design: str = "library", ram: int = 64 << 20, **more: Any) -> None:
         super().__init__()
         from guest_memfd.machine.boot import Config, Machine
         from guest_memfd.vmm.ghosts import ProgramTracer
@@ -112,7 +112,7 @@ class Emulated(GmemHost):
 
         self.name, self.design = f"emulated:arm64/{hypervisor}", design
         self.device = GUNYAH if hypervisor == "gunyah" else KVM
-        self.machine = Machine(hypervisor, Config(ram=ram))
+        self.machine = Machine(hypervisor, Config(ram=ram, **more))
         self.machine.tracer = ProgramTracer(self.machine)
         self._watch = Watch(0, _quiet)
         self.machine.judge = self._watch

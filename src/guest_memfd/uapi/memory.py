@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -10,6 +11,14 @@ from guest_memfd.words.units import Va
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x08, 0x10
 FALLOC_FL_INSERT_RANGE, FALLOC_FL_UNSHARE_RANGE, FALLOC_FL_WRITE_ZEROES = 0x20, 0x40, 0x80
 """Mode bits of fallocate(2) (include/uapi/linux/falloc.h)."""
+
+
+class Advice(IntEnum):
+    """Advice of madvise(2) that means something for a file's mapping (include/uapi/asm-generic/mman-common.h)."""
+
+    NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTNEED = range(5)
+    FREE, REMOVE, DONTFORK, DOFORK = range(8, 12)
+    DONTDUMP, DODUMP, WIPEONFORK, KEEPONFORK, COLD, PAGEOUT, POPULATE_READ, POPULATE_WRITE, DONTNEED_LOCKED = range(16, 25)
 
 
 class Stat(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 from ctypes import c_int, c_int64, c_uint64
-from enum import IntEnum
 from typing import NamedTuple
 
 from guest_memfd.errors import HostUnavailable
@@ -48,15 +47,6 @@ class Cachestat(Words):
 
     _fields_ = [("nr_cache", c_uint64), ("nr_dirty", c_uint64), ("nr_writeback", c_uint64), ("nr_evicted", c_uint64),
                 ("nr_recently_evicted", c_uint64)]
-
-
-class Advice(IntEnum):
-    """Advice of madvise(2) that is given here (include/uapi/asm-generic/mman-common.h)."""
-
-    DONTNEED = 4
-    REMOVE = 9
-    POPULATE_READ = 22
-    POPULATE_WRITE = 23
 
 
 class Iovec(Words):

@@ -67,6 +67,7 @@ class Board:
         self.inodes: dict[Inode, None] = {}
         self.power = PowerState()
         self.dead: KernelPanic | None = None
+        self.forked = False                                     # who calls is a child of the VMM (`in_child`)
         self.console: list[str] = []
         self._slab_in: int | None = None
         self._vms: list[Vm] = []

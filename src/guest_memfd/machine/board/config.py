@@ -18,7 +18,8 @@ class Config:
     rodata ``noalias`` or ``off`` nothing can change the direct map. on_free: what the kernel does to a page when it is
     freed. scattered: that many single frames are all that guest_memfd can have, *apart* pages from one to the next; 0:
     whatever is free. cpus: how many TLBs. inject: what Gunyah makes of a host access to a page it withholds, ``sea`` or,
-    as some reviewers asked for, ``fixable``.
+    as some reviewers asked for, ``fixable``. kvm_release, kvm_architecture: whose answers /dev/kvm gives
+    (dev/kvm/release.py); its guests stay arm64's.
     """
 
     ram: int = 1 << 30
@@ -32,4 +33,6 @@ class Config:
     cpus: int = 3
     sea_fixup: bool = False
     inject: InjectKind = "sea"
+    kvm_release: str = "7.4"
+    kvm_architecture: str = "arm64"
     slice: float = 5.0

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from guest_memfd.compat import override
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
+from guest_memfd.machine.dev.calls import REFUSED, advise
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.linux.mm import FIRST, MAX_VMAS
+from guest_memfd.machine.linux.mm import FIRST, MAX_VMAS, Vma
 from guest_memfd.machine.linux.oops import TASK_SIZE
 from guest_memfd.machine.primitives.contents import note_access
 from guest_memfd.machine.primitives.host import EmulatedHost
@@ -40,7 +41,7 @@ from guest_memfd.uapi.memory import (
 from guest_memfd.uapi.words import signed, word
 from guest_memfd.words.pagestate import ANY, DATA, FAILURE, SECRET, SHARED_PAGE
 from guest_memfd.words.primitives import Entries, Folio, Primitive, Steps
-from guest_memfd.words.units import FIRST_PAGE, NULL, Index, Pa, Va, page_index
+from guest_memfd.words.units import FIRST_PAGE, Index, Pa, Va, page_index
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
     from guest_memfd.machine.hypcalls.vm import Vm
     from guest_memfd.machine.linux.folio import LinuxFolio
 
-BUS_ADRERR = 2
-"""si_code of the SIGBUS that a fault handler asks for (include/uapi/asm-generic/siginfo.h)."""
+BUS_ADRERR, SEGV_ACCERR = 2, 2
+"""si_code of the SIGBUS that a fault handler asks for, and of a store to what may only be loaded (asm-generic/siginfo.h)."""
 
 _FAULTS = 3
 """How often one access may fault before it is a SIGBUS: someone keeps taking the page away."""
@@ -71,7 +72,8 @@ class FileHost(EmulatedHost):
         if foreign(type(library), machine.hypervisor.ops):
             self.theirs = f"a procedure of design {library.name!r} on {machine.hypervisor.name!r}"
         self.windows = []
-        self.window = FIRST_PAGE, 0                     # what mmap(2) or munmap(2) is about
+        self.window = FIRST_PAGE, 0                     # what mmap(2) is about
+        self.vma: Vma | None = None                     # what it made, what munmap(2) is about, or user space goes through
 
     @override
     def asked(self, page: LinuxFolio) -> bool:
@@ -92,7 +94,7 @@ class FileHost(EmulatedHost):
             self.against(FAILURE)
             return -ENOMEM
         try:
-            self.machine.vmm.mmap(self.inode, *self.window)
+            self.vma = self.machine.vmm.mmap(self.inode, *self.window)
         except OutOfMemory:
             return -ENOMEM
         self.inode.references += 1
@@ -100,8 +102,8 @@ class FileHost(EmulatedHost):
 
     @override
     def munmap(self) -> bool:
-        """The VMA over the window."""
-        self.machine.vmm.munmap(self.inode, self.window)
+        """The VMA."""
+        self.machine.vmm.munmap(self.inode, self.vma)
         return put_inode(self)
 
     def user_read(self, index: Index, within: int, nr: int) -> bytes | str:
@@ -152,11 +154,9 @@ class FileHost(EmulatedHost):
 
     # One instruction: the frame it arrived at, or a signal.
     def _executed(self, index: Index, at: int, value: int | None) -> Pa | str:
-        mapping = self.inode.mapping
-        vma = mapping.covering(index) if mapping is not None else None
-        if vma is None:
+        if self.vma is None or not self.vma.covers(index):
             return "SIGSEGV"
-        ran = self.machine.cpu.user(vma.va(index) + at, value is not None, value or 0)
+        ran = self.machine.cpu.user(self.vma.va(index) + at, value is not None, value or 0)
         return ran.signal or ran.reached[-1] & -PAGE
 
 
@@ -225,16 +225,16 @@ class Serialised(owned.Owned):
 
 
 class Mapped(Serialised):
-    """A VMA of *file*: *size* bytes from file offset *offset* on (uapi/memory.py Mapping)."""
+    """*vma* of *file*: *size* bytes from file offset *offset* on (uapi/memory.py Mapping)."""
 
-    def __init__(self, file: GuestMemoryFile, offset: int, size: int) -> None:
-        self.file, self.offset, self.size = file, offset, size
+    def __init__(self, file: GuestMemoryFile, offset: int, size: int, vma: Vma, readonly: bool) -> None:
+        self.file, self.offset, self.size, self.vma, self.readonly = file, offset, size, vma, readonly
         self._lock = file.machine.lock
 
     @property
     def address(self) -> Va:
         """Where the VMM sees it."""
-        return self.file.address(page_index(self.offset))
+        return self.vma.address
 
     def read(self, at: int, nr: int) -> bytes:
         """*nr* bytes from byte *at* on; raises Signalled, BadInput beyond the mapping."""
@@ -279,18 +279,29 @@ class Mapped(Serialised):
     # A load of *length* bytes, or a store of *data*; faults go to the library.
     def _access(self, index: Index, within: int, length: int, data: bytes | None = None) -> bytes:
         file = self.file
+        if data is not None and self.readonly:          # access_error() (mm/fault.c), before anything is looked for
+            raise Signalled("SIGSEGV", self.vma.va(index) + within, SEGV_ACCERR)
         name, args = ("user_read", (index, within, length)) if data is None else ("user_write", (index, within, data))
         for _attempt in range(_FAULTS):
+            file.host.vma = self.vma
             seen = file.perform(Primitive(name, args, "user"))
             if isinstance(seen, bytes):
                 return seen
             if seen == "ok":
                 return b""
             if seen != "fault":
-                raise Signalled(seen, file.address(index) + within)
+                raise Signalled(seen, self.vma.va(index) + within)
             if not file.fault_in(index):
                 break
-        raise Signalled("SIGBUS", file.address(index) + within, BUS_ADRERR)
+        raise Signalled("SIGBUS", self.vma.va(index) + within, BUS_ADRERR)
+
+    def advise(self, advice: int, at: int = 0, nr: int | None = None) -> None:
+        """madvise(2) of [at, at+nr) bytes, *nr* None being the rest; raises SyscallFailed, BadInput beyond the mapping."""
+        nr = self.size - at if nr is None else nr
+        self._in_use("madvise")
+        if at < 0 or nr < 0 or at + nr > self.vma.nr * PAGE:
+            raise BadInput(f"madvise of {nr:#x} bytes at {at:#x} of a mapping of {self.size:#x} bytes")
+        advise(self, advice, at, nr)
 
     @override
     def _release(self) -> None:
@@ -313,6 +324,11 @@ class Pinned(Serialised):
     def __init__(self, file: GuestMemoryFile, folio: Folio) -> None:
         self.file, self.folio = file, folio
         self._lock = file.machine.lock
+
+    def read(self, at: int, nr: int) -> bytes:
+        """What the holder of the pin finds in [at, at+nr) of the page, whoever has taken it out of the file meanwhile."""
+        self._in_use("read")
+        return self.file.machine.ram.read(self.file.host.page(self.folio).pa + at, nr)
 
     @override
     def _release(self) -> None:
@@ -403,23 +419,28 @@ class GuestMemoryFile(Serialised, ABC):
         """fallocate(2) with KEEP_SIZE | PUNCH_HOLE."""
         self.fallocate(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, nr)
 
-    def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> Mapped:
-        """mmap(2) of PROT_READ | PROT_WRITE; *nr* None: to the end of the file. Raises SyscallFailed."""
+    def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True, readonly: bool = False) -> Mapped:
+        """mmap(2) of PROT_READ | PROT_WRITE, or PROT_READ; *nr* None: to the end of the file. Raises SyscallFailed."""
+        # sys_mmap() of the architecture looks at the offset before anyone looks for the file.
+        if offset % PAGE:
+            raise SyscallFailed(EINVAL, "mmap", f"offset {offset:#x}")
         self._in_use("mmap")
         nr = self.size - offset if nr is None else nr
         self._may_map(offset, nr)
         self.check_mmap(offset, nr, shared)
         window = self.host.window = page_index(offset), -(-nr // PAGE)
         self.check(self.run(self.map_range(*window)), "mmap")
-        mapped = Mapped(self, offset, nr)
+        assert self.host.vma is not None
+        mapped = Mapped(self, offset, nr, self.host.vma, readonly)
         self.host.windows.append(window)
         self.mappings.append(mapped)
         return mapped
 
     # do_mmap() (mm/mmap.c), before it asks the file.
     def _may_map(self, offset: int, nr: int) -> None:
-        if nr <= 0 or offset % PAGE:
-            raise SyscallFailed(EINVAL, "mmap", f"{nr} bytes at {offset}")
+        nr = word("length", nr, 64)
+        if not nr:
+            raise SyscallFailed(EINVAL, "mmap", "no bytes")
         length = -(-nr // PAGE) * PAGE
         if length > TASK_SIZE - FIRST or self.machine.vmm.full:
             raise SyscallFailed(ENOMEM, "mmap", f"{nr:#x} bytes, and {MAX_VMAS} VMAs at most")
@@ -429,9 +450,19 @@ class GuestMemoryFile(Serialised, ABC):
     def unmap(self, mapped: Mapped) -> None:
         """munmap(2) of one of this file's mappings."""
         self.mappings.remove(mapped)
-        self.host.window = page_index(mapped.offset), -(-mapped.size // PAGE)
-        self.host.windows.remove(self.host.window)
+        self.host.vma = mapped.vma
+        self.host.windows.remove((mapped.vma.start, mapped.vma.nr))
         self.run(self.library.munmap())
+
+    def other_call(self, name: str) -> None:
+        """A system call that KVM's file has no method for, by name as in `REFUSED`: fails with what the VFS says then."""
+        self._in_use(name)
+        raise SyscallFailed(REFUSED[name], name, "a guest_memfd has no such operation")
+
+    def resident(self) -> int:
+        """How many pages of it there are, as cachestat(2) counts them."""
+        self._in_use("cachestat")
+        return sum(page.nr for page in self.host.inode.pages.values())
 
     def fstat(self) -> Stat:
         """fstat(2): neither driver counts blocks."""
@@ -469,9 +500,3 @@ class GuestMemoryFile(Serialised, ABC):
         """Raise SyscallFailed when *ret* is -errno."""
         if ret < 0:
             raise SyscallFailed(-ret, call, why)
-
-    def address(self, index: Index) -> Va:
-        """Where the VMM sees page *index* (or would)."""
-        mapping = self.host.inode.mapping
-        vma = mapping.covering(index) if mapping is not None else None
-        return NULL if vma is None else vma.va(index)

@@ -171,8 +171,8 @@ class Mm:
         index = vma.start + (va - vma.address) // PAGE
         return (inode, index) if index // CHUNK in vma.chunks else None
 
-    def mmap(self, inode: Inode, start: Index = FIRST_PAGE, nr: int | None = None) -> None:
-        """A VMA over pages [start, start+nr) of *inode*, all of it by default; raises OutOfMemory."""
+    def mmap(self, inode: Inode, start: Index = FIRST_PAGE, nr: int | None = None) -> Vma:
+        """A new VMA over pages [start, start+nr) of *inode*, all of it by default; raises OutOfMemory."""
         nr = inode.size if nr is None else nr
         if self.full:
             raise OutOfMemory(f"{MAX_VMAS} VMAs are mapped")
@@ -183,6 +183,7 @@ class Mm:
         mapping.vmas.append(vma)
         insort(self._bases, vma.base)
         self._vmas[vma.base] = inode, vma
+        return vma
 
     # An address that is *skew* after a multiple of 2 MiB (get_unmapped_area()): after the last, or where there is room.
     def _place(self, skew: int, size: int) -> Va:
@@ -202,13 +203,13 @@ class Mm:
             raise OutOfMemory(f"no {room:#x} bytes of address space")
         return at
 
-    def munmap(self, inode: Inode, window: tuple[Index, int] | None = None) -> None:
-        """The newest VMA of *inode* goes, or of those over *window*; entries go with the last VMA that shows them."""
+    def munmap(self, inode: Inode, vma: Vma | None = None) -> None:
+        """*vma* of *inode* goes, by default the newest; entries go with the last VMA that shows them."""
         mapping = inode.mapping
         assert mapping is not None
         vmas = mapping.vmas
-        at = next(i for i in range(len(vmas) - 1, -1, -1) if window is None or (vmas[i].start, vmas[i].nr) == window)
-        vma = vmas.pop(at)
+        vma = vma or vmas[-1]
+        vmas.remove(vma)
         for index in [i for i in mapping.present if vma.covers(i) and mapping.covering(i) is None]:
             mapping.zap(index, 1)
         del self._bases[bisect_left(self._bases, vma.base)], self._vmas[vma.base]

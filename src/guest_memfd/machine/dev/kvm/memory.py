@@ -5,7 +5,7 @@ KVM_SET_MEMORY_ATTRIBUTES2 is that of "guest_memfd: In-place conversion" v13.
 
 from __future__ import annotations
 
-from errno import EINVAL, ENODEV, EOPNOTSUPP
+from errno import EINVAL, ENODEV, ENOTTY, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -70,6 +70,8 @@ class KvmMemoryFile(GuestMemoryFile):
     def set_memory_attributes2(self, attributes: MemoryAttributes2) -> None:
         """Convert in place; raises SyscallFailed with `attributes.error_offset` set where a page refused."""
         self._in_use(ATTRIBUTES)
+        if not self.owner.rules.converts:
+            raise SyscallFailed(ENOTTY, ATTRIBUTES, f"not in {self.owner.rules.release}")
         start, size, wanted = attributes.offset, attributes.size, attributes.attributes
         if attributes.flags or wanted & ~PRIVATE or not self.owner.has_private_memory:
             raise SyscallFailed(EINVAL, ATTRIBUTES, f"flags {attributes.flags:#x}, attributes {wanted:#x}")

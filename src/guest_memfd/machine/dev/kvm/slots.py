@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import EBADF, EEXIST, EFAULT, EINVAL
+from errno import EBADF, EEXIST, EINVAL
 from typing import TYPE_CHECKING, NoReturn
 
 from guest_memfd.errors import SyscallFailed
-from guest_memfd.machine.el2.kvm.guest import IPA_BITS
+from guest_memfd.machine.dev.kvm.release import KvmRules
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.kvm import MemFlag, UserspaceMemoryRegion2
 from guest_memfd.uapi.memory import GuestMemory
@@ -23,19 +23,21 @@ if TYPE_CHECKING:
     from guest_memfd.machine.dev.kvm.memory import KvmMemoryFile
 
 CALL = "KVM_SET_USER_MEMORY_REGION2"
-NR_SLOTS = 32767
 _MAX_PAGES = (1 << 31) - 1
-_USER = 1 << 48
 
 
 @dataclass(frozen=True)
 class Memslot:
-    """Guest frames [gfn, gfn+nr) are pages from *start* on of *file*."""
+    """Guest frames [gfn, gfn+nr) are pages from *start* on of *file*.
+
+    Not *file_only*: the guest gets what the process has at userspace_addr.
+    """
 
     gfn: Gfn
     nr: int
     file: KvmMemoryFile
     start: Index
+    file_only: bool = True
 
     def page(self, gfn: Gfn) -> Index:
         """The page of the file that *gfn* is."""
@@ -48,11 +50,11 @@ def refuse(errno: int, why: str) -> NoReturn:
 
 
 class Memslots:
-    """The slots of one VM by id; *owns* says whether a file was made by this VM."""
+    """The slots of one VM by id, under *rules*; *owns* says whether a file was made by this VM."""
 
-    def __init__(self, owns: Callable[[GuestMemory], bool]) -> None:
+    def __init__(self, rules: KvmRules, owns: Callable[[GuestMemory], bool]) -> None:
         self.by_id: dict[int, Memslot] = {}
-        self._owns = owns
+        self.rules, self._owns = rules, owns
 
     def find(self, gfn: Gfn) -> Memslot | None:
         """The slot that covers *gfn*."""
@@ -81,27 +83,29 @@ class Memslots:
             refuse(EINVAL, "this process has no memory but guest_memfd")
         self._check_file(region, file)
 
-    @staticmethod
-    def _check_numbers(region: UserspaceMemoryRegion2) -> None:
+    def _check_numbers(self, region: UserspaceMemoryRegion2) -> None:
         flags, size = region.flags, region.memory_size
         valid = MemFlag.GUEST_MEMFD if flags & MemFlag.GUEST_MEMFD else MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY
         if flags & ~int(valid):
             refuse(EINVAL, f"flags {flags:#x}")
-        if (size | region.guest_phys_addr | region.userspace_addr) % PAGE or region.userspace_addr + size > _USER:
+        user = region.userspace_addr
+        if (size | region.guest_phys_addr | user) % PAGE or user + size > self.rules.user_end:
             refuse(EINVAL, "an address or the size is no multiple of a page")
         offset = region.guest_memfd_offset
         if flags & MemFlag.GUEST_MEMFD and (offset % PAGE or offset + size >= 1 << 64):
             refuse(EINVAL, f"offset {offset:#x}")
-        if region.slot >= NR_SLOTS:
+        if region.slot >= self.rules.nr_slots:
             refuse(EINVAL, f"slot {region.slot:#x}")
         if region.guest_phys_addr + size >= 1 << 64 or size // PAGE > _MAX_PAGES:
             refuse(EINVAL, f"{size:#x} bytes at {region.guest_phys_addr:#x}")
 
-    @staticmethod
-    def check_reach(slot: Memslot) -> None:
-        """Raise SyscallFailed(EFAULT) for one that is not within the guest's addresses; it has been bound by then."""
-        if slot.gfn + slot.nr > 1 << IPA_BITS - 12:
-            refuse(EFAULT, f"beyond {IPA_BITS} bits of guest address")
+    def check_reach(self, slot: Memslot) -> None:
+        """Raise SyscallFailed for what the architecture refuses, when the slot has been bound."""
+        bits = self.rules.guest_bits
+        if slot.gfn + slot.nr > 1 << bits - 12:
+            refuse(self.rules.beyond, f"beyond {bits} bits of guest address")
+        if not slot.file_only and not self.rules.unmappable:
+            refuse(EINVAL, "the file was created without GUEST_MEMFD_FLAG_MMAP")
 
     def _check_file(self, region: UserspaceMemoryRegion2, file: GuestMemory | None) -> None:
         if file is None or file.closed:

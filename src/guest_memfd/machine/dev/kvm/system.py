@@ -9,7 +9,7 @@ from guest_memfd.compat import override
 from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.machine.dev.file import Serialised
-from guest_memfd.machine.dev.kvm.slots import NR_SLOTS
+from guest_memfd.machine.dev.kvm.release import rules
 from guest_memfd.machine.dev.kvm.vm import NR_VCPUS, KvmVmFile
 from guest_memfd.machine.el2.kvm.guest import IPA_BITS
 from guest_memfd.machine.hw.buddy import OutOfMemory
@@ -20,21 +20,24 @@ if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
 
 # Attributes of a VM are no more once they belong to the file; pre-faulting is x86's.
-_CAPS = {
-    Cap.NR_VCPUS: NR_VCPUS, Cap.MAX_VCPUS: NR_VCPUS, Cap.NR_MEMSLOTS: NR_SLOTS, Cap.SYNC_MMU: 1,
+_CAPS: dict[int, int] = {
+    Cap.NR_VCPUS: NR_VCPUS, Cap.MAX_VCPUS: NR_VCPUS, Cap.SYNC_MMU: 1,
     Cap.ARM_VM_IPA_SIZE: IPA_BITS, Cap.USER_MEMORY2: 1, Cap.MEMORY_FAULT_INFO: 1, Cap.GUEST_MEMFD: 1,
     Cap.GUEST_MEMFD_FLAGS: int(SHARED),
-    CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES: PRIVATE,
 }
 
 
 class KvmDevice(Serialised):
-    """/dev/kvm (uapi/kvm.py KvmSystem); *design* serves the files of its VMs. Raises BadInput where there is no KVM."""
+    """/dev/kvm (uapi/kvm.py KvmSystem); *design* serves the files of its VMs. Raises BadInput where there is no KVM.
+
+    Raises UnknownName for a release whose answers are not known.
+    """
 
     def __init__(self, machine: Board, design: type[Design]) -> None:
         if machine.hypervisor.name == "gunyah":
             raise BadInput(f"a machine under {machine.hypervisor.name} has no /dev/kvm")
         self.machine, self.design = machine, design
+        self.rules = rules(machine.config.kvm_release, machine.config.kvm_architecture)
         self._lock = machine.lock
 
     def get_api_version(self) -> int:
@@ -45,7 +48,9 @@ class KvmDevice(Serialised):
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION; 0 for what there is not."""
         self._in_use("KVM_CHECK_EXTENSION")
-        return int(_CAPS.get(cap, 0))
+        if cap == CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES:
+            return PRIVATE if self.rules.converts else 0
+        return self.rules.nr_slots if cap == Cap.NR_MEMSLOTS else _CAPS.get(cap, 0)
 
     def create_vm(self, vm_type: int = 0) -> KvmVmFile:
         """KVM_CREATE_VM: EINVAL for a type that there is not or more IPA bits than there are, ENOMEM."""

@@ -122,6 +122,8 @@ class KvmVcpuFile(Serialised):
         slot = vm.slots.find(gfn)
         assert slot is not None, "the hypervisor has asked"
         self._counts["faults"] += 1
+        if not slot.file_only:
+            return uapi.Unknown(0, EFAULT)              # what is at userspace_addr is no memory of this process
         index, file = slot.page(gfn), slot.file
         # pKVM took the page by force. To map a new one would give the guest zeros where its data was.
         if vm.machine.driver.poisoned(vm.vm, gfn):

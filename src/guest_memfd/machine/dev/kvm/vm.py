@@ -6,7 +6,7 @@ through the library, file by file, and then the VM goes. Files outlive it, witho
 
 from __future__ import annotations
 
-from errno import EEXIST, EINVAL, ENOTTY
+from errno import EEXIST, EINVAL, EIO, ENOTTY
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -18,7 +18,7 @@ from guest_memfd.machine.dev.kvm.vcpu import KvmVcpuFile
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.host import EmulatedHost
-from guest_memfd.uapi.kvm import UserspaceMemoryRegion2
+from guest_memfd.uapi.kvm import GuestMemfdFlag, MemFlag, UserspaceMemoryRegion2
 from guest_memfd.uapi.memory import GuestMemory
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Primitive
@@ -42,7 +42,8 @@ class KvmVmFile(Serialised):
         self._lock = self.machine.lock
         self.design: type[Design] = system.design
         self.protected = protected
-        self.slots = Memslots(lambda file: isinstance(file, KvmMemoryFile) and file.owner is self)
+        self.rules = system.rules
+        self.slots = Memslots(self.rules, lambda file: isinstance(file, KvmMemoryFile) and file.owner is self)
         self.vm: MachineVm = self.machine.create_vm(0)
         handle = self.vm.handle
         handle.bound = self.slots.covers
@@ -57,6 +58,13 @@ class KvmVmFile(Serialised):
     def has_private_memory(self) -> bool:
         """kvm_arch_has_private_mem(): under protected KVM by the VM's type, elsewhere as far as the library goes."""
         return self.protected or self.machine.hypervisor.name != "pkvm"
+
+    # kvm_vm_ioctl() looks at the caller's mm before anything else.
+    @override
+    def _in_use(self, call: str) -> None:
+        super()._in_use(call)
+        if self.machine.forked:
+            raise SyscallFailed(EIO, call, "the VM is another process's")
 
     # -- ioctls --------------------------------------------------------------------------------------------------
 
@@ -82,8 +90,10 @@ class KvmVmFile(Serialised):
             self._delete(slot)
             return
         assert isinstance(guest_memfd, KvmMemoryFile)
-        new = Memslot(gpa_to_gfn(guest_phys_addr), memory_size // PAGE, guest_memfd, page_index(guest_memfd_offset))
-        guest_memfd.check(guest_memfd.run(guest_memfd.library.bind(new.gfn, new.start, new.nr)), CALL,
+        new = Memslot(gpa_to_gfn(guest_phys_addr), memory_size // PAGE, guest_memfd, page_index(guest_memfd_offset),
+                      self.rules.converts or bool(guest_memfd.flags & GuestMemfdFlag.MMAP))
+        ret = guest_memfd.run(guest_memfd.library.bind(new.gfn, new.start, new.nr))
+        guest_memfd.check(-self.rules.twice if ret == -EEXIST else ret, CALL,
                           f"pages from {new.start:#x} on at {guest_phys_addr:#x}")
         try:
             self.slots.check_reach(new)
@@ -91,6 +101,14 @@ class KvmVmFile(Serialised):
             guest_memfd.run(guest_memfd.library.unbind(new.start, new.nr))
             raise
         self.slots.by_id[slot] = new
+
+    def set_user_memory_region(self, slot: int, flags: int, guest_phys_addr: Ipa, memory_size: int,
+                               userspace_addr: Va = NULL) -> None:
+        """KVM_SET_USER_MEMORY_REGION, which knows no guest_memfd: it deletes slots here, and refuses the rest."""
+        if flags & MemFlag.GUEST_MEMFD:
+            self._in_use("KVM_SET_USER_MEMORY_REGION")
+            raise SyscallFailed(EINVAL, "KVM_SET_USER_MEMORY_REGION", f"flags {flags:#x}")
+        self.set_user_memory_region2(slot, flags, guest_phys_addr, memory_size, userspace_addr=userspace_addr)
 
     def _delete(self, number: int) -> None:
         slot = self.slots.by_id[number]

@@ -1,0 +1,105 @@
+"""The same sequence on both, and the first step whose answers differ without a known reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+from guest_memfd.conform.child import Child
+from guest_memfd.conform.emulated import EmulatedWorld
+from guest_memfd.conform.known import known
+from guest_memfd.conform.linux import LinuxSubject
+from guest_memfd.conform.operations import OPERATIONS, Step
+from guest_memfd.conform.sequence import Sequence
+from guest_memfd.conform.subject import Answer
+from guest_memfd.errors import InternalError
+
+
+class Difference(NamedTuple):
+    """The last step of *sequence* is answered in two ways."""
+
+    sequence: Sequence
+    real: Answer
+    emulated: Answer
+
+    @property
+    def step(self) -> Step:
+        """It."""
+        return self.sequence[-1]
+
+
+@dataclass
+class Tally:
+    """What came of all sequences so far: how many *steps* were compared, *known* differences by name, the others."""
+
+    steps: int = 0
+    sequences: int = 0
+    by_operation: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
+    differences: list[Difference] = field(default_factory=list)
+
+
+class Pair:
+    """The KVM at *path* and the emulated *world*."""
+
+    def __init__(self, path: str, world: EmulatedWorld) -> None:
+        self.make: Callable[[], LinuxSubject] = partial(LinuxSubject, path)
+        self.world = world
+
+    def compare(self, sequence: Sequence, tally: Tally, *, resume: bool = False) -> Difference | None:
+        """Run *sequence* on both, count into *tally*, and return the first difference without a known reason.
+
+        resume: go on after a known difference, as where the next steps make the state anew.
+        """
+        child = Child(self.make, sequence)              # runs while this process emulates
+        try:
+            emulated = self._emulate(sequence)
+        finally:
+            real = child.answers()
+        tally.sequences += 1
+        uncompared = 0                                  # steps that make the state anew after a known difference
+        for at, (step, ours, theirs) in enumerate(zip(sequence, emulated, real, strict=False)):
+            if theirs.said.startswith("our own failure"):
+                raise InternalError(f"{step}: {theirs.said}")
+            tally.steps += 1
+            tally.by_operation[step.op] += 1
+            uncompared -= 1
+            if ours == theirs or uncompared >= 0:
+                continue
+            why = known(step, theirs, ours)
+            if why is None:
+                return Difference(sequence[:at + 1], theirs, ours)
+            tally.known[why.name] += 1
+            if not resume:
+                break
+            uncompared = len(OPERATIONS[step.op].undo or ())
+        return None
+
+    # What is left at the end is a difference, too: that of the last step.
+    def _emulate(self, sequence: Sequence) -> list[Answer]:
+        subject = self.world.subject()
+        try:
+            answers = [subject.perform(step) for step in sequence]
+            left = subject.end()
+        except BaseException:
+            self.world.renew()
+            raise
+        if left:
+            self.world.renew()
+            answers[-1] = Answer(f"{answers[-1].said}; then everything is closed, and {left[0]}", answers[-1].files)
+        return answers
+
+
+def compare_all(pair: Pair, sequences: Iterable[Sequence], tally: Tally, *, resume: bool, most: int,
+                done: Callable[[Tally], None]) -> None:
+    """Compare *sequences* until *most* differences have been found; *done* is told after each."""
+    for sequence in sequences:
+        found = pair.compare(sequence, tally, resume=resume)
+        if found is not None:
+            tally.differences.append(found)
+            if len(tally.differences) >= most:
+                return
+        done(tally)
