@@ -32,8 +32,9 @@ LAYERS = (
     ("explore", "machine"),
     ("report", "draw"),
     ("lockstep", "vmm", "probe"),
-    ("html", "export"),
-    ("testing", "cli"),
+    ("html", "export", "testing"),
+    ("conform",),
+    ("cli",),
     ("__main__",),
 )
 """From the ground up. No two units of one layer import each other."""

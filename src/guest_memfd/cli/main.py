@@ -35,6 +35,7 @@ VERBS = {
     "explain": "a saved trace as text, as a page for a browser, or for other tools",
     "replay": "run a saved trace again: the same verdict, or where it diverges and why",
     "probe": "ask this kernel: what its guest_memfd and memfd_secret offer, do, and get wrong",
+    "conform": "hold the emulated /dev/kvm against the real one: the same calls on both, compared after every call",
     "kernel": "run a command on another Linux kernel, in QEMU, without root and without /dev/kvm",
     "run": "a guest program, its memory from guest_memfd: emulated and judged by the laws, or on the real /dev/kvm",
     "draw": "the life of a page under a design: its states and what leads from one to another, as a picture (SVG)",

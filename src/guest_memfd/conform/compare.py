@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from guest_memfd.conform.child import Child
 from guest_memfd.conform.emulated import EmulatedWorld
 from guest_memfd.conform.known import known
-from guest_memfd.conform.linux import LinuxSubject
 from guest_memfd.conform.operations import OPERATIONS, Step
 from guest_memfd.conform.sequence import Sequence
 from guest_memfd.conform.subject import Answer
@@ -42,19 +39,25 @@ class Tally:
     differences: list[Difference] = field(default_factory=list)
 
 
-class Pair:
-    """The KVM at *path* and the emulated *world*."""
+class Answering(Protocol):
+    """Who is at work on a sequence."""
 
-    def __init__(self, path: str, world: EmulatedWorld) -> None:
-        self.make: Callable[[], LinuxSubject] = partial(LinuxSubject, path)
-        self.world = world
+    def answers(self) -> list[Answer]:
+        """One for each step, fewer if the process died: then the last says of what."""
+
+
+class Pair:
+    """A real kernel, which *real* puts to work on a sequence, and the emulated *world*."""
+
+    def __init__(self, real: Callable[[Sequence], Answering], world: EmulatedWorld) -> None:
+        self.real, self.world = real, world
 
     def compare(self, sequence: Sequence, tally: Tally, *, resume: bool = False) -> Difference | None:
         """Run *sequence* on both, count into *tally*, and return the first difference without a known reason.
 
         resume: go on after a known difference, as where the next steps make the state anew.
         """
-        child = Child(self.make, sequence)              # runs while this process emulates
+        child = self.real(sequence)                     # runs while this process emulates
         try:
             emulated = self._emulate(sequence)
         finally:
@@ -91,15 +94,3 @@ class Pair:
             self.world.renew()
             answers[-1] = Answer(f"{answers[-1].said}; then everything is closed, and {left[0]}", answers[-1].files)
         return answers
-
-
-def compare_all(pair: Pair, sequences: Iterable[Sequence], tally: Tally, *, resume: bool, most: int,
-                done: Callable[[Tally], None]) -> None:
-    """Compare *sequences* until *most* differences have been found; *done* is told after each."""
-    for sequence in sequences:
-        found = pair.compare(sequence, tally, resume=resume)
-        if found is not None:
-            tally.differences.append(found)
-            if len(tally.differences) >= most:
-                return
-        done(tally)

@@ -22,6 +22,7 @@ LENGTH = 40
 
 Sequence = tuple[Step, ...]
 
+_COPIES = ("read", "write")
 _USUALLY = 0.8
 _ROWS = 60
 """Of a table, in one sequence."""
@@ -104,7 +105,9 @@ def _step(where: str, given: Any) -> Step:
     if len(given) - 1 != len(params):
         raise BadInput(f"{where}: {given[0]} takes {len(params)} numbers, {', '.join(param.name for param in params)}")
     for param, value in zip(params, given[1:], strict=True):
-        # What is stranger than all that tables and chance come to may not fit the call, or the process.
-        if value not in param.values:
+        # There are so many registers, and a buffer of so many bytes; else any number that a call may have.
+        if (param.of or given[0] in _COPIES) and value not in param.values:
             raise BadInput(f"{where}: {param.name} of {given[0]} is one of {', '.join(map(str, param.values))}, not {value}")
+        if not -1 << 63 <= value < 1 << 64:
+            raise BadInput(f"{where}: {param.name} {value:#x} does not fit 64 bits")
     return Step(given[0], tuple(given[1:]))

@@ -17,8 +17,9 @@ Try = Callable[[Sequence], Difference | None]
 
 
 def shrink(found: Difference, attempt: Try, seconds: float = 60.0) -> Difference:
-    """The smallest difference of the same operation that *attempt*, which compares a sequence, still has; after *seconds* the
-    smallest so far.
+    """The smallest difference of the same operation that *attempt*, which compares a sequence, still has.
+
+    After *seconds* it is the smallest so far.
     """
     end = time.monotonic() + seconds
     while True:
