@@ -41,12 +41,15 @@ class EmulatedWorld:
     architecture: str
     design: str = "library"
     _host: Emulated | None = field(default=None, repr=False)
+    _closed: Any = field(default=None, repr=False)
 
     def subject(self) -> EmulatedSubject:
         """A new process."""
         if self._host is None:
             self._host = Emulated("kvm", self.design, kvm_release=self.release, kvm_architecture=self.architecture)
-        return EmulatedSubject(self._host)
+            with self._host.open() as device, device.create_vm() as vm, vm.create_guest_memfd(PAGE, int(SHARED)) as file:
+                self._closed = file
+        return EmulatedSubject(self._host, self._closed)
 
     def renew(self) -> None:
         """The next process runs on another machine."""
@@ -54,27 +57,19 @@ class EmulatedWorld:
 
 
 class EmulatedSubject(Subject):
-    """A process on *host*."""
+    """A process on *host*. *closed*: a file of no one's; what the device says of a bad descriptor, it says of this."""
 
-    def __init__(self, host: Emulated) -> None:
+    def __init__(self, host: Emulated, closed: Any) -> None:
         super().__init__()
-        self.host = host
+        self.host, self._closed = host, closed
         self.device = host.machine.open("/dev/kvm", host.design)
         self._own: list[Any] = []
-        self._none: Any = None
         self._holders: dict[int, int] = {}              # registers that hold a file, by its id
 
     @override
     def file(self, register: int) -> Any:
         """As every subject's."""
-        return self.files[register] if register in self.files else self._closed()
-
-    # A file of no one's that is closed: what the device says of a bad descriptor, it says of this.
-    def _closed(self) -> Any:
-        if self._none is None:
-            with self.device.create_vm() as vm, vm.create_guest_memfd(PAGE, int(SHARED)) as file:
-                self._none = file
-        return self._none
+        return self.files.get(register, self._closed)
 
     @override
     def create(self, register: int, vm: int, size: int, flags: int) -> None:
