@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--replay", metavar="FILE", help="this sequence alone, as --save has written it")
     group.add_argument("--save", metavar="FOLDER", type=Path, help="write every difference there, as a file to replay "
                        "and as a C program")
-    group.add_argument("--release", metavar="R", help="the release that the emulated device speaks for: 6.18, 7.2, 7.4 "
+    group.add_argument("--release", metavar="R", help="the release that the emulated device speaks for: 6.18, 7.2, 7.3, 7.4 "
                        "(default: whose answers the kernel gives)")
     group.add_argument("--design", metavar="NAME", default="library", help="who serves the emulated files (default library)")
     group.add_argument("--kvm", metavar="PATH", default=PATH, help=f"the device node of KVM (default {PATH})")

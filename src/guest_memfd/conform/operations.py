@@ -94,7 +94,7 @@ _OFFSET, _LENGTH = Param("offset", _OFFSETS, _ODD_OFFSETS), Param("nr", _LENGTHS
 _AT = Param("at", (0, PAGE, 2 * PAGE, 3 * PAGE, 8), (PAGE - 8, SIZE - 8, SIZE, 2 * SIZE - 8))
 _VALUE = Param("value", (0x1122_3344_5566_7788, 0, 1))
 _GPA = Param("gpa", (BASE, BASE + PAGE, BASE + 2 * PAGE, BASE + SIZE), (BASE + 2 * SIZE, BASE - PAGE, BASE + PAGE - 8))
-_SLOT = Param("slot", (3, 1, 2), (0x10003, 40000, (1 << 32) - 1))
+_SLOT = Param("slot", (3, 1, 2), (0x50003, 40000, (1 << 32) - 1))
 _REGION = (
     Param("flags", (4,), (5, 6, 12, 0x10004, 0x20004, 0)),
     Param("gpa", (BASE + 4 * SIZE, BASE, BASE + PAGE, BASE + 2 * SIZE),

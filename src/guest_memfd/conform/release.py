@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from errno import EEXIST, EINVAL, ENOTTY
+from functools import partial
 
 from guest_memfd.errors import HostUnavailable, SyscallFailed
 from guest_memfd.linux.system import System
 from guest_memfd.uapi.kvm import SHARED, MemFlag, MemoryAttributes2
 from guest_memfd.words.units import Ipa
 
-_PAGE = 4096
+_PAGE, _FAR = 4096, 1 << 62
 
 
 def shown(path: str) -> str:
@@ -18,20 +20,19 @@ def shown(path: str) -> str:
         if why := system.lacks_shared():
             raise HostUnavailable(why)
         with system.create_vm() as vm, vm.create_guest_memfd(_PAGE, int(SHARED)) as file:
-            try:
-                file.set_memory_attributes2(MemoryAttributes2(0, 0, 0))
-                converts = 0
-            except SyscallFailed as error:
-                converts = error.errno
-            if converts != ENOTTY:
+            if _errno_of(lambda: file.set_memory_attributes2(MemoryAttributes2(0, 0, 0))) != ENOTTY:
                 return "7.4"
             vm.set_user_memory_region2(0, MemFlag.GUEST_MEMFD, Ipa(0), _PAGE, guest_memfd=file)
-            try:
-                vm.set_user_memory_region2(1, MemFlag.GUEST_MEMFD, Ipa(_PAGE), _PAGE, guest_memfd=file)
-                twice = 0
-            except SyscallFailed as error:
-                twice = error.errno
-    found = {EEXIST: "7.2", EINVAL: "6.18"}.get(twice)
-    if found is None:
-        raise HostUnavailable(f"{path}: a page that is bound twice is answered with errno {twice}, as by no known release")
-    return found
+            again = partial(vm.set_user_memory_region2, 1, MemFlag.GUEST_MEMFD, memory_size=_PAGE, guest_memfd=file)
+            near, far = (_errno_of(partial(again, guest_phys_addr=Ipa(gpa))) for gpa in (_PAGE, _FAR))
+    if near not in (EEXIST, EINVAL):
+        raise HostUnavailable(f"{path}: a page that is bound twice is answered with errno {near}, as by no known release")
+    return "6.18" if near == EINVAL else "7.2" if far == EEXIST else "7.3"
+
+
+def _errno_of(call: Callable[[], object]) -> int:
+    try:
+        call()
+    except SyscallFailed as error:
+        return error.errno
+    return 0

@@ -58,7 +58,7 @@ class LinuxVm(Descriptor):
                       why=f"slot {slot:#x}, {memory_size:#x} bytes at {guest_phys_addr:#x}")
 
     def set_memory_attributes(self, address: Ipa, size: int, attributes: int, flags: int = 0) -> None:
-        """KVM_SET_MEMORY_ATTRIBUTES; ENOTTY where attributes belong to the file, or there are none."""
+        """KVM_SET_MEMORY_ATTRIBUTES; ENOTTY (arm64: EINVAL) where attributes belong to the file, or there are none."""
         syscall.ioctl(self.fileno(), uapi.SET_MEMORY_ATTRIBUTES, uapi.MemoryAttributes(address, size, attributes, flags),
                       call="KVM_SET_MEMORY_ATTRIBUTES", why=f"{size:#x} bytes at {address:#x}")
 

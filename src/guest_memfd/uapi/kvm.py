@@ -201,7 +201,7 @@ class KvmVm(Owner, Protocol):
         """
 
     def set_memory_attributes(self, address: Ipa, size: int, attributes: int, flags: int = 0) -> None:
-        """KVM_SET_MEMORY_ATTRIBUTES, where attributes belong to the VM; ENOTTY where they belong to the file."""
+        """KVM_SET_MEMORY_ATTRIBUTES, where attributes belong to the VM; else ENOTTY on x86, and EINVAL on arm64."""
 
     def create_vcpu(self, vcpu_id: int = 0) -> KvmVcpu:
         """KVM_CREATE_VCPU; EINVAL for an id too large, EEXIST."""

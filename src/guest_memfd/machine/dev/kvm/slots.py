@@ -100,7 +100,7 @@ class Memslots:
             refuse(EINVAL, f"{size:#x} bytes at {region.guest_phys_addr:#x}")
 
     def check_reach(self, slot: Memslot) -> None:
-        """Raise SyscallFailed for what the architecture refuses, when the slot has been bound."""
+        """Raise SyscallFailed for what the architecture refuses."""
         bits = self.rules.guest_bits
         if slot.gfn + slot.nr > 1 << bits - 12:
             refuse(self.rules.beyond, f"beyond {bits} bits of guest address")

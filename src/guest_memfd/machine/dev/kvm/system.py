@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Attributes of a VM are no more once they belong to the file; pre-faulting is x86's.
 _CAPS: dict[int, int] = {
     Cap.NR_VCPUS: NR_VCPUS, Cap.MAX_VCPUS: NR_VCPUS, Cap.SYNC_MMU: 1,
-    Cap.ARM_VM_IPA_SIZE: IPA_BITS, Cap.USER_MEMORY2: 1, Cap.MEMORY_FAULT_INFO: 1, Cap.GUEST_MEMFD: 1,
+    Cap.ARM_VM_IPA_SIZE: IPA_BITS, Cap.USER_MEMORY2: 1, Cap.GUEST_MEMFD: 1,
     Cap.GUEST_MEMFD_FLAGS: int(SHARED),
 }
 
@@ -48,9 +48,10 @@ class KvmDevice(Serialised):
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION; 0 for what there is not."""
         self._in_use("KVM_CHECK_EXTENSION")
-        if cap == CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES:
-            return PRIVATE if self.rules.converts else 0
-        return self.rules.nr_slots if cap == Cap.NR_MEMSLOTS else _CAPS.get(cap, 0)
+        rules = self.rules
+        own = {CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES: PRIVATE if rules.converts else 0, Cap.NR_MEMSLOTS: rules.nr_slots,
+               Cap.MEMORY_FAULT_INFO: rules.fault_info}
+        return own.get(cap, _CAPS.get(cap, 0))
 
     def create_vm(self, vm_type: int = 0) -> KvmVmFile:
         """KVM_CREATE_VM: EINVAL for a type that there is not or more IPA bits than there are, ENOMEM."""

@@ -6,7 +6,7 @@ through the library, file by file, and then the VM goes. Files outlive it, witho
 
 from __future__ import annotations
 
-from errno import EEXIST, EINVAL, EIO, ENOTTY
+from errno import EEXIST, EINVAL, EIO
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -92,6 +92,8 @@ class KvmVmFile(Serialised):
         assert isinstance(guest_memfd, KvmMemoryFile)
         new = Memslot(gpa_to_gfn(guest_phys_addr), memory_size // PAGE, guest_memfd, page_index(guest_memfd_offset),
                       self.rules.converts or bool(guest_memfd.flags & GuestMemfdFlag.MMAP))
+        if self.rules.late:
+            self.slots.check_reach(new)
         ret = guest_memfd.run(guest_memfd.library.bind(new.gfn, new.start, new.nr))
         guest_memfd.check(-self.rules.twice if ret == -EEXIST else ret, CALL,
                           f"pages from {new.start:#x} on at {guest_phys_addr:#x}")
@@ -117,9 +119,9 @@ class KvmVmFile(Serialised):
         del self.slots.by_id[number]
 
     def set_memory_attributes(self, address: Ipa, size: int, attributes: int, flags: int = 0) -> None:
-        """KVM_SET_MEMORY_ATTRIBUTES: ENOTTY, because attributes belong to the file here."""
+        """KVM_SET_MEMORY_ATTRIBUTES: there is no such ioctl of a VM, because attributes belong to the file."""
         self._in_use("KVM_SET_MEMORY_ATTRIBUTES")
-        raise SyscallFailed(ENOTTY, "KVM_SET_MEMORY_ATTRIBUTES", "attributes belong to the guest_memfd")
+        raise SyscallFailed(self.rules.no_ioctl, "KVM_SET_MEMORY_ATTRIBUTES", "attributes belong to the guest_memfd")
 
     def create_vcpu(self, vcpu_id: int = 0) -> KvmVcpuFile:
         """KVM_CREATE_VCPU, and KVM_ARM_VCPU_INIT for the preferred target; EINVAL, EEXIST."""
