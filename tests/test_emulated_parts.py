@@ -196,15 +196,14 @@ def test_the_cpu_finds_a_page_where_its_vma_says_in_every_table_of_it() -> None:
 def test_an_entry_goes_with_the_last_vma_that_shows_it() -> None:
     space = Space()
     pa = space.ram.base
-    for window in ((0, 4), (2, 4), (1000, 2), (1001, 1)):
-        space.mm.mmap(space.inode, *window)
+    vmas = [space.mm.mmap(space.inode, *window) for window in ((0, 4), (2, 4), (1000, 2), (1001, 1))]
     for index in (1, 3, 1000, 1001):
         space.mapping.insert(index, pa + index * PAGE)
     assert [vma.va(vma.start) % (2 * MIB) for vma in space.mapping.vmas] == [0, 2 * PAGE, 488 * PAGE, 489 * PAGE]
     assert all(space.mm.find(vma.va(vma.start)) == (space.inode, vma.start) for vma in space.mapping.vmas)
-    space.mm.munmap(space.inode, (0, 4))
+    space.mm.munmap(space.inode, vmas[0])
     assert sorted(space.mapping.present) == [3, 1000, 1001]
-    space.mm.munmap(space.inode, (1000, 2))
+    space.mm.munmap(space.inode, vmas[2])
     assert sorted(space.mapping.present) == [3, 1001]
     assert space.mapping.lookup(1000) is None
     space.mm.munmap(space.inode)
@@ -274,9 +273,9 @@ def test_address_space_is_used_again_when_all_of_it_has_been() -> None:
     space = Space()
     size = 1 << 35                                          # pages: half of what there is, and a bit
     for _ in range(4):
-        space.mm.mmap(space.inode, 0, size)
+        large = space.mm.mmap(space.inode, 0, size)
         space.mm.mmap(space.inode, 0, 1)
-        space.mm.munmap(space.inode, (0, size))
+        space.mm.munmap(space.inode, large)
     with pytest.raises(OutOfMemory, match="address space"):
         space.mm.mmap(space.inode, 0, 1 << 36)
     assert len(space.mapping.vmas) == 4

@@ -342,7 +342,7 @@ def test_whose_file_and_where(opened: Opened) -> None:
 def test_conversions_that_are_refused(opened: Opened, arguments: tuple[int, ...]) -> None:
     file = opened.vm.create_guest_memfd(4 * PAGE, MMAP)
     refused(errno.EINVAL, file.set_memory_attributes2, MemoryAttributes2(*arguments))
-    refused(errno.ENOTTY, opened.vm.set_memory_attributes, BASE, PAGE, PRIVATE)
+    refused(errno.EINVAL, opened.vm.set_memory_attributes, BASE, PAGE, PRIVATE)
 
 
 def test_a_pin_refuses_the_conversion_and_says_where(opened: Opened) -> None:

@@ -13,6 +13,7 @@ from guest_memfd.conform.operations import OPERATIONS, Step
 from guest_memfd.conform.sequence import Sequence
 from guest_memfd.conform.subject import Answer
 from guest_memfd.errors import InternalError
+from guest_memfd.machine.linux.panic import KernelPanic
 
 
 class Difference(NamedTuple):
@@ -83,10 +84,14 @@ class Pair:
 
     # What is left at the end is a difference, too: that of the last step.
     def _emulate(self, sequence: Sequence) -> list[Answer]:
-        subject = self.world.subject()
+        subject, answers, left = self.world.subject(), list[Answer](), list[str]()
         try:
-            answers = [subject.perform(step) for step in sequence]
+            for step in sequence:
+                answers.append(subject.perform(step))
             left = subject.end()
+        except KernelPanic as panic:
+            self.world.renew()
+            return [*answers[:len(sequence) - 1], Answer(f"the emulated kernel stops: {panic.text.splitlines()[0]}", "")]
         except BaseException:
             self.world.renew()
             raise

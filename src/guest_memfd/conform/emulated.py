@@ -46,7 +46,8 @@ class EmulatedWorld:
     def subject(self) -> EmulatedSubject:
         """A new process."""
         if self._host is None:
-            self._host = Emulated("kvm", self.design, kvm_release=self.release, kvm_architecture=self.architecture)
+            self._host = Emulated("kvm", self.design, kvm_release=self.release,
+                                  kvm_architecture=self.architecture, on_free="nothing")
             with self._host.open() as device, device.create_vm() as vm, vm.create_guest_memfd(PAGE, int(SHARED)) as file:
                 self._closed = file
         return EmulatedSubject(self._host, self._closed)

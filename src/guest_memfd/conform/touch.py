@@ -25,6 +25,11 @@ store:
     mov [rdi], rsi
     ret
 handler:
+    mov rax, [rdx + 168]                        # uc_mcontext.gregs[REG_RIP]
+    mov rcx, {at:#x}
+    sub rax, rcx
+    cmp rax, 4096
+    jae foreign
     mov rcx, {note:#x}
     mov [rcx], rdi
     mov eax, [rsi + 8]                          # si_code
@@ -32,8 +37,10 @@ handler:
     mov rax, [rsi + 16]                         # si_addr
     mov [rcx + 16], rax
     mov rax, {recover:#x}
-    mov [rdx + 168], rax                        # uc_mcontext.gregs[REG_RIP]
+    mov [rdx + 168], rax
     ret
+foreign:
+    ud2                                         # an access that is not ours: the process dies of it
 restorer:
     mov eax, 15                                 # rt_sigreturn
     syscall
@@ -48,6 +55,11 @@ store:
     str x1, [x0]
     ret
 handler:
+    ldr x4, [x2, #440]                          // uc_mcontext.pc
+    adr x3, load
+    sub x4, x4, x3
+    cmp x4, #4095
+    b.hi foreign
     ldr x3, note
     str x0, [x3]
     ldr w4, [x1, #8]                            // si_code
@@ -55,10 +67,12 @@ handler:
     ldr x4, [x1, #16]                           // si_addr
     str x4, [x3, #16]
     adr x4, recover
-    str x4, [x2, #440]                          // uc_mcontext.pc
+    str x4, [x2, #440]
 restorer:
 recover:
     ret
+foreign:
+    brk #0                                      // an access that is not ours: the process dies of it
     .align 3
 note:
     .quad {note:#x}
@@ -94,8 +108,8 @@ class Toucher:
     # Assembled twice: where `recover` is, is known only then; a label's place does not depend on the numbers.
     @staticmethod
     def _put(target: Target, source: str, at: int) -> dict[str, int]:
-        first = target.assemble(source.format(note=at + _NOTE, recover=at), at, "touch")
-        code = target.assemble(source.format(note=at + _NOTE, recover=first.symbols["recover"]), at, "touch")
+        first = target.assemble(source.format(at=at, note=at + _NOTE, recover=at), at, "touch")
+        code = target.assemble(source.format(at=at, note=at + _NOTE, recover=first.symbols["recover"]), at, "touch")
         ctypes.memmove(at, code.data, len(code.data))
         return dict(code.symbols)
 

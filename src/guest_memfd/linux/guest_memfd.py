@@ -59,7 +59,7 @@ class MemoryFile(Descriptor):
 
     def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> LinuxMapping:
         """mmap(2) of PROT_READ | PROT_WRITE, bytes; *nr* None: to the end of the file. Raises SyscallFailed."""
-        return LinuxMapping(self, offset, self.size - offset if nr is None else nr, shared=shared)
+        return LinuxMapping(self, offset, max(self.size - offset, 0) if nr is None else nr, shared=shared)
 
     def fstat(self) -> Stat:
         """fstat(2); KVM never counts blocks, `resident` does."""

@@ -425,7 +425,7 @@ class GuestMemoryFile(Serialised, ABC):
         if offset % PAGE:
             raise SyscallFailed(EINVAL, "mmap", f"offset {offset:#x}")
         self._in_use("mmap")
-        nr = self.size - offset if nr is None else nr
+        nr = max(self.size - offset, 0) if nr is None else nr
         self._may_map(offset, nr)
         self.check_mmap(offset, nr, shared)
         window = self.host.window = page_index(offset), -(-nr // PAGE)
