@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from errno import EBADF
 from typing import Any
 
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.compat import override
 from guest_memfd.conform.operations import OWN_SIZE, OWN_SLOT, PAGE
-from guest_memfd.conform.subject import MOST_PAGES, NO_MAPPING, RESULT, ZEROS, Pages, Subject
+from guest_memfd.conform.subject import ARM64_PROGRAM, ARM64_STORE, MOST_PAGES, NO_MAPPING, RESULT, ZEROS, Pages, Subject
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.testing.hosts import Emulated
 from guest_memfd.uapi import kvm_run
@@ -18,15 +19,6 @@ from guest_memfd.uapi.kvm import SHARED, GuestMemfdFlag, MemFlag
 from guest_memfd.words.pagestate import SHARED_PAGE
 from guest_memfd.words.units import Index
 
-_PROGRAM = """
-load:   ldr     x3, [x1]
-        str     x3, [x2]
-        b       .
-store:  str     x0, [x1]
-        str     xzr, [x2]
-        b       .
-"""
-_STORE = OWN_SLOT + 12
 SECONDS = 5.0
 
 
@@ -155,7 +147,7 @@ class EmulatedSubject(Subject):
         vm = self.device.create_vm()
         program = vm.create_guest_memfd(OWN_SIZE, int(SHARED))
         with program.mmap() as mapping:
-            mapping.write(0, self.host.assemble({"arm64": _PROGRAM}, OWN_SLOT))
+            mapping.write(0, assemble(ARM64_PROGRAM, OWN_SLOT).data)
         vm.set_user_memory_region2(0, MemFlag.GUEST_MEMFD, OWN_SLOT, OWN_SIZE, guest_memfd=program)
         self._own.append(program)
         return vm
@@ -171,7 +163,7 @@ class EmulatedSubject(Subject):
         vcpu.immediate_exit = True                      # what the last exit began is finished before registers change
         vcpu.run()
         vcpu.immediate_exit = False
-        self.host.enter(vcpu.vm, vcpu, OWN_SLOT if value is None else _STORE, value or 0, gpa, RESULT)
+        self.host.enter(vcpu.vm, vcpu, OWN_SLOT if value is None else ARM64_STORE, value or 0, gpa, RESULT)
         told: kvm_run.Exit = vcpu.run(SECONDS)
         return told
 

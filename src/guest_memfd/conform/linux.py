@@ -1,6 +1,6 @@
 """This kernel's /dev/kvm as a subject: every call goes to the kernel as it is, a bad descriptor where there should be one.
 
-Guests are x86's, at CPL 3, where every KVM takes the path of a guest_memfd (linux/vcpu_x86.py says why).
+On x86 guests run at CPL 3, where every KVM takes the path of a guest_memfd (linux/vcpu_x86.py says why).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from contextlib import suppress
 from mmap import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import Any
 
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.compat import override
 from guest_memfd.conform.operations import OWN_SIZE, OWN_SLOT, PAGE
-from guest_memfd.conform.subject import MOST_PAGES, NO_MAPPING, RESULT, Pages, Subject
+from guest_memfd.conform.subject import ARM64_PROGRAM, ARM64_STORE, MOST_PAGES, NO_MAPPING, RESULT, Pages, Subject
 from guest_memfd.conform.touch import Toucher
 from guest_memfd.errors import Signalled, SyscallFailed, errno_name
 from guest_memfd.linux import fault_path, syscall
@@ -28,6 +29,7 @@ from guest_memfd.linux.mapping import BUS_ADRERR
 from guest_memfd.linux.system import System
 from guest_memfd.linux.vcpu_x86 import identity_tables
 from guest_memfd.probe.ask.calls import call
+from guest_memfd.uapi import kvm_arm64 as arm64
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import PATH
 from guest_memfd.words.units import Ipa
@@ -35,6 +37,7 @@ from guest_memfd.words.units import Ipa
 # mov (%rbx),%rax | mov %rax,(%rcx) | jmp . - and: mov %rdx,(%rbx) | mov %rax,(%rcx) | jmp .
 _LOAD, _STORE = bytes.fromhex("488b03" "488901" "ebfe"), bytes.fromhex("488913" "488901" "ebfe")
 SECONDS = 2.0
+_ARM64 = platform.machine() == "aarch64"
 _GUESTS = ("guest_load", "guest_store")
 _OTHERS: dict[str, tuple[Any, ...]] = {
     "read": (ctypes.create_string_buffer(8), 8), "write": (b"12345678", 8), "lseek": (0, 0), "ftruncate": (PAGE,),
@@ -187,12 +190,15 @@ class LinuxSubject(Subject):
 
     @override
     def new_vm(self) -> Any:
-        """Its slot 0 is plain memory, with page tables before the program."""
+        """Its slot 0 is plain memory; on x86 with page tables before the program."""
         vm = self.system.create_vm()
         memory = Anonymous(OWN_SIZE)
-        memory.put(0, identity_tables(OWN_SLOT))
-        memory.put(CODE - OWN_SLOT, _LOAD)
-        memory.put(CODE + PAGE - OWN_SLOT, _STORE)
+        if _ARM64:
+            memory.put(0, assemble(ARM64_PROGRAM, OWN_SLOT).data)
+        else:
+            memory.put(0, identity_tables(OWN_SLOT))
+            memory.put(CODE - OWN_SLOT, _LOAD)
+            memory.put(CODE + PAGE - OWN_SLOT, _STORE)
         vm.set_user_memory_region(0, 0, Ipa(OWN_SLOT), OWN_SIZE, memory.address)
         self._plain.append(memory)
         return vm
@@ -204,9 +210,14 @@ class LinuxSubject(Subject):
 
     @override
     def run_guest(self, vcpu: Any, gpa: int, value: int | None) -> kvm_run.Exit:
-        """As every subject's, at CPL 3."""
+        """As every subject's; on x86 at CPL 3."""
         vcpu.complete()
-        vcpu.enter_user_mode(OWN_SLOT, CODE if value is None else CODE + PAGE, rbx=gpa, rcx=RESULT, rdx=value or 0)
+        if _ARM64:
+            start = OWN_SLOT if value is None else ARM64_STORE
+            for register, number in ((arm64.PC, start), (arm64.X[0], value or 0), (arm64.X[1], gpa), (arm64.X[2], RESULT)):
+                vcpu.set_one_reg(register, number)
+        else:
+            vcpu.enter_user_mode(OWN_SLOT, CODE if value is None else CODE + PAGE, rbx=gpa, rcx=RESULT, rdx=value or 0)
         told: kvm_run.Exit = vcpu.run(SECONDS)
         return told
 
@@ -261,7 +272,5 @@ def _in_child(act: Any) -> str:
 def lacking(path: str) -> dict[str, str]:
     """Operations that cannot be compared on this machine, each with the reason. Raises HostUnavailable, SyscallFailed."""
     with System(path) as system:
-        if platform.machine() != "x86_64":
-            return dict.fromkeys(_GUESTS, f"the guest's program is x86's, and this is {platform.machine()}")
-        native = fault_path.native(system, False)
+        native = _ARM64 or fault_path.native(system, False)
     return {} if native else dict.fromkeys(_GUESTS, "a guest at CPL 3 does not reach the guest_memfd by a fault of its own")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from guest_memfd.compat import override
-from guest_memfd.conform.operations import OTHER_CALLS, PAGE, Step
+from guest_memfd.conform.operations import OTHER_CALLS, OWN_SLOT, PAGE, Step
 from guest_memfd.errors import Signalled, SyscallFailed, errno_name
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import MemoryAttributes2
@@ -21,6 +21,16 @@ MOST_PAGES = 8
 """Of a larger file only the number of pages is told."""
 RESULT = 0x3000_0000
 """Guest address that no slot has: a guest's store there ends its program, and carries what it has loaded."""
+ARM64_PROGRAM = """
+load:   ldr     x3, [x1]
+        str     x3, [x2]
+        b       .
+store:  str     x0, [x1]
+        str     xzr, [x2]
+        b       .
+"""
+ARM64_STORE = OWN_SLOT + 12
+"""The guest's program on arm64, at OWN_SLOT, and its second half: value, guest address and RESULT are in x0, x1 and x2."""
 NO_MAPPING = "nothing is mapped"
 ZEROS = zlib.crc32(bytes(PAGE))
 

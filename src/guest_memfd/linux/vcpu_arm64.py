@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 
 class Arm64Vcpu(LinuxVcpu):
-    """`LinuxVcpu` after KVM_ARM_VCPU_INIT for the preferred target. Raises SyscallFailed."""
+    """`LinuxVcpu` after KVM_ARM_VCPU_INIT for the preferred target, with PSCI 0.2. Raises SyscallFailed.
+
+    Without KVM_ARM_VCPU_PSCI_0_2 a guest's SYSTEM_OFF returns -1 to it.
+    """
 
     def __init__(self, vm: LinuxVm, fd: int, vcpu_id: int) -> None:
         super().__init__(vm, fd, vcpu_id)
         target = arm64.VcpuInit()
         syscall.ioctl(vm.fileno(), arm64.PREFERRED_TARGET, target, call="KVM_ARM_PREFERRED_TARGET")
+        target.features[0] |= arm64.VCPU_PSCI_0_2
         syscall.ioctl(fd, arm64.VCPU_INIT, target, call="KVM_ARM_VCPU_INIT")
 
     @override

@@ -20,6 +20,10 @@ class VcpuInit(Words):
     _fields_ = [("target", c_uint32), ("features", c_uint32 * 7)]
 
 
+VCPU_PSCI_0_2 = 1 << 2
+"""KVM_ARM_VCPU_PSCI_0_2, in `features`: the guest's PSCI calls are 0.2's and later, SYSTEM_OFF among them."""
+
+
 class VcpuEvents(Words):
     """struct kvm_vcpu_events; the first four fields are its `exception`."""
 
@@ -47,3 +51,4 @@ def sys_reg(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
 X = tuple(core_reg(n) for n in range(31))
 SP_EL0, PC, PSTATE, SP_EL1, ELR_EL1 = (core_reg(n) for n in range(31, 36))
 ESR_EL1, FAR_EL1, VBAR_EL1 = sys_reg(3, 0, 5, 2, 0), sys_reg(3, 0, 6, 0, 0), sys_reg(3, 0, 12, 0, 0)
+SCTLR_EL1 = sys_reg(3, 0, 1, 0, 0)

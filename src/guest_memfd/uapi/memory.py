@@ -79,5 +79,8 @@ class GuestMemory(Owner, Protocol):
     def mmap(self, offset: int = 0, nr: int | None = None, *, shared: bool = True) -> Mapping:
         """mmap(2) with PROT_READ | PROT_WRITE; *nr* None: to the end of the file."""
 
+    def resident(self) -> int:
+        """How many pages of the file there are, as cachestat(2) counts them."""
+
     def fstat(self) -> Stat:
         """Mode, size in bytes and blocks of 512 bytes, as fstat(2) gives them."""

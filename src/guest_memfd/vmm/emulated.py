@@ -184,7 +184,8 @@ class EmulatedRun:
             machine.vms[0].handle.vcpus[-1].budget = SLICE          # the host's own timer interrupts a guest, too
         else:
             protected = order.hypervisor == "pkvm"
-            self.guest = KvmGuest(device, order.layout, order.image, self.console, stack, protected, self, self._exit)
+            self.guest = KvmGuest(device, order.layout, order.image, self.console, stack, self._exit, protected=protected,
+                                  debugger=self)
         names = readers.Names(machine) if order.reader else None
         if names is not None:
             stack.callback(names.free)

@@ -1,8 +1,12 @@
-"""A guest by way of /dev/kvm on arm64. Private memory is written while it is shared, then converted."""
+"""A guest by way of /dev/kvm on arm64: the emulated one, or that of a real kernel.
+
+Private memory is written while it is shared, then converted. Where nothing converts a plain VM has no private memory, and
+its files are shared for all their life.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from errno import ENOMEM
 
@@ -31,19 +35,42 @@ MEM_SHARE, MEM_UNSHARE = 0xC600_0003, 0xC600_0004
 _INVALID_PARAMETER = ((1 << 64) - 3).to_bytes(8, "little")
 _PRIVATE, _WINDOW = 0, 1
 """Slots."""
+_REGISTERS = {
+    "pc": kvm_arm64.PC, "sp": kvm_arm64.SP_EL1, "pstate": kvm_arm64.PSTATE, "elr_el1": kvm_arm64.ELR_EL1,
+    "esr_el1": kvm_arm64.ESR_EL1, "far_el1": kvm_arm64.FAR_EL1, "vbar_el1": kvm_arm64.VBAR_EL1,
+    "sctlr_el1": kvm_arm64.SCTLR_EL1, **{f"x{n}": number for n, number in enumerate(kvm_arm64.X)},
+}
+
+
+class OneRegs:
+    """A debugger that asks KVM: KVM_GET_ONE_REG of *vcpu*."""
+
+    def __init__(self, vcpu: KvmVcpu) -> None:
+        self.vcpu = vcpu
+
+    def pc(self) -> int:
+        """As KVM has it."""
+        return self.vcpu.get_one_reg(kvm_arm64.PC)
+
+    def registers(self) -> Mapping[str, int]:
+        """As KVM has them."""
+        return {name: self.vcpu.get_one_reg(number) for name, number in _REGISTERS.items()}
 
 
 class KvmGuest:
     """*image* in a VM of *system*, up to its first instruction; leaving *stack* gives everything back.
 
-    *protected*: KVM_VM_TYPE_ARM_PROTECTED. *log* is told of exits in words. Raises SyscallFailed, BadInput.
+    *protected*: KVM_VM_TYPE_ARM_PROTECTED. *converts*: files convert in place. *debugger*: None: KVM is asked. *log* is told
+    of exits in words. Raises SyscallFailed, BadInput.
     """
 
     def __init__(self, system: KvmSystem, layout: Layout, image: GuestImage, console: Console, stack: ExitStack,
-                 protected: bool, debugger: Debugger, log: Callable[[str], None]) -> None:
-        self.layout, self.console, self.log, self.debugger = layout, console, log, debugger
+                 log: Callable[[str], None], *, protected: bool = False, converts: bool = True,
+                 debugger: Debugger | None = None) -> None:
+        self.layout, self.console, self.log, self.converts = layout, console, log, converts
+        self._injected = 0
         self.vm: KvmVm = stack.enter_context(system.create_vm(kvm_arm64.VM_TYPE_PROTECTED if protected else 0))
-        self.memory = self._slot(stack, _PRIVATE, PRIVATE_BASE, layout.private, GuestMemfdFlag.MMAP)
+        self.memory = self._slot(stack, _PRIVATE, PRIVATE_BASE, layout.private, GuestMemfdFlag.MMAP if converts else SHARED)
         self.files = {PRIVATE_BASE: self.memory}
         if layout.shared:
             # A protected guest opens its window itself, by MEM_SHARE.
@@ -51,6 +78,7 @@ class KvmGuest:
             self.files[SHARED_BASE] = self._slot(stack, _WINDOW, SHARED_BASE, layout.shared, flags)
         self._load(image, BootHypervisor.PKVM if protected else BootHypervisor.KVM)
         self.vcpu: KvmVcpu = stack.enter_context(self.vm.create_vcpu())
+        self.debugger: Debugger = debugger or OneRegs(self.vcpu)
         self.vcpu.set_one_reg(kvm_arm64.PC, image.entry)
         self.vcpu.set_one_reg(kvm_arm64.X[0], layout.boot_info(image))
         self.exits = 0
@@ -62,7 +90,7 @@ class KvmGuest:
 
     def _load(self, image: GuestImage, hypervisor: BootHypervisor) -> None:
         contents = self.layout.contents(image, hypervisor)
-        runs = list(self.layout.folios(contents))
+        runs = list(self.layout.folios(contents)) if self.converts else []
         for offset, size in runs:
             # Shared for as long as it is written, and private before the guest runs: conversion keeps the contents.
             self.memory.set_memory_attributes2(MemoryAttributes2(offset, size, 0))
@@ -74,8 +102,8 @@ class KvmGuest:
 
     @property
     def aborts(self) -> int:
-        """Those that KVM delivered, and those that `step` asked for."""
-        return self.vcpu.statistics()["aborts_injected"]
+        """Those that `step` asked for; and those that KVM delivered, where it counts them."""
+        return self.vcpu.statistics().get("aborts_injected", self._injected)
 
     def step(self, seconds: float) -> LoopEnded | None:
         """KVM_RUN once, and whatever the guest wants of us."""
@@ -105,6 +133,7 @@ class KvmGuest:
     def _mmio(self, out: kvm_run.Mmio) -> None:
         if not self.console.has(out.phys_addr):
             self.log(f"exit MMIO {'write' if out.is_write else 'read'} at {out.phys_addr:#x}: nothing there, abort")
+            self._injected += 1
             self.vcpu.inject_external_abort()
         elif out.is_write:
             self.console.put(out.data)

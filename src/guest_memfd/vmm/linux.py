@@ -14,9 +14,11 @@ from errno import EMFILE, ENOMEM
 
 from guest_memfd.errors import GuestMemfdError, HostUnavailable, Signalled, SyscallFailed
 from guest_memfd.guests.loader import GuestImage
+from guest_memfd.guests.target import ARM64, X86_64
 from guest_memfd.linux import fault_path
 from guest_memfd.linux.system import System
 from guest_memfd.vmm.devices import Console
+from guest_memfd.vmm.kvm import KvmGuest
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import LoopOutcome, drive
@@ -30,9 +32,10 @@ _REFUSED = "the KVM of this kernel refuses it; without: --on emulated:arm64/kvm"
 
 @dataclass(frozen=True)
 class LinuxOrder:
-    """What to run, and how. timeout: seconds."""
+    """What to run, and how. *architecture*: of this machine, and the image. timeout: seconds."""
 
     image: GuestImage
+    architecture: str = X86_64.architecture
     real_mode: bool = False
     layout: Layout = Layout()           # noqa: RUF009 - frozen
     timeout: float = 10.0
@@ -53,13 +56,17 @@ def run(order: LinuxOrder, say: Callable[[str], None], log: Callable[[str], None
     Raises HostUnavailable, and BadInput for an image that does not fit; whatever else goes wrong is in the report, a call
     that fails as HostUnavailable.
     """
-    fit(order.layout, order.image, order.real_mode)
+    arm64 = order.architecture == ARM64.architecture
+    if arm64:
+        order.layout.boot_info(order.image)
+    else:
+        fit(order.layout, order.image, order.real_mode)
     report, console = LinuxReport(), Console(say)
     with System() as system:
         if why := system.lacks_shared():
             raise HostUnavailable(f"{why}; without: --on emulated:arm64/kvm")
         try:
-            report.native = fault_path.native(system, order.real_mode)
+            report.native = arm64 or fault_path.native(system, order.real_mode)     # KVM emulates no arm64
             with ExitStack() as stack:
                 _inside(order, system, stack, console, report, log)
         except HostUnavailable:
@@ -75,7 +82,10 @@ def run(order: LinuxOrder, say: Callable[[str], None], log: Callable[[str], None
 
 def _inside(order: LinuxOrder, system: System, stack: ExitStack, console: Console, report: LinuxReport,
             log: Callable[[str], None]) -> None:
-    guest = X86Guest(system, order.layout, order.image, order.real_mode, console, stack, log)
+    guest: KvmGuest | X86Guest = (
+        KvmGuest(system, order.layout, order.image, console, stack, log, converts=False)
+        if order.architecture == ARM64.architecture
+        else X86Guest(system, order.layout, order.image, order.real_mode, console, stack, log))
     began = time.perf_counter()
     try:
         report.ended = drive(guest, order.timeout)
@@ -86,7 +96,7 @@ def _inside(order: LinuxOrder, system: System, stack: ExitStack, console: Consol
 
 
 # What cannot be counted here is left out: the guest has run all the same.
-def _count(guest: X86Guest, report: LinuxReport, log: Callable[[str], None]) -> None:
+def _count(guest: KvmGuest | X86Guest, report: LinuxReport, log: Callable[[str], None]) -> None:
     try:
         report.statistics = guest.vcpu.statistics()
         report.pages = guest.memory.resident()
