@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import mmap
 import os
@@ -25,14 +26,14 @@ from linux_driver import no_guests
 from guest_memfd.cli.main import main
 from guest_memfd.conform.c_program import program
 from guest_memfd.conform.child import Child
-from guest_memfd.conform.compare import Difference, Pair, Tally
+from guest_memfd.conform.compare import BothHosts, Difference, Tally
 from guest_memfd.conform.emulated import EmulatedWorld
 from guest_memfd.conform.linux import LinuxSubject
-from guest_memfd.conform.operations import OPERATIONS, Step
+from guest_memfd.conform.operations import OPERATIONS, UserCall
 from guest_memfd.conform.release import shown
 from guest_memfd.conform.sequence import LENGTH, Sequence, as_json, random_sequence, read, tables
 from guest_memfd.conform.shrink import shrink
-from guest_memfd.conform.subject import Answer
+from guest_memfd.conform.subject import StepAnswer
 from guest_memfd.conform.touch import Toucher
 from guest_memfd.errors import Signalled
 from guest_memfd.uapi.kvm import PATH
@@ -50,15 +51,15 @@ def _file(*steps: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Pair:
-    return Pair(partial(Child, partial(LinuxSubject, PATH)), EmulatedWorld(shown(PATH), "x86_64"))
+def pair() -> BothHosts:
+    return BothHosts(partial(Child, partial(LinuxSubject, PATH)), EmulatedWorld(shown(PATH), "x86_64"))
 
 
 # -- this kernel -------------------------------------------------------------------------------------------------------
 
 
 @here
-def test_a_thousand_operations(pair: Pair) -> None:
+def test_a_thousand_operations(pair: BothHosts) -> None:
     tally = Tally()
     for number in range(1000 // LENGTH):
         found = pair.compare(random_sequence(11, number), tally)
@@ -68,7 +69,7 @@ def test_a_thousand_operations(pair: Pair) -> None:
 
 @here
 @pytest.mark.long
-def test_every_operation_with_every_edge(pair: Pair) -> None:
+def test_every_operation_with_every_edge(pair: BothHosts) -> None:
     tally = Tally()
     for sequence in list(tables())[::3]:
         found = pair.compare(sequence, tally, resume=True)
@@ -79,7 +80,7 @@ def test_every_operation_with_every_edge(pair: Pair) -> None:
 @here
 @pytest.mark.long
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_seen(pair: Pair, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_seen(pair: BothHosts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MISTAKES[name](monkeypatch)
     pair.world.renew()
     try:
@@ -144,7 +145,7 @@ def test_what_kills_the_process_is_the_answer() -> None:
             os.kill(os.getpid(), 9)
             return None
 
-    answers = Child(Dying, (Step("stat", (0,)), Step("unmap", (0,)), Step("stat", (0,)))).answers()
+    answers = Child(Dying, (UserCall("stat", (0,)), UserCall("unmap", (0,)), UserCall("stat", (0,)))).answers()
     assert [answer.said for answer in answers] == ["EBADF", "the process is killed by SIGKILL"]
 
 
@@ -219,7 +220,7 @@ def test_shrinking_leaves_what_is_needed_and_nothing_else(number: int, places: l
             if left and step.op == left[0]:
                 left.pop(0)
             if not left:
-                return Difference(sequence[:at + 1], Answer("a", ""), Answer("b", ""))
+                return Difference(sequence[:at + 1], StepAnswer("a", ""), StepAnswer("b", ""))
         return None
 
     first = attempt(whole)
@@ -235,9 +236,9 @@ def test_shrinking_leaves_what_is_needed_and_nothing_else(number: int, places: l
 
 class Said:
     def __init__(self, *said: str) -> None:
-        self._answers = [Answer(each, "") for each in said]
+        self._answers = [StepAnswer(each, "") for each in said]
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[StepAnswer]:
         return self._answers
 
 
@@ -250,20 +251,20 @@ class Echo:
     def subject(self) -> Any:
         return self
 
-    def perform(self, step: Step) -> Answer:
-        return Answer(self._said.pop(0), "")
+    def perform(self, step: UserCall) -> StepAnswer:
+        return StepAnswer(self._said.pop(0), "")
 
     def end(self) -> list[str]:
         return []
 
 
-OVERFLOWING = Step("region", (0, 1, 4, 0x1000_0000, 4096, 0, 0, (1 << 63) - 4096))
+OVERFLOWING = UserCall("region", (0, 1, 4, 0x1000_0000, 4096, 0, 0, (1 << 63) - 4096))
 
 
-def compared(real: list[str], emulated: list[str], step: Step, **more: bool) -> tuple[Difference | None, Tally]:
+def compared(real: list[str], emulated: list[str], step: UserCall, **more: bool) -> tuple[Difference | None, Tally]:
     tally = Tally()
     world: Any = Echo(*emulated)
-    return Pair(lambda _: Said(*real), world).compare((step,) * len(emulated), tally, **more), tally
+    return BothHosts(lambda _: Said(*real), world).compare((step,) * len(emulated), tally, **more), tally
 
 
 def test_a_known_difference_ends_a_random_sequence() -> None:
@@ -285,7 +286,7 @@ def test_no_operation_as_such_is_known_to_differ(real: str, emulated: str) -> No
 
 
 def test_a_process_that_died_is_compared_as_far_as_it_came() -> None:
-    found, _ = compared(["ok", "the process is killed by SIGSEGV"], ["ok", "ok", "ok"], Step("close", (0,)))
+    found, _ = compared(["ok", "the process is killed by SIGSEGV"], ["ok", "ok", "ok"], UserCall("close", (0,)))
     assert found is not None
     assert (len(found.sequence), found.real.said) == (2, "the process is killed by SIGSEGV")
 
@@ -296,6 +297,7 @@ def test_a_process_that_died_is_compared_as_far_as_it_came() -> None:
 def killed_by(act: Callable[[], object]) -> int:
     pid = os.fork()
     if not pid:
+        faulthandler.disable()
         act()
         os._exit(0)
     _, status = os.waitpid(pid, 0)

@@ -28,15 +28,17 @@ from pages import agrees, commands
 from guest_memfd.cli.main import main
 from guest_memfd.errors import BadInput, GuestMemfdError, HostUnavailable, SyscallFailed
 from guest_memfd.guests import CONSOLE, CONTROL, GUESTS, SHARED_BASE, SHARED_LINE
-from guest_memfd.guests.loader import GuestImage, load
-from guest_memfd.guests.target import REAL_MODE, X86_64
+from guest_memfd.guests.loader import GuestImage, load, read
+from guest_memfd.guests.target import ARM64, REAL_MODE, X86_64
 from guest_memfd.linux import fault_path, syscall
 from guest_memfd.linux.abi import kvm_x86
 from guest_memfd.linux.anonymous import Anonymous
 from guest_memfd.linux.guest_x86 import SmallGuest
 from guest_memfd.linux.system import System
 from guest_memfd.linux.vcpu_x86 import X86Vcpu
+from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.uapi import kvm_arm64
 from guest_memfd.uapi.kvm import Cap
 from guest_memfd.uapi.kvm_run import (
     Exit,
@@ -51,6 +53,7 @@ from guest_memfd.uapi.kvm_run import (
     Unknown,
 )
 from guest_memfd.vmm.devices import Console
+from guest_memfd.vmm.kvm import KvmGuest
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import LoopEnded, drive
@@ -661,10 +664,32 @@ def test_a_device_that_somebody_has_named_is_not_there() -> None:
 
 
 def test_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     code, said = run("hello")
     assert code == 5
-    assert "are x86-64 programs, and this machine is aarch64" in said
+    assert "are x86-64 or arm64 programs, and this machine is riscv64" in said
+
+
+def test_real_mode_is_x86s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    code, said = run("hello", "--real-mode")
+    assert code == 4
+    assert "--real-mode is x86's, and this machine is arm64" in said
+
+
+def test_an_arm64_guest_is_in_shared_memory_from_the_beginning() -> None:
+    """The emulated /dev/kvm of 7.3, which converts nothing, in place of a real one on arm64."""
+    pytest.importorskip("unicorn")
+    machine = Machine("kvm", Config(ram=64 << 20, kvm_release="7.3"))
+    image, said = load(read("shared", "arm64"), ARM64), list[str]()
+    with ExitStack() as stack:
+        device = stack.enter_context(machine.open("/dev/kvm"))
+        guest = KvmGuest(device, Layout(1 << 20, 4096), image, Console(said.append), stack, str, converts=False)
+        assert drive(guest, 10.0).how == "off"
+        assert guest.debugger.registers()["pc"] == guest.debugger.pc() == guest.vcpu.get_one_reg(kvm_arm64.PC)
+        assert (guest.window() or b"").startswith(SHARED_LINE)
+        with guest.memory.mmap() as mapping:
+            assert mapping.read(0, 8) == image.segments[0][1][:8]
 
 
 @on_kvm

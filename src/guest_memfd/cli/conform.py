@@ -21,7 +21,7 @@ from guest_memfd.report.progress import Progress
 from guest_memfd.uapi.kvm import PATH
 
 if TYPE_CHECKING:
-    from guest_memfd.conform.compare import Difference, Pair, Tally
+    from guest_memfd.conform.compare import BothHosts, Difference, Tally
     from guest_memfd.conform.report import ConformReport
     from guest_memfd.conform.sequence import Sequence
 
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _here(arguments: argparse.Namespace) -> int:
     from guest_memfd.conform.child import Child
-    from guest_memfd.conform.compare import Pair, Tally
+    from guest_memfd.conform.compare import BothHosts, Tally
     from guest_memfd.conform.emulated import EmulatedWorld
     from guest_memfd.conform.linux import LinuxSubject, lacking
     from guest_memfd.conform.release import shown
@@ -87,7 +87,7 @@ def _here(arguments: argparse.Namespace) -> int:
     release = release_of(arguments.release) or shown(arguments.kvm)
     skipped = lacking(arguments.kvm)
     world = EmulatedWorld(release, {"aarch64": "arm64"}.get(platform.machine(), platform.machine()), arguments.design)
-    pair = Pair(partial(Child, partial(LinuxSubject, arguments.kvm)), world)
+    pair = BothHosts(partial(Child, partial(LinuxSubject, arguments.kvm)), world)
     kernel = f"{arguments.kvm} of Linux {platform.release()}, {platform.machine()}"
     with Output(arguments.output) as out:
         if given is not None:
@@ -118,14 +118,14 @@ def sequence_count(arguments: argparse.Namespace) -> int:
 
 
 def sequences(arguments: argparse.Namespace, skipped: frozenset[str]) -> Iterator[Sequence]:
-    """So many."""
+    """So many random sequences, one after the other."""
     from guest_memfd.conform.sequence import random_sequence
 
     return (random_sequence(arguments.seed, number, skipped) for number in range(sequence_count(arguments)))
 
 
 def compare_all(
-    pair: Pair, given: Iterable[Sequence], total: int, tally: Tally, *, resume: bool, shrinks: bool = True,
+    pair: BothHosts, given: Iterable[Sequence], total: int, tally: Tally, *, resume: bool, shrinks: bool = True,
 ) -> None:
     """Compare *given*, *total* sequences, and shrink each difference that is not like one that was found before."""
     from guest_memfd.conform.compare import Tally
@@ -181,7 +181,7 @@ def _save(base: Path, found: Difference, report: ConformReport) -> None:
         raise BadInput(f"--save {base}: {error.strerror}") from error
 
 
-def _replay(arguments: argparse.Namespace, pair: Pair, given: Sequence, out: Output) -> int:
+def _replay(arguments: argparse.Namespace, pair: BothHosts, given: Sequence, out: Output) -> int:
     from guest_memfd.conform.compare import Tally
     from guest_memfd.conform.report import difference_text
 
@@ -204,13 +204,13 @@ def _replay(arguments: argparse.Namespace, pair: Pair, given: Sequence, out: Out
 def _answer(arguments: argparse.Namespace) -> int:
     from guest_memfd.conform.child import Child
     from guest_memfd.conform.linux import LinuxSubject, lacking
-    from guest_memfd.conform.operations import Step
+    from guest_memfd.conform.operations import UserCall
     from guest_memfd.conform.release import shown
 
     given = text_json.loads(Path(arguments.answer).read_text(encoding="utf-8"))
     release, skipped = shown(arguments.kvm), lacking(arguments.kvm)
     make = partial(LinuxSubject, arguments.kvm)
-    kept = (tuple(Step(op, tuple(args)) for op, *args in steps if op not in skipped) for steps in given)
+    kept = (tuple(UserCall(op, tuple(args)) for op, *args in steps if op not in skipped) for steps in given)
     answers = [Child(make, sequence).answers() for sequence in kept]
     with Output(arguments.output) as out:
         out.write(text_json.dumps({"kernel": f"Linux {platform.release()}, {platform.machine()}", "release": release,

@@ -16,11 +16,11 @@ from typing import Any
 from guest_memfd.cli.conform import compare_all, finish, release_of, sequences
 from guest_memfd.cli.kernel import job_of, tell
 from guest_memfd.cli.output import Output
-from guest_memfd.conform.compare import Pair, Tally
+from guest_memfd.conform.compare import BothHosts, Tally
 from guest_memfd.conform.emulated import EmulatedWorld
 from guest_memfd.conform.report import ConformReport
 from guest_memfd.conform.sequence import Sequence, tables
-from guest_memfd.conform.subject import Answer
+from guest_memfd.conform.subject import StepAnswer
 from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.kernels import find
 from guest_memfd.kernels.run import run
@@ -32,10 +32,10 @@ class Recorded:
     """Answers that have come already."""
 
     def __init__(self, answers: List[List[str]]) -> None:
-        self._answers = [Answer(*each) for each in answers]
+        self._answers = [StepAnswer(*each) for each in answers]
 
-    def answers(self) -> list[Answer]:
-        """They."""
+    def answers(self) -> list[StepAnswer]:
+        """All of them, at once."""
         return self._answers
 
 
@@ -54,7 +54,7 @@ def elsewhere(arguments: argparse.Namespace) -> int:
         pairs = dict(zip(map(id, kept), said["answers"], strict=True))
         world = EmulatedWorld(release or said["release"], {"amd64": "x86_64"}.get(arguments.arch, arguments.arch),
                               arguments.design)
-        pair = Pair(lambda each: Recorded(pairs[id(each)]), world)
+        pair = BothHosts(lambda each: Recorded(pairs[id(each)]), world)
         began, tabled, at_random = time.monotonic(), Tally(), Tally()
         for given, tally, resume in ((kept[:len(table)], tabled, True), (kept[len(table):], at_random, False)):
             compare_all(pair, given, len(given), tally, resume=resume, shrinks=False)

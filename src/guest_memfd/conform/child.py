@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from guest_memfd.conform.sequence import Sequence
-from guest_memfd.conform.subject import Answer, Subject
+from guest_memfd.conform.subject import StepAnswer, Subject
 from guest_memfd.linux import fd
 
 SECONDS = 60.0
@@ -29,7 +29,7 @@ class Child:
             _child(make, sequence, theirs)
         os.close(theirs)
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[StepAnswer]:
         """One for each step, fewer if it died: then the last says of what. All is over then."""
         data, end = bytearray(), time.monotonic() + SECONDS
         try:
@@ -47,11 +47,11 @@ class Child:
             os.close(self._pipe)
             _, status = os.waitpid(self._pid, 0)
         lines = bytes(data).split(b"\n")
-        answers = [Answer(*json.loads(line)) for line in lines[:-1]]
+        answers = [StepAnswer(*json.loads(line)) for line in lines[:-1]]
         if os.WIFSIGNALED(status):
-            answers.append(Answer(f"the process is killed by {signal.Signals(os.WTERMSIG(status)).name}", ""))
+            answers.append(StepAnswer(f"the process is killed by {signal.Signals(os.WTERMSIG(status)).name}", ""))
         elif os.WEXITSTATUS(status):
-            answers.append(Answer(f"our own failure: {lines[-1].decode(errors='replace')}", ""))
+            answers.append(StepAnswer(f"our own failure: {lines[-1].decode(errors='replace')}", ""))
         return answers
 
 

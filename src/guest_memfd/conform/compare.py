@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 
 from guest_memfd.conform.emulated import EmulatedWorld
 from guest_memfd.conform.known import known
-from guest_memfd.conform.operations import OPERATIONS, Step
+from guest_memfd.conform.operations import OPERATIONS, UserCall
 from guest_memfd.conform.sequence import Sequence
-from guest_memfd.conform.subject import Answer
+from guest_memfd.conform.subject import StepAnswer
 from guest_memfd.errors import InternalError
 from guest_memfd.machine.linux.panic import KernelPanic
 
@@ -20,12 +20,12 @@ class Difference(NamedTuple):
     """The last step of *sequence* is answered in two ways."""
 
     sequence: Sequence
-    real: Answer
-    emulated: Answer
+    real: StepAnswer
+    emulated: StepAnswer
 
     @property
-    def step(self) -> Step:
-        """It."""
+    def step(self) -> UserCall:
+        """The one that is answered in two ways."""
         return self.sequence[-1]
 
 
@@ -43,11 +43,11 @@ class Tally:
 class Answering(Protocol):
     """Who is at work on a sequence."""
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[StepAnswer]:
         """One for each step, fewer if the process died: then the last says of what."""
 
 
-class Pair:
+class BothHosts:
     """A real kernel, which *real* puts to work on a sequence, and the emulated *world*."""
 
     def __init__(self, real: Callable[[Sequence], Answering], world: EmulatedWorld) -> None:
@@ -83,19 +83,19 @@ class Pair:
         return None
 
     # What is left at the end is a difference, too: that of the last step.
-    def _emulate(self, sequence: Sequence) -> list[Answer]:
-        subject, answers, left = self.world.subject(), list[Answer](), list[str]()
+    def _emulate(self, sequence: Sequence) -> list[StepAnswer]:
+        subject, answers, left = self.world.subject(), list[StepAnswer](), list[str]()
         try:
             for step in sequence:
                 answers.append(subject.perform(step))
             left = subject.end()
         except KernelPanic as panic:
             self.world.renew()
-            return [*answers[:len(sequence) - 1], Answer(f"the emulated kernel stops: {panic.text.splitlines()[0]}", "")]
+            return [*answers[:len(sequence) - 1], StepAnswer(f"the emulated kernel stops: {panic.text.splitlines()[0]}", "")]
         except BaseException:
             self.world.renew()
             raise
         if left:
             self.world.renew()
-            answers[-1] = Answer(f"{answers[-1].said}; then everything is closed, and {left[0]}", answers[-1].files)
+            answers[-1] = StepAnswer(f"{answers[-1].said}; then everything is closed, and {left[0]}", answers[-1].files)
         return answers

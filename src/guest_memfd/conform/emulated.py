@@ -36,7 +36,7 @@ class EmulatedWorld:
     _closed: Any = field(default=None, repr=False)
 
     def subject(self) -> EmulatedSubject:
-        """A new process."""
+        """A new process with nothing open."""
         if self._host is None:
             self._host = Emulated("kvm", self.design, kvm_release=self.release,
                                   kvm_architecture=self.architecture, on_free="nothing")
@@ -61,7 +61,7 @@ class EmulatedSubject(Subject):
 
     @override
     def file(self, register: int) -> Any:
-        """As every subject's."""
+        """The open file, or one of no one's that is closed."""
         return self.files.get(register, self._closed)
 
     @override
@@ -91,13 +91,13 @@ class EmulatedSubject(Subject):
             file.close()
 
     def map(self, register: int, file: int, offset: int, nr: int, how: int) -> None:
-        """mmap(2)."""
+        """mmap(2), in place of what the register had."""
         self.unmap(register)
         self.mappings[register] = self.file(file).mmap(offset, nr, shared=how != 1, readonly=how == 2)
 
     @override
     def other_call(self, register: int, name: str) -> None:
-        """As every subject's."""
+        """A call that the device refuses by its table."""
         self.file(register).other_call(name)
 
     def load(self, register: int, at: int) -> str:
@@ -154,7 +154,7 @@ class EmulatedSubject(Subject):
 
     @override
     def new_vcpu(self, vm: Any) -> Any:
-        """As every subject's."""
+        """A vCPU that executes arm64."""
         return vm.create_vcpu()
 
     @override

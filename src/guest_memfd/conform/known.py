@@ -9,48 +9,51 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from guest_memfd.conform.operations import OVERFLOW, Step
-from guest_memfd.conform.subject import Answer
+from guest_memfd.conform.operations import OVERFLOW, UserCall
+from guest_memfd.conform.subject import StepAnswer
 from guest_memfd.uapi.kvm import MemFlag
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownDifference:
     """*about*: of (step, real answer, emulated answer)."""
 
     name: str
     reason: str
-    about: Callable[[Step, Answer, Answer], bool]
+    about: Callable[[UserCall, StepAnswer, StepAnswer], bool]
 
 
-def _plain_slot(step: Step, real: Answer, emulated: Answer) -> bool:
+def _plain_slot(step: UserCall, real: StepAnswer, emulated: StepAnswer) -> bool:
     if step.op not in ("region", "region1"):
         return False
     return not step.args[2] & MemFlag.GUEST_MEMFD and _taken(real, emulated)
 
 
-def _overflow(step: Step, real: Answer, emulated: Answer) -> bool:
+def _overflow(step: UserCall, real: StepAnswer, emulated: StepAnswer) -> bool:
     return step.op == "region" and step.args[-1] == OVERFLOW and _taken(real, emulated)
 
 
-def _taken(real: Answer, emulated: Answer) -> bool:
+def _taken(real: StepAnswer, emulated: StepAnswer) -> bool:
     return (real.said, emulated.said) == ("ok", "EINVAL") and real.files == emulated.files
 
 
-def _held(step: Step, real: Answer, emulated: Answer) -> bool:
+def _held(step: UserCall, real: StepAnswer, emulated: StepAnswer) -> bool:
     return (step.op in ("guest_load", "guest_store") and real.said.startswith("EFAULT, memory fault flags 0x0")
             and (emulated.said == "ok" or emulated.said.startswith("0x")) and real.files == emulated.files)
 
 
 KNOWN = (
-    Known("plain-slots", "the emulated process has no memory but guest_memfd: a slot without one is refused", _plain_slot),
-    Known("bind-offset-overflow", "before 7.2 an offset near 2^63 passes the check against the file's size, a bug that the "
-          "emulated device does not have (gmem probe: bind-offset-overflow)", _overflow),
-    Known("binding-holds-file", "when the last descriptor and mapping of a file are closed, KVM's slot has none any more, "
-          "and the guest's next access is KVM_EXIT_MEMORY_FAULT; the library's binding holds it (docs/library.md)", _held),
+    KnownDifference(
+        "plain-slots", "the emulated process has no memory but guest_memfd: a slot without one is refused", _plain_slot),
+    KnownDifference(
+        "bind-offset-overflow", "before 7.2 an offset near 2^63 passes the check against the file's size, a bug that the "
+        "emulated device does not have (gmem probe: bind-offset-overflow)", _overflow),
+    KnownDifference(
+        "binding-holds-file", "when the last descriptor and mapping of a file are closed, KVM's slot has none any more, and "
+        "the guest's next access is KVM_EXIT_MEMORY_FAULT; the library's binding holds it (docs/library.md)", _held),
 )
 
 
-def known(step: Step, real: Answer, emulated: Answer) -> Known | None:
+def known(step: UserCall, real: StepAnswer, emulated: StepAnswer) -> KnownDifference | None:
     """Which of them it is that the answers to *step* differ; None: none."""
     return next((each for each in KNOWN if each.about(step, real, emulated)), None)

@@ -69,7 +69,7 @@ class _Window(OwnedFd):
             raise Signalled("SIGBUS", self.address + at + done, BUS_ADRERR)
 
     def advise(self, advice: int, at: int, nr: int) -> None:
-        """madvise(2)."""
+        """madvise(2) of part of it."""
         syscall.madvise(self.address + at, nr, advice)
 
     @override
@@ -90,7 +90,7 @@ class LinuxSubject(Subject):
 
     @override
     def file(self, register: int) -> Any:
-        """As every subject's."""
+        """The open file, or one that is closed."""
         return self.files.get(register, self._none)
 
     def _fd(self, register: int) -> int:
@@ -98,37 +98,37 @@ class LinuxSubject(Subject):
 
     @override
     def create(self, register: int, vm: int, size: int, flags: int) -> None:
-        """KVM_CREATE_GUEST_MEMFD."""
+        """KVM_CREATE_GUEST_MEMFD, whatever size and flags."""
         self.leave(register)
         self.files[register] = _ours(self.vm(vm).create_guest_memfd(size, flags))
 
     @override
     def dup(self, register: int, of: int) -> None:
-        """dup(2)."""
+        """dup(2), into the lowest free descriptor."""
         fd, size = call("fcntl", self._fd(of), 0, 0), self.file(of).size            # F_DUPFD
         self.leave(register)
         self.files[register] = GuestMemfd(fd, "guest_memfd", size)
 
     @override
     def close(self, register: int) -> None:
-        """close(2)."""
+        """close(2), EBADF for an empty register."""
         if register not in self.files:
             call("fcntl", -1, 1)                        # EBADF, as close(2) of it; that one no one should try
         self.files.pop(register).close()
 
     @override
     def fallocate(self, register: int, mode: int, offset: int, nr: int) -> None:
-        """fallocate(2)."""
+        """fallocate(2), with a descriptor that may be -1."""
         syscall.fallocate(self._fd(register), mode, offset, nr)
 
     def map(self, register: int, file: int, offset: int, nr: int, how: int) -> None:
-        """mmap(2)."""
+        """mmap(2), in place of what the register had."""
         self.unmap(register)
         self.mappings[register] = _Window(self._fd(file), offset, nr, how)
 
     @override
     def stat(self, register: int) -> str:
-        """fstat(2)."""
+        """fstat(2), with a descriptor that may be -1."""
         with syscall.named("fstat"):
             found = os.fstat(self._fd(register))
         return f"size {found.st_size:#x} blocks {found.st_blocks}"
@@ -205,7 +205,7 @@ class LinuxSubject(Subject):
 
     @override
     def new_vcpu(self, vm: Any) -> Any:
-        """As every subject's."""
+        """A vCPU of this machine's architecture."""
         return vm.create_vcpu()
 
     @override

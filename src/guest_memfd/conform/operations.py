@@ -39,12 +39,12 @@ class Param(NamedTuple):
 
     @property
     def values(self) -> tuple[int, ...]:
-        """All of them."""
+        """The usual ones, and then the edges."""
         return tuple(dict.fromkeys((*self.usual, *self.edges)))
 
 
-class Step(NamedTuple):
-    """*op* with *args* in the order of its parameters."""
+class UserCall(NamedTuple):
+    """*op* with *args*, in the order of its parameters: a step of a sequence."""
 
     op: str
     args: tuple[int, ...]
@@ -60,7 +60,7 @@ def _shown(param: Param, value: int) -> str:
 
 
 @dataclass(frozen=True)
-class Operation:
+class UserOperation:
     """One thing to do. *weight*: how often at random. *undo*: what makes the beginning of tables again after it.
 
     A table has every value of each argument with every value of every other one, *undo* after each row; None: it has rows
@@ -71,11 +71,11 @@ class Operation:
     says: str
     params: tuple[Param, ...]
     weight: int
-    undo: tuple[Step, ...] | None = ()
+    undo: tuple[UserCall, ...] | None = ()
 
-    def undoing(self, row: Step) -> tuple[Step, ...]:
+    def undoing(self, row: UserCall) -> tuple[UserCall, ...]:
         """What makes the beginning of tables again after *row*."""
-        return tuple(Step(op, tuple(row.args[0] if value == OF_ROW else value for value in args))
+        return tuple(UserCall(op, tuple(row.args[0] if value == OF_ROW else value for value in args))
                      for op, args in self.undo or ())
 
 
@@ -102,70 +102,71 @@ _REGION = (
     Param("size", (PAGE, 2 * PAGE, SIZE, 0), (1, SIZE + PAGE, 1 << 43, 1 << 63, (1 << 64) - PAGE)),
     Param("user", (0,), (1, 1 << 62, 1 << 63)),
 )
-_WIPED = (Step("fallocate", (0, 3, 0, SIZE)), Step("fallocate", (1, 3, 0, SIZE)))
-_UNBOUND = (*(Step("region", (OF_ROW, slot, 4, 0, 0, 0, 0, 0)) for slot in (1, 2, 3)),
-            Step("region", (0, 1, 4, BASE, 2 * PAGE, 0, 0, 0)))
+_WIPED = (UserCall("fallocate", (0, 3, 0, SIZE)), UserCall("fallocate", (1, 3, 0, SIZE)))
+_UNBOUND = (*(UserCall("region", (OF_ROW, slot, 4, 0, 0, 0, 0, 0)) for slot in (1, 2, 3)),
+            UserCall("region", (0, 1, 4, BASE, 2 * PAGE, 0, 0, 0)))
 
 BEGINNING = (
-    Step("create", (0, 0, SIZE, int(SHARED))), Step("create", (1, 0, SIZE, 1)), Step("create", (2, 0, SIZE, 0)),
-    Step("create", (4, 1, SIZE, int(SHARED))), Step("map", (0, 0, 0, SIZE, 0)), Step("map", (1, 0, 0, 2 * SIZE, 0)),
-    Step("map", (2, 1, 0, SIZE, 0)), Step("region", (0, 1, 4, BASE, 2 * PAGE, 0, 0, 0)),
+    UserCall("create", (0, 0, SIZE, int(SHARED))), UserCall("create", (1, 0, SIZE, 1)), UserCall("create", (2, 0, SIZE, 0)),
+    UserCall("create", (4, 1, SIZE, int(SHARED))), UserCall("map", (0, 0, 0, SIZE, 0)),
+    UserCall("map", (1, 0, 0, 2 * SIZE, 0)), UserCall("map", (2, 1, 0, SIZE, 0)),
+    UserCall("region", (0, 1, 4, BASE, 2 * PAGE, 0, 0, 0)),
 )
 """Of every table: files that are shared, private, without MMAP, and another VM's; mappings, one past the end; a slot."""
 
 _ALL = (
-    Operation("create", "KVM_CREATE_GUEST_MEMFD", (
+    UserOperation("create", "KVM_CREATE_GUEST_MEMFD", (
         Param("file", (5, 0, 1, 2, 3), (), "file"), _VM, Param("size", (SIZE, PAGE, 2 * PAGE), (
             0, 1, PAGE - 1, PAGE + 1, -1, -PAGE, LAST, LAST + 1, LAST + 1 - PAGE, 1 << 40)),
-        Param("flags", (int(SHARED), 1, 2, 0), (4, 8, 7, 1 << 63, -1))), 5, (Step("close", (5,)),)),
-    Operation("dup", "dup(2)", (Param("file", (5, 2, 3), (), "file"), Param("from", (0, 1, 2, 3, 4), (), "file")), 2,
-              (Step("close", (5,)),)),
-    Operation("close", "close(2) of a file", (_register("file", 0, 1, 2, 3, 4),), 2, None),
-    Operation("fallocate", "fallocate(2)", (
+        Param("flags", (int(SHARED), 1, 2, 0), (4, 8, 7, 1 << 63, -1))), 5, (UserCall("close", (5,)),)),
+    UserOperation("dup", "dup(2)", (Param("file", (5, 2, 3), (), "file"), Param("from", (0, 1, 2, 3, 4), (), "file")), 2,
+              (UserCall("close", (5,)),)),
+    UserOperation("close", "close(2) of a file", (_register("file", 0, 1, 2, 3, 4),), 2, None),
+    UserOperation("fallocate", "fallocate(2)", (
         _FILE, Param("mode", (1, 3), (0, 2, 4, 8, 9, 0x10, 0x11, 0x13, 0x20, 0x21, 0x40, 0x41, 0x80, 0x81, 0x100)),
         _OFFSET, _LENGTH), 16, _WIPED),
-    Operation("map", "mmap(2): 0 shared, 1 private, 2 shared and read-only", (
+    UserOperation("map", "mmap(2): 0 shared, 1 private, 2 shared and read-only", (
         Param("mapping", (3, 0, 1, 2), (), "mapping"), _FILE, Param("offset", (0, PAGE, 2 * PAGE), _ODD_OFFSETS),
         Param("nr", (SIZE, PAGE, 2 * SIZE), (*(each for each in _ODD_LENGTHS if each != 1 << 40), 16 * PAGE, 1 << 50)),
-        Param("how", (0, 2), (1,))), 6, (Step("unmap", (3,)),)),
-    Operation("unmap", "munmap(2)", (_register("mapping", 0, 1, 2, 3),), 2, None),
-    Operation("load", "a load of 8 bytes by the CPU", (_MAPPING, _AT), 10, _WIPED),
-    Operation("store", "a store of 8 bytes by the CPU", (_MAPPING, _AT, _VALUE), 10, _WIPED),
-    Operation("read", "write(2)'s half of a copy: bytes of a mapping to the kernel", (
+        Param("how", (0, 2), (1,))), 6, (UserCall("unmap", (3,)),)),
+    UserOperation("unmap", "munmap(2)", (_register("mapping", 0, 1, 2, 3),), 2, None),
+    UserOperation("load", "a load of 8 bytes by the CPU", (_MAPPING, _AT), 10, _WIPED),
+    UserOperation("store", "a store of 8 bytes by the CPU", (_MAPPING, _AT, _VALUE), 10, _WIPED),
+    UserOperation("read", "write(2)'s half of a copy: bytes of a mapping to the kernel", (
         _MAPPING, _AT, Param("nr", (8, PAGE, SIZE), (0, 1, 2 * SIZE))), 6, _WIPED),
-    Operation("write", "read(2)'s half: bytes from the kernel to a mapping", (
+    UserOperation("write", "read(2)'s half: bytes from the kernel to a mapping", (
         _MAPPING, _AT, Param("nr", (8, PAGE, SIZE), (0, 1, 2 * SIZE)), _VALUE), 6, _WIPED),
-    Operation("advise", "madvise(2)", (
+    UserOperation("advise", "madvise(2)", (
         _MAPPING, Param("advice", (int(Advice.DONTNEED), int(Advice.REMOVE), int(Advice.POPULATE_READ),
                                    int(Advice.POPULATE_WRITE)),
                         (0, 1, 2, 3, int(Advice.FREE), int(Advice.WIPEONFORK), int(Advice.COLD), int(Advice.PAGEOUT),
                          int(Advice.DONTNEED_LOCKED), 99, -1)),
         Param("at", _OFFSETS, (1, SIZE)), Param("nr", _LENGTHS, (0, 1, PAGE + 1))), 6, _WIPED),
-    Operation("region", "KVM_SET_USER_MEMORY_REGION2", (
+    UserOperation("region", "KVM_SET_USER_MEMORY_REGION2", (
         _VM, _SLOT, *_REGION, Param("file", (0, 1, 2, 3, 4), (), "file"),
         Param("offset", (0, PAGE, 2 * PAGE), (1, 3 * PAGE, SIZE, OVERFLOW, 1 << 63, (1 << 64) - PAGE))), 12, _UNBOUND),
-    Operation("region1", "KVM_SET_USER_MEMORY_REGION, which knows no guest_memfd", (_VM, _SLOT, *_REGION), 1, _UNBOUND),
-    Operation("attributes", "KVM_SET_MEMORY_ATTRIBUTES2 of a file", (
+    UserOperation("region1", "KVM_SET_USER_MEMORY_REGION, which knows no guest_memfd", (_VM, _SLOT, *_REGION), 1, _UNBOUND),
+    UserOperation("attributes", "KVM_SET_MEMORY_ATTRIBUTES2 of a file", (
         _FILE, Param("offset", _OFFSETS, (1, SIZE, 1 << 63, (1 << 64) - PAGE)),
         Param("size", _LENGTHS, (0, 1, SIZE + PAGE, (1 << 64) - PAGE)),
         Param("attributes", (PRIVATE, 0), (1, 16, 1 << 63)), Param("flags", (0,), (1, 1 << 63))), 6,
-        (Step("attributes", (0, 0, SIZE, 0, 0)), Step("attributes", (1, 0, SIZE, PRIVATE, 0)))),
-    Operation("vm_attributes", "KVM_SET_MEMORY_ATTRIBUTES of a VM", (
+        (UserCall("attributes", (0, 0, SIZE, 0, 0)), UserCall("attributes", (1, 0, SIZE, PRIVATE, 0)))),
+    UserOperation("vm_attributes", "KVM_SET_MEMORY_ATTRIBUTES of a VM", (
         _VM, Param("gpa", (BASE,)), Param("size", (PAGE,), (0,)), Param("attributes", (PRIVATE, 0))), 1),
-    Operation("guest_load", "a load of 8 bytes by the guest", (_VM, _GPA), 6, _WIPED),
-    Operation("guest_store", "a store of 8 bytes by the guest", (_VM, _GPA, _VALUE), 6, _WIPED),
-    Operation("pin", "a page pinned by way of a mapping: vmsplice(2) of 8 bytes", (_PIN, _MAPPING, _AT), 2,
-              (Step("unpin", (0,)), Step("unpin", (1,)), *_WIPED)),
-    Operation("unpin", "what the pinned bytes are by now, and the pin gone", (_PIN,), 2),
-    Operation("other", f"a call that the file has no method for: {', '.join(OTHER_CALLS)}", (
+    UserOperation("guest_load", "a load of 8 bytes by the guest", (_VM, _GPA), 6, _WIPED),
+    UserOperation("guest_store", "a store of 8 bytes by the guest", (_VM, _GPA, _VALUE), 6, _WIPED),
+    UserOperation("pin", "a page pinned by way of a mapping: vmsplice(2) of 8 bytes", (_PIN, _MAPPING, _AT), 2,
+              (UserCall("unpin", (0,)), UserCall("unpin", (1,)), *_WIPED)),
+    UserOperation("unpin", "what the pinned bytes are by now, and the pin gone", (_PIN,), 2),
+    UserOperation("other", f"a call that the file has no method for: {', '.join(OTHER_CALLS)}", (
         _register("file", 0, 1, 2, 3, 4), Param("which", tuple(range(len(OTHER_CALLS))))), 2),
-    Operation("stat", "fstat(2): mode, size, blocks", (_register("file", 0, 1, 2, 3, 4),), 1),
-    Operation("extension", "KVM_CHECK_EXTENSION of a VM", (_VM, Param("cap", (
+    UserOperation("stat", "fstat(2): mode, size, blocks", (_register("file", 0, 1, 2, 3, 4),), 1),
+    UserOperation("extension", "KVM_CHECK_EXTENSION of a VM", (_VM, Param("cap", (
         int(Cap.GUEST_MEMFD), int(Cap.GUEST_MEMFD_FLAGS), int(Cap.USER_MEMORY2), int(Cap.MEMORY_FAULT_INFO),
         CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))), 1),
-    Operation("child_load", "a forked child's load of 8 bytes, by the kernel", (_MAPPING, _AT), 1, _WIPED),
-    Operation("child_vm", "KVM_CHECK_EXTENSION in a forked child", (_VM,), 1),
-    Operation("close_vcpu", "close(2) of a VM's vCPU", (_VM,), 1, None),
-    Operation("close_vm", "close(2) of a VM", (_VM,), 1, None),
+    UserOperation("child_load", "a forked child's load of 8 bytes, by the kernel", (_MAPPING, _AT), 1, _WIPED),
+    UserOperation("child_vm", "KVM_CHECK_EXTENSION in a forked child", (_VM,), 1),
+    UserOperation("close_vcpu", "close(2) of a VM's vCPU", (_VM,), 1, None),
+    UserOperation("close_vm", "close(2) of a VM", (_VM,), 1, None),
 )
 OPERATIONS = {each.name: each for each in _ALL}

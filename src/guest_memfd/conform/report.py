@@ -38,7 +38,7 @@ class ConformReport:
 
 
 def as_text(report: ConformReport, style: Style) -> Iterator[str]:
-    """Lines for people."""
+    """The report in lines for people."""
     yield from style.wrap(report.kernel, "real      ")
     yield from style.wrap(f"/dev/kvm of {report.release}, served by {report.design}", "emulated  ")
     yield f"tables    {_counted(report.tables)}"
@@ -76,7 +76,7 @@ def difference_text(found: Difference, style: Style, head: str) -> Iterator[str]
 
 
 def as_dict(report: ConformReport) -> dict[str, Any]:
-    """For programs."""
+    """The report as an object for programs."""
     counted = report.tables.known + report.random.known
     return {
         "schema": SCHEMA, "kernel": report.kernel, "release": report.release, "design": report.design, "seed": report.seed,

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from guest_memfd.conform.operations import BASE, BEGINNING, OPERATIONS, PAGE, SIZE, Operation, Step
+from guest_memfd.conform.operations import BASE, BEGINNING, OPERATIONS, PAGE, SIZE, UserCall, UserOperation
 from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.uapi.kvm import SHARED
 
@@ -20,7 +20,7 @@ SCHEMA = "guest-memfd-conform/1"
 LENGTH = 40
 """Operations of a random sequence."""
 
-Sequence = tuple[Step, ...]
+Sequence = tuple[UserCall, ...]
 
 _COPIES = ("read", "write")
 _USUALLY = 0.8
@@ -35,16 +35,16 @@ def random_sequence(seed: int, number: int, skip: frozenset[str] = frozenset()) 
     choose = Random(f"{seed} {number}")
     names = [name for name in OPERATIONS if name not in skip]
     weights = [OPERATIONS[name].weight for name in names]
-    steps = [Step("create", (0, 0, SIZE, int(SHARED))), Step("map", (0, 0, 0, choose.choice((SIZE, 2 * SIZE)), 0)),
-             Step("create", (1, 0, SIZE, choose.choice((int(SHARED), 1, 1, 0)))),
-             Step("map", (1, choose.randrange(2), 0, SIZE, 0)),
-             Step("region", (0, 1, 4, BASE, 2 * PAGE, 0, choose.randrange(2), choose.choice((0, PAGE))))]
+    steps = [UserCall("create", (0, 0, SIZE, int(SHARED))), UserCall("map", (0, 0, 0, choose.choice((SIZE, 2 * SIZE)), 0)),
+             UserCall("create", (1, 0, SIZE, choose.choice((int(SHARED), 1, 1, 0)))),
+             UserCall("map", (1, choose.randrange(2), 0, SIZE, 0)),
+             UserCall("region", (0, 1, 4, BASE, 2 * PAGE, 0, choose.randrange(2), choose.choice((0, PAGE))))]
     steps += [_drawn(choose, OPERATIONS[name]) for name in choose.choices(names, weights, k=LENGTH - len(steps))]
     return tuple(steps)
 
 
-def _drawn(choose: Random, operation: Operation) -> Step:
-    return Step(operation.name, tuple(
+def _drawn(choose: Random, operation: UserOperation) -> UserCall:
+    return UserCall(operation.name, tuple(
         choose.choice(param.usual if choose.random() < _USUALLY or not param.edges else param.edges)
         for param in operation.params))
 
@@ -61,7 +61,7 @@ def tables(skip: frozenset[str] = frozenset()) -> Iterator[Sequence]:
             yield (*BEGINNING, *steps)
 
 
-def _rows(operation: Operation) -> Iterator[Step]:
+def _rows(operation: UserOperation) -> Iterator[UserCall]:
     plain = [param.usual[0] for param in operation.params]
     seen = set()
     for places in combinations(range(len(plain)), min(_TOGETHER, len(plain))):
@@ -71,7 +71,7 @@ def _rows(operation: Operation) -> Iterator[Step]:
                 row[place] = value
             if tuple(row) not in seen:
                 seen.add(tuple(row))
-                yield Step(operation.name, tuple(row))
+                yield UserCall(operation.name, tuple(row))
 
 
 def as_json(sequence: Sequence, **more: Any) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def read(path: str) -> Sequence:
     return tuple(_step(f"{path}, step {at}", each) for at, each in enumerate(steps))
 
 
-def _step(where: str, given: Any) -> Step:
+def _step(where: str, given: Any) -> UserCall:
     if not isinstance(given, list) or not given or not all(type(each) is int for each in given[1:]):
         raise BadInput(f"{where}: an operation and its numbers, as [\"close\", 0]")
     if given[0] not in OPERATIONS:
@@ -110,4 +110,4 @@ def _step(where: str, given: Any) -> Step:
             raise BadInput(f"{where}: {param.name} of {given[0]} is one of {', '.join(map(str, param.values))}, not {value}")
         if not -1 << 63 <= value < 1 << 64:
             raise BadInput(f"{where}: {param.name} {value:#x} does not fit 64 bits")
-    return Step(given[0], tuple(given[1:]))
+    return UserCall(given[0], tuple(given[1:]))

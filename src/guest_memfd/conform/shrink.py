@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from guest_memfd.conform.compare import Difference
-from guest_memfd.conform.operations import BEGINNING, OPERATIONS, Step
+from guest_memfd.conform.operations import BEGINNING, OPERATIONS, UserCall
 from guest_memfd.conform.sequence import Sequence
 
 Try = Callable[[Sequence], Difference | None]
@@ -49,4 +49,4 @@ def _smaller(sequence: Sequence) -> Iterator[Sequence]:
                 if value == step.args[place]:
                     break
                 args = (*step.args[:place], value, *step.args[place + 1:])
-                yield (*sequence[:at], Step(step.op, args), *sequence[at + 1:])
+                yield (*sequence[:at], UserCall(step.op, args), *sequence[at + 1:])

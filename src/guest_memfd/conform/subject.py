@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from guest_memfd.compat import override
-from guest_memfd.conform.operations import OTHER_CALLS, OWN_SLOT, PAGE, Step
+from guest_memfd.conform.operations import OTHER_CALLS, OWN_SLOT, PAGE, UserCall
 from guest_memfd.errors import Signalled, SyscallFailed, errno_name
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import MemoryAttributes2
@@ -35,7 +35,7 @@ NO_MAPPING = "nothing is mapped"
 ZEROS = zlib.crc32(bytes(PAGE))
 
 
-class Answer(NamedTuple):
+class StepAnswer(NamedTuple):
     """What a step *said*, and the *files* afterwards."""
 
     said: str
@@ -70,7 +70,7 @@ class Subject(ABC):
         self.vms: dict[int, Any] = {}
         self.vcpus: dict[int, Any] = {}
 
-    def perform(self, step: Step) -> Answer:
+    def perform(self, step: UserCall) -> StepAnswer:
         """The answer to *step*."""
         try:
             said = getattr(self, step.op)(*step.args)
@@ -78,9 +78,9 @@ class Subject(ABC):
             said = errno_name(error.errno)
         except Signalled as error:
             said = self._signal(step, error)
-        return Answer("ok" if said is None else str(said), "; ".join(f"{n}: {pages}" for n, pages in self.seen()))
+        return StepAnswer("ok" if said is None else str(said), "; ".join(f"{n}: {pages}" for n, pages in self.seen()))
 
-    def _signal(self, step: Step, error: Signalled) -> str:
+    def _signal(self, step: UserCall, error: Signalled) -> str:
         mapping = self.mappings[step.args[0]]
         where = error.address - mapping.address
         return f"{error.signal} code {error.code} at +{where:#x}"
@@ -133,13 +133,13 @@ class Subject(ABC):
             self.close(register)
 
     def create(self, register: int, vm: int, size: int, flags: int) -> None:
-        """KVM_CREATE_GUEST_MEMFD."""
+        """KVM_CREATE_GUEST_MEMFD, in place of what the register had."""
         self.leave(register)
         self.files.pop(register, None)
         self.files[register] = self.vm(vm).create_guest_memfd(size, flags)
 
     def fallocate(self, register: int, mode: int, offset: int, nr: int) -> None:
-        """fallocate(2)."""
+        """fallocate(2), bytes and mode as given."""
         self.file(register).fallocate(mode, offset, nr)
 
     def unmap(self, register: int) -> str | None:
@@ -150,12 +150,12 @@ class Subject(ABC):
         return None
 
     def region(self, vm: int, slot: int, flags: int, gpa: int, size: int, user: int, register: int, offset: int) -> None:
-        """KVM_SET_USER_MEMORY_REGION2."""
+        """KVM_SET_USER_MEMORY_REGION2 with a file, which may be closed."""
         self.vm(vm).set_user_memory_region2(slot, flags, gpa, size, userspace_addr=user, guest_memfd=self.file(register),
                                             guest_memfd_offset=offset)
 
     def region1(self, vm: int, slot: int, flags: int, gpa: int, size: int, user: int) -> None:
-        """KVM_SET_USER_MEMORY_REGION."""
+        """KVM_SET_USER_MEMORY_REGION, the older of the two."""
         self.vm(vm).set_user_memory_region(slot, flags, gpa, size, user)
 
     def attributes(self, register: int, offset: int, size: int, attributes: int, flags: int) -> str | None:
@@ -168,20 +168,20 @@ class Subject(ABC):
         return None
 
     def vm_attributes(self, vm: int, gpa: int, size: int, attributes: int) -> None:
-        """KVM_SET_MEMORY_ATTRIBUTES."""
+        """KVM_SET_MEMORY_ATTRIBUTES on a VM's descriptor."""
         self.vm(vm).set_memory_attributes(gpa, size, attributes)
 
     def extension(self, vm: int, cap: int) -> int:
-        """KVM_CHECK_EXTENSION."""
+        """KVM_CHECK_EXTENSION of a VM."""
         return int(self.vm(vm).check_extension(cap))
 
     def stat(self, register: int) -> str:
-        """fstat(2)."""
+        """fstat(2): the size, and how many blocks."""
         _, size, blocks = self.file(register).fstat()
         return f"size {size:#x} blocks {blocks}"
 
     def other(self, register: int, which: int) -> None:
-        """One of OTHER_CALLS."""
+        """One of OTHER_CALLS, by its number."""
         self.other_call(register, OTHER_CALLS[which])
 
     @abstractmethod

@@ -102,7 +102,7 @@ class FileHost(EmulatedHost):
 
     @override
     def munmap(self) -> bool:
-        """The VMA."""
+        """The VMA, its entries, and the inode reference that it has."""
         self.machine.vmm.munmap(self.inode, self.vma)
         return put_inode(self)
 
