@@ -373,3 +373,49 @@ def test_a_real_kernel_answers(name: str, monkeypatch: pytest.MonkeyPatch, capsy
     script = "import os; print(os.uname().release); raise SystemExit(7)"
     assert main(["kernel", "run", name, "--", "python3", "-c", script]) == 7
     assert capsys.readouterr().out.startswith(name)
+
+
+# What the tests of the bindings need in the guest; Python itself is there, and so is this package.
+SITE, NEEDED = Path(pytest.__file__).parents[1], ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments")
+BINDINGS = ("test_linux_kvm.py", "test_linux_secret.py", "test_linux_guests.py", "test_run_kvm.py")
+THERE = """
+import sys
+sys.path[:0] = ["/site", "/repository/tests"]
+import pytest
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/repository/pyproject.toml", "-m", "not long",
+                              *(f"/repository/tests/{name}" for name in sys.argv[1:])]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not REAL, reason="GMEM_KERNELS names no kernel")
+@pytest.mark.parametrize("name", REAL)
+def test_the_tests_of_the_bindings_pass_there(name: str, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("GMEM_CACHE")
+    repository = Path(__file__).parents[1]
+    added = [(SITE / each, f"/site/{each}") for each in NEEDED]
+    added += [(repository / each, f"/repository/{each}") for each in ("tests", "docs", "README.md", "pyproject.toml")]
+    options = [word for here, there in added for word in ("--add", f"{here}:{there}")]
+    code = main(["kernel", "run", name, "--memory", "2048", "--timeout", "1800", *options, "--",
+                 "python3", "-c", THERE, *BINDINGS])
+    assert code == 0, capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not REAL, reason="GMEM_KERNELS names no kernel")
+def test_an_arm64_guest_on_a_real_kvm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("GMEM_CACHE")
+    assert main(["kernel", "run", "7.3", "--arch", "arm64", "--", "gmem", "run", "hello", "--on", "kvm"]) == 0
+    assert capsys.readouterr().out == "hello from a guest\nsecret written\n"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not REAL, reason="GMEM_KERNELS names no kernel")
+@pytest.mark.parametrize("name", REAL)
+def test_the_emulated_kvm_is_as_that_kernel_has_it(name: str, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("unicorn")
+    monkeypatch.delenv("GMEM_CACHE")
+    assert main(["conform", "--kernel", name, "--no-tables", "--operations", "2000"]) == 0
+    assert "0 unexplained" in capsys.readouterr().out

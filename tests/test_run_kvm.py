@@ -36,7 +36,6 @@ from guest_memfd.linux.anonymous import Anonymous
 from guest_memfd.linux.guest_x86 import SmallGuest
 from guest_memfd.linux.system import System
 from guest_memfd.linux.vcpu_x86 import X86Vcpu
-from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi import kvm_arm64
 from guest_memfd.uapi.kvm import Cap
@@ -680,6 +679,8 @@ def test_real_mode_is_x86s(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_arm64_guest_is_in_shared_memory_from_the_beginning() -> None:
     """The emulated /dev/kvm of 7.3, which converts nothing, in place of a real one on arm64."""
     pytest.importorskip("unicorn")
+    from guest_memfd.machine.boot import Config, Machine
+
     machine = Machine("kvm", Config(ram=64 << 20, kvm_release="7.3"))
     image, said = load(read("shared", "arm64"), ARM64), list[str]()
     with ExitStack() as stack:
