@@ -376,15 +376,26 @@ def test_a_real_kernel_answers(name: str, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 # What the tests of the bindings need in the guest; Python itself is there, and so is this package.
-SITE, NEEDED = Path(pytest.__file__).parents[1], ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments")
+SITE = Path(pytest.__file__).parents[1]
+NEEDED = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py.py")
 BINDINGS = ("test_linux_kvm.py", "test_linux_secret.py", "test_linux_guests.py", "test_run_kvm.py")
 THERE = """
 import sys
 sys.path[:0] = ["/site", "/repository/tests"]
 import pytest
 raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/repository/pyproject.toml", "-m", "not long",
-                              *(f"/repository/tests/{name}" for name in sys.argv[1:])]))
+                              *(f"/repository/{name}" for name in sys.argv[1:])]))
 """
+
+
+def there(kernel: str, *names: str, options: tuple[str, ...] = ()) -> int:
+    """pytest's exit code for files of the repository, in a guest with *kernel*."""
+    repository = Path(__file__).parents[1]
+    added = [(SITE / each, f"/site/{each}") for each in NEEDED]
+    added += [(repository / each, f"/repository/{each}") for each in ("tests", "docs", "README.md", "pyproject.toml")]
+    adding = [word for here, there in added for word in ("--add", f"{here}:{there}")]
+    return main(["kernel", "run", kernel, "--memory", "2048", "--timeout", "1800", *adding, *options, "--",
+                 "python3", "-c", THERE, *names])
 
 
 @pytest.mark.long
@@ -393,13 +404,7 @@ raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/repository
 def test_the_tests_of_the_bindings_pass_there(name: str, monkeypatch: pytest.MonkeyPatch,
                                               capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("GMEM_CACHE")
-    repository = Path(__file__).parents[1]
-    added = [(SITE / each, f"/site/{each}") for each in NEEDED]
-    added += [(repository / each, f"/repository/{each}") for each in ("tests", "docs", "README.md", "pyproject.toml")]
-    options = [word for here, there in added for word in ("--add", f"{here}:{there}")]
-    code = main(["kernel", "run", name, "--memory", "2048", "--timeout", "1800", *options, "--",
-                 "python3", "-c", THERE, *BINDINGS])
-    assert code == 0, capsys.readouterr().out
+    assert there(name, *(f"tests/{each}" for each in BINDINGS)) == 0, capsys.readouterr().out
 
 
 @pytest.mark.long
@@ -408,6 +413,8 @@ def test_an_arm64_guest_on_a_real_kvm(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.delenv("GMEM_CACHE")
     assert main(["kernel", "run", "7.3", "--arch", "arm64", "--", "gmem", "run", "hello", "--on", "kvm"]) == 0
     assert capsys.readouterr().out == "hello from a guest\nsecret written\n"
+    example = there("7.3", "docs/examples/test_tiny_vmm.py", options=("--arch", "arm64"))
+    assert (example, "3 passed" in (said := capsys.readouterr().out)) == (0, True), said
 
 
 @pytest.mark.long

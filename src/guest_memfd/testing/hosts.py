@@ -42,6 +42,7 @@ _GIB_MAPPED = 4
 _MOST = 5
 """Lines about what is left."""
 _ARGUMENTS = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
+_GUESTS_OF = ("x86_64", "arm64")
 _NO_GUESTS = "under Gunyah a guest's registers are set with GUNYAH_VM_SET_BOOT_CONTEXT"
 
 
@@ -136,11 +137,7 @@ class Emulated(GmemHost):
         """Set the argument registers and PC; the guest starts at EL1 with its MMU off. Raises BadInput, SyscallFailed."""
         if self.device == GUNYAH:
             raise BadInput(_NO_GUESTS)
-        if len(arguments) > len(kvm_arm64.X):
-            raise BadInput(f"{len(arguments)} arguments; there are registers for {len(kvm_arm64.X)}")
-        for number, value in enumerate(arguments):
-            vcpu.set_one_reg(kvm_arm64.X[number], value)
-        vcpu.set_one_reg(kvm_arm64.PC, pc)
+        _enter_el1(vcpu, pc, arguments)
 
     @override
     def left(self) -> list[str]:
@@ -155,6 +152,15 @@ class Emulated(GmemHost):
     @override
     def __repr__(self) -> str:
         return f"<Emulated {self.name}, design {self.design}>"
+
+
+# After a reset a vCPU is at EL1, and its MMU is off.
+def _enter_el1(vcpu: KvmVcpu, pc: int, arguments: tuple[int, ...]) -> None:
+    if len(arguments) > len(kvm_arm64.X):
+        raise BadInput(f"{len(arguments)} arguments; there are registers for {len(kvm_arm64.X)}")
+    for number, value in enumerate(arguments):
+        vcpu.set_one_reg(kvm_arm64.X[number], value)
+    vcpu.set_one_reg(kvm_arm64.PC, pc)
 
 
 class Linux(GmemHost):
@@ -188,7 +194,7 @@ class Linux(GmemHost):
 
 
 class LinuxKvm(Linux):
-    """This kernel's /dev/kvm on x86: guests run at CPL 3 on page tables of ours."""
+    """This kernel's /dev/kvm. On x86 guests run at CPL 3 on page tables of ours, on arm64 at EL1."""
 
     name, device = "kvm", KVM
 
@@ -209,8 +215,8 @@ class LinuxKvm(Linux):
         if need == "fail":
             return "a real kernel does not run out of memory when it is told to"
         if need == "vcpu":
-            known = self.architecture == "x86_64"
-            return "" if known else f"how to start a guest is known for x86_64, not for {self.architecture}"
+            known = f"how to start a guest is known for {' and '.join(_GUESTS_OF)}, not for {self.architecture}"
+            return "" if self.architecture in _GUESTS_OF else known
         from guest_memfd.linux.system import System
 
         with System() as system:
@@ -232,7 +238,10 @@ class LinuxKvm(Linux):
 
     @override
     def enter(self, vm: KvmVm, vcpu: KvmVcpu, pc: int, *arguments: int) -> None:
-        """Build the identity map in the last memory slot, once a VM, and start at CPL 3. Raises BadInput, SyscallFailed."""
+        """As every host's; on x86 the identity map is built once a VM. Raises BadInput, SyscallFailed."""
+        if self.architecture == "arm64":
+            _enter_el1(vcpu, pc, arguments)
+            return
         from guest_memfd.linux.guest_x86 import IdentityMap
         from guest_memfd.linux.vcpu_x86 import X86Vcpu
         from guest_memfd.linux.vm import LinuxVm
