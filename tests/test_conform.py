@@ -33,7 +33,7 @@ from guest_memfd.conform.operations import OPERATIONS, UserCall
 from guest_memfd.conform.release import shown
 from guest_memfd.conform.sequence import LENGTH, Sequence, as_json, random_sequence, read, tables
 from guest_memfd.conform.shrink import shrink
-from guest_memfd.conform.subject import StepAnswer
+from guest_memfd.conform.subject import TOO_MUCH, StepAnswer
 from guest_memfd.conform.touch import Toucher
 from guest_memfd.errors import Signalled
 from guest_memfd.uapi.kvm import PATH
@@ -327,3 +327,14 @@ def test_a_touch_survives_its_signal_and_nothing_else_does() -> None:
 
     assert killed_by(touches) == signal.SIGUSR1
     assert killed_by(elsewhere) in (signal.SIGILL, signal.SIGTRAP)
+
+
+@here
+@pytest.mark.parametrize("size", [1 << 40, (1 << 63) - 4096])
+def test_no_call_takes_all_memory(pair: BothHosts, size: int) -> None:
+    sequence = (UserCall("create", (0, 0, size, 3)), UserCall("map", (0, 0, 0, 1 << 41, 0)),
+                *(UserCall("fallocate", (0, 1, 0, nr)) for nr in (1 << 40, 1 << 39, 4096)),
+                *(UserCall("advise", (0, advice, 0, 1 << 40)) for advice in (22, 23)))
+    assert pair.compare(sequence, Tally()) is None
+    said = [answer.said for answer in Child(partial(LinuxSubject, PATH), sequence).answers()]
+    assert said == ["ok", "ok", *[TOO_MUCH] * 2, "ok", *[TOO_MUCH] * 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import resource
+import sys
 from errno import EBADF, EEXIST, EINVAL, EIO, EMFILE, ENODEV, ENOENT, ENOTTY, EOPNOTSUPP
 
 import pytest
@@ -351,6 +352,7 @@ def test_an_exec_inherits_nothing(vm: LinuxVm) -> None:
         number = memory.fileno()
 
         def listing() -> int:
-            os.execv("/usr/bin/env", ["env", "test", "!", "-e", f"/proc/self/fd/{number}"])
+            looks = f"import os, sys; sys.exit(os.path.exists('/proc/self/fd/{number}'))"
+            os.execv(sys.executable, [sys.executable, "-S", "-c", looks])
 
         assert in_child(listing) == 0

@@ -119,13 +119,14 @@ def test_the_example_is_shown_as_it_is() -> None:
     ("relinquish", 0, "page given up\npage reads zeros\npage in use again\n"),
     ("outside", 0, "ffffffffffffffff read beyond private memory\nwrote beyond private memory\n"),
     ("boot-sector", 0, "hello from real mode\npage given up\npage reads zeros\npage in use again\n"),
-    ("jump-nowhere", 2, "KVM cannot go on with an instruction"), ("fault-forever", 2, "triple fault"),
+    ("jump-nowhere", 2, "KVM cannot go on with an instruction|triple fault"),       # kvm_pvm; kvm_amd
+    ("fault-forever", 2, "triple fault"),
     ("loop", 3, "0.3 s are over, and the guest is at PC 0x80000000"),
     ("real-loop", 3, "0.3 s are over, and the guest is at PC 0x7c00"),
 ])
 def test_every_guest(guest: str, code: int, words: str) -> None:
     got, said = run(guest, "--timeout", "0.3" if code == 3 else "300")
-    assert (got, words in said) == (code, True), said
+    assert (got, bool(re.search(words, said))) == (code, True), said
     assert re.search(r"^vCPU in (64-bit mode at CPL 3|real mode): ", said, re.M)
 
 

@@ -63,7 +63,8 @@ def ride(watching: Callable[[Ride], AbstractContextManager[None]], design: str =
     image = GuestImage([(PRIVATE_BASE, assemble(PROGRAM, PRIVATE_BASE, "tour").data)], PRIVATE_BASE, "tour")
     with ExitStack() as stack:
         device = stack.enter_context(machine.open("/dev/kvm", design))
-        guest = KvmGuest(device, Layout(PAGES * PAGE, 0), image, Console(_unheard), stack, True, _Nobody(), _unheard)
+        guest = KvmGuest(device, Layout(PAGES * PAGE, 0), image, Console(_unheard), stack, _unheard, protected=True,
+                         debugger=_Nobody())
         if guest.step(FOR_EVER) is not None:
             raise AssertionError("the guest has ended before it was watched")
         with watching(Ride(machine, guest)):

@@ -117,9 +117,9 @@ class LinuxSubject(Subject):
         self.files.pop(register).close()
 
     @override
-    def fallocate(self, register: int, mode: int, offset: int, nr: int) -> None:
+    def do_fallocate(self, file: Any, mode: int, offset: int, nr: int) -> None:
         """fallocate(2), with a descriptor that may be -1."""
-        syscall.fallocate(self._fd(register), mode, offset, nr)
+        syscall.fallocate(number_of(file), mode, offset, nr)
 
     def map(self, register: int, file: int, offset: int, nr: int, how: int) -> None:
         """mmap(2), in place of what the register had."""

@@ -28,6 +28,9 @@
 #define FILES 6
 #define MAPPINGS 4
 #define MOST_PAGES 8
+// No limit but the machine's memory holds for a guest_memfd, and it is counted to no process.
+#define MOST_BYTES (1LL << 20)
+#define TOO_MUCH "not tried: it would take too much memory"
 
 // Newer than some headers.
 #define MEMORY_FAULT_EXIT 39
@@ -205,6 +208,8 @@ static void op_close(int n)
 
 static void op_fallocate(int n, int mode, int64_t offset, int64_t nr)
 {
+	if (mode == 1 && nr > MOST_BYTES && file[n] >= 0 && offset >= 0 && (uint64_t)(offset + nr) <= file_size[n])
+		return say(TOO_MUCH);
 	answer(fallocate(file[n], mode, offset, nr));
 }
 
@@ -331,7 +336,11 @@ static void op_advise(int m, int advice, uint64_t at, uint64_t nr)
 	uint64_t end = (mapping[m].size + PAGE - 1) & -PAGE;
 	if (!mapping[m].at || at >= end)
 		return say("nothing is mapped");
-	answer(madvise(mapping[m].at + at, nr < end - at ? nr : end - at, advice));
+	if (nr > end - at)
+		nr = end - at;
+	if (nr > MOST_BYTES)
+		return say(TOO_MUCH);
+	answer(madvise(mapping[m].at + at, nr, advice));
 }
 
 static void op_unpin(int p)

@@ -16,6 +16,7 @@ from guest_memfd.conform.operations import OTHER_CALLS, OWN_SLOT, PAGE, UserCall
 from guest_memfd.errors import Signalled, SyscallFailed, errno_name
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import MemoryAttributes2
+from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE
 
 MOST_PAGES = 8
 """Of a larger file only the number of pages is told."""
@@ -31,6 +32,11 @@ store:  str     x0, [x1]
 """
 ARM64_STORE = OWN_SLOT + 12
 """The guest's program on arm64, at OWN_SLOT, and its second half: value, guest address and RESULT are in x0, x1 and x2."""
+MOST_BYTES = 1 << 20
+"""That one call may allocate. A guest_memfd has no limit but the machine's memory, is never reclaimed, and is counted to no
+process: when it has used all, the kernel kills processes that have nothing to do with it, one after the other.
+"""
+TOO_MUCH = "not tried: it would take too much memory"
 NO_MAPPING = "nothing is mapped"
 ZEROS = zlib.crc32(bytes(PAGE))
 
@@ -138,9 +144,17 @@ class Subject(ABC):
         self.files.pop(register, None)
         self.files[register] = self.vm(vm).create_guest_memfd(size, flags)
 
-    def fallocate(self, register: int, mode: int, offset: int, nr: int) -> None:
-        """fallocate(2), bytes and mode as given."""
-        self.file(register).fallocate(mode, offset, nr)
+    def fallocate(self, register: int, mode: int, offset: int, nr: int) -> str | None:
+        """fallocate(2), bytes and mode as given; but no more memory than `MOST_BYTES`."""
+        file = self.file(register)
+        if mode == FALLOC_FL_KEEP_SIZE and nr > MOST_BYTES and not file.closed and 0 <= offset <= file.size - nr:
+            return TOO_MUCH
+        self.do_fallocate(file, mode, offset, nr)
+        return None
+
+    def do_fallocate(self, file: Any, mode: int, offset: int, nr: int) -> None:
+        """The call itself; *file* may be closed."""
+        file.fallocate(mode, offset, nr)
 
     def unmap(self, register: int) -> str | None:
         """munmap(2) of the mapping in *register*."""
@@ -194,7 +208,10 @@ class Subject(ABC):
         end = -(-mapping.size // PAGE) * PAGE if mapping else 0
         if mapping is None or at >= end:
             return NO_MAPPING
-        mapping.advise(advice, at, min(nr, end - at))
+        nr = min(nr, end - at)
+        if nr > MOST_BYTES:
+            return TOO_MUCH
+        mapping.advise(advice, at, nr)
         return None
 
     def read(self, register: int, at: int, nr: int) -> str:
