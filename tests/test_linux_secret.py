@@ -113,6 +113,14 @@ def test_a_touch_past_the_end_is_an_exception_at_the_exact_byte(secret: Secret) 
             mapping.read(3 * PAGE, 1)
 
 
+# Until CVE-2026-93243 was fixed (7.2, and stable trees) a mapping was VM_LOCKED and counted when it was made; now its pages are.
+def is_locked() -> bool:
+    with Secret(PAGE) as secret, secret.mmap(), open("/proc/self/smaps") as file:
+        lines = iter(file)
+        flags = [next(line for line in lines if line.startswith("VmFlags:")) for line in lines if "secretmem" in line]
+    return " lo" in flags[0]
+
+
 def test_populate_does_nothing_and_most_advice_is_refused(secret: Secret) -> None:
     def locked() -> int:
         """kB that are there, of all mappings of the file."""
@@ -125,9 +133,9 @@ def test_populate_does_nothing_and_most_advice_is_refused(secret: Secret) -> Non
         assert locked() == 0
         mapping.write(0, b"x")
         assert locked() == PAGE // 1024
-        for advice in (Advice.DONTNEED, Advice.REMOVE, Advice.POPULATE_READ, Advice.POPULATE_WRITE):
-            with fails(EINVAL):
-                mapping.advise(advice)
+        errors = [errno_of(lambda advice=advice: mapping.advise(advice))
+                  for advice in (Advice.POPULATE_READ, Advice.POPULATE_WRITE, Advice.REMOVE, Advice.DONTNEED)]
+        assert errors == [EINVAL, EINVAL, *((EINVAL, EINVAL) if is_locked() else (EOPNOTSUPP, 0))]
         assert mapping.read(0, 1) == b"x"
 
 
@@ -141,8 +149,9 @@ def test_a_mapping_counts_against_what_may_be_locked(secret: Secret) -> None:
             pass
         with secret.mmap(0, 2 * PAGE), secret.mmap(0, 2 * PAGE):
             codes = [errno_of(lambda nr=nr: secret.mmap(0, nr).close()) for nr in (1, PAGE, 5 * PAGE)]
-        return 0 if codes == [EAGAIN] * 3 else 1
+        return 0 if codes == [refused] * 3 else 1
 
+    refused = EAGAIN if is_locked() else 0
     assert in_child(maps) == 0
 
 
