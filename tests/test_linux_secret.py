@@ -113,7 +113,7 @@ def test_a_touch_past_the_end_is_an_exception_at_the_exact_byte(secret: Secret) 
             mapping.read(3 * PAGE, 1)
 
 
-# Until CVE-2026-93243 was fixed (7.2, and stable trees) a mapping was VM_LOCKED and counted when it was made; now its pages are.
+# Until CVE-2026-93243 was fixed (7.2, and stable trees) a mapping was VM_LOCKED and counted at once; now its pages are.
 def is_locked() -> bool:
     with Secret(PAGE) as secret, secret.mmap(), open("/proc/self/smaps") as file:
         lines = iter(file)
