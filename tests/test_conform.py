@@ -308,6 +308,7 @@ def killed_by(act: Callable[[], object]) -> int:
 def test_a_touch_survives_its_signal_and_nothing_else_does() -> None:
     def touches() -> None:
         toucher = Toucher()
+        toucher.arm()
         memory = mmap.mmap(-1, 3 * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         toucher.store(at + 8, 0x1234_5678_9ABC_DEF0)
@@ -322,7 +323,7 @@ def test_a_touch_survives_its_signal_and_nothing_else_does() -> None:
         os.kill(os.getpid(), signal.SIGUSR1 if good else signal.SIGUSR2)
 
     def elsewhere() -> None:
-        Toucher()
+        Toucher().arm()
         ctypes.string_at(16)
 
     assert killed_by(touches) == signal.SIGUSR1

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from errno import EBADF
 from typing import Any
 
-from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.compat import override
 from guest_memfd.conform.operations import OWN_SIZE, OWN_SLOT, PAGE
-from guest_memfd.conform.subject import ARM64_PROGRAM, ARM64_STORE, MOST_PAGES, NO_MAPPING, RESULT, ZEROS, Pages, Subject
+from guest_memfd.conform.subject import ARM64_STORE, MOST_PAGES, NO_MAPPING, RESULT, ZEROS, Pages, Subject, arm64_program
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.testing.hosts import Emulated
 from guest_memfd.uapi import kvm_run
@@ -147,7 +146,7 @@ class EmulatedSubject(Subject):
         vm = self.device.create_vm()
         program = vm.create_guest_memfd(OWN_SIZE, int(SHARED))
         with program.mmap() as mapping:
-            mapping.write(0, assemble(ARM64_PROGRAM, OWN_SLOT).data)
+            mapping.write(0, arm64_program())
         vm.set_user_memory_region2(0, MemFlag.GUEST_MEMFD, OWN_SLOT, OWN_SIZE, guest_memfd=program)
         self._own.append(program)
         return vm

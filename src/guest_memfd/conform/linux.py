@@ -11,13 +11,13 @@ import platform
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from mmap import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import Any
 
-from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.compat import override
 from guest_memfd.conform.operations import OWN_SIZE, OWN_SLOT, PAGE
-from guest_memfd.conform.subject import ARM64_PROGRAM, ARM64_STORE, MOST_PAGES, NO_MAPPING, RESULT, Pages, Subject
+from guest_memfd.conform.subject import ARM64_STORE, MOST_PAGES, NO_MAPPING, RESULT, Pages, Subject, arm64_program
 from guest_memfd.conform.touch import Toucher
 from guest_memfd.errors import Signalled, SyscallFailed, errno_name
 from guest_memfd.linux import fault_path, syscall
@@ -43,6 +43,10 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
     "read": (ctypes.create_string_buffer(8), 8), "write": (b"12345678", 8), "lseek": (0, 0), "ftruncate": (PAGE,),
     "pread64": (ctypes.create_string_buffer(8), 8, 0), "pwrite64": (b"12345678", 8, 0), "fchmod": (0o600,), "fsync": (),
 }
+
+
+toucher = cache(Toucher)
+"""One for this process and its children: to assemble it takes longer than many a sequence."""
 
 
 class _Window(OwnedFd):
@@ -83,7 +87,8 @@ class LinuxSubject(Subject):
     def __init__(self, path: str = PATH) -> None:
         super().__init__()
         self.system = System(path)
-        self.toucher = Toucher()
+        self.toucher = toucher()
+        self.toucher.arm()
         self._plain: list[Anonymous] = []
         self._none = GuestMemfd(os.dup(self.system.fileno()), "guest_memfd", 0)
         self._none.close()
@@ -194,7 +199,7 @@ class LinuxSubject(Subject):
         vm = self.system.create_vm()
         memory = Anonymous(OWN_SIZE)
         if _ARM64:
-            memory.put(0, assemble(ARM64_PROGRAM, OWN_SLOT).data)
+            memory.put(0, arm64_program())
         else:
             memory.put(0, identity_tables(OWN_SLOT))
             memory.put(CODE - OWN_SLOT, _LOAD)
@@ -272,5 +277,6 @@ def _in_child(act: Any) -> str:
 def lacking(path: str) -> dict[str, str]:
     """Operations that cannot be compared on this machine, each with the reason. Raises HostUnavailable, SyscallFailed."""
     with System(path) as system:
+        toucher()                                       # before there are children
         native = _ARM64 or fault_path.native(system, False)
     return {} if native else dict.fromkeys(_GUESTS, "a guest at CPL 3 does not reach the guest_memfd by a fault of its own")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
+from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.compat import override
 from guest_memfd.conform.operations import OTHER_CALLS, OWN_SLOT, PAGE, UserCall
 from guest_memfd.errors import Signalled, SyscallFailed, errno_name
@@ -22,7 +24,7 @@ MOST_PAGES = 8
 """Of a larger file only the number of pages is told."""
 RESULT = 0x3000_0000
 """Guest address that no slot has: a guest's store there ends its program, and carries what it has loaded."""
-ARM64_PROGRAM = """
+_ARM64_PROGRAM = """
 load:   ldr     x3, [x1]
         str     x3, [x2]
         b       .
@@ -31,7 +33,7 @@ store:  str     x0, [x1]
         b       .
 """
 ARM64_STORE = OWN_SLOT + 12
-"""The guest's program on arm64, at OWN_SLOT, and its second half: value, guest address and RESULT are in x0, x1 and x2."""
+"""Where the second half of `arm64_program` begins."""
 MOST_BYTES = 1 << 20
 """That one call may allocate. A guest_memfd has no limit but the machine's memory, is never reclaimed, and is counted to no
 process: when it has used all, the kernel kills processes that have nothing to do with it, one after the other.
@@ -39,6 +41,12 @@ process: when it has used all, the kernel kills processes that have nothing to d
 TOO_MUCH = "not tried: it would take too much memory"
 NO_MAPPING = "nothing is mapped"
 ZEROS = zlib.crc32(bytes(PAGE))
+
+
+@cache
+def arm64_program() -> bytes:
+    """The guest's program on arm64, for OWN_SLOT: value, guest address and RESULT are in x0, x1 and x2."""
+    return assemble(_ARM64_PROGRAM, OWN_SLOT).data
 
 
 class StepAnswer(NamedTuple):

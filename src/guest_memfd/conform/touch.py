@@ -84,16 +84,16 @@ _SIZE, _NOTE = 4096, 2048
 
 
 class Toucher:
-    """Loads and stores of 8 bytes, in this process, whose SIGBUS and SIGSEGV are its own from now on.
+    """Loads and stores of 8 bytes. Raises HostUnavailable on a machine whose code is not known, SyscallFailed.
 
-    Raises HostUnavailable on a machine whose code is not known, SyscallFailed.
+    Made once, and inherited by children; each that touches anything calls `arm` first.
     """
 
     def __init__(self) -> None:
         machine = platform.machine()
         if machine not in _SOURCES:
             raise HostUnavailable(f"loads that survive a signal are known for {', '.join(_SOURCES)}, not for {machine}")
-        target, source, sigaction = _SOURCES[machine]
+        target, source, self._sigaction = _SOURCES[machine]
         at = syscall.mmap(-1, 0, _SIZE, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS)
         symbols = self._put(target, source, at)
         self._note = (c_uint64 * 3).from_address(at + _NOTE)
@@ -102,8 +102,12 @@ class Toucher:
         action = (c_uint64 * 4)(symbols["handler"], _SA_SIGINFO | _SA_RESTORER | _SA_NODEFER, symbols["restorer"], 0)
         if target is ARM64:
             action = (c_uint64 * 4)(symbols["handler"], _SA_SIGINFO | _SA_NODEFER, 0, 0)
+        self._action = action
+
+    def arm(self) -> None:
+        """From now on SIGBUS and SIGSEGV of this process are this handler's."""
         for number in (signal.SIGBUS, signal.SIGSEGV):
-            syscall.raw(sigaction, int(number), action, 0, 8, call="rt_sigaction")
+            syscall.raw(self._sigaction, int(number), self._action, 0, 8, call="rt_sigaction")
 
     # Assembled twice: where `recover` is, is known only then; a label's place does not depend on the numbers.
     @staticmethod
