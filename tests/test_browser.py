@@ -17,9 +17,9 @@ from test_html import long_run, traced
 from test_html_tables import survey
 
 from guest_memfd.designs import DESIGNS
-from guest_memfd.explore.world.cost import cost
 from guest_memfd.explore.replay import replay
 from guest_memfd.explore.suite.check import compare
+from guest_memfd.explore.world.cost import cost
 from guest_memfd.html import compare as compared
 from guest_memfd.html import probe as surveyed
 from guest_memfd.html.trace import page

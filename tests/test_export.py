@@ -20,9 +20,9 @@ from guest_memfd import Machine
 from guest_memfd.cli.main import main
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed, errno_name
 from guest_memfd.explore.engine.finding import Finding, Step
-from guest_memfd.explore.world.scenario import world
 from guest_memfd.explore.replay import replay
 from guest_memfd.explore.trace import write
+from guest_memfd.explore.world.scenario import world
 from guest_memfd.export import perfetto
 from guest_memfd.export.c import c_program
 from guest_memfd.export.calls import UserCall, calls

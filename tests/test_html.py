@@ -18,10 +18,10 @@ from guest_memfd.abstract import show
 from guest_memfd.abstract import state as st
 from guest_memfd.cli.main import main
 from guest_memfd.explore.engine.finding import Finding, Step
-from guest_memfd.explore.world.scenario import world
 from guest_memfd.explore.replay import Replay, replay
 from guest_memfd.explore.suite.check import check
 from guest_memfd.explore.trace import Trace, trace_of, write
+from guest_memfd.explore.world.scenario import world
 from guest_memfd.html.trace import page, view
 from guest_memfd.report.blame import offending
 from guest_memfd.report.counterexample import Counterexample

@@ -13,9 +13,9 @@ from test_html import HOSTILE, Page
 
 from guest_memfd.cli.main import main
 from guest_memfd.designs import DESIGNS
-from guest_memfd.explore.world.cost import cost
 from guest_memfd.explore.suite.check import compare
 from guest_memfd.explore.suite.verdict import Limits, Report
+from guest_memfd.explore.world.cost import cost
 from guest_memfd.html import compare as compared
 from guest_memfd.html import probe as surveyed
 from guest_memfd.hypervisors import HYPERVISORS

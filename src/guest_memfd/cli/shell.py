@@ -66,8 +66,8 @@ def _names() -> dict[str, list[str]]:
     from guest_memfd.cli.list import KINDS
     from guest_memfd.cli.replay import HOSTS
     from guest_memfd.designs import DESIGNS
-    from guest_memfd.explore.world.choice import ENGINES
     from guest_memfd.explore.suite.plan import NAMED
+    from guest_memfd.explore.world.choice import ENGINES
     from guest_memfd.guests import GUESTS
     from guest_memfd.hypervisors import HYPERVISORS
     from guest_memfd.kernels.qemu import MACHINES

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from guest_memfd.explore.world.cost import DesignCost
 from guest_memfd.explore.suite.verdict import LawReport, Report
+from guest_memfd.explore.world.cost import DesignCost
 from guest_memfd.html.render import render
 from guest_memfd.html.trace import TraceView, view
 from guest_memfd.hypervisors import HYPERVISORS
