@@ -74,6 +74,7 @@ SAMPLE = [
     ("none", "kvm", "two-pages", "vcpu2 zeropad power"), ("none", "pkvm", "two-pages", "vcpu kcore"),
     ("none", "gunyah", "both-shared", "vcpu2 repeater"), ("secretmem", "pkvm", "two-pages", "vcpu2 stop"),
     ("fixup", "pkvm", "two-pages", "vcpu2 zeropad"), ("guestmem-rfc1", "kvm", "two-pages", "vcpu2 stop"),
+    ("library", "tdx", "large-for-good", "vcpu2 stop"), ("library", "snp", "mixed-block", "vcpu2 vmm2"),
     ("gunyah-v17", "gunyah", "two-pages", "vcpu2 stop"), ("gunyah-v17", "gunyah", "two-pages", "vcpu2 unloader"),
 ]
 

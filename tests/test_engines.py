@@ -70,6 +70,11 @@ ELSEWHERE = [
     ("three-pages", "kvm", ["vcpu2", "vcpu2 stop"]), ("failing-twice", "kvm", ["vcpu2 stop", "vcpu2 zeropad"]),
     ("on-demand", "gunyah", ["vcpu2 pinner", "vcpu2 stop"]),
     ("two-vms", "gunyah", ["vcpu2 zeropad", "stop other-stop", "vcpu2 other-stop"]),
+    ("large-folio", "pkvm", ["vcpu2 vmm2", "vcpu2 stop"]), ("two-large-folios", "kvm", ["vcpu2 stop", "vcpu2 drainer"]),
+    ("large-beside-small", "gunyah", ["vcpu2 zeropad", "vcpu2 repeater"]),
+    ("mixed-block", "snp", ["vcpu2 stop", "vcpu2 vmm2"]),
+    ("half-bound", "tdx", ["vcpu2 stop"]), ("odd-gfn", "kvm", ["vcpu2 stop", "vcpu2 kcore"]),
+    ("large-for-good", "tdx", ["vcpu2 stop", "vmm2 stop"]), ("larger-leaves", "pkvm", ["vcpu2 zeropad", "vcpu2 stop"]),
 ]
 """In each scene some scenarios that are about what is special there."""
 

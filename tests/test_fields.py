@@ -47,7 +47,7 @@ FLAG_NOT: list[Any] = [None, 0, 1, "no"]
 WRONG: dict[str, dict[str, list[Any]]] = {
     "design": {
         "name": NAME_NOT, "title": WORDS, "source": WORDS, "sea_fixup": FLAG_NOT, "gup": FLAG_NOT, "no_direct_map": FLAG_NOT,
-        "converts": FLAG_NOT,
+        "converts": FLAG_NOT, "large": FLAG_NOT,
         "splits": FLAG_NOT, "order": [-1, "0", None, True], "power": ["notifer", None], "offers": ["x", [1], (1,), ("a b",)],
         "hypervisors": ["gunyah", (), ["kvm"], ("kvm", 7), 7], "keeps": [None, {"punsh": "ours"}, {"punch_hole": 7}],
         "bounds": [None, {"punsh": Bound()}, {"punch": 7}, {"punch": Bound("x")}, {7: Bound()}],     # type: ignore[arg-type]
@@ -59,7 +59,8 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "fallible": [None, {"a": "x"}, {"a": 12}, {"a": 0}, {"a": -10 ** 30}, {7: -12}],
         "final": [None, {"share_guest": True}], "abort": ["synchronous externa abort", "", 0], "tracks_owner": FLAG_NOT,
         "consents": ["", 7], "guest_consents": [None, len], "guest_touches": [None, lambda: 0], "force_reclaim": [None, "x"],
-        "pfn_cache": FLAG_NOT, "errnos": [{"punsh": (5,)}, {"punch": (0,)}], "driver": [7, object(), {"mmap": len}],
+        "pfn_cache": FLAG_NOT, "large": FLAG_NOT, "encrypts": FLAG_NOT, "guards": ["reads", None, 1],
+        "errnos": [{"punsh": (5,)}, {"punch": (0,)}], "driver": [7, object(), {"mmap": len}],
     },
     "party": {
         "name": NAME_NOT, "title": WORDS, "procedure": [None, "x", lambda: 0, lambda a, b, c: 0], "task": FLAG_NOT,

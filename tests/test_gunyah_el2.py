@@ -457,7 +457,7 @@ def step(m: Machine, name: str, pfn: int, size: int) -> int:
 
 
 def model_step(model: Model, name: str, pfn: int) -> int:
-    folio: Any = type("Folio", (), {"pfn": pfn})
+    folio: Any = type("Folio", (), {"pfn": pfn, "pfns": [pfn], "order": 0, "nr": 1})
     match name:
         case "kill":
             model.alive = False

@@ -105,6 +105,7 @@ PKVM = [
     Row(BORROWS, ("reclaim_dying_guest_page", 0, P), EPERM, {}),
     Row({**HOLDS, **DYING}, ("reclaim_dying_guest_page", 0, P), 0, {**RECLAIMED, "pfn0.s2": 1, "pfn0.locked_in": 0}),
     Row({**BORROWS, **DYING}, ("reclaim_dying_guest_page", 0, P), 0, RECLAIMED),
+    Row(HOLDS, ("split_guest", 0, P), 0, {}),           # of a single page there is nothing to split
 ]
 
 KVM = [

@@ -139,7 +139,7 @@ def rebinds(design: Design, hypervisor: Hypervisor) -> Steps[None]:
 @pytest.mark.parametrize(("design", "steps"), [(mistakes_large.BindsWhatIsCut, [32]), (OurLibrary, [])])
 def test_a_folio_that_is_there_is_split_by_who_binds_a_part_of_it(design: type[Design], steps: list[int]) -> None:
     parties = [PARTIES["vcpu2"], Party("vmm", "unbinds, allocates, binds", rebinds, fd=False)]
-    there = World(design, HYPERVISORS["kvm"], parties, scene=SCENES["half-bound"])
+    there = World(design, HYPERVISORS["kvm"], parties, scene=SCENES["half-bound"], engine="python")
     found = there.explorer(["vcpu2", "vmm"]).run().findings
     assert [len(f.steps) for f in found if f.evidence == "gfn -1 is used, of a VM of 3 guest frames"] == steps
     assert {State(shared).folio(0).order for shared in there.tables.shared} == {0, 1}
@@ -159,7 +159,7 @@ def test_the_library_holds_there(where: tuple[str, str, str]) -> None:
 
 @pytest.mark.parametrize("hypervisor", [*HYPERVISORS])
 def test_folios_are_split_and_merged_and_leaves_with_them(hypervisor: str) -> None:
-    there = world("library", hypervisor, scene="large-folio")
+    there = world("library", hypervisor, scene="large-folio", engine="python")
     there.explorer(["vcpu2", "vmm2"]).run()
     seen = [State(shared) for shared in there.tables.shared]
     # By order of the folio and of the leaves that map its first page, of a page that the guest has.
@@ -169,7 +169,7 @@ def test_folios_are_split_and_merged_and_leaves_with_them(hypervisor: str) -> No
 
 
 def test_pages_become_one_folio_again() -> None:
-    there = world("library", "kvm", scene="mixed-block")
+    there = world("library", "kvm", scene="mixed-block", engine="python")
     there.explorer(["vcpu2", "vmm2"]).run()
     assert {State(shared).folio(0).order for shared in there.tables.shared} == {0, 1}
 

@@ -40,6 +40,9 @@ EXPLORED = (
     Seen("guestmem-rfc1", "gunyah", "two-pages", (("vcpu", "device"), ("page-cache-reader", "vcpu2"))),    # BUG_ON, pins
     Seen("secretmem", "kvm", "two-pages", (("vcpu", "power"),)),        # secretmem_users
     Seen("none", "pkvm", "two-pages", (("vcpu", "power"),)),            # force reclaim
+    Seen("library", "kvm", "large-folio", (("vcpu2", "vmm2"), ("vcpu2", "vmm"))),
+    Seen("library", "pkvm", "mixed-block", (("vcpu2", "vmm2"),)),       # a merge, blocks in both tables of stage 2
+    Seen("library", "kvm", "large-folio", (("vcpu2", "memory-failure", "vmm2"),)),
 )
 
 FIELDS = [f"{record}.{name}" for record, names in st.RECORDS.items() for name in names] + list(st.GLOBALS)
@@ -86,7 +89,7 @@ def test_every_primitive_is_asked_for(tables: list[Tables]) -> None:
         primitive.name for table in tables for automaton in table.automata.values()
         for primitive in automaton.waits_on if primitive is not None
     }
-    of_large_folios = {"split_folio", "filemap_find_folio"}   # the explorer's files have few single pages
+    of_large_folios = {"filemap_find_folio"}                  # the explorer's files have few pages
     of_other_locks = {"down_read_trylock"}                    # the library waits; a design may not
     assert sorted(PRIMITIVES - asked - of_large_folios - of_other_locks) == []
 

@@ -102,7 +102,9 @@ def test_in_the_whole_suite_everybody_is_everywhere_alone_and_in_pairs() -> None
     for scene in SCENES:
         there = world("library", "gunyah" if SCENES[scene].lends else "kvm", scene=scene)
         asked = plan(there)
-        assert {name for (name,) in asked[:len(there.programs)]} == set(there.programs)
+        # A VMM of several operations is in scenes with large folios only where it is named.
+        lone = {name for name in there.programs if name not in LONG or not SCENES[scene].order or scene in LONG[name]}
+        assert {names[0] for names in asked if len(names) == 1} == lone
         usual = [name for name in there.programs if name not in LONG]
         pairs = {pair for pair in itertools.combinations(usual, 2) if there.apart(pair)}
         assert {pair for pair in pairs if scene not in FEW or {*FEW[scene]} & {*pair}} <= set(asked)
@@ -118,7 +120,8 @@ def test_who_lives_long_has_pairs_where_the_plan_says() -> None:
 
 
 def test_in_a_scene_that_the_plan_does_not_name_they_have_all_their_pairs() -> None:
-    assert partners_of("vmm-life", "of-my-own") == ("vcpu", "vmm2", "stop", "memory-failure", "page-cache-reader")
+    assert partners_of("vmm-life", "of-my-own") == (
+        "vcpu", "vmm2", "stop", "memory-failure", "page-cache-reader", "vcpu2")
     assert partners_of("vmm-life", "both-shared") == ("memory-failure",)
     assert partners_of("vmm-life", "crossed") == ()
 

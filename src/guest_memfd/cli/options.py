@@ -92,8 +92,8 @@ class Scope:
 
         Those that encrypt differ by what they make of large folios: they are left out for designs that take none.
         """
-        known = tuple(name for name in HYPERVISORS if DESIGNS[design].large or not HYPERVISORS[name].encrypts)
-        return self.hypervisors or DESIGNS[design].hypervisors or known
+        posted = self.hypervisors or DESIGNS[design].hypervisors
+        return posted or tuple(name for name in HYPERVISORS if DESIGNS[design].large or not HYPERVISORS[name].encrypts)
 
     def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress) -> list[Report]:
         """`compare` of (design, hypervisor) *pairs*."""
@@ -115,8 +115,11 @@ class Scope:
         where = self._where(self.scenes or tuple(SCENES))
         triples = [name for scene in self.scenes or SCENES for name in TRIPLES.get(scene, ())]
         more = f", and {len(triples)} triples" if triples else ""
-        few = [f"in {scene}, pairs with {listed(FEW[scene])}" for scene in self.scenes or SCENES if scene in FEW]
-        but = f"; {'; '.join(few)}" if few else ""
+        few: dict[tuple[str, ...], list[str]] = {}
+        for scene in self.scenes or SCENES:
+            if scene in FEW:
+                few.setdefault(FEW[scene], []).append(scene)
+        but = "".join(f"; in {listed(scenes)}, pairs with {listed(partners)}" for partners, scenes in few.items())
         some = f"of VMMs that do several things in a row, some pairs{but}"
         return f"every party alone and every pair in {where}{more} ({some})"
 
@@ -124,8 +127,10 @@ class Scope:
         scenes = self.scenes or tuple(SCENES)
         whole, brief = [scene for scene in scenes if scene in WHOLE], [scene for scene in scenes if scene not in WHOLE]
         looks = [f"every party alone and every pair in {listed(whole)}"] if whole else []
-        others = [f"in {scene} {f'also with {listed(names[1:])}' if names else 'alone only'}"
-                  for scene, names in QUICK_PARTNERS.items() if scene in brief]
+        others = [f"in {scene} also with {listed(names[1:])}"
+                  for scene, names in QUICK_PARTNERS.items() if scene in brief and names]
+        lone = [scene for scene, names in QUICK_PARTNERS.items() if scene in brief and not names]
+        others += [f"in {listed(lone)} alone only"] if lone else []
         also = f" ({', '.join(others)})" if others else ""
         where = self._where(brief, "other ")
         alone = f"alone and with {PARTNER}{also}"

@@ -40,8 +40,8 @@ class GuestmemRfc1(NoAttributes):
         **dict.fromkeys(("hibernate_prepare", "hibernate_post"), "the series has nothing of it: power is 'none'"),
     }
     bounds: ClassVar[Mapping[str, Bound]] = {
-        **Design.bounds, "allocate": Bound(writes=1), "user_fault": Bound(writes=2, flushes=1, calls=2),
-        "punch": Bound(writes=1, flushes=1, calls=4),
+        **Design.bounds, "allocate": Bound(writes=1, splits=1),
+        "user_fault": Bound(writes=2, flushes=1, calls=2, splits=1), "punch": Bound(writes=1, flushes=1, calls=4, splits=3),
     }
 
     @property

@@ -73,8 +73,9 @@ class GunyahV17(NoAttributes):
     }
     errnos: ClassVar[Mapping[str, tuple[int, ...]]] = {"fault": (ENOENT, EPERM)}
     bounds: ClassVar[Mapping[str, Bound]] = {
-        "fault": Bound(writes=2, calls=3), "user_fault": Bound(writes=1, calls=2), "punch": Bound(writes=1, calls=2),
-        "unbind": Bound(writes=1, calls=2), "mmap": Bound(writes=1, calls=2), "teardown": Bound(writes=1, calls=4),
+        "fault": Bound(writes=2, calls=3, splits=3), "user_fault": Bound(writes=1, calls=2, splits=3),
+        "punch": Bound(writes=1, calls=2, splits=3), "unbind": Bound(writes=1, calls=2, splits=3),
+        "mmap": Bound(writes=1, calls=2, splits=3), "teardown": Bound(writes=1, calls=4, splits=3),
     }
 
     @property

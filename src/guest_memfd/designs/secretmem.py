@@ -28,8 +28,8 @@ class Secretmem(Design):
     keeps: ClassVar[Mapping[str, str]] = dict.fromkeys(
         OPERATIONS, "memfd_secret has no guest: its steps at allocation, first use and free take the place of ours")
     bounds: ClassVar[Mapping[str, Bound]] = {
-        **Design.bounds, "allocate": Bound(writes=1, flushes=1), "user_fault": Bound(writes=1, flushes=1),
-        "punch": Bound(writes=1, calls=4),
+        **Design.bounds, "allocate": Bound(writes=1, flushes=1, splits=1),
+        "user_fault": Bound(writes=1, flushes=1, splits=1), "punch": Bound(writes=1, calls=4, splits=3),
     }
 
     @override

@@ -33,7 +33,7 @@ HYPERVISORS = ("kvm", "pkvm")
 """Those whose device a released kernel has."""
 
 
-class UserCall(NamedTuple):
+class TracedCall(NamedTuple):
     """A system call or a guest's access: *what* on pages [start, start+nr), from step *step* on; *gfn* of slot or access."""
 
     step: int
@@ -81,7 +81,7 @@ class _Asker:
         return went_on
 
 
-def calls(example: Counterexample) -> list[UserCall]:
+def calls(example: Counterexample) -> list[TracedCall]:
     """The calls of *example*; raises BadInput where it has a step that is no one's system call, or nobody makes any."""
     if example.hypervisor not in HYPERVISORS:
         raise BadInput(f"the trace is of {example.hypervisor!r}, whose device no released kernel has; programs are made for "
@@ -89,7 +89,7 @@ def calls(example: Counterexample) -> list[UserCall]:
     if example.scene.files > 1 or not example.scene.made:
         raise BadInput(f"scene {example.scene.name!r}: a program has one file, which is there when it begins")
     parties: dict[str, _Asker] = {}
-    found: list[UserCall] = []
+    found: list[TracedCall] = []
     for number, step in enumerate(example.finding.steps, 1):
         if step.party != TEARDOWN.name:                 # at the end of a process everything is closed
             found += _of(number, step, parties.setdefault(step.party, _Asker(example.scene.pages)), example)
@@ -98,10 +98,10 @@ def calls(example: Counterexample) -> list[UserCall]:
     return found
 
 
-def _of(number: int, step: Step, party: _Asker, example: Counterexample) -> Iterator[UserCall]:
+def _of(number: int, step: Step, party: _Asker, example: Counterexample) -> Iterator[TracedCall]:
     for choice in step.choices:
         for what, start, nr in party.chooses(choice):
-            yield UserCall(number, step.party, what, start, nr, example.scene.gfn(Index(start)))
+            yield TracedCall(number, step.party, what, start, nr, example.scene.gfn(Index(start)))
     if step.primitive is None:
         return
     name, args = step.primitive.name, step.primitive.args
@@ -109,8 +109,8 @@ def _of(number: int, step: Step, party: _Asker, example: Counterexample) -> Iter
         chosen = f" ({sentence(step.choices)})" if step.choices else ""
         raise BadInput(f"step {number}, {name} of {step.party}{chosen}, is no system call of a VMM")
     if name in _OF_USER:
-        yield UserCall(number, step.party, _OF_USER[name], 0, example.scene.pages)
+        yield TracedCall(number, step.party, _OF_USER[name], 0, example.scene.pages)
     elif name == "user_access" and not party.again(name, args[0], step.result):
-        yield UserCall(number, step.party, "touch", args[0])
+        yield TracedCall(number, step.party, "touch", args[0])
     elif name == "guest_access" and not party.again(name, args[0], step.result):
-        yield UserCall(number, step.party, "run", gfn=args[0])
+        yield TracedCall(number, step.party, "run", gfn=args[0])

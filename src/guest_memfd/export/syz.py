@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from guest_memfd.export.c import about
-from guest_memfd.export.calls import UserCall, calls
+from guest_memfd.export.calls import TracedCall, calls
 from guest_memfd.report.counterexample import Counterexample
 from guest_memfd.uapi import kvm
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
@@ -36,7 +36,7 @@ class _Program:
         self.scene, self._at = scene, _DATA
         self._slots: list[tuple[int, int, int]] = [(slot.gfn, slot.start, slot.nr) for slot in scene.slots]
 
-    def lines(self, made: list[UserCall]) -> Iterator[str]:
+    def lines(self, made: list[TracedCall]) -> Iterator[str]:
         size = self.scene.pages * _PAGE
         yield f"r0 = openat$kvm({_hex(_AT_FDCWD)}, &({_hex(self._place())})='/dev/kvm\\x00', 0x2, 0x0)"
         yield f"r1 = ioctl$KVM_CREATE_VM(r0, {_hex(kvm.CREATE_VM)}, 0x0)"
@@ -50,7 +50,7 @@ class _Program:
             yield f"# step {call.step}, {call.party}: {call.what}"
             yield from self._call(call)
 
-    def _call(self, call: UserCall) -> Iterator[str]:
+    def _call(self, call: TracedCall) -> Iterator[str]:
         start, size = call.start * _PAGE, call.nr * _PAGE
         if call.what in ("allocate", "punch"):
             mode = FALLOC_FL_KEEP_SIZE | (FALLOC_FL_PUNCH_HOLE if call.what == "punch" else 0)

@@ -205,8 +205,8 @@ def _made(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Design:
     if not isinstance(ops, GuestMemfdOps):
         raise PluginError(f"hypervisor {hypervisor.name!r}: its ops make {shown(ops)}, which is no GuestMemfdOps")
     library = design(ops, scene.pages)
-    if design.large and hypervisor.large:
-        library.order, library.splits = scene.order, scene.order > 0
+    if design.large and hypervisor.large and scene.order:
+        library.order, library.splits = scene.order, True
     order = getattr(library, "order", 0)
     if order > scene.order:
         least = f"order {scene.order} at most" if scene.order else "single pages only"

@@ -10,7 +10,7 @@ from guest_memfd.words import facts
 from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import PRIVATE_PAGE, ZERO
 from guest_memfd.words.primitives import Bound, Caller, Folio
-from guest_memfd.words.units import Index, pa_to_pfn
+from guest_memfd.words.units import Index, Pfn, pa_to_pfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -65,10 +65,18 @@ class Base:
         """struct folio of *folio*, which someone holds."""
         # A folio whose last reference has gone has no struct page here. A procedure that still uses it reads what is
         # freed.
-        page = self.machine.pages.get(folio.pfn)
+        page = self.machine.pages.get(folio.pfn) or self._around(folio)
         if page is None:
             self.die(f"{folio} is used without a reference")
         return page
+
+    # The large folio that *folio*, a page of it, is part of: page_folio().
+    def _around(self, folio: Folio) -> LinuxFolio | None:
+        for order in self.inode.orders:
+            page = self.machine.pages.get(Pfn(folio.pfn & -1 << order))
+            if page is not None and page.order == order:
+                return page
+        return None
 
     def folio(self, page: LinuxFolio) -> Folio:
         """The handle procedures know *page* by."""
