@@ -25,7 +25,7 @@ from guest_memfd.explore.trace import write
 from guest_memfd.explore.world.scenario import world
 from guest_memfd.export import perfetto
 from guest_memfd.export.c import c_program
-from guest_memfd.export.calls import UserCall, calls
+from guest_memfd.export.calls import TracedCall, calls
 from guest_memfd.export.markdown import markdown
 from guest_memfd.export.mermaid import mermaid
 from guest_memfd.export.syz import syz_program
@@ -232,7 +232,7 @@ def test_choices_and_accesses_are_system_calls(steps: list[Step], made: list[tup
 
 
 def test_a_call_has_the_step_in_which_it_begins(refused: Counterexample) -> None:
-    assert calls(refused) == [UserCall(1, "vcpu", "run", 0, 1, 0), UserCall(4, "vmm", "allocate", 0, 1, 0)]
+    assert calls(refused) == [TracedCall(1, "vcpu", "run", 0, 1, 0), TracedCall(4, "vmm", "allocate", 0, 1, 0)]
 
 
 @pytest.mark.parametrize(("example", "says"), [
