@@ -5,12 +5,13 @@ docs/bugs.md has the mistakes of posted series, by the same numbers.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import mistakes_large
 import pytest
 
-from guest_memfd.abstract import AbstractHost
+from guest_memfd.abstract import AbstractHost, show
 from guest_memfd.abstract.state import State
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import DESIGNS, Design
@@ -199,3 +200,20 @@ def test_a_scene_whose_folios_do_not_fit(order: int, frames: int, wrong: str) ->
 def test_designs_of_single_pages_take_single_pages(design: str, hypervisor: str) -> None:
     there = world(design, hypervisor, scene="large-folio")
     assert (there.library.order, there.library.splits) == (0, False)
+
+
+# -- as it is told ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_counterexample_tells_folios_and_leaves_in_words() -> None:
+    parties = ["vcpu2", "vmm2"]
+    there = World(mistakes_large.LeavesTheGuestsLeaf, HYPERVISORS["pkvm"], [PARTIES[name] for name in parties],
+                  scene=SCENES["large-folio"])
+    found = there.explorer(parties).run(max_states=STAGES[-1]).findings
+    (finding,) = (f for f in found if f.law == "nothing-lost" and f.evidence.startswith("a page is never freed"))
+    states = [finding.initial, *(step.shared for step in finding.steps)]
+    told = [words for before, after in pairwise(states) for words in show.changed(before, after)]
+    assert any("folio of order 0 -> 1" in words for words in told)
+    assert any("direct-map leaf of order 1 -> 0" in words for words in told)
+    assert not any(words.startswith("folio") for words in told)
+    assert "guest leaf of order 1" in show.frame(show.fields_of(states[20]), 0)

@@ -27,7 +27,8 @@ LABELS = {
     "preparing": "hibernation announced", "frozen": "tasks frozen", "reserved": "nodes preallocated",
     "failures": "failures left", "panic": "kernel stopped", "of": "of VM", "kept": "kept permanently",
     "handled": "memory failure handled", "stuck": "refused for good", "asked": "the guest asked for it",
-    "withdrawn": "consent withdrawn",
+    "withdrawn": "consent withdrawn", "order": "folio of order", "tail": "frames into its folio",
+    "s1_leaf": "direct-map leaf of order", "s2_leaf": "host stage-2 leaf of order", "guest_leaf": "guest leaf of order",
     "inode": "inode", "evictor": "evicted by", "refuses_readers": "AS_NO_DIRECT_MAP", "released": "ops released",
     "refusals": "refusals for good left",
     "leaked": "pages counted as leaked",
@@ -104,7 +105,7 @@ def changed(before: bytes, after: bytes, names: Names = NOBODY) -> list[str]:
     things: dict[str, list[str]] = {}
     for field, old, new in st.changes(before, after):
         if not ghost(field):
-            thing = record(field)
+            thing = record(field).replace("folio", "pfn")   # what is said of a frame's folio and leaves is said of the frame
             words = f"{label(field)} {value(field, old, names)} -> {value(field, new, names)}"
             things.setdefault(thing, []).append(words)
     return [f"{thing}: {', '.join(words)}" if thing else ", ".join(words) for thing, words in things.items()]
@@ -159,6 +160,7 @@ def frame(
     """One line on frame *pfn*: what it is, and everything about it that is not zero."""
     always = ("allocated", "owner", "s1", "s2", "content")
     told = [f for name in st.FRAME_FIELDS if fields[f := f"pfn{pfn}.{name}"] or f in marked or name in always]
+    told += [f for name in st.FOLIO_FIELDS if fields.get(f := f"folio{pfn}.{name}") or f in marked]
     return _listed(told, fields, marked, mark, names)
 
 
