@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.errors import shown
-from guest_memfd.words.primitives import MAX_ERRNO, Steps
+from guest_memfd.words.primitives import MAX_ERRNO, Folio, Steps
 from guest_memfd.words.units import Gfn, Index, Pfn
 
 if TYPE_CHECKING:
@@ -104,6 +104,11 @@ class Stage2(Protocol):
 
     def refuse(self, call: str, errno: int) -> int:
         """Return -errno: refused by rule."""
+
+
+def all_owned(stage2: Stage2, folio: Folio, owner: Owner) -> bool:
+    """Whether *owner* is what is recorded of every page of *folio*."""
+    return all(stage2.owner(pfn) == owner for pfn in folio.pfns)
 
 
 Hypercall = Callable[..., int]

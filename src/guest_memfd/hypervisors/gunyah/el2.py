@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from errno import EBUSY, EINVAL
 
-from guest_memfd.core.hypervisor import Owner, Stage2
+from guest_memfd.core.hypervisor import Stage2, all_owned
 from guest_memfd.words.primitives import Folio
 from guest_memfd.words.units import Gfn, Pfn
 
 
 def donate_to_protected(stage2: Stage2, folio: Folio) -> int:
     """MEMEXTENT_DONATE TO_PROTECTED: host extent -> guest extent; the host's mapping goes. -EINVAL: not the owner."""
-    if not _all(stage2, folio, "host"):
+    if not all_owned(stage2, folio, "host"):
         return -EINVAL
     for pfn in folio.pfns:
         stage2.set_owner(pfn, "guest")
@@ -25,7 +25,7 @@ def donate_to_protected(stage2: Stage2, folio: Folio) -> int:
 
 def donate_from_protected(stage2: Stage2, folio: Folio) -> int:
     """MEMEXTENT_DONATE FROM_PROTECTED: -EBUSY while anything maps the page, -EINVAL: not the owner. Never unmaps."""
-    if not _all(stage2, folio, "guest"):
+    if not all_owned(stage2, folio, "guest"):
         return -EINVAL
     # The order is the driver's duty: unmap, then donate. Gunyah never unmaps without being asked to, so it refuses.
     if any(stage2.gfn_of(pfn) is not None for pfn in folio.pfns):
@@ -38,7 +38,7 @@ def donate_from_protected(stage2: Stage2, folio: Folio) -> int:
 
 def donate_to_sibling(stage2: Stage2, folio: Folio) -> int:
     """MEMEXTENT_DONATE TO_SIBLING, host_shared -> guest_shared: both may map it. -EINVAL: not the owner."""
-    if not _all(stage2, folio, "host"):
+    if not all_owned(stage2, folio, "host"):
         return -EINVAL
     for pfn in folio.pfns:
         stage2.set_owner(pfn, "shared")
@@ -47,7 +47,7 @@ def donate_to_sibling(stage2: Stage2, folio: Folio) -> int:
 
 def donate_from_sibling(stage2: Stage2, folio: Folio) -> int:
     """TO_SIBLING back: what maps the page by way of the guest's extent maps it no longer. -EINVAL: not the owner."""
-    if not _all(stage2, folio, "shared"):
+    if not all_owned(stage2, folio, "shared"):
         return -EINVAL
     # Extents that are shared have recorded mappings: a page that leaves the extent leaves every place where the
     # extent is mapped.
@@ -61,7 +61,7 @@ def donate_from_sibling(stage2: Stage2, folio: Folio) -> int:
 
 def map_private(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """ADDRSPACE_MAP PARTIAL|PRIVATE: the page becomes private and locked; -EACCES (here -EINVAL) if not the guest's."""
-    if not _all(stage2, folio, "guest"):
+    if not all_owned(stage2, folio, "guest"):
         return -EINVAL
     stage2.guest_map(gfn, folio.pfn, folio.order)
     # A new private page is locked: from here on only the guest, or its end, lets it go.
@@ -72,7 +72,7 @@ def map_private(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
 
 def map_vmmio(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """ADDRSPACE_MAP PARTIAL|VMMIO: existing mappings are silently replaced."""
-    if not _all(stage2, folio, "shared"):
+    if not all_owned(stage2, folio, "shared"):
         return -EINVAL
     stage2.guest_map(gfn, folio.pfn, folio.order)
     return 0
@@ -84,7 +84,7 @@ def unmap_private(stage2: Stage2, gfn: Gfn, folio: Folio, sync: bool) -> int:
     A stopped VM holds on to nothing (its address space can no longer run; taken to follow from the driver, where
     memory is reclaimed after VM_STOP and before VM_RESET). Without *sync* (NOSYNC) TLBs may keep the entry.
     """
-    if not _mapped(stage2, gfn, folio) or not _all(stage2, folio, "guest"):
+    if not _mapped(stage2, gfn, folio) or not all_owned(stage2, folio, "guest"):
         return -EINVAL
     locked = [pfn for pfn in folio.pfns if stage2.locked_in(pfn)]
     # A living guest must have given the page up itself. A stopped one cannot run again, so nothing that it relied on can
@@ -101,7 +101,7 @@ def unmap_private(stage2: Stage2, gfn: Gfn, folio: Folio, sync: bool) -> int:
 
 def unmap_vmmio(stage2: Stage2, gfn: Gfn, folio: Folio, sync: bool) -> int:
     """ADDRSPACE_UNMAP VMMIO: -EINVAL when there is no such mapping."""
-    if not _all(stage2, folio, "shared"):
+    if not all_owned(stage2, folio, "shared"):
         return -EINVAL
     mapped = _mapped(stage2, gfn, folio)
     _unmap(stage2, gfn, folio, sync=sync)               # it flushes, whatever it finds
@@ -118,10 +118,6 @@ def _unmap(stage2: Stage2, gfn: Gfn, folio: Folio, *, sync: bool) -> None:
 
 def _mapped(stage2: Stage2, gfn: Gfn, folio: Folio) -> bool:
     return all(stage2.gfn_of(pfn) == gfn + at for at, pfn in enumerate(folio.pfns))
-
-
-def _all(stage2: Stage2, folio: Folio, owner: Owner) -> bool:
-    return all(stage2.owner(pfn) == owner for pfn in folio.pfns)
 
 
 def unlock_pages(stage2: Stage2, pfn: Pfn) -> None:

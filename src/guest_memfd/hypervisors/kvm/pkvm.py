@@ -12,7 +12,7 @@ from errno import E2BIG, EAGAIN, EBUSY, EIO, ENOENT, ENOMEM, EPERM
 from typing import Any
 
 from guest_memfd.compat import override
-from guest_memfd.core.hypervisor import DATA_ABORT, Hypervisor, Owner, Stage2
+from guest_memfd.core.hypervisor import DATA_ABORT, Hypervisor, Stage2, all_owned
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.words.primitives import Folio, Steps
 from guest_memfd.words.units import Gfn, Pfn
@@ -24,7 +24,7 @@ def donate_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """host OWNED, guest NOPAGE -> guest OWNED, mapped RWX; -EPERM otherwise."""
     # A poisoned gfn stays unusable. Were it filled again, the guest would find zeros where it has written and would
     # not notice that it has lost a page.
-    if not _all(stage2, folio, "host") or _poisoned(stage2, gfn, folio):
+    if not all_owned(stage2, folio, "host") or _poisoned(stage2, gfn, folio):
         return -EPERM
     for pfn in folio.pfns:
         stage2.set_owner(pfn, "guest")
@@ -37,7 +37,7 @@ def donate_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
 
 def share_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """host OWNED, guest NOPAGE -> SHARED_OWNED, guest SHARED_BORROWED; -EPERM otherwise."""
-    if not _all(stage2, folio, "host") or _poisoned(stage2, gfn, folio):
+    if not all_owned(stage2, folio, "host") or _poisoned(stage2, gfn, folio):
         return -EPERM
     # The host keeps its mapping: a shared page is the host's, and the guest only borrows it.
     for pfn in folio.pfns:
@@ -48,7 +48,7 @@ def share_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
 
 def unshare_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """The host's page leaves the guest; -ENOENT when the guest had not borrowed it."""
-    if not _all(stage2, folio, "shared"):
+    if not all_owned(stage2, folio, "shared"):
         return -ENOENT
     if stage2.guest_leaf(gfn) > folio.order:
         return -E2BIG
@@ -60,7 +60,7 @@ def unshare_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
 
 def unshare(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """Complete the guest's MEM_UNSHARE: what the host borrowed is the guest's alone again; -EPERM otherwise."""
-    if not _all(stage2, folio, "borrowed"):
+    if not all_owned(stage2, folio, "borrowed"):
         return -EPERM
     # The guest has asked for this long ago; it becomes true only now, when the host has let go of the page.
     for pfn in folio.pfns:
@@ -83,7 +83,7 @@ def check_consent(stage2: Stage2, gfn: Gfn, folio: Folio, converting: bool) -> i
 
 def reclaim_dying_guest_page(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """Zero, unmap, give back; -EPERM for a living guest, 0 when the host owns it already."""
-    if _all(stage2, folio, "host"):
+    if all_owned(stage2, folio, "host"):
         return 0
     if stage2.vm_alive():
         return stage2.refuse("reclaim_dying_guest_page", EPERM)
@@ -106,10 +106,6 @@ def split_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """__pkvm_host_split_guest(): what maps the folio is a leaf of each page from now on, and so are its annotations."""
     stage2.guest_split(gfn, folio.order)
     return 0
-
-
-def _all(stage2: Stage2, folio: Folio, owner: Owner) -> bool:
-    return all(stage2.owner(pfn) == owner for pfn in folio.pfns)
 
 
 def _poisoned(stage2: Stage2, gfn: Gfn, folio: Folio) -> bool:

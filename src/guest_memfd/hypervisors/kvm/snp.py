@@ -16,9 +16,9 @@ from __future__ import annotations
 from errno import EAGAIN, EIO, ENOMEM, EPERM
 
 from guest_memfd.compat import override
-from guest_memfd.core.hypervisor import RMP_FAULT, Hypervisor, Stage2
+from guest_memfd.core.hypervisor import RMP_FAULT, Hypervisor, Stage2, all_owned
 from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.hypervisors.kvm.tdx import all_owned, map_shared, unmap_shared
+from guest_memfd.hypervisors.kvm.tdx import map_shared, unmap_shared
 from guest_memfd.words.primitives import Folio, Host, Steps
 from guest_memfd.words.units import Gfn
 

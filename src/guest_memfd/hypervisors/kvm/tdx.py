@@ -16,7 +16,7 @@ from __future__ import annotations
 from errno import EAGAIN, EIO, ENOMEM, EPERM
 
 from guest_memfd.compat import override
-from guest_memfd.core.hypervisor import Hypervisor, Owner, Stage2
+from guest_memfd.core.hypervisor import Hypervisor, Stage2, all_owned
 from guest_memfd.core.ops import GuestMemfdOps, Reason
 from guest_memfd.words.primitives import Folio, Steps
 from guest_memfd.words.units import Gfn
@@ -81,11 +81,6 @@ def unmap_shared(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
         if stage2.owner(pfn) == "shared":
             stage2.set_owner(pfn, "host")
     return 0
-
-
-def all_owned(stage2: Stage2, folio: Folio, owner: Owner) -> bool:
-    """Whether *owner* is what is recorded of every page of *folio*."""
-    return all(stage2.owner(pfn) == owner for pfn in folio.pfns)
 
 
 # -- the driver's half ----------------------------------------------------------------------------------------------------
