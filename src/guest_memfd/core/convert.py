@@ -153,8 +153,9 @@ def _zap_all(gmem: Gmem, folios: tuple[Held, ...]) -> Steps[int]:
         # The mark belongs to the folio lock; a fault of an earlier time may have zapped the folio already, and
         # its entry must not be counted twice.
         locked = yield from host.lock_folio(held.folio)
-        # A page that nobody has used yet has not been zeroed either, and that is done through the direct map.
-        if not locked.uptodate:
+        # A page that nobody has used yet has not been zeroed either, and that is done through the direct map. Broken memory
+        # is not written to, and no one will get it.
+        if not locked.uptodate and not locked.hwpoison:
             yield from gmem.zero(held.folio)
         if not locked.no_direct_map:
             ret = yield from gmem.zap_noflush(held.folio)

@@ -7,7 +7,7 @@ binding and not by the descriptor - a vCPU, an unbind, a dying VM - holds the fi
 
 from __future__ import annotations
 
-from errno import EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP
+from errno import EAGAIN, EBADF, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP
 from itertools import chain
 
 from guest_memfd.core import large
@@ -245,19 +245,15 @@ def take_all_back(gmem: Gmem, folios: tuple[Held, ...], *, leaks: bool) -> Steps
 def take_parts_back(gmem: Gmem, held: Held) -> Steps[int]:
     """Have the pages of a large folio back, of a dying VM, one by one: what stays for good may be one of them; 0 or -errno.
 
-    All of it is given up where it cannot be split, twice.
+    -EAGAIN where it cannot be split now: a reference passes, and to give all of it up would lose what is not refused.
     """
-    for _attempt in range(2):
-        ret, _ = yield from gmem.split((held,))
-        if not ret:
-            parts = yield from gmem.present(held.pgoff, held.folio.nr)
-            ret, _ = yield from gmem.take_all_back(parts, leaks=True)
-            yield from gmem.put_all(parts)
-            return ret
-    yield from gmem.host.lock_folio(held.folio)
-    yield from gmem.leak(held)
-    yield from gmem.host.unlock_folio(held.folio)
-    return 0
+    ret, _ = yield from gmem.split((held,))
+    if ret:
+        return -EAGAIN
+    parts = yield from gmem.present(held.pgoff, held.folio.nr)
+    ret, _ = yield from gmem.take_all_back(parts, leaks=True)
+    yield from gmem.put_all(parts)
+    return ret
 
 
 def mmap(gmem: Gmem) -> Steps[int]:

@@ -39,7 +39,7 @@ PASSING: dict[str, frozenset[str]] = {
     "fault": frozenset({"a failure", "hibernation", "somebody else"}),
     "allocate": frozenset({"somebody else"}),
     "to_private": frozenset({"a failure", "hibernation", "a reference"}),
-    **dict.fromkeys(("to_shared", "bind", "unbind"), frozenset({"a failure", "a reference"})),
+    **dict.fromkeys(("to_shared", "bind", "unbind", "teardown"), frozenset({"a failure", "a reference"})),
 }
 """Operation -> what must have stood against it when it returns -EAGAIN; where it is not here, a failure."""
 
