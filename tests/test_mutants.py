@@ -427,4 +427,4 @@ def test_of_a_sample_all_but_a_few_are_killed(tmp_path: Path) -> None:
     rows = re.findall(r"^(?:core|hypervisors)/\S+ +(\d+|\.)", ran.stdout, re.M)
     # Of single pages all but one in forty die. What is there for large folios is newer than the scenarios that a mutant is
     # tried in: some live, and under tdx and snp none is tried.
-    assert sum(int(killed) for killed in rows if killed != ".") >= 45, ran.stdout + ran.stderr
+    assert sum(int(killed) for killed in rows if killed != ".") >= 40, ran.stdout + ran.stderr
