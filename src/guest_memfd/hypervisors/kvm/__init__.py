@@ -1,1 +1,1 @@
-"""KVM: default.py without, pkvm.py with a host stage 2; tdx.py, snp.py where the processor keeps guests apart."""
+"""KVM: default.py without, pkvm.py with a host stage 2; coco.py, tdx.py, snp.py where the processor does it."""

@@ -17,12 +17,13 @@ from errno import EAGAIN, EIO, ENOMEM, EPERM
 
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import RMP_FAULT, Hypervisor, Stage2, all_owned
-from guest_memfd.core.ops import GuestMemfdOps, Reason
-from guest_memfd.hypervisors.kvm.tdx import map_shared, unmap_shared
+from guest_memfd.core.ops import Reason
+from guest_memfd.hypervisors.kvm.coco import CocoOps, map_shared, unmap_shared
+from guest_memfd.hypervisors.kvm.default import mmu_unmap
 from guest_memfd.words.primitives import Folio, Host, Steps
 from guest_memfd.words.units import Gfn
 
-# -- the RMP, and KVM's nested tables -------------------------------------------------------------------------------------
+# -- the RMP --------------------------------------------------------------------------------------------------------------
 
 
 def rmp_assign(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
@@ -57,21 +58,11 @@ def psmash(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     return 0
 
 
-def npt_zap(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
-    """The nested entry goes, a large one as a whole; the RMP stays as it is."""
-    for at, pfn in enumerate(folio.pfns):
-        stage2.guest_unmap(gfn + at, pfn)
-    return 0
-
-
 # -- the driver's half ----------------------------------------------------------------------------------------------------
 
 
-class SnpOps(GuestMemfdOps):
+class SnpOps(CocoOps):
     """What cannot be unassigned is leaked; what is assigned in part has the direct map split around it first."""
-
-    module = "kvm"
-    scrubs = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,11 +80,6 @@ class SnpOps(GuestMemfdOps):
         return (yield from self.by_page(-EPERM, "rmp_assign", gfn, folio))
 
     @override
-    def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
-        """Map it without the C bit; -ENOMEM."""
-        return (yield from self.by_page(-EPERM, "map_shared", gfn, folio))
-
-    @override
     def split(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """PSMASH; -EAGAIN (FAIL_INUSE) twice in a row."""
         ret = yield from self.host.hypercall("psmash", gfn, folio)
@@ -103,16 +89,6 @@ class SnpOps(GuestMemfdOps):
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Zap; the guest cannot refuse."""
         return (yield from self.host.hypercall("npt_zap" if private else "unmap_shared", gfn, folio))
-
-    @override
-    def make_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
-        """Unassign; the host finds ciphertext, which is nothing."""
-        return (yield from self.reclaim(gfn, folio))
-
-    @override
-    def make_private(self, gfn: Gfn, folio: Folio) -> Steps[None]:
-        """Nothing: the next fault assigns the page."""
-        yield from ()
 
     @override
     def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
@@ -126,7 +102,7 @@ SNP = Hypervisor(
     module="kvm",
     ops=SnpOps,
     hypercalls={
-        "rmp_assign": rmp_assign, "rmp_unassign": rmp_unassign, "psmash": psmash, "npt_zap": npt_zap,
+        "rmp_assign": rmp_assign, "rmp_unassign": rmp_unassign, "psmash": psmash, "npt_zap": mmu_unmap,
         "map_shared": map_shared, "unmap_shared": unmap_shared,
     },
     fallible={"rmp_assign": -ENOMEM, "map_shared": -ENOMEM, "psmash": -EAGAIN, "rmp_unassign": -EAGAIN},

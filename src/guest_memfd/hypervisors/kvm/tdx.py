@@ -17,11 +17,12 @@ from errno import EAGAIN, EIO, ENOMEM, EPERM
 
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor, Stage2, all_owned
-from guest_memfd.core.ops import GuestMemfdOps, Reason
+from guest_memfd.core.ops import Reason
+from guest_memfd.hypervisors.kvm.coco import CocoOps, map_shared, unmap_shared
 from guest_memfd.words.primitives import Folio, Steps
 from guest_memfd.words.units import Gfn
 
-# -- the TDX module, and KVM's tables of shared memory --------------------------------------------------------------------
+# -- the TDX module -------------------------------------------------------------------------------------------------------
 
 
 def page_aug(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
@@ -64,43 +65,16 @@ def page_demote(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     return 0
 
 
-def map_shared(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
-    """KVM's own EPT, for addresses with the shared bit; -EPERM for what the TD has."""
-    if not all_owned(stage2, folio, "host") and not all_owned(stage2, folio, "shared"):
-        return -EPERM
-    for pfn in folio.pfns:
-        stage2.set_owner(pfn, "shared")
-    stage2.guest_map(gfn, folio.pfn, folio.order)
-    return 0
-
-
-def unmap_shared(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
-    """As any zap of KVM: a large entry goes as a whole."""
-    for at, pfn in enumerate(folio.pfns):
-        stage2.guest_unmap(gfn + at, pfn)
-        if stage2.owner(pfn) == "shared":
-            stage2.set_owner(pfn, "host")
-    return 0
-
-
 # -- the driver's half ----------------------------------------------------------------------------------------------------
 
 
-class TdxOps(GuestMemfdOps):
+class TdxOps(CocoOps):
     """Blocks before anything is decided, removes when it is; what the module says no to for good is leaked."""
-
-    module = "kvm"
-    scrubs = True
 
     @override
     def prepare_private(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Add the pages, or unblock them; -ENOMEM."""
         return (yield from self.by_page(-EPERM, "page_aug", gfn, folio))
-
-    @override
-    def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
-        """Map them at the shared address; -ENOMEM."""
-        return (yield from self.by_page(-EPERM, "map_shared", gfn, folio))
 
     @override
     def split(self, gfn: Gfn, folio: Folio) -> Steps[int]:
@@ -114,16 +88,6 @@ class TdxOps(GuestMemfdOps):
         ret = yield from self.host.hypercall(call, gfn, folio)
         # TDX_OPERAND_BUSY passes when no vCPU is inside.
         return (yield from self.host.hypercall(call, gfn, folio)) if ret == -EAGAIN else ret
-
-    @override
-    def make_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
-        """Remove; the contents are gone, as the guest knows that asked for the conversion."""
-        return (yield from self.reclaim(gfn, folio))
-
-    @override
-    def make_private(self, gfn: Gfn, folio: Folio) -> Steps[None]:
-        """Nothing: the next fault adds the page."""
-        yield from ()
 
     @override
     def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
