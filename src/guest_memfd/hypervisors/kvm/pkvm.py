@@ -161,7 +161,7 @@ class PkvmOps(GuestMemfdOps):
     @override
     def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Lend it to both; -EPERM means that both have it already."""
-        ret = yield from self.by_page(-EPERM, "share_guest", gfn, folio)
+        ret = yield from self.host.hypercall("share_guest", gfn, folio)
         return 0 if ret == -EPERM else ret
 
     @override
@@ -180,7 +180,7 @@ class PkvmOps(GuestMemfdOps):
             # Teardown does not ask for consent: the VM is dying, and its pages come back one by one with `reclaim`.
             return 0 if reason == "teardown" else (
                 yield from self.host.hypercall("check_consent", gfn, folio, reason == "to_shared"))
-        ret = yield from self.by_page(-ENOENT, "unshare_guest", gfn, folio)
+        ret = yield from self.host.hypercall("unshare_guest", gfn, folio)
         # -ENOENT: the guest has not borrowed it, so it is the guest's own page which it lets the host use.
         if ret != -ENOENT:
             return ret
@@ -199,7 +199,7 @@ class PkvmOps(GuestMemfdOps):
     @override
     def make_private(self, gfn: Gfn, folio: Folio) -> Steps[None]:
         """The host has let go: the guest's MEM_UNSHARE may complete (-EPERM: it had none under way)."""
-        yield from self.by_page(-EPERM, "unshare", gfn, folio)
+        yield from self.host.hypercall("unshare", gfn, folio)
 
     @override
     def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
