@@ -196,17 +196,13 @@ def unbind_locked(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[tu
     yield from host.mmu_invalidate_begin(start, nr)
     folios = yield from gmem.present(start, nr)
     ret, index, folios = yield from large.cut_off(gmem, start, nr, folios)
-    if ret:
-        pass
-    elif reason == "teardown":
-        # A dying VM is not asked: refusing is for guests that go on. What cannot come back is given up, or the VM
-        # could never end.
-        ret, index = yield from gmem.take_all_back(folios, leaks=True)
-    else:
+    if not ret and reason != "teardown":
         # Asked for all pages first, as in a punch: a refusal must leave the binding whole.
         ret, index = yield from gmem.invalidate_guest(folios, reason)
-        if not ret:
-            ret, index = yield from gmem.take_all_back(folios, leaks=False)
+    if not ret:
+        # A dying VM is not asked: refusing is for guests that go on. What cannot come back is given up, or the VM
+        # could never end.
+        ret, index = yield from gmem.take_all_back(folios, leaks=reason == "teardown")
     yield from gmem.put_all(folios)
     if not ret:
         # Erasing needs no memory, so it can come after everything that fails.
@@ -230,12 +226,12 @@ def take_all_back(gmem: Gmem, folios: tuple[Held, ...], *, leaks: bool) -> Steps
         yield from gmem.host.lock_folio(held.folio)
         if not ret:
             ret = yield from gmem.take_back(held)
-        whole = ret != -EIO or not held.folio.order
-        if ret == -EIO and leaks and whole:
+        stays = leaks and ret == -EIO
+        if stays and not held.folio.order:
             yield from gmem.leak(held)
             ret = 0
         yield from gmem.host.unlock_folio(held.folio)
-        if leaks and not whole:
+        if stays and held.folio.order:
             ret = yield from gmem.take_parts_back(held)
         if ret:
             return ret, held.pgoff
