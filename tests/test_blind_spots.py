@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from errno import EIO, EOPNOTSUPP
-from typing import NamedTuple
 
 import mistakes
 import mistakes_found
 import pytest
+from spots import Spot, seen, shortest
 
 from guest_memfd.abstract.state import State
 from guest_memfd.core.hypervisor import Hypervisor
@@ -40,16 +40,6 @@ class GoesRound(OurLibrary):
         while (yield from self.host.can_set_direct_map()):
             pass
         return 0
-
-
-class Spot(NamedTuple):
-    mistake: str
-    hypervisor: str
-    scene: str
-    parties: str
-    law: str
-    steps: int
-    evidence: str
 
 
 SPOTS = [
@@ -138,12 +128,6 @@ def findings(
     return there.explorer([p.name for p in parties]).run(max_states=most).findings
 
 
-def shortest(found: list[Finding], law: str, evidence: str) -> int:
-    lengths = [len(f.steps) for f in found if f.law == law and f.evidence.startswith(evidence)]
-    assert lengths, [(f.law, f.evidence, len(f.steps)) for f in found]
-    return min(lengths)
-
-
 ELSEWHERE = [
     # A cache that is filled where nothing is bound is told of no invalidation: it must not be filled.
     ("kvm", "two-pages", "vmm2 pfn-cache stop"), ("pkvm", "two-pages", "vmm2 pfn-cache stop"),
@@ -154,11 +138,7 @@ ELSEWHERE = [
 @pytest.mark.parametrize("spot", SPOTS, ids=lambda s: f"{s.mistake}-{s.hypervisor}-{s.law}")
 def test_mistake_is_seen(spot: Spot) -> None:
     there = World(*planted(spot), [PARTIES[name] for name in spot.parties.split()], scene=SCENES[spot.scene])
-    # A mistake that shows soon needs no look at all the rest.
-    for most in STAGES:
-        found = there.explorer(spot.parties.split()).run(max_states=most).findings
-        if any(f.law == spot.law and f.evidence.startswith(spot.evidence) for f in found):
-            break
+    found = seen(there.explorer(spot.parties.split()), spot, STAGES)
     assert shortest(found, spot.law, spot.evidence) == spot.steps
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import mistakes_large
 import pytest
+from spots import Spot, seen, shortest
 
 from guest_memfd.abstract import AbstractHost, show
 from guest_memfd.abstract.state import State
@@ -17,6 +18,7 @@ from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput
+from guest_memfd.explore.engine.finding import Finding
 from guest_memfd.explore.world import scenario
 from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.hypervisors import HYPERVISORS
@@ -32,18 +34,6 @@ TWICE = Scene("large-failing-twice", "what fails, fails again", frames=2, shared
 SCENES_OF_THEIR_OWN = {scene.name: scene for scene in (ODD_SIZE, TWICE)}
 STAGES = (1_000, 6_000, 30_000)
 MANY = (700_000,)
-
-
-class Spot(NamedTuple):
-    """A mistake, or two joined by +, of the library, a driver or the kernel; where it shows; what is seen."""
-
-    mistake: str
-    hypervisor: str
-    scene: str
-    parties: str
-    law: str
-    steps: int
-    evidence: str
 
 
 SPOTS = [
@@ -103,31 +93,25 @@ def planted(spot: Spot) -> Planted:
     return found
 
 
-def shortest(spot: Spot, monkeypatch: pytest.MonkeyPatch, stages: tuple[int, ...]) -> int | None:
-    """Steps of the shortest trace that breaks the law of *spot* as it says, looked for in so many states, then more."""
+def findings(spot: Spot, monkeypatch: pytest.MonkeyPatch, stages: tuple[int, ...]) -> list[Finding]:
+    """What breaks where *spot* is."""
     there = planted(spot)
     monkeypatch.setattr(scenario, "AbstractHost", there.host)
     names = spot.parties.split()
     scene = SCENES_OF_THEIR_OWN.get(spot.scene) or SCENES[spot.scene]
     parties = [PARTIES[name] for name in names]
-    explorer = World(there.design, there.hypervisor, parties, scene=scene).explorer(names)
-    for most in stages:
-        found = explorer.run(max_states=most).findings
-        lengths = [len(f.steps) for f in found if f.law == spot.law and f.evidence.startswith(spot.evidence)]
-        if lengths:
-            return min(lengths)
-    return None
+    return seen(World(there.design, there.hypervisor, parties, scene=scene).explorer(names), spot, stages)
 
 
 @pytest.mark.parametrize("spot", SPOTS, ids=lambda spot: spot.mistake)
 def test_mistake_is_seen(spot: Spot, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shortest(spot, monkeypatch, STAGES) == spot.steps
+    assert shortest(findings(spot, monkeypatch, STAGES), spot.law, spot.evidence) == spot.steps
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("spot", DEEP, ids=lambda spot: spot.mistake)
 def test_mistake_that_takes_more_is_seen(spot: Spot, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shortest(spot, monkeypatch, MANY) == spot.steps
+    assert shortest(findings(spot, monkeypatch, MANY), spot.law, spot.evidence) == spot.steps
 
 
 def rebinds(design: Design, hypervisor: Hypervisor) -> Steps[None]:
