@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from guest_memfd.cli.elsewhere import same_elsewhere
 from guest_memfd.cli.load import add_load, designs_of, load_all
-from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
+from guest_memfd.cli.options import Scope, add_output, add_scope, hypervisors_of, scope_of
 from guest_memfd.cli.output import Output, TraceFolder
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     load_all(arguments)
     (design,) = designs_of(arguments, [arguments.design])
     scope = scope_of(arguments, full=not arguments.quick)
-    pairs = [(design, hypervisor) for hypervisor in scope.hypervisors_of(design)]
+    pairs = [(design, hypervisor) for hypervisor in hypervisors_of(design, scope.hypervisors)]
     with ExitStack() as stack:
         out = stack.enter_context(Output(arguments.output))
         folder = None

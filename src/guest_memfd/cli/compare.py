@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from guest_memfd.cli.elsewhere import same_elsewhere
 from guest_memfd.cli.load import add_load, designs_of, load_all
-from guest_memfd.cli.options import Scope, add_output, add_scope, scope_of
+from guest_memfd.cli.options import Scope, add_output, add_scope, hypervisors_of, scope_of
 from guest_memfd.cli.output import opened
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
@@ -78,7 +78,7 @@ def _pairs(designs: Sequence[str], scope: Scope, *, chosen: bool) -> list[tuple[
         if not chosen and scope.hypervisors is not None and posted is not None:
             pairs += [(design, name) for name in scope.hypervisors if name in posted]
         else:
-            pairs += [(design, name) for name in scope.hypervisors_of(design)]
+            pairs += [(design, name) for name in hypervisors_of(design, scope.hypervisors)]
     if not pairs:
         raise BadInput(f"no design was posted for {', '.join(scope.hypervisors or ())}")
     return pairs

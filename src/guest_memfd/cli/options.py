@@ -87,14 +87,6 @@ class Scope:
     engine: str | None = None
     reduce: bool = True
 
-    def hypervisors_of(self, design: str) -> tuple[str, ...]:
-        """The hypervisors to explore *design* under: those asked for, else those it was posted for, else all.
-
-        Those that encrypt differ by what they make of large folios: they are left out for designs that take none.
-        """
-        posted = self.hypervisors or DESIGNS[design].hypervisors
-        return posted or tuple(name for name in HYPERVISORS if DESIGNS[design].large or not HYPERVISORS[name].encrypts)
-
     def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress) -> list[Report]:
         """`compare` of (design, hypervisor) *pairs*."""
         with progress:
@@ -163,6 +155,15 @@ def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
         arguments.engine,
         not arguments.no_reduction,
     )
+
+
+def hypervisors_of(design: str, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The hypervisors to explore *design* under: those *asked* for, else those it was posted for, else all.
+
+    Those that encrypt differ by what they make of large folios: they are left out for designs that take none.
+    """
+    posted = asked or DESIGNS[design].hypervisors
+    return tuple(posted or (name for name in HYPERVISORS if DESIGNS[design].large or not HYPERVISORS[name].encrypts))
 
 
 def names_of(given: Sequence[str] | None, option: str) -> tuple[str, ...] | None:

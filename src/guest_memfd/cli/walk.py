@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from guest_memfd.cli.load import add_load, designs_of, load_all
-from guest_memfd.cli.options import names_of, whole
+from guest_memfd.cli.options import hypervisors_of, names_of, whole
 from guest_memfd.cli.output import Output, TraceFolder
-from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
 from guest_memfd.explore import trace
 from guest_memfd.explore.world.scenario import World, scene_of, world
 from guest_memfd.explore.world.shorten import shortened
 from guest_memfd.explore.world.walk import Stumble, Walked, walk
-from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report.counterexample import Counterexample, again, screen
 from guest_memfd.report.style import Style
 from guest_memfd.scenarios import SCENES
@@ -46,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise BadInput(f"{option} must be at least 1, not {number}")
     load_all(arguments)
     (design,) = designs_of(arguments, [arguments.design])
-    hypervisors = names_of(arguments.hypervisor, "--hypervisor") or DESIGNS[design].hypervisors or tuple(HYPERVISORS)
+    hypervisors = hypervisors_of(design, names_of(arguments.hypervisor, "--hypervisor"))
     scenes = [scene_of(name) for name in names_of(arguments.scene, "--scene") or SCENES]
     shortest: dict[tuple[str, str], tuple[World, Stumble]] = {}
     with ExitStack() as stack:
