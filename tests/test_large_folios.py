@@ -68,7 +68,7 @@ DEEP = [
     Spot("ZapsUnzeroed", "kvm", "mixed-block", "vcpu2 patient-vcpu vmm2", "host-survives", 44, "clear_folio takes a transl"),
     Spot("GOES_BY_THE_FIRST", "pkvm", "mixed-block", "vcpu2 patient-vcpu vmm2", "fault-served", 50, "a fault returns 0, an"),
     Spot("PREPARED_IS_INVERTED", "pkvm", "mixed-block", "vcpu2 patient-vcpu vmm2", "fault-served", 53, "a fault returns 0,"),
-    Spot("OneFlag", "kvm", "mixed-block", "vcpu2 memory-failure vmm2", "poison-contained", 45, "the library reaches a page"),
+    Spot("OneFlag", "kvm", "mixed-block", "vmm-pages memory-failure", "poison-contained", 91, "the library reaches a page"),
 ]
 """Those that take a merge."""
 
