@@ -31,8 +31,10 @@ the store. A refusal half way leaves pages with the host that are still private;
 After a refusal no attribute has changed. User, kernel and guest mappings may be gone: each faults in again. The page
 index of the first folio that refused is returned beside the error.
 
-Left out: a range that cuts a folio is -EINVAL, where the hugetlb series (RFC v2, May 2025) splits it. There is no wait for
-a reference to go away: user space tries again, as in the kernel.
+A shared page is a single one, so a conversion to shared first splits what is large in the range, and one to private ends
+with a merge (large.py). Where folios cannot be split, a range that cuts one is -EINVAL.
+
+Left out: there is no wait for a reference to go away. User space tries again, as in the kernel.
 
 Source: "guest_memfd: In-place conversion" v8-v13, 2026, for the order of the steps. A wrong order breaks the laws
 one-owner, pins-respected and all-or-nothing (tests/test_planted.py: NoFlush, CheckedBeforeUnmap, AttributeFirst, NoDrain).

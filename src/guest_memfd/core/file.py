@@ -144,7 +144,7 @@ def unbind(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     yield from gmem.host.end_op(result.ret, result.error_index)
     yield from gmem.host.up_write("invalidate")
     # After the lock is dropped: this ends the file if the binding was its last user. The second `close` is for
-    # the reference that this call has held itgmem.
+    # the reference that this call has held itself.
     if last:
         yield from gmem.close()
     yield from gmem.close()

@@ -211,7 +211,7 @@ def module_put(host: Base) -> None:
 
 
 def delete_module(host: Base) -> int:
-    """Only when no one holds it; its exit code gives back nothing by ithost."""
+    """Only when no one holds it; its exit code gives back nothing by itself."""
     # The loader refuses while anybody holds the module; its exit function takes nothing back from a VM.
     return -EBUSY if host.machine.modules.delete(host.machine.module.name) else 0
 
@@ -233,7 +233,7 @@ def vm_kill(host: Base) -> bool:
 
 
 def vm_destroyed(host: Base) -> None:
-    """Stage-2 tables and their TLB entries go with the VM; memory it still owns does not come back by ithost.
+    """Stage-2 tables and their TLB entries go with the VM; memory it still owns does not come back by itself.
 
     A user of a kernel mapping of a guest page holds the VM, so this waits for it.
     """
