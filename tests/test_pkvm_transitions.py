@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from errno import EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
+from errno import E2BIG, EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
 from typing import Any
 
 import pytest
@@ -15,7 +15,6 @@ from guest_memfd.abstract import AbstractHost
 from guest_memfd.abstract import state as st
 from guest_memfd.errors import EHWPOISON, BadInput
 from guest_memfd.hypervisors import HYPERVISORS
-from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm import hypercalls as hc
 from guest_memfd.machine.el2.pkvm import transitions as t
 from guest_memfd.machine.el2.pkvm.annotation import Annotation, AnnotationType, PageOwner
@@ -79,8 +78,8 @@ CALLS: dict[str, Callable[[Machine, int], int]] = {
     "force_reclaim": lambda m, p: t.force_reclaim_guest_page(m.el2, p * PAGE),
     "dying": _dying,
     "reclaim": lambda m, p: t.reclaim_dying_guest_page(m.el2, m.vm, GFN),
-    "consent": lambda m, p: t.check_consent(m.el2, m.vm, GFN, converting=True),
-    "consent to die": lambda m, p: t.check_consent(m.el2, m.vm, GFN, converting=False),
+    "consent": lambda m, p: t.check_consent(m.el2, m.vm, GFN, 1, converting=True),
+    "consent to die": lambda m, p: t.check_consent(m.el2, m.vm, GFN, 1, converting=False),
 }
 SITUATIONS = {situation.name: situation for situation in (
     Situation("the host's", (OWNED, NOPAGE, NOPAGE, NOPAGE)),
@@ -207,9 +206,9 @@ def test_ranges_are_leaves_on_both_sides() -> None:
     inject = machine.touch(pfn * PAGE + 123 * PAGE)
     assert inject is not None
     assert inject.esr == 0x96000085, "a level-1 fault: the annotation is that large"
-    assert t.guest_share_host(machine.el2, machine.vm, gfn + 3) == -checks.E2BIG
+    assert t.guest_share_host(machine.el2, machine.vm, gfn + 3) == -E2BIG
     assert machine.vm.start_teardown() == 0
-    assert t.reclaim_dying_guest_page(machine.el2, machine.vm, gfn + 3) == -checks.E2BIG
+    assert t.reclaim_dying_guest_page(machine.el2, machine.vm, gfn + 3) == -E2BIG
     machine.ram.write(pfn * PAGE + 555 * PAGE, b"secret")
     assert t.reclaim_dying_guest_page(machine.el2, machine.vm, gfn, 1 << 18) == 0
     assert machine.ram.read(pfn * PAGE + 555 * PAGE, 6) == bytes(6)
@@ -327,7 +326,7 @@ def test_prot_of_a_shared_page() -> None:
     for access in "wx":
         with pytest.raises(Fault, match="permission"):
             machine.guest(GFN * PAGE, access)
-    assert t.unshare_guest(machine.el2, machine.vm, GFN, 512) == -checks.E2BIG
+    assert t.unshare_guest(machine.el2, machine.vm, GFN, 512) == -E2BIG
     assert t.reclaim_dying_guest_page(machine.el2, machine.vm, GFN) == -EPERM
 
 
@@ -362,7 +361,7 @@ class Both:
         if name in ("consent", "consent to die"):
             converting = name == "consent"
             return (self.abstract.hypercall("check_consent", gfn, folio, converting),
-                    t.check_consent(el2, vm, gfn, converting))
+                    t.check_consent(el2, vm, gfn, 1, converting))
         emulated = {
             "donate_guest": lambda: t.donate_guest(el2, vm, pfn, gfn),
             "share_guest": lambda: t.share_guest(el2, vm, pfn, gfn),

@@ -30,7 +30,7 @@ RIGHT = {
     pkvm.SHARE_GUEST: ("pfn", "gfn", "nr", "prot"), pkvm.UNSHARE_GUEST: ("vm", "gfn", "nr"), pkvm.IN_POISON_FAULT: ("gfn",),
     pkvm.FORCE_RECLAIM: ("pa",), pkvm.RECLAIM_DYING: ("vm", "gfn", "nr"), pkvm.START_TEARDOWN: ("vm",),
     pkvm.FINALIZE_TEARDOWN: ("vm",), pkvm.VCPU_LOAD: ("vm", "index"), pkvm.VCPU_PUT: (), pkvm.UNSHARE: ("vm", "gfn"),
-    pkvm.CHECK_CONSENT: ("vm", "gfn", "flag"),
+    pkvm.CHECK_CONSENT: ("vm", "gfn", "nr", "flag"), pkvm.SPLIT_GUEST: ("vm", "gfn"),
 }
 """pKVM's calls -> what their arguments should be."""
 

@@ -30,6 +30,7 @@ class Buddy:
         self._heaps: list[list[Pa]] = [[] for _ in range(MAX_ORDER + 1)]
         self._fail_in: int | None = None
         self.allocations = 0
+        self.tables = 0                                 # pages given for translation tables, ever
         self._release(start, size)
 
     # Largest aligned blocks first, so that a range which is no power of two comes apart as Linux's memblocks do.
@@ -121,6 +122,7 @@ class Buddy:
         """One zeroed page for a translation table; raises OutOfMemory."""
         pa = self.alloc()
         self.ram.zero(pa, PAGE)
+        self.tables += 1
         return pa
 
     def free_table(self, pa: Pa) -> None:

@@ -7,7 +7,7 @@ guest took before. (KVM itself waits for its vCPUs before it tears a VM down.)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from errno import EBUSY, ENOMEM, EPERM
+from errno import E2BIG, EBUSY, ENOMEM, EPERM
 
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
@@ -22,7 +22,7 @@ from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.kvm import KvmGuests
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Gfn, Ipa, Pa, Va, gfn_to_gpa, gpa_to_gfn, identity_ipa, pfn_to_pa
+from guest_memfd.words.units import Gfn, Ipa, Pa, Va, gfn_to_gpa, gpa_to_gfn, identity_ipa, pa_to_pfn, pfn_to_pa
 
 _RWX = 7
 _SIGN = 1 << 63
@@ -46,9 +46,9 @@ class PkvmDriver(KvmGuests):
         return regs[1] - (regs[1] & _SIGN) * 2
 
     # -ENOMEM of EL2 means that the vCPU's memcache is empty: topup_hyp_memcache().
-    def _topup(self, vm: Vm) -> int:
+    def _topup(self, vm: Vm, tables: int = 0) -> int:
         memcache, source = vm.handle.memcache, self.hardware.kernel_pages
-        missing = vm.handle.min_pages - len(memcache.pages) - len(memcache.offered)
+        missing = (tables or vm.handle.min_pages) - len(memcache.pages) - len(memcache.offered)
         try:
             vm.handle.topup([source.alloc() for _ in range(missing)])
         except OutOfMemory:
@@ -61,6 +61,9 @@ class PkvmDriver(KvmGuests):
     def _share_guest(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         return self._topup(vm) or self._call(n.SHARE_GUEST, folio.pfn, gfn, folio.nr, _RWX)
 
+    def _split_guest(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
+        return self._topup(vm, folio.nr // 512 + 1) or self._call(n.SPLIT_GUEST, vm.handle.handle, gfn)
+
     def _unshare_guest(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         return self._call(n.UNSHARE_GUEST, vm.handle.handle, gfn, folio.nr)
 
@@ -68,7 +71,7 @@ class PkvmDriver(KvmGuests):
         return self._call(n.UNSHARE, vm.handle.handle, gfn)
 
     def _check_consent(self, vm: Vm, gfn: Gfn, folio: Folio, converting: bool) -> int:
-        return self._call(n.CHECK_CONSENT, vm.handle.handle, gfn, int(converting))
+        return self._call(n.CHECK_CONSENT, vm.handle.handle, gfn, folio.nr, int(converting))
 
     def _reclaim_dying_guest_page(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         owned = self.owner(pfn_to_pa(folio.pfn)) != "host"
@@ -115,7 +118,16 @@ class PkvmDriver(KvmGuests):
     @override
     def guest_consents(self, vm: Vm, ipa: Ipa) -> bool:
         """HVC MEM_SHARE; EL2 refuses it for a page that is not the guest's alone."""
-        return transitions.guest_share_host(self.el2, vm.handle, gpa_to_gfn(ipa)) == 0
+        gfn = gpa_to_gfn(ipa)
+        ret = transitions.guest_share_host(self.el2, vm.handle, gfn)
+        if ret == -E2BIG and not self.split_leaf(vm, ipa):
+            ret = transitions.guest_share_host(self.el2, vm.handle, gfn)
+        return ret == 0
+
+    def split_leaf(self, vm: Vm, ipa: Ipa) -> int:
+        """PKVM_HYP_REQ_SPLIT: EL2 has refused a guest's share of a part of a block; 0, or -ENOMEM."""
+        leaf = vm.handle.pgt.leaf(ipa)
+        return self._split_guest(vm, gpa_to_gfn(ipa), Folio(pa_to_pfn(leaf.oa), leaf.order))
 
     @override
     def create_vm(self, frames: int) -> Vm:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from errno import EAGAIN, EFAULT, EINVAL, EIO, ENOENT, EPERM
+from errno import EAGAIN, EFAULT, EINVAL, EIO, ENOENT, ENOMEM, EPERM
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -21,6 +21,7 @@ from guest_memfd.machine.el2.pkvm import hypercalls as pkvm
 from guest_memfd.machine.hw.arm64 import sysreg
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.machine.hypcalls.pkvm import PkvmDriver
 from guest_memfd.uapi import kvm_arm64 as regs
 from guest_memfd.uapi import kvm_run as uapi
 from guest_memfd.uapi.kvm import PRIVATE
@@ -96,6 +97,8 @@ class KvmVcpuFile(Serialised):
         match out:
             case exits.MemoryFaultExit(ipa, _, _):
                 return self._fault(ipa)
+            case exits.SplitExit(ipa):
+                return self._split(ipa)
             case exits.MmioAccess(ipa, size, write, data, _):
                 self._counts["mmio_exit_user"] += 1
                 return uapi.Mmio(ipa, size, write, data.to_bytes(8, "little")[:size] if write else b"")
@@ -135,6 +138,12 @@ class KvmVcpuFile(Serialised):
         # As KVM_EXIT_MEMORY_FAULT says it: how the file has the page, which is what user space would have to change.
         private = file.host.inode.entry("attributes", index) == PRIVATE_PAGE
         return uapi.MemoryFault(PRIVATE if private else 0, gfn_to_gpa(gfn), PAGE, -ret)
+
+    # The guest shares a page of a block: EL2 is given memory for the tables, and the guest tries again.
+    def _split(self, ipa: Ipa) -> uapi.Exit | None:
+        driver = self.vm.machine.driver
+        assert isinstance(driver, PkvmDriver), "only EL2 of pKVM asks for it"
+        return uapi.Unknown(0, ENOMEM) if driver.split_leaf(self.vm.vm, ipa) else None
 
     def _stuck(self, ipa: Ipa) -> uapi.Exit | None:
         where, times = self._again

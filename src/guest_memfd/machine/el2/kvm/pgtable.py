@@ -3,13 +3,16 @@
 
 After arch/arm64/kvm/hyp/pgtable.c: an entry that changes is LOCKED first, then its TLB entries go, then the new entry is
 written; a table that no longer holds anything is freed after its parent entry has gone the same way. A block that has
-to make room for a page is dropped as a whole, and the rest of it is faulted in again when it is needed. All the table pages
-that an operation needs are allocated before it changes anything.
+to make room for a page is dropped as a whole, and the rest of it is faulted in again when it is needed; `split` alone keeps
+it. All the table pages that an operation needs are allocated before it changes anything.
 
 Descriptors are stored by arm64's PageTable.write, which watches over break-before-make.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from struct import pack
 
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
 from guest_memfd.machine.hw.arm64 import descriptor as d
@@ -33,6 +36,11 @@ def leaf_attributes(prot: str, *, device: bool = False, state: int = 0) -> int:
     bits = d.AF | d.SH_INNER | (d.DEVICE_NGNRE if device else d.NORMAL_WB) << d.MEMATTR_SHIFT | state << STATE_SHIFT
     bits |= d.S2_READ * ("r" in prot) | d.S2_WRITE * ("w" in prot)
     return bits if "x" in prot else bits | d.S2_XN
+
+
+def page_of(entry: Entry, number: int) -> int:
+    """The leaf of page *number* of the block that *entry* maps: the same in all but the address."""
+    return d.leaf(entry.oa + number * PAGE, entry.value & ~(d.ADDRESS | d.TABLE), LAST_LEVEL)
 
 
 def level_of(order: int) -> int:
@@ -108,17 +116,40 @@ class KvmStage2Table:
         if entry.value != new:
             self._replace(ia, entry, new)
 
-    # New tables from *above* down to *level* with *value* at the bottom; the descriptor of the uppermost.
-    def _chain(self, ia: Ipa, above: int, level: int, value: int) -> int:
+    def split(self, ia: Ipa, pages: Callable[[Entry, int], int]) -> None:
+        """Make entries of single pages of the one that decides *ia*; raises OutOfMemory with nothing changed.
+
+        *pages*: what the entry of a page says, by the entry that it was part of and the page's number in it. As
+        kvm_pgtable_stage2_split(), which splits what maps; here an annotated range as well.
+        """
+        entry = self.leaf(ia)
+        if not entry.order:
+            return
+        per_table = 1 << _STRIDE
+        tables = self._take(max(1, 1 << entry.order - _STRIDE) + (entry.order > _STRIDE))
+        for number in range(1 << entry.order - _STRIDE):
+            values = (pages(entry, number * per_table + at) for at in range(per_table))
+            self.ram.write(tables[number], pack(f"<{per_table}Q", *values))
+        if entry.order > _STRIDE:
+            self.ram.write(tables[-1], pack(f"<{per_table}Q", *map(d.table, tables[:-1])))
+        self._used |= dict.fromkeys(tables, per_table)
+        self._replace(ia, entry, d.table(tables[-1]))
+
+    # All of them, or OutOfMemory and none.
+    def _take(self, number: int) -> list[Pa]:
         made: list[Pa] = []
         try:
-            while len(made) < level - above:
+            while len(made) < number:
                 made.append(self.source.alloc_table())
         except Exception:
             for pa in made:
                 self.source.free_table(pa)
             raise
-        for at, pa in zip(range(level, above, -1), made, strict=True):
+        return made
+
+    # New tables from *above* down to *level* with *value* at the bottom; the descriptor of the uppermost.
+    def _chain(self, ia: Ipa, above: int, level: int, value: int) -> int:
+        for at, pa in zip(range(level, above, -1), self._take(level - above), strict=True):
             # The rest of a new table is empty. A block that made room is dropped as a whole, and is faulted in again
             # piece by piece: KVM can always ask for the mapping again.
             self.table.write(pa + 8 * self._index(ia, at), at, value)

@@ -63,6 +63,13 @@ class MemoryFaultExit(NamedTuple):
 
 
 @distinct
+class SplitExit(NamedTuple):
+    """The guest asks for something about the page at *ipa*, which is part of a block: the host is to have that split."""
+
+    ipa: Ipa
+
+
+@distinct
 class SystemEventExit(NamedTuple):
     """KVM_EXIT_SYSTEM_EVENT: ``shutdown`` or ``reset``."""
 
@@ -94,7 +101,7 @@ class InternalErrorExit(NamedTuple):
     why: str
 
 
-Exit = MmioAccess | MemoryFaultExit | SystemEventExit | Hypercall | WfiExit | ExpiredExit | InternalErrorExit
+Exit = MmioAccess | MemoryFaultExit | SplitExit | SystemEventExit | Hypercall | WfiExit | ExpiredExit | InternalErrorExit
 
 
 class VheGuestCpu(Protocol):

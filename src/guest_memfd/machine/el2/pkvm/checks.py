@@ -6,7 +6,7 @@ The names are those of arch/arm64/kvm/hyp/nvhe/mem_protect.c (7.3), without the 
 
 from __future__ import annotations
 
-from errno import EINVAL, ENOENT, EPERM
+from errno import E2BIG, EINVAL, ENOENT, EPERM
 from typing import TYPE_CHECKING
 
 from guest_memfd.errors import EHWPOISON
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
     from guest_memfd.machine.el2.pkvm.vm import PkvmHypVm
 
-E2BIG = 7
 _ORDER_OF = {1 << order: order for order in ORDERS}
 
 

@@ -11,6 +11,7 @@ When the pool of table pages is empty, all device mappings are dropped and the o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from guest_memfd.machine.el2.kvm.idmap import HostIdmap
@@ -142,6 +143,17 @@ class HostStage2(HostIdmap):
         """Annotate an aligned range of 1 << *order* pages as *owner*'s. Raises OutOfMemory, nothing changed."""
         note = Annotation(AnnotationType.DONATION, owner, handle, gfn).encode(self.release)
         self._try(lambda: self.annotate(pfn, order, note))
+
+    def split_note(self, pfn: Pfn) -> None:
+        """Have each page that the annotated entry of *pfn* stands for say so itself. Raises OutOfMemory, nothing changed."""
+        ipa = identity_ipa(pfn_to_pa(pfn))
+        if not self.pgt.leaf(ipa).valid:
+            self._try(lambda: self.pgt.split(ipa, self._note_of))
+
+    # A donation names the gfn of each page; what is empty stays empty.
+    def _note_of(self, entry: Entry, number: int) -> int:
+        note = Annotation.decode(entry.value, self.release)
+        return 0 if note is None else replace(note, gfn=Gfn(note.gfn + number)).encode(self.release)
 
     def take_back(self, pfn: Pfn, order: int) -> None:
         """Map an annotated range RWX again. Raises OutOfMemory, nothing changed: never when its entry is that size."""

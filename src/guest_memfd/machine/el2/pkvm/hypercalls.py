@@ -23,7 +23,7 @@ MIN_PKVM = 7
 SHARE_HYP, UNSHARE_HYP, DONATE_GUEST, SHARE_GUEST, UNSHARE_GUEST = 29, 30, 31, 32, 33
 IN_POISON_FAULT, FORCE_RECLAIM, RECLAIM_DYING, START_TEARDOWN, FINALIZE_TEARDOWN = 42, 43, 44, 45, 46
 VCPU_LOAD, VCPU_PUT = 47, 48
-UNSHARE, CHECK_CONSENT = 51, 52
+UNSHARE, CHECK_CONSENT, SPLIT_GUEST = 51, 52, 53
 
 _MASK = (1 << 64) - 1
 _NOT_SUPPORTED = -1 & _MASK
@@ -73,7 +73,12 @@ def _unshare(el2: El2, a: list[int], cpu: int) -> int:
 
 def _check_consent(el2: El2, a: list[int], cpu: int) -> int:
     vm = _vm(el2, a[0])
-    return -ENOENT if vm is None else transitions.check_consent(el2, vm, Gfn(a[1]), bool(a[2]))
+    return -ENOENT if vm is None else transitions.check_consent(el2, vm, Gfn(a[1]), a[2], bool(a[3]))
+
+
+def _split_guest(el2: El2, a: list[int], cpu: int) -> int:
+    vm = _vm(el2, a[0])
+    return -ENOENT if vm is None else transitions.split_guest(el2, vm, Gfn(a[1]))
 
 
 def _in_poison_fault(el2: El2, a: list[int], cpu: int) -> int:
@@ -122,7 +127,8 @@ HANDLERS: dict[int, Handler] = {
     VCPU_LOAD: _vcpu_load,                                                          # handle, index
     VCPU_PUT: _vcpu_put,
     UNSHARE: _unshare,                                                              # handle, gfn: addition
-    CHECK_CONSENT: _check_consent,                                                  # handle, gfn, converting: addition
+    CHECK_CONSENT: _check_consent,                                                  # handle, gfn, nr, converting: addition
+    SPLIT_GUEST: _split_guest,                                                      # handle, gfn: of a posted series
 }
 
 

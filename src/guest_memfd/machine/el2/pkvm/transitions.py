@@ -38,11 +38,11 @@ test_el2_does_what_the_abstract_el2_does). Laws: one-owner, no-stale-mapping, no
 
 from __future__ import annotations
 
-from errno import EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
+from errno import E2BIG, EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
 from typing import TYPE_CHECKING
 
 from guest_memfd.errors import EHWPOISON
-from guest_memfd.machine.el2.kvm.pgtable import leaf_attributes
+from guest_memfd.machine.el2.kvm.pgtable import leaf_attributes, page_of
 from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm.annotation import POISONED, PageOwner
 from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState
@@ -262,7 +262,7 @@ def unshare_guest(el2: El2, vm: PkvmHypVm, gfn: Gfn, nr: int = 1) -> int:
     # Part of a block cannot be unshared: the guest's leaf would have to be split, and what is left would have to be
     # counted anew.
     if entry.order != order:
-        return -checks.E2BIG
+        return -E2BIG
     _give_borrowed_back(el2, vm, gfn, entry)
     return 0
 
@@ -278,11 +278,14 @@ def reclaim_dying_guest_page(el2: El2, vm: PkvmHypVm, gfn: Gfn, nr: int = 1) -> 
     """A dying guest's page: unmapped there, zeroed, and the host's again; 0 when there is nothing to reclaim.
 
     -EPERM for a living guest. Upstream returns -EINVAL then, and -ENOENT for a gfn that maps nothing: here it means, as
-    on the abstract host, that the host has the page already. ADDITION: a borrowed page goes back as well.
+    on the abstract host, that the host has the page already. ADDITION: a borrowed page goes back as well. A range that the
+    guest maps in smaller leaves is reclaimed leaf by leaf.
     """
     order = checks.transition_order(nr, gfn)
     if order < 0:
         return order
+    if vm.pgt.leaf(gfn_to_gpa(gfn)).order < order:
+        return _reclaim_leaves(el2, vm, gfn, nr)
     ret, entry = checks.valid_guest_leaf(vm, gfn, order)
     # Nothing there, or taken by force before: the host has the page already, so the call has nothing to do and may be
     # repeated.
@@ -309,11 +312,23 @@ def reclaim_dying_guest_page(el2: El2, vm: PkvmHypVm, gfn: Gfn, nr: int = 1) -> 
     return 0
 
 
+# The first that is refused ends it: those before it are the host's, as when the call is repeated.
+def _reclaim_leaves(el2: El2, vm: PkvmHypVm, gfn: Gfn, nr: int) -> int:
+    at = gfn
+    while at < gfn + nr:
+        pages = 1 << vm.pgt.leaf(gfn_to_gpa(at)).order
+        ret = reclaim_dying_guest_page(el2, vm, at, pages)
+        if ret:
+            return ret
+        at += pages
+    return 0
+
+
 def force_reclaim_guest_page(el2: El2, phys: Pa) -> int:
     """The host's page after all: the guest's entry is POISONED, then the page is zeroed, then the host maps it.
 
-    *phys* in bytes. Takes the whole leaf that the page was donated with. -EAGAIN: not withheld any more, try the access
-    again; -EPERM: not a guest's own page; -EFAULT: no memory.
+    *phys* in bytes. Of a block only that page, where there is memory to split it, else all of it. -EAGAIN: not withheld any
+    more, try the access again; -EPERM: not a guest's own page; -EFAULT: no memory.
     """
     pfn = pa_to_pfn(phys)
     if el2.host.region(phys) is None:
@@ -335,12 +350,41 @@ def force_reclaim_guest_page(el2: El2, phys: Pa) -> int:
     # SHARED_OWNED: the guest lets the host use the page, so the host's abort had another reason.
     if checks.guest_page_state(entry) is not PkvmState.OWNED:
         return -EPERM
+    gfn = note.gfn
+    if entry.order and not split_guest(el2, vm, gfn):
+        gfn += pfn - pa_to_pfn(entry.oa)
+        entry = vm.pgt.leaf(gfn_to_gpa(gfn))
     # Poison, zero, give back. The guest must meet an error at its next access; a page of zeros would look like memory
     # that it has lost without a reason.
-    vm.pgt.annotate(gfn_to_gpa(note.gfn), entry.order, POISONED.encode())
-    vm.unmapped(note.gfn, pa_to_pfn(entry.oa))
+    vm.pgt.annotate(gfn_to_gpa(gfn), entry.order, POISONED.encode())
+    vm.unmapped(gfn, pa_to_pfn(entry.oa))
     el2.ram.zero(entry.oa, PAGE << entry.order)
     _returned(el2, pa_to_pfn(entry.oa), entry.order)
+    return 0
+
+
+def split_guest(el2: El2, vm: PkvmHypVm, gfn: Gfn) -> int:
+    """The guest's block at *gfn* becomes pages, with their contents and states; 0 also where there is none, or -ENOMEM.
+
+    The host's annotation is copied down to its pages first. "KVM: arm64: pKVM huge mappings", v2 (11 Sep 2026).
+    """
+    entry = vm.pgt.leaf(gfn_to_gpa(gfn))
+    if not entry.valid or not entry.order:
+        return 0
+    # One table for 2 MiB; for 1 GiB 512, and one above them.
+    tables = max(1, 1 << entry.order - 9) + (entry.order > 9)
+    if not vm.memcache.refill(tables):
+        return -ENOMEM
+    head, pfn = Gfn(gfn & -1 << entry.order), pa_to_pfn(entry.oa)
+    try:
+        # It says of each page what it has said of all, so it may stay split if the next step fails.
+        el2.host.split_note(pfn)
+        vm.pgt.split(gfn_to_gpa(gfn), page_of)
+    except OutOfMemory:
+        return -ENOMEM
+    vm.unmapped(head, pfn)
+    for at in range(1 << entry.order):
+        vm.mapped(head + at, pfn + at)
     return 0
 
 
@@ -391,10 +435,17 @@ def unshare(el2: El2, vm: PkvmHypVm, gfn: Gfn) -> int:
     return ret if ret in (0, -ENOMEM) else -EPERM
 
 
-def check_consent(el2: El2, vm: PkvmHypVm, gfn: Gfn, converting: bool) -> int:
-    """ADDITION: -EBUSY unless the guest has agreed that its page goes: by MEM_SHARE for a conversion, else by dying."""
-    state = checks.guest_page_state(vm.pgt.leaf(gfn_to_gpa(gfn)))
-    if state not in (PkvmState.OWNED, PkvmState.SHARED_OWNED):
-        return 0
-    free = state is PkvmState.SHARED_OWNED if converting else vm.dying
-    return 0 if free else -EBUSY
+def check_consent(el2: El2, vm: PkvmHypVm, gfn: Gfn, nr: int, converting: bool) -> int:
+    """ADDITION: -EBUSY unless the guest has agreed that its pages go: by MEM_SHARE for a conversion, else by dying."""
+    order = checks.transition_order(nr, gfn)
+    if order < 0:
+        return order
+    at = gfn
+    while at < gfn + nr:
+        entry = vm.pgt.leaf(gfn_to_gpa(at))
+        state = checks.guest_page_state(entry)
+        free = state is PkvmState.SHARED_OWNED if converting else vm.dying
+        if state in (PkvmState.OWNED, PkvmState.SHARED_OWNED) and not free:
+            return -EBUSY
+        at = (at & -1 << entry.order) + (1 << entry.order)
+    return 0

@@ -11,7 +11,7 @@ when the vCPU runs next, only if the host has let go by then (transitions.unshar
 from __future__ import annotations
 
 from collections.abc import Callable
-from errno import EBUSY, ENOENT
+from errno import E2BIG, EBUSY, ENOENT
 from typing import TYPE_CHECKING
 
 from guest_memfd.compat import override
@@ -22,6 +22,7 @@ from guest_memfd.machine.el2.kvm.vcpu import (
     Hypercall,
     InternalErrorExit,
     MemoryFaultExit,
+    SplitExit,
     VheGuestCpu,
     VheVcpu,
 )
@@ -177,6 +178,9 @@ class PkvmVcpu(VheVcpu):
         ret = transitions.guest_share_host(self.vm.el2, self.vm, gpa_to_gfn(ipa))
         if ret == -ENOENT:
             return self._fault_in(ipa)
+        if ret == -E2BIG:
+            self.cpu.pc -= 4                    # executed again when the block has been split (PKVM_HYP_REQ_SPLIT)
+            return SplitExit(ipa)
         self.cpu.set_x(0, INVALID_PARAMETER if ret else 0)
         return None if ret else Hypercall(MEM_SHARE, ipa)
 
