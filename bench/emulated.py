@@ -10,15 +10,15 @@ import argparse
 import gc
 import resource
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.hypervisors import HYPERVISORS
-from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.vmm.lent_file import LentFile
+from guest_memfd.words.units import Index
 
 GIB = 1 << 30
 AUDITED = 100_000
@@ -42,50 +42,29 @@ class Cost(NamedTuple):
         return (self.lend + self.back) / self.folios * 1e6
 
 
-class Guest:
-    """A guest_memfd of *pages* pages, all bound, on a machine of its own with room for it."""
+def timed(work: Callable[[], None]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
-    def __init__(self, hypervisor: str, pages: int, order: int, *, bbml3: bool) -> None:
-        ram = max(pages * PAGE * 17 // 16 + (256 << 20), 1 << 30) + GIB - 1 & -GIB
-        self.machine = Machine(hypervisor, Config(ram=ram, on_free="zero", bbml3=bbml3))
-        self.library = OurLibrary(HYPERVISORS[hypervisor].ops(), pages)
-        self.library.order = order
-        self.host = EmulatedHost(self.machine, self.machine.create_vm(pages), pages)
-        self.pages, self.order = pages, order
-        assert self.host.run(self.library.create(pages)) == 0
-        assert self.host.run(self.library.bind(0, 0, pages)) == 0
 
-    def lend(self) -> float:
-        """Every folio into the guest, by a guest fault on it; seconds."""
-        start, host, library = time.perf_counter(), self.host, self.library
-        for index in range(0, self.pages, 1 << self.order):
-            ret = host.run(library.guest_fault(index, index))
-            assert ret == 0, ret
-        return time.perf_counter() - start
-
-    def take_back(self) -> float:
-        """Kill the VM, tear it down, close the file; seconds. AssertionError when anything is left behind."""
-        start, host = time.perf_counter(), self.host
-        host.perform_by_name("vm_kill")
-        assert host.run(self.library.vm_teardown()) == 0
-        host.perform_by_name("vm_destroyed")
-        host.perform_by_name("fd_close")
-        host.run(self.library.close())
-        host.perform_by_name("lru_add_drain_all")
-        seconds = time.perf_counter() - start
-        assert self.machine.audit() == [] if self.pages <= AUDITED else not self.machine.pages
-        return seconds
+def taken_back(file: LentFile) -> float:
+    """Seconds. AssertionError when anything is left behind."""
+    seconds = timed(file.take_back)
+    assert file.machine.audit() == [] if file.pages <= AUDITED else not file.machine.pages
+    return seconds
 
 
 def cost(hypervisor: str, pages: int, order: int, *, bbml3: bool) -> Cost:
     """Lend *pages* pages in folios of *order* and take them back."""
     gc.collect()
     gc.disable()                        # a million folios are a million objects that Python would look at again and again
-    guest = Guest(hypervisor, pages, order, bbml3=bbml3)
-    lm = guest.machine.linear_map
+    file = LentFile(OurLibrary, hypervisor, pages, order, bbml3=bbml3)
+    lm = file.machine.linear_map
     splits, flushes, tables = sum(lm.splits.values()), sum(lm.flushes.values()), lm.table_pages
-    lent = guest.lend()
-    back = guest.take_back()
+    lent = timed(file.lend)
+    back = taken_back(file)
     return Cost(pages >> order, lent, back, sum(lm.splits.values()) - splits, sum(lm.flushes.values()) - flushes,
                 lm.table_pages - tables)
 
@@ -107,9 +86,9 @@ def one_gib(hypervisor: str) -> None:
 def one_tib(hypervisor: str) -> None:
     """1 TiB as 1024 blocks."""
     start = time.perf_counter()
-    guest = Guest(hypervisor, (1 << 40) // PAGE, 18, bbml3=True)
+    file = LentFile(OurLibrary, hypervisor, (1 << 40) // PAGE, 18)
     built = time.perf_counter() - start
-    lent, back = guest.lend(), guest.take_back()
+    lent, back = timed(file.lend), taken_back(file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"1 TiB lent as 1,024 blocks of 1G, {hypervisor}: machine built in {built:.2f} s, lent in {lent:.3f} s, "
           f"taken back in {back:.3f} s, {peak:.0f} MB at most in this process")
@@ -124,6 +103,27 @@ def curve(hypervisor: str, most: int) -> None:
         first = first or c.per_folio
         print(f"  {number:>10,} folios {c.per_folio:>8.1f} us/folio   {c.per_folio / first:.2f} of the first")
         number *= 10
+
+
+def round_trips(hypervisor: str, order: int, most: int) -> None:
+    """1 GiB in folios of *order*; one page of it is converted to shared and back, *most* times."""
+    file = LentFile(OurLibrary, hypervisor, GIB // PAGE, order)
+    file.lend()
+    page = Index(5)
+    first, done, every = 0.0, 0, max(most // 5, 1)
+    print(f"1 GiB lent as {NAMES[order]}, {hypervisor}: one 4K page to shared and back, {most:,} times")
+    file.to_and_fro(page)                                           # splits what is split for good
+    while done < most:
+        before = file.counted()
+        start = time.process_time()                                 # other work on this machine is no part of a curve
+        for _ in range(every):
+            file.to_and_fro(page)
+        seconds = time.process_time() - start
+        after, done = file.counted(), done + every
+        first = first or seconds
+        print(f"  up to {done:>6,} {seconds / every * 1e3:>10.2f} ms each, {seconds / first:.2f} of the first;"
+              f" {(after.splits - before.splits) / every:.2f} splits, {(after.table_pages - before.table_pages) / every:.2f}"
+              f" table pages, {(after.hypercalls - before.hypercalls) / every:,.0f} hypercalls each")
 
 
 LOOP = """
@@ -145,9 +145,9 @@ next:   ldr x2, [x0]
 
 def execution() -> None:
     """Guest instructions per second, and translations per second through walker and TLB."""
-    guest = Guest("pkvm", (64 << 20) // PAGE, 0, bbml3=False)
-    guest.lend()
-    machine, vm = guest.machine, guest.host.vm
+    file = LentFile(OurLibrary, "pkvm", (64 << 20) // PAGE, 0, bbml3=False)
+    file.lend()
+    machine, vm = file.machine, file.host.vm
     core = GuestCore(machine.ram, machine.tlbs, 0, lambda: machine.driver.guest_stage2(vm))
     code = machine.driver.lookup(vm, 0)
     assert code is not None
@@ -178,6 +178,8 @@ def main() -> None:
     curve(arguments.hypervisor, arguments.most)
     if arguments.curve:
         return
+    round_trips(arguments.hypervisor, 9, 1000)
+    round_trips(arguments.hypervisor, 18, 5)
     print("execution of guest code")
     execution()
 

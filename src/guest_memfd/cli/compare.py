@@ -12,7 +12,8 @@ from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, hypervisors_of, scope_of
 from guest_memfd.cli.output import opened
 from guest_memfd.designs import DESIGNS
-from guest_memfd.errors import BadInput
+from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.explore.suite.verdict import Report
 from guest_memfd.explore.world.cost import DesignCost, cost
 from guest_memfd.hypervisors import HYPERVISORS
@@ -22,7 +23,10 @@ from guest_memfd.report.filling import FillingTable
 from guest_memfd.report.progress import Progress
 from guest_memfd.report.sentence import sentence
 from guest_memfd.report.style import Style
-from guest_memfd.report.table import costs, tables
+from guest_memfd.report.table import costs, folio_costs, tables
+
+COUNTED = ("kvm", "pkvm", "gunyah")
+"""Hypervisors of which a machine has the code, for folios of every size."""
 
 Costs = dict[tuple[str, str], DesignCost | None]
 
@@ -90,6 +94,21 @@ def _page(reports: Sequence[Report], counted: Costs, sentences: dict[str, str], 
     return page(reports, counted, sentences, words, loads)
 
 
+# Counted where there is a machine: the explorer's scenes have folios of four pages at most.
+def _folios(reports: Sequence[Report], style: Style) -> Iterator[str]:
+    from guest_memfd.vmm.folio_costs import counted_folios
+
+    hypervisors = [report.hypervisor for report in reports if report.design == OurLibrary.name]
+    there = [name for name in hypervisors if name in COUNTED]
+    if not there:
+        return
+    yield ""
+    try:
+        yield from folio_costs(counted_folios(there), style)
+    except HostUnavailable as error:
+        yield from style.wrap(f"the cost of larger folios is not counted: {error}", "", "  ")
+
+
 def _lines(
     reports: Sequence[Report], counted: Costs, sentences: dict[str, str], words: str, style: Style
 ) -> Iterator[str]:
@@ -100,6 +119,7 @@ def _lines(
         yield from style.wrap(text, "- ")
     yield ""
     yield from costs(counted, style)
+    yield from _folios(reports, style)
     yield ""
     yield from style.wrap("gmem check DESIGN --hypervisor NAME --quick --law LAW", "how a law breaks, step by step: ", "  ")
     yield from terminal.amount(reports, words, style)

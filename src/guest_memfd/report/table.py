@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from guest_memfd.explore.suite.verdict import LawReport, Report
-from guest_memfd.explore.world.cost import DesignCost
+from guest_memfd.explore.world.cost import DesignCost, FolioCost
 from guest_memfd.report.style import Style
 from guest_memfd.words.scene import Scene
 
@@ -21,6 +22,7 @@ LETTERS = {
 COST_WIDTH = 37
 COST_HEADS = {"direct_map_writes": "direct-map writes", "flushes": "TLB flushes", "splits": "leaf splits",
               "hypercalls": "hypervisor calls"}
+FOLIO_COST_HEADS = {**COST_HEADS, "table_pages": "table pages"}
 
 
 def tables(reports: Sequence[Report], titles: Mapping[str, str], explored: str, style: Style) -> Iterator[str]:
@@ -106,24 +108,44 @@ def _block(
 
 def costs(counted: Mapping[tuple[str, str], DesignCost | None], style: Style) -> Iterator[str]:
     """One line per design and hypervisor, alike hypervisors together: operations per folio lent and taken back."""
-    heads, widths = _cost_heads(style)
+    heads, widths = _cost_heads(COST_HEADS, style)
     yield from style.lead("cost per folio of order 0, lent to the guest and taken back (operations)", style.head, "")
     yield from heads
-    alike: dict[tuple[str, DesignCost], list[str]] = {}
-    for (design, hypervisor), cost in counted.items():
-        if cost is not None:
-            alike.setdefault((design, cost), []).append(hypervisor)
+    alike = _alike({pair: cost for pair, cost in counted.items() if cost is not None})
     for (design, cost), hypervisors in alike.items():
-        yield f"{design + ' on ' + ', '.join(hypervisors):<{COST_WIDTH}}{_counts(vars(cost), widths)}"
+        yield f"{design + ' on ' + ', '.join(hypervisors):<{COST_WIDTH}}{_counts(COST_HEADS, vars(cost), widths)}"
     trusting = {design for design, cost in alike if cost.direct_map_writes and not cost.flushes}
     if trusting:
         yield from style.wrap("no flush of its own, and so safe only where the hypervisor flushes: "
                               f"{', '.join(sorted(trusting))}", "", "  ")
 
 
+def folio_costs(counted: Mapping[tuple[str, str], FolioCost | None], style: Style) -> Iterator[str]:
+    """One line per case and hypervisor, alike hypervisors together: (case, hypervisor) -> cost, None if refused."""
+    heads, widths = _cost_heads(FOLIO_COST_HEADS, style)
+    yield from style.lead("cost of larger folios, library, counted on the emulated machine (operations)", style.head, "")
+    yield from heads
+    for (case, cost), hypervisors in _alike(counted).items():
+        name = f"{case} on {', '.join(hypervisors)}"
+        yield f"{name:<{COST_WIDTH}}" + ("  refused while the guest lives" if cost is None else
+                                         _counts(FOLIO_COST_HEADS, vars(cost), widths))
+    yield from style.wrap("1 GiB is lent to the guest and taken back; what 4K and 2M cost is carried over from two blocks "
+                          "of 2 MiB. The direct map is made of blocks, which split while they are in use (BBML3).", "", "  ")
+
+
+C = TypeVar("C")
+
+
+def _alike(counted: Mapping[tuple[str, str], C]) -> dict[tuple[str, C], list[str]]:
+    alike: dict[tuple[str, C], list[str]] = {}
+    for (name, hypervisor), cost in counted.items():
+        alike.setdefault((name, cost), []).append(hypervisor)
+    return alike
+
+
 # The line, or where there is no room for it the two lines, above the columns, and how wide those are.
-def _cost_heads(style: Style) -> tuple[list[str], list[int]]:
-    heads = list(COST_HEADS.values())
+def _cost_heads(named: Mapping[str, str], style: Style) -> tuple[list[str], list[int]]:
+    heads = list(named.values())
     if COST_WIDTH + sum(len(head) + 2 for head in heads) <= style.width:
         rows = [heads]
     else:
@@ -133,5 +155,5 @@ def _cost_heads(style: Style) -> tuple[list[str], list[int]]:
             for row in rows], widths
 
 
-def _counts(counts: Mapping[str, int], widths: Sequence[int]) -> str:
-    return "".join(f"{counts[what]:>{width}}" for what, width in zip(COST_HEADS, widths, strict=True))
+def _counts(named: Iterable[str], counts: Mapping[str, int], widths: Sequence[int]) -> str:
+    return "".join(f"{counts[what]:>{width},}" for what, width in zip(named, widths, strict=True))

@@ -28,6 +28,17 @@ class DesignCost:
     hypercalls: int
 
 
+@dataclass(frozen=True)
+class FolioCost(DesignCost):
+    """Operations on a file with folios of some size, counted on a machine that has real tables (vmm/folio_costs.py).
+
+    splits are those of the direct map. table_pages are taken for all tables: a split of a leaf of the guest, or of the
+    host's stage 2, takes one.
+    """
+
+    table_pages: int
+
+
 def cost(design: type[Design], hypervisor: Hypervisor) -> DesignCost | None:
     """Count; None where the design was not posted for this hypervisor, or does not survive being alone."""
     if design.hypervisors is not None and hypervisor.name not in design.hypervisors:
