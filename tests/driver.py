@@ -27,6 +27,8 @@ class Bench:
         self.hypervisor = HYPERVISORS[hypervisor]
         self.library = design(self.hypervisor.ops(), scene.pages)
         self.library.scene = scene
+        if design.large and scene.order:
+            self.library.order, self.library.splits = scene.order, True
         self.machine = AbstractHost(self.hypervisor, scene, 1, bounds=design.bounds, errnos=design.errnos)
         self.shared = self.machine.initial()
         self.notes: list[Any] = []

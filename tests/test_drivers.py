@@ -12,6 +12,8 @@ from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
 from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.hypervisors.kvm.pkvm import PkvmOps
+from guest_memfd.hypervisors.kvm.snp import SnpOps
+from guest_memfd.hypervisors.kvm.tdx import TdxOps
 from guest_memfd.words.primitives import Folio
 
 EPERM, ENOENT, EIO, EAGAIN, ENOMEM, EBUSY, EINVAL = -1, -2, -5, -11, -12, -16, -22
@@ -42,6 +44,10 @@ def make_private(ops: GuestMemfdOps) -> Any:
 
 def reclaim(ops: GuestMemfdOps) -> Any:
     return ops.reclaim(GFN, P)
+
+
+def split(ops: GuestMemfdOps) -> Any:
+    return ops.split(GFN, P)
 
 
 TO_PROTECTED, TO_SIBLING = "hypercall(donate_to_protected, pfn7)", "hypercall(donate_to_sibling, pfn7)"
@@ -108,13 +114,111 @@ KVM: list[Row] = [
     (GuestMemfdOps.release, [("ops_released()", None)], None),
 ]
 
+MAP_SHARED, UNMAP_SHARED = "hypercall(map_shared, 3, pfn7)", "hypercall(unmap_shared, 3, pfn7)"
+# Of both that encrypt: a shared page is KVM's own business, and to make shared is to give back for good.
+ENCRYPTED: list[Row] = [
+    *((prepare_shared, [(MAP_SHARED, ret)], ret) for ret in (0, ENOMEM)),
+    *((invalidate(False, reason), [(UNMAP_SHARED, ret)], ret) for reason in ("punch", "teardown") for ret in (0, EIO)),
+    (make_private, [], None),
+    (GuestMemfdOps.release, [("ops_released()", None)], None),
+]
+
+AUG, REMOVE = "hypercall(page_aug, 3, pfn7)", "hypercall(page_remove, 3, pfn7)"
+BLOCK, DEMOTE = "hypercall(range_block, 3, pfn7)", "hypercall(page_demote, 3, pfn7)"
+TDX: list[Row] = [
+    *ENCRYPTED,
+    *((prepare_private, [(AUG, ret)], ret) for ret in (0, ENOMEM, EPERM)),
+    *((split, [(DEMOTE, ret)], ret) for ret in (0, ENOMEM)),
+    *((invalidate(private, reason), [(call, EAGAIN), (call, ret)], ret)
+      for private, call in ((True, BLOCK), (False, UNMAP_SHARED))
+      for reason in ("punch", "teardown") for ret in (0, EAGAIN, EIO)),
+    *((invalidate(True, reason), [(BLOCK, ret)], ret) for reason in ("to_shared", "unbind") for ret in (0, EIO)),
+    *((ops, [(REMOVE, ret)], ret) for ops in (reclaim, make_shared) for ret in (0, EAGAIN, EIO)),
+]
+
+ASSIGN, UNASSIGN = "hypercall(rmp_assign, 3, pfn7)", "hypercall(rmp_unassign, pfn7)"
+SMASH, ZAP = "hypercall(psmash, 3, pfn7)", "hypercall(npt_zap, 3, pfn7)"
+SPLIT_DIRECT_MAP = "split_direct_map(pfn7)"
+SNP: list[Row] = [
+    *ENCRYPTED,
+    *((prepare_private, [(SPLIT_DIRECT_MAP, 0), (ASSIGN, ret)], ret) for ret in (0, ENOMEM, EPERM)),
+    *((prepare_private, [(SPLIT_DIRECT_MAP, ret)], ret) for ret in (ENOMEM, EAGAIN)),
+    *((split, [(SMASH, ret)], ret) for ret in (0, EIO)),
+    *((split, [(SMASH, EAGAIN), (SMASH, ret)], ret) for ret in (0, EAGAIN)),
+    *((invalidate(True, reason), [(ZAP, 0)], 0) for reason in ("punch", "to_shared", "teardown")),
+    *((ops, [(UNASSIGN, ret)], ret) for ops in (reclaim, make_shared) for ret in (0, EAGAIN, EIO)),
+]
+
+LARGE = Folio(8, 2)
+
+
+def of_each(call: str, *rets: int, gfn: bool = True) -> list[tuple[str, int]]:
+    """*call* about each page of a folio of four."""
+    args = [f"{4 + at}, pfn{8 + at}" if gfn else f"pfn{8 + at}" for at in range(4)]
+    return [(f"hypercall({call.replace('*', arg)})", ret) for arg, ret in zip(args, rets, strict=False)]
+
+
+def private(ops: GuestMemfdOps) -> Any:
+    return ops.prepare_private(4, LARGE)
+
+
+def gone(ops: GuestMemfdOps) -> Any:
+    return ops.invalidate(4, LARGE, True, "punch")
+
+
+def gone_shared(ops: GuestMemfdOps) -> Any:
+    return ops.invalidate(4, LARGE, False, "punch")
+
+
+def back(ops: GuestMemfdOps) -> Any:
+    return ops.reclaim(4, LARGE)
+
+
+def cut(ops: GuestMemfdOps) -> Any:
+    return ops.split(4, LARGE)
+
+
+# A folio of four pages, at gfn 4: asked for as one; page by page only if a part of it may be so already.
+OF_LARGE: list[tuple[type[GuestMemfdOps], Row]] = [
+    *((ops, (private, [(f"hypercall({call}, 4, pfn8/o2)", first), *of_each(f"{call}, *", *rets)], last))
+      for ops, call, already in ((PkvmOps, "donate_guest", 0), (TdxOps, "page_aug", EPERM), (SnpOps, "rmp_assign", EPERM))
+      for first, rets, last in ((0, (), 0), (ENOMEM, (), ENOMEM), (EPERM, (EPERM, 0, EPERM, 0), 0),
+                                (EPERM, (0, ENOMEM), ENOMEM),
+                                (EPERM, (0, EPERM, EPERM, EPERM), 0), (EPERM, (EPERM, EPERM, EPERM, 0), 0),
+                                (EPERM, (EPERM,) * 4, already))),
+    *((GunyahOps, (private, [("hypercall(donate_to_protected, pfn8/o2)", EINVAL),
+                             *of_each("donate_to_protected, *", *rets, gfn=False), *mapped], last))
+      for rets, mapped, last in (((EINVAL, 0, EINVAL, 0), [("hypercall(map_private, 4, pfn8/o2)", 0)], 0),
+                                 ((EINVAL,) * 4, [("hypercall(map_private, 4, pfn8/o2)", ENOMEM)], ENOMEM),
+                                 ((EINVAL, ENOMEM), [], ENOMEM))),
+    *((GunyahOps, (gone, [("hypercall(unmap_private, 4, pfn8/o2, True)", EINVAL),
+                          *of_each("unmap_private, *, True", *rets)], last))
+      for rets, last in (((EINVAL, 0, 0, EINVAL), 0), ((EINVAL,) * 4, 0), ((0, EBUSY), EBUSY))),
+    *((GunyahOps, (gone, [("hypercall(unmap_private, 4, pfn8/o2, True)", EAGAIN),
+                          ("hypercall(unmap_private, 4, pfn8/o2, True)", EINVAL),
+                          *of_each("unmap_private, *, True", *rets)], last))
+      for rets, last in (((EINVAL, 0, 0, EINVAL), 0), ((0, EBUSY), EBUSY))),
+    (GunyahOps, (gone_shared, [("hypercall(unmap_vmmio, 4, pfn8/o2, True)", 0),
+                               ("hypercall(donate_from_sibling, pfn8/o2)", 0)], 0)),
+    *((GunyahOps, (back, [("hypercall(donate_from_protected, pfn8/o2)", EINVAL),
+                          *of_each("donate_from_protected, *", *rets, gfn=False)], last))
+      for rets, last in (((EINVAL, 0, 0, EINVAL), 0), ((EINVAL,) * 4, 0), ((0, EBUSY), EBUSY))),
+    *((ops, (cut, [(f"hypercall({call}, 4, pfn8/o2)", ret)], ret)) for ret in (0, ENOMEM)
+      for ops, call in ((PkvmOps, "split_guest"), (TdxOps, "page_demote"), (SnpOps, "psmash"))),
+    *((ops, (cut, [], 0)) for ops in (KvmOps, GunyahOps)),      # they split when a part is asked for
+    *((ops, (back, [(f"hypercall({call})", ret)], ret)) for ret in (0, EIO)
+      for ops, call in ((PkvmOps, "reclaim_dying_guest_page, 4, pfn8/o2"), (TdxOps, "page_remove, 4, pfn8/o2"),
+                        (SnpOps, "rmp_unassign, pfn8/o2"))),
+]
+
 
 def test_protected_hypervisors_zero_what_they_give_back() -> None:
-    assert (KvmOps.scrubs, PkvmOps.scrubs, GunyahOps.scrubs) == (False, True, True)
+    assert [ops.scrubs for ops in (KvmOps, PkvmOps, GunyahOps, TdxOps, SnpOps)] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize(("ops", "row"), [
-    *((GunyahOps, row) for row in GUNYAH), *((PkvmOps, row) for row in PKVM), *((KvmOps, row) for row in KVM)])
+    *((GunyahOps, row) for row in GUNYAH), *((PkvmOps, row) for row in PKVM), *((KvmOps, row) for row in KVM),
+    *((TdxOps, row) for row in TDX), *((SnpOps, row) for row in SNP), *OF_LARGE])
 def test_a_driver_makes_these_calls_and_answers_so(ops: type[GuestMemfdOps], row: Row) -> None:
     operation, calls, answer = row
     driver = ops()

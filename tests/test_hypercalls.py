@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import el2_bench
 import pytest
 from driver import Bench
+from el2_bench import done
 
-from guest_memfd.abstract import state as st
 from guest_memfd.core.hypervisor import DATA_ABORT, SEA, check_owner
-from guest_memfd.words.pagestate import ANY, CONTENTS, DYING, OWNERS
+from guest_memfd.words.pagestate import DYING
 from guest_memfd.words.primitives import Folio, Primitive
 from guest_memfd.words.scene import Scene
 
@@ -128,49 +129,11 @@ BY_OTHERS = [
     ("pkvm", HOLDS, Primitive("image_copy", (0,), "power"), "copied",                           # a plain access of the host
      {"pfn0.owner": "host", "pfn0.s2": 1, "pfn0.gmap": 0, "pfn0.locked_in": 0, "pfn0.content": "zero", "gfn0.gpoison": 1}),
 ]
-WORDS: dict[str, dict[int, str]] = {
-    "owner": dict(enumerate(OWNERS)), "content": dict(enumerate(CONTENTS)),
-    "expect": {**dict(enumerate(CONTENTS)), ANY: "any"},
-}
 
 
 def placed(before: dict[str, Any], hypervisor: str) -> Bench:
     """Page 0 of the file is frame 0, which is as *before* says; the host has a stale entry for frame 1."""
-    bench = Bench(hypervisor, scene=Scene())
-    assert bench.do(lambda lib: lib.allocate(0, 1)) == 0
-    state = bench.state
-    changed = {"pfn0.content": "zero", "pfn1.stale": 1, **before}
-    for name, value in changed.items():
-        record, _, field = name.partition(".")
-        numbers = {word: number for number, word in WORDS.get(field, {}).items()}
-        setattr(records(state)[record], field, numbers.get(value, value))
-    bench.shared = state.save()
-    return bench
-
-
-def records(state: st.State) -> dict[str, Any]:
-    kinds = {"pfn": state.frames(), "page": state.pages(), "gfn": state.gfns(),
-             "vm": state.vms()}
-    return {f"{kind}{record.number}": record for kind, members in kinds.items() for record in members}
-
-
-def fields(state: st.State) -> dict[str, Any]:
-    """All that there is of pages, gfns and VMs, ghosts left out."""
-    return {f"{name}.{field}": WORDS[field][getattr(record, field)] if field in WORDS else getattr(record, field)
-            for name, record in records(state).items()
-            for field in (*FIELDS[name.rstrip("0123456789")],)}
-
-
-FIELDS = {"pfn": tuple(field for field in st.FRAME_FIELDS if field != "asked"), "page": st.PAGE_FIELDS,
-          "gfn": st.GFN_FIELDS, "vm": st.VM_FIELDS}
-
-
-def done(bench: Bench, primitive: Primitive) -> tuple[Any, dict[str, Any]]:
-    """What *primitive* says, and what it has changed."""
-    was = fields(bench.state)
-    outcome = next(o for o in bench.machine.outcomes(bench.shared, 0, primitive) if not o.failed)
-    now = fields(st.State(outcome.shared))
-    return outcome.result, {name: value for name, value in now.items() if value != was[name]}
+    return el2_bench.placed({"pfn1.stale": 1, **before}, hypervisor, Scene())
 
 
 @pytest.mark.parametrize(("hypervisor", "row"), [

@@ -1,0 +1,135 @@
+"""core/large.py call by call: what is asked of the host, in which order, and what is made of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from errno import EAGAIN, EBUSY, ENOMEM
+from typing import Any
+
+import pytest
+from scripted import asked, script
+
+from guest_memfd.core.gmem import Held
+from guest_memfd.core.large import cut_off, is_cut
+from guest_memfd.designs.ours import OurLibrary
+from guest_memfd.hypervisors.kvm.pkvm import PkvmOps
+from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.words.primitives import Folio, Locked, Lookup, Primitive
+from guest_memfd.words.units import Gfn, Index
+
+SIZE = 16
+LARGE = Held(Folio(8, 2), Index(4), Gfn(4), True)
+NEXT = Held(Folio(12, 2), Index(8), None, True)
+
+
+class Large(OurLibrary):
+    order, splits = 2, True
+
+
+def library(design: type[OurLibrary] = Large) -> OurLibrary:
+    return design(PkvmOps(), SIZE)
+
+
+def held_in(shared: Sequence[int] = ()) -> Callable[[Primitive], Any]:
+    """Answers of a host whose pages are private, bound to the gfns of their index, but for those *shared*."""
+    def answer(primitive: Primitive) -> Any:
+        if primitive.name != "tree_load":
+            return None
+        tree, start, nr = primitive.args
+        pages = range(start, start + nr)
+        if tree == "bindings":
+            return [i + 1 for i in pages]
+        return [SHARED_PAGE if i in shared else PRIVATE_PAGE for i in pages]
+
+    return answer
+
+
+@pytest.mark.parametrize(("start", "nr", "heads"), [
+    (4, 4, [4]), (5, 1, [4]), (7, 1, [4]), (8, 1, [8]), (7, 2, [4, 8]), (5, 6, [4, 8]), (4, 8, [4, 8]),
+    (0, 16, [0, 4, 8, 12]), (3, 1, [0]), (15, 1, [12]), (4, 5, [4, 8]), (2, 3, [0, 4])])
+def test_what_a_range_touches_is_merged(start: int, nr: int, heads: list[int]) -> None:
+    _, said = asked(library().merge(Index(start), nr), held_in())
+    assert [line for line in said if "merge" in line] == [f"merge_folio({head}, 2)" for head in heads]
+
+
+def test_only_what_is_one_thing_throughout_is_merged() -> None:
+    _, said = asked(library().merge(Index(0), SIZE), held_in(shared=[6, 12]))
+    assert [line for line in said if "merge" in line] == ["merge_folio(0, 2)", "merge_folio(8, 2)"]
+    assert [line for line in said if "attributes" in line] == [f"tree_load(attributes, {head}, 4)" for head in (0, 4, 8, 12)]
+
+
+@pytest.mark.parametrize(("order", "splits"), [(0, True), (0, False), (2, False)])
+def test_where_folios_are_single_or_stay_as_they_are_nothing_is_merged(order: int, splits: bool) -> None:
+    design = type("Small", (OurLibrary,), {"order": order, "splits": splits})
+    assert asked(library(design).merge(Index(0), SIZE), held_in()) == (None, [])
+
+
+@pytest.mark.parametrize(("start", "nr", "cut"), [
+    (4, 4, False), (0, 16, False), (5, 3, True), (4, 3, True), (4, 5, False), (3, 5, False), (7, 1, True), (5, 9, True)])
+def test_a_range_cuts_a_folio_that_reaches_beyond_it(start: int, nr: int, cut: bool) -> None:
+    assert is_cut(LARGE, Index(start), nr) == cut
+
+
+LOCKED = Locked(LARGE.pgoff, True, False, False)
+HOLE = LOCKED._replace(no_direct_map=True)
+SPLIT_GUEST, SPLIT_MAP = "hypercall(split_guest, 4, pfn8/o2)", "split_direct_map(pfn8/o2)"
+SPLIT, UNLOCK_ALL, UNLOCK_FIRST = "split_folio(pfn8/o2)", "unlock_folio(pfn8/o2)", "unlock_folio(pfn8)"
+
+
+@pytest.mark.parametrize(("locked", "held", "calls", "ret"), [
+    (LOCKED, LARGE, [(SPLIT_GUEST, 0), (SPLIT, 0), (UNLOCK_FIRST, None)], 0),
+    (HOLE, LARGE, [(SPLIT_GUEST, 0), (SPLIT_MAP, 0), (SPLIT, 0), (UNLOCK_FIRST, None)], 0),
+    (HOLE, LARGE._replace(gfn=None), [(SPLIT_MAP, 0), (SPLIT, 0), (UNLOCK_FIRST, None)], 0),
+    (HOLE, LARGE, [(SPLIT_GUEST, -ENOMEM), (UNLOCK_ALL, None)], -ENOMEM),
+    (HOLE, LARGE, [(SPLIT_GUEST, 0), (SPLIT_MAP, -ENOMEM), (UNLOCK_ALL, None)], -ENOMEM),
+    (HOLE, LARGE, [(SPLIT_GUEST, 0), (SPLIT_MAP, 0), (SPLIT, -EBUSY), (UNLOCK_ALL, None)], -EBUSY),
+])
+def test_a_folio_is_split_from_the_outside_in(locked: Locked, held: Held, calls: list[tuple[str, Any]], ret: int) -> None:
+    """The guest's leaf, the hole, the folio; what fails leaves it one, locked and unlocked as such."""
+    said = [("lock_folio(pfn8/o2)", locked), *calls]
+    assert script(library().split((held,)), *(answer for _, answer in said)) == (
+        (ret, held.pgoff if ret else 0), [call for call, _ in said])
+
+
+def test_the_first_that_cannot_be_split_ends_it() -> None:
+    (ret, index), said = asked(library().split((LARGE, NEXT)), lambda p: {
+        "lock_folio": LOCKED, "hypercall": 0, "split_folio": -EBUSY if p.args[0] == NEXT.folio else 0}.get(p.name))
+    assert (ret, index) == (-EBUSY, NEXT.pgoff)
+    assert said[-1] == "unlock_folio(pfn12/o2)"
+
+
+@pytest.mark.parametrize(("fails", "ret"), [(-EBUSY, -EAGAIN), (-EAGAIN, -EAGAIN), (-ENOMEM, -ENOMEM)])
+@pytest.mark.parametrize(("start", "index"), [(6, 6), (4, 4), (2, 4)])
+def test_who_asked_is_told_of_a_page_of_his_range(start: int, index: int, fails: int, ret: int) -> None:
+    """-EBUSY of a split is a reference that passes, so he may try again; the references stay his to drop."""
+    steps = library().single_pages(Index(start), 8, (LARGE, NEXT), (LARGE,))
+    said, _ = asked(steps, lambda p: {"lock_folio": LOCKED, "hypercall": 0, "split_folio": fails}.get(p.name))
+    assert said == (ret, index, (LARGE, NEXT))
+
+
+def test_after_a_split_the_range_is_looked_up_anew() -> None:
+    steps = library().single_pages(Index(4), 2, (LARGE,), (LARGE,))
+    found, said = asked(steps, lambda p: {
+        "lock_folio": LOCKED, "hypercall": 0, "split_folio": 0, "tree_load": held_in()(p),
+        "filemap_get_folio": p.name == "filemap_get_folio" and Lookup(Folio(p.args[0] + 4), p.args[0])}.get(p.name))
+    assert found == (0, 0, (Held(Folio(8), Index(4), Gfn(4), True), Held(Folio(9), Index(5), Gfn(5), True)))
+    # What was held of the large folio goes before that.
+    assert said.index("folio_put(pfn8/o2, lookup)") < said.index("filemap_get_folio(4)")
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_nothing_is_looked_up_anew_where_nothing_is_split(splits: bool) -> None:
+    design = type("Some", (OurLibrary,), {"order": 2, "splits": splits})
+    cut = () if splits else (LARGE,)
+    assert asked(library(design).single_pages(Index(4), 4, (LARGE,), cut), lambda p: None) == ((0, 0, (LARGE,)), [])
+
+
+@pytest.mark.parametrize(("start", "nr", "which"), [(4, 8, ()), (5, 7, (LARGE,)), (4, 5, (NEXT,)), (6, 3, (LARGE, NEXT))])
+def test_of_a_range_the_folios_at_its_ends_are_cut(start: int, nr: int, which: tuple[Held, ...]) -> None:
+    _, said = asked(cut_off(library(), Index(start), nr, (LARGE, NEXT)), lambda p: {
+        "lock_folio": LOCKED, "hypercall": -ENOMEM if p.args[1:] else 0, "split_folio": 0, "tree_load": [0] * nr,
+        "filemap_find_folio": start + nr}.get(p.name))
+    if which == (LARGE, NEXT):
+        which = (LARGE,)                                # the first fails, at the hypervisor
+    locked = [line for line in said if line.startswith("lock_folio")]
+    assert locked == [f"lock_folio(pfn{held.folio.pfn}/o2)" for held in which]
