@@ -120,6 +120,7 @@ BY_OTHERS = [
     ("gunyah", HOLDS, Primitive("guest_consents", (0,), "guest"), "ok",
      {"pfn0.locked_in": 0, "pfn0.content": "data", "page0.expect": "data"}),
     ("gunyah", SHARES, Primitive("guest_consents", (0,), "guest"), "ok", {}),
+    ("gunyah", {**SHARES, "pfn0.locked_in": 1}, Primitive("guest_consents", (0,), "guest"), "ok", {}),
     ("gunyah", HAS, Primitive("guest_access", (0, False), "guest"), "ok", {"pfn0.locked_in": 1}),
     ("gunyah", SHARES, Primitive("guest_access", (0, False), "guest"), "ok", {}),
     ("pkvm", HOLDS, Primitive("guest_consents", (0,), "guest"), "ok",

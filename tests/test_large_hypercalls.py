@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from el2_bench import done, placed
 
+from guest_memfd.abstract.state import State
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.words import pagestate
 from guest_memfd.words.primitives import Folio, Primitive
@@ -136,6 +137,7 @@ GUNYAH = [
     *(Row({**GUESTS, **AS_ONE, f"pfn{pfn}.locked_in": 1}, ("unmap_private", 0, F, True), -EBUSY, {}) for pfn in (0, 1)),
     Row({**GUESTS, **AS_ONE, **DYING, "pfn1.locked_in": 1}, ("unmap_private", 0, F, True), 0,
         {**NOT_MAPPED_AS_ONE, "pfn1.locked_in": 0, "pfn1.content": "zero", "page1.expect": "any"}),
+    Row({**HOLDS, **DYING}, ("unmap_private", 0, F, True), 0, {**NOT_MAPPED_AS_ONE, **both(locked_in=0), **FORGOTTEN}),
     *(Row({**GUESTS, **mapped}, ("unmap_private", 0, F, True), -EINVAL, {})
       for mapped in ({"pfn0.gmap": 1}, {"pfn1.gmap": 2}, {"pfn0.gmap": 2, "pfn1.gmap": 1})),
     *parts("guest", ("unmap_private", 0, F, True), EINVAL),
@@ -154,6 +156,7 @@ ALIASES = [
     Row(LENT, ("unmap_shared", 0, F), 0, {**both(owner="host"), **NOT_MAPPED_AS_ONE}),
     Row(LENT, ("unmap_shared", 1, LAST), 0, {"pfn1.owner": "host", **NOT_MAPPED_AS_ONE}),
     Row({**SHARED, **BY_PAGE}, ("unmap_shared", 1, LAST), 0, {"pfn1.owner": "host", "pfn1.gmap": 0}),
+    Row({**SHARED, **BY_PAGE}, ("unmap_shared", 0, F), 0, {**both(owner="host"), **NOT_MAPPED}),
     Row({**ENCRYPTED, **AS_ONE}, ("unmap_shared", 0, F), 0, NOT_MAPPED_AS_ONE),
 ]
 JUNK = {**both(content="data"), "page0.expect": "data", "page1.expect": "data"}
@@ -206,6 +209,17 @@ def test_a_hypercall_about_a_large_folio_answers_and_changes_what_it_should(hype
 @pytest.mark.parametrize("hypervisor", ROWS)
 def test_every_hypercall_is_asked_of_a_large_folio(hypervisor: str) -> None:
     assert {row.call[0] for row in ROWS[hypervisor]} == {*HYPERVISORS[hypervisor].hypercalls}
+
+
+@pytest.mark.parametrize(("folio", "splits"), [(F, 0), (LAST, 1)])
+@pytest.mark.parametrize(("before", "call"), [({**GUESTS, **AS_ONE}, "unmap_private"), (LENT, "unmap_vmmio")])
+def test_gunyah_splits_only_what_goes_in_part(before: dict[str, Any], call: str, folio: Folio, splits: int) -> None:
+    bench = placed(before, "gunyah", ONE_FOLIO, 2)
+    (begun,) = bench.machine.outcomes(bench.shared, 0, Primitive("begin_op", ("punch", 0, 2, None), "library"))
+    bench.shared = begun.shared
+    (outcome,) = (o for o in bench.machine.outcomes(
+        bench.shared, 0, Primitive("hypercall", (call, folio.pfn, folio, True), "module")) if not o.failed)
+    assert State(outcome.shared).ghost(0).splits == splits
 
 
 @pytest.mark.parametrize("made", [Primitive("image_copy", (1,), "power"), Primitive("guest_consents", (1,), "guest")])

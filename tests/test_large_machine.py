@@ -198,4 +198,4 @@ def test_the_costs_by_size() -> None:
     assert [(costs[f"1 GiB as {size}"]["direct_map_writes"], costs[f"1 GiB as {size}"]["flushes"])
             for size in ("4K", "2M", "1G")] == [(2 << 18, 1 << 18), (2 << 9, 1 << 9), (2, 1)]
     assert costs["4K of 2M shared and back"]["splits"] == 1
-    assert costs["again"]["splits"] == 0, "the direct map stays split, so it is split once"
+    assert costs["4K of 2M, once more"]["splits"] == 0, "the direct map stays split, so it is split once"

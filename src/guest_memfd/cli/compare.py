@@ -15,7 +15,7 @@ from guest_memfd.designs import DESIGNS
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.explore.suite.verdict import Report
-from guest_memfd.explore.world.cost import DesignCost, cost
+from guest_memfd.explore.world.cost import DesignCost, FolioCost, cost
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.report import json, terminal
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         if page is not None:
             page.write(_page(reports, counted, sentences, scope.words(), arguments.load))
         if arguments.json:
-            out.write(json.dump(json.compare(reports, counted, sentences, scope.words())))
+            out.write(json.dump(json.compare(reports, counted, sentences, scope.words(), _folios(reports)[0])))
         else:
             out.write("\n".join(_lines(reports, counted, sentences, scope.words(), out.style)))
             out.write(f"time: {time.perf_counter() - began:.1f} s")
@@ -94,19 +94,24 @@ def _page(reports: Sequence[Report], counted: Costs, sentences: dict[str, str], 
     return page(reports, counted, sentences, words, loads)
 
 
-# Counted where there is a machine: the explorer's scenes have folios of four pages at most.
-def _folios(reports: Sequence[Report], style: Style) -> Iterator[str]:
+# Counted where there is a machine, as the explorer's scenes have folios of four pages at most; else None, and why.
+def _folios(reports: Sequence[Report]) -> tuple[dict[tuple[str, str], FolioCost | None] | None, str]:
     from guest_memfd.vmm.folio_costs import counted_folios
 
-    hypervisors = [report.hypervisor for report in reports if report.design == OurLibrary.name]
-    there = [name for name in hypervisors if name in COUNTED]
-    if not there:
-        return
-    yield ""
+    there = [report.hypervisor for report in reports if report.design == OurLibrary.name and report.hypervisor in COUNTED]
     try:
-        yield from folio_costs(counted_folios(there), style)
+        return (counted_folios(there) if there else None), ""
     except HostUnavailable as error:
-        yield from style.wrap(f"the cost of larger folios is not counted: {error}", "", "  ")
+        return None, f"the cost of larger folios is not counted: {error}"
+
+
+def _folio_lines(reports: Sequence[Report], style: Style) -> Iterator[str]:
+    counted, why = _folios(reports)
+    if counted:
+        yield ""
+        yield from folio_costs(counted, style)
+    elif why:
+        yield from style.wrap(why, "", "  ")
 
 
 def _lines(
@@ -119,7 +124,7 @@ def _lines(
         yield from style.wrap(text, "- ")
     yield ""
     yield from costs(counted, style)
-    yield from _folios(reports, style)
+    yield from _folio_lines(reports, style)
     yield ""
     yield from style.wrap("gmem check DESIGN --hypervisor NAME --quick --law LAW", "how a law breaks, step by step: ", "  ")
     yield from terminal.amount(reports, words, style)

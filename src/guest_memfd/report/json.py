@@ -13,7 +13,7 @@ from guest_memfd.explore.replay import Replay
 from guest_memfd.explore.suite.survived import Survived
 from guest_memfd.explore.suite.verdict import Found, Report
 from guest_memfd.explore.trace import version
-from guest_memfd.explore.world.cost import DesignCost
+from guest_memfd.explore.world.cost import DesignCost, FolioCost
 from guest_memfd.laws import LAWS
 from guest_memfd.report.blame import offending
 from guest_memfd.report.steps import call, lock_holders, result
@@ -73,9 +73,9 @@ def _report(report: Report, survived: Sequence[Survived]) -> dict[str, Any]:
 
 def compare(
     reports: Sequence[Report], costs: Mapping[tuple[str, str], DesignCost | None], sentences: Mapping[str, str],
-    explored: str,
+    explored: str, folios: Mapping[tuple[str, str], FolioCost | None] | None,
 ) -> dict[str, Any]:
-    """The whole table, without the traces."""
+    """The whole table, without the traces; *folios*: what larger folios cost, None where that was not counted."""
     rows = [
         {"design": r.design, "hypervisor": r.hypervisor, "verdict": r.verdict, "laws": _laws(r, traces=False),
          "cost": _cost(costs.get((r.design, r.hypervisor))), "scenes": list(r.scenes), "refused": list(r.refused),
@@ -85,8 +85,10 @@ def compare(
          "seconds": round(r.seconds, 3)}
         for r in reports
     ]
+    larger = None if folios is None else [
+        {"case": case, "hypervisor": hypervisor, "cost": _cost(cost)} for (case, hypervisor), cost in folios.items()]
     return {"schema": COMPARE, "explored": explored, "failures": reports[0].failures, "table": rows,
-            "sentences": dict(sentences)}
+            "sentences": dict(sentences), "larger_folios": larger}
 
 
 def _cost(cost: DesignCost | None) -> dict[str, int] | None:

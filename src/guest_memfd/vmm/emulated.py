@@ -97,7 +97,7 @@ def design_of(name: str, hypervisor: str, folio: int) -> type[Design]:
     if found.hypervisors is not None and hypervisor not in found.hypervisors:
         raise BadInput(f"design {name!r} was posted for {', '.join(found.hypervisors)} only, not for {hypervisor!r}")
     order = (folio // PAGE).bit_length() - 1
-    return type(found.__name__, (found,), {"order": order}) if order else found
+    return type(found.__name__, (found,), {"order": order, "splits": found.large}) if order else found
 
 
 # What a third party has done wrong in a teardown: what was closed after it has waited for the locks that were left.

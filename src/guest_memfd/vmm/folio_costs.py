@@ -44,7 +44,7 @@ def lent_and_back(hypervisor: str, pages: int, order: int) -> FolioCost:
 def _parts(hypervisor: str) -> Iterator[tuple[str, FolioCost | None]]:
     file = LentFile(OurLibrary, hypervisor, 1 << BLOCK, BLOCK)
     file.lend()
-    for case in ("4K of 2M shared and back", "again"):
+    for case in ("4K of 2M shared and back", "4K of 2M, once more"):
         before = file.counted()
         file.to_and_fro(PAGE_WITHIN)
         yield case, _less(file.counted(), before)

@@ -14,6 +14,7 @@ from guest_memfd.errors import SyscallFailed
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import BootHypervisor
 from guest_memfd.guests.loader import GuestImage
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi import kvm, kvm_arm64, kvm_run
 from guest_memfd.uapi.kvm import (
     SHARED,
@@ -140,11 +141,11 @@ class KvmGuest:
         else:
             self.vcpu.answer(self.console.get()[:out.size])
 
-    # The guest has shared a page with us, or wants it back: the library has to know, too.
+    # The guest has shared a page with us, or wants it back: the library has to know, too. Of a larger folio only that page.
     def _convert(self, nr: int, ipa: Ipa) -> None:
         base = PRIVATE_BASE if ipa >= PRIVATE_BASE else SHARED_BASE
         wanted = 0 if nr == MEM_SHARE else kvm.PRIVATE
-        attributes = MemoryAttributes2(ipa - base, self.layout.folio, wanted)
+        attributes = MemoryAttributes2(ipa - base, PAGE, wanted)
         try:
             self.files[base].set_memory_attributes2(attributes)
         except SyscallFailed as error:
