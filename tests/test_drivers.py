@@ -8,11 +8,17 @@ from typing import Any
 import pytest
 from scripted import script
 
+from guest_memfd.core.hypervisor import DATA_ABORT, RMP_FAULT, SEA, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps
+from guest_memfd.hypervisors.gunyah.client import GUNYAH as GUNYAH_ITSELF
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
+from guest_memfd.hypervisors.kvm.default import KVM as KVM_ITSELF
 from guest_memfd.hypervisors.kvm.default import KvmOps
+from guest_memfd.hypervisors.kvm.pkvm import PKVM as PKVM_ITSELF
 from guest_memfd.hypervisors.kvm.pkvm import PkvmOps
+from guest_memfd.hypervisors.kvm.snp import SNP as SNP_ITSELF
 from guest_memfd.hypervisors.kvm.snp import SnpOps
+from guest_memfd.hypervisors.kvm.tdx import TDX as TDX_ITSELF
 from guest_memfd.hypervisors.kvm.tdx import TdxOps
 from guest_memfd.words.primitives import Folio
 
@@ -224,3 +230,14 @@ def test_a_driver_makes_these_calls_and_answers_so(ops: type[GuestMemfdOps], row
     driver = ops()
     steps = driver.release() if operation is GuestMemfdOps.release else operation(driver)
     assert script(steps, *(ret for _, ret in calls)) == (answer, [call for call, _ in calls])
+
+
+@pytest.mark.parametrize(("one", "told"), [
+    (KVM_ITSELF, (None, False, None, True, False, "accesses")),
+    (PKVM_ITSELF, (DATA_ABORT, True, "MEM_SHARE", True, False, "accesses")),
+    (GUNYAH_ITSELF, (SEA, True, "relinquish", False, False, "accesses")),
+    (TDX_ITSELF, (None, True, None, True, True, "accesses")),
+    (SNP_ITSELF, (RMP_FAULT, True, None, True, True, "writes"))], ids=lambda value: getattr(value, "name", ""))
+def test_what_a_hypervisor_is(one: Hypervisor, told: tuple[Any, ...]) -> None:
+    assert (one.abort, one.tracks_owner, one.consents, one.pfn_cache, one.encrypts, one.guards) == told
+    assert one.large

@@ -14,7 +14,7 @@ import pytest
 from driver import Bench
 from el2_bench import done
 
-from guest_memfd.core.hypervisor import DATA_ABORT, SEA, check_owner
+from guest_memfd.core.hypervisor import check_owner
 from guest_memfd.words.pagestate import DYING
 from guest_memfd.words.primitives import Folio, Primitive
 from guest_memfd.words.scene import Scene
@@ -179,14 +179,6 @@ def test_only_an_owner_is_recorded() -> None:
 
 def test_without_a_rule_of_its_own_a_hypervisor_takes_nothing_by_force() -> None:
     assert not Bench("gunyah").hypervisor.force_reclaim(None, 0)
-
-
-@pytest.mark.parametrize(("hypervisor", "told"), [
-    ("kvm", (None, False, None, True)), ("pkvm", (DATA_ABORT, True, "MEM_SHARE", True)),
-    ("gunyah", (SEA, True, "relinquish", False))])
-def test_what_a_hypervisor_is(hypervisor: str, told: tuple[Any, ...]) -> None:
-    one = Bench(hypervisor).hypervisor
-    assert (one.abort, one.tracks_owner, one.consents, one.pfn_cache) == told
 
 
 @pytest.mark.parametrize(("hypervisor", "rows"), [("gunyah", GUNYAH), ("pkvm", PKVM), ("kvm", KVM)])

@@ -53,6 +53,12 @@ def test_what_a_range_touches_is_merged(start: int, nr: int, heads: list[int]) -
         line for head in heads for line in (f"tree_load(attributes, {head}, 4)", f"merge_folio({head}, 2)")]
 
 
+def test_folios_of_two_pages_are_merged() -> None:
+    design = type("Two", (OurLibrary,), {"order": 1, "splits": True})
+    _, said = asked(library(design).merge(Index(2), 3), held_in())
+    assert [line for line in said if "merge" in line] == ["merge_folio(2, 1)", "merge_folio(4, 1)"]
+
+
 def test_only_what_is_one_thing_throughout_is_merged() -> None:
     _, said = asked(library().merge(Index(0), SIZE), held_in(shared=[6, 12]))
     assert [line for line in said if "merge" in line] == ["merge_folio(0, 2)", "merge_folio(8, 2)"]

@@ -84,11 +84,14 @@ PKVM = [
     *parts("guest", ("donate_guest", 0, F), EPERM),
     *(Row({f"gfn{gfn}.gpoison": 1}, (call, 0, F), -EPERM, {}) for gfn in (0, 1) for call in ("donate_guest", "share_guest")),
     Row({"gfn2.gpoison": 1}, ("share_guest", 0, F), 0, {**SHARED, **AS_ONE}),
+    Row({"gfn2.gpoison": 1}, ("share_guest", 1, F), -EPERM, {}),
+    Row({"gfn0.gpoison": 1}, ("share_guest", 1, F), 0, {**SHARED, "pfn0.gmap": 2, "pfn1.gmap": 3}),
     *parts("guest", ("share_guest", 0, F), EPERM),
     *parts("shared", ("share_guest", 0, F), EPERM),
     Row(LENT, ("unshare_guest", 0, F), 0, {**both(owner="host"), **NOT_MAPPED_AS_ONE}),
     Row({**SHARED, **BY_PAGE}, ("unshare_guest", 1, LAST), 0, {"pfn1.owner": "host", "pfn1.gmap": 0}),
     Row(LENT, ("unshare_guest", 1, LAST), -E2BIG, {}),                              # a part of a block is not unmapped
+    Row({**SHARED, **BY_PAGE}, ("unshare_guest", 0, F), 0, {**both(owner="host"), **NOT_MAPPED}),
     *parts("shared", ("unshare_guest", 0, F), ENOENT),
     Row(BORROWED, ("unshare", 0, F), 0, {**both(owner="guest", s2=0, locked_in=1), **FLUSHED}),
     *parts("borrowed", ("unshare", 0, F), EPERM, "guest"),
@@ -173,6 +176,8 @@ TDX = [
     Row(ENCRYPTED, ("page_remove", 0, F), 0, {**both(owner="host"), **EMPTY}),
     Row({**ENCRYPTED, **BY_PAGE}, ("page_remove", 0, F), 0, {**both(owner="host"), **EMPTY, **NOT_MAPPED}),
     Row(LAST_ENCRYPTED, ("page_remove", 0, F), 0, {"pfn1.owner": "host", "pfn1.content": "zero", "page1.expect": "zero"}),
+    Row({**ENCRYPTED, "pfn0.gmap": 2, "pfn1.gmap": 3}, ("page_remove", 1, F), 0,
+        {**both(owner="host"), **EMPTY, **NOT_MAPPED}),
     Row(JUNK, ("page_remove", 0, F), 0, {}),
     Row({**ENCRYPTED, **AS_ONE}, ("page_demote", 0, F), 0, SPLIT),
 ]
@@ -220,6 +225,29 @@ def test_gunyah_splits_only_what_goes_in_part(before: dict[str, Any], call: str,
     (outcome,) = (o for o in bench.machine.outcomes(
         bench.shared, 0, Primitive("hypercall", (call, folio.pfn, folio, True), "module")) if not o.failed)
     assert State(outcome.shared).ghost(0).splits == splits
+
+
+TWO_FOLIOS = Scene("two-folios", "two folios of two pages", pages=4, frames=4, shared=(), slots=(Slot(Gfn(0), Index(0), 4),),
+                   order=1)
+SECOND = Folio(2, 1)
+SPLITS = [
+    *(("pkvm", Primitive("guest_consents", (gfn,), "guest"), gfn // 2) for gfn in range(4)),
+    *(("pkvm", Primitive("image_copy", (pfn,), "power"), pfn // 2) for pfn in range(4)),
+    *((name, Primitive("hypercall", (call, folio.pfn, folio), "module"), folio.pfn // 2) for folio in (F, SECOND)
+      for name, call in (("pkvm", "split_guest"), ("tdx", "page_demote"), ("snp", "psmash"))),
+]
+
+
+@pytest.mark.parametrize(("hypervisor", "made", "which"), SPLITS)
+def test_the_leaf_next_to_the_one_that_is_split_stays(hypervisor: str, made: Primitive, which: int) -> None:
+    """Of two blocks, one after the other, that the guest has."""
+    mapped = {f"pfn{pfn}.{name}": value for pfn in range(4) for name, value in (
+        ("owner", "guest"), ("s2", int(hypervisor == "tdx")), ("gmap", pfn + 1), ("locked_in", 1), ("content", "secret"))}
+    mapped |= {f"folio{pfn}.guest_leaf": 1 for pfn in range(4)}
+    bench = placed({**mapped, **{f"page{i}.expect": "secret" for i in range(4)}}, hypervisor, TWO_FOLIOS, 4)
+    _, changed = done(bench, made)
+    assert {name for name in changed if name.endswith("guest_leaf")} == {
+        f"folio{2 * which + at}.guest_leaf" for at in range(2)}
 
 
 @pytest.mark.parametrize("made", [Primitive("image_copy", (1,), "power"), Primitive("guest_consents", (1,), "guest")])
