@@ -76,7 +76,7 @@ def choose(tab: Browser, where: str, option: str) -> None:
 
 
 def shown(tab: Browser) -> list[int]:
-    found = tab.js("[...document.querySelectorAll('li.step')].filter((s) => s.offsetHeight).map((s) => +s.id.slice(5))")
+    found = tab.js("[...document.querySelectorAll('li.step')].filter((s) => s.checkVisibility()).map((s) => +s.id.slice(5))")
     return [int(number) for number in found]
 
 
@@ -112,7 +112,7 @@ def test_keys_walk_through_the_states(tab: Browser, pinned: Path) -> None:
     assert means.startswith("folio_zero_range() through the direct map")
     tab.press("k")
     assert cell(tab, "pfn0.content") == ("junk", "")
-    assert cell(tab, "pfn0.refs") == ("cache 1, lru 1, lookup 1", "is-changed")
+    assert cell(tab, "pfn0.refs") == ("1 page cache, 1 lru_add batch, 1 lookup by device", "is-changed")
     tab.press("End")
     assert at(tab) == "step-25"
     tab.press("j")
@@ -126,7 +126,7 @@ def test_a_click_goes_to_a_step_and_a_button_on(tab: Browser, pinned: Path) -> N
     assert at(tab) == "step-12"
     tab.js("document.querySelector('[data-move=next]').click()")
     assert at(tab) == "step-13"
-    assert cell(tab, "pfn0.refs") == ("cache 1, lru 1, get 1", "is-changed")
+    assert cell(tab, "pfn0.refs") == ("1 page cache, 1 lru_add batch, 1 GUP without FOLL_PIN by device", "is-changed")
 
 
 def test_a_link_names_a_step(tab: Browser, pinned: Path) -> None:
@@ -153,7 +153,57 @@ def test_filters_hide_steps_and_keys_skip_them(tab: Browser, pinned: Path) -> No
     tab.press("Home")
     tab.press("j")
     assert at(tab) == "step-15"
-    assert cell(tab, "pfn0.refs")[0] == "cache 1, lru 1, get 1"         # what is hidden has happened all the same
+    assert cell(tab, "pfn0.refs")[0].endswith("by device")     # what is hidden has happened all the same
+
+
+def test_an_operation_folds_to_one_row_and_keys_pass_it_in_one_step(tab: Browser, pinned: Path) -> None:
+    tab.open(pinned)
+    tab.press("f")                                                      # the fault, 16 to 25
+    assert shown(tab) == list(range(1, 16))
+    assert at(tab) == "step-25"                                         # the states stay those at the cursor
+    assert tab.js("document.querySelector('summary.here').textContent.includes('a page fault of the guest')")
+    tab.press("k")
+    assert at(tab) == "step-15"
+    tab.press("j")
+    assert at(tab) == "step-25"
+    assert cell(tab, "pfn0.owner")[0] == "guest"
+    tab.press("f")
+    assert shown(tab) == list(range(1, 26))
+    tab.press("F")
+    assert shown(tab) == [14, 15]
+    tab.press("Home")
+    stops = []
+    for _ in range(7):
+        tab.press("j")
+        stops.append(at(tab))
+    assert stops == ["step-3", "step-10", "step-13", "step-14", "step-15", "step-25", "step-25"]
+    tab.press("F")
+    assert shown(tab) == list(range(1, 26))
+
+
+def test_a_link_into_what_is_folded_opens_it(tab: Browser, pinned: Path) -> None:
+    tab.open(pinned)
+    tab.js("document.querySelector('[data-fold]').click()")
+    assert shown(tab) == [14, 15]
+    tab.js("location.hash = '#step-21'")
+    assert until(tab, lambda: [name for name in [at(tab)] if name == "step-21"]) == ["step-21"]
+    assert shown(tab) == list(range(14, 26))
+
+
+def test_what_leads_there_goes_to_its_steps(tab: Browser, pinned: Path) -> None:
+    tab.open(pinned)
+    links = tab.js("[...document.querySelectorAll('.story a')].map((a) => a.textContent)")
+    assert links == ["step 13", "step 14", "step 21", "step 22", "step 25"]
+    tab.js("document.querySelector('.story a').click()")
+    assert until(tab, lambda: [name for name in [at(tab)] if name == "step-13"]) == ["step-13"]
+    assert tab.js("getComputedStyle(document.querySelector('#step-14')).borderLeftColor") != tab.js(
+        "getComputedStyle(document.querySelector('#step-12')).borderLeftColor")
+
+
+def test_a_filter_leaves_no_heading_without_rows(tab: Browser, pinned: Path) -> None:
+    tab.open(pinned)
+    tab.js("document.querySelector('input[data-lane=\"0\"]').click()")
+    assert tab.js("[...document.querySelectorAll('.operation')].filter((o) => o.offsetHeight).length") == 3
 
 
 def test_keys_are_left_to_who_types(tab: Browser, pinned: Path) -> None:
@@ -235,7 +285,7 @@ def test_ten_thousand_steps_stay_usable(tab: Browser, folder: Path) -> None:
     for key in ("Home", "j", "j", "k", "End", "k"):
         tab.press(key)
     assert at(tab) == "step-9999"
-    assert cell(tab, "file0.invalidate_r") == ("1", "is-changed")
+    assert cell(tab, "file0.invalidate_r") == ("1 by vmm", "is-changed")
     assert tab.picture()
 
 

@@ -71,7 +71,8 @@ def test_markdown_has_a_row_for_each_step(pinned: Counterexample) -> None:
     rows = [cells(line) for line in lines if line.startswith("|")][2:]
     assert [row[0] for row in rows] == [str(n) for n in range(1, 26)]
     assert {len(row) for row in rows} == {4}
-    assert rows[12] == ["13", "device", "`gup_recheck(index=0, pfn0, foll_pin=no) -> yes`", "pfn0: get 0 → 1, spec 1 → 0"]
+    assert rows[12] == ["13", "device", "`gup_recheck(index=0, pfn0, foll_pin=no) -> yes`",
+                        "pfn0: GUP ref 0 → 1, GUP-fast ref 1 → 0"]
     assert rows[-1][3].endswith("**pins-respected is broken**")
     assert lines[0] == "**pins-respected is broken**: gunyah-v17 on gunyah, 25 steps of vcpu, device"
 

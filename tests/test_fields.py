@@ -61,6 +61,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "consents": ["", 7], "guest_consents": [None, len], "guest_touches": [None, lambda: 0], "force_reclaim": [None, "x"],
         "pfn_cache": FLAG_NOT, "large": FLAG_NOT, "encrypts": FLAG_NOT, "guards": ["reads", None, 1],
         "errnos": [{"punsh": (5,)}, {"punch": (0,)}], "driver": [7, object(), {"mmap": len}],
+        "lending": ["", 7],
     },
     "party": {
         "name": NAME_NOT, "title": WORDS, "procedure": [None, "x", lambda: 0, lambda a, b, c: 0], "task": FLAG_NOT,

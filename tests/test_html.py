@@ -22,9 +22,9 @@ from guest_memfd.explore.replay import Replay, replay
 from guest_memfd.explore.suite.check import check
 from guest_memfd.explore.trace import Trace, trace_of, write
 from guest_memfd.explore.world.scenario import world
+from guest_memfd.html.cells import Holders
 from guest_memfd.html.trace import page, view
 from guest_memfd.report.blame import offending
-from guest_memfd.report.counterexample import Counterexample
 from guest_memfd.report.steps import lock_holders
 from guest_memfd.scenarios import SCENES
 from guest_memfd.words.primitives import Primitive
@@ -99,7 +99,7 @@ def test_every_step_is_a_row_in_the_kernels_words(pinned: Trace) -> None:
         assert step.party in text
         assert step.primitive is not None
         assert step.primitive.name in text
-    assert "get 0 → 1" in rows[12][1]
+    assert "GUP ref 0 → 1" in rows[12][1]
     assert "pins-respected is broken: a page is donated while somebody holds a reference" in rows[-1][1]
     assert shown.texts("p", "verdict") == ["pins-respected is broken: " + pinned.evidence]
 
@@ -122,10 +122,31 @@ def test_the_cells_follow_the_states(pinned: Trace) -> None:
         fields = st.fields_of(step.shared)
         for cell, text in cells.items():
             if not cell.endswith(".refs"):
-                assert text == show.value(cell, fields[cell], names), cell
+                assert re.sub(" by (vcpu|device)$", "", text) == show.value(cell, fields[cell], names), cell
         for frame in range(3):
             refs = sum(int(number) for number in re.findall(r"\d+", cells[f"pfn{frame}.refs"]))
             assert refs == st.State(step.shared).frame(frame).refs()
+
+
+def test_references_and_shared_locks_say_who_has_them(pinned: Trace) -> None:
+    given = Page(page(replay(pinned))).data()
+    told = [change.get("pfn0.refs") for change in given["changes"]]
+    assert told[4] == "1 page cache, 1 lru_add batch, 1 lookup by device"
+    assert told[11:13] == ["1 page cache, 1 lru_add batch, 1 GUP-fast, not sure yet by device",
+                           "1 page cache, 1 lru_add batch, 1 GUP without FOLL_PIN by device"]
+    assert told[16] == "1 page cache, 1 lru_add batch, 1 lookup by vcpu, 1 GUP without FOLL_PIN by device"
+    assert [change.get("file0.bindings_r") for change in given["changes"]][15] == "1 by vcpu"
+
+
+def test_a_reference_that_another_drops_is_not_his() -> None:
+    holders = Holders()
+    holders.take("vcpu", [("pfn0.lookup", 0, 1)])
+    holders.take("vmm", [("pfn0.lookup", 1, 2), ("pfn1.pin", 0, 1), ("page0.attr", 0, 1)])
+    assert holders.of("pfn0.lookup") == " by vcpu and vmm"
+    holders.take("vcpu", [("pfn0.lookup", 2, 1)])
+    assert holders.of("pfn0.lookup") == " by vmm"
+    holders.take("teardown", [("pfn0.lookup", 1, 0)])
+    assert (holders.of("pfn0.lookup"), holders.of("pfn1.pin"), holders.of("page0.attr")) == ("", " by vmm", "")
 
 
 def test_the_tables_stand_at_the_end_for_who_runs_no_script(load: Trace) -> None:
@@ -159,7 +180,7 @@ def test_folios_and_leaves_are_told_of_each_frame() -> None:
 
 
 def test_the_step_that_breaks_the_law_says_since_when(load: Trace, pinned: Trace) -> None:
-    told = [(it.record, it.label, it.text, it.since) for it in view(example(replay(load))).because]
+    told = [(it.record, it.label, it.text, it.since) for it in view(replay(load)).because]
     assert told == [("pfn0", "owner", "guest", 8), ("pfn0", "direct map", "mapped", 0),
                     ("pfn0", "host stage 2", "withheld", 8)]
     shown = Page(page(replay(pinned)))
@@ -168,7 +189,7 @@ def test_the_step_that_breaks_the_law_says_since_when(load: Trace, pinned: Trace
 
 
 def test_a_step_says_what_it_touches(pinned: Trace) -> None:
-    rows = [row for chunk in view(example(replay(pinned))).chunks for row in chunk]
+    rows = view(replay(pinned)).rows
     assert rows[0].about == ()
     assert rows[3].about == ("page0",)                                  # a lookup that finds nothing
     assert rows[5].about == ("page0", "pfn0")                           # clear_folio(pfn0), which is page 0
@@ -176,22 +197,64 @@ def test_a_step_says_what_it_touches(pinned: Trace) -> None:
     assert rows[-1].about == ("page0", "pfn0")
 
 
-def example(again: Replay) -> Counterexample:
-    trace = again.trace
-    return Counterexample(trace.design, trace.hypervisor, trace.scene, trace.parties, again.finding)
-
-
 def test_an_operation_under_way_is_seen_on_its_lane(load: Trace) -> None:
-    rows = [row for chunk in view(example(replay(load))).chunks for row in chunk]
+    rows = view(replay(load)).rows
     assert [row.busy[0] for row in rows] == [False] + [True] * 8
     assert not any(row.busy[1] for row in rows)
+
+
+def test_rows_stand_under_their_operation(pinned: Trace) -> None:
+    shown = Page(page(replay(pinned)))
+    assert shown.texts("summary")[:4] == [
+        "device mmap(), page 0: steps 1 to 3; returns 0",
+        "device a page fault in the VMM's mapping (user_fault): steps 4 to 10; done",
+        "device GUP-fast (gup_fast): steps 11 to 13; done leads there: 13",
+        "vcpu a page fault of the guest (guest_fault), page 0: steps 16 to 25; under way when the run ends "
+        "leads there: 21, 22 breaks the law: 25"]
+    assert ("details", {"open": ""}) in shown.elements                 # without a script all rows are there to be read
+    starts = [given["start"] for tag, given in shown.elements if tag == "ol" and "start" in given]
+    assert starts == ["1", "1", "4", "11", "16"]
+
+
+def test_an_operation_that_is_cut_goes_on_below() -> None:
+    shown = view(replay(traced("guestmem-rfc1", "kvm", ("vcpu", "vmm"), "all-or-nothing")))
+    parts = [part for chunk in shown.chunks for part in chunk if part.operation]
+    fault = [part for part in parts if part.operation and part.operation.party == "vcpu"]
+    assert [part.goes_on for part in fault] == [False, *[True] * (len(fault) - 1)]
+    assert len(fault) > 1
+    assert [row.number for part in fault for row in part.rows] == fault[0].operation.steps if fault[0].operation else False
+
+
+def test_steps_that_lead_there_are_marked_and_listed(pinned: Trace, load: Trace) -> None:
+    shown = Page(page(replay(pinned)))
+    marked = [given["id"] for _, given in shown.elements if "leads" in given.get("class", "").split()]
+    assert marked == ["step-13", "step-14", "step-21", "step-22"]
+    story = next(text for tag, given, text in shown.closed if given.get("class") == "story")
+    lines = [" ".join(line.split()) for line in story.splitlines() if line.strip()]
+    assert lines[0] == "What leads there"
+    assert lines[3].endswith("a check, in lend_safe(): it looks at pfn0 VMM maps it, and not at pfn0 GUP ref")
+    story = next(text for tag, given, text in Page(page(replay(load))).closed if given.get("class") == "story")
+    assert " ".join(story.split()).endswith(
+        "step 9 zeropad load_unaligned_zeropad(pfn=0) breaks the law: pfn0 owner guest, pfn0 direct map mapped (all along), "
+        "pfn0 host stage 2 withheld")
+
+
+def test_words_of_the_hypervisor_and_of_a_design_without_attributes_are_told(pinned: Trace, load: Trace) -> None:
+    told = " ".join(Page(page(replay(pinned))).texts("dd"))
+    assert "the guest has the page alone; Gunyah has two hypercalls for it, donate_to_protected and map_private" in told
+    assert "this design keeps no attribute" in told
+    cells = [given["data-cell"] for _, given in Page(page(replay(pinned))).elements if "data-cell" in given]
+    assert "page0.attr" not in cells
+    told = " ".join(Page(page(replay(load))).texts("dd"))
+    assert "its attribute; to convert a page is to change that" in told
+    assert "keeps no attribute" not in told
 
 
 def test_two_files_have_pages_of_their_own() -> None:
     initial = world("none", "gunyah", scene="two-vms").initial
     step = Step("vcpu", (), Primitive("filemap_get_folio", (1,), "library", 1), None, False, initial, ())
-    finding = Finding("progress", "it never ends", [step], initial)
-    (row,), = view(Counterexample("none", "gunyah", SCENES["two-vms"], ("vcpu",), finding)).chunks
+    trace = Trace("none", "gunyah", SCENES["two-vms"], 1, ("vcpu",), "progress", "it never ends", (), "0.1.0")
+    (row,) = view(Replay(trace, initial, (step,))).rows
     pages = st.layout_of(initial).sizes.pages
     assert row.about == (f"page{pages + 1}",)
 

@@ -154,6 +154,7 @@ class Hypervisor:
     encrypts: what the host reads of a guest's page is ciphertext.
     tracks_owner: whether it keeps ownership at all (plain KVM does not).
     consents: in words, what `guest_consents` is to this guest; None if its guests cannot give a page up.
+    lending: in words, what it calls giving a page to a guest alone, and taking it back; None if it has no words of its own.
     large: whether its operations take folios of more than one page.
     driver: decides when pages are lent and taken back; None where user space does, by conversions.
     """
@@ -177,6 +178,7 @@ class Hypervisor:
     final: Mapping[str, int] = field(default_factory=dict)
     errnos: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     driver: LendingDriver | None = None
+    lending: str | None = None
 
     def wrong_result(self, name: str, ret: object) -> str | None:
         """What is wrong with *ret* as the result of hypercall *name*, in words; None when it is 0 or -errno."""

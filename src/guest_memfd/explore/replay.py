@@ -6,15 +6,18 @@ the first thing that does not is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from guest_memfd.abstract import state as st
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import Design
 from guest_memfd.errors import GuestMemfdError
 from guest_memfd.explore.engine.finding import Finding, Step, word
+from guest_memfd.explore.engine.footprint import Watched
+from guest_memfd.explore.engine.place import chain_of
 from guest_memfd.explore.engine.program import Program, dismiss, perform, resume
 from guest_memfd.explore.trace import Trace, TraceStep, version
 from guest_memfd.explore.world.scenario import World, world
@@ -46,12 +49,19 @@ class Divergence(NamedTuple):
 
 @dataclass(frozen=True)
 class Replay:
-    """A trace that has been run again: the steps that could be taken, and where it diverged, if it did."""
+    """A trace that has been run again: the steps that could be taken, and where it diverged, if it did.
+
+    inside: for each step the procedures that were under way when it was taken, the outermost first, by name; looked: the
+    fields that it looked at. standing: party -> the procedures that it is in at the end. All are empty of what was not run.
+    """
 
     trace: Trace
     initial: bytes
     steps: tuple[Step, ...]
     divergence: Divergence | None = None
+    inside: tuple[tuple[str, ...], ...] = ()
+    looked: tuple[frozenset[str], ...] = ()
+    standing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def same(self) -> bool:
@@ -79,14 +89,17 @@ def replay(
     built = world(design or trace.design, hypervisor or trace.hypervisor, scene=trace.scene, failures=trace.failures)
     built.must_have(trace.parties)
     run = _Run(built, trace, beside(built) if beside else None, seen)
+    divergence = None
     try:
         run.take_all()
     except _Diverged as diverged:
         why = str(diverged)
         if trace.version != version():
             why += f" (recorded by version {trace.version}, this is {version()})"
-        return Replay(trace, built.initial, tuple(run.steps), Divergence(run.number, why))
-    return Replay(trace, built.initial, tuple(run.steps))
+        divergence = Divergence(run.number, why)
+    taken = len(run.steps)
+    return Replay(trace, built.initial, tuple(run.steps), divergence, tuple(run.inside[:taken]), tuple(run.looked[:taken]),
+                  {name: party.inside for name, party in (*run.parties.items(), (TEARDOWN.name, run.teardown))})
 
 
 class _Diverged(Exception):  # noqa: N818 - a signal, not an error
@@ -94,7 +107,10 @@ class _Diverged(Exception):  # noqa: N818 - a signal, not an error
 
 
 class _Party:
-    # Where one party stands: its procedure is started anew and sent all results so far.
+    # Where one party stands: its procedure is started anew and sent all results so far. `inside`: which of its frames are
+    # under way there.
+
+    inside: tuple[str, ...] = ()
 
     def __init__(self, program: Program) -> None:
         self.program, self.name = program, program.name
@@ -109,12 +125,14 @@ class _Party:
 
     def _stand(self) -> Primitive | None:
         procedure, waits_on = resume(self.program, self.path, self.asked)
+        self.inside = tuple(frame.gi_code.co_name for frame in chain_of(procedure)) if waits_on is not None else ()
         dismiss(self.program, procedure)
         return waits_on
 
 
 class _Run:
-    # `number` is that of the step being run; `before_teardown` the state in which the last party was done.
+    # `number` is that of the step being run; `before_teardown` the state in which the last party was done. `inside` and
+    # `looked` may have one entry more than `steps` where the last of them could not be taken.
 
     def __init__(
         self, built: World, trace: Trace, beside: Beside | None, seen: Callable[[Step], None] | None
@@ -124,6 +142,8 @@ class _Run:
         self.teardown = _Party(built.teardown)
         self.shared = self.before_teardown = built.initial
         self.steps: list[Step] = []
+        self.inside: list[tuple[str, ...]] = []
+        self.looked: list[frozenset[str]] = []
         self.number = 0
 
     def take_all(self) -> None:
@@ -179,7 +199,7 @@ class _Run:
 
     # Choices, ghosts and loads first, as far as they took no step of their own, then the one primitive of the step.
     def _take(self, party: _Party, recorded: TraceStep) -> Step:
-        choices, notes = list(recorded.choices), list[Any]()
+        choices, notes, seen = list(recorded.choices), list[Any](), set[str]()
         for _ in range(SILENT_AT_MOST):
             primitive = party.waits_on
             if primitive is None or primitive.name not in SILENT or self.world.machine.halted(self.shared):
@@ -189,6 +209,7 @@ class _Run:
             if primitive.name == "choose":
                 party.go_on(_chosen(party.name, primitive, choices))
             else:
+                seen |= self._looks(party, primitive)
                 outcome = perform(self.world.machine, self.shared, party.program.number, primitive)[0]
                 notes += outcome.notes
                 self._move(party, primitive, outcome)
@@ -196,9 +217,21 @@ class _Run:
             raise _Diverged(f"expected {party.name} to choose {choices[0]!r}, it does {primitive or 'nothing more'}")
         if primitive != recorded.primitive:
             raise _Diverged(_instead(party.name, recorded.primitive, primitive))
+        self.inside.append(party.inside)
+        self.looked.append(frozenset(seen if primitive is None else seen | self._looks(party, primitive)))
         if primitive is None or self._goes_round(party, primitive):
             return Step(party.name, recorded.choices, primitive, None, False, self.shared, tuple(notes))
         return self._perform(party, primitive, recorded, notes)
+
+    # Which fields *primitive* looks at here. Who asks twice the same is answered the same, so asking once more does nothing.
+    def _looks(self, party: _Party, primitive: Primitive) -> frozenset[str]:
+        if primitive.name == "choose":
+            return frozenset()
+        seen: dict[int, int] = {}
+        watched: Any = Watched(self.shared, seen)
+        perform(self.world.machine, watched, party.program.number, primitive)
+        names = st.layout_of(self.shared).names
+        return frozenset(names[at] for at in seen)
 
     # A choice or tracepoint that was recorded as a step did nothing, unless the kernel stops in it.
     def _goes_round(self, party: _Party, primitive: Primitive) -> bool:

@@ -1,5 +1,7 @@
 """The states of a run as small tables: which cells there are, what is in each at first, and what every step puts there.
 
+References are told with who holds them: of the parties that have taken one of a kind, those that have not dropped theirs.
+
 A column is a frame, a page of the file, or a guest frame; a row is a field under the name that reports give it. A cell is
 called as its field (``pfn0.owner``), but for the kinds of references, which share one (``pfn0.refs``). Where there are
 large folios, each frame has rows for the folio and the leaves that it is part of (``pfn0.folio``, ``pfn0.s1_leaf``): the
@@ -15,11 +17,16 @@ from guest_memfd.abstract import show
 from guest_memfd.abstract import state as st
 from guest_memfd.explore.engine.finding import Step
 
-_REFS = ("cache", "lru", "lookup", "provided", "pin", "get", "spec", "kept")
+_REFS = {
+    "cache": "page cache", "lru": "lru_add batch", "lookup": "lookup", "provided": "driver, for the guest",
+    "pin": "FOLL_PIN", "get": "GUP without FOLL_PIN", "spec": "GUP-fast, not sure yet", "kept": "for good",
+}
+_READERS = ("invalidate_r", "bindings_r")
+_HELD_BY_PARTIES = frozenset({"lookup", "pin", "get", "spec", *_READERS})
 _ALWAYS = {
     "pfn": ("allocated", "slot", "folio", "owner", "s1", "s1_leaf", "stale", "s2", "s2_leaf", "gmap", "guest_leaf", "user",
             "refs", "lock", "content", "uptodate"),
-    "page": ("cached", "attr", "binding"), "gfn": ("provided",),
+    "page": ("cached", "binding"), "gfn": ("provided",),
 }
 _LARGE = {"folio": "folio", "s1_leaf": "direct-map leaf", "s2_leaf": "host stage-2 leaf", "guest_leaf": "guest stage-2 leaf"}
 _TITLES = {"pfn": "frames", "page": "pages of the file", "gfn": "guest frames"}
@@ -63,16 +70,17 @@ def states(initial: bytes, steps: Sequence[Step], names: show.Names, blamed: Ite
     """The states from *initial* on through *steps*; *names*: party number -> name; *blamed*: fields of the last state."""
     fields = st.fields_of(initial)
     ever = {field for field, number in fields.items() if number} | set(blamed)
-    first = {cell: _text(cell, fields, names) for cell in dict.fromkeys(map(_cell, fields))}
-    held, changes = dict(first), list[dict[str, str]]()
+    first = {cell: _text(cell, fields, names, Holders()) for cell in dict.fromkeys(map(_cell, fields))}
+    held, changes, holders = dict(first), list[dict[str, str]](), Holders()
     before = initial
     for step in steps:
         changed = st.changes(before, step.shared)
         fields.update((field, new) for field, _, new in changed)
+        holders.take(step.party, changed)
         ever.update(field for field, _, _ in changed)
         touched = dict.fromkeys(cell for field, _, _ in changed for cell in (_cell(field), *_beside(field, first))
                                 if _seen(cell))
-        changes.append({cell: text for cell in touched if (text := _text(cell, fields, names)) != held.get(cell)})
+        changes.append({cell: text for cell in touched if (text := _text(cell, fields, names, holders)) != held.get(cell)})
         held.update(changes[-1])
         before = step.shared
     wrong = {_cell(field) for field in blamed}
@@ -103,14 +111,36 @@ def _seen(cell: str) -> bool:
     return not show.ghost(cell) and cell not in _UNSEEN
 
 
-def _text(cell: str, fields: dict[str, int], names: show.Names) -> str:
+class Holders:
+    """Who holds the references, and the shared locks, that parties take."""
+
+    def __init__(self) -> None:
+        self._parties: dict[str, list[str]] = {}
+
+    def take(self, party: str, changed: Iterable[tuple[str, int, int]]) -> None:
+        """What *party* has *changed*: (field, old, new); its own references go first, then those that were taken first."""
+        for field, old, new in changed:
+            if field.startswith(("pfn", "file")) and field.rpartition(".")[2] in _HELD_BY_PARTIES:
+                there = self._parties.setdefault(field, [])
+                there += [party] * (new - old)
+                for _ in range(min(old - new, len(there))):
+                    there.remove(party if party in there else there[0])
+
+    def of(self, field: str) -> str:
+        """`` by device`` for ``pfn0.pin``; empty where no party has taken any."""
+        there = dict.fromkeys(self._parties.get(field, ()))
+        return f" by {' and '.join(there)}" if there else ""
+
+
+def _text(cell: str, fields: dict[str, int], names: show.Names, holders: Holders) -> str:
     record, _, name = cell.rpartition(".")
     if name in _LARGE:
         return _part_of(int(record.removeprefix("pfn")), name, fields)
     if name == "refs":
-        held = [f"{kind} {number}" for kind in _REFS if (number := fields[f"{record}.{kind}"])]
+        held = [f"{number} {words}{holders.of(f'{record}.{kind}')}" for kind, words in _REFS.items()
+                if (number := fields[f"{record}.{kind}"])]
         return ", ".join(held) or "none"
-    return show.value(cell, fields[cell], names)
+    return show.value(cell, fields[cell], names) + (holders.of(cell) if name in _READERS else "")
 
 
 # The frames of the folio, or of the leaf, that frame *pfn* is part of.
@@ -142,33 +172,6 @@ def _tables(counts: dict[str, int], ever: set[str], last: dict[str, str], wrong:
     yield StateTable("around them", [], [
         Line(f"{show.record(cell)} {show.label(cell)}".strip(), _means(*_kind_of(cell)),
              [Cell(cell, last[cell], cell in wrong)]) for cell in around])
-
-
-class Blamed(NamedTuple):
-    """A field that breaks the law: where, what it is called, what it holds, and since which step; 0: all along."""
-
-    record: str
-    label: str
-    text: str
-    since: int
-
-
-def blamed(initial: bytes, steps: Sequence[Step], names: show.Names, fields: Iterable[str]) -> list[Blamed]:
-    """*fields* of the last state, in the order of the layout, each with the step that made it what it is."""
-    wanted, since = set(fields), dict[str, int]()
-    before = initial
-    for number, step in enumerate(steps, 1):
-        since.update((name, number) for name, _, _ in st.changes(before, step.shared) if name in wanted)
-        before = step.shared
-    return [Blamed(show.record(name), _label_of(name), show.value(name, held, names), since.get(name, 0))
-            for name, held in st.fields_of(before).items() if name in wanted]
-
-
-# A reference says which.
-def _label_of(name: str) -> str:
-    kind, field = _kind_of(name)
-    told = st.FRAME_FIELDS[field] if kind == "pfn" and field in _REFS else ""
-    return told or show.label(name)
 
 
 def _kind_of(cell: str) -> tuple[str, str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from guest_memfd.explore.replay import replay
 from guest_memfd.explore.suite.verdict import LawReport, Report
+from guest_memfd.explore.trace import trace_of
 from guest_memfd.explore.world.cost import DesignCost
 from guest_memfd.html.render import render
 from guest_memfd.html.trace import TraceView, view
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.laws.law import Law
-from guest_memfd.report.counterexample import Counterexample, commands
+from guest_memfd.report.counterexample import commands
 from guest_memfd.report.sentence import injected
 from guest_memfd.report.table import COST_HEADS, cell, elsewhere, letters_for
 from guest_memfd.scenarios import PARTIES, SCENES
@@ -97,13 +99,10 @@ def _slug(report: Report, law: LawReport) -> str:
 
 
 def _run(report: Report, law: LawReport, loads: Sequence[str]) -> TraceView:
-    assert law.finding is not None
     assert law.scene is not None
-    parties = law.parties or ()
-    again = commands(report.design, report.hypervisor, law.scene, parties, law.law, failures=report.failures, folder=None,
-                     loads=loads)
-    example = Counterexample(report.design, report.hypervisor, law.scene, parties, law.finding, again)
-    return view(example, _slug(report, law))
+    again = commands(report.design, report.hypervisor, law.scene, law.parties or (), law.law, failures=report.failures,
+                     folder=None, loads=loads)
+    return view(replay(trace_of(report, law)), _slug(report, law), commands=again)
 
 
 def _title(party: str) -> str:

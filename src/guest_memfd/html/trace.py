@@ -1,12 +1,17 @@
-"""What the page of a counterexample shows: its parties as lanes, a row for each step, and the states beside them."""
+"""What the page of a counterexample shows: its parties as lanes, a row for each step, and the states beside them.
+
+Rows of one operation stand together under its name and what it came to; where another party takes its steps between, the
+operation goes on below. Steps that lead to the broken law say why (report/story.py).
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from guest_memfd.abstract import show
@@ -15,7 +20,7 @@ from guest_memfd.designs import DESIGNS
 from guest_memfd.explore.engine.finding import Step
 from guest_memfd.explore.replay import Divergence, Replay
 from guest_memfd.explore.trace import TraceStep
-from guest_memfd.html.cells import Blamed, States, blamed, states
+from guest_memfd.html.cells import States, states
 from guest_memfd.html.render import render
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
@@ -24,9 +29,11 @@ from guest_memfd.report import steps as said
 from guest_memfd.report.blame import offending
 from guest_memfd.report.choices import sentence
 from guest_memfd.report.counterexample import Counterexample, length
+from guest_memfd.report.operations import OperationRun, operations
+from guest_memfd.report.story import Blamed, Lead, blamed, leads
+from guest_memfd.report.touched import in_order, named, touched
 from guest_memfd.scenarios import PARTIES, TEARDOWN
-from guest_memfd.words.primitives import Folio, Host, Lookup, Primitive
-from guest_memfd.words.units import Pfn
+from guest_memfd.words.primitives import Host, Primitive
 
 MachineNotes = Mapping[int, Sequence[str]]
 """Number of a step -> what it did on the emulated machine, in lines."""
@@ -47,7 +54,7 @@ class Lane(NamedTuple):
 
 @dataclass(frozen=True)
 class StepRow:
-    """One step. *about*: the frames, pages and guest frames that it touches; *busy*: lanes with an operation under way."""
+    """One step. *about*: what it touches; *busy*: lanes with an operation under way; *leads*: why it leads there."""
 
     number: int
     lane: int
@@ -62,14 +69,24 @@ class StepRow:
     busy: tuple[bool, ...] = ()
     changed: Sequence[str] = ()
     notes: Sequence[str] = ()
+    leads: Sequence[str] = ()
     machine: Sequence[str] = ()
     breaks: bool = False
     recorded: bool = False
 
 
+class RowGroup(NamedTuple):
+    """Rows of one operation that stand together, or rows of none. *goes_on*: it began above."""
+
+    operation: OperationRun | None
+    colour: int
+    goes_on: bool
+    rows: Sequence[StepRow]
+
+
 @dataclass(frozen=True)
 class TraceView:
-    """All that a template shows of a run; *slug* goes before the names of its steps."""
+    """All that a template shows of a run; *slug* goes before the names of its steps. *chunks*: CHUNK steps or some more."""
 
     slug: str
     example: Counterexample
@@ -78,35 +95,49 @@ class TraceView:
     hypervisor: str
     length: str
     lanes: Sequence[Lane]
-    chunks: Sequence[Sequence[StepRow]]
+    chunks: Sequence[Sequence[RowGroup]]
     about: Sequence[str]
     states: States
     because: Sequence[Blamed]
+    leads: Sequence[tuple[StepRow, Lead]]
     initially: Sequence[tuple[str, str]]
+    words: Sequence[tuple[str, str]]
     primitives: Mapping[str, str]
     divergence: Divergence | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> list[StepRow]:
+        """All rows, in order."""
+        return [row for chunk in self.chunks for part in chunk for row in part.rows]
+
 
 def view(
-    example: Counterexample, slug: str = "", *, divergence: Divergence | None = None, rest: Sequence[TraceStep] = (),
+    again: Replay, slug: str = "", *, commands: Sequence[tuple[str, tuple[str, ...]]] = (),
     machine: MachineNotes | None = None,
 ) -> TraceView:
-    """What is to be shown of *example*; *rest*: steps that were recorded and could not be taken, from *divergence* on."""
-    finding = example.finding
+    """What is to be shown of a trace that was run *again*; what could not be taken again is shown as it was recorded."""
+    trace, finding, divergence = again.trace, again.finding, again.divergence
+    example = Counterexample(trace.design, trace.hypervisor, trace.scene, trace.parties, finding, tuple(commands))
     names = said.lock_holders(finding.steps, finding.initial)
-    wrong = offending(finding) if divergence is None else frozenset()
-    every = states(finding.initial, finding.steps, names, wrong)
+    wrong = blamed(finding.initial, finding.steps, names, offending(finding) if divergence is None else ())
+    every = states(finding.initial, finding.steps, names, {it.name for it in wrong})
+    rest = trace.steps[len(again.steps):] if divergence else ()
     lanes = _lanes([*example.parties, *(step.party for step in finding.steps), *(step.party for step in rest)])
+    ran = operations(again)
+    marked = leads(again, wrong, ran) if divergence is None else []
     rows = list(_rows(example, lanes, names, machine or {}, broken=divergence is None))
+    for lead in marked:
+        rows[lead.step - 1] = replace(rows[lead.step - 1], leads=lead.why)
     rows += _recorded(rest, len(rows), lanes, st.layout_of(finding.initial).sizes)
     return TraceView(
         slug, example, LAWS[finding.law], DESIGNS[example.design].title, HYPERVISORS[example.hypervisor].title,
-        length(finding.steps, example.parties), lanes, [rows[at:at + CHUNK] for at in range(0, len(rows), CHUNK)],
-        sorted({thing for row in rows for thing in row.about}, key=_in_order), every,
-        blamed(finding.initial, finding.steps, names, wrong),
+        length(finding.steps, example.parties), lanes, list(_chunks(rows, ran)),
+        sorted({thing for row in rows for thing in row.about}, key=in_order), every, wrong,
+        [(rows[lead.step - 1], lead) for lead in marked],
         [(f"{what} at first", words.strip()) for what, _, words in (
             line.partition(" ") for line in show.overview(finding.initial))],
+        list(_words(example)),
         {name: means for row in rows if (means := row.means) and (name := row.call.partition("(")[0])}, divergence,
         {"first": every.first, "changes": every.changes, "blamed": every.blamed})
 
@@ -116,11 +147,20 @@ def page(
     machine_name: str = "",
 ) -> str:
     """The page of a trace that was run *again*; *machine*: what the emulated machine called *machine_name* did beside it."""
-    trace = again.trace
-    example = Counterexample(trace.design, trace.hypervisor, trace.scene, trace.parties, again.finding, tuple(commands))
-    rest = trace.steps[len(again.steps):] if again.divergence else ()
-    shown = view(example, divergence=again.divergence, rest=rest, machine=machine)
-    return render("trace.html", view=shown, trace=trace, machine_name=machine_name)
+    return render("trace.html", view=view(again, commands=commands, machine=machine), trace=again.trace,
+                  machine_name=machine_name)
+
+
+# What readers of another hypervisor, or of another design, call something else.
+def _words(example: Counterexample) -> Iterator[tuple[str, str]]:
+    lending = HYPERVISORS[example.hypervisor].lending
+    yield "lent", f"the guest has the page alone{'; ' + lending if lending else ''}"
+    fields = st.fields_of(example.finding.initial)
+    if any(number for name, number in fields.items() if name.endswith(".attr")):
+        yield "private, shared", "what the file says of each page, its attribute; to convert a page is to change that"
+    else:
+        yield "private, shared", ("what the scene wants of each page; this design keeps no attribute that says so, and "
+                                  "lends or shares a page when somebody faults")
 
 
 def _lanes(parties: Sequence[str]) -> list[Lane]:
@@ -144,7 +184,7 @@ def _rows(
         notes = [*said.told_of(step, before), *(said.reaches(step) if last else ())]
         ghosts = st.State(step.shared)
         busy = tuple(lane.name in numbers and ghosts.ghost(numbers[lane.name]).op > 0 for lane in lanes)
-        yield _row(number, step, lanes, about=_about(step, before), busy=busy, notes=notes, breaks=last,
+        yield _row(number, step, lanes, about=touched(step, before), busy=busy, notes=notes, breaks=last,
                    changed=show.changed(before, step.shared, names), machine=machine.get(number, ()))
         before = step.shared
 
@@ -155,7 +195,28 @@ def _recorded(
 ) -> Iterator[StepRow]:
     for number, step in enumerate(rest, done + 1):
         taken = Step(step.party, step.choices, step.primitive, step.result, step.failed, b"", ())
-        yield _row(number, taken, lanes, about=tuple(_named(taken, sizes)), recorded=True)
+        yield _row(number, taken, lanes, about=tuple(named(taken, sizes)), recorded=True)
+
+
+# A chunk ends where a part does, unless that has more rows than a chunk.
+def _chunks(rows: Sequence[StepRow], ran: Sequence[OperationRun]) -> Iterator[list[RowGroup]]:
+    within = {number: operation for operation in ran for number in operation.steps}
+    chunk: list[RowGroup] = []
+    for _, together in groupby(rows, lambda row: id(within.get(row.number))):
+        for some in _batched(list(together)):
+            first = some[0]
+            operation = within.get(first.number)
+            goes_on = operation is not None and first.number > operation.steps[0]
+            chunk.append(RowGroup(operation, first.colour, goes_on, some))
+            if sum(len(part.rows) for part in chunk) >= CHUNK:
+                yield chunk
+                chunk = []
+    if chunk:
+        yield chunk
+
+
+def _batched(rows: Sequence[StepRow]) -> Iterator[Sequence[StepRow]]:
+    return (rows[at:at + CHUNK] for at in range(0, len(rows), CHUNK))
 
 
 def _row(number: int, step: Step, lanes: Sequence[Lane], **more: Any) -> StepRow:
@@ -175,39 +236,6 @@ def meaning(primitive: str) -> str:
     return re.sub(r"\*(\w+)\*", r"\1", " ".join(said.split())).replace("`", "")
 
 
-# What a step touches: what it changes, what it names, and with a frame the page of the file that it holds.
-def _about(step: Step, before: bytes) -> tuple[str, ...]:
-    sizes = st.layout_of(before).sizes
-    there = {*_named(step, sizes)}
-    there.update(record.replace("folio", "pfn") for name, _, _ in st.changes(before, step.shared)
-                 if (record := name.rpartition(".")[0]).startswith(("pfn", "folio", "page", "gfn")))
-    there.update(f"pfn{note.pfn}" for note in step.notes if getattr(note, "pfn", None) is not None)
-    frames = [number for number in range(sizes.frames) if f"pfn{number}" in there]
-    for state in (st.State(before), st.State(step.shared)):
-        there |= {f"page{slot - 1}" for number in frames if (slot := state.frame(Pfn(number)).slot)}
-    return tuple(sorted(there, key=_in_order))
-
-
-# Pages are counted on from file to file, guest frames from VM to VM.
-def _named(step: Step, sizes: st.Sizes) -> Iterator[str]:
-    primitive = step.primitive
-    if primitive is None:
-        return
-    for value in (*primitive.args, step.result):
-        folio = value.folio if isinstance(value, Lookup) else value
-        if isinstance(folio, Folio):
-            yield from (f"pfn{folio.pfn + at}" for at in range(min(folio.nr, CHUNK)))
-    first = {"index": ("page", primitive.file * sizes.pages), "pfn": ("pfn", 0),
-             "gfn": ("gfn", min(primitive.file, sizes.vms - 1) * sizes.gfns)}
-    for name, value in zip(said.parameters(primitive.name), primitive.args, strict=False) if _known(primitive) else ():
-        if type(value) is int and value >= 0 and name in first:
-            yield f"{first[name][0]}{first[name][1] + value}"
-
-
 def _known(primitive: Primitive) -> bool:
     return hasattr(Host, primitive.name)
 
-
-def _in_order(name: str) -> tuple[str, int]:
-    kind = name.rstrip("0123456789")
-    return kind, int(name[len(kind):])

@@ -32,6 +32,7 @@ FIELDS = {
     "abort": one_of(SEA, DATA_ABORT, RMP_FAULT, None), "tracks_owner": FLAG, "consents": LINE.or_none(),
     "guest_consents": takes(2), "guest_touches": takes(2), "force_reclaim": takes(2), "pfn_cache": FLAG, "large": FLAG,
     "guards": one_of("accesses", "writes"), "encrypts": FLAG, "errnos": ERRNOS,
+    "lending": LINE.or_none(),
     "driver": Kind(f"procedures {', '.join(DRIVES)}, or None", _drives),
 }
 

@@ -58,7 +58,7 @@ LAWS: Registry[Law] = Registry("law", "guest_memfd.laws", {law.name: law for law
         broken_by=Violator("gunyah-v17", "gunyah", ("vmm",),
                            "the inode is held for ever")),
     Law("pins-respected",
-        "a page that someone may still reach through a reference is not converted",
+        "a page that someone may still reach through a reference does not become the guest's alone",
         "David Hildenbrand, 26 Feb and 6-17 Aug 2024",
         "when a page becomes private, and in every state", state=pages.pins_respected, note=pages.pins_respected_note,
         broken_by=Violator("gunyah-v17", "gunyah", ("vcpu", "device"),

@@ -157,5 +157,7 @@ def lock_holders(steps: Sequence[Step], initial: bytes) -> dict[int, str]:
         for field, old, new in st.changes(before, step.shared):
             if field.rpartition(".")[2] in show.HOLDERS and new and not old:
                 names.setdefault(new - 1, step.party)
+            elif show.ghost(field):                     # its own: nobody writes another's
+                names.setdefault(int(field.partition(".")[0].removeprefix("party")), step.party)
         before = step.shared
     return names

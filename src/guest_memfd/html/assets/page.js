@@ -1,6 +1,7 @@
 "use strict";
 
-// Everything is in the page without this script. What it adds: a cursor among the steps, the states at the cursor, filters.
+// Everything is in the page without this script. What it adds: a cursor among the steps, the states at the cursor,
+// filters, and keys that fold the operations.
 
 class Run {
   constructor(article) {
@@ -24,6 +25,7 @@ class Run {
     for (const input of this.article.querySelectorAll(".controls input, .controls select")) {
       input.addEventListener("change", () => this.filter());
     }
+    this.article.querySelector("[data-fold]").addEventListener("click", () => this.fold([...this.operations()]));
     this.article.querySelector(".steps").addEventListener("click", (event) => {
       const step = event.target.closest("li.step");
       if (step && !event.target.closest("summary, pre, .because a") && !getSelection().toString()) {
@@ -31,6 +33,22 @@ class Run {
         this.go(this.steps.indexOf(step) + 1);
       }
     });
+  }
+
+  operations() {
+    return this.article.querySelectorAll(".operation > details");
+  }
+
+  // All of them closed, unless all are: then open.
+  fold(operations) {
+    const open = operations.some((operation) => operation.open);
+    for (const operation of operations) operation.open = !open;
+    this.show(this.at);
+  }
+
+  // The operation that hides a step because it is folded.
+  folded(step) {
+    return step?.closest(".operation > details:not([open])") ?? null;
   }
 
   // Step 0 is the state before the first.
@@ -41,11 +59,12 @@ class Run {
   }
 
   show(number) {
-    this.steps[this.at - 1]?.classList.remove("here");
+    for (const marked of this.article.querySelectorAll(".here")) marked.classList.remove("here");
     this.steps[this.at - 1]?.removeAttribute("aria-current");
     this.at = number;
     const step = this.steps[number - 1];
     step?.classList.add("here");
+    this.folded(step)?.querySelector("summary").classList.add("here");
     step?.setAttribute("aria-current", "step");
     const taken = Math.min(number, this.changes.length);
     const state = this.state(taken);
@@ -68,11 +87,15 @@ class Run {
     const step = this.steps[number - 1];
     const link = step ? `#${step.id}` : `#${this.article.id}`;
     history.replaceState(null, "", link);
-    (step ?? this.article).scrollIntoView({block: "nearest"});
+    (this.folded(step) ?? step ?? this.article).scrollIntoView({block: "nearest"});
   }
 
   move(how) {
-    const seen = this.steps.flatMap((step, at) => step.hidden ? [] : [at + 1]);
+    // A folded operation is one stop, with the state after its last step here.
+    const seen = this.steps.flatMap((step, at) => {
+      const folded = this.folded(step);
+      return step.hidden || (folded && [...folded.querySelectorAll("li.step:not([hidden])")].at(-1) !== step) ? [] : [at + 1];
+    });
     const places = {
       first: 0, last: seen.at(-1) ?? 0,
       next: seen.find((number) => number > this.at) ?? this.at,
@@ -87,6 +110,9 @@ class Run {
     for (const step of this.steps) {
       const wanted = lanes.has(step.dataset.lane) && (!about || step.dataset.about.split(" ").includes(about));
       step.hidden = !wanted;
+    }
+    for (const operation of this.article.querySelectorAll(".operation")) {
+      operation.hidden = !operation.querySelector("li.step:not([hidden])");
     }
   }
 }
@@ -134,18 +160,24 @@ function follow() {
   const run = current();
   for (const article of document.querySelectorAll("article.run")) article.classList.toggle("open", article === run?.article);
   const at = run?.steps.findIndex((step) => `#${step.id}` === decodeURIComponent(location.hash)) ?? -1;
-  if (at >= 0) run.show(at + 1);
+  if (at >= 0) {
+    const folded = run.folded(run.steps[at]);
+    if (folded) folded.open = true;
+    run.show(at + 1);
+  }
 }
 
 const KEYS = {j: "next", ArrowDown: "next", k: "previous", ArrowUp: "previous", Home: "first", End: "last"};
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, select, textarea")) return;
-  const run = event.key in KEYS ? current() : null;
-  if (run) {
-    event.preventDefault();
-    run.move(KEYS[event.key]);
-  }
+  const run = event.key in KEYS || "fF".includes(event.key) ? current() : null;
+  if (!run) return;
+  event.preventDefault();
+  if (event.key in KEYS) return run.move(KEYS[event.key]);
+  const here = run.steps[run.at - 1]?.closest(".operation > details");
+  const operations = event.key === "F" ? [...run.operations()] : here ? [here] : [];
+  run.fold(operations);
 });
 
 for (const controls of document.querySelectorAll(".finder")) new Finder(controls);

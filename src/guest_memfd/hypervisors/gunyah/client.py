@@ -73,7 +73,8 @@ class GunyahOps(GuestMemfdOps):
 
 GUNYAH = Hypervisor(
     name="gunyah",
-    title="Gunyah (arm64): lend, share, reclaim; a locked page refuses; injects an external abort",
+    title="Gunyah (arm64): lend, share, reclaim; what the guest has locked is not given back; injects an external abort",
+    lending="Gunyah has two hypercalls for it, donate_to_protected and map_private; donate_from_protected takes it back",
     module="gunyah",
     ops=GunyahOps,
     hypercalls={

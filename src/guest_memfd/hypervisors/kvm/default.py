@@ -72,6 +72,7 @@ class KvmOps(GuestMemfdOps):
 KVM = Hypervisor(
     name="kvm",
     title="KVM, default VM: no stage 2 guards a page, so private is what the library and the direct map make it",
+    lending="KVM keeps no owner of a page, so it is lent when the file says that it is private",
     module="kvm",
     ops=KvmOps,
     hypercalls={"mmu_map": mmu_map, "mmu_unmap": mmu_unmap},

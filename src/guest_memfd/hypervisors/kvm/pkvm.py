@@ -210,6 +210,7 @@ class PkvmOps(GuestMemfdOps):
 PKVM = Hypervisor(
     name="pkvm",
     title="protected KVM (arm64): donate, share, reclaim; injects a data abort that the kernel can fix up",
+    lending="pKVM says donate (donate_guest), and reclaim or unshare for the way back",
     module="kvm",
     ops=PkvmOps,
     hypercalls={

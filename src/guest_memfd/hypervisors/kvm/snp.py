@@ -99,6 +99,7 @@ class SnpOps(CocoOps):
 SNP = Hypervisor(
     name="snp",
     title="KVM on AMD SEV-SNP: the host reads ciphertext, and a write through a large entry over one guest page faults",
+    lending="SNP assigns the page to the guest in the RMP (rmp_assign), and unassigns it (rmp_unassign)",
     module="kvm",
     ops=SnpOps,
     hypercalls={

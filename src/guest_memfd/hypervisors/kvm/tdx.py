@@ -98,6 +98,7 @@ class TdxOps(CocoOps):
 TDX = Hypervisor(
     name="tdx",
     title="KVM on Intel TDX: what leaves the guest leaves its contents; the host reads nothing there, and hits no abort",
+    lending="TDX adds the page to the TD (page_aug), and removes it (page_remove)",
     module="kvm",
     ops=TdxOps,
     hypercalls={
