@@ -7,21 +7,29 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from errno import ENOTTY
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import syzkaller
+import trace_events
 from test_html import HOSTILE, traced
 
 from guest_memfd import Machine
+from guest_memfd.abstract import state as st
 from guest_memfd.cli.main import main
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed, errno_name
 from guest_memfd.explore.engine.finding import Finding, Step
 from guest_memfd.explore.replay import replay
-from guest_memfd.explore.trace import write
+from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.trace import trace_of, write
 from guest_memfd.explore.world.scenario import world
 from guest_memfd.export import perfetto
 from guest_memfd.export.c import c_program
@@ -29,9 +37,10 @@ from guest_memfd.export.calls import TracedCall, calls
 from guest_memfd.export.markdown import markdown
 from guest_memfd.export.mermaid import mermaid
 from guest_memfd.export.syz import syz_program
+from guest_memfd.linux.system import System
 from guest_memfd.report.counterexample import Counterexample
 from guest_memfd.scenarios import SCENES
-from guest_memfd.uapi.kvm import PRIVATE, SHARED, MemFlag
+from guest_memfd.uapi.kvm import PRIVATE, SHARED, MemFlag, MemoryAttributes2
 from guest_memfd.words.primitives import Primitive
 
 
@@ -48,6 +57,30 @@ def pinned() -> Counterexample:
 @pytest.fixture(scope="module")
 def refused() -> Counterexample:
     return found("guestmem-rfc1", "kvm", ("vcpu", "vmm"), "all-or-nothing")
+
+
+SHIPPED = [
+    ("none", "kvm", "vcpu", "two-pages"), ("none", "kvm", "vcpu zeropad", "two-pages"),
+    ("none", "pkvm", "vcpu page-cache-reader", "two-pages"), ("none", "gunyah", "vcpu zeropad", "large-folio"),
+    ("guestmem-rfc1", "kvm", "vcpu vmm", "two-pages"), ("guestmem-rfc1", "pkvm", "vcpu vmm", "two-pages"),
+    ("guestmem-rfc1", "kvm", "vcpu", "both-shared"), ("guestmem-rfc1", "gunyah", "vcpu device", "two-pages"),
+    ("gunyah-v17", "gunyah", "vcpu vmm", "two-pages"), ("gunyah-v17", "gunyah", "vcpu device", "two-pages"),
+    ("secretmem", "kvm", "vcpu vmm-odd", "failing-twice"), ("secretmem", "pkvm", "vcpu stop", "for-good"),
+]
+"""Questions of which every design answers some with a law that breaks: design, hypervisor, parties, scene."""
+
+
+@cache
+def shipped() -> list[Counterexample]:
+    """The counterexamples of all that breaks there."""
+    found = []
+    for design, hypervisor, parties, scene in SHIPPED:
+        report = check(design, hypervisor, parties=parties.split(), scenes=[scene], jobs=1)
+        for law in report.laws.values():
+            if law.finding is not None:
+                trace = trace_of(report, law)
+                found.append(Counterexample(design, hypervisor, trace.scene, trace.parties, replay(trace).finding))
+    return found
 
 
 def hostile(example: Counterexample) -> Counterexample:
@@ -111,47 +144,39 @@ def test_mermaid_takes_no_syntax_from_names(pinned: Counterexample) -> None:
 # -- Perfetto ----------------------------------------------------------------------------------------------------------
 
 
-NUMBER, WHO = {"type": "number", "minimum": 0}, {"pid": {"type": "integer"}, "tid": {"type": "integer"}}
-
-
-def phase(name: str, required: list[str], **more: Any) -> dict[str, Any]:
-    return {"type": "object", "required": ["ph", "pid", "tid", *required], "additionalProperties": False, "properties": {
-        "ph": {"const": name}, **WHO, "name": {"type": "string"}, "cat": {"type": "string"}, "ts": NUMBER,
-        "args": {"type": "object"}, **more}}
-
-
-TRACE_EVENTS = {
-    "type": "object", "required": ["traceEvents"], "additionalProperties": False,
-    "properties": {
-        "displayTimeUnit": {"enum": ["ms", "ns"]}, "otherData": {"type": "object"},
-        "traceEvents": {"type": "array", "items": {"anyOf": [
-            phase("M", ["name", "args"]), phase("B", ["name", "ts"]), phase("E", ["ts"]),
-            phase("X", ["name", "ts", "dur"], dur=NUMBER), phase("C", ["name", "ts", "args"]),
-            phase("i", ["name", "ts", "s"], s={"enum": ["g", "p", "t"]})]}}},
-}
-"""The phases that we write, as the Trace Event Format has them."""
-
-
 def loaded(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """The events, in order, after what a viewer asks of them: slices of a track nest, names are known, counters count."""
-    jsonschema = pytest.importorskip("jsonschema")
-    assert [error.message for error in jsonschema.Draft202012Validator(TRACE_EVENTS).iter_errors(trace)] == []
-    events = trace["traceEvents"]
-    named = {event["tid"] for event in events if event["ph"] == "M"}
-    open_since: dict[int, list[float]] = {}
-    for event in events:
-        assert event["tid"] in named or event["tid"] == 0
-        begun = open_since.setdefault(event["tid"], [])
-        if event["ph"] == "B":
-            begun.append(event["ts"])
-        elif event["ph"] == "E":
-            assert event["ts"] >= begun.pop()
-        elif event["ph"] == "X" and begun:
-            assert event["ts"] >= begun[-1]
-        elif event["ph"] == "C":
-            assert all(isinstance(value, int) for value in event["args"].values())
-    assert not any(open_since.values())
-    return list(events)
+    """The events, in order, of a file in which a strict reader finds nothing wrong."""
+    pytest.importorskip("jsonschema")
+    assert trace_events.problems(trace) == []
+    return list(trace["traceEvents"])
+
+
+WHO = {"pid": 1, "tid": 1}
+NAMED = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "p"}},
+         {"ph": "M", "name": "thread_name", **WHO, "args": {"name": "t"}}]
+
+
+@pytest.mark.parametrize(("events", "says"), [
+    ([{"ph": "X", "name": "a", **WHO, "ts": 0, "dur": 5}, {"ph": "X", "name": "b", **WHO, "ts": 4, "dur": 5}],
+     "b at 4 of track (1, 1) ends after a, in which it begins"),
+    ([{"ph": "X", "name": "a", **WHO, "ts": 0, "dur": 5}, {"ph": "B", "name": "b", **WHO, "ts": 4},
+      {"ph": "E", **WHO, "ts": 9}], "ends after a"),
+    ([{"ph": "B", "name": "b", **WHO, "ts": 0}, {"ph": "X", "name": "a", **WHO, "ts": 1, "dur": 5},
+      {"ph": "E", **WHO, "ts": 3}], "closes no B"),
+    ([{"ph": "E", **WHO, "ts": 0}], "closes no B"), ([{"ph": "B", "name": "b", **WHO, "ts": 0}], "open"),
+    ([{"ph": "B", "name": "b", **WHO, "ts": 0}, {"ph": "E", "name": "c", **WHO, "ts": 1}], "an E of c closes b"),
+    ([{"ph": "X", "name": "a", **WHO, "ts": 0}], "'dur' is a required property"),
+    ([{"ph": "X", "name": "a", **WHO, "ts": -1, "dur": 1}], "less than the minimum"),
+    ([{"ph": "X", "name": "a", "pid": 1, "tid": 2, "ts": 0, "dur": 1}], "track 2 of process 1 has no name"),
+    ([{"ph": "Z", "name": "a", **WHO, "ts": 0}], "'Z' is not one of"),
+    ([{"ph": "C", "name": "a", **WHO, "ts": 0, "args": {"a": "1"}}], "is not of type 'number'"),
+    ([{"ph": "i", "name": "a", **WHO, "ts": 0, "s": "x"}], "'x' is not one of"),
+    ([{"ph": "M", "name": "thread_nmae", **WHO, "args": {"name": "t"}}], "no metadata 'thread_nmae'"),
+    ([{"ph": "f", "name": "a", **WHO, "ts": 0, "id": 7}], "f of 7 comes before it begins")])
+def test_the_strict_reader_forgives_nothing(events: list[dict[str, Any]], says: str) -> None:
+    pytest.importorskip("jsonschema")
+    assert trace_events.problems({"traceEvents": NAMED}) == []
+    assert says in "; ".join(trace_events.problems({"traceEvents": [*NAMED, *events]}))
 
 
 def test_a_counterexample_opens_in_a_trace_viewer(pinned: Counterexample) -> None:
@@ -165,6 +190,27 @@ def test_a_counterexample_opens_in_a_trace_viewer(pinned: Counterexample) -> Non
     counters = {event["name"]: event["args"][event["name"]] for event in events if event["ph"] == "C"}
     assert counters == {"direct-map writes": 1, "hypercalls": 1}
     assert events[-1]["name"] == "pins-respected is broken"
+
+
+def test_leaves_that_are_split_are_counted() -> None:
+    trace = traced("none", "gunyah", ("vcpu", "zeropad"), "host-survives", scenes=["large-folio"])
+    again = replay(trace)
+    example = Counterexample(trace.design, trace.hypervisor, trace.scene, trace.parties, again.finding)
+    events = loaded(perfetto.counterexample(example))
+    splits = [event["args"] for event in events if event["ph"] == "C" and event["name"] == perfetto.SPLITS]
+    # The oracle: leaves of a larger order that are smaller in the next state, of all frames that had one.
+    before, split = again.initial, 0
+    for each in again.steps:
+        split += any(name.endswith("s2_leaf") and new < old for name, old, new in st.changes(before, each.shared))
+        before = each.shared
+    assert splits[-1] == {perfetto.SPLITS: split}
+
+
+@pytest.mark.long
+def test_every_shipped_counterexample_opens_in_a_trace_viewer() -> None:
+    for example in shipped():
+        events = loaded(perfetto.counterexample(example))
+        assert sum(event["ph"] == "X" for event in events) == len(example.finding.steps)
 
 
 def test_a_run_opens_in_a_trace_viewer(tmp_path: Path) -> None:
@@ -194,6 +240,27 @@ def test_a_recorder_counts_what_is_under_way() -> None:
     assert (outside["ts"], outside["dur"]) == (0, 1)
     assert (inside["ts"], inside["dur"]) == (2, 1)
     assert sum(event["ph"] == "E" for event in events) == 2              # both are closed at the end
+
+
+def test_primitives_outside_of_operations_do_not_run_into_each_other() -> None:
+    ticks = iter([0.0, 1e-6, 1.2e-6, 1.25e-6, 9e-6, 9.1e-6])
+    recorder = perfetto.Recorder(lambda: next(ticks))
+    for _ in range(3):
+        recorder(Primitive("hypercall", ("lend",), "user"))
+    loaded(recorder.file({}))
+
+
+def test_each_cpu_has_tracks_of_its_own() -> None:
+    ticks = iter(range(100))
+    recorder = perfetto.Recorder(lambda: next(ticks) / 1e6)
+    recorder(Primitive("begin_op", ("fault", 0, 1), "library"))
+    recorder.cpu = lambda: 2
+    recorder(Primitive("load_unaligned_zeropad", (0,), "mm"))
+    recorder(Primitive("end_op", (0,), "library"))
+    events = loaded(recorder.file({"run": "it"}))
+    names = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
+    assert names == {1: "CPU 0: it", 3: "CPU 2: it"}
+    assert [event["pid"] for event in events if event["ph"] in "BXE"] == [1, 3, 1]
 
 
 # -- system calls ------------------------------------------------------------------------------------------------------
@@ -259,11 +326,39 @@ ALL_CALLS = made_of(
 """What a VMM can do on a plain VM of any kernel with the flags MMAP and INIT_SHARED."""
 
 
-def on_the_machine(example: Counterexample) -> Iterator[str]:
-    """The same calls on the emulated machine, told as the C program tells them."""
+def sequence(*asked: str) -> Counterexample:
+    """A run of these calls: ``allocate 0 2``, ``map``, ``touch 1``, ``run 0``; what touches or runs goes through."""
+    alone = {"map": "mmap", "unmap": "munmap", "close": "fd_close"}
+    steps = []
+    for what, *numbers in map(str.split, asked):
+        if what in alone:
+            steps.append(step("vmm", name=alone[what], args=()))
+        elif what in ("touch", "run"):
+            name = "user_access" if what == "touch" else "guest_access"
+            steps.append(step("vmm" if what == "touch" else "vcpu", name=name, args=(int(numbers[0]), True), result="ok"))
+        else:
+            steps.append(step("vmm", f"VMM {what}", f"range {' '.join(numbers)}"))
+    return made_of(*steps)
+
+
+SEQUENCES = {
+    "all": ALL_CALLS,
+    "punch": sequence("allocate 0 2", "map", "touch 0", "punch 0 1", "touch 0", "punch 0 2", "unmap"),
+    "bind": sequence("unbind 0 2", "bind 0 1", "bind 1 1", "bind 0 1", "bind 1 2", "unbind 1 1", "bind 1 1", "unbind 0 2"),
+    "close": sequence("map", "close", "touch 0", "punch 0 1", "allocate 0 1", "bind 0 1"),
+    "mmap": sequence("map", "touch 1", "unmap", "touch 1", "map", "touch 1"),
+    "range": sequence("allocate 1 1", "allocate 2 1", "punch 2 1", "punch 1 2", "bind 2 1", "bind 1 1"),
+}
+"""What is said the same by a released kernel and by the emulated machine."""
+CONVERSIONS = sequence("allocate 0 2", "to_private 0 1", "to_shared 0 2", "to_private 1 1", "punch 1 1")
+
+
+def told_by(kvm: Any, example: Counterexample) -> Iterator[str]:
+    """The same calls by way of *kvm*, the emulated machine's or the real one, told as the C program tells them."""
     page, size = 4096, example.scene.pages * 4096
-    with Machine("kvm").open("/dev/kvm") as kvm, kvm.create_vm() as vm:
+    with kvm, kvm.create_vm() as vm, ExitStack() as stack:
         file = vm.create_guest_memfd(size, SHARED)
+        stack.callback(_let_go, file)
         slots = [(slot.gfn, slot.start, slot.nr) for slot in example.scene.slots]
         for number, (gfn, start, nr) in enumerate(slots):
             vm.set_user_memory_region2(number, MemFlag.GUEST_MEMFD, gfn * page, nr * page, guest_memfd=file,
@@ -277,27 +372,48 @@ def on_the_machine(example: Counterexample) -> Iterator[str]:
                     file.fallocate(1 if call.what == "allocate" else 3, start, nr)
                 elif call.what == "map":
                     mapping = file.mmap()
+                    stack.callback(_let_go, mapping)
                 elif call.what == "unmap":
                     mapping.close()
+                    mapping = None
                 elif call.what == "touch":
-                    mapping.write(start, b"\1")
+                    said = said if mapping is not None else "EFAULT"
+                    if mapping is not None:
+                        mapping.write(start, b"\1")
                 elif call.what == "bind":
-                    vm.set_user_memory_region2(len(slots), MemFlag.GUEST_MEMFD, call.gfn * page, nr, guest_memfd=file,
+                    at = next((at for at, slot in enumerate(slots) if not slot[2]), len(slots))
+                    vm.set_user_memory_region2(at, MemFlag.GUEST_MEMFD, call.gfn * page, nr, guest_memfd=file,
                                                guest_memfd_offset=start)
-                    slots.append((call.gfn, call.start, call.nr))
+                    slots[at:at + 1] = [(call.gfn, call.start, call.nr)]
                 elif call.what == "unbind":
                     there = [at for at, slot in enumerate(slots) if slot[1:] == (call.start, call.nr)]
                     said = "ENOENT" if not there else said
-                    for at in there:
+                    for at in there[:1]:
                         vm.set_user_memory_region2(at, MemFlag.GUEST_MEMFD, slots[at][0] * page, 0, guest_memfd=file)
                         slots[at] = (0, 0, 0)
+                elif call.what in ("to_private", "to_shared"):
+                    _convert(vm, file, start, call.gfn * page, nr, PRIVATE if call.what == "to_private" else 0)
                 else:
                     file.close()
-            except SyscallFailed as error:
-                said = errno_name(error.errno)
+            except (SyscallFailed, BadInput) as error:          # a descriptor that is closed is no argument
+                said = errno_name(error.errno) if isinstance(error, SyscallFailed) else "EBADF"
             except Signalled as error:
                 said = f"{error.signal} EFAULT"
             yield f"step {call.step} {call.party} {call.what}: {said}"
+
+
+def _let_go(what: Any) -> None:
+    with suppress(BadInput):                            # it has been closed already
+        what.close()
+
+
+def _convert(vm: Any, file: Any, start: int, gpa: int, nr: int, attributes: int) -> None:
+    try:
+        file.set_memory_attributes2(MemoryAttributes2(start, nr, attributes))
+    except SyscallFailed as error:
+        if error.errno != ENOTTY:
+            raise
+        vm.set_memory_attributes(gpa, nr, attributes)
 
 
 @pytest.fixture
@@ -315,23 +431,54 @@ def compiled(tmp_path: Path) -> Any:
     return build
 
 
-def test_the_c_program_says_what_the_machine_says(compiled: Any) -> None:
-    pytest.importorskip("unicorn")
-    program = compiled(ALL_CALLS)
+def said(program: Path) -> list[str]:
+    """What the program prints, a line a call; skips where this kernel has no guest_memfd that user space can map."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("no /dev/kvm is here")
     done = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
     if "KVM_CREATE_GUEST_MEMFD" in done.stderr:
         pytest.skip(f"this kernel has no guest_memfd: {done.stderr.strip()}")
     assert done.stderr == ""
-    told = done.stdout.splitlines()
-    if "SIGBUS" in done.stdout or any(": ENODEV" in line for line in told):
+    if "SIGBUS" in done.stdout or ": ENODEV" in done.stdout:
         pytest.skip("this kernel's guest_memfd cannot be mapped")
-    # The same pages at another address: EEXIST since 7.2, EINVAL before (bind-twice-errno).
-    assert [line.replace("EINVAL", "EEXIST") for line in told] == [
-        line.replace("EINVAL", "EEXIST") for line in on_the_machine(ALL_CALLS)]
-    assert told[0] == "step 1 vmm allocate: 0"
-    assert told[1] == "step 2 vmm-odd allocate: EINVAL"
+    return done.stdout.splitlines()
+
+
+# The same pages at another address: EEXIST since 7.2, EINVAL before (bind-twice-errno).
+def alike(lines: Iterable[str]) -> list[str]:
+    return [line.replace("EINVAL", "EEXIST") for line in lines]
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_the_c_program_says_what_the_machine_and_the_kernel_say(compiled: Any, name: str) -> None:
+    pytest.importorskip("unicorn")
+    example = SEQUENCES[name]
+    told = said(compiled(example))
+    assert len(told) == len(calls(example))
+    assert alike(told) == alike(told_by(Machine("kvm").open("/dev/kvm"), example))
+    assert told == list(told_by(System(), example))
+
+
+def test_the_c_program_refuses_what_the_machine_refuses(compiled: Any) -> None:
+    told = said(compiled(SEQUENCES["range"]))
+    assert [line.partition(": ")[2] for line in told] == ["0", "EINVAL", "0", "0", "EINVAL", "EEXIST"]
+
+
+# Which kernel has which conversion is for the probe to say; the kernel's own word is what the program has to print.
+def test_a_conversion_says_what_this_kernel_says(compiled: Any) -> None:
+    told = said(compiled(CONVERSIONS))
+    assert told == list(told_by(System(), CONVERSIONS))
+    done = subprocess.run([sys.executable, "-m", "guest_memfd", "probe", "--part", "offers", "--json"], capture_output=True,
+                          text=True, timeout=120, check=False)
+    offered = json.loads(done.stdout)["offers"]["kvm"]["capabilities"]
+    convert = any(number for name, number in offered.items() if "MEMORY_ATTRIBUTES" in name)
+    assert convert or [line.partition(": ")[2] for line in told] == ["0", "ENOTTY", "ENOTTY", "ENOTTY", "0"]
+
+
+def test_the_c_program_runs_its_guest_where_pages_are_and_where_none_are(compiled: Any) -> None:
+    told = said(compiled(sequence("run 0", "punch 0 1", "run 1", "unbind 0 2", "run 0")))
+    assert [line.partition(": ")[2] for line in told[:4]] == ["0"] * 4
+    assert told[4] in ("step 5 vcpu run: exit reason 6 0", "step 5 vcpu run: EFAULT")       # MMIO: nothing is bound there
 
 
 def test_the_c_program_of_a_trace_runs_its_guest(compiled: Any, refused: Counterexample) -> None:
@@ -358,77 +505,82 @@ def test_names_cannot_leave_a_comment_or_a_string(compiled: Any, refused: Counte
 # -- syzkaller ---------------------------------------------------------------------------------------------------------
 
 
-class Syz:
-    """A program read by the grammar of syzkaller's documentation (docs/program_syntax.md); raises AssertionError."""
+def of_calls() -> list[Counterexample]:
+    """All that are shipped and consist of system calls."""
+    found = []
+    for example in shipped():
+        with suppress(BadInput):
+            calls(example)
+            found.append(example)
+    return found
 
-    def __init__(self, text: str) -> None:
-        self.calls: list[tuple[str, list[Any]]] = []
-        self.variables: set[str] = set()
-        for line in text.splitlines():
-            if line and not line.startswith("#"):
-                self.rest = line
-                self._line()
 
-    def _line(self) -> None:
-        assigned = self._take(r"(r\d+) = ")
-        name = self._take(r"([a-z_][\w$]*)\(")
-        assert name
-        args = self._list(")")
-        assert not self.rest
-        self.calls.append((name, args))
-        if assigned:
-            self.variables.add(assigned)
-
-    def _take(self, pattern: str) -> str:
-        match = re.match(pattern, self.rest)
-        if not match:
-            return ""
-        self.rest = self.rest[match.end():]
-        return match[1]
-
-    def _list(self, end: str) -> list[Any]:
-        found: list[Any] = []
-        while not self._take(f"({re.escape(end)})"):
-            assert not found or self._take("(, )")
-            found.append(self._arg())
-        return found
-
-    def _arg(self) -> Any:
-        if number := self._take(r"(0x[0-9a-f]+)"):
-            return int(number, 16)
-        if variable := self._take(r"(r\d+)"):
-            assert variable in self.variables, "a variable is used before it is assigned"
-            return variable
-        if self._take(r"(nil)"):
-            return None
-        if address := self._take(r"&\((0x7f[0-9a-f]+)(?:/0x[0-9a-f]+)?\)="):
-            return (int(address, 16), self._arg())
-        if self._take(r"(\{)"):
-            return self._list("}")
-        text = self._take(r"('(?:[^'\\]|\\.)*'|\"[0-9a-f]*\")")
-        assert text, f"no argument: {self.rest!r}"
-        return text
+def fits(example: Counterexample) -> list[syzkaller.SyzCall]:
+    """The calls of the program, in which neither the grammar nor the descriptions find anything wrong."""
+    read = syzkaller.read("\n".join(syz_program(example)))
+    assert syzkaller.misfits(read) == []
+    assert syzkaller.overlaps(read) == []
+    return read
 
 
 def test_the_syzkaller_program_parses_by_its_grammar(refused: Counterexample) -> None:
     for example in (refused, ALL_CALLS):
-        read = Syz("\n".join(syz_program(example)))
-        names = [name for name, _ in read.calls]
+        names = [call.name for call in fits(example)]
         assert names[:3] == ["openat$kvm", "ioctl$KVM_CREATE_VM", "ioctl$KVM_CREATE_GUEST_MEMFD"]
     assert names[3 + len(ALL_CALLS.scene.slots):] == [
         "fallocate", "fallocate", "fallocate", "mmap", "getrandom", *["ioctl$KVM_SET_USER_MEMORY_REGION2"] * 2, "fallocate",
         *["ioctl$KVM_SET_USER_MEMORY_REGION2"] * 4, "munmap", "close"]
 
 
+@pytest.mark.long
+def test_every_shipped_program_of_system_calls_is_one_of_syzkaller() -> None:
+    seen = 0
+    for example in of_calls():
+        made, read = calls(example), fits(example)
+        runs = sum(call.what == "run" for call in made)
+        assert sum(call.name == "ioctl$KVM_RUN" for call in read) == runs
+        assert sum(call.name == "fallocate" for call in read) == sum(call.what in ("allocate", "punch") for call in made)
+        assert sum(call.name == "ioctl$KVM_CREATE_VCPU" for call in read) == (runs > 0)
+        seen += 1
+    assert seen >= 5
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ("r0 = openat$kvm(0xffffffffffffff9c", "no comma"), ("close(r0)", "r0 is used before it is assigned"),
+    ("close(12)", "no argument"), ("close(0x1) # done", "after the call"), ("Close(0x1)", "no call"),
+    ("close(&(0x7f0000000000)=)", "no argument"), ("close({0x1)", "no comma"), ("close('\\x00)", "no argument"),
+    ("close(0x1) (fail: 3)", "no properties"), ('close("0")', "no argument")])
+def test_the_grammar_refuses_what_is_none(line: str, says: str) -> None:
+    with pytest.raises(syzkaller.SyzError, match=re.escape(says)):
+        syzkaller.read(line)
+
+
+def test_the_grammar_reads_what_we_do_not_write() -> None:
+    text = "r1 = a$b(&AUTO={'x\\x00', <r2=>0x0, [0x1, nil], @u=0x2}, AUTO) (fail_nth: 5)\nc(r2, r1+0x3)\n"
+    first, _ = syzkaller.read(text)
+    assert first.args[0] == syzkaller.Pointer(None, None, syzkaller.Struct((syzkaller.Text(b"x\0"), 0, (1, None), ("u", 2))))
+
+
+@pytest.mark.parametrize(("old", "new", "says"), [
+    ("ioctl$KVM_CREATE_VM(r0, 0xae01", "ioctl$KVM_CREATE_VM(r0, 0xae02", "is not the constant 0xae01"),
+    ("fallocate(r2", "fallocate(r1", ""), ("KVM_RUN(r3", "KVM_RUN(r1", "fd_kvmvm is no fd_kvmcpu"),
+    (", r2})", ", r1})", "fd_kvmvm is no fd_guest_memfd"), ("close(r2)", "close(r2, 0x0)", "takes 1 arguments"),
+    ("=nil, 0x0, r2", ", 0x0, r2", ""), ("munmap(&(0x7f0000800000", "munmap(&(0x7e0000800000", "no pointer into the area"),
+    ("getrandom(", "getentropy(", "is not described")])
+def test_the_descriptions_refuse_what_does_not_fit(refused: Counterexample, old: str, new: str, says: str) -> None:
+    texts = ["\n".join(syz_program(example)) for example in (refused, ALL_CALLS)]
+    assert any(old in text for text in texts)
+    found = [why for text in texts for why in syzkaller.misfits(syzkaller.read(text.replace(old, new)))]
+    assert (says in "; ".join(found)) if says else found == []
+
+
 def test_the_syzkaller_program_makes_the_same_calls() -> None:
     example = made_of(step("vmm", "VMM punch", "range 1 1"), step("vmm2", "thread to_private"),
                       step("vmm-odd", "odd bind", "range -1 1"))
-    read = dict(Syz("\n".join(syz_program(example))).calls)
-    assert read["fallocate"] == ["r2", 3, 4096, 4096]
-    _, attributes = read["ioctl$KVM_SET_MEMORY_ATTRIBUTES"][2]
-    assert attributes == [0, 8192, PRIVATE, 0]
-    _, region = read["ioctl$KVM_SET_USER_MEMORY_REGION2"][2]
-    assert region[5] == (1 << 64) - 4096
+    made = {call.name: call.args for call in fits(example)}
+    assert made["fallocate"] == (syzkaller.Variable("r2"), 3, 4096, 4096)
+    assert made["ioctl$KVM_SET_MEMORY_ATTRIBUTES"][2].at.members == (0, 8192, PRIVATE, 0)
+    assert made["ioctl$KVM_SET_USER_MEMORY_REGION2"][2].at.members[5] == (1 << 64) - 4096
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

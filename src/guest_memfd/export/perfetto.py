@@ -1,8 +1,9 @@
 """Runs in the Trace Event Format (JSON), which Perfetto and chrome://tracing open.
 
 A counterexample has a track for each party; a step takes a thousand units, because the explorer knows an order and no time.
-A run of a guest has a track for whose code asks (library, driver, mm, user, guest), and real microseconds. Operations are
-slices, and the primitives in them slices below. Counters: direct-map writes, TLB flushes, hypercalls, leaf splits.
+A run of a guest has for each CPU of the host a track for whose code asks (library, driver, mm, user, guest), and real
+microseconds. Operations are slices, and the primitives in them slices below. Counters: direct-map writes, TLB flushes,
+hypercalls, leaf splits.
 
 Source: "Trace Event Format", the phases M (names), B and E (begin, end), X (complete), i (instant), C (counter).
 """
@@ -10,7 +11,7 @@ Source: "Trace Event Format", the phases M (names), B and E (begin, end), X (com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from guest_memfd.abstract import show
@@ -36,7 +37,7 @@ def counterexample(example: Counterexample) -> dict[str, Any]:
     finding = example.finding
     parties = list(dict.fromkeys([*example.parties, *(step.party for step in finding.steps)]))
     title = f"{example.design} on {example.hypervisor}: {finding.law} is broken"
-    return _file([*_named(title, parties), *_of_steps(example, parties)], {
+    return _file([*_named(_PID, title, parties), *_of_steps(example, parties)], {
         "law": finding.law, "evidence": finding.evidence, "scene": example.scene.name})
 
 
@@ -44,18 +45,18 @@ def _file(events: list[Event], about: Mapping[str, str]) -> dict[str, Any]:
     return {"displayTimeUnit": "ms", "otherData": dict(about), "traceEvents": events}
 
 
-def _named(process: str, tracks: list[str]) -> Iterator[Event]:
-    yield {"ph": "M", "name": "process_name", "pid": _PID, "tid": 0, "args": {"name": process}}
+def _named(pid: int, process: str, tracks: Sequence[str]) -> Iterator[Event]:
+    yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process}}
     for number, name in enumerate(tracks, 1):
-        yield {"ph": "M", "name": "thread_name", "pid": _PID, "tid": number, "args": {"name": name}}
-        yield {"ph": "M", "name": "thread_sort_index", "pid": _PID, "tid": number, "args": {"sort_index": number}}
+        yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": number, "args": {"name": name}}
+        yield {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": number, "args": {"sort_index": number}}
 
 
 def _of_steps(example: Counterexample, parties: list[str]) -> Iterator[Event]:
     finding = example.finding
     names = said.lock_holders(finding.steps, finding.initial)
     tracks = {number: 1 + parties.index(name) for number, name in names.items()}
-    counters = dict.fromkeys(COUNTED.values(), 0)
+    counters = dict.fromkeys((*COUNTED.values(), SPLITS), 0)
     under_way: dict[int, str] = {}
     before, at = finding.initial, 0
     for at, step in enumerate(finding.steps):
@@ -76,6 +77,10 @@ def _of_steps(example: Counterexample, parties: list[str]) -> Iterator[Event]:
         if call in COUNTED and not step.failed:
             counters[COUNTED[call]] += 1
             yield _counter(COUNTED[call], counters[COUNTED[call]], at * STEP)
+        split = sum(max(new - old, 0) for name, old, new in st.changes(before, step.shared) if name.endswith(".splits"))
+        if split:
+            counters[SPLITS] += split
+            yield _counter(SPLITS, counters[SPLITS], at * STEP)
         for number in (number for number, new in changed if not new and number in under_way):
             del under_way[number]
             yield {"ph": "E", "pid": _PID, "tid": tracks[number], "ts": (at + 1) * STEP}
@@ -99,7 +104,8 @@ class Recorder:
     """Notes every primitive of a run as it ends; `file` is what it was told.
 
     Only the ends are known. A primitive within an operation lasts from the one before it, which is nearly true, because
-    nothing else runs there; outside of operations it is as short as can be shown. splits: how many leaves have been split.
+    nothing else runs there; outside of operations it is as short as can be shown. splits: how many leaves have been split;
+    cpu: on which CPU of the host it is.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -107,48 +113,46 @@ class Recorder:
         self._tracks: dict[str, int] = {}
         self._events: list[Event] = []
         self._counters = dict.fromkeys((*COUNTED.values(), SPLITS), 0)
-        self._open: dict[str, list[float]] = {}
+        self._open: dict[str, list[Event]] = {}
         self._last = 0.0
         self.splits: Callable[[], int] = lambda: 0
+        self.cpu: Callable[[], int] = lambda: 0
 
     def __call__(self, primitive: Primitive) -> None:
         """*primitive* has just ended."""
-        now = self._now()
-        track = self._track(primitive.caller)
+        now, where = self._now(), self._where(primitive.caller)
+        running = self._open.setdefault(primitive.caller, [])
         if primitive.name == "begin_op":
-            self._events.append({"ph": "B", "name": str(primitive.args[0]), "pid": _PID, "tid": track, "ts": now,
-                                 "args": {"call": str(primitive)}})
-            self._open.setdefault(primitive.caller, []).append(now)
+            running.append({"ph": "B", "name": str(primitive.args[0]), **where, "ts": now, "args": {"call": str(primitive)}})
+            self._events.append(running[-1])
         elif primitive.name == "end_op":
-            if self._open.get(primitive.caller):
-                self._open[primitive.caller].pop()
-                self._events.append({"ph": "E", "pid": _PID, "tid": track, "ts": now, "args": {"call": str(primitive)}})
+            if running:
+                self._events.append(_end(running.pop(), now) | {"args": {"call": str(primitive)}})
         else:
-            within = self._open.get(primitive.caller)
-            start = max(self._last, within[-1]) if within else now - 1
-            self._events.append({"ph": "X", "name": primitive.name, "cat": primitive.caller, "pid": _PID, "tid": track,
-                                 "ts": max(start, 0.0), "dur": round(now - max(start, 0.0), 3)})
+            start = max(self._last, running[-1]["ts"] if running else now - 1)
+            self._events.append({"ph": "X", "name": primitive.name, "cat": primitive.caller, **where, "ts": start,
+                                 "dur": round(now - start, 3)})
             self._count(primitive.name, now)
         self._last = now
 
     def exit(self, words: str) -> None:
         """The vCPU has come back to the VMM."""
-        self._events.append({"ph": "i", "name": words, "s": "t", "pid": _PID, "tid": self._track("vCPU exits"),
-                             "ts": self._now()})
+        self._events.append({"ph": "i", "name": words, "s": "t", **self._where("vCPU exits"), "ts": self._now()})
 
     def file(self, about: Mapping[str, str]) -> dict[str, Any]:
         """The whole file; *about*: what was run."""
         now = self._now()
-        closed = [{"ph": "E", "pid": _PID, "tid": self._track(caller), "ts": now}
-                  for caller, begun in self._open.items() for _ in begun]
-        names = list(_named(about.get("run", "gmem run"), list(self._tracks)))
+        closed = [_end(begun, now) for running in self._open.values() for begun in reversed(running)]
+        cpus = sorted({event["pid"] for event in self._events} | {_PID})
+        names = [name for pid in cpus
+                 for name in _named(pid, f"CPU {pid - _PID}: {about.get('run', 'gmem run')}", list(self._tracks))]
         return _file([*names, *self._events, *closed], about)
 
     def _now(self) -> float:
         return round((self._clock() - self._began) * 1e6, 3)
 
-    def _track(self, name: str) -> int:
-        return self._tracks.setdefault(name, len(self._tracks) + 1)
+    def _where(self, track: str) -> Event:
+        return {"pid": _PID + self.cpu(), "tid": self._tracks.setdefault(track, len(self._tracks) + 1)}
 
     def _count(self, primitive: str, now: float) -> None:
         moved = {COUNTED[primitive]: self._counters[COUNTED[primitive]] + 1} if primitive in COUNTED else {}
@@ -156,3 +160,8 @@ class Recorder:
             moved[SPLITS] = splits
         self._counters |= moved
         self._events += (_counter(name, value, now) for name, value in moved.items())
+
+
+# On the CPU and the track on which it began, whoever ends it.
+def _end(begun: Event, now: float) -> Event:
+    return {"ph": "E", "pid": begun["pid"], "tid": begun["tid"], "ts": now}

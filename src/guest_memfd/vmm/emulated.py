@@ -46,9 +46,11 @@ Where = Literal["kernel", "el2", "slab"]
 
 
 class RunRecord(Protocol):
-    """Who notes a run while it goes on. splits: where it can ask how many leaves of the direct map have been split."""
+    """Who notes a run while it goes on. splits, cpu: where it can ask how many leaves of the direct map have been split, and
+    which CPU of the host is at work."""
 
     splits: Callable[[], int]
+    cpu: Callable[[], int]
 
     def __call__(self, primitive: Primitive) -> None:
         """*primitive* has just ended."""
@@ -132,6 +134,7 @@ class EmulatedRun:
         tables = self.machine.linear_map.table_pages
         if order.record is not None:
             order.record.splits = lambda: self.machine.linear_map.table_pages - tables
+            order.record.cpu = lambda: self.machine.cpu.current
         self.console = Console(say)
         self.report = EmulatedReport()
         self.guest: KvmGuest | GunyahGuest | None = None

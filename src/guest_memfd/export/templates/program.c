@@ -161,6 +161,15 @@ static int convert(const struct call *call, unsigned long attributes)
 	return ioctl(vm, GMEM_ATTRIBUTES, &of_vm);
 }
 
+/* What comes to lie there next is not to be touched in its place. */
+static int unmap(void)
+{
+	char *gone = mapped;
+
+	mapped = MAP_FAILED;
+	return munmap(gone, PAGES * PAGE);
+}
+
 static int touch(const struct call *call)
 {
 	int number;
@@ -254,7 +263,7 @@ static int make(const struct call *call)
 		mapped = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
 		return mapped == MAP_FAILED ? -1 : 0;
 	case UNMAP:
-		return munmap(mapped, PAGES * PAGE);
+		return unmap();
 	case TOUCH:
 		return touch(call);
 	case RUN:
