@@ -2,6 +2,7 @@
 # make test      set up, then style, types and the quick tests (T=tests/test_cli.py: those alone)
 # make test-long the tests that take minutes
 # make bench     how fast the explorer is; make bench-emulated: what lending costs on the emulated machine
+# make bench-pages  how large pages for a browser are, and how long they take to make
 # make bench-linux  what our calls of the real kernel cost beside the same in C, and memfd_secret beside memfd
 # make mutants   the library with one small thing wrong, some thousand times over: what does nobody notice (an hour and more)
 # make tour      docs/tour.md and docs/page-life.svg, written anew from a run
@@ -18,7 +19,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: compare test test-long lint mutants tour docs pictures fuzz bench bench-emulated bench-linux clean
+.PHONY: compare test test-long lint mutants tour docs pictures fuzz bench bench-emulated bench-linux bench-pages clean
 
 compare: .venv/installed
 	@echo "exploring every pair of parties under every design: two or three minutes, more on a busy machine" >&2
@@ -55,6 +56,9 @@ bench: .venv/installed
 
 bench-emulated: .venv/installed
 	$(BIN)/python bench/emulated.py
+
+bench-pages: .venv/installed
+	$(BIN)/python bench/pages.py
 
 bench-linux: .venv/installed
 	$(BIN)/python bench/linux.py

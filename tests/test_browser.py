@@ -15,7 +15,9 @@ import pytest
 from browser import PROGRAMS, Browser, browser, program
 from test_html import long_run, traced
 from test_html_tables import survey
+from test_probe_saved import written
 
+from guest_memfd.cli.main import main
 from guest_memfd.designs import DESIGNS
 from guest_memfd.explore.replay import replay
 from guest_memfd.explore.suite.check import compare
@@ -368,6 +370,32 @@ def test_a_survey_is_searched_and_filtered(tab: Browser, survey_page: Path) -> N
     choose(tab, "[data-state]", "fixed")
     assert items(tab) == ["no-cloexec"]
     assert tab.js("document.querySelector('.where').textContent") == "1 of 4"
+
+
+def test_eight_kernels_from_files_are_a_page(tab: Browser, folder: Path) -> None:
+    names = [f"6.{number}" for number in range(12, 20)]
+    files = [written(folder, name, bug="present" if number < 5 else "fixed", twice="EEXIST" if number else "EINVAL")
+             for number, name in enumerate(names)]
+    file = folder / "eight.html"
+    assert main(["probe", "--saved", *map(str, files), "--html", str(file), "-o", "/dev/null"]) == 2
+    tab.open(file)
+    heads = tab.js("[...document.querySelector('table.survey thead tr').cells].map((c) => c.textContent)")
+    assert heads == ["bug", *names]
+    verdicts = tab.js("[...document.querySelector('#bug-no-cloexec').querySelectorAll('td')].map((c) => c.className)")
+    assert verdicts == ["present"] * 5 + ["fixed"] * 3
+    choose(tab, "[data-state]", "varies")
+    assert items(tab) == ["no-cloexec", "bind.twice", "bind.twice"]
+    choose(tab, "[data-search]", "bound once")
+    assert items(tab) == ["bind.twice", "bind.twice"]
+    tab.look(dark=True)
+    assert tab.js("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
+    assert tab.printed().startswith(b"%PDF-")
+    tab.look(media="print")
+    assert tab.js("document.querySelector('.controls').offsetHeight") == 0
+    tab.look()
+    tab.script(False)
+    tab.open(file)
+    assert {"no-cloexec", "bind.twice"} <= {*items(tab)}
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -320,7 +320,7 @@ def test_what_is_refused(argv: list[str], words: str, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["--table"], "--table is for --kernel"), (["--kernel", "7.3,7.2"], "several kernels need --table"),
+    (["--table"], "--table is for --kernel and --saved"), (["--kernel", "7.3,7.2"], "several kernels need --table"),
     (["--kernel", "7.3", "--table", "--json"], "--table excludes --json, --ktap and --against"),
     (["--kernel", "7.3", "--kvm", "/dev/kvm"], "--kvm is for this machine, and --kernel for another"),
     (["--patience", "0"], "--patience 0: a number above 0, 1000 at most"),

@@ -15,6 +15,7 @@ from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.probe import report
 from guest_memfd.probe.against import Against, compare, read
 from guest_memfd.probe.matrix import SurveyOf
+from guest_memfd.probe.saved import saved
 from guest_memfd.probe.survey import PARTS, Survey, survey
 from guest_memfd.report import json
 from guest_memfd.uapi.kvm import PATH
@@ -38,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kvm", metavar="PATH", help=f"the device node of KVM, which must be one (default {PATH}, if there)")
     group.add_argument("--against", metavar="FILE", help="say what has changed since a survey that --json has written, on "
                        "another kernel perhaps; a row with another result, or a bug that has come back, exits 2")
+    group.add_argument("--saved", metavar="FILE", nargs="+", help="probe nothing: show surveys that --json has written, of "
+                       "other machines perhaps, side by side in Markdown; also with --html")
     group.add_argument("--patience", metavar="N", type=float, default=1, help="let every row take N times as long before it "
                        "is given up, as on a busy or emulated machine (default 1)")
     probe_kernels.add_arguments(parser)
@@ -55,10 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadInput("--json and --ktap exclude each other")
     if not 0 < arguments.patience <= 1000:
         raise BadInput(f"--patience {arguments.patience:g}: a number above 0, 1000 at most")
+    if arguments.saved is not None:
+        return _saved(arguments)
     if arguments.kernel is not None:
         return _elsewhere(arguments)
     if arguments.table:
-        raise BadInput("--table is for --kernel")
+        raise BadInput("--table is for --kernel and --saved")
     if not sys.platform.startswith("linux"):
         raise HostUnavailable(f"gmem probe asks a Linux kernel; this is {sys.platform}")
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -84,6 +89,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kvm is not None and "kvm" not in has:
         raise HostUnavailable(f"--kvm {has.why('kvm')}")
     return 2 if found.differing or (against is not None and against.worse) else 0
+
+
+# Nothing is asked: what can be chosen of a survey has been.
+def _saved(arguments: argparse.Namespace) -> int:
+    for name in ("kernel", "part", "row", "kvm", "against", "json", "ktap"):
+        if getattr(arguments, name):
+            raise BadInput(f"--saved and --{name} exclude each other: what was saved is shown as it is")
+    surveys = [saved(path) for path in arguments.saved]
+    with ExitStack() as stack:
+        out, (page,) = opened(stack, arguments, "html")
+        return probe_kernels.side_by_side(surveys, out, page)
 
 
 # In the guest everything is looked at again; what can be known to be wrong is said here, before anything is fetched.

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from guest_memfd.cli.kernel import architecture, job_of, tell
-from guest_memfd.cli.output import opened
+from guest_memfd.cli.output import Output, opened
 from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.kernels import find
 from guest_memfd.kernels.run import KernelAnswer, run
@@ -48,18 +48,22 @@ def probe(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         out, (page,) = opened(stack, arguments, "html")
         if table:
-            surveys = list(_surveys(names, arguments))
-            if page is not None:
-                from guest_memfd.html import probe as html
-
-                page.write(html.page(surveys))
-            out.write("\n".join(as_tables(surveys)))
-            return _worst(surveys)
+            return side_by_side(list(_surveys(names, arguments)), out, page)
         answer = _ask(names[0], arguments, tuple(_options(arguments)))
         if answer.err:
             tell(answer.err.strip().removeprefix("gmem: "))
         out.write(answer.out.rstrip("\n"))
     return answer.code
+
+
+def side_by_side(surveys: Sequence[SurveyOf], out: Output, page: Output | None) -> int:
+    """Write *surveys* as tables to *out*, and as a page to *page*; the exit code is the worst of theirs."""
+    if page is not None:
+        from guest_memfd.html import probe as html
+
+        page.write(html.page(surveys))
+    out.write("\n".join(as_tables(surveys)))
+    return _worst(surveys)
 
 
 def _surveys(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[SurveyOf]:

@@ -21,7 +21,7 @@ exit codes: 0 written, 4 bad input, 5 what writes it is not here: pip install 'g
 bash: gmem shell bash > ~/.local/share/bash-completion/completions/gmem;  zsh: gmem shell zsh > "${fpath[1]}/_gmem";
 fish: gmem shell fish > ~/.config/fish/completions/gmem.fish;  man: gmem shell man | man -l -"""
 
-_FILES, _FOLDERS = ("file", "output", "html", "perfetto", "load", "against"), ("save_traces", "modules")
+_FILES, _FOLDERS = ("file", "output", "html", "perfetto", "load", "against", "saved"), ("save_traces", "modules")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

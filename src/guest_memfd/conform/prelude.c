@@ -1,7 +1,7 @@
 // What the operations of gmem conform are in C; what comes after this is one sequence of them. Build it with gcc -O1, and run it
 // where /dev/kvm is. It prints what each call said, and what is seen of the files afterwards: size, resident pages, checksums.
 // The program of a counterexample (export/templates/program.c) is another: it is short enough to be pasted into a mail, has one
-// file and one VM, and stops at the first call that cannot be made. This one has six files and two VMs, and never stops.
+// file and one VM, and says the errno of each call. This one has six files, two VMs, and looks at all of them afterwards.
 
 #define _GNU_SOURCE
 #include <errno.h>

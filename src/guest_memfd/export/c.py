@@ -1,4 +1,8 @@
-"""The system calls of a trace as a C program for /dev/kvm, which prints what each returns."""
+"""The system calls of a trace as a C program for /dev/kvm, which prints what each returns.
+
+The program of `gmem conform` (conform/prelude.c) is another: it has many files and two VMs, and says what is seen of them
+afterwards; this one is to be read, and pasted into a mail.
+"""
 
 from __future__ import annotations
 

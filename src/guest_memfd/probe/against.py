@@ -54,16 +54,16 @@ class Against:
         return any(change.worse for change in self.changes)
 
 
-def read(path: str) -> dict[str, Any]:
-    """The survey in the file *path*; raises BadInput for what is none."""
+def read(path: str, option: str = "--against") -> dict[str, Any]:
+    """The survey in the file *path*, that *option* names; raises BadInput for what is none."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInput(f"--against {path!r}: {error.strerror}") from error
+        raise BadInput(f"{option} {path!r}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"--against {path!r} is not JSON: {error}") from error
+        raise BadInput(f"{option} {path!r} is not JSON: {error}") from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise BadInput(f"--against {path!r} is no survey: what gmem probe --json writes is wanted, of schema {SCHEMA!r}")
+        raise BadInput(f"{option} {path!r} is no survey: what gmem probe --json writes is wanted, of schema {SCHEMA!r}")
     return found
 
 

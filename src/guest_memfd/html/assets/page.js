@@ -13,6 +13,7 @@ class Run {
     this.blamed = new Set(data.blamed);
     this.cells = new Map([...article.querySelectorAll("[data-cell]")].map((cell) => [cell.dataset.cell, cell]));
     this.at = this.steps.length;
+    this.marked = [];
     this.listen();
     article.querySelector(".controls").hidden = false;
     this.show(this.at);
@@ -59,12 +60,12 @@ class Run {
   }
 
   show(number) {
-    for (const marked of this.article.querySelectorAll(".here")) marked.classList.remove("here");
+    for (const marked of this.marked) marked.classList.remove("here");
     this.steps[this.at - 1]?.removeAttribute("aria-current");
     this.at = number;
     const step = this.steps[number - 1];
-    step?.classList.add("here");
-    this.folded(step)?.querySelector("summary").classList.add("here");
+    this.marked = [step, this.folded(step)?.querySelector("summary")].filter(Boolean);
+    for (const marked of this.marked) marked.classList.add("here");
     step?.setAttribute("aria-current", "step");
     const taken = Math.min(number, this.changes.length);
     const state = this.state(taken);
@@ -90,18 +91,20 @@ class Run {
     (this.folded(step) ?? step ?? this.article).scrollIntoView({block: "nearest"});
   }
 
+  // Whether keys stop at a step: one that is seen, and of a folded operation the last that would be.
+  stops(number) {
+    const step = this.steps[number - 1];
+    let after = this.folded(step) && step.nextElementSibling;
+    while (after?.hidden) after = after.nextElementSibling;
+    return !step.hidden && !after;
+  }
+
   move(how) {
-    // A folded operation is one stop, with the state after its last step here.
-    const seen = this.steps.flatMap((step, at) => {
-      const folded = this.folded(step);
-      return step.hidden || (folded && [...folded.querySelectorAll("li.step:not([hidden])")].at(-1) !== step) ? [] : [at + 1];
-    });
-    const places = {
-      first: 0, last: seen.at(-1) ?? 0,
-      next: seen.find((number) => number > this.at) ?? this.at,
-      previous: seen.findLast((number) => number < this.at) ?? 0,
-    };
-    this.go(places[how]);
+    const end = this.steps.length;
+    const by = {next: 1, previous: -1, last: -1}[how];
+    let at = {first: 0, last: end + 1}[how] ?? this.at;
+    if (by) do at += by; while (at > 0 && at <= end && !this.stops(at));
+    this.go(at > end ? this.at : Math.max(at, 0));
   }
 
   filter() {
