@@ -238,7 +238,8 @@ def test_it_is_readable_in_light_and_dark(tab: Browser, pinned: Path, dark: bool
     tab.open(pinned, "#step-25")
     red = int(str(tab.js("getComputedStyle(document.body).backgroundColor")).strip("rgb()").split(",")[0])
     assert (red < 64) if dark else (red > 192)
-    for where in ("h1 .law", ".lead", ".call b", ".changed", ".facts dt", ".step.colour1 .call b", ".keys"):
+    for where in ("h1 .law", ".lead", ".call b", ".changed", ".facts dt", ".step.colour1 .call b", ".keys", ".why", ".came",
+                  ".marked"):
         assert contrast(tab, where) >= 4.5, where
     if not dark:
         picture(tab, "explain")

@@ -257,7 +257,7 @@ def test_compare_prints_the_table_sentences_and_costs(capsys: pytest.CaptureFixt
     assert gmem("compare", "none", "library", *LOAD) == 0
     out = capsys.readouterr().out
     assert "9 V+Z" in out
-    assert "\n- none (stage 1 is left alone) " in out
+    assert "\n- none (the direct map is left alone) " in out
     assert "\n- library (" in out
     assert "direct-map writes" in out
     assert max(map(len, out.splitlines())) <= 100

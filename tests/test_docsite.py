@@ -53,7 +53,10 @@ def test_the_site_has_no_broken_link(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "site" / "examples" / "none-gunyah.html").exists()
+    examples = tmp_path / "site" / "examples"
+    shown = re.findall(r'<iframe src="([^"]+)"', (examples / "index.html").read_text(encoding="utf-8"))
+    assert shown == ["none-gunyah.html", "v17-pins.html", "table.html"]
+    assert all("What leads there" in (examples / name).read_text(encoding="utf-8") for name in shown)
     assert (tmp_path / "site" / "search").is_dir()
 
 

@@ -185,7 +185,7 @@ def test_the_step_that_breaks_the_law_says_since_when(load: Trace, pinned: Trace
                     ("pfn0", "host stage 2", "withheld", 8)]
     shown = Page(page(replay(pinned)))
     assert "pfn0 owner guest, since this step" in shown.texts("li")
-    assert "pfn0 references: GUP without FOLL_PIN (vmsplice, /proc/pid/mem) 1, since step 13" in shown.texts("li")
+    assert "pfn0 GUP ref (GUP without FOLL_PIN: vmsplice, /proc/pid/mem) 1, since step 13" in shown.texts("li")
 
 
 def test_a_step_says_what_it_touches(pinned: Trace) -> None:

@@ -127,7 +127,7 @@ def test_what_was_not_run_has_no_operations(pinned: Replay) -> None:
 def test_the_pin_the_munmap_and_the_checks_that_ask_something_else(pinned: Replay) -> None:
     told = {lead.step: " ".join(lead.why) for lead in story(pinned)}
     assert list(told) == [13, 14, 21, 22]
-    assert "since this step pfn0 references: GUP without FOLL_PIN" in told[13]
+    assert "since this step pfn0 GUP ref (GUP without FOLL_PIN: vmsplice, /proc/pid/mem) is 1" in told[13]
     assert told[14] == ("decides what step 21 is told: pfn0 VMM maps it page 0 -> none "
                         "decides what step 22 is told: VMAs 1 -> 0")
     assert told[21] == "a check, in lend_safe(): it looks at pfn0 VMM maps it, and not at pfn0 GUP ref"
@@ -180,7 +180,7 @@ def test_a_check_that_was_true_when_it_asked() -> None:
         ("vcpu", "hypercall", ("lend", FOLIO), 0, made(pfn0__pin=1, pfn0__owner=1), ()))
     told = told_of(again, "pfn0.pin", "pfn0.owner")
     assert told[1] == "a check, in guest_fault(): it looks at pfn0 FOLL_PIN ref, and step 2 changes that afterwards"
-    assert told[2].startswith("since this step pfn0 references: FOLL_PIN")
+    assert told[2].startswith("since this step pfn0 FOLL_PIN ref (FOLL_PIN of a device or io_uring) is 1")
 
 
 def test_a_check_of_another_page_is_none() -> None:

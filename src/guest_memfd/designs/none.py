@@ -1,4 +1,4 @@
-"""`none`: stage 1 is left alone, as in the Gunyah series up to v16. And `fixup`, which is `none` on another kernel.
+"""`none`: the direct map is left alone, as in the Gunyah series up to v16. And `fixup`, which is `none` on another kernel.
 
 Differs from our library only in that nothing touches the direct map and nothing vetoes hibernation.
 """
@@ -17,7 +17,7 @@ class NoDesign(Design):
     """Leave the direct map alone."""
 
     name = "none"
-    title = "stage 1 is left alone"
+    title = "the direct map is left alone"
     source = "Gunyah series v1-v16; Elliot Berman, 23 Feb 2024"
     power = "none"
     no_direct_map = False

@@ -67,7 +67,10 @@ def _titled(it: Blamed) -> str:
 # A reference says which.
 def _label_of(name: str) -> str:
     record, _, field = name.rpartition(".")
-    return st.FRAME_FIELDS[field] if record.startswith("pfn") and field in _REFERENCES else show.label(name)
+    if not record.startswith("pfn") or field not in _REFERENCES:
+        return show.label(name)
+    means = st.FRAME_FIELDS[field].removeprefix("references: ").replace(" (", ": ").removesuffix(")")
+    return f"{show.label(name)} ({means})"
 
 
 def leads(again: Replay, wrong: Sequence[Blamed], ran: Sequence[OperationRun]) -> list[Lead]:
