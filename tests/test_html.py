@@ -284,6 +284,15 @@ def test_a_trace_that_diverges_shows_how_far_it_goes_and_what_was_recorded(load:
     assert len(shown.data()["changes"]) == 4
 
 
+def test_what_could_not_be_taken_again_may_say_anything(load: Trace) -> None:
+    strange = [Primitive("tree_store", ("bindings", 0, 7), "x"), Primitive("vma_covers", ("<b>", -1), "x"),
+               Primitive("no_such", (None, (1, 2)), "x"), None]
+    steps = [*load.steps[:4], *(replace(load.steps[4], primitive=each) for each in strange)]
+    shown = Page(page(replay(replace(load, steps=tuple(steps)))))
+    assert len(shown.texts("li", "recorded")) == 4
+    assert not any(given.get("class") == "story" for _, given in shown.elements)       # of what did not happen
+
+
 # -- other people's names ----------------------------------------------------------------------------------------------
 
 

@@ -17,8 +17,8 @@ from guest_memfd.report.blame import offending
 from guest_memfd.report.operations import operations
 from guest_memfd.report.steps import lock_holders
 from guest_memfd.report.story import Lead, blamed, leads
-from guest_memfd.report.touched import touched
-from guest_memfd.words.primitives import Folio, Primitive
+from guest_memfd.report.touched import MOST, touched
+from guest_memfd.words.primitives import Entries, Folio, Primitive
 from guest_memfd.words.scene import Scene
 from guest_memfd.words.units import Pfn
 
@@ -205,6 +205,15 @@ def test_a_run_of_somebody_elses_names_has_a_story(pinned: Replay) -> None:
 
 
 # -- what a step touches -------------------------------------------------------------------------------------------------
+
+
+def test_arguments_of_a_strangers_trace_may_be_anything() -> None:
+    strange = (("tree_store", ("bindings", 0, 7)), ("tree_store", ("bindings", 0, Entries(0, 1 << 63))),
+               ("vma_covers", ("a", -1)), ("tree_load", (None, 1 << 70, True)), ("filemap_get_folio", (-1,)),
+               ("no_such", (1, 2)))
+    for name, args in strange:
+        step = Step("vcpu", (), Primitive(name, args, "library"), None, False, INITIAL, ())
+        assert len(touched(step, INITIAL)) <= MOST
 
 
 @pytest.mark.parametrize(("name", "args", "about"), [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from guest_memfd.abstract import state as st
 from guest_memfd.explore.engine.finding import Step
 from guest_memfd.report.steps import parameters
-from guest_memfd.words.primitives import Folio, Host, Lookup, Primitive
+from guest_memfd.words.primitives import Entries, Folio, Host, Lookup, Primitive
 from guest_memfd.words.units import Pfn
 
 MOST = 100
@@ -45,10 +45,13 @@ def named(step: Step, sizes: st.Sizes) -> Iterator[str]:
 def _numbered(primitive: Primitive) -> Iterator[tuple[str, int, int]]:
     given = dict(zip(parameters(primitive.name), primitive.args, strict=False)) if hasattr(Host, primitive.name) else {}
     kinds = {"index": "page", "pfn": "pfn", "gfn": "gfn", "start": "gfn" if given.get("tree") == "provided" else "page"}
+    # Of a trace that could not be followed the arguments may be anything.
+    values = given.get("values")
+    length = values.nr if isinstance(values, Entries) else len(values) if isinstance(values, tuple) else given.get("nr", 1)
     for name, kind in kinds.items():
-        number, nr = given.get(name), given.get("nr", 1) if name == "start" else 1
+        number, nr = given.get(name), length if name == "start" else 1
         if type(number) is int and number >= 0 and type(nr) is int:
-            yield kind, number, len(given["values"]) if name == "start" and "values" in given else nr
+            yield kind, number, nr
 
 
 def in_order(name: str) -> tuple[str, int]:
