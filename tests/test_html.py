@@ -143,8 +143,8 @@ def test_a_reference_that_another_drops_is_not_his() -> None:
     holders.take("vcpu", [("pfn0.lookup", 0, 1)])
     holders.take("vmm", [("pfn0.lookup", 1, 2), ("pfn1.pin", 0, 1), ("page0.attr", 0, 1)])
     assert holders.of("pfn0.lookup") == " by vcpu and vmm"
-    holders.take("vcpu", [("pfn0.lookup", 2, 1)])
-    assert holders.of("pfn0.lookup") == " by vmm"
+    holders.take("vmm", [("pfn0.lookup", 2, 1)])
+    assert holders.of("pfn0.lookup") == " by vcpu"
     holders.take("teardown", [("pfn0.lookup", 1, 0)])
     assert (holders.of("pfn0.lookup"), holders.of("pfn1.pin"), holders.of("page0.attr")) == ("", " by vmm", "")
 
@@ -248,6 +248,8 @@ def test_words_of_the_hypervisor_and_of_a_design_without_attributes_are_told(pin
     told = " ".join(Page(page(replay(load))).texts("dd"))
     assert "its attribute; to convert a page is to change that" in told
     assert "keeps no attribute" not in told
+    unmade = traced("guestmem-rfc1", "kvm", ("vcpu2", "creator"), "lifetimes", scenes=["nothing-yet"])
+    assert "keeps no attribute" not in " ".join(Page(page(replay(unmade))).texts("dd"))
 
 
 def test_two_files_have_pages_of_their_own() -> None:

@@ -191,6 +191,22 @@ def test_a_check_of_another_page_is_none() -> None:
     assert list(told_of(again, "pfn0.pin", "pfn0.owner")) == [1]
 
 
+def test_what_is_wrong_all_along_or_by_the_last_step_is_not_said_to_be_missed() -> None:
+    again = a_run(
+        ("vcpu", "folio_mapped", (FOLIO,), False, INITIAL, ("pfn0.user",)),
+        ("vcpu", "hypercall", ("lend", FOLIO), 0, made(pfn0__owner=1), ()))
+    assert told_of(again, "pfn0.s1", "pfn0.owner")[1] == "a check, in guest_fault(): it looks at pfn0 VMM maps it"
+
+
+def test_what_the_operation_itself_has_changed_before_its_check_decides_nothing() -> None:
+    unlocked = made(pfn0__uptodate=1)
+    again = a_run(
+        ("vcpu", "folio_mark_uptodate", (FOLIO,), None, unlocked, ()),
+        ("vcpu", "folio_mapped", (FOLIO,), False, unlocked, ("pfn0.uptodate",)),
+        ("vcpu", "hypercall", ("lend", FOLIO), 0, made(pfn0__uptodate=1, pfn0__owner=1), ()))
+    assert list(told_of(again, "pfn0.owner")) == [2]
+
+
 def test_a_write_that_changes_nothing_is_said_to_be_in_vain() -> None:
     again = a_run(
         ("vcpu", "set_direct_map_invalid_noflush", (FOLIO,), 0, INITIAL, ("pfn0.handled",)),

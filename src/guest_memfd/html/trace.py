@@ -155,10 +155,10 @@ def page(
 def _words(example: Counterexample) -> Iterator[tuple[str, str]]:
     lending = HYPERVISORS[example.hypervisor].lending
     yield "lent", f"the guest has the page alone{'; ' + lending if lending else ''}"
-    fields = st.fields_of(example.finding.initial)
-    if any(number for name, number in fields.items() if name.endswith(".attr")):
+    states = (example.finding.initial, *(step.shared for step in example.finding.steps[-1:]))
+    if any(page.attr for state in states for page in st.State(state).pages()):
         yield "private, shared", "what the file says of each page, its attribute; to convert a page is to change that"
-    else:
+    elif example.scene.made:                            # of a file that is still to be made nothing can be said
         yield "private, shared", ("what the scene wants of each page; this design keeps no attribute that says so, and "
                                   "lends or shares a page when somebody faults")
 
