@@ -17,7 +17,7 @@ from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.vmm.lent_file import LentFile
+from guest_memfd.vmm.counted_file import CountedFile
 from guest_memfd.words.units import Index
 
 GIB = 1 << 30
@@ -49,7 +49,7 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def taken_back(file: LentFile) -> float:
+def taken_back(file: CountedFile) -> float:
     """Seconds. AssertionError when anything is left behind."""
     seconds = timed(file.take_back)
     assert file.machine.audit() == [] if file.pages <= AUDITED else not file.machine.pages
@@ -60,7 +60,7 @@ def cost(hypervisor: str, pages: int, order: int, *, bbml3: bool) -> Cost:
     """Lend *pages* pages in folios of *order* and take them back."""
     gc.collect()
     gc.disable()                        # a million folios are a million objects that Python would look at again and again
-    file = LentFile(OurLibrary, hypervisor, pages, order, bbml3=bbml3)
+    file = CountedFile(OurLibrary, hypervisor, pages, order, bbml3=bbml3)
     lm = file.machine.linear_map
     splits, flushes, tables = sum(lm.splits.values()), sum(lm.flushes.values()), lm.table_pages
     lent = timed(file.lend)
@@ -86,7 +86,7 @@ def one_gib(hypervisor: str) -> None:
 def one_tib(hypervisor: str) -> None:
     """1 TiB as 1024 blocks."""
     start = time.perf_counter()
-    file = LentFile(OurLibrary, hypervisor, (1 << 40) // PAGE, 18)
+    file = CountedFile(OurLibrary, hypervisor, (1 << 40) // PAGE, 18)
     built = time.perf_counter() - start
     lent, back = timed(file.lend), taken_back(file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -107,7 +107,7 @@ def curve(hypervisor: str, most: int) -> None:
 
 def round_trips(hypervisor: str, order: int, most: int) -> None:
     """1 GiB in folios of *order*; one page of it is converted to shared and back, *most* times."""
-    file = LentFile(OurLibrary, hypervisor, GIB // PAGE, order)
+    file = CountedFile(OurLibrary, hypervisor, GIB // PAGE, order)
     file.lend()
     page = Index(5)
     first, done, every = 0.0, 0, max(most // 5, 1)
@@ -145,7 +145,7 @@ next:   ldr x2, [x0]
 
 def execution() -> None:
     """Guest instructions per second, and translations per second through walker and TLB."""
-    file = LentFile(OurLibrary, "pkvm", (64 << 20) // PAGE, 0, bbml3=False)
+    file = CountedFile(OurLibrary, "pkvm", (64 << 20) // PAGE, 0, bbml3=False)
     file.lend()
     machine, vm = file.machine, file.host.vm
     core = GuestCore(machine.ram, machine.tlbs, 0, lambda: machine.driver.guest_stage2(vm))

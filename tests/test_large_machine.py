@@ -18,7 +18,7 @@ from guest_memfd.words.units import Gfn, Index, Pa, gfn_to_gpa
 
 pytest.importorskip("unicorn")
 
-from guest_memfd.vmm.lent_file import LentFile
+from guest_memfd.vmm.counted_file import CountedFile
 
 HYPERVISORS = ("kvm", "pkvm", "gunyah")
 NR = 1 << BLOCK
@@ -29,7 +29,7 @@ class Filled:
     """A file of one folio of 2 MiB, lent; the guest has written to each of its pages."""
 
     def __init__(self, hypervisor: str) -> None:
-        self.file = LentFile(OurLibrary, hypervisor, NR, BLOCK)
+        self.file = CountedFile(OurLibrary, hypervisor, NR, BLOCK)
         self.machine, self.host = self.file.machine, self.file.host
         self.file.lend()
         self.at = {Index(i): self.guest_page(Gfn(i)) for i in range(NR)}

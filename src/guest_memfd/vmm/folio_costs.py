@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.explore.world.cost import FolioCost
-from guest_memfd.vmm.lent_file import LentFile
+from guest_memfd.vmm.counted_file import CountedFile
 from guest_memfd.words.units import Index
 
 PAGES, BLOCK, GIGABYTE = 0, 9, 18
@@ -33,7 +33,7 @@ def _cases(hypervisor: str) -> Iterator[tuple[str, FolioCost | None]]:
 
 def lent_and_back(hypervisor: str, pages: int, order: int) -> FolioCost:
     """All of a file of *pages* pages, in folios of *order*, is lent to the guest and taken back."""
-    file = LentFile(OurLibrary, hypervisor, pages, order)
+    file = CountedFile(OurLibrary, hypervisor, pages, order)
     before = file.counted()
     file.lend()
     file.take_back()
@@ -42,7 +42,7 @@ def lent_and_back(hypervisor: str, pages: int, order: int) -> FolioCost:
 
 # One page of a folio of 2 MiB goes its own way.
 def _parts(hypervisor: str) -> Iterator[tuple[str, FolioCost | None]]:
-    file = LentFile(OurLibrary, hypervisor, 1 << BLOCK, BLOCK)
+    file = CountedFile(OurLibrary, hypervisor, 1 << BLOCK, BLOCK)
     file.lend()
     for case in ("4K of 2M shared and back", "4K of 2M, once more"):
         before = file.counted()

@@ -22,7 +22,7 @@ _MIB, _GIB = 1 << 20, 1 << 30
 _WRITES = ("set_direct_map_invalid_noflush", "set_direct_map_default_noflush")
 
 
-class LentFile:
+class CountedFile:
     """A file of *pages* pages in folios of *order*, all of it private and bound, gfn i to page i.
 
     *bbml3*: the direct map is made of blocks, which may be split while they are in use; else of pages.
@@ -68,7 +68,7 @@ class LentFile:
             assert told == "ok", told
 
     def convert(self, index: Index, *, shared: bool) -> Conversion:
-        """Convert page *index*."""
+        """Convert page *index* to shared or private; what the library returns."""
         procedure = self.library.make_shared if shared else self.library.make_private
         result = self.host.run(procedure(index, 1))
         assert isinstance(result, Conversion)
