@@ -235,8 +235,17 @@ def test_steps_that_lead_there_are_marked_and_listed(pinned: Trace, load: Trace)
     assert lines[3].endswith("a check, in lend_safe(): it looks at pfn0 VMM maps it, and not at pfn0 GUP ref")
     story = next(text for tag, given, text in Page(page(replay(load))).closed if given.get("class") == "story")
     assert " ".join(story.split()).endswith(
-        "step 9 zeropad load_unaligned_zeropad(pfn=0) breaks the law: pfn0 owner guest, pfn0 direct map mapped (all along), "
+        "step 9 zeropad load_unaligned_zeropad(pfn=0) breaks the law: pfn0 owner guest, pfn0 direct map mapped "
+        "(from the beginning: no step has changed it), "
         "pfn0 host stage 2 withheld")
+
+
+def test_who_is_there_and_takes_no_step_has_no_lane(load: Trace) -> None:
+    shown = Page(page(replay(replace(load, parties=(*load.parties, "drainer")))))
+    legend = shown.texts("ul", "parties")[0]
+    assert "drainer: there, and without a step in this run" in legend
+    assert shown.texts("p", "lead") == ["none on gunyah, 9 steps of vcpu, zeropad"]
+    assert not [given for tag, given in shown.elements if given.get("data-lane") == "2"]
 
 
 def test_words_of_the_hypervisor_and_of_a_design_without_attributes_are_told(pinned: Trace, load: Trace) -> None:

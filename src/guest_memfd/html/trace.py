@@ -95,6 +95,7 @@ class TraceView:
     hypervisor: str
     length: str
     lanes: Sequence[Lane]
+    idle: Sequence[str]
     chunks: Sequence[Sequence[RowGroup]]
     about: Sequence[str]
     states: States
@@ -123,7 +124,9 @@ def view(
     wrong = blamed(finding.initial, finding.steps, names, offending(finding) if divergence is None else ())
     every = states(finding.initial, finding.steps, names, {it.name for it in wrong})
     rest = trace.steps[len(again.steps):] if divergence else ()
-    lanes = _lanes([*example.parties, *(step.party for step in finding.steps), *(step.party for step in rest)])
+    acting = [*(step.party for step in finding.steps), *(step.party for step in rest)]
+    parties = [party for party in example.parties if party in acting] or example.parties
+    lanes = _lanes([*parties, *acting])
     ran = operations(again)
     marked = leads(again, wrong, ran) if divergence is None else []
     rows = list(_rows(example, lanes, names, machine or {}, broken=divergence is None))
@@ -132,7 +135,8 @@ def view(
     rows += _recorded(rest, len(rows), lanes, st.layout_of(finding.initial).sizes)
     return TraceView(
         slug, example, LAWS[finding.law], DESIGNS[example.design].title, HYPERVISORS[example.hypervisor].title,
-        length(finding.steps, example.parties), lanes, list(_chunks(rows, ran)),
+        length(finding.steps, parties), lanes, [party for party in example.parties if party not in parties],
+        list(_chunks(rows, ran)),
         sorted({thing for row in rows for thing in row.about}, key=in_order), every, wrong,
         [(rows[lead.step - 1], lead) for lead in marked],
         [(f"{what} at first", words.strip()) for what, _, words in (
