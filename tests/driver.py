@@ -10,7 +10,7 @@ from guest_memfd.abstract import state as st
 from guest_memfd.designs import Design
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors import HYPERVISORS
-from guest_memfd.laws import LAWS
+from guest_memfd.laws import LAWS, judging
 from guest_memfd.words.primitives import Primitive, Steps
 from guest_memfd.words.scene import Kernel, Scene
 
@@ -72,7 +72,8 @@ class Bench:
     def evidence(self) -> list[str]:
         """What the laws say of everything that has happened, and of the state now."""
         found = [f"{law.name}: {e}" for law in LAWS.values() for note in self.notes if (e := law.on_note(note))]
-        return found + [f"{law.name}: {e}" for law in LAWS.values() if (e := law.in_state(self.shared))]
+        judged = judging(type(self.library), LAWS.values())
+        return found + [f"{law.name}: {e}" for law in judged if (e := law.in_state(self.shared))]
 
     def at_end(self) -> list[str]:
         """What the laws say of the state as the end of the world."""

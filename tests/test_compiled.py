@@ -76,6 +76,8 @@ SAMPLE = [
     ("fixup", "pkvm", "two-pages", "vcpu2 zeropad"), ("guestmem-rfc1", "kvm", "two-pages", "vcpu2 stop"),
     ("library", "tdx", "large-for-good", "vcpu2 stop"), ("library", "snp", "mixed-block", "vcpu2 vmm2"),
     ("gunyah-v17", "gunyah", "two-pages", "vcpu2 stop"), ("gunyah-v17", "gunyah", "two-pages", "vcpu2 unloader"),
+    ("direct-map-v12", "kvm", "failing-twice", "vcpu2 vmm2"), ("firecracker-2026", "kvm", "two-pages", "uffd zeropad"),
+    ("filemap-hook", "kvm", "two-pages", "writer pfn-cache-v2"), ("alloc-unmapped", "gunyah", "two-pages", "vcpu2 launcher"),
 ]
 
 

@@ -47,7 +47,7 @@ FLAG_NOT: list[Any] = [None, 0, 1, "no"]
 WRONG: dict[str, dict[str, list[Any]]] = {
     "design": {
         "name": NAME_NOT, "title": WORDS, "source": WORDS, "sea_fixup": FLAG_NOT, "gup": FLAG_NOT, "no_direct_map": FLAG_NOT,
-        "converts": FLAG_NOT, "large": FLAG_NOT,
+        "converts": FLAG_NOT, "large": FLAG_NOT, "promises": ["no-direct-map", [1], ("a b",)],
         "splits": FLAG_NOT, "order": [-1, "0", None, True], "power": ["notifer", None], "offers": ["x", [1], (1,), ("a b",)],
         "hypervisors": ["gunyah", (), ["kvm"], ("kvm", 7), 7], "keeps": [None, {"punsh": "ours"}, {"punch_hole": 7}],
         "bounds": [None, {"punsh": Bound()}, {"punch": 7}, {"punch": Bound("x")}, {7: Bound()}],     # type: ignore[arg-type]
@@ -70,7 +70,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
     "law": {
         "name": NAME_NOT, "sentence": WORDS, "source": WORDS, "when": WORDS, "state": ["x", lambda: None],
-        "note": ["x", lambda a, b: None], "end": ["x"],
+        "note": ["x", lambda a, b: None], "end": ["x"], "promised": FLAG_NOT,
     },
 }
 MADE: dict[str, tuple[Registry[Any], Callable[[Any], str | None], Callable[..., Any]]] = {

@@ -151,7 +151,8 @@ def test_memory_that_is_broken_is_out_of_use_and_not_lost(broken: bool) -> None:
 USES = {
     "down_read": ("invalidate",), "down_read_trylock": ("invalidate",), "up_read": ("invalidate",),
     "down_write": ("invalidate",), "up_write": ("invalidate",), "filemap_get_folio": (0,), "filemap_find_folio": (0, 2),
-    "filemap_add_folio": (0, 0), "filemap_add_pages": (0, 1), "filemap_remove_folio": (Folio(0),),
+    "filemap_add_folio": (0, 0), "filemap_add_pages": (0, 1), "filemap_insert_folio": (0, Folio(0)),
+    "filemap_remove_folio": (Folio(0),),
     "split_folio": (Folio(0, 1),), "merge_folio": (0, 1), "tree_load": ("attributes", 0, 1),
     "tree_store": ("bindings", 0, Entries(1, 1)), "tree_store_reserved": ("bindings", 0, Entries(0, 1)),
     "tree_reserve": ("attributes", 0, 1), "tree_release": ("attributes",), "unmap_mapping_pages": (0, 2),

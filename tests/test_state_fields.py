@@ -43,6 +43,7 @@ EXPLORED = (
     Seen("library", "kvm", "large-folio", (("vcpu2", "vmm2"), ("vcpu2", "vmm"))),
     Seen("library", "pkvm", "mixed-block", (("vcpu2", "vmm2"),)),       # a merge, blocks in both tables of stage 2
     Seen("library", "kvm", "large-folio", (("vcpu2", "memory-failure", "vmm2"),)),
+    Seen("filemap-hook", "kvm", "two-pages", (("writer", "pfn-cache-v2"), ("launcher", "uffd"))),
 )
 
 FIELDS = [f"{record}.{name}" for record, names in st.RECORDS.items() for name in names] + list(st.GLOBALS)

@@ -67,6 +67,12 @@ class AbstractFolios(AbstractBase):
         while (order := self.leaf(table, folio.pfn)) > folio.order:
             self._split_leaf(table, folio.pfn, order)
 
+    def leave_leaf(self, table: Table, pfn: Pfn) -> None:
+        """The leaf that maps *pfn* is leaves of single pages, and was before anybody has counted what is split."""
+        order = self.leaf(table, pfn)
+        for part in span(Pfn(pfn >> order << order), 1 << order):
+            self.set_leaf(table, part, 0)
+
     def split_leaves(self, table: Table, folio: Folio) -> None:
         """Have a leaf of its own map each page of *folio*."""
         for pfn in folio.pfns:

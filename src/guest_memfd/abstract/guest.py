@@ -334,6 +334,14 @@ class AbstractGuestSide(AbstractMappings):
             self._written(frame)
         return "ok"
 
+    def gpc_access_vmap(self, write: bool) -> str:
+        """Through pages that the cache has mapped for itself; its users are waited for before that mapping goes."""
+        frame = self.state.frame(self.vm.gpc - 1)
+        self.note_access(frame, "kernel", "gfn_to_pfn_cache user", "vmap", write)
+        if write:
+            self._written(frame)
+        return "ok"
+
     def gpc_read_unlock(self) -> None:
         """Let invalidations go on."""
         self.vm.gpc_readers = 0

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 FALLIBLE = {
     "filemap_add_folio": -ENOMEM,
     "filemap_add_pages": -ENOMEM,
+    "filemap_alloc_folio": -ENOMEM,
+    "filemap_insert_folio": -ENOMEM,
     "split_folio": -ENOMEM,
     "split_direct_map": -ENOMEM,
     "set_direct_map_invalid_noflush": -ENOMEM,
@@ -43,8 +45,8 @@ OF_LEAVES = frozenset({"split_direct_map", "set_direct_map_invalid_noflush", "se
 """Those of them that take memory only where a leaf has to be split."""
 
 OF_INODE = frozenset({
-    "filemap_get_folio", "filemap_find_folio", "filemap_add_folio", "filemap_add_pages", "filemap_remove_folio",
-    "split_folio", "merge_folio", "unmap_mapping_pages", "vmf_insert_folio", "destroy_inode", "iput",
+    "filemap_get_folio", "filemap_find_folio", "filemap_add_folio", "filemap_add_pages", "filemap_insert_folio",
+    "filemap_remove_folio", "split_folio", "merge_folio", "unmap_mapping_pages", "vmf_insert_folio", "destroy_inode", "iput",
     "mapping_set_no_direct_map", "mapping_no_direct_map",
 })
 """Primitives that work on the inode: it has to be there."""

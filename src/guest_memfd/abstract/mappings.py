@@ -14,7 +14,20 @@ from guest_memfd.abstract.folios import AbstractFolios
 from guest_memfd.core.hypervisor import DATA_ABORT, SEA
 from guest_memfd.errors import shown
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTS, DATA, EVICTED, FREE, GUEST, JUNK, KEPT, OWNERS, ZERO
+from guest_memfd.words.pagestate import (
+    ALLOCATED,
+    ANY,
+    CONTENTS,
+    DATA,
+    EVICTED,
+    FREE,
+    GUEST,
+    JUNK,
+    KEPT,
+    OWNERS,
+    UNMAPPED,
+    ZERO,
+)
 from guest_memfd.words.primitives import Folio
 from guest_memfd.words.units import FIRST_PAGE, Index, Pfn, span
 
@@ -117,10 +130,22 @@ class AbstractMappings(AbstractFolios):
     def clear_folio_local(self, folio: Folio) -> None:
         """A write through a private mapping of this CPU: stage 2 still has a say."""
         for frame in self.frames_of(folio):
-            if self._withheld(frame, True, alone=True):
-                self._stage2_abort(frame, "library", "clear_folio_local", write=True, fixup=False)
-            self.note_access(frame, "library", "clear_folio_local", "local mapping", True)
+            self._write_local(frame, "clear_folio_local")
             frame.content = ZERO
+
+    def _write_local(self, frame: st.Frame, what: str) -> None:
+        if self._withheld(frame, True, alone=True):
+            self._stage2_abort(frame, "library", what, write=True, fixup=False)
+        self.note_access(frame, "library", what, "local mapping", True)
+
+    def write_folio(self, folio: Folio, local: bool) -> None:
+        """What user space gives is known to it, and is there from now on."""
+        for frame in self.frames_of(folio):
+            if local:
+                self._write_local(frame, "write_folio")
+            else:
+                self.kernel_access(frame, "library", "write_folio", write=True, fixup=False)
+            self._written(frame)
 
     def image_copy(self, pfn: Pfn) -> str:
         """safe_copy_page() (kernel/power/snapshot.c): map a hole for the moment, copy plainly, make it again and flush."""
@@ -169,6 +194,9 @@ class AbstractMappings(AbstractFolios):
         if frame.poison:
             frame.allocated = KEPT
         else:
+            # It came without a direct map: the allocator gives it one again when it needs the page as another.
+            if frame.no_direct_map == UNMAPPED:
+                frame.s1 = 1
             if self.kernel.init_on_free:
                 self.kernel_access(frame, "allocator", "free-time poisoning", write=True, fixup=False)
                 frame.content = JUNK

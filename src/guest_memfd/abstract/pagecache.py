@@ -7,7 +7,18 @@ from errno import EEXIST, ENOMEM
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.mappings import AbstractMappings
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import ALLOCATED, ANY, CONTENTION, EVICTED, FAILURE, JUNK, REFERENCE, ZERO
+from guest_memfd.words.pagestate import (
+    ALLOCATED,
+    ANY,
+    CONTENTION,
+    DATA,
+    EVICTED,
+    FAILURE,
+    JUNK,
+    REFERENCE,
+    UNMAPPED,
+    ZERO,
+)
 from guest_memfd.words.primitives import Folio, Lookup
 from guest_memfd.words.units import Index, span
 
@@ -54,6 +65,31 @@ class AbstractPageCache(AbstractMappings):
         wanted.lookup, wanted.lock = 1, self.who + 1
         return Lookup(Folio(wanted.number), index)
 
+    def filemap_alloc_folio(self, unmapped: bool) -> Folio | int:
+        """The lowest free frame. Where it comes *unmapped*, the allocator has made the hole long before, and flushed."""
+        frame = self.free_block(0)
+        if frame is None:
+            self.against(FAILURE)
+            return -ENOMEM
+        frame.allocated, frame.content = ALLOCATED, JUNK
+        frame.lookup, frame.lock = 1, self.who + 1
+        self.make_folio(frame, 0)
+        if unmapped:
+            self.leave_leaf("s1_leaf", frame.number)
+            frame.s1, frame.no_direct_map = 0, UNMAPPED
+        return Folio(frame.number)
+
+    def filemap_insert_folio(self, index: Index, folio: Folio) -> int:
+        """What was put there before, on purpose, is what a reader of the page must find."""
+        frame, page = self.locked(folio, "filemap_insert_folio"), self.page(index)
+        if page.cached:
+            self.against(CONTENTION)
+            return -EEXIST
+        frame.cache = frame.lru = 1
+        frame.slot, page.cached = page.number + 1, frame.number + 1
+        page.expect = DATA if frame.content == DATA else ZERO
+        return 0
+
     # 2^order frames side by side, allocated and entered into the page cache; -ENOMEM, -EEXIST.
     def _add(self, index: Index, order: int) -> list[st.Frame] | int:
         pages = [self.page(i) for i in span(Index(index >> order << order), 1 << order)]
@@ -86,9 +122,10 @@ class AbstractPageCache(AbstractMappings):
         index = self.index(page.number)
         page.cached = frame.slot = 0
         ghost = self.state.ghost(self.who)
-        # Only a punch, or the end of the file, is asked to lose what is there; a page that is given up is lost already.
+        # Only a punch, or the end of the file, is asked to lose what is there; a page that is given up is lost already, and
+        # userfaultfd's copy may take back what it has put there itself.
         op = self.under_way() or "someone"
-        if op != "punch" and self.file.inode != EVICTED and not kept and page.expect not in (ZERO, ANY):
+        if op not in ("punch", "copy") and self.file.inode != EVICTED and not kept and page.expect not in (ZERO, ANY):
             self.notes.append(facts.Destroyed(frame.number, f"{op} takes the page out of the file"))
         page.expect = ZERO
         if ghost.op:

@@ -66,7 +66,7 @@ def value(field: str, number: int, names: Names = NOBODY) -> str:
     if name in _ENUMS:
         return _pick(_ENUMS[name], number)
     if name in _FLAGS:
-        return _pick(("no", "yes"), number)
+        return _pick(("no", "yes", "by the allocator"), number)
     if name in HOLDERS:
         return names.get(number - 1, f"party {number - 1}") if number else "free"
     if name in _PLUS_ONE:

@@ -49,7 +49,7 @@ FRAME_FIELDS = {
     "kept": "references: permanent, of a page that is taken out of use and counted",
     "lock": "folio lock: party number + 1 of the holder",
     "uptodate": "PG_uptodate: the library has zeroed it in this life",
-    "no_direct_map": "the library's mark: not in the direct map",
+    "no_direct_map": "MAPPED; MARKED by the library as not in the direct map; UNMAPPED: it came so from the allocator",
     "poison": "PG_hwpoison",
     "handled": "memory_failure() has done with the poisoned page",
     "stuck": "the hypervisor has refused for good to give it back",

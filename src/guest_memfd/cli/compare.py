@@ -11,13 +11,13 @@ from guest_memfd.cli.elsewhere import same_elsewhere
 from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, hypervisors_of, scope_of
 from guest_memfd.cli.output import opened
-from guest_memfd.designs import DESIGNS
+from guest_memfd.designs import DESIGNS, SETS
 from guest_memfd.designs.ours import OurLibrary
-from guest_memfd.errors import BadInput, HostUnavailable
+from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.explore.suite.verdict import Report
 from guest_memfd.explore.world.cost import DesignCost, FolioCost, cost
 from guest_memfd.hypervisors import HYPERVISORS
-from guest_memfd.laws import LAWS
+from guest_memfd.laws import LAWS, judging
 from guest_memfd.report import json, terminal
 from guest_memfd.report.filling import FillingTable
 from guest_memfd.report.progress import Progress
@@ -34,6 +34,8 @@ Costs = dict[tuple[str, str], DesignCost | None]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
     parser.add_argument("designs", metavar="DESIGN", nargs="*", help="which designs (names, or FILE.py:NAME; default: all)")
+    parser.add_argument("--designs", metavar="SET", dest="set",
+                        help=f"a set of designs in place of names: {', '.join(SETS)} (what is argued about then)")
     add_load(parser)
     add_scope(parser)
     add_output(parser)
@@ -50,13 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Explore all, print the table."""
     began = time.perf_counter()
     load_all(arguments)
-    chosen = designs_of(arguments, arguments.designs)
+    chosen = _set_of(arguments) or designs_of(arguments, arguments.designs)
     scope = scope_of(arguments, full=arguments.full)
-    pairs = _pairs(chosen or list(DESIGNS), scope, chosen=bool(chosen))
+    pairs = _pairs(chosen or _usual(), scope, chosen=bool(chosen) and arguments.set is None)
     with ExitStack() as stack:
         out, (page,) = opened(stack, arguments, "html")
         same_elsewhere(pairs, scope, arguments.load)
-        filling = FillingTable(pairs, [law for law in LAWS if scope.laws is None or law in scope.laws])
+        judged = {law.name for design, _ in pairs for law in judging(DESIGNS[design], LAWS.values())}
+        filling = FillingTable(pairs, [law for law in LAWS if law in judged and (scope.laws is None or law in scope.laws)])
         reports = scope.explore(pairs, Progress(quiet=arguments.quiet, table=filling))
         counted = {pair: cost(DESIGNS[pair[0]], HYPERVISORS[pair[1]]) for pair in pairs}
         sentences = {
@@ -72,6 +75,21 @@ def run(arguments: argparse.Namespace) -> int:
             out.write("\n".join(_lines(reports, counted, sentences, scope.words(), out.style)))
             out.write(f"time: {time.perf_counter() - began:.1f} s")
     return 3 if any(report.limits for report in reports) else 0
+
+
+# Those that are in no set: what was posted first, the library, and what third parties have added.
+def _usual() -> list[str]:
+    return [name for name in DESIGNS if not any(name in names for names in SETS.values())]
+
+
+def _set_of(arguments: argparse.Namespace) -> list[str]:
+    if arguments.set is None:
+        return []
+    if arguments.designs:
+        raise BadInput(f"either designs or a set of them, not both ({', '.join(arguments.designs)} and {arguments.set!r})")
+    if arguments.set not in SETS:
+        raise UnknownName("set of designs", arguments.set, SETS)
+    return list(SETS[arguments.set])
 
 
 # Asked for by name, a design that was not posted for the hypervisor is a mistake; otherwise it is left out.

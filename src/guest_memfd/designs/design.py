@@ -39,6 +39,8 @@ class Design(Library):
     """Whether it converts in place; where it does not, make_private and make_shared are -EOPNOTSUPP."""
     offers: ClassVar[tuple[str, ...]] = ()
     """Names of its own that neither it nor the library calls, but a party of the same plugin does."""
+    promises: ClassVar[tuple[str, ...]] = ()
+    """Laws that are judged only of who says that he keeps them (`Law.promised`), and that it says so of."""
     keeps: ClassVar[Mapping[str, str]] = {}
     """Of a posted design: which of OPERATIONS are our library's, and why that does it no wrong."""
     bounds: ClassVar[Mapping[str, Bound]] = {
@@ -62,16 +64,10 @@ class Design(Library):
         return self.scene.shared
 
 
-class NoAttributes(Design):
-    """A posted design without attributes: a page is lent or shared for the life of its binding, and nothing converts it."""
+class NoConversion(Design):
+    """A posted design in which a page stays private or shared as it began."""
 
     converts = False
-
-    @override
-    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
-        """There is no attribute tree, and so nothing to fail."""
-        yield from ()
-        return 0
 
     @override
     def make_private(self, start: Index, nr: int) -> Steps[Conversion]:
@@ -84,3 +80,13 @@ class NoAttributes(Design):
         """-EOPNOTSUPP: there is no conversion by range."""
         yield from ()
         return Conversion(-EOPNOTSUPP)
+
+
+class NoAttributes(NoConversion):
+    """Without attributes: a page is lent or shared for the life of its binding."""
+
+    @override
+    def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
+        """There is no attribute tree, and so nothing to fail."""
+        yield from ()
+        return 0

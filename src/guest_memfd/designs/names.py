@@ -19,7 +19,7 @@ from guest_memfd.words.scene import Scene
 FIELDS = {
     "name": NAME, "title": LINE, "source": LINE, "sea_fixup": FLAG, "gup": FLAG, "converts": FLAG, "large": FLAG,
     "no_direct_map": FLAG, "splits": FLAG, "order": COUNT, "power": one_of(*get_args(PowerPolicy)),
-    "hypervisors": SOME_NAMES.or_none(), "offers": NAMES,
+    "hypervisors": SOME_NAMES.or_none(), "offers": NAMES, "promises": NAMES,
     "keeps": table("operations", LINE, OPERATIONS),
     "bounds": table("operations", Kind("Bound of whole numbers", lambda value: isinstance(value, Bound) and all(
         map(COUNT.fits, value))), OPS),

@@ -16,7 +16,7 @@ from guest_memfd.laws import LAWS
 from guest_memfd.laws.law import Law
 from guest_memfd.report.counterexample import commands
 from guest_memfd.report.sentence import injected
-from guest_memfd.report.table import COST_HEADS, cell, elsewhere, letters_for
+from guest_memfd.report.table import COST_HEADS, cell, elsewhere, laws_of, letters_for
 from guest_memfd.scenarios import PARTIES, SCENES
 
 Costs = Mapping[tuple[str, str], DesignCost | None]
@@ -82,12 +82,14 @@ def page(reports: Sequence[Report], costs: Costs, sentences: Mapping[str, str], 
 
 
 def _block(hypervisor: str, reports: list[Report], letters: Mapping[str, str]) -> Block:
-    rows = [LawRow(LAWS[name], [_verdict(report, report.laws[name], letters) for report in reports])
-            for name in reports[0].laws]
+    rows = [LawRow(LAWS[name], [_verdict(report, report.laws.get(name), letters) for report in reports])
+            for name in laws_of(reports)]
     return Block(hypervisor, HYPERVISORS[hypervisor].title, reports, rows)
 
 
-def _verdict(report: Report, law: LawReport, letters: Mapping[str, str]) -> Verdict:
+def _verdict(report: Report, law: LawReport | None, letters: Mapping[str, str]) -> Verdict:
+    if law is None:
+        return Verdict(cell(law, letters), "undetermined", "this design does not promise it", "")
     run = _slug(report, law) if law.finding is not None else ""
     why = law.evidence or "; ".join((*report.limits, *report.missing) if law.verdict == "undetermined" else ())
     return Verdict(cell(law, letters), law.verdict, why, run)

@@ -5,6 +5,9 @@ Third parties add theirs with an entry point in ``guest_memfd.laws``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from guest_memfd.designs.design import Design
 from guest_memfd.laws import access, operations, pages
 from guest_memfd.laws.law import Law, Violator, lacks
 from guest_memfd.plugins.registry import Registry
@@ -109,7 +112,19 @@ LAWS: Registry[Law] = Registry("law", "guest_memfd.laws", {law.name: law for law
         "when an operation ends", note=operations.bounded_cost,
         broken_by=Violator("guestmem-rfc1", "gunyah", ("vcpu", "vmm"),
                            "user_fault of 1 pages takes 3 hypercalls, and at most 2 are stated")),
+    Law("no-direct-map",
+        "no page of the file is in the direct map, nor in a TLB by its entry there, shared ones included, but while someone "
+        "has it locked",
+        "Sean Christopherson, 21 Apr 2026, and Takahiro Itazuri, 8 May 2026 (v12 thread); Frank van der Linden, 21 Apr 2026",
+        "in every state, of designs that promise it", state=pages.no_direct_map, promised=True,
+        broken_by=Violator("direct-map-v12", "kvm", ("vmm2",), "a page of the file is in the direct map")),
 )}, lacks)
 """All of them, in the order in which reports have them."""
 
-__all__ = ["LAWS", "Law", "Violator"]
+
+def judging(design: type[Design], laws: Iterable[Law]) -> tuple[Law, ...]:
+    """Those of *laws* that *design* is judged by: what holds for everybody, and what it promises."""
+    return tuple(law for law in laws if not law.promised or law.name in design.promises)
+
+
+__all__ = ["LAWS", "Law", "Violator", "judging"]

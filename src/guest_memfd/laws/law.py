@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from guest_memfd.abstract import state as st
 from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, shown
-from guest_memfd.plugins.fields import LINE, NAME, takes, wrong
+from guest_memfd.plugins.fields import FLAG, LINE, NAME, takes, wrong
 from guest_memfd.plugins.guard import asked_twice, foreign
 
 Evidence = str | None
@@ -47,6 +47,8 @@ class Violator:
 class Law:
     """A law. `when` says in words at which moments it is checked, `broken_by` shows that someone breaks it.
 
+    promised: it is judged only of a design that says that it keeps it (`Design.promises`).
+
     Judging raises BadInput, which names the law, when its function raises or answers with anything but words or None.
     """
 
@@ -58,6 +60,7 @@ class Law:
     note: Callable[[Any], Evidence] | None = None
     end: Callable[[st.State], Evidence] | None = None
     broken_by: Violator | None = None
+    promised: bool = False
 
     def in_state(self, shared: bytes) -> Evidence:
         """Evidence in a reachable state."""
@@ -101,7 +104,8 @@ def _a(thing: object) -> str:
 
 
 JUDGES = ("state", "note", "end")
-FIELDS = {"name": NAME, "sentence": LINE, "source": LINE, "when": LINE} | dict.fromkeys(JUDGES, takes(1).or_none())
+FIELDS = {"name": NAME, "sentence": LINE, "source": LINE, "when": LINE, "promised": FLAG,
+          **dict.fromkeys(JUDGES, takes(1).or_none())}
 
 
 def lacks(thing: object) -> str | None:

@@ -22,6 +22,9 @@ DOCUMENTED: dict[str, tuple[int, ...]] = {
     "teardown": (EAGAIN,),
     "create": (ENODEV, ENOMEM),
     "bind": (EEXIST, ENOMEM, EBADF, ENODEV, EAGAIN),
+    "write": (EFAULT, EEXIST, ENOMEM, EHWPOISON, EAGAIN),
+    "populate": (EINVAL, EEXIST, ENOMEM, EHWPOISON, EAGAIN),
+    "copy": (EFAULT, EEXIST, ENOMEM),
 }
 """Operation -> errno values its documentation names; a hypervisor may add its own (`Hypervisor.errnos`)."""
 
@@ -37,7 +40,7 @@ REASONS: dict[int, frozenset[str]] = {
 
 PASSING: dict[str, frozenset[str]] = {
     "fault": frozenset({"a failure", "hibernation", "somebody else"}),
-    "allocate": frozenset({"somebody else"}),
+    **dict.fromkeys(("allocate", "write", "populate"), frozenset({"somebody else"})),
     "to_private": frozenset({"a failure", "hibernation", "a reference"}),
     **dict.fromkeys(("to_shared", "bind", "unbind", "teardown"), frozenset({"a failure", "a reference"})),
 }
@@ -114,6 +117,10 @@ def _allocated(note: facts.Ended) -> Evidence:
     return "allocate returns 0 and a page is not there" if note.ret == 0 and note.left != note.scope else None
 
 
+def _filled(note: facts.Ended) -> Evidence:
+    return f"{note.op} returns 0 and the page is not there" if note.ret == 0 and note.left != note.scope else None
+
+
 def _unbound(note: facts.Ended) -> Evidence:
     if note.ret < 0 and note.toggled:
         return f"{note.op} is refused and has changed a binding"
@@ -140,7 +147,7 @@ def _bound(note: facts.Ended) -> Evidence:
 
 _ENDINGS: dict[str, Callable[[facts.Ended], Evidence]] = {
     "punch": _punched, "to_private": _converted, "to_shared": _converted, "allocate": _allocated, "unbind": _unbound,
-    "teardown": _unbound, "bind": _bound, "create": _created,
+    "teardown": _unbound, "bind": _bound, "create": _created, "write": _filled, "populate": _filled, "copy": _filled,
 }
 
 
@@ -162,7 +169,7 @@ def _stands_against(note: facts.Ended) -> bool:
     if errno == ENOENT:
         return not any(note.bound)
     if errno == EEXIST:
-        return any(note.bound)
+        return any(note.bound) if note.op == "bind" else bool(note.left)
     if errno == EBUSY and note.op == "punch" and "a reference" in note.reasons:
         return True                                     # to a part of a folio that it cuts
     if errno == EAGAIN:

@@ -8,7 +8,7 @@ from guest_memfd.abstract import state as st
 from guest_memfd.laws.access import through
 from guest_memfd.laws.law import Evidence
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import ANY, BORROWED, CONTENTS, DESTROYED, GUEST, HOST, KEPT, NO_INODE
+from guest_memfd.words.pagestate import ANY, BORROWED, CONTENTS, DESTROYED, GUEST, HOST, KEPT, MARKED, NO_INODE
 from guest_memfd.words.units import Pfn, span
 
 
@@ -112,7 +112,7 @@ def nothing_lost(state: st.State) -> Evidence:
         "the inode": any(file.inode not in (NO_INODE, DESTROYED) for file in state.all_files()),
         "the file": any(file.files for file in state.all_files()),
         "the module": state.module,
-        "a page is still counted as away, and so": state.away - sum(frame.no_direct_map for frame in kept),
+        "a page is still counted as away, and so": state.away - sum(frame.no_direct_map == MARKED for frame in kept),
         "what the hypervisor keeps of the file": any(file.inode and not file.released for file in state.all_files()),
         "an invalidation": any(vm.progress for vm in state.vms()),
         "the door that hibernation closes": state.preparing,
@@ -178,4 +178,16 @@ def pins_respected(state: st.State) -> Evidence:
         if vm.gpc and (frame := state.frame(vm.gpc - 1)).slot and state.private(frame) and (
                 not state.file_of(frame.slot - 1).invalidate_w):
             return "a gfn_to_pfn_cache maps a private page"
+    return None
+
+
+def no_direct_map(state: st.State) -> Evidence:
+    """Who has the folio locked is on his way of taking it out, or has a window on it for the moment."""
+    for frame in state.frames():
+        if not frame.slot or state.head(frame).lock:
+            continue
+        if frame.s1:
+            return "a page of the file is in the direct map"
+        if frame.stale:
+            return "a page of the file is in a TLB by its entry in the direct map"
     return None

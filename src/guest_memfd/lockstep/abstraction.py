@@ -13,7 +13,7 @@ from collections.abc import Collection
 from guest_memfd.abstract import state as st
 from guest_memfd.machine.linux.folio import KINDS, LinuxFolio
 from guest_memfd.machine.primitives.host import EmulatedHost
-from guest_memfd.words.pagestate import ALLOCATED, FREE, KEPT, OWNERS, ZERO
+from guest_memfd.words.pagestate import ALLOCATED, FREE, KEPT, MAPPED, MARKED, OWNERS, UNMAPPED, ZERO
 from guest_memfd.words.primitives import OPS
 from guest_memfd.words.units import FIRST_PAGE, Gfn, Index, Pa, gpa_to_gfn, pa_to_pfn, span
 
@@ -68,7 +68,8 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: Pa) -> None:
         # A frame of another file, or of none, is in no slot of this one.
         frame.slot = page.index + 1 if page.inode is host.inode else 0
         frame.lock = 0 if page.lock is None else page.lock + 1
-        frame.uptodate, frame.no_direct_map, frame.poison = page.uptodate, page.no_direct_map, page.hwpoison
+        frame.uptodate, frame.poison = page.uptodate, page.hwpoison
+        frame.no_direct_map = UNMAPPED if page.unmapped else MARKED if page.no_direct_map else MAPPED
         frame.handled = page.handled
 
 

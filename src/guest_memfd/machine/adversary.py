@@ -104,7 +104,7 @@ class Adversary:
                 machine.driver.stuck |= {pfn_to_pa(arg.pfn) for arg in args if isinstance(arg, Folio)}
             else:
                 machine.driver.refuse_next = errno
-        elif primitive.name == "filemap_add_folio":
+        elif primitive.name in ("filemap_add_folio", "filemap_alloc_folio"):
             machine.folios.fail_at(0)
         elif primitive.name == "set_direct_map_invalid_noflush":
             machine.kernel_pages.fail_at(0)

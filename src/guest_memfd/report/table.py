@@ -16,6 +16,7 @@ LETTERS = {
     "vmm-mapped": "H", "vmm-any": "A", "vmm-move": "J", "vmm-odd": "Q", "creator": "N", "pinner": "I", "vmm2": "T",
     "repeater": "R", "device": "D", "zeropad": "Z", "kcore": "K", "page-cache-reader": "B", "memory-failure": "F",
     "pfn-cache": "C", "power": "P", "unloader": "U", "stop": "S", "other-stop": "Y", "drainer": "E",
+    "writer": "w", "launcher": "l", "uffd": "u", "pfn-cache-v2": "c",
 }
 """Party -> the letter that stands for it in the table; parties of third parties get one that is free."""
 
@@ -38,13 +39,25 @@ def tables(reports: Sequence[Report], titles: Mapping[str, str], explored: str, 
         for columns in _fitting(widths, first, style.width):
             yield from _block([(block[i], widths[i]) for i in columns], first, letters, style)
             yield ""
-    yield from style.wrap(f"kept: in every interleaving of {explored}.  12 V+M: broken in 12 steps with V and M there, "
-                    "and in no fewer.  *: some of them are injected failures.  ': in a scene that is named below.  "
+    promises = "-: this design does not promise it.  " if _unpromised(reports) else ""
+    yield from style.wrap(f"{promises}kept: in every interleaving of {explored}.  12 V+M: broken in 12 steps with V and M "
+                    "there, and in no fewer.  *: some of them are injected failures.  ': in a scene that is named below.  "
                     "0: broken before anybody moves.  ?: nothing is proved: a limit was reached, or nothing happened.", "")
     if letters:
         yield from style.wrap(", ".join(f"{letter} {party}" for party, letter in letters.items()) + ".", "")
     for scene, said in elsewhere(reports):
         yield from style.wrap(f"{said}.", f"' in scene {scene}: ", "  ")
+
+
+# Whether a law is judged of some designs under a hypervisor, and not of others.
+def _unpromised(reports: Sequence[Report]) -> bool:
+    blocks = {report.hypervisor: [r for r in reports if r.hypervisor == report.hypervisor] for report in reports}
+    return any({*report.laws} != {*laws_of(block)} for block in blocks.values() for report in block)
+
+
+def laws_of(reports: Sequence[Report]) -> list[str]:
+    """The laws that any of *reports* is about."""
+    return [*dict.fromkeys(law for report in reports for law in report.laws)]
 
 
 def _first_column(reports: Sequence[Report]) -> int:
@@ -71,8 +84,13 @@ def letters_for(reports: Sequence[Report]) -> dict[str, str]:
     return letters | {party: next(free, party) for party in sorted(there - letters.keys())}
 
 
-def cell(law: LawReport, letters: Mapping[str, str]) -> str:
-    """``kept``, ``12 V+M``, ``12 V+M*``, ``12 V+M'`` in a scene that is not the plainest, ``0``, ``?``."""
+def cell(law: LawReport | None, letters: Mapping[str, str]) -> str:
+    """``kept``, ``12 V+M``, ``12 V+M*``, ``12 V+M'`` in a scene that is not the plainest, ``0``, ``?``.
+
+    ``-`` for a law that the design is not judged by.
+    """
+    if law is None:
+        return "-"
     if law.verdict == "refuted":
         failed = law.finding is not None and law.finding.injected > 0
         elsewhere = law.scene is not None and law.scene != Scene()
@@ -96,11 +114,11 @@ def _block(
     columns: Sequence[tuple[Report, int]], first: int, letters: Mapping[str, str], style: Style
 ) -> Iterator[str]:
     yield style.head(" " * first + "".join(f"{report.design:<{width}}" for report, width in columns).rstrip())
-    for name in columns[0][0].laws:
+    for name in laws_of([report for report, _ in columns]):
         cells = []
         for report, width in columns:
-            law = report.laws[name]
-            colour = {"refuted": style.bad, "holds": style.good}.get(law.verdict, style.doubt)
+            law = report.laws.get(name)
+            colour = {"refuted": style.bad, "holds": style.good}.get(law.verdict if law else "", style.doubt)
             words = cell(law, letters)
             cells.append(colour(words) + " " * (width - len(words)))
         yield f"{name:<{first}}{''.join(cells)}".rstrip()

@@ -13,6 +13,9 @@ OWNERS = ("host", "guest", "shared", "borrowed")
 # Where a frame is with the allocator; kept: broken hardware, out of use permanently.
 FREE, ALLOCATED, KEPT = range(3)
 
+# Who says that a frame is not in the direct map: no one, the library's mark, or the allocator, from which it came so.
+MAPPED, MARKED, UNMAPPED = range(3)
+
 # What a frame holds.
 ZERO, JUNK, DATA, SECRET = range(4)
 CONTENTS = ("zero", "junk", "data", "secret")

@@ -167,8 +167,9 @@ Tree = Literal[FileTree, GuestTree]
 """All there are."""
 
 OPS = ("fault", "user_fault", "mmap", "allocate", "punch", "to_private", "to_shared", "unbind", "teardown", "create", "bind",
-       "error", "hibernate", "lend")
-"""Operations that begin_op and op_returned name. ``lend`` is a driver's: convert, and let the guest fault the page in."""
+       "error", "hibernate", "lend", "write", "populate", "copy")
+"""Operations that begin_op and op_returned name. ``lend`` is a driver's: convert, and let the guest fault the page in.
+``write`` is write(2) of the file, ``populate`` the copy of a guest's first contents, ``copy`` userfaultfd's."""
 
 UNREPORTED = frozenset({"mmap", "teardown"})
 """Those of which no caller says what it was told."""
@@ -270,6 +271,21 @@ class Host:
         """
         return self._do("filemap_add_pages", index, order)
 
+    def filemap_alloc_folio(self, unmapped: bool) -> Steps[Folio | int]:
+        """Allocate a page that nobody else can find: locked, referenced, not up to date; or -ENOMEM (mm/filemap.c).
+
+        *unmapped*: from memory that is in no direct map and in no kernel TLB. The allocator puts it back when it is freed:
+        Brendan Jackman, "mm: page_alloc: ALLOC_UNMAPPED" v2 (20 Mar 2026).
+        """
+        return self._do("filemap_alloc_folio", unmapped)
+
+    def filemap_insert_folio(self, index: Index, folio: Folio) -> Steps[int]:
+        """Insert the locked page at *index*; page cache and lru_add batch refer to it: 0, -EEXIST or -ENOMEM.
+
+        `filemap_alloc_folio` and this, one after the other, are `filemap_add_folio`, which is one step here.
+        """
+        return self._do("filemap_insert_folio", index, folio)
+
     def filemap_remove_folio(self, folio: Folio) -> Steps[None]:
         """Take the locked *folio* out of the page cache and drop the cache's reference."""
         return self._do("filemap_remove_folio", folio)
@@ -345,6 +361,13 @@ class Host:
     def clear_folio_local(self, folio: Folio) -> Steps[None]:
         """Zero through a mapping that this CPU alone has for the moment, as text_poke() writes; no direct map needed."""
         return self._do("clear_folio_local", folio)
+
+    def write_folio(self, folio: Folio, local: bool) -> Steps[None]:
+        """Copy what user space has given into the folio: through the direct map, plainly, as kmap_local_folio() has it.
+
+        *local*: through a mapping that this CPU alone has for the moment, and flushes for itself (mermap).
+        """
+        return self._do("write_folio", folio, local)
 
     def load_unaligned_zeropad(self, pfn: Pfn) -> Steps[str]:
         """A word load that starts in the page before *pfn* and runs into it; has an exception-table entry."""
@@ -582,6 +605,13 @@ class Host:
     def gpc_access(self, write: bool) -> Steps[str]:
         """The kernel uses its mapping of the guest page, plainly."""
         return self._do("gpc_access", write)
+
+    def gpc_access_vmap(self, write: bool) -> Steps[str]:
+        """The same where the cache has made a mapping of its own, vmap(): the direct map has no say.
+
+        Source: Takahiro Itazuri, "KVM: pfncache: guest_memfd without a direct map" RFC v2 (26 Feb 2026).
+        """
+        return self._do("gpc_access_vmap", write)
 
     def gpc_read_unlock(self) -> Steps[None]:
         """read_unlock(&gpc->lock): an invalidation that waits for this user may go on."""

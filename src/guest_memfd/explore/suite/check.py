@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from guest_memfd.core.hypervisor import Hypervisor
-from guest_memfd.designs import Design
+from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.explore.engine.memory import share
 from guest_memfd.explore.suite.case import Case
@@ -22,7 +22,7 @@ from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report
 from guest_memfd.explore.suite.work import Answer, Bench, Task
 from guest_memfd.explore.world import choice
 from guest_memfd.explore.world.scenario import World, scene_of, world
-from guest_memfd.laws import LAWS
+from guest_memfd.laws import LAWS, judging
 from guest_memfd.scenarios import SCENES
 from guest_memfd.words.scene import Scene
 
@@ -76,7 +76,7 @@ def compare(
     places = _scenes(scenes, alone=parties is not None)
     cases, worlds, tasks = [], list[World](), list[Task]()
     for design, hypervisor in pairs:
-        case = Case(judged, suite=parties is None)
+        case = Case(_of(design, judged), suite=parties is None)
         for place in places:
             built = world(design, hypervisor, scene=place, failures=limits.failures, laws=judged, engine=engine,
                           reduce=reduce)
@@ -108,6 +108,15 @@ def _judged(laws: Sequence[str] | None) -> list[str]:
     if not judged:
         raise BadInput("no law to judge by")
     return judged
+
+
+# A design is judged by what holds for everybody, and by what it promises.
+def _of(design: str | type[Design], judged: Sequence[str]) -> list[str]:
+    made = DESIGNS[design] if isinstance(design, str) else design
+    laws = [law.name for law in judging(made, (LAWS[name] for name in judged))]
+    if not laws:
+        raise BadInput(f"design {made.name!r} does not promise {', '.join(judged)}, and is not judged by it")
+    return laws
 
 
 def _parties(parties: Sequence[str] | None, scenario: str | None) -> Sequence[str] | None:

@@ -21,7 +21,7 @@ from guest_memfd.explore.engine.tables import Tables
 from guest_memfd.explore.world import choice
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.names import lacks as lacks_hypervisor
-from guest_memfd.laws import LAWS, Law
+from guest_memfd.laws import LAWS, Law, judging
 from guest_memfd.plugins.guard import Guard, asked_twice, foreign, where
 from guest_memfd.plugins.registry import Registry
 from guest_memfd.scenarios import PARTIES, SCENES, TEARDOWN, Party
@@ -75,7 +75,7 @@ class World:
         # Only third-party hypercalls are run twice; the shipped ones are tested, and most of the time would go into
         # them.
         self.machine.foreign = self.named if foreign(*_code(hypervisor)) else ""
-        self.laws = tuple(LAWS.values()) if laws is None else tuple(laws)
+        self.laws = judging(design, LAWS.values() if laws is None else laws)
         self.broken_before: list[tuple[str, str]] = []
         self.refused = 0
         self.initial = self._initial(self.scene.failures if failures is None else failures)

@@ -230,7 +230,7 @@ class Tracer:
         expected = self.expected.pop((host.inode, index), ZERO)
         # Only a punch, or the end of the file, is asked to lose what is there; a page that is given up is lost already.
         op = self.under_way(host.who) or "someone"
-        if op != "punch" and host.inode.life != EVICTED and not page.kept and expected not in (ZERO, ANY):
+        if op not in ("punch", "copy") and host.inode.life != EVICTED and not page.kept and expected not in (ZERO, ANY):
             host.notes.append(facts.Destroyed(self.machine.number(page.pa), f"{op} takes the page out of the file"))
         self.done_to(host, "removes the folio", index)
 

@@ -17,13 +17,14 @@ class LinuxFolio:
     """The head page of an allocated folio at physical address `pa`, 4 KiB << `order` bytes."""
 
     __slots__ = ("cache", "get", "handled", "hwpoison", "index", "inode", "kept", "lock", "lookup", "lru", "no_direct_map",
-                 "order", "pa", "pin", "provided", "refcount", "retired", "spec", "uptodate")
+                 "order", "pa", "pin", "provided", "refcount", "retired", "spec", "unmapped", "uptodate")
 
     def __init__(self, pa: Pa, order: int) -> None:
         self.pa, self.order = pa, order
         self.refcount = 0
         self.cache = self.lru = self.lookup = self.provided = self.pin = self.get = self.spec = self.kept = 0
         self.uptodate = self.no_direct_map = self.hwpoison = False
+        self.unmapped = False                           # it came from the allocator without a direct map
         self.handled = False                            # memory_failure() has done with it
         self.retired = False                            # broken memory that no one refers to any more: never free again
         self.lock: int | None = None                    # the task that holds the folio lock

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from guest_memfd.core.hypervisor import DATA_ABORT, SEA
 from guest_memfd.machine.board.hostcpu import Aborted, Ran
+from guest_memfd.machine.board.tracer import KERNEL_TOKEN
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.direct_map import level_size
 from guest_memfd.machine.linux.folio import LinuxFolio
@@ -114,13 +115,27 @@ def clear_folio(host: Base, folio: Folio) -> None:
 
 def clear_folio_local(host: Base, folio: Folio) -> None:
     """A write through a mapping that this CPU alone has for the moment (text_poke()): stage 2 still has a say."""
-    page, machine = host.page(folio), host.machine
+    page = host.page(folio)
+    _write_local(host, page, "clear_folio_local")
+    _zeroed(host, page)
+
+
+def _write_local(host: Base, page: LinuxFolio, what: str) -> None:
+    machine = host.machine
     content = machine.tracer.content(page)
     with machine.poking(page) as va:
-        ran = _run(host, "clear_folio_local", page, lambda: machine.cpu.call("plain_write", va))
-    note_access(host, page, "library", "clear_folio_local", "local mapping", True,
-                     ZERO if ran.reclaimed else content)
-    _zeroed(host, page)
+        ran = _run(host, what, page, lambda: machine.cpu.call("plain_write", va))
+    note_access(host, page, "library", what, "local mapping", True, ZERO if ran.reclaimed else content)
+
+
+def write_folio(host: Base, folio: Folio, local: bool) -> None:
+    """What user space gives, through the direct map or through a mapping of this CPU alone."""
+    page = host.page(folio)
+    if local:
+        _write_local(host, page, "write_folio")
+    else:
+        kernel_write(host, page, "library", "write_folio")
+    written(host, page, KERNEL_TOKEN)
 
 
 def _zeroed(host: Base, page: LinuxFolio) -> None:

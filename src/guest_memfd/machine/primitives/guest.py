@@ -175,6 +175,16 @@ def gpc_access(host: Base, write: bool) -> str:
     return "ok"
 
 
+def gpc_access_vmap(host: Base, write: bool) -> str:
+    """A plain access of the kernel through a mapping that the cache has made for itself."""
+    page = host.vm.gpc
+    assert page is not None
+    contents.note_access(host, page, "kernel", "gfn_to_pfn_cache user", "vmap", write, host.machine.tracer.content(page))
+    if write:
+        contents.written(host, page, KERNEL_TOKEN)
+    return "ok"
+
+
 def gpc_read_unlock(host: Base) -> None:
     """Let invalidations go on."""
     host.vm.gpc_readers = 0

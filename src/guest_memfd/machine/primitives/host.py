@@ -141,6 +141,8 @@ class EmulatedHost(Base):
     filemap_find_folio = pagecache.filemap_find_folio
     filemap_add_folio = pagecache.filemap_add_folio
     filemap_add_pages = pagecache.filemap_add_pages
+    filemap_alloc_folio = pagecache.filemap_alloc_folio
+    filemap_insert_folio = pagecache.filemap_insert_folio
     filemap_remove_folio = pagecache.filemap_remove_folio
     split_folio = pagecache.split_folio
     merge_folio = pagecache.merge_folio
@@ -163,6 +165,7 @@ class EmulatedHost(Base):
     read_folio = contents.read_folio
     clear_folio = contents.clear_folio
     clear_folio_local = contents.clear_folio_local
+    write_folio = contents.write_folio
     image_copy = contents.image_copy
     kernel_access = contents.kernel_access
 
@@ -196,6 +199,7 @@ class EmulatedHost(Base):
     gpc_commit = guest.gpc_commit
     gpc_read_lock = guest.gpc_read_lock
     gpc_access = guest.gpc_access
+    gpc_access_vmap = guest.gpc_access_vmap
     gpc_read_unlock = guest.gpc_read_unlock
     gpc_drop = guest.gpc_drop
 

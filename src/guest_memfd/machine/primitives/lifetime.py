@@ -16,7 +16,7 @@ from guest_memfd.words.primitives import Primitive
 
 ON_INODE = frozenset({
     "filemap_get_folio", "filemap_find_folio", "filemap_add_folio", "filemap_add_pages",
-    "filemap_remove_folio", "tree_load", "tree_store",
+    "filemap_insert_folio", "filemap_remove_folio", "tree_load", "tree_store",
     "tree_store_reserved", "tree_reserve", "tree_release", "unmap_mapping_pages", "vmf_insert_folio", "iput",
     "destroy_inode", "mapping_set_no_direct_map", "mapping_no_direct_map", "split_folio", "merge_folio",
 })

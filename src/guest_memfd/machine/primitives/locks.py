@@ -62,7 +62,8 @@ def lock_folio(host: Base, folio: Folio) -> Locked:
     page.lock = host.who
     if page.hwpoison:
         host.against(POISON, page)
-    return Locked(page.index if page.inode is host.inode else None, page.uptodate, page.no_direct_map, page.hwpoison)
+    return Locked(page.index if page.inode is host.inode else None, page.uptodate,
+                  page.no_direct_map or page.unmapped, page.hwpoison)
 
 
 def unlock_folio(host: Base, folio: Folio) -> None:

@@ -11,7 +11,7 @@ from guest_memfd.machine.linux.page_poison import PAGE_POISON
 from guest_memfd.machine.primitives import contents
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import CONTENTION, CONTENTS, FAILURE, REFERENCE
+from guest_memfd.words.pagestate import CONTENTION, CONTENTS, DATA, FAILURE, REFERENCE
 from guest_memfd.words.primitives import Folio, Lookup
 from guest_memfd.words.units import Index, Pa, pa_to_pfn, span
 
@@ -51,6 +51,49 @@ def filemap_add_pages(host: Base, index: Index, order: int) -> Lookup | int:
     head = Index(index & -1 << order)
     pages = [_insert(host, LinuxFolio(pa + at * PAGE, 0), head + at) for at in range(1 << order)]
     return _found(host, pages[index - head])
+
+
+def filemap_alloc_folio(host: Base, unmapped: bool) -> Folio | int:
+    """A page of the page allocator; *unmapped*: as if it lay in a block that was taken out of the direct map before."""
+    machine = host.machine
+    try:
+        page = LinuxFolio(machine.folios.alloc(0), 0)
+    except OutOfMemory:
+        host.against(FAILURE)
+        return -ENOMEM
+    if unmapped and not _unmap(host, page):
+        machine.folios.free(page.pa, 0)
+        host.against(FAILURE)
+        return -ENOMEM
+    machine.pages[pa_to_pfn(page.pa)] = page
+    page.take("lookup")
+    page.lock, page.unmapped = host.who, unmapped
+    return host.folio(page)
+
+
+def _unmap(host: Base, page: LinuxFolio) -> bool:
+    lm = host.machine.linear_map
+    if lm.set_direct_map_invalid_noflush(page.pa, 1):
+        return False
+    lm.flush_tlb_kernel_range(lm.va(page.pa), lm.va(page.pa) + page.size)
+    return True
+
+
+def filemap_insert_folio(host: Base, index: Index, folio: Folio) -> int:
+    """The page that was allocated enters the page cache; -EEXIST, -ENOMEM (a node of the tree)."""
+    host.must_have(index)
+    page = host.locked(folio, "filemap_insert_folio")
+    if _occupied(host, index, 0):
+        host.against(CONTENTION)
+        return -EEXIST
+    if host.machine.slab_fails():
+        host.against(FAILURE)
+        return -ENOMEM
+    _insert(host, page, index)
+    # What was put there before, on purpose, is what a reader of the page must find.
+    if host.machine.tracer.content(page) == DATA:
+        host.machine.tracer.expect(page, DATA)
+    return 0
 
 
 # Memory for a folio of *order* around page *index*, where there is none yet, and 0; or -errno.
@@ -258,6 +301,9 @@ def free_if_unused(host: Base, page: LinuxFolio) -> None:
         machine.guest_reaches(page)))
     if page.lock is not None:
         host.die(f"{host.folio(page)} is freed while locked")
+    # It came without a direct map: the allocator gives it one again when it needs the page as another.
+    if page.unmapped:
+        machine.linear_map.set_direct_map_default_noflush(page.pa, page.nr)
     # Through the direct map, as the allocator writes. A hole that was not put back ends the kernel here.
     if machine.on_free != "nothing":
         contents.kernel_write(host, page, "allocator", "free-time poisoning")
