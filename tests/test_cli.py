@@ -342,8 +342,14 @@ def test_compare_of_what_is_no_set(capsys: pytest.CaptureFixture[str], asked: tu
 
 
 def test_a_set_is_compared_only_if_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gmem("compare", "--hypervisor", "kvm", "--parties", "drainer", "--json", "-q") == 0
-    assert not {row["design"] for row in json.loads(capsys.readouterr().out)["table"]} & {*SETS["2026"]}
+    assert gmem("compare", "--parties", "drainer", "--json", "-q") == 0
+    usual = json.loads(capsys.readouterr().out)["table"]
+    assert gmem("compare", "--designs", "2026", "--parties", "drainer", "--json", "-q") == 0
+    of_2026 = json.loads(capsys.readouterr().out)["table"]
+    assert not {row["design"] for row in usual} & {*SETS["2026"]}
+    assert {row["design"] for row in of_2026} == {*SETS["2026"]}
+    assert {row["hypervisor"] for row in usual} == {"kvm", "pkvm", "gunyah", "tdx", "snp"}
+    assert {row["hypervisor"] for row in of_2026} == {"kvm", "pkvm", "gunyah", "cca"}
 
 
 def test_compare_with_a_limit_reached_exits_3(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,8 +89,8 @@ class AbstractMappings(AbstractFolios):
         # The exception table comes before force reclaim (is_spurious_el1_translation_fault() is called only without a
         # fixup), so the guest keeps its page.
         if fixup:
-            self.notes.append(facts.Abort(
-                what, 2, frame.number, kind, True, "a translation fault goes through the exception table"))
+            fault = "translation fault" if kind == DATA_ABORT else kind
+            self.notes.append(facts.Abort(what, 2, frame.number, kind, True, f"a {fault} goes through the exception table"))
             return "fixed"
         # The kernel must read or die, so under pKVM the guest loses the page. The access is then repeated, and reads
         # zeros.

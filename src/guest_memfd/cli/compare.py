@@ -17,6 +17,7 @@ from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.explore.suite.verdict import Report
 from guest_memfd.explore.world.cost import DesignCost, FolioCost, cost
 from guest_memfd.hypervisors import HYPERVISORS
+from guest_memfd.hypervisors import SETS as HOSTS
 from guest_memfd.laws import LAWS, judging
 from guest_memfd.report import json, terminal
 from guest_memfd.report.filling import FillingTable
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     load_all(arguments)
     chosen = _set_of(arguments) or designs_of(arguments, arguments.designs)
     scope = scope_of(arguments, full=arguments.full)
-    pairs = _pairs(chosen or _usual(), scope, chosen=bool(chosen) and arguments.set is None)
+    pairs = _pairs(chosen or _usual(), scope, chosen=bool(chosen) and arguments.set is None, of=arguments.set)
     with ExitStack() as stack:
         out, (page,) = opened(stack, arguments, "html")
         same_elsewhere(pairs, scope, arguments.load)
@@ -92,15 +93,18 @@ def _set_of(arguments: argparse.Namespace) -> list[str]:
     return list(SETS[arguments.set])
 
 
-# Asked for by name, a design that was not posted for the hypervisor is a mistake; otherwise it is left out.
-def _pairs(designs: Sequence[str], scope: Scope, *, chosen: bool) -> list[tuple[str, str]]:
+# Asked for by name, a design that was not posted for the hypervisor is a mistake; otherwise it is left out. *of*: the set
+# that these are, if they are one, which has hypervisors of its own.
+def _pairs(designs: Sequence[str], scope: Scope, *, chosen: bool, of: str | None) -> list[tuple[str, str]]:
     pairs = []
     for design in dict.fromkeys(designs):
         posted = DESIGNS[design].hypervisors
         if not chosen and scope.hypervisors is not None and posted is not None:
             pairs += [(design, name) for name in scope.hypervisors if name in posted]
         else:
-            pairs += [(design, name) for name in hypervisors_of(design, scope.hypervisors)]
+            asked = scope.hypervisors or ()
+            pairs += [(design, name) for name in hypervisors_of(design, scope.hypervisors)
+                      if name in asked or not any(name in names for year, names in HOSTS.items() if year != of)]
     if not pairs:
         raise BadInput(f"no design was posted for {', '.join(scope.hypervisors or ())}")
     return pairs

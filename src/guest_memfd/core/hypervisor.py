@@ -31,6 +31,7 @@ def check_owner(owner: str) -> None:
 SEA = "synchronous external abort"
 DATA_ABORT = "translation fault with S1PTW"
 RMP_FAULT = "page fault of the RMP check"
+GPF = "granule protection fault"
 
 
 class Stage2(Protocol):

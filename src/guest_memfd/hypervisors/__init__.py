@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.hypervisors.gunyah.client import GUNYAH
+from guest_memfd.hypervisors.kvm.cca import CCA
 from guest_memfd.hypervisors.kvm.default import KVM
 from guest_memfd.hypervisors.kvm.pkvm import PKVM
 from guest_memfd.hypervisors.kvm.snp import SNP
@@ -12,5 +15,8 @@ from guest_memfd.hypervisors.names import lacks
 from guest_memfd.plugins.registry import Registry
 
 HYPERVISORS: Registry[Hypervisor] = Registry(
-    "hypervisor", "guest_memfd.hypervisors", {h.name: h for h in (KVM, PKVM, GUNYAH, TDX, SNP)}, lacks
+    "hypervisor", "guest_memfd.hypervisors", {h.name: h for h in (KVM, PKVM, GUNYAH, TDX, SNP, CCA)}, lacks
 )
+
+SETS: Mapping[str, tuple[str, ...]] = {"2026": (CCA.name,)}
+"""Hypervisors that are compared only with the designs of that year (`designs.SETS`); those in none always are."""
