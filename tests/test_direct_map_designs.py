@@ -12,10 +12,14 @@ from typing import Any, NamedTuple
 import mistakes_direct_map
 import pytest
 
+from guest_memfd.abstract import AbstractHost
+from guest_memfd.abstract import state as st
 from guest_memfd.designs import DESIGNS, SETS, Design
+from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput
 from guest_memfd.explore.engine.finding import Finding
 from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.world import scenario
 from guest_memfd.explore.world.cost import cost
 from guest_memfd.explore.world.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
@@ -137,6 +141,37 @@ def test_it_is_in_the_list_of_bugs(row: Row) -> None:
     assert where in told
 
 
+@pytest.mark.parametrize("number", ["F2", "F3", "F4", "F1b", "F5", "N1"])
+def test_a_finding_is_told_with_its_length(number: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "findings.md").read_text(encoding="utf-8")
+    told = page.split(f"\n## {number}: ")[1].split("\n## ")[0]
+    steps = next(row.steps for row in ROWS if row.number == number)
+    assert f" {steps} steps" in told
+    assert all(f"*{part}" in told for part in ("Claim.", "Sequence", "Source.", "Assumed.")) or number == "F5"
+
+
+class ForgetsTheLocalFlush(AbstractHost):
+    """A kernel whose mappings of the moment stay in the TLB of the CPU that has had them."""
+
+    def _write_local(self, frame: st.Frame, what: str) -> None:
+        super()._write_local(frame, what)
+        frame.stale = 1
+
+
+@pytest.mark.parametrize(("design", "parties", "law", "evidence"), [
+    ("alloc-unmapped", "vcpu2", "no-direct-map", TLB), ("alloc-unmapped", "vcpu zeropad", "guest-private", STALE),
+    ("filemap-hook", "writer", "no-direct-map", TLB)])
+@pytest.mark.parametrize("host", [AbstractHost, ForgetsTheLocalFlush])
+def test_a_window_ends_with_a_flush_of_its_cpu(
+    host: type[AbstractHost], design: str, parties: str, law: str, evidence: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scenario, "AbstractHost", host)
+    names = parties.split()
+    there = World(DESIGNS[design], HYPERVISORS["kvm"], [PARTIES[name] for name in names])
+    found = {f.law: f.evidence for f in there.explorer(names).run(max_states=MOST).findings}
+    assert found.get(law, "").startswith(evidence) == (host is ForgetsTheLocalFlush)
+
+
 # -- the set, and the promise ------------------------------------------------------------------------------------------
 
 
@@ -152,6 +187,30 @@ def test_the_promise_is_asked_of_nobody_else() -> None:
     assert "no-direct-map" not in check("none", "kvm", parties=["vmm2"], jobs=1).laws
     with pytest.raises(BadInput, match=r"^design 'library' does not promise no-direct-map, and is not judged by it$"):
         check("library", "kvm", parties=["vmm2"], laws=["no-direct-map"], jobs=1)
+
+
+class Promising(OurLibrary):
+    """A design with a slip of the pen."""
+
+    name = "promising"
+    promises = ("no-direct-mop",)
+
+
+def test_a_promise_of_what_is_no_law_is_refused() -> None:
+    said = r"^design 'promising' promises what is no law: unknown law 'no-direct-mop'; did you mean 'no-direct-map'\?"
+    with pytest.raises(BadInput, match=said):
+        check(Promising, "kvm", parties=["vmm2"], jobs=1)
+
+
+@pytest.mark.parametrize("design", ["firecracker-2026", "filemap-hook", "alloc-unmapped"])
+def test_files_are_filled_on_the_machine_as_on_the_abstract_host(design: str) -> None:
+    pytest.importorskip("unicorn")
+    from schedules import steps
+
+    parties = ("writer", "uffd", "pfn-cache-v2", "zeropad", *(("launcher",) if design != "firecracker-2026" else ()))
+    taken, broken = steps("kvm", design, range(8), parties)
+    assert taken > 100
+    assert bool(broken) == (design == "firecracker-2026")
 
 
 def test_what_it_costs_to_lend_a_page_and_to_take_it_back() -> None:

@@ -40,7 +40,7 @@ class Design(Library):
     offers: ClassVar[tuple[str, ...]] = ()
     """Names of its own that neither it nor the library calls, but a party of the same plugin does."""
     promises: ClassVar[tuple[str, ...]] = ()
-    """Laws that are judged only of who says that he keeps them (`Law.promised`), and that it says so of."""
+    """What it says that it keeps, of the laws that are judged of no one who does not say so (`Law.promised`)."""
     keeps: ClassVar[Mapping[str, str]] = {}
     """Of a posted design: which of OPERATIONS are our library's, and why that does it no wrong."""
     bounds: ClassVar[Mapping[str, Bound]] = {

@@ -12,15 +12,15 @@ back among it. Hibernation is kept away as secretmem does it, which has the same
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from errno import EEXIST, EFAULT, EINVAL
+from errno import EEXIST, EINVAL
 from typing import ClassVar
 
 from guest_memfd.compat import override
 from guest_memfd.core.direct_map import ATTEMPTS
 from guest_memfd.core.gmem import Grabbed, Held
 from guest_memfd.designs.design import OPERATIONS, Design
-from guest_memfd.designs.filled import on_shared
-from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
+from guest_memfd.designs.filled import on_shared, pfn_of_shared
+from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import Bound, Folio, Lookup, Steps
 from guest_memfd.words.units import Index
 
@@ -192,12 +192,5 @@ class FilemapHook(Design):
         return 0
 
     def cached_pfn(self, index: Index) -> Steps[Folio | int]:
-        """kvm_gmem_get_pfn() for the kernel's own use of a shared page; -EFAULT for a private one."""
-        host = self.host
-        yield from host.down_read("invalidate")
-        (attribute,) = yield from host.tree_load("attributes", index, 1)
-        grabbed = (yield from self.grab_folio(index)) if attribute == SHARED_PAGE else -EFAULT
-        if not isinstance(grabbed, int):
-            yield from self.unlock_and_put(grabbed.folio)
-        yield from host.up_read("invalidate")
-        return grabbed if isinstance(grabbed, int) else grabbed.folio
+        """By the file and not by a user address; -EFAULT for a private page."""
+        return (yield from pfn_of_shared(self, index))

@@ -57,3 +57,21 @@ def on_shared(gmem: Gmem, op: str, index: Index, locked: Callable[[Index], Steps
     yield from host.end_op(ret)
     yield from host.up_read("invalidate")
     return ret
+
+
+def pfn_of_shared(gmem: Gmem, index: Index) -> Steps[Folio | int]:
+    """The folio of page *index*, as a fault of the VMM finds it, for the kernel's own use, and without a reference.
+
+    -EFAULT for a private page, and what `grab_folio` and `make_accessible` return. Source: kvm_gmem_get_pfn().
+    """
+    host = gmem.host
+    yield from host.down_read("invalidate")
+    (attribute,) = yield from host.tree_load("attributes", index, 1)
+    grabbed = (yield from gmem.grab_folio(index)) if attribute == SHARED_PAGE else -EFAULT
+    if isinstance(grabbed, int):
+        found: Folio | int = grabbed
+    else:
+        found = (yield from gmem.make_accessible(grabbed)) or grabbed.folio
+        yield from gmem.unlock_and_put(grabbed.folio)
+    yield from host.up_read("invalidate")
+    return found

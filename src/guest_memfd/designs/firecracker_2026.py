@@ -13,14 +13,12 @@ KVM_MEM_USERFAULT, asynchronous page faults.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from errno import EFAULT
 from typing import ClassVar
 
 from guest_memfd.compat import override
 from guest_memfd.core.gmem import Grabbed
 from guest_memfd.designs.direct_map_v12 import DirectMapV12
-from guest_memfd.designs.filled import on_shared
-from guest_memfd.words.pagestate import SHARED_PAGE
+from guest_memfd.designs.filled import on_shared, pfn_of_shared
 from guest_memfd.words.primitives import Bound, Folio, Steps
 from guest_memfd.words.units import Index
 
@@ -77,15 +75,5 @@ class Firecracker2026(DirectMapV12):
         yield from ()
 
     def cached_pfn(self, index: Index) -> Steps[Folio | int]:
-        """kvm_gmem_get_pfn() for the kernel's own use of a shared page; -EFAULT for a private one."""
-        host = self.host
-        yield from host.down_read("invalidate")
-        (attribute,) = yield from host.tree_load("attributes", index, 1)
-        grabbed = (yield from self.grab_folio(index)) if attribute == SHARED_PAGE else -EFAULT
-        if isinstance(grabbed, int):
-            found: Folio | int = grabbed
-        else:
-            found = (yield from self.zap_once(grabbed)) or grabbed.folio
-            yield from self.unlock_and_put(grabbed.folio)
-        yield from host.up_read("invalidate")
-        return found
+        """By the file and not by a user address; -EFAULT for a private page."""
+        return (yield from pfn_of_shared(self, index))

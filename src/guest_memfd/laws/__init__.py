@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from guest_memfd.designs.design import Design
+from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.laws import access, operations, pages
 from guest_memfd.laws.law import Law, Violator, lacks
 from guest_memfd.plugins.registry import Registry
@@ -123,7 +124,13 @@ LAWS: Registry[Law] = Registry("law", "guest_memfd.laws", {law.name: law for law
 
 
 def judging(design: type[Design], laws: Iterable[Law]) -> tuple[Law, ...]:
-    """Those of *laws* that *design* is judged by: what holds for everybody, and what it promises."""
+    """Those of *laws* that *design* is judged by: what holds for everybody, and what it promises.
+
+    Raises BadInput where it promises what is no law: nobody would ever ask.
+    """
+    for name in design.promises:
+        if name not in LAWS:
+            raise BadInput(f"design {design.name!r} promises what is no law: {UnknownName('law', name, LAWS)}")
     return tuple(law for law in laws if not law.promised or law.name in design.promises)
 
 
