@@ -222,12 +222,13 @@ def test_a_guest_that_only_faults_is_interrupted(machine: Machine) -> None:
     assert machine.vm.add_vcpu(Forever()).run(timeout=0.05) == exits.ExpiredExit()
 
 
-@pytest.mark.parametrize("function", [0x8400_0000, 0x8000_0000], ids=["PSCI_VERSION", "SMCCC_VERSION"])
-def test_versions_are_1_1(machine: Machine, function: int) -> None:
+@pytest.mark.parametrize(("function", "version"), [(0x8400_0000, 0x1_0003), (0x8000_0000, 0x1_0001)],
+                         ids=["PSCI_VERSION", "SMCCC_VERSION"])
+def test_versions(machine: Machine, function: int, version: int) -> None:
     cpu = Script(stops.Hvc(0), stops.Wfi())
     cpu.regs[0] = function
     assert machine.vm.add_vcpu(cpu).run() == exits.WfiExit()
-    assert cpu.regs[0] == 0x1_0001
+    assert cpu.regs[0] == version
 
 
 def test_a_guest_that_has_no_time_runs_once(machine: Machine) -> None:
@@ -243,7 +244,7 @@ def test_psci(machine: Machine) -> None:
     vcpu = machine.vm.add_vcpu(cpu)
     cpu.regs[0] = 0x8400_0000
     assert vcpu.run() == exits.WfiExit()
-    assert cpu.regs[0] == 0x10001
+    assert cpu.regs[0] == 0x1_0003
     cpu.regs[0] = 0x8400_0008
     assert vcpu.run() == exits.SystemEventExit("shutdown")
     cpu.regs[0] = 0x8400_0009

@@ -19,7 +19,7 @@ from guest_memfd.machine.el2.pkvm.annotation import LOCKED, POISONED, Annotation
 from guest_memfd.machine.el2.pkvm.el2 import El2
 from guest_memfd.machine.el2.pkvm.host_stage2 import MachineDead, Region
 from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState, Vmemmap
-from guest_memfd.machine.el2.pkvm.vm import MEM_SHARE, MEM_UNSHARE, PkvmHypVm
+from guest_memfd.machine.el2.pkvm.vm import HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE, PkvmHypVm
 from guest_memfd.machine.hw.arm64 import cpu as stops
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject
@@ -325,12 +325,14 @@ def test_guest_calls_that_are_refused(machine: Machine) -> None:
     vcpu, cpu = loaded(machine)
     ipa, refused = GFN * PAGE, (1 << 64) - 3
     assert hvc(machine, hc.DONATE_GUEST, machine.page(), GFN) == 0
-    for number, *args in ((MEM_SHARE, ipa + 1), (MEM_SHARE, ipa, 1), (MEM_UNSHARE, ipa), (MEM_SHARE, 1 << 45)):
+    for number, *args in ((MEM_SHARE, ipa + 1), (MEM_SHARE, ipa, 1), (MEM_UNSHARE, ipa), (MEM_SHARE, 1 << 45),
+                          (MEM_UNSHARE, ipa + PAGE), (HYP_MEMINFO, 1), (HYP_MEMINFO, 0, 1)):
         cpu.script = [cpu.call(number, *args), stops.Wfi()]
         assert vcpu.run() == exits.WfiExit()
         assert cpu.regs[0] == refused
-    cpu.script = [cpu.call(MEM_UNSHARE, ipa + PAGE)]
-    assert vcpu.run() == exits.MemoryFaultExit(ipa + PAGE, write=True, exec=False)
+    cpu.script = [cpu.call(HYP_MEMINFO), stops.Wfi()]
+    assert vcpu.run() == exits.WfiExit()
+    assert cpu.regs[0] == PAGE
     cpu.script = [cpu.call(MEM_SHARE, 0x1000)]
     assert isinstance(vcpu.run(), exits.InternalErrorExit), "no memory there, ever"
     assert t.force_reclaim_guest_page(machine.el2, machine.vm.ipa_of(machine.vm.pgt.leaf(ipa).oa)

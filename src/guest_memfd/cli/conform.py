@@ -39,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
     parser.epilog = EXIT_CODES
     group = parser.add_argument_group("what to compare")
-    group.add_argument("--operations", metavar="N", type=whole, default=OPERATIONS,
-                       help=f"drawn at random, in sequences (default {OPERATIONS})")
+    group.add_argument("--pkvm", action="store_true", help="a protected guest with anonymous memory instead: "
+                       "upstream's pKVM, 7.1 or later, in QEMU, against the emulated pKVM")
+    group.add_argument("--operations", metavar="N", type=whole,
+                       help=f"drawn at random, in sequences (default {OPERATIONS}; with --pkvm 1500)")
     group.add_argument("--seed", metavar="N", type=whole, default=1, help="of what is drawn (default 1)")
     group.add_argument("--no-tables", action="store_true", help="leave out the tables: every operation with every edge")
     group.add_argument("--replay", metavar="FILE", help="this sequence alone, as --save has written it")
@@ -60,10 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare and print; 2 when something differs for which there is no known reason."""
-    if arguments.operations < 0:
+    if arguments.operations is not None and arguments.operations < 0:
         raise BadInput(f"--operations {arguments.operations}: 0 at least")
     if not sys.platform.startswith("linux"):
         raise HostUnavailable(f"gmem conform needs a Linux kernel; this is {sys.platform}")
+    if arguments.pkvm:
+        from guest_memfd.cli import conform_pkvm
+
+        return conform_pkvm.compare(arguments) if arguments.answer is None else conform_pkvm.answer(arguments)
     if arguments.answer is not None:
         return _answer(arguments)
     if arguments.kernel is not None:
@@ -98,8 +104,9 @@ def _here(arguments: argparse.Namespace) -> int:
             rows = list(tables(names))
             compare_all(pair, rows, len(rows), table, resume=True)
         compare_all(pair, sequences(arguments, names), sequence_count(arguments), drawn, resume=False)
-        report = ConformReport(kernel, release, arguments.design, arguments.seed, table, drawn, time.monotonic() - began,
-                               skipped)
+        emulated = f"/dev/kvm of {release}, served by {arguments.design}"
+        report = ConformReport(kernel, emulated, release, arguments.design, arguments.seed, table, drawn,
+                               time.monotonic() - began, skipped)
         return finish(arguments, report, folder, out)
 
 
@@ -114,7 +121,7 @@ def sequence_count(arguments: argparse.Namespace) -> int:
     """How many random sequences come to the number of operations that was asked for."""
     from guest_memfd.conform.sequence import LENGTH
 
-    return -(-int(arguments.operations) // LENGTH)
+    return -(-int(OPERATIONS if arguments.operations is None else arguments.operations) // LENGTH)
 
 
 def sequences(arguments: argparse.Namespace, skipped: frozenset[str]) -> Iterator[Sequence]:

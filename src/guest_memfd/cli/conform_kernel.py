@@ -48,7 +48,7 @@ def elsewhere(arguments: argparse.Namespace) -> int:
     table = [] if arguments.no_tables else list(tables())
     drawn = list(sequences(arguments, frozenset()))
     with Output(arguments.output) as out:
-        said = _ask(arguments, [*table, *drawn])
+        said = ask(arguments, [*table, *drawn])
         skipped = said["skipped"]
         kept = [tuple(step for step in each if step.op not in skipped) for each in (*table, *drawn)]
         pairs = dict(zip(map(id, kept), said["answers"], strict=True))
@@ -58,15 +58,20 @@ def elsewhere(arguments: argparse.Namespace) -> int:
         began, tabled, at_random = time.monotonic(), Tally(), Tally()
         for given, tally, resume in ((kept[:len(table)], tabled, True), (kept[len(table):], at_random, False)):
             compare_all(pair, given, len(given), tally, resume=resume, shrinks=False)
-        return finish(arguments, ConformReport(said["kernel"], world.release, arguments.design, arguments.seed, tabled,
-                                               at_random, time.monotonic() - began, skipped), None, out)
+        emulated = f"/dev/kvm of {world.release}, served by {arguments.design}"
+        return finish(arguments, ConformReport(said["kernel"], emulated, world.release, arguments.design, arguments.seed,
+                                               tabled, at_random, time.monotonic() - began, skipped), None, out)
 
 
-def _ask(arguments: argparse.Namespace, given: list[Sequence]) -> dict[str, Any]:
+def ask(arguments: argparse.Namespace, given: list[Sequence], *options: str) -> dict[str, Any]:
+    """What `gmem conform --answer` says in a guest, with *options*, of the sequences *given*.
+
+    Raises HostUnavailable: the kernel or QEMU cannot be had, or it has nothing to compare with.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "sequences.json"
         file.write_text(json.dumps([[[step.op, *step.args] for step in each] for each in given]), encoding="utf-8")
-        job = job_of(arguments, ("gmem", "conform", "--answer", _THERE), files=((file, _THERE),))
+        job = job_of(arguments, ("gmem", "conform", *options, "--answer", _THERE), files=((file, _THERE),))
         answer = run(find.find(arguments.kernel, arguments.arch, tell, arguments.modules), job, tell)
     if answer.code:
         said = answer.err.strip().rpartition("\n")[2].removeprefix("gmem: ")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from guest_memfd.conform.sequence import Sequence
-from guest_memfd.conform.subject import StepAnswer, Subject
+from guest_memfd.conform.subject import Performing, StepAnswer
 from guest_memfd.linux import fd
 
 SECONDS = 60.0
@@ -22,7 +22,7 @@ SECONDS = 60.0
 class Child:
     """*sequence* on what *make* makes, under way in a child; `answers` waits for it."""
 
-    def __init__(self, make: Callable[[], Subject], sequence: Sequence) -> None:
+    def __init__(self, make: Callable[[], Performing], sequence: Sequence) -> None:
         self._pipe, theirs = os.pipe()
         self._pid = os.fork()
         if not self._pid:
@@ -55,7 +55,7 @@ class Child:
         return answers
 
 
-def _child(make: Callable[[], Subject], sequence: Sequence, pipe: int) -> None:
+def _child(make: Callable[[], Performing], sequence: Sequence, pipe: int) -> None:
     code = 1
     try:
         fd.dropped = str.strip                          # the end of the process closes everything

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from guest_memfd.conform.emulated import EmulatedWorld
-from guest_memfd.conform.known import known
+from guest_memfd.conform.known import KNOWN, KnownDifference
 from guest_memfd.conform.operations import OPERATIONS, UserCall
 from guest_memfd.conform.sequence import Sequence
-from guest_memfd.conform.subject import StepAnswer
+from guest_memfd.conform.subject import Performing, StepAnswer
 from guest_memfd.errors import InternalError
 from guest_memfd.machine.linux.panic import KernelPanic
+
+Known = tuple[KnownDifference, ...]
 
 
 class Difference(NamedTuple):
@@ -47,11 +48,21 @@ class Answering(Protocol):
         """One for each step, fewer if the process died: then the last says of what."""
 
 
-class BothHosts:
-    """A real kernel, which *real* puts to work on a sequence, and the emulated *world*."""
+class ProcessHost(Protocol):
+    """An emulated machine, on which one process lives after the other."""
 
-    def __init__(self, real: Callable[[Sequence], Answering], world: EmulatedWorld) -> None:
-        self.real, self.world = real, world
+    def subject(self) -> Performing:
+        """A new process, with nothing open."""
+
+    def renew(self) -> None:
+        """Something went wrong: the next process runs on another machine."""
+
+
+class BothHosts:
+    """A real kernel, which *real* puts to work on a sequence, and the emulated *world*; what is *known* to differ."""
+
+    def __init__(self, real: Callable[[Sequence], Answering], world: ProcessHost, known: Known = KNOWN) -> None:
+        self.real, self.world, self.known = real, world, known
 
     def compare(self, sequence: Sequence, tally: Tally, *, resume: bool = False) -> Difference | None:
         """Run *sequence* on both, count into *tally*, and return the first difference without a known reason.
@@ -73,7 +84,7 @@ class BothHosts:
             uncompared -= 1
             if ours == theirs or uncompared >= 0:
                 continue
-            why = known(step, theirs, ours)
+            why = next((each for each in self.known if each.about(step, theirs, ours)), None)
             if why is None:
                 return Difference(sequence[:at + 1], theirs, ours)
             tally.known[why.name] += 1

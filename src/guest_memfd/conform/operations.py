@@ -51,7 +51,8 @@ class UserCall(NamedTuple):
 
     @override
     def __str__(self) -> str:
-        params = OPERATIONS[self.op].params if self.op in OPERATIONS else ()
+        known = OPERATIONS.get(self.op) or PKVM_OPERATIONS.get(self.op)
+        params = () if known is None else known.params
         return f"{self.op}({', '.join(_shown(param, value) for param, value in zip(params, self.args, strict=False))})"
 
 
@@ -170,3 +171,33 @@ _ALL = (
     UserOperation("close_vm", "close(2) of a VM", (_VM,), 1, None),
 )
 OPERATIONS = {each.name: each for each in _ALL}
+
+# -- of a protected guest: its pages are the process's anonymous memory ------------------------------------------------
+
+PKVM_PAGES = 4
+_PAGE = Param("page", tuple(range(PKVM_PAGES)))
+_WORD = Param("at", (0,), (8, PAGE - 8))
+_IPA = Param("at", (0,), (1, 8, PAGE - 1))
+CALLS = (0x8400_0000, 0xC600_0002, 0xC600_0005)
+"""PSCI_VERSION, the memory that MEM_SHARE counts in (HYP_MEMINFO), and a call that there is not."""
+
+_OF_PKVM = (
+    UserOperation("start", "KVM_CREATE_VM, protected or not, with the pages as its memory; the VM before is closed", (
+        Param("protected", (1,), (0,)),), 2),
+    UserOperation("guest_reads", "a load of 8 bytes by the guest", (_PAGE, _WORD), 8),
+    UserOperation("guest_writes", "a store of 8 bytes by the guest", (_PAGE, _WORD, _VALUE), 14),
+    UserOperation("share", "the guest's MEM_SHARE of a page", (_PAGE, _IPA, Param("reserved", (0,), (1,))), 10),
+    UserOperation("unshare", "the guest's MEM_UNSHARE of a page", (_PAGE, _IPA, Param("reserved", (0,), (1,))), 7),
+    UserOperation("calls", "another hypercall of the guest", (
+        Param("number", CALLS), Param("first", (0,), (1,)), Param("second", (0,), (1,))), 1),
+    UserOperation("host_reads", "a load of 8 bytes by the process", (_PAGE, _WORD), 6),
+    UserOperation("host_writes", "a store of 8 bytes by the process", (_PAGE, _WORD, _VALUE), 8),
+    UserOperation("copies_from", "write(2): the kernel copies 8 bytes from the process", (_PAGE,), 4),
+    UserOperation("copies_to", "read(2): the kernel copies 8 bytes to the process", (_PAGE, _VALUE), 4),
+    UserOperation("kernel_reads", "8 bytes by the kernel's own mapping: /proc/self/mem", (_PAGE,), 2),
+    UserOperation("kernel_writes", "the same, written", (_PAGE, _VALUE), 2),
+    UserOperation("discard", "madvise(2) with MADV_DONTNEED", (_PAGE,), 3),
+    UserOperation("forks", "a child, and what a load of its own finds", (_PAGE,), 1),
+    UserOperation("teardown", "close(2) of vCPU and VM", (), 3),
+)
+PKVM_OPERATIONS = {each.name: each for each in _OF_PKVM}

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from guest_memfd.conform.compare import Difference, Tally
+from guest_memfd.conform.compare import Difference, Known, Tally
 from guest_memfd.conform.known import KNOWN
-from guest_memfd.conform.operations import OPERATIONS
+from guest_memfd.conform.operations import OPERATIONS, UserOperation
 from guest_memfd.conform.sequence import as_json
 from guest_memfd.report.style import Style
 
@@ -19,10 +19,12 @@ SCHEMA = "guest-memfd-conform-report/1"
 class ConformReport:
     """Tallies of *tables* and of what was drawn at random from *seed*, operations that were *skipped* with the reason.
 
-    kernel: in words. release: whose answers the emulated device gave. seconds: of the comparison.
+    kernel: in words. emulated: what it was compared with, in words; release: whose answers that gave. seconds: of the
+    comparison. known, operations: what may differ, and what there is to do.
     """
 
     kernel: str
+    emulated: str
     release: str
     design: str
     seed: int
@@ -30,6 +32,8 @@ class ConformReport:
     random: Tally
     seconds: float
     skipped: Mapping[str, str] = field(default_factory=dict)
+    known: Known = KNOWN
+    operations: Mapping[str, UserOperation] = field(default_factory=lambda: OPERATIONS)
 
     @property
     def differences(self) -> list[Difference]:
@@ -40,16 +44,17 @@ class ConformReport:
 def as_text(report: ConformReport, style: Style) -> Iterator[str]:
     """The report in lines for people."""
     yield from style.wrap(report.kernel, "real      ")
-    yield from style.wrap(f"/dev/kvm of {report.release}, served by {report.design}", "emulated  ")
+    yield from style.wrap(report.emulated, "emulated  ")
     yield f"tables    {_counted(report.tables)}"
     yield f"random    {_counted(report.random)}, seed {report.seed}"
     rate = (report.tables.steps + report.random.steps) / report.seconds * 60 if report.seconds else 0
     yield f"          {report.seconds:.0f} s, {rate:,.0f} operations a minute"
     asked = report.tables.by_operation + report.random.by_operation
-    yield from style.wrap(", ".join(f"{name} {asked[name]:,}" for name in OPERATIONS if asked[name]) or "none", "of each   ")
+    each = ", ".join(f"{name} {asked[name]:,}" for name in report.operations if asked[name])
+    yield from style.wrap(each or "none", "of each   ")
     counted = report.tables.known + report.random.known
     yield "known differences"
-    for known in KNOWN:
+    for known in report.known:
         yield from style.wrap(f"{known.name}, {counted[known.name]:,} times: {known.reason}", "  ", "    ")
     if report.skipped:
         yield "skipped"
@@ -79,10 +84,11 @@ def as_dict(report: ConformReport) -> dict[str, Any]:
     """The report as an object for programs."""
     counted = report.tables.known + report.random.known
     return {
-        "schema": SCHEMA, "kernel": report.kernel, "release": report.release, "design": report.design, "seed": report.seed,
+        "schema": SCHEMA, "kernel": report.kernel, "emulated": report.emulated, "release": report.release,
+        "design": report.design, "seed": report.seed,
         "operations": {"tables": report.tables.steps, "random": report.random.steps,
                        "by_name": dict(report.tables.by_operation + report.random.by_operation)},
-        "known": [{"name": known.name, "reason": known.reason, "times": counted[known.name]} for known in KNOWN],
+        "known": [{"name": known.name, "reason": known.reason, "times": counted[known.name]} for known in report.known],
         "skipped": dict(report.skipped),
         "differences": [as_json(found.sequence, real=list(found.real), emulated=list(found.emulated))
                         for found in report.differences],

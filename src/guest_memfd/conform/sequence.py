@@ -39,11 +39,12 @@ def random_sequence(seed: int, number: int, skip: frozenset[str] = frozenset()) 
              UserCall("create", (1, 0, SIZE, choose.choice((int(SHARED), 1, 1, 0)))),
              UserCall("map", (1, choose.randrange(2), 0, SIZE, 0)),
              UserCall("region", (0, 1, 4, BASE, 2 * PAGE, 0, choose.randrange(2), choose.choice((0, PAGE))))]
-    steps += [_drawn(choose, OPERATIONS[name]) for name in choose.choices(names, weights, k=LENGTH - len(steps))]
+    steps += [drawn(choose, OPERATIONS[name]) for name in choose.choices(names, weights, k=LENGTH - len(steps))]
     return tuple(steps)
 
 
-def _drawn(choose: Random, operation: UserOperation) -> UserCall:
+def drawn(choose: Random, operation: UserOperation) -> UserCall:
+    """*operation* with arguments that *choose* draws, most of them usual ones."""
     return UserCall(operation.name, tuple(
         choose.choice(param.usual if choose.random() < _USUALLY or not param.edges else param.edges)
         for param in operation.params))

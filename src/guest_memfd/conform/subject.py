@@ -10,7 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.compat import override
@@ -72,6 +72,16 @@ class Pages(NamedTuple):
         shown = (f"{index}:{'zero' if said == ZEROS else '-' if said is None else f'{said:08x}'}"
                  for index, said in sorted(self.sums.items()))
         return f"{self.size:#x} {self.resident}{''.join(f' {each}' for each in shown)}"
+
+
+class Performing(Protocol):
+    """One life of a process, on either host."""
+
+    def perform(self, step: UserCall) -> StepAnswer:
+        """The answer to *step*."""
+
+    def end(self) -> list[str]:
+        """Close everything: what is left then, in words."""
 
 
 class Subject(ABC):

@@ -66,8 +66,8 @@ class Aborted:
 class Ran:
     """How a call ended: x0, whether the exception table stepped in, whether a page was reclaimed by force on the way.
 
-    `signal`: what the task at EL0 gets, ``fault`` for the fault handler of its VMA. `reached`: the physical addresses at
-    which data accesses arrived, in order.
+    `signal`: what the task at EL0 gets, with si_code and si_addr in `siginfo`; ``fault`` for the fault handler of its VMA.
+    `reached`: the physical addresses at which data accesses arrived, in order.
     """
 
     x0: int
@@ -75,6 +75,7 @@ class Ran:
     reclaimed: bool = False
     signal: str | None = None
     reached: tuple[Pa, ...] = ()
+    siginfo: mem_abort.UserSignal | None = None
 
 
 class HostCpu:
@@ -143,8 +144,8 @@ class HostCpu:
         core.set_x(0, va)
         core.set_x(1, value)
         core.pc = STORE if write else LOAD
-        signal = self._run_user()
-        return Ran(core.x(1), signal=signal, reached=tuple(self._reached))
+        signal, siginfo = self._run_user()
+        return Ran(core.x(1), signal=signal, reached=tuple(self._reached), siginfo=siginfo)
 
     # What stops the CPU, one after the other; it goes on when the next is asked for. The watchdog ends what never ends.
     def _stops(self) -> Iterator[c.Stop]:
@@ -173,7 +174,7 @@ class HostCpu:
                 raise KernelPanic(outcome.text)
         return fixed
 
-    def _run_user(self) -> str | None:
+    def _run_user(self) -> tuple[str | None, mem_abort.UserSignal | None]:
         for stop in self._stops():
             if not isinstance(stop, c.CpuAbort):
                 if isinstance(stop, c.Svc):
@@ -181,8 +182,8 @@ class HostCpu:
                 raise KernelPanic(f"the VMM's text stops with {stop!r}\n{HARDWARE}")
             outcome = self._abort(stop.fault)
             if isinstance(outcome, mem_abort.UserSignal):
-                return "fault" if self._missing(stop.fault) else _SIGNALS[outcome.signal]
-        return None
+                return ("fault", None) if self._missing(stop.fault) else (_SIGNALS[outcome.signal], outcome)
+        return None, None
 
     # A stage-1 fault at EL0 on a VMA is the library's to handle: the code that drives the VMM calls its fault procedure.
     @staticmethod

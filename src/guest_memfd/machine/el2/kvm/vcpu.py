@@ -34,7 +34,8 @@ NOT_SUPPORTED, INVALID_PARAMETER = -1, -3
 
 PSCI_VERSION, PSCI_SYSTEM_OFF, PSCI_SYSTEM_RESET = 0x8400_0000, 0x8400_0008, 0x8400_0009
 SMCCC_VERSION = 0x8000_0000
-_VERSIONS = {PSCI_VERSION: 1 << 16 | 1, SMCCC_VERSION: 1 << 16 | 1}
+_VERSIONS = {PSCI_VERSION: 1 << 16 | 3, SMCCC_VERSION: 1 << 16 | 1}
+"""PSCI 1.3 and SMCCC 1.1, as Linux 7.3.4 says it."""
 
 _SEA = 0x10        # DFSC of a synchronous external abort that is not on a walk
 

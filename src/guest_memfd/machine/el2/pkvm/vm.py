@@ -35,7 +35,7 @@ from guest_memfd.words.units import Ipa, Pa, gfn_to_gpa, gpa_to_gfn, pa_to_pfn
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
 
-MEM_SHARE, MEM_UNSHARE = 0xc600_0003, 0xc600_0004
+HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE = 0xc600_0002, 0xc600_0003, 0xc600_0004
 
 
 class Memcache:
@@ -166,8 +166,11 @@ class PkvmVcpu(VheVcpu):
 
     @override
     def _call(self, number: int) -> Exit | None:
-        if number not in (MEM_SHARE, MEM_UNSHARE) or not self.vm.protected:
+        if number not in (HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE) or not self.vm.protected:
             return super()._call(number)
+        if number == HYP_MEMINFO:                       # in what sizes memory is shared; its three arguments are reserved
+            self.cpu.set_x(0, INVALID_PARAMETER if any(self.cpu.x(n) for n in (1, 2, 3)) else PAGE)
+            return None
         ipa = Ipa(self.cpu.x(1))
         if ipa % PAGE or self.cpu.x(2) or self.cpu.x(3) or not self.vm.in_range(gpa_to_gfn(ipa), 1):
             self.cpu.set_x(0, INVALID_PARAMETER)
@@ -185,9 +188,8 @@ class PkvmVcpu(VheVcpu):
         return None if ret else Hypercall(MEM_SHARE, ipa)
 
     def _unshare(self, ipa: Ipa) -> Exit | None:
+        # What is not there is not shared either, and is not faulted in, unlike for MEM_SHARE.
         state = checks.guest_page_state(self.vm.pgt.leaf(ipa))
-        if state is PkvmState.NOPAGE:
-            return self._fault_in(ipa)
         if state is not PkvmState.SHARED_OWNED:
             self.cpu.set_x(0, INVALID_PARAMETER)
             return None
