@@ -247,6 +247,16 @@ def qemu(tools: Path, monkeypatch: pytest.MonkeyPatch, *, answer: object = None,
     (tools / "bzImage").write_bytes(b"kernel")
 
 
+def test_a_probed_kernel_has_two_nodes_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qemu(tmp_path, monkeypatch, answer=ANSWER, more=f"open({str(tmp_path / 'argv')!r}, 'w').write(' '.join(sys.argv))")
+    assert main(["probe", "--kernel", str(tmp_path / "bzImage"), "--arch", "amd64", "--cpus", "3"]) == 3
+    asked = (tmp_path / "argv").read_text()
+    assert "-object memory-backend-ram,id=ram0,size=512M -numa node,nodeid=0,memdev=ram0,cpus=0-2" in asked
+    assert "-object memory-backend-ram,id=ram1,size=512M -numa node,nodeid=1,memdev=ram1 " in f"{asked} "
+    assert kernel_run(tmp_path) == 3
+    assert "-numa" not in (tmp_path / "argv").read_text()
+
+
 def kernel_run(tools: Path, *more: str) -> int:
     return main(["kernel", "run", "--arch", "amd64", *more[:-1], str(tools / "bzImage"), "--", more[-1] if more else "true"])
 

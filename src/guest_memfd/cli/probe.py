@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "other machines perhaps, side by side in Markdown; also with --html")
     group.add_argument("--patience", metavar="N", type=float, default=1, help="let every row take N times as long before it "
                        "is given up, as on a busy or emulated machine (default 1)")
+    group.add_argument("--expendable", action="store_true", help="this machine is made for the probe, as --kernel's "
+                       "are: also try what takes memory out of use or could crash the kernel")
     probe_kernels.add_arguments(parser)
     add_machine(parser)
     add_output(parser)
@@ -75,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     old = None if arguments.against is None else read(arguments.against)
     with ExitStack() as stack:
         out, (page,) = opened(stack, arguments, "html")
-        found = survey(arguments.kvm or PATH, parts=parts, globs=globs, patience=arguments.patience)
+        found = survey(arguments.kvm or PATH, parts=parts, globs=globs, patience=arguments.patience,
+                       expendable=arguments.expendable)
         against = None if old is None else compare(arguments.against, old, report.as_json(found))
         if page is not None:
             from guest_memfd.html import probe as html

@@ -23,6 +23,8 @@ OLDEST = (6, 12)
 
 _AGAINST = "/against.json"
 _SECRETMEM = "secretmem.enable=1"                       # not the default before 6.5
+NODES = 2
+"""Of memory: what the kernel does with a policy shows only then."""
 EMULATED = 20
 """How many times as long a row may take under emulation, on a busy host."""
 
@@ -84,7 +86,7 @@ def _surveys(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[Su
 def _ask(name: str, arguments: argparse.Namespace, options: tuple[str, ...]) -> KernelAnswer:
     files = () if arguments.against is None else ((Path(arguments.against), _AGAINST),)
     job = job_of(arguments, ("gmem", "probe", *options), files=files)
-    job = replace(job, append=f"{_SECRETMEM} {job.append}")
+    job = replace(job, append=f"{_SECRETMEM} {job.append}", nodes=NODES)
     return run(find.find(name, arguments.arch, tell, arguments.modules), job, tell)
 
 
@@ -97,7 +99,7 @@ def _options(arguments: argparse.Namespace) -> Iterator[str]:
 
 # What is asked for; emulated, everything takes longer.
 def _what(arguments: argparse.Namespace) -> Iterator[str]:
-    yield from ("--patience", f"{arguments.patience * EMULATED:g}")
+    yield from ("--expendable", "--patience", f"{arguments.patience * EMULATED:g}")
     if arguments.part is not None:
         yield from ("--part", arguments.part)
     for row in arguments.row or ():

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -40,8 +40,8 @@ _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LC_ALL": "C.UTF-8", "P
 class Job:
     """What is run: *argv* as *user* (a number; None: root), for *timeout* seconds at most.
 
-    files: (path here, path there). cpus, memory (MiB), append (to the kernel's command line): of the machine. steady: time
-    goes by instructions and not by the clock, so that a busy host does not change what is seen.
+    files: (path here, path there). cpus, memory (MiB), nodes (of memory), append (to the kernel's command line): of the
+    machine. steady: time goes by instructions and not by the clock, so that a busy host does not change what is seen.
     """
 
     argv: tuple[str, ...]
@@ -51,6 +51,7 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
     cpus: int = 1
     memory: int = 1024
+    nodes: int = 1
     append: str = ""
     steady: bool = False
 
@@ -99,6 +100,8 @@ def run(booted: BootedKernel, job: Job, say: Say) -> KernelAnswer:
             "-kernel", str(booted.image), "-initrd", _path(initrd),
             "-append", f"console={machine.console} quiet panic=-1 rdinit=/init mitigations=off {job.append}",
         ]
+        if job.nodes > 1:
+            command += _nodes(job)
         if booted.arch == "amd64":
             command += ["-serial", f"file:{_path(second)}"]
         if job.steady:
@@ -108,6 +111,13 @@ def run(booted: BootedKernel, job: Job, say: Say) -> KernelAnswer:
         log = _text(console)
         said = _text(answer) + _text(second)
     return _answer(booted, job, ended, said, log)
+
+
+# The memory in equal parts, and all CPUs on the first node.
+def _nodes(job: Job) -> Iterator[str]:
+    for node in range(job.nodes):
+        yield from ("-object", f"memory-backend-ram,id=ram{node},size={job.memory // job.nodes}M",
+                    "-numa", f"node,nodeid={node},memdev=ram{node}{f',cpus=0-{job.cpus - 1}' if not node else ''}")
 
 
 # Compiled once, however many kernels are booted.

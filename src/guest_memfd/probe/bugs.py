@@ -10,13 +10,14 @@ import gzip
 import os
 import platform
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from guest_memfd.linux.mapping import PAGE
-from guest_memfd.probe.ask.calls import FAILED, MAP_SHARED, RW, attempt, call, name_of, store
+from guest_memfd.probe.ask.calls import ADVICE, FAILED, MAP_SHARED, RW, attempt, call, name_of, store
 from guest_memfd.probe.ask.child import Slate, perform
 from guest_memfd.probe.ask.guest import ProbeGuest
 from guest_memfd.probe.ask.here import SECRET, SIZE, Here, bind, punch, resident
@@ -27,6 +28,7 @@ from guest_memfd.probe.rows.slots import BEYOND, GMEM, GPA
 from guest_memfd.uapi.kvm import MemFlag
 
 VERDICTS = ("present", "fixed", "cannot tell", "not tested")
+_HUGE = 2 << 20
 SEVERE, BUG, TRAP = "severe", "bug", "trap"
 SEVERITIES = (SEVERE, BUG, TRAP)
 """severe: memory is lost, leaked or written by whom it does not belong to, or the host crashes or hangs. bug: the kernel
@@ -125,12 +127,29 @@ def _policy(here: Here) -> str:
             f"mapping of the file has the policy {shown!r}")
 
 
+def _interleave(here: Here) -> str:
+    nodes = memory.interleaved(here)
+    turns = nodes == [nodes[0], 1 - nodes[0]] * (len(nodes) // 2)
+    verdict = "cannot tell" if not set(nodes) <= {0, 1} else "fixed" if turns else "present"
+    return f"{verdict}: eight pages that are to be interleaved over nodes 0 and 1 are on {', '.join(map(str, nodes))}"
+
+
 def _thp(here: Here) -> str:
     built = _config("READ_ONLY_THP_FOR_FS")
     if built == "n":
         return "cannot tell: this kernel is built without READ_ONLY_THP_FOR_FS, so no one makes such a page"
+    if built != "n" and "expendable" in here.features:
+        return _collapsed(here)
     how = "with READ_ONLY_THP_FOR_FS" if built != "?" else "this kernel's configuration is not to be seen; with the option"
     return f"cannot tell: {how} trying it ends in a kernel warning, which may be a panic"
+
+
+def _collapsed(here: Here) -> str:
+    size = 4 * _HUGE
+    address = here.map(here.gmem(size=size), size)
+    store(address, b"x" * size)
+    said = attempt(lambda: call("madvise", -(-address // _HUGE) * _HUGE, _HUGE, ADVICE["COLLAPSE"]) or None)
+    return f"{'present' if said == 'ok' else 'fixed'}: MADV_COLLAPSE of 2 MiB of a guest_memfd {_comes_to(said)}"
 
 
 def _config(name: str) -> str:
@@ -276,8 +295,27 @@ def _unaccounted(here: Here) -> str:
 def _closed_slot_uaf(here: Here) -> str:
     release = here.features.release
     if version_of(release) >= (6, 18) or (version_of(release) == (6, 12) and patch_of(release) >= 59):
-        return "fixed: by its release, this kernel has the fix; it was not tried"
-    return "not tested: a kernel without the fix uses freed memory, which could crash the host"
+        tried = "it was not tried"
+        if "expendable" in here.features and "slots" in here.features:
+            tried = f"{_race(here)} slots were deleted while their file went, and nothing happened"
+        return f"fixed: by its release, this kernel has the fix; {tried}"
+    if "expendable" not in here.features or "slots" not in here.features:
+        return "not tested: a kernel without the fix uses freed memory, which could crash the host"
+    return f"cannot tell: {_race(here)} slots were deleted while their file went, and the kernel is still there"
+
+
+def _race(here: Here) -> int:
+    """Delete a slot in one thread while another closes its file, for two seconds; how often."""
+    end, times = time.monotonic() + 2, 0
+    while time.monotonic() < end:
+        fd = here.gmem()
+        bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
+        closing = threading.Thread(target=os.close, args=(fd,))
+        closing.start()
+        bind(here.vm, 1, 0, 0, 0)
+        closing.join()
+        times += 1
+    return times
 
 
 BUGS: tuple[Bug, ...] = (
@@ -297,7 +335,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("interleave-index", BUG, "interleaving counts a page's offset twice and skips every other node (6.19 to 7.1)",
         "fixed in 7.2: 48dbe4732198",
         "look at numa_maps before you rely on MPOL_INTERLEAVE",
-        lambda here: "cannot tell: this needs two nodes and a kernel from 6.19 on", ("6.19 on",)),
+        _interleave, ("gmem", "flag 1", "flag 2", "inodes of its own", "two nodes")),
     Bug("huge-page-collapse", SEVERE,
         "khugepaged builds a huge page in a guest_memfd: a warning, and SIGBUS at the next touch",
         "\"mm: thp: deny THP for files on anonymous inodes\" (14 Feb 2026), Fixes: 7fbb5e188248; syzbot "

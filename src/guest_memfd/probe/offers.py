@@ -62,8 +62,8 @@ class Offers:
     features: KernelFeatures
 
 
-def look(path: str = PATH, slate: Slate | None = None) -> Offers:
-    """Ask this machine; *path*: the device node of KVM."""
+def look(path: str = PATH, slate: Slate | None = None, *, expendable: bool = False) -> Offers:
+    """Ask this machine; *path*: the device node of KVM. *expendable*: it is made for this, and may be broken."""
     slate = slate or Slate()
     has: set[str] = set()
     lacks: dict[str, str] = {}
@@ -77,7 +77,11 @@ def look(path: str = PATH, slate: Slate | None = None) -> Offers:
             has.add(name)
         return not why
 
+    feature("expendable", "" if expendable else "it could break this machine; gmem probe --kernel does it in QEMU")
     _about_machine(feature)
+    fails = "no memory failure" not in has
+    feature("memory failure", lacks["expendable"] if fails and not expendable else "" if fails else
+            "this kernel is built without memory failure handling")
     _about_process(feature, slate)
     facts: dict[str, Any] = {"kernel": release, "machine": platform.machine()}
     facts["kvm"] = _kvm(path, feature)
@@ -203,7 +207,7 @@ def _overlap_is_told(here: Here) -> None:
 # Since 6.19 the files are on a file system of their own, and not on anon_inode.
 def _own_inodes(here: Here) -> None:
     if fs_type(here, 0) != hex(GUEST_MEMFD_MAGIC):
-        raise Unfit("a guest_memfd is on anon_inode")
+        raise Unfit("a guest_memfd is on anon_inode, as before 6.19")
 
 
 # CVE-2026-93243, "mm/secretmem: properly account locked pages": counted per user, and when a page is touched.
@@ -293,15 +297,15 @@ def _about_machine(feature: Callable[..., bool]) -> None:
     feature("x86-64", "" if machine == "x86_64" else f"for x86-64 only, this is {machine}")
     feature("arm64", "" if machine == "aarch64" else f"for arm64 only, this is {machine}")
     meminfo = _read("/proc/meminfo") or ""
-    feature("no memory failure", "MADV_HWPOISON would take a page out of use for good" if "HardwareCorrupted" in meminfo
-            else "")
+    handled = "HardwareCorrupted" in meminfo
+    feature("no memory failure", "this kernel handles broken memory: poison.* is about that" if handled else "")
     available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.M)
     free = int(available[1]) << 10 if available else 0
     feature("memory 512M", "" if free >= _MEMORY else f"only {free >> 20} MiB of memory are available")
     if free >= _MEMORY:
         feature("enough memory")
     nodes = len(_entries(Path("/sys/devices/system/node"), "node[0-9]*")) or 1
-    feature("one node", "" if nodes == 1 else f"this machine has {nodes} nodes")
+    feature("two nodes", "" if nodes == 2 else f"it takes a machine with two nodes, and this has {nodes}")
     feature("fewer than 64 nodes", "" if nodes < 64 else f"this machine has {nodes} nodes")
 
 

@@ -122,23 +122,28 @@ def _once(act: Callable[[Slate], object], slate: Slate, timeout: float) -> RowOu
         try:
             return _watch(pid, slate, timeout)
         finally:
-            _end(pid)
+            end(pid)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
+def begin() -> None:
+    """What every child does first: it leads a group of its own, ends with its parent, and leaves no core."""
+    gc.disable()
+    fd.dropped = str.strip                              # no one is told: the end of the process closes everything
+    # The caller may have a handler for faults; the tracer is to see them first, and no one else.
+    for each in (*_FAULTS, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):
+        signal.signal(each, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    with suppress(OSError):
+        os.setpgid(0, 0)
+    _libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def _child(act: Callable[[Slate], object], slate: Slate) -> None:
     try:
-        gc.disable()
-        fd.dropped = str.strip                          # no one is told: the end of the process closes everything
-        # The caller may have a handler for faults; the tracer is to see them first, and no one else.
-        for each in (*_FAULTS, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):
-            signal.signal(each, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, set())
-        with suppress(OSError):
-            os.setpgid(0, 0)
-        _libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        begin()
         _libc.ptrace(_TRACEME, 0, None, None)
         result = act(slate)
         slate.say(_RESULT, "ok" if result is None else str(result))
@@ -187,8 +192,9 @@ def _fault(pid: int, number: int, slate: Slate) -> str:
     return f"{name} {SIGNAL_CODES[number, code]} {slate.place(address)}"
 
 
-# The group, for what the child has started itself; the child again, for it may not have come to make a group.
-def _end(pid: int) -> None:
+def end(pid: int) -> None:
+    """Kill child *pid* with all that it has started, and reap it."""
+    # The child again after its group, for it may not have come to make one.
     for kill in (os.killpg, os.kill):
         with suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)

@@ -92,19 +92,42 @@ def policy_elsewhere(here: Here) -> str:
 
 
 def binds_with(here: Here, mode: str, nodes: int, flags: int) -> None:
-    """mbind(2) of a populated mapping."""
+    """mbind(2) of a mapping populated with memory of node 0."""
     address = here.map(here.gmem())
-    store(address, _MARK)
+    _store_on_node_0(address, _MARK)
     _bind(address, mode, nodes, flags)
 
 
+# A file that has no policy of its own takes that of the task (set_mempolicy(2)), which is as it was afterwards.
+def _store_on_node_0(address: int, data: bytes) -> None:
+    call("set_mempolicy", MODES.index("bind"), ctypes.c_ulong(1), 64)
+    store(address, data)
+    call("set_mempolicy", MODES.index("default"), None, 0)
+
+
 def moves(here: Here, query: bool) -> str:
-    """move_pages(2) of a populated page: the status of the page."""
+    """move_pages(2) of a page populated with memory of node 0: the status of the page."""
     address = here.map(here.gmem())
-    store(address, b"x")
+    _store_on_node_0(address, b"x")
+    return f"node {_moved(address, None if query else 0)}"
+
+
+def _moved(address: int, node: int | None) -> int:
     status = ctypes.c_int(-99)
-    call("move_pages", 0, 1, ctypes.c_void_p(address), None if query else ctypes.c_int(0), status, _MOVE)
-    return f"node {status.value}"
+    call("move_pages", 0, 1, ctypes.c_void_p(address), None if node is None else ctypes.c_int(node), status, _MOVE)
+    return status.value
+
+
+def interleaved(here: Here) -> list[int]:
+    """The nodes of eight pages of a file, one after the other, after mbind(2) with MPOL_INTERLEAVE over nodes 0 and 1."""
+    size = 2 * SIZE
+    address = here.map(here.gmem(size=size), size)
+    call("mbind", address, size, MODES.index("interleave"), ctypes.c_ulong(3), 64, 0)
+    nodes = []
+    for at in range(address, address + size, PAGE):
+        store(at, b"x")
+        nodes.append(_moved(at, None))
+    return nodes
 
 
 # -- accounting --------------------------------------------------------------------------------------------------------
@@ -194,10 +217,10 @@ ROWS = [
         Row("mbind.unknown-node", "a node that there is not is refused", binds_with, ("bind", 1 << 63, 0), "EINVAL",
             ("fewer than 64 nodes",)),
         Row("mbind.move", "MPOL_MF_MOVE of populated pages is accepted", binds_with, ("bind", 1, _MOVE)),
-        Row("mbind.move-all", "MPOL_MF_MOVE_ALL and MPOL_MF_STRICT are accepted on one node", binds_with,
-            ("bind", 1, _MOVE_ALL | _STRICT), "ok", ("root", "one node")),
-        Row("move.query", "move_pages(2) tells the node", moves, (True,), "node 0", ("one node",)),
-        Row("move.move", "move_pages(2) to the node where the page is", moves, (False,), "node 0", ("one node",)),
+        Row("mbind.move-all", "MPOL_MF_MOVE_ALL and MPOL_MF_STRICT are accepted where all is", binds_with,
+            ("bind", 1, _MOVE_ALL | _STRICT), "ok", ("root",)),
+        Row("move.query", "move_pages(2) tells the node", moves, (True,), "node 0"),
+        Row("move.move", "move_pages(2) to the node where the page is", moves, (False,), "node 0"),
     ]),
 ]
 
