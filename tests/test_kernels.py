@@ -9,6 +9,7 @@ import base64
 import json
 import lzma
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,6 +18,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -207,11 +209,35 @@ def test_a_package_client_that_fails(apt: Path, text: str, words: str) -> None:
         find.find("7.3", "amd64", quiet)
 
 
+def test_a_disk_without_room(apt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 << 20))
+    with pytest.raises(HostUnavailable, match="has 3 MiB free, and what is fetched takes up to 512; GMEM_CACHE"):
+        find.find("7.3", "amd64", quiet)
+
+
+def test_a_package_client_that_hangs(apt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(apt / "apt-get", "import time; time.sleep(60)")
+    monkeypatch.setattr(packages, "LONGEST", 0.2)
+    with pytest.raises(HostUnavailable, match=r"apt-get update: nothing after 0.2 s; give the path"):
+        find.find("7.3", "amd64", quiet)
+
+
 def test_a_package_that_is_broken(apt: Path, empty_cache: Path) -> None:
     program(apt / "dpkg-deb", "print('no archive')")
     with pytest.raises(HostUnavailable, match=r"linux-image-7.3.4\+deb13-amd64.deb is broken: .*; run it again"):
         find.find("7.3", "amd64", quiet)
     assert not list(empty_cache.glob("kernel-*"))
+
+
+@pytest.mark.parametrize(("head", "arch", "other"), [
+    (bytes(514) + b"HdrS", "arm64", "amd64"), (bytes(56) + b"ARM\x64", "amd64", "arm64"),
+])
+def test_an_image_of_another_architecture(head: bytes, arch: str, other: str, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(head)
+    with pytest.raises(BadInput, match=f"image is a kernel for {other}, and {arch} is asked for"):
+        find.find(str(image), arch, quiet)
+    assert find.find(str(image), other, quiet).image == image
 
 
 def module(*depends: str) -> bytes:
@@ -274,7 +300,8 @@ def test_the_answer_of_a_kernel_is_ours(
 @pytest.mark.parametrize(("how", "words"), [
     ({"console": "[ 1.0] Kernel panic - not syncing: VFS\n"}, "kernel bzImage: Kernel panic - not syncing: VFS"),
     ({"console": "booting\n"}, "kernel bzImage: it gave no answer; its console ends 'booting'"),
-    ({"more": "sys.stderr.write('no such machine\\n'); sys.exit(1)"}, "kernel bzImage: qemu-system-x86_64: no such machine"),
+    ({"more": "sys.stderr.write('q: warning: no xsaves\\nno such machine\\n\\n'); sys.exit(1)"},
+     "kernel bzImage: qemu-system-x86_64: no such machine"),
     ({"answer": {**ANSWER, "timed_out": True}}, "kernel bzImage: the command has not ended after 600 s (--timeout S)"),
     ({"answer": {"release": "7", "failed": "Traceback\nFileNotFoundError: no x"}},
      "kernel bzImage: the command cannot be run: FileNotFoundError: no x"),

@@ -20,6 +20,8 @@ WANTED = ("virtio_pci", "virtio_console", "kvm_amd", "kvm_intel", "kvm")
 """Modules that are loaded where they are modules, with what they depend on."""
 
 _FILES = ("*/vmlinuz*", "*/config-*", *(f"*/{name}.ko*" for name in ("kvm*", "irqbypass", "virtio*", "ccp")))
+_HEADER = 0x250
+"""Bytes of a bzImage up to and with payload_length."""
 _PVH_NOTES = tuple(struct.pack("<III4s", 4, size, 18, b"Xen\0") for size in (4, 8))
 """XEN_ELFNOTE_PHYS32_ENTRY: QEMU can start the uncompressed image (CONFIG_PVH)."""
 
@@ -71,6 +73,7 @@ def find(given: str, arch: str, say: Say, modules: Path | None = None) -> Booted
     """
     path = Path(given)
     if path.is_file():
+        _check(path, arch)
         return _prepared(path.name, arch, path, modules)
     if "/" in given:
         raise BadInput(f"no kernel is at {given}: name an image, a release as in 7.3, or a package")
@@ -133,6 +136,15 @@ def _numbers(release: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", release))
 
 
+# As their boot protocols have it: x86 (HdrS at byte 514), arm64 (ARM\x64 at byte 56).
+def _check(image: Path, arch: str) -> None:
+    with image.open("rb") as file:
+        head = file.read(1024)
+    is_of = "amd64" if head[514:518] == b"HdrS" else "arm64" if head[56:60] == b"ARM\x64" else arch
+    if is_of != arch:
+        raise BadInput(f"{image} is a kernel for {is_of}, and {arch} is asked for (--arch)")
+
+
 def _prepared(name: str, arch: str, image: Path, modules: Path | None) -> BootedKernel:
     files = sorted(modules.rglob("*.ko*")) if modules else []
     configs = sorted(image.parent.glob("config-*"))
@@ -143,7 +155,7 @@ def _prepared(name: str, arch: str, image: Path, modules: Path | None) -> Booted
 # To decompress here takes a tenth of a second, and two under emulation.
 def _uncompressed(image: Path) -> Path:
     data = image.read_bytes()
-    if data[514:518] != b"HdrS" or not shutil.which("zstd"):
+    if data[514:518] != b"HdrS" or len(data) < _HEADER or not shutil.which("zstd"):
         return image
     offset, length = struct.unpack_from("<II", data, 0x248)     # payload_offset, payload_length (x86 boot protocol 2.08)
     start = (data[0x1F1] + 1) * 512 + offset

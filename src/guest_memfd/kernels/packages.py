@@ -25,6 +25,10 @@ SUITES = (("", "bookworm bookworm-backports trixie-backports"), ("-security", "b
 """What follows the mirror's address, and the suites there; Python and libraries are of the first, and fit together."""
 
 A_DAY = 86400
+ROOM = 512 << 20
+"""Bytes that have to be free before anything is fetched: on a full disk apt waits for ever."""
+LONGEST = 900
+"""Seconds that the package client may take for one thing."""
 INSTEAD = "give the path of a kernel's image (bzImage, vmlinux or Image), and have a qemu-system on the PATH"
 
 Say = Callable[[str], None]
@@ -94,16 +98,29 @@ def _mirror() -> str:
 def _run(root: Path, folder: Path | None, tool: str, *words: str) -> str:
     if not shutil.which(tool):
         raise HostUnavailable(f"{tool} is not here; {INSTEAD}")
+    there = cache.folder()
+    if tool == "apt-get" and (free := shutil.disk_usage(there).free) < ROOM:
+        raise HostUnavailable(f"the cache {there} has {free >> 20} MiB free, and what is fetched takes up to {ROOM >> 20}; "
+                              "GMEM_CACHE names another place")
     options = {
         "Dir::Etc::sourcelist": "/dev/null", "Dir::Etc::sourceparts": root / "sources", "Dir::Etc::preferences": "/dev/null",
         "Dir::Etc::preferencesparts": "/dev/null", "Dir::State": root / "state", "Dir::State::status": root / "status",
         "Dir::Cache": root / "cache", "APT::Architecture": "amd64", "Acquire::Languages": "none",
+        "Acquire::http::Timeout": "60", "Acquire::https::Timeout": "60",
         "APT::Sandbox::User": "root" if os.geteuid() == 0 else "",
     }
     flags = [*(f"-o{name}={value}" for name, value in options.items()),
              *(f"-oAPT::Architectures::={each}" for each in ARCHITECTURES)]
-    done = subprocess.run([tool, *flags, *words], capture_output=True, text=True, check=False, cwd=folder or root)
+    try:
+        done = subprocess.run([tool, *flags, *words], capture_output=True, text=True, check=False, cwd=folder or root,
+                              timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        raise HostUnavailable(f"{tool} {_shown(words)}: nothing after {LONGEST} s; {INSTEAD}") from None
     if done.returncode:
         why = (done.stderr.strip() or done.stdout.strip() or "it failed").splitlines()[-1]
-        raise HostUnavailable(f"{tool} {' '.join(word for word in words[:2] if word != '-qq')}: {why}; {INSTEAD}")
+        raise HostUnavailable(f"{tool} {_shown(words)}: {why}; {INSTEAD}")
     return done.stdout
+
+
+def _shown(words: Sequence[str]) -> str:
+    return " ".join(word for word in words[:2] if word != "-qq")

@@ -76,6 +76,12 @@ def _version(path: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
+# QEMU warns of what TCG does not have; why it ended comes last.
+def _last(said: str) -> str:
+    lines = [line for line in said.splitlines() if line.strip() and "warning:" not in line]
+    return lines[-1].strip()[-300:] if lines else ""
+
+
 def watched(command: Sequence[str], environment: dict[str, str], timeout: float, files: Sequence[int]) -> QemuEnded:
     """Run QEMU for *timeout* seconds at most; *files*: descriptors that it inherits.
 
@@ -105,5 +111,5 @@ def watched(command: Sequence[str], environment: dict[str, str], timeout: float,
         machine.returncode = os.waitstatus_to_exitcode(done[1])
         said.seek(0)
         if machine.returncode > 0:
-            problem = f"{Path(command[0]).name}: {said.read().strip()[-300:] or f'exit status {machine.returncode}'}"
+            problem = f"{Path(command[0]).name}: {_last(said.read()) or f'exit status {machine.returncode}'}"
     return QemuEnded(problem, round(time.monotonic() - began, 2), round(done[2].ru_utime + done[2].ru_stime, 2))

@@ -149,7 +149,7 @@ def _answer(booted: BootedKernel, job: Job, ended: qemu.QemuEnded, said: str, lo
     if not found:
         panic = re.search(r"Kernel panic.*|---\[ end Kernel.*", log)
         last = " ".join(log.split())[-200:]
-        why = ended.problem or (panic[0] if panic else f"it gave no answer; its console ends {last!r}")
+        why = ended.problem or (panic[0].strip() if panic else f"it gave no answer; its console ends {last!r}")
         raise HostUnavailable(f"kernel {booted.name}: {why}")
     told = json.loads(zlib.decompress(base64.b64decode(found[1])))
     if told.get("failed"):
