@@ -138,11 +138,12 @@ def test_a_race_is_run_where_a_crash_does_no_harm(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("built", "has", "says"), [
     ("n", ("expendable",), "cannot tell: this kernel is built without"), ("y", (), "cannot tell: with READ_ONLY_THP_FOR_FS"),
-    ("?", (), "cannot tell: this kernel's configuration"), ("y", ("expendable",), "tried"), ("?", ("expendable",), "tried"),
+    ("?", (), "cannot tell: this kernel's configuration"), ("y", ("expendable",), "tried True"),
+    ("?", ("expendable",), "tried False"),
 ])
 def test_a_huge_page_is_made_where_a_warning_does_no_harm(
     built: str, has: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("guest_memfd.probe.bugs._config", lambda name: built)
-    monkeypatch.setattr("guest_memfd.probe.bugs._collapsed", lambda here: "tried")
+    monkeypatch.setattr("guest_memfd.probe.bugs._collapsed", lambda here, with_option: f"tried {with_option}")
     assert _thp(Here(Slate(), NOWHERE, KernelFeatures("7.3", frozenset(has)))).startswith(says)

@@ -139,17 +139,20 @@ def _thp(here: Here) -> str:
     if built == "n":
         return "cannot tell: this kernel is built without READ_ONLY_THP_FOR_FS, so no one makes such a page"
     if built != "n" and "expendable" in here.features:
-        return _collapsed(here)
+        return _collapsed(here, built == "y")
     how = "with READ_ONLY_THP_FOR_FS" if built != "?" else "this kernel's configuration is not to be seen; with the option"
     return f"cannot tell: {how} trying it ends in a kernel warning, which may be a panic"
 
 
-def _collapsed(here: Here) -> str:
+# Without the option it is refused on every kernel; so to be refused says something only where the option is seen.
+def _collapsed(here: Here, with_option: bool) -> str:
     size = 4 * _HUGE
     address = here.map(here.gmem(size=size), size)
     store(address, b"x" * size)
     said = attempt(lambda: call("madvise", -(-address // _HUGE) * _HUGE, _HUGE, ADVICE["COLLAPSE"]) or None)
-    return f"{'present' if said == 'ok' else 'fixed'}: MADV_COLLAPSE of 2 MiB of a guest_memfd {_comes_to(said)}"
+    verdict = "present" if said == "ok" else "fixed" if with_option else "cannot tell"
+    unseen = "" if with_option else ", and whether this kernel has READ_ONLY_THP_FOR_FS is not to be seen"
+    return f"{verdict}: MADV_COLLAPSE of 2 MiB of a guest_memfd {_comes_to(said)}{unseen}"
 
 
 def _config(name: str) -> str:
