@@ -19,12 +19,14 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from guest_memfd.cli.main import main
 from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.kernels import cache, find, guest, packages, userland
+from guest_memfd.kernels import qemu as qemu_module
 from guest_memfd.kernels.cpio import Cpio
 from guest_memfd.probe.matrix import SurveyOf, as_tables
 
@@ -156,7 +158,7 @@ def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "    one = tarfile.TarInfo(path)\n    one.size = len(name)\n    out.addfile(one, io.BytesIO(name.encode()))\n"
             "out.close()\n")
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setattr(packages, "_mirror", lambda: "http://nowhere.invalid/debian")
+    monkeypatch.setattr(packages, "_mirror", lambda: ("http://nowhere.invalid/debian", packages.DEBIAN))
     return tools
 
 
@@ -178,6 +180,63 @@ def test_which_kernel_is_meant(apt: Path, given: str, arch: str, name: str) -> N
     assert len(told) == 1                                       # once
 
 
+UBUNTU = ("linux-image-unsigned-6.14.0-33-generic linux-image-6.14.0-33-generic linux-modules-6.14.0-33-generic "
+          "linux-image-unsigned-6.17.0-5-generic linux-modules-6.17.0-5-generic linux-image-6.8.0-85-generic "
+          "linux-modules-6.8.0-85-generic linux-image-unsigned-6.17.0-1003-aws linux-image-generic "
+          "linux-modules-extra-6.17.0-5-generic")
+
+
+@pytest.fixture
+def ubuntu(apt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The client of a machine with Ubuntu, which notes what it is asked for."""
+    program(apt / "apt-cache", f"print({UBUNTU!r}.replace(' ', chr(10)))")
+    monkeypatch.undo()
+    monkeypatch.setenv("GMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", f"{apt}:{os.environ['PATH']}")
+    monkeypatch.setattr(packages, "APT", tmp_path / "apt")
+    monkeypatch.setattr(packages, "_codename", lambda: "noble")
+    (tmp_path / "apt" / "sources.list.d").mkdir(parents=True)
+    (tmp_path / "apt" / "sources.list.d" / "ubuntu.sources").write_text("Types: deb\nURIs: http://nowhere.invalid/ubuntu/\n")
+    return apt
+
+
+@pytest.mark.parametrize(("given", "name", "wanted"), [
+    ("6.17", "6.17.0-5-generic", ["linux-image-unsigned-6.17.0-5-generic", "linux-modules-6.17.0-5-generic"]),
+    ("6.14.0", "6.14.0-33-generic", ["linux-image-unsigned-6.14.0-33-generic", "linux-modules-6.14.0-33-generic"]),
+    ("linux-image-6.8.0-85-generic", "6.8.0-85-generic", ["linux-image-6.8.0-85-generic", "linux-modules-6.8.0-85-generic"]),
+])
+def test_kernels_of_ubuntu(ubuntu: Path, given: str, name: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    unpacked = packages.unpacked
+
+    def noting(folder: str, names: list[str], *rest: Any) -> Path:
+        asked.append(names)
+        return unpacked(folder, names, *rest)
+
+    monkeypatch.setattr(packages, "unpacked", noting)
+    assert find.find(given, "amd64", quiet).name == name
+    assert asked == [wanted]
+    assert find.releases("amd64") == ["6.8.0-85-generic", "6.14.0-33-generic", "6.17.0-5-generic"]
+
+
+def test_sources_of_ubuntu(ubuntu: Path, empty_cache: Path) -> None:
+    find.releases("amd64")
+    text = next((empty_cache / "apt" / "sources").iterdir()).read_text()
+    assert "URIs: http://nowhere.invalid/ubuntu\nSuites: noble noble-updates noble-security\nComponents: main\n" in text
+    assert "ubuntu-archive-keyring.gpg\nArchitectures: amd64\n" in text
+
+
+def test_qemu_of_ubuntu_is_the_one_on_the_path(ubuntu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(ubuntu / "qemu-system-x86_64", "print('QEMU emulator version 8.2.2')")
+    with pytest.raises(HostUnavailable, match="x86_64 of version 10 or later has to be on the PATH; this one is 8"):
+        qemu_module.program("amd64", quiet)
+    program(ubuntu / "qemu-system-x86_64", "print('QEMU emulator version 10.1.0')")
+    assert qemu_module.program("amd64", quiet)[0] == [str(ubuntu / "qemu-system-x86_64")]
+    monkeypatch.setattr(userland, "NATIVE", "amd64")
+    with pytest.raises(HostUnavailable, match="a guest of another architecture"):
+        userland.archive("arm64", quiet)
+
+
 def test_what_kernels_there_are(apt: Path) -> None:
     assert find.releases("amd64") == ["6.18.15+deb13-cloud-amd64", "7.3.4+deb13-amd64"]
     assert find.releases("arm64") == ["7.3.4+deb13-arm64"]
@@ -195,7 +254,7 @@ def test_a_kernel_that_there_is_not(apt: Path, given: str, error: type[Exception
 
 def test_without_a_package_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(packages, "_mirror", lambda: "http://nowhere.invalid/debian")
+    monkeypatch.setattr(packages, "_mirror", lambda: ("http://nowhere.invalid/debian", packages.DEBIAN))
     with pytest.raises(HostUnavailable, match="apt-get is not here; give the path of a kernel's image"):
         find.find("7.3", "amd64", quiet)
 

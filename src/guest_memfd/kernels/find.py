@@ -79,8 +79,7 @@ def find(given: str, arch: str, say: Say, modules: Path | None = None) -> Booted
         raise BadInput(f"no kernel is at {given}: name an image, a release as in 7.3, or a package")
     have = _of(arch)
     newest = _newest(given, arch, have)
-    parts = [f"linux-{part}-{newest}" for part in ("binary", "modules") if f"linux-{part}-{newest}" in have]
-    wanted = parts if f"linux-binary-{newest}" in have else [f"linux-image-{newest}"]
+    wanted = _packages(newest, have)
     folder = packages.unpacked(f"kernel-{newest}", [_named(name, arch) for name in wanted], _FILES, say)
     image = next(iter(sorted(folder.rglob("vmlinuz*"))), None)
     if image is None:
@@ -110,19 +109,30 @@ def _named(name: str, arch: str) -> str:
     return name if arch == "amd64" else f"{name}:{arch}"
 
 
-# Cloud kernels are smaller, and have all that a guest needs; each is taken in place of the general one.
+# Where the image and the modules are: in one package (Debian up to 6.18), or in two, of which Ubuntu has the image with a
+# signature or without.
+def _packages(release: str, have: set[str]) -> list[str]:
+    plain, modules = f"linux-image-{release}", f"linux-modules-{release}"
+    better = (f"linux-binary-{release}", f"linux-image-unsigned-{release}")
+    return [next((name for name in better if name in have), plain), *([modules] if modules in have else [])]
+
+
+# Cloud kernels are smaller, and have all that a guest needs; each is taken in place of the general one. Debian's names end
+# with the architecture, Ubuntu's with a flavour, of which one is for all machines.
 def _releases(have: set[str], arch: str) -> Iterator[str]:
-    images = {name.removeprefix("linux-image-") for name in have
-              if re.fullmatch(rf"linux-image-\d+\.\d+\S*-{arch}", name) and not re.search("-(dbg|rt|16k)", name)}
+    images = {re.sub("^linux-image-(unsigned-)?", "", name) for name in have
+              if re.fullmatch(rf"linux-image-(unsigned-)?\d+\.\d+\S*-({arch}|generic)", name)
+              and not re.search("-(dbg|rt|16k)", name)}
     for release in images:
-        if "-cloud-" in release or release.replace(f"-{arch}", f"-cloud-{arch}") not in images:
+        if "-cloud-" in release or not release.endswith(arch) or release.replace(f"-{arch}", f"-cloud-{arch}") not in images:
             yield release
 
 
 def _newest(given: str, arch: str, have: set[str]) -> str:
     release = re.sub(r"^linux-(image|binary)-(unsigned-)?|-unsigned$", "", given)
     found = [each for each in _releases(have, arch)
-             if each == release or re.fullmatch(rf"{re.escape(release)}([.+-][^-]*(-\d+)?)?(-cloud)?-{arch}", each)]
+             if each == release
+             or re.fullmatch(rf"{re.escape(release)}([.+-][^-]*(-\d+)?)?((-cloud)?-{arch}|-generic)", each)]
     if f"linux-image-{release}" in have:
         found.append(release)
     if not found:

@@ -7,6 +7,7 @@ is needed. Kernels newer than the machine's release are in its backports and in 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,15 +16,36 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from guest_memfd.errors import HostUnavailable
 from guest_memfd.kernels import cache
 
 ARCHITECTURES = ("amd64", "arm64")
-KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-SUITES = (("", "bookworm bookworm-backports trixie-backports"), ("-security", "bookworm-security"))
-"""What follows the mirror's address, and the suites there; Python and libraries are of the first, and fit together."""
 
+
+class Distribution(NamedTuple):
+    """Whose packages they are: *name* as its mirrors' addresses end, keys, suites by what follows the address, components.
+
+    complete: QEMU, and Python for a guest of another architecture, are taken from it as well as kernels.
+    """
+
+    name: str
+    keys: Path
+    suites: tuple[tuple[str, str], ...]
+    components: str
+    complete: bool
+
+
+_KEYRINGS = Path("/usr/share/keyrings")
+DEBIAN = Distribution("debian", _KEYRINGS / "debian-archive-keyring.gpg", (
+    ("", "bookworm bookworm-backports trixie-backports"), ("-security", "bookworm-security")), "main", True)
+"""Python and libraries are of the first suite, and fit together."""
+UBUNTU = Distribution("ubuntu", _KEYRINGS / "ubuntu-archive-keyring.gpg", (
+    ("", "{codename} {codename}-updates {codename}-security"),), "main", False)
+"""Of the machine's own release, whose kernels change with the hardware enablement stack."""
+
+APT = Path("/etc/apt")
 A_DAY = 86400
 ROOM = 512 << 20
 """Bytes that have to be free before anything is fetched: on a full disk apt waits for ever."""
@@ -76,23 +98,34 @@ def _apt(tool: str, *words: str, folder: Path | None = None) -> str:
         for path in ("sources", "state/lists/partial", "cache/archives/partial"):
             (root / path).mkdir(parents=True, exist_ok=True)
         (root / "status").touch()
-        mirror = _mirror()
-        (root / "sources" / "debian.sources").write_text("\n".join(
-            f"Types: deb\nURIs: {mirror}{more}\nSuites: {suites}\nComponents: main\nSigned-By: {KEYS}\n"
-            f"Architectures: {' '.join(ARCHITECTURES)}\n" for more, suites in SUITES))
+        mirror, of = _mirror()
+        # Ubuntu's mirrors have amd64, or as "ports" the others.
+        machines = ARCHITECTURES if of is DEBIAN else ("arm64",) if mirror.endswith("-ports") else ("amd64",)
+        (root / "sources" / "distribution.sources").write_text("\n".join(
+            f"Types: deb\nURIs: {mirror}{more}\nSuites: {suites.format(codename=_codename())}\nComponents: {of.components}\n"
+            f"Signed-By: {of.keys}\nArchitectures: {' '.join(machines)}\n" for more, suites in of.suites))
         _run(root, None, "apt-get", "-qq", "update")
         stamp.touch()
     return _run(root, folder, tool, *words)
 
 
-# Where the machine's own apt gets Debian's packages from.
-def _mirror() -> str:
-    for path in (Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))):
+def distribution() -> Distribution:
+    """Whose packages this machine's apt gets; raises HostUnavailable."""
+    return _mirror()[1]
+
+
+# Where the machine's own apt gets its packages from, and whose they are.
+def _mirror() -> tuple[str, Distribution]:
+    for path in (APT / "sources.list", *sorted((APT / "sources.list.d").glob("*"))):
         for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-            found = re.match(r"(?:URIs:|deb(?: \[.*\])?)\s+(\S+/debian)/?(?:\s|$)", line)
+            found = re.match(r"(?:URIs:|deb(?: \[.*\])?)\s+(\S+/(debian|ubuntu)(?:-ports)?)/?(?:\s|$)", line)
             if found:
-                return found[1]
-    raise HostUnavailable(f"this machine's package client names no mirror of Debian; {INSTEAD}")
+                return found[1], DEBIAN if found[2] == DEBIAN.name else UBUNTU
+    raise HostUnavailable(f"this machine's package client names no mirror of Debian or Ubuntu; {INSTEAD}")
+
+
+def _codename() -> str:
+    return platform.freedesktop_os_release().get("VERSION_CODENAME", "")
 
 
 def _run(root: Path, folder: Path | None, tool: str, *words: str) -> str:

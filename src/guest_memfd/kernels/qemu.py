@@ -63,6 +63,9 @@ def program(arch: str, say: Say) -> tuple[list[str], dict[str, str]]:
     name = MACHINES[arch].program
     if (there := shutil.which(name)) is not None and (_version(there) >= OLDEST or not shutil.which("apt-get")):
         return [there], dict(os.environ)
+    if not packages.distribution().complete:
+        has = f"; this one is {_version(there)}" if there is not None else ""
+        raise HostUnavailable(f"{name} of version {OLDEST} or later has to be on the PATH{has}")
     root = packages.unpacked("qemu", _PACKAGES, _FILES, say)
     firmware = [root / "usr/share/qemu", root / "usr/share/seabios", root / "usr/lib/ipxe/qemu"]
     libraries = ":".join(str(root / each / f"{platform.machine()}-linux-gnu") for each in ("usr/lib", "lib"))

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from guest_memfd.errors import HostUnavailable
 from guest_memfd.kernels import cache, packages
 from guest_memfd.kernels.cpio import Cpio
 from guest_memfd.kernels.packages import Say
@@ -51,6 +52,9 @@ def _of_host() -> bytes:
 
 
 def _of_packages(arch: str, say: Say) -> bytes:
+    if not packages.distribution().complete:
+        raise HostUnavailable(f"a guest of another architecture ({arch}) takes its Python from Debian's packages, and this "
+                              "machine's package client gets others")
     root = packages.unpacked(f"python-{arch}", (f"{name}:{arch}/bookworm" for name in PACKAGES), _FILES, say)
     image, python = Cpio(), next(iter(sorted(root.glob("usr/bin/python3.*[0-9]"))))
     # Compiled by the one that runs this, if it is of the same release.
