@@ -308,8 +308,8 @@ def _closed_slot_uaf(here: Here) -> str:
 
 
 def _race(here: Here) -> int:
-    """Delete a slot in one thread while another closes its file, for two seconds; how often."""
-    end, times = time.monotonic() + 2, 0
+    """Delete a slot in one thread while another closes its file, for a second; how often."""
+    end, times = time.monotonic() + 1, 0
     while time.monotonic() < end:
         fd = here.gmem()
         bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)

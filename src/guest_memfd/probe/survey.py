@@ -94,7 +94,7 @@ def _in_batches(rows: Sequence[Row], slate: Slate, path: str, features: KernelFe
     def acting(row: Row) -> Callable[[Slate], object]:
         return lambda page: row.act(Here(page, path, features), *row.given)
 
-    left = [row for row in rows if not missing(row, features) and _shares(row.expected(features), row.needs)]
+    left = [row for row in rows if not missing(row, features) and _shares(row.expected(features))]
     found: dict[str, Judged] = {}
     while left:
         batch = left[:_BATCH]
@@ -107,9 +107,9 @@ def _in_batches(rows: Sequence[Row], slate: Slate, path: str, features: KernelFe
     return found
 
 
-# Not what ends in a signal, whose code and place only a tracer sees, nor what takes much memory.
-def _shares(expected: str | None, needs: tuple[str, ...]) -> bool:
-    return expected is not None and "SIG" not in expected and "memory 512M" not in needs
+# Not what ends in a signal, whose code and place only a tracer sees.
+def _shares(expected: str | None) -> bool:
+    return expected is not None and "SIG" not in expected
 
 
 def _try(row: Row, slate: Slate, path: str, features: KernelFeatures, timeout: float) -> RowOutcome:
