@@ -7,6 +7,7 @@ from errno import EAGAIN, EBUSY, ENOMEM
 from typing import Any
 
 import pytest
+from driver import Bench
 from scripted import asked, script
 
 from guest_memfd.core.gmem import Held
@@ -15,6 +16,7 @@ from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.kvm.pkvm import PkvmOps
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import Folio, Locked, Lookup, Primitive
+from guest_memfd.words.scene import Scene, Slot
 from guest_memfd.words.units import Gfn, Index
 
 SIZE = 16
@@ -140,3 +142,53 @@ def test_of_a_range_the_folios_at_its_ends_are_cut(start: int, nr: int, which: t
         which = (LARGE,)                                # the first fails, at the hypervisor
     locked = [line for line in said if line.startswith("lock_folio")]
     assert locked == [f"lock_folio(pfn{held.folio.pfn}/o2)" for held in which]
+
+
+# -- what of a folio a design may ask -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bound", "order"), [
+    ([5, 6, 7, 8], 2), ([0, 0, 0, 0], 2), ([6, 7, 8, 9], 0), ([5, 6, 9, 8], 0), ([5, 0, 7, 8], 0), ([5, 6, 7, 0], 0),
+    ([0, 6, 7, 8], 0), ([5, 6, 7, 9], 0), ([1, 2, 3, 4], 2)])
+def test_one_thing_is_bound_to_one_run_of_gfns_or_to_nothing(bound: list[int], order: int) -> None:
+    found, _ = asked(library().order_at(Index(6)), lambda p: bound if p.args[0] == "bindings" else [PRIVATE_PAGE] * 4)
+    assert found == order
+
+
+def orders(bench: Bench) -> list[int]:
+    """Of the folios of the file's pages, in the order of their indexes."""
+    state = bench.state
+    return [state.folio(state.head(state.frame(page.cached - 1)).number).order for page in state.pages() if page.cached]
+
+
+def scene(pages: int, *, shared: tuple[int, ...] = (), bound: bool = True) -> Scene:
+    return Scene("large", "folios of two pages", pages=pages, frames=pages, shared=shared, order=1,
+                 slots=(Slot(Gfn(0), Index(0), pages),) if bound else ())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_last_page_that_becomes_private_makes_its_folio_one(index: int) -> None:
+    bench = Bench("kvm", scene=scene(2, shared=(index,)))
+    assert bench.do(lambda lib: lib.allocate(Index(0), 2)) == 0
+    assert bench.do(lambda lib: lib.guest_fault(Gfn(1 - index), Index(1 - index))) == 0      # out of the direct map
+    assert orders(bench) == [0, 0]
+    assert bench.do(lambda lib: lib.make_private(Index(index), 1)).ret == 0
+    assert orders(bench) == [1, 1]
+
+
+def test_every_folio_of_a_range_that_becomes_shared_is_split() -> None:
+    bench = Bench("kvm", scene=scene(4))
+    assert bench.do(lambda lib: lib.allocate(Index(0), 4)) == 0
+    assert orders(bench) == [1, 1, 1, 1]
+    assert bench.do(lambda lib: lib.make_shared(Index(0), 4)).ret == 0
+    assert orders(bench) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("gfn", "start", "nr", "after"), [
+    (0, 0, 4, [1, 1, 1, 1]), (2, 0, 2, [1, 1, 1, 1]), (0, 2, 2, [1, 1, 1, 1]), (1, 0, 2, [0, 0, 1, 1]),
+    (1, 1, 1, [0, 0, 1, 1]), (1, 1, 2, [0, 0, 0, 0])])
+def test_a_binding_splits_what_it_cuts_or_puts_at_an_odd_gfn(gfn: int, start: int, nr: int, after: list[int]) -> None:
+    bench = Bench("kvm", scene=scene(4, bound=False))
+    assert bench.do(lambda lib: lib.allocate(Index(0), 4)) == 0
+    assert bench.do(lambda lib: lib.bind(Gfn(gfn), Index(start), nr)) == 0
+    assert orders(bench) == after

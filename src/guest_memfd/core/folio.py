@@ -80,8 +80,6 @@ def order_at(gmem: Gmem, index: Index) -> Steps[int]:
     ones, so that a reference on one of them stands against the conversion of no other.
     """
     size = 1 << gmem.order
-    if not gmem.splits or size == 1:
-        return gmem.order
     head = Index(index & -size)
     if head + size > gmem.size:
         return 0

@@ -112,7 +112,7 @@ def nothing_lost(state: st.State) -> Evidence:
         "the inode": any(file.inode not in (NO_INODE, DESTROYED) for file in state.all_files()),
         "the file": any(file.files for file in state.all_files()),
         "the module": state.module,
-        "a page is still counted as away, and so": state.away - sum(frame.no_direct_map == MARKED for frame in kept),
+        "a page is still counted as away, and so": max(state.away - sum(frame.no_direct_map == MARKED for frame in kept), 0),
         "what the hypervisor keeps of the file": any(file.inode and not file.released for file in state.all_files()),
         "an invalidation": any(vm.progress for vm in state.vms()),
         "the door that hibernation closes": state.preparing,
