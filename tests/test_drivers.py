@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from scripted import script
 
-from guest_memfd.core.hypervisor import DATA_ABORT, RMP_FAULT, SEA, Hypervisor
+from guest_memfd.core.hypervisor import DATA_ABORT, GPF, RMP_FAULT, SEA, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.hypervisors.gunyah.client import GUNYAH as GUNYAH_ITSELF
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
+from guest_memfd.hypervisors.kvm.cca import CCA as CCA_ITSELF
+from guest_memfd.hypervisors.kvm.cca import CcaOps
 from guest_memfd.hypervisors.kvm.default import KVM as KVM_ITSELF
 from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.hypervisors.kvm.pkvm import PKVM as PKVM_ITSELF
@@ -155,6 +157,16 @@ SNP: list[Row] = [
     *((ops, [(UNASSIGN, ret)], ret) for ops in (reclaim, make_shared) for ret in (0, EAGAIN, EIO)),
 ]
 
+DATA_MAP, DATA_UNMAP = "hypercall(data_map, 3, pfn7)", "hypercall(data_unmap, 3, pfn7)"
+CCA: list[Row] = [
+    *ENCRYPTED,
+    *((prepare_private, [(DATA_MAP, ret)], ret) for ret in (0, ENOMEM, EPERM)),
+    *((split, [("hypercall(rtt_split, 3, pfn7)", ret)], ret) for ret in (0, ENOMEM)),
+    *((invalidate(True, reason), [(DATA_UNMAP, ret)], ret)
+      for reason in ("punch", "to_shared", "teardown") for ret in (0, EIO)),
+    *((ops, [("hypercall(undelegate, pfn7)", ret)], ret) for ops in (reclaim, make_shared) for ret in (0, EAGAIN, EIO)),
+]
+
 LARGE = Folio(8, 2)
 
 
@@ -219,12 +231,13 @@ OF_LARGE: list[tuple[type[GuestMemfdOps], Row]] = [
 
 
 def test_protected_hypervisors_zero_what_they_give_back() -> None:
-    assert [ops.scrubs for ops in (KvmOps, PkvmOps, GunyahOps, TdxOps, SnpOps)] == [False, True, True, True, True]
+    assert [ops.scrubs for ops in (KvmOps, PkvmOps, GunyahOps, TdxOps, SnpOps, CcaOps)] == [False, *[True] * 5]
 
 
 @pytest.mark.parametrize(("ops", "row"), [
     *((GunyahOps, row) for row in GUNYAH), *((PkvmOps, row) for row in PKVM), *((KvmOps, row) for row in KVM),
-    *((TdxOps, row) for row in TDX), *((SnpOps, row) for row in SNP), *OF_LARGE])
+    *((TdxOps, row) for row in TDX), *((SnpOps, row) for row in SNP), *((CcaOps, row) for row in CCA),
+    *OF_LARGE])
 def test_a_driver_makes_these_calls_and_answers_so(ops: type[GuestMemfdOps], row: Row) -> None:
     operation, calls, answer = row
     driver = ops()
@@ -237,6 +250,7 @@ def test_a_driver_makes_these_calls_and_answers_so(ops: type[GuestMemfdOps], row
     (PKVM_ITSELF, (DATA_ABORT, True, "MEM_SHARE", True, False, "accesses")),
     (GUNYAH_ITSELF, (SEA, True, "relinquish", False, False, "accesses")),
     (TDX_ITSELF, (None, True, None, True, True, "accesses")),
+    (CCA_ITSELF, (GPF, True, None, True, False, "accesses")),
     (SNP_ITSELF, (RMP_FAULT, True, None, True, True, "writes"))], ids=lambda value: getattr(value, "name", ""))
 def test_what_a_hypervisor_is(one: Hypervisor, told: tuple[Any, ...]) -> None:
     assert (one.abort, one.tracks_owner, one.consents, one.pfn_cache, one.encrypts, one.guards) == told

@@ -202,7 +202,30 @@ SNP = [
     Row({**GUESTS, **AS_ONE}, ("npt_zap", 1, LAST), 0, NOT_MAPPED_AS_ONE),
 ]
 
-ROWS = {"kvm": KVM, "pkvm": PKVM, "gunyah": GUNYAH, "tdx": TDX, "snp": SNP}
+CCA = [
+    *ALIASES,
+    Row(JUNK, ("data_map", 0, F), 0, {**both(owner="guest", s2=0), **EMPTY, **AS_ONE, **leaf("s2_leaf", 0), **FLUSHED}),
+    Row(JUNK, ("data_map", 1, LAST), 0, {
+        "pfn1.owner": "guest", "pfn1.s2": 0, "pfn1.content": "zero", "page1.expect": "zero", "pfn1.gmap": 2,
+        **leaf("s2_leaf", 0), **FLUSHED}),
+    Row({**JUNK, **LAST_GUESTS}, ("data_map", 0, F), 0, {        # what is delegated already keeps what it holds
+        "pfn0.owner": "guest", "pfn0.s2": 0, "pfn0.content": "zero", "page0.expect": "zero", **AS_ONE,
+        **leaf("s2_leaf", 0), **FLUSHED}),
+    Row(GUESTS, ("data_map", 0, F), 0, AS_ONE),
+    *parts("shared", ("data_map", 0, F), EPERM),
+    Row({**GUESTS, **AS_ONE}, ("data_unmap", 0, F), 0, {**EMPTY, **NOT_MAPPED_AS_ONE}),
+    Row({**GUESTS, **AS_ONE}, ("data_unmap", 1, LAST), -EIO, {}),
+    Row({**GUESTS, **BY_PAGE}, ("data_unmap", 0, F), 0, {**EMPTY, **NOT_MAPPED}),
+    Row({**GUESTS, **BY_PAGE}, ("data_unmap", 1, LAST), 0, {"pfn1.gmap": 0, "pfn1.content": "zero", "page1.expect": "zero"}),
+    Row({**GUESTS, "pfn0.gmap": 2, "pfn1.gmap": 3}, ("data_unmap", 1, F), 0, {**EMPTY, **NOT_MAPPED}),
+    Row({**JUNK, **BY_PAGE}, ("data_unmap", 0, F), 0, {}),
+    Row(GUESTS, ("undelegate", F), 0, {**both(owner="host", s2=1), **leaf("s2_leaf", 0)}),
+    Row(LAST_GUESTS, ("undelegate", F), 0, {"pfn1.owner": "host", "pfn1.s2": 1, **leaf("s2_leaf", 0)}),
+    *(Row({**GUESTS, **mapped}, ("undelegate", F), -EPERM, {}) for mapped in ({"pfn0.gmap": 1}, {"pfn1.gmap": 2})),
+    Row({**GUESTS, **AS_ONE}, ("rtt_split", 0, F), 0, SPLIT),
+]
+
+ROWS = {"kvm": KVM, "pkvm": PKVM, "gunyah": GUNYAH, "tdx": TDX, "snp": SNP, "cca": CCA}
 
 
 @pytest.mark.parametrize(("hypervisor", "row"), [(name, row) for name, rows in ROWS.items() for row in rows])
@@ -234,7 +257,7 @@ SPLITS = [
     *(("pkvm", Primitive("guest_consents", (gfn,), "guest"), gfn // 2) for gfn in range(4)),
     *(("pkvm", Primitive("image_copy", (pfn,), "power"), pfn // 2) for pfn in range(4)),
     *((name, Primitive("hypercall", (call, folio.pfn, folio), "module"), folio.pfn // 2) for folio in (F, SECOND)
-      for name, call in (("pkvm", "split_guest"), ("tdx", "page_demote"), ("snp", "psmash"))),
+      for name, call in (("pkvm", "split_guest"), ("tdx", "page_demote"), ("snp", "psmash"), ("cca", "rtt_split"))),
 ]
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from guest_memfd.explore.world.scenario import World
     from mutants.mutant import Mutant, Place
 
-HYPERVISORS = ("kvm", "pkvm", "gunyah", "tdx", "snp")
+HYPERVISORS = ("kvm", "pkvm", "gunyah")
+BY_LARGE_FOLIOS = ("tdx", "snp", "cca")
+"""Explored in scenes with large folios alone: with single pages they differ little from plain KVM."""
 TEARDOWN = "teardown"
 SLOW = "vmm"
 
@@ -55,13 +57,11 @@ class Explored(Killer):
 
     def names(self) -> dict[str, tuple[str, str]]:
         """World -> hypervisor and scene."""
-        from guest_memfd.hypervisors import HYPERVISORS as KNOWN
         from guest_memfd.scenarios import SCENES
 
-        # Those that encrypt differ from plain KVM by what they make of large folios.
         return {f"{hypervisor}, {scene}": (hypervisor, scene)
-                for hypervisor, scene in itertools.product(HYPERVISORS, self.scenes or SCENES)
-                if SCENES[scene].order or not KNOWN[hypervisor].encrypts}
+                for hypervisor, scene in itertools.product((*HYPERVISORS, *BY_LARGE_FOLIOS), self.scenes or SCENES)
+                if SCENES[scene].order or hypervisor in HYPERVISORS}
 
     def scenarios(self) -> Iterator[Scenario]:
         """In new worlds."""
