@@ -197,5 +197,5 @@ def test_the_costs_by_size() -> None:
     # Out of the direct map and into it again, for each folio; one flush on the way out.
     assert [(costs[f"1 GiB as {size}"]["direct_map_writes"], costs[f"1 GiB as {size}"]["flushes"])
             for size in ("4K", "2M", "1G")] == [(2 << 18, 1 << 18), (2 << 9, 1 << 9), (2, 1)]
-    assert costs["4K of 2M shared and back"]["splits"] == 1
-    assert costs["4K of 2M, once more"]["splits"] == 0, "the direct map stays split, so it is split once"
+    assert costs["4K of 2M, round trip"]["splits"] == 1
+    assert costs["4K of 2M, another"]["splits"] == 0, "the direct map stays split, so it is split once"

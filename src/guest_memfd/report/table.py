@@ -20,7 +20,7 @@ LETTERS = {
 }
 """Party -> the letter that stands for it in the table; parties of third parties get one that is free."""
 
-COST_WIDTH = 37
+COST_WIDTH, CASE_WIDTH = 37, 32
 COST_HEADS = {"direct_map_writes": "direct-map writes", "flushes": "TLB flushes", "splits": "leaf splits",
               "hypercalls": "hypervisor calls"}
 FOLIO_COST_HEADS = {**COST_HEADS, "table_pages": "table pages"}
@@ -126,7 +126,7 @@ def _block(
 
 def costs(counted: Mapping[tuple[str, str], DesignCost | None], style: Style) -> Iterator[str]:
     """One line per design and hypervisor, alike hypervisors together: operations per folio lent and taken back."""
-    heads, widths = _cost_heads(COST_HEADS, style)
+    heads, widths = _cost_heads(COST_HEADS, COST_WIDTH, style)
     yield from style.lead("cost per folio of order 0, lent to the guest and taken back (operations)", style.head, "")
     yield from heads
     alike = _alike({pair: cost for pair, cost in counted.items() if cost is not None})
@@ -140,15 +140,16 @@ def costs(counted: Mapping[tuple[str, str], DesignCost | None], style: Style) ->
 
 def folio_costs(counted: Mapping[tuple[str, str], FolioCost | None], style: Style) -> Iterator[str]:
     """One line per case and hypervisor, alike hypervisors together: (case, hypervisor) -> cost, None if refused."""
-    heads, widths = _cost_heads(FOLIO_COST_HEADS, style)
+    heads, widths = _cost_heads(FOLIO_COST_HEADS, CASE_WIDTH, style)
     yield from style.lead("cost of larger folios, library, counted on the emulated machine (operations)", style.head, "")
     yield from heads
     for (case, cost), hypervisors in _alike(counted).items():
         name = f"{case} on {', '.join(hypervisors)}"
-        yield f"{name:<{COST_WIDTH}}" + ("  refused while the guest lives" if cost is None else
+        yield f"{name:<{CASE_WIDTH}}" + ("  refused while the guest lives" if cost is None else
                                          _counts(FOLIO_COST_HEADS, vars(cost), widths))
     yield from style.wrap("1 GiB is lent to the guest and taken back; what 4K and 2M cost is carried over from two blocks "
-                          "of 2 MiB. The direct map is made of blocks, which split while they are in use (BBML3).", "", "  ")
+                          "of 2 MiB. A round trip: a page becomes shared, private again, and is lent again. The direct map "
+                          "is made of blocks, which split while they are in use (BBML3).", "", "  ")
 
 
 C = TypeVar("C")
@@ -162,14 +163,14 @@ def _alike(counted: Mapping[tuple[str, str], C]) -> dict[tuple[str, C], list[str
 
 
 # The line, or where there is no room for it the two lines, above the columns, and how wide those are.
-def _cost_heads(named: Mapping[str, str], style: Style) -> tuple[list[str], list[int]]:
+def _cost_heads(named: Mapping[str, str], first: int, style: Style) -> tuple[list[str], list[int]]:
     heads = list(named.values())
-    if COST_WIDTH + sum(len(head) + 2 for head in heads) <= style.width:
+    if first + sum(len(head) + 2 for head in heads) <= style.width:
         rows = [heads]
     else:
         rows = [list(row) for row in zip(*(head.rsplit(" ", 1) for head in heads), strict=True)]
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    return [" " * COST_WIDTH + "".join(f"{head:>{width}}" for head, width in zip(row, widths, strict=True))
+    return [" " * first + "".join(f"{head:>{width}}" for head, width in zip(row, widths, strict=True))
             for row in rows], widths
 
 

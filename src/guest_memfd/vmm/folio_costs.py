@@ -44,13 +44,13 @@ def lent_and_back(hypervisor: str, pages: int, order: int) -> FolioCost:
 def _parts(hypervisor: str) -> Iterator[tuple[str, FolioCost | None]]:
     file = CountedFile(OurLibrary, hypervisor, 1 << BLOCK, BLOCK)
     file.lend()
-    for case in ("4K of 2M shared and back", "4K of 2M, once more"):
+    for case in ("4K of 2M, round trip", "4K of 2M, another"):
         before = file.counted()
         file.to_and_fro(PAGE_WITHIN)
         yield case, _less(file.counted(), before)
     before = file.counted()
     refused = file.punch(ANOTHER).ret
-    yield "4K of 2M punched", None if refused else _less(file.counted(), before)
+    yield "4K of 2M, punched", None if refused else _less(file.counted(), before)
 
 
 def _less(one: FolioCost, other: FolioCost) -> FolioCost:
