@@ -126,6 +126,17 @@ def test_after_a_split_the_range_is_looked_up_anew() -> None:
     assert said.index("folio_put(pfn8/o2, lookup)") < said.index("filemap_get_folio(4)")
 
 
+def test_the_parts_of_a_folio_are_looked_for_where_it_was() -> None:
+    """What a dying VM's hypervisor keeps of it for good may be one page of several; its gfn is another number."""
+    ret, said = asked(library().take_parts_back(LARGE), lambda p: {
+        "lock_folio": LOCKED, "hypercall": 0, "split_folio": 0, "tree_load": held_in()(p),
+        "filemap_get_folio": Lookup(Folio(p.args[0] + 4), p.args[0]) if p.name == "filemap_get_folio" else None}.get(p.name))
+    assert ret == 0
+    assert [line for line in said if "filemap_get_folio" in line] == [f"filemap_get_folio({index})" for index in range(4, 8)]
+    assert [line for line in said if "reclaim" in line] == [
+        f"hypercall(reclaim_dying_guest_page, {index}, pfn{index + 4})" for index in range(4, 8)]
+
+
 @pytest.mark.parametrize("splits", [True, False])
 def test_nothing_is_looked_up_anew_where_nothing_is_split(splits: bool) -> None:
     design = type("Some", (OurLibrary,), {"order": 2, "splits": splits})
