@@ -126,15 +126,38 @@ def test_after_a_split_the_range_is_looked_up_anew() -> None:
     assert said.index("folio_put(pfn8/o2, lookup)") < said.index("filemap_get_folio(4)")
 
 
+def taken_back_by_parts(split: int = 0, reclaim: int = 0) -> tuple[int, list[str]]:
+    """What comes of `take_parts_back`, and what it asks for: it cannot be split, or its second page does not come back."""
+    def answer(p: Primitive) -> Any:
+        if p.name == "hypercall" and p.args[0] == "reclaim_dying_guest_page":
+            return reclaim if p.args[2] == Folio(9) else 0
+        return {"lock_folio": LOCKED, "hypercall": 0, "split_folio": split, "tree_load": held_in()(p),
+                "filemap_get_folio": p.name == "filemap_get_folio" and Lookup(Folio(p.args[0] + 4), p.args[0])}.get(p.name)
+
+    ret, said = asked(library().take_parts_back(LARGE), answer)
+    return ret, [line for line in said if line.startswith(("filemap_get_folio", "hypercall(reclaim", "folio_put"))]
+
+
+def reclaimed(*indexes: int) -> list[str]:
+    return [f"hypercall(reclaim_dying_guest_page, {index}, pfn{index + 4})" for index in indexes]
+
+
+FOUND = [f"filemap_get_folio({index})" for index in range(4, 8)]
+PUT = [f"folio_put(pfn{pfn}, lookup)" for pfn in range(8, 12)]
+
+
 def test_the_parts_of_a_folio_are_looked_for_where_it_was() -> None:
     """What a dying VM's hypervisor keeps of it for good may be one page of several; its gfn is another number."""
-    ret, said = asked(library().take_parts_back(LARGE), lambda p: {
-        "lock_folio": LOCKED, "hypercall": 0, "split_folio": 0, "tree_load": held_in()(p),
-        "filemap_get_folio": Lookup(Folio(p.args[0] + 4), p.args[0]) if p.name == "filemap_get_folio" else None}.get(p.name))
-    assert ret == 0
-    assert [line for line in said if "filemap_get_folio" in line] == [f"filemap_get_folio({index})" for index in range(4, 8)]
-    assert [line for line in said if "reclaim" in line] == [
-        f"hypercall(reclaim_dying_guest_page, {index}, pfn{index + 4})" for index in range(4, 8)]
+    assert taken_back_by_parts() == (0, [*FOUND, *reclaimed(4, 5, 6, 7), *PUT])
+
+
+def test_a_part_that_does_not_come_back_now_ends_it() -> None:
+    assert taken_back_by_parts(reclaim=-ENOMEM) == (-ENOMEM, [*FOUND, *reclaimed(4, 5, 5), *PUT])
+
+
+@pytest.mark.parametrize("fails", [-EBUSY, -ENOMEM])
+def test_what_cannot_be_split_now_is_tried_again(fails: int) -> None:
+    assert taken_back_by_parts(split=fails) == (-EAGAIN, [])
 
 
 @pytest.mark.parametrize("splits", [True, False])

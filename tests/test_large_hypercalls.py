@@ -220,6 +220,7 @@ CCA = [
     Row({**GUESTS, "pfn0.gmap": 2, "pfn1.gmap": 3}, ("data_unmap", 1, F), 0, {**EMPTY, **NOT_MAPPED}),
     Row({**JUNK, **BY_PAGE}, ("data_unmap", 0, F), 0, {}),
     Row(GUESTS, ("undelegate", F), 0, {**both(owner="host", s2=1), **leaf("s2_leaf", 0)}),
+    Row(SHARED, ("undelegate", F), 0, {}),
     Row(LAST_GUESTS, ("undelegate", F), 0, {"pfn1.owner": "host", "pfn1.s2": 1, **leaf("s2_leaf", 0)}),
     *(Row({**GUESTS, **mapped}, ("undelegate", F), -EPERM, {}) for mapped in ({"pfn0.gmap": 1}, {"pfn1.gmap": 2})),
     Row({**GUESTS, **AS_ONE}, ("rtt_split", 0, F), 0, SPLIT),
