@@ -32,6 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::guest_memfd.errors.EngineNotice")
 
 
+# The longest test begins first, or one worker waits for it at the end.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "test_of_a_sample" not in item.nodeid)
+
+
 # Tests of one class share what takes seconds to make, so they go to one worker; all others go to whoever is free.
 # (xdist's groups do not work with pytest 9.2: xdist 3.8 puts them into an attribute that is not there any more.)
 @pytest.hookimpl(optionalhook=True)
