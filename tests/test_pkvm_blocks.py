@@ -116,6 +116,8 @@ DONATED = ("donate_guest", WHOLE)
 @example([DONATED, ("guest_share_host", REST), ("check_consent converting", WHOLE), ("die", WHOLE),
           ("reclaim_dying_guest_page", WHOLE)])
 @example([DONATED, ("force_reclaim", REST)])
+@example([DONATED, ("split_guest", WHOLE), ("die", WHOLE), ("reclaim_dying_guest_page", REST),
+          ("reclaim_dying_guest_page", WHOLE)])
 @example([DONATED, ("split_guest", WHOLE), ("force_reclaim", REST), ("die", WHOLE), ("reclaim_dying_guest_page", WHOLE)])
 @example([DONATED, ("die", WHOLE), ("reclaim_dying_guest_page", REST), ("split_guest", WHOLE),
           ("reclaim_dying_guest_page", REST), ("donate_guest", REST), ("donate_guest", WHOLE)])

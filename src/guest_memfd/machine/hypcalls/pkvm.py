@@ -12,6 +12,7 @@ from errno import E2BIG, EBUSY, ENOMEM, EPERM
 from guest_memfd.compat import override
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.machine.el2.kvm.guest import first_tables
+from guest_memfd.machine.el2.kvm.pgtable import tables_to_split
 from guest_memfd.machine.el2.pkvm import hypercalls as n
 from guest_memfd.machine.el2.pkvm import transitions
 from guest_memfd.machine.el2.pkvm.el2 import El2
@@ -62,7 +63,7 @@ class PkvmDriver(KvmGuests):
         return self._topup(vm) or self._call(n.SHARE_GUEST, folio.pfn, gfn, folio.nr, _RWX)
 
     def _split_guest(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
-        return self._topup(vm, folio.nr // 512 + 1) or self._call(n.SPLIT_GUEST, vm.handle.handle, gfn)
+        return self._topup(vm, tables_to_split(folio.order)) or self._call(n.SPLIT_GUEST, vm.handle.handle, gfn)
 
     def _unshare_guest(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
         return self._call(n.UNSHARE_GUEST, vm.handle.handle, gfn, folio.nr)

@@ -6,11 +6,12 @@ KVM picks as few levels as 16 concatenated first tables allow: 40 bits of IPA st
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import chain
 
 from guest_memfd.machine.el2.kvm.pgtable import KvmStage2Table
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
+from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.registers import Vtcr
 from guest_memfd.machine.hw.arm64.tables import PageTable
@@ -61,6 +62,17 @@ class GuestStage2:
     def in_range(self, gfn: Gfn, nr: int) -> bool:
         """Whether the guest has these page frames at all."""
         return gfn >= 0 and (gfn + nr) * PAGE <= 1 << self.ipa_bits
+
+    def leaves(self, gfn: Gfn, nr: int) -> Iterator[tuple[Gfn, Entry]]:
+        """What decides the *nr* guest frames from *gfn* on, in order, each with the first of them that it decides.
+
+        The table may change meanwhile: each is looked up when its turn comes.
+        """
+        at = gfn
+        while at < gfn + nr:
+            entry = self.pgt.leaf(gfn_to_gpa(at))
+            yield at, entry
+            at = (at & -1 << entry.order) + (1 << entry.order)
 
     def mapped(self, gfn: Gfn, pfn: Pfn) -> None:
         """Note that the leaf at *gfn* maps *pfn*, the first of its pages."""

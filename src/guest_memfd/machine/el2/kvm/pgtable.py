@@ -43,6 +43,11 @@ def page_of(entry: Entry, number: int) -> int:
     return d.leaf(entry.oa + number * PAGE, entry.value & ~(d.ADDRESS | d.TABLE), LAST_LEVEL)
 
 
+def tables_to_split(order: int) -> int:
+    """Table pages that it takes to make pages of a leaf of 1 << *order*: 1 for 2 MiB; for 1 GiB 512, and one above them."""
+    return (1 << order >> _STRIDE) + (order > _STRIDE)
+
+
 def level_of(order: int) -> int:
     """The level whose leaves map 1 << *order* pages of 4 KiB: 0, 9 or 18."""
     return LAST_LEVEL - order // _STRIDE
@@ -126,7 +131,7 @@ class KvmStage2Table:
         if not entry.order:
             return
         per_table = 1 << _STRIDE
-        tables = self._take(max(1, 1 << entry.order - _STRIDE) + (entry.order > _STRIDE))
+        tables = self._take(tables_to_split(entry.order))
         for number in range(1 << entry.order - _STRIDE):
             values = (pages(entry, number * per_table + at) for at in range(per_table))
             self.ram.write(tables[number], pack(f"<{per_table}Q", *values))

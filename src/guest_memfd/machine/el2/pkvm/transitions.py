@@ -42,7 +42,7 @@ from errno import E2BIG, EAGAIN, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EPERM
 from typing import TYPE_CHECKING
 
 from guest_memfd.errors import EHWPOISON
-from guest_memfd.machine.el2.kvm.pgtable import leaf_attributes, page_of
+from guest_memfd.machine.el2.kvm.pgtable import leaf_attributes, page_of, tables_to_split
 from guest_memfd.machine.el2.pkvm import checks
 from guest_memfd.machine.el2.pkvm.annotation import POISONED, PageOwner
 from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState
@@ -314,13 +314,11 @@ def reclaim_dying_guest_page(el2: El2, vm: PkvmHypVm, gfn: Gfn, nr: int = 1) -> 
 
 # The first that is refused ends it: those before it are the host's, as when the call is repeated.
 def _reclaim_leaves(el2: El2, vm: PkvmHypVm, gfn: Gfn, nr: int) -> int:
-    at = gfn
-    while at < gfn + nr:
-        pages = 1 << vm.pgt.leaf(gfn_to_gpa(at)).order
-        ret = reclaim_dying_guest_page(el2, vm, at, pages)
+    for at, entry in vm.leaves(gfn, nr):
+        # With its last entry a table goes, and what was after it is part of a larger one, which is empty.
+        ret = reclaim_dying_guest_page(el2, vm, at, 1 << entry.order) if entry.value else 0
         if ret:
             return ret
-        at += pages
     return 0
 
 
@@ -371,9 +369,7 @@ def split_guest(el2: El2, vm: PkvmHypVm, gfn: Gfn) -> int:
     entry = vm.pgt.leaf(gfn_to_gpa(gfn))
     if not entry.valid or not entry.order:
         return 0
-    # One table for 2 MiB; for 1 GiB 512, and one above them.
-    tables = max(1, 1 << entry.order - 9) + (entry.order > 9)
-    if not vm.memcache.refill(tables):
+    if not vm.memcache.refill(tables_to_split(entry.order)):
         return -ENOMEM
     head, pfn = Gfn(gfn & -1 << entry.order), pa_to_pfn(entry.oa)
     try:
@@ -440,12 +436,9 @@ def check_consent(el2: El2, vm: PkvmHypVm, gfn: Gfn, nr: int, converting: bool) 
     order = checks.transition_order(nr, gfn)
     if order < 0:
         return order
-    at = gfn
-    while at < gfn + nr:
-        entry = vm.pgt.leaf(gfn_to_gpa(at))
+    for _, entry in vm.leaves(gfn, nr):
         state = checks.guest_page_state(entry)
         free = state is PkvmState.SHARED_OWNED if converting else vm.dying
         if state in (PkvmState.OWNED, PkvmState.SHARED_OWNED) and not free:
             return -EBUSY
-        at = (at & -1 << entry.order) + (1 << entry.order)
     return 0
