@@ -19,12 +19,13 @@ from guest_memfd.machine.el2.pkvm.annotation import LOCKED, POISONED, Annotation
 from guest_memfd.machine.el2.pkvm.el2 import El2
 from guest_memfd.machine.el2.pkvm.host_stage2 import MachineDead, Region
 from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState, Vmemmap
-from guest_memfd.machine.el2.pkvm.vm import HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE, PkvmHypVm
+from guest_memfd.machine.el2.pkvm.vm import PkvmHypVm
 from guest_memfd.machine.hw.arm64 import cpu as stops
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject
 from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.uapi.kvm_arm64 import HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def _here(arguments: argparse.Namespace) -> int:
     from guest_memfd.conform.emulated import EmulatedWorld
     from guest_memfd.conform.linux import LinuxSubject, lacking
     from guest_memfd.conform.release import shown
-    from guest_memfd.conform.report import ConformReport
+    from guest_memfd.conform.report import ConformReport, emulated_kvm
     from guest_memfd.conform.sequence import read, tables
 
     given = None if arguments.replay is None else read(arguments.replay)
@@ -104,7 +104,7 @@ def _here(arguments: argparse.Namespace) -> int:
             rows = list(tables(names))
             compare_all(pair, rows, len(rows), table, resume=True)
         compare_all(pair, sequences(arguments, names), sequence_count(arguments), drawn, resume=False)
-        emulated = f"/dev/kvm of {release}, served by {arguments.design}"
+        emulated = emulated_kvm(release, arguments.design)
         report = ConformReport(kernel, emulated, release, arguments.design, arguments.seed, table, drawn,
                                time.monotonic() - began, skipped)
         return finish(arguments, report, folder, out)

@@ -18,7 +18,7 @@ from guest_memfd.cli.kernel import job_of, tell
 from guest_memfd.cli.output import Output
 from guest_memfd.conform.compare import BothHosts, Tally
 from guest_memfd.conform.emulated import EmulatedWorld
-from guest_memfd.conform.report import ConformReport
+from guest_memfd.conform.report import ConformReport, emulated_kvm
 from guest_memfd.conform.sequence import Sequence, tables
 from guest_memfd.conform.subject import StepAnswer
 from guest_memfd.errors import BadInput, HostUnavailable
@@ -58,7 +58,7 @@ def elsewhere(arguments: argparse.Namespace) -> int:
         began, tabled, at_random = time.monotonic(), Tally(), Tally()
         for given, tally, resume in ((kept[:len(table)], tabled, True), (kept[len(table):], at_random, False)):
             compare_all(pair, given, len(given), tally, resume=resume, shrinks=False)
-        emulated = f"/dev/kvm of {world.release}, served by {arguments.design}"
+        emulated = emulated_kvm(world.release, arguments.design)
         return finish(arguments, ConformReport(said["kernel"], emulated, world.release, arguments.design, arguments.seed,
                                                tabled, at_random, time.monotonic() - began, skipped), None, out)
 

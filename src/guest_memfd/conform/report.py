@@ -41,6 +41,11 @@ class ConformReport:
         return self.tables.differences + self.random.differences
 
 
+def emulated_kvm(release: str, design: str) -> str:
+    """The emulated /dev/kvm, in words."""
+    return f"/dev/kvm of {release}, served by {design}"
+
+
 def as_text(report: ConformReport, style: Style) -> Iterator[str]:
     """The report in lines for people."""
     yield from style.wrap(report.kernel, "real      ")

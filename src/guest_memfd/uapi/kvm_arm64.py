@@ -12,6 +12,8 @@ VM_TYPE_IPA_SIZE = 0xFF
 """Mask of the IPA bits asked for in a VM type; 0 is 40."""
 VM_TYPE_PROTECTED = 1 << 31
 """KVM_VM_TYPE_ARM_PROTECTED: a protected guest, where KVM runs in protected mode."""
+HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE = 0xC600_0002, 0xC600_0003, 0xC600_0004
+"""ARM_SMCCC_VENDOR_HYP_KVM_HYP_MEMINFO_FUNC_ID and the two after it: hypercalls of a protected guest (linux/arm-smccc.h)."""
 
 
 class VcpuInit(Words):

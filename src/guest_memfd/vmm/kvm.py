@@ -31,8 +31,6 @@ from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import Debugger, LoopEnded
 from guest_memfd.words.units import Ipa
 
-MEM_SHARE, MEM_UNSHARE = 0xC600_0003, 0xC600_0004
-"""ARM_SMCCC_VENDOR_HYP_KVM_MEM_SHARE_FUNC_ID and its opposite (include/linux/arm-smccc.h)."""
 _INVALID_PARAMETER = ((1 << 64) - 3).to_bytes(8, "little")
 _PRIVATE, _WINDOW = 0, 1
 """Slots."""
@@ -144,7 +142,7 @@ class KvmGuest:
     # The guest has shared a page with us, or wants it back: the library has to know, too. Of a larger folio only that page.
     def _convert(self, nr: int, ipa: Ipa) -> None:
         base = PRIVATE_BASE if ipa >= PRIVATE_BASE else SHARED_BASE
-        wanted = 0 if nr == MEM_SHARE else kvm.PRIVATE
+        wanted = 0 if nr == kvm_arm64.MEM_SHARE else kvm.PRIVATE
         attributes = MemoryAttributes2(ipa - base, PAGE, wanted)
         try:
             self.files[base].set_memory_attributes2(attributes)

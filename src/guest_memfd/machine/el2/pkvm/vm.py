@@ -30,12 +30,11 @@ from guest_memfd.machine.el2.pkvm import checks, transitions
 from guest_memfd.machine.el2.pkvm.states import PkvmState
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.uapi.kvm_arm64 import HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE
 from guest_memfd.words.units import Ipa, Pa, gfn_to_gpa, gpa_to_gfn, pa_to_pfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2
-
-HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE = 0xc600_0002, 0xc600_0003, 0xc600_0004
 
 
 class Memcache:
