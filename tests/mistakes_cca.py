@@ -6,6 +6,7 @@ from dataclasses import replace
 from errno import ENOMEM
 
 from guest_memfd.core.hypervisor import Stage2
+from guest_memfd.core.ops import Reason
 from guest_memfd.hypervisors.kvm import cca
 from guest_memfd.words.primitives import Folio, Steps
 
@@ -26,8 +27,8 @@ class GivesUpInTheZap(cca.CcaOps):
         yield from ()
         return 0
 
-    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: str) -> Steps[int]:
-        ret = yield from super().invalidate(gfn, folio, private, reason)        # type: ignore[arg-type]
+    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
+        ret = yield from super().invalidate(gfn, folio, private, reason)
         if ret and private:
             yield from self.host.warn(f"{folio} is still mapped")
         return ret if not private else 0

@@ -5,6 +5,8 @@ tests/test_direct_map_designs.py says which law sees each, where, and in how man
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from leave_out import without
 
 from guest_memfd.core.gmem import Grabbed, Held
@@ -163,8 +165,8 @@ class HookIgnoresFailure(FilemapHook):
 class LoserKeepsTheHole(FilemapHook):
     """A page that was taken out, and that another was faster to insert, is freed as it is."""
 
-    def insert(self, index: int, fill: object) -> Steps[Folio | int]:
-        return (yield from without(super().insert(index, fill), "set_direct_map_default_noflush"))     # type: ignore[arg-type]
+    def insert(self, index: int, fill: Callable[[Folio], Steps[None]]) -> Steps[Folio | int]:
+        return (yield from without(super().insert(index, fill), "set_direct_map_default_noflush"))
 
 
 class WritesPlainly(FilemapHook):

@@ -37,8 +37,10 @@ def test_what_was_saved_stands_side_by_side(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_real_survey_comes_back_under_its_kernels_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "here.json"
-    if main(["probe", "--part", "offers,bugs", "--json", "-o", str(file)]):
+    code = main(["probe", "--part", "offers,bugs", "--json", "-o", str(file)])
+    if code == 5:
         pytest.skip("nothing can be probed here")
+    assert code in (0, 2)                               # what this kernel does may be news
     kernel = json.loads(file.read_text())["offers"]["kernel"]
     capsys.readouterr()
     assert main(["probe", "--saved", str(file), "--html", str(tmp_path / "page.html")]) == 0
