@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from collections import deque
 from typing import Any
 
 import pytest
@@ -246,7 +248,10 @@ def test_a_signal_while_waiting_leaves_the_queue() -> None:
     def interrupt() -> None:
         while not lock.wanted:
             pass
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        # Again, if it came just before the main thread began to wait: then it is seen only when that has ended.
+        while lock.wanted:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(1)
     killer = threading.Thread(target=interrupt, daemon=True)
     killer.start()
     with pytest.raises(KeyboardInterrupt), lock:
@@ -258,3 +263,33 @@ def test_a_signal_while_waiting_leaves_the_queue() -> None:
         one.join()
     with lock:
         assert names == ["next"]
+
+
+class Interrupted(deque[Any]):
+    """A queue in which a signal comes as soon as a thread is in it."""
+
+    def append(self, item: Any) -> None:
+        super().append(item)
+        raise KeyboardInterrupt
+
+
+def test_a_signal_between_two_instructions_leaves_no_one_in_the_queue() -> None:
+    lock = Turns()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            done.wait()
+    holder = threading.Thread(target=hold, daemon=True)
+    holder.start()
+    held.wait()
+    lock._queue = Interrupted()
+    with pytest.raises(KeyboardInterrupt), lock:
+        raise AssertionError("it is held")
+    assert not lock.wanted
+    done.set()
+    holder.join()
+    assert lock._owner is None
+    with lock:
+        assert lock._depth == 1

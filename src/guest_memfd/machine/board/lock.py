@@ -73,20 +73,20 @@ class Turns:
 
     def _acquire(self, depth: int) -> None:
         me, turn = threading.get_ident(), threading.Lock()
-        with self._books:
-            if self._owner is None:
-                self._owner, self._depth = me, depth
-                return
-            turn.acquire()
-            self._queue.append((me, turn))
+        turn.acquire()
         try:
+            with self._books:
+                if self._owner is None:
+                    self._owner, self._depth = me, depth
+                    return
+                self._queue.append((me, turn))
             turn.acquire()
             self._depth = depth
         except BaseException:                               # a signal: it may have become ours all the same
             with self._books:
                 if (me, turn) in self._queue:
                     self._queue.remove((me, turn))
-                else:
+                elif self._owner == me:
                     self._hand_over()
             raise
 
