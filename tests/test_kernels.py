@@ -479,8 +479,9 @@ THERE = """
 import sys
 sys.path[:0] = ["/site", "/repository/tests"]
 import pytest
-raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/repository/pyproject.toml", "-m", "not long",
-                              *(f"/repository/{name}" for name in sys.argv[1:])]))
+# The package has no metadata there, by which pytest would find our plugin.
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "guest_memfd.testing.plugin", "-m", "not long",
+                              "-c", "/repository/pyproject.toml", *(f"/repository/{name}" for name in sys.argv[1:])]))
 """
 
 
