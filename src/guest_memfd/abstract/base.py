@@ -1,20 +1,34 @@
-"""What the mixins of the abstract host share: the state that they change, and how a primitive waits or dies."""
+"""What the parts of the abstract host share: the state that they change, how a primitive waits or dies, folios and leaves.
+
+Theory of operation. A folio of order n is 2^n frames that lie side by side, aligned. Its lock, its references and its
+flags are those of its first frame; what a page holds, who owns it, who maps it and whether its memory is broken is each
+page's own. The page cache has an entry for each page. Leaves are another thing: an entry of a table that maps 2^n pages,
+whatever folios these are. There are three tables - the direct map, host stage 2, guest stage 2 - and for each page the order
+of its leaf in each. A leaf that is changed in part has to be split first, one size after the other. In the direct map that
+takes a table, so it can fail; a hypervisor has a call of its own for it, or fails the call that needs it.
+
+A TLB keeps a large leaf as one entry. That entry says of each page what the split leaves say, so it does no harm until one
+of them changes; the flush of that page then drops it. So staleness is each page's own, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from errno import EBUSY
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from guest_memfd.abstract import state as st
 from guest_memfd.words import facts
 from guest_memfd.words.outcome import Blocked
-from guest_memfd.words.pagestate import EVICTED, GUEST, MANY, SECRET
-from guest_memfd.words.primitives import OPS
-from guest_memfd.words.units import Gfn, Index
+from guest_memfd.words.pagestate import EVICTED, FREE, GUEST, MANY, REFERENCE, SECRET
+from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import Gfn, Index, Pfn, span
 
 if TYPE_CHECKING:
     from guest_memfd.core.hypervisor import Hypervisor
     from guest_memfd.words.scene import Kernel, Scene
+
+Table = Literal["s1_leaf", "s2_leaf", "guest_leaf"]
 
 
 class Panicked(Exception):  # noqa: N818
@@ -22,7 +36,10 @@ class Panicked(Exception):  # noqa: N818
 
 
 class AbstractBase:
-    """The state a primitive works on, whose file and VM it is about, who asked for it, and what it leaves for the laws."""
+    """The state a primitive works on, whose file and VM it is about, who asked for it, and what it leaves for the laws.
+
+    Of the primitives split_folio, merge_folio and page_hwpoison are here.
+    """
 
     hypervisor: Hypervisor
     kernel: Kernel
@@ -83,6 +100,22 @@ class AbstractBase:
             self.die(f"gfn {gfn} is used, of a VM of {self.sizes.gfns} guest frames")
         return self.state.gfn(self.vm.number * self.sizes.gfns + gfn)
 
+    # -- the file ----------------------------------------------------------------------------------------------------
+
+    def bound(self) -> bool:
+        """Whether any page of the file is bound."""
+        return any(self.page(index).binding for index in self.indexes)
+
+    def drop_inode(self) -> bool:
+        """One reference on the inode less; True: the last one, and the caller evicts it."""
+        if not self.file.inodes:
+            self.die("iput of an inode without references")
+        self.file.inodes -= 1
+        if self.file.inodes:
+            return False
+        self.file.inode, self.file.evictor = EVICTED, self.who + 1
+        return True
+
     # -- what the laws are told --------------------------------------------------------------------------------------
 
     def guests(self, frame: st.Frame) -> bool:
@@ -90,28 +123,6 @@ class AbstractBase:
         if frame.owner == GUEST or frame.content == SECRET:
             return True
         return bool(frame.gmap) and bool(frame.slot) and self.state.private(frame)
-
-    def under_way(self) -> str | None:
-        """The operation that the current party is in."""
-        op = self.state.ghost(self.who).op
-        return OPS[op - 1] if op else None
-
-    def out_of_scope(self, what: str, index: Index) -> None:
-        """Note it when the current party's operation is not about page *index*; an eviction is about all pages."""
-        ghost = self.state.ghost(self.who)
-        # Eviction is about the whole file, whatever operation dropped the last reference.
-        if ghost.op and self.file.inode != EVICTED and not ghost.scope >> index & 1:
-            self.notes.append(facts.OutOfScope(OPS[ghost.op - 1], what, index))
-
-    def done_to(self, what: str, index: Index, *, always: bool = False) -> None:
-        """The current party's operation does something to page *index* that users of it must hear of beforehand.
-
-        *always*: that is so even if the operation has begun no invalidation at all: there is a VM to be told.
-        """
-        self.out_of_scope(what, index)
-        ghost = self.state.ghost(self.who)
-        if ghost.op and (always or ghost.begun) and not ghost.announced >> index & 1:
-            self.notes.append(facts.Unannounced(OPS[ghost.op - 1], what, index))
 
     def count(self, what: str) -> None:
         """The operation that the current party is in asks for one more of *what*: writes, flushes, calls, stalls."""
@@ -131,36 +142,118 @@ class AbstractBase:
             if index is not None:
                 ghost.places |= 1 << index
 
-    # -- how an operation has ended, until its caller is told ----------------------------------------------------------
+    # -- folios and their frames -------------------------------------------------------------------------------------
 
-    def how_ended(self, ghost: st.PartyGhost) -> facts.HowEnded | None:
-        """What the operation has said at its end, None if it has said nothing."""
-        if not ghost.ended:
-            return None
-        about = self.members(ghost.scope)
-        return facts.HowEnded(
-            OPS[ghost.ended_op - 1], 1 - ghost.ended, range(about[0], about[-1] + 1) if about else range(0),
-            ghost.ended_at - 1 if ghost.ended_at else None, ghost.gfn - 1 if ghost.gfn else None)
+    def head_of(self, folio: Folio) -> st.Frame:
+        """The frame that has lock, references and flags of what the caller calls *folio*."""
+        return self.state.head(self.state.frame(folio.pfn))
 
-    def refused(self, op: str, errno: int) -> None:
-        """What is an operation for the laws, and one primitive here, has been refused."""
-        ghost = self.state.ghost(self.who)
-        ghost.ended, ghost.ended_op = 1 + errno, OPS.index(op) + 1
+    def folio(self, frame: st.Frame) -> Folio:
+        """The folio that *frame* is part of."""
+        head = self.state.head(frame)
+        return Folio(head.number, self.state.folio(head.number).order if self.sizes.order else 0)
 
-    def faulted_in(self, index: Index) -> None:
-        """The party goes on at page *index* of its mapping: if it has faulted, it was told that it can."""
-        ghost = self.state.ghost(self.who)
-        if ghost.ended_op == OPS.index("user_fault") + 1 and not ghost.op:
-            self.notes.append(facts.Returned("user_fault", index, 1, 0, None, self.sizes.pages, self.how_ended(ghost)))
-            self.clear(ghost)
+    def frames_of(self, folio: Folio) -> list[st.Frame]:
+        """The frames that *folio* names, whatever has become of it."""
+        return [self.state.frame(pfn) for pfn in folio.pfns]
 
-    @staticmethod
-    def clear(ghost: st.PartyGhost) -> None:
-        """The party is in no operation, and has been in none."""
-        ghost.op = ghost.gfn = ghost.scope = ghost.toggled = ghost.removed = ghost.reasons = ghost.places = 0
-        ghost.writes = ghost.flushes = ghost.calls = ghost.stalls = ghost.splits = 0
-        ghost.ended = ghost.ended_op = ghost.ended_at = 0
+    def free_block(self, order: int) -> st.Frame | None:
+        """The lowest 2^order free frames that are aligned: the first of them."""
+        # Any free block would do. Always the lowest keeps the number of states small.
+        for first in range(0, self.sizes.frames, 1 << order):
+            frames = [self.state.frame(pfn) for pfn in span(Pfn(first), 1 << order)]
+            if all(frame.allocated == FREE for frame in frames):
+                return frames[0]
+        return None
 
-    def members(self, mask: int) -> tuple[Index, ...]:
-        """The page indexes of bit mask *mask*."""
-        return tuple(i for i in self.indexes if mask >> i & 1)
+    # -- leaves ------------------------------------------------------------------------------------------------------
+
+    def leaf(self, table: Table, pfn: Pfn) -> int:
+        """The order of the leaf that maps *pfn* in *table*."""
+        return int(getattr(self.state.folio(pfn), table)) if self.sizes.order else 0
+
+    def set_leaf(self, table: Table, pfn: Pfn, order: int) -> None:
+        """One leaf maps the 2^order pages from *pfn* on."""
+        if self.sizes.order:
+            for part in span(pfn, 1 << order):
+                setattr(self.state.folio(part), table, order)
+
+    def cut_leaf(self, table: Table, folio: Folio) -> None:
+        """Split the leaves that map more than *folio*, one size after the other, until none does."""
+        while (order := self.leaf(table, folio.pfn)) > folio.order:
+            self._split_leaf(table, folio.pfn, order)
+
+    def leave_leaf(self, table: Table, pfn: Pfn) -> None:
+        """The leaf that maps *pfn* is leaves of single pages, and was before anybody has counted what is split."""
+        order = self.leaf(table, pfn)
+        for part in span(Pfn(pfn >> order << order), 1 << order):
+            self.set_leaf(table, part, 0)
+
+    def split_leaves(self, table: Table, folio: Folio) -> None:
+        """Have a leaf of its own map each page of *folio*."""
+        for pfn in folio.pfns:
+            self.cut_leaf(table, Folio(pfn))
+
+    def _split_leaf(self, table: Table, pfn: Pfn, order: int) -> None:
+        first = Pfn(pfn >> order << order)
+        for half in span(first, 2, 1 << order - 1):
+            self.set_leaf(table, half, order - 1)
+        self.count("splits")
+
+    # -- folios ------------------------------------------------------------------------------------------------------
+
+    def make_folio(self, head: st.Frame, order: int) -> None:
+        """The 2^order frames from *head* on are one folio from now on."""
+        if not self.sizes.order:
+            return
+        for tail, pfn in enumerate(span(head.number, 1 << order)):
+            record = self.state.folio(pfn)
+            record.order, record.tail = 0 if tail else order, tail
+
+    def split_folio(self, folio: Folio) -> int:
+        """Flags and the page cache's references are those of every page; the caller keeps the first, locked."""
+        head = self.locked(folio, "split_folio")
+        parts = self.state.parts(head)
+        if not head.slot:
+            self.die(f"split_folio of {folio}, which is not in the page cache")
+        if len(parts) == 1:
+            self.die(f"split_folio of {folio}, which is a single page")
+        # No one but the page cache and the caller: a part that someone refers to cannot become a folio of its own.
+        if head.refs() != len(parts) + 1:
+            self.against(REFERENCE, head)
+            return -EBUSY
+        for part in parts:
+            if part.user:
+                self.die(f"split_folio of {folio}, which a page table of the VMM maps")
+            part.cache, part.uptodate, part.no_direct_map = 1, head.uptodate, head.no_direct_map
+            self.make_folio(part, 0)
+        return 0
+
+    def merge_folio(self, index: Index, order: int) -> bool:
+        """The pages' references are frozen at what the page cache has, so nobody finds a folio half way."""
+        frames = [self.state.frame(page.cached - 1) for i in span(index, 1 << order) if (page := self.page(i)).cached]
+        if len(frames) < 1 << order or frames[0].number % (1 << order):
+            return False
+        first = frames[0]
+        for at, frame in enumerate(frames):
+            if (frame.number != first.number + at or self.folio(frame) != Folio(frame.number)
+                    or frame.lock or frame.poison or frame.refs() != 1
+                    or (frame.uptodate, frame.no_direct_map) != (first.uptodate, first.no_direct_map)):
+                return False
+        for frame in frames[1:]:
+            frame.cache = frame.uptodate = frame.no_direct_map = 0
+        first.cache = len(frames)
+        self.make_folio(first, order)
+        return True
+
+    def page_hwpoison(self, folio: Folio) -> tuple[bool, ...]:
+        """PG_hwpoison is each page's own."""
+        return tuple(bool(frame.poison) for frame in self.frames_of(folio))
+
+    def locked(self, folio: Folio, what: str) -> st.Frame:
+        """The frame of *folio* that has its lock, which the current party holds; else the kernel stops."""
+        head = self.head_of(folio)
+        # A procedure that forgets the lock would race here. That is a bug in it, never an outcome.
+        if head.lock != self.who + 1:
+            self.die(f"{what} of {folio} without its lock")
+        return head

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from guest_memfd.abstract import state as st
-from guest_memfd.abstract.mappings import AbstractMappings
+from guest_memfd.abstract.access import AbstractAccess
+from guest_memfd.abstract.operations import AbstractOperations
 from guest_memfd.core.hypervisor import check_owner
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ANY, DATA, EVICTED, FOR_GOOD, GONE, GUEST, HELD, HOST, OWNERS, RUNNING, SECRET, ZERO
@@ -11,7 +12,7 @@ from guest_memfd.words.primitives import OPS, Folio
 from guest_memfd.words.units import Gfn, Index, Pfn
 
 
-class AbstractGuestSide(AbstractMappings):
+class AbstractGuestSide(AbstractAccess, AbstractOperations):
     """hypercall ... gpc_drop; and the `core.hypervisor.Stage2` protocol that EL2 code works on."""
 
     _refused = False
@@ -123,7 +124,7 @@ class AbstractGuestSide(AbstractMappings):
         """Zeros, and who reads there expects them."""
         frame = self.state.frame(pfn)
         frame.content = ZERO
-        self._expect(frame, ZERO)
+        self.expect(frame, ZERO)
 
     def lose(self, pfn: Pfn, how: str) -> None:
         """Zeros stand for what no one can make sense of."""
@@ -151,13 +152,6 @@ class AbstractGuestSide(AbstractMappings):
     def set_locked_in(self, pfn: Pfn, locked: bool) -> None:
         """The guest holds on, or lets go."""
         self.state.frame(pfn).locked_in = int(locked)
-
-    def declassify(self, pfn: Pfn) -> None:
-        """The guest agrees that the host may read what it wrote."""
-        frame = self.state.frame(pfn)
-        if frame.content == SECRET:
-            frame.content = DATA
-            self._expect(frame, DATA)
 
     def forget(self, pfn: Pfn) -> None:
         """The guest gives up the contents: no one relies on them from here on."""
@@ -208,12 +202,6 @@ class AbstractGuestSide(AbstractMappings):
         return None if folio is None else self.state.frame(folio.pfn)
 
 
-    def note_private(self, frame: st.Frame, how: str) -> None:
-        """A frame is the guest's alone from now on."""
-        cached = any(vm.gpc == frame.number + 1 for vm in self.state.vms())
-        head = self.state.head(frame)
-        self.notes.append(facts.MadePrivate(how, frame.number, head.pin + head.get, cached))
-
     def guest_access(self, gfn: Gfn, write: bool) -> str:
         """Through a TLB entry that should be gone if there is one, as a hit comes before a walk; else guest stage 2."""
         entry = self.gfn(gfn)
@@ -235,7 +223,7 @@ class AbstractGuestSide(AbstractMappings):
         if write:
             private = frame.owner == GUEST or (frame.owner == HOST and self.state.private(frame))
             frame.content = SECRET if private else DATA
-            self._expect(frame, frame.content)
+            self.expect(frame, frame.content)
         return "ok"
 
     # The guest's own: the page the file holds at the index that this gfn is bound to.
@@ -299,10 +287,6 @@ class AbstractGuestSide(AbstractMappings):
             self.gone(f"the VM, in {what}")
         return bound
 
-    def bound(self) -> bool:
-        """Whether any page of the file is bound."""
-        return any(self.page(index).binding for index in self.indexes)
-
     # -- gfn_to_pfn_cache ----------------------------------------------------------------------------------------
 
     def gpc_begin(self, index: Index) -> bool:
@@ -331,7 +315,7 @@ class AbstractGuestSide(AbstractMappings):
         frame = self.state.frame(self.vm.gpc - 1)
         self.kernel_access(frame, "kernel", "gfn_to_pfn_cache user", write=write, fixup=False)
         if write:
-            self._written(frame)
+            self.written(frame)
         return "ok"
 
     def gpc_access_vmap(self, write: bool) -> str:
@@ -339,7 +323,7 @@ class AbstractGuestSide(AbstractMappings):
         frame = self.state.frame(self.vm.gpc - 1)
         self.note_access(frame, "kernel", "gfn_to_pfn_cache user", "vmap", write)
         if write:
-            self._written(frame)
+            self.written(frame)
         return "ok"
 
     def gpc_read_unlock(self) -> None:

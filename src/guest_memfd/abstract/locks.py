@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from guest_memfd.abstract.folios import AbstractFolios
+from guest_memfd.abstract.base import AbstractBase
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.pagestate import CONTENTION, POISON
 from guest_memfd.words.primitives import Folio, Locked
 
 
-class AbstractLocks(AbstractFolios):
+class AbstractLocks(AbstractBase):
     """The lock primitives, down_read to unlock_folio: they wait, and a release without a hold is a bug."""
 
     def _sem(self, sem: str) -> tuple[int, int, int]:

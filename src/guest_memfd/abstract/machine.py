@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.base import Panicked
+from guest_memfd.abstract.guest import AbstractGuestSide
 from guest_memfd.abstract.locks import AbstractLocks
+from guest_memfd.abstract.mappings import AbstractMappings
+from guest_memfd.abstract.pagecache import AbstractPageCache
 from guest_memfd.abstract.world import AbstractWorld
 from guest_memfd.errors import BadInput
 from guest_memfd.words import facts
@@ -58,7 +61,7 @@ OF_INODE_BY_NAME = frozenset({
 """Primitives that work on it if the lock or the tree they name is the inode's: a driver keeps its own in its VM."""
 
 
-class AbstractHost(AbstractLocks, AbstractWorld):
+class AbstractHost(AbstractLocks, AbstractMappings, AbstractPageCache, AbstractGuestSide, AbstractWorld):
     """A `explore.engine.program.ExploredHost` with the fields of `state`: the host of *scene* under *hypervisor*.
 
     parties: how many party numbers there are. tasks: those of parties that are tasks and can be frozen.

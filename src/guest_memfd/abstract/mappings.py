@@ -1,208 +1,20 @@
-"""Who can reach a frame on the abstract host: the direct map and its stale copies, user mappings, pins - and aborts.
-
-An access of the kernel passes two gates, stage 1 and stage 2, as arch/arm64/mm/fault.c has it: a stage-1
-translation fault goes through the exception table; a stage-2 abort is injected by the hypervisor as the kind it
-chooses, and only some kinds consult the table.
-"""
+"""Who maps a frame on the abstract host: the direct map and its stale copies, user page tables, pins."""
 
 from __future__ import annotations
 
 from errno import EBADF
 
 from guest_memfd.abstract import state as st
-from guest_memfd.abstract.folios import AbstractFolios
-from guest_memfd.core.hypervisor import DATA_ABORT, SEA
-from guest_memfd.errors import shown
+from guest_memfd.abstract.access import AbstractAccess
+from guest_memfd.abstract.operations import AbstractOperations
+from guest_memfd.core.hypervisor import DATA_ABORT
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import (
-    ALLOCATED,
-    ANY,
-    CONTENTS,
-    DATA,
-    EVICTED,
-    FREE,
-    GUEST,
-    JUNK,
-    KEPT,
-    OWNERS,
-    UNMAPPED,
-    ZERO,
-)
 from guest_memfd.words.primitives import Folio
 from guest_memfd.words.units import FIRST_PAGE, Index, Pfn, span
 
 
-class AbstractMappings(AbstractFolios):
-    """clear_folio ... unpin, and `kernel_access`, the one way the kernel touches memory."""
-
-    # -- accesses ------------------------------------------------------------------------------------------------
-
-    def note_access(self, frame: st.Frame, who: str, what: str, via: str, write: bool) -> None:
-        """Record that *who* reached the contents."""
-        # What the reader should find is known only of a page that a file holds.
-        number = frame.slot - 1 if frame.slot else None
-        expect = self.state.page(number).expect if number is not None else ANY
-        self.notes.append(facts.Access(
-            who, what, via, frame.number, write, self._seen_by(who, frame), self.guests(frame),
-            bool(frame.gmap) or frame.owner == GUEST, None if number is None else self.index(number),
-            None if expect == ANY else CONTENTS[expect], frame.allocated == FREE, bool(frame.handled)))
-
-    # Memory that is encrypted for its guest is something else for everybody else.
-    def _seen_by(self, who: str, frame: st.Frame) -> str:
-        if self.hypervisor.encrypts and who != "guest" and frame.owner == GUEST:
-            return "ciphertext"
-        return CONTENTS[frame.content]
-
-    def kernel_access(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
-        """One access through the direct map: ``ok``, ``fixed`` (the exception table), or the end of the kernel."""
-        # A stale TLB entry lets an access through that the table no longer allows: a hit comes before a walk.
-        if not frame.s1 and not frame.stale:
-            self.notes.append(facts.Abort(
-                what, 1, frame.number, "translation fault", fixup,
-                "a stage-1 fault goes through the exception table" if fixup else "no exception-table entry: oops"))
-            return "fixed" if fixup else self.panic()
-        # Stage 2 is asked after stage 1, so a hole in stage 1 keeps stage 2's abort from happening at all: this is
-        # what a hole is for.
-        if self._withheld(frame, write):
-            return self._stage2_abort(frame, who, what, write=write, fixup=fixup)
-        self.note_access(frame, who, what, "direct map" if frame.s1 else "stale TLB entry", write)
-        return "ok"
-
-    # By the hypervisor. Where only writes are checked, that is done at the size of the entry that they go through.
-    def _withheld(self, frame: st.Frame, write: bool, *, alone: bool = False) -> bool:
-        if self.hypervisor.guards == "accesses":
-            return not frame.s2
-        order = 0 if alone else self.leaf("s1_leaf", frame.number)
-        first = Pfn(frame.number >> order << order)
-        return write and any(not part.s2 for part in self.frames_of(Folio(first, order)))
-
-    def _stage2_abort(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
-        kind = self.hypervisor.abort or DATA_ABORT
-        if kind == SEA:
-            # Two conditions: the access has an entry in the exception table, and this kernel's do_sea() looks there.
-            survived = fixup and self.sea_fixup
-            why = ("do_sea() consults the exception table in this design" if survived else
-                   "do_sea() does not look at exception tables" if not self.sea_fixup else
-                   "this access has no exception-table entry")
-            self.notes.append(facts.Abort(what, 2, frame.number, SEA, survived, why))
-            return "fixed" if survived else self.panic()
-        # The exception table comes before force reclaim (is_spurious_el1_translation_fault() is called only without a
-        # fixup), so the guest keeps its page.
-        if fixup:
-            fault = "translation fault" if kind == DATA_ABORT else kind
-            self.notes.append(facts.Abort(what, 2, frame.number, kind, True, f"a {fault} goes through the exception table"))
-            return "fixed"
-        # The kernel must read or die, so under pKVM the guest loses the page. The access is then repeated, and reads
-        # zeros.
-        reclaimed = self.hypervisor.force_reclaim(self, frame.number)
-        if type(reclaimed) is not bool:
-            raise TypeError(f"force_reclaim of {self.hypervisor.name!r} returned {shown(reclaimed)}, not True or False")
-        if not reclaimed:
-            self.notes.append(facts.Abort(what, 2, frame.number, kind, False, "no exception-table entry: oops"))
-            self.panic()
-        self.notes.append(facts.Abort(what, 2, frame.number, kind, True, "the page is reclaimed by force"))
-        self.note_access(frame, who, what, "direct map", write)
-        return "ok"
-
-    def load_unaligned_zeropad(self, pfn: Pfn) -> str:
-        """A word load that runs into *pfn*: it has an exception-table entry."""
-        return self.kernel_access(self.state.frame(pfn), "kernel", "load_unaligned_zeropad", write=False, fixup=True)
-
-    def copy_from_kernel_nofault(self, pfn: Pfn) -> str:
-        """/proc/kcore: it has an exception-table entry; poisoned pages are skipped."""
-        frame = self.state.frame(pfn)
-        if frame.poison:
-            return "skipped"
-        return self.kernel_access(frame, "kernel", "copy_from_kernel_nofault", write=False, fixup=True)
-
-    def read_folio(self, folio: Folio) -> str:
-        """A plain read through the direct map, of a folio that the reader found in the page cache."""
-        for frame in self.frames_of(folio):
-            self.kernel_access(frame, "kernel", "read_folio", write=False, fixup=False)
-        return "ok"
-
-    def clear_folio(self, folio: Folio) -> None:
-        """A plain write through the direct map."""
-        for frame in self.frames_of(folio):
-            self.kernel_access(frame, "library", "clear_folio", write=True, fixup=False)
-            frame.content = ZERO
-
-    def clear_folio_local(self, folio: Folio) -> None:
-        """A write through a private mapping of this CPU: stage 2 still has a say."""
-        for frame in self.frames_of(folio):
-            self._write_local(frame, "clear_folio_local")
-            frame.content = ZERO
-
-    def _write_local(self, frame: st.Frame, what: str) -> None:
-        if self._withheld(frame, True, alone=True):
-            self._stage2_abort(frame, "library", what, write=True, fixup=False)
-        self.note_access(frame, "library", what, "local mapping", True)
-
-    def write_folio(self, folio: Folio, local: bool) -> None:
-        """What user space gives is known to it, and is there from now on."""
-        for frame in self.frames_of(folio):
-            if local:
-                self._write_local(frame, "write_folio")
-            else:
-                self.kernel_access(frame, "library", "write_folio", write=True, fixup=False)
-            self._written(frame)
-
-    def image_copy(self, pfn: Pfn) -> str:
-        """safe_copy_page() (kernel/power/snapshot.c): map a hole for the moment, copy plainly, make it again and flush."""
-        frame = self.state.frame(pfn)
-        if not frame.allocated or frame.poison:
-            return "skipped"
-        # As safe_copy_page(): the mapping of one page is made for the copy. It is what lets guest memory get into an
-        # image.
-        hole = not frame.s1
-        if hole:
-            self.cut_leaf("s1_leaf", Folio(pfn))
-            frame.s1 = 1
-        self.kernel_access(frame, "image", "safe_copy_page", write=False, fixup=False)
-        if hole:
-            frame.s1 = frame.stale = 0
-        return "copied"
-
-    def _expect(self, frame: st.Frame, content: int) -> None:
-        if frame.slot:
-            self.state.page(frame.slot - 1).expect = content
-
-    def _written(self, frame: st.Frame) -> None:
-        frame.content = DATA
-        self._expect(frame, DATA)
-
-    # -- the last reference --------------------------------------------------------------------------------
-
-    def free_if_unused(self, head: st.Frame) -> None:
-        """free_pages_prepare(): debug options write to the pages, and their next owner finds what they hold.
-
-        *head* is the first frame of a folio. A page whose memory is broken is kept, and the others are freed.
-        """
-        if head.refs() or head.allocated != ALLOCATED:
-            return
-        parts = self.state.parts(head)
-        for frame in parts:
-            if not frame.poison:
-                self.notes.append(facts.Freed(
-                    frame.number, OWNERS[frame.owner], CONTENTS[frame.content], bool(frame.gmap or frame.gstale)))
-        if head.lock and not head.poison:
-            self.die(f"pfn{head.number} is freed while locked")
-        for frame in parts:
-            self._free(frame)
-
-    def _free(self, frame: st.Frame) -> None:
-        if frame.poison:
-            frame.allocated = KEPT
-        else:
-            # It came without a direct map: the allocator gives it one again when it needs the page as another.
-            if frame.no_direct_map == UNMAPPED:
-                frame.s1 = 1
-            if self.kernel.init_on_free:
-                self.kernel_access(frame, "allocator", "free-time poisoning", write=True, fixup=False)
-                frame.content = JUNK
-            frame.allocated = FREE
-            frame.uptodate = frame.no_direct_map = 0
-        self.make_folio(frame, 0)
+class AbstractMappings(AbstractAccess, AbstractOperations):
+    """The direct map, mmap and what user space does with it, GUP."""
 
     # -- direct map ----------------------------------------------------------------------------------------------
 
@@ -270,16 +82,6 @@ class AbstractMappings(AbstractFolios):
             self.unmap_mapping_pages(FIRST_PAGE, self.sizes.pages)
         return self.drop_inode()
 
-    def drop_inode(self) -> bool:
-        """One reference on the inode less; True: the last one, and the caller evicts it."""
-        if not self.file.inodes:
-            self.die("iput of an inode without references")
-        self.file.inodes -= 1
-        if self.file.inodes:
-            return False
-        self.file.inode, self.file.evictor = EVICTED, self.who + 1
-        return True
-
     # The VMM's page table: what it maps at page *index* of the file, if anything.
     def _pte(self, index: Index) -> st.Frame | None:
         number = self.page(index).number
@@ -293,11 +95,11 @@ class AbstractMappings(AbstractFolios):
         frame = self._pte(index)
         if frame is None:
             return "fault"
-        if self._withheld(frame, write, alone=True):
+        if self.withheld(frame, write, alone=True):
             return "SIGSEGV" if self.hypervisor.abort == DATA_ABORT else "SIGBUS"
         self.note_access(frame, "VMM", "user access", "user mapping", write)
         if write:
-            self._written(frame)
+            self.written(frame)
         return "ok"
 
     def vmf_insert_folio(self, index: Index, folio: Folio) -> bool:
@@ -369,7 +171,7 @@ class AbstractMappings(AbstractFolios):
         elif self.kernel_access(frame, "kernel", "copy through a GUP reference", write=write, fixup=False) != "ok":
             return "fault"
         if write:
-            self._written(frame)
+            self.written(frame)
         return "ok"
 
     def unpin(self, folio: Folio, foll_pin: bool) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from errno import EEXIST, ENOMEM
 
 from guest_memfd.abstract import state as st
-from guest_memfd.abstract.mappings import AbstractMappings
+from guest_memfd.abstract.access import AbstractAccess
+from guest_memfd.abstract.operations import AbstractOperations
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import (
     ALLOCATED,
@@ -23,7 +24,7 @@ from guest_memfd.words.primitives import Folio, Lookup
 from guest_memfd.words.units import Index, span
 
 
-class AbstractPageCache(AbstractMappings):
+class AbstractPageCache(AbstractAccess, AbstractOperations):
     """The page-cache primitives, filemap_get_folio to folio_set_no_direct_map, and the references on a frame."""
 
     def filemap_get_folio(self, index: Index) -> Lookup | None:

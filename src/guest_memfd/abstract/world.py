@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from errno import EAGAIN, EBUSY, EPERM
 
 from guest_memfd.abstract import state as st
-from guest_memfd.abstract.guest import AbstractGuestSide
-from guest_memfd.abstract.pagecache import AbstractPageCache
+from guest_memfd.abstract.access import AbstractAccess
+from guest_memfd.abstract.operations import AbstractOperations
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import (
     ALIVE,
@@ -34,7 +34,7 @@ TREES = {"attributes": "attr", "bindings": "binding"}
 """Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""
 
 
-class AbstractWorld(AbstractPageCache, AbstractGuestSide):
+class AbstractWorld(AbstractAccess, AbstractOperations):
     """tree_load ... vm_destroyed, begin_op, end_op."""
 
     bounds: Mapping[str, Bound]
