@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from errno import EOPNOTSUPP
 from typing import ClassVar
 
-from guest_memfd.compat import override
 from guest_memfd.core import Library
 from guest_memfd.core.gmem import Conversion
 from guest_memfd.core.hypervisor import LendingDriver
@@ -64,18 +63,16 @@ class Design(Library):
         return self.scene.shared
 
 
-class NoConversion(Design):
-    """A posted design in which a page stays private or shared as it began."""
+class NoConversion:
+    """Beside `Design`: a posted design in which a page stays private or shared as it began."""
 
-    converts = False
+    converts: ClassVar[bool] = False
 
-    @override
     def make_private(self, start: Index, nr: int) -> Steps[Conversion]:
         """-EOPNOTSUPP: there is no conversion by range."""
         yield from ()
         return Conversion(-EOPNOTSUPP)
 
-    @override
     def make_shared(self, start: Index, nr: int) -> Steps[Conversion]:
         """-EOPNOTSUPP: there is no conversion by range."""
         yield from ()
@@ -83,9 +80,8 @@ class NoConversion(Design):
 
 
 class NoAttributes(NoConversion):
-    """Without attributes: a page is lent or shared for the life of its binding."""
+    """Without attributes, too: a page is lent or shared for the life of its binding."""
 
-    @override
     def init_attributes(self, size: int, shared: tuple[int, ...]) -> Steps[int]:
         """There is no attribute tree, and so nothing to fail."""
         yield from ()

@@ -18,7 +18,7 @@ from errno import EEXIST
 from typing import ClassVar
 
 from guest_memfd.compat import override
-from guest_memfd.core.gmem import Grabbed, Held
+from guest_memfd.core.gmem import Grabbed, Held, PowerPolicy
 from guest_memfd.designs.design import Design, NoConversion
 from guest_memfd.designs.filled import on_shared
 from guest_memfd.words.pagestate import PRIVATE_PAGE
@@ -26,14 +26,14 @@ from guest_memfd.words.primitives import Bound, Folio, Steps
 from guest_memfd.words.units import Gfn, Index
 
 
-class DirectMapV12(NoConversion):
+class DirectMapV12(NoConversion, Design):
     """A file of KVM's with GUEST_MEMFD_FLAG_NO_DIRECT_MAP: zap before the first mapping, restore in free_folio."""
 
     name = "direct-map-v12"
     title = "out of the direct map at the first fault, and back when it is freed"
     source = "20260410151746.61150-1-kalyazin@amazon.com; Sean Christopherson, 21 Apr 2026"
     hypervisors = ("kvm",)
-    power = "none"
+    power: PowerPolicy = "none"
     gup = False
     promises = ("no-direct-map",)
     offers: ClassVar[tuple[str, ...]] = ("write",)

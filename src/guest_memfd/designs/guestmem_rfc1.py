@@ -16,20 +16,20 @@ from errno import EBUSY, EFAULT, EINVAL, EPERM
 from typing import ClassVar
 
 from guest_memfd.compat import override
-from guest_memfd.core.gmem import Conversion, Grabbed, Held, bound_gfn
+from guest_memfd.core.gmem import Conversion, Grabbed, Held, PowerPolicy, bound_gfn
 from guest_memfd.designs.design import Design, NoAttributes
 from guest_memfd.errors import EHWPOISON
 from guest_memfd.words.primitives import Bound, Folio, Steps, VmFault
 from guest_memfd.words.units import Gfn, Index, span
 
 
-class GuestmemRfc1(NoAttributes):
+class GuestmemRfc1(NoAttributes, Design):
     """mm/guest_memfd.c of the RFC."""
 
     name = "guestmem-rfc1"
     title = "the first posted guest_memfd library, with NO_DIRECT_MAP"
     source = "20240805-guest-memfd-lib-v1-*-e5a29a4ff5d7@quicinc.com; CodeLinaro guest_memfd.c @a36302d6"
-    power = "none"
+    power: PowerPolicy = "none"
     no_direct_map = False
     keeps: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("bind", "unbind", "vm_teardown"), "the client's: the series gives it no say in bindings"),

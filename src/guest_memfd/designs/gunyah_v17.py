@@ -17,8 +17,8 @@ from typing import ClassVar
 
 from guest_memfd.compat import override
 from guest_memfd.core.folio import MISSES
-from guest_memfd.core.gmem import Conversion, Grabbed, bound_gfn, filled
-from guest_memfd.designs.design import NoAttributes
+from guest_memfd.core.gmem import Conversion, Grabbed, PowerPolicy, bound_gfn, filled
+from guest_memfd.designs.design import Design, NoAttributes
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.primitives import Bound, Entries, Folio, Host, Locked, Lookup, MfResult, Steps, VmFault
 from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Gfn, Index, Pfn, span
@@ -56,14 +56,14 @@ def places(entries: Sequence[int], at: int = 0) -> Iterator[int]:
             yield from places(entries[half:], at + half)
 
 
-class GunyahV17(NoAttributes):
+class GunyahV17(NoAttributes, Design):
     """drivers/virt/gunyah/{guest_memfd,vm_mgr_mem}.c as posted, mistakes included; S and a number names one of them."""
 
     name = "gunyah-v17"
     title = "the driver unmaps lent pages itself, through exported setters"
     source = "[PATCH v17 19,20,23,24,28/35], 20240222-gunyah-v17-*-1e9da6763d38@quicinc.com"
     hypervisors = ("gunyah",)
-    power = "none"
+    power: PowerPolicy = "none"
     no_direct_map = False
     keeps: ClassVar[Mapping[str, str]] = {
         "create": "a file and an inode; without attributes, as init_attributes() has it here",

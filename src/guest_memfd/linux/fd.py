@@ -5,21 +5,42 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from errno import EBADF
+from types import TracebackType
+from typing import Self
 
 from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, SyscallFailed
-from guest_memfd.uapi import owned
 
 dropped: Callable[[str], object] | None = None
 """Told of what was never closed, in place of the warning: for tests that count."""
 
 
-class OwnedFd(owned.Owned):
-    """Given up by the garbage collector if by no one else, which is a ResourceWarning, as for Python's own files."""
+class OwnedFd(ABC):
+    """Owner (uapi/memory.py): given up once, by `close` or a with block's end, however often that is asked for.
+
+    By the garbage collector if by no one else, which is a ResourceWarning, as for Python's own files.
+    """
 
     closed = True                   # until there is something to close: a constructor may raise
+
+    def close(self) -> None:
+        """Give it up; a second time changes nothing."""
+        if not self.closed:
+            self.closed = True
+            self._release()
+
+    # What giving it up is.
+    @abstractmethod
+    def _release(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     # At the end of the interpreter the kernel closes everything, and nothing here can be relied on.
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from errno import EAGAIN, EBADF, EFAULT, EFBIG, EINVAL, ENOMEM, EOPNOTSUPP, EOVERFLOW
 from functools import wraps
 from stat import S_IFREG
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from types import FunctionType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from guest_memfd.compat import override
 from guest_memfd.designs import Design
@@ -27,7 +27,6 @@ from guest_memfd.machine.primitives.contents import note_access
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.primitives.user import put_inode
 from guest_memfd.plugins.guard import foreign
-from guest_memfd.uapi import owned
 from guest_memfd.uapi.memory import (
     FALLOC_FL_COLLAPSE_RANGE,
     FALLOC_FL_INSERT_RANGE,
@@ -184,13 +183,14 @@ def _call(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class Serialised(owned.Owned):
+class Serialised(ABC):
     """Used after it has been given up, it is EBADF. Every public method and property is a call into the machine.
 
     Calls from several threads are made one after the other. Given up while another thread is inside of a call, it goes when
     that comes back. After a call that a signal has ended half way only `close` works, and does nothing.
     """
 
+    closed = False
     _lock: Turns
     _calls = 0
     _released = False
@@ -204,12 +204,21 @@ class Serialised(owned.Owned):
             elif isinstance(thing, property) and thing.fget is not None:
                 setattr(cls, name, property(_call(thing.fget), thing.fset and _call(thing.fset), doc=thing.__doc__))
 
-    @override
     def close(self) -> None:
         """Give it up; a second time changes nothing."""
         with self._lock:
             self.closed = True
             self._put()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # What giving it up is.
+    @abstractmethod
+    def _release(self) -> None: ...
 
     def _put(self) -> None:
         # fget() and fput(): a descriptor that is closed while another thread is inside of a call goes when that comes
@@ -336,7 +345,7 @@ class Pinned(Serialised):
             self.file.perform(Primitive("unpin", (self.folio, True), "mm"))
 
 
-class GuestMemoryFile(Serialised, ABC):
+class GuestMemoryFile(Serialised):
     """A guest_memfd of *size* bytes (uapi/memory.py GuestMemory), served by the design *library*.
 
     *vm*: whose driver answers the hypercalls about its pages. *shared*: page indexes born shared. Raises
