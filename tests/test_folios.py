@@ -191,6 +191,20 @@ def test_nothing_is_flushed_where_nothing_was_zapped() -> None:
     assert done[-2:] == ["folio_set_no_direct_map(pfn1, False)", "pm_account(-1)"]
 
 
+@pytest.mark.parametrize("uptodate", [True, False])
+@pytest.mark.parametrize("away", [True, False])
+@pytest.mark.parametrize("broken", [True, False])
+def test_before_it_is_private_a_page_is_zeroed_once_and_broken_memory_is_not_written_to(
+    uptodate: bool, away: bool, broken: bool,
+) -> None:
+    cache = PageCache({2: Folio(2)}, {2: SHARED_PAGE}, fails={"lock_folio": [Locked(2, uptodate, away, broken)]})
+    result, done = asked(library().make_private(2, 1), cache)
+    assert result == Conversion(0)
+    kinds = [step.partition("(")[0] for step in done]
+    assert kinds.count("clear_folio") == (not uptodate and not broken)
+    assert kinds.count("set_direct_map_invalid_noflush") == (not away)
+
+
 def test_a_zap_that_fails_ends_the_batch_and_what_was_zapped_is_flushed() -> None:
     cache = PageCache({0: Folio(0), 1: Folio(1), 2: Folio(2)}, dict.fromkeys(range(3), SHARED_PAGE),
                       fails={"set_direct_map_invalid_noflush": [0, -ENOMEM]})
@@ -501,7 +515,26 @@ def test_the_hypervisor_is_asked_for_every_page_before_any_is_taken(
     reason = {"make_private": "to_private", "make_shared": "to_shared", "punch_hole": "punch"}.get(name, name)
     assert ", ".join(ops.calls) == ", ".join(filter(None, [f"invalidate 6 {reason}, invalidate 7 {reason}", calls]))
     assert ("tree_store_reserved" in str(done)) == (result.ret == 0 and name != "punch_hole")
+    # What has been reserved is used, or given back.
+    kinds = [step.partition("(")[0] for step in done]
+    ends = kinds.count("tree_store_reserved") * (name != "unbind") + kinds.count("tree_release")
+    assert kinds.count("tree_reserve") == ends
     balanced(cache, done)
+
+
+@pytest.mark.parametrize(("answers", "merged"), [([], [(2, 2)]), ([0, -EBUSY], [])])
+def test_what_has_become_private_is_merged_and_what_was_refused_is_not(
+    monkeypatch: pytest.MonkeyPatch, answers: list[int], merged: list[tuple[int, int]],
+) -> None:
+    done: list[tuple[int, int]] = []
+
+    def merge(_: OurLibrary, start: int, nr: int) -> Steps[None]:
+        done.append((start, nr))
+        yield from ()
+
+    monkeypatch.setattr(OurLibrary, "merge", merge)
+    asked(OurLibrary(Recorded(*answers), 64).make_private(2, 2), _alive(two(SHARED_PAGE)))
+    assert done == merged
 
 
 @pytest.mark.parametrize(("name", "attribute", "ranged"), [
