@@ -37,7 +37,7 @@ def to_private(page: int) -> Steps[None]:
         if (yield from KERNEL.folio_ref_count(folio)) == 1:
             yield from KERNEL.set_direct_map_invalid_noflush(folio)
             yield from KERNEL.flush_tlb_kernel_range((folio,))
-            yield from KERNEL.hypercall("lend", page)
+            yield from KERNEL.hyp_call("lend", page)
     yield from KERNEL.unlock_folio(folio)
     yield from KERNEL.up_write("invalidate")
 
@@ -47,7 +47,7 @@ def to_shared(page: int) -> Steps[None]:
     folio = Folio(page)
     yield from KERNEL.down_write("invalidate")
     if (yield from KERNEL.lock_folio(folio)).no_direct_map:
-        yield from KERNEL.hypercall("reclaim", page)
+        yield from KERNEL.hyp_call("reclaim", page)
         yield from KERNEL.set_direct_map_default_noflush(folio)
     yield from KERNEL.unlock_folio(folio)
     yield from KERNEL.up_write("invalidate")
@@ -60,7 +60,7 @@ def vcpu(page: int, rounds: int) -> Steps[None]:
         if (yield from GUEST.guest_access(page, True)) == "fault":
             yield from KERNEL.filemap_get_folio(page)
             yield from KERNEL.lock_folio(folio)
-            yield from KERNEL.hypercall("map", page)
+            yield from KERNEL.hyp_call("map", page)
             yield from KERNEL.unlock_folio(folio)
             yield from KERNEL.folio_put(folio)
 
@@ -188,7 +188,7 @@ class Pages:
         self._write(folio.pfn, DIRECT, 1)
         return 0
 
-    def hypercall(self, name: str, page: int) -> int:
+    def hyp_call(self, name: str, page: int) -> int:
         """lend: to the guest; reclaim: back, out of the guest's stage 2; map: into the guest's stage 2."""
         if name == "map":
             self._write(page, GMAP, 1)

@@ -29,7 +29,7 @@ CODE: st.SearchStrategy[Code] = st.recursive(
 
 
 LOOPS: dict[str, Callable[[], Steps[Any]]] = {
-    "until": lambda: US.hypercall("call", 1),
+    "until": lambda: US.hyp_call("call", 1),
     "while": lambda: US.choose("again", 0, 1),
     "reads": lambda: US.tree_load("attributes", 0, 1),
     "ever": lambda: US.choose("on", 1),
@@ -42,7 +42,7 @@ def procedure(code: Code) -> Callable[[], Steps[int]]:
         for place in range(len(part)):
             what = part[place]
             if isinstance(what, int):
-                result = yield from US.hypercall("call", what)
+                result = yield from US.hyp_call("call", what)
             elif what[0] == "twice":
                 for _round in range(2):
                     yield from steps(what[1])
@@ -58,4 +58,4 @@ def procedure(code: Code) -> Callable[[], Steps[int]]:
 
 def machine(call: Does) -> Toy:
     """*call* is what hypercalls do; loads read the lowest bit."""
-    return Toy(hypercall=call, tree_load=lambda byte, party, args: [end(byte % 2, byte)])
+    return Toy(hyp_call=call, tree_load=lambda byte, party, args: [end(byte % 2, byte)])

@@ -85,7 +85,7 @@ class Removal(OurLibrary):
     def remove_range(self, start: int, nr: int, reason: Reason) -> Steps[Conversion]:
         host = self.host
         if self.tells_caches:
-            yield from host.mmu_invalidate_begin(start, nr)
+            yield from host.gmem_invalidate_begin(start, nr)
         if self.tells_user:
             yield from host.unmap_mapping_pages(start, nr)
         folios = yield from self.present(start, nr)
@@ -96,7 +96,7 @@ class Removal(OurLibrary):
             else:
                 yield from self.remove_folio(held)
         if self.tells_caches:
-            yield from host.mmu_invalidate_end()
+            yield from host.gmem_invalidate_end()
         return Conversion(ret, index) if ret else Conversion(0)
 
 
@@ -237,12 +237,12 @@ class AsksThenActs(pkvm.PkvmOps):
 
     def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         if not private:
-            ret = yield from self.host.hypercall("unshare_guest", gfn, folio)
+            ret = yield from self.host.hyp_call("unshare_guest", gfn, folio)
             if ret != -ENOENT or reason == "to_private":
                 return 0 if ret == -ENOENT else ret
         if reason == "teardown":
             return 0 if private else (yield from self.reclaim(gfn, folio))
-        return (yield from self.host.hypercall("check_consent", gfn, folio, reason == "to_shared"))
+        return (yield from self.host.hyp_call("check_consent", gfn, folio, reason == "to_shared"))
 
 
 def _take_from_host(stage2: Stage2, gfn: int, folio: Folio) -> int:
@@ -263,10 +263,10 @@ class HalfDone(pkvm.PkvmOps):
     """The host's side of a donation is done, the guest's fails, nothing is undone; the next -EPERM is called success."""
 
     def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
-        ret = yield from self.host.hypercall("take_from_host", gfn, folio)
+        ret = yield from self.host.hyp_call("take_from_host", gfn, folio)
         if ret:
             return 0 if ret == -EPERM else ret
-        return (yield from self.host.hypercall("map_guest", gfn, folio))
+        return (yield from self.host.hyp_call("map_guest", gfn, folio))
 
 
 CALLS: dict[str, Any] = {**pkvm.PKVM.hypercalls, "take_from_host": _take_from_host, "map_guest": _map_guest}
@@ -327,11 +327,11 @@ class UnmapsTheLast(OurLibrary):
     def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
         host = self.host
         yield from host.unmap_mapping_pages(start + nr - 1, 1)
-        yield from host.mmu_invalidate_begin(start, nr)
+        yield from host.gmem_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
         result = yield from self.check_and_commit_private(start, nr, folios)
         yield from self.put_all(folios)
-        yield from host.mmu_invalidate_end()
+        yield from host.gmem_invalidate_end()
         return result
 
 
@@ -373,7 +373,7 @@ class SharesUnannounced(OurLibrary):
     """Who else looks at attributes - a fault that is being handled without the lock - never hears that they change."""
 
     def make_shared_locked(self, start: int, nr: int) -> Steps[Conversion]:
-        return (yield from without(super().make_shared_locked(start, nr), "mmu_invalidate_begin", "mmu_invalidate_end"))
+        return (yield from without(super().make_shared_locked(start, nr), "gmem_invalidate_begin", "gmem_invalidate_end"))
 
 
 class RestoresOnce(OurLibrary):

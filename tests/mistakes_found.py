@@ -140,9 +140,9 @@ class PartlyUnbound(OurLibrary):
         result, last = yield from super().unbind_locked(start, nr, reason)
         if result.ret == -EBUSY and result.error_index is not None and result.error_index > start:
             gone = result.error_index - start
-            yield from self.host.mmu_invalidate_begin(start, gone)
+            yield from self.host.gmem_invalidate_begin(start, gone)
             yield from self.host.tree_store_reserved("bindings", start, Entries(0, gone))
-            yield from self.host.mmu_invalidate_end()
+            yield from self.host.gmem_invalidate_end()
             last = filled(bound) == filled(bound[start:start + gone])
         return result, last
 
@@ -181,7 +181,7 @@ class Removes(OurLibrary):
 
     def remove_range(self, start: int, nr: int, reason: Reason) -> Steps[Conversion]:
         host = self.host
-        yield from host.mmu_invalidate_begin(start, nr)
+        yield from host.gmem_invalidate_begin(start, nr)
         yield from host.unmap_mapping_pages(start, nr)
         folios = self.order_of((yield from self.present(start, nr)))
         ret, index = yield from self.ask_first(folios, reason)
@@ -192,7 +192,7 @@ class Removes(OurLibrary):
                 ret, index = (yield from self.remove_folio(folios[removed])), folios[removed].pgoff
             removed += not ret
         yield from self.put_all(folios[removed:])
-        yield from host.mmu_invalidate_end()
+        yield from host.gmem_invalidate_end()
         return Conversion(ret, max(index, start)) if ret else Conversion(0)
 
 
@@ -236,7 +236,7 @@ class UnbindTellsNoCache(OurLibrary):
 
     def unbind_locked(self, start: int, nr: int, reason: Reason) -> Steps[tuple[Conversion, bool]]:
         steps = super().unbind_locked(start, nr, reason)
-        quiet = () if reason == "teardown" else ("mmu_invalidate_begin", "mmu_invalidate_end")
+        quiet = () if reason == "teardown" else ("gmem_invalidate_begin", "gmem_invalidate_end")
         return (yield from without(steps, *quiet))
 
 
@@ -376,8 +376,8 @@ class NestedInvalidation(OurLibrary):
 
     def give_to_host(self, folios: tuple[Held, ...]) -> Steps[Conversion]:
         for held in folios:
-            yield from self.host.mmu_invalidate_begin(held.pgoff, held.folio.nr)
-            yield from self.host.mmu_invalidate_end()
+            yield from self.host.gmem_invalidate_begin(held.pgoff, held.folio.nr)
+            yield from self.host.gmem_invalidate_end()
         return (yield from super().give_to_host(folios))
 
 

@@ -113,12 +113,12 @@ class AnnouncesLate(OurLibrary):
         ret = yield from self.host.tree_reserve("attributes", start, nr)
         if ret:
             return Conversion(ret)
-        yield from self.host.mmu_invalidate_begin(start, nr)
+        yield from self.host.gmem_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
         ret, index, folios = yield from self.single_pages(start, nr, folios, tuple(h for h in folios if h.folio.order))
         result = Conversion(ret, index) if ret else (yield from self.give_to_host(tuple(h for h in folios if h.private)))
         yield from self.put_all(folios)
-        yield from self.host.mmu_invalidate_end()
+        yield from self.host.gmem_invalidate_end()
         if result.ret:
             yield from self.host.tree_release("attributes")
         else:
@@ -147,13 +147,13 @@ class SplitsAfterTheStore(OurLibrary):
         ret = yield from self.host.tree_reserve("attributes", start, nr)
         if ret:
             return Conversion(ret)
-        yield from self.host.mmu_invalidate_begin(start, nr)
+        yield from self.host.gmem_invalidate_begin(start, nr)
         yield from self.host.tree_store_reserved("attributes", start, Entries(SHARED_PAGE, nr))
         folios = yield from self.present(start, nr)
         ret, index, folios = yield from self.single_pages(start, nr, folios, tuple(h for h in folios if h.folio.order))
         result = Conversion(ret, index) if ret else (yield from self.give_to_host(folios))
         yield from self.put_all(folios)
-        yield from self.host.mmu_invalidate_end()
+        yield from self.host.gmem_invalidate_end()
         return result
 
 
@@ -314,11 +314,11 @@ class PreparedIsInverted(pkvm.PkvmOps):
     """21: a block is prepared page by page, and those that are the guest's already are the ones that are prepared."""
 
     def prepare_private(self, gfn: int, folio: Folio) -> Steps[int]:
-        ret = yield from self.host.hypercall("donate_guest", gfn, folio)
+        ret = yield from self.host.hyp_call("donate_guest", gfn, folio)
         if ret == -EPERM and folio.order:
             for at, pfn in enumerate(folio.pfns):
-                if (yield from self.host.hypercall("check_consent", gfn + at, Folio(pfn), True)):
-                    ret = yield from self.host.hypercall("donate_guest", gfn + at, Folio(pfn))
+                if (yield from self.host.hyp_call("check_consent", gfn + at, Folio(pfn), True)):
+                    ret = yield from self.host.hyp_call("donate_guest", gfn + at, Folio(pfn))
         return 0 if ret == -EPERM else ret
 
 

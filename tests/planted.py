@@ -78,11 +78,11 @@ class ZeroedTwice(OurLibrary):
 
 class UserMappingStays(OurLibrary):
     def make_private_locked(self, start: int, nr: int) -> Steps[Conversion]:
-        yield from self.host.mmu_invalidate_begin(start, nr)
+        yield from self.host.gmem_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
         result = yield from self.check_and_commit_private(start, nr, folios)
         yield from self.put_all(folios)
-        yield from self.host.mmu_invalidate_end()
+        yield from self.host.gmem_invalidate_end()
         return result
 
 
@@ -145,7 +145,7 @@ class CheckedBeforeUnmap(OurLibrary):
 class InvalidationNotEnded(OurLibrary):
     def remove_range(self, start: int, nr: int, reason: Reason) -> Steps[Conversion]:
         host = self.host
-        yield from host.mmu_invalidate_begin(start, nr)
+        yield from host.gmem_invalidate_begin(start, nr)
         yield from host.unmap_mapping_pages(start, nr)
         folios = yield from self.present(start, nr)
         ret, index = yield from self.invalidate_guest(folios, reason)
@@ -154,7 +154,7 @@ class InvalidationNotEnded(OurLibrary):
             return Conversion(ret, index)
         for held in folios:
             yield from self.remove_folio(held)
-        yield from host.mmu_invalidate_end()
+        yield from host.gmem_invalidate_end()
         return Conversion(0)
 
 
@@ -186,13 +186,13 @@ class AttributeFirst(OurLibrary):
 
 class StoredWithoutReserve(OurLibrary):
     def make_shared_locked(self, start: int, nr: int) -> Steps[Conversion]:
-        yield from self.host.mmu_invalidate_begin(start, nr)
+        yield from self.host.gmem_invalidate_begin(start, nr)
         folios = yield from self.present(start, nr)
         result = yield from self.give_to_host(folios)
         yield from self.put_all(folios)
         if not result.ret:
             yield from self.host.tree_store_reserved("attributes", start, Entries(1, nr))
-        yield from self.host.mmu_invalidate_end()
+        yield from self.host.gmem_invalidate_end()
         return result
 
 
@@ -352,10 +352,10 @@ class BindingKeptAtTeardown(OurLibrary):
 class UnmapWithoutSync(GunyahOps):
     def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         kind = "unmap_private" if private else "unmap_vmmio"
-        ret = yield from self.host.hypercall(kind, gfn, folio, False)
+        ret = yield from self.host.hyp_call(kind, gfn, folio, False)
         if private or ret not in (0, -22):
             return 0 if ret == -22 else ret
-        ret = yield from self.host.hypercall("donate_from_sibling", folio)
+        ret = yield from self.host.hyp_call("donate_from_sibling", folio)
         return 0 if ret == -22 else ret
 
 

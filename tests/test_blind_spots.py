@@ -45,7 +45,7 @@ class GoesRound(OurLibrary):
 SPOTS = [
     Spot("FileNotHeld", "kvm", "two-pages", "vcpu2 vmm-life", "lifetimes", 15, "use after free of the inode, in down_read"),
     Spot("UnbindNotHeld", "kvm", "two-pages", "vmm-life stop", "lifetimes", 15, "use after free of the inode, in down_w"),
-    Spot("BindsToTheDead", "kvm", "two-pages", "vmm-life stop", "lifetimes", 18, "use after free of the VM, in mmu_inval"),
+    Spot("BindsToTheDead", "kvm", "two-pages", "vmm-life stop", "lifetimes", 18, "use after free of the VM, in gmem_inval"),
     Spot("PunchLeavesUserEntries", "kvm", "two-pages", "vmm", "no-stale-mapping", 18, "the VMM's page table maps a page"),
     Spot("PunchTellsNoCache", "kvm", "two-pages", "vmm2 pfn-cache", "no-stale-mapping", 23, "a gfn_to_pfn_cache maps a"),
     Spot("PunchTellsNoCache", "kvm", "two-pages", "vmm2 pfn-cache drainer", "free-memory", 29, "gfn_to_pfn_cache user writ"),

@@ -74,7 +74,7 @@ class Host:
 
     def call(self, code: Any, *args: Any) -> int:
         machine = self.bench.machine
-        machine._look_at(self.bench.shared, 0, Primitive("hypercall", (), "kvm"))
+        machine._look_at(self.bench.shared, 0, Primitive("hyp_call", (), "kvm"))
         ret = code(machine, *args)
         self.bench.shared = machine.state.save()
         return int(ret)

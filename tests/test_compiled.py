@@ -199,28 +199,28 @@ def test_they_say_the_same_of_whatever_is_drawn(
 def flips(times: int) -> Callable[[], Steps[None]]:
     def steps() -> Steps[None]:
         for _ in range(times):
-            yield from US.hypercall("flip")
+            yield from US.hyp_call("flip")
     return steps
 
 
 def test_a_party_of_many_places_gets_room_for_them() -> None:
-    toy = Watched(hypercall=lambda byte, party, args: [end(None, byte ^ 1)])
+    toy = Watched(hyp_call=lambda byte, party, args: [end(None, byte ^ 1)])
     assert run_all(toy, [ToyLaw()], [Program(0, "a", flips(300)), Program(1, "b", flips(3))], b"\0").states == 4 * 301
 
 
 def test_a_byte_of_all_values_gets_room_for_them() -> None:
-    toy = Watched(hypercall=lambda byte, party, args: [end(None, (byte + 1) % PANIC)])
+    toy = Watched(hyp_call=lambda byte, party, args: [end(None, (byte + 1) % PANIC)])
     result = run_all(toy, [ToyLaw(states=(100,))], [Program(0, "a", flips(150))], b"\0")
     assert [len(finding.steps) for finding in result.findings] == [100]
 
 
 def test_more_parties_than_a_word_has_room_for() -> None:
-    toy = Watched(hypercall=lambda byte, party, args: [end(None, byte ^ 1)])
+    toy = Watched(hyp_call=lambda byte, party, args: [end(None, byte ^ 1)])
     assert run_all(toy, [ToyLaw()], [Program(i, f"p{i}", flips(1)) for i in range(10)], b"\0").states == 1 << 10
 
 
 def test_a_stopped_machine_is_an_end_and_no_deadlock() -> None:
-    toy = Watched(hypercall=lambda byte, party, args: [end(None, PANIC, "stops")])
+    toy = Watched(hyp_call=lambda byte, party, args: [end(None, PANIC, "stops")])
     result = run_all(toy, [ToyLaw(notes=("stops",))], [Program(i, f"p{i}", flips(2)) for i in range(2)], b"\0")
     assert [(finding.evidence, len(finding.steps)) for finding in result.findings] == [("note stops", 1)]
 
@@ -228,12 +228,12 @@ def test_a_stopped_machine_is_an_end_and_no_deadlock() -> None:
 def test_a_teardown_that_never_ends_and_one_that_waits() -> None:
     def for_ever() -> Steps[None]:
         while True:
-            yield from US.hypercall("flip")
+            yield from US.hyp_call("flip")
 
     def waits() -> Steps[None]:
         yield from US.lock_folio(0)                     # type: ignore[arg-type]
 
-    toy = Watched(hypercall=lambda byte, party, args: [end(None, byte ^ 1)])
+    toy = Watched(hyp_call=lambda byte, party, args: [end(None, byte ^ 1)])
     for last, evidence in ((for_ever, "teardown does not end"), (waits, "teardown waits for ever in lock_folio(0)")):
         teardown = Program(13, "teardown", last)
         result = run_all(toy, [ToyLaw()], [Program(0, "a", flips(3))], b"\0", teardown)
@@ -248,7 +248,7 @@ def test_what_raises_is_told_as_in_python() -> None:
     programs = [Program(0, "a", flips(9)), Program(1, "b", flips(9))]
     for make in (Explorer, compiled):
         with pytest.raises(DesignRaised) as raised:
-            make(Tables(Watched(hypercall=breaks), [ToyLaw()]), programs, b"\0", None, ()).run()
+            make(Tables(Watched(hyp_call=breaks), [ToyLaw()]), programs, b"\0", None, ()).run()
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
     assert "after\n  1. " in messages[0]
@@ -262,7 +262,7 @@ def test_after_an_error_nothing_is_waited_for() -> None:
             raise ValueError("not now")
         return [end(None, byte + 1)]
 
-    tables = Tables(Watched(hypercall=sometimes), [ToyLaw()])
+    tables = Tables(Watched(hyp_call=sometimes), [ToyLaw()])
     with pytest.raises(DesignRaised):
         compiled(tables, [Program(0, "a", flips(5))], b"\0").run()
     failing.clear()

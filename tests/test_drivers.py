@@ -58,10 +58,10 @@ def split(ops: GuestMemfdOps) -> Any:
     return ops.split(GFN, P)
 
 
-TO_PROTECTED, TO_SIBLING = "hypercall(donate_to_protected, pfn7)", "hypercall(donate_to_sibling, pfn7)"
-FROM_PROTECTED, FROM_SIBLING = "hypercall(donate_from_protected, pfn7)", "hypercall(donate_from_sibling, pfn7)"
-MAP_PRIVATE, MAP_VMMIO = "hypercall(map_private, 3, pfn7)", "hypercall(map_vmmio, 3, pfn7)"
-UNMAP_PRIVATE, UNMAP_VMMIO = "hypercall(unmap_private, 3, pfn7, True)", "hypercall(unmap_vmmio, 3, pfn7, True)"
+TO_PROTECTED, TO_SIBLING = "hyp_call(donate_to_protected, pfn7)", "hyp_call(donate_to_sibling, pfn7)"
+FROM_PROTECTED, FROM_SIBLING = "hyp_call(donate_from_protected, pfn7)", "hyp_call(donate_from_sibling, pfn7)"
+MAP_PRIVATE, MAP_VMMIO = "hyp_call(map_private, 3, pfn7)", "hyp_call(map_vmmio, 3, pfn7)"
+UNMAP_PRIVATE, UNMAP_VMMIO = "hyp_call(unmap_private, 3, pfn7, True)", "hyp_call(unmap_vmmio, 3, pfn7, True)"
 
 GUNYAH: list[Row] = [
     # A donate that says "not the owner" has been made before.
@@ -88,10 +88,10 @@ GUNYAH: list[Row] = [
     (GuestMemfdOps.release, [("ops_released()", None)], None),
 ]
 
-DONATE, SHARE = "hypercall(donate_guest, 3, pfn7)", "hypercall(share_guest, 3, pfn7)"
-UNSHARE_GUEST, UNSHARE = "hypercall(unshare_guest, 3, pfn7)", "hypercall(unshare, 3, pfn7)"
-RECLAIM = "hypercall(reclaim_dying_guest_page, 3, pfn7)"
-ASK, ASK_TO_CONVERT = "hypercall(check_consent, 3, pfn7, False)", "hypercall(check_consent, 3, pfn7, True)"
+DONATE, SHARE = "hyp_call(donate_guest, 3, pfn7)", "hyp_call(share_guest, 3, pfn7)"
+UNSHARE_GUEST, UNSHARE = "hyp_call(unshare_guest, 3, pfn7)", "hyp_call(unshare, 3, pfn7)"
+RECLAIM = "hyp_call(reclaim_dying_guest_page, 3, pfn7)"
+ASK, ASK_TO_CONVERT = "hyp_call(check_consent, 3, pfn7, False)", "hyp_call(check_consent, 3, pfn7, True)"
 
 PKVM: list[Row] = [
     *((ops, [(call, first)], last) for ops, call in ((prepare_private, DONATE), (prepare_shared, SHARE))
@@ -113,7 +113,7 @@ PKVM: list[Row] = [
     (GuestMemfdOps.release, [("ops_released()", None)], None),
 ]
 
-MAP, UNMAP = "hypercall(mmu_map, 3, pfn7)", "hypercall(mmu_unmap, 3, pfn7)"
+MAP, UNMAP = "hyp_call(mmu_map, 3, pfn7)", "hyp_call(mmu_unmap, 3, pfn7)"
 KVM: list[Row] = [
     *((ops, [(MAP, ret)], ret) for ops in (prepare_private, prepare_shared) for ret in (0, ENOMEM)),
     *((invalidate(private, reason), [(UNMAP, ret)], ret) for private in (True, False) for reason in ("punch", "teardown")
@@ -122,7 +122,7 @@ KVM: list[Row] = [
     (GuestMemfdOps.release, [("ops_released()", None)], None),
 ]
 
-MAP_SHARED, UNMAP_SHARED = "hypercall(map_shared, 3, pfn7)", "hypercall(unmap_shared, 3, pfn7)"
+MAP_SHARED, UNMAP_SHARED = "hyp_call(map_shared, 3, pfn7)", "hyp_call(unmap_shared, 3, pfn7)"
 # Of both that encrypt: a shared page is KVM's own business, and to make shared is to give back for good.
 ENCRYPTED: list[Row] = [
     *((prepare_shared, [(MAP_SHARED, ret)], ret) for ret in (0, ENOMEM)),
@@ -131,8 +131,8 @@ ENCRYPTED: list[Row] = [
     (GuestMemfdOps.release, [("ops_released()", None)], None),
 ]
 
-AUG, REMOVE = "hypercall(page_aug, 3, pfn7)", "hypercall(page_remove, 3, pfn7)"
-BLOCK, DEMOTE = "hypercall(range_block, 3, pfn7)", "hypercall(page_demote, 3, pfn7)"
+AUG, REMOVE = "hyp_call(page_aug, 3, pfn7)", "hyp_call(page_remove, 3, pfn7)"
+BLOCK, DEMOTE = "hyp_call(range_block, 3, pfn7)", "hyp_call(page_demote, 3, pfn7)"
 TDX: list[Row] = [
     *ENCRYPTED,
     *((prepare_private, [(AUG, ret)], ret) for ret in (0, ENOMEM, EPERM)),
@@ -144,8 +144,8 @@ TDX: list[Row] = [
     *((ops, [(REMOVE, ret)], ret) for ops in (reclaim, make_shared) for ret in (0, EAGAIN, EIO)),
 ]
 
-ASSIGN, UNASSIGN = "hypercall(rmp_assign, 3, pfn7)", "hypercall(rmp_unassign, pfn7)"
-SMASH, ZAP = "hypercall(psmash, 3, pfn7)", "hypercall(npt_zap, 3, pfn7)"
+ASSIGN, UNASSIGN = "hyp_call(rmp_assign, 3, pfn7)", "hyp_call(rmp_unassign, pfn7)"
+SMASH, ZAP = "hyp_call(psmash, 3, pfn7)", "hyp_call(npt_zap, 3, pfn7)"
 SPLIT_DIRECT_MAP = "split_direct_map(pfn7)"
 SNP: list[Row] = [
     *ENCRYPTED,
@@ -157,14 +157,14 @@ SNP: list[Row] = [
     *((ops, [(UNASSIGN, ret)], ret) for ops in (reclaim, make_shared) for ret in (0, EAGAIN, EIO)),
 ]
 
-DATA_MAP, DATA_UNMAP = "hypercall(data_map, 3, pfn7)", "hypercall(data_unmap, 3, pfn7)"
+DATA_MAP, DATA_UNMAP = "hyp_call(data_map, 3, pfn7)", "hyp_call(data_unmap, 3, pfn7)"
 CCA: list[Row] = [
     *ENCRYPTED,
     *((prepare_private, [(DATA_MAP, ret)], ret) for ret in (0, ENOMEM, EPERM)),
-    *((split, [("hypercall(rtt_split, 3, pfn7)", ret)], ret) for ret in (0, ENOMEM)),
+    *((split, [("hyp_call(rtt_split, 3, pfn7)", ret)], ret) for ret in (0, ENOMEM)),
     *((invalidate(True, reason), [(DATA_UNMAP, ret)], ret)
       for reason in ("punch", "to_shared", "teardown") for ret in (0, EIO)),
-    *((ops, [("hypercall(undelegate, pfn7)", ret)], ret) for ops in (reclaim, make_shared) for ret in (0, EAGAIN, EIO)),
+    *((ops, [("hyp_call(undelegate, pfn7)", ret)], ret) for ops in (reclaim, make_shared) for ret in (0, EAGAIN, EIO)),
 ]
 
 LARGE = Folio(8, 2)
@@ -173,7 +173,7 @@ LARGE = Folio(8, 2)
 def of_each(call: str, *rets: int, gfn: bool = True) -> list[tuple[str, int]]:
     """*call* about each page of a folio of four."""
     args = [f"{4 + at}, pfn{8 + at}" if gfn else f"pfn{8 + at}" for at in range(4)]
-    return [(f"hypercall({call.replace('*', arg)})", ret) for arg, ret in zip(args, rets, strict=False)]
+    return [(f"hyp_call({call.replace('*', arg)})", ret) for arg, ret in zip(args, rets, strict=False)]
 
 
 def private(ops: GuestMemfdOps) -> Any:
@@ -198,33 +198,33 @@ def cut(ops: GuestMemfdOps) -> Any:
 
 # A folio of four pages, at gfn 4: asked for as one; page by page only if a part of it may be so already.
 OF_LARGE: list[tuple[type[GuestMemfdOps], Row]] = [
-    *((ops, (private, [(f"hypercall({call}, 4, pfn8/o2)", first), *of_each(f"{call}, *", *rets)], last))
+    *((ops, (private, [(f"hyp_call({call}, 4, pfn8/o2)", first), *of_each(f"{call}, *", *rets)], last))
       for ops, call, already in ((PkvmOps, "donate_guest", 0), (TdxOps, "page_aug", EPERM), (SnpOps, "rmp_assign", EPERM))
       for first, rets, last in ((0, (), 0), (ENOMEM, (), ENOMEM), (EPERM, (EPERM, 0, EPERM, 0), 0),
                                 (EPERM, (0, ENOMEM), ENOMEM),
                                 (EPERM, (0, EPERM, EPERM, EPERM), 0), (EPERM, (EPERM, EPERM, EPERM, 0), 0),
                                 (EPERM, (EPERM,) * 4, already))),
-    *((GunyahOps, (private, [("hypercall(donate_to_protected, pfn8/o2)", EINVAL),
+    *((GunyahOps, (private, [("hyp_call(donate_to_protected, pfn8/o2)", EINVAL),
                              *of_each("donate_to_protected, *", *rets, gfn=False), *mapped], last))
-      for rets, mapped, last in (((EINVAL, 0, EINVAL, 0), [("hypercall(map_private, 4, pfn8/o2)", 0)], 0),
-                                 ((EINVAL,) * 4, [("hypercall(map_private, 4, pfn8/o2)", ENOMEM)], ENOMEM),
+      for rets, mapped, last in (((EINVAL, 0, EINVAL, 0), [("hyp_call(map_private, 4, pfn8/o2)", 0)], 0),
+                                 ((EINVAL,) * 4, [("hyp_call(map_private, 4, pfn8/o2)", ENOMEM)], ENOMEM),
                                  ((EINVAL, ENOMEM), [], ENOMEM))),
-    *((GunyahOps, (gone, [("hypercall(unmap_private, 4, pfn8/o2, True)", EINVAL),
+    *((GunyahOps, (gone, [("hyp_call(unmap_private, 4, pfn8/o2, True)", EINVAL),
                           *of_each("unmap_private, *, True", *rets)], last))
       for rets, last in (((EINVAL, 0, 0, EINVAL), 0), ((EINVAL,) * 4, 0), ((0, EBUSY), EBUSY))),
-    *((GunyahOps, (gone, [("hypercall(unmap_private, 4, pfn8/o2, True)", EAGAIN),
-                          ("hypercall(unmap_private, 4, pfn8/o2, True)", EINVAL),
+    *((GunyahOps, (gone, [("hyp_call(unmap_private, 4, pfn8/o2, True)", EAGAIN),
+                          ("hyp_call(unmap_private, 4, pfn8/o2, True)", EINVAL),
                           *of_each("unmap_private, *, True", *rets)], last))
       for rets, last in (((EINVAL, 0, 0, EINVAL), 0), ((0, EBUSY), EBUSY))),
-    (GunyahOps, (gone_shared, [("hypercall(unmap_vmmio, 4, pfn8/o2, True)", 0),
-                               ("hypercall(donate_from_sibling, pfn8/o2)", 0)], 0)),
-    *((GunyahOps, (back, [("hypercall(donate_from_protected, pfn8/o2)", EINVAL),
+    (GunyahOps, (gone_shared, [("hyp_call(unmap_vmmio, 4, pfn8/o2, True)", 0),
+                               ("hyp_call(donate_from_sibling, pfn8/o2)", 0)], 0)),
+    *((GunyahOps, (back, [("hyp_call(donate_from_protected, pfn8/o2)", EINVAL),
                           *of_each("donate_from_protected, *", *rets, gfn=False)], last))
       for rets, last in (((EINVAL, 0, 0, EINVAL), 0), ((EINVAL,) * 4, 0), ((0, EBUSY), EBUSY))),
-    *((ops, (cut, [(f"hypercall({call}, 4, pfn8/o2)", ret)], ret)) for ret in (0, ENOMEM)
+    *((ops, (cut, [(f"hyp_call({call}, 4, pfn8/o2)", ret)], ret)) for ret in (0, ENOMEM)
       for ops, call in ((PkvmOps, "split_guest"), (TdxOps, "page_demote"), (SnpOps, "psmash"))),
     *((ops, (cut, [], 0)) for ops in (KvmOps, GunyahOps)),      # they split when a part is asked for
-    *((ops, (back, [(f"hypercall({call})", ret)], ret)) for ret in (0, EIO)
+    *((ops, (back, [(f"hyp_call({call})", ret)], ret)) for ret in (0, EIO)
       for ops, call in ((PkvmOps, "reclaim_dying_guest_page, 4, pfn8/o2"), (TdxOps, "page_remove, 4, pfn8/o2"),
                         (SnpOps, "rmp_unassign, pfn8/o2"))),
 ]

@@ -27,7 +27,7 @@ def follow(call: Any, finding: Finding, bad: int) -> None:
     """Take the steps of a trace on the machine itself."""
     byte = 0
     for step in finding.steps:
-        if step.primitive is not None and step.primitive.name == "hypercall":
+        if step.primitive is not None and step.primitive.name == "hyp_call":
             ways = [(o.result, o.shared[0]) for o in call(byte, 0, step.primitive.args)]
             assert (step.result, step.shared[0]) in ways
             byte = step.shared[0]

@@ -129,7 +129,7 @@ def test_mermaid_is_a_sequence_diagram(pinned: Counterexample) -> None:
     assert [line for line in lines if not STATEMENT.fullmatch(line)] == []
     arrows = [line for line in lines if "->>" in line]
     assert len(arrows) == 25
-    assert arrows[-1] == "    p0->>hypervisor: 25. hypercall(donate_to_protected, pfn0) → 0"
+    assert arrows[-1] == "    p0->>hypervisor: 25. hyp_call(donate_to_protected, pfn0) → 0"
     assert lines[-1].endswith("pins-respected is broken: a page is donated while somebody holds a reference to reach it by")
 
 
@@ -224,7 +224,7 @@ def test_a_run_opens_in_a_trace_viewer(tmp_path: Path) -> None:
     assert names == {name: number for name, number in report["primitives"].items() if name not in silent}
     assert sum(event["ph"] == "B" for event in events) == report["primitives"]["begin_op"]
     counters = {event["name"]: event["args"][event["name"]] for event in events if event["ph"] == "C"}
-    assert counters["hypercalls"] == report["primitives"]["hypercall"]
+    assert counters["hypercalls"] == report["primitives"]["hyp_call"]
     assert counters["TLB flushes"] == report["primitives"]["flush_tlb_kernel_range"]
     exits = [event for event in events if event["ph"] == "i"]
     assert [event["name"] for event in exits] == ["exit STATUS EXITED, type 1"]     # what is no MMIO of the console
@@ -233,7 +233,7 @@ def test_a_run_opens_in_a_trace_viewer(tmp_path: Path) -> None:
 def test_a_recorder_counts_what_is_under_way() -> None:
     ticks = iter(range(100))
     recorder = perfetto.Recorder(lambda: next(ticks) / 1e6)
-    for name, *args in (("hypercall", "lend"), ("begin_op", "fault", 0, 1), ("clear_folio", 0), ("begin_op", "bind", 0, 1)):
+    for name, *args in (("hyp_call", "lend"), ("begin_op", "fault", 0, 1), ("clear_folio", 0), ("begin_op", "bind", 0, 1)):
         recorder(Primitive(name, tuple(args), "library"))
     events = loaded(recorder.file({"run": "four"}))
     (outside, inside) = (event for event in events if event["ph"] == "X")
@@ -246,7 +246,7 @@ def test_primitives_outside_of_operations_do_not_run_into_each_other() -> None:
     ticks = iter([0.0, 1e-6, 1.2e-6, 1.25e-6, 9e-6, 9.1e-6])
     recorder = perfetto.Recorder(lambda: next(ticks))
     for _ in range(3):
-        recorder(Primitive("hypercall", ("lend",), "user"))
+        recorder(Primitive("hyp_call", ("lend",), "user"))
     loaded(recorder.file({}))
 
 

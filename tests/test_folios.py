@@ -305,7 +305,7 @@ def test_a_punch_splits_what_it_cuts_and_nothing_else() -> None:
     assert [step for step in done if step.startswith("split")] == ["split_folio(pfn0/o1)", "split_folio(pfn4/o1)"]
     assert [step for step in done if step.startswith("filemap_remove")] == [
         "filemap_remove_folio(pfn1)", "filemap_remove_folio(pfn2/o1)", "filemap_remove_folio(pfn4)"]
-    assert done.count("mmu_invalidate_begin(1, 4)") == done.count("mmu_invalidate_end()") == 1
+    assert done.count("gmem_invalidate_begin(1, 4)") == done.count("gmem_invalidate_end()") == 1
     assert done[done.index("split_folio(pfn0/o1)") + 1] == "unlock_folio(pfn0)"     # its head is a single page now
     balanced(cache, done)
 
@@ -338,8 +338,8 @@ def test_what_is_unmapped_for_broken_memory_is_that_folio() -> None:
     assert result == "delayed"
     assert done == [
         "igrab()", "unlock_folio(pfn8/o2)", "down_read(invalidate)", "lock_folio(pfn8/o2)", "unlock_folio(pfn8/o2)",
-        "mmu_invalidate_begin(8, 4)", "unmap_mapping_pages(8, 4)", "tree_load(bindings, 8, 1)",
-        "tree_load(attributes, 8, 1)", "hypercall(mmu_unmap, 0, pfn8/o2)", "mmu_invalidate_end()", "up_read(invalidate)",
+        "gmem_invalidate_begin(8, 4)", "unmap_mapping_pages(8, 4)", "tree_load(bindings, 8, 1)",
+        "tree_load(attributes, 8, 1)", "hyp_call(mmu_unmap, 0, pfn8/o2)", "gmem_invalidate_end()", "up_read(invalidate)",
         "iput()", "lock_folio(pfn8/o2)"]
 
 
@@ -446,10 +446,10 @@ def test_of_pages_that_are_not_bound_nothing_is_announced() -> None:
 def test_a_vm_is_let_go_when_all_is_back_and_before_the_file_may_go() -> None:
     class Released(KvmOps):
         def release(self) -> Steps[None]:
-            yield from self.host.hypercall("release")
+            yield from self.host.hyp_call("release")
 
     _, done = asked(OurLibrary(Released(), 64).vm_teardown(), _alive(two(SHARED_PAGE)))
-    assert done[-4:] == ["up_write(invalidate)", "hypercall(release)", "fput()", "fput()"]
+    assert done[-4:] == ["up_write(invalidate)", "hyp_call(release)", "fput()", "fput()"]
 
 
 # -- what the hypervisor is asked --------------------------------------------------------------------------------------
@@ -538,18 +538,18 @@ def test_what_has_become_private_is_merged_and_what_was_refused_is_not(
 
 
 @pytest.mark.parametrize(("name", "attribute", "ranged"), [
-    ("make_private", SHARED_PAGE, {"unmap_mapping_pages", "mmu_invalidate_begin", "tree_reserve"}),
-    ("make_shared", PRIVATE_PAGE, {"mmu_invalidate_begin", "tree_reserve"}),
-    ("punch_hole", PRIVATE_PAGE, {"unmap_mapping_pages", "mmu_invalidate_begin"}),
-    ("unbind", PRIVATE_PAGE, {"mmu_invalidate_begin"}),
+    ("make_private", SHARED_PAGE, {"unmap_mapping_pages", "gmem_invalidate_begin", "tree_reserve"}),
+    ("make_shared", PRIVATE_PAGE, {"gmem_invalidate_begin", "tree_reserve"}),
+    ("punch_hole", PRIVATE_PAGE, {"unmap_mapping_pages", "gmem_invalidate_begin"}),
+    ("unbind", PRIVATE_PAGE, {"gmem_invalidate_begin"}),
 ])
 def test_what_is_done_to_a_range_is_done_to_all_of_it_and_no_more(name: str, attribute: int, ranged: set[str]) -> None:
     _, done = asked(getattr(library(), name)(2, 2), _alive(two(attribute)))
-    about = [step for step in done if step.startswith(("unmap_mapping_pages", "mmu_invalidate_begin", "tree_reserve"))]
+    about = [step for step in done if step.startswith(("unmap_mapping_pages", "gmem_invalidate_begin", "tree_reserve"))]
     assert {step.partition("(")[0] for step in about} == ranged
     assert all(step.endswith("2, 2)") for step in about)
     stores = [at for at, step in enumerate(done) if step.startswith("tree_store_reserved")]
-    assert all(done.index("mmu_invalidate_begin(2, 2)") < at < done.index("mmu_invalidate_end()") for at in stores)
+    assert all(done.index("gmem_invalidate_begin(2, 2)") < at < done.index("gmem_invalidate_end()") for at in stores)
 
 
 @pytest.mark.parametrize(("name", "entry"), [
@@ -604,7 +604,7 @@ def test_of_broken_memory_that_is_not_bound_no_guest_is_told() -> None:
     folio = Folio(8)
     result, done = asked(library().error_folio(folio, Locked(4, True, False, True)), _alive(PageCache({4: folio})))
     assert result == "delayed"
-    assert not any(step.startswith("hypercall") for step in done)
+    assert not any(step.startswith("hyp_call") for step in done)
 
 
 def test_broken_memory_that_has_left_the_file_is_no_business_of_it() -> None:

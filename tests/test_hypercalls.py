@@ -141,7 +141,7 @@ def placed(before: dict[str, Any], hypervisor: str) -> Bench:
     *(("gunyah", row) for row in GUNYAH), *(("pkvm", row) for row in PKVM), *(("kvm", row) for row in KVM)])
 def test_a_hypercall_answers_and_changes_what_it_should(hypervisor: str, row: Row) -> None:
     bench = placed(row.before, hypervisor)
-    assert done(bench, Primitive("hypercall", row.call, "module")) == (row.ret, row.after)
+    assert done(bench, Primitive("hyp_call", row.call, "module")) == (row.ret, row.after)
 
 
 @pytest.mark.parametrize(("hypervisor", "before", "primitive", "result", "after"), BY_OTHERS)

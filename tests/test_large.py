@@ -10,12 +10,12 @@ import pytest
 from driver import Bench
 from scripted import asked, script
 
-from guest_memfd.core.gmem import Held
+from guest_memfd.core.gmem import Conversion, Held
 from guest_memfd.core.large import cut_off, is_cut
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors.kvm.pkvm import PkvmOps
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import Folio, Locked, Lookup, Primitive
+from guest_memfd.words.primitives import Folio, Locked, Lookup, Primitive, Steps
 from guest_memfd.words.scene import Scene, Slot
 from guest_memfd.words.units import Gfn, Index
 
@@ -81,7 +81,7 @@ def test_a_range_cuts_a_folio_that_reaches_beyond_it(start: int, nr: int, cut: b
 
 LOCKED = Locked(LARGE.pgoff, True, False, False)
 HOLE = LOCKED._replace(no_direct_map=True)
-SPLIT_GUEST, SPLIT_MAP = "hypercall(split_guest, 12, pfn8/o2)", "split_direct_map(pfn8/o2)"
+SPLIT_GUEST, SPLIT_MAP = "hyp_call(split_guest, 12, pfn8/o2)", "split_direct_map(pfn8/o2)"
 SPLIT, UNLOCK_ALL, UNLOCK_FIRST = "split_folio(pfn8/o2)", "unlock_folio(pfn8/o2)", "unlock_folio(pfn8)"
 
 
@@ -102,7 +102,7 @@ def test_a_folio_is_split_from_the_outside_in(locked: Locked, held: Held, calls:
 
 def test_the_first_that_cannot_be_split_ends_it() -> None:
     (ret, index), said = asked(library().split((LARGE, NEXT)), lambda p: {
-        "lock_folio": LOCKED, "hypercall": 0, "split_folio": -EBUSY if p.args[0] == NEXT.folio else 0}.get(p.name))
+        "lock_folio": LOCKED, "hyp_call": 0, "split_folio": -EBUSY if p.args[0] == NEXT.folio else 0}.get(p.name))
     assert (ret, index) == (-EBUSY, NEXT.pgoff)
     assert said[-1] == "unlock_folio(pfn12/o2)"
 
@@ -112,14 +112,25 @@ def test_the_first_that_cannot_be_split_ends_it() -> None:
 def test_who_asked_is_told_of_a_page_of_his_range(start: int, index: int, fails: int, ret: int) -> None:
     """-EBUSY of a split is a reference that passes, so he may try again; the references stay his to drop."""
     steps = library().single_pages(Index(start), 8, (LARGE, NEXT), (LARGE,))
-    said, _ = asked(steps, lambda p: {"lock_folio": LOCKED, "hypercall": 0, "split_folio": fails}.get(p.name))
+    said, _ = asked(steps, lambda p: {"lock_folio": LOCKED, "hyp_call": 0, "split_folio": fails}.get(p.name))
     assert said == (ret, index, (LARGE, NEXT))
+
+
+def test_a_conversion_whose_split_is_refused_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: OurLibrary, _start: Index, _nr: int, folios: tuple[Held, ...], _large: object) -> Steps[Any]:
+        yield from ()
+        return -EAGAIN, Index(5), folios
+
+    monkeypatch.setattr(OurLibrary, "single_pages", refused)
+    said, _ = asked(library().make_shared(Index(4), 2), lambda p: {
+        "filemap_find_folio": Index(6), "tree_load": held_in()(p), "tree_reserve": 0}.get(p.name))
+    assert said == Conversion(-EAGAIN, Index(5))
 
 
 def test_after_a_split_the_range_is_looked_up_anew() -> None:
     steps = library().single_pages(Index(4), 2, (LARGE,), (LARGE,))
     found, said = asked(steps, lambda p: {
-        "lock_folio": LOCKED, "hypercall": 0, "split_folio": 0, "tree_load": held_in()(p),
+        "lock_folio": LOCKED, "hyp_call": 0, "split_folio": 0, "tree_load": held_in()(p),
         "filemap_get_folio": p.name == "filemap_get_folio" and Lookup(Folio(p.args[0] + 4), p.args[0])}.get(p.name))
     assert found == (0, 0, (Held(Folio(8), Index(4), Gfn(4), True), Held(Folio(9), Index(5), Gfn(5), True)))
     # What was held of the large folio goes before that.
@@ -129,17 +140,17 @@ def test_after_a_split_the_range_is_looked_up_anew() -> None:
 def taken_back_by_parts(split: int = 0, reclaim: int = 0) -> tuple[int, list[str]]:
     """What comes of `take_parts_back`, and what it asks for: it cannot be split, or its second page does not come back."""
     def answer(p: Primitive) -> Any:
-        if p.name == "hypercall" and p.args[0] == "reclaim_dying_guest_page":
+        if p.name == "hyp_call" and p.args[0] == "reclaim_dying_guest_page":
             return reclaim if p.args[2] == Folio(9) else 0
-        return {"lock_folio": LOCKED, "hypercall": 0, "split_folio": split, "tree_load": held_in()(p),
+        return {"lock_folio": LOCKED, "hyp_call": 0, "split_folio": split, "tree_load": held_in()(p),
                 "filemap_get_folio": p.name == "filemap_get_folio" and Lookup(Folio(p.args[0] + 4), p.args[0])}.get(p.name)
 
     ret, said = asked(library().take_parts_back(LARGE), answer)
-    return ret, [line for line in said if line.startswith(("filemap_get_folio", "hypercall(reclaim", "folio_put"))]
+    return ret, [line for line in said if line.startswith(("filemap_get_folio", "hyp_call(reclaim", "folio_put"))]
 
 
 def reclaimed(*indexes: int) -> list[str]:
-    return [f"hypercall(reclaim_dying_guest_page, {index}, pfn{index + 4})" for index in indexes]
+    return [f"hyp_call(reclaim_dying_guest_page, {index}, pfn{index + 4})" for index in indexes]
 
 
 FOUND = [f"filemap_get_folio({index})" for index in range(4, 8)]
@@ -170,7 +181,7 @@ def test_nothing_is_looked_up_anew_where_nothing_is_split(splits: bool) -> None:
 @pytest.mark.parametrize(("start", "nr", "which"), [(4, 8, ()), (5, 7, (LARGE,)), (4, 5, (NEXT,)), (6, 3, (LARGE, NEXT))])
 def test_of_a_range_the_folios_at_its_ends_are_cut(start: int, nr: int, which: tuple[Held, ...]) -> None:
     _, said = asked(cut_off(library(), Index(start), nr, (LARGE, NEXT)), lambda p: {
-        "lock_folio": LOCKED, "hypercall": -ENOMEM if p.args[1:] else 0, "split_folio": 0, "tree_load": [0] * nr,
+        "lock_folio": LOCKED, "hyp_call": -ENOMEM if p.args[1:] else 0, "split_folio": 0, "tree_load": [0] * nr,
         "filemap_find_folio": start + nr}.get(p.name))
     if which == (LARGE, NEXT):
         which = (LARGE,)                                # the first fails, at the hypervisor

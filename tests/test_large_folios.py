@@ -43,7 +43,7 @@ SPOTS = [
     Spot("ZeroesWhatIsCut", "kvm", "large-folio", "vcpu2 vmm", "host-survives", 23, "clear_folio takes a translation fault"),
     Spot("PunchZeroes", "kvm", "large-folio", "vmm-pages", "all-or-nothing", 13, "punch returns 0 and a page of the hole i"),
     Spot("TellsTheHead", "kvm", "large-folio", "vcpu2 vmm2", "all-or-nothing", 26, "unbind names page 0 as the one that"),
-    Spot("AnnouncesLate", "kvm", "large-folio", "vmm2", "all-or-nothing", 8, "to_shared changes the attribute, which no mm"),
+    Spot("AnnouncesLate", "kvm", "large-folio", "vmm2", "all-or-nothing", 8, "to_shared changes the attribute, which no gm"),
     Spot("ConvertsTheFolio", "kvm", "large-folio", "vmm-pages", "all-or-nothing", 25, "to_shared changes the attribute out"),
     Spot("SplitsAfterTheStore", "kvm", "large-folio", "vcpu2 vmm2", "all-or-nothing", 27, "to_shared is refused and has ch"),
     Spot("TakesBackFirst", "tdx", "large-folio", "vcpu2 vmm", "no-stale-data", 24, "the guest's data is lost: removed from"),

@@ -232,7 +232,7 @@ ROWS = {"kvm": KVM, "pkvm": PKVM, "gunyah": GUNYAH, "tdx": TDX, "snp": SNP, "cca
 @pytest.mark.parametrize(("hypervisor", "row"), [(name, row) for name, rows in ROWS.items() for row in rows])
 def test_a_hypercall_about_a_large_folio_answers_and_changes_what_it_should(hypervisor: str, row: Row) -> None:
     bench = placed({"pfn2.stale": 1, **row.before}, hypervisor, ONE_FOLIO, 2)
-    assert done(bench, Primitive("hypercall", row.call, "module")) == (row.ret, row.after)
+    assert done(bench, Primitive("hyp_call", row.call, "module")) == (row.ret, row.after)
 
 
 @pytest.mark.parametrize("hypervisor", ROWS)
@@ -247,7 +247,7 @@ def test_gunyah_splits_only_what_goes_in_part(before: dict[str, Any], call: str,
     (begun,) = bench.machine.outcomes(bench.shared, 0, Primitive("begin_op", ("punch", 0, 2, None), "library"))
     bench.shared = begun.shared
     (outcome,) = (o for o in bench.machine.outcomes(
-        bench.shared, 0, Primitive("hypercall", (call, folio.pfn, folio, True), "module")) if not o.failed)
+        bench.shared, 0, Primitive("hyp_call", (call, folio.pfn, folio, True), "module")) if not o.failed)
     assert State(outcome.shared).ghost(0).splits == splits
 
 
@@ -257,7 +257,7 @@ SECOND = Folio(2, 1)
 SPLITS = [
     *(("pkvm", Primitive("guest_consents", (gfn,), "guest"), gfn // 2) for gfn in range(4)),
     *(("pkvm", Primitive("image_copy", (pfn,), "power"), pfn // 2) for pfn in range(4)),
-    *((name, Primitive("hypercall", (call, folio.pfn, folio), "module"), folio.pfn // 2) for folio in (F, SECOND)
+    *((name, Primitive("hyp_call", (call, folio.pfn, folio), "module"), folio.pfn // 2) for folio in (F, SECOND)
       for name, call in (("pkvm", "split_guest"), ("tdx", "page_demote"), ("snp", "psmash"), ("cca", "rtt_split"))),
 ]
 

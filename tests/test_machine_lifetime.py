@@ -315,7 +315,7 @@ def test_a_vm_that_is_gone_answers_no_hypercall() -> None:
     assert life.host.run(life.library.guest_fault(0, 0)) == 0
     page = life.host.inode.find(0)
     assert page is not None
-    unmap = Primitive("hypercall", ("mmu_unmap", 0, Folio(page.pa // PAGE)), "kvm")
+    unmap = Primitive("hyp_call", ("mmu_unmap", 0, Folio(page.pa // PAGE)), "kvm")
     life.host.perform_by_name("vm_kill")
     assert life.host.perform(unmap, VMM) == 0                       # dying is not gone
     life.host.perform_by_name("vm_destroyed")
@@ -334,21 +334,21 @@ def test_a_binding_that_outlives_its_vm_leads_to_freed_memory() -> None:
             assert not life.host.vm.begun.total()
         else:
             what = life.gone(lambda: life.host.run(life.library.punch_hole(0, 2)))  # noqa: B023
-            assert what == "the VM, in mmu_invalidate_begin"
+            assert what == "the VM, in gmem_invalidate_begin"
 
 
 def test_an_invalidation_ends_before_its_vm_does() -> None:
     life = Life()
-    life.host.perform_by_name("mmu_invalidate_begin", 0, 2, caller="library")
+    life.host.perform_by_name("gmem_invalidate_begin", 0, 2, caller="library")
     life.host.perform_by_name("vm_kill")
     life.host.perform_by_name("vm_destroyed")
-    what = life.gone(lambda: life.host.perform_by_name("mmu_invalidate_end", caller="library"))
-    assert what == "the VM, in mmu_invalidate_end"
+    what = life.gone(lambda: life.host.perform_by_name("gmem_invalidate_end", caller="library"))
+    assert what == "the VM, in gmem_invalidate_end"
 
 
 def test_an_invalidation_that_nobody_ended_stays_one() -> None:
     life = Life()
-    life.host.perform(Primitive("mmu_invalidate_begin", (0, 2), "library"), VCPU)
+    life.host.perform(Primitive("gmem_invalidate_begin", (0, 2), "library"), VCPU)
     life.stop()
     life.close()                                                    # has an end, too, and no VM to say it to
     assert life.host.vm.begun == {VCPU: 1, VMM: 0}

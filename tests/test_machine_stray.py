@@ -50,11 +50,11 @@ class LeavesUserEntries(Punch):
 
 
 class LeavesCaches(Punch):
-    forgets = ("mmu_invalidate_begin", "mmu_invalidate_end")
+    forgets = ("gmem_invalidate_begin", "gmem_invalidate_end")
 
 
 class LeavesTheGuest(Punch):
-    forgets = ("hypercall",)
+    forgets = ("hyp_call",)
 
 
 class LeavesHoles(OurLibrary):
@@ -106,7 +106,7 @@ class Bound:
 def test_a_guest_that_reaches_a_page_of_the_file_elsewhere_than_it_is_bound_is_stray(gfn: int, stray: bool) -> None:
     bound = Bound(OurLibrary)
     folio = bound.given(0)
-    assert bound.host.perform_by_name("hypercall", "mmu_map", gfn, folio, caller="kvm") == 0
+    assert bound.host.perform_by_name("hyp_call", "mmu_map", gfn, folio, caller="kvm") == 0
     assert bound.host.perform_by_name("guest_access", gfn, True, caller="guest") == "ok"
     assert [note for note in bound.host.notes if isinstance(note, StrayGuest)] == (
         [StrayGuest(bound.machine.number(folio.pfn * PAGE), "guest mapping")] * stray)
@@ -130,9 +130,9 @@ def test_an_invalidation_of_one_file_leaves_a_cache_of_another_s_page() -> None:
     assert bound.host.perform_by_name("gpc_begin", 1, caller="mm")
     assert bound.host.perform_by_name("gpc_commit", folio, caller="mm")
     for host, there in ((other, True), (bound.host, False)):
-        host.perform_by_name("mmu_invalidate_begin", 1, 1, caller="mm")
+        host.perform_by_name("gmem_invalidate_begin", 1, 1, caller="mm")
         assert (bound.host.vm.gpc is not None) is there
-        host.perform_by_name("mmu_invalidate_end", caller="mm")
+        host.perform_by_name("gmem_invalidate_end", caller="mm")
 
 
 def test_a_trylock_takes_it_now_or_says_what_stands_against_it() -> None:

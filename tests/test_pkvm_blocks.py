@@ -82,7 +82,7 @@ class Both:
         else:
             call, *more = name.split()
             words = [word == "converting" for word in more]
-            expected = self.abstract.hypercall(call, gfn, folio, *words)
+            expected = self.abstract.hyp_call(call, gfn, folio, *words)
             assert self.emulated(call, folio, *words) == expected, name
         self.compare()
 

@@ -360,7 +360,7 @@ class Both:
         pfn = self.frames[folio.pfn]
         if name in ("consent", "consent to die"):
             converting = name == "consent"
-            return (self.abstract.hypercall("check_consent", gfn, folio, converting),
+            return (self.abstract.hyp_call("check_consent", gfn, folio, converting),
                     t.check_consent(el2, vm, gfn, 1, converting))
         emulated = {
             "donate_guest": lambda: t.donate_guest(el2, vm, pfn, gfn),
@@ -369,7 +369,7 @@ class Both:
             "unshare": lambda: t.unshare(el2, vm, gfn),
             "reclaim_dying_guest_page": lambda: t.reclaim_dying_guest_page(el2, vm, gfn),
         }[name]
-        return self.abstract.hypercall(name, gfn, folio), emulated()
+        return self.abstract.hyp_call(name, gfn, folio), emulated()
 
     def step(self, name: str, gfn: int) -> None:
         el2, vm, abstract = self.machine.el2, self.machine.vm, self.abstract

@@ -110,7 +110,7 @@ def test_two_files_are_told_apart_where_there_are_two() -> None:
 
 def test_bare_numbers_and_flags_are_named() -> None:
     assert steps.call(Primitive("guest_access", (1, True), "guest")) == "guest_access(gfn=1, write=yes)"
-    assert steps.call(Primitive("hypercall", ("mmu_map", 0, Folio(2)), "kvm")) == "hypercall(mmu_map, 0, pfn2)"
+    assert steps.call(Primitive("hyp_call", ("mmu_map", 0, Folio(2)), "kvm")) == "hyp_call(mmu_map, 0, pfn2)"
     assert steps.call(Primitive("tree_store", ("attributes", 0, Entries(2, 2)), "library")) == (
         "tree_store(attributes, start=0, [2 x 2])")
     assert steps.call(Primitive("flush_tlb_kernel_range", ((Folio(0), Folio(1)),), "mm")) == (

@@ -177,7 +177,7 @@ def test_a_check_that_was_true_when_it_asked() -> None:
     again = a_run(
         ("vcpu", "folio_maybe_dma_pinned", (FOLIO,), False, INITIAL, ("pfn0.pin",)),
         ("device", "gup_recheck", (0, FOLIO, True), True, PINNED, ("pfn0.pin",)),
-        ("vcpu", "hypercall", ("lend", FOLIO), 0, made(pfn0__pin=1, pfn0__owner=1), ()))
+        ("vcpu", "hyp_call", ("lend", FOLIO), 0, made(pfn0__pin=1, pfn0__owner=1), ()))
     told = told_of(again, "pfn0.pin", "pfn0.owner")
     assert told[1] == "a check, in guest_fault(): it looks at pfn0 FOLL_PIN ref, and step 2 changes that afterwards"
     assert told[2].startswith("since this step pfn0 FOLL_PIN ref (FOLL_PIN of a device or io_uring) is 1")
@@ -187,14 +187,14 @@ def test_a_check_of_another_page_is_none() -> None:
     again = a_run(
         ("device", "gup_recheck", (0, FOLIO, True), True, PINNED, ()),
         ("vcpu", "folio_mapped", (Folio(Pfn(1)),), False, PINNED, ("pfn1.user",)),
-        ("vcpu", "hypercall", ("lend", FOLIO), 0, made(pfn0__pin=1, pfn0__owner=1), ()))
+        ("vcpu", "hyp_call", ("lend", FOLIO), 0, made(pfn0__pin=1, pfn0__owner=1), ()))
     assert list(told_of(again, "pfn0.pin", "pfn0.owner")) == [1]
 
 
 def test_what_is_wrong_all_along_or_by_the_last_step_is_not_said_to_be_missed() -> None:
     again = a_run(
         ("vcpu", "folio_mapped", (FOLIO,), False, INITIAL, ("pfn0.user",)),
-        ("vcpu", "hypercall", ("lend", FOLIO), 0, made(pfn0__owner=1), ()))
+        ("vcpu", "hyp_call", ("lend", FOLIO), 0, made(pfn0__owner=1), ()))
     assert told_of(again, "pfn0.s1", "pfn0.owner")[1] == "a check, in guest_fault(): it looks at pfn0 VMM maps it"
 
 
@@ -203,14 +203,14 @@ def test_what_the_operation_itself_has_changed_before_its_check_decides_nothing(
     again = a_run(
         ("vcpu", "folio_mark_uptodate", (FOLIO,), None, unlocked, ()),
         ("vcpu", "folio_mapped", (FOLIO,), False, unlocked, ("pfn0.uptodate",)),
-        ("vcpu", "hypercall", ("lend", FOLIO), 0, made(pfn0__uptodate=1, pfn0__owner=1), ()))
+        ("vcpu", "hyp_call", ("lend", FOLIO), 0, made(pfn0__uptodate=1, pfn0__owner=1), ()))
     assert list(told_of(again, "pfn0.owner")) == [2]
 
 
 def test_a_write_that_changes_nothing_is_said_to_be_in_vain() -> None:
     again = a_run(
         ("vcpu", "set_direct_map_invalid_noflush", (FOLIO,), 0, INITIAL, ("pfn0.handled",)),
-        ("vcpu", "hypercall", ("lend", FOLIO), 0, made(pfn0__owner=1), ()))
+        ("vcpu", "hyp_call", ("lend", FOLIO), 0, made(pfn0__owner=1), ()))
     told = told_of(again, "pfn0.owner")
     assert told[1] == "changes nothing here, in guest_fault(): it looks at pfn0 memory failure handled"
 

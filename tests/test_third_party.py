@@ -89,7 +89,7 @@ def test_what_ends_the_process_is_told(kind: type[BaseException]) -> None:
     hypervisor = replace(KVM, name="h", ops=type("Ops", (KvmOps,), {"__init__": raises(kind)}))
     assert told(OurLibrary, hypervisor).startswith(f"making design 'library' on 'h' raised {kind.__name__}")
     calls = replace(KVM, name="h", hypercalls=dict.fromkeys(KVM.hypercalls, raises(kind)))
-    assert re.match(rf"hypercall\(.*\), asked for by kvm {ON_H}, raised {kind.__name__}", told(OurLibrary, calls))
+    assert re.match(rf"hyp_call\(.*\), asked for by kvm {ON_H}, raised {kind.__name__}", told(OurLibrary, calls))
     never = Party("never", "a test", lambda _design, _hypervisor: US.fd_open(), exists=raises(kind))
     with pytest.raises(DesignRaised, match=rf"^`exists` of party 'never' of design .* raised {kind.__name__}"):
         World(OurLibrary, KVM, [never])
@@ -306,7 +306,7 @@ def test_a_hypercall_that_is_not_deterministic_is_told() -> None:
         return call
 
     hypervisor = replace(KVM, name="h", hypercalls={name: wrapped(code) for name, code in KVM.hypercalls.items()})
-    assert re.match(rf"hypercall\(.*\), asked for by kvm {ON_H}, is not deterministic: in the same state it "
+    assert re.match(rf"hyp_call\(.*\), asked for by kvm {ON_H}, is not deterministic: in the same state it "
                     r"returned 0 and then returned -16$", told(OurLibrary, hypervisor))
 
 
@@ -363,7 +363,7 @@ class Odd:
     (lambda host: host.tree_store("attributes", 0, [1]), "tree_store() is given [1] for values, which is a Entries"),
     (lambda host: host.flush_tlb_kernel_range([PAGE]),
      "flush_tlb_kernel_range() is given [Folio(pfn=0, order=0)] for folios, which is a tuple of Folio"),
-    (lambda host: host.hypercall("lend", [1]), "hypercall() is given [1]; numbers, words and tuples of them can be told"),
+    (lambda host: host.hyp_call("lend", [1]), "hyp_call() is given [1]; numbers, words and tuples of them can be told"),
     (lambda host: host.choose("what", 1, Odd()), "choose() is given a Odd; numbers, words and tuples"),
     (lambda host: (yield Primitive("fput", (1, 2), "user")), "fput() takes 0 arguments, , and is given 2"),
     (lambda host: host.end_op(host.fput()), "end_op() is given <generator object Host._do at "),

@@ -71,21 +71,21 @@ class TinyOps(GuestMemfdOps):
 
     def prepare_private(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Lend it; -EPERM means that the guest has it already."""
-        ret = yield from self.host.hypercall("lend", gfn, folio)
+        ret = yield from self.host.hyp_call("lend", gfn, folio)
         return 0 if ret == -EPERM else ret
 
     def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Share it; -EPERM means that it is shared already."""
-        ret = yield from self.host.hypercall("share", gfn, folio)
+        ret = yield from self.host.hyp_call("share", gfn, folio)
         return 0 if ret == -EPERM else ret
 
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """A shared page is the host's at once; a private one is asked for. Nothing refuses under teardown."""
         if not private:
-            return (yield from self.host.hypercall("unshare", gfn, folio))
+            return (yield from self.host.hyp_call("unshare", gfn, folio))
         if reason == "teardown":
             return 0
-        return (yield from self.host.hypercall("ask", folio, reason == "to_shared"))
+        return (yield from self.host.hyp_call("ask", folio, reason == "to_shared"))
 
     def make_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """`invalidate` has agreed, so the guest never had the page: it is the host's."""
@@ -98,7 +98,7 @@ class TinyOps(GuestMemfdOps):
 
     def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Take it back for good."""
-        return (yield from self.host.hypercall("take_back", gfn, folio))
+        return (yield from self.host.hyp_call("take_back", gfn, folio))
 
 
 TINY = Hypervisor(

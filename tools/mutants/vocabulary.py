@@ -64,18 +64,18 @@ METHODS: tuple[tuple[str, ...], ...] = (
     ("give_private", "prepare_private"), ("tree_store", "tree_store_reserved"), ("clear_folio", "clear_folio_local"),
     ("set_direct_map_invalid_noflush", "set_direct_map_default_noflush"), ("unlock_and_put", "unlock_folio", "folio_put"),
     ("make_accessible", "zap"), ("guest_map", "guest_unmap"), ("scrub", "forget", "declassify"),
-    ("fput", "iput"), ("mmu_invalidate_begin", "unmap_mapping_pages"), ("tree_reserve", "tree_load"),
+    ("fput", "iput"), ("gmem_invalidate_begin", "unmap_mapping_pages"), ("tree_reserve", "tree_load"),
 )
 """Procedures with the same arguments."""
 
 COUNTED = frozenset({
-    "folio_put", "folio_get", "module_put", "close", "account", "mmu_invalidate_begin", "mmu_invalidate_end", "put_all",
+    "folio_put", "folio_get", "module_put", "close", "account", "gmem_invalidate_begin", "gmem_invalidate_end", "put_all",
     "unlock_folio", "unlock_and_put", "up_read", "up_write", "evict", "release", "iput", "fput",
 })
 """Steps that are something else when done twice."""
 
 PAIRS = (
-    ("down_write", "up_write"), ("down_read", "up_read"), ("mmu_invalidate_begin", "mmu_invalidate_end"),
+    ("down_write", "up_write"), ("down_read", "up_read"), ("gmem_invalidate_begin", "gmem_invalidate_end"),
     ("lock_folio", "unlock_folio"),
 )
 """What begins, and what ends it."""

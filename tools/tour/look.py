@@ -16,11 +16,12 @@ from tour.ride import INDEX, IPA, Ride
 ROWS = {
     "page cache": "which folio the file has at the page's index",
     "mark": "the library's mark on the folio, `folio->private`: it may not be reached through the direct map",
-    "first word": "the first eight bytes of the frame",
+    "first doubleword": "the first eight bytes of the frame",
     "direct map": "the entry of the kernel's direct map, stage 1, for the frame",
     "TLB, kernel": "how many TLB entries translate the kernel's address of the frame, on all CPUs",
-    "EL2's record": "who owns the frame, as pKVM has it (`hyp_vmemmap`)",
+    "EL2's record": "the state of the frame for the host (`hyp_vmemmap`) and, where it is not the host's, who has it",
     "host stage 2": "the entry of the host's stage 2 for the frame",
+    "TLB, host stage 2": "how many TLB entries are copies of that entry alone, on all CPUs",
     "guest stage 2": "the entry of the guest's stage 2 for the gfn",
     "TLB, guest": "how many TLB entries translate the guest's address of the page, on all CPUs",
 }
@@ -61,12 +62,13 @@ def _frame(ride: Ride, pa: int) -> Look:
     machine = ride.machine
     va = machine.linear_map.va(pa) & VA_MASK
     stage1, stage2 = machine.linear_map.leaf(pa), machine.el2.host.pgt.leaf(pa)
-    kernel = (entry for entry in _entries(ride) if entry.vmid == machine.driver.host_vmid and entry.kind != "stage2")
+    host = [entry for entry in _entries(ride) if entry.vmid == machine.driver.host_vmid]
     note = machine.el2.host.note(pa)
     return {
-        "first word": f"{machine.ram.read64(pa):#x}",
+        "first doubleword": f"{machine.ram.read64(pa):#x}",
         "direct map": described(stage1.value, stage1.level, 1),
-        "TLB, kernel": str(sum(entry.ia <= va < entry.ia + entry.size for entry in kernel)),
+        "TLB, kernel": str(sum(entry.kind != "stage2" and entry.ia <= va < entry.ia + entry.size for entry in host)),
+        "TLB, host stage 2": str(sum(entry.kind == "stage2" and entry.ia <= pa < entry.ia + entry.size for entry in host)),
         "EL2's record": machine.driver.owner(pa),
         "host stage 2": described(stage2.value, stage2.level, 2) + ("" if note is None else f": {_plain(note)}"),
     }

@@ -21,11 +21,16 @@ HEAD = """\
 
 This document follows one page of memory through the code, layer by layer. A protected guest of pKVM stores to a page that it
 has never touched, while the VMM is in the ioctl KVM_RUN. Before the ioctl returns, the page is taken from the host and given
-to the guest. After the tour comes [a picture of all states a page can be in](#the-life-of-a-page).
+to the guest. *Lend* is this project's word for that under every hypervisor: from then on the guest has the page alone, until
+it is taken back. pKVM's own word is *donate*. After the tour comes [a picture of the states a page can be
+in](#the-life-of-a-page).
 
-Everything here comes from a run on the emulated machine ([emulated-host.md](emulated-host.md)): the order of the stops, the
+No kernel runs here. All of it is Python: the guest_memfd library that the project proposes, and an emulated arm64 machine
+with Linux 7.3's direct map and pKVM ([emulated-host.md](emulated-host.md)). The page tables, the TLBs and the guest's
+instructions are real ones, in emulated memory. Everything below comes from a run on it: the order of the stops, the
 numbers, and the lines of code. A script writes this document (`make tour`), and `tests/test_tour.py` fails if the code does
-something else. The [glossary](glossary.md) explains the words that this project uses in its own way.
+something else. Each stop names the place that does the same in Linux, where there is one. The [glossary](glossary.md)
+explains the words that this project uses in its own way.
 
 | stop | where | function |
 | --- | --- | --- |
@@ -34,8 +39,8 @@ something else. The [glossary](glossary.md) explains the words that this project
 ## Before the tour
 
 Five take part. The *VMM* is a process. *Linux* runs at EL1: KVM, the guest_memfd library, the memory management. *EL2* is
-the part of pKVM that Linux cannot overrule. The *guest* runs behind EL2, too. The *CPUs* walk the page tables, and their
-TLBs keep what they have found.
+the part of pKVM that Linux cannot overrule. The *guest* runs at EL1, too, with a stage 2 of its own. The *CPUs* walk the
+page tables, and their TLBs keep what they have found.
 
 An address goes through two page tables. Stage 1 belongs to what runs, Linux or the guest. Stage 2 belongs to EL2, and
 there is one for the host and one for each guest. The guest of this tour has not turned its stage 1 on.
@@ -69,8 +74,9 @@ of it now:
 
 {table}
 Two tables keep the host out now. In stage 1, Linux's own table, the direct map has no valid entry for the frame. In stage 2,
-EL2's table for the host, the frame has no valid entry either. The design `none` leaves the first one as it was: with it the
-run does not come to stop {zap}. [The table in the README](../README.md#the-answer) says what that leads to.
+EL2's table for the host, the frame has no valid entry either. The *design* `none`, another library for the same files,
+leaves the first one as it was: with it the run does not come to stop {zap}. [The table in the
+README](../README.md#the-answer) says what that leads to.
 
 When the VM ends, the page goes the other way: the library asks pKVM for it (`reclaim`), pKVM fills it with zeros, and the
 library puts it back into the direct map before it frees the folio. [library.md](library.md) has all procedures, their locks,
@@ -108,7 +114,8 @@ def _marked(words: Iterable[str]) -> str:
 
 def _stop(number: int, been: Been, until: str) -> str:
     changed = _table(been.before, been.after)
-    return (f"## {number}. {been.stop.title}\n\n{been.stop.text}\n\n{_code(been)}{_called(been)}"
+    linux = f"In Linux: {been.stop.linux}.\n\n" if been.stop.linux else ""
+    return (f"## {number}. {been.stop.title}\n\n{been.stop.text}\n\n{linux}{_code(been)}{_called(been)}"
             + (f"This changes before the {until}:\n\n{changed}" if changed
                else f"Before the {until} nothing changes for the page.\n"))
 

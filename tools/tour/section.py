@@ -19,7 +19,9 @@ The tour showed one way through the life of a page. The explorer ([explorer.md](
 same library on an abstract host, with several parties at once (a vCPU, threads of a VMM), in every order of their steps.
 This picture is drawn from the states that it reaches with pKVM, without injected failures, in three scenarios: {runs}
 ([scenes](scenes.md)). These are {states:,} states. Each box is a group of states that say the same of page 0. Each arrow
-is one primitive. Boxes with a thick border are where a scene begins.
+is one primitive, or a guest's own call. Boxes with a thick border are where a scene begins. An arrow that is not there is
+one that these three scenarios do not take, such as the end of a VM whose guest lets the host use a page; it may be possible
+all the same.
 
 ![Boxes for the states of a page, arrows for the primitives between them](page-life.svg)
 
@@ -36,7 +38,7 @@ Three things to see:
 
 - Only one arrow makes the guest the owner, number {lend}. It begins out of the direct map, after the flush. The tour went
   along the arrows {way}.
-- A page that becomes shared stays out of the direct map until the host uses it: numbers {late}.
+- A page with a folio that becomes shared stays out of the direct map until the host uses it: numbers {late}.
 - A page that the guest owns does not become shared in one step. The guest has to agree first: number {agree}.
 
 | box | attribute | owner | direct map | page cache | states |

@@ -56,67 +56,97 @@ class Point:
 
 @dataclass(frozen=True)
 class Stop:
-    """One stop: its *title*, the *points* to come by, one after the other, and the *text*."""
+    """One stop: its *title*, the *points* to come by, one after the other, the *text*, and where Linux 7.3 does the same."""
 
     title: str
     points: tuple[Point, ...]
     text: str
+    linux: str = ""
 
 
 STOPS = (
     Stop("The VMM calls KVM_RUN", (Point(KvmGuest.step, begin="out = self.vcpu.run"),), """\
 The VMM calls the ioctl KVM_RUN, here `vcpu.run()`, and waits until it is needed again. The VMM does not know that a
-page is missing. The ioctl returns when the guest has turned itself off. All that follows happens before that."""),
+page is missing. The ioctl returns when the guest has turned itself off. All that follows happens before that.""",
+        "`kvm_arch_vcpu_ioctl_run()`, arch/arm64/kvm/arm.c"),
     Stop("KVM gets the guest's fault", (Point(KvmVcpuFile._fault, "ipa", IPA),), """\
 The guest stores to the page. The guest's stage 2 has no entry for it, so the CPU leaves the guest with a stage-2
-fault. KVM finds the memslot of the address. The memslot says which file the memory comes from, and which page of
-the file it is. KVM asks the library for that page (`guest_fault`), and lets the guest go on if the answer is 0."""),
+fault. It goes to EL2, and EL2 hands it to KVM at EL1 (not shown). KVM finds the memslot of the address. The memslot
+says which file the memory comes from, and which page of the file it is. KVM asks the library for that page
+(`guest_fault`). With 0 the guest goes on; with -EAGAIN it goes on, too, and faults again. `_stuck` only counts: a guest
+that faults at the same place again and again, although its page is mapped, is told as an error.""",
+        "`kvm_handle_guest_abort()`, arch/arm64/kvm/mmu.c"),
     Stop("The library gives the page to the guest", (
         Point(fault.fault_bound, "gfn", GFN), Point(fault.give_private, "gfn", GFN)), """\
 The attribute of the page says private. `grab_folio` finds no folio, so it allocates one, locks it, and fills it
-with zeros. It writes the zeros through the direct map. So the TLB of that CPU now has two entries for the frame:
-one for stage 1 alone, and one for both stages together. Then comes the most important rule of the library, in
-`give_private`: the host lets go first, and only then the guest gets the page."""),
+with zeros. It writes the zeros through the direct map. So the TLB of that CPU now has entries for the frame: one for
+stage 1 alone, one for both stages together, one for the host's stage 2. A CPU may keep any of these; the machine keeps
+all. Then comes the most important rule of the library, in `give_private`: the host lets go first, and only then the
+guest gets the page. The folio stays locked until both are done (`unlock_and_put`), so a second vCPU that faults on
+the page waits, and does not find a page whose entry has gone and whose TLB entries have not.""",
+        "`kvm_gmem_get_pfn()`, virt/kvm/guest_memfd.c, which leaves the direct map alone"),
     Stop("The library takes the page out of the direct map", (Point(direct_map.zap_noflush),), """\
-The direct map is the kernel's own mapping of all RAM. A stray load of the kernel could reach the page there. The
-library marks the folio, and then asks for the entry to be made invalid. The mark comes first: no one may rely on
-the entry of a marked folio. If the entry cannot be changed, the library takes the mark back and the fault fails
-with -ENOMEM."""),
+The direct map is the kernel's own mapping of all RAM. EL2 will not let the host have the page, whatever this entry
+says. But a load of the kernel that runs into the page by accident (`load_unaligned_zeropad()`) must end in a stage-1
+fault, which the kernel survives. An abort of stage 2 it may not survive. So the entry goes. The library counts the page,
+so that no hibernation image is begun that lacks it, marks the folio, and then asks for the entry to be made invalid. The
+mark comes first: no one may rely on the entry of a marked folio. If the entry cannot be changed (-ENOMEM: there is no
+page for a table), the library takes mark and count back, and the fault fails.""",
+        "nothing in guest_memfd yet; `secretmem_fault()`, mm/secretmem.c, does it for memfd_secret"),
     Stop("The primitive: one step of the host", (Point(directmap.set_direct_map_invalid_noflush),), """\
 The library never touches memory itself. It asks its host for *primitives*, one after the other, and the host
-carries them out. This is the primitive `set_direct_map_invalid_noflush` on the emulated machine. The host that is
-explored has a primitive of the same name, which changes a few bytes of its state. So the same code of the library
-can be explored and can run."""),
+carries them out. This is the primitive `set_direct_map_invalid_noflush` on the emulated machine. The explorer
+([explorer.md](explorer.md)) has an abstract host, with a primitive of the same name that changes a few bytes of a
+state. So the same code of the library can run, and can be explored in every order of steps. `_changed` notes for the
+laws what has become of the entry."""),
     Stop("Linux changes the page table", (Point(LinearMap._set_pageattr_masks),), """\
-Here a page table changes. The entry loses bit 0 (valid) and gets bit 11, which says "present for Linux, invalid for
-the CPU". The rest of the entry stays, so that the page can be put back later. This entry maps one page. A larger
-leaf would have been split before."""),
+Here a page table changes. The entry loses bit 0 (valid) and gets bit 11. In a valid entry bit 11 is nG; where bit 0 is
+clear Linux reads it as "present, but invalid for the CPU". The rest of the entry stays, so that the page can be put
+back later. This entry maps one page. A larger leaf has been split by the caller; where that is not possible (6.12, or
+a range that cuts a leaf) the answer is -EINVAL.""",
+        "`set_direct_map_invalid_noflush()`, arch/arm64/mm/pageattr.c"),
     Stop("The TLBs forget", (Point(tlbi.vaale1is), Point(Tlb.drop_va)), """\
 An invalid entry is not enough: a CPU that has the old entry in its TLB can still use it. So the library asks for a
-flush. For one page Linux uses one TLBI VAALE1IS, and every CPU drops what its TLB has for this address. Both
-entries of stop 3 go. From here on the kernel cannot reach the page through the direct map."""),
+flush (`gmem.flush`, in `zap`). For one page Linux uses one TLBI VAALE1IS, and every CPU drops what its TLB has for this
+address; VMID 0 is the host's. The entry for stage 1 and the one for both stages go, the one for stage 2 alone stays. From
+here on the kernel cannot reach the page through the direct map. The machine carries a TLBI out at once, and has no
+barriers: the DSB and ISB around it are not modelled.""",
+        "`flush_tlb_kernel_range()`, arch/arm64/include/asm/tlbflush.h"),
     Stop("The driver makes it a hypercall", (Point(PkvmOps.prepare_private, "gfn", GFN),), """\
-The host has let go. Now the library calls the hypervisor's driver. A driver supplies seven operations, and this one
-is `prepare_private` of pKVM: one hypercall. -EPERM means here that the guest has the page already. That is no
-error, because two vCPUs may fault on the same page."""),
+The host has let go. Now the library calls the driver of the hypervisor, which is a part of KVM or of Gunyah's module. A
+driver supplies the operations of `GuestMemfdOps` ([library.md](library.md)), and this one is `prepare_private` of pKVM:
+one hypercall for each page (`by_page`). -EPERM says that the frame is not the host's, or that the guest has a page
+there. Both mean that somebody has given it before: two vCPUs may fault on the same page, and a fault may be repeated. So
+it is no error.""",
+        "`pkvm_pgtable_stage2_map()`, arch/arm64/kvm/pkvm.c"),
     Stop("Linux calls EL2", (Point(PkvmDriver._donate_guest, "gfn", GFN),), """\
-Here the hypercall gets its arguments: frame number, guest frame number, number of pages. EL2 may need new page
-tables for the guest, and it has no allocator for them. So Linux offers it pages first (`_topup`): they go into the
-memcache of the VM."""),
+Here the hypercall gets its arguments: frame number, guest frame number, number of pages. Which guest is meant EL2
+knows by the vCPU that is loaded. It may need new tables for the guest's stage 2, and its own pool has no pages for
+these. So Linux offers it pages first (`_topup`): they go into a memcache, which is the VM's here, and each vCPU's in
+Linux.""",
+        "`kvm_call_hyp_nvhe(__pkvm_host_donate_guest, ...)`, arch/arm64/kvm/pkvm.c; `topup_hyp_memcache()`, mmu.c"),
     Stop("EL2 checks, and changes the owner", (
         Point(transitions.donate_guest, "gfn", GFN, begin="ret = checks.host_and_hyp"),), """\
 From here on the code is that of EL2. EL2 does not trust the host. It checks that the frame is the host's, that the
-address is inside of the guest's memory, and that the guest has nothing there. All checks come before the first
-change. `_donated` is the only change that can fail, so it comes first; `_guest_map` cannot fail any more."""),
+address is inside of the guest's memory, and that the guest has nothing there. All checks come before the page changes
+hands. Two steps change it (in Linux both under the locks of the two tables): `_donated` writes the host's table, which
+can fail for want of a table page, so it comes first; `_guest_map` writes the guest's, and cannot fail any more.""",
+        "`__pkvm_host_donate_guest()`, arch/arm64/kvm/hyp/nvhe/mem_protect.c"),
     Stop("EL2 writes two stage-2 tables", (
         Point(HostStage2.give_away, "gfn", GFN), Point(KvmStage2Table._replace, "ia", IPA)), """\
 First the host loses the frame: `give_away` replaces its entry by a note that says which guest has the frame, and at
-which gfn. Then the guest gets it: `_replace` writes the guest's entry. It follows the rule of the architecture,
-break before make: a valid entry is made invalid and flushed before another takes its place. The guest's entry was
-empty, so nothing has to be flushed."""),
+which gfn. Then the guest gets it. Both entries are written by `_replace`, break before make: a valid entry is made
+invalid and flushed before another takes its place. The host's entry was valid. So this is the flush that counts: with
+it goes what any CPU's TLB has of the host's stage 2 for the frame, user mappings and other addresses of it included.
+The guest's entry was empty, and there is nothing to flush; the second quote is that call. If a table page is missing,
+`_try` drops the host's mappings of devices, which are faulted in again, and tries once more. Not modelled: caches. Linux
+cleans the page to the point of coherency before it maps it, unless the CPU has FWB.""",
+        "`stage2_try_break_pte()`, `stage2_make_pte()`, arch/arm64/kvm/hyp/pgtable.c"),
     Stop("The guest goes on, and the TLB learns the page", (Point(Mmu._stage2, "ipa", IPA),), """\
-KVM enters the guest again, at the same instruction. The TLB has nothing for this address, so the CPU walks the
-guest's stage 2. This time it finds an entry, and the TLB keeps it. The store is done: 42 (0x2a) is in the frame.
-The guest has noticed nothing."""),
+KVM enters the guest again, by way of EL2, at the same instruction. The TLB has nothing for this address, so the CPU
+walks the guest's stage 2. This time it finds an entry, and the TLB keeps it. (The loop over sizes is about runs of
+entries with the contiguous bit; here there is one page.) The store is done: 42 (0x2a) is in the frame. The guest has
+noticed nothing.""",
+        "no code: the Arm ARM, chapter D8"),
 )
 """From the ioctl to the TLB."""

@@ -13,7 +13,7 @@ from guest_memfd.words.units import Gfn, Index, Pfn
 
 
 class AbstractGuestSide(AbstractAccess, AbstractOperations):
-    """hypercall ... gpc_drop; and the `core.hypervisor.Stage2` protocol that EL2 code works on."""
+    """hyp_call ... gpc_drop; and the `core.hypervisor.Stage2` protocol that EL2 code works on."""
 
     _refused = False
 
@@ -171,7 +171,7 @@ class AbstractGuestSide(AbstractAccess, AbstractOperations):
 
     # -- primitives ----------------------------------------------------------------------------------------------
 
-    def hypercall(self, name: str, *args: object) -> int:
+    def hyp_call(self, name: str, *args: object) -> int:
         """Run the hypervisor's own code; what it has once refused for good it refuses ever after."""
         code = self.hypervisor.hypercalls.get(name)
         if code is None:
@@ -245,9 +245,9 @@ class AbstractGuestSide(AbstractAccess, AbstractOperations):
         self.hypervisor.guest_consents(self, frame.number)
         return "ok"
 
-    def mmu_invalidate_begin(self, start: Index, nr: int) -> None:
+    def gmem_invalidate_begin(self, start: Index, nr: int) -> None:
         """Kernel mappings of the range end; a reader of the cache's lock is waited for."""
-        if not self._is_bound("mmu_invalidate_begin"):
+        if not self._is_bound("gmem_invalidate_begin"):
             return
         vm = self.vm
         if vm.gpc:
@@ -266,12 +266,12 @@ class AbstractGuestSide(AbstractAccess, AbstractOperations):
             ghost.announced |= 1 << index
             self.out_of_scope("announces an invalidation", index)
 
-    def mmu_invalidate_end(self) -> None:
+    def gmem_invalidate_end(self) -> None:
         """The sequence moves on: a caller that sampled it before must look again."""
-        ghost, bound = self.state.ghost(self.who), self._is_bound("mmu_invalidate_end")
+        ghost, bound = self.state.ghost(self.who), self._is_bound("gmem_invalidate_end")
         if not ghost.begun:
             if bound:
-                self.die("mmu_invalidate_end without begin")
+                self.die("gmem_invalidate_end without begin")
             return
         ghost.begun -= 1
         # They may be nested, as invalidations of a VM are: what was announced holds until the last has ended.

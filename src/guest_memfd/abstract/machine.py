@@ -127,7 +127,7 @@ class AbstractHost(AbstractLocks, AbstractMappings, AbstractPageCache, AbstractG
         # nothing.
         if ends and errno and st.State(shared).failures:
             ends += self._fail(shared, party, primitive, errno)
-        if ends and primitive.name == "hypercall" and primitive.args[0] in self.hypervisor.final:
+        if ends and primitive.name == "hyp_call" and primitive.args[0] in self.hypervisor.final:
             ends += self._refuse_for_good(shared, party, primitive, ends[0])
         return ends
 
@@ -157,7 +157,7 @@ class AbstractHost(AbstractLocks, AbstractMappings, AbstractPageCache, AbstractG
         except ValueError as error:                     # of a bytearray; and a hypercall may be someone else's
             # A counter that ran over its byte: some design takes references without end. Any other ValueError is a
             # mistake of ours.
-            if primitive.name == "hypercall" or not str(error).startswith("byte must be in range"):
+            if primitive.name == "hyp_call" or not str(error).startswith("byte must be in range"):
                 raise
             self.notes.append(facts.Broken(f"{primitive} takes more than {MANY} references, and puts none"))
             self.state.panic = 1
@@ -179,7 +179,7 @@ class AbstractHost(AbstractLocks, AbstractMappings, AbstractPageCache, AbstractG
                                                         and primitive.caller == "library")
 
     def _errno(self, primitive: Primitive) -> int:
-        if primitive.name == "hypercall":
+        if primitive.name == "hyp_call":
             return self.hypervisor.fallible.get(primitive.args[0], 0)
         return self.fallible.get(primitive.name, 0)
 
@@ -190,7 +190,7 @@ class AbstractHost(AbstractLocks, AbstractMappings, AbstractPageCache, AbstractG
             if not self.may_fail(folio, 0 if primitive.name == "split_direct_map" else folio.order):
                 return []
         self.state.failures -= 1
-        if primitive.name == "hypercall":
+        if primitive.name == "hyp_call":
             self.count("calls")
         self.against(FAILURE, self._frame_of(primitive) if errno == -EAGAIN else None)
         return [Outcome(errno, self.state.save(), (), failed=True)]
@@ -209,4 +209,4 @@ class AbstractHost(AbstractLocks, AbstractMappings, AbstractPageCache, AbstractG
         return [Outcome(self.hypervisor.final[primitive.args[0]], self.state.save(), (), failed=True)]
 
     def _frame_of(self, primitive: Primitive) -> st.Frame | None:
-        return self.subject(primitive.args) if primitive.name == "hypercall" else None
+        return self.subject(primitive.args) if primitive.name == "hyp_call" else None

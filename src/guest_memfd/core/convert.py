@@ -82,7 +82,7 @@ def make_private_locked(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     yield from host.unmap_mapping_pages(start, nr)
     # Kernel mappings of guest pages hold no reference, so counting would not find them. This call ends them and
     # waits for a user who is in the middle of one.
-    yield from host.mmu_invalidate_begin(start, nr)
+    yield from host.gmem_invalidate_begin(start, nr)
     folios = yield from gmem.present(start, nr)
     # The references of `present` are part of the count that is expected, so they are dropped after it.
     # Of a page that is private already there is nothing to ask anybody: its guest may well hold on to it.
@@ -92,7 +92,7 @@ def make_private_locked(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     if not result.ret:
         yield from gmem.merge(start, nr)
     # Also after a refusal: an invalidation that is never ended keeps every later user of the range waiting.
-    yield from host.mmu_invalidate_end()
+    yield from host.gmem_invalidate_end()
     return result
 
 
@@ -201,7 +201,7 @@ def make_shared_locked(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
     ret = yield from host.tree_reserve("attributes", start, nr)
     if ret:
         return Conversion(ret)
-    yield from host.mmu_invalidate_begin(start, nr)
+    yield from host.gmem_invalidate_begin(start, nr)
     folios = yield from gmem.present(start, nr)
     # Before anything is asked of the hypervisor: what the split needs it may not get, and some hypervisors lose the contents
     # of what is taken from the guest.
@@ -213,7 +213,7 @@ def make_shared_locked(gmem: Gmem, start: Index, nr: int) -> Steps[Conversion]:
         yield from host.tree_release("attributes")
     else:
         yield from host.tree_store_reserved("attributes", start, Entries(SHARED_PAGE, nr))
-    yield from host.mmu_invalidate_end()
+    yield from host.gmem_invalidate_end()
     return result
 
 

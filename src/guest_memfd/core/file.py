@@ -193,7 +193,7 @@ def unbind_locked(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[tu
     bound = yield from host.tree_load("bindings", FIRST_PAGE, gmem.size)
     if not filled(bound[start:start + nr]):
         return Conversion(0 if reason == "teardown" else -ENOENT), False
-    yield from host.mmu_invalidate_begin(start, nr)
+    yield from host.gmem_invalidate_begin(start, nr)
     folios = yield from gmem.present(start, nr)
     ret, index, folios = yield from large.cut_off(gmem, start, nr, folios)
     if not ret and reason != "teardown":
@@ -207,7 +207,7 @@ def unbind_locked(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[tu
     if not ret:
         # Erasing needs no memory, so it can come after everything that fails.
         yield from host.tree_store_reserved("bindings", start, Entries(0, nr))
-    yield from host.mmu_invalidate_end()
+    yield from host.gmem_invalidate_end()
     if ret:
         return Conversion(ret, index), False
     return Conversion(0), filled(bound) == filled(bound[start:start + nr])

@@ -43,7 +43,7 @@ def remove_range(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[Con
     host = gmem.host
     # First everything that could bring a page back is stopped: kernel mappings of guest pages, the user's page
     # tables, the guest's. The lock keeps faults out until the folios have gone.
-    yield from host.mmu_invalidate_begin(start, nr)
+    yield from host.gmem_invalidate_begin(start, nr)
     yield from host.unmap_mapping_pages(start, nr)
     folios = yield from gmem.present(start, nr)
     # The folios that the range cuts become single pages, before anything is asked of the hypervisor: what lies outside
@@ -66,7 +66,7 @@ def remove_range(gmem: Gmem, start: Index, nr: int, reason: Reason) -> Steps[Con
             removed += 1
     # `remove_folio` has dropped the references of those it removed.
     yield from gmem.put_all(folios[removed:])
-    yield from host.mmu_invalidate_end()
+    yield from host.gmem_invalidate_end()
     return Conversion(ret, index) if ret else Conversion(0)
 
 
@@ -108,11 +108,11 @@ def take_from_users(gmem: Gmem, folio: Folio) -> Steps[int]:
     yield from host.unlock_folio(folio)             # under the invalidate lock it stays where it is
     if locked.pgoff is None:
         return 0
-    yield from host.mmu_invalidate_begin(locked.pgoff, folio.nr)
+    yield from host.gmem_invalidate_begin(locked.pgoff, folio.nr)
     yield from host.unmap_mapping_pages(locked.pgoff, folio.nr)
     (bound,) = yield from host.tree_load("bindings", locked.pgoff, 1)
     (attribute,) = yield from host.tree_load("attributes", locked.pgoff, 1)
     held = Held(folio, locked.pgoff, bound_gfn(bound) if bound else None, attribute == PRIVATE_PAGE)
     ret, _ = yield from gmem.invalidate_guest((held,), "error")
-    yield from host.mmu_invalidate_end()
+    yield from host.gmem_invalidate_end()
     return ret

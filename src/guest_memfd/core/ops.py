@@ -4,7 +4,7 @@ The set is chosen so that the objections to the posted tables do not apply (docs
 
 * conversion and teardown are different calls: `make_shared` preserves contents, `reclaim` need not;
 * only `invalidate` may refuse, it is asked for every page before anything is changed, and never during teardown;
-* there is no invalidate_end: the library pairs mmu_invalidate_begin and _end itself, no matter who refuses in between;
+* there is no invalidate_end: the library pairs gmem_invalidate_begin and _end itself, no matter who refuses in between;
 * nothing is called after `release`, before the file is bound again; the library holds the module until the inode has gone.
 """
 
@@ -73,7 +73,7 @@ class GuestMemfdOps(ABC):
 
     def _call(self, name: str, gfn: Gfn | None, folio: Folio, args: tuple[object, ...]) -> Steps[int]:
         about = (folio,) if gfn is None else (gfn, folio)
-        return (yield from self.host.hypercall(name, *about, *args))
+        return (yield from self.host.hyp_call(name, *about, *args))
 
     @abstractmethod
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:

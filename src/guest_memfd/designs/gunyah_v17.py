@@ -184,12 +184,12 @@ class GunyahV17(NoAttributes, Design):
 
     def _donate_and_map(self, gfn: Gfn, folio: Folio, lend: bool) -> Steps[int]:
         host = self.driver
-        ret = yield from host.hypercall("donate_to_protected" if lend else "donate_to_sibling", folio)
+        ret = yield from host.hyp_call("donate_to_protected" if lend else "donate_to_sibling", folio)
         if ret:
             return ret
-        ret = yield from host.hypercall("map_private" if lend else "map_vmmio", gfn, folio)
+        ret = yield from host.hyp_call("map_private" if lend else "map_vmmio", gfn, folio)
         if ret:
-            yield from host.hypercall("donate_from_protected" if lend else "donate_from_sibling", folio)
+            yield from host.hyp_call("donate_from_protected" if lend else "donate_from_sibling", folio)
         return ret
 
     # -- taking back (20, 24/35) ---------------------------------------------------------------------------------
@@ -201,9 +201,9 @@ class GunyahV17(NoAttributes, Design):
         if not entry:
             return 0
         lent = not entry % 2
-        ret = yield from host.hypercall("unmap_private" if lent else "unmap_vmmio", gfn, folio, sync)
+        ret = yield from host.hyp_call("unmap_private" if lent else "unmap_vmmio", gfn, folio, sync)
         if not ret:
-            ret = yield from host.hypercall("donate_from_protected" if lent else "donate_from_sibling", folio)
+            ret = yield from host.hyp_call("donate_from_protected" if lent else "donate_from_sibling", folio)
         if ret:
             return ret
         yield from host.tree_store_reserved("provided", gfn, Entries(0, folio.nr))

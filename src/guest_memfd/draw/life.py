@@ -120,7 +120,7 @@ def _codes(explorer: Explorer) -> Iterable[int]:
 def _asked(move: Move) -> str:
     primitive = move.primitive
     assert primitive is not None
-    return str(primitive.args[0]) if primitive.name == "hypercall" else primitive.name
+    return str(primitive.args[0]) if primitive.name == "hyp_call" else primitive.name
 
 
 # In which operation: number *op* of OPS + 1, or 0.

@@ -33,7 +33,8 @@ SCHEMA = "guest-memfd-trace/3"
 """Name and version; the version changes when a field goes, or changes its meaning."""
 
 
-_RENAMED = {"folio_set_private": "folio_set_no_direct_map",
+_RENAMED = {"folio_set_private": "folio_set_no_direct_map", "hypercall": "hyp_call",
+            "mmu_invalidate_begin": "gmem_invalidate_begin", "mmu_invalidate_end": "gmem_invalidate_end",
             **{f"xa_{name}": f"tree_{name}" for name in ("load", "store", "store_reserved", "reserve", "release")}}
 """Primitives that have another name in traces of earlier versions."""
 

@@ -29,7 +29,7 @@ def mermaid(example: Counterexample) -> Iterator[str]:
     before = finding.initial
     for number, step in enumerate(finding.steps, 1):
         party = f"p{parties.index(step.party)}"
-        called = step.primitive is not None and step.primitive.name == "hypercall"
+        called = step.primitive is not None and step.primitive.name == "hyp_call"
         arrow = "-x" if step.failed else "->>"
         yield f"    {party}{arrow}{'hypervisor' if called else 'kernel'}: {number}. {_text(said.action(step))}"
         told = [*show.changed(before, step.shared, names), *said.told_of(step, before)]

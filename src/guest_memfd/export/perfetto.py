@@ -25,7 +25,7 @@ STEP = 1000
 """Microseconds that stand for a step."""
 COUNTED = {
     "set_direct_map_invalid_noflush": "direct-map writes", "set_direct_map_default_noflush": "direct-map writes",
-    "flush_tlb_kernel_range": "TLB flushes", "hypercall": "hypercalls",
+    "flush_tlb_kernel_range": "TLB flushes", "hyp_call": "hypercalls",
 }
 """Primitive -> the counter that it moves."""
 SPLITS = "leaf splits"

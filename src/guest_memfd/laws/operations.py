@@ -54,7 +54,7 @@ def all_or_nothing(note: Any) -> Evidence:
     if isinstance(note, facts.Returned) and note.begun:
         return f"{note.op} returns, and the invalidation it has begun goes on for ever"
     if isinstance(note, facts.Unannounced):
-        return f"{note.op} {note.what}, which no mmu_invalidate_begin() of its own has announced"
+        return f"{note.op} {note.what}, which no gmem_invalidate_begin() of its own has announced"
     if isinstance(note, facts.Rebound):
         return "bind takes a page that is bound already"
     if not isinstance(note, facts.Ended):

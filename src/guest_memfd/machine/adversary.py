@@ -97,7 +97,7 @@ class Adversary:
     def fail_next(self, primitive: Primitive, errno: int) -> None:
         """Let *primitive* fail when it is carried out next; *errno* is what a hypercall returns then, once or for good."""
         machine = self.machine
-        if primitive.name == "hypercall":
+        if primitive.name == "hyp_call":
             name, args = primitive.args[0], primitive.args[1:]
             if machine.hypervisor.final.get(name) == errno:
                 # From now on for this page, as EL2 would have decided; a failure that passes is for one call.

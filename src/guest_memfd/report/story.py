@@ -128,7 +128,7 @@ def _looked(again: Replay, number: int) -> list[str]:
 
 def _checks(again: Replay, number: int, fields: Collection[str]) -> bool:
     step, before = again.steps[number - 1], _before(again, number)
-    if step.primitive is None or step.result is None or step.primitive.name == "hypercall":
+    if step.primitive is None or step.result is None or step.primitive.name == "hyp_call":
         return False
     if any(isinstance(note, (facts.Access, facts.Abort)) for note in step.notes):
         return False

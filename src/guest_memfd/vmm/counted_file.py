@@ -48,7 +48,7 @@ class CountedFile:
         machine = self.machine
         return FolioCost(
             sum(self._done[name] for name in _WRITES), self._done["flush_tlb_kernel_range"],
-            sum(machine.linear_map.splits.values()), self._done["hypercall"],
+            sum(machine.linear_map.splits.values()), self._done["hyp_call"],
             machine.kernel_pages.tables + machine.el2_pool.tables)
 
     def fault(self, gfn: Gfn) -> None:

@@ -17,7 +17,7 @@ from guest_memfd.words.primitives import Folio, Primitive
 
 MOVES = frozenset({
     "filemap_add_folio", "filemap_remove_folio", "set_direct_map_invalid_noflush", "set_direct_map_default_noflush",
-    "flush_tlb_kernel_range", "hypercall", "unmap_mapping_pages", "vmf_insert_folio", "tree_store_reserved", "vm_kill",
+    "flush_tlb_kernel_range", "hyp_call", "unmap_mapping_pages", "vmf_insert_folio", "tree_store_reserved", "vm_kill",
     "vm_destroyed", "load_unaligned_zeropad", "copy_from_kernel_nofault", "clear_folio", "clear_folio_local",
 })
 """Primitives that move a folio, change a table, or are a reader of the host."""

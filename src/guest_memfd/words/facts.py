@@ -89,7 +89,7 @@ class OutOfScope(NamedTuple):
 
 @distinct
 class Unannounced(NamedTuple):
-    """An operation did something to a page that no mmu_invalidate_begin() of its own has announced."""
+    """An operation did something to a page that no gmem_invalidate_begin() of its own has announced."""
 
     op: str
     what: str

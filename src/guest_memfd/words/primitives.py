@@ -433,9 +433,9 @@ class Host:
 
     # -- guest side ----------------------------------------------------------------------------------------------
 
-    def hypercall(self, name: str, *args: object) -> Steps[int]:
+    def hyp_call(self, name: str, *args: object) -> Steps[int]:
         """Ask the hypervisor (EL2, or KVM's MMU code) for *name*; 0 or -errno as its client maps it."""
-        return self._do("hypercall", name, *args)
+        return self._do("hyp_call", name, *args)
 
     def guest_access(self, gfn: Gfn, write: bool) -> Steps[str]:
         """The vCPU touches *gfn*: ``ok``, ``fault`` (stage-2 fault exit), ``poisoned``, ``stopped``."""
@@ -445,13 +445,13 @@ class Host:
         """The guest gives *gfn* up to the host: relinquish under Gunyah, MEM_SHARE under pKVM; ``ok`` or ``fault``."""
         return self._do("guest_consents", gfn)
 
-    def mmu_invalidate_begin(self, start: Index, nr: int) -> Steps[None]:
-        """kvm_mmu_invalidate_begin(): kernel mappings of these guest pages (gfn_to_pfn_cache) end; waits for a user."""
-        return self._do("mmu_invalidate_begin", start, nr)
+    def gmem_invalidate_begin(self, start: Index, nr: int) -> Steps[None]:
+        """kvm_gmem_invalidate_begin(): of what is bound there kernel mappings (gfn_to_pfn_cache) end; waits for a user."""
+        return self._do("gmem_invalidate_begin", start, nr)
 
-    def mmu_invalidate_end(self) -> Steps[None]:
-        """kvm_mmu_invalidate_end(): bump the sequence, in_progress--."""
-        return self._do("mmu_invalidate_end")
+    def gmem_invalidate_end(self) -> Steps[None]:
+        """kvm_gmem_invalidate_end(): bump the sequence, in_progress--."""
+        return self._do("gmem_invalidate_end")
 
     # -- the library's own memory --------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ def other_word(site: Site) -> Iterator[Change]:
     for node in site.nodes():
         if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             word, name = node.args[0], called(node) or ""
-            families = HYPERCALLS if name == "hypercall" else (TREES,) if name.startswith("tree_") else ()
+            families = HYPERCALLS if name == "hyp_call" else (TREES,) if name.startswith("tree_") else ()
             yield from (replaced(word, repr(other)) for other in _others(word.value, families))
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield from (replaced(node, repr(other)) for other in _others(node.value, STRINGS))

@@ -19,7 +19,7 @@ WIDEST = 64
 
 def unlike(primitive: Primitive) -> str | None:
     """What *primitive* is given that it does not take, in words; None if all is well."""
-    if primitive.name in ("choose", "hypercall"):
+    if primitive.name in ("choose", "hyp_call"):
         what, *given = primitive.args
         wrong = [shown(each) for each in (what, *given) if not _is_plain(each)]
         return f"{primitive.name}() is given {wrong[0]}; numbers, words and tuples of them can be told in a trace" if (

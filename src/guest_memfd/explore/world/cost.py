@@ -55,4 +55,4 @@ def cost(design: type[Design], hypervisor: Hypervisor) -> DesignCost | None:
     except (DesignRaised, NotAPrimitive):
         return None
     writes = counted["set_direct_map_invalid_noflush"] + counted["set_direct_map_default_noflush"]
-    return DesignCost(writes, counted["flush_tlb_kernel_range"], int(writes > 0), counted["hypercall"])
+    return DesignCost(writes, counted["flush_tlb_kernel_range"], int(writes > 0), counted["hyp_call"])

@@ -28,15 +28,15 @@ class GunyahOps(GuestMemfdOps):
         ret = yield from self.by_page(-EINVAL, "donate_to_protected", None, folio)
         if ret not in (0, -EINVAL):
             return ret
-        return (yield from self.host.hypercall("map_private", gfn, folio))
+        return (yield from self.host.hyp_call("map_private", gfn, folio))
 
     @override
     def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Share: donate to the sibling extent, then map; a map that fails is repeated as in `prepare_private`."""
-        ret = yield from self.host.hypercall("donate_to_sibling", folio)
+        ret = yield from self.host.hyp_call("donate_to_sibling", folio)
         if ret not in (0, -EINVAL):
             return ret
-        return (yield from self.host.hypercall("map_vmmio", gfn, folio))
+        return (yield from self.host.hyp_call("map_vmmio", gfn, folio))
 
     @override
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
@@ -51,7 +51,7 @@ class GunyahOps(GuestMemfdOps):
         if ret not in (0, -EINVAL) or private:
             return 0 if ret == -EINVAL else ret
         # A shared page must be wholly the host's after `invalidate` (core/ops.py), so its extent changes, too.
-        ret = yield from self.host.hypercall("donate_from_sibling", folio)
+        ret = yield from self.host.hyp_call("donate_from_sibling", folio)
         return 0 if ret == -EINVAL else ret
 
     @override

@@ -78,22 +78,22 @@ class CcaOps(CocoOps):
     @override
     def prepare_private(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Delegate and map; -ENOMEM (tables of the realm)."""
-        return (yield from self.host.hypercall("data_map", gfn, folio))
+        return (yield from self.host.hyp_call("data_map", gfn, folio))
 
     @override
     def split(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """A table in place of the block; -ENOMEM. Posted, that is done in the zap, which has no way to fail."""
-        return (yield from self.host.hypercall("rtt_split", gfn, folio))
+        return (yield from self.host.hyp_call("rtt_split", gfn, folio))
 
     @override
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Unmap; a realm cannot refuse, and has lost what was there."""
-        return (yield from self.host.hypercall("data_unmap" if private else "unmap_shared", gfn, folio))
+        return (yield from self.host.hyp_call("data_unmap" if private else "unmap_shared", gfn, folio))
 
     @override
     def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Undelegate; -EIO if the RMM keeps the granule: the page is leaked."""
-        return (yield from self.host.hypercall("undelegate", folio))
+        return (yield from self.host.hyp_call("undelegate", folio))
 
 
 CCA = Hypervisor(

@@ -39,7 +39,7 @@ class CocoOps(GuestMemfdOps):
     @override
     def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Map it at the shared alias; -ENOMEM."""
-        return (yield from self.host.hypercall("map_shared", gfn, folio))
+        return (yield from self.host.hyp_call("map_shared", gfn, folio))
 
     @override
     def make_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:

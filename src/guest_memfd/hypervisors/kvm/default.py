@@ -39,17 +39,17 @@ class KvmOps(GuestMemfdOps):
     @override
     def prepare_private(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Map the folio at *gfn*; 0 or -ENOMEM. There is no owner to record."""
-        return (yield from self.host.hypercall("mmu_map", gfn, folio))
+        return (yield from self.host.hyp_call("mmu_map", gfn, folio))
 
     @override
     def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Map the folio at *gfn*; 0 or -ENOMEM. The guest reaches private and shared pages the same way."""
-        return (yield from self.host.hypercall("mmu_map", gfn, folio))
+        return (yield from self.host.hyp_call("mmu_map", gfn, folio))
 
     @override
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Unmap it; never refuses."""
-        return (yield from self.host.hypercall("mmu_unmap", gfn, folio))
+        return (yield from self.host.hyp_call("mmu_unmap", gfn, folio))
 
     @override
     def make_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:

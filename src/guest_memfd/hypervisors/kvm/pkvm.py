@@ -161,13 +161,13 @@ class PkvmOps(GuestMemfdOps):
     @override
     def prepare_shared(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Lend it to both; -EPERM means that both have it already."""
-        ret = yield from self.host.hypercall("share_guest", gfn, folio)
+        ret = yield from self.host.hyp_call("share_guest", gfn, folio)
         return 0 if ret == -EPERM else ret
 
     @override
     def split(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """EL2 refuses to unmap a part of a block, so it is asked for leaves of single pages; 0 or -ENOMEM."""
-        return (yield from self.host.hypercall("split_guest", gfn, folio))
+        return (yield from self.host.hyp_call("split_guest", gfn, folio))
 
     @override
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
@@ -179,8 +179,8 @@ class PkvmOps(GuestMemfdOps):
         if private:
             # Teardown does not ask for consent: the VM is dying, and its pages come back one by one with `reclaim`.
             return 0 if reason == "teardown" else (
-                yield from self.host.hypercall("check_consent", gfn, folio, reason == "to_shared"))
-        ret = yield from self.host.hypercall("unshare_guest", gfn, folio)
+                yield from self.host.hyp_call("check_consent", gfn, folio, reason == "to_shared"))
+        ret = yield from self.host.hyp_call("unshare_guest", gfn, folio)
         # -ENOENT: the guest has not borrowed it, so it is the guest's own page which it lets the host use.
         if ret != -ENOENT:
             return ret
@@ -199,12 +199,12 @@ class PkvmOps(GuestMemfdOps):
     @override
     def make_private(self, gfn: Gfn, folio: Folio) -> Steps[None]:
         """The host has let go: the guest's MEM_UNSHARE may complete (-EPERM: it had none under way)."""
-        yield from self.host.hypercall("unshare", gfn, folio)
+        yield from self.host.hyp_call("unshare", gfn, folio)
 
     @override
     def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Only a dying guest gives pages back."""
-        return (yield from self.host.hypercall("reclaim_dying_guest_page", gfn, folio))
+        return (yield from self.host.hyp_call("reclaim_dying_guest_page", gfn, folio))
 
 
 PKVM = Hypervisor(

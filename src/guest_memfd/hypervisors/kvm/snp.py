@@ -82,18 +82,18 @@ class SnpOps(CocoOps):
     @override
     def split(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """PSMASH; -EAGAIN (FAIL_INUSE) twice in a row."""
-        ret = yield from self.host.hypercall("psmash", gfn, folio)
-        return (yield from self.host.hypercall("psmash", gfn, folio)) if ret == -EAGAIN else ret
+        ret = yield from self.host.hyp_call("psmash", gfn, folio)
+        return (yield from self.host.hyp_call("psmash", gfn, folio)) if ret == -EAGAIN else ret
 
     @override
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Zap; the guest cannot refuse."""
-        return (yield from self.host.hypercall("npt_zap" if private else "unmap_shared", gfn, folio))
+        return (yield from self.host.hyp_call("npt_zap" if private else "unmap_shared", gfn, folio))
 
     @override
     def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Unassign; -EIO if that is refused: snp_leak_pages()."""
-        return (yield from self.host.hypercall("rmp_unassign", folio))
+        return (yield from self.host.hyp_call("rmp_unassign", folio))
 
 
 SNP = Hypervisor(

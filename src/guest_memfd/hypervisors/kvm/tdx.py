@@ -79,20 +79,20 @@ class TdxOps(CocoOps):
     @override
     def split(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Demote; -ENOMEM (pages for the table, and for what the module keeps of each page)."""
-        return (yield from self.host.hypercall("page_demote", gfn, folio))
+        return (yield from self.host.hyp_call("page_demote", gfn, folio))
 
     @override
     def invalidate(self, gfn: Gfn, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
         """Block, or unmap; a TD cannot refuse."""
         call = "range_block" if private else "unmap_shared"
-        ret = yield from self.host.hypercall(call, gfn, folio)
+        ret = yield from self.host.hyp_call(call, gfn, folio)
         # TDX_OPERAND_BUSY passes when no vCPU is inside.
-        return (yield from self.host.hypercall(call, gfn, folio)) if ret == -EAGAIN else ret
+        return (yield from self.host.hyp_call(call, gfn, folio)) if ret == -EAGAIN else ret
 
     @override
     def reclaim(self, gfn: Gfn, folio: Folio) -> Steps[int]:
         """Remove; -EIO if the module will not: the page is leaked."""
-        return (yield from self.host.hypercall("page_remove", gfn, folio))
+        return (yield from self.host.hyp_call("page_remove", gfn, folio))
 
 
 TDX = Hypervisor(

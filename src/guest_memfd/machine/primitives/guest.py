@@ -14,7 +14,7 @@ from guest_memfd.words.primitives import Folio
 from guest_memfd.words.units import Gfn, Index, gfn_to_gpa
 
 
-def hypercall(host: Base, name: str, *args: object) -> int:
+def hyp_call(host: Base, name: str, *args: object) -> int:
     """The driver's code around one hypercall; what it did to the page is read off EL2's own records."""
     if host.vm.state == GONE:
         host.gone("the VM, in hypercall")
@@ -101,9 +101,9 @@ def guest_consents(host: Base, gfn: Gfn) -> str:
     return "ok"
 
 
-def mmu_invalidate_begin(host: Base, start: Index, nr: int) -> None:
+def gmem_invalidate_begin(host: Base, start: Index, nr: int) -> None:
     """Kernel mappings of the range end; a reader of the cache's lock is waited for (virt/kvm/pfncache.c)."""
-    if not _is_bound(host, "mmu_invalidate_begin"):
+    if not _is_bound(host, "gmem_invalidate_begin"):
         return
     vm, page = host.vm, host.vm.gpc
     if page is not None and (page.inode is None or (page.inode is host.inode and start <= page.index < start + nr)):
@@ -115,12 +115,12 @@ def mmu_invalidate_begin(host: Base, start: Index, nr: int) -> None:
     host.machine.tracer.announces(host, start, nr)
 
 
-def mmu_invalidate_end(host: Base) -> None:
+def gmem_invalidate_end(host: Base) -> None:
     """The sequence moves on: a caller that sampled it before must look again."""
-    bound = _is_bound(host, "mmu_invalidate_end")
+    bound = _is_bound(host, "gmem_invalidate_end")
     if not host.vm.begun[host.who]:
         if bound:
-            host.die("mmu_invalidate_end without begin")
+            host.die("gmem_invalidate_end without begin")
         return
     host.vm.begun[host.who] -= 1
     # They may be nested, as invalidations of a VM are: what was announced holds until the last has ended.

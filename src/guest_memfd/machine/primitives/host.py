@@ -190,11 +190,11 @@ class EmulatedHost(Base):
     unpin = user.unpin
 
     # guest.py
-    hypercall = guest.hypercall
+    hyp_call = guest.hyp_call
     guest_access = guest.guest_access
     guest_consents = guest.guest_consents
-    mmu_invalidate_begin = guest.mmu_invalidate_begin
-    mmu_invalidate_end = guest.mmu_invalidate_end
+    gmem_invalidate_begin = guest.gmem_invalidate_begin
+    gmem_invalidate_end = guest.gmem_invalidate_end
     gpc_begin = guest.gpc_begin
     gpc_commit = guest.gpc_commit
     gpc_read_lock = guest.gpc_read_lock

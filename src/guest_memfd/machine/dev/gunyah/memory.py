@@ -49,7 +49,7 @@ class MemoryHost(FileHost):
     file: GunyahMemoryFile
 
     @override
-    def hypercall(self, name: str, *args: object) -> int:
+    def hyp_call(self, name: str, *args: object) -> int:
         """As any, for the VM of the page. What a memory parcel has is busy; a VM that does not exist has nothing."""
         page = self.page(next(arg for arg in args if isinstance(arg, Folio)))
         # The pages of a parcel come back together, by the Resource Manager. Until then no operation of the file may
@@ -66,7 +66,7 @@ class MemoryHost(FileHost):
         # kernel stops.
         kept, self.vm = self.vm, vm
         try:
-            return super().hypercall(name, *args)
+            return super().hyp_call(name, *args)
         finally:
             self.vm = kept
 
