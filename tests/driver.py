@@ -43,17 +43,25 @@ class Bench:
     def state(self) -> st.State:
         return st.State(self.shared)
 
-    def do(self, procedure: Callable[[Design], Steps[Any]]) -> Any:
-        """Run to the end; AssertionError when it would wait, or the kernel panics."""
+    def do(self, procedure: Callable[[Design], Steps[Any]], *, takes: int = 0) -> Any:
+        """Run to the end; AssertionError when it would wait, or the kernel panics.
+
+        Or when it leaves more than *takes* references of look-ups.
+        """
+        most = self._lookups() + takes
         generator = procedure(self.library)
         result: Any = None
         while True:
             try:
                 primitive = generator.send(result)
             except StopIteration as stop:
+                assert self._lookups() <= most, "a reference of a look-up is left"
                 return stop.value
             result = self._perform(primitive)
             assert not self.machine.halted(self.shared), f"panic in {primitive}: {self.notes[-1]}"
+
+    def _lookups(self) -> int:
+        return sum(frame.lookup for frame in self.state.frames())
 
     def _perform(self, primitive: Primitive) -> Any:
         state = self.state

@@ -166,7 +166,7 @@ def test_bad_arguments(hypervisor: str) -> None:
 def test_poisoned_page_is_not_given_out(hypervisor: str) -> None:
     bench = Bench(hypervisor)
     bench.do(touch(1))
-    folio = bench.do(lambda lib: MM.hwpoison(1))
+    folio = bench.do(lambda lib: MM.hwpoison(1), takes=1)
     locked = bench.do(lambda lib: MM.lock_folio(folio))
     assert bench.do(lambda lib: lib.error_folio(folio, locked)) == "delayed"
     bench.do(lambda lib: MM.unlock_folio(folio))
