@@ -25,6 +25,12 @@ def test_every_public_name_is_there(name: str) -> None:
     assert name in dir(guest_memfd)
 
 
+def test_the_names_that_mypy_is_shown_are_those_that_are_there() -> None:
+    text = Path(guest_memfd.__file__).read_text(encoding="utf-8")
+    shown = re.findall(r"^ +from guest_memfd\S* import (\w+) as \1$", text, re.M)
+    assert sorted(shown) == sorted(guest_memfd.__all__)
+
+
 def test_another_name_is_an_error_as_of_any_module() -> None:
     with pytest.raises(AttributeError, match="module 'guest_memfd' has no attribute 'Desing'"):
         guest_memfd.Desing  # noqa: B018 - looking it up is the test

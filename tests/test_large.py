@@ -231,9 +231,23 @@ def test_every_folio_of_a_range_that_becomes_shared_is_split() -> None:
 
 @pytest.mark.parametrize(("gfn", "start", "nr", "after"), [
     (0, 0, 4, [1, 1, 1, 1]), (2, 0, 2, [1, 1, 1, 1]), (0, 2, 2, [1, 1, 1, 1]), (1, 0, 2, [0, 0, 1, 1]),
-    (1, 1, 1, [0, 0, 1, 1]), (1, 1, 2, [0, 0, 0, 0])])
+    (1, 1, 1, [0, 0, 1, 1]), (1, 1, 2, [0, 0, 0, 0]), (1, 1, 3, [0, 0, 1, 1])])
 def test_a_binding_splits_what_it_cuts_or_puts_at_an_odd_gfn(gfn: int, start: int, nr: int, after: list[int]) -> None:
     bench = Bench("kvm", scene=scene(4, bound=False))
     assert bench.do(lambda lib: lib.allocate(Index(0), 4)) == 0
     assert bench.do(lambda lib: lib.bind(Gfn(gfn), Index(start), nr)) == 0
     assert orders(bench) == after
+
+
+@pytest.mark.parametrize(("gfn", "splits"), [(5, False), (1, False), (3, True), (4, True), (6, True)])
+def test_where_a_folio_comes_to_lie_in_the_guest_says_whether_a_binding_splits_it(gfn: int, splits: bool) -> None:
+    """Pages 1 to 8 are bound; the folio of four pages is at page 4, so at gfn + 3."""
+    def answer(p: Primitive) -> Any:
+        if p.name == "filemap_get_folio":
+            return Lookup(LARGE.folio, LARGE.pgoff) if p.args[0] == LARGE.pgoff else None
+        if p.name == "filemap_find_folio":
+            return LARGE.pgoff if p.args[0] <= LARGE.pgoff else 9
+        return {"lock_folio": LOCKED, "hyp_call": 0, "split_folio": 0, "tree_load": held_in()(p)}.get(p.name)
+
+    _, said = asked(library().split_to_bind(Gfn(gfn), Index(1), 8), answer)
+    assert ("split_folio(pfn8/o2)" in said) == splits
