@@ -110,3 +110,8 @@ def test_what_is_used_is_known_here() -> None:
     assert memory.used() > before > 1 << 20
     assert len(some) == 1 << 26
     assert check("library", "kvm", parties=["vcpu2"], jobs=1).limits == ()
+
+
+def test_pages_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf", lambda _name: 0)
+    assert memory.used() == 0

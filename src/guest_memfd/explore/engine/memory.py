@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-PAGE = 4096
 MOST = 0.9
 """The part of what is available that is taken, if nobody says how much."""
 
@@ -18,7 +18,7 @@ class Full(Exception):  # noqa: N818 - a limit, not an error
 def used() -> int:
     """Bytes of memory that this process has, what it shares with others included; 0 where nobody tells (no Linux)."""
     try:
-        return int(Path("/proc/self/statm").read_bytes().split()[1]) * PAGE
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 
