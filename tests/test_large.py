@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from errno import EAGAIN, EBUSY, ENOMEM
+from errno import EAGAIN, EBUSY, EIO, ENOMEM
 from typing import Any
 
 import pytest
@@ -169,6 +169,20 @@ def test_a_part_that_does_not_come_back_now_ends_it() -> None:
 @pytest.mark.parametrize("fails", [-EBUSY, -ENOMEM])
 def test_what_cannot_be_split_now_is_tried_again(fails: int) -> None:
     assert taken_back_by_parts(split=fails) == (-EAGAIN, [])
+
+
+@pytest.mark.parametrize("fails", [0, -EAGAIN])
+def test_a_large_folio_that_stays_is_taken_back_by_its_parts(monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+    def parts(_: OurLibrary, _held: Held) -> Steps[int]:
+        yield from ()
+        return fails
+
+    monkeypatch.setattr(OurLibrary, "take_parts_back", parts)
+    ret, said = asked(library().take_all_back((LARGE,), leaks=True), lambda p: {
+        "lock_folio": LOCKED, "hyp_call": -EIO if p.args[0] == "reclaim_dying_guest_page" else 0}.get(p.name))
+    assert ret == ((fails, LARGE.pgoff) if fails else (0, 0))
+    # memory_failure() looks under the folio lock: the owner does not change beside it.
+    assert said == ["lock_folio(pfn8/o2)", "hyp_call(reclaim_dying_guest_page, 12, pfn8/o2)", "unlock_folio(pfn8/o2)"]
 
 
 @pytest.mark.parametrize("splits", [True, False])
