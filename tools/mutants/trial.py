@@ -66,39 +66,55 @@ class _Trial:
     def __init__(self, mutant: Mutant, known: Known, first: Sequence[str]) -> None:
         self.mutant, self.known, self.first = mutant, known, first
         self.label, self.killer = SCENE, ""
-        self.differed = 0
 
+    # What each killer has that is cheap comes before what the first has that is not: a procedure that is called by a test
+    # takes a millisecond, a scenario that is explored anew takes seconds.
     def run(self) -> Fate:
-        stages = [(killer, base, [*reached(self.mutant, base.ran, killer)]) for killer, base in self.known]
-        if not any(runs for _, _, runs in stages):
+        reaching = [(killer, base, [*reached(self.mutant, base.ran, killer)]) for killer, base in self.known]
+        if not any(runs for _, _, runs in reaching):
             return Fate(UNREACHED)
         apply(self.mutant)
-        for killer, base, runs in stages:
+        stages = []
+        for killer, base, runs in reaching:
             self.killer = killer.name
-            for scenario in self._worth(killer, base, sorted(runs, key=lambda run: run.label not in self.first)):
-                self.label = scenario.label
-                why = scenario.run()
-                if why is not None:
-                    return Fate(KILLED, self.label, why)
-        return Fate(SURVIVED, f"{self.differed} scenarios") if self.differed else Fate(SAME)
+            stages.append(_Stage(self.mutant, killer, base, sorted(runs, key=lambda run: run.label not in self.first)))
+        for part in (_Stage.at_once, _Stage.rest):
+            for stage in stages:
+                self.killer = stage.killer.name
+                for scenario in part(stage):
+                    self.label = scenario.label
+                    why = scenario.run()
+                    if why is not None:
+                        return Fate(KILLED, self.label, why)
+        differed = sum(stage.differed for stage in stages)
+        return Fate(SURVIVED, f"{differed} scenarios") if differed else Fate(SAME)
 
-    # First the cheap ones, whatever they are; then those that can come out otherwise than without the mutant.
-    def _worth(self, killer: Killer, base: Baseline, runs: Sequence[Ran]) -> Iterator[Scenario]:
-        there = killer.against(self.mutant, base.parties)
-        scenarios = [there.scenarios[run.label] for run in runs if run.label in there.scenarios]
-        if not scenarios and self.mutant.site.function is None:         # anew, under labels of their own
+
+class _Stage:
+    # The scenarios of one killer that reach the mutant, in the order in which they are worth their time.
+
+    def __init__(self, mutant: Mutant, killer: Killer, base: Baseline, runs: Sequence[Ran]) -> None:
+        self.killer, self.there = killer, killer.against(mutant, base.parties)
+        self.scenarios = [self.there.scenarios[run.label] for run in runs if run.label in self.there.scenarios]
+        self.differed = self.done = 0
+        if not self.scenarios and mutant.site.function is None:         # anew, under labels of their own
             costs: defaultdict[str, float] = defaultdict(float)
             for run in runs:
                 costs[run.world] += run.seconds
-            named = [scenario for scenario in there.scenarios.values() if scenario.world in costs]
-            scenarios = sorted(named, key=lambda scenario: costs[scenario.world])
+            named = [scenario for scenario in self.there.scenarios.values() if scenario.world in costs]
+            self.scenarios = sorted(named, key=lambda scenario: costs[scenario.world])
+
+    # The cheap ones, whatever they are.
+    def at_once(self) -> Iterator[Scenario]:
         began = time.process_time()
-        done: list[Scenario] = []
-        for scenario in itertools.takewhile(lambda _: time.process_time() - began < AT_ONCE, scenarios):
+        for scenario in itertools.takewhile(lambda _: time.process_time() - began < AT_ONCE, self.scenarios):
             yield scenario
-            done.append(scenario)
-        for at, scenario in enumerate(scenarios):
-            if there.changed(scenario):
+            self.done += 1
+
+    # Those that can come out otherwise than without the mutant.
+    def rest(self) -> Iterator[Scenario]:
+        for at, scenario in enumerate(self.scenarios):
+            if self.there.changed(scenario):
                 self.differed += 1
-                if at >= len(done):
+                if at >= self.done:
                     yield scenario
