@@ -31,6 +31,8 @@ class Child:
 
     def answers(self) -> list[StepAnswer]:
         """One for each step, fewer if it died: then the last says of what. All is over then."""
+        # The clock starts here and not at the fork. While the emulated half ran, nobody
+        # read: the child may have stood still before a full pipe.
         data, end = bytearray(), time.monotonic() + SECONDS
         try:
             while select.select([self._pipe], [], [], max(end - time.monotonic(), 0))[0]:
@@ -39,6 +41,8 @@ class Child:
                     break
                 data += got
             else:
+                # What hangs is killed, and the comparison sees a signal: a
+                # kernel that does not come back is an answer, too.
                 os.kill(self._pid, signal.SIGKILL)
         except BaseException:
             os.kill(self._pid, signal.SIGKILL)
@@ -46,6 +50,8 @@ class Child:
         finally:
             os.close(self._pipe)
             _, status = os.waitpid(self._pid, 0)
+        # A line that has no end yet is not an answer: the child died while it
+        # wrote it, or it is the text of our own failure.
         lines = bytes(data).split(b"\n")
         answers = [StepAnswer(*json.loads(line)) for line in lines[:-1]]
         if os.WIFSIGNALED(status):
@@ -59,8 +65,11 @@ def _child(make: Callable[[], Performing], sequence: Sequence, pipe: int) -> Non
     code = 1
     try:
         fd.dropped = str.strip                          # the end of the process closes everything
+        # Ctrl-C reaches the whole group. A Python handler here would raise,
+        # and that would look like a failure of the child.
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
+        # A child that is killed is an expected answer: no core file for it. A lower hard limit may forbid to set any.
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         subject = make()
@@ -70,4 +79,5 @@ def _child(make: Callable[[], Performing], sequence: Sequence, pipe: int) -> Non
     except BaseException as error:
         os.write(pipe, f"{type(error).__name__}: {error}".encode())
     finally:
+        # Never sys.exit(): that would run exit handlers and flush the buffers that were the parent's before the fork.
         os._exit(code)

@@ -76,6 +76,7 @@ class BothHosts:
             real = child.answers()
         tally.sequences += 1
         uncompared = 0                                  # steps that make the state anew after a known difference
+        # The real half may have died: it is compared as far as it came, and its last answer names the signal.
         for at, (step, ours, theirs) in enumerate(zip(sequence, emulated, real, strict=False)):
             if theirs.said.startswith("our own failure"):
                 raise InternalError(f"{step}: {theirs.said}")
@@ -102,11 +103,14 @@ class BothHosts:
             left = subject.end()
         except KernelPanic as panic:
             self.world.renew()
+            # A panic while everything is closed comes after the last answer. It
+            # takes that one's place: there is no step to blame it on.
             return [*answers[:len(sequence) - 1], StepAnswer(f"the emulated kernel stops: {panic.text.splitlines()[0]}", "")]
         except BaseException:
             self.world.renew()
             raise
         if left:
             self.world.renew()
+            # On the last step as well: shrinking leaves out all others, and so never loses this.
             answers[-1] = StepAnswer(f"{answers[-1].said}; then everything is closed, and {left[0]}", answers[-1].files)
         return answers

@@ -36,10 +36,13 @@ class EmulatedWorld:
 
     def subject(self) -> EmulatedSubject:
         """A new process with nothing open."""
+        # One machine for many sequences: what one of them leaves behind is seen (`left`), a boot each would hide it.
         if self._host is None:
             self._host = Emulated("kvm", self.design, kvm_release=self.release,
                                   kvm_architecture=self.architecture, on_free="nothing")
             with self._host.open() as device, device.create_vm() as vm, vm.create_guest_memfd(PAGE, int(SHARED)) as file:
+                # Closed at once: its number may be asked about by every
+                # process that follows, and the answer is always EBADF.
                 self._closed = file
         return EmulatedSubject(self._host, self._closed)
 
@@ -179,6 +182,8 @@ class EmulatedSubject(Subject):
     def _sum(self, file: Any, index: Index, page: Any) -> int | None:
         if not file.flags & GuestMemfdFlag.MMAP or file.host.inode.entry("attributes", index) != SHARED_PAGE:
             return None
+        # A page that fallocate(2) made has whatever was in the frame: it is cleared at its first use, and Linux's half,
+        # which looks by a mapping, would find zeros.
         return zlib.crc32(self.host.machine.ram.read(page.pa, PAGE)) if page.uptodate else ZEROS
 
     @override

@@ -35,10 +35,12 @@ def _overflow(step: UserCall, real: StepAnswer, emulated: StepAnswer) -> bool:
 
 
 def _taken(real: StepAnswer, emulated: StepAnswer) -> bool:
+    # Both the answers and the files: a slot that also changed a file would be another difference, and has to be seen.
     return (real.said, emulated.said) == ("ok", "EINVAL") and real.files == emulated.files
 
 
 def _held(step: UserCall, real: StepAnswer, emulated: StepAnswer) -> bool:
+    # Flags 0: with the private bit (8) it would be a conversion that the guest asks for, and not a slot without a file.
     return (step.op in ("guest_load", "guest_store") and real.said.startswith("EFAULT, memory fault flags 0x0")
             and (emulated.said == "ok" or emulated.said.startswith("0x")) and real.files == emulated.files)
 

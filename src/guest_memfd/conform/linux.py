@@ -39,6 +39,8 @@ _LOAD, _STORE = bytes.fromhex("488b03" "488901" "ebfe"), bytes.fromhex("488913" 
 SECONDS = 2.0
 _ARM64 = platform.machine() == "aarch64"
 _GUESTS = ("guest_load", "guest_store")
+# Arguments with which little would be lost should a kernel take the call:
+# fchmod(2) to the mode that the file has anyway.
 _OTHERS: dict[str, tuple[Any, ...]] = {
     "read": (ctypes.create_string_buffer(8), 8), "write": (b"12345678", 8), "lseek": (0, 0), "ftruncate": (PAGE,),
     "pread64": (ctypes.create_string_buffer(8), 8, 0), "pwrite64": (b"12345678", 8, 0), "fchmod": (0o600,), "fsync": (),
@@ -69,6 +71,8 @@ class _Window(OwnedFd):
         self._whole(at, syscall.copy_to(self.address + at, ctypes.addressof(held), len(data)) if data else 0, len(data))
 
     def _whole(self, at: int, done: int, nr: int) -> None:
+        # process_vm_writev(2) says how far it came and not why. SIGBUS is a
+        # guess that no one reads: callers tell the place only.
         if done < nr:
             raise Signalled("SIGBUS", self.address + at + done, BUS_ADRERR)
 
@@ -90,6 +94,8 @@ class LinuxSubject(Subject):
         self.toucher = toucher()
         self.toucher.arm()
         self._plain: list[Anonymous] = []
+        # -1 would do for the kernel. But what has been closed also has `closed`
+        # and a size, which subject.py asks before it calls.
         self._none = GuestMemfd(os.dup(self.system.fileno()), "guest_memfd", 0)
         self._none.close()
 
@@ -186,6 +192,8 @@ class LinuxSubject(Subject):
 
     def child_load(self, register: int, at: int) -> str:
         """A load in a forked child, which exits then."""
+        # By the kernel, and not by the CPU as in `load`: a signal would
+        # have to be told apart from the child's own death.
         return _in_child(lambda: self.read(register, at, 8))
 
     def child_vm(self, vm: int) -> str:
@@ -201,6 +209,7 @@ class LinuxSubject(Subject):
         if _ARM64:
             memory.put(0, arm64_program())
         else:
+            # Plain memory, for the program and its tables must be where KVM's emulator looks as well: at userspace_addr.
             memory.put(0, identity_tables(OWN_SLOT))
             memory.put(CODE - OWN_SLOT, _LOAD)
             memory.put(CODE + PAGE - OWN_SLOT, _STORE)
@@ -231,6 +240,8 @@ class LinuxSubject(Subject):
         """By cachestat(2), page by page, and a mapping."""
         for register, file in sorted(self.files.items()):
             count, sums = file.resident(), dict[int, int | None]()
+            # cachestat(2) counts and does not list: one call a page.
+            # mincore(2) needs a mapping, and not every file has one.
             if file.size <= MOST_PAGES * PAGE and count:
                 there = [index for index in range(file.size // PAGE) if file.resident(index * PAGE, PAGE)]
                 sums = self._sums(file, there)
@@ -240,6 +251,8 @@ class LinuxSubject(Subject):
     @staticmethod
     def _sums(file: GuestMemfd, there: list[int]) -> dict[int, int | None]:
         found: dict[int, int | None] = dict.fromkeys(there)
+        # A file without MMAP has no mapping (ENODEV), and a private page is a
+        # SIGBUS: both stay None, as nothing can be compared.
         with suppress(SyscallFailed), _Window(file.fileno(), 0, file.size, 0) as window:
             for index in there:
                 with suppress(Signalled):
@@ -278,5 +291,6 @@ def lacking(path: str) -> dict[str, str]:
     """Operations that cannot be compared on this machine, each with the reason. Raises HostUnavailable, SyscallFailed."""
     with System(path) as system:
         toucher()                                       # before there are children
+        # KVM on arm64 emulates no loads from memory: whatever a guest touches first is a fault at stage 2.
         native = _ARM64 or fault_path.native(system, False)
     return {} if native else dict.fromkeys(_GUESTS, "a guest at CPL 3 does not reach the guest_memfd by a fault of its own")

@@ -14,6 +14,7 @@ from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, PRIVATE, SHA
 from guest_memfd.uapi.memory import Advice
 
 PAGE = 4096
+# Enough for a hole with neighbours on both sides, and so few that all checksums are taken after every step.
 PAGES = 4
 SIZE = PAGES * PAGE
 """Of most files."""
@@ -95,14 +96,19 @@ _OFFSET, _LENGTH = Param("offset", _OFFSETS, _ODD_OFFSETS), Param("nr", _LENGTHS
 _AT = Param("at", (0, PAGE, 2 * PAGE, 3 * PAGE, 8), (PAGE - 8, SIZE - 8, SIZE, 2 * SIZE - 8))
 _VALUE = Param("value", (0x1122_3344_5566_7788, 0, 1))
 _GPA = Param("gpa", (BASE, BASE + PAGE, BASE + 2 * PAGE, BASE + SIZE), (BASE + 2 * SIZE, BASE - PAGE, BASE + PAGE - 8))
+# The upper 16 bits are an address space: 0x50003 is slot 3 of one that no
+# KVM has. 40000 is more than KVM_CAP_NR_MEMSLOTS.
 _SLOT = Param("slot", (3, 1, 2), (0x50003, 40000, (1 << 32) - 1))
 _REGION = (
+    # 1 << 16 and 1 << 17 are the kernel's own bits of a slot
+    # (KVM_MEMSLOT_INVALID, KVM_MEMSLOT_GMEM_ONLY): EINVAL from outside.
     Param("flags", (4,), (5, 6, 12, 0x10004, 0x20004, 0)),
     Param("gpa", (BASE + 4 * SIZE, BASE, BASE + PAGE, BASE + 2 * SIZE),
           (1, OWN_SLOT, OWN_SLOT - PAGE, 1 << 62, 1 << 63, (1 << 64) - PAGE)),
     Param("size", (PAGE, 2 * PAGE, SIZE, 0), (1, SIZE + PAGE, 1 << 43, 1 << 63, (1 << 64) - PAGE)),
     Param("user", (0,), (1, 1 << 62, 1 << 63)),
 )
+# Punched, and not made anew: a punch leaves slots, mappings and pins as they are, and costs two calls.
 _WIPED = (UserCall("fallocate", (0, 3, 0, SIZE)), UserCall("fallocate", (1, 3, 0, SIZE)))
 _UNBOUND = (*(UserCall("region", (OF_ROW, slot, 4, 0, 0, 0, 0, 0)) for slot in (1, 2, 3)),
             UserCall("region", (0, 1, 4, BASE, 2 * PAGE, 0, 0, 0)))

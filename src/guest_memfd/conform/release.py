@@ -20,10 +20,13 @@ def shown(path: str) -> str:
         if why := system.lacks_shared():
             raise HostUnavailable(why)
         with system.create_vm() as vm, vm.create_guest_memfd(_PAGE, int(SHARED)) as file:
+            # A size of 0: who has the call refuses it with EINVAL, and nothing is converted on any kernel.
             if _errno_of(lambda: file.set_memory_attributes2(MemoryAttributes2(0, 0, 0))) != ENOTTY:
                 return "7.4"
             vm.set_user_memory_region2(0, MemFlag.GUEST_MEMFD, Ipa(0), _PAGE, guest_memfd=file)
             again = partial(vm.set_user_memory_region2, 1, MemFlag.GUEST_MEMFD, memory_size=_PAGE, guest_memfd=file)
+            # Two mistakes in one call: the file's page is bound already, and no guest address is that high. Which one is
+            # named shows the order of the checks, and the order is what 7.3.2 changed.
             near, far = (_errno_of(partial(again, guest_phys_addr=Ipa(gpa))) for gpa in (_PAGE, _FAR))
     if near not in (EEXIST, EINVAL):
         raise HostUnavailable(f"{path}: a page that is bound twice is answered with errno {near}, as by no known release")

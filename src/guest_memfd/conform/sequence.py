@@ -32,9 +32,11 @@ _TOGETHER = 3
 
 def random_sequence(seed: int, number: int, skip: frozenset[str] = frozenset()) -> Sequence:
     """Sequence *number* of *seed*, without the operations of *skip*."""
+    # A string and not hash() of a pair: its seed is made by SHA-512, and so is the same in every process and Python.
     choose = Random(f"{seed} {number}")
     names = [name for name in OPERATIONS if name not in skip]
     weights = [OPERATIONS[name].weight for name in names]
+    # A file that works, its mapping and a slot: without them most of what is drawn would find its registers empty.
     steps = [UserCall("create", (0, 0, SIZE, int(SHARED))), UserCall("map", (0, 0, 0, choose.choice((SIZE, 2 * SIZE)), 0)),
              UserCall("create", (1, 0, SIZE, choose.choice((int(SHARED), 1, 1, 0)))),
              UserCall("map", (1, choose.randrange(2), 0, SIZE, 0)),
@@ -56,6 +58,8 @@ def tables(skip: frozenset[str] = frozenset()) -> Iterator[Sequence]:
         if operation.name in skip:
             continue
         rows = list(_rows(operation))
+        # A child is forked for each sequence, so rows share one. What has no
+        # undo, as close(2), begins in a child of its own.
         size = _ROWS if operation.undo is not None else 1
         for at in range(0, len(rows), size):
             steps = [step for row in rows[at:at + size] for step in (row, *operation.undoing(row))]
@@ -65,6 +69,7 @@ def tables(skip: frozenset[str] = frozenset()) -> Iterator[Sequence]:
 def _rows(operation: UserOperation) -> Iterator[UserCall]:
     plain = [param.usual[0] for param in operation.params]
     seen = set()
+    # All values of all eight arguments of KVM_SET_USER_MEMORY_REGION2 were 1,360,800 rows. In threes they are 9,279.
     for places in combinations(range(len(plain)), min(_TOGETHER, len(plain))):
         for values in product(*(operation.params[place].values for place in places)):
             row = list(plain)

@@ -27,6 +27,8 @@ def shrink(found: Difference, attempt: Try, seconds: float = 60.0) -> Difference
             if time.monotonic() > end:
                 return found
             new = attempt(sequence)
+            # A shorter sequence may be answered in two ways for another reason.
+            # Of the same operation, it is most likely the same.
             if new is not None and new.step.op == found.step.op:
                 found = new
                 break
@@ -46,6 +48,7 @@ def _smaller(sequence: Sequence) -> Iterator[Sequence]:
     for at, step in enumerate(sequence):
         for place, param in enumerate(OPERATIONS[step.op].params):
             for value in param.values:
+                # Values stand from plain to odd in operations.py. Only plainer ones are tried, so this comes to an end.
                 if value == step.args[place]:
                     break
                 args = (*step.args[:place], value, *step.args[place + 1:])

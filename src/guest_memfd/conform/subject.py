@@ -105,6 +105,8 @@ class Subject(ABC):
         return StepAnswer("ok" if said is None else str(said), "; ".join(f"{n}: {pages}" for n, pages in self.seen()))
 
     def _signal(self, step: UserCall, error: Signalled) -> str:
+        # Only what touches a mapping gets a signal, and a mapping is its first argument. A place in it is comparable, an
+        # address is not: the two hosts map at different ones.
         mapping = self.mappings[step.args[0]]
         where = error.address - mapping.address
         return f"{error.signal} code {error.code} at +{where:#x}"
@@ -158,6 +160,8 @@ class Subject(ABC):
 
     def create(self, register: int, vm: int, size: int, flags: int) -> None:
         """KVM_CREATE_GUEST_MEMFD, in place of what the register had."""
+        # First, and whatever comes of the call: after a failure the register is
+        # empty on both hosts, and not the old file's on one.
         self.leave(register)
         self.files.pop(register, None)
         self.files[register] = self.vm(vm).create_guest_memfd(size, flags)
@@ -165,6 +169,7 @@ class Subject(ABC):
     def fallocate(self, register: int, mode: int, offset: int, nr: int) -> str | None:
         """fallocate(2), bytes and mode as given; but no more memory than `MOST_BYTES`."""
         file = self.file(register)
+        # Only what would succeed is left out. A length that is refused is an edge, and allocates nothing.
         if mode == FALLOC_FL_KEEP_SIZE and nr > MOST_BYTES and not file.closed and 0 <= offset <= file.size - nr:
             return TOO_MUCH
         self.do_fallocate(file, mode, offset, nr)
@@ -226,6 +231,7 @@ class Subject(ABC):
         end = -(-mapping.size // PAGE) * PAGE if mapping else 0
         if mapping is None or at >= end:
             return NO_MAPPING
+        # After its end there may be something of this process's own, and MADV_DONTNEED would throw that away.
         nr = min(nr, end - at)
         if nr > MOST_BYTES:
             return TOO_MUCH
@@ -235,6 +241,7 @@ class Subject(ABC):
     def read(self, register: int, at: int, nr: int) -> str:
         """Bytes of a mapping, copied by the kernel; the place of the first that it does not get."""
         mapping = self.mappings.get(register)
+        # The kernel would go on into whatever lies behind the mapping, and the two processes have other things there.
         if mapping is None or at + nr > mapping.size:
             return NO_MAPPING
         try:

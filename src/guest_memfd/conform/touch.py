@@ -99,6 +99,8 @@ class Toucher:
         self._note = (c_uint64 * 3).from_address(at + _NOTE)
         self._load = CFUNCTYPE(c_uint64, c_uint64)(symbols["load"])
         self._store = CFUNCTYPE(None, c_uint64, c_uint64)(symbols["store"])
+        # The kernel's struct sigaction, and not the C library's. x86 puts no frame on the stack without SA_RESTORER: it
+        # has no trampoline of its own for 64-bit programs (arch/x86/kernel/signal_64.c). On arm64 the vDSO has one.
         action = (c_uint64 * 4)(symbols["handler"], _SA_SIGINFO | _SA_RESTORER | _SA_NODEFER, symbols["restorer"], 0)
         if target is ARM64:
             action = (c_uint64 * 4)(symbols["handler"], _SA_SIGINFO | _SA_NODEFER, 0, 0)
@@ -106,6 +108,7 @@ class Toucher:
 
     def arm(self) -> None:
         """From now on SIGBUS and SIGSEGV of this process are this handler's."""
+        # In the children alone: in the parent a signal of this kind is a mistake of ours, and has to end it.
         for number in (signal.SIGBUS, signal.SIGSEGV):
             syscall.raw(self._sigaction, int(number), self._action, 0, 8, call="rt_sigaction")
 
@@ -119,6 +122,7 @@ class Toucher:
 
     def load(self, address: int) -> int:
         """The 8 bytes at *address*; raises Signalled."""
+        # The number of a signal is never 0: it says whether there was one. What the load returned is worthless then.
         self._note[0] = 0
         value = int(self._load(address))
         self._survived()

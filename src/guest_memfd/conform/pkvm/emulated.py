@@ -85,6 +85,8 @@ class EmulatedPkvm(PkvmSubject):
         mapping.zap(index, 1)
         if not self._protected and self._vm is not None:
             self._unmapped_by(frame)                    # the MMU notifier; who has pinned a page is not told
+        # A protected guest's pin outlives the mapping: the frame stays the
+        # guest's, and the process finds a new one (docs/conform.md).
         if frame not in self._pinned.values():
             self.machine.kernel_pages.free(frame)
 
@@ -147,6 +149,8 @@ class EmulatedPkvm(PkvmSubject):
         for index in range(_CODE + 1):
             mapping = self._inode.mapping
             frame = mapping.lookup(Index(index)) if mapping is not None else None
+            # The kernel's own load takes the page by force, so the child finds
+            # zeros. The guest of an unprotected VM has pinned nothing.
             if self._protected and frame is not None and frame in self._pinned.values():
                 copied[index] = self.machine.cpu.call("plain_read", self._kernel(frame) + at % PAGE).x0
         try:
@@ -159,6 +163,7 @@ class EmulatedPkvm(PkvmSubject):
     @override
     def open_vm(self, protected: bool) -> None:
         """A VM, and its vCPU; the program in a page that is new."""
+        # A new page each time: the old one was the guest's, and came back as zeros.
         self._zap(_CODE)
         self.machine.ram.write(self._frame(_CODE), program())
         self._protected = protected
@@ -175,6 +180,7 @@ class EmulatedPkvm(PkvmSubject):
         """Every page comes back by itself, and then the VM goes."""
         assert self._vm is not None
         vm, driver, mapping = self._vm, self.machine.driver, self._inode.mapping
+        # EL2 gives single pages back from a dying VM only, and the VM's own memory only when there are none left in it.
         driver.vm_kill(vm)
         for gfn, frame in self._pinned.items():
             self._asked(driver.call(vm, self._back, (gfn, Folio(pa_to_pfn(frame)))), f"{self._back} of gfn {gfn:#x}")
@@ -182,6 +188,7 @@ class EmulatedPkvm(PkvmSubject):
         self.machine.forget_vm(vm)
         self.machine.module.put()
         assert mapping is not None
+        # What the process has discarded meanwhile was held by the guest's pin alone. Nothing else frees it.
         for frame in {*self._pinned.values()} - {*mapping.present.values()}:
             self.machine.kernel_pages.free(frame)
         self._pinned.clear()
@@ -235,6 +242,8 @@ class EmulatedPkvm(PkvmSubject):
     def _fault(self, ipa: Ipa) -> int:
         vm, driver, gfn = self._vm, self.machine.driver, gpa_to_gfn(ipa)
         assert vm is not None
+        # Asked first. To EL2 the entry is not empty, and donating there would
+        # be refused with another errno than upstream's.
         if driver.poisoned(vm, gfn):
             return -EFAULT
         frame = self._frame(_CODE if ipa >= PROGRAM else page_index(ipa - BASE))

@@ -159,6 +159,7 @@ def without_protection(path: str) -> str:
             system.create_vm(arm64.VM_TYPE_PROTECTED).close()
         except SyscallFailed as error:
             release = os.uname().release
+            # kvm_arch_init_vm() says EINVAL of a type that it does not know. Another errno is no answer to that.
             if error.errno != EINVAL:
                 raise HostUnavailable(f"Linux {release}: {error}") from error
             return (f"Linux {release} makes no protected VM (KVM_CREATE_VM of type {arm64.VM_TYPE_PROTECTED:#x} is EINVAL); "

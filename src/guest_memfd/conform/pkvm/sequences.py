@@ -44,6 +44,8 @@ def tables() -> Iterator[Sequence]:
                 if param.name != "page":
                     rows |= {(*plain[:place], value, *plain[place + 1:]): None for value in param.values}
             for row in rows:
+                # The last load shows whether the guest is still alive: one whose
+                # page was taken by force is stuck at that instruction.
                 yield (*before, UserCall(operation.name, row), UserCall("guest_reads", (1, 0)))
 
 
@@ -51,6 +53,7 @@ def random_sequence(seed: int, number: int) -> Sequence:
     """Sequence *number* of *seed*; one VM in six is not protected."""
     choose = Random(f"pkvm {seed} {number}")
     names, weights = [*PKVM_OPERATIONS], [each.weight for each in PKVM_OPERATIONS.values()]
+    # More often would find less: what is not protected has hardly a refusal to compare.
     steps = [UserCall("start", (int(choose.random() > 1 / 6),))]
     steps += [drawn(choose, PKVM_OPERATIONS[name]) for name in choose.choices(names, weights, k=LENGTH - 1)]
     return tuple(steps)

@@ -150,6 +150,7 @@ class PkvmSubject(ABC):
         if not self.running():
             return GONE
         self.close_vm()
+        # The pages are named in the answer for known.py: lent pages may differ afterwards, all others may not.
         said = "".join(("ok", *(f", {page} was lent" for page in sorted(self._lent))))
         self._lent.clear()
         return said
