@@ -60,6 +60,7 @@ def read(path: str, option: str = "--against") -> dict[str, Any]:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"{option} {path!r}: {error.strerror}") from error
+    # RecursionError: a file of ten thousand brackets is JSON, and is no survey.
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{option} {path!r} is not JSON: {error}") from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
@@ -93,6 +94,7 @@ def _by_id(entries: Any, key: str) -> dict[str, str]:
 def _offers(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
     for name, path in _OFFERS.items():
         was, now = _at(old, ("offers", *path)), _at(new, ("offers", *path))
+        # Where one of the two was not asked for its offers, everything would count as changed.
         if was == now or not isinstance(old.get("offers"), dict) or "offers" not in new:
             continue
         if isinstance(was, dict) and isinstance(now, dict):

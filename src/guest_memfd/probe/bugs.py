@@ -84,6 +84,7 @@ def find(bug: Bug, slate: Slate, path: str, features: KernelFeatures) -> BugFoun
 
 def _offset_overflow(here: Here) -> str:
     runs = "guest" in here.features
+    # The guest first: it brings the VM, and a file belongs to the VM that it was made by.
     visitor = ProbeGuest(here) if runs else None
     fd = here.gmem()
     try:
@@ -146,6 +147,7 @@ def _thp(here: Here) -> str:
 
 # Without the option it is refused on every kernel; so to be refused says something only where the option is seen.
 def _collapsed(here: Here, with_option: bool) -> str:
+    # Wherever the mapping begins, two aligned megabytes lie within it.
     size = 4 * _HUGE
     address = here.map(here.gmem(size=size), size)
     store(address, b"x" * size)
@@ -238,6 +240,7 @@ def _shared_invalidation(here: Here) -> str:
 
 
 def _implied_shared(here: Here) -> str:
+    # By the kernel's copy. A load of our own would be SIGBUS, and the child could not say what it was about.
     address = here.map(here.gmem(1))
     shown = attempt(lambda: call("write", os.pipe()[1], address, 1))
     return (f"{'fixed' if shown == 'EFAULT' else 'present'}: the host's access to a file with MMAP and without INIT_SHARED "
@@ -297,6 +300,7 @@ def _unaccounted(here: Here) -> str:
 
 def _closed_slot_uaf(here: Here) -> str:
     release = here.features.release
+    # By its number and not by trying: who loses the race uses freed memory, and most kernels do not notice.
     if version_of(release) >= (6, 18) or (version_of(release) == (6, 12) and patch_of(release) >= 59):
         tried = "it was not tried"
         if "expendable" in here.features and "slots" in here.features:
@@ -313,6 +317,7 @@ def _race(here: Here) -> int:
     while time.monotonic() < end:
         fd = here.gmem()
         bind(here.vm, 1, GMEM, GPA, SIZE, 0, fd)
+        # The interpreter's lock is released in close(2) and in the ioctl: the two are in the kernel at the same time.
         closing = threading.Thread(target=os.close, args=(fd,))
         closing.start()
         bind(here.vm, 1, 0, 0, 0)

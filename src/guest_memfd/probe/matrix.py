@@ -36,6 +36,7 @@ def as_tables(surveys: Sequence[SurveyOf]) -> Iterator[str]:
             (bug, [SHORT[found["verdict"]] if (found := _found(each, "known_bugs", bug)) else "" for each in there])
             for bug in bugs if any((_found(each, "known_bugs", bug) or {}).get("verdict") in ("present", "fixed")
                                    for each in there)])
+    # Compared without the marks: the same result may be expected of one kernel and unknown of another.
     rows = [row for row in dict.fromkeys(row["id"] for each in there for row in _of(each, "behaviour"))
             if len({_cell(each, row).rstrip("*~ ") for each in there} - {""}) > 1]
     if rows:
@@ -86,4 +87,5 @@ def _table(corner: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence
     yield f"| {' | '.join((corner, *heads))} |"
     yield f"|{'---|' * (len(heads) + 1)}"
     for name, cells in rows:
+        # A bar would begin another cell.
         yield f"| {' | '.join((name, *(cell.replace('|', '/') for cell in cells)))} |"

@@ -158,6 +158,8 @@ def _kvm(path: str, feature: Callable[..., bool]) -> dict[str, Any]:
         words = f"KVM_CAP_GUEST_MEMFD_FLAGS does not have flag {1 << bit}" if caps else "no KVM"
         feature(f"flag {1 << bit}", "" if offered else words)
         if caps and not offered:
+            # A feature of its own: that KVM lacks the flag is something to
+            # expect by. Without KVM neither of the two holds.
             feature(f"no flag {1 << bit}")
     for kind in _VM_TYPES:
         # Without the capability, which is newer than type 0, there is type 0 alone.
@@ -239,10 +241,12 @@ def _guest_works(here: Here) -> None:
 
 
 def _numa_works(here: Here) -> None:
+    # It wants nothing, and so succeeds for everyone; without CONFIG_NUMA it is ENOSYS.
     call("get_mempolicy", None, None, 0, 0, 0)
 
 
 def _cachestat_works(here: Here) -> None:
+    # Any file that is in the page cache will do, and this one is there without KVM.
     fd = os.open("/proc/self/exe", os.O_RDONLY)
     resident(fd)
 
@@ -287,6 +291,7 @@ def _about_process(feature: Callable[..., bool], slate: Slate) -> None:
     feature("ipc-lock", "" if capabilities >> _CAP_IPC_LOCK & 1 else "no CAP_IPC_LOCK")
     feature("unfiltered", "a seccomp filter is in force" if filtered else "" if root else "not privileged")
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    # Then ENOMEM of a mapping may be the limit's answer, and says nothing about the kernel (ask/row.py).
     if soft != resource.RLIM_INFINITY:
         feature("enough memory", f"RLIMIT_AS is {soft}")
     feature("ptrace", "" if ptrace_works(slate) else "a child cannot be traced here")
@@ -297,6 +302,7 @@ def _about_machine(feature: Callable[..., bool]) -> None:
     feature("x86-64", "" if machine == "x86_64" else f"for x86-64 only, this is {machine}")
     feature("arm64", "" if machine == "aarch64" else f"for arm64 only, this is {machine}")
     meminfo = _read("/proc/meminfo") or ""
+    # The line is there with CONFIG_MEMORY_FAILURE alone (fs/proc/meminfo.c), and it costs no page to look.
     handled = "HardwareCorrupted" in meminfo
     feature("no memory failure", "this kernel handles broken memory: poison.* is about that" if handled else "")
     available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.M)

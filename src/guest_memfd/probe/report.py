@@ -83,6 +83,7 @@ def as_ktap(found: Survey) -> Iterator[str]:
         if judged.verdict in ("differs", "unknown"):
             yield f"# {judged.row.says}"
             yield f"# result {judged.result}, expected {judged.expected or 'not known'}"
+        # Unknown is a SKIP as well: a kernel that no one has looked at yet must not turn a harness red.
         directive = {"skipped": f" # SKIP {judged.why}", "unknown": f" # SKIP {judged.why}"}.get(judged.verdict, "")
         yield f"{'not ok' if judged.verdict == 'differs' else 'ok'} {number} {judged.row.id}{directive}"
     for number, bug in enumerate(found.bugs, len(found.behaviour) + 1):

@@ -31,6 +31,8 @@ def saved(path: str) -> SurveyOf:
     facts = found.get("offers")
     if facts is not None:
         try:
+            # Shown to no one. What is amiss raises here, with the file's name,
+            # and not in the middle of the page that is made of it.
             _ = [*offers(facts)]
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise _wrong(path, f"what it offers is not as gmem probe writes it ({type(error).__name__}: {error})") from error

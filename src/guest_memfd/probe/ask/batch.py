@@ -33,6 +33,7 @@ def together(acts: Sequence[Callable[[Slate], object]], slate: Slate, timeout: f
     os.close(theirs)
     data = bytearray()
     try:
+        # Each answer starts the time anew, so it is a row's and not the batch's.
         while select.select([ours], [], [], timeout * slate.patience)[0]:
             got = os.read(ours, 1 << 16)
             if not got:
@@ -59,9 +60,11 @@ def _child(acts: Sequence[Callable[[Slate], object]], slate: Slate, pipe: int) -
                 result = None
             except FAILED as error:
                 result = name_of(error)
+            # The answer first: the row that has changed the process is done, it is the next one that must not run here.
             os.write(pipe, json.dumps(result).encode() + b"\n")
             if _kept() != before:
                 break
+            # As the end of a process would do: else memory runs out, and numbers below RLIMIT_NOFILE.
             for fd in _open_files() - files:
                 with suppress(OSError):
                     os.close(fd)

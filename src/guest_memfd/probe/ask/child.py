@@ -71,6 +71,7 @@ class Slate:
     def say(self, kind: int, text: str) -> None:
         """The last word of the child."""
         data = text.encode("utf-8", "replace")[:self.SIZE - _HEAD.size]
+        # The text first, its kind last. A child that is killed in between has said nothing, and not half of it.
         self._page[_HEAD.size:_HEAD.size + len(data)] = data
         self._page[16:24] = struct.pack("<II", kind, len(data))
 
@@ -109,6 +110,7 @@ def perform(act: Callable[[Slate], object], slate: Slate, timeout: float = TIMEO
 
 def _once(act: Callable[[Slate], object], slate: Slate, timeout: float) -> RowOutcome:
     slate.wipe()
+    # Blocked before the fork: sigtimedwait() finds the signal of a child that ends before anyone waits for it.
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     try:
         try:
@@ -117,6 +119,7 @@ def _once(act: Callable[[Slate], object], slate: Slate, timeout: float) -> RowOu
             return RowOutcome(unfit=f"fork: {name_of(error)}")
         if pid == 0:
             _child(act, slate)
+        # The child does the same. Whoever comes first, the group is there when it is to be killed.
         with suppress(OSError):
             os.setpgid(pid, pid)
         try:
@@ -182,11 +185,13 @@ def _watch(pid: int, slate: Slate, timeout: float) -> RowOutcome:
 
 
 def _fault(pid: int, number: int, slate: Slate) -> str:
+    # siginfo_t on 64 bits: the code after si_signo and si_errno, the address after four bytes of padding.
     info = ctypes.create_string_buffer(128)
     name = signal.Signals(number).name
     if _libc.ptrace(_GETSIGINFO, pid, None, ctypes.addressof(info)) != 0:
         return name
     code, address = struct.unpack_from("<8xi4xQ", info.raw)
+    # Sent by kill(2) or abort(3) it has no address: the same bytes are a pid and a uid then.
     if (number, code) not in SIGNAL_CODES:
         return name
     return f"{name} {SIGNAL_CODES[number, code]} {slate.place(address)}"

@@ -36,6 +36,7 @@ class ProbeGuest:
 
     def store(self, gpa: int, text: bytes) -> str:
         """Eight bytes to *gpa*: ``ok``, or as `load`."""
+        # The program ends with rax, which is 0 when it begins: "zero" is all that a store can say.
         said = self._run(_STORE, gpa, int.from_bytes(text.ljust(8, b"\0"), "little"))
         return "ok" if said == "zero" else said
 
@@ -45,6 +46,7 @@ class ProbeGuest:
         sregs = self._small.vcpu.get_sregs()
         for name in ("cs", "ds", "es", "fs", "gs", "ss"):
             segment = getattr(sregs, name)
+            # Both: VMX may refuse to enter a guest whose SS has one level in its selector and another in its descriptor.
             segment.dpl, segment.selector = 0, segment.selector & ~3
         self._small.vcpu.set_sregs(sregs)
         return _said(self._small.vcpu.run(SECONDS))

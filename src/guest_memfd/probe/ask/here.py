@@ -69,6 +69,7 @@ class Here:
 
     def gmem(self, flags: int = SHARED, size: int = SIZE, vm: int | None = None) -> int:
         """A guest_memfd of *size* bytes of *vm*; raises Unfit where the kernel lacks one of *flags*."""
+        # Asked before the call: EINVAL could not say whether it is the flag or the size.
         for flag in GuestMemfdFlag:
             if flags & flag and f"flag {int(flag)}" not in self.features:
                 raise Unfit(self.features.why(f"flag {int(flag)}"))
@@ -138,6 +139,7 @@ class Here:
         """Give up all privileges: become nobody."""
         if os.geteuid() == 0:
             def nobody() -> None:
+                # Groups first, the user last: without the user's privileges the other two are refused.
                 os.setgroups([])
                 os.setresgid(65534, 65534, 65534)
                 os.setresuid(65534, 65534, 65534)

@@ -58,6 +58,7 @@ def on_a_vcpu(here: Here) -> None:
 def no_descriptor_left(here: Here) -> None:
     """KVM_CREATE_GUEST_MEMFD with every descriptor that RLIMIT_NOFILE allows in use."""
     vm = here.vm
+    # dup(2) takes the lowest free number, so all below are in use.
     limit = os.dup(vm) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     create(vm, SIZE, 0)
@@ -66,6 +67,8 @@ def no_descriptor_left(here: Here) -> None:
 def in_a_forked_child(here: Here, what: str) -> str:
     """By a process that shares the descriptors but not the address space that the VM was made in."""
     vm, vcpu, fd = here.vm, here.vcpu(), here.gmem()
+    # KVM compares the caller's address space with the VM's before it looks at the call (kvm_vm_ioctl(),
+    # kvm_vcpu_ioctl()): its MMU notifier is registered there. The file's own methods do not care who calls.
     return here.fork({
         "create": lambda: create(vm, SIZE, 0),
         "check-extension": lambda: call("ioctl", vm, kvm.CHECK_EXTENSION, kvm.Cap.GUEST_MEMFD),
@@ -131,6 +134,7 @@ def taken_by_pidfd(here: Here) -> str:
 
 def _flag_rules(flags: int) -> tuple[tuple[str, str | None], ...]:
     wanted = [f"flag {1 << bit}" for bit in range(64) if flags >> bit & 1]
+    # One flag decides both ways. Of several, each that is missing refuses, and none alone makes it succeed.
     if len(wanted) == 1:
         return ((wanted[0], "ok"), (f"no {wanted[0]}", "EINVAL"))
     return tuple((f"no {name}", "EINVAL") for name in wanted)
@@ -171,6 +175,7 @@ CREATE = [
 DESCRIPTOR = [
     Row("fd.cloexec", "a new guest_memfd has no FD_CLOEXEC", control, (0, fcntl.F_GETFD, 0), "0x0"),
     Row("fd.exec", "a guest_memfd survives exec", through_exec, (0,), "there"),
+    # O_LARGEFILE is another bit on arm64 than on x86.
     Row("fd.getfl", "a guest_memfd is open for reading and writing", control, (0, fcntl.F_GETFL, 0), "0x8002",
         rules=(("arm64", "0x20002"),)),
     Row("fd.get-seals", "a guest_memfd has no seals", control, (0, fcntl.F_GET_SEALS, 0), "EINVAL"),
@@ -178,7 +183,7 @@ DESCRIPTOR = [
     Row("fd.append", "O_APPEND can be set, and means nothing", control, (0, fcntl.F_SETFL, os.O_APPEND)),
     Row("fd.nonblock", "O_NONBLOCK can be set, and means nothing", control, (0, fcntl.F_SETFL, os.O_NONBLOCK)),
     Row("fd.direct", "O_DIRECT cannot be set", control, (0, fcntl.F_SETFL, os.O_DIRECT), "EINVAL"),
-    Row("fd.pipe-size", "a guest_memfd is no pipe", control, (0, 1032, 0), "EBADF"),
+    Row("fd.pipe-size", "a guest_memfd is no pipe", control, (0, fcntl.F_GETPIPE_SZ, 0), "EBADF"),
     Row("fd.scm-rights", "a guest_memfd that arrives over a socket maps the same memory", sent_over_a_socket, (SHARED,),
         "sent"),
     Row("fd.pidfd-getfd", "a guest_memfd taken by pidfd_getfd(2) maps the same memory", taken_by_pidfd, (), "same"),

@@ -17,6 +17,8 @@ MODES = {"0": 0, "punch-without-keep": PUNCH_HOLE, "no-hide-stale": 4, "collapse
 BOUNDS = {
     "offset-unaligned": (1, PAGE, "EINVAL"), "len-unaligned": (0, 1, "EINVAL"), "len-0": (0, 0, "EINVAL"),
     "offset-negative": (-PAGE, PAGE, "EINVAL"), "len-negative": (0, -PAGE, "EINVAL"),
+    # vfs_fallocate() looks at the sum itself. What is merely past the end is
+    # for the file to refuse, and that says EINVAL.
     "overflow": ((1 << 63) - PAGE, PAGE, "EFBIG"), "offset-huge": ((1 << 63) - PAGE, 2 * PAGE, "EFBIG"),
 }
 
@@ -83,6 +85,7 @@ ROWS = among(("gmem", "cachestat"), [
     *(Row(f"fallocate.free.flags-{flags}", f"punching frees at once, with flags {flags}", punch_full, (flags, PAGE, PAGE),
           "ok, 3 pages", tuple(f"flag {bit}" for bit in (1, 2) if flags & bit)) for flags in range(4)),
     Row("fallocate.free.all", "punching everything leaves no page", punch_full, (0, 0, SIZE), "ok, 0 pages"),
+    # Only allocating asks for the size (kvm_gmem_allocate()). A punch takes what there is between two indices.
     Row("fallocate.free.past-eof", "punching past the end is accepted, and frees what lies inside", punch_full,
         (0, 2 * PAGE, 1 << 30), "ok, 2 pages"),
     Row("fallocate.free.beyond", "punching wholly past the end is accepted, and frees nothing", punch_full,

@@ -79,6 +79,8 @@ def _link(fd: int) -> int:
 
 # name: (what it is in words, the call, result on guest_memfd, result on memfd_secret). A call takes (descriptor, Here).
 OPERATIONS: dict[str, tuple[str, Callable[[int, Here], object], str | None, str | None]] = {
+    # A file that no open(2) has made has no FMODE_PREAD, FMODE_PWRITE or FMODE_LSEEK: ESPIPE, before anyone looks for a
+    # method. read(2) and write(2) get as far as the method that is missing: EINVAL, of 0 bytes, too.
     "read": ("read(2)", lambda fd, _: call("read", fd, _buffer(), PAGE), "EINVAL", "EINVAL"),
     "read-0": ("read(2) of 0 bytes", lambda fd, _: call("read", fd, _buffer(), 0), "EINVAL", None),
     "readv": ("readv(2)", lambda fd, _: _vector("readv", fd), "EINVAL", None),
@@ -93,6 +95,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[int, Here], object], str | None, str 
     "seek-end": ("lseek(2) SEEK_END", lambda fd, _: call("lseek", fd, 0, 2), "ESPIPE", None),
     "seek-data": ("lseek(2) SEEK_DATA", lambda fd, _: call("lseek", fd, 0, 3), "ESPIPE", None),
     "seek-hole": ("lseek(2) SEEK_HOLE", lambda fd, _: call("lseek", fd, 0, 4), "ESPIPE", None),
+    # Size, mode, owner and times are all changed by way of setattr, and kvm_gmem_setattr() refuses whatever it is.
     "ftruncate-grow": ("ftruncate(2) to twice the size", lambda fd, _: call("ftruncate", fd, 2 * SIZE), "EINVAL", "EINVAL"),
     "ftruncate-shrink": ("ftruncate(2) to one page", lambda fd, _: call("ftruncate", fd, PAGE), "EINVAL", "EINVAL"),
     "ftruncate-same": ("ftruncate(2) to the size it has", lambda fd, _: call("ftruncate", fd, SIZE), "EINVAL", "EINVAL"),
@@ -117,6 +120,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[int, Here], object], str | None, str 
                    "EINVAL"),
     "splice-in": ("splice(2) from a pipe", lambda fd, _: call("splice", _pipe(True)[0], None, fd, None, PAGE, 0), "EINVAL",
                   "EINVAL"),
+    # With an offset it is as pread(2); without one it would be refused by the missing method.
     "sendfile-from": ("sendfile(2) from it, with an offset",
                       lambda fd, here: call("sendfile", here.temporary(), fd, ctypes.c_int64(), PAGE), "ESPIPE", "ESPIPE"),
     "sendfile-to": ("sendfile(2) to it", lambda fd, here: call("sendfile", fd, _rewound(here), None, PAGE), "EINVAL", None),
@@ -126,8 +130,10 @@ OPERATIONS: dict[str, tuple[str, Callable[[int, Here], object], str | None, str 
                 lambda fd, here: call("copy_file_range", _rewound(here), None, fd, None, PAGE, 0), "EXDEV", "EXDEV"),
     "ficlone": ("FICLONE of an ordinary file", lambda fd, here: call("ioctl", fd, _FICLONE, here.temporary()), "EXDEV",
                 None),
+    # The file has no poll method. To poll(2) it is always ready (DEFAULT_POLLMASK); epoll takes none.
     "epoll": ("EPOLL_CTL_ADD", lambda fd, _: _epoll(fd), "EPERM", None),
     "poll": ("poll(2)", lambda fd, _: _poll(fd), "POLLIN+POLLOUT", None),
+    # The inode has no open method but no_open(), which says ENXIO (fs/inode.c). O_PATH never calls it.
     "reopen-rw": ("open(2) of /proc/self/fd/N", lambda fd, _: _reopen(fd, os.O_RDWR), "ENXIO", "ENXIO"),
     "reopen-ro": ("open(2) of /proc/self/fd/N for reading", lambda fd, _: _reopen(fd, os.O_RDONLY), "ENXIO", "ENXIO"),
     "reopen-path": ("open(2) of /proc/self/fd/N with O_PATH", lambda fd, _: _reopen(fd, os.O_PATH), "ok", None),

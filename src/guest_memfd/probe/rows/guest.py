@@ -112,6 +112,7 @@ def slot_deleted(here: Here) -> str:
     guest.store(GPA, b"kept")
     bind(here.vm, 1, 0, 0, 0)
     gone = guest.load(GPA)
+    # Another slot number, and another address: the bytes are the file's and go wherever it is bound.
     bind(here.vm, 2, GMEM, 2 * GPA, SIZE, 0, fd)
     return f"{gone}, then {guest.load(2 * GPA)}"
 
@@ -180,6 +181,7 @@ def allocated_before(here: Here) -> str:
     return guest.load(GPA + PAGE)
 
 
+# Flags 0: the access was a shared one. Size and address are a page's: that is all that KVM knows of the fault.
 _GONE = f"EFAULT, memory fault flags 0 gpa {GPA:#x} size {PAGE:#x}"
 _IN_PLACE = (("in-place", None),)
 
@@ -212,6 +214,8 @@ ROWS = among(("slots", "guest"), [
         Row("guest.plain-punched", "and a punch goes through to the guest", plain_slot_punched, (), "zero"),
         Row("guest.plain-past-eof", "a mapping past the end does not", plain_slot, ("past-eof",), "EFAULT, exit 0"),
     ]),
+    # No exit says where: KVM_EXIT_MEMORY_FAULT is filled in for slots with a
+    # guest_memfd, and not where get_user_pages() fails.
     Row("guest.plain-unmapped", "nor does an address where nothing is", plain_slot, ("unmapped",), "EFAULT, exit 0"),
     Row("guest.plain-private", "nor does a mapping of private pages", plain_slot, ("private",), "EFAULT, exit 0",
         ("flag 1",)),

@@ -34,6 +34,8 @@ def closes(here: Here, *order: str) -> str:
     for _ in range(10):
         freed = _once(here, order)
         seen[freed] += 1
+        # What others free looks like ours, but hardly twice at the same step.
+        # What they allocate hides ours, so "none" takes more.
         if seen[freed] == (2 if freed in order else 4):
             return f"freed with {freed}"
     raise Unfit("memory of others came and went meanwhile")

@@ -207,6 +207,8 @@ ROWS = [
     *among(("gmem", "flag 1"), [
         *(Row(f"populate.{name}.private", f"MADV_{name} of private pages is a fault", populates, (1, name, SIZE),
               "EFAULT, 0 pages", ("cachestat",)) for name in ("POPULATE_READ", "POPULATE_WRITE")),
+        # __mlock_posix_error_return(): the fault is EFAULT inside, and POSIX
+        # wants ENOMEM for addresses that cannot be had.
         Row("mlock.private", "mlock(2) of private pages fails", locks, (1, "mlock"), "ENOMEM"),
     ]),
     *among(("gmem", "flag 1", "flag 2", "numa"), [
@@ -229,7 +231,8 @@ SECRET_ROWS = among(("secretmem",), [
           rules=_SECRET_UNLOCKED.get(name, ())) for name in _SECRET_REFUSED),
     Row("secret.madvise-DONTNEED_LOCKED", "MADV_DONTNEED_LOCKED of a memfd_secret is accepted, and takes no data away",
         advises, (SECRET, "DONTNEED_LOCKED"), "ok, kept"),
-    Row("secret.mlock", "mlock(2) of a memfd_secret fails: it is locked already", locks, (SECRET, "mlock"), "ENOMEM"),
+    Row("secret.mlock", "mlock(2) of a memfd_secret fails: get_user_pages(), by which it populates, refuses it", locks,
+        (SECRET, "mlock"), "ENOMEM"),
     Row("secret.munlock", "munlock(2) of a memfd_secret is accepted", locks, (SECRET, "munlock")),
     Row("secret.smaps-flags", "a mapping of memfd_secret is locked and not dumped", smaps, (SECRET, "VmFlags"),
         "rd wr sh mr mw me ms lo dd | rd wr sh mr mw ms lo dd",

@@ -24,6 +24,7 @@ _FUTEX_WAIT, _FUTEX_PRIVATE = 0, 128
 
 def _vm_copy(name: str, address: int) -> str:
     data = ctypes.create_string_buffer(len(_TEXT))
+    # The remote side is what get_user_pages_remote() takes. The local one is only copied, and would tell nothing.
     local, remote = Iovec(ctypes.addressof(data), len(_TEXT)), Iovec(address, len(_TEXT))
     return f"{call(name, os.getpid(), local, 1, remote, 1, 0)} bytes"
 
@@ -84,12 +85,14 @@ USERS: dict[str, tuple[str, Callable[[Here, int], object], str, str | None, str 
     "process-vm-readv": ("process_vm_readv(2)", lambda _, at: _vm_copy("process_vm_readv", at), _COPIED, "EFAULT", "EFAULT"),
     "process-vm-writev": ("process_vm_writev(2)", lambda _, at: _vm_copy("process_vm_writev", at), _COPIED, "EFAULT",
                           "EFAULT"),
+    # EIO and not EFAULT: access_remote_vm() came to no byte, and mem_rw() knows no more than that.
     "proc-mem-read": ("read of /proc/self/mem", lambda here, at: _proc_mem(here, at, False), _COPIED, "EIO", "EIO"),
     "proc-mem-write": ("write to /proc/self/mem", lambda here, at: _proc_mem(here, at, True), _COPIED, "EIO", "EIO"),
     "direct-write": ("write(2) from it with O_DIRECT", lambda here, at: _direct(here, at, True), _WHOLE, "EFAULT", "EFAULT"),
     "direct-read": ("read(2) into it with O_DIRECT", lambda here, at: _direct(here, at, False), _WHOLE, "EFAULT", "EFAULT"),
     "vmsplice": ("vmsplice(2)", lambda _, at: f"{_vmsplice(at)[1]} bytes", _WHOLE, "EFAULT", "EFAULT"),
     "io-uring": ("IORING_REGISTER_BUFFERS, a long-term pin", lambda _, at: _register(at), "ok", "EFAULT", "EFAULT"),
+    # A shared futex is known by its page, and get_futex_key() takes that; a private one by its address alone.
     "futex": ("a shared futex", lambda _, at: _futex(at, 0), "EAGAIN", "EFAULT", "EFAULT"),
     "private-futex": ("a private futex", lambda _, at: _futex(at, _FUTEX_PRIVATE), "EAGAIN", None, "EAGAIN"),
     "read": ("read(2) into it", lambda _, at: _read_into(at), _WHOLE, "EFAULT", _WHOLE),
@@ -137,6 +140,7 @@ UFFD_MODES = {"missing": 1, "wp": 2, "minor": 4}
 def registers(here: Here, which: int | str, mode: str) -> None:
     """UFFDIO_REGISTER of a mapping of the file for one mode of userfaultfd."""
     try:
+        # 1: UFFD_USER_MODE_ONLY, which takes no privileges. Whether a mapping can be registered does not depend on it.
         uffd = call("userfaultfd", 1 | os.O_CLOEXEC)
         call("ioctl", uffd, 0xC018AA3F, ctypes.create_string_buffer(struct.pack("<QQQ", 0xAA, 0, 0)))
     except FAILED as error:

@@ -16,6 +16,7 @@ from guest_memfd.probe.rows.slots import GMEM, GPA
 def poisoned(here: Here) -> tuple[int, int]:
     """A shared file whose first page is broken, all pages having been written, and the address of a mapping made since."""
     fd = here.gmem()
+    # In a child, and before our own mapping: memory_failure() kills whoever has the page mapped.
     breaks(here, fd)
     return fd, here.map(fd)
 

@@ -52,6 +52,7 @@ def fallocates(here: Here, mode: int) -> None:
 
 def under_limit(here: Here, limit: int, *pages: int) -> str:
     """Map so many pages each, without privileges, under a limit of *limit* pages."""
+    # CAP_IPC_LOCK goes past the limit, so privileges go first.
     here.descend()
     try:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit * PAGE, limit * PAGE))

@@ -185,6 +185,8 @@ def fallocates_bound(here: Here) -> str:
     return attempt(lambda: call("fallocate", fd, KEEP_SIZE, 0, SIZE) or None)
 
 
+# The first two are flags of other slots (check_memory_region_flags()): KVM logs no dirty pages of a guest_memfd, and a
+# write to a read-only slot is an MMIO exit, which its fault cannot become.
 _FLAG_BITS = {"log-dirty": 1, "readonly": 2, "bit-3": 8, "bit-4": 16, "bit-15": 1 << 15, "bit-16-invalid": 1 << 16,
               "bit-17-gmem-only": 1 << 17, "bit-31": 1 << 31}
 _FIELDS = [
@@ -202,6 +204,7 @@ _FIELDS = [
     ("uaddr-kernel", "a user address in the kernel's half", "uaddr", 0xFFFF8880_00000000, "EINVAL"),
 ]
 _TWICE = (("overlap is EEXIST", "EEXIST"),)
+# What is open, but no guest_memfd of this VM, is EINVAL: kvm_gmem_bind() compares file operations, and then the VM.
 _DESCRIPTORS = {
     "closed": ("a closed descriptor", "EBADF"),
     "minus-1": ("descriptor -1", "EBADF"),
@@ -237,6 +240,7 @@ ROWS = among(("slots",), [
     Row("slot.offset-overflow", "an offset of 2^63 less a page: its end is negative as signed, and below the size", field,
         ("offset", BEYOND), "ok", rules=(("binding offsets unsigned", "EINVAL"),)),
     Row("slot.number", "the first slot number past KVM_CAP_NR_MEMSLOTS is refused", too_large_slot, (), "EINVAL"),
+    # Its structure ends before the descriptor: KVM allows it the flags of the first version only.
     Row("slot.old-ioctl", "KVM_SET_USER_MEMORY_REGION does not know KVM_MEM_GUEST_MEMFD", old_ioctl, (), "EINVAL"),
     Row("slot.without-flag", "without KVM_MEM_GUEST_MEMFD file and offset are not looked at", without_flag),
     Row("slot.pads", "the padding of the argument is not looked at", pads),
@@ -251,6 +255,8 @@ ROWS = among(("slots",), [
         rules=_TWICE),
     Row("slot.file-rest", "the rest of the file can go into another slot", two, (2 * GPA, 2 * PAGE, 2 * PAGE)),
     Row("slot.many", "100 slots of one page each of one file", many, (100,)),
+    # To set a plain slot again as it is succeeds, and changes nothing. kvm_set_memory_region() compares no slot of a
+    # guest_memfd with the old one: it can be deleted, and that is all.
     *(Row(f"slot.again-{name}", f"a slot with a guest_memfd is never changed: {words}", changed, given, "EINVAL")
       for name, words, given in _CHANGES),
     Row("slot.plain-to-gmem", "a plain slot does not become one with a guest_memfd", plain_to_gmem, (), "EINVAL"),
@@ -262,10 +268,13 @@ ROWS = among(("slots",), [
     Row("slot.rebind", "what was bound keeps its bytes, and can be bound elsewhere", rebind, (), "kept",
         ("flag 1", "flag 2")),
     Row("slot.rebind-in-part", "what was bound can be bound again in other pieces", rebind_in_part),
+    # kvm_gmem_release() takes the file out of its slots and leaves them: guest addresses are the VMM's to give up.
     Row("slot.closed-then-bind", "the slot of a closed file still has its guest addresses", closed_while_bound, ("bind",),
         "EEXIST"),
     Row("slot.closed-then-delete", "the slot of a closed file can be deleted", closed_while_bound, ("delete",)),
     Row("slot.closed-delete-bind", "and then its guest addresses are free", closed_while_bound, ("delete-and-bind",)),
+    # ENOENT, as of a slot that does not exist: kvm_get_dirty_log() wants a
+    # bitmap, and only KVM_MEM_LOG_DIRTY_PAGES makes one.
     Row("slot.dirty-log", "a slot with a guest_memfd has no dirty log", dirty_log, (), "ENOENT"),
     Row("slot.allocate-bound", "a file can be allocated while it is bound", fallocates_bound),
     Row("slot.attributes", "KVM_SET_MEMORY_ATTRIBUTES is there iff KVM_CAP_MEMORY_ATTRIBUTES is", vm_attributes, (),
