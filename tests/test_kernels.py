@@ -338,6 +338,9 @@ def test_a_probed_kernel_has_two_nodes_of_memory(tmp_path: Path, monkeypatch: py
     asked = (tmp_path / "argv").read_text()
     assert "-object memory-backend-ram,id=ram0,size=512M -numa node,nodeid=0,memdev=ram0,cpus=0-2" in asked
     assert "-object memory-backend-ram,id=ram1,size=512M -numa node,nodeid=1,memdev=ram1 " in f"{asked} "
+    assert main(["probe", "--kernel", str(tmp_path / "bzImage"), "--arch", "amd64", "--memory", "1025"]) == 3
+    assert [word for word in (tmp_path / "argv").read_text().split() if "size=" in word] == [
+        "memory-backend-ram,id=ram0,size=512M", "memory-backend-ram,id=ram1,size=513M"]
     assert kernel_run(tmp_path) == 3
     assert "-numa" not in (tmp_path / "argv").read_text()
 

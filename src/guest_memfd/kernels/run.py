@@ -98,6 +98,8 @@ def run(booted: BootedKernel, job: Job, say: Say) -> KernelAnswer:
             "-device", "virtio-serial-pci", "-chardev", f"file,id=answer,path={_path(answer)}",
             "-device", f"virtserialport,chardev=answer,name={guest.PORT}",
             "-kernel", str(booted.image), "-initrd", _path(initrd),
+            # panic=-1 and -no-reboot: a kernel that panics ends QEMU at once, and is not waited for. Mitigations cost
+            # time under emulation, and there is nothing to keep apart.
             "-append", f"console={machine.console} quiet panic=-1 rdinit=/init mitigations=off {job.append}",
         ]
         if job.nodes > 1:
@@ -116,7 +118,9 @@ def run(booted: BootedKernel, job: Job, say: Say) -> KernelAnswer:
 # The memory in equal parts, and all CPUs on the first node.
 def _nodes(job: Job) -> Iterator[str]:
     for node in range(job.nodes):
-        yield from ("-object", f"memory-backend-ram,id=ram{node},size={job.memory // job.nodes}M",
+        # The last gets what is left over: QEMU refuses nodes that do not add up to its -m.
+        size = job.memory // job.nodes + (job.memory % job.nodes if node == job.nodes - 1 else 0)
+        yield from ("-object", f"memory-backend-ram,id=ram{node},size={size}M",
                     "-numa", f"node,nodeid={node},memdev=ram{node}{f',cpus=0-{job.cpus - 1}' if not node else ''}")
 
 
@@ -145,6 +149,7 @@ def _image(booted: BootedKernel, job: Job) -> bytes:
 
 
 def _answer(booted: BootedKernel, job: Job, ended: qemu.QemuEnded, said: str, log: str) -> KernelAnswer:
+    # On the console, where the kernel has neither the port nor a second serial line.
     found = re.search(rf"{guest.BEGIN} (\S+) {guest.END}", said + log)
     if not found:
         panic = re.search(r"Kernel panic.*|---\[ end Kernel.*", log)
