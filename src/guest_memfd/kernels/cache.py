@@ -22,6 +22,7 @@ def folder() -> Path:
     there = Path(os.environ.get("GMEM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gmem")
     try:
         there.mkdir(parents=True, exist_ok=True)
+        # Tried and not asked about: permission bits say nothing of quotas and of mounts that are read-only.
         with tempfile.TemporaryFile(dir=there):
             return there
     except OSError as error:
@@ -37,6 +38,7 @@ def kept_file(name: str, make: Callable[[], bytes]) -> Path:
         with _writing(path), tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-") as file:
             file.write(data)
             file.flush()
+            # link(2) and not rename(2): it does not replace the file that another run has put there, and may be reading.
             with suppress(FileExistsError):
                 os.link(file.name, path)
     return path

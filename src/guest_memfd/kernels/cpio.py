@@ -21,6 +21,8 @@ class Cpio:
     def _entry(self, path: str, mode: int, data: bytes = b"", rdev: tuple[int, int] = (0, 0)) -> None:
         if path in self._seen:
             return
+        # The kernel makes no folders that the archive has not
+        # (init/initramfs.c): the file would be left out without a word.
         folder = os.path.dirname(path)
         if folder:
             self._entry(folder, stat.S_IFDIR | 0o755)

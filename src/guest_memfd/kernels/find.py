@@ -49,6 +49,7 @@ class BootedKernel:
         data = _plain(self.modules[name])
         depends = re.search(rb"\0depends=([^\0]*)\0", data)
         for other in depends[1].decode().split(",") if depends else ():
+            # Files may have dashes where the module's own name has underscores.
             self._add(other.replace("-", "_"), order)
         order[name] = data
 
@@ -169,6 +170,7 @@ def _uncompressed(image: Path) -> Path:
         return image
     offset, length = struct.unpack_from("<II", data, 0x248)     # payload_offset, payload_length (x86 boot protocol 2.08)
     start = (data[0x1F1] + 1) * 512 + offset
+    # Less four bytes: the kernel's build appends the size of the plain image, which is no part of the frame.
     plain = _zstd(data[start:start + length - 4])
     if not any(note in plain for note in _PVH_NOTES):
         return image

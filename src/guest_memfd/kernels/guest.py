@@ -73,6 +73,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 # The named port of virtio-serial where the kernel has that, else the second serial line (x86), else the console.
 def _channel() -> str:
     ports = "/sys/class/virtio-ports"
+    # The port is there a moment after its module has been loaded.
     for _attempt in range(40):
         for port in os.listdir(ports) if os.path.isdir(ports) else ():
             with open(f"{ports}/{port}/name") as name:

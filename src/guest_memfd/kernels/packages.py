@@ -87,6 +87,7 @@ def _unpack(package: Path, tree: Path, wanted: Sequence[str]) -> None:
         except tarfile.TarError as error:
             raise HostUnavailable(f"{package.name} is broken: {error}; run it again") from None
         finally:
+            # Where reading has ended early it would wait for its pipe for ever, and this for it.
             process.kill()
 
 
@@ -97,6 +98,7 @@ def _apt(tool: str, *words: str, folder: Path | None = None) -> str:
     if not stamp.exists() or time.time() - stamp.stat().st_mtime > A_DAY:
         for path in ("sources", "state/lists/partial", "cache/archives/partial"):
             (root / path).mkdir(parents=True, exist_ok=True)
+        # Nothing is installed, as far as this apt knows: what the machine has does not decide what is fetched.
         (root / "status").touch()
         mirror, of = _mirror()
         # Ubuntu's mirrors have amd64, or as "ports" the others.
@@ -140,6 +142,7 @@ def _run(root: Path, folder: Path | None, tool: str, *words: str) -> str:
         "Dir::Etc::preferencesparts": "/dev/null", "Dir::State": root / "state", "Dir::State::status": root / "status",
         "Dir::Cache": root / "cache", "APT::Architecture": "amd64", "Acquire::Languages": "none",
         "Acquire::http::Timeout": "60", "Acquire::https::Timeout": "60",
+        # As root, apt would become a user of its own, who may not write into the cache.
         "APT::Sandbox::User": "root" if os.geteuid() == 0 else "",
     }
     flags = [*(f"-o{name}={value}" for name, value in options.items()),

@@ -100,6 +100,7 @@ def watched(command: Sequence[str], environment: dict[str, str], timeout: float,
             raise HostUnavailable(f"{command[0]} cannot be started: {error.strerror}") from None
         problem = ""
         try:
+            # wait4(2), since it tells the CPU time of this child alone.
             while (done := os.wait4(machine.pid, os.WNOHANG))[0] == 0:
                 if time.monotonic() > began + timeout:
                     problem = f"it has not ended after {timeout:g} s"
