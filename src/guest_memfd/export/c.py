@@ -37,11 +37,13 @@ def about(example: Counterexample) -> Iterator[str]:
 
 
 def _comment(words: str) -> str:
+    # A backslash at the end of a line would take the next one into the comment.
     return " ".join(words.split()).replace("\\", "/").replace("*/", "* /").replace("/*", "/ *")
 
 
 # Letters, digits and what a name has; anything else as an octal escape.
 def _string(words: str) -> str:
+    # Octal, since it ends after three digits. \x goes on for as long as letters follow that could be digits.
     plain = "".join(chr(byte) if byte < 128 and (chr(byte).isalnum() or byte in b" -_.") else f"\\{byte:03o}"
                     for byte in words.encode())
     return f'"{plain}"'

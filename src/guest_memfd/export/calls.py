@@ -66,6 +66,8 @@ class _Asker:
         elif what in _WHO and option in CHANGES:
             if what == "then":
                 yield option, self.page, 1
+            # An unbind of a thread may begin at any page: it waits for "first
+            # page" (scenarios/vmm.py), if there is more than one.
             elif what == "thread" and (option != "unbind" or self.pages == 1):
                 yield option, 0, self.pages
             else:
@@ -73,6 +75,8 @@ class _Asker:
 
     def again(self, access: str, where: int, result: Any) -> bool:
         """Whether *access* is the one that has faulted before, and now goes on."""
+        # After a fault the same instruction is taken up again. To user space
+        # that is one access, and the fault is the kernel's.
         went_on = self.faulted.get(access) == where
         if result == "fault":
             self.faulted[access] = where

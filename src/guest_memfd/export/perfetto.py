@@ -65,6 +65,8 @@ def _of_steps(example: Counterexample, parties: list[str]) -> Iterator[Event]:
                    if show.ghost(name) and name.endswith(".op")]
         begun = [(number, OPS[new - 1]) for number, new in changed if new and number in tracks]
         for number, op in begun:
+            # Its end and this begin are in one step, in which the ghost goes
+            # from one operation to the next and is never 0.
             if number in under_way:
                 yield {"ph": "E", "pid": _PID, "tid": tracks[number], "ts": at * STEP}
             under_way[number] = op
@@ -156,6 +158,7 @@ class Recorder:
 
     def _count(self, primitive: str, now: float) -> None:
         moved = {COUNTED[primitive]: self._counters[COUNTED[primitive]] + 1} if primitive in COUNTED else {}
+        # Only what changes the direct map can split a leaf of it; the others need not be asked about.
         if moved and (splits := self.splits()) != self._counters[SPLITS]:
             moved[SPLITS] = splits
         self._counters |= moved

@@ -74,6 +74,7 @@ class _Program:
             yield "close(r2)" if call.what == "close" else f"ioctl$KVM_RUN(r3, {_hex(kvm.RUN)}, 0x0)"
 
     def _region(self, number: int, gfn: int, start: int, nr: int) -> str:
+        # No pages: a slot that is deleted. A vma argument has one page at least.
         window = f"&({_hex(_WINDOW + start * _PAGE)}/{_hex(max(nr, 1) * _PAGE)})=nil"
         return (f"ioctl$KVM_SET_USER_MEMORY_REGION2(r1, {_hex(kvm.SET_USER_MEMORY_REGION2)}, "
                 + self._struct(_hex(number), _hex(kvm.MemFlag.GUEST_MEMFD), _hex(gfn * _PAGE), _hex(nr * _PAGE), window,

@@ -69,6 +69,7 @@ class States(NamedTuple):
 def states(initial: bytes, steps: Sequence[Step], names: show.Names, blamed: Iterable[str]) -> States:
     """The states from *initial* on through *steps*; *names*: party number -> name; *blamed*: fields of the last state."""
     fields = st.fields_of(initial)
+    # A field that is to blame may have been 0 all along: it is shown, though nothing ever happened to it.
     ever = {field for field, number in fields.items() if number} | set(blamed)
     first = {cell: _text(cell, fields, names, Holders()) for cell in dict.fromkeys(map(_cell, fields))}
     held, changes, holders = dict(first), list[dict[str, str]](), Holders()
@@ -124,6 +125,7 @@ class Holders:
                 there = self._parties.setdefault(field, [])
                 there += [party] * (new - old)
                 for _ in range(min(old - new, len(there))):
+                    # Dropped by another party than took it: the oldest is taken to be the one.
                     there.remove(party if party in there else there[0])
 
     def of(self, field: str) -> str:

@@ -104,6 +104,7 @@ def _run(report: Report, law: LawReport, loads: Sequence[str]) -> TraceView:
     assert law.scene is not None
     again = commands(report.design, report.hypervisor, law.scene, law.parties or (), law.law, failures=report.failures,
                      folder=None, loads=loads)
+    # Run again: a finding has the states alone. Which procedure a step was in, and what it looked at, only a run tells.
     return view(replay(trace_of(report, law)), _slug(report, law), commands=again)
 
 

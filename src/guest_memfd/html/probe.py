@@ -107,5 +107,6 @@ def _answer(kernel: str, row: Mapping[str, Any]) -> Told:
 
 def _states(answers: Sequence[Told | None]) -> list[str]:
     said = [answer for answer in answers if answer is not None]
+    # Not asked, or not to be told: that is no other answer.
     told = {answer.text for answer in said if answer.verdict not in ("skipped", "cannot tell", "not tested")}
     return [*dict.fromkeys(answer.verdict.replace(" ", "-") for answer in said), *(["varies"] if len(told) > 1 else [])]

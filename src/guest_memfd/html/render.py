@@ -29,6 +29,7 @@ def render(template: str, **context: Any) -> str:
 
 @cache
 def _environment() -> Environment:
+    # StrictUndefined: a name that is misspelt in a template is an error, and not a hole in the page.
     return Environment(loader=PackageLoader("guest_memfd.html"), autoescape=True, undefined=StrictUndefined,
                        trim_blocks=True, lstrip_blocks=True)
 

@@ -125,9 +125,11 @@ def view(
     every = states(finding.initial, finding.steps, names, {it.name for it in wrong})
     rest = trace.steps[len(again.steps):] if divergence else ()
     acting = [*(step.party for step in finding.steps), *(step.party for step in rest)]
+    # A run can break a law before anybody moves. Then all have a lane, and none a step.
     parties = [party for party in example.parties if party in acting] or example.parties
     lanes = _lanes([*parties, *acting])
     ran = operations(again)
+    # Where the run parts from its record no law breaks, so nothing leads there.
     marked = leads(again, wrong, ran) if divergence is None else []
     rows = list(_rows(example, lanes, names, machine or {}, broken=divergence is None))
     for lead in marked:

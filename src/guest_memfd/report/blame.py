@@ -33,6 +33,7 @@ def offending(finding: Finding) -> frozenset[str]:
     for note in last.notes:
         if law.on_note(note) == finding.evidence:
             blamed.update(_of_note(note, _About(last)))
+    # The facts first. They name what was accessed; a state breaks the same law with everything that is amiss in it.
     if blamed:
         return frozenset(field for field in blamed if _says_something(field, last.shared))
     for judge in (law.in_state, law.at_end):
@@ -53,7 +54,7 @@ class _About:
         self.sizes = st.layout_of(step.shared).sizes
         self.state = st.State(step.shared)
         self.file = step.primitive.file if step.primitive else 0
-        self.vm = min(self.file, self.sizes.vms - 1)
+        self.vm = self.file                             # each VM has one file (words/scene.py)
 
     def page(self, index: int) -> str:
         return f"page{self.file * self.sizes.pages + index}"

@@ -32,6 +32,7 @@ WORST = ("refuted", "undetermined", "holds")
 
 def dump(thing: Any) -> str:
     """*thing* as JSON text, keys in the order they were put."""
+    # ASCII: names may come from a file of someone else's, and a terminal that shows this obeys no control character.
     return json.dumps(thing, indent=1, ensure_ascii=True)
 
 

@@ -68,6 +68,7 @@ class _Line:
     def show(self, done: int, total: int, words: str) -> None:
         """Rewrite the line in place: a bar of 20 columns, a percentage and *words*, cut to the width."""
         bar = "#" * (20 * done // max(total, 1))
+        # Cut before the code that clears: a line that wraps could not be rewritten, and a cut code would be shown.
         self.stream.write(f"\r[{bar:<20}] {100 * done // max(total, 1)}% {words}"[:columns(self.stream)] + "\033[K")
         self.stream.flush()
 

@@ -78,6 +78,7 @@ def leads(again: Replay, wrong: Sequence[Blamed], ran: Sequence[OperationRun]) -
     found: dict[int, list[str]] = {}
     for number, why in (*_made(again.steps, wrong), *_failed(again.steps), *_asked(again, wrong, ran)):
         found.setdefault(number, []).append(why)
+    # The last step breaks the law. That is said of it already.
     return [Lead(number, tuple(found[number])) for number in sorted(found) if number < len(again.steps)]
 
 

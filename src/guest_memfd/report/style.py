@@ -54,6 +54,7 @@ class Style:
 
 def style_for(stream: TextIO) -> Style:
     """Colours when *stream* is a terminal that has them, unless NO_COLOR is set (https://no-color.org); its `columns`."""
+    # Set and not empty, as the convention has it. "dumb" is what editors and logs call themselves: codes would be shown.
     wanted = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return Style(wanted, columns(stream))
 
@@ -61,6 +62,7 @@ def style_for(stream: TextIO) -> Style:
 def columns(stream: TextIO) -> int:
     """COLUMNS of the environment if it is set, those of the terminal that *stream* is, or WIDTH; NARROWEST at least."""
     given = os.environ.get("COLUMNS", "")
+    # Where COLUMNS is set the caller knows better than the terminal: watch(1), a pipe, a test.
     wide = int(given) if given.isdecimal() and len(given) < 6 else 0
     if not wide and stream.isatty():
         try:

@@ -22,6 +22,7 @@ def touched(step: Step, before: bytes) -> tuple[str, ...]:
                  if (record := name.rpartition(".")[0]).startswith(("pfn", "folio", "page", "gfn")))
     there.update(f"pfn{note.pfn}" for note in step.notes if getattr(note, "pfn", None) is not None)
     frames = [number for number in range(sizes.frames) if f"pfn{number}" in there]
+    # Both: a page that is taken out of the file is in no frame afterwards, and one that is put in was in none before.
     for state in (st.State(before), st.State(step.shared)):
         there |= {f"page{slot - 1}" for number in frames if (slot := state.frame(Pfn(number)).slot)}
     return tuple(sorted(there, key=in_order))
@@ -36,7 +37,7 @@ def named(step: Step, sizes: st.Sizes) -> Iterator[str]:
         folio = value.folio if isinstance(value, Lookup) else value
         if isinstance(folio, Folio):
             yield from (f"pfn{folio.pfn + at}" for at in range(min(folio.nr, MOST)))
-    first = {"page": primitive.file * sizes.pages, "pfn": 0, "gfn": min(primitive.file, sizes.vms - 1) * sizes.gfns}
+    first = {"page": primitive.file * sizes.pages, "pfn": 0, "gfn": primitive.file * sizes.gfns}
     for kind, start, nr in _numbered(primitive):
         yield from (f"{kind}{first[kind] + start + at}" for at in range(min(nr, MOST)))
 
