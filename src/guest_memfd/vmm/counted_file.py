@@ -97,4 +97,5 @@ class CountedFile:
         host.perform_by_name("vm_destroyed")
         host.perform_by_name("fd_close")
         host.run(self.library.close())
+        # A folio in a lru_add batch is not free yet, and comes back to the direct map only when it is.
         host.perform_by_name("lru_add_drain_all")

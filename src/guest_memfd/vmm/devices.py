@@ -25,6 +25,7 @@ class Console:
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
+        # A character comes byte by byte, and a guest may send what is no text at all.
         self._decoder = getincrementaldecoder("utf-8")("backslashreplace")
         self.text = ""
 

@@ -124,6 +124,7 @@ class EmulatedRun:
                            "of single pages")
         if order.hypervisor == "gunyah" and order.layout.folio > PAGE << PMD_ORDER:
             raise BadInput(f"folios of {order.layout.folio:#x} bytes: a file of /dev/gunyah has folios of 4K or 2M")
+        # Asked before: to run out later would be ENOMEM at some access of the guest's, and say nothing of --memory.
         free = self.machine.kernel_pages.free_pages * PAGE
         if order.layout.private + order.layout.shared > free:
             raise BadInput(f"--memory {order.layout.private:#x}: of --ram {order.ram:#x}, {free:#x} bytes are free")
@@ -149,6 +150,7 @@ class EmulatedRun:
                 except THEIRS:
                     stack.pop_all()                     # what was under way still has its locks: a teardown would wait
                     raise
+                # These are answers: what was opened is closed, and the audit says whether anything is lost.
                 except (KernelPanic, Blocked, OutOfMemory, GuestMemfdError):
                     raise
                 except Exception:
@@ -164,6 +166,7 @@ class EmulatedRun:
             report.failed = SyscallFailed(ENOMEM, "the machine", str(error))
         except GuestMemfdError as error:
             report.failed = error
+        # An allocation that was to fail and never came would fail in the audit.
         for who in get_args(Where):
             self._fail(who, None)
         self.console.end()

@@ -25,6 +25,8 @@ def counted_folios(hypervisors: Sequence[str]) -> dict[tuple[str, str], FolioCos
 
 def _cases(hypervisor: str) -> Iterator[tuple[str, FolioCost | None]]:
     for order, name in ((PAGES, "4K"), (BLOCK, "2M")):
+        # The first block pays for what all share: tables above it, the split of its
+        # gigabyte. Each further one costs the difference to two.
         first, two = (lent_and_back(hypervisor, blocks << BLOCK, order) for blocks in (1, 2))
         yield f"1 GiB as {name}", _plus(first, _less(two, first), _TABLES - 1)
     yield "1 GiB as 1G", lent_and_back(hypervisor, 1 << GIGABYTE, GIGABYTE)
@@ -44,6 +46,7 @@ def lent_and_back(hypervisor: str, pages: int, order: int) -> FolioCost:
 def _parts(hypervisor: str) -> Iterator[tuple[str, FolioCost | None]]:
     file = CountedFile(OurLibrary, hypervisor, 1 << BLOCK, BLOCK)
     file.lend()
+    # The second time the leaf is split already, and stays so.
     for case in ("4K of 2M, round trip", "4K of 2M, another"):
         before = file.counted()
         file.to_and_fro(PAGE_WITHIN)

@@ -119,6 +119,7 @@ class KvmGuest:
                 return LoopEnded("off" if kind == kvm_run.SystemEventType.SHUTDOWN else "reset")
             case kvm_run.MemoryFault(_, gpa, size, errno):
                 self.log(f"exit MEMORY_FAULT {gpa:#x}, {size:#x} bytes, errno {errno}")
+                # The host has no memory. That is not the guest's doing, so it is no crash of its.
                 if errno == ENOMEM:
                     raise SyscallFailed(errno, "KVM_RUN", f"the guest's page at {gpa:#x}")
                 why = SyscallFailed(errno, "KVM_RUN", f"the guest's page at {gpa:#x} is gone")
@@ -148,6 +149,7 @@ class KvmGuest:
             self.files[base].set_memory_attributes2(attributes)
         except SyscallFailed as error:
             self.log(f"     {error}")
+            # As EL2 answers of an address that it will not share: the guest need not know whose refusal it is.
             self.vcpu.answer(_INVALID_PARAMETER)
 
     def window(self) -> bytes | None:

@@ -64,6 +64,7 @@ class X86Guest:
             self.mapping.write(offset, data)
         self.vcpu = stack.enter_context(x86_vcpu(self.vm))
         if real_mode:
+            # As a segment, in units of 16 bytes: an address in one register would reach 64 KiB only.
             self.vcpu.enter_real_mode(image.entry, boot_info >> 4, rsp=PAGE)
             return
         stack.enter_context(IdentityMap(self.vm, _TABLES, _TABLES_BASE, gib))
@@ -93,6 +94,7 @@ class X86Guest:
                 self._access(self.devices.get(where), f"MMIO at {where:#x}", size, 1, data if is_write else None)
             case kvm_run.Io(port, size, times, is_write, data):
                 self._access(self.ports.get(port), f"IO at port {port:#x}", size, times, data if is_write else None)
+            # The time of this look is over, or a signal came. The loop asks again while there is time.
             case kvm_run.Intr():
                 pass
             case _:
@@ -118,6 +120,8 @@ class X86Guest:
             self.log(f"the guest gives up {gpa:#x}, which is no page of its memory")
             return EINVAL
         self.memory.punch_hole(offset, PAGE)
+        # Read back at once: a punch that did not reach the mapping would be a
+        # bug of the kernel's, and this is where it shows.
         reads = "something else" if any(self.mapping.read(offset, PAGE)) else "zeros"
         self.log(f"the guest gives up {gpa:#x}: punched; the host's mapping reads {reads}")
         return 0

@@ -56,6 +56,7 @@ def run(order: LinuxOrder, say: Callable[[str], None], log: Callable[[str], None
     Raises HostUnavailable, and BadInput for an image that does not fit; whatever else goes wrong is in the report, a call
     that fails as HostUnavailable.
     """
+    # Before the kernel is asked: what does not fit is bad input whatever the kernel can do.
     arm64 = order.architecture == ARM64.architecture
     if arm64:
         order.layout.boot_info(order.image)

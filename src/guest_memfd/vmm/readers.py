@@ -70,6 +70,8 @@ def read(reader: str, machine: Machine, host: EmulatedHost, names: Names) -> Rea
     owned = list(_owned(machine))
     if reader == "zeropad":
         owned = [page for page in owned if _hosts(machine, page.pa - PAGE, owned)]
+        # Any page of the host's will do, so the reader never fails for the
+        # lack of a name; with one the string is seen as well.
         owned.sort(key=lambda page: page.pa - PAGE not in names.pages)
     if not owned:
         raise BadInput(f"--reader {reader}: the guest owns no page" + " after one of the host's" * (reader == "zeropad"))
