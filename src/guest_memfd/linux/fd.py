@@ -78,6 +78,7 @@ class Descriptor(OwnedFd):
     # The kernel refuses -1, too: the shortest calls leave it to that instead of asking `fileno`.
     @override
     def _release(self) -> None:
+        # Forgotten before it is closed: from then on the number may be a file that another thread has just opened.
         fd, self._fd = self._fd, -1
         os.close(fd)
 

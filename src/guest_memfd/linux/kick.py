@@ -35,6 +35,7 @@ class Thread:
         self.tid = threading.get_native_id()
         self.process = os.getpid()
         self.sigset = sum(1 << number - 1 for number in mask if number != KICK)
+        # To this thread and not to the process: a signal that is for all may be taken by a thread that runs no vCPU.
         made = c_int()
         syscall.raw(numbers().timer_create, time.CLOCK_MONOTONIC, Sigevent(0, KICK, SIGEV_THREAD_ID, self.tid), made,
                     call="timer_create")
@@ -55,9 +56,11 @@ class Thread:
 
     def kick(self) -> None:
         """The signal now, from whichever thread of this process; of no effect once the thread has ended."""
+        # With the process's number: the thread may have ended, and its own may be another process's by now.
         syscall.libc.syscall(numbers().tgkill, self.process, self.tid, KICK)
 
     def __del__(self) -> None:
+        # A fork's child inherits no timers: there the number is no one's, or that of a timer of its own.
         if hasattr(self, "_timer") and self.process == os.getpid():
             syscall.libc.syscall(numbers().timer_delete, self._timer)
 

@@ -161,6 +161,7 @@ def _copied(call: str, function: Any, suspect: int, ours: int, nr: int) -> int:
         ret = function(os.getpid(), iovecs, _ONE, ctypes.byref(iovecs, _REMOTE), _ONE, _NONE)
         if ret < 0:
             error = failed(call)
+            # EFAULT comes only for the very first byte. From then on the call says how far it came.
             if error.errno != EFAULT:
                 raise error
             break

@@ -93,6 +93,7 @@ class LinuxVcpu(Descriptor):
         if errno not in (0, EFAULT, EHWPOISON):
             raise SyscallFailed(errno, "KVM_RUN")
         told = exits.decode_run(ctypes.string_at(self._address, exits.RUN_SAYS), errno)
+        # Only what goes to a port lies further on in the page.
         if type(told) is exits.Io and told.is_write:
             told = exits.decode_run(ctypes.string_at(self._address, self._size), errno)
         if errno and not isinstance(told, exits.MemoryFault):

@@ -17,6 +17,7 @@ from guest_memfd.linux.mapping import PAGE
 from guest_memfd.linux.vcpu import LinuxVcpu
 
 _BIG = 2 << 20
+# Accessed and dirty from the beginning: no walk has to write to them.
 _TABLE = x86.Pte.P | x86.Pte.RW | x86.Pte.US | x86.Pte.A
 _LEAF = _TABLE | x86.Pte.D | x86.Pte.PS
 
@@ -77,6 +78,7 @@ class X86Vcpu(LinuxVcpu):
         if not self._has_cpuid:
             self.set_cpuid2(x86.EXTENDED_FEATURES, edx=x86.USER_FEATURES)
         sregs = self.get_sregs()
+        # Types with the accessed bit: VMX refuses to enter a guest whose segments lack it.
         code = x86.Segment(limit=0xFFFF_FFFF, selector=x86.USER_CS, type=11, present=1, dpl=3, s=1, l=1, g=1)
         data = x86.Segment(limit=0xFFFF_FFFF, selector=x86.USER_DS, type=3, present=1, dpl=3, db=1, s=1, g=1)
         sregs.cs = code

@@ -64,6 +64,7 @@ class LinuxVm(Descriptor):
 
     def get_dirty_log(self, slot: int, memory_size: int) -> bytes:
         """KVM_GET_DIRTY_LOG of a slot of *memory_size* bytes: one bit per page; ENOENT for one of a guest_memfd."""
+        # The kernel writes whole words of 64 bits.
         bitmap = ctypes.create_string_buffer(-(-memory_size // PAGE // 64) * 8)
         syscall.ioctl(self.fileno(), uapi.GET_DIRTY_LOG, uapi.DirtyLog(slot, 0, ctypes.addressof(bitmap)),
                       call="KVM_GET_DIRTY_LOG", why=f"slot {slot:#x}")
