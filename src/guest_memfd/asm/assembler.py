@@ -168,6 +168,7 @@ class Assembler(ABC):
         if word and not _WORD.fullmatch(word):
             raise self.error(number, f"{word!r} is neither an instruction nor a directive")
         if word:
+            # "1b" in a string is two letters.
             rest = rest if word.lower() in _STRINGS else _NUMBERED.sub(self._numbered_name, rest)
             found.append(Statement(number, line, word.lower(), split(rest)))
         return found
@@ -217,6 +218,7 @@ class Assembler(ABC):
             left, right = (self._evaluate(side, names, text, constant) for side in (node.left, node.right))
             if type(node.op) in _BINARY:
                 return _BINARY[type(node.op)](left, right)
+            # Bounded: a shift by 2^40 would take the memory of this machine, and not be an error.
             if isinstance(node.op, ast.LShift | ast.RShift) and 0 <= right < 128:
                 return left << right if isinstance(node.op, ast.LShift) else left >> right
         raise Malformed(f"cannot read {text!r} as a number")
@@ -267,6 +269,7 @@ class Assembler(ABC):
             except Malformed as error:
                 raise self.error(statement.line, f"{statement.word}: {error}") from error
             self.here += statement.size
+            # A .space may be of any size: it is refused here, before the bytes are made.
             if self.here - self.origin > _BIGGEST:
                 raise self.error(statement.line, f"the program grows over {_BIGGEST:#x} bytes")
 

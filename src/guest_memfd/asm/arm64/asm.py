@@ -31,6 +31,7 @@ class _Assembler(Assembler):
 
     def __init__(self, source: str, origin: int, name: str) -> None:
         super().__init__(source, origin, name)
+        # What waits for a pool gets one at the end, if the source has not asked for one before.
         self.statements.append(Statement(len(source.splitlines()), "", ".ltorg", []))
         self.waiting: list[_Literal] = []
         self.pools: dict[Statement, list[_Literal]] = {}
@@ -56,6 +57,7 @@ class _Assembler(Assembler):
             raise Malformed(f"an instruction at {self.here:#x}, which is not aligned; .align 2 is missing")
         if word == "ldr" and len(operands) == 2 and operands[1].startswith("="):
             self.literals[statement] = self._literal(statement)
+        # A constant takes one to four words, so what it is has to be known here. All else is one.
         return 4 * len(encode(word, operands, self.here, self.value)) if word == "mov" else 4
 
     def _literal(self, statement: Statement) -> _Literal:

@@ -30,6 +30,7 @@ def _add_immediate(base: int, rd: Register, rn: Register, number: int, shifted: 
         if name != "lsl" or shift not in (0, 12):
             raise Malformed(f"{shifted[0]!r}: only lsl #0 or lsl #12")
         number <<= shift
+    # There are no negative immediates. The other operation with the number negated has the same effect, flags included.
     if number < 0:
         base, number = base ^ 1 << 30, -number
     high = number > 0xfff and not number & 0xfff
@@ -116,6 +117,7 @@ def _shift(name: str) -> Encoder:
         amount = value(operands[2])
         if not 0 <= amount <= top:
             raise Malformed(f"shift {amount} is not in 0..{top}")
+        # Shifts by a number are UBFM and SBFM: bits are taken from *first* on, or brought there.
         first, last = (-amount & top, top - amount) if name == "lsl" else (amount, top)
         base = 0x1300_0000 if name == "asr" else 0x5300_0000
         return base | rd.wide << 31 | rd.wide << 22 | first << 16 | last << 10 | rn.number << 5 | rd.number
@@ -158,6 +160,7 @@ def _csel(op2: int) -> Encoder:
 def _cset(operands: list[str], at: int, value: Value) -> int:
     want(operands, 2)
     rd = reg(operands[0])
+    # CSINC of two zero registers adds one where its condition does not hold: so it gets the other one.
     return 0x1a9f_07e0 | rd.wide << 31 | (_condition(operands[1]) ^ 1) << 12 | rd.number
 
 
@@ -201,6 +204,7 @@ def _constant(rd: Register, number: int, width: int) -> list[int]:
     idle = 0xffff if inverted else 0
     busy = [n for n, piece in enumerate(pieces) if piece != idle] or [0]
     field = bitmask(number, width)
+    # ORR with the zero register: one word, where moves by halfwords would take two or more.
     if len(busy) > 1 and field is not None:
         return [0x3200_03e0 | rd.wide << 31 | field << 10 | rd.number]
     words: list[int] = []

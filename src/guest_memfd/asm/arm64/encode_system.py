@@ -66,6 +66,7 @@ def _adr(page: int) -> Encoder:
     def encode_adr(operands: list[str], at: int, value: Value) -> int:
         want(operands, 2)
         to = value(operands[1])
+        # ADRP counts pages, of both addresses apart: the low bits of neither have a part in it.
         distance = signed((to >> 12) - (at >> 12) if page else to - at, 21, "distance")
         return 0x1000_0000 | page << 31 | (distance & 3) << 29 | distance >> 2 << 5 | wide(operands[0])
     return encode_adr
@@ -125,6 +126,7 @@ def _tlbi(operands: list[str], at: int, value: Value) -> int:
     found = sysreg.TLBI.get(operands[0].upper())
     if found is None:
         raise Malformed(f"{operands[0]!r} is no TLB invalidation of EL1")
+    # Register 31 where the operation takes none.
     return 0xd500_0000 | found.field | (wide(operands[1]) if len(operands) > 1 else 31)
 
 

@@ -96,6 +96,7 @@ def assemble(source: str, origin: int = 0, name: str = "source") -> Assembled:
     """
     assembler = _X86Assembler(source, origin, name)
     assembler.place()
+    # Jumps only ever get longer, so this ends. One that has grown pushes others apart: all are looked at again.
     while assembler.lengthen():
         assembler.place()
     return assembler.emit()._replace(bits=assembler.bits or assembler.mode.bits)

@@ -48,6 +48,7 @@ def encode(mnemonic: str, texts: list[str], mode: Mode) -> list[Code]:
             break
     if not codes:
         raise worst
+    # To a bare number the long form: GNU as leaves its distance to the linker, and does not know it.
     return codes[-1:] if operands and isinstance(operands[0], Immediate) and operands[0].number is not None else codes
 
 
@@ -168,6 +169,7 @@ def _rex(form: Form, operands: list[Operand], size: int | None, high: int, rm: X
     if not rex and not any(given.rex for given in registers):
         return b""
     for given in registers:
+        # ah, ch, dh and bh: their numbers mean spl, bpl, sil and dil as soon as there is a REX prefix.
         if given.rex is False:
             raise Malformed(f"{given.text!r} cannot stand with an operand that needs a REX prefix")
     return bytes((0x40 | rex,))

@@ -52,10 +52,12 @@ def modrm(field: int, rm: X86Register | MemoryOperand) -> Code:
         return _modrm16(field, rm)
     index = (rm.scale.bit_length() - 1) << 6 | (rm.index.number & 7) << 3 if rm.index is not None else _NO_INDEX
     if rm.base is None:
+        # By way of SIB: in 64-bit mode ModRM alone would mean an address relative to RIP.
         return bytes((4 | field << 3, index | 5)), _displacement(rm, 4)
     base = rm.base.number & 7
     size = _displacement_size(rm, base == 5)
     start = _mod(size) | field << 3
+    # 4 in ModRM announces SIB, so rsp and r12 as a base take one.
     if rm.index is None and base != 4:
         return bytes((start | base,)), _displacement(rm, size)
     return bytes((start | 4, index | base)), _displacement(rm, size)
