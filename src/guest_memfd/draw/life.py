@@ -100,12 +100,14 @@ def life(
 
 def _add(found: Life, explorer: Explorer) -> None:
     nodes = [node(shared) for shared in explorer.tables.shared]
+    # A party's move depends on where it stands and on the host's state. States that agree in both need one look.
     places = {(at, code >> shift & LOCAL_MASK, code & SHARED_MASK)
               for code in _codes(explorer) for at, shift in enumerate(explorer.shifts)}
     found.nodes.update(nodes[code & SHARED_MASK] for code in _codes(explorer))
     for at, local, shared in places:
         automaton = explorer.automata[at]
         for move in explorer.tables.moves(automaton, local, shared):
+            # Most steps change nothing about this page: an edge to the same node would say so, and hide those that do.
             if nodes[move.shared] != nodes[shared]:
                 edge = Edge(nodes[shared], nodes[move.shared], _asked(move))
                 found.edges[edge].add(_operation(edge.primitive, State(explorer.tables.shared[shared]).ghost(

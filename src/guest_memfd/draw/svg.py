@@ -167,5 +167,6 @@ class _Plan:
 def _border(middle: Spot, other: Spot) -> Spot:
     x, y = other.x - middle.x, other.y - middle.y
     part = min(WIDTH / 2 / abs(x) if x else 1e9, HEIGHT / 2 / abs(y) if y else 1e9)
+    # Two units off: an arrow's head that touches the box looks as if it went in.
     gap = 2 / hypot(x, y)
     return Spot(middle.x + x * (part + gap), middle.y + y * (part + gap))

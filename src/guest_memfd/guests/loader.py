@@ -84,6 +84,7 @@ def load(given: str | Path | GuestSource, target: Target = ARM64, *, base: int |
         return _assembled(found, target, base)
     if found.data.startswith(_MAGIC):
         return _elf(found.data, Path(found.name), target, base)
+    # Text that ran as machine code would crash somewhere, and say nothing of a missing ".s".
     if not found.data.translate(None, _TEXT):
         raise BadInput(f"{found.name} is text; assembly ends in .s, and what is no ELF file is taken for machine code")
     return GuestImage([(base, found.data)], base, found.name)
@@ -202,6 +203,7 @@ def _segments(elf: Any, path: Path, target: Target, base: int) -> GuestImage:
         raise BadInput(f"{path}: an ELF for {header['e_machine']}; guests are {target.machine}")
     if header["e_type"] not in ("ET_EXEC", "ET_DYN"):
         raise BadInput(f"{path}: an ELF of type {header['e_type']}; a guest is a static ET_EXEC or a static PIE")
+    # All that pyelftools says of it is "expected 4, found 0".
     if header["e_phoff"] + header["e_phnum"] * header["e_phentsize"] > len(stream):
         raise BadInput(f"{path}: the program headers are truncated")
     headers = [segment.header for segment in elf.iter_segments()]
@@ -218,8 +220,10 @@ def _segments(elf: Any, path: Path, target: Target, base: int) -> GuestImage:
                   if each["p_flags"] & _PF_X and each["p_vaddr"] <= start < each["p_vaddr"] + each["p_memsz"]), None)
     if entry is None:
         raise BadInput(f"{path}: the entry {start:#x} lies in no executable segment")
+    # By p_paddr and not p_vaddr: a guest begins with its MMU off, or with its memory mapped to itself.
     segments = [(bias + each["p_paddr"], stream[each["p_offset"]:each["p_offset"] + each["p_filesz"]])
                 for each in loads if each["p_filesz"]]
+    # Told and not made: whether a .bss of gigabytes fits is asked before anyone has so many zeros.
     zeros = [(bias + each["p_paddr"] + each["p_filesz"], each["p_memsz"] - each["p_filesz"])
              for each in loads if each["p_memsz"] > each["p_filesz"]]
     return GuestImage(segments, bias + entry, str(path), zeros)

@@ -92,6 +92,7 @@ SET_USER_MEMORY_REGION = iow(KVMIO, 0x46, sizeof(UserspaceMemoryRegion))
 SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, sizeof(UserspaceMemoryRegion2))
 RUN = io(KVMIO, 0x80)
 GET_ONE_REG, SET_ONE_REG = iow(KVMIO, 0xAB, sizeof(OneReg)), iow(KVMIO, 0xAC, sizeof(OneReg))
+# One number, of two ioctls: the size of the argument is part of the command, and tells them apart.
 SET_MEMORY_ATTRIBUTES = iow(KVMIO, 0xD2, sizeof(MemoryAttributes))
 SET_MEMORY_ATTRIBUTES2 = iowr(KVMIO, 0xD2, sizeof(MemoryAttributes2))
 """On the descriptor of a guest_memfd, not on that of a VM."""

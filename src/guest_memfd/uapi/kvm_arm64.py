@@ -42,6 +42,7 @@ _CORE, _SYSTEM = 0x6030_0000_0010_0000, 0x6030_0000_0013_0000
 
 def core_reg(n: int) -> int:
     """KVM_REG_ARM_CORE of doubleword *n* of struct kvm_regs: x0..x30, SP_EL0, pc, pstate, SP_EL1, ELR_EL1."""
+    # KVM counts in words of 32 bits: KVM_REG_ARM_CORE_REG() divides the offset by four.
     return _CORE | 2 * n
 
 

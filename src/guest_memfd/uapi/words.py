@@ -32,6 +32,7 @@ class Words(ctypes.Structure):
     """
 
     def __init__(self, *values: Any, **named: Any) -> None:
+        # ctypes cuts without a word. So all is stored first, and what is then another number is looked at again.
         super().__init__(*values, **named)
         for field, value in zip(self._fields_, values, strict=False):
             if getattr(self, field[0]) != value:
