@@ -50,6 +50,8 @@ class RmClient:
         self._ring()
         answer: tuple[int, bytes] = (-EIO, b"")
         for message in self.receive():
+            # Both: the number alone wraps after 65,536 requests, and a late
+            # answer to one that was given up may still come.
             if message.type == MessageType.REPLY and (message.seq, message.id) == (self._seq, message_id) \
                     and len(message.body) >= 4:
                 answer = remap(struct.unpack_from("<I", message.body)[0]), message.body[4:]

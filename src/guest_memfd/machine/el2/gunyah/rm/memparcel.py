@@ -108,9 +108,11 @@ def check_acl(kind: Transaction, mem_type: int, acl: tuple[Acl, ...], owner: int
     bad = (
         not acl or len(set(vmids)) != len(vmids)
         or any(entry.rights not in _RIGHTS for entry in acl)
+        # Who lends or donates gives its own access up, and who shares keeps it: the owner is in the list exactly then.
         or (owner in vmids) != (kind == Transaction.SHARE)
         or (kind == Transaction.DONATE and (len(acl) != 1 or acl[0].rights != ExtentAccess.RWX))
         or mem_type not in (0, _IO)
+        # No one executes what lies in a device.
         or (mem_type == _IO and any(entry.rights & ExtentAccess.X for entry in acl))
     )
     if bad:
@@ -164,6 +166,7 @@ class Memparcels:
         self._take(parcel, request.sgl)
         parcel.complete = not request.flags & RmMemFlag.APPEND
         self.parcels[parcel.handle] = parcel
+        # Never used again: who releases a parcel late, by its number, must not meet another one.
         self._next += 1
         return parcel.handle
 
@@ -240,6 +243,7 @@ class Memparcels:
             raise RmRefused(RmError.ARGUMENT_INVALID, f"flags {flags:#x}")
         if vm.vmid not in parcel.accepted:
             raise RmRefused(RmError.MEM_RELEASED, f"VM {vm.vmid:#x} does not have parcel {handle:#x}")
+        # First out of the VM's reach, then zeroed: it could write in between.
         self._unplace(vm, parcel, parcel.accepted.pop(vm.vmid))
         if flags & RmMemFlag.SANITIZE:
             for piece in parcel.pieces:
@@ -301,6 +305,7 @@ class Memparcels:
     def _unplace(self, vm: GunyahHypVm, parcel: Parcel, placed: list[Placed]) -> None:
         for ipa, pa, size in placed:
             vm.space.unmap(parcel.extent, ipa, AddrMapFlag.PARTIAL | AddrMapFlag.NOSYNC, pa, size)
+        # Once for all pieces: a parcel may have 512 of them, and nobody is told before this.
         vm.space.sync_all()
 
 

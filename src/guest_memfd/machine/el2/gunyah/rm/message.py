@@ -46,6 +46,7 @@ def fragments(message: Message) -> list[bytes]:
     """The messages that carry it, in order; raises ValueError beyond MAX_BODY bytes."""
     if len(message.body) > MAX_BODY:
         raise ValueError(f"a body of {len(message.body)} bytes does not fit {MAX_FRAGMENTS + 1} messages")
+    # A message without a body is a message, too.
     pieces = [message.body[at:at + BODY] for at in range(0, len(message.body), BODY)] or [b""]
     further = len(pieces) - 1
     kinds = [message.type] + [MessageType.CONTINUATION] * further

@@ -151,6 +151,7 @@ class Body:
 
     def take_list(self, layout: struct.Struct) -> list[tuple[Any, ...]]:
         """A 16-bit count, padding, and that many structures."""
+        # A count that the body does not bear out ends at the first entry that is not there.
         count, _ = self.take(_COUNT)
         return [self.take(layout) for _ in range(count)]
 

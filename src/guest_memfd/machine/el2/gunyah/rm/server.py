@@ -177,6 +177,7 @@ class ResourceManager:
         parcel = self.parcels.find(handle)
         if parcel.rights(vmid) is None or not parcel.complete or parcel.locked or parcel.kind == Transaction.DONATE:
             raise RmRefused(RmError.DENIED, f"parcel {handle:#x} is no image for VM {vmid:#x}")
+        # What can be refused comes before, what changes the record after: without memory for a VM nothing has happened.
         record.vm = self.el2.create_vm(f"vm{vmid:x}", vmid, running=False)
         # The hypervisor tells the Resource Manager, and that the VM's owner: the driver never hears from EL2
         # directly.
@@ -243,6 +244,7 @@ class ResourceManager:
         vmid, = p.decode_fields("<H2x", body)
         vm = self._record(caller, vmid, Id.VM_GET_HYP_RESOURCES).vm
         assert vm is not None
+        # Linux tells them apart by their labels, which are their places here (vm_mgr.h).
         extents = (vm.caps.guest_private, vm.caps.host_shared, vm.caps.host_private, vm.caps.guest_shared)
         found = [Resource(_MEM_EXTENT, vmid, 0, label, cap) for label, cap in enumerate(extents)]
         found.append(Resource(_ADDR_SPACE, vmid, 0, 0, vm.caps.addrspace))
@@ -298,6 +300,7 @@ class ResourceManager:
         return b""
 
     def _exited(self, record: Record, why: Exit) -> None:
+        # Not of a VM that is being reset: that kills it once more, and its owner knows.
         if record.state in (VmState.RUNNING, VmState.PAUSED):
             self._notify(record.owner, Id.VM_EXITED, struct.pack(p.EXITED, record.vmid, why, 0))
             self._enter(record, VmState.EXITED)
