@@ -162,6 +162,8 @@ class Flat:
                 grown |= 1 << at
         self._outgrown.clear()
         for key, mask in self._looks_at.items() if grown else ():
+            # The whole tree is made again from its leaves. Its old nodes stay
+            # where they are: nobody comes to them any more.
             if mask & grown:
                 self._root[key] = MISSING
                 self._new += self._at[key]
@@ -209,6 +211,9 @@ class Flat:
 
     def _see(self, bytes_: int) -> None:
         for at, ways in enumerate(self._changed_by):
+            # What was entered without a judgement before needs none now. The state before it was judged by then (a level
+            # ends when nothing is put aside), and a law that has looked at none of the changed bytes says the same of
+            # both.
             if bytes_ & ~self._visible & 1 << at:
                 self._flag[ways] |= VISIBLE
         self._visible |= bytes_

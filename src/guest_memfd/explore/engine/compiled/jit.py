@@ -39,6 +39,7 @@ def folder() -> Path | None:
 def _places(here: Path) -> Iterator[Path]:
     if named := os.environ.get("NUMBA_CACHE_DIR"):
         yield Path(named) / "guest-memfd"
+    # Beside the package first, where who installs it can compile for all; that may be nobody's to write to.
     yield (Path(sys.pycache_prefix) if sys.pycache_prefix else here / "__pycache__") / "guest-memfd"
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guest-memfd"
 

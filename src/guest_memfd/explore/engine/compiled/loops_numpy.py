@@ -200,6 +200,7 @@ def _enter(rows: Array, n: int, m: int, table: Array) -> Array:
         left = left[keep]
         slot[left] = slot[left] + 1 & mask
     new = np.flatnonzero(won)
+    # Those that lost are no states: the others move together, and their entries get the numbers that they have now.
     rows[n:n + len(new)] = rows[n + new]
     table[slot[new]] = tag[new] | np.arange(n + 1, n + len(new) + 1, dtype=U)
     return new

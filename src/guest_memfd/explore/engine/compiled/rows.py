@@ -100,6 +100,8 @@ class Rows:
         if n > len(self.rows):
             more = n + n // 2
             self._must_fit((more - len(self)) * self.rows.itemsize * self.rows.shape[1])
+            # In place, where realloc() can: a copy would need the memory of
+            # all states twice. No one keeps a view over a call.
             self.rows.resize((more, self.rows.shape[1]), refcheck=False)
         if n > len(self.table) * FULL:
             size = len(self.table)
