@@ -61,6 +61,8 @@ class FilemapHook(Design):
         if isinstance(folio, int):
             return folio
         yield from fill(folio)
+        # Before it can be found: to whoever finds it, a page that is not
+        # uptodate has still to be zeroed, and it is out by then.
         yield from host.folio_mark_uptodate(folio)
         ret = yield from self.take_out(folio)
         if not ret:
