@@ -145,6 +145,7 @@ def compare_all(
             found = pair.compare(sequence, tally, resume=resume)
             if found is None:
                 continue
+            # One of a kind is enough: a mistake that is in every sequence would be shrunk for a minute each time.
             kind = found.step.op, found.real.said, found.emulated.said
             if kind in seen:
                 continue
@@ -217,6 +218,7 @@ def _answer(arguments: argparse.Namespace) -> int:
     given = text_json.loads(Path(arguments.answer).read_text(encoding="utf-8"))
     release, skipped = shown(arguments.kvm), lacking(arguments.kvm)
     make = partial(LinuxSubject, arguments.kvm)
+    # Left out here as the other side does: answers are matched by their place.
     kept = (tuple(UserCall(op, tuple(args)) for op, *args in steps if op not in skipped) for steps in given)
     answers = [Child(make, sequence).answers() for sequence in kept]
     with Output(arguments.output) as out:

@@ -51,6 +51,7 @@ def elsewhere(arguments: argparse.Namespace) -> int:
         said = ask(arguments, [*table, *drawn])
         skipped = said["skipped"]
         kept = [tuple(step for step in each if step.op not in skipped) for each in (*table, *drawn)]
+        # By identity: two sequences may be equal, and a real kernel need not answer both alike.
         pairs = dict(zip(map(id, kept), said["answers"], strict=True))
         world = EmulatedWorld(release or said["release"], {"amd64": "x86_64"}.get(arguments.arch, arguments.arch),
                               arguments.design)

@@ -98,6 +98,7 @@ def _walked(answer: str) -> Walks:
 def _start(package: str, seed: str) -> subprocess.Popen[str] | None:
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     try:
+        # -P: the folder that someone happens to be in must not lend its modules to this.
         return subprocess.Popen([sys.executable, "-P", "-m", __name__], encoding="utf-8", **pipes,
                                 env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": package})
     except OSError:

@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             out.write(answer.out)
     tell(f"{answer.kernel}: exit code {answer.code}; boot {answer.boot:.1f} s, command {answer.command:.1f} s, "
          f"in all {answer.wall:.1f} s ({answer.cpu:.1f} s of CPU)")
+    # A command that a signal ends has its number, negative; a shell would say 128 and the number.
     return answer.code if answer.code >= 0 else 128 - answer.code
 
 

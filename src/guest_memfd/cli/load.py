@@ -122,6 +122,7 @@ def _module(path: Path) -> ModuleType:
     if known is not None and getattr(known, "__file__", None) == str(place):
         return known
     if str(place.parent) not in sys.path:
+        # Last: a file beside it that is called as a module of Python's must not take that one's place.
         sys.path.append(str(place.parent))
     there = importlib.util.find_spec(name)
     if there is not None and there.origin != str(place):

@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + (error.number if isinstance(error, Stopped) else 2)
     except BrokenPipeError:
         _stop_writing()
+        # 128 and SIGPIPE, as if it had not been caught: `gmem compare | head` ends as cat would.
         return 141
     except Exception as error:
         return _told(error, given)

@@ -90,8 +90,11 @@ class Output:
             self._stream = _text(os.open(self._path, os.O_WRONLY))
             return
         if self._path.exists():
+            # Opened and not asked about: root may write where the bits say
+            # no, and no one may on a mount that is read-only.
             self._path.open("r+b").close()
         # Its own name may be as long as a name can be; the process may write several.
+        # In the same folder: os.replace() is one step only within a file system.
         beside = self._path.with_name(f".gmem.{os.getpid()}.{next(_numbers)}.tmp")
         self._stream = _text(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         self._beside = beside

@@ -80,6 +80,7 @@ def _surveys(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[Su
             problem = str(error) if isinstance(error, HostUnavailable) else (
                 f"exit code {answer.code}: {answer.err.strip()[-200:] or 'no survey'}")
             tell(f"{name}: {problem}")
+            # One kernel that does not boot takes nothing from the others: hours of emulation would be lost.
             yield SurveyOf(name, None, problem)
 
 

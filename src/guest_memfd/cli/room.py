@@ -15,6 +15,7 @@ _kept: list[bytes] = []
 
 def keep() -> None:
     """Keep RESERVE bytes back; raises MemoryError where there are none."""
+    # Zeros of calloc(): addresses that count against ulimit -v, and no memory until someone writes there.
     _kept[:] = [bytes(RESERVE)]
 
 

@@ -107,6 +107,7 @@ def size(option: str, text: str, least: int = PAGE) -> int:
     match = re.fullmatch(r"(0x[0-9a-f]+|\d+)([KMGT]?)(iB|B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         raise BadInput(f"{option} {text!r} is no size; write 64K, 16M or 2G")
+    # int() of some thousand digits is an error of its own since Python 3.11, and one that says nothing of sizes.
     if len(match[1]) > _DIGITS:
         raise BadInput(f"{option}: a size of {len(match[1])} digits")
     number = int(match[1], 0 if match[1][:2].lower() == "0x" else 10)

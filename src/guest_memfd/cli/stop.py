@@ -27,6 +27,7 @@ def stoppable() -> Iterator[None]:
     before = {}
     try:
         for number in SIGNALS:
+            # Under nohup(1) SIGHUP is ignored, and has to stay so.
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, _stop)
     except ValueError:

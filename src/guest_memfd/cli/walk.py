@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder = None
         if arguments.save_traces is not None:
             folder = stack.enter_context(TraceFolder(arguments.save_traces))
+        # All built before the first is walked: a design that does not load in the last scene is told at once.
         worlds = [world(design, hypervisor, scene=scene) for hypervisor in hypervisors for scene in scenes]
         for built in worlds:
             walked = walk(built, arguments.steps, arguments.seed, quiet=arguments.quiet_for)
