@@ -348,6 +348,7 @@ class GunyahV17(NoAttributes, Design):
                 yield from host.tree_store_reserved("bindings", index, Entries(0, 1))
                 yield from host.up_write("bindings")
                 yield from self.close()
+        # One less, as it takes one too many (S5).
         if (yield from self.reclaim_range(FIRST_GFN, self.scene.guest_frames - 1)):
             yield from host.warn("guest memory is lost")
         yield from host.end_op(0)

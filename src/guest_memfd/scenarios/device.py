@@ -22,6 +22,7 @@ def device(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     folio: Folio | None = None
     foll_pin = True
     if seen == "ok":
+        # Both: folio_maybe_dma_pinned() sees pins only, and vmsplice(2) or a copy of the kernel's takes none.
         foll_pin = yield from MM.choose("FOLL_PIN", True, False)
         folio = yield from gup_fast(design, index, foll_pin)
     yield from design.munmap()

@@ -32,7 +32,10 @@ def take_back(design: Design) -> Steps[int]:
 
 def teardown(design: Design, hypervisor: Hypervisor) -> Steps[None]:
     """After all parties are done: the VM goes, then the VMM, then the LRU batches drain, and nothing is left."""
+    # The VM first, since its bindings hold the file; the batches last, since
+    # a reference in one would look like a lost page.
     yield from USER.vm_kill()
+    # What the hypervisor does not give back stays with the VM, and so the VM stays.
     if (yield from USER.vm_state()) != "gone" and not (yield from take_back(design)):
         yield from USER.vm_destroyed()
     if (yield from USER.fd_close()):

@@ -22,6 +22,8 @@ def pfn_cache(design: Design, hypervisor: Hypervisor) -> Steps[None]:
         folio = yield from gup_fast(design, last, False)
         if folio is not None:
             valid = yield from MM.gpc_commit(folio)
+            # No reference is kept (hva_to_pfn_retry() in virt/kvm/pfncache.c):
+            # from here on invalidations are all that guards the page.
             yield from MM.unpin(folio, False)
             if valid:
                 yield from use()

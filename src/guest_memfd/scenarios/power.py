@@ -17,6 +17,7 @@ def hibernate(design: Design, hypervisor: Hypervisor) -> Steps[None]:
         yield from MM.freeze_processes()
         yield from MM.thaw_processes()
         return
+    # The veto comes before tasks are frozen, as in hibernate(): in between they run, and may make a file.
     ret = yield from design.hibernate_prepare()
     if ret:
         yield from MM.op_returned("hibernate", FIRST_PAGE, design.scene.pages, ret)

@@ -20,6 +20,8 @@ def backed(design: Design) -> tuple[Gfn, ...]:
 
 def touch(design: Design, gfn: Gfn) -> Steps[str]:
     """Write *gfn*, faulting it in as KVM_RUN and VCPU_RUN do: 0 and -EAGAIN run the guest again, the rest exits."""
+    # Two faults, so that a page may be taken away again between the first and the access. A guest that goes on for ever
+    # is `until_served`; here each further fault would multiply the states.
     for _attempt in range(2):
         seen = yield from GUEST.guest_access(gfn, True)
         if seen != "fault":

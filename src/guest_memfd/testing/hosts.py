@@ -251,6 +251,7 @@ class LinuxKvm(Linux):
         if len(arguments) > len(_ARGUMENTS):
             raise BadInput(f"{len(arguments)} arguments; there are registers for {len(_ARGUMENTS)}")
         if vm not in self._maps:
+            # The last slot: tests number theirs from 0.
             last = vm.check_extension(uapi.Cap.NR_MEMSLOTS) - 1
             self._maps[vm] = self._stack.enter_context(IdentityMap(vm, last, PAGE_TABLES, _GIB_MAPPED))
         vcpu.enter_user_mode(PAGE_TABLES, pc, **dict(zip(_ARGUMENTS, arguments, strict=False)))

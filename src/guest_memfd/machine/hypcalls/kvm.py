@@ -81,6 +81,7 @@ class KvmDriver(KvmVms):
         return int(vm.handle.map(gfn, folio.pfn, folio.nr))
 
     def _mmu_unmap(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
+        # Another page may be mapped there by now, and that one is not asked for.
         return int(vm.handle.unmap(gfn, folio.nr)) if self.ipa_of(vm, pfn_to_pa(folio.pfn)) == gfn_to_gpa(gfn) else 0
 
     @override

@@ -43,6 +43,7 @@ class ExceptionEntry(NamedTuple):
 
     def encode(self, at: int) -> bytes:
         """The 12 bytes of struct exception_table_entry at virtual address *at*; raises struct.error out of reach."""
+        # Each of the two counts from its own place, so that the kernel can be loaded anywhere.
         return struct.pack("<iiHH", self.insn - at, self.fixup - (at + 4), self.type, self.data)
 
     @classmethod

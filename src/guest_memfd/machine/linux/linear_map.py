@@ -33,6 +33,8 @@ class LinearMap(LinearLayout):
 
         -ENOMEM (table page), -EBUSY (too early to split), -EINVAL (*pa* no page, or a leaf that cannot be split).
         """
+        # Success, and the page is still there: so arm64 has it. Who needs the
+        # hole has to ask can_set_direct_map() beforehand.
         if not self.can_set_direct_map():
             return 0
         if self.release == "6.12":

@@ -217,6 +217,7 @@ class Mm:
             self._unlink(vma, chunk)
             if not any(chunk in other.chunks for other in vmas):
                 self._empty.append(mapping.tables.pop(chunk))
+        # Before tables are freed: a CPU may keep what leads to them, and walk a page that has become something else.
         tlbi.aside1is(self.tlbs, ASID, self.vmid)
         self._free()
         if not mapping.vmas:

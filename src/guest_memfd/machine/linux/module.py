@@ -196,6 +196,8 @@ class Loader:
     def _find(self, symbol: str, gpl: bool) -> tuple[Module | None, Export | None]:
         found = self._vmlinux.get(symbol)
         if found is not None:
+            # A GPL-only symbol is not forbidden to others, it is not there:
+            # the same -ENOENT as for a name that no one has.
             return None, found if gpl or not found.gpl else None
         for owner in self.modules.values():
             for export in owner.image.exports:
@@ -234,10 +236,12 @@ class Loader:
         module = self.modules.get(name.replace("-", "_"))
         if module is None:
             return -ENOENT
+        # In the kernel's order, which decides what a caller is told of a module that has several reasons to stay.
         if module.users:
             return -EWOULDBLOCK
         if module.state is not ModuleState.LIVE:
             return -EBUSY
+        # Without an exit function nothing takes back what init has done; only a forced unload would go on.
         if module.image.init and not module.image.exit:
             return -EBUSY
         if module.refcount:
