@@ -46,6 +46,7 @@ def compare(arguments: argparse.Namespace) -> int:
     drawn = list(_random(arguments))
     with Output(arguments.output) as out:
         said = ask(arguments, [*table, *drawn], "--pkvm")
+        # In order, for a Recorded is asked for once a sequence: nothing is shrunk here, and nothing skipped.
         answers = iter(said["answers"])
         pair = BothHosts(lambda _: Recorded(next(answers)), EmulatedPkvmWorld(), PKVM_KNOWN)
         began, tabled, at_random = time.monotonic(), Tally(), Tally()

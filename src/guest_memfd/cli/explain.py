@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             out.write(json.dump({**json.replayed(again, json.EXPLAIN), "trace": json.trace(again.finding)}))
         else:
             out.write("\n".join(_screen(again, commands, out.style)))
+    # 0 where `gmem replay` says 2: what was asked is how the law breaks, and not whether.
     return 0 if again.same else 3
 
 

@@ -136,6 +136,7 @@ def _module(path: Path) -> ModuleType:
         with Guard(str(path), PluginError, timed=True, patience=IMPORTING, did="does not load:"):
             spec.loader.exec_module(module)
     except BaseException:
+        # Or the next import of that name would find half a module, and say nothing of why.
         del sys.modules[name]
         raise
     finally:

@@ -155,6 +155,7 @@ def _standard_streams() -> None:
 
 
 def _told(error: Exception, argv: Sequence[str]) -> int:
+    # Asked first, and then the reserve goes: to find the words takes memory, too.
     lacks = not isinstance(error, HostUnavailable) and room.lacks(error)
     room.give_back()
     if isinstance(error, GuestMemfdError) and not isinstance(error, InternalError) and not lacks:
@@ -186,6 +187,7 @@ def _warn(
 
 def _fail(message: str, code: int) -> int:
     with suppress(OSError):
+        # Where standard error is closed, or full, the exit code is all that can be said.
         print("\n".join(map(_shown, f"gmem: {message}".split("\n"))), file=sys.stderr)
     return code
 
@@ -206,6 +208,7 @@ def run(argv: list[str]) -> int:
         raise BadInput(f"no verb given; three to begin with:\n{NEWCOMER}\nall of them: gmem --help")
     top, verbs = parsers({verb: module} if verb and module else {})
     own = verbs.get(verb or "")
+    # argparse would take "--" away, and what follows for arguments of the verb.
     argv, command = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, None)
     if command is not None and not hasattr(module, "TAKES_COMMAND"):
         raise BadInput(f"unexpected argument '--'; see {(own or top).prog} --help")

@@ -85,6 +85,7 @@ class Output:
         if _OF_A_PROCESS.fullmatch(os.path.dirname(named)):
             self._stream = _text(os.open(named, os.O_WRONLY | os.O_APPEND))
             return
+        # What a link leads to is replaced, and not the link.
         self._path = Path(os.path.realpath(named))
         if self._path.exists() and not stat.S_ISREG(self._path.stat().st_mode):
             self._stream = _text(os.open(self._path, os.O_WRONLY))
@@ -96,6 +97,7 @@ class Output:
         # Its own name may be as long as a name can be; the process may write several.
         # In the same folder: os.replace() is one step only within a file system.
         beside = self._path.with_name(f".gmem.{os.getpid()}.{next(_numbers)}.tmp")
+        # O_EXCL follows no link: in a folder that others write to, one may wait under this very name.
         self._stream = _text(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         self._beside = beside
 
@@ -112,6 +114,7 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A second ^C would leave half a file, under a name that no one looks for.
         if kind is not None:
             deafen()
             room.give_back()

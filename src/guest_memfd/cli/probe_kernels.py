@@ -87,6 +87,7 @@ def _surveys(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[Su
 def _ask(name: str, arguments: argparse.Namespace, options: tuple[str, ...]) -> KernelAnswer:
     files = () if arguments.against is None else ((Path(arguments.against), _AGAINST),)
     job = job_of(arguments, ("gmem", "probe", *options), files=files)
+    # The caller's words come last, and the kernel takes the last of two: --append can switch it off again.
     job = replace(job, append=f"{_SECRETMEM} {job.append}", nodes=NODES)
     return run(find.find(name, arguments.arch, tell, arguments.modules), job, tell)
 

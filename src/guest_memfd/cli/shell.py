@@ -85,6 +85,7 @@ def _names() -> dict[str, list[str]]:
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    # argparse has no other way to them; `shtab` goes by it as well.
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

@@ -33,6 +33,7 @@ _ACCOUNTS = {
 
 def archive(arch: str, say: Say) -> Path:
     """The archive for *arch*: the Python that runs this where it is this machine's, the distribution's for others."""
+    # With this file's text: another list of what is left out makes another archive.
     key = hashlib.sha256("|".join((sys.version, sys.prefix, Path(__file__).read_text())).encode()).hexdigest()[:16]
     return cache.kept_file(f"python-{arch}-{key}.cpio", lambda: _of_host() if arch == NATIVE else _of_packages(arch, say))
 
@@ -41,6 +42,7 @@ def archive(arch: str, say: Say) -> Path:
 def _of_host() -> bytes:
     python, library = Path(os.path.realpath(sys._base_executable)), Path(sysconfig.get_path("stdlib"))  # type: ignore[attr-defined]
     shell, image = Path(os.path.realpath("/bin/sh")), Cpio()
+    # Modules of the standard library are linked against more than Python is: _ssl, _ctypes, _lzma.
     for binary in (python, shell, *sorted(library.glob("lib-dynload/*.so"))):
         listed = subprocess.run(["ldd", binary], capture_output=True, text=True, check=False).stdout
         for found in re.findall(r"(/\S+) \(0x", listed):

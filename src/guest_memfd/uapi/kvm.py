@@ -141,6 +141,7 @@ class MemFlag(IntFlag):
     GUEST_MEMFD = 1 << 2
 
 
+# Bits 0 to 2 are kept for read, write and execute.
 PRIVATE = 1 << 3
 """KVM_MEMORY_ATTRIBUTE_PRIVATE, and KVM_MEMORY_EXIT_FLAG_PRIVATE."""
 

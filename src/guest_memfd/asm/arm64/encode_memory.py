@@ -94,6 +94,7 @@ def _single(name: str, unscaled: bool) -> Encoder:
         word |= to.base << 5
         if to.mode == "register" and not unscaled:
             return word | _index(to, size)
+        # The scaled form first, as GNU as has it: the other reaches 256 bytes only, but odd and negative offsets.
         if to.mode == "offset" and not unscaled and not to.offset & (1 << size) - 1 and 0 <= to.offset < 4096 << size:
             return word | 1 << 24 | to.offset >> size << 10
         if unscaled and to.mode != "offset":

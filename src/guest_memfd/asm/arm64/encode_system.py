@@ -75,6 +75,7 @@ def _adr(page: int) -> Encoder:
 def _immediate(base: int) -> Encoder:
     def encode_immediate(operands: list[str], at: int, value: Value) -> int:
         want(operands, 1)
+        # UDF alone has its immediate in the lowest bits: a word of zeros is UDF #0.
         return base | unsigned(value(operands[0]), 16) << (5 if base else 0)
     return encode_immediate
 

@@ -118,6 +118,9 @@ _WITHOUT = [
         (flags, prot, value), "ENODEV", ("flag 2",) if flags else (), rules=(("no flag 1", "ENODEV"),))
     for flags in (0, 2) for how, value in (("shared", MAP_SHARED), ("private", MAP_PRIVATE)) for name, prot in _PROTS.items()
 ]
+# What do_mmap() looks at itself comes before the file is asked: PROT_EXEC on a mount that is noexec, flags that
+# MAP_SHARED_VALIDATE does not know, MAP_GROWSDOWN of what is shared, an end that overflows. How long the file is, is not
+# among that: a touch finds out.
 _MAPS: list[tuple[str, str, int, int, int, int, str]] = [
     *((f"{how}-{name}", f"{how} mapping, {name}", prot, value, 0, SIZE, "ok")
       for how, value in (("shared", MAP_SHARED), ("shared-validate", MAP_SHARED_VALIDATE)) for name, prot in _PROTS.items()),
