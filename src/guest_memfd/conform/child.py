@@ -69,7 +69,7 @@ def _child(make: Callable[[], Performing], sequence: Sequence, pipe: int) -> Non
         # and that would look like a failure of the child.
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        # A child that is killed is an expected answer: no core file for it. A lower hard limit may forbid to set any.
+        # A child that is killed is an expected answer: no core file for it.
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         subject = make()

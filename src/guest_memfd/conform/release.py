@@ -25,8 +25,8 @@ def shown(path: str) -> str:
                 return "7.4"
             vm.set_user_memory_region2(0, MemFlag.GUEST_MEMFD, Ipa(0), _PAGE, guest_memfd=file)
             again = partial(vm.set_user_memory_region2, 1, MemFlag.GUEST_MEMFD, memory_size=_PAGE, guest_memfd=file)
-            # Two mistakes in one call: the file's page is bound already, and no guest address is that high. Which one is
-            # named shows the order of the checks, and the order is what 7.3.2 changed.
+            # *far* is wrong in two ways: the page is bound already, and no guest address is that high. Which one is told
+            # shows the order of the checks, and that order is what 7.3.2 changed.
             near, far = (_errno_of(partial(again, guest_phys_addr=Ipa(gpa))) for gpa in (_PAGE, _FAR))
     if near not in (EEXIST, EINVAL):
         raise HostUnavailable(f"{path}: a page that is bound twice is answered with errno {near}, as by no known release")

@@ -43,7 +43,7 @@ class System(Descriptor):
         except SyscallFailed as error:
             self.close()
             raise HostUnavailable(f"{path} is no KVM: {error}") from error
-        # It has not changed since 2.6.22, and api.rst asks for a program to refuse every other one.
+        # It has not changed since 2.6.22, and api.rst wants every other one refused.
         if version != uapi.API_VERSION:
             self.close()
             raise HostUnavailable(f"{path} has API version {version}, not {uapi.API_VERSION}")

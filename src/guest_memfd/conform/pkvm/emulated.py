@@ -180,7 +180,7 @@ class EmulatedPkvm(PkvmSubject):
         """Every page comes back by itself, and then the VM goes."""
         assert self._vm is not None
         vm, driver, mapping = self._vm, self.machine.driver, self._inode.mapping
-        # EL2 gives single pages back from a dying VM only, and the VM's own memory only when there are none left in it.
+        # EL2 gives the pages of a dying VM back one by one. What has not come back when the VM's own memory goes is lost.
         driver.vm_kill(vm)
         for gfn, frame in self._pinned.items():
             self._asked(driver.call(vm, self._back, (gfn, Folio(pa_to_pfn(frame)))), f"{self._back} of gfn {gfn:#x}")
