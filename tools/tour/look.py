@@ -19,7 +19,7 @@ ROWS = {
     "first doubleword": "the first eight bytes of the frame",
     "direct map": "the entry of the kernel's direct map, stage 1, for the frame",
     "TLB, kernel": "how many TLB entries translate the kernel's address of the frame, on all CPUs",
-    "EL2's record": "the state of the frame for the host (`hyp_vmemmap`) and, where it is not the host's, who has it",
+    "EL2's record": "who owns the frame: its state in `hyp_vmemmap`, and the annotation in the host's stage 2",
     "host stage 2": "the entry of the host's stage 2 for the frame",
     "TLB, host stage 2": "how many TLB entries are copies of that entry alone, on all CPUs",
     "guest stage 2": "the entry of the guest's stage 2 for the gfn",

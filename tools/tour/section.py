@@ -41,6 +41,10 @@ Three things to see:
 - A page with a folio that becomes shared stays out of the direct map until the host uses it: numbers {late}.
 - A page that the guest owns does not become shared in one step. The guest has to agree first: number {agree}.
 
+What is not as in Linux 7.3: there a protected guest's memory is anonymous, and KVM_RUN fails on a slot with a guest_memfd;
+and `share_guest` is for VMs that are not protected. Files that convert in place need both. `reclaim_dying_guest_page` is
+refused while the VM lives, as in Linux: where an arrow names `punch` or `unbind`, the VM has been stopped before.
+
 | box | attribute | owner | direct map | page cache | states |
 | --- | --- | --- | --- | --- | --- |
 {nodes}

@@ -81,16 +81,19 @@ that faults at the same place again and again, although its page is mapped, is t
 The attribute of the page says private. `grab_folio` finds no folio, so it allocates one, locks it, and fills it
 with zeros. It writes the zeros through the direct map. So the TLB of that CPU now has entries for the frame: one for
 stage 1 alone, one for both stages together, one for the host's stage 2. A CPU may keep any of these; the machine keeps
-all. Then comes the most important rule of the library, in `give_private`: the host lets go first, and only then the
-guest gets the page. The folio stays locked until both are done (`unlock_and_put`), so a second vCPU that faults on
-the page waits, and does not find a page whose entry has gone and whose TLB entries have not.""",
+all. (The last one is there already: the frame has been used before.) Then comes the most important rule of the
+library, in `give_private`: the host lets go first, and only then the guest gets the page. In the other order there would
+be a moment in which the kernel has a mapping of the guest's page. The folio stays locked until both are done
+(`unlock_and_put`), so a second vCPU that faults on the page waits.""",
         "`kvm_gmem_get_pfn()`, virt/kvm/guest_memfd.c, which leaves the direct map alone"),
     Stop("The library takes the page out of the direct map", (Point(direct_map.zap_noflush),), """\
 The direct map is the kernel's own mapping of all RAM. EL2 will not let the host have the page, whatever this entry
-says. But a load of the kernel that runs into the page by accident (`load_unaligned_zeropad()`) must end in a stage-1
-fault, which the kernel survives. An abort of stage 2 it may not survive. So the entry goes. The library counts the page,
-so that no hibernation image is begun that lacks it, marks the folio, and then asks for the entry to be made invalid. The
-mark comes first: no one may rely on the entry of a marked folio. If the entry cannot be changed (-ENOMEM: there is no
+says. But a load of the kernel may run into the page by accident (`load_unaligned_zeropad()`). With the entry gone that
+is a fault of stage 1, which the exception table fixes up. With the entry there it is an abort of stage 2. Gunyah makes
+that an external abort, and the kernel dies; pKVM lets the kernel live, where the access has no exception-table entry by
+taking the page from the guest by force. So the entry goes. First the library counts the page: hibernation must not
+begin while pages are away. Then it marks the folio, and then asks for the entry to be made invalid. The mark comes
+before the entry: no one may rely on the entry of a marked folio. If the entry cannot be changed (-ENOMEM: there is no
 page for a table), the library takes mark and count back, and the fault fails.""",
         "nothing in guest_memfd yet; `secretmem_fault()`, mm/secretmem.c, does it for memfd_secret"),
     Stop("The primitive: one step of the host", (Point(directmap.set_direct_map_invalid_noflush),), """\
@@ -98,26 +101,27 @@ The library never touches memory itself. It asks its host for *primitives*, one 
 carries them out. This is the primitive `set_direct_map_invalid_noflush` on the emulated machine. The explorer
 ([explorer.md](explorer.md)) has an abstract host, with a primitive of the same name that changes a few bytes of a
 state. So the same code of the library can run, and can be explored in every order of steps. `_changed` notes for the
-laws what has become of the entry."""),
+laws ([laws.md](laws.md)) what has become of the entry."""),
     Stop("Linux changes the page table", (Point(LinearMap._set_pageattr_masks),), """\
 Here a page table changes. The entry loses bit 0 (valid) and gets bit 11. In a valid entry bit 11 is nG; where bit 0 is
 clear Linux reads it as "present, but invalid for the CPU". The rest of the entry stays, so that the page can be put
-back later. This entry maps one page. A larger leaf has been split by the caller; where that is not possible (6.12, or
-a range that cuts a leaf) the answer is -EINVAL.""",
+back later. This entry maps one page. A larger leaf is split before this function is called; a leaf that is still cut
+by the range is an error, -EINVAL. (As Linux 6.12, which the machine can be told to be, it splits none.)""",
         "`set_direct_map_invalid_noflush()`, arch/arm64/mm/pageattr.c"),
     Stop("The TLBs forget", (Point(tlbi.vaale1is), Point(Tlb.drop_va)), """\
 An invalid entry is not enough: a CPU that has the old entry in its TLB can still use it. So the library asks for a
 flush (`gmem.flush`, in `zap`). For one page Linux uses one TLBI VAALE1IS, and every CPU drops what its TLB has for this
 address; VMID 0 is the host's. The entry for stage 1 and the one for both stages go, the one for stage 2 alone stays. From
-here on the kernel cannot reach the page through the direct map. The machine carries a TLBI out at once, and has no
+here on the kernel cannot reach the page through the direct map. (pKVM's own flush, at stop 11, would drop the same
+entries. The library does not rely on it: plain KVM has none.) The machine carries a TLBI out at once, and has no
 barriers: the DSB and ISB around it are not modelled.""",
         "`flush_tlb_kernel_range()`, arch/arm64/include/asm/tlbflush.h"),
     Stop("The driver makes it a hypercall", (Point(PkvmOps.prepare_private, "gfn", GFN),), """\
 The host has let go. Now the library calls the driver of the hypervisor, which is a part of KVM or of Gunyah's module. A
 driver supplies the operations of `GuestMemfdOps` ([library.md](library.md)), and this one is `prepare_private` of pKVM:
 one hypercall for each page (`by_page`). -EPERM says that the frame is not the host's, or that the guest has a page
-there. Both mean that somebody has given it before: two vCPUs may fault on the same page, and a fault may be repeated. So
-it is no error.""",
+there: somebody has given it before. Two vCPUs may fault on the same page, and a fault may be repeated, so that is no
+error. (Were the frame somebody else's, the guest would fault again and again, and `_stuck` of stop 2 would tell.)""",
         "`pkvm_pgtable_stage2_map()`, arch/arm64/kvm/pkvm.c"),
     Stop("Linux calls EL2", (Point(PkvmDriver._donate_guest, "gfn", GFN),), """\
 Here the hypercall gets its arguments: frame number, guest frame number, number of pages. Which guest is meant EL2
@@ -128,9 +132,9 @@ Linux.""",
     Stop("EL2 checks, and changes the owner", (
         Point(transitions.donate_guest, "gfn", GFN, begin="ret = checks.host_and_hyp"),), """\
 From here on the code is that of EL2. EL2 does not trust the host. It checks that the frame is the host's, that the
-address is inside of the guest's memory, and that the guest has nothing there. All checks come before the page changes
-hands. Two steps change it (in Linux both under the locks of the two tables): `_donated` writes the host's table, which
-can fail for want of a table page, so it comes first; `_guest_map` writes the guest's, and cannot fail any more.""",
+address is one that the guest's stage 2 can map, and that the guest has nothing there. All checks come before the page
+changes hands. Two steps change it (in Linux both under the locks of the two tables): `_donated` writes the host's table,
+which can fail for want of a table page, so it comes first; `_guest_map` writes the guest's, and cannot fail any more.""",
         "`__pkvm_host_donate_guest()`, arch/arm64/kvm/hyp/nvhe/mem_protect.c"),
     Stop("EL2 writes two stage-2 tables", (
         Point(HostStage2.give_away, "gfn", GFN), Point(KvmStage2Table._replace, "ia", IPA)), """\
@@ -138,7 +142,8 @@ First the host loses the frame: `give_away` replaces its entry by a note that sa
 which gfn. Then the guest gets it. Both entries are written by `_replace`, break before make: a valid entry is made
 invalid and flushed before another takes its place. The host's entry was valid. So this is the flush that counts: with
 it goes what any CPU's TLB has of the host's stage 2 for the frame, user mappings and other addresses of it included.
-The guest's entry was empty, and there is nothing to flush; the second quote is that call. If a table page is missing,
+For the guest's entry, which was empty, there is nothing to flush. The second quote is `_replace` itself; the numbers
+under it are those of the call for the guest. If a table page is missing,
 `_try` drops the host's mappings of devices, which are faulted in again, and tries once more. Not modelled: caches. Linux
 cleans the page to the point of coherency before it maps it, unless the CPU has FWB.""",
         "`stage2_try_break_pte()`, `stage2_make_pte()`, arch/arm64/kvm/hyp/pgtable.c"),
