@@ -36,6 +36,18 @@ class Whole(OurLibrary):
     order = 1
 
 
+class Four(OurLibrary):
+    """Folios of four pages, single pages where those are not to be had."""
+
+    order, splits = 2, True
+
+
+class Single(OurLibrary):
+    """It could split, and has nothing to."""
+
+    splits = True
+
+
 class Mapped(OurLibrary):
     """Private pages stay in the direct map."""
 
@@ -254,6 +266,7 @@ def test_poison_is_told_and_let_go() -> None:
 
 @pytest.mark.parametrize(("design", "errors", "orders", "result"), [
     (OurLibrary, [-ENOMEM], [0], -ENOMEM),
+    (Single, [-ENOMEM], [0], -ENOMEM),
     (OurLibrary, [-EEXIST] * 3, [0, 0, 0], -EAGAIN),
     (OurLibrary, [-EEXIST, -ENOMEM], [0, 0], -ENOMEM),
     (Whole, [-ENOMEM], [1], -ENOMEM),
@@ -269,6 +282,14 @@ def test_a_folio_is_allocated_whole_if_it_can_be(
     grabbed, done = asked(library(design=design).grab_folio(5), PageCache(fails={"filemap_add_folio": errors}))
     assert [step for step in done if "add" in step] == [f"filemap_add_folio(5, {order})" for order in orders]
     assert grabbed == result if isinstance(grabbed, int) else grabbed.pgoff == result
+
+
+@pytest.mark.parametrize(("design", "size", "index", "order"), [
+    (Splitting, 6, 5, 1), (Splitting, 6, 4, 1), (Splitting, 5, 4, 0), (Splitting, 5, 3, 1), (Four, 8, 4, 2), (Four, 7, 4, 0),
+    (Four, 7, 6, 0), (Four, 7, 3, 2), (Four, 6, 4, 0), (Four, 5, 4, 0), (Single, 5, 4, 0)])
+def test_no_folio_goes_beyond_the_end_of_its_file(design: type[OurLibrary], size: int, index: int, order: int) -> None:
+    _, done = asked(library(size, design).grab_folio(index), PageCache())
+    assert [step for step in done if "add" in step] == [f"filemap_add_folio({index}, {order})"]
 
 
 def test_an_allocation_ends_at_the_first_page_that_is_not_to_be_had() -> None:
