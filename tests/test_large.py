@@ -61,6 +61,11 @@ def test_folios_of_two_pages_are_merged() -> None:
     assert [line for line in said if "merge" in line] == ["merge_folio(2, 1)", "merge_folio(4, 1)"]
 
 
+def test_nothing_is_merged_beyond_the_end_of_the_file() -> None:
+    _, said = asked(Large(PkvmOps(), SIZE - 1).merge(Index(8), 7), held_in())
+    assert [line for line in said if "merge" in line] == ["merge_folio(8, 2)"]
+
+
 def test_only_what_is_one_thing_throughout_is_merged() -> None:
     _, said = asked(library().merge(Index(0), SIZE), held_in(shared=[6, 12]))
     assert [line for line in said if "merge" in line] == ["merge_folio(0, 2)", "merge_folio(8, 2)"]
