@@ -408,7 +408,7 @@ def test_a_cell_says_what_is_special_about_a_run(load: Finding) -> None:
     assert table.cell(CROSSED, letters) == "5 X'"
     assert table.cell(AT_ONCE, letters) == "0"
     failed = Finding("progress", "...", [load.steps[0]._replace(failed=True)])
-    assert table.cell(LawReport("progress", "refuted", 1, ("vcpu",), "...", failed, Scene()), {"vcpu": "V"}) == "1 V*"
+    assert table.cell(LawReport("progress", "refuted", 1, ("vcpu",), "...", failed, Scene(), 1), {"vcpu": "V"}) == "1 V*"
 
 
 def test_every_party_has_a_letter_of_its_own() -> None:

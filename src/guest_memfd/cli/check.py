@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from guest_memfd.cli.elsewhere import same_elsewhere
+from guest_memfd.cli.gently import Gently
 from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, hypervisors_of, scope_of
 from guest_memfd.cli.output import Output, TraceFolder
@@ -43,17 +44,18 @@ def run(arguments: argparse.Namespace) -> int:
     (design,) = designs_of(arguments, [arguments.design])
     scope = scope_of(arguments, full=not arguments.quick)
     pairs = [(design, hypervisor) for hypervisor in hypervisors_of(design, scope.hypervisors)]
+    stop = Gently()
     with ExitStack() as stack:
         out = stack.enter_context(Output(arguments.output))
         folder = None
         if arguments.save_traces is not None:
             folder = stack.enter_context(TraceFolder(arguments.save_traces))
         same_elsewhere(pairs, scope, arguments.load)
-        reports = scope.explore(pairs, Progress(quiet=arguments.quiet))
-        out.write(_text(arguments, scope, reports, out))
+        reports = scope.explore(pairs, Progress(quiet=arguments.quiet), stop)
+        out.write(_text(arguments, scope, reports, out, ended=stop.asked()))
         if folder is not None:
             _save(reports, folder)
-    return exit_code(reports)
+    return stop.code or exit_code(reports)
 
 
 def exit_code(reports: Sequence[Report]) -> int:
@@ -62,12 +64,12 @@ def exit_code(reports: Sequence[Report]) -> int:
     return next((code for verdict, code in (("refuted", 2), ("undetermined", 3)) if verdict in verdicts), 0)
 
 
-def _text(arguments: argparse.Namespace, scope: Scope, reports: Sequence[Report], out: Output) -> str:
+def _text(arguments: argparse.Namespace, scope: Scope, reports: Sequence[Report], out: Output, *, ended: bool) -> str:
     if arguments.ktap:
         return "\n".join(ktap(reports))
     if arguments.quiet and not arguments.json:
         return "\n".join(terminal.headline(report, out.style) for report in reports)
-    survivals = [_survivals(report, scope) for report in reports]
+    survivals = [[] if ended else _survivals(report, scope) for report in reports]
     if arguments.json:
         design = reports[0].design
         quoted = sentence(design, DESIGNS[design].title, reports, scope.words())

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from guest_memfd.cli.elsewhere import same_elsewhere
+from guest_memfd.cli.gently import Gently
 from guest_memfd.cli.load import add_load, designs_of, load_all
 from guest_memfd.cli.options import Scope, add_output, add_scope, hypervisors_of, scope_of
 from guest_memfd.cli.output import opened
@@ -30,6 +31,7 @@ COUNTED = ("kvm", "pkvm", "gunyah")
 """Hypervisors of which a machine has the code, for folios of every size."""
 
 Costs = dict[tuple[str, str], DesignCost | None]
+Folios = tuple[dict[tuple[str, str], FolioCost | None] | None, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,12 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = _set_of(arguments) or designs_of(arguments, arguments.designs)
     scope = scope_of(arguments, full=arguments.full)
     pairs = _pairs(chosen or _usual(), scope, chosen=bool(chosen) and arguments.set is None, of=arguments.set)
+    stop = Gently()
     with ExitStack() as stack:
         out, (page,) = opened(stack, arguments, "html")
         same_elsewhere(pairs, scope, arguments.load)
         judged = {law.name for design, _ in pairs for law in judging(DESIGNS[design], LAWS.values())}
         filling = FillingTable(pairs, [law for law in LAWS if law in judged and (scope.laws is None or law in scope.laws)])
-        reports = scope.explore(pairs, Progress(quiet=arguments.quiet, table=filling))
+        reports = scope.explore(pairs, Progress(quiet=arguments.quiet, table=filling), stop)
+        folios = (None, "") if stop.asked() else _folios(reports)
         counted = {pair: cost(DESIGNS[pair[0]], HYPERVISORS[pair[1]]) for pair in pairs}
         sentences = {
             design: sentence(design, DESIGNS[design].title, [r for r in reports if r.design == design],
@@ -71,11 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
         if page is not None:
             page.write(_page(reports, counted, sentences, scope.words(), arguments.load))
         if arguments.json:
-            out.write(json.dump(json.compare(reports, counted, sentences, scope.words(), _folios(reports)[0])))
+            out.write(json.dump(json.compare(reports, counted, sentences, scope.words(), folios[0])))
         else:
-            out.write("\n".join(_lines(reports, counted, sentences, scope.words(), out.style)))
+            out.write("\n".join(_lines(reports, counted, sentences, scope.words(), out.style, folios)))
             out.write(f"time: {time.perf_counter() - began:.1f} s")
-    return 3 if any(report.limits for report in reports) else 0
+    return stop.code or (3 if any(report.limits for report in reports) else 0)
 
 
 # Those that are in no set: what was posted first, the library, and what third parties have added.
@@ -117,7 +121,7 @@ def _page(reports: Sequence[Report], counted: Costs, sentences: dict[str, str], 
 
 
 # Counted where there is a machine, as the explorer's scenes have folios of four pages at most; else None, and why.
-def _folios(reports: Sequence[Report]) -> tuple[dict[tuple[str, str], FolioCost | None] | None, str]:
+def _folios(reports: Sequence[Report]) -> Folios:
     from guest_memfd.vmm.folio_costs import counted_folios
 
     there = [report.hypervisor for report in reports if report.design == OurLibrary.name and report.hypervisor in COUNTED]
@@ -127,8 +131,8 @@ def _folios(reports: Sequence[Report]) -> tuple[dict[tuple[str, str], FolioCost 
         return None, f"the cost of larger folios is not counted: {error}"
 
 
-def _folio_lines(reports: Sequence[Report], style: Style) -> Iterator[str]:
-    counted, why = _folios(reports)
+def _folio_lines(folios: Folios, style: Style) -> Iterator[str]:
+    counted, why = folios
     if counted:
         yield ""
         yield from folio_costs(counted, style)
@@ -137,7 +141,7 @@ def _folio_lines(reports: Sequence[Report], style: Style) -> Iterator[str]:
 
 
 def _lines(
-    reports: Sequence[Report], counted: Costs, sentences: dict[str, str], words: str, style: Style
+    reports: Sequence[Report], counted: Costs, sentences: dict[str, str], words: str, style: Style, folios: Folios,
 ) -> Iterator[str]:
     titles = {report.hypervisor: HYPERVISORS[report.hypervisor].title for report in reports}
     yield from tables(reports, titles, words, style)
@@ -146,7 +150,7 @@ def _lines(
         yield from style.wrap(text, "- ")
     yield ""
     yield from costs(counted, style)
-    yield from _folio_lines(reports, style)
+    yield from _folio_lines(folios, style)
     yield ""
     yield from style.wrap("gmem check DESIGN --hypervisor NAME --quick --law LAW", "how a law breaks, step by step: ", "  ")
     yield from terminal.amount(reports, words, style)

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from guest_memfd.cli.gently import Gently
+from guest_memfd.cli.stop import Stopped
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
 from guest_memfd.explore.suite.check import compare
@@ -87,12 +89,15 @@ class Scope:
     engine: str | None = None
     reduce: bool = True
 
-    def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress) -> list[Report]:
-        """`compare` of (design, hypervisor) *pairs*."""
+    def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress, stop: Gently) -> list[Report]:
+        """`compare` of (design, hypervisor) *pairs*; raises Stopped where nothing had been seen by then."""
         with progress:
-            return compare(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
+            reports = compare(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
                               limits=self.limits, full=self.full, jobs=self.jobs, progress=progress, engine=self.engine,
-                              reduce=self.reduce, seen=progress.found)
+                              reduce=self.reduce, seen=progress.found, stop=stop)
+        if not reports:
+            raise Stopped(stop.number)
+        return reports
 
     def words(self) -> str:
         """Which scenarios are explored: ``vcpu and zeropad``, or what explore/suite/plan.py has, in one clause."""

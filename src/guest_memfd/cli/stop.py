@@ -43,8 +43,13 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped(number)
 
 
+def raises(number: int) -> bool:
+    """Whether signal *number* raises Stopped now."""
+    return signal.getsignal(number) is _stop
+
+
 def deafen() -> None:
     """From here on no further signal interrupts: what has been stopped is cleaning up."""
     for number in SIGNALS:
-        if signal.getsignal(number) is _stop:
+        if raises(number):
             signal.signal(number, signal.SIG_IGN)

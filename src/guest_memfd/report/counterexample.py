@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from guest_memfd.abstract import show
 from guest_memfd.abstract import state as st
 from guest_memfd.explore.engine.finding import Finding, Step
+from guest_memfd.explore.suite.verdict import LawReport
 from guest_memfd.laws import LAWS
 from guest_memfd.report import steps
 from guest_memfd.report.blame import offending
@@ -32,10 +33,19 @@ def length(steps: Sequence[Step], parties: Sequence[str]) -> str:
     if not steps:
         return BEFORE
     last = sum(step.party == TEARDOWN.name for step in steps)
-    failed = sum(step.failed for step in steps)
     torn = f" and {last} of the teardown" if last else ""
-    injected = f", {failed} of them injected failures" if failed > 1 else ", one an injected failure" if failed else ""
-    return f"{len(steps) - last} steps of {', '.join(parties)}{torn}{injected}"
+    return f"{len(steps) - last} steps of {', '.join(parties)}{torn}{_injected(sum(step.failed for step in steps))}"
+
+
+def way(law: LawReport, parties: Sequence[str]) -> str:
+    """`length` of the way to break *law*; what is known of it where nobody waited for its trace."""
+    if law.finding is not None or not law.steps:
+        return length(law.finding.steps if law.finding else (), parties)
+    return f"{law.steps} steps with {', '.join(parties)}{_injected(law.injected)} (its trace was not made)"
+
+
+def _injected(failed: int) -> str:
+    return f", {failed} of them injected failures" if failed > 1 else ", one an injected failure" if failed else ""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def _report(report: Report, survived: Sequence[Survived]) -> dict[str, Any]:
         "missing": list(report.missing), "never": list(report.never),
         "scenarios": report.scenarios, "states": report.states, "transitions": report.transitions,
         "reductions": list(report.reductions),
-        "limits": list(report.limits), "seconds": round(report.seconds, 3),
+        "limits": list(report.limits), "unfinished": _unfinished(report), "seconds": round(report.seconds, 3),
     }
 
 
@@ -82,7 +82,7 @@ def compare(
          "cost": _cost(costs.get((r.design, r.hypervisor))), "scenes": list(r.scenes), "refused": list(r.refused),
          "missing": list(r.missing), "never": list(r.never),
          "scenarios": r.scenarios, "states": r.states, "transitions": r.transitions, "limits": list(r.limits),
-         "reductions": list(r.reductions),
+         "unfinished": _unfinished(r), "reductions": list(r.reductions),
          "seconds": round(r.seconds, 3)}
         for r in reports
     ]
@@ -118,6 +118,11 @@ def replayed(again: Replay, schema: str) -> dict[str, Any]:
         "law": trace.law, "evidence": trace.evidence, "same": again.same,
         "divergence": None if parted is None else {"step": parted.step, "why": parted.why},
     }
+
+
+# Scenarios that met a limit: of the others the verdict says all there is to say.
+def _unfinished(report: Report) -> list[dict[str, Any]]:
+    return [{"scene": each.scene, "parties": list(each.parties), "limit": each.limit} for each in report.unfinished]
 
 
 def _found(found: Found) -> dict[str, Any]:

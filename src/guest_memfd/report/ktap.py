@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from guest_memfd.explore.suite.verdict import LawReport, Report
-from guest_memfd.report.counterexample import length
+from guest_memfd.report.counterexample import way
 
 
 def ktap(reports: Sequence[Report]) -> Iterator[str]:
@@ -27,8 +27,8 @@ def _directive(law: LawReport) -> str:
 
 
 def _diagnostics(report: Report, law: LawReport) -> Iterator[str]:
-    if law.finding is not None:
-        yield f"{length(law.finding.steps, law.parties or ())}: {law.evidence}"
+    if law.verdict == "refuted":
+        yield f"{way(law, law.parties or ())}: {law.evidence}"
     elif law.verdict == "undetermined":
         yield from report.limits
         yield from (f"it never was that {event}" for event in report.missing)

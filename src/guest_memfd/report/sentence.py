@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guest_memfd.explore.suite.verdict import LawReport, Report
-from guest_memfd.report.counterexample import BEFORE, length
+from guest_memfd.report.counterexample import BEFORE, way
 from guest_memfd.scenarios import SCENES
 from guest_memfd.words.scene import Scene
 
@@ -47,7 +47,7 @@ def _clause(group: Sequence[Report], explored: str) -> str:
         more = f"{broken} of {laws} laws on {where}, first {gravest.law}"
         what = f"{gravest.law} on {where}" if broken == 1 else more
         who = (listed(gravest.parties or ()),)
-        after = f"after {length(gravest.finding.steps, who)}" if gravest.steps and gravest.finding else BEFORE
+        after = f"after {way(gravest, who)}" if gravest.steps else BEFORE
         scene = "" if gravest.scene is None or gravest.scene == Scene() else f" in scene {gravest.scene.name}"
         return f"breaks {what}: {after}{scene}, {gravest.evidence}"
     if report.verdict == "holds":

@@ -92,10 +92,9 @@ def cell(law: LawReport | None, letters: Mapping[str, str]) -> str:
     if law is None:
         return "-"
     if law.verdict == "refuted":
-        failed = law.finding is not None and law.finding.injected > 0
         elsewhere = law.scene is not None and law.scene != Scene()
         who = f" {'+'.join(letters[party] for party in law.parties or ())}" if law.steps else ""
-        return f"{law.steps}{who}{'*' * failed}{chr(39) * elsewhere}"
+        return f"{law.steps}{who}{'*' * (law.injected > 0)}{chr(39) * elsewhere}"
     return "kept" if law.verdict == "holds" else "?"
 
 

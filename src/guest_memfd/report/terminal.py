@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from guest_memfd.explore.engine.finding import Finding
 from guest_memfd.explore.suite.survived import Survived
 from guest_memfd.explore.suite.verdict import Found, LawReport, Report
-from guest_memfd.report.counterexample import Command, Counterexample, commands, length, screen
+from guest_memfd.report.counterexample import Command, Counterexample, commands, length, screen, way
 from guest_memfd.report.sentence import injected
 from guest_memfd.report.style import Style
 from guest_memfd.words.scene import Scene
@@ -30,7 +29,7 @@ def check(
         yield ""
         yield style.head("other ways to break a law")
         for found in others:
-            how = _how(found.finding, found.parties, found.scene)
+            how = f"{'in ' if found.finding.steps else ''}{length(found.finding.steps, found.parties)}{_where(found.scene)}"
             yield from style.wrap(f"{how}: {found.evidence}", f"  {found.law:<16} ")
     for found in report.findings if verbose else _first(report):
         yield ""
@@ -81,15 +80,15 @@ def _laws(count: int) -> str:
 
 
 # The plainest scene goes without saying.
-def _how(finding: Finding, parties: Sequence[str], scene: Scene | None) -> str:
-    where = "" if scene is None or scene == Scene() else f" in scene {scene.name}"
-    return f"{'in ' if finding.steps else ''}{length(finding.steps, parties)}{where}"
+def _where(scene: Scene | None) -> str:
+    return "" if scene is None or scene == Scene() else f" in scene {scene.name}"
 
 
 def _law(law: LawReport, style: Style) -> Iterator[str]:
     name = f"  {law.law:<16} "
-    if law.finding is not None and law.parties is not None:
-        first, *rest = style.wrap(f"broken {_how(law.finding, law.parties, law.scene)}", name)
+    if law.verdict == "refuted":
+        how = f"{'in ' if law.steps else ''}{way(law, law.parties or ())}{_where(law.scene)}"
+        first, *rest = style.wrap(f"broken {how}", name)
         yield first.replace("broken", style.bad("broken"), 1)
         yield from rest
         yield from style.wrap(law.evidence or "", " " * len(name))

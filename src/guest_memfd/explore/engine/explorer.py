@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 from guest_memfd.errors import DesignRaised
 from guest_memfd.explore.engine.automaton import LOCAL_BITS, LOCAL_MASK
 from guest_memfd.explore.engine.backwards import Arrival, Backwards
-from guest_memfd.explore.engine.finding import Finding, Result, Sight, Step, step_line
+from guest_memfd.explore.engine.finding import INTERRUPTED, Finding, Result, Sight, Step, step_line
 from guest_memfd.explore.engine.livelock import never_ending
 from guest_memfd.explore.engine.memory import used
 from guest_memfd.explore.engine.program import Program
@@ -41,6 +41,11 @@ _ENDS = 20
 """Steps that a message shows of the beginning, and of the end, of a long way."""
 
 
+def never() -> bool:
+    """Nobody asks for the end."""
+    return False
+
+
 class Explorer:
     """One scenario: some parties on one machine, from one initial state."""
 
@@ -50,6 +55,7 @@ class Explorer:
     ) -> None:
         self.tables, self.programs, self.initial, self.teardown = tables, list(programs), initial, teardown
         self.max_bytes: int | None = None
+        self.ending: Callable[[], bool] = never
         self.broken_before = broken_before              # (law, evidence) on the way to the initial state
         self.automata = [tables.automaton(p) for p in programs]
         self.shifts = [SHARED_BITS + LOCAL_BITS * i for i in range(len(programs))]
@@ -60,15 +66,18 @@ class Explorer:
 
     def run(
         self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40, max_bytes: int | None = None,
+        stopped: Callable[[], bool] = never,
     ) -> Result:
         """Explore all of it, or up to a limit; what breaks within *max_steps* is found, the rest is not looked for.
 
-        max_bytes: memory that the process may have.
+        max_bytes: memory that the process may have. stopped: whether to end now, asked at every level and more often.
         """
         began = time.perf_counter()
-        self.max_bytes = max_bytes
+        self.max_bytes, self.ending = max_bytes, stopped
 
         def reached(states: int) -> str | None:
+            if stopped():
+                return INTERRUPTED
             if states > max_states:
                 return f"more than {max_states} states"
             if time.perf_counter() - began > max_seconds:

@@ -7,6 +7,13 @@ from typing import Any, NamedTuple
 
 from guest_memfd.words.primitives import Primitive
 
+INTERRUPTED = "interrupted"
+"""The limit where somebody asked for the end before the end."""
+
+
+class Interrupted(Exception):  # noqa: N818 - a limit, not an error
+    """Somebody has asked for the end."""
+
 
 class Step(NamedTuple):
     """One line of a trace."""
@@ -61,7 +68,7 @@ class Result:
 
     @property
     def limited_by(self) -> str | None:
-        """``states``, ``seconds``, ``steps`` or ``memory``."""
+        """``states``, ``seconds``, ``steps``, ``memory`` or ``interrupted``."""
         return self.limit and self.limit.rsplit(maxsplit=1)[-1]
 
     @property

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 
+from guest_memfd.explore.engine.finding import INTERRUPTED
 from guest_memfd.explore.suite.coverage import Coverage
-from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report
+from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report, Unfinished
 from guest_memfd.explore.suite.work import Answer, Task
 from guest_memfd.explore.world.scenario import World
 from guest_memfd.laws import LAWS
@@ -86,7 +87,8 @@ class Case:
         self.found.sort(key=lambda f: (len(f[1].finding.steps), f[1].finding.injected, rank[f[1].law], f[0],
                                        f[1].evidence))
         found = tuple(each for _, each in self.found)
-        reached = self._reached(limits)
+        untold = self._untold()
+        reached = (*self._reached(limits), *(("interrupted before all traces were made",) if untold else ()))
         coverage = reduce(or_, (answer.coverage for answer in self.answers.values()), Coverage())
         no_file = all(world.refused for world in self.worlds.values())
         # A law that nothing has put to the test is not proved. A design that refuses to create a file has nothing to
@@ -96,18 +98,29 @@ class Case:
         first = next(iter(self.worlds.values()))
         return Report(
             first.design.name, first.hypervisor.name,
-            "refuted" if found else "holds" if proved else "undetermined",
-            {law: _law(law, found, proved=proved) for law in self.judged}, found,
+            "refuted" if self.winners else "holds" if proved else "undetermined",
+            {law: _law(law, (*found, *untold), proved=proved) for law in self.judged}, found,
             sum(a.states for a in self.answers.values()), sum(a.transitions for a in self.answers.values()),
             seconds, self.scenarios, reached, limits.failures, tuple(world.scene.name for world in self.worlds.values()),
             tuple(world.scene.name for world in self.worlds.values() if world.refused),
-            missing, coverage.never(), first.tables.reductions,
+            missing, coverage.never(), first.tables.reductions, self._unfinished(),
         )
+
+    # What is known to break, and has no trace.
+    def _untold(self) -> tuple[LawReport, ...]:
+        told = {(found.law, found.evidence) for _, found in self.found}
+        return tuple(LawReport(law, "refuted", winner.steps, winner.task.parties, evidence, None,
+                               self.worlds[winner.task.world].scene, winner.injected)
+                     for (law, evidence), winner in sorted(self.winners.items()) if (law, evidence) not in told)
+
+    def _unfinished(self) -> tuple[Unfinished, ...]:
+        cut = sorted(((task, answer.limit) for task, answer in self.answers.items()), key=lambda each: each[0].order)
+        return tuple(Unfinished(self.worlds[task.world].scene.name, task.parties, limit) for task, limit in cut if limit)
 
     def _reached(self, limits: Limits) -> tuple[str, ...]:
         words = {"states": f"more than {limits.states} states", "seconds": f"more than {limits.seconds} seconds in all",
                  "memory": "more memory than there is" if limits.memory is None else
-                 f"more than {limits.memory} bytes of memory in all"}
+                 f"more than {limits.memory} bytes of memory in all", INTERRUPTED: INTERRUPTED}
         reached = []
         for limit, what in words.items():
             cut = sorted((task for task, answer in self.answers.items() if answer.limit == limit), key=lambda t: t.order)
@@ -118,8 +131,13 @@ class Case:
         return tuple(reached)
 
 
-def _law(law: str, found: Sequence[Found], *, proved: bool) -> LawReport:
-    first = next((f for f in found if f.law == law), None)
-    if first is None:
-        return LawReport(law, "holds" if proved else "undetermined")
-    return LawReport(law, "refuted", len(first.finding.steps), first.parties, first.evidence, first.finding, first.scene)
+# The shortest way to break it; of ways as short, one that has a trace.
+def _law(law: str, found: Sequence[Found | LawReport], *, proved: bool) -> LawReport:
+    ways = [each if isinstance(each, LawReport) else _told(each) for each in found if each.law == law]
+    return min(ways, key=lambda way: way.steps or 0, default=LawReport(law, "holds" if proved else "undetermined"))
+
+
+def _told(found: Found) -> LawReport:
+    finding = found.finding
+    return LawReport(found.law, "refuted", len(finding.steps), found.parties, found.evidence, finding, found.scene,
+                     finding.injected)

@@ -14,10 +14,12 @@ from dataclasses import replace
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.errors import BadInput, UnknownName
+from guest_memfd.explore.engine.finding import INTERRUPTED
 from guest_memfd.explore.engine.memory import share
 from guest_memfd.explore.suite.case import Case
 from guest_memfd.explore.suite.plan import NAMED, plan
 from guest_memfd.explore.suite.pool import Pool, Schedule, jobs_for
+from guest_memfd.explore.suite.stop import Stop
 from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report
 from guest_memfd.explore.suite.work import Answer, Bench, Task
 from guest_memfd.explore.world import choice
@@ -38,6 +40,8 @@ MANY = 100
 
 PERCENT, MOMENT = 100, 0.001
 NO_LIMITS = Limits()
+UNSEEN = Answer(0, 0, 0.0, INTERRUPTED)
+"""Of a scenario that had not been begun, or of which nothing was heard, when the end was asked for."""
 
 
 def check(
@@ -64,11 +68,12 @@ def compare(
     pairs: Sequence[Question], *, scenes: Sequence[str | Scene] | None = None, parties: Sequence[str] | None = None,
     scenario: str | None = None, laws: Sequence[str] | None = None, limits: Limits = NO_LIMITS, full: bool = True,
     jobs: int | None = None, progress: Progress | None = None, engine: str | None = None, reduce: bool = True,
-    seen: Seen | None = None,
+    seen: Seen | None = None, stop: Stop | None = None,
 ) -> list[Report]:
     """`check` for many designs and hypervisors at once, which share the processes; reports in the order of *pairs*.
 
-    *seen* is called before *progress* with what a scenario has broken: design, hypervisor, and law -> steps.
+    *seen* is called before *progress* with what a scenario has broken: design, hypervisor, and law -> steps. When *stop* is
+    asked for, the reports are about what was seen by then; without that there are none.
     """
     jobs = jobs_for(jobs)
     judged = _judged(laws)
@@ -91,12 +96,16 @@ def compare(
     of = {number: case for case in cases for number in case.worlds}
     deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
     jobs = min(jobs, len(tasks))
-    bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs))
-    with Pool(bench, jobs) as pool:
+    stop = stop or Stop()
+    bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs), stop.asked)
+    with stop, Pool(bench, jobs) as pool:
         weights = _weigh(pool, tasks, of) if len(tasks) > 1 else dict.fromkeys(tasks, 1.0)
         clock = _Clock(worlds, of, weights, progress, seen)
-        for task, answer in pool.run(Schedule(tasks, weights), clock.done).items():
-            of[task.world].take(task, answer)
+        answers = pool.run(Schedule(tasks, weights), clock.done)
+        if stop.asked() and not answers:
+            return []
+        for task in tasks:
+            of[task.world].take(task, answers.get(task, UNSEEN))
         _trace(pool, cases, clock)
     return [case.report(limits, clock.seconds(case)) for case in cases]
 
@@ -167,7 +176,9 @@ def _trace(pool: Pool, cases: Sequence[Case], clock: _Clock) -> None:
     answers = {again[new]: answer for new, answer in told.items()}
     for case in cases:
         for task, wanted in case.to_trace().items():
-            case.take_traces(task, wanted, answers.get(task, case.answers[task]))
+            answer = answers.get(task, case.answers[task])
+            if answer.traces is not None:
+                case.take_traces(task, wanted, answer)
 
 
 class _Clock:

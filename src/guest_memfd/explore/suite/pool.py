@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
@@ -32,6 +34,9 @@ OnDone = Callable[[Task, Answer], None]
 
 
 MOST_JOBS = 1024
+LOOK, PATIENCE = 0.1, 5.0
+"""Seconds between two looks whether to end early; and for all to say what they have seen by then."""
+
 _PDEATHSIG = 1
 """prctl(2): the signal that a process gets when its parent ends (include/uapi/linux/prctl.h)."""
 
@@ -127,7 +132,7 @@ class Pool:
         self._workers.clear()
 
     def run(self, schedule: Schedule, on_done: OnDone) -> dict[Task, Answer]:
-        """Do all tasks; raises what the first of them (in their order, not in time) raises.
+        """Do all tasks, until the bench is stopped; raises what the first of them (in their order, not in time) raises.
 
         HostUnavailable when there is no memory left. InternalError when a process dies, or when what failed there does not
         fail here.
@@ -151,13 +156,13 @@ class Pool:
         return answers
 
     def attempt(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
-        """Do all tasks, whatever fails; in the order in which they end."""
+        """Do all tasks, whatever fails, until the bench is stopped; in the order in which they end."""
         if self._workers:
             yield from self._spread(schedule)
             return
         last = None
         with _without_gc():
-            while (task := schedule.next(last)) is not None:
+            while not self.bench.stopped() and (task := schedule.next(last)) is not None:
                 last = task.world
                 yield task, _attempt(self.bench, task)
 
@@ -165,16 +170,19 @@ class Pool:
         busy: dict[Connection, Task] = {}
         last: dict[Connection, int | None] = dict.fromkeys(self._workers)
         idle = list(self._workers)
-        while True:
+        patience = math.inf
+        while time.monotonic() < patience:
             for ours in idle:
-                task = schedule.next(last[ours])
+                task = None if self.bench.stopped() else schedule.next(last[ours])
                 if task is not None:
                     busy[ours], last[ours] = task, task.world
                     with suppress(BrokenPipeError, ConnectionResetError):   # it has died: said when it is waited for
                         ours.send(task)
             if not busy:
                 return
-            idle = [ours for ours in connection.wait(list(busy)) if isinstance(ours, Connection)]
+            if patience == math.inf and self.bench.stopped():
+                patience = time.monotonic() + PATIENCE
+            idle = [ours for ours in connection.wait(list(busy), LOOK) if isinstance(ours, Connection)]
             for ours in idle:
                 task = busy.pop(ours)
                 yield task, self._receive(ours, task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from guest_memfd.errors import BadInput
 from guest_memfd.explore.engine.finding import Finding
@@ -50,7 +51,10 @@ class Found:
 
 @dataclass(frozen=True)
 class LawReport:
-    """The word on one law: ``refuted`` (by the shortest counterexample), ``undetermined``, ``holds``."""
+    """The word on one law: ``refuted`` (by the shortest counterexample), ``undetermined``, ``holds``.
+
+    finding is None, too, where it is refuted and nobody waited for the trace. injected: how many of *steps* are failures.
+    """
 
     law: str
     verdict: str
@@ -59,6 +63,15 @@ class LawReport:
     evidence: str | None = None
     finding: Finding | None = None
     scene: Scene | None = None
+    injected: int = 0
+
+
+class Unfinished(NamedTuple):
+    """A scenario that was not explored to its end, and why: ``states``, ``seconds``, ``memory`` or ``interrupted``."""
+
+    scene: str
+    parties: tuple[str, ...]
+    limit: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,8 @@ class Report:
     from the first scenario to the last, the only field that differs from run to run. scenes: where it was put to the
     question; refused: those whose kernel the design will not work on, so that there was no file. missing: what should have
     happened and never did, so that nothing is proved; never: all that never happened (`explore.suite.coverage.EVENTS`).
-    reductions: what was left out because it makes no difference, names of docs/explorer.md.
+    reductions: what was left out because it makes no difference, names of docs/explorer.md. unfinished: scenarios that
+    met one of the limits.
     """
 
     design: str
@@ -89,3 +103,4 @@ class Report:
     missing: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     reductions: tuple[str, ...] = ()
+    unfinished: tuple[Unfinished, ...] = ()

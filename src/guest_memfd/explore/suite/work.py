@@ -7,11 +7,12 @@ explored on before: what is printed has been seen to break on its own, whatever 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from guest_memfd.explore.engine.finding import Finding, Result
+from guest_memfd.explore.engine.explorer import never
+from guest_memfd.explore.engine.finding import INTERRUPTED, Finding, Result
 from guest_memfd.explore.engine.tables import NEVER_ENDS, Tables
 from guest_memfd.explore.suite.coverage import Coverage, covered
 from guest_memfd.explore.world.scenario import World
@@ -43,8 +44,8 @@ class Answer:
     """What exploring saw. broken: (law, evidence, steps, injected failures among them).
 
     traces: the findings, if these tables could tell.
-    limit: ``states``, ``seconds`` or ``memory``, if one was reached. coverage: what has happened on the tables it was
-    explored on.
+    limit: ``states``, ``seconds``, ``memory`` or ``interrupted``, if one was reached. coverage: what has
+    happened on the tables it was explored on.
     """
 
     states: int
@@ -61,8 +62,10 @@ class Bench:
 
     def __init__(
         self, worlds: Sequence[World], max_states: int | None, deadline: float | None, max_bytes: int | None = None,
+        stopped: Callable[[], bool] = never,
     ) -> None:
         self.worlds, self.max_states, self.deadline, self.max_bytes = worlds, max_states or EVER, deadline, max_bytes
+        self.stopped = stopped
         self._tables: Tables | None = None
         self._world = -1
         self._seen, self._coverage = 0, NOTHING      # facts of these tables that have been looked at
@@ -80,7 +83,8 @@ class Bench:
             return Answer(0, 0, 0.0, "seconds")
         tables = world.tables.empty() if task.apart else self._kept(task.world)
         untouched = not tables.shared
-        result = world.explorer(task.parties, tables).run(self.max_states, left, max_bytes=self.max_bytes)
+        result = world.explorer(task.parties, tables).run(
+            self.max_states, left, max_bytes=self.max_bytes, stopped=self.stopped)
         # What is kept of earlier scenarios may be what takes the room.
         if result.limited_by == "memory" and not untouched:
             del tables
@@ -113,5 +117,8 @@ class Bench:
         endless = any(evidence == NEVER_ENDS for _, evidence, _ in wanted)
         # The lengths are known from the first look. A livelock needs all of the graph.
         deepest = EVER if endless else max(steps for _, _, steps in wanted)
-        result: Result = world.explorer(parties, world.tables.empty()).run(self.max_states, EVER, deepest)
-        return Answer(result.states, result.transitions, result.seconds, None, traces=tuple(result.findings))
+        result: Result = world.explorer(parties, world.tables.empty()).run(
+            self.max_states, EVER, deepest, stopped=self.stopped)
+        cut = result.limited_by == INTERRUPTED
+        return Answer(result.states, result.transitions, result.seconds, INTERRUPTED if cut else None,
+                      traces=None if cut else tuple(result.findings))

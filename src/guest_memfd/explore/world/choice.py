@@ -15,7 +15,7 @@ from typing import Any
 
 from guest_memfd.compat import override
 from guest_memfd.errors import EngineNotice, HostUnavailable, UnknownName, describe
-from guest_memfd.explore.engine.explorer import Explorer
+from guest_memfd.explore.engine.explorer import Explorer, never
 from guest_memfd.explore.engine.finding import Result
 from guest_memfd.explore.engine.program import Program
 from guest_memfd.explore.engine.tables import Tables
@@ -112,15 +112,16 @@ class _Growing(Explorer):
     @override
     def run(
         self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40, max_bytes: int | None = None,
+        stopped: Callable[[], bool] = never,
     ) -> Result:
         began = time.perf_counter()
         if not _is_loaded():
             try:
-                return super().run(max_states, max_seconds, max_steps, max_bytes)
+                return super().run(max_states, max_seconds, max_steps, max_bytes, stopped)
             except _Outgrown:
                 self._give_up()
         again = _compiled(self.tables, self.programs, self.initial, self.teardown, self.broken_before, loops=_fastest())
-        return again.run(max_states, max_seconds - (time.perf_counter() - began), max_steps, max_bytes)
+        return again.run(max_states, max_seconds - (time.perf_counter() - began), max_steps, max_bytes, stopped)
 
     @override
     def _visit(self, reached: Callable[[int], str | None]) -> tuple[int, int, str | None]:

@@ -32,8 +32,8 @@ from guest_memfd.explore.engine.compiled.flat import Array, TooWide
 from guest_memfd.explore.engine.compiled.known import Broken, Known, changes
 from guest_memfd.explore.engine.compiled.rows import Rows
 from guest_memfd.explore.engine.compiled.teardown import Teardown
-from guest_memfd.explore.engine.explorer import Explorer, Least
-from guest_memfd.explore.engine.finding import Result, Sight, Step
+from guest_memfd.explore.engine.explorer import Explorer, Least, never
+from guest_memfd.explore.engine.finding import INTERRUPTED, Interrupted, Result, Sight, Step
 from guest_memfd.explore.engine.footprint import Watched
 from guest_memfd.explore.engine.memory import Full
 from guest_memfd.explore.engine.program import Program
@@ -70,6 +70,7 @@ class CompiledExplorer(Explorer):
     @override
     def run(
         self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40, max_bytes: int | None = None,
+        stopped: Callable[[], bool] = never,
     ) -> Result:
         """Explore all of it, or up to a limit, as `Explorer.run` does."""
         began = time.perf_counter()
@@ -77,7 +78,7 @@ class CompiledExplorer(Explorer):
         self.tables.flat.pop(self.initial, None)
         try:
             self.rows.max_bytes = max_bytes
-            result = super().run(max_states, max_seconds, max_steps, max_bytes)
+            result = super().run(max_states, max_seconds, max_steps, max_bytes, stopped)
             self.tables.flat[self.initial] = self.known
             return result
         except (BadInput, TooWide) as error:
@@ -85,7 +86,7 @@ class CompiledExplorer(Explorer):
             if isinstance(error, TooWide):
                 warnings.warn(f"Python explores what the compiled engine cannot: {error}", EngineNotice, stacklevel=2)
             plain = Explorer(self.tables.empty(), self.programs, self.initial, self.teardown, self.broken_before)
-            return plain.run(max_states, max_seconds - (time.perf_counter() - began), max_steps, max_bytes)
+            return plain.run(max_states, max_seconds - (time.perf_counter() - began), max_steps, max_bytes, stopped)
 
     @property
     @override
@@ -113,10 +114,10 @@ class CompiledExplorer(Explorer):
             self.bounds.append(hi)
             try:
                 self.idle.append(self._level(lo, hi))
-            except Full:
+            except (Full, Interrupted) as cut:
                 # What was found of the next level counts; who cannot move on this one is not known of all.
                 self.idle.append(np.zeros(0, np.int64))
-                limit = self.out_of_memory()
+                limit = self.out_of_memory() if isinstance(cut, Full) else INTERRUPTED
                 break
             lo, hi = hi, len(rows)
             self.levels.append([])                      # they are counted to see whether a limit is reached
@@ -124,12 +125,15 @@ class CompiledExplorer(Explorer):
                 break
         if limit is None and any(automaton.cyclic() for automaton in self.automata):
             self.stuck = self._cannot_end()
+            limit = INTERRUPTED if self.stuck is None else None
         return len(rows), int(rows.count[TRANSITIONS]), limit
 
     # Makes the next level out of rows [lo, hi); those of them in which no one moves.
     def _level(self, lo: int, hi: int) -> Array:
         idle, parties = [np.zeros(0, np.int64)], len(self.programs)
         for base in range(lo, hi, self.loops.CHUNK):
+            if self.ending():
+                raise Interrupted
             some = np.arange(base, min(base + self.loops.CHUNK, hi))
             queue = np.stack([some, np.full(len(some), parties)], axis=1)
             moved = np.zeros(len(some), np.uint8)
@@ -190,13 +194,15 @@ class CompiledExplorer(Explorer):
         else:
             self.known.learn(HALTS if p == len(self.programs) else BREAKS, state)
 
-    # Clears rows from which an end is reached until no more can be; the others.
-    def _cannot_end(self) -> Array:
+    # Clears rows from which an end is reached until no more can be; the others, or None if there was no time for it.
+    def _cannot_end(self) -> Array | None:
         rows, ends, trees = self.rows, np.zeros(len(self.rows), np.uint8), self.known.flat.trees
         cleared = 1
         while cleared:
             cleared = 0
             for hi in range(len(rows), 0, -STRETCH):
+                if self.ending():
+                    return None
                 cleared += self.loops.clear(rows.rows, rows.table, trees, rows.room, rows.places, self.of,
                                             max(0, hi - STRETCH), hi, ends)
         return np.flatnonzero(ends == 0)
