@@ -15,6 +15,7 @@
     UserWarning
     +-- PluginLeftOut          a plugin that does not load is left out of all that there is
     +-- EngineNotice           an engine is compiled, or does not work and a slower one explores
+    +-- JournalNotice          the last line of a file of finished scenarios was cut off
 """
 
 import difflib
@@ -160,3 +161,7 @@ class PluginLeftOut(UserWarning):
 
 class EngineNotice(UserWarning):
     """The compiled engine has just been compiled; or it does not work here, and a slower one does the same."""
+
+
+class JournalNotice(UserWarning):
+    """The last line of a file of finished scenarios was cut off, as its run was killed, and has been taken away."""

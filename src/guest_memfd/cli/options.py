@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,8 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-seconds", type=seconds, metavar="S", help="seconds for everything")
     group.add_argument("--memory", metavar="SIZE", help="memory for everything, as 8G (default: nearly all that there is)")
     group.add_argument("-j", "--jobs", type=whole, metavar="N", help="processes (default: one per CPU)")
+    group.add_argument("--resume", metavar="FILE", help="keep there what each scenario came to, and go on from what an "
+                       "earlier run of the same command has kept (docs/campaign.md)")
     group.add_argument("--engine", metavar="NAME", help=f"what explores: {', '.join(ENGINES)}; all say the same (default: "
                        "python for small scenarios, for others the first of these that is here)")
     group.add_argument("--no-reduction", action="store_true", help="every state, those included that change no "
@@ -88,13 +91,14 @@ class Scope:
     full: bool
     engine: str | None = None
     reduce: bool = True
+    resume: str | None = None
 
     def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress, stop: Gently) -> list[Report]:
         """`compare` of (design, hypervisor) *pairs*; raises Stopped where nothing had been seen by then."""
         with progress:
             reports = compare(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
                               limits=self.limits, full=self.full, jobs=self.jobs, progress=progress, engine=self.engine,
-                              reduce=self.reduce, seen=progress.found, stop=stop)
+                              reduce=self.reduce, seen=progress.found, stop=stop, resume=self.resume)
         if not reports:
             raise Stopped(stop.number)
         return reports
@@ -159,7 +163,18 @@ def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
         full,
         arguments.engine,
         not arguments.no_reduction,
+        _apart(arguments),
     )
+
+
+# A file that is replaced at the end cannot be the one that is written to all the time.
+def _apart(arguments: argparse.Namespace) -> str | None:
+    file: str | None = arguments.resume
+    for option in ("output", "html"):
+        other = getattr(arguments, option, None)
+        if file is not None and other is not None and os.path.realpath(other) == os.path.realpath(file):
+            raise BadInput(f"--resume and --{option} are both {file!r}; each needs a file of its own")
+    return file
 
 
 def hypervisors_of(design: str, asked: Sequence[str] | None) -> tuple[str, ...]:

@@ -38,6 +38,11 @@ def foreign(*things: Any) -> bool:
     return any(not ours(part) for thing in things for part in _modules(thing))
 
 
+def foreign_modules(*things: Any) -> set[str]:
+    """The modules of *things* that are not of this package."""
+    return {part for thing in things for part in _modules(thing) if not ours(part)}
+
+
 def ours(module: str) -> bool:
     """Whether *module* is of this package, or of Python's that classes come from."""
     return module.partition(".")[0] in OURS

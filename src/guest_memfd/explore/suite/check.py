@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from guest_memfd.core.hypervisor import Hypervisor
@@ -17,8 +18,10 @@ from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.explore.engine.finding import INTERRUPTED
 from guest_memfd.explore.engine.memory import share
 from guest_memfd.explore.suite.case import Case
+from guest_memfd.explore.suite.identity import code_of, initial_of
+from guest_memfd.explore.suite.journal import Journal
 from guest_memfd.explore.suite.plan import NAMED, plan
-from guest_memfd.explore.suite.pool import Pool, Schedule, jobs_for
+from guest_memfd.explore.suite.pool import OnDone, Pool, Schedule, jobs_for
 from guest_memfd.explore.suite.stop import Stop
 from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report
 from guest_memfd.explore.suite.work import Answer, Bench, Task
@@ -68,12 +71,13 @@ def compare(
     pairs: Sequence[Question], *, scenes: Sequence[str | Scene] | None = None, parties: Sequence[str] | None = None,
     scenario: str | None = None, laws: Sequence[str] | None = None, limits: Limits = NO_LIMITS, full: bool = True,
     jobs: int | None = None, progress: Progress | None = None, engine: str | None = None, reduce: bool = True,
-    seen: Seen | None = None, stop: Stop | None = None,
+    seen: Seen | None = None, stop: Stop | None = None, resume: str | None = None,
 ) -> list[Report]:
     """`check` for many designs and hypervisors at once, which share the processes; reports in the order of *pairs*.
 
     *seen* is called before *progress* with what a scenario has broken: design, hypervisor, and law -> steps. When *stop* is
-    asked for, the reports are about what was seen by then; without that there are none.
+    asked for, the reports are about what was seen by then; without that there are none. *resume* is a file: what it has of
+    the scenarios is taken from there, and the others are added.
     """
     jobs = jobs_for(jobs)
     judged = _judged(laws)
@@ -91,23 +95,52 @@ def compare(
             tasks += [Task(len(tasks) + at, len(worlds), names) for at, names in enumerate(asked)]
             worlds.append(built)
         cases.append(case)
-    if len(tasks) >= MANY:
-        choice.prepare(engine)
     of = {number: case for case in cases for number in case.worlds}
     deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
     jobs = min(jobs, len(tasks))
     stop = stop or Stop()
     bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs), stop.asked)
-    with stop, Pool(bench, jobs) as pool:
-        weights = _weigh(pool, tasks, of) if len(tasks) > 1 else dict.fromkeys(tasks, 1.0)
+    with ExitStack() as stack:
+        stack.enter_context(stop)
+        journal = None
+        if resume is not None:
+            options = {"parties": parties, "quick": not full, "failures": limits.failures, "max-states": limits.states,
+                       "laws": judged, "reduction": reduce}
+            head = {"code": code_of(worlds), **_names_of(worlds), **options, "scenarios": len(tasks),
+                    "initial states": initial_of(worlds)}
+            journal = stack.enter_context(Journal(resume, head, tasks))
+        known = journal.known if journal is not None else {}
+        left = [task for task in tasks if task not in known]
+        if len(left) >= MANY:
+            choice.prepare(engine)
+        pool = stack.enter_context(Pool(bench, jobs))
+        weights = _weigh(pool, left, of, known) if len(left) > 1 else dict.fromkeys(left, 1.0)
         clock = _Clock(worlds, of, weights, progress, seen)
-        answers = pool.run(Schedule(tasks, weights), clock.done)
+        for task, answer in known.items():
+            clock.show(task, answer)
+        answers = {**known, **pool.run(Schedule(left, weights), _noted(journal, clock.done))}
         if stop.asked() and not answers:
             return []
         for task in tasks:
             of[task.world].take(task, answers.get(task, UNSEEN))
         _trace(pool, cases, clock)
     return [case.report(limits, clock.seconds(case)) for case in cases]
+
+
+def _names_of(worlds: Sequence[World]) -> dict[str, list[str]]:
+    pairs = dict.fromkeys(f"{world.design.name} on {world.hypervisor.name}" for world in worlds)
+    return {"designs": [*pairs], "scenes": [*dict.fromkeys(world.scene.name for world in worlds)]}
+
+
+def _noted(journal: Journal | None, done: OnDone) -> OnDone:
+    if journal is None:
+        return done
+
+    def noted(task: Task, answer: Answer) -> None:
+        journal.add(task, answer)
+        done(task, answer)
+
+    return noted
 
 
 def _judged(laws: Sequence[str] | None) -> list[str]:
@@ -154,11 +187,15 @@ def _one(built: World, parties: Sequence[str]) -> tuple[str, ...]:
 # How many states a scenario has is near the product of what its parties have alone (correlation of the logarithms: 0.96),
 # and those cost little to count: in the first of the scenes, for the others are like it. A party that fails alone fails in
 # a scenario, too, and is told then.
-def _weigh(pool: Pool, tasks: Sequence[Task], of: Mapping[int, Case]) -> dict[Task, float]:
+def _weigh(
+    pool: Pool, tasks: Sequence[Task], of: Mapping[int, Case], known: Mapping[Task, Answer]
+) -> dict[Task, float]:
     first = {number: min(case.worlds) for number, case in of.items()}
     parties = sorted({(task.world, party) for task in tasks for party in task.parties if task.world == first[task.world]})
-    alone = [Task(order, number, (party,), apart=True) for order, (number, party) in enumerate(parties)]
-    states = {
+    states = {(task.world, *task.parties): answer.states for task, answer in known.items()}
+    alone = [Task(order, number, (party,), apart=True) for order, (number, party) in enumerate(parties)
+             if (number, party) not in states]
+    states |= {
         (task.world, *task.parties): answer.states
         for task, answer in pool.attempt(Schedule(alone, dict.fromkeys(alone, 1.0))) if isinstance(answer, Answer)
     }
@@ -172,7 +209,8 @@ def _trace(pool: Pool, cases: Sequence[Case], clock: _Clock) -> None:
         for task, wanted in case.to_trace().items():
             if case.answers[task].traces is None:
                 again[replace(task, trace=tuple(wanted))] = task
-    told = pool.run(Schedule(list(again), {new: clock.weights[task] for new, task in again.items()}), clock.done)
+    weights = {new: clock.weights.get(task, 1.0) for new, task in again.items()}
+    told = pool.run(Schedule(list(again), weights), clock.done)
     answers = {again[new]: answer for new, answer in told.items()}
     for case in cases:
         for task, wanted in case.to_trace().items():
@@ -203,14 +241,18 @@ class _Clock:
         self.finished += self.weights.get(task, 0)
         self.states += answer.states
         world, rate = self.worlds[task.world], self.states / max(now - self.started, MOMENT)
-        if self.seen is not None:
-            judged = self.of[task.world].judged
-            shortest = sorted(((law, steps) for law, _, steps, _ in answer.broken if law in judged), key=lambda b: -b[1])
-            self.seen(world.design.name, world.hypervisor.name, dict(shortest))
+        self.show(task, answer)
         if self.progress is not None:
-            self.progress(int(PERCENT * self.finished / self.total), PERCENT,
+            self.progress(int(PERCENT * self.finished / max(self.total, MOMENT)), PERCENT,
                           f"{world.design.name} on {world.hypervisor.name}, {world.scene.name}: {', '.join(task.parties)}; "
                           f"{self.states:,} states, {rate:,.0f} a second")
+
+    def show(self, task: Task, answer: Answer) -> None:
+        """Tell what a task has broken, whoever did it."""
+        if self.seen is not None:
+            world, judged = self.worlds[task.world], self.of[task.world].judged
+            shortest = sorted(((law, steps) for law, _, steps, _ in answer.broken if law in judged), key=lambda b: -b[1])
+            self.seen(world.design.name, world.hypervisor.name, dict(shortest))
 
     def seconds(self, case: Case) -> float:
         """Wall seconds of *case*."""

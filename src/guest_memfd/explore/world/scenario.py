@@ -22,7 +22,7 @@ from guest_memfd.explore.world import choice
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.names import lacks as lacks_hypervisor
 from guest_memfd.laws import LAWS, Law, judging
-from guest_memfd.plugins.guard import Guard, asked_twice, foreign, where
+from guest_memfd.plugins.guard import Guard, asked_twice, foreign, foreign_modules, where
 from guest_memfd.plugins.registry import Registry
 from guest_memfd.scenarios import PARTIES, SCENES, TEARDOWN, Party
 from guest_memfd.scenarios.party import lacks as lacks_party
@@ -87,6 +87,12 @@ class World:
         if any(program.anew is not None for program in self.programs.values()):
             return DesignRaised(f"something{self.named} is not deterministic: {what}")
         return InternalError(what)
+
+    def foreign_modules(self) -> set[str]:
+        """The modules of third parties that design, hypervisor, parties and laws come from."""
+        laws = (judge for law in self.laws for judge in (law.in_state, law.on_note, law.at_end))
+        return foreign_modules(self.design, self.hypervisor.ops, *_code(self.hypervisor), *laws, *(
+            code for party in self.parties for code in (party.procedure, party.exists)))
 
     def _exists(self, party: Party) -> bool:
         who, theirs = f"`exists` of party {party.name!r}{self.named}", self.foreign or foreign(party.exists)
