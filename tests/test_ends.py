@@ -24,7 +24,8 @@ from guest_memfd.cli.output import Output
 from guest_memfd.cli.stop import Stopped
 from guest_memfd.errors import BadInput, HostUnavailable
 from guest_memfd.explore.suite import pool
-from guest_memfd.explore.suite.pool import Pool, Schedule
+from guest_memfd.explore.suite.crew import Schedule
+from guest_memfd.explore.suite.pool import Pool
 from guest_memfd.explore.suite.work import Answer, Bench, Task
 from guest_memfd.report.counterexample import pasted
 from guest_memfd.report.style import WIDTH, Style, columns

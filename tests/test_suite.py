@@ -20,8 +20,8 @@ from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput, DesignRaised, GuestMemfdError, HostUnavailable, NotAPrimitive
 from guest_memfd.explore.suite import work
 from guest_memfd.explore.suite.check import Limits, Report, check, compare
+from guest_memfd.explore.suite.crew import Schedule
 from guest_memfd.explore.suite.plan import FEW, LONG, NAMED, QUICK, TRIPLES, partners_of, plan
-from guest_memfd.explore.suite.pool import Schedule
 from guest_memfd.explore.suite.work import Task
 from guest_memfd.explore.world.scenario import world
 from guest_memfd.hypervisors import HYPERVISORS

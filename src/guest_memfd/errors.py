@@ -15,6 +15,7 @@
     UserWarning
     +-- PluginLeftOut          a plugin that does not load is left out of all that there is
     +-- EngineNotice           an engine is compiled, or does not work and a slower one explores
+    +-- ClusterNotice          a worker of a cluster is not used, or has died
     +-- JournalNotice          the last line of a file of finished scenarios was cut off
 """
 
@@ -165,3 +166,7 @@ class EngineNotice(UserWarning):
 
 class JournalNotice(UserWarning):
     """The last line of a file of finished scenarios was cut off, as its run was killed, and has been taken away."""
+
+
+class ClusterNotice(UserWarning):
+    """A worker of a cluster cannot be used, as its code is another; or one has died, and others do its work again."""

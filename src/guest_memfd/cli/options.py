@@ -42,6 +42,8 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-j", "--jobs", type=whole, metavar="N", help="processes (default: one per CPU)")
     group.add_argument("--resume", metavar="FILE", help="keep there what each scenario came to, and go on from what an "
                        "earlier run of the same command has kept (docs/campaign.md)")
+    group.add_argument("--cluster", metavar="ADDRESS", help="let the workers of a dask scheduler explore (tcp://host:8786, "
+                       "or local:N; docs/campaign.md)")
     group.add_argument("--engine", metavar="NAME", help=f"what explores: {', '.join(ENGINES)}; all say the same (default: "
                        "python for small scenarios, for others the first of these that is here)")
     group.add_argument("--no-reduction", action="store_true", help="every state, those included that change no "
@@ -92,13 +94,15 @@ class Scope:
     engine: str | None = None
     reduce: bool = True
     resume: str | None = None
+    cluster: str | None = None
 
     def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress, stop: Gently) -> list[Report]:
         """`compare` of (design, hypervisor) *pairs*; raises Stopped where nothing had been seen by then."""
         with progress:
             reports = compare(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
                               limits=self.limits, full=self.full, jobs=self.jobs, progress=progress, engine=self.engine,
-                              reduce=self.reduce, seen=progress.found, stop=stop, resume=self.resume)
+                              reduce=self.reduce, seen=progress.found, stop=stop, resume=self.resume,
+                              cluster=self.cluster)
         if not reports:
             raise Stopped(stop.number)
         return reports
@@ -164,6 +168,7 @@ def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
         arguments.engine,
         not arguments.no_reduction,
         _apart(arguments),
+        arguments.cluster,
     )
 
 

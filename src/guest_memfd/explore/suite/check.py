@@ -18,15 +18,18 @@ from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.explore.engine.finding import INTERRUPTED
 from guest_memfd.explore.engine.memory import share
 from guest_memfd.explore.suite.case import Case
+from guest_memfd.explore.suite.crew import Crew, OnDone, Schedule
 from guest_memfd.explore.suite.identity import code_of, initial_of
 from guest_memfd.explore.suite.journal import Journal
 from guest_memfd.explore.suite.plan import NAMED, plan
-from guest_memfd.explore.suite.pool import OnDone, Pool, Schedule, jobs_for
+from guest_memfd.explore.suite.pool import Pool, jobs_for
+from guest_memfd.explore.suite.remote import Place
 from guest_memfd.explore.suite.stop import Stop
 from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report
 from guest_memfd.explore.suite.work import Answer, Bench, Task
 from guest_memfd.explore.world import choice
 from guest_memfd.explore.world.scenario import World, scene_of, world
+from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS, judging
 from guest_memfd.scenarios import SCENES
 from guest_memfd.words.scene import Scene
@@ -72,13 +75,17 @@ def compare(
     scenario: str | None = None, laws: Sequence[str] | None = None, limits: Limits = NO_LIMITS, full: bool = True,
     jobs: int | None = None, progress: Progress | None = None, engine: str | None = None, reduce: bool = True,
     seen: Seen | None = None, stop: Stop | None = None, resume: str | None = None,
+    cluster: str | None = None,
 ) -> list[Report]:
     """`check` for many designs and hypervisors at once, which share the processes; reports in the order of *pairs*.
 
     *seen* is called before *progress* with what a scenario has broken: design, hypervisor, and law -> steps. When *stop* is
     asked for, the reports are about what was seen by then; without that there are none. *resume* is a file: what it has of
-    the scenarios is taken from there, and the others are added.
+    the scenarios is taken from there, and the others are added. *cluster*: the address of a dask scheduler, or ``local:N``,
+    whose workers take the place of the processes; HostUnavailable where it is not there, or has gone.
     """
+    if cluster is not None and jobs is not None:
+        raise BadInput("either a number of jobs or a cluster, whose workers do the work")
     jobs = jobs_for(jobs)
     judged = _judged(laws)
     parties = _parties(parties, scenario)
@@ -113,23 +120,43 @@ def compare(
         left = [task for task in tasks if task not in known]
         if len(left) >= MANY:
             choice.prepare(engine)
-        pool = stack.enter_context(Pool(bench, jobs))
-        weights = _weigh(pool, left, of, known) if len(left) > 1 else dict.fromkeys(left, 1.0)
+        if cluster is None:
+            crew: Crew = stack.enter_context(Pool(bench, jobs))
+        else:
+            from guest_memfd.explore.suite.cluster import Cluster, local_workers
+
+            here = local_workers(cluster)
+            memory = limits.memory if here is None else share(limits.memory, here)
+            named = _named(worlds, replace(limits, memory=memory), judged, engine, reduce=reduce)
+            crew = stack.enter_context(Cluster(bench, cluster, named))
+        weights = _weigh(crew, left, of, known) if len(left) > 1 else dict.fromkeys(left, 1.0)
         clock = _Clock(worlds, of, weights, progress, seen)
         for task, answer in known.items():
             clock.show(task, answer)
-        answers = {**known, **pool.run(Schedule(left, weights), _noted(journal, clock.done))}
+        answers = {**known, **crew.run(Schedule(left, weights), _noted(journal, clock.done))}
         if stop.asked() and not answers:
             return []
         for task in tasks:
             of[task.world].take(task, answers.get(task, UNSEEN))
-        _trace(pool, cases, clock)
+        _trace(crew, cases, clock)
     return [case.report(limits, clock.seconds(case)) for case in cases]
 
 
 def _names_of(worlds: Sequence[World]) -> dict[str, list[str]]:
     pairs = dict.fromkeys(f"{world.design.name} on {world.hypervisor.name}" for world in worlds)
     return {"designs": [*pairs], "scenes": [*dict.fromkeys(world.scene.name for world in worlds)]}
+
+
+# Only who is registered can be named.
+def _named(
+    worlds: Sequence[World], limits: Limits, judged: Sequence[str], engine: str | None, *, reduce: bool,
+) -> list[Place]:
+    for built in worlds:
+        design, hypervisor = built.design, built.hypervisor
+        if DESIGNS.get(design.name) is not design or HYPERVISORS.get(hypervisor.name) is not hypervisor:
+            raise BadInput(f"a cluster explores what is registered, and {design.name} on {hypervisor.name} is not")
+    return [Place(code_of([built]), built.design.name, built.hypervisor.name, built.scene, limits.failures, tuple(judged),
+                  engine, reduce, limits.states, limits.memory) for built in worlds]
 
 
 def _noted(journal: Journal | None, done: OnDone) -> OnDone:
@@ -188,7 +215,7 @@ def _one(built: World, parties: Sequence[str]) -> tuple[str, ...]:
 # and those cost little to count: in the first of the scenes, for the others are like it. A party that fails alone fails in
 # a scenario, too, and is told then.
 def _weigh(
-    pool: Pool, tasks: Sequence[Task], of: Mapping[int, Case], known: Mapping[Task, Answer]
+    crew: Crew, tasks: Sequence[Task], of: Mapping[int, Case], known: Mapping[Task, Answer]
 ) -> dict[Task, float]:
     first = {number: min(case.worlds) for number, case in of.items()}
     parties = sorted({(task.world, party) for task in tasks for party in task.parties if task.world == first[task.world]})
@@ -197,20 +224,20 @@ def _weigh(
              if (number, party) not in states]
     states |= {
         (task.world, *task.parties): answer.states
-        for task, answer in pool.attempt(Schedule(alone, dict.fromkeys(alone, 1.0))) if isinstance(answer, Answer)
+        for task, answer in crew.attempt(Schedule(alone, dict.fromkeys(alone, 1.0))) if isinstance(answer, Answer)
     }
     return {task: float(math.prod(states.get((first[task.world], p)) or 1 for p in task.parties)) for task in tasks}
 
 
 # The traces that no new tables have told yet.
-def _trace(pool: Pool, cases: Sequence[Case], clock: _Clock) -> None:
+def _trace(crew: Crew, cases: Sequence[Case], clock: _Clock) -> None:
     again: dict[Task, Task] = {}
     for case in cases:
         for task, wanted in case.to_trace().items():
             if case.answers[task].traces is None:
                 again[replace(task, trace=tuple(wanted))] = task
     weights = {new: clock.weights.get(task, 1.0) for new, task in again.items()}
-    told = pool.run(Schedule(list(again), weights), clock.done)
+    told = crew.run(Schedule(list(again), weights), clock.done)
     answers = {again[new]: answer for new, answer in told.items()}
     for case in cases:
         for task, wanted in case.to_trace().items():

@@ -1,9 +1,4 @@
-"""Doing the tasks of a suite in several processes, all of them busy until the end.
-
-Rule of this file: it decides who does what when, and nothing else; what comes out is the same for any number of jobs
-(tests/test_suite.py holds it). A process stays with one world as long as there is work in it, because it keeps that
-world's tables; then it opens the world with most work left, and at the end helps where most is left. Within a world the
-biggest scenario comes first.
+"""Doing the tasks of a suite in several processes of this machine, all of them busy until the end.
 
 Processes are forked, so that they inherit the worlds (procedures are closures, and cannot be sent). Where there is no
 fork everything is done here.
@@ -19,19 +14,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
-from guest_memfd.errors import BadInput, DesignRaised, HostUnavailable, InternalError
+from guest_memfd.compat import override
+from guest_memfd.errors import BadInput, HostUnavailable, InternalError
+from guest_memfd.explore.suite.crew import LESS, Crew, Failed, Schedule, tried
 from guest_memfd.explore.suite.work import Answer, Bench, Task
-
-OnDone = Callable[[Task, Answer], None]
-
 
 MOST_JOBS = 1024
 LOOK, PATIENCE = 0.1, 5.0
@@ -45,56 +39,15 @@ _TERMINALS = signal.SIGINT, signal.SIGQUIT, signal.SIGHUP
 _ENDING = (*_TERMINALS, signal.SIGTERM)
 
 
-class Failed(NamedTuple):
-    """A task raised; in words. *for_memory*: because there was none left, which says nothing about the task."""
-
-    what: str
-    for_memory: bool = False
-
-
-class Schedule:
-    """What is still to be done. *weights* says how much work a task is thought to be."""
-
-    def __init__(self, tasks: Sequence[Task], weights: Mapping[Task, float]) -> None:
-        self.waiting: dict[int, list[Task]] = {}
-        self.left: dict[int, float] = {}
-        self.opened: set[int] = set()
-        self.weights = weights
-        for task in sorted(tasks, key=lambda t: (weights[t], -t.order)):
-            self.waiting.setdefault(task.world, []).append(task)
-            self.left[task.world] = self.left.get(task.world, 0) + weights[task]
-
-    def next(self, last: int | None) -> Task | None:
-        """A task for a process that has worked on world *last*; None when there is none."""
-        world = last if last is not None and self.waiting.get(last) else self._heaviest()
-        if world is None:
-            return None
-        self.opened.add(world)
-        task = self.waiting[world].pop()
-        self.left[world] -= self.weights[task]
-        return task
-
-    def _heaviest(self) -> int | None:
-        open_ = [world for world, tasks in self.waiting.items() if tasks]
-        # A world that no one has opened comes first: each has tables of its own to fill, and two processes in one
-        # world fill the same entries twice.
-        untouched = [world for world in open_ if world not in self.opened]
-        return max(untouched or open_, key=lambda world: (self.left[world], -world), default=None)
-
-    def drop_after(self, order: int) -> None:
-        """Forget the tasks that come after number *order*: one before them has failed."""
-        for world, tasks in self.waiting.items():
-            self.waiting[world] = [task for task in tasks if task.order < order]
-
-
-class Pool:
+class Pool(Crew):
     """*jobs* processes at *bench*; one: this one. A context manager: the processes end with it, whatever happens."""
 
     def __init__(self, bench: Bench, jobs: int) -> None:
-        self.bench = bench
+        super().__init__(bench)
         self.jobs = jobs if "fork" in multiprocessing.get_all_start_methods() else 1
         self._workers: dict[Connection, BaseProcess] = {}
 
+    @override
     def __enter__(self) -> Pool:
         if self.jobs > 1:
             fork = multiprocessing.get_context("fork")
@@ -120,6 +73,7 @@ class Pool:
             theirs.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    @override
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -131,30 +85,7 @@ class Pool:
             ours.close()
         self._workers.clear()
 
-    def run(self, schedule: Schedule, on_done: OnDone) -> dict[Task, Answer]:
-        """Do all tasks, until the bench is stopped; raises what the first of them (in their order, not in time) raises.
-
-        HostUnavailable when there is no memory left. InternalError when a process dies, or when what failed there does not
-        fail here.
-        """
-        answers: dict[Task, Answer] = {}
-        failed: dict[Task, Failed] = {}
-        for task, answer in self.attempt(schedule):
-            if isinstance(answer, Failed):
-                if answer.for_memory:
-                    raise HostUnavailable(f"there was no memory left to explore {', '.join(task.parties)}; {_LESS}")
-                failed[task] = answer
-                # The first error in the order of the tasks is what is told, so nothing after it matters; what comes
-                # before may still fail.
-                schedule.drop_after(task.order)
-            else:
-                answers[task] = answer
-                on_done(task, answer)
-        if failed:
-            first = min(failed, key=lambda task: task.order)
-            self._again(first, failed[first])
-        return answers
-
+    @override
     def attempt(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
         """Do all tasks, whatever fails, until the bench is stopped; in the order in which they end."""
         if self._workers:
@@ -164,7 +95,7 @@ class Pool:
         with _without_gc():
             while not self.bench.stopped() and (task := schedule.next(last)) is not None:
                 last = task.world
-                yield task, _attempt(self.bench, task)
+                yield task, tried(self.bench, task)
 
     def _spread(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
         busy: dict[Connection, Task] = {}
@@ -193,30 +124,10 @@ class Pool:
         except (EOFError, ConnectionResetError):
             process = self._workers[ours]
             process.join()
-            words = f"the process that explored {', '.join(task.parties)} has died ({_ending(process)}); {_LESS}"
+            words = f"the process that explored {', '.join(task.parties)} has died ({_ending(process)}); {LESS}"
             # No one else kills with that signal as a rule: the kernel does when memory is short.
             raise (HostUnavailable if process.exitcode == -signal.SIGKILL else InternalError)(words) from None
         return answer
-
-    # On new tables and in this process, so that the error has its class and cause, and the trace in it is the same
-    # however the work was split.
-    def _again(self, task: Task, failed: Failed) -> None:
-        self.bench.deadline = None
-        self.bench.do(Task(task.order, task.world, task.parties, apart=True))
-        raise self.bench.worlds[task.world].blame(
-            f"exploring {', '.join(task.parties)} raised {failed.what}, and does not when repeated")
-
-
-def _attempt(bench: Bench, task: Task) -> Answer | Failed:
-    try:
-        return bench.do(task)
-    except Exception as error:
-        cause = None if isinstance(error, DesignRaised) else error.__cause__        # whose doing it is has been told
-        if isinstance(error, MemoryError) or isinstance(cause, MemoryError):
-            bench.forget()
-            return Failed("MemoryError", for_memory=True)
-        return Failed(f"{type(error).__name__}: {error}")
-
 
 def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench, parent: int) -> None:
     for number in _TERMINALS:                           # the parent's to handle
@@ -230,7 +141,7 @@ def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench, paren
     gc.disable()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            answer = _attempt(bench, theirs.recv())
+            answer = tried(bench, theirs.recv())
             try:
                 theirs.send(answer)
             except MemoryError:
@@ -245,9 +156,6 @@ def end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:                          # it has ended already
         os._exit(1)
-
-
-_LESS = "fewer processes (-j 1) or a limit (--max-states N) need less"
 
 
 def _ending(process: BaseProcess) -> str:
