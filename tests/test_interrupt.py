@@ -25,6 +25,12 @@ from guest_memfd.explore.suite.plan import plan
 from guest_memfd.explore.suite.stop import Stop
 from guest_memfd.explore.suite.work import Answer, Bench, Task
 from guest_memfd.explore.world.scenario import world
+from guest_memfd.html.compare import page
+from guest_memfd.report import terminal
+from guest_memfd.report.ktap import ktap
+from guest_memfd.report.sentence import sentence
+from guest_memfd.report.style import Style
+from guest_memfd.report.table import cell, letters_for
 
 PLACES = ["for-good"]
 ASKED: dict[str, Any] = {"scenes": PLACES, "full": False, "limits": Limits(states=50)}
@@ -101,6 +107,15 @@ def test_a_law_whose_trace_nobody_waited_for_is_broken_all_the_same(monkeypatch:
         traced.steps, traced.parties, traced.evidence, traced.scene)
     assert report.limits == ("interrupted before all traces were made",)
     assert "holds" not in {law.verdict for law in report.laws.values()}
+    how = "9 steps with vcpu, zeropad (its trace was not made)"
+    screen = terminal.check(report, [], Style(), explored="one scenario", folder=None, verbose=True)
+    assert f"broken in {how}" in " ".join(" ".join(screen).split())
+    assert f"after {how.replace('vcpu, zeropad', 'vcpu and zeropad')}, load_un" in sentence("none", "...", [report], "...")
+    assert any(line.startswith(f"# {how}: load_unaligned_zeropad") for line in ktap([report]))
+    assert cell(law, letters_for([report])) == "9 V+Z"
+    text = page([report], {}, {}, "one scenario", [])
+    assert "9 V+Z" in text
+    assert "none-gunyah-host-survives" not in text      # there is no run to show
 
 
 def test_who_interrupts_before_anything_was_seen_is_told_nothing() -> None:

@@ -387,6 +387,20 @@ def test_after_a_failure_only_what_comes_before_is_done() -> None:
     assert {task.order for task in iter(lambda: schedule.next(None), None) if task} == {0, 1}
 
 
+def test_what_could_not_be_done_is_the_next_unless_nobody_wants_it_any_more() -> None:
+    given = tasks(0, 0, 0)
+    schedule = Schedule(given, dict.fromkeys(given, 1.0))
+    first, second = schedule.next(None), schedule.next(0)
+    assert first is not None
+    assert second is not None
+    schedule.put_back(first)
+    assert schedule.next(0) == first
+    schedule.drop_after(first.order)
+    schedule.put_back(second)
+    assert schedule.next(0) is None
+    assert schedule.left[0] == 1.0
+
+
 def test_progress_goes_up_to_a_hundred() -> None:
     told: list[tuple[int, int, str]] = []
     check("library", "gunyah", scenes=PLACES, full=False, limits=SHORT, jobs=2, progress=lambda *what: told.append(what))

@@ -63,13 +63,12 @@ class Cluster(Crew):
             raise HostUnavailable(
                 f"--cluster needs dask: {error}; pip install 'guest-memfd[cluster]' installs it") from error
         try:
-            with _ours_alone():
-                if number is not None:
+            if number is not None:
+                with _ours_alone():
                     self._local = distributed.LocalCluster(
                         n_workers=number, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0",
                         memory_limit=None, silence_logs=logging.CRITICAL)
-                self._client = distributed.Client(
-                    self._local or self.address, timeout=CONNECT, set_as_default=False)
+            self._client = distributed.Client(self._local or self.address, timeout=CONNECT, set_as_default=False)
         except BaseException as error:
             self._end()
             if isinstance(error, ValueError):
