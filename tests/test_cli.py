@@ -141,6 +141,8 @@ def test_what_is_explored_is_said_in_one_clause() -> None:
                        "failing-twice, two-large-folios, large-beside-small, mixed-block, half-bound, odd-gfn, "
                        "large-for-good and larger-leaves, pairs with vcpu2; in on-demand, pairs with vcpu2 and vmm)")
     assert words(scenes=("crossed", "unbound")) == f"every party alone and every pair in crossed and unbound ({some})"
+    assert words(size=4) == "every 4 parties together in two-pages, without VMMs that do several things in a row"
+    assert words(size=1, scenes=("crossed",)).startswith("every party alone in crossed, without VMMs")
     assert words(full=False) == FIRST_LOOK
     assert listed([name for names in QUICK.values() for name in names]) in FIRST_LOOK
     for scene, alone in (("three-pages", "alone"), ("both-shared", "alone and with vcpu2 and repeater"),

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -152,6 +153,37 @@ def test_the_default_is_the_whole_suite_in_all_scenes() -> None:
     assert report.scenes == tuple(SCENES)
     assert report.scenarios == sum(len(plan(world("library", "gunyah", scene=scene))) for scene in SCENES)
     assert report.refused == ("no-direct-map-changes",)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_so_many_parties_together_are_all_that_are_different_tasks(size: int) -> None:
+    there = world("library", "kvm")
+    roles = {name: PARTIES[name].role or name for name in there.programs if name not in LONG}
+    tasks_of = itertools.groupby(sorted(roles, key=roles.__getitem__), key=roles.__getitem__)
+    groups = [[*names] for _, names in tasks_of]
+    every = {frozenset(names) for some in itertools.combinations(groups, size) for names in itertools.product(*some)}
+    asked = plan(there, size=size)
+    assert {frozenset(names) for names in asked} == every
+    assert len(asked) == len(every)
+    order = [*there.programs]
+    assert all(sorted(names, key=order.index) == [*names] for names in asked)
+
+
+def test_so_many_parties_are_explored_in_the_plainest_scene() -> None:
+    (report,) = compare([("none", "gunyah")], size=3, limits=Limits(states=2), jobs=1, engine="python")
+    assert (report.scenes, report.scenarios) == (("two-pages",), len(plan(world("none", "gunyah"), size=3)))
+    (alone,) = compare([("none", "gunyah")], size=1, scenes=["crossed"], limits=Limits(states=2), jobs=1)
+    assert alone.scenes == ("crossed",)
+
+
+@pytest.mark.parametrize(("asked", "says"), [
+    ({"size": 0}, "a scenario needs at least one party, not 0"),
+    ({"size": 99}, "there are no 99 different parties in two-pages"),
+    ({"size": 2, "parties": LOAD}, "either vcpu, zeropad or every 2 parties, not both"),
+])
+def test_so_many_parties_that_cannot_be(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        compare([("none", "gunyah")], **asked)
 
 
 def test_named_scenarios_are_pairs_or_triples_in_the_order_of_the_suite() -> None:

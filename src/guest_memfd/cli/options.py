@@ -32,6 +32,8 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
                        help="in which scene (repeat, or a,b; gmem list scenes); default: all, for one scenario the plainest")
     group.add_argument("--parties", metavar="A,B,...", help="one scenario of these parties instead of the whole suite")
     group.add_argument("--scenario", metavar="NAME", help="one named scenario (gmem list scenarios)")
+    group.add_argument("--parties-per-scenario", type=whole, metavar="N",
+                       help="every N parties together in place of the suite; default scene: the plainest")
     group.add_argument("--law", action="append", metavar="NAME", help="judge by this law only (repeat, or a,b)")
     group.add_argument("--failures", type=whole, metavar="N",
                        help="failures that may be injected in one run; 0: nothing fails (default: as the scene says)")
@@ -95,6 +97,7 @@ class Scope:
     reduce: bool = True
     resume: str | None = None
     cluster: str | None = None
+    size: int | None = None
 
     def explore(self, pairs: Sequence[tuple[str, str]], progress: Progress, stop: Gently) -> list[Report]:
         """`compare` of (design, hypervisor) *pairs*; raises Stopped where nothing had been seen by then."""
@@ -102,7 +105,7 @@ class Scope:
             reports = compare(pairs, scenes=self.scenes, parties=self.parties, scenario=self.scenario, laws=self.laws,
                               limits=self.limits, full=self.full, jobs=self.jobs, progress=progress, engine=self.engine,
                               reduce=self.reduce, seen=progress.found, stop=stop, resume=self.resume,
-                              cluster=self.cluster)
+                              cluster=self.cluster, size=self.size)
         if not reports:
             raise Stopped(stop.number)
         return reports
@@ -114,6 +117,9 @@ class Scope:
             return listed(self.parties) + where
         if self.scenario is not None:
             return f"{self.scenario} ({listed(NAMED[self.scenario])}){where}"
+        if self.size is not None:
+            several = f"every {self.size} parties together" if self.size > 1 else "every party alone"
+            return f"{several} in {listed(self.scenes or WHOLE)}, without VMMs that do several things in a row"
         return self._suite() if self.full else self._first_look()
 
     def _suite(self) -> str:
@@ -169,6 +175,7 @@ def scope_of(arguments: argparse.Namespace, *, full: bool) -> Scope:
         not arguments.no_reduction,
         _apart(arguments),
         arguments.cluster,
+        arguments.parties_per_scenario,
     )
 
 

@@ -19,17 +19,15 @@ from guest_memfd.explore.engine.finding import INTERRUPTED
 from guest_memfd.explore.engine.memory import share
 from guest_memfd.explore.suite.case import Case
 from guest_memfd.explore.suite.crew import Crew, OnDone, Schedule
-from guest_memfd.explore.suite.identity import code_of, initial_of
+from guest_memfd.explore.suite.identity import head_of
 from guest_memfd.explore.suite.journal import Journal
 from guest_memfd.explore.suite.plan import NAMED, plan
 from guest_memfd.explore.suite.pool import Pool, jobs_for
-from guest_memfd.explore.suite.remote import Place
 from guest_memfd.explore.suite.stop import Stop
 from guest_memfd.explore.suite.verdict import Found, LawReport, Limits, Report
 from guest_memfd.explore.suite.work import Answer, Bench, Task
 from guest_memfd.explore.world import choice
 from guest_memfd.explore.world.scenario import World, scene_of, world
-from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS, judging
 from guest_memfd.scenarios import SCENES
 from guest_memfd.words.scene import Scene
@@ -75,7 +73,7 @@ def compare(
     scenario: str | None = None, laws: Sequence[str] | None = None, limits: Limits = NO_LIMITS, full: bool = True,
     jobs: int | None = None, progress: Progress | None = None, engine: str | None = None, reduce: bool = True,
     seen: Seen | None = None, stop: Stop | None = None, resume: str | None = None,
-    cluster: str | None = None,
+    cluster: str | None = None, size: int | None = None,
 ) -> list[Report]:
     """`check` for many designs and hypervisors at once, which share the processes; reports in the order of *pairs*.
 
@@ -83,25 +81,29 @@ def compare(
     asked for, the reports are about what was seen by then; without that there are none. *resume* is a file: what it has of
     the scenarios is taken from there, and the others are added. *cluster*: the address of a dask scheduler, or ``local:N``,
     whose workers take the place of the processes; HostUnavailable where it is not there, or has gone.
+    *size*: in place of the suite, every so many parties together; without scenes in the plainest one.
     """
     if cluster is not None and jobs is not None:
         raise BadInput("either a number of jobs or a cluster, whose workers do the work")
     jobs = jobs_for(jobs)
     judged = _judged(laws)
     parties = _parties(parties, scenario)
-    places = _scenes(scenes, alone=parties is not None)
+    _must_be_one_question(parties, size)
+    places = _scenes(scenes, alone=parties is not None or size is not None)
     cases, worlds, tasks = [], list[World](), list[Task]()
     for design, hypervisor in pairs:
         case = Case(_of(design, judged), suite=parties is None)
         for place in places:
             built = world(design, hypervisor, scene=place, failures=limits.failures, laws=judged, engine=engine,
                           reduce=reduce)
-            asked = plan(built, full=full) if parties is None else [_one(built, parties)]
-            built.rehearsal.walk(party for names in asked for party in names)
-            case.add(len(worlds), built, len(asked))
-            tasks += [Task(len(tasks) + at, len(worlds), names) for at, names in enumerate(asked)]
+            scenarios = plan(built, full=full, size=size) if parties is None else [_one(built, parties)]
+            built.rehearsal.walk(party for names in scenarios for party in names)
+            case.add(len(worlds), built, len(scenarios))
+            tasks += [Task(len(tasks) + at, len(worlds), names) for at, names in enumerate(scenarios)]
             worlds.append(built)
         cases.append(case)
+    if not tasks:
+        raise BadInput(f"there are no {size} different parties in {', '.join(place.name for place in places)}")
     of = {number: case for case in cases for number in case.worlds}
     deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
     jobs = min(jobs, len(tasks))
@@ -109,26 +111,15 @@ def compare(
     bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs), stop.asked)
     with ExitStack() as stack:
         stack.enter_context(stop)
-        journal = None
-        if resume is not None:
-            options = {"parties": parties, "quick": not full, "failures": limits.failures, "max-states": limits.states,
-                       "laws": judged, "reduction": reduce}
-            head = {"code": code_of(worlds), **_names_of(worlds), **options, "scenarios": len(tasks),
-                    "initial states": initial_of(worlds)}
-            journal = stack.enter_context(Journal(resume, head, tasks))
-        known = journal.known if journal is not None else {}
+        asked = {"parties": parties, "parties-per-scenario": size, "quick": not full, "failures": limits.failures,
+                 "max-states": limits.states, "laws": judged, "reduction": reduce, "scenarios": len(tasks)}
+        journal = None if resume is None else stack.enter_context(Journal(resume, head_of(worlds, asked), tasks))
+        known = {} if journal is None else journal.known
         left = [task for task in tasks if task not in known]
         if len(left) >= MANY:
             choice.prepare(engine)
-        if cluster is None:
-            crew: Crew = stack.enter_context(Pool(bench, jobs))
-        else:
-            from guest_memfd.explore.suite.cluster import Cluster, local_workers
-
-            here = local_workers(cluster)
-            memory = limits.memory if here is None else share(limits.memory, here)
-            named = _named(worlds, replace(limits, memory=memory), judged, engine, reduce=reduce)
-            crew = stack.enter_context(Cluster(bench, cluster, named))
+        crew = stack.enter_context(
+            Pool(bench, jobs) if cluster is None else _workers_of(cluster, bench, limits, judged, reduce=reduce))
         weights = _weigh(crew, left, of, known) if len(left) > 1 else dict.fromkeys(left, 1.0)
         clock = _Clock(worlds, of, weights, progress, seen)
         for task, answer in known.items():
@@ -142,21 +133,13 @@ def compare(
     return [case.report(limits, clock.seconds(case)) for case in cases]
 
 
-def _names_of(worlds: Sequence[World]) -> dict[str, list[str]]:
-    pairs = dict.fromkeys(f"{world.design.name} on {world.hypervisor.name}" for world in worlds)
-    return {"designs": [*pairs], "scenes": [*dict.fromkeys(world.scene.name for world in worlds)]}
+# Who asks for no cluster need not wait for what talks to one.
+def _workers_of(address: str, bench: Bench, limits: Limits, judged: Sequence[str], *, reduce: bool) -> Crew:
+    from guest_memfd.explore.suite.cluster import Cluster, local_workers, named
 
-
-# Only who is registered can be named.
-def _named(
-    worlds: Sequence[World], limits: Limits, judged: Sequence[str], engine: str | None, *, reduce: bool,
-) -> list[Place]:
-    for built in worlds:
-        design, hypervisor = built.design, built.hypervisor
-        if DESIGNS.get(design.name) is not design or HYPERVISORS.get(hypervisor.name) is not hypervisor:
-            raise BadInput(f"a cluster explores what is registered, and {design.name} on {hypervisor.name} is not")
-    return [Place(code_of([built]), built.design.name, built.hypervisor.name, built.scene, limits.failures, tuple(judged),
-                  engine, reduce, limits.states, limits.memory) for built in worlds]
+    here = local_workers(address)
+    memory = limits.memory if here is None else share(limits.memory, here)
+    return Cluster(bench, address, [named(world, limits, judged, memory, reduce=reduce) for world in bench.worlds])
 
 
 def _noted(journal: Journal | None, done: OnDone) -> OnDone:
@@ -196,6 +179,13 @@ def _parties(parties: Sequence[str] | None, scenario: str | None) -> Sequence[st
     if scenario not in NAMED:
         raise UnknownName("scenario", scenario, NAMED)
     return NAMED[scenario]
+
+
+def _must_be_one_question(parties: Sequence[str] | None, size: int | None) -> None:
+    if size is not None and size < 1:
+        raise BadInput(f"a scenario needs at least one party, not {size}")
+    if size is not None and parties is not None:
+        raise BadInput(f"either {', '.join(parties)} or every {size} parties, not both")
 
 
 def _scenes(scenes: Sequence[str | Scene] | None, *, alone: bool) -> list[Scene]:
@@ -242,7 +232,7 @@ def _trace(crew: Crew, cases: Sequence[Case], clock: _Clock) -> None:
     for case in cases:
         for task, wanted in case.to_trace().items():
             answer = answers.get(task, case.answers[task])
-            if answer.traces is not None:
+            if answer.traces is not None or not crew.bench.stopped():
                 case.take_traces(task, wanted, answer)
 
 

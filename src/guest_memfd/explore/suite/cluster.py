@@ -21,10 +21,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from guest_memfd.compat import override
+from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput, ClusterNotice, HostUnavailable
 from guest_memfd.explore.suite.crew import Crew, Failed, Schedule
+from guest_memfd.explore.suite.identity import code_of
 from guest_memfd.explore.suite.remote import Place, Unfit, do, leave
+from guest_memfd.explore.suite.verdict import Limits
 from guest_memfd.explore.suite.work import Answer, Bench, Task
+from guest_memfd.explore.world.scenario import World
+from guest_memfd.hypervisors import HYPERVISORS
 
 LOCAL = "local:"
 _TERMINALS = signal.SIGINT, signal.SIGQUIT, signal.SIGHUP
@@ -191,6 +196,15 @@ class Cluster(Crew):
     def _leave(self) -> None:
         with suppress(Exception):
             self._client.run(leave, self.run_id, workers=[*self._busy], wait=False)
+
+
+def named(built: World, limits: Limits, laws: Sequence[str], memory: int | None, *, reduce: bool) -> Place:
+    """The world *built* by name; *memory*: bytes of a worker. Raises BadInput where it is not made of what is registered."""
+    design, hypervisor = built.design, built.hypervisor
+    if DESIGNS.get(design.name) is not design or HYPERVISORS.get(hypervisor.name) is not hypervisor:
+        raise BadInput(f"a cluster explores what is registered, and {design.name} on {hypervisor.name} is not")
+    return Place(code_of([built]), design.name, hypervisor.name, built.scene, limits.failures, tuple(laws), built.engine,
+                 reduce, limits.states, memory)
 
 
 def local_workers(address: str) -> int | None:

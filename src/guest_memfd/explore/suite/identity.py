@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from guest_memfd.explore.world.scenario import World
 
@@ -42,6 +43,9 @@ def _digest(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def initial_of(worlds: Sequence[World]) -> str:
-    """A digest of the states that *worlds* begin in, which their scenes make."""
-    return hashlib.sha256(b"".join(world.initial for world in worlds)).hexdigest()[:16]
+def head_of(worlds: Sequence[World], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Which code is *asked* what about *worlds*, for a journal; the states that they begin in are what their scenes make."""
+    initial = hashlib.sha256(b"".join(world.initial for world in worlds)).hexdigest()[:16]
+    pairs = dict.fromkeys(f"{world.design.name} on {world.hypervisor.name}" for world in worlds)
+    return {"code": code_of(worlds), "designs": [*pairs], "scenes": [*dict.fromkeys(world.scene.name for world in worlds)],
+            **asked, "initial states": initial}

@@ -109,9 +109,15 @@ In scenes with large folios such a VMM is only where it is named.
 """
 
 
-def plan(world: World, *, full: bool = True) -> list[Scenario]:
-    """The scenarios of *world*, in their order; without *full* those that are enough for a first look."""
+def plan(world: World, *, full: bool = True, size: int | None = None) -> list[Scenario]:
+    """The scenarios of *world*, in their order; without *full* those that are enough for a first look.
+
+    size: in place of these, every so many different tasks together, without VMMs of several operations.
+    """
     names, scene = list(world.programs), world.scene.name
+    if size is not None:
+        some = itertools.combinations((name for name in names if name not in LONG), size)
+        return [scenario for scenario in some if world.apart(scenario)]
     # Without a driver that lends, or without large folios, the scene has nothing of its own.
     if (world.scene.lends and world.library.lender is None) or (world.scene.order and not world.library.order):
         return [(name,) for name in names if full or name not in LONG]
