@@ -63,18 +63,17 @@ def do(run: str, place: Place, task: Task, seconds: float | None) -> Answer | Fa
     """Do *task* of *run* in *place*, if the code is the same; *seconds*: how long it may take."""
     with _kept.lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", EngineNotice)
-        if _kept.place != place:
-            _kept.place = None
-            try:
-                _kept.bench = _bench(place)
-            except BadInput as error:
-                return Unfit(str(error))
+        try:
+            if _kept.place != place:
+                _kept.place, _kept.bench = None, _bench(place)
+            _kept.bench.worlds[0].rehearsal.walk(task.parties)
+        except BadInput as error:
+            return Unfit(str(error))
         if (code := code_of(_kept.bench.worlds)) != place.code:
             return Unfit(f"its code is another ({code}, and here {place.code})")
         _kept.place, bench = place, _kept.bench
         bench.deadline = None if seconds is None else time.monotonic() + seconds
         bench.stopped = lambda: run in _kept.ended
-        bench.worlds[0].rehearsal.walk(task.parties)
         return tried(bench, replace(task, world=0))
 
 
