@@ -25,7 +25,7 @@ from guest_memfd.explore.suite.check import Limits, Report, compare
 from guest_memfd.explore.suite.cluster import Cluster
 from guest_memfd.explore.suite.crew import Failed
 from guest_memfd.explore.suite.identity import code_of
-from guest_memfd.explore.suite.remote import Place, Unfit
+from guest_memfd.explore.suite.remote import NamedWorld, Unusable
 from guest_memfd.explore.suite.stop import Stop
 from guest_memfd.explore.suite.work import Answer, Task
 from guest_memfd.explore.world.scenario import world
@@ -53,7 +53,7 @@ def there(address: str = THERE, **more: Any) -> Report:
 # -- a cluster without dask --------------------------------------------------------------------------------------------
 
 
-Do = Callable[[str, Place, Task, Any], Any]
+Do = Callable[[str, NamedWorld, Task, Any], Any]
 
 
 class Promise:
@@ -163,7 +163,7 @@ def test_an_answer_that_does_not_come_is_asked_for_again(client: Client, raised:
 def test_a_scenario_that_ends_three_workers_is_given_up(client: Client) -> None:
     number = itertools.count()
 
-    def ends(do: Do, run: str, place: Place, task: Task, left: Any) -> Promise:
+    def ends(do: Do, run: str, place: NamedWorld, task: Task, left: Any) -> Promise:
         return Promise(None, TimeoutError()) if "stop" in task.parties else honest(do, run, place, task, left)
 
     client.workers = {f"w{next(number)}": ends for _ in range(3)}
@@ -174,7 +174,7 @@ def test_a_scenario_that_ends_three_workers_is_given_up(client: Client) -> None:
 def test_a_worker_with_other_code_is_told_and_not_used(client: Client) -> None:
     used = []
 
-    def other(do: Do, run: str, place: Place, task: Task, left: Any) -> Promise:
+    def other(do: Do, run: str, place: NamedWorld, task: Task, left: Any) -> Promise:
         used.append(task)
         return honest(do, run, replace(place, code="of last year"), task, left)
 
@@ -217,7 +217,7 @@ def test_who_interrupts_lets_the_workers_know(client: Client, monkeypatch: pytes
             stop.ask()
 
     # Ends only when it is told to.
-    def endless(do: Do, run: str, place: Place, task: Task, left: Any) -> Promise:
+    def endless(do: Do, run: str, place: NamedWorld, task: Task, left: Any) -> Promise:
         return honest(do, run, place, task, left) if task.apart else Silent(None)
 
     client.workers["two"] = endless
@@ -231,10 +231,10 @@ def test_who_interrupts_lets_the_workers_know(client: Client, monkeypatch: pytes
 # -- on a worker -------------------------------------------------------------------------------------------------------
 
 
-def place(**changes: Any) -> Place:
+def place(**changes: Any) -> NamedWorld:
     scene = SCENES["two-pages"]
     code = code_of([world("none", "gunyah", scene=scene)])
-    plain = Place(code, "none", "gunyah", scene, None, tuple(LAWS), "python", True, None, None)
+    plain = NamedWorld(code, "none", "gunyah", scene, None, tuple(LAWS), "python", True, None, None)
     return replace(plain, memory=1 << 40, **changes)
 
 
@@ -245,10 +245,10 @@ def test_a_worker_answers_for_its_own_code_alone() -> None:
     assert answer.limit is None
     assert ("host-survives", 9) in {(law, steps) for law, _, steps, _ in answer.broken}
     told = remote.do("run", place(code="other"), task, None)
-    assert isinstance(told, Unfit)
+    assert isinstance(told, Unusable)
     assert told.why.startswith("its code is another (")
     unknown = remote.do("run", place(design="not-there"), task, None)
-    assert isinstance(unknown, Unfit)
+    assert isinstance(unknown, Unusable)
     assert unknown.why.startswith("unknown design 'not-there'; ")
 
 

@@ -25,7 +25,7 @@ from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput, ClusterNotice, HostUnavailable
 from guest_memfd.explore.suite.crew import Crew, Failed, Schedule
 from guest_memfd.explore.suite.identity import code_of
-from guest_memfd.explore.suite.remote import Place, Unfit, do, leave
+from guest_memfd.explore.suite.remote import NamedWorld, Unusable, do, leave
 from guest_memfd.explore.suite.verdict import Limits
 from guest_memfd.explore.suite.work import Answer, Bench, Task
 from guest_memfd.explore.world.scenario import World
@@ -48,7 +48,7 @@ class Cluster(Crew):
     be used, or one scenario has ended three workers.
     """
 
-    def __init__(self, bench: Bench, address: str, places: Sequence[Place]) -> None:
+    def __init__(self, bench: Bench, address: str, places: Sequence[NamedWorld]) -> None:
         super().__init__(bench)
         self.address, self.places = address, places
         self.run_id = uuid.uuid4().hex
@@ -168,16 +168,16 @@ class Cluster(Crew):
     def _take(self, address: str, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
         task, future = self._busy.pop(address)
         try:
-            answer: Answer | Failed | Unfit = future.result(timeout=ANSWER)
+            answer: Answer | Failed | Unusable = future.result(timeout=ANSWER)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            answer = Unfit(_first_line(error))                  # what is asked for is not there
+            answer = Unusable(_first_line(error))                  # what is asked for is not there
         except (Exception, CancelledError):                     # it has died when it had answered, or often
             self._bury_one(address, task, schedule)
             return
         finally:
             with suppress(Exception):
                 future.release()
-        if isinstance(answer, Unfit):
+        if isinstance(answer, Unusable):
             self._unfit[address] = answer.why
             warnings.warn(f"worker {address} is not used: {answer.why}", ClusterNotice, stacklevel=2)
             schedule.put_back(task)
@@ -198,13 +198,13 @@ class Cluster(Crew):
             self._client.run(leave, self.run_id, workers=[*self._busy], wait=False)
 
 
-def named(built: World, limits: Limits, laws: Sequence[str], memory: int | None, *, reduce: bool) -> Place:
+def named(built: World, limits: Limits, laws: Sequence[str], memory: int | None, *, reduce: bool) -> NamedWorld:
     """The world *built* by name; *memory*: bytes of a worker. Raises BadInput where it is not made of what is registered."""
     design, hypervisor = built.design, built.hypervisor
     if DESIGNS.get(design.name) is not design or HYPERVISORS.get(hypervisor.name) is not hypervisor:
         raise BadInput(f"a cluster explores what is registered, and {design.name} on {hypervisor.name} is not")
-    return Place(code_of([built]), design.name, hypervisor.name, built.scene, limits.failures, tuple(laws), built.engine,
-                 reduce, limits.states, memory)
+    return NamedWorld(code_of([built]), design.name, hypervisor.name, built.scene, limits.failures, tuple(laws),
+                      built.engine, reduce, limits.states, memory)
 
 
 def local_workers(address: str) -> int | None:

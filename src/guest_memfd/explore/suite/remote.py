@@ -24,7 +24,7 @@ PART = 0.6
 
 
 @dataclass(frozen=True)
-class Place:
+class NamedWorld:
     """A world, by name; the digest of its code; and how far to go there: states of a scenario, bytes of a worker."""
 
     code: str
@@ -40,7 +40,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Unfit:
+class Unusable:
     """Why a worker cannot answer."""
 
     why: str
@@ -51,7 +51,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.place: Place | None = None
+        self.place: NamedWorld | None = None
         self.bench = Bench([], None, None)
         self.ended = set[str]()                         # runs that want no more
 
@@ -59,7 +59,7 @@ class _Kept:
 _kept = _Kept()
 
 
-def do(run: str, place: Place, task: Task, seconds: float | None) -> Answer | Failed | Unfit:
+def do(run: str, place: NamedWorld, task: Task, seconds: float | None) -> Answer | Failed | Unusable:
     """Do *task* of *run* in *place*, if the code is the same; *seconds*: how long it may take."""
     with _kept.lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", EngineNotice)
@@ -68,9 +68,9 @@ def do(run: str, place: Place, task: Task, seconds: float | None) -> Answer | Fa
                 _kept.place, _kept.bench = None, _bench(place)
             _kept.bench.worlds[0].rehearsal.walk(task.parties)
         except BadInput as error:
-            return Unfit(str(error))
+            return Unusable(str(error))
         if (code := code_of(_kept.bench.worlds)) != place.code:
-            return Unfit(f"its code is another ({code}, and here {place.code})")
+            return Unusable(f"its code is another ({code}, and here {place.code})")
         _kept.place, bench = place, _kept.bench
         bench.deadline = None if seconds is None else time.monotonic() + seconds
         bench.stopped = lambda: run in _kept.ended
@@ -82,7 +82,7 @@ def leave(run: str) -> None:
     _kept.ended.add(run)
 
 
-def _bench(place: Place) -> Bench:
+def _bench(place: NamedWorld) -> Bench:
     built = world(place.design, place.hypervisor, scene=place.scene, failures=place.failures, laws=place.laws,
                   engine=place.engine, reduce=place.reduce)
     choice.prepare(place.engine)

@@ -17,7 +17,7 @@ class Stop:
         self._asked = mmap.mmap(-1, 1)                  # shared memory
 
     def ask(self) -> None:
-        """Wish to end."""
+        """Wish to end: all processes see it at their next look."""
         self._asked[0] = 1
 
     def asked(self) -> bool:
