@@ -89,7 +89,7 @@ def test_a_folio_lock_is_dropped_by_who_has_it(holder: int | None) -> None:
 
 def test_kcore_skips_poisoned_pages_and_what_is_no_ram() -> None:
     lent = Lent("kvm", "none")
-    lent.page.hwpoison = True
+    lent.page.broken.add(lent.page.pa)
     assert read_kcore(lent.services, lent.pa, 8) == bytes(8)
     assert read_kcore(lent.services, lent.machine.el2_pool.start, 8) == bytes(8)
 

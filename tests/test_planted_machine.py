@@ -357,7 +357,7 @@ def memory_failure_is_never_done_with_a_page(patch: pytest.MonkeyPatch) -> None:
 
     def memory_failure_done(self: EmulatedHost, folio: Any, result: str) -> None:
         right(self, folio, result)
-        self.page(folio).handled = False
+        self.page(folio).handled = set()
 
     patch.setattr(EmulatedHost, "memory_failure_done", memory_failure_done)
 

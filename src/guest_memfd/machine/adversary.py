@@ -6,12 +6,14 @@ allocation may fail where something is allocated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.words.primitives import Folio, Primitive
-from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Ipa, Pa, gfn_to_gpa, pfn_to_pa, span
+from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Gfn, Index, Ipa, Pa, gfn_to_gpa, pfn_to_pa, span
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -23,6 +25,9 @@ class Adversary:
 
     def __init__(self, machine: Board) -> None:
         self.machine = machine
+        # Of a file of blocks those pages, and of its VM those gfns, that are watched; none: all that there are.
+        self.indexes: Sequence[Index] = ()
+        self.gfns: Sequence[Gfn] = ()
 
     # -- TLBs --------------------------------------------------------------------------------------------------------
 
@@ -43,10 +48,10 @@ class Adversary:
         mapping = host.inode.mapping
         if mapping is not None:
             for vma in mapping.vmas:
-                for index in span(FIRST_PAGE, host.inode.size):
+                for index in self.indexes or span(FIRST_PAGE, host.inode.size):
                     mmu.prefetch(vma.va(index), cpu.stage1, stage2)
         if host.vm in machine.vms:
-            for gfn in span(FIRST_GFN, host.inode.size if host.scene is None else host.scene.beyond):
+            for gfn in self.gfns or span(FIRST_GFN, host.inode.size if host.scene is None else host.scene.beyond):
                 pa_now = machine.driver.lookup(host.vm, gfn_to_gpa(gfn))
                 if pa_now is not None and pa_now in machine.watched:
                     # Each page on a CPU of its own, so that the flush has to reach all of them.
@@ -89,7 +94,9 @@ class Adversary:
         if primitive.name == "set_direct_map_invalid_noflush":
             folio: Folio = primitive.args[0]
             # Splitting needs a table page; an entry of its own needs nothing.
-            return lm.can_set_direct_map() and lm.leaf(pfn_to_pa(folio.pfn)).level < 3
+            return lm.can_set_direct_map() and dm.level_size(lm.leaf(pfn_to_pa(folio.pfn)).level) > folio.nr * PAGE
+        if primitive.name == "split_direct_map":
+            return lm.leaf(pfn_to_pa(primitive.args[0].pfn)).level < 3
         if primitive.name == "set_direct_map_default_noflush":
             return False                                # an entry that was split is there
         return host.inode.fd if primitive.name == "mmap" else True
@@ -104,9 +111,9 @@ class Adversary:
                 machine.driver.stuck |= {pfn_to_pa(arg.pfn) for arg in args if isinstance(arg, Folio)}
             else:
                 machine.driver.refuse_next = errno
-        elif primitive.name in ("filemap_add_folio", "filemap_alloc_folio"):
+        elif primitive.name in ("filemap_add_folio", "filemap_add_pages", "filemap_alloc_folio"):
             machine.folios.fail_at(0)
-        elif primitive.name == "set_direct_map_invalid_noflush":
+        elif primitive.name in ("set_direct_map_invalid_noflush", "split_direct_map"):
             machine.kernel_pages.fail_at(0)
         else:
             machine.fail_slab_at(0)

@@ -18,6 +18,7 @@ from guest_memfd.machine.adversary import Adversary
 from guest_memfd.machine.audit import audit
 from guest_memfd.machine.board.board import Board
 from guest_memfd.machine.board.config import Config
+from guest_memfd.machine.board.tracer import BLOCK
 from guest_memfd.machine.dev import gunyah, kvm
 from guest_memfd.machine.hw.buddy import Buddy
 from guest_memfd.machine.hw.ram import PAGE
@@ -57,8 +58,8 @@ class Machine(Board):
         # After the board is made: the adversary looks at the driver, the CPUs and the linear map.
         self.adversary = Adversary(self)
         self.driver.cpu_of_guest = self.adversary.cpu_of_guest
-        if config.scattered:
-            self._scatter(config.scattered)
+        if config.scattered or config.blocks:
+            self._scatter(config.scattered) if config.scattered else self._lay_out(config.blocks)
             # A CPU may walk the tables at the last moment before a store changes them, so its TLB may hold the old
             # entry.
             self.linear_map.tables.before_store = self.adversary.walk_late
@@ -74,6 +75,16 @@ class Machine(Board):
         for pa in self.watched:
             self.ram.fill(pa, PAGE, 0x5A)
             self.folios.free(pa)
+
+    def _lay_out(self, blocks: int) -> None:
+        order = BLOCK + (blocks - 1).bit_length()
+        start, size = self.kernel_pages.alloc(order), PAGE << BLOCK
+        self.folios = Buddy(self.ram, start, blocks * size, by_address=True)
+        self.watched = [*span(start + self.config.spot * PAGE, 2 * blocks, size // 2)]
+        self.ram.fill(start, blocks * size, 0x5A)
+        self.batch = None
+        for block in span(start, blocks, size):
+            self.driver.host_touches(block)
 
     def open(self, path: str, design: str = "library") -> Any:
         """open(2) of a device; what it gives is served by *design*. Raises SyscallFailed(ENOENT), UnknownName.

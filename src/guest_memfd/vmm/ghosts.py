@@ -16,6 +16,7 @@ from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ANY, DATA, JUNK, PRIVATE_PAGE, SECRET, ZERO
+from guest_memfd.words.units import Pa
 
 _ZEROS = bytes(PAGE)
 
@@ -24,41 +25,41 @@ class ProgramTracer(Tracer):
     """The ghosts of a machine whose guests run programs."""
 
     @override
-    def content(self, page: LinuxFolio) -> int:
+    def content(self, pa: Pa) -> int:
         """ZERO; SECRET; DATA for a page that has been cleared in this life; JUNK for any other."""
-        if self.machine.ram.read(page.pa, PAGE) == _ZEROS:
+        if self.machine.ram.read(pa, PAGE) == _ZEROS:
             return ZERO
-        if page.pa in self.secret:
+        if pa in self.secret:
             return SECRET
-        return DATA if page.uptodate else JUNK
+        return DATA if self.machine.page_at(pa).uptodate else JUNK
 
     @override
-    def contents(self) -> Callable[[LinuxFolio], int]:
+    def contents(self) -> Callable[[Pa], int]:
         """`content`, asked afterwards: no write makes a page other than it was in a way that a law would miss."""
         return self.content
 
     @override
-    def declassify(self, page: LinuxFolio) -> None:
+    def declassify(self, page: LinuxFolio, pa: Pa) -> None:
         """The guest agrees that the host reads the page, whatever it holds by now."""
-        self.secret.discard(page.pa)
-        self.expect(page, ANY)
+        self.secret.discard(pa)
+        self.expect(page, pa, ANY)
 
     @override
-    def access(self, host: TracedTask, page: LinuxFolio, who: str, what: str, via: str, write: bool,
+    def access(self, host: TracedTask, page: LinuxFolio, pa: Pa, who: str, what: str, via: str, write: bool,
                content: int) -> facts.Access:
         """As for every tracer; a write finds nothing that could be expected."""
-        fact = super().access(host, page, who, what, via, write, content)
+        fact = super().access(host, page, pa, who, what, via, write, content)
         return fact._replace(expect=None) if write else fact
 
     @override
-    def after_hypercall(self, page: LinuxFolio, sanitised: bool) -> None:
+    def after_hypercall(self, page: LinuxFolio, pa: Pa, sanitised: bool) -> None:
         """A page that a guest maps may hold anything from now on, and what it has alone is its secret."""
-        super().after_hypercall(page, sanitised)
+        super().after_hypercall(page, pa, sanitised)
         machine = self.machine
-        owned = machine.driver.owner(page.pa) == "guest"
-        if machine.any_guest_maps(page.pa):
-            self.expect(page, ANY)
+        owned = machine.driver.owner(pa) == "guest"
+        if machine.any_guest_maps(pa):
+            self.expect(page, pa, ANY)
             if owned or (isinstance(page.inode, Inode) and page.inode.entry("attributes", page.index) == PRIVATE_PAGE):
-                self.secret.add(page.pa)
+                self.secret.add(pa)
         elif owned and not sanitised and machine.hypervisor.consents is not None:
-            self.secret.discard(page.pa)                # unlocked before: the guest has agreed
+            self.secret.discard(pa)                     # unlocked before: the guest has agreed

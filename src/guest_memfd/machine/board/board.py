@@ -21,6 +21,7 @@ from guest_memfd.machine.board.tracer import Tracer
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.entry import TlbEntry
 from guest_memfd.machine.hw.buddy import Buddy
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
@@ -34,8 +35,11 @@ from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.linux.text import KernelText
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import GONE
-from guest_memfd.words.primitives import Primitive
+from guest_memfd.words.primitives import Folio, Primitive
 from guest_memfd.words.units import Gfn, Index, Ipa, Pa, Pfn, Va, gpa_to_gfn, identity_ipa, pa_to_pfn, pfn_to_pa
+
+FOLIO_BATCH = 31
+"""Folios that a batch has room for (include/linux/folio_batch.h)."""
 
 Judge = Callable[[Primitive, list[facts.Note]], None]
 """Told of every primitive, and of the facts that it left."""
@@ -73,7 +77,8 @@ class Board:
         self._vms: list[Vm] = []
         self.folios: Buddy = self.kernel_pages
         self.watched: list[Pa] = []
-        self.leaked = 0                                         # folios that are counted as never coming back
+        self.leaked = 0                                         # pages that are counted as never coming back
+        self.batch: int | None = FOLIO_BATCH                    # None: each folio is added on a CPU of its own
         self.judge: Judge | None = None                         # of every host that has none of its own
         self._boot(driver)
 
@@ -91,7 +96,7 @@ class Board:
         self.bounce_va = self.linear_map.va(self.kernel_pages.alloc())
         self.vmm = Mm(self.ram, self.kernel_pages, self.tlbs, self.driver.host_vmid)
         self.cpu = HostCpu(self, sea_fixup=self.config.sea_fixup, pkvm=self.hypervisor.name == "pkvm")
-        with self.poking(LinuxFolio(text, 0)):                  # poking_init(): tables that a mapping of the moment needs
+        with self.poking(Folio(pa_to_pfn(text))):                  # poking_init(): tables that a mapping of the moment needs
             pass
         self.modules = Loader()
         loaded = self.modules.load(ModuleImage(self.hypervisor.module, exit=lambda: None))
@@ -131,6 +136,14 @@ class Board:
     def number(self, pa: Pa) -> Pfn:
         """What the laws call the frame at *pa*: its place among the watched ones, or its frame number."""
         return Pfn(self.watched.index(pa)) if pa in self.watched else pa_to_pfn(pa)
+
+    def named(self, pa: Pa, size: int) -> list[Pa]:
+        """The pages of [pa, pa+size) that facts are about: those that are watched, or the first."""
+        return [at for at in self.watched if pa <= at < pa + size] or [pa]
+
+    def spot(self, page: LinuxFolio, pa: Pa) -> Pa:
+        """The page that a fact about the byte at *pa*, which is *page*'s, names: its own where pages are watched."""
+        return pa & -PAGE if self.watched else page.pa
 
     def page_at(self, pa: Pa) -> LinuxFolio:
         """The folio that the byte at *pa* belongs to, or a stand-in for a free frame."""
@@ -227,9 +240,14 @@ class Board:
         """Whether any VM's stage 2 maps *pa*."""
         return any(self.driver.ipa_of(vm, pa) is not None for vm in self.vms)
 
-    def guest_reaches(self, page: LinuxFolio) -> bool:
-        """Whether a guest reaches *page* through its tables or a TLB entry that outlived its mapping."""
-        return self.any_guest_maps(page.pa) or any(self.stale_guest_gfn(vm, page.pa) is not None for vm in self.vms)
+    def guest_reaches(self, pa: Pa) -> bool:
+        """Whether a guest reaches the page at *pa* through its tables or a TLB entry that outlived its mapping."""
+        return self.any_guest_maps(pa) or any(self.stale_guest_gfn(vm, pa) is not None for vm in self.vms)
+
+    @property
+    def splits(self) -> int:
+        """How many leaves of 2 MiB or more, of the linear map and of both stages 2, have been made smaller ones so far."""
+        return sum(self.linear_map.tables.splits[size] for size in (dm.PMD_SIZE, dm.PUD_SIZE)) + self.driver.splits
 
     def stale_guest_gfn(self, vm: Vm, pa: Pa) -> Gfn | None:
         """The guest frame number that a TLB still translates to *pa* and *vm*'s tables do not."""
@@ -245,16 +263,16 @@ class Board:
     # -- mappings of the moment ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def poking(self, page: LinuxFolio) -> Iterator[Va]:
-        """A virtual address at which this CPU alone has *page* while the block runs (text_poke())."""
-        tables = self.linear_map.tables
-        tables.map(_POKING, _POKING + page.size, page.pa, dm.PAGE_KERNEL_TAGGED, dm.NO_CONT)
+    def poking(self, folio: Folio) -> Iterator[Va]:
+        """A virtual address at which this CPU alone has *folio* while the block runs (text_poke())."""
+        tables, size = self.linear_map.tables, folio.nr * PAGE
+        tables.map(_POKING, _POKING + size, pfn_to_pa(folio.pfn), dm.PAGE_KERNEL_TAGGED, dm.NO_CONT)
         try:
             yield _POKING
         finally:
             # Unmapped and flushed on this CPU alone: the mapping was never loaded on another (text_poke() works the
             # same way).
-            for _, entry in list(tables.leaves(_POKING, _POKING + page.size)):
+            for _, entry in list(tables.leaves(_POKING, _POKING + size)):
                 tables.store(entry, 0)
             tlbi.vmalle1(self.tlbs[self.cpu.current], self.driver.host_vmid)
 

@@ -43,6 +43,9 @@ GUEST_TOKEN, USER_TOKEN, DEVICE_TOKEN, KERNEL_TOKEN = b"GUESTGST", b"VMM-USER", 
 JUDGED = 1 << 16
 """Operations on more pages than this are not reported to the laws, page by page as the facts are."""
 
+BLOCK = 9
+"""2 MiB are 4 KiB << 9."""
+
 _TOKENS = frozenset((GUEST_TOKEN, USER_TOKEN, DEVICE_TOKEN, KERNEL_TOKEN))
 _ZEROS = bytes(PAGE)
 
@@ -60,8 +63,8 @@ class TracedTask(Protocol):
     def vm_at(self, index: Index) -> Vm:
         """The VM that page *index* of the file is bound to, or would be."""
 
-    def private(self, page: LinuxFolio) -> bool:
-        """Whether *page* is private, by what the library says."""
+    def private(self, page: LinuxFolio, pa: Pa) -> bool:
+        """Whether the page of *page* at *pa* is private, by what the library says."""
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Operation:
     removed: set[Index] = field(default_factory=set)
     reasons: int = 0                                    # what has stood against it (abstract/state.py REASONS)
     places: set[Index] = field(default_factory=set)     # pages at which something did
-    cost: dict[str, int] = field(default_factory=lambda: {"writes": 0, "flushes": 0, "calls": 0, "stalls": 0})
+    cost: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Cost._fields, 0))
 
     def first_of(self, index: Index, nr: int = 1) -> Index | None:
         """The first of pages [index, index+nr) that it is about, None if it is about none of them."""
@@ -99,82 +102,86 @@ class Tracer:
 
     # -- contents ------------------------------------------------------------------------------------------------
 
-    def content(self, page: LinuxFolio) -> int:
-        """ZERO, JUNK, DATA or SECRET, by the first 4 KiB of *page*."""
-        raw = self.machine.ram.read(page.pa, PAGE)
+    def content(self, pa: Pa) -> int:
+        """ZERO, JUNK, DATA or SECRET, by the page at *pa*."""
+        raw = self.machine.ram.read(pa, PAGE)
         if raw == _ZEROS:
             return ZERO
         if raw[:8] not in _TOKENS:
             return JUNK
-        return SECRET if page.pa in self.secret else DATA
+        return SECRET if pa in self.secret else DATA
 
-    def contents(self) -> Callable[[LinuxFolio], int]:
+    def contents(self) -> Callable[[Pa], int]:
         """`content` of the frames in use as it is now, for after an access whose target is not known before."""
-        before = {pa: self.content(LinuxFolio(pa, 0)) for pa in self.machine.watched}
-        return lambda page: before.get(page.pa, JUNK)
+        before = {pa: self.content(pa) for pa in self.machine.watched}
+        return lambda pa: before.get(pa, JUNK)
 
-    def wrote(self, page: LinuxFolio, content: int) -> None:
-        """*page* now holds DATA or a SECRET, and any reader is to find that."""
+    def wrote(self, page: LinuxFolio, pa: Pa, content: int) -> None:
+        """The page of *page* at *pa* now holds DATA or a SECRET, and any reader is to find that."""
         if content == SECRET:
-            self.secret.add(page.pa)
+            self.secret.add(pa)
         else:
-            self.secret.discard(page.pa)
-        self.expect(page, content)
+            self.secret.discard(pa)
+        self.expect(page, pa, content)
 
-    def expect(self, page: LinuxFolio, content: int) -> None:
-        """Any reader of the page of the file is to find *content*."""
+    def expect(self, page: LinuxFolio, pa: Pa, content: int) -> None:
+        """Any reader of the page of the file that is at *pa* is to find *content*."""
         if isinstance(page.inode, Inode):
-            self.expected[page.inode, page.index] = content
+            self.expected[page.inode, page.index_of(pa)] = content
 
-    def declassify(self, page: LinuxFolio) -> None:
-        """The guest agrees that the host reads what it wrote."""
-        if self.content(page) == SECRET:
-            self.wrote(page, DATA)
+    def declassify(self, page: LinuxFolio, pa: Pa) -> None:
+        """The guest agrees that the host reads what it wrote there."""
+        if self.content(pa) == SECRET:
+            self.wrote(page, pa, DATA)
 
-    def consented(self, page: LinuxFolio) -> None:
-        """The guest has given *page* up; under a hypervisor whose guests relinquish, no one relies on it any more."""
-        self.withdrawn.discard(page.pa)
-        self.declassify(page)
+    def consented(self, page: LinuxFolio, pa: Pa) -> None:
+        """The guest has given a page up; under a hypervisor whose guests relinquish, no one relies on it any more."""
+        self.withdrawn.discard(pa)
+        self.declassify(page, pa)
         if self.machine.driver.forgets:
-            self.expect(page, ANY)
+            self.expect(page, pa, ANY)
 
-    def after_hypercall(self, page: LinuxFolio, sanitised: bool) -> None:
-        """What it did to *page*: if it has zeroed it, no one relies on what it held."""
-        if self.machine.driver.owner(page.pa) != "borrowed":
-            self.withdrawn.discard(page.pa)
+    def after_hypercall(self, page: LinuxFolio, pa: Pa, sanitised: bool) -> None:
+        """What it did to the page of *page* at *pa*: if it has zeroed it, no one relies on what it held."""
+        if self.machine.driver.owner(pa) != "borrowed":
+            self.withdrawn.discard(pa)
         if sanitised:
-            self.secret.discard(page.pa)
-            self.expect(page, ANY)
+            self.secret.discard(pa)
+            self.expect(page, pa, ANY)
 
-    def reclaimed_by_force(self, host: TracedTask, page: LinuxFolio) -> None:
+    def reclaimed_by_force(self, host: TracedTask, pa: Pa) -> None:
         """EL2 took the page from a guest that never agreed, and zeroed it."""
-        self.secret.discard(page.pa)
+        self.secret.discard(pa)
         host.notes.append(facts.Destroyed(
-            self.machine.number(page.pa), "reclaimed by force because the host touched it"))
+            self.machine.number(pa), "reclaimed by force because the host touched it"))
 
-    def freed(self, page: LinuxFolio) -> None:
-        """The allocator has written to it."""
-        self.secret.discard(page.pa)
+    def zeroed(self, pa: Pa, size: int) -> None:
+        """Someone has written to all of [pa, pa+size), and it was no guest."""
+        self.secret = {at for at in self.secret if not pa <= at < pa + size}
 
-    def access(self, host: TracedTask, page: LinuxFolio, who: str, what: str, via: str, write: bool,
+    def access(self, host: TracedTask, page: LinuxFolio, pa: Pa, who: str, what: str, via: str, write: bool,
                content: int) -> facts.Access:
-        """The fact that *who* reached a page that held *content*."""
-        index = page.index if isinstance(page.inode, Inode) else None
-        expect = self.expected.get((page.inode, page.index), ZERO) if isinstance(page.inode, Inode) else ANY
+        """The fact that *who* reached the page of *page* at *pa*, which held *content*."""
+        index, expect = None, ANY
+        if isinstance(page.inode, Inode):
+            index = page.index_of(pa)
+            expect = self.expected.get((page.inode, index), ZERO)
         machine = self.machine
-        owner, mapped = machine.driver.owner(page.pa), machine.any_guest_maps(page.pa)
-        guests = owner == "guest" or content == SECRET or (mapped and index is not None and host.private(page))
-        return facts.Access(who, what, via, machine.number(page.pa), write, CONTENTS[content], guests,
+        owner, mapped = machine.driver.owner(pa), machine.any_guest_maps(pa)
+        guests = owner == "guest" or content == SECRET or (mapped and index is not None and host.private(page, pa))
+        return facts.Access(who, what, via, machine.number(pa), write, CONTENTS[content], guests,
                             mapped or owner == "guest", index, None if expect == ANY else CONTENTS[expect],
-                            pa_to_pfn(page.pa) not in machine.pages, page.handled)
+                            pa_to_pfn(page.pa) not in machine.pages, pa in page.handled)
 
     def destroyed(self, inode: Inode) -> None:
         """The file is gone: no one reads there any more."""
         self.expected = {(file, index): content for (file, index), content in self.expected.items() if file is not inode}
 
     def split(self, page: LinuxFolio) -> None:
-        """A folio becomes single pages: what is known of it is known of each."""
+        """A folio becomes single pages: what is known of it is known of each, where that has not been kept page by page."""
         inode, index = page.inode, page.index
+        if self.machine.watched:
+            return
         if page.pa in self.secret:
             self.secret.update(span(page.pa, page.nr, PAGE))
         if isinstance(inode, Inode) and (inode, index) in self.expected:
@@ -227,12 +234,13 @@ class Tracer:
         operation = self.operations.get(host.who)
         if operation is not None and operation.nr <= JUDGED:
             operation.removed.update(span(index, nr))
-        expected = self.expected.pop((host.inode, index), ZERO)
-        # Only a punch, or the end of the file, is asked to lose what is there; a page that is given up is lost already.
         op = self.under_way(host.who) or "someone"
-        if op not in ("punch", "copy") and host.inode.life != EVICTED and not page.kept and expected not in (ZERO, ANY):
-            host.notes.append(facts.Destroyed(self.machine.number(page.pa), f"{op} takes the page out of the file"))
-        self.done_to(host, "removes the folio", index)
+        for pa in self.machine.named(page.pa, page.size):
+            expected = self.expected.pop((host.inode, page.index_of(pa)), ZERO)
+            # Only a punch, or the end of the file, is asked to lose what is there; a page that is given up is lost already.
+            if op not in ("punch", "copy") and host.inode.life != EVICTED and not page.kept and expected not in (ZERO, ANY):
+                host.notes.append(facts.Destroyed(self.machine.number(pa), f"{op} takes the page out of the file"))
+            self.done_to(host, "removes the folio", page.index_of(pa))
 
     def attributes(self, host: TracedTask, start: Index, values: Entries) -> list[LinuxFolio]:
         """Attributes are about to change: the folios in the file for which they do."""
@@ -271,23 +279,27 @@ class Tracer:
         operation = self.operations.get(task)
         if operation is not None:
             operation.reasons |= reason
-            if page is not None:
+            if page is None:
+                return
+            if self.machine.watched:                    # what stands against a folio stands at each of its pages
+                operation.places.update(map(page.index_of, self.machine.named(page.pa, page.size)))
+            else:
                 first = operation.first_of(page.index, page.nr)
                 operation.places.add(page.index if first is None else first)
 
-    def counts(self, task: int, what: str) -> None:
-        """The operation of *task* asks for one more of *what*: writes, flushes, calls or stalls."""
+    def counts(self, task: int, what: str, more: int = 1) -> None:
+        """The operation of *task* asks for *more* of *what*: writes, flushes, calls, stalls or splits."""
         operation = self.operations.get(task)
         if operation is not None:
-            operation.cost[what] = min(operation.cost[what] + 1, MANY)
+            operation.cost[what] = min(operation.cost[what] + more, MANY)
 
-    def mapped(self, task: int, page: LinuxFolio) -> None:
-        """*task* has mapped *page* into the guest: whether the guest had asked for it."""
+    def mapped(self, task: int, pa: Pa) -> None:
+        """*task* has mapped the page at *pa* into the guest: whether the guest had asked for it."""
         operation = self.operations.get(task)
         if operation is not None and operation.op == "fault":
-            self.asked.add(page.pa)
+            self.asked.add(pa)
         else:
-            self.asked.discard(page.pa)
+            self.asked.discard(pa)
 
     def under_way(self, task: int) -> str | None:
         """The operation that *task* is in."""
@@ -346,7 +358,13 @@ class Tracer:
             _reasons(operation.reasons), tuple(sorted(operation.places)),
             operation.gfn, Cost(**operation.cost),
             (*self.machine.hypervisor.errnos.get(operation.op, ()), *host.errnos.get(operation.op, ())),
-            host.bounds.get(operation.op), host.scene.attributes if operation.op == "create" and host.scene else ())
+            host.bounds.get(operation.op), host.scene.attributes if operation.op == "create" and host.scene else (),
+            *self._around(scope))
+
+    # Pages of the blocks over *scope*, and leaves: on a machine that has blocks for guest_memfd, and nothing else.
+    def _around(self, scope: tuple[Index, ...]) -> tuple[int, int]:
+        blocks = len({index >> BLOCK for index in scope}) if self.machine.config.blocks else 0
+        return blocks << BLOCK, blocks
 
     # Unless the mapping has gone meanwhile, or memory is broken: who faulted is told so when he goes on.
     def _vmm_has(self, host: TracedTask, index: Index) -> bool:

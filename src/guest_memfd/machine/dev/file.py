@@ -116,9 +116,9 @@ class FileHost(EmulatedHost):
     # For the laws. What these bytes should be no one has recorded; that the page was zeroed before its use, the file has.
     def _saw(self, pa: Pa, *, write: bool) -> None:
         page, tracer = self.machine.page_at(pa), self.machine.tracer
-        tracer.expect(page, ANY)
-        content = SECRET if page.pa in tracer.secret else DATA if page.uptodate else tracer.content(page)
-        note_access(self, page, "VMM", "user access", "user mapping", write, content)
+        tracer.expect(page, page.pa, ANY)
+        content = SECRET if page.pa in tracer.secret else DATA if page.uptodate else tracer.content(page.pa)
+        note_access(self, page, page.pa, "VMM", "user access", "user mapping", write, content)
 
     def user_write(self, index: Index, within: int, data: bytes) -> str:
         """EL0 stores one doubleword of *data* at byte *within* of page *index*, and the rest with it.

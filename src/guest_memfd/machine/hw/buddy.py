@@ -20,10 +20,13 @@ class OutOfMemory(Exception):  # noqa: N818 - named after what it is
 
 
 class Buddy:
-    """The allocator of [start, start+size), physical addresses; all of it free at first."""
+    """The allocator of [start, start+size), physical addresses; all of it free at first.
 
-    def __init__(self, ram: Ram, start: Pa, size: int) -> None:
-        self.ram, self.start, self.size = ram, start, size
+    *by_address*: the lowest address that will do is given, even where a smaller block is free.
+    """
+
+    def __init__(self, ram: Ram, start: Pa, size: int, *, by_address: bool = False) -> None:
+        self.ram, self.start, self.size, self.by_address = ram, start, size, by_address
         self.free_pages = 0
         self._free: list[dict[Pa, None]] = [{} for _ in range(MAX_ORDER + 1)]
         # Addresses that may be free, lowest first; those that are not any more are skipped when met.
@@ -65,7 +68,10 @@ class Buddy:
         """Physical address of a block of 4 KiB << *order* bytes, lowest first; raises OutOfMemory."""
         if self._injected():
             raise OutOfMemory(f"injected failure of an order-{order} allocation")
-        at = next((o for o in range(order, MAX_ORDER + 1) if self._free[o]), None)
+        fitting = [o for o in range(order, MAX_ORDER + 1) if self._free[o]]
+        if self.by_address:
+            fitting.sort(key=lambda o: min(self._free[o]))
+        at = next(iter(fitting), None)
         if at is None:
             raise OutOfMemory(f"no free block of order {order}: {self.free_pages} pages are free")
         pa = self._lowest(at)

@@ -6,7 +6,7 @@ A guest access is an instruction on a CPU, translated by that CPU's TLB and the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ class Driver(ABC):
         self.cpu_of_guest: Callable[[Vm, Ipa], int] = lambda _vm, _ipa: 0
         self._accessor: Accessor | None = None
         self.sanitised = False
-        """Whether the last hypercall zeroed the page."""
+        """Whether the last hypercall zeroed what it took back (`may_sanitise`)."""
         self.refuse_next: int | None = None             # injected: what the next hypercall returns, having done nothing
         self.stuck: set[Pa] = set()                     # injected: pages that EL2 will never give back
 
@@ -125,8 +125,8 @@ class Driver(ABC):
 
     def keeps(self, name: str, args: tuple[Any, ...]) -> bool:
         """Whether EL2 refuses *name* because it will never give that page back."""
-        return name in self.hypervisor.final and any(
-            isinstance(arg, Folio) and pfn_to_pa(arg.pfn) in self.stuck for arg in args)
+        folios = [arg for arg in args if isinstance(arg, Folio)] if name in self.hypervisor.final else []
+        return any(0 <= pa - pfn_to_pa(folio.pfn) < folio.nr * PAGE for folio in folios for pa in self.stuck)
 
     def force_reclaim(self, pa: Pa) -> int:
         """Take a page from its guest because the host has touched it: 0 or -errno."""
@@ -146,6 +146,23 @@ class Driver(ABC):
     def not_the_hosts(self) -> Iterator[tuple[Pa, Pa, str]]:
         """Ranges of RAM that are not wholly the host's, [start, end) each, and how; EL2's own pool left out."""
 
+    @property
+    @abstractmethod
+    def splits(self) -> int:
+        """How many leaves of stage 2, the host's and those of the VMs that there are, have been made smaller ones."""
+
+    def host_tables(self) -> Sequence[PageTable]:
+        """The table of the host's stage 2, if there is one."""
+        return ()
+
+    def host_order(self, pa: Pa) -> int | None:
+        """The order of the entry of the host's stage 2 that decides *pa*, None where there is no such stage."""
+        return None
+
+    @abstractmethod
+    def guest_order(self, vm: Vm, ipa: Ipa) -> int:
+        """The order of the entry of *vm*'s stage 2 that decides *ipa*."""
+
     def leftovers(self) -> Iterator[str]:
         """What EL2 should have forgotten, in words."""
         yield from ()
@@ -161,6 +178,10 @@ class Driver(ABC):
     @abstractmethod
     def lookup(self, vm: Vm, ipa: Ipa) -> Pa | None:
         """The physical address that *vm*'s stage 2 has for *ipa*."""
+
+    def may_sanitise(self, vm: Vm, pa: Pa) -> bool:
+        """Whether a call that zeroes what it takes back zeroes the page, as it is now."""
+        return True
 
     @abstractmethod
     def locked_in(self, vm: Vm, pa: Pa) -> bool:

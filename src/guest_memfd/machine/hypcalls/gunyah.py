@@ -6,7 +6,7 @@ range to change its kind while the VM runs; here the driver has RM do that whene
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from errno import EBUSY, EINVAL
 from typing import Any
@@ -31,7 +31,7 @@ from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Gfn, Ipa, Pa, gfn_to_gpa, identity_ipa, identity_pa, pfn_to_pa
+from guest_memfd.words.units import Gfn, Ipa, Pa, gfn_to_gpa, identity_ipa, identity_pa
 
 RW = Attributes(ExtentAccess.RW, ExtentAccess.RW)
 RX = Attributes(ExtentAccess.RX, ExtentAccess.RX)
@@ -148,9 +148,8 @@ class GunyahDriver(Driver):
         return vm.writable(gfn) if isinstance(vm, DeviceVm) else True
 
     def _unmap_private(self, vm: Vm, gfn: Gfn, folio: Folio, sync: bool) -> int:
-        held = self.locked_in(vm, pfn_to_pa(folio.pfn))
         ret = self._unmap(vm, gfn, folio, vm.handle.caps.guest_private, AddrMapFlag.PRIVATE | (0 if sync else NOSYNC))
-        self.sanitised = held and not ret
+        self.sanitised = not ret
         return ret
 
     def _unmap_vmmio(self, vm: Vm, gfn: Gfn, folio: Folio, sync: bool) -> int:
@@ -211,6 +210,33 @@ class GunyahDriver(Driver):
         """By the guest's table."""
         leaf = vm.handle.space.table.leaf(ipa)
         return leaf.oa + (ipa - leaf.ipa) if leaf.valid else None
+
+    @override
+    def may_sanitise(self, vm: Vm, pa: Pa) -> bool:
+        """What the guest has not unlocked."""
+        return self.locked_in(vm, pa)
+
+    @property
+    @override
+    def splits(self) -> int:
+        """By the tables of all address spaces; of the host's a hole that comes apart counts as what maps."""
+        guests, host = (vm.space.table for vm in self.el2.vms.values()), self.el2.hlos.table
+        return int(sum(table.splits for table in guests) + host.splits + host.filled)
+
+    @override
+    def host_tables(self) -> Sequence[PageTable]:
+        """The host's, which EL2 has."""
+        return (self.el2.hlos.table.pages,)
+
+    @override
+    def host_order(self, pa: Pa) -> int:
+        """By the host's table."""
+        return int(self.el2.hlos.table.leaf(identity_ipa(pa)).size.bit_length() - PAGE.bit_length())
+
+    @override
+    def guest_order(self, vm: Vm, ipa: Ipa) -> int:
+        """By the guest's table."""
+        return int(vm.handle.space.table.leaf(ipa).size.bit_length() - PAGE.bit_length())
 
     @override
     def locked_in(self, vm: Vm, pa: Pa) -> bool:

@@ -33,6 +33,17 @@ class KvmGuests(Driver):
         leaf = vm.handle.pgt.leaf(ipa)
         return leaf.oa + ipa % (PAGE << leaf.order) if leaf.valid else None
 
+    @property
+    @override
+    def splits(self) -> int:
+        """By the tables of the guests."""
+        return sum(vm.pgt.splits for vm in self.el2.vms.values())
+
+    @override
+    def guest_order(self, vm: Vm, ipa: Ipa) -> int:
+        """By the guest's table."""
+        return int(vm.handle.pgt.leaf(ipa).order)
+
     @override
     def guest_stage2(self, vm: Vm) -> Stage2:
         """The stage-2 registers of the VM, VTTBR and VTCR, for a walk of the guest's tables."""

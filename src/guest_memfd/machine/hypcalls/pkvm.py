@@ -6,7 +6,7 @@ guest took before. (KVM itself waits for its vCPUs before it tears a VM down.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from errno import E2BIG, EBUSY, ENOMEM, EPERM
 
 from guest_memfd.compat import override
@@ -17,6 +17,7 @@ from guest_memfd.machine.el2.pkvm import hypercalls as n
 from guest_memfd.machine.el2.pkvm import transitions
 from guest_memfd.machine.el2.pkvm.el2 import El2
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault
+from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.buddy import OutOfMemory
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.hardware import Hardware
@@ -75,9 +76,8 @@ class PkvmDriver(KvmGuests):
         return self._call(n.CHECK_CONSENT, vm.handle.handle, gfn, folio.nr, int(converting))
 
     def _reclaim_dying_guest_page(self, vm: Vm, gfn: Gfn, folio: Folio) -> int:
-        owned = self.owner(pfn_to_pa(folio.pfn)) != "host"
         ret = self._call(n.RECLAIM_DYING, vm.handle.handle, gfn, folio.nr)
-        self.sanitised = owned and not ret
+        self.sanitised = not ret
         return ret
 
     @override
@@ -103,6 +103,27 @@ class PkvmDriver(KvmGuests):
         if not self.el2.host.pgt.leaf(ipa).valid:
             fault = Fault(TRANSLATION, 3, 2, va=Va(ipa), ipa=ipa, access="w")
             assert self.el2.host_abort(fault, 1) is None
+
+    @override
+    def may_sanitise(self, vm: Vm, pa: Pa) -> bool:
+        """What the host does not own already."""
+        return self.owner(pa) != "host"
+
+    @property
+    @override
+    def splits(self) -> int:
+        """By the tables of the guests and the host's."""
+        return super().splits + int(self.el2.host.pgt.splits)
+
+    @override
+    def host_tables(self) -> Sequence[PageTable]:
+        """The host's, which EL2 has."""
+        return (self.el2.host.page_table,)
+
+    @override
+    def host_order(self, pa: Pa) -> int:
+        """By the host's table, in which an entry of any size may be empty, or a note."""
+        return int(self.el2.host.pgt.leaf(identity_ipa(pa)).order)
 
     @override
     def locked_in(self, vm: Vm, pa: Pa) -> bool:

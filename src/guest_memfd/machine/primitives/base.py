@@ -10,7 +10,7 @@ from guest_memfd.words import facts
 from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import PRIVATE_PAGE, ZERO
 from guest_memfd.words.primitives import Bound, Caller, Folio
-from guest_memfd.words.units import Index, Pfn, pa_to_pfn
+from guest_memfd.words.units import Index, Pa, Pfn, pa_to_pfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board
@@ -89,10 +89,10 @@ class Base:
             self.die(f"{what} of {folio} without its lock")
         return page
 
-    def private(self, page: LinuxFolio) -> bool:
-        """The library's word on *page*: its attribute, or the mark where a design keeps no attributes."""
+    def private(self, page: LinuxFolio, pa: Pa) -> bool:
+        """The library's word on the page of *page* at *pa*: its attribute, or the mark where a design has no attributes."""
         # Designs without an attribute tree have only the mark to say it by.
-        attribute = self.inode.entry("attributes", page.index) if page.inode is self.inode else 0
+        attribute = self.inode.entry("attributes", page.index_of(pa)) if page.inode is self.inode else 0
         return attribute == PRIVATE_PAGE if attribute else page.no_direct_map
 
     def drop(self, page: LinuxFolio, kind: str, nr: int = 1) -> None:
@@ -105,4 +105,4 @@ class Base:
     def asked(self, page: LinuxFolio) -> bool:
         """Whether the guest can hold on to *page*: it has written to it, or was given it when it had faulted there."""
         tracer = self.machine.tracer
-        return tracer.content(page) != ZERO or page.pa in tracer.asked
+        return any(tracer.content(pa) != ZERO or pa in tracer.asked for pa in self.machine.named(page.pa, page.size))

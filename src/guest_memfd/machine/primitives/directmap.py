@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from guest_memfd.machine.linux.folio import LinuxFolio
+from guest_memfd.machine.primitives import contents
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import FAILURE
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import pfn_to_pa
 
 
 def can_set_direct_map(host: Base) -> bool:
@@ -16,14 +17,15 @@ def can_set_direct_map(host: Base) -> bool:
 
 def set_direct_map_invalid_noflush(host: Base, folio: Folio) -> int:
     """The entries go, TLBs keep them (arch/arm64/mm/pageattr.c)."""
-    page = host.page(folio)
-    ret = host.machine.linear_map.set_direct_map_invalid_noflush(page.pa, page.nr)
-    return _changed(host, page, ret, invalid=True)
+    ret = host.machine.linear_map.set_direct_map_invalid_noflush(pfn_to_pa(folio.pfn), folio.nr)
+    return _changed(host, folio, ret, invalid=True)
 
 
-def _changed(host: Base, page: LinuxFolio, ret: int, *, invalid: bool) -> int:
+def _changed(host: Base, folio: Folio, ret: int, *, invalid: bool) -> int:
+    handled = host.page(folio).handled
     if not ret:
-        host.notes.append(facts.DirectMapChange(host.caller, host.machine.number(page.pa), invalid, page.handled))
+        host.notes += (facts.DirectMapChange(host.caller, host.machine.number(pa), invalid, pa in handled)
+                       for pa in host.machine.named(*contents.area(folio)))
         # A change that failed has written nothing, so it does not count.
         host.machine.tracer.counts(host.who, "writes")
     else:
@@ -33,15 +35,13 @@ def _changed(host: Base, page: LinuxFolio, ret: int, *, invalid: bool) -> int:
 
 def set_direct_map_default_noflush(host: Base, folio: Folio) -> int:
     """Invalid to valid: nothing stale can be left."""
-    page = host.page(folio)
-    ret = host.machine.linear_map.set_direct_map_default_noflush(page.pa, page.nr)
-    return _changed(host, page, ret, invalid=False)
+    ret = host.machine.linear_map.set_direct_map_default_noflush(pfn_to_pa(folio.pfn), folio.nr)
+    return _changed(host, folio, ret, invalid=False)
 
 
 def split_direct_map(host: Base, folio: Folio) -> int:
     """Live, as the kernel splits them; a hole of one leaf becomes holes of single pages."""
-    page = host.page(folio)
-    ret = host.machine.linear_map.split_to_pages(page.pa, page.nr)
+    ret = host.machine.linear_map.split_to_pages(pfn_to_pa(folio.pfn), folio.nr)
     if ret:
         host.against(FAILURE)
     return ret
@@ -52,5 +52,5 @@ def flush_tlb_kernel_range(host: Base, folios: tuple[Folio, ...]) -> None:
     lm = host.machine.linear_map
     host.machine.tracer.counts(host.who, "flushes")
     for folio in folios:
-        page = host.page(folio)
-        lm.flush_tlb_kernel_range(lm.va(page.pa), lm.va(page.pa) + page.size)
+        pa, size = contents.area(folio)
+        lm.flush_tlb_kernel_range(lm.va(pa), lm.va(pa) + size)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from errno import EBUSY, ENOMEM
 
+from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.primitives import guest, user
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, DYING, EVICTED, FAILURE, GONE_BEFORE, PRIVATE_PAGE, RUNNING, VM_STATES
 from guest_memfd.words.primitives import Entries, Tree
-from guest_memfd.words.units import Gfn, Index
+from guest_memfd.words.units import Gfn, Index, Pa
 
 
 def begin_op(host: Base, op: str, start: Index, nr: int, gfn: Gfn | None) -> None:
@@ -63,18 +64,25 @@ def _store(host: Base, tree: Tree, start: Index, values: Entries) -> None:
     if tree == "attributes":
         changed = host.machine.tracer.attributes(host, start, values)
         host.inode.trees[tree].store(start, values)
-        for page in changed:
-            if values.first == PRIVATE_PAGE:
-                guest.note_private(host, page, "converted")
-                if host.machine.driver.owner(page.pa) == "borrowed":
-                    host.machine.tracer.withdrawn.add(page.pa)
-            else:
-                host.machine.tracer.declassify(page)
+        for folio in changed:
+            for pa in host.machine.named(folio.pa, folio.size):
+                # Of a folio that is private in part, those pages; where none is watched the first stands for all.
+                if start <= folio.index_of(pa) < start + nr or not host.machine.watched:
+                    _converted(host, folio, pa, values.first)
         return
     if tree == "bindings":
         host.machine.tracer.bindings(host, start, values)
         host.inode.released = host.inode.released and not values.first
     host.inode.trees[tree].store(start, values)
+
+
+def _converted(host: Base, page: LinuxFolio, pa: Pa, attribute: int) -> None:
+    if attribute != PRIVATE_PAGE:
+        host.machine.tracer.declassify(page, pa)
+        return
+    guest.note_private(host, page, pa, "converted")
+    if host.machine.driver.owner(pa) == "borrowed":
+        host.machine.tracer.withdrawn.add(pa)
 
 
 def tree_store_reserved(host: Base, tree: Tree, start: Index, values: Entries) -> None:

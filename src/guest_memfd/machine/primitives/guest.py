@@ -11,7 +11,7 @@ from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import DATA, FAILURE, FOR_GOOD, GONE, HELD, RUNNING, SECRET
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Gfn, Index, gfn_to_gpa
+from guest_memfd.words.units import Gfn, Index, Ipa, Pa, gfn_to_gpa
 
 
 def hyp_call(host: Base, name: str, *args: object) -> int:
@@ -24,37 +24,48 @@ def hyp_call(host: Base, name: str, *args: object) -> int:
     folio = next(arg for arg in args if isinstance(arg, Folio))
     page = host.page(folio)
     # Before and after: what the hypercall did is read off EL2's records, not believed from its result.
-    owner, mapped = machine.driver.owner(page.pa), machine.driver.ipa_of(host.vm, page.pa)
+    driver = machine.driver
+    before = {pa: (driver.owner(pa), driver.ipa_of(host.vm, pa), driver.may_sanitise(host.vm, pa))
+              for pa in {machine.spot(page, at): None for at in machine.named(*contents.area(folio))}}
     machine.tracer.counts(host.who, "calls")
     asked = host.asked(page)
-    ret = machine.driver.hypercall(host.vm, name, args)
-    if machine.driver.keeps(name, args):
+    ret = driver.hypercall(host.vm, name, args)
+    if driver.keeps(name, args):
         host.against(FOR_GOOD, page)
     # A refusal that is a rule of the hypervisor's is no failure, and the laws must tell the two apart.
-    elif (name, ret) in machine.driver.rules:
+    elif (name, ret) in driver.rules:
         host.notes.append(facts.Refused(name, -ret))
         # A guest that has never asked for the page, nor written to it, cannot be said to hold on to it.
         if asked:
             host.against(HELD, page)
     elif ret in (-ENOMEM, -EAGAIN):
         host.against(FAILURE, page if ret == -EAGAIN else None)
-    now = machine.driver.ipa_of(host.vm, page.pa)
-    if mapped is None and now is not None:
-        machine.tracer.mapped(host.who, page)
-    if page.handled and mapped is None and now is not None:
-        host.notes.append(facts.Given("the guest", machine.number(page.pa)))
-    if owner != "guest" and machine.driver.owner(page.pa) == "guest":
-        note_private(host, page, "donated")
-    if mapped is not None and machine.driver.ipa_of(host.vm, page.pa) is None and page.inode is host.inode:
-        machine.tracer.out_of_scope(host, "takes the page from the guest", page.index, page.nr)
-    machine.tracer.after_hypercall(page, machine.driver.sanitised)
+    for pa, (owner, mapped, held) in before.items():
+        _changed(host, page, pa, owner, mapped)
+        machine.tracer.after_hypercall(page, pa, driver.sanitised and held)
     return ret
 
 
-def note_private(host: Base, page: LinuxFolio, how: str) -> None:
-    """A folio is the guest's alone from now on."""
-    cached = host.vm.gpc is page
-    host.notes.append(facts.MadePrivate(how, host.machine.number(page.pa), page.pin + page.get, cached))
+# What a hypercall has made of the page of *page* at *pa*.
+def _changed(host: Base, page: LinuxFolio, pa: Pa, owner: str, mapped: Ipa | None) -> None:
+    machine = host.machine
+    now = machine.driver.ipa_of(host.vm, pa)
+    if mapped is None and now is not None:
+        machine.tracer.mapped(host.who, pa)
+        if pa in page.handled:
+            host.notes.append(facts.Given("the guest", machine.number(pa)))
+    if owner != "guest" and machine.driver.owner(pa) == "guest":
+        note_private(host, page, pa, "donated")
+    if mapped is not None and now is None and page.inode is host.inode:
+        # Where pages are watched it is about the one at *pa*; else that one stands for the folio.
+        machine.tracer.out_of_scope(host, "takes the page from the guest", page.index_of(pa),
+                                    1 if machine.watched else page.nr)
+
+
+def note_private(host: Base, page: LinuxFolio, pa: Pa, how: str) -> None:
+    """The page of *page* at *pa* is the guest's alone from now on."""
+    cached = host.vm.gpc is page and pa == page.pa
+    host.notes.append(facts.MadePrivate(how, host.machine.number(pa), page.pin + page.get, cached))
 
 
 def guest_access(host: Base, gfn: Gfn, write: bool) -> str:
@@ -68,24 +79,25 @@ def guest_access(host: Base, gfn: Gfn, write: bool) -> str:
     if ran.exit is not None:
         return ran.exit
     page = machine.page_at(ran.pa)
+    pa = machine.spot(page, ran.pa)
     # The CPU says where it arrived. If the tables say otherwise, a TLB entry has outlived its mapping.
     via = "guest mapping" if machine.driver.lookup(vm, gfn_to_gpa(gfn)) == ran.pa else "stale guest TLB entry"
-    if not _guest_may(host, page, gfn):
-        host.notes.append(facts.StrayGuest(machine.number(page.pa), via))
+    if not _guest_may(host, page, pa, gfn):
+        host.notes.append(facts.StrayGuest(machine.number(pa), via))
         return "ok"
-    contents.note_access(host, page, "guest", "guest access", via, write, before(page))
+    contents.note_access(host, page, pa, "guest", "guest access", via, write, before(pa))
     if write:
-        owner = machine.driver.owner(page.pa)
-        secret = owner == "guest" or (owner == "host" and host.private(page))
-        machine.tracer.wrote(page, SECRET if secret else DATA)
+        owner = machine.driver.owner(pa)
+        secret = owner == "guest" or (owner == "host" and host.private(page, pa))
+        machine.tracer.wrote(page, pa, SECRET if secret else DATA)
     return "ok"
 
 
 # The guest's own: the page the file holds at the index that this gfn is bound to.
-def _guest_may(host: Base, page: LinuxFolio, gfn: Gfn) -> bool:
-    if page.inode is not host.inode or host.inode.entry("bindings", page.index) != gfn + 1:
+def _guest_may(host: Base, page: LinuxFolio, pa: Pa, gfn: Gfn) -> bool:
+    if page.inode is not host.inode or host.inode.entry("bindings", page.index_of(pa)) != gfn + 1:
         return False
-    return host.machine.driver.owner(page.pa) != "host" or not host.machine.hypervisor.tracks_owner
+    return host.machine.driver.owner(pa) != "host" or not host.machine.hypervisor.tracks_owner
 
 
 def guest_consents(host: Base, gfn: Gfn) -> str:
@@ -97,7 +109,8 @@ def guest_consents(host: Base, gfn: Gfn) -> str:
     if pa is None:
         return "fault"
     if machine.driver.guest_consents(vm, gfn_to_gpa(gfn)):
-        machine.tracer.consented(machine.page_at(pa))
+        page = machine.page_at(pa)
+        machine.tracer.consented(page, machine.spot(page, pa))
     return "ok"
 
 
@@ -168,10 +181,10 @@ def gpc_access(host: Base, write: bool) -> str:
     """A plain access of the kernel through its cached mapping, which is the direct map."""
     page = host.vm.gpc
     assert page is not None
-    contents.kernel_access(host, page, "kernel", "gfn_to_pfn_cache user", "plain_write" if write else "plain_read",
-                       host.machine.linear_map.va(page.pa))
+    contents.kernel_access(host, page, "kernel", "gfn_to_pfn_cache user",
+                           "plain_write" if write else "plain_read", host.machine.linear_map.va(page.pa))
     if write:
-        contents.written(host, page, KERNEL_TOKEN)
+        contents.written(host, page, page.pa, KERNEL_TOKEN)
     return "ok"
 
 
@@ -179,9 +192,10 @@ def gpc_access_vmap(host: Base, write: bool) -> str:
     """A plain access of the kernel through a mapping that the cache has made for itself."""
     page = host.vm.gpc
     assert page is not None
-    contents.note_access(host, page, "kernel", "gfn_to_pfn_cache user", "vmap", write, host.machine.tracer.content(page))
+    contents.note_access(host, page, page.pa, "kernel", "gfn_to_pfn_cache user", "vmap", write,
+                         host.machine.tracer.content(page.pa))
     if write:
-        contents.written(host, page, KERNEL_TOKEN)
+        contents.written(host, page, page.pa, KERNEL_TOKEN)
     return "ok"
 
 

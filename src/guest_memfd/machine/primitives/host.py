@@ -59,6 +59,7 @@ class EmulatedHost(Base):
         if who in self.tasks and self.machine.power.frozen:
             raise Blocked
         self.who, self.caller = who, primitive.caller
+        splits = self.machine.splits if self.machine.config.blocks else 0
         try:
             must_be_there(self, primitive)
             return getattr(self, primitive.name)(*primitive.args)
@@ -66,6 +67,8 @@ class EmulatedHost(Base):
             self.machine.panicked(panic)
             raise
         finally:
+            if self.machine.config.blocks:              # fewer: a VM has gone with its tables
+                self.machine.tracer.counts(who, "splits", max(self.machine.splits - splits, 0))
             judge = self.judge or self.machine.judge
             if judge is not None:
                 judge(primitive, self.notes)

@@ -13,10 +13,7 @@ from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import CONTENTION, CONTENTS, DATA, FAILURE, REFERENCE
 from guest_memfd.words.primitives import Folio, Lookup
-from guest_memfd.words.units import Index, Pa, pa_to_pfn, span
-
-FOLIO_BATCH = 31
-"""Folios that a CPU's lru_add batch holds before it is emptied (include/linux/folio_batch.h)."""
+from guest_memfd.words.units import Index, Pa, pa_to_pfn, pfn_to_pa, span
 
 
 def filemap_get_folio(host: Base, index: Index) -> Lookup | None:
@@ -91,8 +88,8 @@ def filemap_insert_folio(host: Base, index: Index, folio: Folio) -> int:
         return -ENOMEM
     _insert(host, page, index)
     # What was put there before, on purpose, is what a reader of the page must find.
-    if host.machine.tracer.content(page) == DATA:
-        host.machine.tracer.expect(page, DATA)
+    if host.machine.tracer.content(page.pa) == DATA:
+        host.machine.tracer.expect(page, page.pa, DATA)
     return 0
 
 
@@ -143,10 +140,12 @@ def _occupied(host: Base, head: Index, order: int) -> bool:
 
 # folio_add_lru(): a batch per CPU; a large folio empties it at once (mm/swap.c).
 def _lru_add(host: Base, page: LinuxFolio) -> None:
-    batch = host.machine.lru_batch
+    batch, room = host.machine.lru_batch, host.machine.batch
+    if page.order and room is None:                     # alone in the batch of its CPU
+        return
     page.take("lru")
     batch[page.pa] = page
-    if len(batch) >= FOLIO_BATCH or page.order:
+    if room is not None and (len(batch) >= room or page.order):
         _drain(host)
 
 
@@ -170,13 +169,16 @@ def split_folio(host: Base, folio: Folio) -> int:
     inode, head = host.inode, page.index
     if page.inode is not inode:
         host.die(f"{folio} is not in the page cache")
+    if host.machine.slab_fails():                       # nodes of the page cache for the entries (xas_split_alloc())
+        host.against(FAILURE)
+        return -ENOMEM
     host.machine.tracer.split(page)
     inode.remove(page)
     for at in range(page.nr):
         small = host.machine.pages[folio.pfn + at] = LinuxFolio(page.pa + at * PAGE, 0)
         small.take("cache")
         small.uptodate, small.no_direct_map = page.uptodate, page.no_direct_map
-        small.hwpoison, small.handled = page.hwpoison, page.handled
+        small.broken, small.handled = page.broken & {small.pa}, page.handled & {small.pa}
         inode.insert(small, head + at)
     first = host.machine.pages[folio.pfn]
     first.take("lookup")
@@ -212,8 +214,9 @@ def _can_be_one(pages: list[LinuxFolio], order: int) -> bool:
 
 
 def page_hwpoison(host: Base, folio: Folio) -> tuple[bool, ...]:
-    """Of a large folio one flag is kept here, that of all its pages."""
-    return (host.page(folio).hwpoison,) * folio.nr
+    """PG_hwpoison is each page's own."""
+    broken = host.page(folio).broken
+    return tuple(pfn_to_pa(pfn) in broken for pfn in folio.pfns)
 
 
 def folio_put(host: Base, folio: Folio, kind: str = "lookup") -> None:
@@ -231,7 +234,7 @@ def folio_get(host: Base, folio: Folio, kind: str = "provided") -> None:
 def leak_folio(host: Base, folio: Folio) -> None:
     """Out of use permanently: a reference that no one drops, and a count that says so."""
     host.page(folio).take("kept")
-    host.machine.leaked += 1
+    host.machine.leaked += folio.nr
 
 
 def mapping_set_no_direct_map(host: Base) -> None:
@@ -291,23 +294,42 @@ def free_if_unused(host: Base, page: LinuxFolio) -> None:
     """free_pages_prepare(): a poisoned frame stays out of use, any other is written to and freed (mm/page_alloc.c)."""
     if page.refcount or page.retired:
         return
+    machine = host.machine
     # Never back to the allocator: its next owner would meet the same error.
-    if page.hwpoison:
+    if page.hwpoison and not page.order:
         page.retired = True
         return
-    machine = host.machine
-    host.notes.append(facts.Freed(
-        machine.number(page.pa), machine.driver.owner(page.pa), CONTENTS[machine.tracer.content(page)],
-        machine.guest_reaches(page)))
+    host.notes += (facts.Freed(machine.number(pa), machine.driver.owner(pa), CONTENTS[machine.tracer.content(pa)],
+                               machine.guest_reaches(pa))
+                   for pa in machine.named(page.pa, page.size) if pa not in page.broken)
+    if page.hwpoison:
+        _free_the_others(host, page)
+        return
     if page.lock is not None:
         host.die(f"{host.folio(page)} is freed while locked")
+    _free(host, page)
+
+
+# Of a large folio the pages that are not broken (free_has_hwpoisoned(), mm/page_alloc.c).
+def _free_the_others(host: Base, page: LinuxFolio) -> None:
+    machine = host.machine
+    for at in range(page.nr):
+        part = machine.pages[pa_to_pfn(page.pa) + at] = LinuxFolio(page.pa + at * PAGE, 0)
+        if part.pa in page.broken:
+            part.broken, part.handled, part.retired = {part.pa}, page.handled & {part.pa}, True
+        else:
+            _free(host, part)
+
+
+def _free(host: Base, page: LinuxFolio) -> None:
+    machine = host.machine
     # It came without a direct map: the allocator gives it one again when it needs the page as another.
     if page.unmapped:
         machine.linear_map.set_direct_map_default_noflush(page.pa, page.nr)
     # Through the direct map, as the allocator writes. A hole that was not put back ends the kernel here.
     if machine.on_free != "nothing":
-        contents.kernel_write(host, page, "allocator", "free-time poisoning")
-        machine.tracer.freed(page)
+        contents.kernel_write(host, page, page.pa, page.size, "allocator", "free-time poisoning")
+        machine.tracer.zeroed(page.pa, page.size)
     if machine.on_free == "poison":
         machine.ram.fill(page.pa, page.size, PAGE_POISON)
     elif machine.on_free == "zero":

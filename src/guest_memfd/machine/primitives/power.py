@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from errno import EAGAIN, EBUSY, EPERM
 
+from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, HIBERNATION, RUNNING
@@ -69,9 +70,12 @@ def thaw_processes(host: Base) -> None:
 def hwpoison(host: Base, index: Index) -> Folio | None:
     """Hardware reports the folio at *index*; memory_failure() holds a reference while it works."""
     page = host.inode.find(index)
-    if page is None or page.hwpoison:
+    if page is None:
         return None
-    page.hwpoison = True
+    pa = page.pa + (index - page.index) * PAGE
+    if pa in page.broken:                               # reported once
+        return None
+    page.broken.add(pa)
     page.take("lookup")
     return host.folio(page)
 
@@ -79,8 +83,11 @@ def hwpoison(host: Base, index: Index) -> Folio | None:
 def memory_failure_done(host: Base, folio: Folio, result: MfResult) -> None:
     """Who still reaches the page now, and what the handler makes of it."""
     machine, page = host.machine, host.page(folio)
-    reached = {"the guest": host.vm.state == RUNNING and machine.guest_reaches(page),
-               "the VMM": machine.mapped_by_user(page.pa, page.size), "the kernel": host.vm.gpc is page}
-    host.notes.append(facts.Contained(machine.number(page.pa), result, tuple(who for who, how in reached.items() if how),
-                                      machine.tracer.forget(host.who, excused=host.inode.life != ALIVE)))
-    page.handled = result == "delayed"
+    reasons = machine.tracer.forget(host.who, excused=host.inode.life != ALIVE)
+    about = machine.named(page.pa, page.size) if machine.watched else sorted(page.broken)
+    for pa in (pa for pa in about if pa in page.broken):
+        reached = {"the guest": host.vm.state == RUNNING and machine.guest_reaches(pa),
+                   "the VMM": machine.mapped_by_user(pa, PAGE), "the kernel": host.vm.gpc is page and page.pa == pa}
+        host.notes.append(facts.Contained(
+            machine.number(pa), result, tuple(who for who, how in reached.items() if how), reasons))
+    page.handled = set(page.broken) if result == "delayed" else set()

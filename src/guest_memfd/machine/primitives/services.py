@@ -55,8 +55,8 @@ class Services:
         return pa == self.machine.text.pa
 
     def is_hwpoison(self, pa: Pa) -> bool:
-        """PageHWPoison() of the page at *pa*, or of the folio that it is part of."""
-        return self.machine.page_at(pa).hwpoison
+        """PageHWPoison() of the page at *pa*."""
+        return pa & -PAGE in self.machine.page_at(pa).broken
 
     def free_pages(self) -> int:
         """What the allocators could give."""

@@ -13,7 +13,7 @@ from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import FAILURE
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Index
+from guest_memfd.words.units import Index, Pa, pfn_to_pa
 
 
 def mmap(host: Base) -> int:
@@ -54,9 +54,10 @@ def user_access(host: Base, index: Index, write: bool) -> str:
     if ran.signal is not None:
         return ran.signal
     page = machine.page_at(ran.reached[-1])
-    contents.note_access(host, page, "VMM", "user access", "user mapping", write, before(page))
+    pa = machine.spot(page, ran.reached[-1])
+    contents.note_access(host, page, pa, "VMM", "user access", "user mapping", write, before(pa))
     if write:
-        contents.written(host, page, USER_TOKEN)
+        contents.written(host, page, pa, USER_TOKEN)
     return "ok"
 
 
@@ -69,10 +70,11 @@ def vmf_insert_folio(host: Base, index: Index, folio: Folio) -> bool:
     if mapping is None or not mapping.vmas:
         return False
     # Given anew, after memory_failure() had taken it: that is what the law asks about.
-    if page.handled and mapping.lookup(index) is None:
-        host.notes.append(facts.Given("the VMM", host.machine.number(page.pa)))
+    pa = page.pa + (index - page.index) * PAGE
+    if pa in page.handled and mapping.lookup(index) is None:
+        host.notes.append(facts.Given("the VMM", host.machine.number(pa)))
     try:
-        mapping.insert(index, page.pa + (index - page.index) * PAGE)
+        mapping.insert(index, pa)
     except OutOfMemory:
         host.against(FAILURE)
         return False
@@ -107,8 +109,8 @@ def gup_read_pte(host: Base, index: Index) -> Folio | None:
 
 def gup_try_get(host: Base, folio: Folio) -> bool:
     """Fails only when the count is zero: the frame may be another folio by now."""
-    page = host.machine.pages.get(folio.pfn)
-    if page is None or not page.refcount:
+    page = host.machine.page_at(pfn_to_pa(folio.pfn))           # or one of a stand-in, which no one refers to
+    if not page.refcount:
         return False
     page.take("spec")
     return True
@@ -131,18 +133,19 @@ def gup_recheck(host: Base, index: Index, folio: Folio, foll_pin: bool) -> bool:
 def pin_access(host: Base, folio: Folio, write: bool, dma: bool) -> str:
     """A device reaches the frame whatever the tables say (no IOMMU in between); the kernel uses the direct map."""
     page = host.page(folio)
+    pa = host.machine.spot(page, pfn_to_pa(folio.pfn))
     if dma:
-        contents.note_access(host, page, "device", "DMA", "DMA", write, host.machine.tracer.content(page))
-    elif _copy(host, page, write) != "ok":
+        contents.note_access(host, page, pa, "device", "DMA", "DMA", write, host.machine.tracer.content(pa))
+    elif _copy(host, page, pa, write) != "ok":
         return "fault"
     if write:
-        contents.written(host, page, DEVICE_TOKEN)
+        contents.written(host, page, pa, DEVICE_TOKEN)
     return "ok"
 
 
-def _copy(host: Base, page: LinuxFolio, write: bool) -> str:
+def _copy(host: Base, page: LinuxFolio, pa: Pa, write: bool) -> str:
     return contents.kernel_access(host, page, "kernel", "copy through a GUP reference",
-                              "plain_write" if write else "plain_read", host.machine.linear_map.va(page.pa))
+                                  "plain_write" if write else "plain_read", host.machine.linear_map.va(pa), at=pa)
 
 
 def unpin(host: Base, folio: Folio, foll_pin: bool) -> None:

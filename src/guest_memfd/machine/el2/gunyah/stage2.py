@@ -128,6 +128,8 @@ class GunyahStage2Table:
 
     def __init__(self, ram: Ram, source: PageSource, tlbs: list[Tlb], vmid: int) -> None:
         self._ram, self._source, self._tlbs, self.vmid = ram, source, tlbs, vmid
+        self.splits = 0                                 # blocks that a table has taken the place of
+        self.filled = 0                                 # entries of that size that mapped nothing, and are a table now
         self.pages = PageTable(ram, source, 2, granule=K4, ia_bits=IA_BITS, start_level=_START)
         self.registers = Stage2(Vtcr(t0sz=64 - IA_BITS, sl0=2, tg0=K4, ps=_PS), vmid << 48 | self.pages.root)
 
@@ -191,6 +193,7 @@ class GunyahStage2Table:
 
     def _split(self, block: GunyahLeaf, stock: Stock) -> None:
         below, page = block.level + 1, stock.take()
+        self.splits += 1
         attributes = block.value & ~(ADDRESS | 3)
         for index in range(512):
             # Before the table is linked, so no walker can see it half filled, and `pages.write` need not watch.
@@ -270,6 +273,7 @@ class GunyahStage2Table:
             below = Pa(value & ADDRESS) if there else stock.take()
             if not there:
                 self.pages.write(address, level, table(below), low)
+                self.filled += level > 0
             self._fill(below, level + 1, low, high, to, attributes, stock)
 
     # A table without a valid entry below it makes room for a block. A walk may have cached the way to it.

@@ -62,6 +62,7 @@ class KvmStage2Table:
     def __init__(self, ram: Ram, table: PageTable, source: PageSource, tlbs: Maintenance, locked: int = LOCKED) -> None:
         self.ram, self.table, self.source, self.tlbs, self.locked = ram, table, source, tlbs, locked
         table.live_check = tlbs.holds
+        self.splits = 0                                 # blocks that a table has taken the place of
         # How many entries of a table other than the first are in use (KVM: the table page's refcount).
         self._used: dict[Pa, int] = {}
 
@@ -118,6 +119,7 @@ class KvmStage2Table:
             raise ValueError(f"{ia:#x} is annotated as part of a larger range, which would be forgotten")
         # All table pages are allocated here, before the entry changes: after OutOfMemory nothing has.
         new = value if entry.level == level else self._chain(ia, entry.level, level, value)
+        self.splits += entry.level != level and entry.valid
         if entry.value != new:
             self._replace(ia, entry, new)
 
@@ -138,6 +140,7 @@ class KvmStage2Table:
         if entry.order > _STRIDE:
             self.ram.write(tables[-1], pack(f"<{per_table}Q", *map(d.table, tables[:-1])))
         self._used |= dict.fromkeys(tables, per_table)
+        self.splits += 1
         self._replace(ia, entry, d.table(tables[-1]))
 
     # All of them, or OutOfMemory and none.
