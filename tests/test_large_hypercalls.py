@@ -103,7 +103,9 @@ PKVM = [
     Row(HOLDS, ("reclaim_dying_guest_page", 0, F), -EPERM, {}),
     Row(LAST_GUESTS, ("reclaim_dying_guest_page", 0, F), -EPERM, {}),
     Row({**HOLDS, **DYING}, ("reclaim_dying_guest_page", 0, F), 0,
-        {**both(owner="host", s2=1, locked_in=0), **FORGOTTEN, **NOT_MAPPED_AS_ONE, **leaf("s2_leaf", 0)}),
+        {**both(owner="host", s2=1, locked_in=0), **FORGOTTEN, **NOT_MAPPED_AS_ONE}),      # as one, as it was the guest's
+    Row({**HOLDS, **SPLIT, **DYING}, ("reclaim_dying_guest_page", 0, F), 0,
+        {**both(owner="host", s2=1, locked_in=0), **FORGOTTEN, **NOT_MAPPED, **leaf("s2_leaf", 0)}),
     Row({**HOLDS, **DYING}, ("reclaim_dying_guest_page", 1, LAST), -E2BIG, {}),
     Row({**HOLDS, **SPLIT, **DYING}, ("reclaim_dying_guest_page", 1, LAST), 0, {
         "pfn1.owner": "host", "pfn1.s2": 1, "pfn1.locked_in": 0, "pfn1.content": "zero", "page1.expect": "any",
@@ -111,8 +113,10 @@ PKVM = [
     Row({**LAST_GUESTS, **DYING, "pfn1.gmap": 2}, ("reclaim_dying_guest_page", 0, F), 0, {
         "pfn1.owner": "host", "pfn1.s2": 1, "pfn1.content": "zero", "page1.expect": "any", "pfn1.gmap": 0,
         **leaf("s2_leaf", 0)}),
-    Row(HOLDS, ("split_guest", 0, F), 0, SPLIT),
-    Row(HOLDS, ("split_guest", 1, LAST), 0, SPLIT),
+    Row(HOLDS, ("split_guest", 0, F), 0, {**SPLIT, **leaf("s2_leaf", 0)}),
+    Row(HOLDS, ("split_guest", 1, LAST), 0, {**SPLIT, **leaf("s2_leaf", 0)}),
+    Row({**HOLDS, **SPLIT}, ("split_guest", 0, F), 0, {}),                          # there is no block
+    Row(LENT, ("split_guest", 0, F), 0, SPLIT),                                     # the host maps its own as before
 ]
 
 GUNYAH = [

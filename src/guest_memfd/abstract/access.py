@@ -203,6 +203,9 @@ class AbstractAccess(AbstractBase):
                     frame.number, OWNERS[frame.owner], CONTENTS[frame.content], bool(frame.gmap or frame.gstale)))
         if head.lock and not head.poison:
             self.die(f"pfn{head.number} is freed while locked")
+        # Flags of a large folio are no page's once it has come apart.
+        if len(parts) > 1:
+            head.uptodate = head.no_direct_map = 0
         for frame in parts:
             self._free(frame)
 

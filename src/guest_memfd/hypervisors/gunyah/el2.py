@@ -122,7 +122,11 @@ def _mapped(stage2: Stage2, gfn: Gfn, folio: Folio) -> bool:
 
 def unlock_pages(stage2: Stage2, pfn: Pfn) -> None:
     """MODIFY_PAGES unlock with do_not_sanitise: the guest relinquishes a page, and what it holds is kept."""
+    gfn = stage2.gfn_of(pfn)
     if stage2.owner(pfn) == "guest":
+        # That it is unlocked is noted in its entry, so it gets one of its own.
+        if gfn is not None:
+            stage2.guest_split(gfn, 0)
         stage2.set_locked_in(pfn, False)
         # do_not_sanitise is the guest's word that the contents may be seen.
         stage2.declassify(pfn)

@@ -89,6 +89,7 @@ def reclaim_dying_guest_page(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
         return stage2.refuse("reclaim_dying_guest_page", EPERM)
     if stage2.guest_leaf(gfn) > folio.order:
         return -E2BIG
+    whole = folio.order and stage2.guest_leaf(gfn) == folio.order
     # Unmap, zero, give back, in this order. A guest vCPU that still runs could write after the zeroing; the host
     # could read before it.
     for at, pfn in enumerate(folio.pfns):
@@ -98,12 +99,18 @@ def reclaim_dying_guest_page(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
             stage2.forget(pfn)
             stage2.set_locked_in(pfn, False)
             stage2.set_owner(pfn, "host")
-            stage2.host_maps(pfn, True)
+            if not whole:
+                stage2.host_maps(pfn, True)
+    # What the guest has mapped as one is one for the host, too: EL2 has one note for it.
+    if whole:
+        stage2.host_maps(folio.pfn, True, folio.order)
     return 0
 
 
 def split_guest(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     """__pkvm_host_split_guest(): what maps the folio is a leaf of each page from now on, and so are its annotations."""
+    if stage2.guest_leaf(gfn) and stage2.owner(folio.pfn) == "guest":
+        stage2.host_split(folio.pfn, folio.order)
     stage2.guest_split(gfn, folio.order)
     return 0
 
