@@ -17,8 +17,10 @@ PAIRS = [(h, name) for h in HYPERVISORS for name in DESIGNS if h in (DESIGNS[nam
 """Every design under every hypervisor it was posted for."""
 
 
-SCENES = tuple(scene.name for scene in ALL_SCENES.values() if refinement.unfit(scene) is None)
-"""Scenes that an emulated machine can be put into."""
+SCENES = tuple(scene.name for scene in ALL_SCENES.values() if refinement.unfit(scene) is None and not scene.order)
+"""Scenes that an emulated machine can be put into, all folios of which are single pages."""
+LARGE = tuple(scene.name for scene in ALL_SCENES.values() if refinement.unfit(scene) is None and scene.order)
+"""Those in which there are blocks."""
 
 
 @cache
@@ -29,9 +31,12 @@ def built(hypervisor: str, design: str, scene: str = "two-pages") -> World:
 def machine(there: World, rng: random.Random) -> Machine:
     """A machine for a scene, whose kernel, CPU and layout are any of those that the linear map knows."""
     release = rng.choice(("7.3", "7.3", "6.12"))
-    return Machine(there.hypervisor.name, Config(
-        ram=16 << 20, apart=rng.choice((2, 2, 16, 512)), release=release, bbml3=release == "7.3" and rng.random() < 0.5,
-        tlb_range=rng.random() < 0.5, sea_fixup=there.design.sea_fixup, **refinement.kernel_of(there.scene)))
+    of_any = {"ram": 16 << 20, "apart": rng.choice((2, 2, 16, 512)), "release": release,
+              "bbml3": release == "7.3" and rng.random() < 0.5, "tlb_range": rng.random() < 0.5}
+    if there.scene.order:
+        of_any |= {"ram": 32 << 20, "spot": rng.randint(1, 255)}
+    return Machine(there.hypervisor.name, Config(**{
+        **of_any, "sea_fixup": there.design.sea_fixup, **refinement.kernel_of(there.scene)}))
 
 
 def schedule(
@@ -54,6 +59,8 @@ def drawn(there: World, rng: random.Random) -> tuple[str, ...]:
     """One to four parties, no two of which are the same task; somebody who makes a file if there is none yet."""
     names = rng.sample(list(there.programs), len(there.programs))
     chosen = [] if there.scene.made else ["creator"]
+    # The page before the one of a block that is compared is not the host's, as that which such a load begins in must be.
+    names = [name for name in names if name != "zeropad" or not there.scene.order]
     for name in names:
         if there.apart([*chosen, name]):
             chosen.append(name)

@@ -97,7 +97,7 @@ def _frame(host: EmulatedHost, frame: st.Frame, pa: Pa, at: int, share: int) -> 
     frame.locked_in = driver.locked_in(vm, pa)
     frame.user = _shown_at(host, pa, at, share)
     frame.stuck = pa in driver.stuck
-    page = machine.pages.get(pa_to_pfn(pa)) or machine.page_at(pa)
+    page = machine.page_at(pa)
     frame.content = machine.tracer.content(pa)
     if not machine.allocated(page):
         frame.allocated = FREE

@@ -103,7 +103,8 @@ def on_machine(trace: Trace) -> OnMachine:
     def beside(world: World) -> Pair:
         # Frames far apart, each in a large leaf of its own: then every zap of the trace has a leaf to split, and can
         # fail where the trace says so.
-        config = Config(ram=32 << 20, apart=APART, bbml3=True, sea_fixup=world.design.sea_fixup, **kernel_of(world.scene))
+        config = Config(**{"ram": 32 << 20, "apart": APART, "bbml3": True, "sea_fixup": world.design.sea_fixup,
+                           **kernel_of(world.scene)})
         both = pair(world, Machine(world.hypervisor.name, config), trace.failures)
         made.append((both, StepByStep(both.host)))
         return both

@@ -22,16 +22,18 @@ failure is armed, then the primitive runs on the machine. TLBs are filled before
 worst moment to walk is just before an entry changes: a flush that is missing then leaves a stale entry, and the field
 ``stale`` or ``gstale`` differs. A party that has to wait must wait on both hosts.
 
-Frames have numbers on the abstract host and addresses on the machine; `_out` and `_in` translate arguments and results.
-Facts are compared in an order of their own, and without the words that are each host's evidence.
+Frames have numbers on the abstract host and addresses on the machine; singles.py translates arguments and results, and in
+scenes with large folios blocks.py. Facts are compared in an order of their own, and without the words that are each host's
+evidence.
 
 A run ends early when the kernel has stopped, and when a guest reaches memory that is not its own: the abstract host lets
 such a guest change nothing, the machine does what it does, and the two would drift apart.
 
-Left out: scenes of two VMs or two files, kernels that do not ask AS_NO_DIRECT_MAP (`unfit`), and kernels that merge
-leaves. Schedules are random, so a pair of steps that differ only in a rare order can be missed; that they are not is what
-the other direction of tests is for: tests/test_abstraction.py sets each field of the state to 0 in turn and expects a
-divergence. tests/test_refinement.py runs every design under every hypervisor, and all scenes that fit.
+Left out: scenes of two VMs or two files, of folios of four pages, kernels that do not ask AS_NO_DIRECT_MAP (`unfit`), and
+kernels that merge leaves. Schedules are random, so a pair of steps that differ only in a rare order can be missed; that they
+are not is what the other direction of tests is for: tests/test_abstraction.py sets each field of the state to 0 in turn and
+expects a divergence. tests/test_refinement.py runs every design under every hypervisor, and all scenes of single pages that
+fit; tests/test_refinement_blocks.py the others.
 """
 
 from __future__ import annotations
@@ -46,18 +48,18 @@ from guest_memfd.errors import BadInput, GuestMemfdError
 from guest_memfd.explore.world.scenario import World, set_scene
 from guest_memfd.laws import LAWS
 from guest_memfd.lockstep.abstraction import abstraction
+from guest_memfd.lockstep.blocks import Blocks, Unlike
+from guest_memfd.lockstep.halves import SHARE
+from guest_memfd.lockstep.singles import Singles
 from guest_memfd.machine.adversary import Adversary
 from guest_memfd.machine.boot import Machine
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words import facts
 from guest_memfd.words.outcome import STAY, Blocked, Outcome
-from guest_memfd.words.primitives import SILENT, Folio, Lookup, Primitive, Steps
+from guest_memfd.words.primitives import SILENT, Primitive, Steps
 from guest_memfd.words.scene import Scene
-from guest_memfd.words.units import pa_to_pfn, pfn_to_pa
-
-PFNS = frozenset({"load_unaligned_zeropad", "copy_from_kernel_nofault", "image_copy"})
-"""Primitives whose first argument is a frame number."""
+from guest_memfd.words.units import Gfn, Index
 
 
 class Diverged(GuestMemfdError):  # noqa: N818 - named after what happened
@@ -71,6 +73,7 @@ class Pair:
     world: World
     host: EmulatedHost
     adversary: Adversary
+    machine: Singles | Blocks                                     # the same machine, as the abstract host speaks of it
     shared: bytes = b""
     steps: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)         # law -> first evidence, from the emulated side
@@ -85,7 +88,7 @@ class Pair:
         try:
             # It must wait here, too: a lock that the machine grants and the abstract host does not would be an
             # interleaving that was never explored.
-            result = self.host.perform(self._out(primitive), who)
+            result = self.machine.perform(primitive, who)
         except Blocked:
             return True
         raise self._diverged(who, primitive, f"waits on the abstract host, returns {result!r} on the emulated one")
@@ -95,7 +98,7 @@ class Pair:
         allowed = self.world.machine.outcomes(self.shared, who, primitive)
         # The abstract host lets any fallible call fail. The machine can fail only where there is something to fail:
         # an allocation, a leaf to split.
-        if len(allowed) > 1 and not self.adversary.can_fail(self.host, self._out(primitive)):
+        if len(allowed) > 1 and not self.adversary.can_fail(self.host, self.machine.real(primitive)):
             return allowed[:1]
         return allowed
 
@@ -106,12 +109,14 @@ class Pair:
         # then is stale until someone flushes it, and both hosts must say so.
         self.adversary.speculate(self.host)
         if outcome.failed:
-            if not self.adversary.can_fail(self.host, self._out(primitive)):
+            if not self.adversary.can_fail(self.host, self.machine.real(primitive)):
                 raise self._diverged(who, primitive, "cannot fail on the emulated machine as it is now")
             # Armed for exactly this primitive, so that the machine fails where the abstract host has chosen to.
-            self.adversary.fail_next(self._out(primitive), outcome.result)
+            self.machine.arm(primitive, outcome.result)
         try:
-            result = self._in(self.host.perform(self._out(primitive), who))
+            result = self.machine.perform(primitive, who, fails=outcome.failed)
+        except Unlike as one:
+            raise self._diverged(who, primitive, str(one)) from None
         except Blocked:
             raise self._diverged(who, primitive, "waits on the emulated host only") from None
         # No result: the kernel has stopped, and the state, compared below, must say so.
@@ -131,7 +136,7 @@ class Pair:
         if result is not outcome.result and result != outcome.result:
             raise self._diverged(who, primitive, f"returns {outcome.result!r} on the abstract host, {result!r} here")
         # Sorted: within one step the two hosts may note facts in different orders, and the laws judge each by itself.
-        said, seen = _comparable(outcome.notes), _comparable(self.host.notes)
+        said, seen = _comparable(outcome.notes), _comparable(self.machine.notes)
         if said != seen:
             raise self._diverged(who, primitive, f"abstract facts {said}\n  emulated facts {seen}")
         now = self.abstracted(outcome.shared)
@@ -142,16 +147,27 @@ class Pair:
             differences = ", ".join(f"{name}: abstract {old}, emulated {new}"
                                     for name, old, new in st.changes(outcome.shared, now))
             raise self._diverged(who, primitive, differences)
+        self._alike(who, primitive, now, stray=stray)
         # The abstract host lets a stray guest read and write nothing; from here on the two would drift apart.
         if stray:
             self.ended = "a guest strayed"
         elif self.world.machine.halted(outcome.shared):
             self.ended = "the kernel has stopped"
 
+    def _alike(self, who: int, primitive: Primitive, now: bytes, *, stray: bool) -> None:
+        for difference in () if stray or self.host.machine.dead else self.machine.unlike(now):
+            raise self._diverged(who, primitive, difference)
+
+    def all_alike(self) -> None:
+        """Raise Diverged where, of the pages that are one page of the scene, any is not like the one that is compared."""
+        for difference in () if self.ended else self.machine.unlike(self.abstracted(self.shared), thorough=True):
+            raise Diverged(f"{self.world.design.name} on {self.world.hypervisor.name}, {self.host.machine}, in the end:\n"
+                           f"  {difference}")
+
     # The state is the machine's as well: they have just been compared.
     def _judge(self) -> None:
         for law in self.world.laws:
-            words = [law.in_state(self.shared), *map(law.on_note, self.host.notes)]
+            words = [law.in_state(self.shared), *map(law.on_note, self.machine.notes)]
             for evidence in words:
                 if evidence is not None:
                     self.broken.setdefault(law.name, evidence)
@@ -160,28 +176,6 @@ class Pair:
         last = "\n  ".join(self.steps[-12:])
         return Diverged(f"{self.world.design.name} on {self.world.hypervisor.name}, {self.host.machine}: party {who}, "
                         f"{primitive}:\n  {what}\nafter\n  {last}")
-
-    # -- frame numbers -------------------------------------------------------------------------------------------
-
-    def _out(self, primitive: Primitive) -> Primitive:
-        args = tuple(map(self._real, primitive.args))
-        if primitive.name in PFNS:
-            # The abstract host's frame numbers are 0, 1, 2; the machine's frames lie where its allocator has put
-            # them.
-            args = (pa_to_pfn(self.host.machine.watched[primitive.args[0]]), *args[1:])
-        return primitive._replace(args=args)
-
-    def _real(self, value: Any) -> Any:
-        if isinstance(value, Folio):
-            return Folio(pa_to_pfn(self.host.machine.watched[value.pfn]), value.order)
-        return tuple(map(self._real, value)) if type(value) is tuple else value
-
-    def _in(self, value: Any) -> Any:
-        if isinstance(value, Folio):
-            return Folio(self.host.machine.number(pfn_to_pa(value.pfn)), value.order)
-        if isinstance(value, Lookup):
-            return Lookup(self._in(value.folio), value.pgoff)
-        return value
 
 
 # Facts in an order of their own, and without the words that say why: those are each host's evidence.
@@ -215,8 +209,8 @@ def unfit(scene: Scene) -> str | None:
     """Why no machine can be put into *scene*, in words; None where one can."""
     if scene.files > 1 or scene.vms > 1:
         return "a machine beside the abstract host has one file and one VM"
-    if scene.order:
-        return "a machine beside the abstract host has single pages"
+    if scene.order > 1:
+        return "a machine has no folios, and no leaves, between 2M and 1G"
     if not scene.kernel.asks_mapping:
         return "readers of the emulated kernel ask AS_NO_DIRECT_MAP"
     return None
@@ -227,7 +221,10 @@ def kernel_of(scene: Scene) -> dict[str, Any]:
 
     It never merges leaves. So putting a page back splits none and cannot fail; what a kernel that merges may do is not seen.
     """
-    return {"scattered": scene.frames, "rodata": "full" if scene.kernel.changes_direct_map else "noalias",
+    # There are blocks in the linear map only of a kernel that can split them.
+    blocks = {"blocks": scene.frames // 2, "release": "7.3", "bbml3": True}
+    return {**(blocks if scene.order else {"scattered": scene.frames}),
+            "rodata": "full" if scene.kernel.changes_direct_map else "noalias",
             "on_free": "poison" if scene.kernel.init_on_free else "nothing"}
 
 
@@ -239,9 +236,17 @@ def pair(world: World, machine: Machine, failures: int = 0) -> Pair:
     scene, why = world.scene, unfit(world.scene)
     if why is not None:
         raise BadInput(f"scene {scene.name!r} is none for a machine: {why}")
-    host = EmulatedHost(machine, machine.create_vm(scene.guest_frames), scene.pages, tasks=world.machine.tasks, scene=scene,
-                        bounds=world.design.bounds, errnos=world.design.errnos)
-    both = Pair(world, host, machine.adversary, world.machine.initial())
+    if scene.order and not world.library.splits:
+        raise BadInput(f"scene {scene.name!r} is one of large folios, and design {world.design.name!r} has none")
+    share = SHARE if scene.order else 1
+    vm = machine.create_vm(scene.guest_frames * share)
+    host = EmulatedHost(machine, vm, scene.pages * share, tasks=world.machine.tasks, scene=scene, bounds=world.design.bounds,
+                        errnos=world.design.errnos)
+    both = Pair(world, host, machine.adversary, Singles(host, machine.adversary), world.machine.initial())
+    if scene.order:
+        both.machine = blocks = Blocks(host, machine.adversary)
+        machine.adversary.indexes = [Index(i * share + blocks.at) for i in range(scene.pages)]
+        machine.adversary.gfns = [Gfn(i * share + blocks.at) for i in range(scene.beyond)]
     if scene.made:
         alone(both, Runner(world.setting, set_scene(world.library)))
     both.steps.clear()
@@ -274,6 +279,7 @@ def run(both: Pair, names: Sequence[str], rng: random.Random) -> int:
         runner.resume(None, rng.choice)
     while not both.ended and _turn(both, [r for r in runners if r.pending is not None], rng):
         pass
+    both.all_alike()
     if not both.ended and not any(r.pending for r in runners):
         alone(both, Runner(world.teardown.number, world.teardown.start()))
         if not both.ended:

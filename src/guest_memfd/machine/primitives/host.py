@@ -47,6 +47,7 @@ class EmulatedHost(Base):
         self.machine, self.vm, self.tasks, self.judge = machine, vm, tasks, judge
         self.scene, self.bounds, self.errnos = scene, bounds or {}, errnos or {}
         self.inode = Inode(size, machine.module.name)
+        self.counts_splits = False                      # whether a primitive's cost has the leaves that it splits
         self.who, self.caller, self.notes = 0, "library", []
 
     def perform(self, primitive: Primitive, who: int) -> Any:
@@ -59,7 +60,7 @@ class EmulatedHost(Base):
         if who in self.tasks and self.machine.power.frozen:
             raise Blocked
         self.who, self.caller = who, primitive.caller
-        splits = self.machine.splits if self.machine.config.blocks else 0
+        splits = self.machine.splits if self.counts_splits else 0
         try:
             must_be_there(self, primitive)
             return getattr(self, primitive.name)(*primitive.args)
@@ -67,7 +68,7 @@ class EmulatedHost(Base):
             self.machine.panicked(panic)
             raise
         finally:
-            if self.machine.config.blocks:              # fewer: a VM has gone with its tables
+            if self.counts_splits:                      # fewer: a VM has gone with its tables
                 self.machine.tracer.counts(who, "splits", max(self.machine.splits - splits, 0))
             judge = self.judge or self.machine.judge
             if judge is not None:
