@@ -78,7 +78,7 @@ SAMPLE = [
     ("gunyah-v17", "gunyah", "two-pages", "vcpu2 stop"), ("gunyah-v17", "gunyah", "two-pages", "vcpu2 unloader"),
     ("direct-map-v12", "kvm", "failing-twice", "vcpu2 vmm2"), ("firecracker-2026", "kvm", "two-pages", "uffd zeropad"),
     ("filemap-hook", "kvm", "two-pages", "writer pfn-cache-v2"), ("alloc-unmapped", "gunyah", "two-pages", "vcpu2 launcher"),
-    ("library", "cca", "large-for-good", "vcpu2 stop"),
+    ("library", "cca", "large-for-good", "vcpu2 stop"), ("kvm-7.4", "kvm", "two-pages", "vcpu2 stop"),
 ]
 
 

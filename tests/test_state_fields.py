@@ -43,6 +43,7 @@ EXPLORED = (
     Seen("library", "kvm", "large-folio", (("vcpu2", "vmm2"), ("vcpu2", "vmm"))),
     Seen("library", "pkvm", "mixed-block", (("vcpu2", "vmm2"),)),       # a merge, blocks in both tables of stage 2
     Seen("library", "kvm", "large-folio", (("vcpu2", "memory-failure", "vmm2"),)),
+    Seen("kvm-7.4", "kvm", "two-pages", (("vcpu2", "vmm2"), ("vcpu2", "stop"))),    # mmu_lock, SRCU, memslots
     Seen("filemap-hook", "kvm", "two-pages", (("writer", "pfn-cache-v2"), ("launcher", "uffd"))),
 )
 

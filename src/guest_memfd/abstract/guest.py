@@ -7,7 +7,21 @@ from guest_memfd.abstract.access import AbstractAccess
 from guest_memfd.abstract.operations import AbstractOperations
 from guest_memfd.core.hypervisor import check_owner
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import ANY, DATA, EVICTED, FOR_GOOD, GONE, GUEST, HELD, HOST, OWNERS, RUNNING, SECRET, ZERO
+from guest_memfd.words.pagestate import (
+    ANY,
+    CONTENTION,
+    DATA,
+    EVICTED,
+    FOR_GOOD,
+    GONE,
+    GUEST,
+    HELD,
+    HOST,
+    OWNERS,
+    RUNNING,
+    SECRET,
+    ZERO,
+)
 from guest_memfd.words.primitives import OPS, Folio
 from guest_memfd.words.units import Gfn, Index, Pfn
 
@@ -262,7 +276,9 @@ class AbstractGuestSide(AbstractAccess, AbstractOperations):
         vm.progress += 1
         ghost = self.state.ghost(self.who)
         ghost.begun += 1
-        for index in self.indexes[max(start, 0):max(start + nr, 0)]:
+        about = self.indexes[max(start, 0):max(start + nr, 0)]
+        vm.range = self._hull(vm.range | sum(1 << self.page(i).binding - 1 for i in about if self.page(i).binding))
+        for index in about:
             ghost.announced |= 1 << index
             self.out_of_scope("announces an invalidation", index)
 
@@ -279,6 +295,27 @@ class AbstractGuestSide(AbstractAccess, AbstractOperations):
             ghost.announced = 0
         self.vm.progress -= 1
         self.vm.gpc_fresh = 0
+        if not self.vm.progress:
+            self.vm.range = 0
+        # Nobody else can have sampled it, so where there is no reader it need not move.
+        if self.vm.srcu:
+            self.vm.seq += 1
+
+    # One range for all that are under way (kvm_mmu_invalidate_range_add()).
+    @staticmethod
+    def _hull(gfns: int) -> int:
+        return (1 << gfns.bit_length()) - (gfns & -gfns) if gfns else 0
+
+    def mmu_invalidate_seq(self) -> int:
+        """Counted from the first reader on."""
+        return int(self.vm.seq)
+
+    def mmu_invalidate_retry(self, seq: int, gfn: Gfn) -> bool:
+        """By the range while one is under way, by the sequence afterwards."""
+        retry = bool(self.vm.range >> gfn & 1) or self.vm.seq != seq
+        if retry:
+            self.against(CONTENTION)
+        return retry
 
     # Invalidation goes through the bindings (kvm_gmem_invalidate_begin()): without one there is no VM to tell.
     def _is_bound(self, what: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from guest_memfd.abstract import state as st
 from guest_memfd.abstract.base import AbstractBase
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.pagestate import CONTENTION, POISON
@@ -11,9 +12,12 @@ from guest_memfd.words.primitives import Folio, Locked
 class AbstractLocks(AbstractBase):
     """The lock primitives, down_read to unlock_folio: they wait, and a release without a hold is a bug."""
 
+    def _of(self, sem: str) -> st.FileRecord | st.VmRecord:
+        return self.vm if sem == "mmu" else self.file
+
     def _sem(self, sem: str) -> tuple[int, int, int]:
-        file = self.file
-        return getattr(file, f"{sem}_w"), getattr(file, f"{sem}_r"), getattr(file, f"{sem}_q")
+        of = self._of(sem)
+        return getattr(of, f"{sem}_w"), getattr(of, f"{sem}_r"), getattr(of, f"{sem}_q")
 
     def down_read(self, sem: str) -> None:
         """Readers wait for a writer, and for a queued one, too (kernel/locking/rwsem.c)."""
@@ -22,7 +26,7 @@ class AbstractLocks(AbstractBase):
         # would starve it, and a deadlock that needs the queue could not be found.
         if writer or queued:
             self.wait()
-        setattr(self.file, f"{sem}_r", readers + 1)
+        setattr(self._of(sem), f"{sem}_r", readers + 1)
 
     def down_read_trylock(self, sem: str) -> bool:
         """Now or not at all."""
@@ -30,7 +34,7 @@ class AbstractLocks(AbstractBase):
         if writer or queued:
             self.against(CONTENTION)
             return False
-        setattr(self.file, f"{sem}_r", readers + 1)
+        setattr(self._of(sem), f"{sem}_r", readers + 1)
         return True
 
     def up_read(self, sem: str) -> None:
@@ -38,7 +42,7 @@ class AbstractLocks(AbstractBase):
         _, readers, _ = self._sem(sem)
         if not readers:
             self.die(f"up_read of {sem}_lock, which nobody holds shared")
-        setattr(self.file, f"{sem}_r", readers - 1)
+        setattr(self._of(sem), f"{sem}_r", readers - 1)
 
     def down_write(self, sem: str) -> object:
         """A writer that cannot have the lock queues first: from then on new readers wait."""
@@ -52,10 +56,10 @@ class AbstractLocks(AbstractBase):
                 self.wait()
             # To queue is a step of its own that others can see. STAY: the primitive is not over, and is asked for
             # again.
-            setattr(self.file, f"{sem}_q", me)
+            setattr(self._of(sem), f"{sem}_q", me)
             return STAY
-        setattr(self.file, f"{sem}_q", 0)
-        setattr(self.file, f"{sem}_w", me)
+        setattr(self._of(sem), f"{sem}_q", 0)
+        setattr(self._of(sem), f"{sem}_w", me)
         if sem == "invalidate":
             self.count("stalls")
         return None
@@ -65,7 +69,36 @@ class AbstractLocks(AbstractBase):
         writer, _, _ = self._sem(sem)
         if writer != self.who + 1:
             self.die(f"up_write of {sem}_lock, which this task does not hold")
-        setattr(self.file, f"{sem}_w", 0)
+        setattr(self._of(sem), f"{sem}_w", 0)
+
+    def mutex_lock(self, mutex: str) -> None:
+        """Who waits for it is not seen: it has no readers to keep out."""
+        if self.vm.slots_lock:
+            self.wait()
+        self.vm.slots_lock = self.who + 1
+
+    def mutex_unlock(self, mutex: str) -> None:
+        """By who holds it."""
+        if self.vm.slots_lock != self.who + 1:
+            self.die(f"mutex_unlock of {mutex}_lock, which this task does not hold")
+        self.vm.slots_lock = 0
+
+    def srcu_read_lock(self) -> None:
+        """One more reader of memslots."""
+        self.vm.srcu += 1
+
+    def srcu_read_unlock(self) -> None:
+        """One less; the last takes along how far the sequence has moved on, as there is nobody left who has sampled it."""
+        if not self.vm.srcu:
+            self.die("srcu_read_unlock without a reader")
+        self.vm.srcu -= 1
+        if not self.vm.srcu:
+            self.vm.seq = 0
+
+    def synchronize_srcu(self) -> None:
+        """Waits for readers that come later, too: they find what the caller has stored, as those do that come afterwards."""
+        if self.vm.srcu:
+            self.wait()
 
     def lock_folio(self, folio: Folio) -> Locked:
         """Wait for the folio lock."""

@@ -170,8 +170,13 @@ class AbstractHost(AbstractLocks, AbstractMappings, AbstractPageCache, AbstractG
             self.die(f"call into module {primitive.caller}, which has been unloaded ({primitive.name})")
         if primitive.name in OF_INODE or (primitive.name in OF_INODE_BY_NAME and self._is_the_inodes(primitive)):
             life = self.file.inode
-            if life == DESTROYED or (life == EVICTED and self.file.evictor != self.who + 1):
+            if life == DESTROYED or (life == EVICTED and self.file.evictor != self.who + 1 and not self._keeps_a_folio()):
                 self.gone(f"the inode, in {primitive.name}")
+
+    # truncate_inode_pages_final() waits for the folio lock, so who has a folio of the file locked has the inode, too.
+    def _keeps_a_folio(self) -> bool:
+        return any(self.ours(part) is not None for frame in self.state.frames() if frame.lock == self.who + 1
+                   for part in self.state.parts(frame))
 
     def _is_the_inodes(self, primitive: Primitive) -> bool:
         what = primitive.args[0]

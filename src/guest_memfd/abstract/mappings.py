@@ -9,7 +9,8 @@ from guest_memfd.abstract.access import AbstractAccess
 from guest_memfd.abstract.operations import AbstractOperations
 from guest_memfd.core.hypervisor import DATA_ABORT
 from guest_memfd.words import facts
-from guest_memfd.words.primitives import Folio
+from guest_memfd.words.pagestate import CONTENTION
+from guest_memfd.words.primitives import OPS, Folio
 from guest_memfd.words.units import FIRST_PAGE, Index, Pfn, span
 
 
@@ -133,6 +134,12 @@ class AbstractMappings(AbstractAccess, AbstractOperations):
             if frame.user and start < frame.user - first <= min(start + nr, self.sizes.pages):
                 self.out_of_scope("takes the page from the VMM", self.index(frame.user - 1))
                 frame.user = 0
+                self._overtaken(self.state.head(frame).lock)
+
+    # A fault of the VMM that has made the entry, and has not returned yet, was right about it, and who goes on faults again.
+    def _overtaken(self, lock: int) -> None:
+        if lock and lock != self.who + 1 and (ghost := self.state.ghost(lock - 1)).op == OPS.index("user_fault") + 1:
+            ghost.reasons |= CONTENTION
 
     # -- GUP -----------------------------------------------------------------------------------------------------
 

@@ -167,8 +167,11 @@ class AbstractPageCache(AbstractAccess, AbstractOperations):
         return bool(self.head_of(folio).pin)
 
     def folio_mapped(self, folio: Folio) -> bool:
-        """Whether a user page table maps it."""
-        return any(frame.user for frame in self.frames_of(folio))
+        """Whether a user page table maps it: where the kernel's count has a reference for each entry, ours has none."""
+        mapped = any(frame.user for frame in self.frames_of(folio))
+        if mapped:
+            self.against(REFERENCE, self.head_of(folio))
+        return mapped
 
     def mapping_set_no_direct_map(self) -> None:
         """Set AS_NO_DIRECT_MAP on the file: readers of page-cache folios that ask for it keep out."""

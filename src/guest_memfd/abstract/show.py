@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 
 from guest_memfd.abstract import state as st
-from guest_memfd.words.pagestate import ANY, CONTENTS, INODE_STATES, OWNERS, VM_STATES
+from guest_memfd.words.pagestate import ANY, CONTENTS, INODE_STATES, OWNERS, SLOT_INVALID, VM_STATES
 
 Names = Mapping[int, str]
 """Party number -> name, for lock holders."""
@@ -37,6 +37,9 @@ LABELS = {
     "invalidate_w": "invalidate_lock writer", "invalidate_r": "invalidate_lock readers",
     "invalidate_q": "invalidate_lock queue", "bindings_w": "bindings_lock writer",
     "bindings_r": "bindings_lock readers", "bindings_q": "bindings_lock queue",
+    "slots_lock": "slots_lock", "mmu_w": "mmu_lock writer", "mmu_r": "mmu_lock readers", "mmu_q": "mmu_lock queue",
+    "srcu": "srcu readers", "seq": "mmu_invalidate_seq moved on", "range": "mmu_invalidate_range",
+    "gmem_file": "memslot has the file",
 }
 """Field -> what it is called in reports; a field that is not here goes by its own name."""
 
@@ -47,9 +50,10 @@ _ENUMS: dict[str, tuple[str, ...]] = {
 }
 _FLAGS = frozenset({
     "stale", "locked_in", "uptodate", "no_direct_map", "poison", "gpoison", "unloaded", "gpc_fresh", "gpc_readers",
-    "preparing", "frozen", "panic", "handled", "stuck", "asked", "withdrawn", "refuses_readers", "released",
+    "preparing", "frozen", "panic", "handled", "stuck", "asked", "withdrawn", "refuses_readers", "released", "gmem_file",
 })
-HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q", "evictor"})
+HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q", "slots_lock", "mmu_w", "mmu_q",
+                     "evictor"})
 """Fields that hold a party number + 1, 0 for no one."""
 
 _PLUS_ONE = {"gmap": "gfn", "gstale": "gfn", "binding": "gfn", "slot": "page ", "user": "page ", "cached": "pfn",
@@ -61,6 +65,11 @@ def value(field: str, number: int, names: Names = NOBODY) -> str:
     name = field.rpartition(".")[2]
     if name == "provided" and field.startswith("gfn"):
         return f"pfn{(number - 1) // 2} {'lent' if (number - 1) % 2 else 'shared'}" if number else "none"
+    if name == "memslot":
+        of = f"page {(number >> 1) - 1}{', INVALID' if number & SLOT_INVALID else ''}"
+        return of if number else "none"
+    if name == "range":
+        return ", ".join(f"gfn{gfn}" for gfn in range(number.bit_length()) if number >> gfn & 1) or "none"
     if name == "expect":
         return "anything" if number == ANY else _pick(CONTENTS, number)
     if name in _ENUMS:

@@ -70,6 +70,8 @@ PAGE_FIELDS = {
 GFN_FIELDS = {
     "provided": "v17's vm->mm tree: 2 * frame + lend + 1",
     "gpoison": "the guest's stage-2 entry says POISONED (pKVM force reclaim)",
+    "memslot": "KVM's memslot: twice the page index + 1, and perhaps SLOT_INVALID; 0 none",
+    "gmem_file": "slot->gmem.file is set",
 }
 FILE_FIELDS = {
     "invalidate_w": "invalidate_lock: writer's party number + 1",
@@ -94,6 +96,13 @@ VM_FIELDS = {
     "gpc": "gfn_to_pfn_cache: frame + 1 it maps",
     "gpc_fresh": "no invalidation since the cache sampled mmu_invalidate_seq",
     "gpc_readers": "its lock is held for reading",
+    "slots_lock": "kvm->slots_lock: party number + 1 of the holder",
+    "mmu_w": "kvm->mmu_lock: writer's party number + 1",
+    "mmu_r": "kvm->mmu_lock: number of readers",
+    "mmu_q": "kvm->mmu_lock: queued writer's party number + 1",
+    "srcu": "kvm->srcu: number of readers",
+    "seq": "mmu_invalidate_seq: how often it has moved on since there have been readers",
+    "range": "mmu_invalidate_range_start to _end: bit mask of gfns",
 }
 PARTY_FIELDS = {
     "op": "ghost: operation under way (index into OPS) + 1",

@@ -12,6 +12,7 @@ from guest_memfd.words import facts
 from guest_memfd.words.pagestate import (
     ALIVE,
     BORROWED,
+    CONTENTION,
     DESTROYED,
     DYING,
     EVICTED,
@@ -24,6 +25,7 @@ from guest_memfd.words.pagestate import (
     REASONS,
     RUNNING,
     SHARED_PAGE,
+    SLOT_INVALID,
     VM_STATES,
     ZERO,
 )
@@ -31,7 +33,10 @@ from guest_memfd.words.primitives import OPS, UNREPORTED, Bound, Cost, Entries, 
 from guest_memfd.words.units import Gfn, Index, span
 
 TREES = {"attributes": "attr", "bindings": "binding"}
-"""Trees of the file, and where a page record has their entry; ``provided`` is by gfn."""
+"""Trees of the file, and where a page record has their entry."""
+
+OF_VM = {"provided": "provided", "memslots": "memslot", "gmem_files": "gmem_file"}
+"""Trees of the VM, and where the record of a guest frame has their entry."""
 
 
 class AbstractWorld(AbstractAccess, AbstractOperations):
@@ -133,21 +138,43 @@ class AbstractWorld(AbstractAccess, AbstractOperations):
 
     def tree_load(self, tree: str, start: int, nr: int) -> tuple[int, ...]:
         """Entries past the end of the file, or of the VM's gfns, are holes."""
-        if tree == "provided":
-            gfns = span(Gfn(start), nr)
-            return tuple(self.gfn(gfn).provided if 0 <= gfn < self.sizes.gfns else 0 for gfn in gfns)
+        if tree in OF_VM:
+            if tree != "provided" and nr == 1 and 0 <= start < self.sizes.gfns:
+                return (self._looked_up(tree, Gfn(start)),)
+            # Who looks for all memslots asks for more than there are.
+            gfns = span(Gfn(start), min(nr, self.sizes.gfns) if tree == "memslots" else nr)
+            return tuple(getattr(self.gfn(gfn), OF_VM[tree]) if 0 <= gfn < self.sizes.gfns else 0 for gfn in gfns)
         field, indexes = TREES[tree], span(Index(start), nr)
         return tuple(getattr(self.page(i), field) if 0 <= i < self.sizes.pages else 0 for i in indexes)
 
     def tree_store(self, tree: str, start: int, values: Entries) -> int:
         """Stores past the end go nowhere on this host of few pages."""
         for i, value in enumerate(values, start):
-            if tree == "provided":
+            if tree in OF_VM:
                 if 0 <= i < self.sizes.gfns:
-                    self.gfn(Gfn(i)).provided = value
+                    self._set_entry(tree, Gfn(i), value)
             elif 0 <= i < self.sizes.pages:
                 self._store(TREES[tree], Index(i), value)
         return 0
+
+    # One that looks for a memslot, or for its file, and finds none, or one on its way out, has that against it.
+    def _looked_up(self, tree: str, gfn: Gfn) -> int:
+        record = self.gfn(gfn)
+        value = int(getattr(record, OF_VM[tree]))
+        if tree == "gmem_files" and not record.memslot:
+            self.gone("the memslot, in tree_load")
+        if not value:
+            self.against(GONE_BEFORE)
+        if tree == "memslots" and value & SLOT_INVALID:
+            self.against(CONTENTION)
+        return value
+
+    # What is stored into a memslot is stored before it can be found, or while it is there.
+    def _set_entry(self, tree: str, gfn: Gfn, value: int) -> None:
+        record = self.gfn(gfn)
+        if tree == "gmem_files" and not value and not record.memslot:
+            self.gone("the memslot, in tree_store_reserved")
+        setattr(record, OF_VM[tree], value)
 
     def _store(self, field: str, index: Index, value: int) -> None:
         page = self.page(index)
@@ -155,7 +182,7 @@ class AbstractWorld(AbstractAccess, AbstractOperations):
             ghost = self.state.ghost(self.who)
             if ghost.op:
                 ghost.toggled ^= 1 << index
-            self.done_to("changes the attribute", index, always=self.bound())
+            self.done_to("changes the attribute", index, always=bool(page.binding))
             setattr(page, field, value)
             if page.cached:
                 self._attribute_changed(self.state.frame(page.cached - 1), page)
@@ -318,9 +345,9 @@ class AbstractWorld(AbstractAccess, AbstractOperations):
     def vm_destroyed(self) -> None:
         """Stage-2 tables and their TLB entries go with the VM; memory it still owns does not come back by itself.
 
-        A user of a kernel mapping of a guest page holds the VM, so this waits for it.
+        A user of a kernel mapping of a guest page holds the VM, so this waits for it; so does a system call in it.
         """
-        if self.vm.gpc_readers:
+        if self.vm.gpc_readers or self.vm.srcu or self.vm.slots_lock:
             self.wait()
         self.vm.vm = GONE
         first = self.vm.number * self.sizes.gfns
@@ -334,7 +361,8 @@ class AbstractWorld(AbstractAccess, AbstractOperations):
             if first < frame.gstale <= first + self.sizes.gfns:
                 frame.gstale = 0
         for gfn in span(Gfn(0), self.sizes.gfns):
-            self.gfn(gfn).gpoison = 0
+            record = self.gfn(gfn)
+            record.gpoison = record.memslot = record.gmem_file = 0
         self.vm.gpc = self.vm.gpc_fresh = 0
         self.module_put()
 
@@ -376,7 +404,7 @@ class AbstractWorld(AbstractAccess, AbstractOperations):
                    for f in self.state.all_files())
         # A task inside a memory operation is waited for: the freezer stops tasks at the border to user space.
         if (held or any(f.lock or f.lookup or f.spec for f in self.state.frames())
-                or any(vm.gpc_readers for vm in self.state.vms())):
+                or any(vm.gpc_readers or vm.slots_lock or vm.srcu or vm.mmu_w or vm.mmu_r for vm in self.state.vms())):
             self.wait()
         self.state.frozen = 1
 

@@ -21,7 +21,7 @@ _REFS = {
     "cache": "page cache", "lru": "lru_add batch", "lookup": "lookup", "provided": "driver, for the guest",
     "pin": "FOLL_PIN", "get": "GUP without FOLL_PIN", "spec": "GUP-fast, not sure yet", "kept": "for good",
 }
-_READERS = ("invalidate_r", "bindings_r")
+_READERS = ("invalidate_r", "bindings_r", "mmu_r", "srcu")
 _HELD_BY_PARTIES = frozenset({"lookup", "pin", "get", "spec", *_READERS})
 _ALWAYS = {
     "pfn": ("allocated", "slot", "folio", "owner", "s1", "s1_leaf", "stale", "s2", "s2_leaf", "gmap", "guest_leaf", "user",

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from guest_memfd.abstract import state as st
 from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import KINDS
+from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words.pagestate import ALLOCATED, FREE, KEPT, MAPPED, MARKED, OWNERS, UNMAPPED, ZERO
 from guest_memfd.words.primitives import OPS
@@ -45,7 +46,7 @@ def abstraction(host: EmulatedHost, sizes: st.Sizes, failures: int = 0, given: i
     for ghost in state.ghosts():
         _ghost(host, ghost, sizes.pages, share)
     _file(host, state.file(), share)
-    _vm(host, state.vm())
+    _vm(host, state.vm(), share)
     _globals(host, state, share)
     state.failures, state.given, state.refusals = failures, given, refusals
     return state.save()
@@ -160,6 +161,8 @@ def _page(host: EmulatedHost, page: st.PageRecord, at: int, share: int) -> None:
 def _gfn(host: EmulatedHost, gfn: st.GfnRecord, at: int, share: int) -> None:
     real = Gfn(gfn.number * share + at)
     gfn.provided = host.inode.entry("provided", real)
+    gfn.memslot = host.inode.entry("memslots", real)
+    gfn.gmem_file = host.inode.entry("gmem_files", real)
     gfn.gpoison = host.machine.driver.poisoned(host.vm, real)
 
 
@@ -196,10 +199,8 @@ def _mask(members: Collection[int], pages: int, share: int) -> int:
 
 def _file(host: EmulatedHost, file: st.FileRecord, share: int) -> None:
     inode = host.inode
-    for name, sem in (("invalidate", inode.invalidate), ("bindings", inode.bindings)):
-        setattr(file, f"{name}_w", 0 if sem.writer is None else sem.writer + 1)
-        setattr(file, f"{name}_r", sem.readers)
-        setattr(file, f"{name}_q", 0 if sem.queued is None else sem.queued + 1)
+    _sem(file, "invalidate", inode.invalidate)
+    _sem(file, "bindings", inode.bindings)
     file.fd, file.files, file.inodes = inode.fd, inode.files, inode.references
     file.inode, file.evictor = inode.life, 0 if inode.evictor is None else inode.evictor + 1
     file.vma = len(inode.mapping.vmas) if inode.mapping else 0
@@ -207,11 +208,21 @@ def _file(host: EmulatedHost, file: st.FileRecord, share: int) -> None:
     file.released = inode.released
 
 
-def _vm(host: EmulatedHost, record: st.VmRecord) -> None:
+def _sem(record: st.FileRecord | st.VmRecord, name: str, sem: Rwsem) -> None:
+    setattr(record, f"{name}_w", 0 if sem.writer is None else sem.writer + 1)
+    setattr(record, f"{name}_r", sem.readers)
+    setattr(record, f"{name}_q", 0 if sem.queued is None else sem.queued + 1)
+
+
+def _vm(host: EmulatedHost, record: st.VmRecord, share: int) -> None:
     vm = host.vm
     record.vm, record.progress = vm.state, vm.begun.total()
     record.gpc = host.machine.number(vm.gpc.pa) + 1 if vm.gpc else 0
     record.gpc_fresh, record.gpc_readers = vm.gpc_fresh, vm.gpc_readers
+    record.slots_lock = 0 if vm.slots_lock is None else vm.slots_lock + 1
+    _sem(record, "mmu", vm.mmu_lock)
+    record.srcu, record.seq = vm.srcu, vm.seq
+    record.range = sum(1 << gfn for gfn in {gfn // share for gfn in vm.invalidated})
 
 
 def _globals(host: EmulatedHost, state: st.State, share: int) -> None:

@@ -20,7 +20,7 @@ _REACHED_THROUGH = {
 }
 _ZERO_SAYS = ("owner", "content", "s1", "s2", "cached", "slot", "allocated")
 _LOCKS = ("lock", "invalidate_w", "invalidate_r", "invalidate_q", "bindings_w", "bindings_r", "bindings_q",
-          "gpc_readers", "frozen")
+          "slots_lock", "mmu_w", "mmu_r", "mmu_q", "srcu", "gpc_readers", "frozen")
 
 
 def offending(finding: Finding) -> frozenset[str]:

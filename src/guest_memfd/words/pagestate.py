@@ -31,6 +31,9 @@ ANY = 255
 SHARED_PAGE, PRIVATE_PAGE = 1, 2
 """Entries of the library's attribute tree; 0 would be a hole, and is a bug."""
 
+SLOT_INVALID = 1
+"""Of an entry of memslots: KVM_MEMSLOT_INVALID, it is on its way out (include/linux/kvm_host.h)."""
+
 RUNNING, DYING, GONE = range(3)
 VM_STATES = ("running", "dying", "gone")
 

@@ -154,14 +154,19 @@ MfResult = Literal["delayed", "failed"]
 RefKind = Literal["lookup", "provided"]
 """lookup: transient; provided: v17's, one per page given to the guest."""
 
-Sem = Literal["invalidate", "bindings"]
-"""The rw-semaphores there are: the inode's invalidate_lock, and the one that a driver of Gunyah adds."""
+Sem = Literal["invalidate", "bindings", "mmu"]
+"""The locks there are that can be shared: the inode's invalidate_lock, the one that a driver of Gunyah adds, and KVM's
+mmu_lock of a VM. That is a rwlock, which spins where the others sleep; nothing that it keeps out can tell."""
+
+Mutex = Literal["slots"]
+"""KVM's slots_lock of a VM: who holds it changes memslots."""
 
 FileTree = Literal["attributes", "bindings"]
 """The library's maple trees and xarrays of a file, page index -> small integer, 0 for none."""
 
-GuestTree = Literal["provided"]
-"""v17's of a VM, gfn -> small integer, 0 for none."""
+GuestTree = Literal["provided", "memslots", "gmem_files"]
+"""Trees of a VM, gfn -> small integer, 0 for none: v17's; and KVM's memslots of a page each, page index + 1, doubled, and
+perhaps SLOT_INVALID, with a 1 for each in which slot->gmem.file is set. What is in the last goes with its memslot."""
 
 Tree = Literal[FileTree, GuestTree]
 """All there are."""
@@ -237,6 +242,26 @@ class Host:
     def up_write(self, sem: Sem) -> Steps[None]:
         """Drop the exclusive hold."""
         return self._do("up_write", sem)
+
+    def mutex_lock(self, mutex: Mutex) -> Steps[None]:
+        """Take *mutex*; waits while another task holds it (kernel/locking/mutex.c)."""
+        return self._do("mutex_lock", mutex)
+
+    def mutex_unlock(self, mutex: Mutex) -> Steps[None]:
+        """Let the next task have *mutex*."""
+        return self._do("mutex_unlock", mutex)
+
+    def srcu_read_lock(self) -> Steps[None]:
+        """srcu_read_lock(&kvm->srcu): memslots that are found from here on stay until `srcu_read_unlock`."""
+        return self._do("srcu_read_lock")
+
+    def srcu_read_unlock(self) -> Steps[None]:
+        """srcu_read_unlock(&kvm->srcu): what was found may go."""
+        return self._do("srcu_read_unlock")
+
+    def synchronize_srcu(self) -> Steps[None]:
+        """Wait until all who read memslots, when this is called, are done (kernel/rcu/srcutree.c)."""
+        return self._do("synchronize_srcu")
 
     def lock_folio(self, folio: Folio) -> Steps[Locked]:
         """folio_lock(): wait for the folio lock; returns what it protects."""
@@ -452,6 +477,17 @@ class Host:
     def gmem_invalidate_end(self) -> Steps[None]:
         """kvm_gmem_invalidate_end(): bump the sequence, in_progress--."""
         return self._do("gmem_invalidate_end")
+
+    def mmu_invalidate_seq(self) -> Steps[int]:
+        """Sample mmu_invalidate_seq, inside of an SRCU read section, for `mmu_invalidate_retry`."""
+        return self._do("mmu_invalidate_seq")
+
+    def mmu_invalidate_retry(self, seq: int, gfn: Gfn) -> Steps[bool]:
+        """mmu_invalidate_retry_gfn(): whether *gfn* is being invalidated, or anything has been since *seq* was sampled.
+
+        Its answer is good for as long as mmu_lock is held (include/linux/kvm_host.h).
+        """
+        return self._do("mmu_invalidate_retry", seq, gfn)
 
     # -- the library's own memory --------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import (
     ANY,
+    CONTENTION,
     CONTENTS,
     DATA,
     EVICTED,
@@ -255,7 +256,7 @@ class Tracer:
         changed = [start + i for i in range(len(values)) if old[i] != values[i]]
         for index in changed:
             operation.toggled ^= {index}
-            self.done_to(host, "changes the attribute", index, always=inode.bound())
+            self.done_to(host, "changes the attribute", index, always=bool(inode.entry("bindings", index)))
         pages = (inode.find(index) for index in changed)
         return list({page.pa: page for page in pages if page is not None}.values())
 
@@ -286,6 +287,11 @@ class Tracer:
             else:
                 first = operation.first_of(page.index, page.nr)
                 operation.places.add(page.index if first is None else first)
+
+    def overtaken(self, task: int) -> None:
+        """What *task* has just mapped into the VMM, and has locked, is unmapped again: its fault has been right about it."""
+        if self.under_way(task) == "user_fault":
+            self.against(task, CONTENTION, None)
 
     def counts(self, task: int, what: str, more: int = 1) -> None:
         """The operation of *task* asks for *more* of *what*: writes, flushes, calls, stalls or splits."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guest_memfd.machine.linux.folio import LinuxFolio
+from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.words.pagestate import RUNNING
 
 
@@ -20,4 +21,9 @@ class Vm:
     gpc: LinuxFolio | None = None                             # what its gfn_to_pfn_cache maps
     gpc_fresh: bool = False                             # no invalidation since it sampled mmu_invalidate_seq
     gpc_readers: int = 0
+    slots_lock: int | None = None                       # the task that has it
+    mmu_lock: Rwsem = field(default_factory=Rwsem)      # a rwlock; nothing that it keeps out can tell
+    srcu: int = 0                                       # readers of memslots
+    seq: int = 0                                        # how far mmu_invalidate_seq has moved on since there have been any
+    invalidated: range = range(0)                       # gfns that are being invalidated
     begun: Counter[int] = field(default_factory=Counter)    # invalidations by task: mmu_invalidate_in_progress is their sum

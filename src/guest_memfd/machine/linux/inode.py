@@ -19,7 +19,10 @@ from guest_memfd.words.units import Gfn, Index
 if TYPE_CHECKING:
     from guest_memfd.machine.linux.mm import FileMapping
 
-TREES = ("attributes", "bindings", "provided")
+OF_VM = ("provided", "memslots", "gmem_files")
+"""Trees of the VM, which is found through the inode here."""
+
+TREES = ("attributes", "bindings", *OF_VM)
 
 
 @dataclass(eq=False)
@@ -86,7 +89,7 @@ class Inode:
         return True
 
     def destroy(self) -> None:
-        """What was kept in it goes with its memory. (``provided`` is a VM's, and only found through it here.)"""
+        """What was kept in it goes with its memory. (Trees of the VM are only found through it here.)"""
         self.life, self.evictor, self.refuses_readers = DESTROYED, None, False
         self.trees |= {name: MapleTree() for name in ("attributes", "bindings")}
 

@@ -72,6 +72,12 @@ class Runs(Sequence[int]):
         return in_runs if value else self._nr - sum(run[1] for run in self._runs) + in_runs
 
 
+    def ends(self) -> tuple[int, int] | None:
+        """The least and the largest entry that is no hole; None if all are."""
+        both = [value for _, nr, first, step in self._runs for value in (first, first + step * (nr - 1)) if value]
+        return (min(both), max(both)) if both else None
+
+
 def _start(run: Run) -> int:
     return run[0]
 

@@ -6,10 +6,23 @@ from collections.abc import Sequence
 from errno import EBUSY, ENOMEM
 
 from guest_memfd.machine.linux.folio import LinuxFolio
+from guest_memfd.machine.linux.inode import OF_VM
+from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.machine.primitives import guest, user
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import ALIVE, DYING, EVICTED, FAILURE, GONE_BEFORE, PRIVATE_PAGE, RUNNING, VM_STATES
+from guest_memfd.words.pagestate import (
+    ALIVE,
+    CONTENTION,
+    DYING,
+    EVICTED,
+    FAILURE,
+    GONE_BEFORE,
+    PRIVATE_PAGE,
+    RUNNING,
+    SLOT_INVALID,
+    VM_STATES,
+)
 from guest_memfd.words.primitives import Entries, Tree
 from guest_memfd.words.units import Gfn, Index, Pa
 
@@ -43,7 +56,23 @@ def op_returned(
 
 def tree_load(host: Base, tree: Tree, start: int, nr: int) -> Sequence[int]:
     """Entries past the end of the file are holes."""
-    return host.inode.trees[tree].load(start, nr)
+    # Who looks for all memslots asks for more than there are; in a scene it is known how many gfns there can be.
+    if tree == "memslots" and host.scene is not None:
+        nr = min(nr, host.scene.guest_frames)
+    entries = host.inode.trees[tree].load(start, nr)
+    if tree in ("memslots", "gmem_files") and nr == 1:
+        _looked_up(host, tree, Gfn(start), entries[0])
+    return entries
+
+
+# Who looks for a memslot, or for its file, and finds none, or one on its way out, has that against him.
+def _looked_up(host: Base, tree: Tree, gfn: Gfn, entry: int) -> None:
+    if tree == "gmem_files" and not host.inode.entry("memslots", gfn):
+        host.gone("the memslot, in tree_load")
+    if not entry:
+        host.against(GONE_BEFORE)
+    if tree == "memslots" and entry & SLOT_INVALID:
+        host.against(CONTENTION)
 
 
 def tree_store(host: Base, tree: Tree, start: Index, values: Entries) -> int:
@@ -55,9 +84,11 @@ def tree_store(host: Base, tree: Tree, start: Index, values: Entries) -> int:
     return 0
 
 
-# Stores past the end of the file go nowhere. What is provided is kept by gfn.
+# Stores past the end of the file go nowhere. What is of the VM is kept by gfn.
 def _store(host: Base, tree: Tree, start: Index, values: Entries) -> None:
-    nr = len(values) if tree == "provided" else min(len(values), host.inode.size - start)
+    if tree == "gmem_files" and not values.first and host.inode.trees["memslots"].load(start, len(values)).count(0):
+        host.gone("the memslot, in tree_store_reserved")
+    nr = len(values) if tree in OF_VM else min(len(values), host.inode.size - start)
     if nr <= 0:
         return
     values = Entries(values.first, nr, values.step)
@@ -243,15 +274,16 @@ def vm_kill(host: Base) -> bool:
 def vm_destroyed(host: Base) -> None:
     """Stage-2 tables and their TLB entries go with the VM; memory it still owns does not come back by itself.
 
-    A user of a kernel mapping of a guest page holds the VM, so this waits for it.
+    A user of a kernel mapping of a guest page holds the VM, so this waits for it; so does a system call in it.
     """
-    if host.vm.gpc_readers:
+    if host.vm.gpc_readers or host.vm.srcu or host.vm.slots_lock is not None:
         host.wait()
     # First the tables and TLB entries, then the caches that refer to them, then the hold on the module whose code
     # did it.
     host.machine.driver.vm_destroyed(host.vm)
     host.machine.forget_vm(host.vm)
     host.vm.gpc, host.vm.gpc_fresh = None, False
+    host.inode.trees |= {name: MapleTree() for name in ("memslots", "gmem_files")}
     module_put(host)
 
 

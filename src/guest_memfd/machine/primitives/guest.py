@@ -9,7 +9,7 @@ from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.primitives import contents
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
-from guest_memfd.words.pagestate import DATA, FAILURE, FOR_GOOD, GONE, HELD, RUNNING, SECRET
+from guest_memfd.words.pagestate import CONTENTION, DATA, FAILURE, FOR_GOOD, GONE, HELD, RUNNING, SECRET
 from guest_memfd.words.primitives import Folio
 from guest_memfd.words.units import Gfn, Index, Ipa, Pa, gfn_to_gpa
 
@@ -125,6 +125,11 @@ def gmem_invalidate_begin(host: Base, start: Index, nr: int) -> None:
         vm.gpc = None
     vm.gpc_fresh = False
     vm.begun[host.who] += 1
+    bound = host.inode.trees["bindings"].load(start, nr).ends()
+    if bound is not None:
+        # One range for all that are under way (kvm_mmu_invalidate_range_add()).
+        begun = vm.invalidated or range(bound[0] - 1, bound[1])
+        vm.invalidated = range(min(begun.start, bound[0] - 1), max(begun.stop, bound[1]))
     host.machine.tracer.announces(host, start, nr)
 
 
@@ -140,6 +145,23 @@ def gmem_invalidate_end(host: Base) -> None:
     if not host.vm.begun[host.who]:
         host.machine.tracer.announced.pop(host.who, None)
     host.vm.gpc_fresh = False
+    if not host.vm.begun.total():
+        host.vm.invalidated = range(0)
+    if host.vm.srcu:
+        host.vm.seq += 1
+
+
+def mmu_invalidate_seq(host: Base) -> int:
+    """Counted from the first reader of memslots on."""
+    return host.vm.seq
+
+
+def mmu_invalidate_retry(host: Base, seq: int, gfn: Gfn) -> bool:
+    """By the range while one is under way, by the sequence afterwards."""
+    retry = gfn in host.vm.invalidated or host.vm.seq != seq
+    if retry:
+        host.against(CONTENTION)
+    return retry
 
 
 # It is found through the bindings (kvm_gmem_invalidate_begin()): without one there is no VM to tell.

@@ -137,6 +137,11 @@ class EmulatedHost(Base):
     up_read = locks.up_read
     down_write = locks.down_write
     up_write = locks.up_write
+    mutex_lock = locks.mutex_lock
+    mutex_unlock = locks.mutex_unlock
+    srcu_read_lock = locks.srcu_read_lock
+    srcu_read_unlock = locks.srcu_read_unlock
+    synchronize_srcu = locks.synchronize_srcu
     lock_folio = locks.lock_folio
     unlock_folio = locks.unlock_folio
 
@@ -199,6 +204,8 @@ class EmulatedHost(Base):
     guest_consents = guest.guest_consents
     gmem_invalidate_begin = guest.gmem_invalidate_begin
     gmem_invalidate_end = guest.gmem_invalidate_end
+    mmu_invalidate_seq = guest.mmu_invalidate_seq
+    mmu_invalidate_retry = guest.mmu_invalidate_retry
     gpc_begin = guest.gpc_begin
     gpc_commit = guest.gpc_commit
     gpc_read_lock = guest.gpc_read_lock

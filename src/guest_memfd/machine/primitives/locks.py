@@ -6,10 +6,12 @@ from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.pagestate import CONTENTION, POISON
-from guest_memfd.words.primitives import Folio, Locked, Sem
+from guest_memfd.words.primitives import Folio, Locked, Mutex, Sem
 
 
 def _sem(host: Base, sem: Sem) -> Rwsem:
+    if sem == "mmu":
+        return host.vm.mmu_lock
     return host.inode.invalidate if sem == "invalidate" else host.inode.bindings
 
 
@@ -50,6 +52,40 @@ def up_write(host: Base, sem: Sem) -> None:
     """Drop the exclusive hold."""
     if not _sem(host, sem).up_write(host.who):
         host.die(f"up_write of {sem}_lock, which this task does not hold")
+
+
+def mutex_lock(host: Base, mutex: Mutex) -> None:
+    """KVM's slots_lock, of the VM."""
+    if host.vm.slots_lock is not None:
+        host.wait()
+    host.vm.slots_lock = host.who
+
+
+def mutex_unlock(host: Base, mutex: Mutex) -> None:
+    """By who holds it."""
+    if host.vm.slots_lock != host.who:
+        host.die(f"mutex_unlock of {mutex}_lock, which this task does not hold")
+    host.vm.slots_lock = None
+
+
+def srcu_read_lock(host: Base) -> None:
+    """One more reader of memslots."""
+    host.vm.srcu += 1
+
+
+def srcu_read_unlock(host: Base) -> None:
+    """One less; the last leaves nobody who has sampled the sequence."""
+    if not host.vm.srcu:
+        host.die("srcu_read_unlock without a reader")
+    host.vm.srcu -= 1
+    if not host.vm.srcu:
+        host.vm.seq = 0
+
+
+def synchronize_srcu(host: Base) -> None:
+    """Wait for the readers that there are."""
+    if host.vm.srcu:
+        host.wait()
 
 
 def lock_folio(host: Base, folio: Folio) -> Locked:

@@ -264,7 +264,10 @@ def folio_maybe_dma_pinned(host: Base, folio: Folio) -> bool:
 def folio_mapped(host: Base, folio: Folio) -> bool:
     """Whether a user page table maps it."""
     page = host.page(folio)
-    return host.machine.mapped_by_user(page.pa, page.size)
+    mapped = host.machine.mapped_by_user(page.pa, page.size)
+    if mapped:
+        host.against(REFERENCE, page)
+    return mapped
 
 
 def lru_add_drain_all(host: Base) -> None:

@@ -59,7 +59,8 @@ def _busy(host: Base) -> bool:
     sems = [sem for inode in inodes for sem in (inode.invalidate, inode.bindings)]
     return (any(s.writer is not None or s.readers or s.queued is not None for s in sems)
             or any(p.lock is not None or p.lookup or p.spec for p in host.machine.pages.values())
-            or bool(host.vm.gpc_readers))
+            or bool(host.vm.gpc_readers or host.vm.srcu) or host.vm.slots_lock is not None
+            or host.vm.mmu_lock.writer is not None or bool(host.vm.mmu_lock.readers))
 
 
 def thaw_processes(host: Base) -> None:

@@ -94,6 +94,10 @@ def unmap_mapping_pages(host: Base, start: Index, nr: int) -> None:
     if host.inode.mapping is not None:
         for index in host.inode.mapping.zap(start, nr):
             host.machine.tracer.out_of_scope(host, "takes the page from the VMM", index)
+            # A fault of the VMM that has made the entry, and has not returned yet, was right about it.
+            page = host.inode.find(index)
+            if page is not None and page.lock not in (None, host.who):
+                host.machine.tracer.overtaken(page.lock)
 
 
 # -- GUP -----------------------------------------------------------------------------------------------------
