@@ -22,7 +22,8 @@ SHARE = 1 << HALF
 SCALED = {
     "begin_op": (1, 2, 3), "end_op": (1,), "op_returned": (1, 2, 4, 5), "tree_load": (1, 2), "tree_store": (1,),
     "tree_store_reserved": (1,), "tree_reserve": (1, 2), "filemap_find_folio": (0, 1), "unmap_mapping_pages": (0, 1),
-    "vma_covers": (0, 1), "gmem_invalidate_begin": (0, 1), "pm_account": (0,), "merge_folio": (0,),
+    "vma_covers": (0, 1), "gmem_invalidate_begin": (0, 1), "mmu_invalidate_retry": (1,), "pm_account": (0,),
+    "merge_folio": (0,),
 }
 """Primitives about ranges and numbers of pages, and which of their arguments are page indexes, gfns, or such numbers."""
 
