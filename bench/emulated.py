@@ -16,9 +16,8 @@ from typing import NamedTuple
 from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.vmm.counted_file import CountedFile
-from guest_memfd.words.units import Index
+from guest_memfd.words.units import PAGE, Index
 
 GIB = 1 << 30
 AUDITED = 100_000

@@ -18,8 +18,8 @@ from schedules import LARGE, SCENES, built, machine, schedule
 
 from guest_memfd.abstract import state as st
 from guest_memfd.lockstep import refinement
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.primitives import Primitive
+from guest_memfd.words.units import PAGE
 
 FIELDS = (*(f"{kind}.{field}" for kind, fields in st.RECORDS.items() for field in fields), *st.GLOBALS)
 

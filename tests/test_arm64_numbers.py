@@ -12,8 +12,8 @@ from guest_memfd.machine.hw.arm64.granule import K4, K16, K64, Granule
 from guest_memfd.machine.hw.arm64.registers import Tcr, Vtcr
 from guest_memfd.machine.hw.arm64.syndrome import Syndrome, fsc_name
 from guest_memfd.machine.hw.arm64.sysreg import BY_FIELD, ENCODINGS, TLBI, TLBI_BY_FIELD
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import direct_map, fault_info, text
+from guest_memfd.words.units import PAGE
 
 # Arm ARM, chapters D22 and C5.5
 REGISTERS = """

@@ -16,13 +16,14 @@ from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage1, walk
 from guest_memfd.machine.hw.buddy import Buddy, OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, BusError, Ram
+from guest_memfd.machine.hw.ram import BusError, Ram
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.machine.linux.mm import CHUNK, FIRST, FileMapping, Mm
 from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.words.primitives import Entries
+from guest_memfd.words.units import PAGE
 
 MIB = 1 << 20
 

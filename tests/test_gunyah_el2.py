@@ -33,7 +33,7 @@ from guest_memfd.machine.el2.gunyah.errors import GunyahError as E
 from guest_memfd.machine.el2.gunyah.errors import HypRefused, remap
 from guest_memfd.machine.el2.gunyah.memextent import Extent
 from guest_memfd.machine.hw.arm64.stop import CpuAbort
-from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import PAGE
 
 SIZES = (PAGE, 2 * MIB, GIB)
 

@@ -43,7 +43,8 @@ from guest_memfd.machine.el2.gunyah.vm import GunyahHypVm
 from guest_memfd.machine.hw.arm64.descriptor import VALID
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE
 
 RX = Attributes(ExtentAccess.RX, ExtentAccess.RX).value
 

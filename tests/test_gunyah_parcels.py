@@ -23,7 +23,7 @@ from guest_memfd.machine.el2.gunyah.rm.payloads import Accept, Acl, Append, Id, 
 from guest_memfd.machine.hw.arm64.mmu import Mmu
 from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.walk import Stage1
-from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import PAGE
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from guest_memfd.machine.el2.gunyah.rm.message import (
 )
 from guest_memfd.machine.el2.gunyah.rm.payloads import Accept, Acl, Append, Id, MemRequest, Sgl
 from guest_memfd.machine.el2.gunyah.vm import Exit
-from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import PAGE
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from guest_memfd.machine.hw.arm64.fault import Fault
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
 from guest_memfd.machine.hw.arm64.stop import Breakpoint, Bus, CpuAbort, Expired, Hvc, Smc, Stop, Svc, Undefined, Wfi
 from guest_memfd.machine.hw.arm64.walk import walk
-from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import PAGE
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux.kcore import read_kcore
 from guest_memfd.machine.linux.linear_map import LinearMap
 from guest_memfd.machine.linux.page_poison import PAGE_POISON, PageChecks
@@ -31,6 +31,7 @@ from guest_memfd.machine.linux.snapshot import (
     safe_copy_page,
     saveable_page,
 )
+from guest_memfd.words.units import PAGE
 
 BASE = 0x8000_0000
 PAGES = 16

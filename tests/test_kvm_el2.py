@@ -18,7 +18,8 @@ from guest_memfd.machine.hw.arm64.regime import Stage1
 from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE
 
 MIB = 1 << 20
 GFN = 0x4_0000

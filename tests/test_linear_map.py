@@ -13,11 +13,12 @@ from guest_memfd.machine.hw.arm64.regime import Stage1
 from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux.direct_map import CONT, VALID, KernelTable, is_present, level_size
 from guest_memfd.machine.linux.linear_map import PAGE_OFFSET, LinearMap
 from guest_memfd.machine.linux.text import KIMAGE_VADDR
 from guest_memfd.machine.linux.trans_pgd import trans_pgd_create_copy
+from guest_memfd.words.units import PAGE
 
 G, M = 1 << 30, 1 << 20
 BASE = 0x8000_0000

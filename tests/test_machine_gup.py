@@ -9,10 +9,10 @@ import pytest
 from guest_memfd.designs import DESIGNS
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.machine.boot import Config, Machine
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.scenarios.gup import pin_user_page
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import PAGE
 
 
 class Mapped:

@@ -17,12 +17,12 @@ from guest_memfd.errors import BadInput, SyscallFailed
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS
 from guest_memfd.machine.boot import Config, Machine
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.kcore import read_kcore
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.primitives.services import Services
+from guest_memfd.words.units import PAGE
 
 RODATA = {"full": True, "on": True, "noalias": False, "off": False}
 """The kernel parameter -> whether set_direct_map_*() do anything."""

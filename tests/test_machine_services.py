@@ -11,7 +11,6 @@ from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.machine.board import hostcpu
 from guest_memfd.machine.board.config import InjectKind
 from guest_memfd.machine.boot import Config, Machine
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.kcore import read_kcore
 from guest_memfd.machine.linux.page_poison import PageChecks
 from guest_memfd.machine.linux.panic import KernelPanic
@@ -27,6 +26,7 @@ from guest_memfd.machine.linux.trans_pgd import trans_pgd_create_copy
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.primitives.services import Services
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import PAGE
 
 SECRET = b"GUESTGST"
 

@@ -26,12 +26,13 @@ from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.reached import reached
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux.mm import Mm
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.uapi.kvm import SHARED
 from guest_memfd.words.facts import Ended, StrayGuest
 from guest_memfd.words.primitives import Folio, Primitive, Steps
+from guest_memfd.words.units import PAGE
 
 MIB = 1 << 20
 

@@ -29,12 +29,12 @@ from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.el2.kvm.tlb import Maintenance
 from guest_memfd.machine.el2.modelled.el2 import ModelledStage2
 from guest_memfd.machine.el2.modelled.host_map import HostMap
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.kcore import read_kcore
 from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.primitives.services import Services
 from guest_memfd.words.primitives import Folio
+from guest_memfd.words.units import PAGE
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "tiny_hypervisor.py"
 

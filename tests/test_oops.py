@@ -15,7 +15,7 @@ from guest_memfd.machine.hw.arm64.regime import Stage1
 from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux.extable import ExceptionEntry, ExType
 from guest_memfd.machine.linux.linear_map import LinearMap
 from guest_memfd.machine.linux.mem_abort import (
@@ -27,6 +27,7 @@ from guest_memfd.machine.linux.mem_abort import (
     do_mem_abort,
 )
 from guest_memfd.machine.linux.text import KIMAGE_VADDR, ROUTINES, KernelText
+from guest_memfd.words.units import PAGE
 
 # -- the same with a CPU -----------------------------------------------------------------------------------------------
 

@@ -18,10 +18,10 @@ from guest_memfd.abstract import AbstractHost
 from guest_memfd.abstract import state as st
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.machine.el2.pkvm import transitions as t
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.pagestate import DYING, OWNERS
 from guest_memfd.words.primitives import Folio
 from guest_memfd.words.scene import Scene, Slot
+from guest_memfd.words.units import PAGE
 
 NR = 512
 SCENE = Scene("one-folio", "a folio of two pages", pages=2, frames=2, shared=(), slots=(Slot(0, 0, 2),), order=1)

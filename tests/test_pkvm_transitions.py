@@ -22,10 +22,10 @@ from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState
 from guest_memfd.machine.hw.arm64.fault import Fault
 from guest_memfd.machine.hw.arm64.regime import Stage1
 from guest_memfd.machine.hw.arm64.registers import Tcr
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.pagestate import DYING, OWNERS
 from guest_memfd.words.primitives import Folio
 from guest_memfd.words.scene import Scene
+from guest_memfd.words.units import PAGE
 
 
 @pytest.fixture

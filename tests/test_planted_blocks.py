@@ -24,13 +24,14 @@ from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.leaf_split import SplitTable
 from guest_memfd.machine.linux.linear_map import LinearMap
 from guest_memfd.machine.primitives import pagecache
 from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.words.units import PAGE
 
 BLOCK = PAGE << 9
 TRIED = 3

@@ -21,7 +21,7 @@ from guest_memfd.machine.el2.pkvm.host_stage2 import HostStage2
 from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.tlb import Tlb
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.linux import mm
 from guest_memfd.machine.linux.direct_map import KernelTable
@@ -33,6 +33,7 @@ from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.machine.primitives import files, guest
 from guest_memfd.machine.primitives.host import EmulatedHost
+from guest_memfd.words.units import PAGE
 
 SCHEDULES = 150
 """A mistake has to show within so many."""

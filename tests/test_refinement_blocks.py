@@ -20,11 +20,10 @@ from guest_memfd.errors import BadInput
 from guest_memfd.lockstep import blocks, refinement
 from guest_memfd.lockstep.halves import SCALED, SHARE
 from guest_memfd.lockstep.refinement import Diverged
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.scenarios import SCENES
 from guest_memfd.words.primitives import Host as HostPrimitives
-from guest_memfd.words.units import Index, Pfn, pa_to_pfn
+from guest_memfd.words.units import PAGE, Index, Pfn, pa_to_pfn
 
 LONG = int(os.environ.get("GUEST_MEMFD_STEPS", "6000"))
 """Steps that the long test takes at least, over all scenes and hypervisors."""

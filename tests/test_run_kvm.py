@@ -36,7 +36,6 @@ from guest_memfd.linux.anonymous import Anonymous
 from guest_memfd.linux.guest_x86 import SmallGuest
 from guest_memfd.linux.system import System
 from guest_memfd.linux.vcpu_x86 import X86Vcpu
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi import kvm_arm64
 from guest_memfd.uapi.kvm import Cap
 from guest_memfd.uapi.kvm_run import (
@@ -56,6 +55,7 @@ from guest_memfd.vmm.kvm import KvmGuest
 from guest_memfd.vmm.kvm_x86 import X86Guest, fit
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import LoopEnded, drive
+from guest_memfd.words.units import PAGE
 
 ROOT = Path(__file__).parent.parent
 X86 = {name: guest for name, guest in GUESTS.items() if "x86_64" in guest.architectures}

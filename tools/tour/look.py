@@ -10,7 +10,7 @@ from typing import Any
 
 from guest_memfd.machine.hw.arm64.descriptor import describe
 from guest_memfd.machine.hw.arm64.tlb import VA_MASK
-from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import PAGE
 from tour.ride import INDEX, IPA, Ride
 
 ROWS = {

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from guest_memfd import Config, Machine, assemble
 from guest_memfd.guests import CONSOLE, PRIVATE_BASE, SYSTEM_OFF
 from guest_memfd.guests.loader import GuestImage
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.kvm import KvmGuest
 from guest_memfd.vmm.layout import Layout
+from guest_memfd.words.units import PAGE
 
 PAGES = 16
 INDEX = 8

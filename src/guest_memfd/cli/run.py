@@ -17,8 +17,8 @@ from guest_memfd.cli.load import add_load, load_all
 from guest_memfd.cli.options import add_output, seconds
 from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.hypervisors import HYPERVISORS
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.report.style import style_for
+from guest_memfd.words.units import PAGE
 
 if TYPE_CHECKING:
     from guest_memfd.vmm.loop import LoopOutcome

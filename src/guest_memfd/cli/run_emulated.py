@@ -13,11 +13,11 @@ from guest_memfd.cli.run import RUN, Lines, fill, log, refuse, size, tell
 from guest_memfd.errors import BadInput, HostUnavailable, UnknownName
 from guest_memfd.export.perfetto import Recorder
 from guest_memfd.guests.loader import load
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.report import json
 from guest_memfd.vmm.emulated import EmulatedOrder, EmulatedReport, EmulatedRun
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.readers import READERS
+from guest_memfd.words.units import PAGE
 
 FOLIOS = {"4K": 4 << 10, "2M": 2 << 20, "1G": 1 << 30}
 

@@ -9,14 +9,14 @@ from errno import EBADF
 from typing import Any
 
 from guest_memfd.compat import override
-from guest_memfd.conform.operations import OWN_SIZE, OWN_SLOT, PAGE
+from guest_memfd.conform.operations import OWN_SIZE, OWN_SLOT
 from guest_memfd.conform.subject import ARM64_STORE, MOST_PAGES, NO_MAPPING, RESULT, ZEROS, Pages, Subject, arm64_program
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.testing.hosts import Emulated
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import SHARED, GuestMemfdFlag, MemFlag
 from guest_memfd.words.pagestate import SHARED_PAGE
-from guest_memfd.words.units import Index
+from guest_memfd.words.units import PAGE, Index
 
 SECONDS = 5.0
 

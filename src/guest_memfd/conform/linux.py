@@ -16,7 +16,7 @@ from mmap import MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE
 from typing import Any
 
 from guest_memfd.compat import override
-from guest_memfd.conform.operations import OWN_SIZE, OWN_SLOT, PAGE
+from guest_memfd.conform.operations import OWN_SIZE, OWN_SLOT
 from guest_memfd.conform.subject import ARM64_STORE, MOST_PAGES, NO_MAPPING, RESULT, Pages, Subject, arm64_program
 from guest_memfd.conform.touch import Toucher
 from guest_memfd.errors import Signalled, SyscallFailed, errno_name
@@ -32,7 +32,7 @@ from guest_memfd.probe.ask.calls import call
 from guest_memfd.uapi import kvm_arm64 as arm64
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import PATH
-from guest_memfd.words.units import Ipa
+from guest_memfd.words.units import PAGE, Ipa
 
 # mov (%rbx),%rax | mov %rax,(%rcx) | jmp . - and: mov %rdx,(%rbx) | mov %rax,(%rcx) | jmp .
 _LOAD, _STORE = bytes.fromhex("488b03" "488901" "ebfe"), bytes.fromhex("488913" "488901" "ebfe")

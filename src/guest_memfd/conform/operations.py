@@ -12,8 +12,8 @@ from typing import NamedTuple
 from guest_memfd.compat import override
 from guest_memfd.uapi.kvm import CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES, PRIVATE, SHARED, Cap
 from guest_memfd.uapi.memory import Advice
+from guest_memfd.words.units import PAGE
 
-PAGE = 4096
 # Enough for a hole with neighbours on both sides, and so few that all checksums are taken after every step.
 PAGES = 4
 SIZE = PAGES * PAGE

@@ -12,9 +12,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from guest_memfd.conform.operations import BASE, BEGINNING, OPERATIONS, PAGE, SIZE, UserCall, UserOperation
+from guest_memfd.conform.operations import BASE, BEGINNING, OPERATIONS, SIZE, UserCall, UserOperation
 from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.uapi.kvm import SHARED
+from guest_memfd.words.units import PAGE
 
 SCHEMA = "guest-memfd-conform/1"
 LENGTH = 40

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, Protocol
 
 from guest_memfd.asm.arm64.asm import assemble
 from guest_memfd.compat import override
-from guest_memfd.conform.operations import OTHER_CALLS, OWN_SLOT, PAGE, UserCall
+from guest_memfd.conform.operations import OTHER_CALLS, OWN_SLOT, UserCall
 from guest_memfd.errors import Signalled, SyscallFailed, errno_name
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import MemoryAttributes2
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE
+from guest_memfd.words.units import PAGE
 
 MOST_PAGES = 8
 """Of a larger file only the number of pages is told."""

@@ -19,9 +19,8 @@ from guest_memfd.compat import override
 from guest_memfd.core.folio import MISSES
 from guest_memfd.core.gmem import Conversion, Grabbed, PowerPolicy, bound_gfn, filled
 from guest_memfd.designs.design import Design, NoAttributes
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.primitives import Bound, Entries, Folio, Host, Locked, Lookup, MfResult, Steps, VmFault
-from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Gfn, Index, Pfn, span
+from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, PAGE, Gfn, Index, Pfn, span
 
 LENT = 1
 """Low bit of an entry of the provided tree: this page is lent, not shared."""

@@ -14,8 +14,8 @@ from guest_memfd.report.counterexample import Counterexample
 from guest_memfd.uapi import kvm
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from guest_memfd.words.scene import Scene
+from guest_memfd.words.units import PAGE
 
-_PAGE = 4096
 _DATA, _WINDOW, _MAPPED = 0x7F0000000000, 0x7F0000400000, 0x7F0000800000
 """Where arguments lie, what slots name as the VMM's memory, and where the file is mapped."""
 _STRIDE = 0x100
@@ -37,7 +37,7 @@ class _Program:
         self._slots: list[tuple[int, int, int]] = [(slot.gfn, slot.start, slot.nr) for slot in scene.slots]
 
     def lines(self, made: list[TracedCall]) -> Iterator[str]:
-        size = self.scene.pages * _PAGE
+        size = self.scene.pages * PAGE
         yield f"r0 = openat$kvm({_hex(_AT_FDCWD)}, &({_hex(self._place())})='/dev/kvm\\x00', 0x2, 0x0)"
         yield f"r1 = ioctl$KVM_CREATE_VM(r0, {_hex(kvm.CREATE_VM)}, 0x0)"
         yield (f"r2 = ioctl$KVM_CREATE_GUEST_MEMFD(r1, {_hex(kvm.CREATE_GUEST_MEMFD)}, "
@@ -51,14 +51,14 @@ class _Program:
             yield from self._call(call)
 
     def _call(self, call: TracedCall) -> Iterator[str]:
-        start, size = call.start * _PAGE, call.nr * _PAGE
+        start, size = call.start * PAGE, call.nr * PAGE
         if call.what in ("allocate", "punch"):
             mode = FALLOC_FL_KEEP_SIZE | (FALLOC_FL_PUNCH_HOLE if call.what == "punch" else 0)
             yield f"fallocate(r2, {_hex(mode)}, {_hex(start)}, {_hex(size)})"
         elif call.what in ("to_private", "to_shared"):
             wanted = kvm.PRIVATE if call.what == "to_private" else 0
             yield (f"ioctl$KVM_SET_MEMORY_ATTRIBUTES(r1, {_hex(kvm.SET_MEMORY_ATTRIBUTES)}, "
-                   f"{self._struct(_hex(call.gfn * _PAGE), _hex(size), _hex(wanted), '0x0')})")
+                   f"{self._struct(_hex(call.gfn * PAGE), _hex(size), _hex(wanted), '0x0')})")
         elif call.what == "bind":
             self._slots.append((call.gfn, call.start, call.nr))
             yield self._region(len(self._slots) - 1, *self._slots[-1])
@@ -75,10 +75,10 @@ class _Program:
 
     def _region(self, number: int, gfn: int, start: int, nr: int) -> str:
         # No pages: a slot that is deleted. A vma argument has one page at least.
-        window = f"&({_hex(_WINDOW + start * _PAGE)}/{_hex(max(nr, 1) * _PAGE)})=nil"
+        window = f"&({_hex(_WINDOW + start * PAGE)}/{_hex(max(nr, 1) * PAGE)})=nil"
         return (f"ioctl$KVM_SET_USER_MEMORY_REGION2(r1, {_hex(kvm.SET_USER_MEMORY_REGION2)}, "
-                + self._struct(_hex(number), _hex(kvm.MemFlag.GUEST_MEMFD), _hex(gfn * _PAGE), _hex(nr * _PAGE), window,
-                               _hex(start * _PAGE), "r2") + ")")
+                + self._struct(_hex(number), _hex(kvm.MemFlag.GUEST_MEMFD), _hex(gfn * PAGE), _hex(nr * PAGE), window,
+                               _hex(start * PAGE), "r2") + ")")
 
     def _struct(self, *members: str) -> str:
         return f"&({_hex(self._place())})={{{', '.join(members)}}}"

@@ -22,8 +22,7 @@ from importlib.resources.abc import Traversable
 from typing import NamedTuple
 
 from guest_memfd.errors import BadInput, UnknownName
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Ipa
+from guest_memfd.words.units import PAGE, Ipa
 
 PRIVATE_BASE = Ipa(0x8000_0000)
 """IPA of the memory that is the guest's own, unless said otherwise."""

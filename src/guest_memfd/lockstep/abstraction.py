@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from guest_memfd.abstract import state as st
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import KINDS
 from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words.pagestate import ALLOCATED, FREE, KEPT, MAPPED, MARKED, OWNERS, UNMAPPED, ZERO
 from guest_memfd.words.primitives import OPS
-from guest_memfd.words.units import Gfn, Index, Pa, gpa_to_gfn, pa_to_pfn, span
+from guest_memfd.words.units import PAGE, Gfn, Index, Pa, gpa_to_gfn, pa_to_pfn, span
 
 ASTRAY = 250
 """A number that is none of a page of the scene: the machine's leads into the middle of one, or to another part of it."""

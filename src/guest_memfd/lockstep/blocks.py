@@ -35,13 +35,12 @@ from guest_memfd.lockstep.abstraction import unlike
 from guest_memfd.lockstep.halves import HALF, SCALED, SHARE, entries, scaled, told
 from guest_memfd.machine.adversary import Adversary
 from guest_memfd.machine.board.tracer import BLOCK
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words import facts
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Folio, Locked, Lookup, Primitive
-from guest_memfd.words.units import Index, Pfn, pa_to_pfn, pfn_to_pa, span
+from guest_memfd.words.units import PAGE, Index, Pfn, pa_to_pfn, pfn_to_pa, span
 
 OF_THE_FOLIO = frozenset({
     "lock_folio", "unlock_folio", "folio_put", "folio_get", "leak_folio", "folio_ref_count", "folio_maybe_dma_pinned",

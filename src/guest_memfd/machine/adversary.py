@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.words.primitives import Folio, Primitive
-from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Gfn, Index, Ipa, Pa, gfn_to_gpa, pfn_to_pa, span
+from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, PAGE, Gfn, Index, Ipa, Pa, gfn_to_gpa, pfn_to_pa, span
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

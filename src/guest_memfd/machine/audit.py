@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.direct_map import PUD_SIZE, VALID, level_size
 from guest_memfd.machine.linux.folio import KINDS
@@ -19,6 +18,7 @@ from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.machine.stray import stray_mappings
 from guest_memfd.words.pagestate import EVICTED
 from guest_memfd.words.primitives import Primitive
+from guest_memfd.words.units import PAGE
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

@@ -21,7 +21,6 @@ from guest_memfd.machine.board.config import Config
 from guest_memfd.machine.board.tracer import BLOCK
 from guest_memfd.machine.dev import gunyah, kvm
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.gunyah import GunyahDriver
 from guest_memfd.machine.hypcalls.hardware import Hardware
@@ -30,7 +29,7 @@ from guest_memfd.machine.hypcalls.modelled import ModelledDriver
 from guest_memfd.machine.hypcalls.pkvm import PkvmDriver
 from guest_memfd.machine.stray import stray_mappings
 from guest_memfd.uapi.gunyah import PATH as GUNYAH
-from guest_memfd.words.units import span
+from guest_memfd.words.units import PAGE, span
 
 __all__ = ["Config", "Machine", "boot"]
 

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 from guest_memfd.machine.hw.arm64.entry import TlbEntry
 from guest_memfd.machine.hw.arm64.reached import reached
 from guest_memfd.machine.hw.arm64.tlb import VA_MASK, Tlb
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.direct_map import level_size
 from guest_memfd.machine.linux.mm import FIRST
-from guest_memfd.words.units import Pa, Va, pa_to_pfn
+from guest_memfd.words.units import PAGE, Pa, Va, pa_to_pfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

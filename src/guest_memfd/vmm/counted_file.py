@@ -12,11 +12,10 @@ from guest_memfd.designs import Design
 from guest_memfd.explore.world.cost import FolioCost
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.machine.boot import Config, Machine
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words import facts
 from guest_memfd.words.primitives import Primitive
-from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Gfn, Index, span
+from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, PAGE, Gfn, Index, span
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _WRITES = ("set_direct_map_invalid_noflush", "set_direct_map_default_noflush")

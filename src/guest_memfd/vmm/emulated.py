@@ -20,7 +20,6 @@ from guest_memfd.machine.boot import Config, Machine
 from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER
 from guest_memfd.machine.el2.gunyah.vcpu import VcpuState
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.modelled import ModelledDriver
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.panic import KernelPanic
@@ -37,6 +36,7 @@ from guest_memfd.vmm.watch import LawBroken, Watch
 from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Primitive
+from guest_memfd.words.units import PAGE
 
 THEIRS = PluginError, DesignRaised
 """What code of third parties has done wrong."""

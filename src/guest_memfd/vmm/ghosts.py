@@ -11,12 +11,11 @@ from collections.abc import Callable
 
 from guest_memfd.compat import override
 from guest_memfd.machine.board.tracer import TracedTask, Tracer
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ANY, DATA, JUNK, PRIVATE_PAGE, SECRET, ZERO
-from guest_memfd.words.units import Pa
+from guest_memfd.words.units import PAGE, Pa
 
 _ZEROS = bytes(PAGE)
 

@@ -13,13 +13,13 @@ from guest_memfd.errors import SyscallFailed, errno_name
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import BootHypervisor
 from guest_memfd.guests.loader import GuestImage
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi import gunyah
 from guest_memfd.uapi.gunyah import GunyahDevice, GunyahMemFlag, GunyahVcpu, GunyahVm, MapFlag, RegisterSet, ResumeAction
 from guest_memfd.uapi.memory import GuestMemory
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import SAME_ABORT, Debugger, LoopEnded
+from guest_memfd.words.units import PAGE
 
 _HUGE = 2 << 20
 _NAP = 0.01

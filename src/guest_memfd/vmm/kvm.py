@@ -14,7 +14,6 @@ from guest_memfd.errors import SyscallFailed
 from guest_memfd.guests import PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import BootHypervisor
 from guest_memfd.guests.loader import GuestImage
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi import kvm, kvm_arm64, kvm_run
 from guest_memfd.uapi.kvm import (
     SHARED,
@@ -29,7 +28,7 @@ from guest_memfd.uapi.kvm import (
 from guest_memfd.vmm.devices import Console
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import Debugger, LoopEnded
-from guest_memfd.words.units import Ipa
+from guest_memfd.words.units import PAGE, Ipa
 
 _INVALID_PARAMETER = ((1 << 64) - 3).to_bytes(8, "little")
 _PRIVATE, _WINDOW = 0, 1

@@ -19,13 +19,12 @@ from guest_memfd.linux.guest_memfd import GuestMemfd
 from guest_memfd.linux.guest_x86 import IdentityMap, x86_vcpu
 from guest_memfd.linux.mapping import LinuxMapping
 from guest_memfd.linux.system import System
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import SHARED, MemFlag
 from guest_memfd.vmm.devices import Balloon, Console, MmioDevice, Nobody
 from guest_memfd.vmm.layout import Layout
 from guest_memfd.vmm.loop import Debugger, LoopEnded
-from guest_memfd.words.units import Ipa
+from guest_memfd.words.units import PAGE, Ipa
 
 _MEMORY, _WINDOW, _TABLES = 0, 1, 2
 """Slots."""

@@ -9,8 +9,7 @@ from guest_memfd.errors import BadInput
 from guest_memfd.guests import CONSOLE, PRIVATE_BASE, SHARED_BASE
 from guest_memfd.guests.bootinfo import SIZE, BootHypervisor, BootInfo
 from guest_memfd.guests.loader import GuestImage, fits
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Ipa
+from guest_memfd.words.units import PAGE, Ipa
 
 
 @dataclass(frozen=True)

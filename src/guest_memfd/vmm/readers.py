@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.boot import Machine
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.primitives.contents import BEFORE
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import Primitive
-from guest_memfd.words.units import Pa, pa_to_pfn
+from guest_memfd.words.units import PAGE, Pa, pa_to_pfn
 
 READERS = ("zeropad", "kcore", "plain")
 NAME = b"/boot/initrd.img"

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from guest_memfd.laws import LAWS
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.words import facts
 from guest_memfd.words.primitives import Folio, Primitive
+from guest_memfd.words.units import PAGE
 
 MOVES = frozenset({
     "filemap_add_folio", "filemap_remove_folio", "set_direct_map_invalid_noflush", "set_direct_map_default_noflush",

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, NewType, TypeVar, overload
 
 PAGE_SHIFT: Final = 12
 """log2 of a page's size in bytes, as far as frame numbers are made of addresses here."""
+PAGE: Final = 1 << PAGE_SHIFT
+"""Bytes of a page: the emulated machine's kernel's, hypervisor's and guests'. A real kernel's is `linux.mapping.PAGE`."""
 
 if TYPE_CHECKING:
     from typing import Self

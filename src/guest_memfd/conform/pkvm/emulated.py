@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from errno import EFAULT
 
 from guest_memfd.compat import override
-from guest_memfd.conform.operations import PAGE, PKVM_PAGES
+from guest_memfd.conform.operations import PKVM_PAGES
 from guest_memfd.conform.pkvm.subject import BASE, DEVICE, PROGRAM, SIZE, PkvmSubject, program
 from guest_memfd.errors import InternalError, Signalled, SyscallFailed
 from guest_memfd.machine.boot import Config, Machine
@@ -24,7 +24,7 @@ from guest_memfd.machine.linux.mm import Vma
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm_arm64 import MEM_UNSHARE
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import FIRST_PAGE, Gfn, Index, Ipa, Pa, Va, gpa_to_gfn, pa_to_pfn, page_index
+from guest_memfd.words.units import FIRST_PAGE, PAGE, Gfn, Index, Ipa, Pa, Va, gpa_to_gfn, pa_to_pfn, page_index
 
 SECONDS = 5.0
 _CODE = Index(PKVM_PAGES)

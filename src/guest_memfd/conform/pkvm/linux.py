@@ -8,7 +8,6 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
 from guest_memfd.compat import override
 from guest_memfd.conform.linux import toucher
-from guest_memfd.conform.operations import PAGE
 from guest_memfd.conform.pkvm.subject import BASE, DEVICE, PROGRAM, SIZE, PkvmSubject, program
 from guest_memfd.errors import HostUnavailable, Signalled, SyscallFailed
 from guest_memfd.linux import syscall
@@ -21,7 +20,7 @@ from guest_memfd.uapi import kvm_arm64 as arm64
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm import PATH
 from guest_memfd.uapi.memory import Advice
-from guest_memfd.words.units import Va
+from guest_memfd.words.units import PAGE, Va
 
 SECONDS = 10.0
 

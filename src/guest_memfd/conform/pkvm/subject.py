@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from functools import cache
 
 from guest_memfd.asm.arm64.asm import assemble
-from guest_memfd.conform.operations import PAGE, PKVM_PAGES, UserCall
+from guest_memfd.conform.operations import PKVM_PAGES, UserCall
 from guest_memfd.conform.subject import StepAnswer
 from guest_memfd.errors import Signalled, SyscallFailed, errno_name
 from guest_memfd.uapi import kvm_run
 from guest_memfd.uapi.kvm_arm64 import MEM_SHARE, MEM_UNSHARE
-from guest_memfd.words.units import Ipa, Va
+from guest_memfd.words.units import PAGE, Ipa, Va
 
 PROGRAM, BASE, DEVICE = Ipa(0x2000_0000), Ipa(0x1000_0000), Ipa(0x3000_0000)
 """Guest addresses: of the page with the guest's program, of the others, and of what it asks for its orders."""

@@ -21,7 +21,6 @@ from guest_memfd.machine.board.tracer import Tracer
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.entry import TlbEntry
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
@@ -36,7 +35,7 @@ from guest_memfd.machine.linux.text import KernelText
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Folio, Primitive
-from guest_memfd.words.units import Gfn, Index, Ipa, Pa, Pfn, Va, gpa_to_gfn, identity_ipa, pa_to_pfn, pfn_to_pa
+from guest_memfd.words.units import PAGE, Gfn, Index, Ipa, Pa, Pfn, Va, gpa_to_gfn, identity_ipa, pa_to_pfn, pfn_to_pa
 
 FOLIO_BATCH = 31
 """Folios that a batch has room for (include/linux/folio_batch.h)."""

@@ -17,13 +17,12 @@ from guest_memfd.machine.hw.arm64.permission import Access
 from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.syndrome import Syndrome
 from guest_memfd.machine.hw.arm64.walk import Entry, Stage1
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import mem_abort
 from guest_memfd.machine.linux.mem_abort import KernelDied, MmFault
 from guest_memfd.machine.linux.mm import LOAD, STORE
 from guest_memfd.machine.linux.oops import TASK_SIZE, Oops, Panic
 from guest_memfd.machine.linux.panic import HARDWARE, KernelPanic
-from guest_memfd.words.units import Pa, Va
+from guest_memfd.words.units import PAGE, Pa, Va
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from guest_memfd.core.gmem import bound_gfn
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.words import facts
@@ -31,7 +30,7 @@ from guest_memfd.words.pagestate import (
     ZERO,
 )
 from guest_memfd.words.primitives import UNREPORTED, Bound, Cost, Entries
-from guest_memfd.words.units import FIRST_PAGE, Gfn, Index, Pa, gfn_to_gpa, pa_to_pfn, span
+from guest_memfd.words.units import FIRST_PAGE, PAGE, Gfn, Index, Pa, gfn_to_gpa, pa_to_pfn, span
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

@@ -10,9 +10,8 @@ from errno import EFAULT, EINVAL, ESPIPE
 from typing import TYPE_CHECKING
 
 from guest_memfd.errors import SyscallFailed
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.memory import Advice
-from guest_memfd.words.units import page_index
+from guest_memfd.words.units import PAGE, page_index
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.file import Mapped

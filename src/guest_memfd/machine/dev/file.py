@@ -20,7 +20,6 @@ from guest_memfd.designs import Design
 from guest_memfd.errors import BadInput, Signalled, SyscallFailed
 from guest_memfd.machine.dev.calls import REFUSED, advise
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.mm import FIRST, MAX_VMAS, Vma
 from guest_memfd.machine.linux.oops import TASK_SIZE
 from guest_memfd.machine.primitives.contents import note_access
@@ -40,7 +39,7 @@ from guest_memfd.uapi.memory import (
 from guest_memfd.uapi.words import signed, word
 from guest_memfd.words.pagestate import ANY, DATA, FAILURE, SECRET, SHARED_PAGE
 from guest_memfd.words.primitives import Entries, Folio, Primitive, Steps
-from guest_memfd.words.units import FIRST_PAGE, Index, Pa, Va, page_index
+from guest_memfd.words.units import FIRST_PAGE, PAGE, Index, Pa, Va, page_index
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

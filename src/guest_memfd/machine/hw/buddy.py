@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import Pa
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE, Pa
 
 MAX_ORDER = 18
 """Largest block: 4 KiB << 18 = 1 GiB (Linux's own allocator ends at order 10, and takes 1 GiB from CMA)."""

@@ -10,10 +10,8 @@ import ctypes
 import mmap
 
 from guest_memfd.errors import BadInput, HostUnavailable
-from guest_memfd.words.units import PAGE_SHIFT, Pa
+from guest_memfd.words.units import PAGE, Pa
 
-PAGE = 1 << PAGE_SHIFT
-"""Bytes of a page: this machine's kernel's, hypervisor's and guests'. A real kernel's is `linux.mapping.PAGE`."""
 BASE = Pa(0x8000_0000)
 """Where RAM begins on this machine (memstart), as on most arm64 boards; below are devices."""
 

@@ -18,11 +18,10 @@ from guest_memfd.machine.hw.arm64.permission import Access
 from guest_memfd.machine.hw.arm64.registers import Tcr
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.walk import Stage1, Stage2
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Gfn, Ipa, Pa, Va, gpa_to_gfn, pfn_to_pa
+from guest_memfd.words.units import PAGE, Gfn, Ipa, Pa, Va, gpa_to_gfn, pfn_to_pa
 
 MMU_OFF = Stage1(Tcr(), 0, 0, enabled=False)
 """A guest that has not turned its MMU on: virtual addresses are IPAs."""

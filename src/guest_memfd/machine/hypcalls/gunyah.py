@@ -25,13 +25,12 @@ from guest_memfd.machine.el2.gunyah.rm.server import ResourceManager
 from guest_memfd.machine.hw.arm64.fault import ACCESS_FLAG, PERMISSION, Fault
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.walk import Stage2
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Gfn, Ipa, Pa, gfn_to_gpa, identity_ipa, identity_pa
+from guest_memfd.words.units import PAGE, Gfn, Ipa, Pa, gfn_to_gpa, identity_ipa, identity_pa
 
 RW = Attributes(ExtentAccess.RW, ExtentAccess.RW)
 RX = Attributes(ExtentAccess.RX, ExtentAccess.RX)

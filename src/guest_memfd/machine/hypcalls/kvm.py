@@ -11,12 +11,11 @@ from guest_memfd.machine.el2.kvm.vm import Kvm
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.walk import Stage2
 from guest_memfd.machine.hw.buddy import Buddy
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.driver import Driver
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Gfn, Ipa, Pa, gfn_to_gpa, pfn_to_pa
+from guest_memfd.words.units import PAGE, Gfn, Ipa, Pa, gfn_to_gpa, pfn_to_pa
 
 
 class KvmGuests(Driver):

@@ -19,12 +19,11 @@ from guest_memfd.machine.el2.pkvm.el2 import El2
 from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.hardware import Hardware
 from guest_memfd.machine.hypcalls.kvm import KvmGuests
 from guest_memfd.machine.hypcalls.vm import Vm
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Gfn, Ipa, Pa, Va, gfn_to_gpa, gpa_to_gfn, identity_ipa, pa_to_pfn, pfn_to_pa
+from guest_memfd.words.units import PAGE, Gfn, Ipa, Pa, Va, gfn_to_gpa, gpa_to_gfn, identity_ipa, pa_to_pfn, pfn_to_pa
 
 _RWX = 7
 _SIGN = 1 << 63

@@ -15,8 +15,7 @@ from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.granule import K4
 from guest_memfd.machine.hw.arm64.pages import PageSource, TableMemory
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import PAGE_SHIFT, Pa, Va
+from guest_memfd.words.units import PAGE, PAGE_SHIFT, Pa, Va
 
 CONT_PTE_SIZE = 1 << 16
 PMD_SIZE = 1 << 21

@@ -6,8 +6,7 @@ ref_tracker does for debugging, so that the laws - and people - can tell a pin f
 
 from __future__ import annotations
 
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import FIRST_PAGE, Index, Pa
+from guest_memfd.words.units import FIRST_PAGE, PAGE, Index, Pa
 
 KINDS = ("cache", "lru", "lookup", "provided", "pin", "get", "spec", "kept")
 """Kinds of references (abstract/state.py FRAME_FIELDS); ``kept`` is never dropped."""

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Pa
+from guest_memfd.words.units import PAGE, Pa
 
 
 class Kcore(Protocol):

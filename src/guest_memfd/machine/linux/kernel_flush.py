@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.tlb import Tlb
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Va
+from guest_memfd.words.units import PAGE, Va
 
 MAX_DVM_OPS = 512
 """Without range operations, so many pages (4 KiB) are too many to be flushed one by one."""

@@ -12,9 +12,8 @@ from errno import ENOMEM
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.pages import PageSource, TableMemory
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import direct_map as dm
-from guest_memfd.words.units import Va, span
+from guest_memfd.words.units import PAGE, Va, span
 
 COUNTERS = {PAGE: "DirectMap4k", dm.CONT_PTE_SIZE: "DirectMap64k", dm.PMD_SIZE: "DirectMap2M",
             dm.CONT_PMD_SIZE: "DirectMap32M", dm.PUD_SIZE: "DirectMap1G"}

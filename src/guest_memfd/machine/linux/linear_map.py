@@ -10,12 +10,11 @@ from errno import EBUSY, EINVAL, ENOMEM
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import direct_map as dm
 from guest_memfd.machine.linux.linear_layout import PAGE_END as PAGE_END
 from guest_memfd.machine.linux.linear_layout import PAGE_OFFSET as PAGE_OFFSET
 from guest_memfd.machine.linux.linear_layout import LinearLayout
-from guest_memfd.words.units import Pa, Va, span
+from guest_memfd.words.units import PAGE, Pa, Va, span
 
 _MIGHT_SLEEP = "BUG: sleeping function called from invalid context at kernel/locking/mutex.c"
 

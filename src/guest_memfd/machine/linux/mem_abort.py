@@ -46,7 +46,6 @@ from errno import EAGAIN
 from typing import Protocol
 
 from guest_memfd.machine.hw.arm64.syndrome import Syndrome
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux import oops
 from guest_memfd.machine.linux.extable import ExceptionTable
 from guest_memfd.machine.linux.fault_info import (
@@ -59,7 +58,7 @@ from guest_memfd.machine.linux.fault_info import (
     fault_info,
 )
 from guest_memfd.machine.linux.oops import TASK_SIZE, Oops, Panic, PtRegs, die, user_mode
-from guest_memfd.words.units import Pa, Va
+from guest_memfd.words.units import PAGE, Pa, Va
 
 _EC_IABT_LOWER, _EC_IABT, _EC_DABT = 0x20, 0x21, 0x25
 _TRANSLATION = (0x04, 0x05, 0x06, 0x07, 0x2B)

@@ -19,10 +19,10 @@ from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import Buddy, OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux.inode import Inode
 from guest_memfd.machine.linux.oops import TASK_SIZE
-from guest_memfd.words.units import FIRST_PAGE, Index, Pa, Va
+from guest_memfd.words.units import FIRST_PAGE, PAGE, Index, Pa, Va
 
 FIRST = Va(512 << 30)
 """VMAs of files begin here: no table above them is the VMM's own text's."""

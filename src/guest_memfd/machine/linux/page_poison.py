@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Pa, span
+from guest_memfd.words.units import PAGE, Pa, span
 
 PAGE_POISON = 0xAA
 

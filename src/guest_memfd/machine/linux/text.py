@@ -10,9 +10,9 @@ import struct
 from bisect import bisect_right
 from typing import NamedTuple
 
-from guest_memfd.machine.hw.ram import PAGE, Ram
+from guest_memfd.machine.hw.ram import Ram
 from guest_memfd.machine.linux.extable import ENTRY_SIZE, ExceptionEntry, ExceptionTable, ExType, registers
-from guest_memfd.words.units import Pa, Va
+from guest_memfd.words.units import PAGE, Pa, Va
 
 KIMAGE_VADDR = Va(0xFFFF_8000_8000_0000)
 """Where the kernel image is mapped without KASLR (asm/memory.h): not in the linear map."""

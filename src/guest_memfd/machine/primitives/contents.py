@@ -12,7 +12,6 @@ from functools import partial
 from guest_memfd.core.hypervisor import DATA_ABORT, SEA
 from guest_memfd.machine.board.hostcpu import Aborted, Ran
 from guest_memfd.machine.board.tracer import KERNEL_TOKEN
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.direct_map import level_size
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.panic import KernelPanic
@@ -22,7 +21,7 @@ from guest_memfd.machine.primitives.services import Services
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import DATA, ZERO
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Pa, Pfn, pa_to_pfn, pfn_to_pa
+from guest_memfd.words.units import PAGE, Pa, Pfn, pa_to_pfn, pfn_to_pa
 
 WORD = 8
 BEFORE = 4

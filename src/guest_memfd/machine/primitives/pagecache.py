@@ -5,7 +5,6 @@ from __future__ import annotations
 from errno import EBUSY, EEXIST, ENOMEM
 
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.page_poison import PAGE_POISON
 from guest_memfd.machine.primitives import contents
@@ -13,7 +12,7 @@ from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import CONTENTION, CONTENTS, DATA, FAILURE, REFERENCE
 from guest_memfd.words.primitives import Folio, Lookup
-from guest_memfd.words.units import Index, Pa, pa_to_pfn, pfn_to_pa, span
+from guest_memfd.words.units import PAGE, Index, Pa, pa_to_pfn, pfn_to_pa, span
 
 
 def filemap_get_folio(host: Base, index: Index) -> Lookup | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from errno import EAGAIN, EBUSY, EPERM
 
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import ALIVE, HIBERNATION, RUNNING
 from guest_memfd.words.primitives import Folio, MfResult
-from guest_memfd.words.units import Index
+from guest_memfd.words.units import PAGE, Index
 
 
 def pm_account(host: Base, pages: int) -> int:

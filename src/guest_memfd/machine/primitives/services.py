@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Pa, span
+from guest_memfd.words.units import PAGE, Pa, span
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

@@ -6,14 +6,13 @@ from errno import EBADF, ENOMEM
 
 from guest_memfd.machine.board.tracer import DEVICE_TOKEN, USER_TOKEN
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.primitives import contents, pagecache
 from guest_memfd.machine.primitives.base import Base
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import FAILURE
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Index, Pa, pfn_to_pa
+from guest_memfd.words.units import PAGE, Index, Pa, pfn_to_pa
 
 
 def mmap(host: Base) -> int:

@@ -14,8 +14,8 @@ from guest_memfd.machine.dev.gunyah.lent import LentFile
 from guest_memfd.machine.dev.gunyah.memory import GunyahMemoryFile
 from guest_memfd.machine.dev.gunyah.posted import PostedDriver, PostedFile
 from guest_memfd.machine.dev.gunyah.vm import VmFile
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.gunyah import CreateMemArgs, GunyahMemFlag
+from guest_memfd.words.units import PAGE
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

@@ -15,11 +15,10 @@ from guest_memfd.hypervisors.gunyah import driver
 from guest_memfd.machine.dev.gunyah.binding import Binding
 from guest_memfd.machine.dev.gunyah.memory import PMD_ORDER, GunyahMemoryFile, Parcelled
 from guest_memfd.machine.el2.gunyah.rm.server import DEVICES_END
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.gunyah import GunyahDriver
 from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.words.primitives import Primitive, Steps
-from guest_memfd.words.units import Gfn, Index, gfn_to_gpa, pfn_to_pa
+from guest_memfd.words.units import PAGE, Gfn, Index, gfn_to_gpa, pfn_to_pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

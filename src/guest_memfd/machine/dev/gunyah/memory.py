@@ -16,13 +16,12 @@ from guest_memfd.designs.none import NoDesign
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.dev.file import FileHost, GuestMemoryFile
 from guest_memfd.machine.dev.gunyah.binding import Binding
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.gunyah import DeviceVm
 from guest_memfd.uapi.gunyah import GunyahMemFlag
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from guest_memfd.words.pagestate import GONE, HELD
 from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Gfn, Index, Pa, pfn_to_pa
+from guest_memfd.words.units import PAGE, Gfn, Index, Pa, pfn_to_pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.board.board import Board

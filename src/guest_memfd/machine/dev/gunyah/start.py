@@ -22,9 +22,8 @@ from guest_memfd.machine.el2.gunyah.rm.lifecycle import Auth, VmState
 from guest_memfd.machine.el2.gunyah.rm.payloads import Acl, Id, Sgl
 from guest_memfd.machine.el2.gunyah.vcpu import GunyahRun, VcpuState
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.gunyah import FnType, MapFlag, RegisterSet
-from guest_memfd.words.units import gfn_to_gpa, gpa_to_gfn, identity_ipa, pfn_to_pa
+from guest_memfd.words.units import PAGE, gfn_to_gpa, gpa_to_gfn, identity_ipa, pfn_to_pa
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.gunyah.binding import Binding

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from guest_memfd.machine.dev.gunyah.posted import PostedFile
 from guest_memfd.machine.el2.gunyah.rm.lifecycle import VmState
 from guest_memfd.machine.el2.gunyah.rm.payloads import Id
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.words.pagestate import DYING, GONE
+from guest_memfd.words.units import PAGE
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.gunyah.vm import VmFile

@@ -21,7 +21,6 @@ from guest_memfd.machine.dev.gunyah.vcpu import VcpuFile
 from guest_memfd.machine.el2.gunyah.rm.client import RmClient
 from guest_memfd.machine.el2.gunyah.rm.lifecycle import VmState
 from guest_memfd.machine.el2.gunyah.rm.payloads import EXITED, Id
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.gunyah import DeviceVm, GunyahDriver
 from guest_memfd.uapi.gunyah import (
     ACCESS_MASK,
@@ -38,7 +37,7 @@ from guest_memfd.uapi.gunyah import (
     VmBootContext,
     VmDtbConfig,
 )
-from guest_memfd.words.units import Gfn, Ipa, gpa_to_gfn, page_index
+from guest_memfd.words.units import PAGE, Gfn, Ipa, gpa_to_gfn, page_index
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.gunyah.device import GunyahDeviceFile

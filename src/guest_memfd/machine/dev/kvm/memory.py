@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from guest_memfd.compat import override
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.dev.file import GuestMemoryFile
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.plugins.guard import Guard
 from guest_memfd.uapi.kvm import PRIVATE, SHARED, CreateGuestMemfd, GuestMemfdFlag, MemoryAttributes2
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from guest_memfd.words.units import page_index
+from guest_memfd.words.units import PAGE, page_index
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.kvm.vm import KvmVmFile

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from guest_memfd.errors import SyscallFailed
 from guest_memfd.machine.dev.kvm.release import KvmRules
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.kvm import MemFlag, UserspaceMemoryRegion2
 from guest_memfd.uapi.memory import GuestMemory
-from guest_memfd.words.units import Gfn, Index, Ipa, gpa_to_gfn
+from guest_memfd.words.units import PAGE, Gfn, Index, Ipa, gpa_to_gfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.kvm.memory import KvmMemoryFile

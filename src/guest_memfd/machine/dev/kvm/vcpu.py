@@ -20,13 +20,12 @@ from guest_memfd.machine.el2.kvm import vcpu as exits
 from guest_memfd.machine.el2.pkvm import hypercalls as pkvm
 from guest_memfd.machine.hw.arm64 import sysreg
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.hypcalls.pkvm import PkvmDriver
 from guest_memfd.uapi import kvm_arm64 as regs
 from guest_memfd.uapi import kvm_run as uapi
 from guest_memfd.uapi.kvm import PRIVATE
 from guest_memfd.words.pagestate import PRIVATE_PAGE, RUNNING
-from guest_memfd.words.units import Ipa, gfn_to_gpa, gpa_to_gfn
+from guest_memfd.words.units import PAGE, Ipa, gfn_to_gpa, gpa_to_gfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.dev.kvm.vm import KvmVmFile

@@ -16,13 +16,12 @@ from guest_memfd.machine.dev.kvm.memory import KvmMemoryFile
 from guest_memfd.machine.dev.kvm.slots import CALL, Memslot, Memslots
 from guest_memfd.machine.dev.kvm.vcpu import KvmVcpuFile
 from guest_memfd.machine.hw.arm64.guestcore import GuestCore
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.machine.primitives.host import EmulatedHost
 from guest_memfd.uapi.kvm import GuestMemfdFlag, MemFlag, UserspaceMemoryRegion2
 from guest_memfd.uapi.memory import GuestMemory
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Primitive
-from guest_memfd.words.units import NULL, Ipa, Va, gpa_to_gfn, page_index
+from guest_memfd.words.units import NULL, PAGE, Ipa, Va, gpa_to_gfn, page_index
 
 if TYPE_CHECKING:
     from guest_memfd.designs import Design

@@ -21,8 +21,8 @@ from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, GunyahLeaf, Stock
 from guest_memfd.machine.hw.arm64.descriptor import VALID
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import Ipa, Pa
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE, Ipa, Pa
 
 _LIMIT = 1 << 48
 _PAGE_BITS = PAGE - 1

@@ -18,8 +18,8 @@ from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS, GunyahLeaf, GunyahSta
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import Ipa, Pa
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE, Ipa, Pa
 
 # Bits whose change is live (software bits, access flag).
 _CHANGING = private.PRIVATE | private.LOCKED | private.NO_SANITISE | private.WRITABLE | 1 << 10

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Unit
+from guest_memfd.words.units import PAGE, Unit
 
 T = TypeVar("T")
 

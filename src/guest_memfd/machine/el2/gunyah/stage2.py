@@ -54,8 +54,8 @@ from guest_memfd.machine.hw.arm64.registers import Vtcr
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import Ipa, Pa
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE, Ipa, Pa
 
 IA_BITS = 44
 """Intermediate physical addresses of every VM: from level 0 on with one first table, 16 TiB."""

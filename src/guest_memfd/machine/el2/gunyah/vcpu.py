@@ -14,7 +14,7 @@ from guest_memfd.machine.el2.gunyah.errors import GunyahError, HypRefused
 from guest_memfd.machine.hw.arm64.access import Transfer
 from guest_memfd.machine.hw.arm64.fault import ACCESS_FLAG, EXTERNAL_ABORT, PERMISSION, TRANSLATION, Fault
 from guest_memfd.machine.hw.arm64.stop import Breakpoint, Bus, CpuAbort, Hvc, Smc, Stop, Svc, Undefined, Wfi
-from guest_memfd.machine.hw.ram import PAGE
+from guest_memfd.words.units import PAGE
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.gunyah.vm import GunyahHypVm

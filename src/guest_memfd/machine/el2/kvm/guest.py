@@ -17,8 +17,8 @@ from guest_memfd.machine.hw.arm64.registers import Vtcr
 from guest_memfd.machine.hw.arm64.tables import PageTable
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import Gfn, Ipa, Pa, Pfn, gfn_to_gpa, pa_to_pfn, pfn_to_pa
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE, Gfn, Ipa, Pa, Pfn, gfn_to_gpa, pa_to_pfn, pfn_to_pa
 
 IPA_BITS = 40
 _ORDERS = (0, 9, 18)

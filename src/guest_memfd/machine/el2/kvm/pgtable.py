@@ -19,8 +19,8 @@ from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tables import PageTable
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import Ipa, Pa, span
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE, Ipa, Pa, span
 
 LOCKED = 1 << 60
 """Software's note in an invalid entry: break-before-make is under way (KVM_INVALID_PTE_TYPE_LOCKED, 7.3)."""

@@ -19,8 +19,8 @@ from guest_memfd.machine.hw.arm64.fault import EXTERNAL_ABORT, Fault, Inject
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2 as Stage2Registers
 from guest_memfd.machine.hw.buddy import Buddy, OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import Gfn, Ipa, Pa, Pfn, gfn_to_gpa, gpa_to_gfn, identity_pa, pa_to_pfn, pfn_to_pa
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE, Gfn, Ipa, Pa, Pfn, gfn_to_gpa, gpa_to_gfn, identity_pa, pa_to_pfn, pfn_to_pa
 
 _S1PTW = 1 << 7
 

@@ -11,8 +11,8 @@ from guest_memfd.machine.el2.kvm.idmap import HostIdmap
 from guest_memfd.machine.el2.kvm.pgtable import LOCKED, leaf_attributes
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import Pa, Pfn, identity_ipa, pfn_to_pa
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE, Pa, Pfn, identity_ipa, pfn_to_pa
 
 _BITS = 48
 _WITHHELD = 1 << 2

@@ -19,8 +19,8 @@ from guest_memfd.machine.hw.arm64.fault import Fault, Inject
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.arm64.walk import Stage2
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import PAGE_SHIFT, Ipa, Pa, Pfn, pa_to_pfn
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE, PAGE_SHIFT, Ipa, Pa, Pfn, pa_to_pfn
 
 _FIRST_HANDLE = 0x1000
 

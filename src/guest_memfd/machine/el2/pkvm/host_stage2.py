@@ -24,8 +24,8 @@ from guest_memfd.machine.hw.arm64.fault import TRANSLATION, Fault, Inject, LoadS
 from guest_memfd.machine.hw.arm64.pages import PageSource
 from guest_memfd.machine.hw.arm64.tlb import Tlb
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import FIRST_GFN, Gfn, Pa, Pfn, identity_ipa, identity_pa, pfn_to_pa
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import FIRST_GFN, PAGE, Gfn, Pa, Pfn, identity_ipa, identity_pa, pfn_to_pa
 
 MEMORY = leaf_attributes("rwx")
 DEVICE = leaf_attributes("rw", device=True)

@@ -48,8 +48,7 @@ from guest_memfd.machine.el2.pkvm.annotation import POISONED, PageOwner
 from guest_memfd.machine.el2.pkvm.states import HypPage, PkvmState
 from guest_memfd.machine.hw.arm64.descriptor import Entry
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Gfn, Pa, Pfn, gfn_to_gpa, identity_ipa, pa_to_pfn, pfn_to_pa, span
+from guest_memfd.words.units import PAGE, Gfn, Pa, Pfn, gfn_to_gpa, identity_ipa, pa_to_pfn, pfn_to_pa, span
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2

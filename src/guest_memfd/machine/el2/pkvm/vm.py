@@ -29,9 +29,8 @@ from guest_memfd.machine.el2.kvm.vcpu import (
 from guest_memfd.machine.el2.pkvm import checks, transitions
 from guest_memfd.machine.el2.pkvm.states import PkvmState
 from guest_memfd.machine.hw.buddy import OutOfMemory
-from guest_memfd.machine.hw.ram import PAGE
 from guest_memfd.uapi.kvm_arm64 import HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE
-from guest_memfd.words.units import Ipa, Pa, gfn_to_gpa, gpa_to_gfn, pa_to_pfn
+from guest_memfd.words.units import PAGE, Ipa, Pa, gfn_to_gpa, gpa_to_gfn, pa_to_pfn
 
 if TYPE_CHECKING:
     from guest_memfd.machine.el2.pkvm.el2 import El2

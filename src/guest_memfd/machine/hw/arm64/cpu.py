@@ -31,8 +31,8 @@ from guest_memfd.machine.hw.arm64.stop import (
     Undefined,
     Wfi,
 )
-from guest_memfd.machine.hw.ram import PAGE, Ram
-from guest_memfd.words.units import Pa, Va
+from guest_memfd.machine.hw.ram import Ram
+from guest_memfd.words.units import PAGE, Pa, Va
 
 __all__ = [
     "Breakpoint",

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 from guest_memfd.errors import BadInput
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Pa
+from guest_memfd.words.units import PAGE, Pa
 
 
 class TableMemory(Protocol):

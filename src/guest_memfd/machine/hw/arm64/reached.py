@@ -7,8 +7,7 @@ from typing import NamedTuple, Protocol
 
 from guest_memfd.machine.hw.arm64 import descriptor as d
 from guest_memfd.machine.hw.arm64.tables import PageTable
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Pa
+from guest_memfd.words.units import PAGE, Pa
 
 
 class ReachedMemory(Protocol):

@@ -13,8 +13,7 @@ from collections.abc import Iterable
 
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64.tlb import Tlb
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Ipa, Va
+from guest_memfd.words.units import PAGE, Ipa, Va
 
 # -- by VA ------------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from guest_memfd.errors import BadInput
 from guest_memfd.machine.hw.arm64 import tlbi
 from guest_memfd.machine.hw.arm64.tlb import Tlb
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Ipa, Va
+from guest_memfd.words.units import PAGE, Ipa, Va
 
 Address = TypeVar("Address", Va, Ipa)
 

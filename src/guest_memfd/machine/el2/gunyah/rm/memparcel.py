@@ -33,8 +33,7 @@ from guest_memfd.machine.el2.gunyah.rm.payloads import (
 )
 from guest_memfd.machine.el2.gunyah.stage2 import IA_BITS
 from guest_memfd.machine.el2.gunyah.vm import GunyahHypVm
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Ipa, Pa, identity_pa
+from guest_memfd.words.units import PAGE, Ipa, Pa, identity_pa
 
 MAX_PARCELS = 64
 """Of one owner."""

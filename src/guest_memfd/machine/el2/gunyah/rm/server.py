@@ -26,8 +26,7 @@ from guest_memfd.machine.el2.gunyah.rm.memparcel import Memparcels, Parcel, Plac
 from guest_memfd.machine.el2.gunyah.rm.message import Message, MessageType, Receiver, fragments
 from guest_memfd.machine.el2.gunyah.rm.payloads import Id, Resource, Sgl
 from guest_memfd.machine.el2.gunyah.vm import Exit, GunyahHypVm
-from guest_memfd.machine.hw.ram import PAGE
-from guest_memfd.words.units import Ipa
+from guest_memfd.words.units import PAGE, Ipa
 
 DEVICES_END = Ipa(1 << 30)
 """Below this, what is not lent is taken for devices. Not confirmed by any public source."""
