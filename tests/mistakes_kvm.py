@@ -12,9 +12,9 @@ from leave_out import answered, without
 
 from guest_memfd.core.gmem import Conversion, Held
 from guest_memfd.core.ops import Reason
-from guest_memfd.designs.kvm.gmem import Kvm74
-from guest_memfd.designs.kvm.memslots import Slots
-from guest_memfd.designs.kvm.mmu import ALL, KVM_FILTER_PRIVATE
+from guest_memfd.designs.kvm_gmem import Kvm74
+from guest_memfd.designs.kvm_memslots import Slots
+from guest_memfd.designs.kvm_mmu import ALL, KVM_FILTER_PRIVATE
 from guest_memfd.errors import EHWPOISON
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import Entries, Folio, Locked, MfResult, Primitive, Steps, VmFault

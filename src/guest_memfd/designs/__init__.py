@@ -11,7 +11,7 @@ from guest_memfd.designs.filemap_hook import FilemapHook
 from guest_memfd.designs.firecracker_2026 import Firecracker2026
 from guest_memfd.designs.guestmem_rfc1 import GuestmemRfc1
 from guest_memfd.designs.gunyah_v17 import GunyahV17
-from guest_memfd.designs.kvm.gmem import Kvm74
+from guest_memfd.designs.kvm_gmem import Kvm74
 from guest_memfd.designs.names import lacks, misspelt
 from guest_memfd.designs.none import Fixup, NoDesign
 from guest_memfd.designs.ours import OurLibrary

@@ -1,9 +1,10 @@
 """`kvm-7.4`: KVM's guest_memfd as merged for 7.4, with conversion in place (v13, 10 Sep 2026).
 
-Differs from our library in its protocol (mmu.py, memslots.py), and: the direct map is left alone; nothing of what a guest
-has written is scrubbed when its page is freed, as for all memory of user space; nothing keeps hibernation away. A page is
-zeroed at its first use, and not when fallocate() brings it. A fault of the VMM drops the invalidate lock before the page is
-zeroed and mapped, and keeps the folio locked instead. memory_failure() has a folio locked and waits for the invalidate lock.
+Differs from our library in its protocol (kvm_mmu.py, kvm_memslots.py), and: the direct map is left alone; nothing of what
+a guest has written is scrubbed when its page is freed, as for all memory of user space; nothing keeps hibernation away. A
+page is zeroed at its first use, and not when fallocate() brings it. A fault of the VMM drops the invalidate lock before
+the page is zeroed and mapped, and keeps the folio locked instead. memory_failure() has a folio locked and waits for the
+invalidate lock.
 
 A guest of `kvm` here is a KVM_X86_SW_PROTECTED_VM: private memory without hardware that guards it, so the hooks
 make_private, make_shared, reclaim and invalidate_range have nothing to do, and contents survive a conversion.
@@ -24,8 +25,8 @@ from guest_memfd.core.convert import CACHE_AND_LOOKUP
 from guest_memfd.core.gmem import Conversion, Held, PowerPolicy, bound_gfn
 from guest_memfd.core.ops import Reason
 from guest_memfd.designs.design import Design
-from guest_memfd.designs.kvm.memslots import KvmMemslots
-from guest_memfd.designs.kvm.mmu import ALL, KVM_FILTER_PRIVATE, KVM_FILTER_SHARED
+from guest_memfd.designs.kvm_memslots import KvmMemslots
+from guest_memfd.designs.kvm_mmu import ALL, KVM_FILTER_PRIVATE, KVM_FILTER_SHARED
 from guest_memfd.errors import EHWPOISON
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.primitives import Bound, Entries, Folio, Locked, MfResult, Steps, VmFault

@@ -25,7 +25,7 @@ from errno import EBADF, EEXIST, EINVAL, ENODEV, ENOENT
 from guest_memfd.compat import override
 from guest_memfd.core.gmem import Conversion, bound_gfn, filled
 from guest_memfd.core.ops import Reason
-from guest_memfd.designs.kvm.mmu import ALL, KvmMmu
+from guest_memfd.designs.kvm_mmu import ALL, KvmMmu
 from guest_memfd.words.pagestate import SLOT_INVALID
 from guest_memfd.words.primitives import Entries, Steps
 from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Gfn, Index

@@ -193,5 +193,5 @@ class KvmMmu(Library):
         return -EAGAIN
 
     def file_released(self) -> Steps[None]:
-        """The file's last reference has gone (memslots.py)."""
+        """The file's last reference has gone (kvm_memslots.py)."""
         yield from ()

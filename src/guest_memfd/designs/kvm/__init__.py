@@ -1,1 +1,0 @@
-"""`kvm-7.4`: KVM's guest_memfd as merged, in three parts: its MMU, its memslots, and the file."""
