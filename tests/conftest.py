@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,12 @@ import pytest
 
 # A shell may export it, and then text would be wrapped otherwise than the pages show it.
 os.environ.pop("COLUMNS", None)
+
+# What is started in the background by a shell, or by nohup, has these ignored, and hands that on to what it starts.
+for _number, _handler in (
+        (signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
