@@ -5,6 +5,7 @@ docs/bugs.md has the mistakes of posted series, by the same numbers.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -183,6 +184,13 @@ def test_a_scene_whose_folios_do_not_fit(order: int, frames: int, wrong: str) ->
 @pytest.mark.parametrize(("design", "hypervisor"), [("none", "kvm"), ("secretmem", "kvm")])
 def test_designs_of_single_pages_take_single_pages(design: str, hypervisor: str) -> None:
     there = world(design, hypervisor, scene="large-folio")
+    assert (there.library.order, there.library.splits) == (0, False)
+
+
+def test_a_hypervisor_that_says_nothing_of_large_folios_is_given_single_pages() -> None:
+    tiny = HYPERVISORS["kvm"]
+    said = {field.name: getattr(tiny, field.name) for field in fields(tiny) if field.init and field.name != "large"}
+    there = world("library", Hypervisor(**said), scene="large-folio")
     assert (there.library.order, there.library.splits) == (0, False)
 
 
