@@ -89,11 +89,10 @@ def order_at(gmem: Gmem, index: Index) -> Steps[int]:
     return gmem.order if alike else 0
 
 
-# From a gfn that is a multiple of *size*, without a gap. The last entry first: it is enough where a part is bound.
+# From a gfn that is a multiple of *size*, without a gap.
 def _goes_on(bound: Sequence[int], size: int) -> bool:
-    if not bound[0] or bound_gfn(bound[0]) % size or bound[-1] != bound[0] + size - 1:
-        return False
-    return all(entry == bound[0] + at for at, entry in enumerate(bound))
+    first = bound[0]
+    return bool(first) and not bound_gfn(first) % size and all(entry == first + at for at, entry in enumerate(bound))
 
 
 def zero(gmem: Gmem, folio: Folio) -> Steps[None]:
