@@ -40,7 +40,7 @@ from guest_memfd.words import facts
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.pagestate import GONE
 from guest_memfd.words.primitives import Folio, Locked, Lookup, Primitive
-from guest_memfd.words.units import PAGE, Index, Pfn, pa_to_pfn, pfn_to_pa, span
+from guest_memfd.words.units import PAGE, Gfn, Index, Pfn, pa_to_pfn, pfn_to_pa, span
 
 OF_THE_FOLIO = frozenset({
     "lock_folio", "unlock_folio", "folio_put", "folio_get", "leak_folio", "folio_ref_count", "folio_maybe_dma_pinned",
@@ -78,6 +78,9 @@ class Blocks:
         host.counts_splits = True
         first = pa_to_pfn(host.machine.watched[0])
         self.base, self.at = Pfn(first & -1 << BLOCK), first % SHARE
+        scene = host.scene
+        assert scene is not None, "blocks are those of a scene"
+        adversary.indexes, adversary.gfns = span(Index(self.at), scene.pages, SHARE), span(Gfn(self.at), scene.beyond, SHARE)
         self.notes: list[facts.Note] = []
         self._draw = random.Random(first)
 

@@ -59,7 +59,6 @@ from guest_memfd.words import facts
 from guest_memfd.words.outcome import STAY, Blocked, Outcome
 from guest_memfd.words.primitives import SILENT, Primitive, Steps
 from guest_memfd.words.scene import Scene
-from guest_memfd.words.units import Gfn, Index
 
 
 class Diverged(GuestMemfdError):  # noqa: N818 - named after what happened
@@ -242,11 +241,8 @@ def pair(world: World, machine: Machine, failures: int = 0) -> Pair:
     vm = machine.create_vm(scene.guest_frames * share)
     host = EmulatedHost(machine, vm, scene.pages * share, tasks=world.machine.tasks, scene=scene, bounds=world.design.bounds,
                         errnos=world.design.errnos)
-    both = Pair(world, host, machine.adversary, Singles(host, machine.adversary), world.machine.initial())
-    if scene.order:
-        both.machine = blocks = Blocks(host, machine.adversary)
-        machine.adversary.indexes = [Index(i * share + blocks.at) for i in range(scene.pages)]
-        machine.adversary.gfns = [Gfn(i * share + blocks.at) for i in range(scene.beyond)]
+    spoken = (Blocks if scene.order else Singles)(host, machine.adversary)
+    both = Pair(world, host, machine.adversary, spoken, world.machine.initial())
     if scene.made:
         alone(both, Runner(world.setting, set_scene(world.library)))
     both.steps.clear()
