@@ -312,19 +312,14 @@ def all_of_a_block_goes_with_one_page(patch: pytest.MonkeyPatch) -> None:
 
 @mistake("gunyah", "large-folio", 3, "vcpu", "vmm")
 def all_of_a_block_is_unlocked_with_one_page(patch: pytest.MonkeyPatch) -> None:
-    right = GunyahStage2Table.cut
-    patch.setattr(AddressSpace, "modify", _without_cut(AddressSpace.modify, right))
+    right = AddressSpace.modify
 
+    def without_cut(*args: Any) -> None:
+        with pytest.MonkeyPatch.context() as while_it_is_modified:
+            while_it_is_modified.setattr(GunyahStage2Table, "cut", lambda self, start, end, stock: None)
+            right(*args)
 
-def _without_cut(call: Callable[..., None], cut: Callable[..., None]) -> Callable[..., None]:
-    def run(*args: Any) -> None:
-        GunyahStage2Table.cut = lambda self, start, end, stock: None  # type: ignore[method-assign]
-        try:
-            call(*args)
-        finally:
-            GunyahStage2Table.cut = cut  # type: ignore[method-assign]
-
-    return run
+    patch.setattr(AddressSpace, "modify", without_cut)
 
 
 @mistake("gunyah", "large-folio", 2, "vcpu", "stop")

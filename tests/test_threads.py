@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -233,17 +235,27 @@ def test_who_gave_way_has_his_turn_again_before_a_signal_is_raised() -> None:
         each.join()
 
 
-def test_a_signal_while_waiting_leaves_the_queue() -> None:
-    lock, names = Turns(), list[str]()
-    held, done = threading.Event(), threading.Event()
+@contextmanager
+def held(lock: Turns) -> Iterator[None]:
+    """Another thread has *lock* while this lasts."""
+    has_it, done = threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
-            held.set()
+            has_it.set()
             done.wait()
     holder = threading.Thread(target=hold, daemon=True)
     holder.start()
-    held.wait()
+    has_it.wait()
+    try:
+        yield
+    finally:
+        done.set()
+        holder.join()
+
+
+def test_a_signal_while_waiting_leaves_the_queue() -> None:
+    lock, names = Turns(), list[str]()
 
     def interrupt() -> None:
         while not lock.wanted:
@@ -253,13 +265,13 @@ def test_a_signal_while_waiting_leaves_the_queue() -> None:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             time.sleep(1)
     killer = threading.Thread(target=interrupt, daemon=True)
-    killer.start()
-    with pytest.raises(KeyboardInterrupt), lock:
-        raise AssertionError("it is held")
-    assert not lock.wanted
-    thread = waits(lock, names, "next")
-    done.set()
-    for one in (holder, killer, thread):
+    with held(lock):
+        killer.start()
+        with pytest.raises(KeyboardInterrupt), lock:
+            raise AssertionError("it is held")
+        assert not lock.wanted
+        thread = waits(lock, names, "next")
+    for one in (killer, thread):
         one.join()
     with lock:
         assert names == ["next"]
@@ -275,21 +287,11 @@ class Interrupted(deque[Any]):
 
 def test_a_signal_between_two_instructions_leaves_no_one_in_the_queue() -> None:
     lock = Turns()
-    held, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with lock:
-            held.set()
-            done.wait()
-    holder = threading.Thread(target=hold, daemon=True)
-    holder.start()
-    held.wait()
-    lock._queue = Interrupted()
-    with pytest.raises(KeyboardInterrupt), lock:
-        raise AssertionError("it is held")
-    assert not lock.wanted
-    done.set()
-    holder.join()
+    with held(lock):
+        lock._queue = Interrupted()
+        with pytest.raises(KeyboardInterrupt), lock:
+            raise AssertionError("it is held")
+        assert not lock.wanted
     assert lock._owner is None
     with lock:
         assert lock._depth == 1
