@@ -477,7 +477,8 @@ def test_a_real_kernel_answers(name: str, monkeypatch: pytest.MonkeyPatch, capsy
 # What the tests of the bindings need in the guest; Python itself is there, and so is this package.
 SITE = Path(pytest.__file__).parents[1]
 NEEDED = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py.py")
-BINDINGS = ("test_linux_kvm.py", "test_linux_secret.py", "test_linux_guests.py", "test_run_kvm.py")
+BINDINGS = ("test_linux_kvm.py", "test_linux_secret.py", "test_linux_guests.py", "test_run_kvm.py",
+            "test_run_kvm_own.py")
 THERE = """
 import sys
 sys.path[:0] = ["/site", "/repository/tests"]

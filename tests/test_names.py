@@ -73,3 +73,14 @@ def test_a_docstring_says_more_than_three_words() -> None:
 @pytest.mark.parametrize(("text", "told"), [("As it says.", ["a.py: As it says."]), ("All that it says.", [])])
 def test_a_short_docstring_is_told(text: str, told: list[str]) -> None:
     assert short({"a.py": f'def f():\n    """{text}"""'}) == told
+
+
+def too_long(files: dict[str, int]) -> list[str]:
+    """Test files, by name and number of lines, that nobody reads in one sitting."""
+    return [f"{name}: {lines} lines" for name, lines in sorted(files.items()) if lines > 700]
+
+
+def test_a_test_file_is_read_in_one_sitting() -> None:
+    assert too_long({path.name: len(path.read_text(encoding="utf-8").splitlines())
+                     for path in Path(__file__).parent.rglob("*.py")}) == []
+    assert too_long({"a.py": 700, "b.py": 701}) == ["b.py: 701 lines"]
