@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from guest_memfd.explore.world.scenario import world
 
 pytest.importorskip("numba", reason="pip install 'guest-memfd[fast]'")
 
-from guest_memfd.explore.engine.compiled import load, rows
+import numpy as np
+
+from guest_memfd.explore.engine.compiled import flat, load, rows, teardown
+from guest_memfd.explore.engine.compiled.encoding import ROWS
 
 ENGINES = ("python", "compiled", "numpy")
 ROOM = 1000
@@ -40,7 +44,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
     for name in ("numba", "numpy"):
         monkeypatch.setattr(load.loops(name), "SPARE", 64)
     monkeypatch.setattr(load.loops("numpy"), "CHUNK", 16)
-    monkeypatch.setattr(rows.Rows, "_must_fit", _as_if_nothing_were_needed)
+    monkeypatch.setattr(rows.Rows, "must_fit", _as_if_nothing_were_needed)
 
 
 def _as_if_nothing_were_needed(self: Any, more: int) -> None:
@@ -115,3 +119,47 @@ def test_what_is_used_is_known_here() -> None:
 def test_pages_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sysconf", lambda _name: 0)
     assert memory.used() == 0
+
+
+@pytest.mark.parametrize("name", ["numba", "numpy"])
+def test_rows_become_wider_without_being_copied(name: str) -> None:
+    loops = load.loops(name)
+    known = flat.Flat(bytes(20), loops)
+    table = rows.Rows(known, 1, loops)
+    table.grow(200_000)
+    before = np.arange(len(table.rows), dtype=np.uint64)
+    table.rows[:, 0], table.count[ROWS] = before, len(before) - 1
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            table._widen()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert table.rows.shape == (len(before), 3)
+    assert (table.rows[:-1, 0] == before[:-1]).all()
+    assert not table.rows[:-1, 1:].any()
+    # What is traced is the new memory and what is needed on the way: not the old memory and the new.
+    assert most < 1.3 * table.rows.nbytes
+
+
+def test_no_room_to_become_wider_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    widen = rows.Rows._widen
+
+    def too_wide(self: rows.Rows) -> None:
+        if self.rows.shape[1] == 2:
+            raise memory.Full
+        widen(self)
+
+    monkeypatch.setattr(rows.Rows, "_widen", too_wide)
+    result = world("library", "kvm", engine="compiled").explorer(["vcpu", "vmm2"]).run(max_bytes=1 << 40)
+    assert (result.limited_by, result.verdict) == ("memory", "undetermined")
+
+
+def test_no_room_for_the_end_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any) -> None:
+        raise memory.Full
+
+    monkeypatch.setattr(teardown.Teardown, "sights", full)
+    result = world("library", "kvm", engine="compiled").explorer(["vcpu2", "stop"]).run(max_bytes=1 << 40)
+    assert (result.limited_by, result.verdict) == ("memory", "undetermined")

@@ -106,9 +106,10 @@ def compare(
         raise BadInput(f"there are no {size} different parties in {', '.join(place.name for place in places)}")
     of = {number: case for case in cases for number in case.worlds}
     deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
-    jobs = min(jobs, len(tasks))
+    # Where there are fewer scenarios than processes, several threads explore one.
+    jobs, threads = min(jobs, len(tasks)), max(1, jobs // len(tasks))
     stop = stop or Stop()
-    bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs), stop.asked)
+    bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs), stop.asked, threads)
     with ExitStack() as stack:
         stack.enter_context(stop)
         asked = {"parties": parties, "parties-per-scenario": size, "quick": not full, "failures": limits.failures,

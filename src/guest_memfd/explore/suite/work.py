@@ -62,10 +62,10 @@ class Bench:
 
     def __init__(
         self, worlds: Sequence[World], max_states: int | None, deadline: float | None, max_bytes: int | None = None,
-        stopped: Callable[[], bool] = never,
+        stopped: Callable[[], bool] = never, threads: int = 1,
     ) -> None:
         self.worlds, self.max_states, self.deadline, self.max_bytes = worlds, max_states or EVER, deadline, max_bytes
-        self.stopped = stopped
+        self.stopped, self.threads = stopped, threads
         self._tables: Tables | None = None
         self._world = -1
         self._seen, self._coverage = 0, NOTHING      # facts of these tables that have been looked at
@@ -83,7 +83,7 @@ class Bench:
             return Answer(0, 0, 0.0, "seconds")
         tables = world.tables.empty() if task.apart else self._kept(task.world)
         untouched = not tables.shared
-        result = world.explorer(task.parties, tables).run(
+        result = world.explorer(task.parties, tables, self.threads).run(
             self.max_states, left, max_bytes=self.max_bytes, stopped=self.stopped)
         # What is kept of earlier scenarios may be what takes the room.
         if result.limited_by == "memory" and not untouched:
@@ -117,7 +117,7 @@ class Bench:
         endless = any(evidence == NEVER_ENDS for _, evidence, _ in wanted)
         # The lengths are known from the first look. A livelock needs all of the graph.
         deepest = EVER if endless else max(steps for _, _, steps in wanted)
-        result: Result = world.explorer(parties, world.tables.empty()).run(
+        result: Result = world.explorer(parties, world.tables.empty(), self.threads).run(
             self.max_states, EVER, deepest, stopped=self.stopped)
         cut = result.limited_by == INTERRUPTED
         return Answer(result.states, result.transitions, result.seconds, INTERRUPTED if cut else None,

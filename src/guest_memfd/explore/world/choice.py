@@ -44,19 +44,22 @@ def must_be_here(engine: str | None) -> None:
 
 def explorer(
     engine: str | None, tables: Tables, programs: Sequence[Program], initial: bytes, teardown: Program | None,
-    broken_before: Sequence[tuple[str, str]],
+    broken_before: Sequence[tuple[str, str]], threads: int = 1,
 ) -> Explorer:
-    """The explorer of a scenario. A machine without footprints is explored in Python, whatever was asked for."""
+    """The explorer of a scenario, for so many *threads* where the compiled engine explores.
+
+    A machine without footprints is explored in Python, whatever was asked for.
+    """
     if engine == PYTHON or not tables.footprints:
         return Explorer(tables, programs, initial, teardown, broken_before)
     if engine is None:
-        return _Growing(tables, programs, initial, teardown, broken_before)
+        return _Growing(tables, programs, initial, teardown, broken_before, threads)
     must_be_here(engine)
     try:
         loops = _load(engine)
     except Exception as error:
         raise HostUnavailable(f"the {engine} engine does not work here: {describe(error)}") from error
-    return _compiled(tables, programs, initial, teardown, broken_before, loops=loops)
+    return _compiled(tables, programs, initial, teardown, broken_before, loops=loops, threads=threads)
 
 
 def prepare(engine: str | None) -> None:
@@ -109,6 +112,13 @@ class _Outgrown(Exception):  # noqa: N818 - a signal, not an error
 class _Growing(Explorer):
     # Begins in Python, and again in compiled loops if there is more to it.
 
+    def __init__(
+        self, tables: Tables, programs: Sequence[Program], initial: bytes, teardown: Program | None,
+        broken_before: Sequence[tuple[str, str]], threads: int,
+    ) -> None:
+        super().__init__(tables, programs, initial, teardown, broken_before)
+        self.threads = threads
+
     @override
     def run(
         self, max_states: int = 1 << 40, max_seconds: float = 1e9, max_steps: int = 1 << 40, max_bytes: int | None = None,
@@ -120,7 +130,8 @@ class _Growing(Explorer):
                 return super().run(max_states, max_seconds, max_steps, max_bytes, stopped)
             except _Outgrown:
                 self._give_up()
-        again = _compiled(self.tables, self.programs, self.initial, self.teardown, self.broken_before, loops=_fastest())
+        again = _compiled(self.tables, self.programs, self.initial, self.teardown, self.broken_before, loops=_fastest(),
+                          threads=self.threads)
         return again.run(max_states, max_seconds - (time.perf_counter() - began), max_steps, max_bytes, stopped)
 
     @override
@@ -135,7 +146,7 @@ class _Growing(Explorer):
 
 
 # Its import needs numpy.
-def _compiled(*arguments: Any, loops: Any) -> Explorer:
+def _compiled(*arguments: Any, loops: Any, threads: int) -> Explorer:
     from guest_memfd.explore.engine.compiled.search import CompiledExplorer
 
-    return CompiledExplorer(*arguments, loops=loops)
+    return CompiledExplorer(*arguments, loops=loops, threads=threads if loops.THREADED else 1)

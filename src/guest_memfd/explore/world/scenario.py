@@ -168,11 +168,14 @@ class World:
         """Whether no two of the parties *names* are one and the same task."""
         return len({self.programs[name].number for name in names}) == len(names)
 
-    def explorer(self, names: Sequence[str], tables: Tables | None = None) -> Explorer:
-        """The scenario of the parties *names*; fresh *tables* make its result independent of what ran before."""
+    def explorer(self, names: Sequence[str], tables: Tables | None = None, threads: int = 1) -> Explorer:
+        """The scenario of the parties *names*; fresh *tables* make its result independent of what ran before.
+
+        threads: how many may explore it; what they find does not depend on it.
+        """
         programs = [self.programs[n] for n in names]
         return choice.explorer(
-            self.engine, tables or self.tables, programs, self.initial, self.teardown, self.broken_before)
+            self.engine, tables or self.tables, programs, self.initial, self.teardown, self.broken_before, threads)
 
 
 def set_scene(library: Design) -> Steps[list[int]]:

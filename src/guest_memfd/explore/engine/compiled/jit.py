@@ -18,7 +18,7 @@ import numba
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SOURCES = ("encoding.py", "loops_numba.py")
+SOURCES = ("encoding.py", "loops_numba.py", "loops_threads.py")
 
 
 @cache
@@ -50,7 +50,7 @@ def compiled(function: F) -> F:
     # numba takes its folder from there, once, when a function is decorated.
     numba.config.CACHE_DIR = "" if kept is None else str(kept)
     try:
-        done: F = numba.njit(cache=kept is not None)(function)
+        done: F = numba.njit(cache=kept is not None, nogil=True)(function)
     finally:
         numba.config.CACHE_DIR = before
     return done

@@ -33,7 +33,7 @@ class Known:
         self.tables, self.flat = tables, Flat(initial, loops)
         self.payloads: dict[Broken, list[int]] = {}     # those that break it
         self._trees: dict[Program, int] = {}
-        self._new: list[tuple[int, int, Path, Any]] = []
+        self._new: dict[tuple[int, int, Path], Any] = {}        # of several threads that ask the same, one is answered
         questions: dict[int, Callable[[Any], Any]] = {
             HALTS: lambda state: [("", "")] * bool(tables.machine.halted(state)),
             BREAKS: lambda state: [
@@ -71,27 +71,27 @@ class Known:
         """Find out how *program* goes on from *local*; raises what third parties raise."""
         automaton = self.tables.automaton(program)
         if automaton.waits_on[local] is None:
-            self._new.append((self.tree(program), local, (), ()))
+            self._new[self.tree(program), local, ()] = ()
             return
         ways = self.tables.known(automaton, local, state)
-        self._new.append((self.tree(program), local, path_of(automaton.ways[local], state), ways))
+        self._new[self.tree(program), local, tuple(path_of(automaton.ways[local], state))] = ways
 
     def learn(self, tree: int, state: bytes) -> None:
         """Find out what judgement *tree* says of *state*."""
         judge = self._judges[tree]
         said = judge(state)
-        self._new.append((tree, 0, path_of(judge.root, state), said))
+        self._new[tree, 0, tuple(path_of(judge.root, state))] = said
 
     def flatten(self) -> None:
         """Make flat what has been learned."""
         flat = self.flat
-        for tree, _, path, said in self._new:
+        for (tree, _, path), said in self._new.items():
             flat.learn(path)
             if tree not in self._judges:
                 for way in said:
                     flat.learn(way.change)
         flat.make_room()
-        for tree, local, path, said in self._new:
+        for (tree, local, path), said in self._new.items():
             ways = _judgement(said) if tree in self._judges else _steps(local, dict(path), said)
             # What a teardown breaks, or its end, is found by length and not by level.
             if tree != BREAKS_AT_END:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -16,27 +16,36 @@ import numpy as np
 
 from guest_memfd.errors import EngineNotice
 from guest_memfd.explore.engine.compiled.encoding import COUNTERS
-from guest_memfd.explore.engine.compiled.flat import Flat
+from guest_memfd.explore.engine.compiled.flat import Array, Flat
 from guest_memfd.explore.engine.compiled.rows import Rows
 
 
 @cache
 def loops(name: str) -> Any:
     """The module of the loops *name*, numba or numpy, ready to be used; raises what importing or compiling raises."""
-    began = time.perf_counter()
     if name == "numpy":
         return import_module("guest_memfd.explore.engine.compiled.loops_numpy")
+    return _ready("loops_numba", _compile, "the compiled engine was compiled")
+
+
+@cache
+def threaded() -> Any:
+    """The module of the loops of several threads, as `loops` has the others."""
+    loops("numba")                                      # before this one locks: what is there is not compiled twice
+    return _ready("loops_threads", _compile_threaded, "what several threads need was compiled")
+
+
+def _ready(name: str, compile_: Callable[[Any], Any], done: str) -> Any:
     from guest_memfd.explore.engine.compiled.jit import folder
 
-    kept = folder()
+    began, kept = time.perf_counter(), folder()
     with _alone(kept):
-        module = import_module("guest_memfd.explore.engine.compiled.loops_numba")
-        _compile(module)
-    if module.expand.stats.cache_misses:
+        module = import_module(f"guest_memfd.explore.engine.compiled.{name}")
+        last = compile_(module)
+    if last.stats.cache_misses:
         where = f"once; it is kept in {kept}" if kept else (
             "and will be again: neither the package's folder nor the user's cache directory can be written")
-        warnings.warn(f"the compiled engine was compiled in {time.perf_counter() - began:.0f} s, {where}", EngineNotice,
-                      stacklevel=2)
+        warnings.warn(f"{done} in {time.perf_counter() - began:.0f} s, {where}", EngineNotice, stacklevel=2)
     return module
 
 
@@ -51,20 +60,41 @@ def _alone(kept: Path | None) -> Iterator[None]:
         yield
 
 
-# Has every loop compiled, or loaded, for the types that it is called with.
-def _compile(module: Any) -> None:
+# Have every loop compiled, or loaded, for the types that it is called with; one of them.
+def _compile(module: Any) -> Any:
+    rows, trees, of = _small(module)
+    numbers, bytes_, table = np.zeros(1, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)
+    same = rows.rows, trees, rows.room, rows.places, of
+    module.expand(rows.rows, rows.table, *same[1:], bytes_, bytes_, table, 0, 0, bytes_, table, numbers,
+                  np.zeros(COUNTERS + 1, np.int64), 1)
+    module.move_apart(rows.rows, 0, 1)
+    module.before(*same, rows.rows, 0, 0, 0)
+    module.breaking(*same, bytes_, 0, 0, table)
+    module.clear(rows.rows, rows.table, *same[1:], 0, 0, bytes_)
+    module.run_down(*same[:-1], 0, 0, bytes_, numbers, numbers, bytes_, numbers[:0], numbers, numbers, table)
+    return module.expand
+
+
+def _compile_threaded(module: Any) -> Any:
+    rows, trees, of = _small(loops("numba"))
+    numbers, bytes_, table = np.zeros(0, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)
+    hashes = np.zeros(0, np.uint64)
+    count = np.zeros(COUNTERS + 1, np.int64)
+    module.step(rows.rows, rows.table, trees, rows.room, rows.places, of, bytes_, bytes_, table, 0, 0, 0, bytes_, rows.rows,
+                hashes, numbers, table, numbers, count, 1)
+    module.enter(rows.rows, hashes, numbers, 0, 0, rows.table, 0, 0, numbers, numbers)
+    module.enter_left(rows.rows, hashes, numbers, 0, rows.table, numbers)
+    module.settle(rows.rows, numbers, numbers, 0, 0, 0, rows.rows, rows.table, trees, rows.room, 1, bytes_, table, numbers,
+                  count)
+    module.rehash(rows.rows, 0, rows.table, 0, 0, numbers)
+    return module.step
+
+
+# Rows of one party, where a byte has two values.
+def _small(module: Any) -> tuple[Rows, Any, Array]:
     flat = Flat(b"\0", module)
     flat.learn([(0, 1)])
     flat.make_room()
     flat.add(0, 0, [(0, 1)], ())
     flat.put()
-    rows = Rows(flat, 1, module)
-    trees, of = flat.trees, np.zeros(1, np.int64)
-    numbers, bytes_, table = np.zeros(1, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)
-    same = rows.rows, trees, rows.room, rows.places, of
-    module.expand(rows.rows, rows.table, *same[1:], bytes_, bytes_, table, 0, 0, bytes_, table, numbers,
-                  np.zeros(COUNTERS + 1, np.int64), 1)
-    module.before(*same, rows.rows, 0, 0, 0)
-    module.breaking(*same, bytes_, 0, 0, table)
-    module.clear(rows.rows, rows.table, *same[1:], 0, 0, bytes_)
-    module.run_down(*same[:-1], 0, 0, bytes_, numbers, numbers, bytes_, numbers[:0], numbers, numbers, table)
+    return Rows(flat, 1, module), flat.trees, np.zeros(1, np.int64)

@@ -37,6 +37,9 @@ import numpy as np
 from guest_memfd.explore.engine.compiled import encoding as enc
 from guest_memfd.explore.engine.compiled.jit import compiled
 
+THREADED = True
+"""Whether several threads can explore a scenario (loops_threads.py)."""
+
 CHUNK = 1 << 14
 """Entries of a queue that are taken together."""
 
@@ -67,11 +70,11 @@ def hash_of(rows: Any, at: Any) -> Any:
 
 
 @compiled
-def equal(rows: Any, a: Any, b: Any) -> Any:
-    """Whether two rows are."""
+def equal(rows: Any, a: Any, others: Any, b: Any) -> Any:
+    """Whether row *a* of *rows* and row *b* of *others* are."""
     differ = ZERO
     for w in range(rows.shape[1]):
-        differ |= rows[a, w] ^ rows[b, w]
+        differ |= rows[a, w] ^ others[b, w]
     return differ == ZERO
 
 
@@ -123,15 +126,15 @@ def ways_of(d: Any) -> Any:
 
 
 @compiled
-def take(rows: Any, i: Any, n: Any, way: Any, p: Any, trees: Any, room: Any, places: Any) -> None:
-    """Make row *n* what row *i* becomes when party *p* goes *way*."""
+def take(rows: Any, i: Any, into: Any, n: Any, way: Any, p: Any, trees: Any, room: Any, places: Any) -> None:
+    """Make row *n* of *into* what row *i* becomes when party *p* goes *way*."""
     for w in range(rows.shape[1]):
-        rows[n, w] = rows[i, w]
+        into[n, w] = rows[i, w]
     turn = U(trees.place[way])
-    flip(rows, n, places[p, 0], turn & PLACE_MASK)
-    flip(rows, n, places[p, 1], turn >> PLACE)
+    flip(into, n, places[p, 0], turn & PLACE_MASK)
+    flip(into, n, places[p, 1], turn >> PLACE)
     for c in range(trees.first[way], trees.first[way + 1]):
-        flip(rows, n, room[trees.part[c]], trees.xor[c])
+        flip(into, n, room[trees.part[c]], trees.xor[c])
 
 
 @compiled
@@ -236,21 +239,96 @@ def enter(rows: Any, n: Any, h: Any, table: Any) -> Any:
         if e == ZERO:
             table[I(slot)] = tag << S32 | U(n + 1)
             return True
-        if e >> S32 == tag and equal(rows, I(e & LOW) - 1, n):
+        if e >> S32 == tag and equal(rows, I(e & LOW) - 1, rows, n):
             return False
         slot = (slot + ONE) & mask
 
 
 @compiled
+def move_apart(rows: Any, n: Any, words: Any) -> None:
+    """Let *n* rows of *words* words, which lie close together where *rows* begins, be the first *n* of *rows*."""
+    close, wide = rows.reshape(rows.size), rows.shape[1]
+    for i in range(n - 1, -1, -1):
+        for w in range(wide - 1, words - 1, -1):
+            rows[i, w] = ZERO
+        for w in range(words - 1, -1, -1):
+            rows[i, w] = close[i * words + w]
+
+
+@compiled
 def rehash(rows: Any, n: Any, table: Any) -> None:
     """Enter the first *n* rows into the empty *table*."""
-    mask = U(len(table) - 1)
     for i in range(n):
-        h = hash_of(rows, i)
-        slot = h & mask
-        while table[I(slot)] != ZERO:
-            slot = (slot + ONE) & mask
-        table[I(slot)] = h >> S32 << S32 | U(i + 1)
+        enter_again(rows, i, table)
+
+
+@compiled
+def enter_again(rows: Any, i: Any, table: Any) -> None:
+    """Enter row *i*, to which none that is there is equal."""
+    mask, h = U(len(table) - 1), hash_of(rows, i)
+    slot = h & mask
+    while table[I(slot)] != ZERO:
+        slot = (slot + ONE) & mask
+    table[I(slot)] = h >> S32 << S32 | U(i + 1)
+
+
+@compiled
+def make(
+    i: Any, p0: Any, rows: Any, into: Any, to: Any, hashes: Any, by: Any, size: Any, trees: Any, room: Any, places: Any,
+    of: Any, ready: Any, seen: Any, base: Any, moved: Any, aside: Any, events: Any, count: Any,
+) -> Any:
+    """Make rows into[to + size:] of what row *i* becomes by what entry (i, p0) of a queue asks for; returns the new size."""
+    parties, p1 = len(of), p0 + 1
+    if p0 > parties:
+        judge(rows, i, p0, trees, room, seen, aside, events, count)
+        return size
+    if p0 == parties:
+        d, child = walk(enc.HALTS, 0, rows, i, trees, room)
+        if d & KIND != IS_LEAF:
+            put_aside(aside, count, i, p0, ask(enc.HALTS, 0, d, child, trees))
+            return size
+        first, last = ways_of(d)
+        if first < last:
+            moved[i - base] = enc.HALTED
+            return size
+        p0, p1 = 0, parties
+    for p in range(p0, p1):
+        place = place_of(rows, i, places, p)
+        d, child = walk(of[p], place, rows, i, trees, room)
+        if d & KIND != IS_LEAF:
+            put_aside(aside, count, i, p, ask(of[p], place, d, child, trees))
+            continue
+        first, last = ways_of(d)
+        if first == last:
+            continue
+        if ready[first] == 0:
+            if not fits(first, last, p, trees, room, places):
+                put_aside(aside, count, i, p, first)
+                continue
+            ready[first] = 1
+        moved[i - base] = enc.MOVED
+        count[enc.TRANSITIONS] += last - first
+        for way in range(first, last):
+            n = to + size
+            take(rows, i, into, n, way, p, trees, room, places)
+            hashes[size], by[size] = hash_of(into, n), way
+            size += 1
+            if trees.flag[way] & enc.FACT:
+                tell(way, seen, events, count)
+    return size
+
+
+@compiled
+def touch(hashes: Any, size: Any, rows: Any, table: Any, count: Any) -> None:
+    """Touch what *size* rows will be compared with, all of it before any of it is needed."""
+    touched, mask = ZERO, U(len(table) - 1)
+    for j in range(size):
+        touched ^= table[I(hashes[j] & mask)]
+    for j in range(size):
+        e = table[I(hashes[j] & mask)]
+        if e >> S32 == hashes[j] >> S32:
+            touched ^= rows[I(e & LOW) - 1, 0]
+    count[enc.COUNTERS] = I(touched & ONE)              # or the compiler would leave it out
 
 
 @compiled
@@ -263,7 +341,7 @@ def expand(
     of: the tree of each party. ready: first ways of leaves, all parts of which have room. seen: payloads that were told.
     moved: of rows from *base*. most: ways of the largest leaf.
     """
-    parties, mask = len(of), U(len(table) - 1)
+    parties = len(of)
     batch = enc.BATCH + parties * most
     last_row = min(len(rows), I(len(table) * enc.FULL)) - batch - 1
     few = len(aside) - 2 * batch - 1
@@ -272,57 +350,13 @@ def expand(
     while k < len(queue) or size:
         full = count[enc.ROWS] > last_row or count[enc.ASIDE] > few
         if k < len(queue) and size < enc.BATCH and not full:
-            i, p0 = queue[k, 0], queue[k, 1]
+            size = make(queue[k, 0], queue[k, 1], rows, rows, count[enc.ROWS], hashes, by, size, trees, room, places, of,
+                        ready, seen, base, moved, aside, events, count)
             k += 1
-            if p0 > parties:
-                judge(rows, i, p0, trees, room, seen, aside, events, count)
-                continue
-            p1 = p0 + 1
-            if p0 == parties:
-                d, child = walk(enc.HALTS, 0, rows, i, trees, room)
-                if d & KIND != IS_LEAF:
-                    put_aside(aside, count, i, p0, ask(enc.HALTS, 0, d, child, trees))
-                    continue
-                first, last = ways_of(d)
-                if first < last:
-                    moved[i - base] = enc.HALTED
-                    continue
-                p0, p1 = 0, parties
-            for p in range(p0, p1):
-                place = place_of(rows, i, places, p)
-                d, child = walk(of[p], place, rows, i, trees, room)
-                if d & KIND != IS_LEAF:
-                    put_aside(aside, count, i, p, ask(of[p], place, d, child, trees))
-                    continue
-                first, last = ways_of(d)
-                if first == last:
-                    continue
-                if ready[first] == 0:
-                    if not fits(first, last, p, trees, room, places):
-                        put_aside(aside, count, i, p, first)
-                        continue
-                    ready[first] = 1
-                moved[i - base] = enc.MOVED
-                count[enc.TRANSITIONS] += last - first
-                for way in range(first, last):
-                    n = count[enc.ROWS] + size
-                    take(rows, i, n, way, p, trees, room, places)
-                    hashes[size], by[size] = hash_of(rows, n), way
-                    size += 1
-                    if trees.flag[way] & enc.FACT:
-                        tell(way, seen, events, count)
             continue
         if size == 0:
             break
-        # Touch what will be compared, all of it before any of it is needed.
-        touched = ZERO
-        for j in range(size):
-            touched ^= table[I(hashes[j] & mask)]
-        for j in range(size):
-            e = table[I(hashes[j] & mask)]
-            if e >> S32 == hashes[j] >> S32:
-                touched ^= rows[I(e & LOW) - 1, 0]
-        count[enc.COUNTERS] = I(touched & ONE)          # or the compiler would leave it out
+        touch(hashes, size, rows, table, count)
         start = count[enc.ROWS]
         for j in range(size):
             n = count[enc.ROWS]
@@ -360,8 +394,8 @@ def before(rows: Any, trees: Any, room: Any, places: Any, of: Any, others: Any, 
                 continue
             first, last = ways_of(d)
             for way in range(first, last):
-                take(rows, i, scratch, way, p, trees, room, places)
-                if equal(rows, scratch, target):
+                take(rows, i, rows, scratch, way, p, trees, room, places)
+                if equal(rows, scratch, rows, target):
                     found.append((i, I(p), I(way)))
     return found
 
@@ -387,7 +421,7 @@ def breaking(
                 if trees.flag[way] & enc.FACT and wanted[way]:
                     found[n, 0], found[n, 1], found[n, 2], found[n, 3] = i, p, way, way
                     n += 1
-                take(rows, i, scratch, way, p, trees, room, places)
+                take(rows, i, rows, scratch, way, p, trees, room, places)
                 d, _ = walk(enc.BREAKS, 0, rows, scratch, trees, room)
                 what, none = ways_of(d)
                 if d & KIND == IS_LEAF and what < none and wanted[what]:
@@ -399,7 +433,7 @@ def breaking(
 @compiled
 def clear(rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, lo: Any, hi: Any, ends: Any) -> Any:
     """Set ends[i] of those rows [lo, hi) from which a step leads to a row with it, or none; how many it was."""
-    mask, scratch, cleared = U(len(table) - 1), len(rows) - 1, 0
+    mask, cleared, scratch = U(len(table) - 1), 0, np.empty((1, rows.shape[1]), np.uint64)
     for i in range(hi - 1, lo - 1, -1):
         if ends[i]:
             continue
@@ -412,12 +446,12 @@ def clear(rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, lo
                 first, last = ways_of(d)
                 for way in range(first, last):
                     moves = True
-                    take(rows, i, scratch, way, p, trees, room, places)
-                    h = hash_of(rows, scratch)
+                    take(rows, i, scratch, 0, way, p, trees, room, places)
+                    h = hash_of(scratch, 0)
                     slot = h & mask
                     while True:
                         e = table[I(slot)]
-                        if e >> S32 == h >> S32 and equal(rows, I(e & LOW) - 1, scratch):
+                        if e >> S32 == h >> S32 and equal(rows, I(e & LOW) - 1, scratch, 0):
                             break
                         slot = (slot + ONE) & mask
                     if ends[I(e & LOW) - 1]:
@@ -482,7 +516,7 @@ def run_down(
             if way == last or steps[j] > enc.MOST_STEPS:
                 wants = I(enc.ODD)
                 break
-            take(rows, j, j, way, 0, trees, room, places)
+            take(rows, j, rows, j, way, 0, trees, room, places)
             steps[j] += 1
             unjudged[j] = 1
             if trees.flag[way] & enc.FACT:

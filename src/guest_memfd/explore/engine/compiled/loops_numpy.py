@@ -15,6 +15,9 @@ import numpy as np
 from guest_memfd.explore.engine.compiled import encoding as enc
 from guest_memfd.explore.engine.compiled.flat import Array
 
+THREADED = False
+"""numpy keeps the interpreter's lock where arrays are small."""
+
 CHUNK = 1 << 16
 """Entries of a queue that are taken together: an operation of numpy costs a microsecond before it does anything."""
 
@@ -204,6 +207,15 @@ def _enter(rows: Array, n: int, m: int, table: Array) -> Array:
     rows[n:n + len(new)] = rows[n + new]
     table[slot[new]] = tag[new] | np.arange(n + 1, n + len(new) + 1, dtype=U)
     return new
+
+
+def move_apart(rows: Array, n: int, words: int) -> None:
+    """Let *n* rows of *words* words, which lie close together where *rows* begins, be the first *n* of *rows*."""
+    close = rows.reshape(-1)
+    for hi in range(n, 0, -CHUNK):
+        lo = max(0, hi - CHUNK)
+        some = close[lo * words:hi * words].reshape(-1, words).copy()
+        rows[lo:hi, :words], rows[lo:hi, words:] = some, 0
 
 
 def rehash(rows: Array, n: int, table: Array) -> None:

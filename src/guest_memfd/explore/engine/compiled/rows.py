@@ -25,6 +25,9 @@ WORD = 64
 FEW = 1 << 15
 """Rows at the beginning."""
 
+MANY = 1 << 22
+"""Rows from which on the table grows by less at a time."""
+
 MOST = 1 << 32
 """Rows that the table has numbers for."""
 
@@ -36,17 +39,18 @@ class Rows:
         self.flat, self.loops = flat, loops
         self.max_bytes: int | None = None               # memory that the process may have
         self.used = [0]                                 # bits of each word
+        self.rows = np.zeros((FEW, -(-parties * PLACE_BITS // WORD)), np.uint64)
         self.placed: list[int] = []                     # the parts of bytes that have room
         self.room = np.zeros(1 << 8, np.uint64)
         self.places = np.zeros((parties, 2), np.uint64)
         for p in range(parties):
             self.places[p, 0] = self._take(PLACE_BITS)
         self.ready = np.zeros(1 << 8, np.uint8)
-        self.rows = np.zeros((FEW, len(self.used)), np.uint64)
         self.table = np.zeros(2 * FEW, np.uint64)
         self.count = np.zeros(COUNTERS + 1, np.int64)
         self.count[ROWS] = 1                            # the first is all zeros
-        loops.rehash(self.rows, 1, self.table)
+        self.rehash = loops.rehash                      # threads have another way
+        self.rehash(self.rows, 1, self.table)
 
     def __len__(self) -> int:
         """How many states there are."""
@@ -60,10 +64,12 @@ class Rows:
     # First fit: narrow parts fill the gaps that wide ones leave.
     def _take(self, width: int) -> int:
         word = next((word for word, used in enumerate(self.used) if used + width <= WORD), len(self.used))
-        if word == len(self.used):
-            self.used.append(0)
         if word > WORD_MASK:
             raise TooWide("the states of a scenario do not fit into rows")
+        if word == len(self.used):
+            if word == self.rows.shape[1]:
+                self._widen()                           # or raises Full, when nothing has been changed yet
+            self.used.append(0)
         shift = self.used[word]
         self.used[word] += width
         return word | shift << SHIFT_SHIFT | (1 << width) - 1 << MASK_SHIFT
@@ -80,10 +86,17 @@ class Rows:
                 if trees.place[each] >> PLACE_BITS and not self.places[p, 1]:
                     self.places[p, 1] = self._take(PLACE_BITS)
             self.ready[each] = 1
-        self.rows = self.widened(self.rows)
+
+    # One word more for each row. In place, as a copy would need the memory of all states twice: what is there lies close
+    # together at the beginning of the memory, and is moved apart from the end.
+    def _widen(self) -> None:
+        n, words = self.rows.shape
+        self.must_fit(n * self.rows.itemsize)
+        self.rows.resize((n, words + 1), refcheck=False)
+        self.loops.move_apart(self.rows, len(self), words)
 
     def widened(self, rows: Array) -> Array:
-        """*rows*, with as many words as there are now."""
+        """A copy of *rows* that has as many words as there are now, if they have fewer."""
         missing = len(self.used) - rows.shape[1]
         return rows if missing <= 0 else np.concatenate([rows, np.zeros((len(rows), missing), np.uint64)], axis=1)
 
@@ -98,8 +111,9 @@ class Rows:
         if n >= MOST:
             raise InternalError(f"more than {MOST} states")
         if n > len(self.rows):
-            more = n + n // 2
-            self._must_fit((more - len(self)) * self.rows.itemsize * self.rows.shape[1])
+            # What is mapped is moved by the kernel without being copied, so small steps cost nothing where there is much.
+            more = n + n // (2 if n < MANY else 8)
+            self.must_fit((more - len(self)) * self.rows.itemsize * self.rows.shape[1])
             # In place, where realloc() can: a copy would need the memory of
             # all states twice. No one keeps a view over a call.
             self.rows.resize((more, self.rows.shape[1]), refcheck=False)
@@ -107,12 +121,13 @@ class Rows:
             size = len(self.table)
             while n > size * FULL:
                 size *= 2
-            self._must_fit((size - len(self.table)) * self.table.itemsize)
+            self.must_fit((size - len(self.table)) * self.table.itemsize)
             self.table = np.zeros(0, np.uint64)         # the old one goes before the new one comes
             self.table = np.zeros(size, np.uint64)
-            self.loops.rehash(self.rows, len(self), self.table)
+            self.rehash(self.rows, len(self), self.table)
 
-    def _must_fit(self, more: int) -> None:
+    def must_fit(self, more: int) -> None:
+        """Raises Full where *more* bytes are more than there may be."""
         if self.max_bytes is not None and used() + more > self.max_bytes:
             raise Full
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from guest_memfd.compat import override
-from guest_memfd.errors import BadInput, EngineNotice
+from guest_memfd.errors import BadInput, EngineNotice, describe
 from guest_memfd.explore.engine.backwards import Arrival
 from guest_memfd.explore.engine.compiled.encoding import (
     ASIDE,
@@ -40,22 +41,29 @@ from guest_memfd.explore.engine.program import Program
 from guest_memfd.explore.engine.tables import NEVER_ENDS, Tables, Way
 from guest_memfd.words.primitives import SILENT
 
+if TYPE_CHECKING:
+    from guest_memfd.explore.engine.compiled.threads import Threads
+
+FEW = 1 << 11
+"""Entries of a queue that are not worth waiting for one another."""
+
 STRETCH = 1 << 16
 """Rows that are looked at together once the search is over."""
 
 
 class CompiledExplorer(Explorer):
-    """One scenario. *loops*: loops_numba or loops_numpy.
+    """One scenario. *loops*: loops_numba or loops_numpy. *threads*: how many explore it together; numpy has one.
 
     The machine must keep footprints.
     """
 
     def __init__(
         self, tables: Tables, programs: Sequence[Program], initial: bytes, teardown: Program | None = None,
-        broken_before: Sequence[Broken] = (), *, loops: Any,
+        broken_before: Sequence[Broken] = (), *, loops: Any, threads: int = 1,
     ) -> None:
         super().__init__(tables, programs, initial, teardown, broken_before)
-        self.loops = loops
+        self.loops, self.number_of_threads = loops, threads
+        self.threads: Threads | None = None
         self.known: Known = tables.flat.get(initial) or Known(tables, initial, loops)
         self.of = np.array([self.known.tree(program) for program in programs], np.int64)
         self.rows = Rows(self.known.flat, len(programs), loops)
@@ -63,7 +71,8 @@ class CompiledExplorer(Explorer):
         self.idle: list[Array] = []                     # per level: the rows in which no one moves
         self.stopped = 0                                # and rows in which the machine has stopped
         self.stuck: Array | None = None                 # rows from which no end is reached
-        self._seen = np.zeros(0, np.uint8)
+        self.torn_down: list[Sight] = []                # what breaks after the end
+        self.seen = np.zeros(0, np.uint8)               # payloads that were told
         self._aside = np.zeros((0, 3), np.int64)
         self._events = np.zeros(0, np.int64)
 
@@ -78,7 +87,8 @@ class CompiledExplorer(Explorer):
         self.tables.flat.pop(self.initial, None)
         try:
             self.rows.max_bytes = max_bytes
-            result = super().run(max_states, max_seconds, max_steps, max_bytes, stopped)
+            with self._threads() as self.threads:
+                result = super().run(max_states, max_seconds, max_steps, max_bytes, stopped)
             self.tables.flat[self.initial] = self.known
             return result
         except (BadInput, TooWide) as error:
@@ -87,6 +97,18 @@ class CompiledExplorer(Explorer):
                 warnings.warn(f"Python explores what the compiled engine cannot: {error}", EngineNotice, stacklevel=2)
             plain = Explorer(self.tables.empty(), self.programs, self.initial, self.teardown, self.broken_before)
             return plain.run(max_states, max_seconds - (time.perf_counter() - began), max_steps, max_bytes, stopped)
+
+    # Their loops are compiled, or loaded, for those who use them.
+    def _threads(self) -> AbstractContextManager[Threads | None]:
+        if self.number_of_threads == 1:
+            return nullcontext()
+        from guest_memfd.explore.engine.compiled.threads import Threads
+
+        try:
+            return Threads(self, self.number_of_threads)
+        except Exception as error:
+            warnings.warn(f"several threads do not work here, one explores: {describe(error)}", EngineNotice, stacklevel=3)
+            return nullcontext()
 
     @property
     @override
@@ -123,9 +145,13 @@ class CompiledExplorer(Explorer):
             self.levels.append([])                      # they are counted to see whether a limit is reached
             if (limit := reached(hi)) is not None:
                 break
-        if limit is None and any(automaton.cyclic() for automaton in self.automata):
-            self.stuck = self._cannot_end()
-            limit = INTERRUPTED if self.stuck is None else None
+        try:
+            if limit is None and any(automaton.cyclic() for automaton in self.automata):
+                self.stuck = self._cannot_end()
+                limit = INTERRUPTED if self.stuck is None else None
+            self.torn_down = Teardown(self).sights()
+        except Full:
+            limit = limit or self.out_of_memory()
         return len(rows), int(rows.count[TRANSITIONS]), limit
 
     # Makes the next level out of rows [lo, hi); those of them in which no one moves.
@@ -148,11 +174,18 @@ class CompiledExplorer(Explorer):
         rows, flat, at, left = self.rows, self.known.flat, 0, [np.zeros((0, 2), np.int64)]
         while at < len(queue):
             self._make_ready()
-            at = self.loops.expand(
-                rows.rows, rows.table, flat.trees, rows.room, rows.places, self.of, rows.ready, self._seen, queue, at, base,
-                moved, self._aside, self._events, rows.count, flat.most)
-            left.append(self._aside[:rows.count[ASIDE], :2].copy())
-            self._answer()
+            if self.threads is not None and len(queue) >= FEW:
+                aside, events, not_yet = self.threads.expand(queue, base, moved)
+                at = len(queue)
+                left.append(not_yet)
+            else:
+                at = self.loops.expand(
+                    rows.rows, rows.table, flat.trees, rows.room, rows.places, self.of, rows.ready, self.seen, queue, at,
+                    base, moved, self._aside, self._events, rows.count, flat.most)
+                aside, events = self._aside[:rows.count[ASIDE]].copy(), self._events[:rows.count[EVENTS]]
+                rows.count[ASIDE] = rows.count[EVENTS] = 0
+            left.append(aside[:, :2])
+            self._answer(aside, events)
         return np.concatenate(left)
 
     # Room for all that a loop may write.
@@ -163,20 +196,18 @@ class CompiledExplorer(Explorer):
         rows.grow(most + self.loops.SPARE)
         if len(self._aside) < 4 * most + self.loops.SPARE:
             self._aside = np.zeros((8 * most + self.loops.SPARE, 3), np.int64)
-        if len(self._seen) < len(known.payload):
-            more = np.zeros(2 * len(known.payload) - len(self._seen), np.uint8)
-            self._seen = np.concatenate([self._seen, more])
-            self._events = np.zeros(len(self._seen), np.int64)      # each payload is told once
+        if len(self.seen) < len(known.payload):
+            more = np.zeros(2 * len(known.payload) - len(self.seen), np.uint8)
+            self.seen = np.concatenate([self.seen, more])
+            self._events = np.zeros(len(self.seen), np.int64)      # each payload is told once
 
     # What the loop has told, and what it has asked for.
-    def _answer(self) -> None:
+    def _answer(self, aside: Array, events: Array) -> None:
         rows, known = self.rows, self.known
-        for what in self._events[:rows.count[EVENTS]].tolist():
+        for what in events.tolist():
             for broken in known.flat.payload[what].broken:
                 self.findings.setdefault(broken, self.depth)
-        aside = self._aside[:rows.count[ASIDE]]
         asks, narrow = aside[aside[:, 2] == ASKS], aside[aside[:, 2] >= 0]
-        rows.count[ASIDE] = rows.count[EVENTS] = 0
         for p in np.unique(asks[:, 1]).tolist():
             some = rows.rows[asks[asks[:, 1] == p, 0]]
             places = rows.place(some, p).tolist() if p < len(self.programs) else [0] * len(some)
@@ -196,22 +227,29 @@ class CompiledExplorer(Explorer):
 
     # Clears rows from which an end is reached until no more can be; the others, or None if there was no time for it.
     def _cannot_end(self) -> Array | None:
-        rows, ends, trees = self.rows, np.zeros(len(self.rows), np.uint8), self.known.flat.trees
+        rows = self.rows
+        rows.must_fit(len(rows))
+        ends = np.zeros(len(rows), np.uint8)
+
+        def clear(lo: int, hi: int) -> int:
+            return int(self.loops.clear(rows.rows, rows.table, self.known.flat.trees, rows.room, rows.places, self.of, lo,
+                                        hi, ends))
+
         cleared = 1
         while cleared:
             cleared = 0
             for hi in range(len(rows), 0, -STRETCH):
                 if self.ending():
                     return None
-                cleared += self.loops.clear(rows.rows, rows.table, trees, rows.room, rows.places, self.of,
-                                            max(0, hi - STRETCH), hi, ends)
+                lo = max(0, hi - STRETCH)
+                cleared += clear(lo, hi) if self.threads is None else sum(self.threads.share(lo, hi, clear))
         return np.flatnonzero(ends == 0)
 
     # -- what was found --------------------------------------------------------------------------------------------------
 
     @override
     def _sights(self, *, complete: bool) -> list[Sight]:
-        sights = [*self._moves_that_break(), *self._deadlocks(), *Teardown(self).sights()]
+        sights = [*self._moves_that_break(), *self._deadlocks(), *self.torn_down]
         if complete and self.stuck is not None and len(self.stuck):
             level = self.level_of(int(self.stuck[0]))
             best = Least[list[Step]]()
@@ -262,7 +300,7 @@ class CompiledExplorer(Explorer):
     # The moves from *level* by which something *wanted* breaks: row, party, way, payload, failures left, state before.
     def _breaking(self, level: int, wanted: Sequence[Broken]) -> Iterator[tuple[int, int, int, int, int, bytes]]:
         rows, flat = self.rows, self.known.flat
-        marks = np.zeros(len(self._seen), np.uint8)
+        marks = np.zeros(len(flat.payload), np.uint8)
         for broken in wanted:
             marks[self.known.payloads[broken]] = 1
         each = 2 * len(self.programs) * flat.most

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from guest_memfd.explore.engine.compiled.search import CompiledExplorer
 
 FAR = np.iinfo(np.int64).max
+COPIES = 4
+"""Of the rows in which all are done: they are picked, sorted, and torn down."""
+
 ASKED = {LAW: BREAKS, HALT: HALTS, END: BREAKS_AT_END}
 
 
@@ -40,6 +43,7 @@ class Teardown:
         ends = np.concatenate([idle[explorer.are_done(idle)] for idle in explorer.idle])
         # Who has come to the same host state in fewer steps speaks for all.
         everyone = self.rows.standing(range(len(explorer.programs)))
+        self.rows.must_fit(COPIES * len(ends) * everyone.nbytes)
         _, first = np.unique(self.rows.rows[ends] & ~everyone, axis=0, return_index=True) if len(ends) else (0, [])
         self.ends = ends[np.sort(np.array(first, np.int64))]
         self.level = np.searchsorted(explorer.bounds, self.ends, "right") - 1

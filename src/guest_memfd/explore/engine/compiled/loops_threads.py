@@ -1,0 +1,156 @@
+"""The inner loops of several threads at one level, compiled by numba. threads.py has the threads, and calls the loops.
+
+Theory of operation. What a level costs is waiting for memory and walking down trees, and both can be done by several threads
+at once, if none writes where another one reads. So a stretch of a queue is taken in three loops, and between two of them
+all threads wait for the slowest:
+
+    step    each has a part of the queue, takes its steps into rows of its own, and drops what the table has: three of four
+            successors, as a rule. The table is only read.
+    enter   each has a part of the *table*, goes through what all have made, and enters what belongs there. Of equal rows the
+            first stays, in the order of the queue. Probing that would run over the end of a part is left for later.
+    settle  each copies those of its rows that were new to where they stay, under numbers that follow one another in the
+            order of the queue, and has laws judge them.
+
+So the order of rows depends on the queue and the number of threads, never on who was faster. Two threads may write the mark
+that a step has been asked for (both ask then, which is noticed where it is answered), and the marks that a leaf has room and
+that a row can move, which all set to the same. numba gives the interpreter's lock up (jit.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from guest_memfd.explore.engine.compiled import encoding as enc
+from guest_memfd.explore.engine.compiled.jit import compiled
+from guest_memfd.explore.engine.compiled.loops_numba import LOW, ONE, S32, ZERO, I, U, equal, hash_of, judge, make, touch
+
+
+@compiled
+def found(rows: Any, made: Any, j: Any, h: Any, table: Any) -> Any:
+    """Whether row *j* of *made*, whose hash is *h*, is one of *rows*."""
+    mask = U(len(table) - 1)
+    slot = h & mask
+    while True:
+        e = table[I(slot)]
+        if e == ZERO:
+            return False
+        if e >> S32 == h >> S32 and equal(rows, I(e & LOW) - 1, made, j):
+            return True
+        slot = (slot + ONE) & mask
+
+
+@compiled
+def step(
+    rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, ready: Any, seen: Any, queue: Any, lo: Any, hi: Any,
+    base: Any, moved: Any, made: Any, hashes: Any, by: Any, aside: Any, events: Any, count: Any, most: Any,
+) -> Any:
+    """Take every step that queue[lo:hi] asks for; returns how far it has come, and how many of *made* the table has not."""
+    batch = enc.BATCH + len(of) * most
+    last, few = len(made) - batch, len(aside) - len(made) - 2 * batch - 1
+    some, ways = np.empty(batch, np.uint64), np.empty(batch, np.int64)
+    size, n, k = 0, 0, lo
+    while k < hi or size:
+        full = n > last or count[enc.ASIDE] > few
+        if k < hi and size < enc.BATCH and not full:
+            size = make(queue[k, 0], queue[k, 1], rows, made, n, some, ways, size, trees, room, places, of, ready, seen,
+                        base, moved, aside, events, count)
+            k += 1
+            continue
+        if size == 0:
+            break
+        touch(some, size, rows, table, count)
+        start = n
+        for j in range(start, start + size):
+            if not found(rows, made, j, some[j - start], table):
+                for w in range(rows.shape[1]):
+                    made[n, w] = made[j, w]
+                hashes[n], by[n] = some[j - start], ways[j - start]
+                n += 1
+        size = 0
+        if full:
+            break
+    return k, n
+
+
+@compiled
+def enter(
+    made: Any, hashes: Any, many: Any, each: Any, rows: Any, table: Any, lo: Any, hi: Any, slots: Any, left: Any,
+) -> Any:
+    """Enter those of *made* that belong in table[lo:hi]; slots: where, -1 for what is there. Returns how many are *left*.
+
+    made, hashes: of all threads, *each* of one; *many* of them are used. They are entered as if row number *rows* and those
+    after it were *made*.
+    """
+    mask, n = U(len(table) - 1), 0
+    for thread in range(len(many)):
+        for j in range(thread * each, thread * each + many[thread]):
+            at = I(hashes[j] & mask)
+            if lo <= at < hi:
+                slots[j] = probed(made, j, hashes[j], rows, table, at, hi)
+                if slots[j] == hi:
+                    left[n] = j
+                    n += 1
+    return n
+
+
+@compiled
+def probed(made: Any, j: Any, h: Any, rows: Any, table: Any, at: Any, hi: Any) -> Any:
+    """The slot, from *at* on, that row *j* of *made* is now in; -1 if an equal one is there; *hi* if none is free."""
+    while at < hi:
+        e = table[at]
+        if e == ZERO:
+            table[at] = h >> S32 << S32 | U(rows + j + 1)
+            return at
+        # None of those that were rows before is equal: they have been looked at.
+        if e >> S32 == h >> S32 and I(e & LOW) > rows and equal(made, I(e & LOW) - 1 - rows, made, j):
+            return I(-1)
+        at += 1
+    return hi
+
+
+@compiled
+def enter_left(made: Any, hashes: Any, left: Any, rows: Any, table: Any, slots: Any) -> None:
+    """Enter what was *left*, after all threads: by probing on from the ends of their parts, and round."""
+    for j in left:
+        at = probed(made, j, hashes[j], rows, table, I(hashes[j] & U(len(table) - 1)), len(table))
+        if at == len(table):
+            at = probed(made, j, hashes[j], rows, table, 0, len(table))
+        slots[j] = at
+
+
+@compiled
+def rehash(rows: Any, n: Any, table: Any, lo: Any, hi: Any, left: Any) -> Any:
+    """Enter those of the first *n* rows that belong in table[lo:hi], which is empty; how many are *left*, as in `enter`."""
+    mask, k = U(len(table) - 1), 0
+    for i in range(n):
+        h = hash_of(rows, i)
+        at = I(h & mask)
+        if lo <= at < hi:
+            while at < hi and table[at] != ZERO:
+                at += 1
+            if at < hi:
+                table[at] = h >> S32 << S32 | U(i + 1)
+            else:
+                if k < len(left):
+                    left[k] = i
+                k += 1
+    return k
+
+
+@compiled
+def settle(
+    made: Any, by: Any, slots: Any, lo: Any, hi: Any, n: Any, rows: Any, table: Any, trees: Any, room: Any, parties: Any,
+    seen: Any, aside: Any, events: Any, count: Any,
+) -> None:
+    """Let what is new of made[lo:hi] be rows *n* and on, and ask the laws."""
+    for j in range(lo, hi):
+        if slots[j] < 0:
+            continue
+        for w in range(rows.shape[1]):
+            rows[n, w] = made[j, w]
+        table[slots[j]] = table[slots[j]] >> S32 << S32 | U(n + 1)
+        if trees.flag[by[j]] & enc.VISIBLE:
+            judge(rows, n, parties + 1, trees, room, seen, aside, events, count)
+        n += 1

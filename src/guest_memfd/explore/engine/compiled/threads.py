@@ -1,0 +1,135 @@
+"""Threads that explore one scenario together: which part of a level each takes, and how what they have made becomes rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from guest_memfd.explore.engine.compiled.encoding import ASIDE, BATCH, COUNTERS, EVENTS, ROWS, TRANSITIONS
+from guest_memfd.explore.engine.compiled.flat import Array
+from guest_memfd.explore.engine.compiled.load import threaded
+
+if TYPE_CHECKING:
+    from guest_memfd.explore.engine.compiled.search import CompiledExplorer
+
+T = TypeVar("T")
+
+LEFT = 1 << 12
+"""Rows whose probing may run over the end of a part of the table when it is made anew. A handful is what there is."""
+
+MADE = 1 << 15
+"""Rows that a thread makes before all enter theirs."""
+
+
+class Threads:
+    """*number* of them, at *explorer*. A context manager: they end with it."""
+
+    def __init__(self, explorer: CompiledExplorer, number: int) -> None:
+        self.explorer, self.number, self.loops = explorer, number, threaded()
+        self._pool = ThreadPoolExecutor(number - 1)
+        self._made = np.zeros((0, 0), np.uint64)
+        self._hashes, self._by, self._slots = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._aside = [np.zeros((0, 3), np.int64)] * number
+        self._events = [np.zeros(0, np.int64)] * number
+        self._count = np.zeros((number, COUNTERS + 1), np.int64)
+        explorer.rows.rehash = self.rehash
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def all(self, work: Callable[[int], T]) -> list[T]:
+        """What *work* returns for the number of each thread. The last one is this one."""
+        others = [self._pool.submit(work, thread) for thread in range(self.number - 1)]
+        mine = work(self.number - 1)
+        return [*(other.result() for other in others), mine]
+
+    def share(self, lo: int, hi: int, work: Callable[[int, int], T]) -> list[T]:
+        """What *work* returns for the part of [lo, hi) that each thread has."""
+        parts = self._parts(lo, hi)
+        return self.all(lambda t: work(parts[t], parts[t + 1]))
+
+    def expand(self, queue: Array, base: int, moved: Array) -> tuple[Array, Array, Array]:
+        """Take every step that *queue* asks for: what was put aside, what was told, and the entries that have to wait.
+
+        base, moved: as `loops_numba.expand` has them.
+        """
+        explorer, rows, trees = self.explorer, self.explorer.rows, self.explorer.known.flat.trees
+        each = self._make_ready()
+        parts = self._parts(0, len(queue))
+        same = trees, rows.room, rows.places, explorer.of, rows.ready, explorer.seen, queue
+
+        def step(t: int) -> Any:
+            there = slice(t * each, (t + 1) * each)
+            return self.loops.step(
+                rows.rows, rows.table, *same, parts[t], parts[t + 1], base, moved, self._made[there], self._hashes[there],
+                self._by[there], self._aside[t], self._events[t], self._count[t], explorer.known.flat.most)
+
+        ended = self.all(step)
+        self._enter(np.array([n for _, n in ended], np.int64), each)
+        rows.count[TRANSITIONS] += self._count[:, TRANSITIONS].sum()
+        aside = np.concatenate([self._aside[t][:n] for t, n in enumerate(self._count[:, ASIDE])])
+        events = np.concatenate([self._events[t][:n] for t, n in enumerate(self._count[:, EVENTS])])
+        self._count[:] = 0
+        return aside, events, np.concatenate([queue[k:hi] for (k, _), hi in zip(ended, parts[1:], strict=True)])
+
+    def rehash(self, rows: Array, n: int, table: Array) -> None:
+        """Enter the first *n* rows into the empty *table*, as `loops_numba.rehash` does."""
+        parts, left = self._parts(0, len(table)), np.zeros((self.number, LEFT), np.int64)
+        many: list[int] = self.all(lambda t: self.loops.rehash(rows, n, table, parts[t], parts[t + 1], left[t]))
+        if max(many) > LEFT:
+            table[:] = 0
+            self.explorer.loops.rehash(rows, n, table)
+        else:
+            for some, k in zip(left, many, strict=True):
+                for i in some[:k]:
+                    self.explorer.loops.enter_again(rows, i, table)
+
+    # Enters the rows that were made, *many* of each thread, and lets them be rows.
+    def _enter(self, many: Array, each: int) -> None:
+        rows, start = self.explorer.rows, len(self.explorer.rows)
+        parts = self._parts(0, len(rows.table))
+        left = np.zeros((self.number, int(many.sum())), np.int64)
+
+        def enter(t: int) -> Array:
+            n = self.loops.enter(self._made, self._hashes, many, each, start, rows.table, parts[t], parts[t + 1],
+                                 self._slots, left[t])
+            return left[t, :n]
+
+        self.loops.enter_left(self._made, self._hashes, np.concatenate(self.all(enter)), start, rows.table, self._slots)
+        mine = [slice(t * each, t * each + n) for t, n in enumerate(many.tolist())]
+        fresh = [int(np.count_nonzero(self._slots[made] >= 0)) for made in mine]
+        first = np.cumsum([start, *fresh])
+
+        def settle(t: int) -> None:
+            self.loops.settle(
+                self._made, self._by, self._slots, mine[t].start, mine[t].stop, first[t], rows.rows, rows.table,
+                self.explorer.known.flat.trees, rows.room, len(self.explorer.programs), self.explorer.seen, self._aside[t],
+                self._events[t], self._count[t])
+
+        self.all(settle)
+        rows.count[ROWS] = first[-1]
+
+    # Where in [lo, hi) the part of each thread begins, and the end.
+    def _parts(self, lo: int, hi: int) -> Array:
+        return np.linspace(lo, hi, self.number + 1).astype(np.int64)
+
+    # Room for all that the threads may write; how many rows each can make.
+    def _make_ready(self) -> int:
+        explorer, rows, flat = self.explorer, self.explorer.rows, self.explorer.known.flat
+        each = MADE + 2 * (BATCH + len(explorer.programs) * flat.most)
+        rows.grow(self.number * each + 1)
+        shape = self.number * each, rows.rows.shape[1]
+        if self._made.shape != shape:
+            self._made = np.zeros(shape, np.uint64)
+            self._hashes, self._by = np.zeros(shape[0], np.uint64), np.zeros(shape[0], np.int64)
+            self._slots = np.zeros(shape[0], np.int64)
+            self._aside = [np.zeros((8 * each, 3), np.int64) for _ in range(self.number)]
+        if len(self._events[0]) < len(explorer.seen):
+            self._events = [np.zeros(len(explorer.seen), np.int64) for _ in range(self.number)]
+        return each
