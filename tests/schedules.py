@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable
 from functools import cache
 
+from guest_memfd.abstract import state as st
 from guest_memfd.designs import DESIGNS
 from guest_memfd.explore.world.scenario import World, world
 from guest_memfd.lockstep import refinement
@@ -77,3 +78,20 @@ def steps(
         taken += len(both.steps)
         broken |= {law: f"seed {seed}: {words}" for law, words in both.broken.items()}
     return taken, broken
+
+
+def seen(both: refinement.Pair, sizes: st.Sizes | None = None) -> dict[str, int]:
+    """The state of the abstract host that *both*'s machine is in, field by field."""
+    return st.fields_of(refinement.abstraction(both.host, sizes or both.world.machine.sizes))
+
+
+def lent(scene: str = "two-pages") -> refinement.Pair:
+    """A machine on which the guest has its first page, in the first frame that is watched."""
+    there = built("kvm", "library", scene)
+    both = refinement.pair(there, machine(there, random.Random(0)), failures=0)
+    vcpu = refinement.Runner(there.programs["vcpu"].number, there.programs["vcpu"].start())
+    vcpu.resume(None, min)
+    while not seen(both)["pfn0.gmap"]:
+        assert vcpu.pending is not None
+        vcpu.resume(both.step(vcpu.number, vcpu.pending, both.outcomes(vcpu.number, vcpu.pending)[0]), min)
+    return both

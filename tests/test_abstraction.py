@@ -6,7 +6,6 @@ when the emulated side is told to call it 0.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-from schedules import LARGE, SCENES, built, machine, schedule
+from schedules import LARGE, SCENES, lent, schedule, seen
 
 from guest_memfd.abstract import state as st
 from guest_memfd.lockstep import refinement
@@ -153,22 +152,6 @@ def test_it_does_not_look_away(field: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 # -- what it reads, and from where -------------------------------------------------------------------------------------
 
-def seen(both: refinement.Pair, sizes: st.Sizes | None = None) -> dict[str, int]:
-    return st.fields_of(refinement.abstraction(both.host, sizes or both.world.machine.sizes))
-
-
-# A machine on which the guest has its first page, in the first frame that is watched.
-def lent(scene: str = "two-pages") -> refinement.Pair:
-    there = built("kvm", "library", scene)
-    both = refinement.pair(there, machine(there, random.Random(0)), failures=0)
-    vcpu = refinement.Runner(there.programs["vcpu"].number, there.programs["vcpu"].start())
-    vcpu.resume(None, min)
-    while not seen(both)["pfn0.gmap"]:
-        assert vcpu.pending is not None
-        vcpu.resume(both.step(vcpu.number, vcpu.pending, both.outcomes(vcpu.number, vcpu.pending)[0]), min)
-    return both
-
-
 def test_a_page_that_the_guest_did_not_ask_for_is_told_apart() -> None:
     both = lent()
     before = seen(both)
@@ -197,7 +180,7 @@ def test_it_goes_before_an_entry_that_the_table_has(monkeypatch: pytest.MonkeyPa
     both = lent()
     first = both.host.machine.watched[0]
     monkeypatch.setattr(type(both.host.machine), "user_indexes", lambda machine, pa: [0, 1] if pa == first else [])
-    mapping = SimpleNamespace(lookup=lambda index: first if index == 0 else None, vmas=[])
+    mapping = SimpleNamespace(lookup=lambda index: first if index == 0 else None, vmas=[], present={})
     monkeypatch.setattr(both.host.inode, "mapping", mapping)
     assert seen(both)["pfn0.user"] == 2
     mapping.lookup = lambda index: first

@@ -7,114 +7,20 @@ core/convert.py and core/invalidate.py promise.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from errno import EAGAIN, EBADF, EBUSY, EEXIST, EFAULT, EINVAL, EIO, ENOENT, ENOMEM
+from errno import EAGAIN, EBADF, EBUSY, EEXIST, EFAULT, EINVAL, ENOENT, ENOMEM
 from typing import Any
 
 import pytest
+from page_cache import Four, Mapped, PageCache, Single, Splitting, Whole, alive, balanced, library, two
 from scripted import asked
 
 from guest_memfd.core.file import runs
 from guest_memfd.core.gmem import Conversion, Grabbed, Held
-from guest_memfd.core.ops import Reason
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import EHWPOISON
 from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
-from guest_memfd.words.primitives import Folio, Locked, Lookup, Primitive, Steps
-
-
-class Splitting(OurLibrary):
-    """Folios of two pages, single pages where those are not to be had."""
-
-    order, splits = 1, True
-
-
-class Whole(OurLibrary):
-    """Folios of two pages or none."""
-
-    order = 1
-
-
-class Four(OurLibrary):
-    """Folios of four pages, single pages where those are not to be had."""
-
-    order, splits = 2, True
-
-
-class Single(OurLibrary):
-    """It could split, and has nothing to."""
-
-    splits = True
-
-
-class Mapped(OurLibrary):
-    """Private pages stay in the direct map."""
-
-    no_direct_map = False
-
-
-@dataclass
-class PageCache:
-    """Folios by the page index of their head; what the trees say; references; what fails, by primitive."""
-
-    folios: dict[int, Folio] = field(default_factory=dict)
-    attributes: dict[int, int] = field(default_factory=dict)
-    bound: dict[int, int] = field(default_factory=dict)
-    refs: dict[Folio, int] = field(default_factory=dict)
-    batched: set[Folio] = field(default_factory=set)
-    private: set[Folio] = field(default_factory=set)
-    fails: dict[str, list[Any]] = field(default_factory=dict)
-    taken: int = 0
-
-    def heads(self, index: int) -> Iterator[int]:
-        yield from (head for head, folio in self.folios.items() if head <= index < head + folio.nr)
-
-    def __call__(self, primitive: Primitive) -> Any:
-        args = primitive.args
-        if self.fails.get(primitive.name):
-            return self.fails[primitive.name].pop(0)
-        return getattr(self, f"_{primitive.name}", lambda *_args: 0)(*args)
-
-    def _tree_load(self, tree: str, start: int, nr: int) -> tuple[int, ...]:
-        entries, hole = (self.attributes, PRIVATE_PAGE) if tree == "attributes" else (self.bound, 0)
-        return tuple(entries.get(index, hole) for index in range(start, start + nr))
-
-    def _filemap_get_folio(self, index: int) -> Lookup | None:
-        hit = next((Lookup(self.folios[head], head) for head in self.heads(index)), None)
-        self.taken += hit is not None
-        return hit
-
-    def _folio_put(self, folio: Folio, kind: str) -> None:
-        self.taken -= 1
-
-    def _filemap_find_folio(self, index: int, nr: int) -> int:
-        return min((head for head in self.folios if index <= head < index + nr), default=index + nr)
-
-    def _filemap_add_folio(self, index: int, order: int) -> Lookup:
-        head = index >> order << order
-        self.folios[head] = Folio(100 + head, order)
-        return Lookup(self.folios[head], head)
-
-    def _lock_folio(self, folio: Folio) -> Locked:
-        head = next((head for head, known in self.folios.items() if known == folio), None)
-        return Locked(head, True, folio in self.private, False)
-
-    def _folio_ref_count(self, folio: Folio) -> int:
-        return self.refs.get(folio, folio.nr + 1) + (folio in self.batched)
-
-    def _lru_add_drain_all(self) -> None:
-        self.batched.clear()
-
-    def _split_folio(self, folio: Folio) -> int:
-        head = next(self.heads(next(h for h, f in self.folios.items() if f == folio)))
-        del self.folios[head]
-        self.folios |= {head + at: Folio(folio.pfn + at) for at in range(folio.nr)}
-        return 0
-
-
-def library(size: int = 64, design: type[OurLibrary] = OurLibrary) -> OurLibrary:
-    return design(KvmOps(), size)
+from guest_memfd.words.primitives import Folio, Locked, Lookup, Steps
 
 
 def gets(*indexes: int) -> list[str]:
@@ -344,18 +250,10 @@ def test_a_split_that_fails_frees_nothing_and_names_its_page(start: int, nr: int
 
 
 # Who locks, unlocks, by frames, as a split folio goes by another name; and who looks up, puts.
-def balanced(cache: PageCache, done: list[str]) -> None:
-    assert cache.taken == 0
-    pfns = [step.partition("(")[2].rstrip(")").partition(",")[0].partition("/")[0] for step in done]
-    for pfn in {pfn for pfn in pfns if pfn.startswith("pfn")}:
-        mine = [step.partition("(")[0] for step, about in zip(done, pfns, strict=True) if about == pfn]
-        assert mine.count("lock_folio") == mine.count("unlock_folio"), pfn
-
-
 def test_what_is_unmapped_for_broken_memory_is_that_folio() -> None:
     folio = Folio(8, 2)
     cache = PageCache({8: folio}, dict.fromkeys(range(8, 12), SHARED_PAGE), {8: 1})
-    result, done = asked(library().error_folio(folio, Locked(8, True, False, True)), _alive(cache))
+    result, done = asked(library().error_folio(folio, Locked(8, True, False, True)), alive(cache))
     assert result == "delayed"
     assert done == [
         "igrab()", "unlock_folio(pfn8/o2)", "down_read(invalidate)", "lock_folio(pfn8/o2)", "unlock_folio(pfn8/o2)",
@@ -364,15 +262,11 @@ def test_what_is_unmapped_for_broken_memory_is_that_folio() -> None:
         "iput()", "lock_folio(pfn8/o2)"]
 
 
-def _alive(cache: PageCache) -> Any:
-    return lambda primitive: primitive.name in ("igrab", "get_file") or cache(primitive)
-
-
 @pytest.mark.parametrize("bound", [0, 6, 8, 9])
 def test_a_page_that_is_not_bound_there_is_not_given_to_the_guest(bound: int) -> None:
     cache = two(PRIVATE_PAGE)
     cache.bound[2] = bound
-    ret, done = asked(library().guest_fault(6, 2), _alive(cache))
+    ret, done = asked(library().guest_fault(6, 2), alive(cache))
     assert ret == -EFAULT
     assert done[-3:] == ["end_op(-14, None)", "up_read(invalidate)", "fput()"]
     assert not any(step.startswith("filemap") for step in done)
@@ -451,7 +345,7 @@ def test_of_a_file_that_has_gone_nothing_is_touched(operation: str, args: Any, a
     ({2: 1, 3: 2}, 3, -EEXIST), ({2: 1, 3: 2}, 4, 0), ({2: 1, 3: 2}, 1, -EEXIST), ({}, 3, 0), ({5: 6}, 3, 0)])
 def test_a_page_is_bound_once_and_the_first_binding_holds_the_file(bound: dict[int, int], start: int, ret: int) -> None:
     cache = PageCache(bound=bound, fails={"vm_state": ["running"]})
-    got, done = asked(library().bind(40, start, 2), _alive(cache))
+    got, done = asked(library().bind(40, start, 2), alive(cache))
     assert got == ret
     assert done[3] == "tree_load(bindings, 0, 64)"
     assert done[-2 if ret or bound else -1:] == [
@@ -459,7 +353,7 @@ def test_a_page_is_bound_once_and_the_first_binding_holds_the_file(bound: dict[i
 
 
 def test_of_pages_that_are_not_bound_nothing_is_announced() -> None:
-    result, done = asked(library().unbind(4, 2), _alive(two(SHARED_PAGE)))
+    result, done = asked(library().unbind(4, 2), alive(two(SHARED_PAGE)))
     assert result == Conversion(-ENOENT)
     assert done[3:] == ["tree_load(bindings, 0, 64)", "end_op(-2, None)", "up_write(invalidate)", "fput()"]
 
@@ -469,224 +363,8 @@ def test_a_vm_is_let_go_when_all_is_back_and_before_the_file_may_go() -> None:
         def release(self) -> Steps[None]:
             yield from self.host.hyp_call("release")
 
-    _, done = asked(OurLibrary(Released(), 64).vm_teardown(), _alive(two(SHARED_PAGE)))
+    _, done = asked(OurLibrary(Released(), 64).vm_teardown(), alive(two(SHARED_PAGE)))
     assert done[-4:] == ["up_write(invalidate)", "hyp_call(release)", "fput()", "fput()"]
-
-
-# -- what the hypervisor is asked --------------------------------------------------------------------------------------
-
-
-class Recorded(KvmOps):
-    """Says what it is asked, and answers as it is told."""
-
-    def __init__(self, *answers: int) -> None:
-        super().__init__()
-        self.calls: list[str] = []
-        self.answers = list(answers)
-
-    def _asked(self, call: str) -> Steps[int]:
-        yield from ()
-        self.calls.append(call)
-        return self.answers.pop(0) if self.answers else 0
-
-    def invalidate(self, gfn: int, folio: Folio, private: bool, reason: Reason) -> Steps[int]:
-        return self._asked(f"invalidate {gfn} {reason}")
-
-    def reclaim(self, gfn: int, folio: Folio) -> Steps[int]:
-        return self._asked(f"reclaim {gfn}")
-
-    def make_shared(self, gfn: int, folio: Folio) -> Steps[int]:
-        return self._asked(f"make_shared {gfn}")
-
-    def make_private(self, gfn: int, folio: Folio) -> Steps[None]:
-        yield from self._asked(f"make_private {gfn}")
-
-    def release(self) -> Steps[None]:
-        yield from self._asked("release")
-
-
-def two(attribute: int) -> PageCache:
-    """Pages 2 and 3, bound to gfns 6 and 7."""
-    return PageCache({2: Folio(2), 3: Folio(3)}, {2: attribute, 3: attribute}, {2: 7, 3: 8})
-
-
-@pytest.mark.parametrize(("name", "attribute", "answers", "result", "calls"), [
-    ("make_private", SHARED_PAGE, [], Conversion(0), "make_private 6, make_private 7"),
-    ("make_private", SHARED_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), ""),
-    ("make_shared", PRIVATE_PAGE, [], Conversion(0), "make_shared 6, make_shared 7"),
-    ("make_shared", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), ""),
-    ("make_shared", PRIVATE_PAGE, [0, 0, 0, -EAGAIN], Conversion(-EAGAIN, 3), "make_shared 6, make_shared 7"),
-    ("punch_hole", PRIVATE_PAGE, [], Conversion(0), "reclaim 6, reclaim 7"),
-    ("punch_hole", SHARED_PAGE, [], Conversion(0), ""),
-    ("punch_hole", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), ""),
-    ("punch_hole", PRIVATE_PAGE, [0, 0, -EAGAIN], Conversion(0), "reclaim 6, reclaim 6, reclaim 7"),
-    ("punch_hole", PRIVATE_PAGE, [0, 0, 0, -EAGAIN, -EAGAIN], Conversion(-EAGAIN, 3), "reclaim 6, reclaim 7, reclaim 7"),
-    ("unbind", PRIVATE_PAGE, [], Conversion(0), "reclaim 6, reclaim 7"),
-    ("unbind", SHARED_PAGE, [], Conversion(0), ""),
-    ("unbind", PRIVATE_PAGE, [0, -EBUSY], Conversion(-EBUSY, 3), ""),
-    ("unbind", PRIVATE_PAGE, [0, 0, 0, -EIO], Conversion(-EIO, 3), "reclaim 6, reclaim 7"),
-])
-def test_the_hypervisor_is_asked_for_every_page_before_any_is_taken(
-    name: str, attribute: int, answers: list[int], result: Conversion, calls: str,
-) -> None:
-    ops, cache = Recorded(*answers), two(attribute)
-    file = OurLibrary(ops, 64)
-    got, done = asked(getattr(file, name)(2, 2), _alive(cache))
-    assert got == result
-    reason = {"make_private": "to_private", "make_shared": "to_shared", "punch_hole": "punch"}.get(name, name)
-    assert ", ".join(ops.calls) == ", ".join(filter(None, [f"invalidate 6 {reason}, invalidate 7 {reason}", calls]))
-    assert ("tree_store_reserved" in str(done)) == (result.ret == 0 and name != "punch_hole")
-    # What has been reserved is used, or given back.
-    kinds = [step.partition("(")[0] for step in done]
-    ends = kinds.count("tree_store_reserved") * (name != "unbind") + kinds.count("tree_release")
-    assert kinds.count("tree_reserve") == ends
-    balanced(cache, done)
-
-
-@pytest.mark.parametrize(("answers", "merged"), [([], [(2, 2)]), ([0, -EBUSY], [])])
-def test_what_has_become_private_is_merged_and_what_was_refused_is_not(
-    monkeypatch: pytest.MonkeyPatch, answers: list[int], merged: list[tuple[int, int]],
-) -> None:
-    done: list[tuple[int, int]] = []
-
-    def merge(_: OurLibrary, start: int, nr: int) -> Steps[None]:
-        done.append((start, nr))
-        yield from ()
-
-    monkeypatch.setattr(OurLibrary, "merge", merge)
-    asked(OurLibrary(Recorded(*answers), 64).make_private(2, 2), _alive(two(SHARED_PAGE)))
-    assert done == merged
-
-
-@pytest.mark.parametrize(("name", "attribute", "ranged"), [
-    ("make_private", SHARED_PAGE, {"unmap_mapping_pages", "gmem_invalidate_begin", "tree_reserve"}),
-    ("make_shared", PRIVATE_PAGE, {"gmem_invalidate_begin", "tree_reserve"}),
-    ("punch_hole", PRIVATE_PAGE, {"unmap_mapping_pages", "gmem_invalidate_begin"}),
-    ("unbind", PRIVATE_PAGE, {"gmem_invalidate_begin"}),
-])
-def test_what_is_done_to_a_range_is_done_to_all_of_it_and_no_more(name: str, attribute: int, ranged: set[str]) -> None:
-    _, done = asked(getattr(library(), name)(2, 2), _alive(two(attribute)))
-    about = [step for step in done if step.startswith(("unmap_mapping_pages", "gmem_invalidate_begin", "tree_reserve"))]
-    assert {step.partition("(")[0] for step in about} == ranged
-    assert all(step.endswith("2, 2)") for step in about)
-    stores = [at for at, step in enumerate(done) if step.startswith("tree_store_reserved")]
-    assert all(done.index("gmem_invalidate_begin(2, 2)") < at < done.index("gmem_invalidate_end()") for at in stores)
-
-
-@pytest.mark.parametrize(("name", "entry"), [
-    ("make_shared", PRIVATE_PAGE), ("make_private", SHARED_PAGE), ("punch_hole", PRIVATE_PAGE)])
-def test_of_what_is_bound_to_nothing_the_hypervisor_is_not_asked(name: str, entry: int) -> None:
-    ops, cache = Recorded(), two(entry)
-    cache.bound.clear()
-    assert asked(getattr(OurLibrary(ops, 64), name)(2, 2), cache)[0] == Conversion(0)
-    assert ops.calls == []
-
-
-def test_of_what_is_so_already_the_hypervisor_is_not_asked() -> None:
-    ops, cache = Recorded(), two(PRIVATE_PAGE)
-    cache.attributes[3] = SHARED_PAGE
-    assert asked(OurLibrary(ops, 64).make_shared(2, 2), cache)[0] == Conversion(0)
-    assert ops.calls == ["invalidate 6 to_shared", "make_shared 6"]
-
-
-def test_a_page_that_the_guest_keeps_stays_though_its_folio_is_split() -> None:
-    ops = Recorded(-EBUSY)
-    cache = PageCache({0: Folio(0, 1)}, dict.fromkeys(range(2), PRIVATE_PAGE), {0: 1, 1: 2})
-    result, done = asked(Splitting(ops, 4).punch_hole(1, 1), cache)
-    assert (result, ops.calls) == (Conversion(-EBUSY, 1), ["invalidate 1 punch"])
-    assert [step for step in done if step.startswith(("split", "filemap_remove"))] == ["split_folio(pfn0/o1)"]
-    balanced(cache, done)
-
-
-@pytest.mark.parametrize("scrubs", [True, False])
-def test_the_library_zeroes_what_the_hypervisor_does_not(scrubs: bool) -> None:
-    ops = Recorded()
-    ops.scrubs = scrubs
-    _, done = asked(OurLibrary(ops, 64).punch_hole(2, 2), two(PRIVATE_PAGE))
-    assert [step for step in done if "clear" in step] == (
-        [] if scrubs else ["clear_folio_local(pfn2)", "clear_folio_local(pfn3)"])
-
-
-def test_a_vm_without_a_file_is_released() -> None:
-    ops = Recorded()
-    assert asked(OurLibrary(ops, 64).vm_teardown(), PageCache(fails={"get_file": [False]})) == (0, ["get_file()"])
-    assert ops.calls == ["release"]
-
-
-def test_the_last_reference_may_be_that_of_memory_failure() -> None:
-    folio = Folio(8)
-    cache = PageCache({4: folio}, {4: SHARED_PAGE}, fails={"igrab": [True], "iput": [True]})
-    _, done = asked(library().error_folio(folio, Locked(4, True, False, True)), cache)
-    assert done[-3:] == ["destroy_inode()", "module_put()", "lock_folio(pfn8)"]
-    assert [done.count(step) for step in ("filemap_remove_folio(pfn8)", "destroy_inode()")] == [1, 1]
-
-
-def test_of_broken_memory_that_is_not_bound_no_guest_is_told() -> None:
-    folio = Folio(8)
-    result, done = asked(library().error_folio(folio, Locked(4, True, False, True)), _alive(PageCache({4: folio})))
-    assert result == "delayed"
-    assert not any(step.startswith("hyp_call") for step in done)
-
-
-def test_broken_memory_that_has_left_the_file_is_no_business_of_it() -> None:
-    assert asked(library().error_folio(Folio(8), Locked(None, True, False, True)), PageCache()) == ("failed", [])
-
-
-def test_a_file_that_is_just_going_takes_its_broken_pages_along() -> None:
-    result, done = asked(library().error_folio(Folio(8), Locked(4, True, False, True)), lambda _primitive: False)
-    assert (result, done) == ("failed", ["igrab()"])
-
-
-@pytest.mark.parametrize(("start", "nr"), [(-1, 1), (0, 0), (0, -1)])
-def test_a_punch_of_no_range_is_refused_before_anything_is_asked_for(start: int, nr: int) -> None:
-    assert asked(library().punch_hole(start, nr), PageCache()) == (Conversion(-EINVAL), [])
-
-
-@pytest.mark.parametrize(("start", "nr"), [(64, 1), (70, 2)])
-def test_a_punch_past_the_end_touches_nothing(start: int, nr: int) -> None:
-    result, done = asked(library().punch_hole(start, nr), PageCache())
-    assert result == Conversion(0)
-    assert [step for step in done if "op(" not in step] == ["down_write(invalidate)", "up_write(invalidate)"]
-
-
-@pytest.mark.parametrize(("answers", "ret", "calls", "stored"), [
-    ([], 0, ["invalidate 6 teardown", "reclaim 6", "invalidate 7 teardown", "reclaim 7", "release"], True),
-    ([0, 0, 0, -EAGAIN, -EAGAIN], -EAGAIN,
-     ["invalidate 6 teardown", "reclaim 6", "invalidate 7 teardown", "reclaim 7", "reclaim 7"], False),
-    ([0, -EIO], 0, ["invalidate 6 teardown", "reclaim 6", "invalidate 7 teardown", "reclaim 7", "release"], True),
-    ([-EIO], 0, ["invalidate 6 teardown", "invalidate 7 teardown", "reclaim 7", "release"], True),
-])
-def test_a_dying_vm_gives_everything_back(answers: list[int], ret: int, calls: list[str], stored: bool) -> None:
-    ops, cache = Recorded(*answers), two(PRIVATE_PAGE)
-    got, done = asked(OurLibrary(ops, 64).vm_teardown(), _alive(cache))
-    assert (got, ops.calls) == (ret, calls)
-    assert ("tree_store_reserved(bindings, 0, 0 x 64)" in done) == stored
-    given_up = [step for step in done if any(word in step for word in ("unmap_mapping", "leak", "filemap_remove"))]
-    assert given_up == (["unmap_mapping_pages(2, 1)", "leak_folio(pfn2)", "filemap_remove_folio(pfn2)"]
-                        if -EIO in answers else [])
-    assert f"end_op({ret}, {3 if ret else None})" in done
-    balanced(cache, done)
-
-
-def test_what_cannot_be_put_back_into_the_direct_map_is_kept() -> None:
-    cache = two(PRIVATE_PAGE)
-    cache.private, cache.fails = {Folio(2), Folio(3)}, {"set_direct_map_default_noflush": [-ENOMEM, -ENOMEM]}
-    result, done = asked(library().punch_hole(2, 2), cache)
-    assert result == Conversion(0)
-    assert [step for step in done if "leak" in step] == ["leak_folio(pfn2)"]
-    balanced(cache, done)
-
-
-@pytest.mark.parametrize(("start", "nr", "cut"), [(1, 3, [0]), (0, 3, [2]), (1, 2, [0, 2])])
-def test_the_first_page_of_a_range_that_stays_with_the_hypervisor_ends_a_punch(start: int, nr: int, cut: list[int]) -> None:
-    cache = PageCache({0: Folio(0, 1), 2: Folio(2, 1)}, dict.fromkeys(range(4), PRIVATE_PAGE), {n: n + 1 for n in range(4)})
-    ops = Recorded(0, 0, -EIO)
-    result, done = asked(Splitting(ops, 4).punch_hole(start, nr), cache)
-    assert result == Conversion(-EIO, start)
-    assert ops.calls[2:] == [f"reclaim {start}"]
-    assert [step for step in done if step.startswith(("split_folio", "filemap_remove"))] == [
-        f"split_folio(pfn{head}/o1)" for head in cut]
-    balanced(cache, done)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

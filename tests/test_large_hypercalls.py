@@ -259,7 +259,7 @@ TWO_FOLIOS = Scene("two-folios", "two folios of two pages", pages=4, frames=4, s
                    order=1)
 SECOND = Folio(2, 1)
 SPLITS = [
-    *(("pkvm", Primitive("guest_consents", (gfn,), "guest"), gfn // 2) for gfn in range(4)),
+    *((name, Primitive("guest_consents", (gfn,), "guest"), gfn // 2) for name in ("pkvm", "gunyah") for gfn in range(4)),
     *(("pkvm", Primitive("image_copy", (pfn,), "power"), pfn // 2) for pfn in range(4)),
     *((name, Primitive("hyp_call", (call, folio.pfn, folio), "module"), folio.pfn // 2) for folio in (F, SECOND)
       for name, call in (("pkvm", "split_guest"), ("tdx", "page_demote"), ("snp", "psmash"), ("cca", "rtt_split"))),

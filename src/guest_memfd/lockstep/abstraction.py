@@ -137,8 +137,9 @@ def _shown_at(host: EmulatedHost, pa: Pa, at: int, share: int) -> int:
     mapping, pages = host.inode.mapping, span(Index(at), host.inode.size // share, share)
     table: set[Index] = set()
     if mapping is not None:
-        others = (index for index, to in mapping.present.items() if to == pa) if share > 1 else ()
-        table = {index for index in {*pages, *others} if mapping.lookup(index) == pa}
+        # Of other pages of a half nobody looks at the table: what rmap would find there is enough.
+        table = {index for index in pages if mapping.lookup(index) == pa}
+        table |= {index for index, to in mapping.present.items() if to == pa}
     outlived = set(host.machine.user_indexes(pa)) - table
     # An entry that has outlived the table is what an access would hit first, so it is what the abstract host must
     # have.

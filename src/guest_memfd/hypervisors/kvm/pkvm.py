@@ -89,7 +89,7 @@ def reclaim_dying_guest_page(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
         return stage2.refuse("reclaim_dying_guest_page", EPERM)
     if stage2.guest_leaf(gfn) > folio.order:
         return -E2BIG
-    whole = folio.order and stage2.guest_leaf(gfn) == folio.order
+    whole = stage2.guest_leaf(gfn) == folio.order
     # Unmap, zero, give back, in this order. A guest vCPU that still runs could write after the zeroing; the host
     # could read before it.
     for at, pfn in enumerate(folio.pfns):
