@@ -57,7 +57,7 @@ def test_of_equal_rows_the_first_is_entered(made: list[list[int]], parts: int) -
         first.setdefault(int(values[j, 0]), j)
     assert [j for j in order if slots[j] >= 0] == sorted(first.values())
     assert {int(entry & 0xFFFFFFFF) - 1 for entry in table if entry} == {*first.values()}
-    assert all(loops.found(values, values, j, hashes[j], table) for j in order)
+    assert all(load.loops("numba").found(values, values, j, hashes[j], table) for j in order)
 
 
 @settings(max_examples=100, deadline=None)
@@ -70,14 +70,14 @@ def test_a_table_that_is_made_anew_has_all_rows(values: set[int], number: int) -
         for i in left[part, :loops.rehash(rows, len(rows), table, ends[part], ends[part + 1], left[part])]:
             numba.enter_again(rows, i, table)
     assert sorted(int(entry & 0xFFFFFFFF) - 1 for entry in table if entry) == [*range(len(rows))]
-    assert all(loops.found(rows, rows, i, np.uint64(numba.hash_of(rows, i)), table) for i in range(len(rows)))
+    assert all(numba.found(rows, rows, i, np.uint64(numba.hash_of(rows, i)), table) for i in range(len(rows)))
 
 
 def test_what_is_a_row_already_is_found() -> None:
-    loops = load.threaded()
-    rows, table = table_of([3, 10, 17, 24], loops)
+    numba = load.loops("numba")
+    rows, table = table_of([3, 10, 17, 24], load.threaded())
     made = np.array([[10], [11], [24], [31]], np.uint64)
-    assert [loops.found(rows, made, j, np.uint64(hash_of(int(made[j, 0]))), table) for j in range(4)] == [
+    assert [numba.found(rows, made, j, np.uint64(hash_of(int(made[j, 0]))), table) for j in range(4)] == [
         True, False, True, False]
 
 

@@ -76,18 +76,16 @@ def _compile(module: Any) -> Any:
 
 
 def _compile_threaded(module: Any) -> Any:
-    rows, trees, of = _small(loops("numba"))
+    rows, trees, _ = _small(loops("numba"))
     numbers, bytes_, table = np.zeros(0, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)
     hashes = np.zeros(0, np.uint64)
     count = np.zeros(COUNTERS + 1, np.int64)
-    module.step(rows.rows, rows.table, trees, rows.room, rows.places, of, bytes_, bytes_, table, 0, 0, 0, bytes_, rows.rows,
-                hashes, numbers, table, numbers, count, 1)
     module.enter(rows.rows, hashes, numbers, 0, 0, rows.table, 0, 0, numbers, numbers)
     module.enter_left(rows.rows, hashes, numbers, 0, rows.table, numbers)
     module.settle(rows.rows, numbers, numbers, 0, 0, 0, rows.rows, rows.table, trees, rows.room, 1, bytes_, table, numbers,
                   count)
     module.rehash(rows.rows, 0, rows.table, 0, 0, numbers)
-    return module.step
+    return module.rehash
 
 
 # Rows of one party, where a byte has two values.

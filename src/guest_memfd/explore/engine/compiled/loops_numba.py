@@ -273,62 +273,17 @@ def enter_again(rows: Any, i: Any, table: Any) -> None:
 
 
 @compiled
-def make(
-    i: Any, p0: Any, rows: Any, into: Any, to: Any, hashes: Any, by: Any, size: Any, trees: Any, room: Any, places: Any,
-    of: Any, ready: Any, seen: Any, base: Any, moved: Any, aside: Any, events: Any, count: Any,
-) -> Any:
-    """Make rows into[to + size:] of what row *i* becomes by what entry (i, p0) of a queue asks for; returns the new size."""
-    parties, p1 = len(of), p0 + 1
-    if p0 > parties:
-        judge(rows, i, p0, trees, room, seen, aside, events, count)
-        return size
-    if p0 == parties:
-        d, child = walk(enc.HALTS, 0, rows, i, trees, room)
-        if d & KIND != IS_LEAF:
-            put_aside(aside, count, i, p0, ask(enc.HALTS, 0, d, child, trees))
-            return size
-        first, last = ways_of(d)
-        if first < last:
-            moved[i - base] = enc.HALTED
-            return size
-        p0, p1 = 0, parties
-    for p in range(p0, p1):
-        place = place_of(rows, i, places, p)
-        d, child = walk(of[p], place, rows, i, trees, room)
-        if d & KIND != IS_LEAF:
-            put_aside(aside, count, i, p, ask(of[p], place, d, child, trees))
-            continue
-        first, last = ways_of(d)
-        if first == last:
-            continue
-        if ready[first] == 0:
-            if not fits(first, last, p, trees, room, places):
-                put_aside(aside, count, i, p, first)
-                continue
-            ready[first] = 1
-        moved[i - base] = enc.MOVED
-        count[enc.TRANSITIONS] += last - first
-        for way in range(first, last):
-            n = to + size
-            take(rows, i, into, n, way, p, trees, room, places)
-            hashes[size], by[size] = hash_of(into, n), way
-            size += 1
-            if trees.flag[way] & enc.FACT:
-                tell(way, seen, events, count)
-    return size
-
-
-@compiled
-def touch(hashes: Any, size: Any, rows: Any, table: Any, count: Any) -> None:
-    """Touch what *size* rows will be compared with, all of it before any of it is needed."""
-    touched, mask = ZERO, U(len(table) - 1)
-    for j in range(size):
-        touched ^= table[I(hashes[j] & mask)]
-    for j in range(size):
-        e = table[I(hashes[j] & mask)]
-        if e >> S32 == hashes[j] >> S32:
-            touched ^= rows[I(e & LOW) - 1, 0]
-    count[enc.COUNTERS] = I(touched & ONE)              # or the compiler would leave it out
+def found(rows: Any, made: Any, j: Any, h: Any, table: Any) -> Any:
+    """Whether row *j* of *made*, whose hash is *h*, is one of *rows*."""
+    mask = U(len(table) - 1)
+    slot = h & mask
+    while True:
+        e = table[I(slot)]
+        if e == ZERO:
+            return False
+        if e >> S32 == h >> S32 and equal(rows, I(e & LOW) - 1, made, j):
+            return True
+        slot = (slot + ONE) & mask
 
 
 @compiled
@@ -341,32 +296,96 @@ def expand(
     of: the tree of each party. ready: first ways of leaves, all parts of which have room. seen: payloads that were told.
     moved: of rows from *base*. most: ways of the largest leaf.
     """
-    parties = len(of)
+    last_row = min(len(rows), I(len(table) * enc.FULL)) - enc.BATCH - len(of) * most - 1
+    return spread(rows, rows, last_row, True, np.empty(0, np.uint64), np.empty(0, np.int64), table, trees, room, places, of,
+                  ready, seen, queue, lo, len(queue), base, moved, aside, len(aside), events, count, most)
+
+
+# One function for one thread and for several: called for each entry, or for each batch, it takes twice the time.
+@compiled
+def spread(
+    rows: Any, into: Any, last_row: Any, alone: Any, hashes_of: Any, ways_to: Any, table: Any, trees: Any, room: Any,
+    places: Any, of: Any, ready: Any, seen: Any, queue: Any, lo: Any, hi: Any, base: Any, moved: Any, aside: Any,
+    most_aside: Any, events: Any, count: Any, most: Any,
+) -> Any:
+    """Take every step that queue[lo:hi] asks for, while there is room; returns how far it has come.
+
+    alone: rows are made in *into*, which is *rows*, and entered. Else they are kept there if the table has not got them,
+    with their hashes and the ways that led to them. There is room up to *last_row*, and for *most_aside* that are put aside.
+    """
+    parties, mask = len(of), U(len(table) - 1)
     batch = enc.BATCH + parties * most
-    last_row = min(len(rows), I(len(table) * enc.FULL)) - batch - 1
-    few = len(aside) - 2 * batch - 1
+    few = most_aside - 2 * batch - 1
     hashes, by = np.empty(batch, np.uint64), np.empty(batch, np.int64)
     size, k = 0, lo
-    while k < len(queue) or size:
+    while k < hi or size:
         full = count[enc.ROWS] > last_row or count[enc.ASIDE] > few
-        if k < len(queue) and size < enc.BATCH and not full:
-            size = make(queue[k, 0], queue[k, 1], rows, rows, count[enc.ROWS], hashes, by, size, trees, room, places, of,
-                        ready, seen, base, moved, aside, events, count)
+        if k < hi and size < enc.BATCH and not full:
+            i, p0 = queue[k, 0], queue[k, 1]
             k += 1
+            if p0 > parties:
+                judge(rows, i, p0, trees, room, seen, aside, events, count)
+                continue
+            p1 = p0 + 1
+            if p0 == parties:
+                d, child = walk(enc.HALTS, 0, rows, i, trees, room)
+                if d & KIND != IS_LEAF:
+                    put_aside(aside, count, i, p0, ask(enc.HALTS, 0, d, child, trees))
+                    continue
+                first, last = ways_of(d)
+                if first < last:
+                    moved[i - base] = enc.HALTED
+                    continue
+                p0, p1 = 0, parties
+            for p in range(p0, p1):
+                place = place_of(rows, i, places, p)
+                d, child = walk(of[p], place, rows, i, trees, room)
+                if d & KIND != IS_LEAF:
+                    put_aside(aside, count, i, p, ask(of[p], place, d, child, trees))
+                    continue
+                first, last = ways_of(d)
+                if first == last:
+                    continue
+                if ready[first] == 0:
+                    if not fits(first, last, p, trees, room, places):
+                        put_aside(aside, count, i, p, first)
+                        continue
+                    ready[first] = 1
+                moved[i - base] = enc.MOVED
+                count[enc.TRANSITIONS] += last - first
+                for way in range(first, last):
+                    n = count[enc.ROWS] + size
+                    take(rows, i, into, n, way, p, trees, room, places)
+                    hashes[size], by[size] = hash_of(into, n), way
+                    size += 1
+                    if trees.flag[way] & enc.FACT:
+                        tell(way, seen, events, count)
             continue
         if size == 0:
             break
-        touch(hashes, size, rows, table, count)
+        # Touch what will be compared, all of it before any of it is needed.
+        touched = ZERO
+        for j in range(size):
+            touched ^= table[I(hashes[j] & mask)]
+        for j in range(size):
+            e = table[I(hashes[j] & mask)]
+            if e >> S32 == hashes[j] >> S32:
+                touched ^= rows[I(e & LOW) - 1, 0]
+        count[enc.COUNTERS] = I(touched & ONE)          # or the compiler would leave it out
         start = count[enc.ROWS]
         for j in range(size):
             n = count[enc.ROWS]
             if n != start + j:
                 for w in range(rows.shape[1]):
-                    rows[n, w] = rows[start + j, w]
-            if enter(rows, n, hashes[j], table):
+                    into[n, w] = into[start + j, w]
+            if alone:
+                if enter(rows, n, hashes[j], table):
+                    count[enc.ROWS] = n + 1
+                    if trees.flag[by[j]] & enc.VISIBLE:
+                        judge(rows, n, parties + 1, trees, room, seen, aside, events, count)
+            elif not found(rows, into, n, hashes[j], table):
+                hashes_of[n], ways_to[n] = hashes[j], by[j]
                 count[enc.ROWS] = n + 1
-                if trees.flag[by[j]] & enc.VISIBLE:
-                    judge(rows, n, parties + 1, trees, room, seen, aside, events, count)
         size = 0
         if full:
             break

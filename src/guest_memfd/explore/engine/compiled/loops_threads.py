@@ -4,8 +4,8 @@ Theory of operation. What a level costs is waiting for memory and walking down t
 at once, if none writes where another one reads. So a stretch of a queue is taken in three loops, and between two of them
 all threads wait for the slowest:
 
-    step    each has a part of the queue, takes its steps into rows of its own, and drops what the table has: three of four
-            successors, as a rule. The table is only read.
+    spread  each has a part of the queue, takes its steps into rows of its own, and drops what the table has: three of four
+            successors, as a rule. The table is only read (loops_numba.py).
     enter   each has a part of the *table*, goes through what all have made, and enters what belongs there. Of equal rows the
             first stays, in the order of the queue. Probing that would run over the end of a part is left for later.
     settle  each copies those of its rows that were new to where they stay, under numbers that follow one another in the
@@ -20,58 +20,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from guest_memfd.explore.engine.compiled import encoding as enc
 from guest_memfd.explore.engine.compiled.jit import compiled
-from guest_memfd.explore.engine.compiled.loops_numba import LOW, ONE, S32, ZERO, I, U, equal, hash_of, judge, make, touch
-
-
-@compiled
-def found(rows: Any, made: Any, j: Any, h: Any, table: Any) -> Any:
-    """Whether row *j* of *made*, whose hash is *h*, is one of *rows*."""
-    mask = U(len(table) - 1)
-    slot = h & mask
-    while True:
-        e = table[I(slot)]
-        if e == ZERO:
-            return False
-        if e >> S32 == h >> S32 and equal(rows, I(e & LOW) - 1, made, j):
-            return True
-        slot = (slot + ONE) & mask
-
-
-@compiled
-def step(
-    rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, ready: Any, seen: Any, queue: Any, lo: Any, hi: Any,
-    base: Any, moved: Any, made: Any, hashes: Any, by: Any, aside: Any, events: Any, count: Any, most: Any,
-) -> Any:
-    """Take every step that queue[lo:hi] asks for; returns how far it has come, and how many of *made* the table has not."""
-    batch = enc.BATCH + len(of) * most
-    last, few = len(made) - batch, len(aside) - len(made) - 2 * batch - 1
-    some, ways = np.empty(batch, np.uint64), np.empty(batch, np.int64)
-    size, n, k = 0, 0, lo
-    while k < hi or size:
-        full = n > last or count[enc.ASIDE] > few
-        if k < hi and size < enc.BATCH and not full:
-            size = make(queue[k, 0], queue[k, 1], rows, made, n, some, ways, size, trees, room, places, of, ready, seen,
-                        base, moved, aside, events, count)
-            k += 1
-            continue
-        if size == 0:
-            break
-        touch(some, size, rows, table, count)
-        start = n
-        for j in range(start, start + size):
-            if not found(rows, made, j, some[j - start], table):
-                for w in range(rows.shape[1]):
-                    made[n, w] = made[j, w]
-                hashes[n], by[n] = some[j - start], ways[j - start]
-                n += 1
-        size = 0
-        if full:
-            break
-    return k, n
+from guest_memfd.explore.engine.compiled.loops_numba import LOW, S32, ZERO, I, U, equal, hash_of, judge
 
 
 @compiled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -62,21 +62,24 @@ class Threads:
         explorer, rows, trees = self.explorer, self.explorer.rows, self.explorer.known.flat.trees
         each = self._make_ready()
         parts = self._parts(0, len(queue))
+        most = explorer.known.flat.most
         same = trees, rows.room, rows.places, explorer.of, rows.ready, explorer.seen, queue
 
-        def step(t: int) -> Any:
-            there = slice(t * each, (t + 1) * each)
-            return self.loops.step(
-                rows.rows, rows.table, *same, parts[t], parts[t + 1], base, moved, self._made[there], self._hashes[there],
-                self._by[there], self._aside[t], self._events[t], self._count[t], explorer.known.flat.most)
+        def spread(t: int) -> int:
+            mine, count = slice(t * each, (t + 1) * each), self._count[t]
+            # What is put aside when new rows are judged has room as well.
+            return int(explorer.loops.spread(
+                rows.rows, self._made[mine], MADE, False, self._hashes[mine], self._by[mine], rows.table, *same, parts[t],
+                parts[t + 1], base, moved, self._aside[t], len(self._aside[t]) - each, self._events[t], count, most))
 
-        ended = self.all(step)
-        self._enter(np.array([n for _, n in ended], np.int64), each)
+        come = self.all(spread)
+        many = self._count[:, ROWS].copy()
+        self._enter(many, each)
         rows.count[TRANSITIONS] += self._count[:, TRANSITIONS].sum()
         aside = np.concatenate([self._aside[t][:n] for t, n in enumerate(self._count[:, ASIDE])])
         events = np.concatenate([self._events[t][:n] for t, n in enumerate(self._count[:, EVENTS])])
         self._count[:] = 0
-        return aside, events, np.concatenate([queue[k:hi] for (k, _), hi in zip(ended, parts[1:], strict=True)])
+        return aside, events, np.concatenate([queue[k:hi] for k, hi in zip(come, parts[1:], strict=True)])
 
     def rehash(self, rows: Array, n: int, table: Array) -> None:
         """Enter the first *n* rows into the empty *table*, as `loops_numba.rehash` does."""
