@@ -205,6 +205,13 @@ def test_what_an_operation_is_about_ends_where_the_file_does(start: int, nr: int
     assert (seen(both)[f"party{vmm}.scope"], seen(both)["file0.reserved"]) == (mask, mask)
 
 
+def test_all_that_a_task_has_announced_counts() -> None:
+    both = lent("three-pages")
+    vmm = both.world.programs["vmm2"].number
+    both.host.machine.tracer.announced[vmm] = (range(1), range(2, 3))
+    assert seen(both)[f"party{vmm}.announced"] == 0b101
+
+
 def test_the_cache_of_the_vm_maps_the_frame_that_it_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     both = lent()
     monkeypatch.setattr(both.host.vm, "gpc", SimpleNamespace(pa=both.host.machine.watched[1]))

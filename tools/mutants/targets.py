@@ -38,7 +38,7 @@ BESIDE_THE_SUITE = Tested(
 """Scripted answers, folios of more than one page, and calls that the library never makes: no scene has them."""
 
 ON_THE_MACHINE = Tested(
-    "test_abstraction.py", "test_refinement*.py", "test_planted_machine.py", "test_planted_blocks.py", "test_machine_*.py",
+    "test_abstraction*.py", "test_refinement*.py", "test_planted_machine.py", "test_planted_blocks.py", "test_machine_*.py",
     "test_emulated_parts.py",
     "test_arm64_*.py", "test_cpu.py", "test_asm.py", "test_mem_abort.py", "test_oops.py", "test_linear_map.py",
     "test_kernel_power.py", "test_module_loader.py", "test_gunyah_*.py", "test_kvm_*.py", "test_pkvm_*.py",
@@ -46,7 +46,7 @@ ON_THE_MACHINE = Tested(
 )
 """Lock step with the abstract host, and the tests of the machine's parts."""
 
-IN_LOCK_STEP = Tested("test_abstraction.py", "test_refinement*.py", "test_planted_machine.py", "test_planted_blocks.py",
+IN_LOCK_STEP = Tested("test_abstraction*.py", "test_refinement*.py", "test_planted_machine.py", "test_planted_blocks.py",
                       "test_machine_*.py")
 """The tests that compare a machine with what it stands for."""
 

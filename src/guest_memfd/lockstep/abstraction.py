@@ -191,7 +191,7 @@ def _ghost(host: EmulatedHost, ghost: st.PartyGhost, pages: int, share: int) -> 
 
 def _mask(members: Collection[int], pages: int, share: int) -> int:
     if isinstance(members, range):
-        members = range(members.start // share, -(-members.stop // share)) if members else ()
+        members = range(members.start // share, -(-members.stop // share))
     else:
         members = {member // share for member in members}
     return sum(1 << i for i in members if 0 <= i < pages)
