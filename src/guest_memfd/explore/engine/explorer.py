@@ -46,6 +46,10 @@ def never() -> bool:
     return False
 
 
+def nobody(_states: int, _level: int) -> None:
+    """Nobody wants to be told how far it is."""
+
+
 class Explorer:
     """One scenario: some parties on one machine, from one initial state."""
 
@@ -56,6 +60,7 @@ class Explorer:
         self.tables, self.programs, self.initial, self.teardown = tables, list(programs), initial, teardown
         self.max_bytes: int | None = None
         self.ending: Callable[[], bool] = never
+        self.told: Callable[[int, int], None] = nobody  # states and level, at each level
         self.broken_before = broken_before              # (law, evidence) on the way to the initial state
         self.automata = [tables.automaton(p) for p in programs]
         self.shifts = [SHARED_BITS + LOCAL_BITS * i for i in range(len(programs))]
@@ -76,6 +81,7 @@ class Explorer:
         self.max_bytes, self.ending = max_bytes, stopped
 
         def reached(states: int) -> str | None:
+            self.told(states, len(self.levels))
             if stopped():
                 return INTERRUPTED
             if states > max_states:

@@ -21,6 +21,7 @@ from guest_memfd.explore.suite.case import Case
 from guest_memfd.explore.suite.crew import Crew, OnDone, Schedule
 from guest_memfd.explore.suite.identity import head_of
 from guest_memfd.explore.suite.journal import Journal
+from guest_memfd.explore.suite.meter import Meter, Now
 from guest_memfd.explore.suite.plan import NAMED, plan
 from guest_memfd.explore.suite.pool import Pool, jobs_for
 from guest_memfd.explore.suite.stop import Stop
@@ -42,7 +43,16 @@ Question = tuple[str | type[Design], str | Hypervisor]
 MANY = 100
 """Scenarios for which it is worth a second to load an engine."""
 
-PERCENT, MOMENT = 100, 0.001
+LARGE = 4
+"""Parties of a scenario that may take minutes."""
+
+LOOK = 0.5
+"""Seconds between two looks at how far the scenarios are."""
+
+ALMOST = 0.99
+"""The part of what a scenario is thought to be that it may have come to before it is done."""
+
+PERCENT, MOMENT, GB = 100, 0.001, 1e9
 NO_LIMITS = Limits()
 UNSEEN = Answer(0, 0, 0.0, INTERRUPTED)
 """Of a scenario that had not been begun, or of which nothing was heard, when the end was asked for."""
@@ -110,6 +120,7 @@ def compare(
     jobs, threads = min(jobs, len(tasks)), max(1, jobs // len(tasks))
     stop = stop or Stop()
     bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs), stop.asked, threads)
+    bench.meter = Meter(jobs)
     with ExitStack() as stack:
         stack.enter_context(stop)
         asked = {"parties": parties, "parties-per-scenario": size, "quick": not full, "failures": limits.failures,
@@ -121,8 +132,11 @@ def compare(
             choice.prepare(engine)
         crew = stack.enter_context(
             Pool(bench, jobs) if cluster is None else _workers_of(cluster, bench, limits, judged, reduce=reduce))
-        weights = _weigh(crew, left, of, known) if len(left) > 1 else dict.fromkeys(left, 1.0)
-        clock = _Clock(worlds, of, weights, progress, seen)
+        # Who waits for one large scenario wants to know for how long, too.
+        worth = len(left) > 1 or (progress is not None and any(len(task.parties) >= LARGE for task in left))
+        weights = _weigh(crew, left, of, known) if worth else dict.fromkeys(left, 1.0)
+        clock = _Clock(worlds, of, weights, progress, seen, bench.meter)
+        bench.waiting = clock.look
         for task, answer in known.items():
             clock.show(task, answer)
         answers = {**known, **crew.run(Schedule(left, weights), _noted(journal, clock.done))}
@@ -242,12 +256,15 @@ class _Clock:
 
     def __init__(
         self, worlds: Sequence[World], of: Mapping[int, Case], weights: Mapping[Task, float], progress: Progress | None,
-        seen: Seen | None,
+        seen: Seen | None, meter: Meter,
     ) -> None:
         self.worlds, self.of, self.weights, self.progress, self.seen = worlds, of, weights, progress, seen
+        self.meter = meter
         self.total = sum(weights.values())
         self.finished = 0.0
         self.started, self.states = time.monotonic(), 0
+        self.tasks = {task.order: task for task in weights}
+        self.looked = self.started
         self.began: dict[int, float] = {}
         self.ended: dict[int, float] = {}
 
@@ -258,12 +275,30 @@ class _Clock:
         self.ended[case] = now
         self.finished += self.weights.get(task, 0)
         self.states += answer.states
-        world, rate = self.worlds[task.world], self.states / max(now - self.started, MOMENT)
         self.show(task, answer)
-        if self.progress is not None:
-            self.progress(int(PERCENT * self.finished / max(self.total, MOMENT)), PERCENT,
-                          f"{world.design.name} on {world.hypervisor.name}, {world.scene.name}: {', '.join(task.parties)}; "
-                          f"{self.states:,} states, {rate:,.0f} a second")
+        self._tell(task, self._running(), now)
+
+    def look(self) -> None:
+        """Say how far the largest of the scenarios is that are being explored."""
+        now, running = time.monotonic(), self._running()
+        if running and now - self.looked >= LOOK:
+            self.looked = now
+            self._tell(self.tasks[running[0].order], running, now, f"level {running[0].level}, ",
+                       f", {sum(each.memory for each in running) / GB:.1f} GB")
+
+    # Not those that are explored before anything is told, to weigh the others.
+    def _running(self) -> list[Now]:
+        return [each for each in self.meter.running() if each.order in self.tasks]
+
+    def _tell(self, task: Task, running: Sequence[Now], now: float, before: str = "", after: str = "") -> None:
+        if self.progress is None:
+            return
+        # More states than were expected do not make it done.
+        part = sum(min(each.states, ALMOST * self.weights[self.tasks[each.order]]) for each in running)
+        states, world = self.states + sum(each.states for each in running), self.worlds[task.world]
+        self.progress(int(PERCENT * (self.finished + part) / max(self.total, MOMENT)), PERCENT,
+                      f"{world.design.name} on {world.hypervisor.name}, {world.scene.name}: {', '.join(task.parties)}; "
+                      f"{before}{states:,} states, {states / max(now - self.started, MOMENT):,.0f} a second{after}")
 
     def show(self, task: Task, answer: Answer) -> None:
         """Tell what a task has broken, whoever did it."""

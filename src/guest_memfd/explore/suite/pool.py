@@ -25,7 +25,7 @@ from typing import Any
 from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, HostUnavailable, InternalError
 from guest_memfd.explore.suite.crew import LESS, Crew, Failed, Schedule, tried
-from guest_memfd.explore.suite.work import Answer, Bench, Task
+from guest_memfd.explore.suite.work import Answer, Bench, Task, nothing
 
 MOST_JOBS = 1024
 LOOK, PATIENCE = 0.1, 5.0
@@ -51,14 +51,14 @@ class Pool(Crew):
     def __enter__(self) -> Pool:
         if self.jobs > 1:
             fork = multiprocessing.get_context("fork")
-            for _ in range(self.jobs):
+            for line in range(self.jobs):
                 # Where there is no room for one more process or pipe, those that there are do all of it, or this one.
                 with suppress(OSError):
-                    self._start(*fork.Pipe(), fork)
+                    self._start(*fork.Pipe(), fork, line)
         return self
 
-    def _start(self, ours: Connection, theirs: Connection, fork: Any) -> None:
-        args = (theirs, [*self._workers, ours], self.bench, os.getpid())
+    def _start(self, ours: Connection, theirs: Connection, fork: Any, line: int) -> None:
+        args = (theirs, [*self._workers, ours], self.bench, os.getpid(), line)
         # A child is born with our handlers, and must not run one; and a signal that came to us before the child is on the
         # list would leave it behind. The child lets signals in when it has handlers of its own.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
@@ -114,6 +114,7 @@ class Pool(Crew):
             if patience == math.inf and self.bench.stopped():
                 patience = time.monotonic() + PATIENCE
             idle = [ours for ours in connection.wait(list(busy), LOOK) if isinstance(ours, Connection)]
+            self.bench.waiting()
             for ours in idle:
                 task = busy.pop(ours)
                 yield task, self._receive(ours, task)
@@ -129,7 +130,9 @@ class Pool(Crew):
             raise (HostUnavailable if process.exitcode == -signal.SIGKILL else InternalError)(words) from None
         return answer
 
-def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench, parent: int) -> None:
+
+def _serve(theirs: Connection, others: Sequence[Connection], bench: Bench, parent: int, line: int) -> None:
+    bench.line, bench.waiting = line, nothing
     for number in _TERMINALS:                           # the parent's to handle
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -9,16 +9,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from guest_memfd.explore.engine.explorer import never
 from guest_memfd.explore.engine.finding import INTERRUPTED, Finding, Result
+from guest_memfd.explore.engine.memory import used
 from guest_memfd.explore.engine.tables import NEVER_ENDS, Tables
 from guest_memfd.explore.suite.coverage import Coverage, covered
+from guest_memfd.explore.suite.meter import Meter, Now
 from guest_memfd.explore.world.scenario import World
 
 ROOMY = 200_000
 """Host states after which kept tables are given up: some 500 MB, and what they save is a third of the time at most."""
+
+MANY = 20_000
+"""States of a scenario from which on it is noted how far it is."""
 
 EVER = 1 << 60
 NOTHING = Coverage()
@@ -57,8 +63,16 @@ class Answer:
     coverage: Coverage = NOTHING
 
 
+def nothing() -> None:
+    """Nobody waits to be told."""
+
+
 class Bench:
-    """Where tasks are done: the worlds, and the tables of the one that was worked on last."""
+    """Where tasks are done: the worlds, and the tables of the one that was worked on last.
+
+    meter, line: where it is noted how far a task is. waiting: called now and then by who waits for a task that is being
+    done, here or elsewhere.
+    """
 
     def __init__(
         self, worlds: Sequence[World], max_states: int | None, deadline: float | None, max_bytes: int | None = None,
@@ -66,6 +80,7 @@ class Bench:
     ) -> None:
         self.worlds, self.max_states, self.deadline, self.max_bytes = worlds, max_states or EVER, deadline, max_bytes
         self.stopped, self.threads = stopped, threads
+        self.meter, self.line, self.waiting = Meter(1), 0, nothing
         self._tables: Tables | None = None
         self._world = -1
         self._seen, self._coverage = 0, NOTHING      # facts of these tables that have been looked at
@@ -83,8 +98,10 @@ class Bench:
             return Answer(0, 0, 0.0, "seconds")
         tables = world.tables.empty() if task.apart else self._kept(task.world)
         untouched = not tables.shared
-        result = world.explorer(task.parties, tables, self.threads).run(
-            self.max_states, left, max_bytes=self.max_bytes, stopped=self.stopped)
+        explorer = world.explorer(task.parties, tables, self.threads)
+        explorer.told = partial(self._note, task.order)
+        result = explorer.run(self.max_states, left, max_bytes=self.max_bytes, stopped=self.stopped)
+        self.meter.clear(self.line)
         # What is kept of earlier scenarios may be what takes the room.
         if result.limited_by == "memory" and not untouched:
             del tables
@@ -94,6 +111,12 @@ class Bench:
         traces = tuple(result.findings) if untouched else None
         coverage = NOTHING if task.apart else self._covered(tables)
         return Answer(result.states, result.transitions, result.seconds, result.limited_by, broken, traces, coverage)
+
+    def _note(self, order: int, states: int, level: int) -> None:
+        if states < MANY:
+            return
+        self.meter.note(self.line, Now(order, level, states, used()))
+        self.waiting()
 
     def forget(self) -> None:
         """Give the kept tables up."""

@@ -132,6 +132,7 @@ class _Growing(Explorer):
                 self._give_up()
         again = _compiled(self.tables, self.programs, self.initial, self.teardown, self.broken_before, loops=_fastest(),
                           threads=self.threads)
+        again.told = self.told
         return again.run(max_states, max_seconds - (time.perf_counter() - began), max_steps, max_bytes, stopped)
 
     @override

@@ -96,6 +96,7 @@ class CompiledExplorer(Explorer):
             if isinstance(error, TooWide):
                 warnings.warn(f"Python explores what the compiled engine cannot: {error}", EngineNotice, stacklevel=2)
             plain = Explorer(self.tables.empty(), self.programs, self.initial, self.teardown, self.broken_before)
+            plain.told = self.told
             return plain.run(max_states, max_seconds - (time.perf_counter() - began), max_steps, max_bytes, stopped)
 
     # Their loops are compiled, or loaded, for those who use them.
