@@ -24,6 +24,7 @@ from guest_memfd.explore.engine.finding import Step
 from guest_memfd.explore.suite.verdict import MOST_FAILURES, Found, LawReport, Report
 from guest_memfd.laws import LAWS
 from guest_memfd.printable import printable
+from guest_memfd.words import former
 from guest_memfd.words.outcome import STAY
 from guest_memfd.words.primitives import Entries, Folio, Locked, Lookup, Primitive
 from guest_memfd.words.scene import Kernel, Scene, Slot
@@ -32,11 +33,6 @@ from guest_memfd.words.units import Index, Pfn
 SCHEMA = "guest-memfd-trace/3"
 """Name and version; the version changes when a field goes, or changes its meaning."""
 
-
-_RENAMED = {"folio_set_private": "folio_set_no_direct_map", "hypercall": "hyp_call",
-            "mmu_invalidate_begin": "gmem_invalidate_begin", "mmu_invalidate_end": "gmem_invalidate_end",
-            **{f"xa_{name}": f"tree_{name}" for name in ("load", "store", "store_reserved", "reserve", "release")}}
-"""Primitives that have another name in traces of earlier versions."""
 
 _DEEPEST, _LONGEST, _MOST_ORDER = 50, 4000, 63
 """Of what a trace holds: how deep it nests, characters of a string; and the order of a folio."""
@@ -306,7 +302,7 @@ def _decode_step(fields: _Fields) -> TraceStep:
         values = tuple(_decode(arg, f"'args'{fields.place}") for arg in args)
         file = fields.count("file") if "file" in fields.members else 0
         name = fields.text("primitive")
-        primitive = Primitive(_RENAMED.get(name, name), values, fields.text("caller"), file)
+        primitive = Primitive(former.PRIMITIVES.get(name, name), values, fields.text("caller"), file)
     elif caller is not None or args:
         raise TraceError(f"has a caller or arguments{fields.place}, which has no primitive")
     return TraceStep(fields.text("party"), fields.texts("choices"), primitive, fields.value("result"),

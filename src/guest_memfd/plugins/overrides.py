@@ -13,7 +13,9 @@ from collections.abc import Collection
 from types import FunctionType
 from typing import Any
 
+from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.plugins.mentions import codes, mentioned
+from guest_memfd.words import former
 
 OFFERS = "offers"
 """A class attribute: names that the class defines neither for itself nor for its base, but for someone else to call."""
@@ -54,6 +56,8 @@ def _annotations(cls: type) -> dict[str, Any]:
 
 
 def _unheard_of(name: str, value: object, base: type, known: Collection[str]) -> str | None:
+    if issubclass(base, GuestMemfdOps) and name in former.OPERATIONS:
+        return f"which nothing calls; it is of a table that was posted, and {former.GUIDE} says what has taken its place"
     private = name.startswith("_")                      # no one else could call it, so only what looks like a slip is one
     alike = sorted(each for each in known if not each.startswith("_"))
     near = difflib.get_close_matches(name.lstrip("_"), alike, n=1, cutoff=0.8 if private else 0.5)

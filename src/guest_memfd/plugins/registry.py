@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from guest_memfd.errors import PluginError, PluginLeftOut, UnknownName
 from guest_memfd.plugins.guard import IMPORTING, Guard
+from guest_memfd.words import former
 
 T = TypeVar("T")
 
@@ -101,5 +102,9 @@ def missing_operations(thing: Any) -> str | None:
     for part in (thing, getattr(thing, "ops", None)):
         if inspect.isclass(part) and inspect.isabstract(part):
             lacking = ", ".join(sorted(getattr(part, "__abstractmethods__", ())))
+            posted = [name for name in former.OPERATIONS if hasattr(part, name)]
+            if posted:
+                return (f"{part.__qualname__} has {', '.join(posted)}, of the tables that were posted, and lacks {lacking}; "
+                        f"{former.GUIDE} says what has taken their place")
             return f"{part.__qualname__} lacks the operation(s) {lacking}; core/ops.py says what each must do"
     return None

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 from guest_memfd.compat import override
+from guest_memfd.words import former
 from guest_memfd.words.units import Gfn, Index, Pfn, span
 
 T = TypeVar("T")
@@ -192,6 +193,13 @@ class Host:
 
     def _do(self, name: str, *args: object) -> Steps[Any]:
         return (yield Primitive(name, args, self.caller))
+
+    if not TYPE_CHECKING:                               # for which there would be every name then
+
+        def __getattr__(self, name: str) -> Any:
+            now = former.PRIMITIVES.get(name)
+            moved = "" if now is None else f": it is called {now!r} now ({former.GUIDE})"
+            raise AttributeError(f"no host has the primitive {name!r}{moved}")
 
     # -- free will and ghosts ------------------------------------------------------------------------------------
 
