@@ -83,6 +83,8 @@ SAMPLE = [
     ("direct-map-v12", "kvm", "failing-twice", "vcpu2 vmm2"), ("firecracker-2026", "kvm", "two-pages", "uffd zeropad"),
     ("filemap-hook", "kvm", "two-pages", "writer pfn-cache-v2"), ("alloc-unmapped", "gunyah", "two-pages", "vcpu2 launcher"),
     ("library", "cca", "large-for-good", "vcpu2 stop"), ("kvm-7.4", "kvm", "two-pages", "vcpu2 stop"),
+    ("guestmem-rfc2", "gunyah", "both-shared", "vcpu vcpu2"), ("guestmem-v5", "kvm", "failing-twice", "vcpu2 drainer"),
+    ("guestmem-v6", "kvm", "two-pages", "vcpu2 zeropad"),
 ]
 
 

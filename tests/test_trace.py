@@ -149,6 +149,8 @@ def test_a_trace_with_the_names_that_primitives_had_replays() -> None:
 @pytest.mark.parametrize(("design", "hypervisor", "parties"), [
     ("gunyah-v17", "gunyah", ("vcpu2", "vmm")), ("gunyah-v17", "gunyah", ("vcpu2", "stop")),
     ("guestmem-rfc1", "gunyah", ("vcpu2", "vmm2")), ("guestmem-rfc1", "kvm", ("vcpu2", "vmm")),
+    ("guestmem-rfc2", "gunyah", ("vcpu2", "vmm2")), ("guestmem-v5", "kvm", ("vcpu2", "drainer")),
+    ("guestmem-v6", "kvm", ("vcpu2", "zeropad")),
     ("secretmem", "kvm", ("vcpu2", "vmm2", "kcore")), ("none", "pkvm", ("vcpu", "page-cache-reader")),
 ])
 def test_every_finding_of_a_posted_design_replays(design: str, hypervisor: str, parties: tuple[str, ...]) -> None:

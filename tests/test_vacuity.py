@@ -95,7 +95,7 @@ def in_the_suite(design: str, hypervisor: str) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize(("design", "parties"), [
     ("direct-map-v12", {"writer"}), ("firecracker-2026", {"writer", "uffd", "pfn-cache-v2"}),
-    ("filemap-hook", OF_SOME_DESIGNS), ("alloc-unmapped", OF_SOME_DESIGNS)])
+    ("filemap-hook", OF_SOME_DESIGNS), ("alloc-unmapped", OF_SOME_DESIGNS), ("guestmem-v6", {"writer", "launcher"})])
 def test_a_design_has_the_parties_for_what_it_does(design: str, parties: set[str]) -> None:
     there = in_the_suite(design, "kvm")
     assert {name for name, _ in there} & OF_SOME_DESIGNS == parties

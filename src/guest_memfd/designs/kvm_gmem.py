@@ -39,7 +39,7 @@ class Kvm74(KvmMemslots, Design):
     name = "kvm-7.4"
     title = "KVM's guest_memfd with conversion in place, as merged for 7.4"
     source = "virt/kvm/guest_memfd.c of linux-next, 23 Sep 2026"
-    hypervisors = ("kvm",)
+    hypervisors: ClassVar[tuple[str, ...] | None] = ("kvm",)
     power: PowerPolicy = "none"
     no_direct_map = False
     offers: ClassVar[tuple[str, ...]] = ("populate",)
@@ -217,9 +217,13 @@ class Kvm74(KvmMemslots, Design):
             yield from host.lock_folio(held.folio)
             yield from host.unmap_mapping_pages(held.pgoff, held.folio.nr)
             yield from host.filemap_remove_folio(held.folio)
-            if held.gfn is not None and held.private:
-                yield from self.ops.reclaim(held.gfn, held.folio)
+            yield from self.free_folio(held)
             yield from self.unlock_and_put(held.folio)
+
+    def free_folio(self, held: Held) -> Steps[None]:
+        """kvm_gmem_free_folio(), of a page that has left the file: what the hypervisor has of it comes back."""
+        if held.gfn is not None and held.private:
+            yield from self.ops.reclaim(held.gfn, held.folio)
 
     @override
     def evict(self) -> Steps[None]:

@@ -20,14 +20,14 @@ arch/x86/kvm/mmu/mmu.c: kvm_mmu_faultin_pfn(), is_page_fault_stale(); include/li
 
 from __future__ import annotations
 
-from errno import EAGAIN, EEXIST, EFAULT, EIO
+from errno import EAGAIN, EFAULT, EIO
 from typing import Final
 
 from guest_memfd.compat import override
-from guest_memfd.core.folio import LOOKUPS
 from guest_memfd.core.gmem import Held, filled
 from guest_memfd.core.library import Library
 from guest_memfd.core.ops import Reason
+from guest_memfd.designs.filemap import filemap_grab_folio
 from guest_memfd.errors import EHWPOISON
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SLOT_INVALID
 from guest_memfd.words.primitives import Folio, Locked, Steps
@@ -176,21 +176,7 @@ class KvmMmu(Library):
 
     def get_folio(self, index: Index) -> Steps[tuple[Folio, Locked] | int]:
         """kvm_gmem_get_folio(): find or allocate, locked, not zeroed; -ENOMEM, -EAGAIN."""
-        host = self.host
-        for _attempt in range(LOOKUPS):
-            hit = yield from host.filemap_get_folio(index)
-            if hit is None:
-                new = yield from host.filemap_add_folio(index, 0)
-                if not isinstance(new, int):
-                    return new.folio, Locked(index, uptodate=False, no_direct_map=False, hwpoison=False)
-                if new != -EEXIST:
-                    return new
-            else:
-                locked = yield from host.lock_folio(hit.folio)
-                if locked.pgoff is not None:
-                    return hit.folio, locked
-                yield from self.unlock_and_put(hit.folio)
-        return -EAGAIN
+        return (yield from filemap_grab_folio(self.host, index))
 
     def file_released(self) -> Steps[None]:
         """The file's last reference has gone (kvm_memslots.py)."""
