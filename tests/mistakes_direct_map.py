@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from leave_out import without
+from named import name_all
 
 from guest_memfd.core.gmem import Grabbed, Held
 from guest_memfd.designs.alloc_unmapped import AllocUnmapped
@@ -218,3 +219,6 @@ class TakesMappedPages(AllocUnmapped):
 
     def new_page(self) -> Steps[Folio | int]:
         return (yield from self.host.filemap_alloc_folio(False))
+
+
+name_all(globals())

@@ -9,6 +9,7 @@ from errno import EAGAIN, EEXIST, EINVAL, ENOMEM
 from typing import Any
 
 from leave_out import answered, without
+from named import name_all
 
 from guest_memfd.core.gmem import Conversion, Held
 from guest_memfd.core.ops import Reason
@@ -339,3 +340,6 @@ class ScrubsWhatGoes(Kvm74):
             if primitive.name == "filemap_remove_folio":
                 yield from self.host.clear_folio_local(primitive.args[0])
             result = yield primitive
+
+
+name_all(globals())

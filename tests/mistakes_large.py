@@ -10,6 +10,7 @@ from dataclasses import replace
 from errno import EAGAIN, EINVAL, EPERM
 
 from leave_out import without
+from named import name_all
 
 from guest_memfd.abstract import AbstractHost
 from guest_memfd.core.convert import CACHE_AND_LOOKUP
@@ -397,3 +398,6 @@ class OneFlag(AbstractHost):
         for frame in frames[:1] if merged and broken else broken:
             frame.poison = 1
         return merged
+
+
+name_all(globals())

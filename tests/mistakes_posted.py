@@ -6,6 +6,7 @@ tests/test_posted_designs.py says which law sees each, where, and in how many st
 from __future__ import annotations
 
 from leave_out import without
+from named import name_all
 
 from guest_memfd.core.gmem import Conversion, Grabbed, Held
 from guest_memfd.core.library import Library
@@ -258,3 +259,4 @@ class ZapsNewPagesOnly(ZapsWhatIsThere):
         return (yield from FilemapHook.grab_folio(self, index))
 
 
+name_all(globals())

@@ -6,13 +6,19 @@ docs/bugs.md has the rows; docs/findings.md has those that nobody had reported.
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
+import mistakes_direct_map
+import mistakes_kvm
+import mistakes_large
 import mistakes_posted
 import pytest
+from named import mistakes
 from rows import Bench, Row, line_of
 
 from guest_memfd.core.hypervisor import Hypervisor
-from guest_memfd.designs import SETS, Design
+from guest_memfd.designs import DESIGNS, SETS, Design
+from guest_memfd.designs.names import lacks
 from guest_memfd.laws import LAWS
 from guest_memfd.scenarios.party import Party
 from guest_memfd.scenarios.vmm import close
@@ -126,6 +132,13 @@ def test_it_is_in_the_list_of_bugs(row: Row) -> None:
     begin, end = line_of(row)
     assert any(line.startswith(begin) and line.endswith(end) for line in page.splitlines()), (
         f"docs/bugs.md lacks {begin} ... {end}")
+
+
+@pytest.mark.parametrize("module", [mistakes_direct_map, mistakes_kvm, mistakes_large, mistakes_posted])
+def test_each_mistake_can_be_run_by_its_name(module: ModuleType) -> None:
+    there = mistakes(vars(module))
+    assert len({design.name for design in there} - {*DESIGNS}) == len(there) > 20
+    assert {design.name: lacks(design) for design in there} == dict.fromkeys(design.name for design in there)
 
 
 # -- the set -----------------------------------------------------------------------------------------------------------

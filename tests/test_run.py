@@ -104,6 +104,11 @@ def test_without_a_hole_plain_kvm_gives_the_secret_away() -> None:
     assert "law guest-private is broken: load_unaligned_zeropad reads a page" in said
 
 
+def test_a_design_that_cannot_lend_is_refused_in_one_line() -> None:
+    assert run("hello", "gunyah", "--design", "guestmem-rfc2") == (
+        4, "gmem: design 'guestmem-rfc2' has no conversion, so it cannot lend and take back for /dev/gunyah\n")
+
+
 @pytest.mark.parametrize(("design", "law"), [("none", "no-stale-data"), ("library", "host-survives")])
 def test_a_stray_load_under_pkvm(design: str, law: str) -> None:
     code, said = run("hello", "pkvm", "--design", design, "--reader", "plain")

@@ -113,6 +113,8 @@ def _tell(report: EmulatedReport, arguments: argparse.Namespace) -> None:
     tell(report, _ENDINGS, arguments.verbose)
     for broken in report.broken:
         log(f"gmem: law {broken.law} is broken: {broken.evidence} (in {broken.where})")
+    if isinstance(report.failed, BadInput):
+        return                                          # nothing was run
     pace = f"{report.instructions / report.seconds:,.0f} a second" if report.seconds else "none"
     log(f"{report.exits} exits, {report.faults} faults, {report.folios} folios, {report.instructions} instructions, {pace}")
 

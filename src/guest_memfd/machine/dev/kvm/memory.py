@@ -82,5 +82,7 @@ class KvmMemoryFile(GuestMemoryFile):
             # Where no page refused, the kernel names the beginning of the range.
             index = start // PAGE if result.error_index is None else result.error_index
             attributes.error_offset = index * PAGE
-            why = f"design {self.library.name!r} has none" if result.ret == -EOPNOTSUPP else f"the page at {index * PAGE:#x}"
+            why = f"the page at {index * PAGE:#x}"
+            if result.ret == -EOPNOTSUPP:
+                why = f"design {self.library.name!r} has no conversion"
             raise SyscallFailed(-result.ret, ATTRIBUTES, why)
