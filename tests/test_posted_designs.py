@@ -19,6 +19,10 @@ from rows import Bench, Row, line_of
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import DESIGNS, SETS, Design
 from guest_memfd.designs.names import lacks
+from guest_memfd.explore.replay import replay
+from guest_memfd.explore.suite.check import check
+from guest_memfd.explore.suite.verdict import Limits
+from guest_memfd.explore.trace import dumps, loads, trace_of
 from guest_memfd.laws import LAWS
 from guest_memfd.scenarios.party import Party
 from guest_memfd.scenarios.vmm import close
@@ -118,6 +122,16 @@ LONG = {"R13", "R17", "R21", "R29d", "N6"}
 def test_it_is_broken_and_its_twin_is_not(row: Row) -> None:
     assert min(BENCH.lengths(row, row.design, row.steps), default=None) == row.steps
     assert BENCH.lengths(row, row.twin) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("row", [row for row in ROWS if "closer" not in row.parties], ids=lambda row: row.number)
+def test_its_trace_replays(row: Row) -> None:
+    design = BENCH.design(row.design)
+    report = check(design, row.hypervisor, parties=row.parties.split(), scenes=[row.scene], laws=[row.law], jobs=1,
+                   limits=Limits(failures=None if row.fails else 0))
+    (found,) = [found for found in report.findings if len(found.finding.steps) == row.steps][:1]
+    assert replay(loads(dumps(trace_of(report, found))), design=design).same
 
 
 def test_every_mistake_has_a_row() -> None:
