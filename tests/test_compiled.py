@@ -77,7 +77,7 @@ SAMPLE = [
     ("library", "kvm", "failing-twice", "vcpu2 stop"), ("library", "gunyah", "for-good", "vcpu2 stop"),
     ("none", "kvm", "two-pages", "vcpu2 zeropad power"), ("none", "pkvm", "two-pages", "vcpu kcore"),
     ("none", "gunyah", "both-shared", "vcpu2 repeater"), ("secretmem", "pkvm", "two-pages", "vcpu2 stop"),
-    ("fixup", "pkvm", "two-pages", "vcpu2 zeropad"), ("guestmem-rfc1", "kvm", "two-pages", "vcpu2 stop"),
+    ("fixup", "pkvm", "two-pages", "vcpu2 zeropad"), ("guestmem-rfc1", "kvm", "failing-twice", "vcpu2 stop"),
     ("library", "tdx", "large-for-good", "vcpu2 stop"), ("library", "snp", "mixed-block", "vcpu2 vmm2"),
     ("gunyah-v17", "gunyah", "two-pages", "vcpu2 stop"), ("gunyah-v17", "gunyah", "two-pages", "vcpu2 unloader"),
     ("direct-map-v12", "kvm", "failing-twice", "vcpu2 vmm2"), ("firecracker-2026", "kvm", "two-pages", "uffd zeropad"),
