@@ -120,6 +120,18 @@ class GuestmemRfc2(GuestmemRfc1):
     # -- the guest's side ----------------------------------------------------------------------------------------
 
     @override
+    def guest_fault(self, gfn: Gfn, index: Index) -> Steps[int]:
+        """The client's, which holds the file over it (kvm_gmem_get_file()); -EFAULT for one that has gone."""
+        host = self.host
+        yield from host.begin_op("fault", index, 1, gfn)
+        if not (yield from host.get_file()):
+            yield from host.end_op(-EFAULT)
+            return -EFAULT
+        ret = yield from super().guest_fault(gfn, index)
+        yield from self.close()
+        return ret
+
+    @override
     def _get_pfn(self, gfn: Gfn, index: Index) -> Steps[tuple[int, bool]]:
         return (yield from self.give(gfn, index, lends=True)), True
 
