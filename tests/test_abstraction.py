@@ -57,7 +57,7 @@ DIRECTED = (
              ("gfn.provided", "pfn.provided", "pfn.gstale", "file.bindings_q")),
     Directed("kvm", "kvm-7.4", "two-pages", ("vcpu", "vcpu2", "vmm-any", "vmm2"),
              ("gfn.memslot", "gfn.gmem_file", "vm.slots_lock", "vm.mmu_w", "vm.mmu_r", "vm.mmu_q", "vm.srcu", "vm.seq",
-              "vm.range")),
+              "vm.sampled", "vm.range")),
     Directed("kvm", "library", "nothing-yet", ("creator", "unloader", "stop"), ("unloaded", "file.evictor")),
     Directed("kvm", "library", "crossed", ("vmm-any", "vmm2", "stop"),
              ("party.removed", "party.toggled", "party.places", "file.reserved", "file.invalidate_q")),

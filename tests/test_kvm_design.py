@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import mistakes_kvm
 import pytest
+from driver import Bench
 
 from guest_memfd.abstract import show
 from guest_memfd.core.hypervisor import Hypervisor
@@ -195,3 +196,28 @@ def test_who_forgets_a_lock_of_kvm_is_told() -> None:
         args = ("slots",) if primitive == "mutex_unlock" else ()
         (end,) = there.machine.outcomes(there.initial, 0, Primitive(primitive, args, "library"))
         assert end.notes == (facts.Broken(said),)
+
+
+def test_the_sequence_moves_on_from_what_has_been_sampled_only() -> None:
+    def invalidate(design: Design) -> Steps[None]:
+        yield from design.host.gmem_invalidate_begin(FIRST_PAGE, 1)
+        yield from design.host.gmem_invalidate_end()
+
+    def look(design: Design) -> Steps[list[int]]:
+        host = design.host
+        yield from host.srcu_read_lock()
+        yield from invalidate(design)
+        first = yield from host.mmu_invalidate_seq()
+        seen = yield from host.mmu_invalidate_retry(first, FIRST_GFN)
+        for _ in range(3):
+            yield from invalidate(design)
+        second = yield from host.mmu_invalidate_seq()
+        yield from invalidate(design)
+        of_the_first = yield from host.mmu_invalidate_retry(first, FIRST_GFN)
+        of_the_second = yield from host.mmu_invalidate_retry(second, FIRST_GFN)
+        yield from host.srcu_read_unlock()
+        return [seen, second - first, of_the_first, of_the_second]
+
+    bench = Bench("kvm", DESIGNS["kvm-7.4"], scene=ONE_PAGE)
+    assert bench.do(look) == [False, 1, True, True]
+    assert (bench.state.vm(0).seq, bench.state.vm(0).sampled) == (0, 0)

@@ -297,9 +297,9 @@ class AbstractGuestSide(AbstractAccess, AbstractOperations):
         self.vm.gpc_fresh = 0
         if not self.vm.progress:
             self.vm.range = 0
-        # Nobody else can have sampled it, so where there is no reader it need not move.
-        if self.vm.srcu:
-            self.vm.seq += 1
+        # Where nobody has sampled it as it is, that it moves makes no difference to anybody.
+        self.vm.seq += self.vm.sampled
+        self.vm.sampled = 0
 
     # One range for all that are under way (kvm_mmu_invalidate_range_add()).
     @staticmethod
@@ -308,6 +308,7 @@ class AbstractGuestSide(AbstractAccess, AbstractOperations):
 
     def mmu_invalidate_seq(self) -> int:
         """Counted from the first reader on."""
+        self.vm.sampled = 1
         return int(self.vm.seq)
 
     def mmu_invalidate_retry(self, seq: int, gfn: Gfn) -> bool:

@@ -93,7 +93,7 @@ class AbstractLocks(AbstractBase):
             self.die("srcu_read_unlock without a reader")
         self.vm.srcu -= 1
         if not self.vm.srcu:
-            self.vm.seq = 0
+            self.vm.seq = self.vm.sampled = 0
 
     def synchronize_srcu(self) -> None:
         """Waits for readers that come later, too: they find what the caller has stored, as those do that come afterwards."""

@@ -38,7 +38,8 @@ LABELS = {
     "invalidate_q": "invalidate_lock queue", "bindings_w": "bindings_lock writer",
     "bindings_r": "bindings_lock readers", "bindings_q": "bindings_lock queue",
     "slots_lock": "slots_lock", "mmu_w": "mmu_lock writer", "mmu_r": "mmu_lock readers", "mmu_q": "mmu_lock queue",
-    "srcu": "srcu readers", "seq": "mmu_invalidate_seq moved on", "range": "mmu_invalidate_range",
+    "srcu": "srcu readers", "seq": "mmu_invalidate_seq moved on", "sampled": "mmu_invalidate_seq sampled",
+    "range": "mmu_invalidate_range",
     "gmem_file": "memslot has the file",
 }
 """Field -> what it is called in reports; a field that is not here goes by its own name."""
@@ -51,6 +52,7 @@ _ENUMS: dict[str, tuple[str, ...]] = {
 _FLAGS = frozenset({
     "stale", "locked_in", "uptodate", "no_direct_map", "poison", "gpoison", "unloaded", "gpc_fresh", "gpc_readers",
     "preparing", "frozen", "panic", "handled", "stuck", "asked", "withdrawn", "refuses_readers", "released", "gmem_file",
+    "sampled",
 })
 HOLDERS = frozenset({"lock", "invalidate_w", "invalidate_q", "bindings_w", "bindings_q", "slots_lock", "mmu_w", "mmu_q",
                      "evictor"})

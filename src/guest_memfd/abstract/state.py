@@ -101,7 +101,8 @@ VM_FIELDS = {
     "mmu_r": "kvm->mmu_lock: number of readers",
     "mmu_q": "kvm->mmu_lock: queued writer's party number + 1",
     "srcu": "kvm->srcu: number of readers",
-    "seq": "mmu_invalidate_seq: how often it has moved on since there have been readers",
+    "seq": "mmu_invalidate_seq: how often it has moved on from a value that a reader has sampled",
+    "sampled": "a reader has sampled mmu_invalidate_seq as it is now",
     "range": "mmu_invalidate_range_start to _end: bit mask of gfns",
 }
 PARTY_FIELDS = {

@@ -221,7 +221,7 @@ def _vm(host: EmulatedHost, record: st.VmRecord, share: int) -> None:
     record.gpc_fresh, record.gpc_readers = vm.gpc_fresh, vm.gpc_readers
     record.slots_lock = 0 if vm.slots_lock is None else vm.slots_lock + 1
     _sem(record, "mmu", vm.mmu_lock)
-    record.srcu, record.seq = vm.srcu, vm.seq
+    record.srcu, record.seq, record.sampled = vm.srcu, vm.seq, vm.sampled
     record.range = sum(1 << gfn for gfn in {gfn // share for gfn in vm.invalidated})
 
 

@@ -24,6 +24,7 @@ class Vm:
     slots_lock: int | None = None                       # the task that has it
     mmu_lock: Rwsem = field(default_factory=Rwsem)      # a rwlock; nothing that it keeps out can tell
     srcu: int = 0                                       # readers of memslots
-    seq: int = 0                                        # how far mmu_invalidate_seq has moved on since there have been any
+    seq: int = 0                                        # how often mmu_invalidate_seq has moved on from a sampled value
+    sampled: bool = False                               # one of them has sampled it as it is now
     invalidated: range = range(0)                       # gfns that are being invalidated
     begun: Counter[int] = field(default_factory=Counter)    # invalidations by task: mmu_invalidate_in_progress is their sum

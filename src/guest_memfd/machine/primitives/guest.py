@@ -147,12 +147,13 @@ def gmem_invalidate_end(host: Base) -> None:
     host.vm.gpc_fresh = False
     if not host.vm.begun.total():
         host.vm.invalidated = range(0)
-    if host.vm.srcu:
-        host.vm.seq += 1
+    host.vm.seq += host.vm.sampled
+    host.vm.sampled = False
 
 
 def mmu_invalidate_seq(host: Base) -> int:
     """Counted from the first reader of memslots on."""
+    host.vm.sampled = True
     return host.vm.seq
 
 

@@ -79,7 +79,7 @@ def srcu_read_unlock(host: Base) -> None:
         host.die("srcu_read_unlock without a reader")
     host.vm.srcu -= 1
     if not host.vm.srcu:
-        host.vm.seq = 0
+        host.vm.seq, host.vm.sampled = 0, False
 
 
 def synchronize_srcu(host: Base) -> None:
