@@ -19,6 +19,7 @@ from guest_memfd.designs.kvm_mmu import ALL, KVM_FILTER_PRIVATE
 from guest_memfd.errors import EHWPOISON
 from guest_memfd.words.pagestate import PRIVATE_PAGE
 from guest_memfd.words.primitives import Entries, Folio, Locked, MfResult, Primitive, Steps, VmFault
+from guest_memfd.words.units import Index
 
 
 def postponed(procedure: Steps[Any], name: str) -> Steps[Any]:
@@ -45,6 +46,13 @@ class UnlocksTheFolio(Kvm74):
             yield from self.evict()
         yield from self.host.lock_folio(folio)
         return answer
+
+
+class AsksOfWhatChanges(Kvm74):
+    """What `kvm-7.4` would have to do about references to a page that is private already: not ask for them."""
+
+    def unexpected_refs(self, folios: tuple[Held, ...]) -> Steps[Index | None]:
+        return (yield from super().unexpected_refs(tuple(held for held in folios if not held.private)))
 
 
 # -- the fault of a vCPU ---------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from guest_memfd.words import facts
 from guest_memfd.words.pagestate import SLOT_INVALID
 from guest_memfd.words.primitives import Entries, Primitive, Steps
 from guest_memfd.words.scene import Scene, Slot
-from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE
+from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Index
 
 MOST, ALL = 200_000, 1 << 40
 """States that are explored at most, and steps: as many as there are."""
@@ -50,6 +50,9 @@ OF_THEIR_OWN = {
 }
 ONE_PAGE = Scene("one-page", "a shared page, allocated before anybody begins", pages=1, frames=2, shared=(0,),
                  slots=(Slot(FIRST_GFN, FIRST_PAGE, 1),), populated=True)
+HALF_PRIVATE = Scene("half-private", "a private page and a shared one, both allocated before anybody begins", pages=2,
+                     frames=3, shared=(Index(1),), slots=(Slot(FIRST_GFN, FIRST_PAGE, 2),), populated=True)
+OWN_SCENES = {scene.name: scene for scene in (ONE_PAGE, HALF_PRIVATE)}
 
 
 class Row(NamedTuple):
@@ -79,6 +82,8 @@ ROWS = [
         "allocate of a page whose memory is broken returns 0", twin="BrokenIsNotFound"),
     Row("N5", "kvm-7.4", "two-pages", "vcpu2 drainer", "nothing-lost", 67, "a page is freed with the guest's data in it",
         twin="ScrubsWhatGoes"),
+    Row("N7", "kvm-7.4", "half-private", "vmm memory-failure", "all-or-nothing", 13,
+        "to_private is refused for page 0, of which it has nothing to change", twin="AsksOfWhatChanges"),
     Row("2", "SumIsSigned", "two-pages", "vmm-odd", "no-false-refusal", 11,
         "bind of what is no range of the file returns 0 and not -EINVAL"),
     Row("3", "OverlapIsInvalid", "two-pages", "vmm2", "all-or-nothing", 3, "bind returns errno 22, which is not documented"),
@@ -135,7 +140,7 @@ def findings(name: str, hypervisor: str, scene: str, parties: str, fails: bool, 
     design: Any = DESIGNS[name] if name in DESIGNS else getattr(mistakes_kvm, name)
     names = parties.split()
     there = World(design, HYPERVISORS[hypervisor], [OF_THEIR_OWN.get(party) or PARTIES[party] for party in names],
-                  scene=ONE_PAGE if scene == ONE_PAGE.name else SCENES[scene], failures=None if fails else 0)
+                  scene=OWN_SCENES.get(scene) or SCENES[scene], failures=None if fails else 0)
     result = there.explorer(names).run(max_states=MOST, max_steps=steps)
     assert steps < ALL or result.limit is None
     return tuple(result.findings)
