@@ -21,6 +21,7 @@ from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.kvm.cca import CCA, data_map, data_unmap, undelegate
 from guest_memfd.scenarios import PARTIES, SCENES
 from guest_memfd.words import facts
+from guest_memfd.words.outcome import Outcome
 from guest_memfd.words.primitives import Folio, Primitive
 from guest_memfd.words.scene import Scene
 
@@ -117,12 +118,17 @@ def becomes(design: Any, hypervisor: str, access: str) -> str:
     assert bench.do(lambda library: library.guest_fault(0, 0)) == 0
     bench._perform(Primitive("guest_access", (0, True), "guest"))
     (outcome, *_) = bench.machine.outcomes(bench.shared, 0, ACCESSES[access])
+    exported = any(isinstance(note, facts.Abort) and note.why == "the page is exported" for note in outcome.notes)
+    return f"{'exported: ' * exported}{_comes_to(bench, outcome, access)}"
+
+
+def _comes_to(bench: Bench, outcome: Outcome, access: str) -> str:
     notes = outcome.notes
     if any(isinstance(note, facts.Destroyed) for note in notes):
         return "the guest loses the page"
     if bench.machine.halted(outcome.shared):
         return "the kernel stops"
-    if any(isinstance(note, facts.Abort) for note in notes):
+    if not any(isinstance(note, facts.Access) for note in notes):
         return "fixed up"
     (seen,) = (note for note in notes if isinstance(note, facts.Access))
     return "overwrites the guest's data" if access == "write" else "reads " + (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scripted import script
 
-from guest_memfd.core.hypervisor import DATA_ABORT, GPF, RMP_FAULT, SEA, Hypervisor
+from guest_memfd.core.hypervisor import DATA_ABORT, GPF, RMP_FAULT, SEA, SECURE_STORAGE, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.hypervisors.gunyah.client import GUNYAH as GUNYAH_ITSELF
 from guest_memfd.hypervisors.gunyah.client import GunyahOps
@@ -18,6 +18,8 @@ from guest_memfd.hypervisors.kvm.default import KVM as KVM_ITSELF
 from guest_memfd.hypervisors.kvm.default import KvmOps
 from guest_memfd.hypervisors.kvm.pkvm import PKVM as PKVM_ITSELF
 from guest_memfd.hypervisors.kvm.pkvm import PkvmOps
+from guest_memfd.hypervisors.kvm.s390 import S390 as S390_ITSELF
+from guest_memfd.hypervisors.kvm.s390 import S390Ops
 from guest_memfd.hypervisors.kvm.snp import SNP as SNP_ITSELF
 from guest_memfd.hypervisors.kvm.snp import SnpOps
 from guest_memfd.hypervisors.kvm.tdx import TDX as TDX_ITSELF
@@ -167,6 +169,22 @@ CCA: list[Row] = [
     *((ops, [("hyp_call(undelegate, pfn7)", ret)], ret) for ops in (reclaim, make_shared) for ret in (0, EAGAIN, EIO)),
 ]
 
+COUNT, UNMAP, DESTROY = "folio_ref_count(pfn7)", "hyp_call(unmap, 3, pfn7)", "hyp_call(destroy_secure, 3, pfn7)"
+S390: list[Row] = [
+    *((prepare_private, [("hyp_call(convert_to_secure, 3, pfn7)", ret)], ret) for ret in (0, ENOMEM, EPERM)),
+    (prepare_shared, [("hyp_call(map_shared, 3, pfn7)", ENOMEM)], ENOMEM),
+    *((invalidate(True, "to_shared"), [("hyp_call(check_shared, pfn7)", ret)], ret) for ret in (0, EBUSY)),
+    (invalidate(True, "teardown"), [], 0),
+    *((invalidate(True, reason), [("hyp_call(convert_from_secure, 3, pfn7)", ret)], ret)
+      for reason in ("punch", "unbind", "error") for ret in (0, EAGAIN, EIO)),
+    (invalidate(False, "to_private"), [(COUNT, 3)], EAGAIN),
+    *((invalidate(False, "to_private"), [(COUNT, 2), (UNMAP, ret)], 0) for ret in (0, ENOENT)),
+    (invalidate(False, "punch"), [(UNMAP, 0)], 0),
+    *((invalidate(False, "punch"), [(UNMAP, ENOENT), (DESTROY, ret)], ret) for ret in (0, EIO)),
+    (make_shared, [], 0), (make_private, [("hyp_call(remove_shared, pfn7)", 0)], None),
+    *((reclaim, [(DESTROY, ret)], ret) for ret in (0, EAGAIN, EIO)),
+]
+
 LARGE = Folio(8, 2)
 
 
@@ -231,13 +249,13 @@ OF_LARGE: list[tuple[type[GuestMemfdOps], Row]] = [
 
 
 def test_protected_hypervisors_zero_what_they_give_back() -> None:
-    assert [ops.scrubs for ops in (KvmOps, PkvmOps, GunyahOps, TdxOps, SnpOps, CcaOps)] == [False, *[True] * 5]
+    assert [ops.scrubs for ops in (KvmOps, PkvmOps, GunyahOps, TdxOps, SnpOps, CcaOps, S390Ops)] == [False, *[True] * 6]
 
 
 @pytest.mark.parametrize(("ops", "row"), [
     *((GunyahOps, row) for row in GUNYAH), *((PkvmOps, row) for row in PKVM), *((KvmOps, row) for row in KVM),
     *((TdxOps, row) for row in TDX), *((SnpOps, row) for row in SNP), *((CcaOps, row) for row in CCA),
-    *OF_LARGE])
+    *((S390Ops, row) for row in S390), *OF_LARGE])
 def test_a_driver_makes_these_calls_and_answers_so(ops: type[GuestMemfdOps], row: Row) -> None:
     operation, calls, answer = row
     driver = ops()
@@ -251,7 +269,8 @@ def test_a_driver_makes_these_calls_and_answers_so(ops: type[GuestMemfdOps], row
     (GUNYAH_ITSELF, (SEA, True, "relinquish", False, False, "accesses")),
     (TDX_ITSELF, (None, True, None, True, True, "accesses")),
     (CCA_ITSELF, (GPF, True, None, True, False, "accesses")),
+    (S390_ITSELF, (SECURE_STORAGE, True, "Set Shared Access", True, True, "accesses")),
     (SNP_ITSELF, (RMP_FAULT, True, None, True, True, "writes"))], ids=lambda value: getattr(value, "name", ""))
 def test_what_a_hypervisor_is(one: Hypervisor, told: tuple[Any, ...]) -> None:
     assert (one.abort, one.tracks_owner, one.consents, one.pfn_cache, one.encrypts, one.guards) == told
-    assert one.large
+    assert one.large is (one is not S390_ITSELF)

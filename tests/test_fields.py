@@ -59,6 +59,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "fallible": [None, {"a": "x"}, {"a": 12}, {"a": 0}, {"a": -10 ** 30}, {7: -12}],
         "final": [None, {"share_guest": True}], "abort": ["synchronous externa abort", "", 0], "tracks_owner": FLAG_NOT,
         "consents": ["", 7], "guest_consents": [None, len], "guest_touches": [None, lambda: 0], "force_reclaim": [None, "x"],
+        "exports": [None, "x"],
         "pfn_cache": FLAG_NOT, "large": FLAG_NOT, "encrypts": FLAG_NOT, "guards": ["reads", None, 1],
         "errnos": [{"punsh": (5,)}, {"punch": (0,)}], "driver": [7, object(), {"mmap": len}],
         "lending": ["", 7],

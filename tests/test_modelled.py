@@ -22,6 +22,7 @@ from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.hypervisors.gunyah.client import GUNYAH
 from guest_memfd.hypervisors.kvm.default import KVM
 from guest_memfd.hypervisors.kvm.pkvm import PKVM
+from guest_memfd.hypervisors.kvm.s390 import S390
 from guest_memfd.hypervisors.names import CALLERS, lacks
 from guest_memfd.lockstep.refinement import Diverged
 from guest_memfd.machine.board import hostcpu
@@ -62,7 +63,9 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     force = replace(PKVM, name="pkvm-force")
-    monkeypatch.setattr(HYPERVISORS, "_known", {**HYPERVISORS._known, **MODELS, "pkvm-force": force})
+    exports = replace(S390, name="in-the-clear", encrypts=False)
+    theirs = {one.name: one for one in (force, exports)}
+    monkeypatch.setattr(HYPERVISORS, "_known", {**HYPERVISORS._known, **MODELS, **theirs})
 
 
 # -- lock step -----------------------------------------------------------------------------------------------------------
@@ -179,6 +182,8 @@ def test_folios_of_many_pages_are_refused() -> None:
 def test_taking_pages_by_force_is_refused() -> None:
     with pytest.raises(BadInput, match="'pkvm-force' takes pages by force"):
         Machine("pkvm-force", Config(ram=16 << 20))
+    with pytest.raises(BadInput, match="'in-the-clear' exports what the host touches"):
+        Machine("in-the-clear", Config(ram=16 << 20))
 
 
 def test_without_pages_for_tables_nothing_is_done() -> None:

@@ -399,6 +399,9 @@ def test_yes_or_no_is_true_or_false(answer: Any) -> None:
     hypervisor = replace(PKVM, name="h", force_reclaim=lambda *_: answer)
     assert re.search("force_reclaim of 'h' returned .*, not True or False",
                      told(world_without_a_design(), hypervisor, ("vcpu", "power")))
+    hypervisor = replace(PKVM, name="h", exports=lambda *_: answer)
+    assert re.search("exports of 'h' returned .*, not True or False",
+                     told(world_without_a_design(), hypervisor, ("vcpu", "power")))
 
 
 def world_without_a_design() -> type[Design]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from guest_memfd.abstract import state as st
 from guest_memfd.abstract.base import AbstractBase
-from guest_memfd.core.hypervisor import DATA_ABORT, SEA
+from guest_memfd.core.hypervisor import DATA_ABORT, SEA, Hypervisor
 from guest_memfd.errors import shown
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import (
     ALLOCATED,
     ANY,
+    CONTENTION,
     CONTENTS,
     DATA,
     FREE,
@@ -26,8 +27,14 @@ from guest_memfd.words.pagestate import (
     UNMAPPED,
     ZERO,
 )
-from guest_memfd.words.primitives import Folio
-from guest_memfd.words.units import Pfn
+from guest_memfd.words.primitives import OPS, Folio
+from guest_memfd.words.units import Gfn, Pfn
+
+
+def _yes(hypervisor: Hypervisor, name: str, answer: object) -> bool:
+    if type(answer) is not bool:
+        raise TypeError(f"{name} of {hypervisor.name!r} returned {shown(answer)}, not True or False")
+    return answer
 
 
 class AbstractAccess(AbstractBase):
@@ -64,7 +71,44 @@ class AbstractAccess(AbstractBase):
         if self.withheld(frame, write):
             return self._stage2_abort(frame, who, what, write=write, fixup=fixup)
         self.note_access(frame, who, what, "direct map" if frame.s1 else "stale TLB entry", write)
+        self.spoilt(frame, write)
         return "ok"
+
+    def exported(self, frame: st.Frame, what: str) -> bool:
+        """Whether the host may go on, as the page that it has touched is exported."""
+        if not self.exports:
+            return False
+        asked = frame.asked
+        done = not frame.stuck and _yes(self.hypervisor, "exports", self.hypervisor.exports(self, frame.number))
+        if done:
+            frame.asked = asked                     # its guest still has a use for it
+            self._overtakes_faults(frame)
+            self.notes.append(facts.Abort(what, 2, frame.number, self.hypervisor.abort or "", True, "the page is exported"))
+        return done
+
+    # A fault of the guest that has mapped it, and has not returned yet, was right about it.
+    def _overtakes_faults(self, frame: st.Frame) -> None:
+        for ghost in self.state.ghosts():
+            if frame.slot and ghost.op == OPS.index("fault") + 1 and ghost.scope >> self.index(frame.slot - 1) & 1:
+                ghost.reasons |= CONTENTION
+
+    def is_exported(self, frame: st.Frame) -> bool:
+        """Whether *frame* is a guest's, and accessible to the host because it was exported."""
+        return self.exports and frame.owner == GUEST and bool(frame.s2)
+
+    @property
+    def exports(self) -> bool:
+        """Whether a page that the host touches is exported, under this hypervisor."""
+        return self.hypervisor.exports is not Hypervisor.exports
+
+    def spoilt(self, frame: st.Frame, write: bool) -> None:
+        """What the host writes to a page that was exported is no longer what its guest has put there."""
+        if not write or not self.is_exported(frame):
+            return
+        gfn = self.state.page(frame.slot - 1).binding - 1 if frame.slot else -1
+        if gfn >= 0:
+            self.notes.append(facts.Destroyed(frame.number, "the host has written to it, and it is not imported so"))
+            self.gfn(Gfn(gfn)).gpoison = 1
 
     def withheld(self, frame: st.Frame, write: bool, *, alone: bool = False) -> bool:
         """Whether the hypervisor refuses the access; *alone*: it goes through an entry that maps this page only."""
@@ -77,6 +121,10 @@ class AbstractAccess(AbstractBase):
 
     def _stage2_abort(self, frame: st.Frame, who: str, what: str, *, write: bool, fixup: bool) -> str:
         kind = self.hypervisor.abort or DATA_ABORT
+        if self.exported(frame, what):
+            self.note_access(frame, who, what, "direct map", write)
+            self.spoilt(frame, write)
+            return "ok"
         if kind == SEA:
             # Two conditions: the access has an entry in the exception table, and this kernel's do_sea() looks there.
             survived = fixup and self.sea_fixup
@@ -93,10 +141,7 @@ class AbstractAccess(AbstractBase):
             return "fixed"
         # The kernel must read or die, so under pKVM the guest loses the page. The access is then repeated, and reads
         # zeros.
-        reclaimed = self.hypervisor.force_reclaim(self, frame.number)
-        if type(reclaimed) is not bool:
-            raise TypeError(f"force_reclaim of {self.hypervisor.name!r} returned {shown(reclaimed)}, not True or False")
-        if not reclaimed:
+        if not _yes(self.hypervisor, "force_reclaim", self.hypervisor.force_reclaim(self, frame.number)):
             self.notes.append(facts.Abort(what, 2, frame.number, kind, False, "no exception-table entry: oops"))
             self.panic()
         self.notes.append(facts.Abort(what, 2, frame.number, kind, True, "the page is reclaimed by force"))

@@ -201,7 +201,11 @@ class AbstractGuestSide(AbstractAccess, AbstractOperations):
             return self.hypervisor.final[name]
         # Set by `refuse` within this call only.
         self._refused = False
+        asked = frame.asked if frame is not None and self.exports else 0
         ret = code(self, *args)
+        # What is exported its guest has asked for, and has a use for still.
+        if frame is not None and self.is_exported(frame):
+            frame.asked = asked
         wrong = self.hypervisor.wrong_result(name, ret)
         if wrong is not None:
             raise TypeError(wrong)

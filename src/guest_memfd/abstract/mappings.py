@@ -96,9 +96,10 @@ class AbstractMappings(AbstractAccess, AbstractOperations):
         frame = self._pte(index)
         if frame is None:
             return "fault"
-        if self.withheld(frame, write, alone=True):
+        if self.withheld(frame, write, alone=True) and not self.exported(frame, "user access"):
             return "SIGSEGV" if self.hypervisor.abort == DATA_ABORT else "SIGBUS"
         self.note_access(frame, "VMM", "user access", "user mapping", write)
+        self.spoilt(frame, write)
         if write:
             self.written(frame)
         return "ok"

@@ -94,14 +94,16 @@ class AbstractWorld(AbstractAccess, AbstractOperations):
         folios = len({index >> self.sizes.order for index in scope})
         return folios << self.sizes.order, (folios << self.sizes.order) - folios
 
-    # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken.
+    # Where it is bound the guest maps it - or cannot, and its next access says so: it is stopped, or memory is broken. An
+    # access of the host may have had it exported since; to import it takes another fault.
     def _guest_has(self, page: st.PageRecord) -> bool:
         if self.vm.vm != RUNNING:
             return True
         if not page.binding or not page.cached:
             return False
         entry, frame = self.gfn(page.binding - 1), self.state.frame(page.cached - 1)
-        return frame.gmap == entry.number + 1 or bool(entry.gpoison or self._broken(frame))
+        exported = self.is_exported(frame) and self.state.ghost(self.who).reasons & CONTENTION
+        return frame.gmap == entry.number + 1 or bool(entry.gpoison or self._broken(frame) or exported)
 
     # Unless the mapping has gone meanwhile, or memory is broken: who faulted is told so when he goes on.
     def _vmm_has(self, page: st.PageRecord) -> bool:

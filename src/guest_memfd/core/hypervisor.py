@@ -32,6 +32,7 @@ SEA = "synchronous external abort"
 DATA_ABORT = "translation fault with S1PTW"
 RMP_FAULT = "page fault of the RMP check"
 GPF = "granule protection fault"
+SECURE_STORAGE = "secure storage access exception"
 
 
 class Stage2(Protocol):
@@ -154,6 +155,8 @@ class Hypervisor:
     guards: which accesses of the host it withholds: all to such a page, or writes through an entry that maps one.
     encrypts: what the host reads of a guest's page is ciphertext.
     tracks_owner: whether it keeps ownership at all (plain KVM does not).
+    exports: has a page that the host has touched given to it, encrypted, and the access is repeated; False if it cannot be.
+        No exception table is asked before. What the host then writes there its guest will not have back.
     consents: in words, what `guest_consents` is to this guest; None if its guests cannot give a page up.
     lending: in words, what it calls giving a page to a guest alone, and taking it back; None if it has no words of its own.
     large: whether its operations take folios of more than one page.
@@ -172,6 +175,7 @@ class Hypervisor:
     guest_consents: Callable[[Stage2, Pfn], None] = _nothing
     guest_touches: Callable[[Stage2, Pfn], None] = _nothing
     force_reclaim: Callable[[Any, Pfn], bool] = _never
+    exports: Callable[[Any, Pfn], bool] = _never
     pfn_cache: bool = False
     large: bool = False
     guards: Literal["accesses", "writes"] = "accesses"

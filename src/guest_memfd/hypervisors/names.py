@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 
-from guest_memfd.core.hypervisor import DATA_ABORT, GPF, RMP_FAULT, SEA, Hypervisor
+from guest_memfd.core.hypervisor import DATA_ABORT, GPF, RMP_FAULT, SEA, SECURE_STORAGE, Hypervisor
 from guest_memfd.core.ops import GuestMemfdOps
 from guest_memfd.errors import shown
 from guest_memfd.plugins.fields import ERRNOS, FLAG, LINE, MINUS_ERRNO, NAME, Kind, one_of, table, takes, wrong
@@ -29,8 +29,9 @@ FIELDS = {
     "name": NAME, "title": LINE, "module": NAME, "ops": Kind("a subclass of GuestMemfdOps", callable),
     "hypercalls": table("names", Kind("functions of a Stage2 and arguments", callable)),
     "fallible": table("hypercalls", MINUS_ERRNO), "final": table("hypercalls", MINUS_ERRNO),
-    "abort": one_of(SEA, DATA_ABORT, RMP_FAULT, GPF, None), "tracks_owner": FLAG, "consents": LINE.or_none(),
-    "guest_consents": takes(2), "guest_touches": takes(2), "force_reclaim": takes(2), "pfn_cache": FLAG, "large": FLAG,
+    "abort": one_of(SEA, DATA_ABORT, RMP_FAULT, GPF, SECURE_STORAGE, None), "tracks_owner": FLAG, "consents": LINE.or_none(),
+    "guest_consents": takes(2), "guest_touches": takes(2), "force_reclaim": takes(2), "exports": takes(2),
+    "pfn_cache": FLAG, "large": FLAG,
     "guards": one_of("accesses", "writes"), "encrypts": FLAG, "errnos": ERRNOS,
     "lending": LINE.or_none(),
     "driver": Kind(f"procedures {', '.join(DRIVES)}, or None", _drives),

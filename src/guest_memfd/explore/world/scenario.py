@@ -227,7 +227,8 @@ def _made(design: type[Design], hypervisor: Hypervisor, scene: Scene) -> Design:
 
 # What of a hypervisor the machine runs.
 def _code(hypervisor: Hypervisor) -> list[Callable[..., Any]]:
-    return [*hypervisor.hypercalls.values(), hypervisor.guest_consents, hypervisor.guest_touches, hypervisor.force_reclaim]
+    return [*hypervisor.hypercalls.values(), hypervisor.guest_consents, hypervisor.guest_touches, hypervisor.force_reclaim,
+            hypervisor.exports]
 
 
 # What a party of another file asks for is about that file; the library keeps nothing of a file in itself.

@@ -35,6 +35,8 @@ class ModelledDriver(KvmVms):
         super().__init__(hardware, hypervisor)
         if hypervisor.force_reclaim is not Hypervisor.force_reclaim:
             raise BadInput(f"hypervisor {hypervisor.name!r} takes pages by force: no emulated machine but pkvm's can")
+        if hypervisor.exports is not Hypervisor.exports:
+            raise BadInput(f"hypervisor {hypervisor.name!r} exports what the host touches, which no emulated machine can")
         self.tables = hardware.el2_pool
         self.el2 = ModelledEl2(hypervisor, hardware.ram, self.tables, hardware.tlbs)
 
