@@ -15,18 +15,16 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from guest_memfd.errors import BadInput, HostUnavailable
-from guest_memfd.linux.fd import Descriptor
 from guest_memfd.linux.guest_x86 import RESULT, SmallGuest
-from guest_memfd.linux.mapping import PAGE, LinuxMapping
+from guest_memfd.linux.mapping import PAGE
 from guest_memfd.linux.secret import Secret
 from guest_memfd.linux.system import System
+from guest_memfd.linux.touch import direct_map, memfd, timed, touched
 from guest_memfd.uapi.kvm import SHARED, MemFlag
 from guest_memfd.uapi.memory import FALLOC_FL_KEEP_SIZE, Advice
 
@@ -82,13 +80,6 @@ def compiled() -> Iterator[ctypes.CDLL]:
 
 def u64(*values: int) -> list[ctypes.c_uint64]:
     return [ctypes.c_uint64(value) for value in values]
-
-
-def timed(n: int, step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    for _ in range(n):
-        step()
-    return (time.perf_counter() - start) / n
 
 
 def line(name: str, c: float, python: float, goal: float | None, unit: float = 1e6) -> None:
@@ -192,46 +183,12 @@ def touches(library: ctypes.CDLL, guest: SmallGuest, rounds: int) -> None:
             into.release()
 
 
-def direct_map() -> dict[str, int]:
-    with open("/proc/meminfo") as file:
-        rows = (row.split(":") for row in file)
-        return {name: int(rest.split()[0]) for name, rest in rows if name.startswith("DirectMap")}
-
-
-class Touched(NamedTuple):
-    """Seconds: a store to each page, the same again, munmap() and close()."""
-
-    first: float
-    again: float
-    free: float
-
-
-def touched(file: Descriptor, size: int) -> Touched:
-    mapping = LinuxMapping(file, 0, size)
-
-    def each() -> None:
-        # Not by the safe way, which would be most of the cost; no page of these files is private or missing.
-        for at in range(0, size, PAGE):
-            ctypes.memset(mapping.address + at, 1, 8)
-
-    def free() -> None:
-        mapping.close()
-        file.close()
-
-    return Touched(timed(1, each), timed(1, each), timed(1, free))
-
-
 def kinds(guest: SmallGuest, pages: int, rounds: int) -> None:
     print(f"first touch, {pages} pages{'touch, us/page':>26}{'free, us/page':>18}   direct map, kB")
     size = pages * PAGE
 
-    def memfd() -> Descriptor:
-        file = Descriptor(os.memfd_create("bench"), "memfd")
-        os.ftruncate(file.fileno(), size)
-        return file
-
     base = 0.0
-    for name, make, times in (("memfd", memfd, rounds),
+    for name, make, times in (("memfd", lambda: memfd(size), rounds),
                               ("guest_memfd", lambda: guest.vm.create_guest_memfd(size, SHARED), rounds),
                               ("memfd_secret", lambda: Secret(size), 1)):
         before = direct_map()
@@ -240,9 +197,9 @@ def kinds(guest: SmallGuest, pages: int, rounds: int) -> None:
         except HostUnavailable as error:
             print(f"  {name}: {error}")
             continue
-        cost = min(one.first - one.again for one in seen) / pages * 1e6
+        cost = min(one.fault(pages) for one in seen)
         base = base or cost
-        free = min(one.free for one in seen) / pages * 1e6
+        free = min(one.freed(pages) for one in seen)
         moved = [f"{key[9:]} {value - before[key]:+}" for key, value in direct_map().items() if value != before[key]]
         print(f"  {name:22}{cost:10.2f} ({cost / base:5.1f}x){free:18.2f}   {', '.join(moved) or 'unchanged'}")
 

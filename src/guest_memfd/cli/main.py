@@ -30,6 +30,7 @@ from guest_memfd.printable import printable
 
 VERBS = {
     "compare": "the table: designs x hypervisors x laws, what breaks in how many steps, and what each design costs",
+    "cost": "what unmapping from the direct map costs on this machine over leaving it mapped: measured, per design and GiB",
     "check": "explore one design; a law that breaks comes with the shortest way there",
     "walk": "all parties of a scene at once, at random: for what is too large to be explored",
     "explain": "a saved trace as text, as a page for a browser, or for other tools",
