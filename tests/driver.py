@@ -29,7 +29,8 @@ class Bench:
         self.library.scene = scene
         if design.large and scene.order:
             self.library.order, self.library.splits = scene.order, True
-        self.machine = AbstractHost(self.hypervisor, scene, 1, bounds=design.bounds, errnos=design.errnos)
+        self.machine = AbstractHost(self.hypervisor, scene, 1, bounds=design.bounds, errnos=design.errnos,
+                                    resumes=design.resumes)
         self.shared = self.machine.initial()
         self.notes: list[Any] = []
         self.fail_at = -1

@@ -53,8 +53,9 @@ def agree(design: str, hypervisor: str, scenarios: list[str], scene: str = "two-
 def plainly(one: World) -> AbstractHost:
     """The host of *one*, without whatever makes it faster."""
     host = AbstractHost(one.hypervisor, one.scene, one.machine.sizes.parties, sea_fixup=one.design.sea_fixup,
-                        tasks=one.machine.tasks, bounds=one.design.bounds, errnos=one.design.errnos)
-    for what in ("scene", "sizes", "fallible", "sea_fixup", "tasks", "bounds", "errnos"):
+                        tasks=one.machine.tasks, bounds=one.design.bounds, errnos=one.design.errnos,
+                        resumes=one.design.resumes)
+    for what in ("scene", "sizes", "fallible", "sea_fixup", "tasks", "bounds", "errnos", "resumes"):
         assert getattr(host, what) == getattr(one.machine, what)
     return host
 

@@ -52,6 +52,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         "hypervisors": ["gunyah", (), ["kvm"], ("kvm", 7), 7], "keeps": [None, {"punsh": "ours"}, {"punch_hole": 7}],
         "bounds": [None, {"punsh": Bound()}, {"punch": 7}, {"punch": Bound("x")}, {7: Bound()}],     # type: ignore[arg-type]
         "errnos": [None, {"punsh": (12,)}, {"punch": 12}, {"punch": (-12,)}, {"punch": ("ENOMEM",)}], "scene": ["two-pages"],
+        "resumes": [None, "to_private", ["to_private"], ("punch",), ([],)],
     },
     "hypervisor": {
         "name": NAME_NOT, "title": WORDS, "module": NAME_NOT, "ops": [None, 7, KvmOps()],

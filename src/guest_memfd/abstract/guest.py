@@ -284,7 +284,9 @@ class AbstractGuestSide(AbstractAccess, AbstractOperations):
         vm.range = self._hull(vm.range | sum(1 << self.page(i).binding - 1 for i in about if self.page(i).binding))
         for index in about:
             ghost.announced |= 1 << index
-            self.out_of_scope("announces an invalidation", index)
+            # Of a large folio all of it may be announced, whatever part is meant: who looks again finds the rest as it was.
+            if not self.about_block(index):
+                self.out_of_scope("announces an invalidation", index)
 
     def gmem_invalidate_end(self) -> None:
         """The sequence moves on: a caller that sampled it before must look again."""

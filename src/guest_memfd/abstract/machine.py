@@ -66,7 +66,8 @@ class AbstractHost(AbstractLocks, AbstractMappings, AbstractPageCache, AbstractG
 
     parties: how many party numbers there are. tasks: those of parties that are tasks and can be frozen.
     sea_fixup: whether do_sea() consults the exception table (the design `fixup` changes that).
-    bounds, errnos: operation -> what the design says that it costs at most, and may return.
+    bounds, errnos: operation -> what the design says that it costs at most, and may return. resumes: operations that it
+    says can be resumed.
     """
 
     footprints = True
@@ -76,12 +77,12 @@ class AbstractHost(AbstractLocks, AbstractMappings, AbstractPageCache, AbstractG
     def __init__(
         self, hypervisor: Hypervisor, scene: Scene, parties: int, *, sea_fixup: bool = False,
         tasks: frozenset[int] = frozenset(), bounds: Mapping[str, Bound] | None = None,
-        errnos: Mapping[str, tuple[int, ...]] | None = None,
+        errnos: Mapping[str, tuple[int, ...]] | None = None, resumes: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.hypervisor, self.scene, self.kernel = hypervisor, scene, scene.kernel
         self.sea_fixup, self.tasks = sea_fixup, tasks
-        self.bounds, self.errnos = bounds or {}, errnos or {}
+        self.bounds, self.errnos, self.resumes = bounds or {}, errnos or {}, resumes
         self.sizes = st.Sizes(scene.frames, scene.pages, scene.guest_frames, scene.files, scene.vms, parties,
                               scene.order)
         self.indexes = span(FIRST_PAGE, scene.pages)

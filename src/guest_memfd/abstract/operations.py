@@ -25,6 +25,11 @@ class AbstractOperations(AbstractBase):
         if ghost.op and self.file.inode != EVICTED and not ghost.scope >> index & 1:
             self.notes.append(facts.OutOfScope(OPS[ghost.op - 1], what, index))
 
+    def about_block(self, index: Index) -> bool:
+        """Whether the current party's operation is about a page of the largest folio that page *index* can be part of."""
+        order = self.sizes.order
+        return bool(self.state.ghost(self.who).scope >> (index >> order << order) & (1 << (1 << order)) - 1)
+
     def done_to(self, what: str, index: Index, *, always: bool = False) -> None:
         """The current party's operation does something to page *index* that users of it must hear of beforehand.
 

@@ -44,6 +44,7 @@ class AbstractWorld(AbstractAccess, AbstractOperations):
 
     bounds: Mapping[str, Bound]
     errnos: Mapping[str, tuple[int, ...]]
+    resumes: tuple[str, ...]
 
     # -- tracepoints ---------------------------------------------------------------------------------------------
 
@@ -75,7 +76,8 @@ class AbstractWorld(AbstractAccess, AbstractOperations):
             ghost.gfn - 1 if ghost.gfn else None,
             Cost(ghost.writes, ghost.flushes, ghost.calls, ghost.stalls, ghost.splits),
             (*self.hypervisor.errnos.get(op, ()), *self.errnos.get(op, ())), self.bounds.get(op),
-            self.scene.attributes if op == "create" else (), *self._around(scope)))
+            self.scene.attributes if op == "create" else (), *self._around(scope),
+            op in self.resumes))
         about, gfn = ghost.scope, ghost.gfn if op == "bind" else 0
         self.clear(ghost)
         # Its caller will say what it was told; the law compares that with what the operation ended with.
@@ -128,7 +130,7 @@ class AbstractWorld(AbstractAccess, AbstractOperations):
         ghost = self.state.ghost(self.who)
         shared = tuple(i for i in span(start, nr) if self.page(i).attr == SHARED_PAGE) if op == "lend" else ()
         self.notes.append(facts.Returned(op, start, nr, ret, error_index, self.sizes.pages, self.how_ended(ghost),
-                                         bool(ghost.begun), gfn, shared))
+                                         bool(ghost.begun), gfn, shared, self.errnos.get(op, ())))
         if ghost.op or ghost.ended:
             self.clear(ghost)
 

@@ -52,6 +52,9 @@ class Design(Library):
     is not here is not bounded."""
     errnos: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """Operation -> errno values that its documentation names on top of the library's."""
+    resumes: ClassVar[tuple[str, ...]] = ()
+    """Conversions that, refused, have done what lies before the page that they name, and nothing from there on: the same
+    request may be made again from that page. Those that are not here are done as a whole, or not at all."""
     lender: LendingDriver | None = None
     """The driver that decides when pages are lent and taken back; None where user space does, by conversions."""
     scene: Scene = Scene()

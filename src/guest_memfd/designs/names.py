@@ -23,7 +23,10 @@ FIELDS = {
     "keeps": table("operations", LINE, OPERATIONS),
     "bounds": table("operations", Kind("Bound of whole numbers", lambda value: isinstance(value, Bound) and all(
         map(COUNT.fits, value))), OPS),
-    "errnos": ERRNOS, "scene": Kind("a Scene", lambda value: isinstance(value, Scene)),
+    "errnos": ERRNOS,
+    "resumes": Kind("a tuple of conversions ('to_private', 'to_shared')", lambda value: type(value) is tuple and all(
+        name in ("to_private", "to_shared") for name in value)),
+    "scene": Kind("a Scene", lambda value: isinstance(value, Scene)),
 }
 
 

@@ -99,17 +99,35 @@ def _punched(note: facts.Ended) -> Evidence:
 
 
 def _converted(note: facts.Ended) -> Evidence:
-    # All of the range or nothing of it: user space could not know which half it has.
-    if note.ret < 0 and note.toggled:
-        return f"{note.op} is refused and has changed a page"
     wanted = PRIVATE_PAGE if note.op == "to_private" else SHARED_PAGE
-    if note.ret < 0 and note.error_index in note.scope and note.attrs[note.scope.index(note.error_index)] == wanted:
-        return f"{note.op} is refused for page {note.error_index}, of which it has nothing to change"
+    left = None if note.ret == 0 else _resumable(note, wanted) if note.resumes else _unchanged(note, wanted)
+    if left is not None:
+        return left
     if note.ret == 0 and any(attr != wanted for attr in note.attrs):
         return f"{note.op} returns 0 and a page has not been converted"
     # Only this way are references counted; -EAGAIN on the way back is the hypervisor's.
     if note.op == "to_private" and note.ret == -EAGAIN and note.error_index in note.batched:
         return f"{note.op} is refused for a reference that draining the lru_add batches would have dropped"
+    return None
+
+
+# All of the range or nothing of it: user space could not know which half it has.
+def _unchanged(note: facts.Ended, wanted: int) -> Evidence:
+    if note.toggled:
+        return f"{note.op} is refused and has changed a page"
+    if note.error_index in note.scope and note.attrs[note.scope.index(note.error_index)] == wanted:
+        return f"{note.op} is refused for page {note.error_index}, of which it has nothing to change"
+    return None
+
+
+# What is done stays done, and the page that is named divides it from what is not: who asks again from there has all of it.
+def _resumable(note: facts.Ended, wanted: int) -> Evidence:
+    if note.error_index is None:
+        return f"{note.op} is refused, has changed a page, and does not say where to go on" if note.toggled else None
+    if any(index >= note.error_index for index in note.toggled):
+        return f"{note.op} is to go on at page {note.error_index}, and has changed a page from there on"
+    if any(attr != wanted for index, attr in zip(note.scope, note.attrs, strict=True) if index < note.error_index):
+        return f"{note.op} is to go on at page {note.error_index}, and has left out a page before it"
     return None
 
 
@@ -196,7 +214,8 @@ def _returned(note: facts.Returned) -> Evidence:
         return "hibernation is refused, and nothing stands against it"
     if note.how is not None:
         return _told(note, note.how)
-    if note.ret == -EOPNOTSUPP or note.op == "lend":    # a driver may refuse before it asks the library
+    # A driver may refuse before it asks the library; and a design what it says that it does not do: a part of a huge page.
+    if note.ret == -EOPNOTSUPP or note.op == "lend" or -note.ret in note.documented:
         return None
     return f"{note.op} returns {_errno(note.ret)} without having begun"
 

@@ -240,7 +240,7 @@ def pair(world: World, machine: Machine, failures: int = 0) -> Pair:
     share = SHARE if scene.order else 1
     vm = machine.create_vm(scene.guest_frames * share)
     host = EmulatedHost(machine, vm, scene.pages * share, tasks=world.machine.tasks, scene=scene, bounds=world.design.bounds,
-                        errnos=world.design.errnos)
+                        errnos=world.design.errnos, resumes=world.design.resumes)
     spoken = (Blocks if scene.order else Singles)(host, machine.adversary)
     both = Pair(world, host, machine.adversary, spoken, world.machine.initial())
     if scene.made:

@@ -127,6 +127,7 @@ class Ended(NamedTuple):
     asked: tuple[int, ...] = ()         # of a new file: the attributes that it was to have, where someone has said
     around: int = 0                     # pages of all the large folios that its range can have a part of
     leaves: int = 0                     # how many leaves, larger than a page, can lie over those in one table
+    resumes: bool = False               # whether a refusal leaves done what lies before the page that it names
 
 
 class HowEnded(NamedTuple):
@@ -153,6 +154,7 @@ class Returned(NamedTuple):
     begun: bool = False                 # an invalidation that was begun has not been ended
     gfn: Gfn | None = None              # of a bind: the first gfn that was asked for
     shared: tuple[int, ...] = ()        # of pages that were to be lent: those that the host shares now
+    documented: tuple[int, ...] = ()    # errno values that the design adds to those of the library
 
 
 @distinct

@@ -71,7 +71,7 @@ class World:
         self.setting = len(roles) + 1
         tasks = frozenset(self.programs[p.name].number for p in self.parties if p.task)
         self.machine = AbstractHost(hypervisor, self.scene, len(roles) + 2, sea_fixup=design.sea_fixup, tasks=tasks,
-                                    bounds=design.bounds, errnos=design.errnos)
+                                    bounds=design.bounds, errnos=design.errnos, resumes=design.resumes)
         # Only third-party hypercalls are run twice; the shipped ones are tested, and most of the time would go into
         # them.
         self.machine.foreign = self.named if foreign(*_code(hypervisor)) else ""

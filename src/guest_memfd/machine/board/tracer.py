@@ -59,6 +59,7 @@ class TracedTask(Protocol):
     bounds: Mapping[str, Bound]
     scene: Scene | None
     errnos: Mapping[str, tuple[int, ...]]
+    resumes: tuple[str, ...]
 
     def vm_at(self, index: Index) -> Vm:
         """The VM that page *index* of the file is bound to, or would be."""
@@ -212,7 +213,9 @@ class Tracer:
         operation = self.operations.get(host.who)
         if operation is not None and host.inode.life != EVICTED:
             ends = (first, first + len(pages) - 1) if pages else ()
-            beyond = next((i for i in ends if operation.first_of(i, 1) is None), None)
+            # Of a folio of a block all of it may be announced, whatever part is meant.
+            block = BLOCK if self.machine.config.blocks else 0
+            beyond = next((i for i in ends if operation.first_of(Index(i >> block << block), 1 << block) is None), None)
             if beyond is not None:
                 host.notes.append(facts.OutOfScope(operation.op, "announces an invalidation", beyond))
 
@@ -332,7 +335,7 @@ class Tracer:
             attributes = host.inode.trees["attributes"].load(start, nr)
             shared = tuple(start + at for at, attribute in enumerate(attributes) if attribute == SHARED_PAGE)
         host.notes.append(facts.Returned(op, start, nr, ret, error_index, host.inode.size, self.ended.get(host.who),
-                                         host.who in self.announced, gfn, shared))
+                                         host.who in self.announced, gfn, shared, host.errnos.get(op, ())))
         self.forget(host.who)
 
     def end(self, host: TracedTask, ret: int, error_index: Index | None) -> None:
@@ -364,7 +367,7 @@ class Tracer:
             operation.gfn, Cost(**operation.cost),
             (*self.machine.hypervisor.errnos.get(operation.op, ()), *host.errnos.get(operation.op, ())),
             host.bounds.get(operation.op), host.scene.attributes if operation.op == "create" and host.scene else (),
-            *self._around(scope))
+            *self._around(scope), operation.op in host.resumes)
 
     # Pages of the blocks over *scope*, and leaves: on a machine that has blocks for guest_memfd, and nothing else.
     def _around(self, scope: tuple[Index, ...]) -> tuple[int, int]:

@@ -66,7 +66,8 @@ class FileHost(EmulatedHost):
 
     # What operations cost is judged in a run as well, and what they return: every device hands on what its design states.
     def __init__(self, machine: Board, vm: Vm, size: int, library: Design) -> None:
-        super().__init__(machine, vm, size, bounds=library.bounds, errnos=library.errnos)
+        super().__init__(machine, vm, size, bounds=library.bounds, errnos=library.errnos,
+                         resumes=library.resumes)
         if foreign(type(library), machine.hypervisor.ops):
             self.theirs = f"a procedure of design {library.name!r} on {machine.hypervisor.name!r}"
         self.windows = []

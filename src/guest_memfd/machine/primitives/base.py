@@ -32,6 +32,7 @@ class Base:
     scene: Scene | None
     bounds: Mapping[str, Bound]
     errnos: Mapping[str, tuple[int, ...]]
+    resumes: tuple[str, ...]
 
     def vm_at(self, index: Index) -> Vm:
         """The VM that page *index* is bound to, or would be."""

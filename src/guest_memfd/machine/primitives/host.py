@@ -32,8 +32,8 @@ class EmulatedHost(Base):
     """One guest_memfd file of *size* pages on *machine*, bound to *vm*.
 
     tasks: numbers of the parties that freezing stops. judge: told of every primitive and the facts it left;
-    default: the machine's. scene: whose memslots vCPUs go by; default: whatever is bound. bounds, errnos: what the design
-    says that operations cost at most, and may return.
+    default: the machine's. scene: whose memslots vCPUs go by; default: whatever is bound. bounds, errnos, resumes: what
+    the design says that operations cost at most, and may return, and which can be resumed.
     """
 
     theirs = ""
@@ -42,10 +42,10 @@ class EmulatedHost(Base):
     def __init__(
         self, machine: Board, vm: Vm, size: int, *, tasks: frozenset[int] = frozenset(), judge: Judge | None = None,
         scene: Scene | None = None, bounds: Mapping[str, Bound] | None = None,
-        errnos: Mapping[str, tuple[int, ...]] | None = None,
+        errnos: Mapping[str, tuple[int, ...]] | None = None, resumes: tuple[str, ...] = (),
     ) -> None:
         self.machine, self.vm, self.tasks, self.judge = machine, vm, tasks, judge
-        self.scene, self.bounds, self.errnos = scene, bounds or {}, errnos or {}
+        self.scene, self.bounds, self.errnos, self.resumes = scene, bounds or {}, errnos or {}, resumes
         self.inode = Inode(size, machine.module.name)
         self.counts_splits = False                      # whether a primitive's cost has the leaves that it splits
         self.who, self.caller, self.notes = 0, "library", []
