@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import test_bugs
 import test_direct_map_designs
+import test_huge_designs
 import test_kvm_design
 import test_large_folios
 import test_posted_designs
@@ -61,7 +62,8 @@ def told(page: str) -> Iterator[Told]:
 PINNED = {
     *((row.hypervisor, row.parties.replace(" ", " + "), row.law, row.steps) for row in (
         *test_bugs.BUGS, *test_posted_designs.ROWS, *test_direct_map_designs.ROWS, *test_kvm_design.ROWS,
-        *test_kvm_design.LONG, *test_large_folios.SPOTS, *test_large_folios.DEEP)),
+        *test_kvm_design.LONG, *test_large_folios.SPOTS, *test_large_folios.DEEP, *test_huge_designs.ROWS,
+        *test_huge_designs.LONG)),
 }
 
 

@@ -314,6 +314,15 @@ def test_compare_of_a_set_of_designs(capsys: pytest.CaptureFixture[str]) -> None
     assert re.search(r"^no-direct-map +- +7 T +7 T +kept +kept$", out, re.M)
 
 
+def test_compare_of_the_designs_with_huge_folios(capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--hypervisor", "kvm", "--parties", "vmm2", "--scene", "large-folio")
+    assert gmem("compare", "--designs", "huge", *where, "-q") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ +gmem-2m +hugetlb-rfc2 +hugetlb-2026$", out, re.M)
+    assert re.search(r"^host-survives +kept +7 T\*' +kept$", out, re.M)
+    assert re.search(r"^all-or-nothing +kept +kept +8 T'$", out, re.M)
+
+
 def test_compare_has_a_dash_where_nothing_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
     assert gmem("compare", "none", "filemap-hook", "--hypervisor", "kvm", "--parties", "vmm2", "-q") == 0
     out = capsys.readouterr().out

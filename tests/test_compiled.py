@@ -86,6 +86,8 @@ SAMPLE = [
     ("guestmem-rfc2", "gunyah", "both-shared", "vcpu vcpu2"), ("guestmem-v5", "kvm", "failing-twice", "vcpu2 drainer"),
     ("guestmem-v6", "kvm", "two-pages", "vcpu2 zeropad"),
     ("none", "s390", "two-pages", "vcpu2 page-cache-reader"),
+    ("gmem-2m", "snp", "large-folio", "vcpu2 vmm2"), ("hugetlb-rfc2", "kvm", "two-large-folios", "vmm2"),
+    ("hugetlb-2026", "tdx", "mixed-block", "vcpu2 vmm2"),
 ]
 
 

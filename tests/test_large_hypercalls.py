@@ -202,6 +202,9 @@ SNP = [
         {"pfn1.owner": "host", "pfn1.s2": 1, "pfn1.content": "zero", "page1.expect": "zero", **leaf("s2_leaf", 0)}),
     Row({}, ("rmp_unassign", LAST), 0, {}),                                         # the host's already, in a large entry
     Row({**GUESTS, **AS_ONE}, ("psmash", 0, F), 0, {**SPLIT, **leaf("s2_leaf", 0)}),
+    Row(GUESTS, ("npt_map", 0, F), 0, AS_ONE),
+    Row(LAST_GUESTS, ("npt_map", 0, F), 0, {"pfn1.gmap": 2}),                       # what is not the guest's it cannot reach
+    Row(JUNK, ("npt_map", 0, F), 0, {}),
     Row({**GUESTS, **AS_ONE}, ("npt_zap", 0, F), 0, NOT_MAPPED_AS_ONE),
     Row({**GUESTS, **AS_ONE}, ("npt_zap", 1, LAST), 0, NOT_MAPPED_AS_ONE),
 ]

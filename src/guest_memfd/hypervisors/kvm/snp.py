@@ -39,6 +39,20 @@ def rmp_assign(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
     return 0
 
 
+def npt_map(stage2: Stage2, gfn: Gfn, folio: Folio) -> int:
+    """The nested entry of what has been assigned before, and no look at the RMP.
+
+    Of a page that is not the guest's there it faults at every access, so that it may as well be missing.
+    """
+    if all_owned(stage2, folio, "guest"):
+        stage2.guest_map(gfn, folio.pfn, folio.order)
+        return 0
+    for at, pfn in enumerate(folio.pfns):
+        if stage2.owner(pfn) == "guest":
+            stage2.guest_map(gfn + at, pfn)
+    return 0
+
+
 def rmp_unassign(stage2: Stage2, folio: Folio) -> int:
     """RMPUPDATE to the host of what is the guest's; -EIO (FAIL_OVERLAP) for a part of a larger entry."""
     if stage2.host_leaf(folio.pfn) > folio.order and stage2.owner(folio.pfn) == "guest":
@@ -103,7 +117,8 @@ SNP = Hypervisor(
     module="kvm",
     ops=SnpOps,
     hypercalls={
-        "rmp_assign": rmp_assign, "rmp_unassign": rmp_unassign, "psmash": psmash, "npt_zap": mmu_unmap,
+        "rmp_assign": rmp_assign, "rmp_unassign": rmp_unassign, "psmash": psmash, "npt_map": npt_map,
+        "npt_zap": mmu_unmap,
         "map_shared": map_shared, "unmap_shared": unmap_shared,
     },
     fallible={"rmp_assign": -ENOMEM, "map_shared": -ENOMEM, "psmash": -EAGAIN, "rmp_unassign": -EAGAIN},
