@@ -370,6 +370,7 @@ def test_verbose_shows_moves_and_very_verbose_all() -> None:
     assert "lock_folio" not in once
     assert "lock_folio" in twice
     assert "exit STATUS EXITED" in once
+    assert re.search(r"^host: leaves that a file has split, of those it can: direct map 0 of [1-9]", once, re.M)
 
 
 def test_guests_are_listed() -> None:

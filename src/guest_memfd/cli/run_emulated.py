@@ -110,6 +110,10 @@ def _tell(report: EmulatedReport, arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         for line in report.log:
             log(f"host: {line}")
+    for split, most in report.splits:
+        log(f"host: leaves that a file has split, of those it can: direct map {split.direct_map:,} of {most.direct_map:,}, "
+            f"host's stage 2 {split.host:,} of {most.host:,}, guest's {split.guest:,} of {most.guest:,}; "
+            f"table pages {split.table_pages:,}")
     tell(report, _ENDINGS, arguments.verbose)
     for broken in report.broken:
         log(f"gmem: law {broken.law} is broken: {broken.evidence} (in {broken.where})")

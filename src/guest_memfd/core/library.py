@@ -10,8 +10,11 @@ from guest_memfd.core import convert, direct_map, fault, file, folio, invalidate
 from guest_memfd.core import power as pm
 from guest_memfd.core.gmem import PowerPolicy
 from guest_memfd.core.ops import GuestMemfdOps
-from guest_memfd.words.primitives import Host
+from guest_memfd.words.primitives import Host, Splits
 from guest_memfd.words.units import Index
+
+LEAF_ORDERS = (9, 18)
+"""Of leaves for which a table can stand: 2 MiB and 1 GiB, with pages of 4 KiB."""
 
 
 class Library:
@@ -41,6 +44,17 @@ class Library:
     def whole(self, *numbers: int) -> bool:
         """Whether all *numbers* (page indexes, lengths, gfns) are multiples of a folio's size."""
         return not any(number % (1 << self.order) for number in numbers)
+
+    def most_split(self) -> Splits:
+        """How many leaves of 2 MiB and of 1 GiB this file can have split at most, wherever its folios lie in memory.
+
+        Of the direct map: ever, if each page is allocated once, as its leaves are not made large again. Of stage 2: at a
+        time, as what becomes whole again can be split again.
+        """
+        folios = -(-self.size >> self.order)
+        larger = sum(folios for size in LEAF_ORDERS if size > self.order)
+        cut = sum(-(-self.size >> size) for size in LEAF_ORDERS if size <= self.order) if self.splits else 0
+        return Splits(larger + cut, larger + cut, cut)
 
     # -- operations --------------------------------------------------------------------------------------------------
 

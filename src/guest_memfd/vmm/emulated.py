@@ -35,7 +35,7 @@ from guest_memfd.vmm.readers import Read
 from guest_memfd.vmm.watch import LawBroken, Watch
 from guest_memfd.words.outcome import Blocked
 from guest_memfd.words.pagestate import GONE
-from guest_memfd.words.primitives import Primitive
+from guest_memfd.words.primitives import Primitive, Splits
 from guest_memfd.words.units import PAGE
 
 THEIRS = PluginError, DesignRaised
@@ -80,7 +80,7 @@ class EmulatedOrder:
 
 @dataclass
 class EmulatedReport(LoopOutcome):
-    """What came of it. *lost*: what the audit found."""
+    """What came of it. *lost*: what the audit found. *splits*, with -v: leaves that each file has split, and can split."""
 
     panic: str = ""
     read: Read | None = None
@@ -88,6 +88,7 @@ class EmulatedReport(LoopOutcome):
     lost: list[str] = field(default_factory=list)
     faults: int = 0
     folios: int = 0
+    splits: list[tuple[Splits, Splits]] = field(default_factory=list)
     instructions: int = 0
     primitives: Mapping[str, int] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
@@ -131,6 +132,7 @@ class EmulatedRun:
         order.layout.boot_info(order.image)
         self.machine.tracer = ProgramTracer(self.machine)
         self.machine.judge = self.watch
+        self.machine.accounts_splits = bool(order.verbose)
         self._pages = self._countable()
         tables = self.machine.linear_map.table_pages
         if order.record is not None:
@@ -263,6 +265,9 @@ class EmulatedRun:
         report.folios = sum(len(inode.pages) for inode in self.machine.inodes)
         report.exits = 0 if self.guest is None else self.guest.exits
         report.faults, report.instructions = self.watch.faults, core.instructions
+        if self.machine.accounts_splits:
+            ops = self.machine.hypervisor.ops()
+            report.splits = [(inode.split, self.design(ops, inode.size).most_split()) for inode in self.machine.inodes]
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

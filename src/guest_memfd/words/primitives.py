@@ -105,6 +105,27 @@ class Cost(NamedTuple):
     splits: int = 0
 
 
+class Splits(NamedTuple):
+    """Leaves of 2 MiB and more that have been made smaller: of the direct map, of the host's stage 2, of the guest's."""
+
+    direct_map: int = 0
+    host: int = 0
+    guest: int = 0
+
+    @property
+    def table_pages(self) -> int:
+        """One in the place of each leaf."""
+        return sum(self)
+
+    def more_than(self, before: Splits) -> Splits:
+        """What has been added since *before*; nothing where it is less, as tables go with their VM."""
+        return Splits(*(max(now - then, 0) for now, then in zip(self, before, strict=True)))
+
+    def plus(self, more: Splits) -> Splits:
+        """What both have split, added up."""
+        return Splits(*(one + other for one, other in zip(self, more, strict=True)))
+
+
 class Bound(NamedTuple):
     """What an operation may ask for at most: per folio of its range; flushes *once*, and stalls, for all of it.
 

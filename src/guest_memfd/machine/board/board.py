@@ -34,7 +34,7 @@ from guest_memfd.machine.linux.panic import KernelPanic
 from guest_memfd.machine.linux.text import KernelText
 from guest_memfd.words import facts
 from guest_memfd.words.pagestate import GONE
-from guest_memfd.words.primitives import Folio, Primitive
+from guest_memfd.words.primitives import Folio, Primitive, Splits
 from guest_memfd.words.units import PAGE, Gfn, Index, Ipa, Pa, Pfn, Va, gpa_to_gfn, identity_ipa, pa_to_pfn, pfn_to_pa
 
 FOLIO_BATCH = 31
@@ -68,6 +68,7 @@ class Board:
         self.pages: dict[int, LinuxFolio] = {}
         self.lru_batch: dict[int, LinuxFolio] = {}
         self.inodes: dict[Inode, None] = {}
+        self.accounts_splits = False                    # whether files are told which leaves they split (`Inode.split`)
         self.power = PowerState()
         self.dead: KernelPanic | None = None
         self.forked = False                                     # who calls is a child of the VMM (`in_child`)
@@ -244,9 +245,10 @@ class Board:
         return self.any_guest_maps(pa) or any(self.stale_guest_gfn(vm, pa) is not None for vm in self.vms)
 
     @property
-    def splits(self) -> int:
+    def splits(self) -> Splits:
         """How many leaves of 2 MiB or more, of the linear map and of both stages 2, have been made smaller ones so far."""
-        return sum(self.linear_map.tables.splits[size] for size in (dm.PMD_SIZE, dm.PUD_SIZE)) + self.driver.splits
+        direct_map = sum(self.linear_map.tables.splits[size] for size in (dm.PMD_SIZE, dm.PUD_SIZE))
+        return Splits(direct_map, self.driver.host_splits, self.driver.guest_splits)
 
     def stale_guest_gfn(self, vm: Vm, pa: Pa) -> Gfn | None:
         """The guest frame number that a TLB still translates to *pa* and *vm*'s tables do not."""

@@ -147,8 +147,13 @@ class Driver(ABC):
 
     @property
     @abstractmethod
-    def splits(self) -> int:
-        """How many leaves of stage 2, the host's and those of the VMs that there are, have been made smaller ones."""
+    def guest_splits(self) -> int:
+        """How many leaves of stage 2 of the VMs that there are have been made smaller ones."""
+
+    @property
+    def host_splits(self) -> int:
+        """How many of the host's stage 2, if there is one."""
+        return 0
 
     def host_tables(self) -> Sequence[PageTable]:
         """The table of the host's stage 2, if there is one."""

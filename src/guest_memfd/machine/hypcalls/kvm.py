@@ -34,7 +34,7 @@ class KvmGuests(Driver):
 
     @property
     @override
-    def splits(self) -> int:
+    def guest_splits(self) -> int:
         """By the tables of the guests."""
         return sum(vm.pgt.splits for vm in self.el2.vms.values())
 

@@ -110,9 +110,9 @@ class PkvmDriver(KvmGuests):
 
     @property
     @override
-    def splits(self) -> int:
-        """By the tables of the guests and the host's."""
-        return super().splits + int(self.el2.host.pgt.splits)
+    def host_splits(self) -> int:
+        """By the host's table."""
+        return int(self.el2.host.pgt.splits)
 
     @override
     def host_tables(self) -> Sequence[PageTable]:

@@ -14,6 +14,7 @@ from guest_memfd.machine.linux.folio import LinuxFolio
 from guest_memfd.machine.linux.maple import MapleTree
 from guest_memfd.machine.linux.rwsem import Rwsem
 from guest_memfd.words.pagestate import DESTROYED, EVICTED, NO_INODE
+from guest_memfd.words.primitives import Splits
 from guest_memfd.words.units import Gfn, Index
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Inode:
     life: int = NO_INODE
     evictor: int | None = None                                  # the task that dropped the last reference and evicts it
     mapping: FileMapping | None = None                          # the user page table its VMAs share
+    split: Splits = field(default_factory=Splits)               # by its primitives, where somebody accounts for it
     _in_order: list[Index] | None = None                        # keys of `pages`, sorted when first asked for
 
     def find(self, index: Index) -> LinuxFolio | None:

@@ -60,7 +60,8 @@ class EmulatedHost(Base):
         if who in self.tasks and self.machine.power.frozen:
             raise Blocked
         self.who, self.caller = who, primitive.caller
-        splits = self.machine.splits if self.counts_splits else 0
+        accounts = self.counts_splits or self.machine.accounts_splits
+        before = self.machine.splits if accounts else None
         try:
             must_be_there(self, primitive)
             return getattr(self, primitive.name)(*primitive.args)
@@ -68,8 +69,11 @@ class EmulatedHost(Base):
             self.machine.panicked(panic)
             raise
         finally:
-            if self.counts_splits:                      # fewer: a VM has gone with its tables
-                self.machine.tracer.counts(who, "splits", max(self.machine.splits - splits, 0))
+            if before is not None:
+                more = self.machine.splits.more_than(before)
+                self.inode.split = self.inode.split.plus(more)
+                if self.counts_splits:
+                    self.machine.tracer.counts(who, "splits", sum(more))
             judge = self.judge or self.machine.judge
             if judge is not None:
                 judge(primitive, self.notes)
