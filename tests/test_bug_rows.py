@@ -100,7 +100,8 @@ LISTS = {
 """The numbers that there are, of each list that docs/bugs.md goes by."""
 
 SECTIONS = {
-    "Bugs of the posted series with huge folios": "huge folios", "Bugs of direct-map removal": "direct-map removal",
+    "Bugs of the posted series with huge folios": "huge folios",
+    "The postings with huge folios, as designs": "huge folios", "Bugs of direct-map removal": "direct-map removal",
     "Bugs of KVM's guest_memfd": "KVM's guest_memfd",
 }
 """Where rows are whose numbers have no letter in front."""
@@ -109,7 +110,7 @@ SECTIONS = {
 def list_of(number: str, plain: str) -> str | None:
     """The list that *number* is of, or one without a letter in front, which is of *plain*; None if it is of none."""
     letter = number[0] if not number[0].isdigit() else ""
-    names = {"R": 0, "S": 1, "F": 4}
+    names = {"R": 0, "S": 1, "F": 4}     # N, H, K and L are on no list
     if letter:
         return [*LISTS][names[letter]] if letter in names else None
     return plain or None

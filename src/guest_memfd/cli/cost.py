@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Count, measure, multiply."""
+    """Count what each design does, measure what that costs here, and print the price."""
     if not 0 < arguments.seconds <= MOST_SECONDS:
         raise BadInput(f"--seconds is more than 0 and at most {MOST_SECONDS}, not {arguments.seconds:g}")
     load_all(arguments)

@@ -35,7 +35,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
     "posted": tuple(d.name for d in (GuestmemRfc2, GuestmemV5, GuestmemV6)),
     "huge": tuple(d.name for d in (Gmem2m, HugetlbRfc2, Hugetlb2026)),
 }
-"""Designs that are compared together: those that are argued about in a year, how the library was posted after the first time,
-and those with huge folios. Those in none are compared by default."""
+"""Designs that are compared together: those that are argued about in a year, how the library was posted after the first
+time, and those with huge folios. Those in none are compared by default."""
 
 __all__ = ["DESIGNS", "SETS", "Design", "misspelt"]
