@@ -135,6 +135,15 @@ def test_no_contiguous_run_over_a_table(box: Box) -> None:
     assert box.table.lookup(34 * MIB).value & d.CONTIGUOUS       # its pages are whole runs
 
 
+def test_what_is_small_enough_stays_with_its_marks(box: Box) -> None:
+    box.table.map(32 * MIB, 64 * 1024, 32 * MIB, BITS, contiguous=True)
+    before = box.words()
+    assert box.table.lookup(32 * MIB).value & d.CONTIGUOUS
+    box.table.split(32 * MIB + PAGE, 2)
+    box.table.split(32 * MIB + PAGE, 3, contiguous=True)
+    assert box.words() == before
+
+
 def test_what_map_refuses_changes_nothing(box: Box) -> None:
     box.table.map(GIB, GIB, GIB, BITS)
     before, free = box.words(), box.buddy.free_pages

@@ -125,6 +125,20 @@ def test_size_of_the_half(txsz: int, ttst: bool, fine: bool) -> None:
         assert world.fault(va) == ("translation", 0, 1, False)
 
 
+@pytest.mark.parametrize(("txsz", "fine"), [(47, True), (48, False)])
+def test_size_of_the_half_in_pages_of_64k(txsz: int, fine: bool) -> None:
+    """FEAT_TTST allows 48, and with a 64K granule 47 (DDI 0487, D8.2)."""
+    world = World(granule=K64, bits=17)
+    world.stage2, world.features = False, CpuFeatures(ttst=True)
+    world.t1.map(0, 1 << 16, 1 << 16, KERNEL)
+    world.tcr = replace(world.tcr, t1sz=txsz)
+    va = (1 << 64) - (1 << 64 - txsz)
+    if fine:
+        assert world.go(va).pa == 1 << 16
+    else:
+        assert world.fault(va) == ("translation", 0, 1, False)
+
+
 def test_lpa2_is_refused() -> None:
     with pytest.raises(BadInput, match="DS"):
         Stage1(Tcr(ds=1), 0, 0)

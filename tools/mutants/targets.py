@@ -42,7 +42,7 @@ ON_THE_MACHINE = Tested(
     "test_emulated_parts.py",
     "test_arm64_*.py", "test_cpu.py", "test_asm.py", "test_mem_abort.py", "test_oops.py", "test_linear_map.py",
     "test_kernel_power.py", "test_module_loader.py", "test_gunyah_*.py", "test_kvm_*.py", "test_pkvm_*.py",
-    "test_large_files.py", "test_modelled.py",
+    "test_large_files.py", "test_large_machine.py", "test_modelled.py",
 )
 """Lock step with the abstract host, and the tests of the machine's parts."""
 

@@ -232,8 +232,7 @@ class KvmStage2Table:
             # Most of the first tables' entries are empty, and there are a thousand.
             if not self.table.memory.read64(self.table.root + 8 * number):
                 continue
-            entry = self._path(ia, self.table.start_level)[-1]
+            (entry,) = self._path(ia, self.table.start_level)
             if d.kind(entry.value, entry.level) == "table":
                 self._free(entry)
-            if entry.value:
-                self._write(ia, entry, 0)
+            self._write(ia, entry, 0)
