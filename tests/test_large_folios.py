@@ -143,7 +143,7 @@ def test_the_library_holds_there(where: tuple[str, str, str]) -> None:
 # -- what has happened in these scenes: else nothing has been shown --------------------------------------------------------
 
 
-@pytest.mark.parametrize("hypervisor", [*HYPERVISORS])
+@pytest.mark.parametrize("hypervisor", [name for name in HYPERVISORS if HYPERVISORS[name].large])
 def test_folios_are_split_and_merged_and_leaves_with_them(hypervisor: str) -> None:
     there = world("library", hypervisor, scene="large-folio", engine="python")
     there.explorer(["vcpu2", "vmm2"]).run()
