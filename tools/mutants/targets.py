@@ -33,7 +33,8 @@ PARTS = ("hw/arm64", "hypcalls", "el2", "linux", "primitives")
 BESIDE_THE_SUITE = Tested(
     "test_folios.py", "test_asked_hypervisor.py", "test_drivers.py", "test_hypercalls.py", "test_library.py",
     "test_power.py", "test_large_files.py", "test_gunyah_device.py", "test_gunyah_start.py", "test_large.py",
-    "test_large_folios.py", "test_large_hypercalls.py", "test_lending_driver.py", "test_on_demand.py",
+    "test_large_folios.py", "test_large_hypercalls.py", "test_lending_driver.py", "test_on_demand.py", "test_s390.py",
+    "test_splits_of_a_file.py",
 )
 """Scripted answers, folios of more than one page, and calls that the library never makes: no scene has them."""
 
