@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
+import weakref
 from typing import Any
 
 import pytest
@@ -163,3 +165,20 @@ def test_no_room_for_the_end_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(teardown.Teardown, "sights", full)
     result = world("library", "kvm", engine="compiled").explorer(["vcpu2", "stop"]).run(max_bytes=1 << 40)
     assert (result.limited_by, result.verdict) == ("memory", "undetermined")
+
+
+@pytest.mark.parametrize(("engine", "threads"), [("python", 1), ("compiled", 1), ("compiled", 2), ("numpy", 1)])
+def test_what_a_scenario_was_explored_with_goes_with_it(engine: str, threads: int) -> None:
+    """No one collects cycles in a suite, so there must be none: tables of a world that is done would stay for ever."""
+    built = world("none", "kvm", engine=engine)
+    tables = built.tables.empty()
+    explorer = built.explorer(["vcpu", "vmm2", "zeropad"], tables, threads)
+    gone = weakref.ref(tables), weakref.ref(explorer)
+    gc.collect()
+    gc.disable()
+    try:
+        assert explorer.run().findings
+        del tables, explorer
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()

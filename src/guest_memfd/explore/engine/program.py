@@ -153,8 +153,10 @@ def send(program: Program, generator: Generator[Primitive, Any, Any], result: An
         try:
             return check_primitive(program, generator.send(result), generator)
         except StopIteration as stop:
-            ended = stop
-    raise ended
+            returned = stop.value
+    # A new one: the other would have this frame in its traceback, and the frame it, and no one collects cycles here
+    # (suite/pool.py). With the frames that called this one all tables would stay.
+    raise StopIteration(returned)
 
 
 def perform(machine: ExploredHost, shared: bytes, party: int, primitive: Primitive) -> tuple[Outcome, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import proxy
 
 from guest_memfd.explore.engine.compiled.encoding import BREAKS, BREAKS_AT_END, FACT, FAILED, HALTS
 from guest_memfd.explore.engine.compiled.flat import Flat, FlatWay, Path
@@ -30,6 +31,8 @@ class Known:
     """The trees of *tables*, for all scenarios that begin in *initial*."""
 
     def __init__(self, tables: Tables, initial: bytes, loops: Any) -> None:
+        # They have this one, and who explores collects no cycles (suite/pool.py): it would keep them for ever.
+        tables = proxy(tables)
         self.tables, self.flat = tables, Flat(initial, loops)
         self.payloads: dict[Broken, list[int]] = {}     # those that break it
         self._trees: dict[Program, int] = {}

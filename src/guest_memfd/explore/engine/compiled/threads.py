@@ -42,6 +42,8 @@ class Threads:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
+        # No cycle is left behind.
+        self.explorer.rows.rehash, self.explorer.threads = self.explorer.loops.rehash, None
 
     def all(self, work: Callable[[int], T]) -> list[T]:
         """What *work* returns for the number of each thread. The last one is this one."""
