@@ -98,6 +98,8 @@ class Explorer:
         for law, evidence, level, tails in sights:
             last = min(tails, key=lambda state: runs.rank[level, state])
             findings.append(Finding(law, evidence, runs.trace(level, last) + tails[last], self.initial))
+        # Ways that were looked for once more have been asked of this one.
+        _release(self._rows())
         unique: dict[tuple[str, str], Finding] = {}
         for finding in sorted(findings, key=lambda f: (len(f.steps), f.injected, f.law, f.evidence)):
             unique.setdefault((finding.law, finding.evidence), finding)
