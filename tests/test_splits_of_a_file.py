@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from guest_memfd.cli.main import main
 from guest_memfd.core.library import Library
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.hypervisors import HYPERVISORS
@@ -37,7 +38,7 @@ def whole_leaves(file: CountedFile) -> dict[tuple[str, int], bool]:
 @pytest.mark.parametrize("hypervisor", ["kvm", "pkvm", "gunyah"])
 def test_what_is_accounted_for_is_what_the_tables_say(hypervisor: str) -> None:
     file = CountedFile(OurLibrary, hypervisor, 4 << BLOCK, BLOCK)
-    file.machine.accounts_splits = True
+    file.machine.begin_accounting()
     file.lend()
     before, so_far = whole_leaves(file), file.host.inode.split
     for index in (FIRST, LAST, Index(FIRST + 1)):
@@ -68,3 +69,14 @@ def test_how_many_there_can_be(size: int, order: int, splits: bool, most: Splits
     library = Library(HYPERVISORS["kvm"].ops(), size)
     library.order, library.splits = order, splits
     assert library.most_split() == most
+
+
+@pytest.mark.parametrize(("hypervisor", "split"), [("kvm", "0 of 4, guest's 0 of 2"), ("pkvm", "1 of 4, guest's 1 of 2"),
+                                                   ("gunyah", "0 of 4, guest's 1 of 2")])
+def test_what_a_guest_splits_on_its_own_is_its_files(
+    hypervisor: str, split: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It gives a page of its block up, by its own hypercall."""
+    assert main(["run", "relinquish", "--on", f"emulated:arm64/{hypervisor}", "--folio", "2M", "--memory", "4M", "-v"]) == 0
+    said = capsys.readouterr()
+    assert f"host's stage 2 {split}" in said.out + said.err

@@ -15,6 +15,7 @@ pytest.importorskip("numba", reason="pip install 'guest-memfd[fast]'")
 import numpy as np
 
 from guest_memfd.explore.engine.compiled import load, search, threads
+from guest_memfd.explore.suite import check as suite
 
 SLOTS = 32
 ROWS = st.lists(st.integers(0, 40), max_size=18)
@@ -94,6 +95,7 @@ def test_whoever_has_no_room_goes_on_later(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(threads.Threads, "expand", noted)
     monkeypatch.setattr(threads, "MADE", 0)
     monkeypatch.setattr(search, "FEW", 1)
+    monkeypatch.setattr(suite, "jobs_for", lambda _jobs: 2)
     two = check("library", "pkvm", parties=["vcpu", "vmm2"], engine="compiled", jobs=2)
     assert len(calls) > 30
     assert (two.states, two.transitions, two.verdict) == (one.states, one.transitions, one.verdict)
@@ -105,6 +107,7 @@ def test_a_thread_that_fails_is_told_and_one_explores(monkeypatch: pytest.Monkey
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(threads, "threaded", no)
+    monkeypatch.setattr(suite, "jobs_for", lambda _jobs: 2)
     with pytest.warns(match="several threads do not work here, one explores: RuntimeError: no compiler"):
         assert check("none", "kvm", parties=["vcpu", "vmm2"], engine="compiled", jobs=2).states > 50
 

@@ -104,10 +104,14 @@ def _measured(duration: float) -> Measured | str:
     if outcome.unfit is not None:
         return outcome.unfit
     if not (outcome.result or "").startswith("["):
-        return f"the process that measures ended with {outcome.result}: the kernel has no page for it"
+        why = ": the kernel has no page for it" if outcome.result in ("SIGBUS", "ENOMEM") else ""
+        return f"the process that measures ended with {outcome.result}{why}"
     told = Measured(*json.loads(outcome.result or ""))
     found = told._replace(spreads={name: one and price.Spread(*one) for name, one in told.spreads.items()})
-    return found if found.spreads["zap"] else "leaves of the direct map were split in every round but one; repeat it"
+    zap = found.spreads["zap"]
+    if zap is None:
+        return "leaves of the direct map were split in every round but one; repeat it"
+    return found if zap.median > 0 else "this machine is too busy: out of the direct map was no slower than in it; repeat it"
 
 
 def _machine() -> str:
@@ -169,12 +173,19 @@ def _share(cell: price.Price) -> str:
 
 # By the median, and by the quartiles where they say otherwise.
 def _verdict(counts: DesignCost, unit: price.Units) -> str:
+    if _is_noise(counts, unit):
+        return "less than what disturbs it here, so only the upper figures tell something"
     by, low, high = (price.cheap_from(counts, unit, attrgetter(figure)) for figure in ("median", "low", "high"))
     limit = f"under {price.LIMIT * 100:g} % of lending"
     if by is None:
         return f"not {limit} with folios of any size"
     around = "" if low == high else f" ({_size(low)} to {_size(high)} by the quartiles)"
     return f"{limit} from folios of {price.size(by)} on{around}"
+
+
+# A median that disturbance has made nothing says nothing, and not that it costs nothing.
+def _is_noise(counts: DesignCost, unit: price.Units) -> bool:
+    return bool(counts.direct_map_writes or counts.flushes) and price.extra(counts, unit, 0, attrgetter("median")) <= 0
 
 
 def _size(order: int | None) -> str:
@@ -186,7 +197,7 @@ def _object(counted: Costs, hypervisor: str, found: Measured | str, unit: price.
     for name, counts in counted.items():
         row: dict[str, Any] = {"design": name, "cost": dict(vars(counts)), "per_gib": None, "under_1_percent_from": None}
         if unit is not None:
-            order = price.cheap_from(counts, unit)
+            order = None if _is_noise(counts, unit) else price.cheap_from(counts, unit)
             row["per_gib"] = {size: {"ms": cell.ms._asdict(), "share": cell.share} for size, cell in (
                 (size, price.price(counts, unit, order)) for size, order in price.SHOWN.items())}
             row["under_1_percent_from"] = None if order is None else price.size(order)

@@ -41,7 +41,8 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-states", type=whole, metavar="N", help="states per scenario")
     group.add_argument("--max-seconds", type=seconds, metavar="S", help="seconds for everything")
     group.add_argument("--memory", metavar="SIZE", help="memory for everything, as 8G (default: nearly all that there is)")
-    group.add_argument("-j", "--jobs", type=whole, metavar="N", help="processes (default: one per CPU)")
+    group.add_argument("-j", "--jobs", type=whole, metavar="N",
+                       help="processes, or threads where there are fewer scenarios (default: one per CPU)")
     group.add_argument("--resume", metavar="FILE", help="keep there what each scenario came to, and go on from what an "
                        "earlier run of the same command has kept (docs/campaign.md)")
     group.add_argument("--cluster", metavar="ADDRESS", help="let the workers of a dask scheduler explore (tcp://host:8786, "

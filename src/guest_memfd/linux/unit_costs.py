@@ -15,7 +15,7 @@ from errno import EAGAIN
 from functools import partial
 from typing import NamedTuple
 
-from guest_memfd.errors import GuestMemfdError, SyscallFailed
+from guest_memfd.errors import GuestMemfdError, HostUnavailable, SyscallFailed
 from guest_memfd.linux import syscall
 from guest_memfd.linux.mapping import PAGE
 from guest_memfd.linux.secret import Secret
@@ -102,8 +102,11 @@ def _allowed(pages: int) -> int:
             try:
                 file.mmap().close()
             except SyscallFailed as error:
-                if error.errno != EAGAIN or pages // 2 < FEWEST:
+                if error.errno != EAGAIN:
                     raise
+                if pages // 2 < FEWEST:
+                    raise HostUnavailable(f"RLIMIT_MEMLOCK (ulimit -l) leaves no room for {FEWEST} pages of memfd_secret, "
+                                          f"{FEWEST * PAGE >> 10} KiB") from error
             else:
                 return pages
         pages //= 2

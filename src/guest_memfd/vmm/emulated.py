@@ -132,7 +132,8 @@ class EmulatedRun:
         order.layout.boot_info(order.image)
         self.machine.tracer = ProgramTracer(self.machine)
         self.machine.judge = self.watch
-        self.machine.accounts_splits = bool(order.verbose)
+        if order.verbose:
+            self.machine.begin_accounting()
         self._pages = self._countable()
         tables = self.machine.linear_map.table_pages
         if order.record is not None:
@@ -265,9 +266,11 @@ class EmulatedRun:
         report.folios = sum(len(inode.pages) for inode in self.machine.inodes)
         report.exits = 0 if self.guest is None else self.guest.exits
         report.faults, report.instructions = self.watch.faults, core.instructions
-        if self.machine.accounts_splits:
+        if self.order.verbose:
             ops = self.machine.hypervisor.ops()
-            report.splits = [(inode.split, self.design(ops, inode.size).most_split()) for inode in self.machine.inodes]
+            for inode in self.machine.inodes:
+                self.machine.account(inode, by_guest=True)
+                report.splits.append((inode.split, self.design(ops, inode.size).most_split()))
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

@@ -117,7 +117,7 @@ def compare(
     of = {number: case for case in cases for number in case.worlds}
     deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
     # Where there are fewer scenarios than processes, several threads explore one.
-    jobs, threads = min(jobs, len(tasks)), max(1, jobs // len(tasks))
+    jobs, threads = min(jobs, len(tasks)), max(1, min(jobs, jobs_for(None)) // len(tasks))
     stop = stop or Stop()
     bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs), stop.asked, threads)
     bench.meter = Meter(jobs)

@@ -68,7 +68,7 @@ class Board:
         self.pages: dict[int, LinuxFolio] = {}
         self.lru_batch: dict[int, LinuxFolio] = {}
         self.inodes: dict[Inode, None] = {}
-        self.accounts_splits = False                    # whether files are told which leaves they split (`Inode.split`)
+        self._accounted: Splits | None = None           # what has been split and is some file's; None: nobody accounts
         self.power = PowerState()
         self.dead: KernelPanic | None = None
         self.forked = False                                     # who calls is a child of the VMM (`in_child`)
@@ -249,6 +249,19 @@ class Board:
         """How many leaves of 2 MiB or more, of the linear map and of both stages 2, have been made smaller ones so far."""
         direct_map = sum(self.linear_map.tables.splits[size] for size in (dm.PMD_SIZE, dm.PUD_SIZE))
         return Splits(direct_map, self.driver.host_splits, self.driver.guest_splits)
+
+    def begin_accounting(self) -> None:
+        """Have files told from now on which leaves they split (`Inode.split`)."""
+        self._accounted = self.splits
+
+    def account(self, inode: Inode, *, by_guest: bool) -> None:
+        """What has been split since the last call is *inode*'s: by a primitive, or by its guest on its own."""
+        if self._accounted is None:
+            return
+        more, self._accounted = self.splits.more_than(self._accounted), self.splits
+        # A guest splits its own leaf, and with it the host's note of the same pages. What else happens between primitives,
+        # as memory that EL2 gets for the tables of a VM, is no file's.
+        inode.split = inode.split.plus(Splits(0, min(more.host, more.guest), more.guest) if by_guest else more)
 
     def stale_guest_gfn(self, vm: Vm, pa: Pa) -> Gfn | None:
         """The guest frame number that a TLB still translates to *pa* and *vm*'s tables do not."""

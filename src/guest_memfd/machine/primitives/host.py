@@ -60,8 +60,8 @@ class EmulatedHost(Base):
         if who in self.tasks and self.machine.power.frozen:
             raise Blocked
         self.who, self.caller = who, primitive.caller
-        accounts = self.counts_splits or self.machine.accounts_splits
-        before = self.machine.splits if accounts else None
+        before = self.machine.splits if self.counts_splits else None
+        self.machine.account(self.inode, by_guest=True)
         try:
             must_be_there(self, primitive)
             return getattr(self, primitive.name)(*primitive.args)
@@ -70,10 +70,8 @@ class EmulatedHost(Base):
             raise
         finally:
             if before is not None:
-                more = self.machine.splits.more_than(before)
-                self.inode.split = self.inode.split.plus(more)
-                if self.counts_splits:
-                    self.machine.tracer.counts(who, "splits", sum(more))
+                self.machine.tracer.counts(who, "splits", sum(self.machine.splits.more_than(before)))
+            self.machine.account(self.inode, by_guest=False)
             judge = self.judge or self.machine.judge
             if judge is not None:
                 judge(primitive, self.notes)
