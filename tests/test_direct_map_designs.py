@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mistakes_direct_map
 import pytest
+from rows import Row
 
 from guest_memfd.abstract import AbstractHost
 from guest_memfd.abstract import state as st
@@ -35,25 +36,6 @@ MOST = 60_000
 
 PROMISING = [name for name in SETS["2026"] if DESIGNS[name].promises]
 """Those of 2026 that are about the direct map; the other is KVM's own, which leaves it alone."""
-
-
-class Row(NamedTuple):
-    """*design* breaks *law* in *steps*, and *twin* does not by this evidence. number: of docs/bugs.md, or none.
-
-    fails: whether something may be made to fail.
-    """
-
-    number: str
-    design: str
-    twin: str
-    hypervisor: str
-    scene: str
-    parties: str
-    law: str
-    steps: int
-    evidence: str
-    fails: bool = True
-
 
 IN = "a page of the file is in the direct map"
 TLB = "a page of the file is in a TLB by its entry"

@@ -8,11 +8,12 @@ from __future__ import annotations
 from errno import EINVAL
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mistakes_huge
 import pytest
 from driver import Bench
+from rows import Row
 from test_large_folios import TWICE
 
 from guest_memfd.designs import DESIGNS, SETS, Design
@@ -27,22 +28,6 @@ THERE = Scene("large-there", "a large folio that is there before anybody begins"
               order=1)
 SCENES_OF_THEIR_OWN = {scene.name: scene for scene in (TWICE, THERE)}
 MOST = 130_000
-
-
-class Row(NamedTuple):
-    """*design* breaks *law* in *steps*, and *twin* does not by this evidence. number: of docs/bugs.md, or none."""
-
-    number: str
-    design: str
-    twin: str
-    hypervisor: str
-    scene: str
-    parties: str
-    law: str
-    steps: int
-    evidence: str
-    fails: bool = True
-
 
 ROWS = [
     Row("1", "hugetlb-rfc2", "CountsToZero", "kvm", "large-folio", "vmm2", "host-survives", 7,
