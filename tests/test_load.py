@@ -57,6 +57,7 @@ SMALL = ("--hypervisor", "kvm", "--parties", "drainer", "-q")
 
 def test_a_design_of_a_file_is_checked_and_leaves_nothing_there(folder: Path) -> None:
     assert gmem("check", "mine.py:One", *SMALL, at=folder) == (0, "one on kvm: holds, 16 laws kept\n", "")
+    assert gmem("check", "mine.py:two", *SMALL, at=folder) == (0, "two on kvm: holds, 16 laws kept\n", "")
     assert gmem("check", "two", "--load", "mine.py", *SMALL, at=folder) == (0, "two on kvm: holds, 16 laws kept\n", "")
     assert gmem("check", f"{folder}/mine.py:Two", "--load", "mine.py:Two", *SMALL, at=ROOT)[0] == 4     # there is none here
     assert sorted(each.name for each in folder.iterdir()) == ["beside.py", "mine.py"]

@@ -106,6 +106,9 @@ def _things(module: ModuleType) -> Iterator[Any]:
 
 def _named(module: ModuleType, name: str, text: str) -> Any:
     if not hasattr(module, name):
+        # By the name that it is listed under, too.
+        if called := [thing for thing in _things(module) if thing.name == name]:
+            return called[0]
         near = difflib.get_close_matches(name, [each for each in vars(module) if not each.startswith("_")], n=1, cutoff=0.5)
         raise PluginError(f"{text}: the file has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return getattr(module, name)
