@@ -115,6 +115,38 @@ KVM = [
     Row({"pfn0.gmap": 2}, ("mmu_unmap", 0, P), 0, {}),
 ]
 
+EXPORTED = {**GUESTS, "pfn0.s2": 1}
+TAKEN = {"pfn0.s2": 0, **FLUSHED}
+S390 = [
+    Row({}, ("convert_to_secure", 0, P), 0, {"pfn0.owner": "guest", "pfn0.gmap": 1, **TAKEN}),
+    Row(GUESTS, ("convert_to_secure", 0, P), 0, {"pfn0.gmap": 1, **FLUSHED}),
+    Row(EXPORTED, ("convert_to_secure", 0, P), 0, {"pfn0.gmap": 1, **TAKEN}),
+    Row({**EXPORTED, "gfn0.gpoison": 1}, ("convert_to_secure", 0, P), EPERM, {}),              # the host has written to it
+    Row(SHARES, ("convert_to_secure", 0, P), EPERM, {}),
+    Row({**BORROWS, "pfn0.gmap": 0}, ("convert_to_secure", 0, P), 0, {"pfn0.gmap": 1}),         # the host keeps its access
+    Row(HAS, ("convert_from_secure", 0, P), 0, {"pfn0.gmap": 0, "pfn0.s2": 1}),
+    Row(EXPORTED, ("convert_from_secure", 0, P), 0, {}),
+    Row(BORROWS, ("convert_from_secure", 0, P), 0, {"pfn0.gmap": 0}),
+    Row({}, ("convert_from_secure", 0, P), 0, {}),
+    Row(HAS, ("destroy_secure", 0, P), 0,
+        {"pfn0.owner": "host", "pfn0.s2": 1, "pfn0.gmap": 0, "pfn0.content": "zero", "page0.expect": "zero"}),
+    Row(BORROWS, ("destroy_secure", 0, P), 0,
+        {"pfn0.owner": "host", "pfn0.gmap": 0, "pfn0.content": "zero", "page0.expect": "zero"}),
+    Row(SHARES, ("destroy_secure", 0, P), 0, {}),
+    Row({}, ("destroy_secure", 0, P), 0, {}),
+    Row(GUESTS, ("check_shared", P), EBUSY, {}),
+    Row(BORROWS, ("check_shared", P), 0, {}),
+    Row({}, ("check_shared", P), 0, {}),
+    Row({}, ("map_shared", 0, P), 0, {"pfn0.owner": "shared", "pfn0.gmap": 1}),
+    Row({**BORROWS, "pfn0.gmap": 0}, ("map_shared", 0, P), 0, {"pfn0.gmap": 1}),
+    Row(GUESTS, ("map_shared", 0, P), EPERM, {}),
+    Row(SHARES, ("unmap", 0, P), 0, {"pfn0.owner": "host", "pfn0.gmap": 0}),
+    Row(BORROWS, ("unmap", 0, P), ENOENT, {}),
+    Row(BORROWS, ("remove_shared", P), 0, {"pfn0.owner": "guest", **TAKEN}),
+    Row(HAS, ("remove_shared", P), 0, {}),
+    Row(SHARES, ("remove_shared", P), 0, {}),
+]
+
 # What a guest, or the host by an access of its own, makes the hypervisor do: (hypervisor, before, primitive, result, after).
 BY_OTHERS = [
     ("gunyah", HOLDS, Primitive("guest_consents", (0,), "guest"), "ok",
@@ -129,6 +161,12 @@ BY_OTHERS = [
     ("pkvm", BORROWS, Primitive("guest_consents", (0,), "guest"), "ok", {}),
     ("pkvm", HOLDS, Primitive("image_copy", (0,), "power"), "copied",                           # a plain access of the host
      {"pfn0.owner": "host", "pfn0.s2": 1, "pfn0.gmap": 0, "pfn0.locked_in": 0, "pfn0.content": "zero", "gfn0.gpoison": 1}),
+    ("s390", HAS, Primitive("guest_consents", (0,), "guest"), "ok",
+     {"pfn0.owner": "borrowed", "pfn0.s2": 1, "pfn0.content": "data", "page0.expect": "data"}),
+    ("s390", SHARES, Primitive("guest_consents", (0,), "guest"), "ok", {}),
+    ("s390", BORROWS, Primitive("guest_consents", (0,), "guest"), "ok", {}),
+    ("s390", HAS, Primitive("image_copy", (0,), "power"), "copied", {"pfn0.s2": 1, "pfn0.gmap": 0}),
+    ("s390", GUESTS, Primitive("image_copy", (0,), "power"), "copied", {"pfn0.s2": 1}),
 ]
 
 
@@ -138,7 +176,8 @@ def placed(before: dict[str, Any], hypervisor: str) -> Bench:
 
 
 @pytest.mark.parametrize(("hypervisor", "row"), [
-    *(("gunyah", row) for row in GUNYAH), *(("pkvm", row) for row in PKVM), *(("kvm", row) for row in KVM)])
+    *(("gunyah", row) for row in GUNYAH), *(("pkvm", row) for row in PKVM), *(("kvm", row) for row in KVM),
+    *(("s390", row) for row in S390)])
 def test_a_hypercall_answers_and_changes_what_it_should(hypervisor: str, row: Row) -> None:
     bench = placed(row.before, hypervisor)
     assert done(bench, Primitive("hyp_call", row.call, "module")) == (row.ret, row.after)
@@ -181,6 +220,6 @@ def test_without_a_rule_of_its_own_a_hypervisor_takes_nothing_by_force() -> None
     assert not Bench("gunyah").hypervisor.force_reclaim(None, 0)
 
 
-@pytest.mark.parametrize(("hypervisor", "rows"), [("gunyah", GUNYAH), ("pkvm", PKVM), ("kvm", KVM)])
+@pytest.mark.parametrize(("hypervisor", "rows"), [("gunyah", GUNYAH), ("pkvm", PKVM), ("kvm", KVM), ("s390", S390)])
 def test_every_hypercall_is_asked(hypervisor: str, rows: list[Row]) -> None:
     assert {row.call[0] for row in rows} == {*Bench(hypervisor).hypervisor.hypercalls}
