@@ -172,6 +172,7 @@ class Cluster(Crew):
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             answer = Unusable(_first_line(error))                  # what is asked for is not there
         except (Exception, CancelledError):                     # it has died when it had answered, or often
+            self._workers()                             # or the scheduler has gone, which this says
             self._bury_one(address, task, schedule)
             return
         finally:
