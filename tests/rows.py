@@ -16,6 +16,7 @@ from guest_memfd.explore.world.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.scenarios import PARTIES, SCENES
 from guest_memfd.scenarios.party import Party
+from guest_memfd.words.scene import Scene
 
 MOST, ALL = 60_000, 1 << 40
 """States that are explored at most, and steps: as many as there are."""
@@ -40,13 +41,18 @@ class Row(NamedTuple):
 
 
 class Bench:
-    """Explores rows whose designs are known, or lie in *mistakes*; *parties* are those of a test's own."""
+    """Explores rows whose designs are known, or lie in *mistakes*, up to *most* states.
 
-    def __init__(self, mistakes: ModuleType, parties: Mapping[str, Party]) -> None:
-        self.mistakes, self.parties = mistakes, parties
+    *parties*, *scenes*: a test's own, by name.
+    """
+
+    def __init__(self, mistakes: ModuleType, parties: Mapping[str, Party] | None = None,
+                 scenes: Mapping[str, Scene] | None = None, most: int = MOST) -> None:
+        self.mistakes, self.most = mistakes, most
+        self.parties, self.scenes = parties or {}, scenes or {}
         self.explored = cache(self._explore)
 
-    def lengths(self, row: Row, name: str, steps: int = ALL) -> list[int]:
+    def lengths(self, row: Any, name: str, steps: int = ALL) -> list[int]:
         """Of all ways in which the design called *name* breaks the law of *row*, by its evidence, in *steps* at most."""
         found = self.explored(name, row.hypervisor, row.scene, row.parties, row.fails, steps)
         return [len(f.steps) for f in found if f.law == row.law and f.evidence.startswith(row.evidence)]
@@ -54,8 +60,9 @@ class Bench:
     def _explore(self, name: str, hypervisor: str, scene: str, parties: str, fails: bool, steps: int) -> list[Finding]:
         names = parties.split()
         known = [self.parties.get(party) or PARTIES[party] for party in names]
-        there = World(self.design(name), HYPERVISORS[hypervisor], known, scene=SCENES[scene], failures=None if fails else 0)
-        result = there.explorer(names).run(max_states=MOST, max_steps=steps)
+        there = World(self.design(name), HYPERVISORS[hypervisor], known, scene=self.scenes.get(scene) or SCENES[scene],
+                      failures=None if fails else 0)
+        result = there.explorer(names).run(max_states=self.most, max_steps=steps)
         assert steps < ALL or result.limit is None
         return result.findings
 
@@ -65,7 +72,12 @@ class Bench:
         return made
 
 
-def line_of(row: Row) -> tuple[str, str]:
+def made_in(module: ModuleType) -> set[str]:
+    """The names of the classes that *module* has made."""
+    return {name for name, thing in vars(module).items() if isinstance(thing, type) and thing.__module__ == module.__name__}
+
+
+def line_of(row: Any) -> tuple[str, str]:
     """How the line of *row* in docs/bugs.md begins, and how it ends."""
     where = row.hypervisor if row.scene == "two-pages" else f"{row.hypervisor}, {row.scene}"
     return f"| {row.number} |", f"| {where}, {row.parties.replace(' ', ' + ')} | {row.law} | {row.steps} |"

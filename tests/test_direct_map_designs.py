@@ -7,25 +7,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mistakes_direct_map
 import pytest
+import rows
 from rows import Row
 
 from guest_memfd.abstract import AbstractHost
 from guest_memfd.abstract import state as st
-from guest_memfd.designs import DESIGNS, SETS, Design
+from guest_memfd.designs import DESIGNS, SETS
 from guest_memfd.designs.ours import OurLibrary
 from guest_memfd.errors import BadInput
-from guest_memfd.explore.engine.finding import Finding
 from guest_memfd.explore.suite.check import check
 from guest_memfd.explore.world import scenario
 from guest_memfd.explore.world.cost import cost
 from guest_memfd.explore.world.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.laws import LAWS, judging
-from guest_memfd.scenarios import PARTIES, SCENES
+from guest_memfd.scenarios import PARTIES
 from guest_memfd.words.scene import Kernel, Scene
 
 MERGING = Scene("merging", "a kernel that merges leaves, and writes to what is freed", kernel=Kernel(merges_leaves=True))
@@ -84,36 +83,17 @@ ROWS = [
 ]
 
 
-def design_of(name: str) -> type[Design]:
-    made: Any = DESIGNS[name] if name in DESIGNS else getattr(mistakes_direct_map, name)
-    return made
-
-
-def findings(row: Row, name: str) -> list[Finding]:
-    """What breaks where *row* is, of the design called *name*."""
-    names = row.parties.split()
-    scene = MERGING if row.scene == MERGING.name else SCENES[row.scene]
-    parties = [OF_THEIR_OWN.get(party) or PARTIES[party] for party in names]
-    there = World(design_of(name), HYPERVISORS[row.hypervisor], parties, scene=scene, failures=None if row.fails else 0)
-    result = there.explorer(names).run(max_states=MOST)
-    assert result.limit is None
-    return result.findings
-
-
-def lengths(row: Row, name: str) -> list[int]:
-    return [len(f.steps) for f in findings(row, name) if f.law == row.law and f.evidence.startswith(row.evidence)]
+BENCH = rows.Bench(mistakes_direct_map, OF_THEIR_OWN, {MERGING.name: MERGING})
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.number}-{row.design}")
 def test_it_is_broken_and_its_twin_is_not(row: Row) -> None:
-    assert min(lengths(row, row.design), default=None) == row.steps
-    assert lengths(row, row.twin) == []
+    assert min(BENCH.lengths(row, row.design), default=None) == row.steps
+    assert BENCH.lengths(row, row.twin) == []
 
 
 def test_every_mistake_has_a_row() -> None:
-    made = {name for name, thing in vars(mistakes_direct_map).items()
-            if isinstance(thing, type) and thing.__module__ == "mistakes_direct_map"}
-    assert made == {name for row in ROWS for name in (row.design, row.twin)} - {*DESIGNS}
+    assert rows.made_in(mistakes_direct_map) == {name for row in ROWS for name in (row.design, row.twin)} - {*DESIGNS}
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.number], ids=lambda row: row.number)

@@ -6,28 +6,23 @@ docs/bugs.md has the rows with a number.
 from __future__ import annotations
 
 from errno import EINVAL
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import mistakes_huge
 import pytest
+import rows
 from driver import Bench
 from rows import Row
 from test_large_folios import TWICE
 
-from guest_memfd.designs import DESIGNS, SETS, Design
-from guest_memfd.explore.engine.finding import Finding
-from guest_memfd.explore.world.scenario import World
-from guest_memfd.hypervisors import HYPERVISORS
-from guest_memfd.scenarios import PARTIES, SCENES
+from guest_memfd.designs import DESIGNS, SETS
+from guest_memfd.scenarios import SCENES
 from guest_memfd.words.pagestate import PRIVATE_PAGE, SHARED_PAGE
 from guest_memfd.words.scene import Scene
 
 THERE = Scene("large-there", "a large folio that is there before anybody begins", frames=2, shared=(), populated=True,
               order=1)
 SCENES_OF_THEIR_OWN = {scene.name: scene for scene in (TWICE, THERE)}
-MOST = 130_000
 
 ROWS = [
     Row("1", "hugetlb-rfc2", "CountsToZero", "kvm", "large-folio", "vmm2", "host-survives", 7,
@@ -61,32 +56,13 @@ LONG = [
 ]
 
 
-def design_of(name: str) -> type[Design]:
-    made: Any = DESIGNS[name] if name in DESIGNS else getattr(mistakes_huge, name)
-    return made
-
-
-@cache
-def findings(name: str, hypervisor: str, scene_name: str, parties: str, fails: bool) -> list[Finding]:
-    """What breaks there, of the design called *name*."""
-    names = parties.split()
-    scene = SCENES_OF_THEIR_OWN.get(scene_name) or SCENES[scene_name]
-    there = World(design_of(name), HYPERVISORS[hypervisor], [PARTIES[party] for party in names], scene=scene,
-                  failures=None if fails else 0)
-    result = there.explorer(names).run(max_states=MOST)
-    assert result.limit is None
-    return result.findings
-
-
-def lengths(row: Row, name: str) -> list[int]:
-    found = findings(name, row.hypervisor, row.scene, row.parties, row.fails)
-    return [len(f.steps) for f in found if f.law == row.law and f.evidence.startswith(row.evidence)]
+BENCH = rows.Bench(mistakes_huge, scenes=SCENES_OF_THEIR_OWN, most=130_000)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.number}-{row.design}-{row.law}")
 def test_it_is_broken_and_its_twin_is_not(row: Row) -> None:
-    assert min(lengths(row, row.design), default=None) == row.steps
-    assert lengths(row, row.twin) == []
+    assert min(BENCH.lengths(row, row.design), default=None) == row.steps
+    assert BENCH.lengths(row, row.twin) == []
 
 
 @pytest.mark.long
@@ -96,9 +72,8 @@ def test_what_takes_more_is_broken_and_its_twin_is_not(row: Row) -> None:
 
 
 def test_every_mistake_has_a_row() -> None:
-    made = {name for name, thing in vars(mistakes_huge).items()
-            if isinstance(thing, type) and thing.__module__ == "mistakes_huge"}
-    assert made - {"SplitsOrRefuses"} == {name for row in [*ROWS, *LONG] for name in (row.design, row.twin)} - {*DESIGNS}
+    assert rows.made_in(mistakes_huge) - {"SplitsOrRefuses"} == {
+        name for row in [*ROWS, *LONG] for name in (row.design, row.twin)} - {*DESIGNS}
 
 
 @pytest.mark.parametrize("row", [row for row in [*ROWS, *LONG] if row.number], ids=lambda row: f"{row.number}-{row.design}")
@@ -134,7 +109,7 @@ def test_the_rework_takes_and_frees_whole_huge_pages(start: int) -> None:
 
 
 def test_a_conversion_goes_on_where_it_has_stopped() -> None:
-    bench = Bench("kvm", design_of("StoresInTime"), scene=SCENES["two-large-folios"])
+    bench = Bench("kvm", BENCH.design("StoresInTime"), scene=SCENES["two-large-folios"])
     assert bench.do(lambda library: library.allocate(0, 4)) == 0
     stopped = 0
     for fail_at in range(9):

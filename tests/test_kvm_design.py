@@ -5,23 +5,22 @@ docs/bugs.md has the rows with a number; docs/findings.md has those of `kvm-7.4`
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mistakes_kvm
 import pytest
+import rows
 from driver import Bench
 
 from guest_memfd.abstract import show
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import DESIGNS, Design
 from guest_memfd.designs.filled import Populated
-from guest_memfd.explore.engine.finding import Finding
 from guest_memfd.explore.world.scenario import World
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.machine.linux.maple import MapleTree
-from guest_memfd.scenarios import PARTIES, SCENES
+from guest_memfd.scenarios import PARTIES
 from guest_memfd.scenarios.party import Party
 from guest_memfd.scenarios.vmm import close, map_pages
 from guest_memfd.words import facts
@@ -29,9 +28,6 @@ from guest_memfd.words.pagestate import SLOT_INVALID
 from guest_memfd.words.primitives import Entries, Primitive, Steps
 from guest_memfd.words.scene import Scene, Slot
 from guest_memfd.words.units import FIRST_GFN, FIRST_PAGE, Index
-
-MOST, ALL = 200_000, 1 << 40
-"""States that are explored at most, and steps: as many as there are."""
 
 
 def closer(design: Design, hypervisor: Hypervisor) -> Steps[None]:
@@ -134,43 +130,26 @@ LONG = [
 """Those of a second and more."""
 
 
-@cache
-def findings(name: str, hypervisor: str, scene: str, parties: str, fails: bool, steps: int) -> tuple[Finding, ...]:
-    """What breaks there, of the design called *name*, in *steps* at most."""
-    design: Any = DESIGNS[name] if name in DESIGNS else getattr(mistakes_kvm, name)
-    names = parties.split()
-    there = World(design, HYPERVISORS[hypervisor], [OF_THEIR_OWN.get(party) or PARTIES[party] for party in names],
-                  scene=OWN_SCENES.get(scene) or SCENES[scene], failures=None if fails else 0)
-    result = there.explorer(names).run(max_states=MOST, max_steps=steps)
-    assert steps < ALL or result.limit is None
-    return tuple(result.findings)
-
-
-def lengths(row: Row, name: str, steps: int = ALL) -> list[int]:
-    found = findings(name, row.hypervisor, row.scene, row.parties, row.fails, steps)
-    return [len(f.steps) for f in found if f.law == row.law and f.evidence.startswith(row.evidence)]
+BENCH = rows.Bench(mistakes_kvm, OF_THEIR_OWN, OWN_SCENES, most=200_000)
 
 
 @pytest.mark.parametrize("row", [*ROWS, *(pytest.param(row, marks=pytest.mark.long) for row in LONG)],
                          ids=lambda row: f"{row.number}-{row.design}")
 def test_it_is_broken_and_its_twin_is_not(row: Row) -> None:
-    assert min(lengths(row, row.design, row.steps if row in ROWS else ALL), default=None) == row.steps
-    assert lengths(row, row.twin) == []
+    assert min(BENCH.lengths(row, row.design, row.steps if row in ROWS else rows.ALL), default=None) == row.steps
+    assert BENCH.lengths(row, row.twin) == []
 
 
 def test_every_mistake_has_a_row() -> None:
-    made = {name for name, thing in vars(mistakes_kvm).items()
-            if isinstance(thing, type) and thing.__module__ == "mistakes_kvm"}
-    assert made == {name for row in (*ROWS, *LONG) for name in (row.design, row.twin)} - {*DESIGNS}
+    assert rows.made_in(mistakes_kvm) == {name for row in (*ROWS, *LONG) for name in (row.design, row.twin)} - {*DESIGNS}
 
 
 @pytest.mark.parametrize("row", [row for row in (*ROWS, *LONG) if row.number], ids=lambda row: row.number)
 def test_it_is_in_the_list_of_bugs(row: Row) -> None:
     page = (Path(__file__).parent.parent / "docs" / "bugs.md").read_text(encoding="utf-8")
-    where = row.hypervisor if row.scene == "two-pages" else f"{row.hypervisor}, {row.scene}"
-    end = f"| {where}, {row.parties.replace(' ', ' + ')} | {row.law} | {row.steps} |"
-    assert any(line.startswith(f"| {row.number} |") and line.endswith(end) for line in page.splitlines()), (
-        f"docs/bugs.md lacks | {row.number} | ... {end}")
+    begin, end = rows.line_of(row)
+    assert any(line.startswith(begin) and line.endswith(end) for line in page.splitlines()), (
+        f"docs/bugs.md lacks {begin} ... {end}")
 
 
 # -- what the hosts keep for it --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import mistakes_large
 import mistakes_posted
 import pytest
 from named import mistakes
-from rows import Bench, Row, line_of
+from rows import Bench, Row, line_of, made_in
 
 from guest_memfd.core.hypervisor import Hypervisor
 from guest_memfd.designs import DESIGNS, SETS, Design
@@ -132,9 +132,8 @@ def test_its_trace_replays(row: Row) -> None:
 
 
 def test_every_mistake_has_a_row() -> None:
-    made = {name for name, thing in vars(mistakes_posted).items()
-            if isinstance(thing, type) and thing.__module__ == "mistakes_posted"}
-    assert made == {name for row in ROWS for name in (row.design, row.twin) if hasattr(mistakes_posted, name)}
+    assert made_in(mistakes_posted) == {
+        name for row in ROWS for name in (row.design, row.twin) if hasattr(mistakes_posted, name)}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.number)
