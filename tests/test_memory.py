@@ -16,7 +16,7 @@ from guest_memfd.explore.engine import explorer, memory
 from guest_memfd.explore.engine.finding import Result
 from guest_memfd.explore.suite.verdict import Limits
 from guest_memfd.explore.suite.work import Bench, Task
-from guest_memfd.explore.world.scenario import world
+from guest_memfd.explore.world.scenario import World, world
 
 pytest.importorskip("numba", reason="pip install 'guest-memfd[fast]'")
 
@@ -99,6 +99,26 @@ def test_what_earlier_scenarios_have_left_does_not_count(monkeypatch: pytest.Mon
     first = Bench([world("library", "kvm", engine="python")], None, None, 1 << 60).do(Task(1, 0, ("zeropad",)))
     assert bench.do(Task(1, 0, ("zeropad",))) .states == first.states
     assert bench.do(Task(1, 0, ("zeropad",))).limit is None
+
+
+def test_who_has_explored_has_gone_when_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states may be what takes the room."""
+    made: list[weakref.ref[Any]] = []
+    right = World.explorer
+
+    def noted(self: World, *args: Any) -> Any:
+        assert [ref() for ref in made] == [None] * len(made)
+        one = right(self, *args)
+        made.append(weakref.ref(one))
+        return one
+
+    bench = Bench([world("library", "kvm", engine="python")], None, None, ROOM)
+    monkeypatch.setattr(World, "explorer", noted)
+    monkeypatch.setattr(explorer, "_MANY", 0)
+    monkeypatch.setattr(explorer, "used", lambda: 0 if len(made) == 1 else ROOM)
+    for order in range(2):
+        bench.do(Task(order, 0, ("vcpu",)))
+    assert len(made) == 3
 
 
 def test_all_processes_share_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,8 +119,7 @@ def compare(
     # Where there are fewer scenarios than processes, several threads explore one.
     jobs, threads = min(jobs, len(tasks)), max(1, min(jobs, jobs_for(None)) // len(tasks))
     stop = stop or Stop()
-    bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs), stop.asked, threads)
-    bench.meter = Meter(jobs)
+    bench = Bench(worlds, limits.states, deadline, share(limits.memory, jobs), stop.asked, threads, jobs)
     with ExitStack() as stack:
         stack.enter_context(stop)
         asked = {"parties": parties, "parties-per-scenario": size, "quick": not full, "failures": limits.failures,

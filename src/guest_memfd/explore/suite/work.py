@@ -76,11 +76,11 @@ class Bench:
 
     def __init__(
         self, worlds: Sequence[World], max_states: int | None, deadline: float | None, max_bytes: int | None = None,
-        stopped: Callable[[], bool] = never, threads: int = 1,
+        stopped: Callable[[], bool] = never, threads: int = 1, processes: int = 1,
     ) -> None:
         self.worlds, self.max_states, self.deadline, self.max_bytes = worlds, max_states or EVER, deadline, max_bytes
         self.stopped, self.threads = stopped, threads
-        self.meter, self.line, self.waiting = Meter(1), 0, nothing
+        self.meter, self.line, self.waiting = Meter(processes), 0, nothing
         self._tables: Tables | None = None
         self._world = -1
         self._seen, self._coverage = 0, NOTHING      # facts of these tables that have been looked at
@@ -98,10 +98,7 @@ class Bench:
             return Answer(0, 0, 0.0, "seconds")
         tables = world.tables.empty() if task.apart else self._kept(task.world)
         untouched = not tables.shared
-        explorer = world.explorer(task.parties, tables, self.threads)
-        explorer.told = partial(self._note, task.order)
-        result = explorer.run(self.max_states, left, max_bytes=self.max_bytes, stopped=self.stopped)
-        self.meter.clear(self.line)
+        result = self._explored(world, task, tables, left)
         # What is kept of earlier scenarios may be what takes the room.
         if result.limited_by == "memory" and not untouched:
             del tables
@@ -111,6 +108,15 @@ class Bench:
         traces = tuple(result.findings) if untouched else None
         coverage = NOTHING if task.apart else self._covered(tables)
         return Answer(result.states, result.transitions, result.seconds, result.limited_by, broken, traces, coverage)
+
+    # What explores goes with its states when it has: they may be what takes the room.
+    def _explored(self, world: World, task: Task, tables: Tables, left: float) -> Result:
+        explorer = world.explorer(task.parties, tables, self.threads)
+        explorer.told = partial(self._note, task.order)
+        try:
+            return explorer.run(self.max_states, left, max_bytes=self.max_bytes, stopped=self.stopped)
+        finally:
+            self.meter.clear(self.line)
 
     def _note(self, order: int, states: int, level: int) -> None:
         if states < MANY:
