@@ -14,7 +14,7 @@ pytest.importorskip("numba", reason="pip install 'guest-memfd[fast]'")
 
 import numpy as np
 
-from guest_memfd.explore.engine.compiled import load, search, threads
+from guest_memfd.explore.engine.compiled import load, rows, search, threads
 from guest_memfd.explore.suite import check as suite
 
 SLOTS = 32
@@ -58,7 +58,7 @@ def test_of_equal_rows_the_first_is_entered(made: list[list[int]], parts: int) -
         first.setdefault(int(values[j, 0]), j)
     assert [j for j in order if slots[j] >= 0] == sorted(first.values())
     assert {int(entry & 0xFFFFFFFF) - 1 for entry in table if entry} == {*first.values()}
-    assert all(load.loops("numba").found(values, values, j, hashes[j], table) for j in order)
+    assert all(load.loops("numba").find(values, values, j, hashes[j], table) >= 0 for j in order)
 
 
 @settings(max_examples=100, deadline=None)
@@ -71,18 +71,19 @@ def test_a_table_that_is_made_anew_has_all_rows(values: set[int], number: int) -
         for i in left[part, :loops.rehash(rows, len(rows), table, ends[part], ends[part + 1], left[part])]:
             numba.enter_again(rows, i, table)
     assert sorted(int(entry & 0xFFFFFFFF) - 1 for entry in table if entry) == [*range(len(rows))]
-    assert all(numba.found(rows, rows, i, np.uint64(numba.hash_of(rows, i)), table) for i in range(len(rows)))
+    assert all(numba.find(rows, rows, i, np.uint64(numba.hash_of(rows, i)), table) == i for i in range(len(rows)))
 
 
 def test_what_is_a_row_already_is_found() -> None:
     numba = load.loops("numba")
     rows, table = table_of([3, 10, 17, 24], load.threaded())
     made = np.array([[10], [11], [24], [31]], np.uint64)
-    assert [numba.found(rows, made, j, np.uint64(hash_of(int(made[j, 0]))), table) for j in range(4)] == [
-        True, False, True, False]
+    assert [numba.find(rows, made, j, np.uint64(hash_of(int(made[j, 0]))), table) for j in range(4)] == [1, -1, 3, -1]
 
 
-def test_whoever_has_no_room_goes_on_later(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("left", [0, threads.LEFT])
+def test_whoever_has_no_room_goes_on_later(left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for rows, nor (0) for those that are left when the table is made anew, which one thread does then."""
     one = check("library", "pkvm", parties=["vcpu", "vmm2"], engine="compiled", jobs=1)
     calls: list[int] = []
     expand = threads.Threads.expand
@@ -94,6 +95,8 @@ def test_whoever_has_no_room_goes_on_later(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(threads.Threads, "expand", noted)
     monkeypatch.setattr(threads, "MADE", 0)
+    monkeypatch.setattr(threads, "LEFT", left)
+    monkeypatch.setattr(rows, "FEW", 16)
     monkeypatch.setattr(search, "FEW", 1)
     monkeypatch.setattr(suite, "jobs_for", lambda _jobs: 2)
     two = check("library", "pkvm", parties=["vcpu", "vmm2"], engine="compiled", jobs=2)

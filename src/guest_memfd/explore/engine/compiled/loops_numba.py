@@ -273,16 +273,16 @@ def enter_again(rows: Any, i: Any, table: Any) -> None:
 
 
 @compiled
-def found(rows: Any, made: Any, j: Any, h: Any, table: Any) -> Any:
-    """Whether row *j* of *made*, whose hash is *h*, is one of *rows*."""
+def find(rows: Any, made: Any, j: Any, h: Any, table: Any) -> Any:
+    """The number of the row that row *j* of *made*, whose hash is *h*, equals; -1 if there is none."""
     mask = U(len(table) - 1)
     slot = h & mask
     while True:
         e = table[I(slot)]
         if e == ZERO:
-            return False
+            return I(-1)
         if e >> S32 == h >> S32 and equal(rows, I(e & LOW) - 1, made, j):
-            return True
+            return I(e & LOW) - 1
         slot = (slot + ONE) & mask
 
 
@@ -383,7 +383,7 @@ def spread(
                     count[enc.ROWS] = n + 1
                     if trees.flag[by[j]] & enc.VISIBLE:
                         judge(rows, n, parties + 1, trees, room, seen, aside, events, count)
-            elif not found(rows, into, n, hashes[j], table):
+            elif find(rows, into, n, hashes[j], table) < 0:
                 hashes_of[n], ways_to[n] = hashes[j], by[j]
                 count[enc.ROWS] = n + 1
         size = 0
@@ -452,7 +452,7 @@ def breaking(
 @compiled
 def clear(rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, lo: Any, hi: Any, ends: Any) -> Any:
     """Set ends[i] of those rows [lo, hi) from which a step leads to a row with it, or none; how many it was."""
-    mask, cleared, scratch = U(len(table) - 1), 0, np.empty((1, rows.shape[1]), np.uint64)
+    cleared, scratch = 0, np.empty((1, rows.shape[1]), np.uint64)
     for i in range(hi - 1, lo - 1, -1):
         if ends[i]:
             continue
@@ -466,14 +466,7 @@ def clear(rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, lo
                 for way in range(first, last):
                     moves = True
                     take(rows, i, scratch, 0, way, p, trees, room, places)
-                    h = hash_of(scratch, 0)
-                    slot = h & mask
-                    while True:
-                        e = table[I(slot)]
-                        if e >> S32 == h >> S32 and equal(rows, I(e & LOW) - 1, scratch, 0):
-                            break
-                        slot = (slot + ONE) & mask
-                    if ends[I(e & LOW) - 1]:
+                    if ends[find(rows, scratch, 0, hash_of(scratch, 0), table)]:
                         good = True
                         break
                 if good:
