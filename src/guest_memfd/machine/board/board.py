@@ -258,7 +258,8 @@ class Board:
         """What has been split since the last call is *inode*'s: by a primitive, or by its guest on its own."""
         if self._accounted is None:
             return
-        more, self._accounted = self.splits.more_than(self._accounted), self.splits
+        now = self.splits
+        more, self._accounted = now.more_than(self._accounted), now
         # A guest splits its own leaf, and with it the host's note of the same pages. What else happens between primitives,
         # as memory that EL2 gets for the tables of a VM, is no file's.
         inode.split = inode.split.plus(Splits(0, min(more.host, more.guest), more.guest) if by_guest else more)
