@@ -50,7 +50,8 @@ def test_of_equal_rows_the_first_is_entered(made: list[list[int]], parts: int) -
     if len({int(values[j, 0]) for j in order}) > SLOTS * 0.6:
         return
     # The last part first: which comes first makes no difference.
-    some = [(part, loops.enter(values, hashes, many, each, 0, table, ends[part], ends[part + 1], slots, left[part]))
+    some = [(part, loops.enter(values, hashes, many, each, 0, table, ends[part], ends[part + 1], slots, left[part],
+                               np.zeros(3, np.int64)))
             for part in reversed(range(parts))]
     loops.enter_left(values, hashes, np.concatenate([left[part, :n] for part, n in reversed(some)]), 0, table, slots)
     first: dict[int, int] = {}
@@ -64,11 +65,11 @@ def test_of_equal_rows_the_first_is_entered(made: list[list[int]], parts: int) -
 @settings(max_examples=100, deadline=None)
 @given(st.sets(st.integers(0, 200), max_size=18), st.integers(1, 4))
 def test_a_table_that_is_made_anew_has_all_rows(values: set[int], number: int) -> None:
-    loops, numba = load.threaded(), load.loops("numba")
+    numba, some = load.loops("numba"), np.zeros(3, np.uint64)
     rows, table = np.array(sorted(values), np.uint64).reshape(-1, 1), np.zeros(SLOTS, np.uint64)
     ends, left = np.linspace(0, SLOTS, number + 1).astype(np.int64), np.zeros((number, len(values)), np.int64)
     for part in range(number):
-        for i in left[part, :loops.rehash(rows, len(rows), table, ends[part], ends[part + 1], left[part])]:
+        for i in left[part, :numba.rehash_part(rows, len(rows), table, ends[part], ends[part + 1], left[part], some)]:
             numba.enter_again(rows, i, table)
     assert sorted(int(entry & 0xFFFFFFFF) - 1 for entry in table if entry) == [*range(len(rows))]
     assert all(numba.find(rows, rows, i, np.uint64(numba.hash_of(rows, i)), table) == i for i in range(len(rows)))

@@ -46,11 +46,14 @@ WAITS, ASKS = -1, -2
 LAW, END, HALT, STEP, ODD, ROOM = range(6)
 """What a teardown asks for. ODD: it waits or does not end. ROOM: its next way has parts without."""
 
-BATCH = 64
+BATCH = 128
 """Rows that are entered together, so that waiting for memory overlaps."""
 
 FULL = 0.6
 """How full the hash table may be."""
+
+MEMO = 2
+"""Words of an entry of the memo before those of a row: whose walk, and the leaf."""
 
 MOST_STEPS = 1000
 """Steps of a teardown; one that takes more does not end."""

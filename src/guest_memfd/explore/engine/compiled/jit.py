@@ -18,7 +18,7 @@ import numba
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SOURCES = ("encoding.py", "loops_numba.py", "loops_threads.py")
+SOURCES = ("encoding.py", "loops_trees.py", "loops_numba.py", "loops_threads.py")
 
 
 @cache
@@ -45,12 +45,23 @@ def _places(here: Path) -> Iterator[Path]:
 
 
 def compiled(function: F) -> F:
-    """*function*, compiled at its first call, or loaded where it has been compiled before."""
+    """*function*, which makes no array and no list, compiled at its first call, or loaded where it has been before."""
+    # Else numba counts references to every array that one loop hands to another, atomically: a fifth of all time, and more
+    # where several threads count the same.
+    return _compiled(function, _nrt=False)
+
+
+def allocating(function: F) -> F:
+    """*function*, which makes arrays or lists, compiled in the same way."""
+    return _compiled(function)
+
+
+def _compiled(function: F, **options: bool) -> F:
     kept, before = folder(), numba.config.CACHE_DIR
     # numba takes its folder from there, once, when a function is decorated.
     numba.config.CACHE_DIR = "" if kept is None else str(kept)
     try:
-        done: F = numba.njit(cache=kept is not None, nogil=True)(function)
+        done: F = numba.njit(cache=kept is not None, nogil=True, **options)(function)
     finally:
         numba.config.CACHE_DIR = before
     return done

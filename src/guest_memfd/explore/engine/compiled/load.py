@@ -64,8 +64,8 @@ def _alone(kept: Path | None) -> Iterator[None]:
 def _compile(module: Any) -> Any:
     rows, trees, of = _small(module)
     numbers, bytes_, table = np.zeros(1, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)
-    same = rows.rows, trees, rows.room, rows.places, of
-    module.expand(rows.rows, rows.table, *same[1:], bytes_, bytes_, table, 0, 0, bytes_, table, numbers,
+    same, looks, memo = (rows.rows, trees, rows.room, rows.places, of), np.zeros((2, 0, 0), np.uint64), rows.rows[:0]
+    module.expand(rows.rows, rows.table, *same[1:-1], looks, memo, of, bytes_, bytes_, table, 0, 0, bytes_, table, numbers,
                   np.zeros(COUNTERS + 1, np.int64), 1)
     module.move_apart(rows.rows, 0, 1)
     module.before(*same, rows.rows, 0, 0, 0)
@@ -80,12 +80,11 @@ def _compile_threaded(module: Any) -> Any:
     numbers, bytes_, table = np.zeros(0, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)
     hashes = np.zeros(0, np.uint64)
     count = np.zeros(COUNTERS + 1, np.int64)
-    module.enter(rows.rows, hashes, numbers, 0, 0, rows.table, 0, 0, numbers, numbers)
+    module.enter(rows.rows, hashes, numbers, 0, 0, rows.table, 0, 0, numbers, numbers, np.zeros(1, np.int64))
     module.enter_left(rows.rows, hashes, numbers, 0, rows.table, numbers)
-    module.settle(rows.rows, numbers, numbers, 0, 0, 0, rows.rows, rows.table, trees, rows.room, 1, bytes_, table, numbers,
-                  count)
-    module.rehash(rows.rows, 0, rows.table, 0, 0, numbers)
-    return module.rehash
+    module.settle(rows.rows, numbers, numbers, 0, 0, 0, rows.rows, rows.table, trees, rows.room,
+                  np.zeros((2, 0, 0), np.uint64), rows.rows[:0], 1, bytes_, table, numbers, count)
+    return module.settle
 
 
 # Rows of one party, where a byte has two values.

@@ -1,12 +1,7 @@
 """The inner loops, compiled by numba. loops_numpy.py has the same functions without a compiler.
 
-Theory of operation. A product state is a row of 64-bit words: the places of the parties and the host's state, packed in
-parts of a few bits. `rows` holds all that were seen, in the order in which they were found, so a level of the search is a
-range of it and no list. The first row is all zeros: a part says how far a byte is from its initial value.
-
-To take a step is to walk down a tree (encoding.py): each node names a part of the row and has a child for each value of it.
-At the bottom is a leaf, with the ways that the step can end. A way is an exclusive-or of the row. The tree has looked at
-every byte that the way changes, so the way is the same for all rows that come to that leaf.
+Theory of operation. A product state is a row, and a step an exclusive-or of it (loops_trees.py). `rows` holds all that were
+seen, in the order in which they were found, so a level of the search is a range of it and no list.
 
 `table` finds a row again. It is open addressing with steps of one; an entry has 32 bits of the hash above and the number of
 the row, and one, below. Only rows whose 32 bits agree are compared, and they are compared in full: two states are never
@@ -24,8 +19,6 @@ was known.
 An entry of a queue is (row, party). Party number P, one past the last: all parties, unless the machine has stopped; P + 1:
 the laws on states, for a row that is new. A loop stops early when there may be no room for what one more entry needs, and
 says how far it has come.
-
-Only int64 and uint64 are used, and never mixed in one expression: numba would make a float of that.
 """
 
 from __future__ import annotations
@@ -35,7 +28,26 @@ from typing import Any
 import numpy as np
 
 from guest_memfd.explore.engine.compiled import encoding as enc
-from guest_memfd.explore.engine.compiled.jit import compiled
+from guest_memfd.explore.engine.compiled.jit import allocating, compiled
+from guest_memfd.explore.engine.compiled.loops_trees import (
+    IS_LEAF,
+    KIND,
+    LOW,
+    ONE,
+    S32,
+    ZERO,
+    I,
+    U,
+    ask,
+    equal,
+    hash_of,
+    leaf,
+    place_of,
+    read,
+    take,
+    walk,
+    ways_of,
+)
 
 THREADED = True
 """Whether several threads can explore a scenario (loops_threads.py)."""
@@ -46,95 +58,8 @@ CHUNK = 1 << 14
 SPARE = 1 << 14
 """Rows that there is room for when a queue is begun."""
 
-U = np.uint64
-I = np.int64  # noqa: E741
-K0, K1, M = U(enc.MIX[0]), U(enc.MIX[1]), U(enc.MIX[2])
-ZERO, ONE, LOW, S29, S32 = U(0), U(1), U(0xFFFFFFFF), U(29), U(32)
-KIND, KINDS, PARTS, BASE = U((1 << enc.KIND_BITS) - 1), U(enc.KIND_BITS), U(enc.PART_MASK), U(enc.BASE_SHIFT)
-WORD, SHIFTED, SHIFT, MASKED = U(enc.WORD_MASK), U(enc.SHIFT_SHIFT), U(enc.SHIFT_MASK), U(enc.MASK_SHIFT)
-IS_NODE, IS_LEAF, IS_MISSING, NOW_PENDING = U(enc.NODE), U(enc.LEAF), U(enc.MISSING), U(enc.PENDING)
-PLACE, PLACE_MASK = U(enc.PLACE_BITS), U((1 << enc.PLACE_BITS) - 1)
-
-
-@compiled
-def hash_of(rows: Any, at: Any) -> Any:
-    """The hash of row *at*."""
-    h, k = ZERO, K0
-    for w in range(rows.shape[1]):
-        x = rows[at, w]
-        h += (x ^ (x >> S29)) * k
-        k *= K1
-    h ^= h >> S32
-    h *= M
-    return h ^ (h >> S29)
-
-
-@compiled
-def equal(rows: Any, a: Any, others: Any, b: Any) -> Any:
-    """Whether row *a* of *rows* and row *b* of *others* are."""
-    differ = ZERO
-    for w in range(rows.shape[1]):
-        differ |= rows[a, w] ^ others[b, w]
-    return differ == ZERO
-
-
-@compiled
-def read(rows: Any, i: Any, where: Any) -> Any:
-    """What row *i* has at location *where*."""
-    return (rows[i, I(where & WORD)] >> ((where >> SHIFTED) & SHIFT)) & (where >> MASKED)
-
-
-@compiled
-def flip(rows: Any, i: Any, where: Any, bits: Any) -> None:
-    """Change row *i* by *bits* at location *where*."""
-    rows[i, I(where & WORD)] ^= (bits & (where >> MASKED)) << ((where >> SHIFTED) & SHIFT)
-
-
-@compiled
-def place_of(rows: Any, i: Any, places: Any, p: Any) -> Any:
-    """Where party *p* stands in row *i*."""
-    return I(read(rows, i, places[p, 0]) | read(rows, i, places[p, 1]) << PLACE)
-
-
-@compiled
-def walk(tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: Any) -> Any:
-    """From a root down for row *i*: where it ends, and which child said so (-1: the root)."""
-    d, child = trees.root[tree, place], I(-1)
-    while d & KIND == IS_NODE:
-        child = I((d >> BASE) + read(rows, i, room[I((d >> KINDS) & PARTS)]))
-        d = trees.child[child]
-    return d, child
-
-
-@compiled
-def ask(tree: Any, place: Any, d: Any, child: Any, trees: Any) -> Any:
-    """What is missing is asked for: ASKS, or WAITS if it has been."""
-    if d != IS_MISSING:
-        return I(enc.WAITS)
-    if child < 0:
-        trees.root[tree, place] = NOW_PENDING
-    else:
-        trees.child[child] = NOW_PENDING
-    return I(enc.ASKS)
-
-
-@compiled
-def ways_of(d: Any) -> Any:
-    """Of a leaf: the first way, and one past the last."""
-    first = I(d >> BASE)
-    return first, first + I((d & LOW) >> KINDS)
-
-
-@compiled
-def take(rows: Any, i: Any, into: Any, n: Any, way: Any, p: Any, trees: Any, room: Any, places: Any) -> None:
-    """Make row *n* of *into* what row *i* becomes when party *p* goes *way*."""
-    for w in range(rows.shape[1]):
-        into[n, w] = rows[i, w]
-    turn = U(trees.place[way])
-    flip(into, n, places[p, 0], turn & PLACE_MASK)
-    flip(into, n, places[p, 1], turn >> PLACE)
-    for c in range(trees.first[way], trees.first[way + 1]):
-        flip(into, n, room[trees.part[c]], trees.xor[c])
+MEMO = 1 << 13
+"""Entries of a memo: of a hundred walks it saves 97, and it lies in the cache of a core."""
 
 
 @compiled
@@ -155,9 +80,11 @@ def tell(what: Any, seen: Any, events: Any, count: Any) -> None:
 
 
 @compiled
-def judge(rows: Any, i: Any, p: Any, trees: Any, room: Any, seen: Any, aside: Any, events: Any, count: Any) -> None:
+def judge(
+    rows: Any, i: Any, p: Any, trees: Any, room: Any, looks: Any, memo: Any, seen: Any, aside: Any, events: Any, count: Any,
+) -> None:
     """Ask the laws on states about row *i*."""
-    d, child = walk(enc.BREAKS, 0, rows, i, trees, room)
+    d, child = leaf(p - 1, enc.BREAKS, 0, rows, i, trees, room, looks, memo)
     if d & KIND != IS_LEAF:
         put_aside(aside, count, i, p, ask(enc.BREAKS, 0, d, child, trees))
     else:
@@ -204,7 +131,7 @@ def put(
     return len(which)
 
 
-@compiled
+@allocating
 def unpack(rows: Any, placed: Any, room: Any, fields: Any, values: Any, states: Any) -> None:
     """Write into *states* the bytes of the host's state of each row. placed: the parts that have room."""
     codes = np.zeros(states.shape[1], np.int64)
@@ -235,9 +162,9 @@ def enter(rows: Any, n: Any, h: Any, table: Any) -> Any:
     mask = U(len(table) - 1)
     tag, slot = h >> S32, h & mask
     while True:
-        e = table[I(slot)]
+        e = table[slot]
         if e == ZERO:
-            table[I(slot)] = tag << S32 | U(n + 1)
+            table[slot] = tag << S32 | U(n + 1)
             return True
         if e >> S32 == tag and equal(rows, I(e & LOW) - 1, rows, n):
             return False
@@ -255,11 +182,42 @@ def move_apart(rows: Any, n: Any, words: Any) -> None:
             rows[i, w] = close[i * words + w]
 
 
-@compiled
+@allocating
 def rehash(rows: Any, n: Any, table: Any) -> None:
     """Enter the first *n* rows into the empty *table*."""
-    for i in range(n):
-        enter_again(rows, i, table)
+    left = np.empty(n, np.int64)
+    for k in range(rehash_part(rows, n, table, 0, len(table), left, np.empty(enc.BATCH, np.uint64))):
+        enter_again(rows, left[k], table)
+
+
+@compiled
+def rehash_part(rows: Any, n: Any, table: Any, lo: Any, hi: Any, left: Any, hashes: Any) -> Any:
+    """Enter those of the first *n* rows that belong in table[lo:hi], which is empty; how many are *left*.
+
+    Those are left whose probing would run over the end of the part; *left* has as many of them as it has room for. hashes:
+    room for a batch.
+    """
+    mask, k = U(len(table) - 1), 0
+    for base in range(0, n, len(hashes)):
+        size, touched = min(len(hashes), n - base), ZERO
+        for j in range(size):
+            hashes[j] = hash_of(rows, base + j)
+        for j in range(size):
+            touched ^= table[hashes[j] & mask]
+        for j in range(size):
+            h = hashes[j]
+            at = I(h & mask)
+            if lo <= at < hi:
+                while at < hi and table[at] != ZERO:
+                    at += 1
+                if at < hi:
+                    table[at] = h >> S32 << S32 | U(base + j + 1)
+                else:
+                    if k < len(left):
+                        left[k] = base + j
+                    k += 1
+        hashes[0] = touched                             # or the compiler would leave it out
+    return k
 
 
 @compiled
@@ -267,9 +225,9 @@ def enter_again(rows: Any, i: Any, table: Any) -> None:
     """Enter row *i*, to which none that is there is equal."""
     mask, h = U(len(table) - 1), hash_of(rows, i)
     slot = h & mask
-    while table[I(slot)] != ZERO:
+    while table[slot] != ZERO:
         slot = (slot + ONE) & mask
-    table[I(slot)] = h >> S32 << S32 | U(i + 1)
+    table[slot] = h >> S32 << S32 | U(i + 1)
 
 
 @compiled
@@ -278,7 +236,7 @@ def find(rows: Any, made: Any, j: Any, h: Any, table: Any) -> Any:
     mask = U(len(table) - 1)
     slot = h & mask
     while True:
-        e = table[I(slot)]
+        e = table[slot]
         if e == ZERO:
             return I(-1)
         if e >> S32 == h >> S32 and equal(rows, I(e & LOW) - 1, made, j):
@@ -286,27 +244,29 @@ def find(rows: Any, made: Any, j: Any, h: Any, table: Any) -> Any:
         slot = (slot + ONE) & mask
 
 
-@compiled
+@allocating
 def expand(
-    rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, ready: Any, seen: Any, queue: Any, lo: Any,
-    base: Any, moved: Any, aside: Any, events: Any, count: Any, most: Any,
+    rows: Any, table: Any, trees: Any, room: Any, places: Any, looks: Any, memo: Any, of: Any, ready: Any, seen: Any,
+    queue: Any, lo: Any, base: Any, moved: Any, aside: Any, events: Any, count: Any, most: Any,
 ) -> Any:
     """Take every step that queue[lo:] asks for; returns how far it has come.
 
-    of: the tree of each party. ready: first ways of leaves, all parts of which have room. seen: payloads that were told.
-    moved: of rows from *base*. most: ways of the largest leaf.
+    looks, memo: loops_trees.py. of: the tree of each party. ready: first ways of leaves, all parts of which have room. seen:
+    payloads that were told. moved: of rows from *base*. most: ways of the largest leaf.
     """
     last_row = min(len(rows), I(len(table) * enc.FULL)) - enc.BATCH - len(of) * most - 1
-    return spread(rows, rows, last_row, True, np.empty(0, np.uint64), np.empty(0, np.int64), table, trees, room, places, of,
-                  ready, seen, queue, lo, len(queue), base, moved, aside, len(aside), events, count, most)
+    batch = enc.BATCH + len(of) * most
+    return spread(rows, rows, last_row, True, np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(batch, np.uint64),
+                  np.empty(batch, np.int64), table, trees, room, places, looks, memo, of, ready, seen, queue, lo, len(queue),
+                  base, moved, aside, len(aside), events, count, most)
 
 
 # One function for one thread and for several: called for each entry, or for each batch, it takes twice the time.
 @compiled
 def spread(
-    rows: Any, into: Any, last_row: Any, alone: Any, hashes_of: Any, ways_to: Any, table: Any, trees: Any, room: Any,
-    places: Any, of: Any, ready: Any, seen: Any, queue: Any, lo: Any, hi: Any, base: Any, moved: Any, aside: Any,
-    most_aside: Any, events: Any, count: Any, most: Any,
+    rows: Any, into: Any, last_row: Any, alone: Any, hashes_of: Any, ways_to: Any, hashes: Any, by: Any, table: Any,
+    trees: Any, room: Any, places: Any, looks: Any, memo: Any, of: Any, ready: Any, seen: Any, queue: Any, lo: Any, hi: Any,
+    base: Any, moved: Any, aside: Any, most_aside: Any, events: Any, count: Any, most: Any,
 ) -> Any:
     """Take every step that queue[lo:hi] asks for, while there is room; returns how far it has come.
 
@@ -316,7 +276,6 @@ def spread(
     parties, mask = len(of), U(len(table) - 1)
     batch = enc.BATCH + parties * most
     few = most_aside - 2 * batch - 1
-    hashes, by = np.empty(batch, np.uint64), np.empty(batch, np.int64)
     size, k = 0, lo
     while k < hi or size:
         full = count[enc.ROWS] > last_row or count[enc.ASIDE] > few
@@ -324,7 +283,7 @@ def spread(
             i, p0 = queue[k, 0], queue[k, 1]
             k += 1
             if p0 > parties:
-                judge(rows, i, p0, trees, room, seen, aside, events, count)
+                judge(rows, i, p0, trees, room, looks, memo, seen, aside, events, count)
                 continue
             p1 = p0 + 1
             if p0 == parties:
@@ -339,7 +298,7 @@ def spread(
                 p0, p1 = 0, parties
             for p in range(p0, p1):
                 place = place_of(rows, i, places, p)
-                d, child = walk(of[p], place, rows, i, trees, room)
+                d, child = leaf(p, of[p], place, rows, i, trees, room, looks, memo)
                 if d & KIND != IS_LEAF:
                     put_aside(aside, count, i, p, ask(of[p], place, d, child, trees))
                     continue
@@ -366,11 +325,11 @@ def spread(
         # Touch what will be compared, all of it before any of it is needed.
         touched = ZERO
         for j in range(size):
-            touched ^= table[I(hashes[j] & mask)]
+            touched ^= table[hashes[j] & mask]
         for j in range(size):
-            e = table[I(hashes[j] & mask)]
+            e = table[hashes[j] & mask]
             if e >> S32 == hashes[j] >> S32:
-                touched ^= rows[I(e & LOW) - 1, 0]
+                touched ^= rows[(e & LOW) - ONE, 0]
         count[enc.COUNTERS] = I(touched & ONE)          # or the compiler would leave it out
         start = count[enc.ROWS]
         for j in range(size):
@@ -382,7 +341,7 @@ def spread(
                 if enter(rows, n, hashes[j], table):
                     count[enc.ROWS] = n + 1
                     if trees.flag[by[j]] & enc.VISIBLE:
-                        judge(rows, n, parties + 1, trees, room, seen, aside, events, count)
+                        judge(rows, n, parties + 1, trees, room, looks, memo, seen, aside, events, count)
             elif find(rows, into, n, hashes[j], table) < 0:
                 hashes_of[n], ways_to[n] = hashes[j], by[j]
                 count[enc.ROWS] = n + 1
@@ -392,7 +351,7 @@ def spread(
     return k
 
 
-@compiled
+@allocating
 def before(rows: Any, trees: Any, room: Any, places: Any, of: Any, others: Any, lo: Any, hi: Any, target: Any) -> Any:
     """All (row, party, way) by which one of rows [lo, hi) becomes row *target*.
 
@@ -449,7 +408,7 @@ def breaking(
     return n
 
 
-@compiled
+@allocating
 def clear(rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, lo: Any, hi: Any, ends: Any) -> Any:
     """Set ends[i] of those rows [lo, hi) from which a step leads to a row with it, or none; how many it was."""
     cleared, scratch = 0, np.empty((1, rows.shape[1]), np.uint64)

@@ -24,6 +24,9 @@ CHUNK = 1 << 16
 SPARE = 1 << 18
 """Rows that there is room for when a queue is begun."""
 
+MEMO = 0
+"""A walk of all rows at once waits for nothing."""
+
 U = np.uint64
 K0, K1, M = *enc.MIX[:2], U(enc.MIX[2])
 ALL = (1 << 64) - 1
@@ -234,8 +237,8 @@ def rehash(rows: Array, n: int, table: Array) -> None:
 
 
 def expand(
-    rows: Array, table: Array, trees: Any, room: Array, places: Array, of: Array, ready: Array, seen: Array, queue: Array,
-    lo: int, base: int, moved: Array, aside: Array, events: Array, count: Array, most: int,
+    rows: Array, table: Array, trees: Any, room: Array, places: Array, _looks: Array, _memo: Array, of: Array, ready: Array,
+    seen: Array, queue: Array, lo: int, base: int, moved: Array, aside: Array, events: Array, count: Array, most: int,
 ) -> int:
     """Take every step that queue[lo:] asks for; returns how far it has come."""
     at, parties = _Map(trees, room, places), len(of)

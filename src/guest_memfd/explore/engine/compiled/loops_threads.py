@@ -22,27 +22,36 @@ from typing import Any
 
 from guest_memfd.explore.engine.compiled import encoding as enc
 from guest_memfd.explore.engine.compiled.jit import compiled
-from guest_memfd.explore.engine.compiled.loops_numba import LOW, S32, ZERO, I, U, equal, hash_of, judge
+from guest_memfd.explore.engine.compiled.loops_numba import judge
+from guest_memfd.explore.engine.compiled.loops_trees import LOW, ONE, S32, ZERO, I, U, equal
 
 
 @compiled
 def enter(
-    made: Any, hashes: Any, many: Any, each: Any, rows: Any, table: Any, lo: Any, hi: Any, slots: Any, left: Any,
+    made: Any, hashes: Any, many: Any, each: Any, rows: Any, table: Any, lo: Any, hi: Any, slots: Any, left: Any, some: Any,
 ) -> Any:
     """Enter those of *made* that belong in table[lo:hi]; slots: where, -1 for what is there. Returns how many are *left*.
 
     made, hashes: of all threads, *each* of one; *many* of them are used. They are entered as if row number *rows* and those
-    after it were *made*.
+    after it were *made*. some: room for a batch.
     """
-    mask, n = U(len(table) - 1), 0
+    mask, n, touched = U(len(table) - 1), 0, ZERO
     for thread in range(len(many)):
-        for j in range(thread * each, thread * each + many[thread]):
-            at = I(hashes[j] & mask)
-            if lo <= at < hi:
-                slots[j] = probed(made, j, hashes[j], rows, table, at, hi)
+        for base in range(thread * each, thread * each + many[thread], len(some)):
+            size = 0
+            for j in range(base, min(base + len(some), thread * each + many[thread])):
+                if lo <= I(hashes[j] & mask) < hi:
+                    some[size] = j
+                    size += 1
+            for k in range(size):
+                touched ^= table[hashes[some[k]] & mask]
+            for k in range(size):
+                j = some[k]
+                slots[j] = probed(made, j, hashes[j], rows, table, I(hashes[j] & mask), hi)
                 if slots[j] == hi:
                     left[n] = j
                     n += 1
+    some[0] = I(touched & ONE)                          # or the compiler would leave it out
     return n
 
 
@@ -72,28 +81,9 @@ def enter_left(made: Any, hashes: Any, left: Any, rows: Any, table: Any, slots: 
 
 
 @compiled
-def rehash(rows: Any, n: Any, table: Any, lo: Any, hi: Any, left: Any) -> Any:
-    """Enter those of the first *n* rows that belong in table[lo:hi], which is empty; how many are *left*, as in `enter`."""
-    mask, k = U(len(table) - 1), 0
-    for i in range(n):
-        h = hash_of(rows, i)
-        at = I(h & mask)
-        if lo <= at < hi:
-            while at < hi and table[at] != ZERO:
-                at += 1
-            if at < hi:
-                table[at] = h >> S32 << S32 | U(i + 1)
-            else:
-                if k < len(left):
-                    left[k] = i
-                k += 1
-    return k
-
-
-@compiled
 def settle(
-    made: Any, by: Any, slots: Any, lo: Any, hi: Any, n: Any, rows: Any, table: Any, trees: Any, room: Any, parties: Any,
-    seen: Any, aside: Any, events: Any, count: Any,
+    made: Any, by: Any, slots: Any, lo: Any, hi: Any, n: Any, rows: Any, table: Any, trees: Any, room: Any, looks: Any,
+    memo: Any, parties: Any, seen: Any, aside: Any, events: Any, count: Any,
 ) -> None:
     """Let what is new of made[lo:hi] be rows *n* and on, and ask the laws."""
     for j in range(lo, hi):
@@ -103,5 +93,5 @@ def settle(
             rows[n, w] = made[j, w]
         table[slots[j]] = table[slots[j]] >> S32 << S32 | U(n + 1)
         if trees.flag[by[j]] & enc.VISIBLE:
-            judge(rows, n, parties + 1, trees, room, seen, aside, events, count)
+            judge(rows, n, parties + 1, trees, room, looks, memo, seen, aside, events, count)
         n += 1

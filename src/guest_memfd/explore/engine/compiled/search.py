@@ -31,6 +31,7 @@ from guest_memfd.explore.engine.compiled.encoding import (
 )
 from guest_memfd.explore.engine.compiled.flat import Array, TooWide
 from guest_memfd.explore.engine.compiled.known import Broken, Known, changes
+from guest_memfd.explore.engine.compiled.memo import Memo
 from guest_memfd.explore.engine.compiled.rows import Rows
 from guest_memfd.explore.engine.compiled.teardown import Teardown
 from guest_memfd.explore.engine.explorer import Explorer, Least, never
@@ -67,6 +68,7 @@ class CompiledExplorer(Explorer):
         self.known: Known = tables.flat.get(initial) or Known(tables, initial, loops)
         self.of = np.array([self.known.tree(program) for program in programs], np.int64)
         self.rows = Rows(self.known.flat, len(programs), loops)
+        self.memo = Memo(loops.MEMO, len(programs))
         self.bounds = [0]                               # of the levels: the first row of each, and one past the last
         self.idle: list[Array] = []                     # per level: the rows in which no one moves
         self.stopped = 0                                # and rows in which the machine has stopped
@@ -181,8 +183,8 @@ class CompiledExplorer(Explorer):
                 left.append(not_yet)
             else:
                 at = self.loops.expand(
-                    rows.rows, rows.table, flat.trees, rows.room, rows.places, self.of, rows.ready, self.seen, queue, at,
-                    base, moved, self._aside, self._events, rows.count, flat.most)
+                    rows.rows, rows.table, flat.trees, rows.room, rows.places, self.memo.looks, self.memo.entries, self.of,
+                    rows.ready, self.seen, queue, at, base, moved, self._aside, self._events, rows.count, flat.most)
                 aside, events = self._aside[:rows.count[ASIDE]].copy(), self._events[:rows.count[EVENTS]]
                 rows.count[ASIDE] = rows.count[EVENTS] = 0
             left.append(aside[:, :2])
@@ -195,6 +197,7 @@ class CompiledExplorer(Explorer):
         rows.keep_up()
         most = BATCH + len(self.programs) * known.most
         rows.grow(most + self.loops.SPARE)
+        self.memo.keep_up(rows)
         if len(self._aside) < 4 * most + self.loops.SPARE:
             self._aside = np.zeros((8 * most + self.loops.SPARE, 3), np.int64)
         if len(self.seen) < len(known.payload):

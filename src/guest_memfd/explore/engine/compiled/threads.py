@@ -11,6 +11,7 @@ import numpy as np
 from guest_memfd.explore.engine.compiled.encoding import ASIDE, BATCH, COUNTERS, EVENTS, ROWS, TRANSITIONS
 from guest_memfd.explore.engine.compiled.flat import Array
 from guest_memfd.explore.engine.compiled.load import threaded
+from guest_memfd.explore.engine.compiled.memo import Memo
 
 if TYPE_CHECKING:
     from guest_memfd.explore.engine.compiled.search import CompiledExplorer
@@ -35,6 +36,8 @@ class Threads:
         self._aside = [np.zeros((0, 3), np.int64)] * number
         self._events = [np.zeros(0, np.int64)] * number
         self._count = np.zeros((number, COUNTERS + 1), np.int64)
+        self._memos = [Memo(explorer.loops.MEMO, len(explorer.programs)) for _ in range(number)]
+        self._batch = np.zeros((number, 0), np.uint64), np.zeros((number, 0), np.int64)
         explorer.rows.rehash = self.rehash
 
     def __enter__(self) -> Threads:
@@ -65,14 +68,15 @@ class Threads:
         each = self._make_ready()
         parts = self._parts(0, len(queue))
         most = explorer.known.flat.most
-        same = trees, rows.room, rows.places, explorer.of, rows.ready, explorer.seen, queue
+        same, hashes, by = (trees, rows.room, rows.places), *self._batch
 
         def spread(t: int) -> int:
-            mine, count = slice(t * each, (t + 1) * each), self._count[t]
+            mine, count, memo = slice(t * each, (t + 1) * each), self._count[t], self._memos[t]
             # What is put aside when new rows are judged has room as well.
             return int(explorer.loops.spread(
-                rows.rows, self._made[mine], MADE, False, self._hashes[mine], self._by[mine], rows.table, *same, parts[t],
-                parts[t + 1], base, moved, self._aside[t], len(self._aside[t]) - each, self._events[t], count, most))
+                rows.rows, self._made[mine], MADE, False, self._hashes[mine], self._by[mine], hashes[t], by[t], rows.table,
+                *same, memo.looks, memo.entries, explorer.of, rows.ready, explorer.seen, queue, parts[t], parts[t + 1], base,
+                moved, self._aside[t], len(self._aside[t]) - each, self._events[t], count, most))
 
         come = self.all(spread)
         many = self._count[:, ROWS].copy()
@@ -86,7 +90,8 @@ class Threads:
     def rehash(self, rows: Array, n: int, table: Array) -> None:
         """Enter the first *n* rows into the empty *table*, as `loops_numba.rehash` does."""
         parts, left = self._parts(0, len(table)), np.zeros((self.number, LEFT), np.int64)
-        many: list[int] = self.all(lambda t: self.loops.rehash(rows, n, table, parts[t], parts[t + 1], left[t]))
+        many: list[int] = self.all(lambda t: self.explorer.loops.rehash_part(
+            rows, n, table, parts[t], parts[t + 1], left[t], np.zeros(BATCH, np.uint64)))
         if max(many) > LEFT:
             table[:] = 0
             self.explorer.loops.rehash(rows, n, table)
@@ -103,7 +108,7 @@ class Threads:
 
         def enter(t: int) -> Array:
             n = self.loops.enter(self._made, self._hashes, many, each, start, rows.table, parts[t], parts[t + 1],
-                                 self._slots, left[t])
+                                 self._slots, left[t], np.zeros(BATCH, np.int64))
             return left[t, :n]
 
         self.loops.enter_left(self._made, self._hashes, np.concatenate(self.all(enter)), start, rows.table, self._slots)
@@ -114,8 +119,8 @@ class Threads:
         def settle(t: int) -> None:
             self.loops.settle(
                 self._made, self._by, self._slots, mine[t].start, mine[t].stop, first[t], rows.rows, rows.table,
-                self.explorer.known.flat.trees, rows.room, len(self.explorer.programs), self.explorer.seen, self._aside[t],
-                self._events[t], self._count[t])
+                self.explorer.known.flat.trees, rows.room, self._memos[t].looks, self._memos[t].entries,
+                len(self.explorer.programs), self.explorer.seen, self._aside[t], self._events[t], self._count[t])
 
         self.all(settle)
         rows.count[ROWS] = first[-1]
@@ -129,11 +134,15 @@ class Threads:
         explorer, rows, flat = self.explorer, self.explorer.rows, self.explorer.known.flat
         each = MADE + 2 * (BATCH + len(explorer.programs) * flat.most)
         rows.grow(self.number * each + 1)
+        for memo in self._memos:
+            memo.keep_up(rows)
         shape = self.number * each, rows.rows.shape[1]
         if self._made.shape != shape:
             self._made = np.zeros(shape, np.uint64)
             self._hashes, self._by = np.zeros(shape[0], np.uint64), np.zeros(shape[0], np.int64)
             self._slots = np.zeros(shape[0], np.int64)
+            batch = self.number, BATCH + len(explorer.programs) * flat.most
+            self._batch = np.zeros(batch, np.uint64), np.zeros(batch, np.int64)
             self._aside = [np.zeros((8 * each, 3), np.int64) for _ in range(self.number)]
         if len(self._events[0]) < len(explorer.seen):
             self._events = [np.zeros(len(explorer.seen), np.int64) for _ in range(self.number)]
