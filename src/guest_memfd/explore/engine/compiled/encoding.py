@@ -37,7 +37,7 @@ HALTS, BREAKS, BREAKS_AT_END, FIRST_PARTY = range(4)
 MOVED, HALTED = 1, 2
 """Of a row: somebody can move, the machine has stopped; 0: neither."""
 
-ROWS, TRANSITIONS, ASIDE, EVENTS, COUNTERS = range(5)
+ROWS, TRANSITIONS, ASIDE, EVENTS, MET, COUNTERS = range(6)
 """What a loop counts: the rows there are, and how full its lists are."""
 
 WAITS, ASKS = -1, -2
@@ -54,6 +54,12 @@ FULL = 0.6
 
 MEMO = 2
 """Words of an entry of the memo before those of a row: whose walk, and the leaf."""
+
+TOUCHED = 3
+"""Words in which the bytes that a leaf looks at have a bit each, and those that it changes; of many bytes two share one."""
+
+SLEEPERS = 16
+"""Parties that can be asleep; those after them never are."""
 
 MOST_STEPS = 1000
 """Steps of a teardown; one that takes more does not end."""

@@ -23,6 +23,7 @@ from guest_memfd.explore.engine.compiled.encoding import (
     LEAF,
     MISSING,
     PART_MASK,
+    TOUCHED,
     VISIBLE,
 )
 
@@ -68,7 +69,11 @@ class FlatWay(NamedTuple):
 
 
 class Trees(NamedTuple):
-    """The arrays, as the loops take them. first: of each way its first part in *part*, and one past the last way."""
+    """The arrays, as the loops take them.
+
+    first: of each way its first part in *part*, and one past the last way. touched: of each leaf, at its first way, the bytes
+    that it looks at, and those that it changes. halts: the bytes by which a machine that has stopped is told.
+    """
 
     root: Array
     child: Array
@@ -77,6 +82,8 @@ class Trees(NamedTuple):
     xor: Array
     place: Array
     flag: Array
+    touched: Array
+    halts: Array
 
 
 class Leaves:
@@ -123,6 +130,7 @@ class Flat:
         self._child, self._children = np.zeros(1 << 12, np.uint64), np.zeros(1, np.int64)
         self._first, self._place = np.zeros(1 << 10, np.int64), np.zeros(1 << 10, np.int64)
         self._flag = np.zeros(1 << 10, np.uint8)
+        self._touched, self._halts = np.zeros((1 << 10, 2 * TOUCHED), np.uint64), np.zeros((1, TOUCHED), np.uint64)
         self._part, self._xor, self._changes = np.zeros(1 << 11, np.int64), np.zeros(1 << 11, np.uint64), 0
         self._leaves = Leaves()
         self._at: dict[tuple[int, int], list[int]] = {}  # (tree, place) -> its leaves
@@ -135,7 +143,8 @@ class Flat:
     @property
     def trees(self) -> Trees:
         """As they are now: what is added may move them."""
-        return Trees(self._root, self._child, self._first, self._part, self._xor, self._place, self._flag)
+        return Trees(self._root, self._child, self._first, self._part, self._xor, self._place, self._flag, self._touched,
+                     self._halts)
 
     def add_tree(self) -> int:
         """The number of a new tree."""
@@ -205,7 +214,8 @@ class Flat:
         self._new.clear()
         while at < len(which):
             at = self.loops.put(which, at, leaves.leaf, leaves.path, self._parts, self.fields, self._root.view(np.int64),
-                                self._child.view(np.int64), self._children)
+                                self._child.view(np.int64), self._children, self._first, self._part, self._touched,
+                                self._halts)
             if at < len(which):
                 self._child = _doubled(self._child)
 
@@ -221,7 +231,8 @@ class Flat:
     def _add_way(self, way: FlatWay) -> None:
         at, flags = len(self.payload), way.flags
         if at + 1 == len(self._first):
-            self._first, self._place, self._flag = map(_doubled, (self._first, self._place, self._flag))
+            self._first, self._place, self._flag, self._touched = map(
+                _doubled, (self._first, self._place, self._flag, self._touched))
         for byte, old, new in way.change:
             self._changed_by[byte].append(at)
             flags |= VISIBLE * (self._visible >> byte & 1)

@@ -51,12 +51,17 @@ def compiled(function: F) -> F:
     return _compiled(function, _nrt=False)
 
 
+def inlined(function: F) -> F:
+    """*function*, a part of each loop that uses it: a call would hand over every array in seven words or more."""
+    return _compiled(function, _nrt=False, inline="always")
+
+
 def allocating(function: F) -> F:
     """*function*, which makes arrays or lists, compiled in the same way."""
     return _compiled(function)
 
 
-def _compiled(function: F, **options: bool) -> F:
+def _compiled(function: F, **options: Any) -> F:
     kept, before = folder(), numba.config.CACHE_DIR
     # numba takes its folder from there, once, when a function is decorated.
     numba.config.CACHE_DIR = "" if kept is None else str(kept)

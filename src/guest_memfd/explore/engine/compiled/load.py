@@ -63,10 +63,11 @@ def _alone(kept: Path | None) -> Iterator[None]:
 # Have every loop compiled, or loaded, for the types that it is called with; one of them.
 def _compile(module: Any) -> Any:
     rows, trees, of = _small(module)
+    asleep = np.zeros(0, np.uint16)
     numbers, bytes_, table = np.zeros(1, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)
     same, looks, memo = (rows.rows, trees, rows.room, rows.places, of), np.zeros((2, 0, 0), np.uint64), rows.rows[:0]
-    module.expand(rows.rows, rows.table, *same[1:-1], looks, memo, of, bytes_, bytes_, table, 0, 0, bytes_, table, numbers,
-                  np.zeros(COUNTERS + 1, np.int64), 1)
+    module.expand(rows.rows, rows.table, *same[1:-1], looks, memo, of, bytes_, bytes_, table, 0, 0, bytes_, asleep, 0, 0, table,
+                  numbers, np.zeros(COUNTERS + 1, np.int64), 1)
     module.move_apart(rows.rows, 0, 1)
     module.before(*same, rows.rows, 0, 0, 0)
     module.breaking(*same, bytes_, 0, 0, table)
@@ -78,12 +79,13 @@ def _compile(module: Any) -> Any:
 def _compile_threaded(module: Any) -> Any:
     rows, trees, _ = _small(loops("numba"))
     numbers, bytes_, table = np.zeros(0, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)
-    hashes = np.zeros(0, np.uint64)
+    hashes, pairs, asleep = np.zeros(0, np.uint64), np.zeros((0, 2), np.int64), np.zeros(0, np.uint16)
     count = np.zeros(COUNTERS + 1, np.int64)
-    module.enter(rows.rows, hashes, numbers, 0, 0, rows.table, 0, 0, numbers, numbers, np.zeros(1, np.int64))
-    module.enter_left(rows.rows, hashes, numbers, 0, rows.table, numbers)
-    module.settle(rows.rows, numbers, numbers, 0, 0, 0, rows.rows, rows.table, trees, rows.room,
-                  np.zeros((2, 0, 0), np.uint64), rows.rows[:0], 1, bytes_, table, numbers, count)
+    module.enter(rows.rows, hashes, pairs, numbers, 0, 0, rows.table, 0, 0, numbers, numbers, np.zeros(1, np.int64))
+    module.enter_left(rows.rows, hashes, pairs, numbers, 0, rows.table, numbers)
+    module.wake(asleep, 0, pairs, 0)
+    module.settle(rows.rows, pairs, numbers, 0, 0, 0, rows.rows, rows.table, trees, rows.room,
+                  np.zeros((2, 0, 0), np.uint64), rows.rows[:0], 1, bytes_, asleep, 0, table, numbers, count)
     return module.settle
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from guest_memfd.explore.engine.compiled import encoding as enc
-from guest_memfd.explore.engine.compiled.jit import allocating, compiled
+from guest_memfd.explore.engine.compiled.jit import allocating, compiled, inlined
 from guest_memfd.explore.engine.compiled.loops_trees import (
     IS_LEAF,
     KIND,
@@ -38,6 +38,7 @@ from guest_memfd.explore.engine.compiled.loops_trees import (
     ZERO,
     I,
     U,
+    apart,
     ask,
     equal,
     hash_of,
@@ -62,7 +63,7 @@ MEMO = 1 << 13
 """Entries of a memo: of a hundred walks it saves 97, and it lies in the cache of a core."""
 
 
-@compiled
+@inlined
 def put_aside(aside: Any, count: Any, i: Any, p: Any, why: Any) -> None:
     """Note (row, party, why)."""
     n = count[enc.ASIDE]
@@ -70,7 +71,7 @@ def put_aside(aside: Any, count: Any, i: Any, p: Any, why: Any) -> None:
     count[enc.ASIDE] = n + 1
 
 
-@compiled
+@inlined
 def tell(what: Any, seen: Any, events: Any, count: Any) -> None:
     """Note that payload *what* breaks a law, the first time."""
     if seen[what] == 0:
@@ -79,7 +80,7 @@ def tell(what: Any, seen: Any, events: Any, count: Any) -> None:
         count[enc.EVENTS] += 1
 
 
-@compiled
+@inlined
 def judge(
     rows: Any, i: Any, p: Any, trees: Any, room: Any, looks: Any, memo: Any, seen: Any, aside: Any, events: Any, count: Any,
 ) -> None:
@@ -95,12 +96,13 @@ def judge(
 
 @compiled
 def put(
-    which: Any, lo: Any, leaves: Any, path: Any, parts: Any, fields: Any, root: Any, child: Any, children: Any
+    which: Any, lo: Any, leaves: Any, path: Any, parts: Any, fields: Any, root: Any, child: Any, children: Any, first_part: Any,
+    part: Any, touched: Any, halts: Any,
 ) -> Any:
     """Put leaves which[lo:] into their trees; returns how far it has come, when there is no room for more children.
 
     leaves, path: flat.Leaves. parts: of each byte, how many, and their numbers. fields: of each part its byte, shift, width.
-    children: how many there are. Everything is signed here.
+    children: how many there are. first_part, part, touched, halts: flat.Trees. All that is part of a word is signed here.
     """
     for k in range(lo, len(which)):
         tree, place, word, first = leaves[which[k]]
@@ -128,7 +130,21 @@ def put(
             root[tree, place] = word
         else:
             child[where] = word
+        ways, way = (word & 0xFFFFFFFF) >> enc.KIND_BITS, word >> enc.BASE_SHIFT
+        for s in range(first, last):
+            if parts[path[s, 0], 0] > 0 and tree == enc.HALTS:
+                mark(parts[path[s, 0], 1], halts, 0, 0)
+            elif parts[path[s, 0], 0] > 0 and ways > 0:
+                mark(parts[path[s, 0], 1], touched, way, 0)
+        for c in range(first_part[way], first_part[way + ways]):
+            mark(parts[fields[part[c], 0], 1], touched, way, enc.TOUCHED)
     return len(which)
+
+
+@compiled
+def mark(number: Any, touched: Any, at: Any, base: Any) -> None:
+    """Set the bit of the byte whose first part is *number*, in words of touched[at] from *base* on."""
+    touched[at, base + number // 64 % enc.TOUCHED] |= ONE << U(number % 64)
 
 
 @allocating
@@ -156,18 +172,18 @@ def fits(first: Any, last: Any, p: Any, trees: Any, room: Any, places: Any) -> A
     return True
 
 
-@compiled
+@inlined
 def enter(rows: Any, n: Any, h: Any, table: Any) -> Any:
-    """Enter row *n*, whose hash is *h*; False if a row that equals it is there."""
+    """Enter row *n*, whose hash is *h*; the number of the row that equals it if there is one, else *n*."""
     mask = U(len(table) - 1)
     tag, slot = h >> S32, h & mask
     while True:
         e = table[slot]
         if e == ZERO:
             table[slot] = tag << S32 | U(n + 1)
-            return True
+            return n
         if e >> S32 == tag and equal(rows, I(e & LOW) - 1, rows, n):
-            return False
+            return I(e & LOW) - 1
         slot = (slot + ONE) & mask
 
 
@@ -230,7 +246,7 @@ def enter_again(rows: Any, i: Any, table: Any) -> None:
     table[slot] = h >> S32 << S32 | U(i + 1)
 
 
-@compiled
+@inlined
 def find(rows: Any, made: Any, j: Any, h: Any, table: Any) -> Any:
     """The number of the row that row *j* of *made*, whose hash is *h*, equals; -1 if there is none."""
     mask = U(len(table) - 1)
@@ -247,45 +263,51 @@ def find(rows: Any, made: Any, j: Any, h: Any, table: Any) -> Any:
 @allocating
 def expand(
     rows: Any, table: Any, trees: Any, room: Any, places: Any, looks: Any, memo: Any, of: Any, ready: Any, seen: Any,
-    queue: Any, lo: Any, base: Any, moved: Any, aside: Any, events: Any, count: Any, most: Any,
+    queue: Any, lo: Any, base: Any, moved: Any, asleep: Any, level: Any, fresh: Any, aside: Any, events: Any, count: Any,
+    most: Any,
 ) -> Any:
     """Take every step that queue[lo:] asks for; returns how far it has come.
 
     looks, memo: loops_trees.py. of: the tree of each party. ready: first ways of leaves, all parts of which have room. seen:
-    payloads that were told. moved: of rows from *base*. most: ways of the largest leaf.
+    payloads that were told. moved: of rows from *base*. asleep: of rows from *level*, the first of this one; *fresh*: the
+    first of the next. most: ways of the largest leaf.
     """
     last_row = min(len(rows), I(len(table) * enc.FULL)) - enc.BATCH - len(of) * most - 1
     batch = enc.BATCH + len(of) * most
-    return spread(rows, rows, last_row, True, np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(batch, np.uint64),
-                  np.empty(batch, np.int64), table, trees, room, places, looks, memo, of, ready, seen, queue, lo, len(queue),
-                  base, moved, aside, len(aside), events, count, most)
+    return spread(rows, rows, last_row, True, np.empty(0, np.uint64), np.empty((0, 2), np.int64), np.empty(batch, np.uint64),
+                  np.empty((batch, 2), np.int64), np.empty((len(of), 2), np.int64), table, trees, room, places, looks, memo,
+                  of, ready, seen, queue, lo, len(queue), base, moved, asleep, level, fresh, np.empty((0, 2), np.int64), aside,
+                  len(aside), events, count, most)
 
 
 # One function for one thread and for several: called for each entry, or for each batch, it takes twice the time.
 @compiled
 def spread(
-    rows: Any, into: Any, last_row: Any, alone: Any, hashes_of: Any, ways_to: Any, hashes: Any, by: Any, table: Any,
-    trees: Any, room: Any, places: Any, looks: Any, memo: Any, of: Any, ready: Any, seen: Any, queue: Any, lo: Any, hi: Any,
-    base: Any, moved: Any, aside: Any, most_aside: Any, events: Any, count: Any, most: Any,
+    rows: Any, into: Any, last_row: Any, alone: Any, hashes_of: Any, made_by: Any, hashes: Any, by: Any, leaves: Any,
+    table: Any, trees: Any, room: Any, places: Any, looks: Any, memo: Any, of: Any, ready: Any, seen: Any, queue: Any, lo: Any,
+    hi: Any, base: Any, moved: Any, asleep: Any, level: Any, fresh: Any, met: Any, aside: Any, most_aside: Any, events: Any,
+    count: Any, most: Any,
 ) -> Any:
     """Take every step that queue[lo:hi] asks for, while there is room; returns how far it has come.
 
     alone: rows are made in *into*, which is *rows*, and entered. Else they are kept there if the table has not got them,
-    with their hashes and the ways that led to them. There is room up to *last_row*, and for *most_aside* that are put aside.
+    with their hashes and what they were made by; *met* has rows of the next level that were met again, and who is asleep
+    then. There is room up to *last_row*, and for *most_aside* that are put aside. hashes, by: room for a batch; by: the way,
+    and who is asleep. leaves: room for two numbers of each party.
     """
     parties, mask = len(of), U(len(table) - 1)
     batch = enc.BATCH + parties * most
-    few = most_aside - 2 * batch - 1
+    few, few_met = most_aside - 2 * batch - 1, len(met) - batch
     size, k = 0, lo
     while k < hi or size:
-        full = count[enc.ROWS] > last_row or count[enc.ASIDE] > few
+        full = count[enc.ROWS] > last_row or count[enc.ASIDE] > few or (not alone and count[enc.MET] > few_met)
         if k < hi and size < enc.BATCH and not full:
             i, p0 = queue[k, 0], queue[k, 1]
             k += 1
             if p0 > parties:
                 judge(rows, i, p0, trees, room, looks, memo, seen, aside, events, count)
                 continue
-            p1 = p0 + 1
+            p1, sleeping = p0 + 1, I(0)
             if p0 == parties:
                 d, child = walk(enc.HALTS, 0, rows, i, trees, room)
                 if d & KIND != IS_LEAF:
@@ -295,8 +317,9 @@ def spread(
                 if first < last:
                     moved[i - base] = enc.HALTED
                     continue
-                p0, p1 = 0, parties
+                p0, p1, sleeping = 0, parties, I(asleep[i - level])
             for p in range(p0, p1):
+                leaves[p, 0], leaves[p, 1] = 0, 0
                 place = place_of(rows, i, places, p)
                 d, child = leaf(p, of[p], place, rows, i, trees, room, looks, memo)
                 if d & KIND != IS_LEAF:
@@ -312,10 +335,22 @@ def spread(
                     ready[first] = 1
                 moved[i - base] = enc.MOVED
                 count[enc.TRANSITIONS] += last - first
+                leaves[p, 0], leaves[p, 1] = first, last
+            before = sleeping
+            for p in range(p0, p1):
+                first, last = leaves[p, 0], leaves[p, 1]
+                if first == last or sleeping >> p & 1:
+                    continue
+                stay = I(0)
+                for q in range(p1 if before else 0):
+                    if before >> q & 1 and leaves[q, 0] < leaves[q, 1] and apart(first, leaves[q, 0], trees):
+                        stay |= 1 << q
+                if p < enc.SLEEPERS:
+                    before |= 1 << p
                 for way in range(first, last):
                     n = count[enc.ROWS] + size
                     take(rows, i, into, n, way, p, trees, room, places)
-                    hashes[size], by[size] = hash_of(into, n), way
+                    hashes[size], by[size, 0], by[size, 1] = hash_of(into, n), way, stay
                     size += 1
                     if trees.flag[way] & enc.FACT:
                         tell(way, seen, events, count)
@@ -338,13 +373,22 @@ def spread(
                 for w in range(rows.shape[1]):
                     into[n, w] = into[start + j, w]
             if alone:
-                if enter(rows, n, hashes[j], table):
+                r = enter(rows, n, hashes[j], table)
+                if r == n:
                     count[enc.ROWS] = n + 1
-                    if trees.flag[by[j]] & enc.VISIBLE:
+                    asleep[n - level] = by[j, 1]
+                    if trees.flag[by[j, 0]] & enc.VISIBLE:
                         judge(rows, n, parties + 1, trees, room, looks, memo, seen, aside, events, count)
-            elif find(rows, into, n, hashes[j], table) < 0:
-                hashes_of[n], ways_to[n] = hashes[j], by[j]
-                count[enc.ROWS] = n + 1
+                elif r >= fresh:
+                    asleep[r - level] &= by[j, 1]
+            else:
+                r = find(rows, into, n, hashes[j], table)
+                if r < 0:
+                    hashes_of[n], made_by[n, 0], made_by[n, 1] = hashes[j], by[j, 0], by[j, 1]
+                    count[enc.ROWS] = n + 1
+                elif r >= fresh and asleep[r - level] & ~by[j, 1]:
+                    met[count[enc.MET], 0], met[count[enc.MET], 1] = r, by[j, 1]
+                    count[enc.MET] += 1
         size = 0
         if full:
             break

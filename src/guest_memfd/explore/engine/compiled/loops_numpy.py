@@ -151,7 +151,7 @@ def _taken(rows: Array, way: Array, p: Array, at: _Map) -> Array:
 
 def put(
     which: Array, lo: int, leaves: Array, path: Array, parts: Array, fields: Array, root: Array, child: Array,
-    children: Array,
+    children: Array, _first: Array, _part: Array, _touched: Array, _halts: Array,
 ) -> int:
     """Put leaves which[lo:] into their trees; returns how far it has come, when there is no room for more children."""
     few, bits = parts[:, 0].tolist(), fields.tolist()
@@ -238,7 +238,8 @@ def rehash(rows: Array, n: int, table: Array) -> None:
 
 def expand(
     rows: Array, table: Array, trees: Any, room: Array, places: Array, _looks: Array, _memo: Array, of: Array, ready: Array,
-    seen: Array, queue: Array, lo: int, base: int, moved: Array, aside: Array, events: Array, count: Array, most: int,
+    seen: Array, queue: Array, lo: int, base: int, moved: Array, _asleep: Array, _level: int, _next: int, aside: Array,
+    events: Array, count: Array, most: int,
 ) -> int:
     """Take every step that queue[lo:] asks for; returns how far it has come."""
     at, parties = _Map(trees, room, places), len(of)

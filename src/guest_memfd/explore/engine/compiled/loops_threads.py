@@ -21,19 +21,20 @@ from __future__ import annotations
 from typing import Any
 
 from guest_memfd.explore.engine.compiled import encoding as enc
-from guest_memfd.explore.engine.compiled.jit import compiled
+from guest_memfd.explore.engine.compiled.jit import compiled, inlined
 from guest_memfd.explore.engine.compiled.loops_numba import judge
 from guest_memfd.explore.engine.compiled.loops_trees import LOW, ONE, S32, ZERO, I, U, equal
 
 
 @compiled
 def enter(
-    made: Any, hashes: Any, many: Any, each: Any, rows: Any, table: Any, lo: Any, hi: Any, slots: Any, left: Any, some: Any,
+    made: Any, hashes: Any, by: Any, many: Any, each: Any, rows: Any, table: Any, lo: Any, hi: Any, slots: Any, left: Any,
+    some: Any,
 ) -> Any:
     """Enter those of *made* that belong in table[lo:hi]; slots: where, -1 for what is there. Returns how many are *left*.
 
-    made, hashes: of all threads, *each* of one; *many* of them are used. They are entered as if row number *rows* and those
-    after it were *made*. some: room for a batch.
+    made, hashes, by: of all threads, *each* of one; *many* of them are used. They are entered as if row number *rows* and
+    those after it were *made*. some: room for a batch.
     """
     mask, n, touched = U(len(table) - 1), 0, ZERO
     for thread in range(len(many)):
@@ -47,7 +48,7 @@ def enter(
                 touched ^= table[hashes[some[k]] & mask]
             for k in range(size):
                 j = some[k]
-                slots[j] = probed(made, j, hashes[j], rows, table, I(hashes[j] & mask), hi)
+                slots[j] = probed(made, j, hashes[j], by, rows, table, I(hashes[j] & mask), hi)
                 if slots[j] == hi:
                     left[n] = j
                     n += 1
@@ -55,9 +56,12 @@ def enter(
     return n
 
 
-@compiled
-def probed(made: Any, j: Any, h: Any, rows: Any, table: Any, at: Any, hi: Any) -> Any:
-    """The slot, from *at* on, that row *j* of *made* is now in; -1 if an equal one is there; *hi* if none is free."""
+@inlined
+def probed(made: Any, j: Any, h: Any, by: Any, rows: Any, table: Any, at: Any, hi: Any) -> Any:
+    """The slot, from *at* on, that row *j* of *made* is now in; -1 if an equal one is there; *hi* if none is free.
+
+    Who is not asleep in row *j* is not in the equal one either.
+    """
     while at < hi:
         e = table[at]
         if e == ZERO:
@@ -65,25 +69,33 @@ def probed(made: Any, j: Any, h: Any, rows: Any, table: Any, at: Any, hi: Any) -
             return at
         # None of those that were rows before is equal: they have been looked at.
         if e >> S32 == h >> S32 and I(e & LOW) > rows and equal(made, I(e & LOW) - 1 - rows, made, j):
+            by[I(e & LOW) - 1 - rows, 1] &= by[j, 1]
             return I(-1)
         at += 1
     return hi
 
 
 @compiled
-def enter_left(made: Any, hashes: Any, left: Any, rows: Any, table: Any, slots: Any) -> None:
+def enter_left(made: Any, hashes: Any, by: Any, left: Any, rows: Any, table: Any, slots: Any) -> None:
     """Enter what was *left*, after all threads: by probing on from the ends of their parts, and round."""
     for j in left:
-        at = probed(made, j, hashes[j], rows, table, I(hashes[j] & U(len(table) - 1)), len(table))
+        at = probed(made, j, hashes[j], by, rows, table, I(hashes[j] & U(len(table) - 1)), len(table))
         if at == len(table):
-            at = probed(made, j, hashes[j], rows, table, 0, len(table))
+            at = probed(made, j, hashes[j], by, rows, table, 0, len(table))
         slots[j] = at
+
+
+@compiled
+def wake(asleep: Any, level: Any, met: Any, n: Any) -> None:
+    """Of rows that one thread has *met* again, *n* of them: who is awake in one of the two is awake."""
+    for k in range(n):
+        asleep[met[k, 0] - level] &= met[k, 1]
 
 
 @compiled
 def settle(
     made: Any, by: Any, slots: Any, lo: Any, hi: Any, n: Any, rows: Any, table: Any, trees: Any, room: Any, looks: Any,
-    memo: Any, parties: Any, seen: Any, aside: Any, events: Any, count: Any,
+    memo: Any, parties: Any, seen: Any, asleep: Any, level: Any, aside: Any, events: Any, count: Any,
 ) -> None:
     """Let what is new of made[lo:hi] be rows *n* and on, and ask the laws."""
     for j in range(lo, hi):
@@ -92,6 +104,7 @@ def settle(
         for w in range(rows.shape[1]):
             rows[n, w] = made[j, w]
         table[slots[j]] = table[slots[j]] >> S32 << S32 | U(n + 1)
-        if trees.flag[by[j]] & enc.VISIBLE:
+        asleep[n - level] = by[j, 1]
+        if trees.flag[by[j, 0]] & enc.VISIBLE:
             judge(rows, n, parties + 1, trees, room, looks, memo, seen, aside, events, count)
         n += 1

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from guest_memfd.explore.engine.compiled import encoding as enc
-from guest_memfd.explore.engine.compiled.jit import compiled
+from guest_memfd.explore.engine.compiled.jit import compiled, inlined
 
 U = np.uint64
 I = np.int64  # noqa: E741
@@ -37,7 +37,7 @@ IS_NODE, IS_LEAF, IS_MISSING, NOW_PENDING = U(enc.NODE), U(enc.LEAF), U(enc.MISS
 PLACE, PLACE_MASK, PLACES = U(enc.PLACE_BITS), U((1 << enc.PLACE_BITS) - 1), U(2 * enc.PLACE_BITS)
 
 
-@compiled
+@inlined
 def hash_of(rows: Any, at: Any) -> Any:
     """The hash of row *at*."""
     h, k = ZERO, K0
@@ -50,7 +50,7 @@ def hash_of(rows: Any, at: Any) -> Any:
     return h ^ (h >> S29)
 
 
-@compiled
+@inlined
 def equal(rows: Any, a: Any, others: Any, b: Any) -> Any:
     """Whether row *a* of *rows* and row *b* of *others* are."""
     differ = ZERO
@@ -59,19 +59,19 @@ def equal(rows: Any, a: Any, others: Any, b: Any) -> Any:
     return differ == ZERO
 
 
-@compiled
+@inlined
 def read(rows: Any, i: Any, where: Any) -> Any:
     """What row *i* has at location *where*."""
     return (rows[i, where & WORD] >> ((where >> SHIFTED) & SHIFT)) & (where >> MASKED)
 
 
-@compiled
+@inlined
 def flip(rows: Any, i: Any, where: Any, bits: Any) -> None:
     """Change row *i* by *bits* at location *where*."""
     rows[i, where & WORD] ^= (bits & (where >> MASKED)) << ((where >> SHIFTED) & SHIFT)
 
 
-@compiled
+@inlined
 def place_of(rows: Any, i: Any, places: Any, p: Any) -> Any:
     """Where party *p* stands in row *i*."""
     return I(read(rows, i, places[p, 0]) | read(rows, i, places[p, 1]) << PLACE)
@@ -88,40 +88,43 @@ def walk(tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: Any) -> Any
     return d, child
 
 
-@compiled
+@inlined
 def leaf(who: Any, tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: Any, looks: Any, memo: Any) -> Any:
     """What `walk` returns, from *memo* if it remembers. who: the party whose tree it is; for the laws one past the last."""
-    if len(memo) == 0:
-        return walk(tree, place, rows, i, trees, room)
-    words, key = rows.shape[1], U(who + 1) << PLACES | U(place)
-    h, k = key * M, K0
-    for w in range(words):
-        x = rows[i, w] & looks[who, place, w]
-        h += (x ^ (x >> S29)) * k
-        k *= K1
-    at = (h ^ (h >> S32)) & U(len(memo) - 1)
-    differ = memo[at, 0] ^ key
-    for w in range(words):
-        differ |= memo[at, enc.MEMO + w] ^ (rows[i, w] & looks[who, place, w])
-    if differ == ZERO:
-        return memo[at, 1], NOWHERE
-    d, child = walk(tree, place, rows, i, trees, room)
-    if d & KIND == IS_LEAF:
-        look(who, tree, place, rows, i, trees, room, looks)
-        memo[at, 0], memo[at, 1] = key, d
-        for w in range(words):
-            memo[at, enc.MEMO + w] = rows[i, w] & looks[who, place, w]
+    d, child, key, h, k = ZERO, NOWHERE, U(who + 1) << PLACES | U(place), ZERO, K0
+    differ = ONE
+    if len(memo) > 0:
+        h = key * M
+        for w in range(rows.shape[1]):
+            x = rows[i, w] & looks[who, place, w]
+            h += (x ^ (x >> S29)) * k
+            k *= K1
+        h = (h ^ (h >> S32)) & U(len(memo) - 1)
+        differ = memo[h, 0] ^ key
+        for w in range(rows.shape[1]):
+            differ |= memo[h, enc.MEMO + w] ^ (rows[i, w] & looks[who, place, w])
+        d = memo[h, 1]
+    if differ != ZERO:
+        d, child = walk(tree, place, rows, i, trees, room)
+        if len(memo) > 0 and d & KIND == IS_LEAF:
+            remember(who, tree, place, rows, i, trees, room, looks, memo, h, key, d)
     return d, child
 
 
 @compiled
-def look(who: Any, tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: Any, looks: Any) -> None:
-    """Add to *looks* the bits that a walk looks at, which has come to a leaf."""
+def remember(
+    who: Any, tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: Any, looks: Any, memo: Any, at: Any, key: Any,
+    leaf_: Any,
+) -> None:
+    """Let entry *at* of *memo* be the walk of row *i* to *leaf_*; *looks* gets the bits that it has looked at."""
     d = trees.root[tree, place]
     while d & KIND == IS_NODE:
         where = room[(d >> KINDS) & PARTS]
         looks[who, place, where & WORD] |= (where >> MASKED) << ((where >> SHIFTED) & SHIFT)
         d = trees.child[(d >> BASE) + read(rows, i, where)]
+    memo[at, 0], memo[at, 1] = key, leaf_
+    for w in range(rows.shape[1]):
+        memo[at, enc.MEMO + w] = rows[i, w] & looks[who, place, w]
 
 
 @compiled
@@ -136,14 +139,24 @@ def ask(tree: Any, place: Any, d: Any, child: Any, trees: Any) -> Any:
     return I(enc.ASKS)
 
 
-@compiled
+@inlined
 def ways_of(d: Any) -> Any:
     """Of a leaf: the first way, and one past the last."""
     first = I(d >> BASE)
     return first, first + I((d & LOW) >> KINDS)
 
 
-@compiled
+@inlined
+def apart(a: Any, b: Any, trees: Any) -> Any:
+    """Whether two leaves, known by their first ways, change nothing that the other one looks at, nor stop the machine."""
+    common = ZERO
+    for w in range(enc.TOUCHED):
+        here, there = trees.touched[a, enc.TOUCHED + w], trees.touched[b, enc.TOUCHED + w]
+        common |= (here & trees.touched[b, w]) | (there & trees.touched[a, w]) | ((here | there) & trees.halts[0, w])
+    return common == ZERO
+
+
+@inlined
 def take(rows: Any, i: Any, into: Any, n: Any, way: Any, p: Any, trees: Any, room: Any, places: Any) -> None:
     """Make row *n* of *into* what row *i* becomes when party *p* goes *way*."""
     for w in range(rows.shape[1]):

@@ -69,6 +69,8 @@ class CompiledExplorer(Explorer):
         self.of = np.array([self.known.tree(program) for program in programs], np.int64)
         self.rows = Rows(self.known.flat, len(programs), loops)
         self.memo = Memo(loops.MEMO, len(programs))
+        self.first = 0                                  # row of this level
+        self.asleep = np.zeros(1, np.uint16)            # of the rows from there on: who need not move
         self.bounds = [0]                               # of the levels: the first row of each, and one past the last
         self.idle: list[Array] = []                     # per level: the rows in which no one moves
         self.stopped = 0                                # and rows in which the machine has stopped
@@ -136,6 +138,7 @@ class CompiledExplorer(Explorer):
             known.flatten()
         lo, hi, limit = 0, 1, None
         while lo < hi:
+            self.asleep, self.first = self.asleep[lo - self.first:hi - self.first], lo
             self.bounds.append(hi)
             try:
                 self.idle.append(self._level(lo, hi))
@@ -184,7 +187,8 @@ class CompiledExplorer(Explorer):
             else:
                 at = self.loops.expand(
                     rows.rows, rows.table, flat.trees, rows.room, rows.places, self.memo.looks, self.memo.entries, self.of,
-                    rows.ready, self.seen, queue, at, base, moved, self._aside, self._events, rows.count, flat.most)
+                    rows.ready, self.seen, queue, at, base, moved, self.asleep, self.first, self.bounds[-1],
+                    self._aside, self._events, rows.count, flat.most)
                 aside, events = self._aside[:rows.count[ASIDE]].copy(), self._events[:rows.count[EVENTS]]
                 rows.count[ASIDE] = rows.count[EVENTS] = 0
             left.append(aside[:, :2])
@@ -197,6 +201,7 @@ class CompiledExplorer(Explorer):
         rows.keep_up()
         most = BATCH + len(self.programs) * known.most
         rows.grow(most + self.loops.SPARE)
+        self.have_asleep(most + self.loops.SPARE)
         self.memo.keep_up(rows)
         if len(self._aside) < 4 * most + self.loops.SPARE:
             self._aside = np.zeros((8 * most + self.loops.SPARE, 3), np.int64)
@@ -204,6 +209,12 @@ class CompiledExplorer(Explorer):
             more = np.zeros(2 * len(known.payload) - len(self.seen), np.uint8)
             self.seen = np.concatenate([self.seen, more])
             self._events = np.zeros(len(self.seen), np.int64)      # each payload is told once
+
+    def have_asleep(self, spare: int) -> None:
+        """Have room in `asleep` for *spare* more rows."""
+        needed = len(self.rows) + spare - self.first
+        if needed > len(self.asleep):
+            self.asleep = np.concatenate([self.asleep, np.zeros(needed, np.uint16)])
 
     # What the loop has told, and what it has asked for.
     def _answer(self, aside: Array, events: Array) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from guest_memfd.explore.engine.compiled.encoding import ASIDE, BATCH, COUNTERS, EVENTS, ROWS, TRANSITIONS
+from guest_memfd.explore.engine.compiled.encoding import ASIDE, BATCH, COUNTERS, EVENTS, MET, ROWS, TRANSITIONS
 from guest_memfd.explore.engine.compiled.flat import Array
 from guest_memfd.explore.engine.compiled.load import threaded
 from guest_memfd.explore.engine.compiled.memo import Memo
@@ -32,12 +32,14 @@ class Threads:
         self.explorer, self.number, self.loops = explorer, number, threaded()
         self._pool = ThreadPoolExecutor(number - 1)
         self._made = np.zeros((0, 0), np.uint64)
-        self._hashes, self._by, self._slots = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._hashes, self._by, self._slots = np.zeros(0, np.uint64), np.zeros((0, 2), np.int64), np.zeros(0, np.int64)
         self._aside = [np.zeros((0, 3), np.int64)] * number
         self._events = [np.zeros(0, np.int64)] * number
         self._count = np.zeros((number, COUNTERS + 1), np.int64)
         self._memos = [Memo(explorer.loops.MEMO, len(explorer.programs)) for _ in range(number)]
-        self._batch = np.zeros((number, 0), np.uint64), np.zeros((number, 0), np.int64)
+        self._batch = np.zeros((number, 0), np.uint64), np.zeros((number, 0, 2), np.int64)
+        self._leaves = np.zeros((number, len(explorer.programs), 2), np.int64)
+        self._met = np.zeros((number, 0, 2), np.int64)
         explorer.rows.rehash = self.rehash
 
     def __enter__(self) -> Threads:
@@ -69,16 +71,20 @@ class Threads:
         parts = self._parts(0, len(queue))
         most = explorer.known.flat.most
         same, hashes, by = (trees, rows.room, rows.places), *self._batch
+        sleep = explorer.asleep, explorer.first, explorer.bounds[-1]
 
         def spread(t: int) -> int:
             mine, count, memo = slice(t * each, (t + 1) * each), self._count[t], self._memos[t]
             # What is put aside when new rows are judged has room as well.
             return int(explorer.loops.spread(
-                rows.rows, self._made[mine], MADE, False, self._hashes[mine], self._by[mine], hashes[t], by[t], rows.table,
-                *same, memo.looks, memo.entries, explorer.of, rows.ready, explorer.seen, queue, parts[t], parts[t + 1], base,
-                moved, self._aside[t], len(self._aside[t]) - each, self._events[t], count, most))
+                rows.rows, self._made[mine], MADE, False, self._hashes[mine], self._by[mine], hashes[t], by[t],
+                self._leaves[t], rows.table, *same, memo.looks, memo.entries, explorer.of, rows.ready, explorer.seen, queue,
+                parts[t], parts[t + 1], base, moved, *sleep, self._met[t], self._aside[t], len(self._aside[t]) - each,
+                self._events[t], count, most))
 
         come = self.all(spread)
+        for met, n in zip(self._met, self._count[:, MET].tolist(), strict=True):
+            self.loops.wake(explorer.asleep, explorer.first, met, n)
         many = self._count[:, ROWS].copy()
         self._enter(many, each)
         rows.count[TRANSITIONS] += self._count[:, TRANSITIONS].sum()
@@ -107,11 +113,11 @@ class Threads:
         left = np.zeros((self.number, int(many.sum())), np.int64)
 
         def enter(t: int) -> Array:
-            n = self.loops.enter(self._made, self._hashes, many, each, start, rows.table, parts[t], parts[t + 1],
+            n = self.loops.enter(self._made, self._hashes, self._by, many, each, start, rows.table, parts[t], parts[t + 1],
                                  self._slots, left[t], np.zeros(BATCH, np.int64))
             return left[t, :n]
 
-        self.loops.enter_left(self._made, self._hashes, np.concatenate(self.all(enter)), start, rows.table, self._slots)
+        self.loops.enter_left(self._made, self._hashes, self._by, np.concatenate(self.all(enter)), start, rows.table, self._slots)
         mine = [slice(t * each, t * each + n) for t, n in enumerate(many.tolist())]
         fresh = [int(np.count_nonzero(self._slots[made] >= 0)) for made in mine]
         first = np.cumsum([start, *fresh])
@@ -120,7 +126,8 @@ class Threads:
             self.loops.settle(
                 self._made, self._by, self._slots, mine[t].start, mine[t].stop, first[t], rows.rows, rows.table,
                 self.explorer.known.flat.trees, rows.room, self._memos[t].looks, self._memos[t].entries,
-                len(self.explorer.programs), self.explorer.seen, self._aside[t], self._events[t], self._count[t])
+                len(self.explorer.programs), self.explorer.seen, self.explorer.asleep, self.explorer.first,
+                self._aside[t], self._events[t], self._count[t])
 
         self.all(settle)
         rows.count[ROWS] = first[-1]
@@ -134,15 +141,17 @@ class Threads:
         explorer, rows, flat = self.explorer, self.explorer.rows, self.explorer.known.flat
         each = MADE + 2 * (BATCH + len(explorer.programs) * flat.most)
         rows.grow(self.number * each + 1)
+        explorer.have_asleep(self.number * each)
         for memo in self._memos:
             memo.keep_up(rows)
         shape = self.number * each, rows.rows.shape[1]
         if self._made.shape != shape:
             self._made = np.zeros(shape, np.uint64)
-            self._hashes, self._by = np.zeros(shape[0], np.uint64), np.zeros(shape[0], np.int64)
+            self._hashes, self._by = np.zeros(shape[0], np.uint64), np.zeros((shape[0], 2), np.int64)
+            self._met = np.zeros((self.number, each, 2), np.int64)
             self._slots = np.zeros(shape[0], np.int64)
             batch = self.number, BATCH + len(explorer.programs) * flat.most
-            self._batch = np.zeros(batch, np.uint64), np.zeros(batch, np.int64)
+            self._batch = np.zeros(batch, np.uint64), np.zeros((*batch, 2), np.int64)
             self._aside = [np.zeros((8 * each, 3), np.int64) for _ in range(self.number)]
         if len(self._events[0]) < len(explorer.seen):
             self._events = [np.zeros(len(explorer.seen), np.int64) for _ in range(self.number)]
