@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import and_
+from random import Random
 from typing import Any
 
 import pytest
@@ -31,13 +34,14 @@ def table_of(values: list[int], loops: Any) -> tuple[Any, Any]:
     """Rows of these values, all different, and a table that they have been entered in one by one."""
     rows, table = np.array(values, np.uint64).reshape(-1, 1), np.zeros(SLOTS, np.uint64)
     hashes, slots = np.array([hash_of(value) for value in values], np.uint64), np.zeros(len(values), np.int64)
-    loops.enter_left(rows, hashes, np.arange(len(values)), 0, table, slots)
+    loops.enter_left(rows, hashes, np.zeros((len(values), 2), np.int64), np.arange(len(values)), 0, table, slots)
     return rows, table
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(ROWS, min_size=1, max_size=3), st.integers(1, 5))
-def test_of_equal_rows_the_first_is_entered(made: list[list[int]], parts: int) -> None:
+@given(st.lists(ROWS, min_size=1, max_size=3), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_of_equal_rows_the_first_is_entered(made: list[list[int]], parts: int, random: Random) -> None:
+    """And who is awake in one of them is awake in that one."""
     loops, each = load.threaded(), max(map(len, made)) + 1
     values = np.full((len(made) * each, 1), 99, np.uint64)
     for t, some in enumerate(made):
@@ -49,15 +53,19 @@ def test_of_equal_rows_the_first_is_entered(made: list[list[int]], parts: int) -
     order = [j for t, some in enumerate(made) for j in range(t * each, t * each + len(some))]
     if len({int(values[j, 0]) for j in order}) > SLOTS * 0.6:
         return
+    by = np.array([[0, random.randrange(8)] for _ in values])
+    asleep = by[:, 1].tolist()
     # The last part first: which comes first makes no difference.
-    some = [(part, loops.enter(values, hashes, many, each, 0, table, ends[part], ends[part + 1], slots, left[part],
+    some = [(part, loops.enter(values, hashes, by, many, each, 0, table, ends[part], ends[part + 1], slots, left[part],
                                np.zeros(3, np.int64)))
             for part in reversed(range(parts))]
-    loops.enter_left(values, hashes, np.concatenate([left[part, :n] for part, n in reversed(some)]), 0, table, slots)
+    loops.enter_left(values, hashes, by, np.concatenate([left[part, :n] for part, n in reversed(some)]), 0, table, slots)
     first: dict[int, int] = {}
     for j in order:
         first.setdefault(int(values[j, 0]), j)
     assert [j for j in order if slots[j] >= 0] == sorted(first.values())
+    for value, j in first.items():
+        assert by[j, 1] == reduce(and_, [asleep[k] for k in order if values[k, 0] == value])
     assert {int(entry & 0xFFFFFFFF) - 1 for entry in table if entry} == {*first.values()}
     assert all(load.loops("numba").find(values, values, j, hashes[j], table) >= 0 for j in order)
 

@@ -201,8 +201,7 @@ class CompiledExplorer(Explorer):
         rows.keep_up()
         most = BATCH + len(self.programs) * known.most
         rows.grow(most + self.loops.SPARE)
-        self.have_asleep(most + self.loops.SPARE)
-        self.memo.keep_up(rows)
+        self.keep_up([self.memo])
         if len(self._aside) < 4 * most + self.loops.SPARE:
             self._aside = np.zeros((8 * most + self.loops.SPARE, 3), np.int64)
         if len(self.seen) < len(known.payload):
@@ -210,11 +209,13 @@ class CompiledExplorer(Explorer):
             self.seen = np.concatenate([self.seen, more])
             self._events = np.zeros(len(self.seen), np.int64)      # each payload is told once
 
-    def have_asleep(self, spare: int) -> None:
-        """Have room in `asleep` for *spare* more rows."""
-        needed = len(self.rows) + spare - self.first
-        if needed > len(self.asleep):
-            self.asleep = np.concatenate([self.asleep, np.zeros(needed, np.uint16)])
+    def keep_up(self, memos: Sequence[Memo]) -> None:
+        """Have room in `asleep` for as many rows as there may be, and *memos* that are right."""
+        missing = len(self.rows.rows) - self.first - len(self.asleep)
+        if missing > 0:
+            self.asleep = np.concatenate([self.asleep, np.zeros(missing, np.uint16)])
+        for memo in memos:
+            memo.keep_up(self.rows)
 
     # What the loop has told, and what it has asked for.
     def _answer(self, aside: Array, events: Array) -> None:

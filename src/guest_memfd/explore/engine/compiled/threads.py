@@ -141,9 +141,7 @@ class Threads:
         explorer, rows, flat = self.explorer, self.explorer.rows, self.explorer.known.flat
         each = MADE + 2 * (BATCH + len(explorer.programs) * flat.most)
         rows.grow(self.number * each + 1)
-        explorer.have_asleep(self.number * each)
-        for memo in self._memos:
-            memo.keep_up(rows)
+        explorer.keep_up(self._memos)
         shape = self.number * each, rows.rows.shape[1]
         if self._made.shape != shape:
             self._made = np.zeros(shape, np.uint64)
