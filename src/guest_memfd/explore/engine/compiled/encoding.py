@@ -13,6 +13,8 @@ never changed in a scenario has no location: word 0, and a mask without bits.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 MISSING, NODE, LEAF, PENDING = range(4)
 KIND_BITS = 2
 BASE_SHIFT = 32
@@ -66,3 +68,57 @@ MOST_STEPS = 1000
 
 MIX = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xFF51AFD7ED558CCD
 """Odd numbers that a hash multiplies by: the first word of a row, each further one, and the end."""
+
+
+class Lookup(NamedTuple):
+    """What a step of a row is looked up in.
+
+    trees: flat.Trees. room, places: where each part, and the place of each party, lies in a row. of: the tree of each party.
+    looks, memo: of walks that are remembered (loops_trees.py).
+    """
+
+    trees: Any
+    room: Any
+    places: Any
+    of: Any
+    looks: Any
+    memo: Any
+
+
+class Level(NamedTuple):
+    """What a step leads out of: first, fresh: the first row of this level, and of the next.
+
+    asleep: of each row from *first* on, the parties that need not move. base, moved: of each row from *base* on, whether
+    somebody can.
+    """
+
+    first: int
+    fresh: int
+    asleep: Any
+    base: int
+    moved: Any
+
+
+class Told(NamedTuple):
+    """What a loop tells: what was put *aside*, payloads that break a law (*events*; *seen*: which were told), and counts."""
+
+    seen: Any
+    aside: Any
+    events: Any
+    count: Any
+
+
+class Scratch(NamedTuple):
+    """Room for a batch of rows, with the hash, the way and the sleepers of each (*by*), and for the *leaves* of a row."""
+
+    hashes: Any
+    by: Any
+    leaves: Any
+
+
+class Made(NamedTuple):
+    """Of rows that a thread has made: hash, way and sleepers. met: rows of the next level that it came to, and sleepers."""
+
+    hashes: Any
+    by: Any
+    met: Any

@@ -71,8 +71,8 @@ class FlatWay(NamedTuple):
 class Trees(NamedTuple):
     """The arrays, as the loops take them.
 
-    first: of each way its first part in *part*, and one past the last way. touched: of each leaf, at its first way, the bytes
-    that it looks at, and those that it changes. halts: the bytes by which a machine that has stopped is told.
+    first: of each way its first part in *part*, and one past the last way. touched: of each leaf, at its first way, the
+    bytes that it looks at, and those that it changes. halts: the bytes by which a machine that has stopped is told.
     """
 
     root: Array

@@ -18,7 +18,7 @@ import numba
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SOURCES = ("encoding.py", "loops_trees.py", "loops_numba.py", "loops_threads.py")
+SOURCES = ("encoding.py", "loops_trees.py", "loops_table.py", "loops_ends.py", "loops_numba.py", "loops_threads.py")
 
 
 @cache

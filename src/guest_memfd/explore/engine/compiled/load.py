@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from guest_memfd.errors import EngineNotice
-from guest_memfd.explore.engine.compiled.encoding import COUNTERS
-from guest_memfd.explore.engine.compiled.flat import Array, Flat
+from guest_memfd.explore.engine.compiled.encoding import COUNTERS, Level, Lookup, Told
+from guest_memfd.explore.engine.compiled.flat import Flat
+from guest_memfd.explore.engine.compiled.memo import Memo
 from guest_memfd.explore.engine.compiled.rows import Rows
 
 
@@ -62,38 +63,37 @@ def _alone(kept: Path | None) -> Iterator[None]:
 
 # Have every loop compiled, or loaded, for the types that it is called with; one of them.
 def _compile(module: Any) -> Any:
-    rows, trees, of = _small(module)
-    asleep = np.zeros(0, np.uint16)
+    rows, lookup, level, told = _small(module)
     numbers, bytes_, table = np.zeros(1, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)
-    same, looks, memo = (rows.rows, trees, rows.room, rows.places, of), np.zeros((2, 0, 0), np.uint64), rows.rows[:0]
-    module.expand(rows.rows, rows.table, *same[1:-1], looks, memo, of, bytes_, bytes_, table, 0, 0, bytes_, asleep, 0, 0, table,
-                  numbers, np.zeros(COUNTERS + 1, np.int64), 1)
+    same = rows.rows, lookup.trees, rows.room, rows.places, lookup.of
+    module.expand(rows.rows, rows.table, lookup, bytes_, table, 0, level, told, 1)
     module.move_apart(rows.rows, 0, 1)
     module.before(*same, rows.rows, 0, 0, 0)
     module.breaking(*same, bytes_, 0, 0, table)
-    module.clear(rows.rows, rows.table, *same[1:], 0, 0, bytes_)
+    module.walk_to_ends(rows.rows, rows.table, lookup, 0, 0, bytes_)
+    module.clear(rows.rows, rows.table, lookup, 0, 0, bytes_)
     module.run_down(*same[:-1], 0, 0, bytes_, numbers, numbers, bytes_, numbers[:0], numbers, numbers, table)
     return module.expand
 
 
 def _compile_threaded(module: Any) -> Any:
-    rows, trees, _ = _small(loops("numba"))
-    numbers, bytes_, table = np.zeros(0, np.int64), np.zeros(1, np.uint8), np.zeros((0, 4), np.int64)
-    hashes, pairs, asleep = np.zeros(0, np.uint64), np.zeros((0, 2), np.int64), np.zeros(0, np.uint16)
-    count = np.zeros(COUNTERS + 1, np.int64)
+    rows, lookup, level, told = _small(loops("numba"))
+    numbers, hashes, pairs = np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros((0, 2), np.int64)
     module.enter(rows.rows, hashes, pairs, numbers, 0, 0, rows.table, 0, 0, numbers, numbers, np.zeros(1, np.int64))
     module.enter_left(rows.rows, hashes, pairs, numbers, 0, rows.table, numbers)
-    module.wake(asleep, 0, pairs, 0)
-    module.settle(rows.rows, pairs, numbers, 0, 0, 0, rows.rows, rows.table, trees, rows.room,
-                  np.zeros((2, 0, 0), np.uint64), rows.rows[:0], 1, bytes_, asleep, 0, table, numbers, count)
+    module.wake(level, pairs, 0)
+    module.settle(rows.rows, pairs, numbers, 0, 0, 0, rows.rows, rows.table, lookup, level, told)
     return module.settle
 
 
 # Rows of one party, where a byte has two values.
-def _small(module: Any) -> tuple[Rows, Any, Array]:
+def _small(module: Any) -> tuple[Rows, Lookup, Level, Told]:
     flat = Flat(b"\0", module)
     flat.learn([(0, 1)])
     flat.make_room()
     flat.add(0, 0, [(0, 1)], ())
     flat.put()
-    return Rows(flat, 1, module), flat.trees, np.zeros(1, np.int64)
+    rows, memo, bytes_ = Rows(flat, 1, module), Memo(0, 1), np.zeros(1, np.uint8)
+    lookup = Lookup(flat.trees, rows.room, rows.places, np.zeros(1, np.int64), memo.looks, memo.entries)
+    told = Told(bytes_, np.zeros((0, 3), np.int64), np.zeros(1, np.int64), np.zeros(COUNTERS, np.int64))
+    return rows, lookup, Level(0, 0, np.zeros(0, np.uint16), 0, bytes_), told

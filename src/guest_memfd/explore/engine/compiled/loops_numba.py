@@ -3,13 +3,6 @@
 Theory of operation. A product state is a row, and a step an exclusive-or of it (loops_trees.py). `rows` holds all that were
 seen, in the order in which they were found, so a level of the search is a range of it and no list.
 
-`table` finds a row again. It is open addressing with steps of one; an entry has 32 bits of the hash above and the number of
-the row, and one, below. Only rows whose 32 bits agree are compared, and they are compared in full: two states are never
-taken for one. A word that is zero adds nothing to a hash, so rows may become wider while the search runs. The table answers
-from memory that is in no cache, which takes longer than all else that is done for a row. So successors are made in batches:
-first all are written behind the rows that are there, then the entries are touched, then the rows that they point to, and
-only then is compared and entered. The touches do not wait for each other.
-
 The loops never call Python. What no one knows yet (a step that was never worked out, a state that no law has judged, a part
 that has no room in the rows) is put aside, and the loop goes on. Who comes first to such a place marks it as asked for;
 those who come later only wait. Python works out what was asked for, and calls again with what was put aside as the queue. A
@@ -28,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from guest_memfd.explore.engine.compiled import encoding as enc
+from guest_memfd.explore.engine.compiled.encoding import Made, Scratch
 from guest_memfd.explore.engine.compiled.jit import allocating, compiled, inlined
+from guest_memfd.explore.engine.compiled.loops_ends import clear, walk_to_ends
+from guest_memfd.explore.engine.compiled.loops_table import enter, enter_again, find, rehash, rehash_part, touch
 from guest_memfd.explore.engine.compiled.loops_trees import (
     IS_LEAF,
     KIND,
-    LOW,
     ONE,
-    S32,
     ZERO,
     I,
     U,
@@ -50,6 +44,11 @@ from guest_memfd.explore.engine.compiled.loops_trees import (
     ways_of,
 )
 
+__all__ = [
+    "CHUNK", "MEMO", "SPARE", "THREADED", "before", "breaking", "clear", "enter_again", "expand", "find", "move_apart",
+    "put", "rehash", "rehash_part", "run_down", "spread", "unpack", "walk_to_ends",
+]
+
 THREADED = True
 """Whether several threads can explore a scenario (loops_threads.py)."""
 
@@ -64,40 +63,38 @@ MEMO = 1 << 13
 
 
 @inlined
-def put_aside(aside: Any, count: Any, i: Any, p: Any, why: Any) -> None:
+def put_aside(told: Any, i: Any, p: Any, why: Any) -> None:
     """Note (row, party, why)."""
-    n = count[enc.ASIDE]
-    aside[n, 0], aside[n, 1], aside[n, 2] = i, p, why
-    count[enc.ASIDE] = n + 1
+    n = told.count[enc.ASIDE]
+    told.aside[n, 0], told.aside[n, 1], told.aside[n, 2] = i, p, why
+    told.count[enc.ASIDE] = n + 1
 
 
 @inlined
-def tell(what: Any, seen: Any, events: Any, count: Any) -> None:
+def tell(told: Any, what: Any) -> None:
     """Note that payload *what* breaks a law, the first time."""
-    if seen[what] == 0:
-        seen[what] = 1
-        events[count[enc.EVENTS]] = what
-        count[enc.EVENTS] += 1
+    if told.seen[what] == 0:
+        told.seen[what] = 1
+        told.events[told.count[enc.EVENTS]] = what
+        told.count[enc.EVENTS] += 1
 
 
 @inlined
-def judge(
-    rows: Any, i: Any, p: Any, trees: Any, room: Any, looks: Any, memo: Any, seen: Any, aside: Any, events: Any, count: Any,
-) -> None:
+def judge(rows: Any, i: Any, p: Any, lookup: Any, told: Any) -> None:
     """Ask the laws on states about row *i*."""
-    d, child = leaf(p - 1, enc.BREAKS, 0, rows, i, trees, room, looks, memo)
+    d, child = leaf(p - 1, enc.BREAKS, 0, rows, i, lookup)
     if d & KIND != IS_LEAF:
-        put_aside(aside, count, i, p, ask(enc.BREAKS, 0, d, child, trees))
+        put_aside(told, i, p, ask(enc.BREAKS, 0, d, child, lookup.trees))
     else:
         first, last = ways_of(d)
         if first < last:
-            tell(first, seen, events, count)
+            tell(told, first)
 
 
 @compiled
 def put(
-    which: Any, lo: Any, leaves: Any, path: Any, parts: Any, fields: Any, root: Any, child: Any, children: Any, first_part: Any,
-    part: Any, touched: Any, halts: Any,
+    which: Any, lo: Any, leaves: Any, path: Any, parts: Any, fields: Any, root: Any, child: Any, children: Any,
+    first_part: Any, part: Any, touched: Any, halts: Any,
 ) -> Any:
     """Put leaves which[lo:] into their trees; returns how far it has come, when there is no room for more children.
 
@@ -172,21 +169,6 @@ def fits(first: Any, last: Any, p: Any, trees: Any, room: Any, places: Any) -> A
     return True
 
 
-@inlined
-def enter(rows: Any, n: Any, h: Any, table: Any) -> Any:
-    """Enter row *n*, whose hash is *h*; the number of the row that equals it if there is one, else *n*."""
-    mask = U(len(table) - 1)
-    tag, slot = h >> S32, h & mask
-    while True:
-        e = table[slot]
-        if e == ZERO:
-            table[slot] = tag << S32 | U(n + 1)
-            return n
-        if e >> S32 == tag and equal(rows, I(e & LOW) - 1, rows, n):
-            return I(e & LOW) - 1
-        slot = (slot + ONE) & mask
-
-
 @compiled
 def move_apart(rows: Any, n: Any, words: Any) -> None:
     """Let *n* rows of *words* words, which lie close together where *rows* begins, be the first *n* of *rows*."""
@@ -199,200 +181,132 @@ def move_apart(rows: Any, n: Any, words: Any) -> None:
 
 
 @allocating
-def rehash(rows: Any, n: Any, table: Any) -> None:
-    """Enter the first *n* rows into the empty *table*."""
-    left = np.empty(n, np.int64)
-    for k in range(rehash_part(rows, n, table, 0, len(table), left, np.empty(enc.BATCH, np.uint64))):
-        enter_again(rows, left[k], table)
-
-
-@compiled
-def rehash_part(rows: Any, n: Any, table: Any, lo: Any, hi: Any, left: Any, hashes: Any) -> Any:
-    """Enter those of the first *n* rows that belong in table[lo:hi], which is empty; how many are *left*.
-
-    Those are left whose probing would run over the end of the part; *left* has as many of them as it has room for. hashes:
-    room for a batch.
-    """
-    mask, k = U(len(table) - 1), 0
-    for base in range(0, n, len(hashes)):
-        size, touched = min(len(hashes), n - base), ZERO
-        for j in range(size):
-            hashes[j] = hash_of(rows, base + j)
-        for j in range(size):
-            touched ^= table[hashes[j] & mask]
-        for j in range(size):
-            h = hashes[j]
-            at = I(h & mask)
-            if lo <= at < hi:
-                while at < hi and table[at] != ZERO:
-                    at += 1
-                if at < hi:
-                    table[at] = h >> S32 << S32 | U(base + j + 1)
-                else:
-                    if k < len(left):
-                        left[k] = base + j
-                    k += 1
-        hashes[0] = touched                             # or the compiler would leave it out
-    return k
-
-
-@compiled
-def enter_again(rows: Any, i: Any, table: Any) -> None:
-    """Enter row *i*, to which none that is there is equal."""
-    mask, h = U(len(table) - 1), hash_of(rows, i)
-    slot = h & mask
-    while table[slot] != ZERO:
-        slot = (slot + ONE) & mask
-    table[slot] = h >> S32 << S32 | U(i + 1)
-
-
-@inlined
-def find(rows: Any, made: Any, j: Any, h: Any, table: Any) -> Any:
-    """The number of the row that row *j* of *made*, whose hash is *h*, equals; -1 if there is none."""
-    mask = U(len(table) - 1)
-    slot = h & mask
-    while True:
-        e = table[slot]
-        if e == ZERO:
-            return I(-1)
-        if e >> S32 == h >> S32 and equal(rows, I(e & LOW) - 1, made, j):
-            return I(e & LOW) - 1
-        slot = (slot + ONE) & mask
-
-
-@allocating
 def expand(
-    rows: Any, table: Any, trees: Any, room: Any, places: Any, looks: Any, memo: Any, of: Any, ready: Any, seen: Any,
-    queue: Any, lo: Any, base: Any, moved: Any, asleep: Any, level: Any, fresh: Any, aside: Any, events: Any, count: Any,
-    most: Any,
+    rows: Any, table: Any, lookup: Any, ready: Any, queue: Any, lo: Any, level: Any, told: Any, most: Any,
 ) -> Any:
     """Take every step that queue[lo:] asks for; returns how far it has come.
 
-    looks, memo: loops_trees.py. of: the tree of each party. ready: first ways of leaves, all parts of which have room. seen:
-    payloads that were told. moved: of rows from *base*. asleep: of rows from *level*, the first of this one; *fresh*: the
-    first of the next. most: ways of the largest leaf.
+    lookup, level, told: encoding.py. ready: first ways of leaves, all parts of which have room. most: ways of the largest
+    leaf.
     """
-    last_row = min(len(rows), I(len(table) * enc.FULL)) - enc.BATCH - len(of) * most - 1
-    batch = enc.BATCH + len(of) * most
-    return spread(rows, rows, last_row, True, np.empty(0, np.uint64), np.empty((0, 2), np.int64), np.empty(batch, np.uint64),
-                  np.empty((batch, 2), np.int64), np.empty((len(of), 2), np.int64), table, trees, room, places, looks, memo,
-                  of, ready, seen, queue, lo, len(queue), base, moved, asleep, level, fresh, np.empty((0, 2), np.int64), aside,
-                  len(aside), events, count, most)
+    parties = len(lookup.of)
+    batch = enc.BATCH + parties * most
+    last_row = min(len(rows), I(len(table) * enc.FULL)) - batch - 1
+    scratch = Scratch(np.empty(batch + 1, np.uint64), np.empty((batch, 2), np.int64), np.empty((parties, 2), np.int64))
+    nothing = Made(np.empty(0, np.uint64), np.empty((0, 2), np.int64), np.empty((0, 2), np.int64))
+    return spread(rows, rows, last_row, True, nothing, scratch, table, lookup, ready, queue, lo, len(queue), level, told,
+                  len(told.aside), most)
 
 
-# One function for one thread and for several: called for each entry, or for each batch, it takes twice the time.
 @compiled
 def spread(
-    rows: Any, into: Any, last_row: Any, alone: Any, hashes_of: Any, made_by: Any, hashes: Any, by: Any, leaves: Any,
-    table: Any, trees: Any, room: Any, places: Any, looks: Any, memo: Any, of: Any, ready: Any, seen: Any, queue: Any, lo: Any,
-    hi: Any, base: Any, moved: Any, asleep: Any, level: Any, fresh: Any, met: Any, aside: Any, most_aside: Any, events: Any,
-    count: Any, most: Any,
+    rows: Any, into: Any, last_row: Any, alone: Any, made: Any, scratch: Any, table: Any, lookup: Any, ready: Any,
+    queue: Any, lo: Any, hi: Any, level: Any, told: Any, most_aside: Any, most: Any,
 ) -> Any:
     """Take every step that queue[lo:hi] asks for, while there is room; returns how far it has come.
 
-    alone: rows are made in *into*, which is *rows*, and entered. Else they are kept there if the table has not got them,
-    with their hashes and what they were made by; *met* has rows of the next level that were met again, and who is asleep
-    then. There is room up to *last_row*, and for *most_aside* that are put aside. hashes, by: room for a batch; by: the way,
-    and who is asleep. leaves: room for two numbers of each party.
+    alone: rows are made in *into*, which is *rows*, and entered. Else they are kept there if the table has not got them, and
+    *made* says more about them. There is room up to *last_row*, and for *most_aside* that are put aside.
     """
-    parties, mask = len(of), U(len(table) - 1)
+    count, parties = told.count, len(lookup.of)
     batch = enc.BATCH + parties * most
-    few, few_met = most_aside - 2 * batch - 1, len(met) - batch
-    size, k = 0, lo
-    while k < hi or size:
+    few, few_met = most_aside - 2 * batch - 1, len(made.met) - batch
+    size, k, full = 0, lo, False
+    while (k < hi or size) and not full:
         full = count[enc.ROWS] > last_row or count[enc.ASIDE] > few or (not alone and count[enc.MET] > few_met)
-        if k < hi and size < enc.BATCH and not full:
-            i, p0 = queue[k, 0], queue[k, 1]
+        while k < hi and size < enc.BATCH and not full:
+            i, p = queue[k, 0], queue[k, 1]
             k += 1
-            if p0 > parties:
-                judge(rows, i, p0, trees, room, looks, memo, seen, aside, events, count)
-                continue
-            p1, sleeping = p0 + 1, I(0)
-            if p0 == parties:
-                d, child = walk(enc.HALTS, 0, rows, i, trees, room)
-                if d & KIND != IS_LEAF:
-                    put_aside(aside, count, i, p0, ask(enc.HALTS, 0, d, child, trees))
-                    continue
-                first, last = ways_of(d)
-                if first < last:
-                    moved[i - base] = enc.HALTED
-                    continue
-                p0, p1, sleeping = 0, parties, I(asleep[i - level])
-            for p in range(p0, p1):
-                leaves[p, 0], leaves[p, 1] = 0, 0
-                place = place_of(rows, i, places, p)
-                d, child = leaf(p, of[p], place, rows, i, trees, room, looks, memo)
-                if d & KIND != IS_LEAF:
-                    put_aside(aside, count, i, p, ask(of[p], place, d, child, trees))
-                    continue
-                first, last = ways_of(d)
-                if first == last:
-                    continue
-                if ready[first] == 0:
-                    if not fits(first, last, p, trees, room, places):
-                        put_aside(aside, count, i, p, first)
-                        continue
-                    ready[first] = 1
-                moved[i - base] = enc.MOVED
-                count[enc.TRANSITIONS] += last - first
-                leaves[p, 0], leaves[p, 1] = first, last
-            before = sleeping
-            for p in range(p0, p1):
-                first, last = leaves[p, 0], leaves[p, 1]
-                if first == last or sleeping >> p & 1:
-                    continue
-                stay = I(0)
-                for q in range(p1 if before else 0):
-                    if before >> q & 1 and leaves[q, 0] < leaves[q, 1] and apart(first, leaves[q, 0], trees):
-                        stay |= 1 << q
-                if p < enc.SLEEPERS:
-                    before |= 1 << p
-                for way in range(first, last):
-                    n = count[enc.ROWS] + size
-                    take(rows, i, into, n, way, p, trees, room, places)
-                    hashes[size], by[size, 0], by[size, 1] = hash_of(into, n), way, stay
-                    size += 1
-                    if trees.flag[way] & enc.FACT:
-                        tell(way, seen, events, count)
-            continue
-        if size == 0:
-            break
-        # Touch what will be compared, all of it before any of it is needed.
-        touched = ZERO
-        for j in range(size):
-            touched ^= table[hashes[j] & mask]
-        for j in range(size):
-            e = table[hashes[j] & mask]
-            if e >> S32 == hashes[j] >> S32:
-                touched ^= rows[(e & LOW) - ONE, 0]
-        count[enc.COUNTERS] = I(touched & ONE)          # or the compiler would leave it out
+            if p > parties:
+                judge(rows, i, p, lookup, told)
+            else:
+                size = step(rows, i, p, into, size, scratch, lookup, ready, level, told)
+            full = count[enc.ASIDE] > few
+        touch(rows, table, scratch.hashes, size)
         start = count[enc.ROWS]
         for j in range(size):
-            n = count[enc.ROWS]
+            n, way, sleepers = count[enc.ROWS], scratch.by[j, 0], scratch.by[j, 1]
             if n != start + j:
                 for w in range(rows.shape[1]):
                     into[n, w] = into[start + j, w]
             if alone:
-                r = enter(rows, n, hashes[j], table)
+                r = enter(rows, n, scratch.hashes[j], table)
                 if r == n:
                     count[enc.ROWS] = n + 1
-                    asleep[n - level] = by[j, 1]
-                    if trees.flag[by[j, 0]] & enc.VISIBLE:
-                        judge(rows, n, parties + 1, trees, room, looks, memo, seen, aside, events, count)
-                elif r >= fresh:
-                    asleep[r - level] &= by[j, 1]
+                    level.asleep[n - level.first] = sleepers
+                    if lookup.trees.flag[way] & enc.VISIBLE:
+                        judge(rows, n, parties + 1, lookup, told)
+                elif r >= level.fresh:
+                    level.asleep[r - level.first] &= sleepers
             else:
-                r = find(rows, into, n, hashes[j], table)
+                r = find(rows, into, n, scratch.hashes[j], table)
                 if r < 0:
-                    hashes_of[n], made_by[n, 0], made_by[n, 1] = hashes[j], by[j, 0], by[j, 1]
+                    made.hashes[n], made.by[n, 0], made.by[n, 1] = scratch.hashes[j], way, sleepers
                     count[enc.ROWS] = n + 1
-                elif r >= fresh and asleep[r - level] & ~by[j, 1]:
-                    met[count[enc.MET], 0], met[count[enc.MET], 1] = r, by[j, 1]
+                elif r >= level.fresh and level.asleep[r - level.first] & ~sleepers:
+                    made.met[count[enc.MET], 0], made.met[count[enc.MET], 1] = r, sleepers
                     count[enc.MET] += 1
         size = 0
-        if full:
-            break
     return k
+
+
+@inlined
+def step(
+    rows: Any, i: Any, p: Any, into: Any, size: Any, scratch: Any, lookup: Any, ready: Any, level: Any, told: Any,
+) -> Any:
+    """Make the rows that entry (i, p) leads to, behind *size* others of a batch; how many they are then."""
+    trees, places, leaves, parties = lookup.trees, lookup.places, scratch.leaves, len(lookup.of)
+    lo, hi, asleep = p, p + 1, I(0)
+    if p == parties:
+        lo, hi = 0, 0
+        d, child = walk(enc.HALTS, 0, rows, i, trees, lookup.room)
+        first, last = ways_of(d)
+        if d & KIND != IS_LEAF:
+            put_aside(told, i, p, ask(enc.HALTS, 0, d, child, trees))
+        elif first < last:
+            level.moved[i - level.base] = enc.HALTED
+        else:
+            hi, asleep = parties, I(level.asleep[i - level.first])
+    for q in range(lo, hi):
+        leaves[q, 0], leaves[q, 1] = 0, 0
+        tree, place = lookup.of[q], place_of(rows, i, places, q)
+        d, child = leaf(q, tree, place, rows, i, lookup)
+        first, last = ways_of(d)
+        if d & KIND != IS_LEAF:
+            put_aside(told, i, q, ask(tree, place, d, child, trees))
+        elif first < last and ready[first] == 0 and not fits(first, last, q, trees, lookup.room, places):
+            put_aside(told, i, q, first)
+        elif first < last:
+            ready[first] = 1
+            level.moved[i - level.base] = enc.MOVED
+            told.count[enc.TRANSITIONS] += last - first
+            leaves[q, 0], leaves[q, 1] = first, last
+    before = asleep
+    for q in range(lo, hi):
+        first, last = leaves[q, 0], leaves[q, 1]
+        if first < last and not asleep >> q & 1:
+            sleepers = sleepers_after(first, before, leaves, hi, trees)
+            if q < enc.SLEEPERS:
+                before |= 1 << q
+            for way in range(first, last):
+                n = told.count[enc.ROWS] + size
+                take(rows, i, into, n, way, q, trees, lookup.room, places)
+                scratch.hashes[size], scratch.by[size, 0], scratch.by[size, 1] = hash_of(into, n), way, sleepers
+                size += 1
+                if trees.flag[way] & enc.FACT:
+                    tell(told, way)
+    return size
+
+
+@inlined
+def sleepers_after(first: Any, before: Any, leaves: Any, parties: Any, trees: Any) -> Any:
+    """Those parties of *before* whose steps have nothing to do with the leaf that begins with way *first*."""
+    sleepers = I(0)
+    if before:
+        for q in range(parties):
+            if before >> q & 1 and leaves[q, 0] < leaves[q, 1] and apart(first, leaves[q, 0], trees):
+                sleepers |= 1 << q
+    return sleepers
 
 
 @allocating
@@ -450,34 +364,6 @@ def breaking(
                     found[n, 0], found[n, 1], found[n, 2], found[n, 3] = i, p, way, what
                     n += 1
     return n
-
-
-@allocating
-def clear(rows: Any, table: Any, trees: Any, room: Any, places: Any, of: Any, lo: Any, hi: Any, ends: Any) -> Any:
-    """Set ends[i] of those rows [lo, hi) from which a step leads to a row with it, or none; how many it was."""
-    cleared, scratch = 0, np.empty((1, rows.shape[1]), np.uint64)
-    for i in range(hi - 1, lo - 1, -1):
-        if ends[i]:
-            continue
-        moves, good = False, False
-        d, _ = walk(enc.HALTS, 0, rows, i, trees, room)
-        first, last = ways_of(d)
-        if first == last:
-            for p in range(len(of)):
-                d, _ = walk(of[p], place_of(rows, i, places, p), rows, i, trees, room)
-                first, last = ways_of(d)
-                for way in range(first, last):
-                    moves = True
-                    take(rows, i, scratch, 0, way, p, trees, room, places)
-                    if ends[find(rows, scratch, 0, hash_of(scratch, 0), table)]:
-                        good = True
-                        break
-                if good:
-                    break
-        if good or not moves:
-            ends[i] = 1
-            cleared += 1
-    return cleared
 
 
 @compiled

@@ -237,12 +237,12 @@ def rehash(rows: Array, n: int, table: Array) -> None:
 
 
 def expand(
-    rows: Array, table: Array, trees: Any, room: Array, places: Array, _looks: Array, _memo: Array, of: Array, ready: Array,
-    seen: Array, queue: Array, lo: int, base: int, moved: Array, _asleep: Array, _level: int, _next: int, aside: Array,
-    events: Array, count: Array, most: int,
+    rows: Array, table: Array, lookup: enc.Lookup, ready: Array, queue: Array, lo: int, level: enc.Level, told: enc.Told,
+    most: int,
 ) -> int:
     """Take every step that queue[lo:] asks for; returns how far it has come."""
-    at, parties = _Map(trees, room, places), len(of)
+    at, of, parties = _Map(*lookup[:3]), lookup.of, len(lookup.of)
+    (_, _, _, base, moved), (seen, aside, events, count) = level, told
     spare = min(len(rows) - 1, int(len(table) * enc.FULL)) - int(count[enc.ROWS])
     # What one entry makes at most has room.
     makes, puts = parties * most, parties * (most + 1) + 1
@@ -360,12 +360,15 @@ def _find(rows: Array, sought: Array, table: Array) -> Array:
     return found
 
 
-def clear(
-    rows: Array, table: Array, trees: Any, room: Array, places: Array, of: Array, lo: int, hi: int, ends: Array
-) -> int:
+def walk_to_ends(_rows: Array, _table: Array, _lookup: enc.Lookup, lo: int, hi: int, _ends: Array) -> int:
+    """Nothing: `clear` takes all rows at once. Returns how many rows [lo, hi) are."""
+    return hi - lo
+
+
+def clear(rows: Array, table: Array, lookup: enc.Lookup, lo: int, hi: int, ends: Array) -> int:
     """Set ends[i] of those rows [lo, hi) from which a step leads to a row with it, or none; how many it was."""
-    at, good, moves = _Map(trees, room, places), np.zeros(hi - lo, bool), np.zeros(hi - lo, bool)
-    for i, _, _, after in _all_steps(rows, at, of, lo, hi):
+    at, good, moves = _Map(*lookup[:3]), np.zeros(hi - lo, bool), np.zeros(hi - lo, bool)
+    for i, _, _, after in _all_steps(rows, at, lookup.of, lo, hi):
         moves[i - lo] = True
         good[i[ends[_find(rows, after, table)] > 0] - lo] = True
     fresh = (good | ~moves) & (ends[lo:hi] == 0)

@@ -86,16 +86,15 @@ def enter_left(made: Any, hashes: Any, by: Any, left: Any, rows: Any, table: Any
 
 
 @compiled
-def wake(asleep: Any, level: Any, met: Any, n: Any) -> None:
-    """Of rows that one thread has *met* again, *n* of them: who is awake in one of the two is awake."""
+def wake(level: Any, met: Any, n: Any) -> None:
+    """Of *n* rows that a thread has *met* again: who is awake in one of the two is awake."""
     for k in range(n):
-        asleep[met[k, 0] - level] &= met[k, 1]
+        level.asleep[met[k, 0] - level.first] &= met[k, 1]
 
 
 @compiled
 def settle(
-    made: Any, by: Any, slots: Any, lo: Any, hi: Any, n: Any, rows: Any, table: Any, trees: Any, room: Any, looks: Any,
-    memo: Any, parties: Any, seen: Any, asleep: Any, level: Any, aside: Any, events: Any, count: Any,
+    made: Any, by: Any, slots: Any, lo: Any, hi: Any, n: Any, rows: Any, table: Any, lookup: Any, level: Any, told: Any,
 ) -> None:
     """Let what is new of made[lo:hi] be rows *n* and on, and ask the laws."""
     for j in range(lo, hi):
@@ -104,7 +103,7 @@ def settle(
         for w in range(rows.shape[1]):
             rows[n, w] = made[j, w]
         table[slots[j]] = table[slots[j]] >> S32 << S32 | U(n + 1)
-        asleep[n - level] = by[j, 1]
-        if trees.flag[by[j, 0]] & enc.VISIBLE:
-            judge(rows, n, parties + 1, trees, room, looks, memo, seen, aside, events, count)
+        level.asleep[n - level.first] = by[j, 1]
+        if lookup.trees.flag[by[j, 0]] & enc.VISIBLE:
+            judge(rows, n, len(lookup.of) + 1, lookup, told)
         n += 1

@@ -89,8 +89,9 @@ def walk(tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: Any) -> Any
 
 
 @inlined
-def leaf(who: Any, tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: Any, looks: Any, memo: Any) -> Any:
-    """What `walk` returns, from *memo* if it remembers. who: the party whose tree it is; for the laws one past the last."""
+def leaf(who: Any, tree: Any, place: Any, rows: Any, i: Any, lookup: Any) -> Any:
+    """What `walk` returns, from the memo if that has it. who: the party whose tree it is; for the laws one past the last."""
+    looks, memo = lookup.looks, lookup.memo
     d, child, key, h, k = ZERO, NOWHERE, U(who + 1) << PLACES | U(place), ZERO, K0
     differ = ONE
     if len(memo) > 0:
@@ -105,23 +106,21 @@ def leaf(who: Any, tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: A
             differ |= memo[h, enc.MEMO + w] ^ (rows[i, w] & looks[who, place, w])
         d = memo[h, 1]
     if differ != ZERO:
-        d, child = walk(tree, place, rows, i, trees, room)
+        d, child = walk(tree, place, rows, i, lookup.trees, lookup.room)
         if len(memo) > 0 and d & KIND == IS_LEAF:
-            remember(who, tree, place, rows, i, trees, room, looks, memo, h, key, d)
+            remember(who, tree, place, rows, i, lookup, h, key, d)
     return d, child
 
 
 @compiled
-def remember(
-    who: Any, tree: Any, place: Any, rows: Any, i: Any, trees: Any, room: Any, looks: Any, memo: Any, at: Any, key: Any,
-    leaf_: Any,
-) -> None:
-    """Let entry *at* of *memo* be the walk of row *i* to *leaf_*; *looks* gets the bits that it has looked at."""
-    d = trees.root[tree, place]
+def remember(who: Any, tree: Any, place: Any, rows: Any, i: Any, lookup: Any, at: Any, key: Any, leaf_: Any) -> None:
+    """Let entry *at* of the memo be the walk of row *i* to *leaf_*; `looks` gets the bits that it has looked at."""
+    looks, memo = lookup.looks, lookup.memo
+    d = lookup.trees.root[tree, place]
     while d & KIND == IS_NODE:
-        where = room[(d >> KINDS) & PARTS]
+        where = lookup.room[(d >> KINDS) & PARTS]
         looks[who, place, where & WORD] |= (where >> MASKED) << ((where >> SHIFTED) & SHIFT)
-        d = trees.child[(d >> BASE) + read(rows, i, where)]
+        d = lookup.trees.child[(d >> BASE) + read(rows, i, where)]
     memo[at, 0], memo[at, 1] = key, leaf_
     for w in range(rows.shape[1]):
         memo[at, enc.MEMO + w] = rows[i, w] & looks[who, place, w]

@@ -47,7 +47,7 @@ class Rows:
             self.places[p, 0] = self._take(PLACE_BITS)
         self.ready = np.zeros(1 << 8, np.uint8)
         self.table = np.zeros(2 * FEW, np.uint64)
-        self.count = np.zeros(COUNTERS + 1, np.int64)
+        self.count = np.zeros(COUNTERS, np.int64)
         self.count[ROWS] = 1                            # the first is all zeros
         self.rehash = loops.rehash                      # threads have another way
         self.rehash(self.rows, 1, self.table)

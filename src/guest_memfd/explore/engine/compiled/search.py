@@ -28,6 +28,9 @@ from guest_memfd.explore.engine.compiled.encoding import (
     HALTS,
     MISSING,
     TRANSITIONS,
+    Level,
+    Lookup,
+    Told,
 )
 from guest_memfd.explore.engine.compiled.flat import Array, TooWide
 from guest_memfd.explore.engine.compiled.known import Broken, Known, changes
@@ -141,7 +144,7 @@ class CompiledExplorer(Explorer):
             self.asleep, self.first = self.asleep[lo - self.first:hi - self.first], lo
             self.bounds.append(hi)
             try:
-                self.idle.append(self._level(lo, hi))
+                self.idle.append(self._next_level(lo, hi))
             except (Full, Interrupted) as cut:
                 # What was found of the next level counts; who cannot move on this one is not known of all.
                 self.idle.append(np.zeros(0, np.int64))
@@ -161,7 +164,7 @@ class CompiledExplorer(Explorer):
         return len(rows), int(rows.count[TRANSITIONS]), limit
 
     # Makes the next level out of rows [lo, hi); those of them in which no one moves.
-    def _level(self, lo: int, hi: int) -> Array:
+    def _next_level(self, lo: int, hi: int) -> Array:
         idle, parties = [np.zeros(0, np.int64)], len(self.programs)
         for base in range(lo, hi, self.loops.CHUNK):
             if self.ending():
@@ -185,10 +188,9 @@ class CompiledExplorer(Explorer):
                 at = len(queue)
                 left.append(not_yet)
             else:
-                at = self.loops.expand(
-                    rows.rows, rows.table, flat.trees, rows.room, rows.places, self.memo.looks, self.memo.entries, self.of,
-                    rows.ready, self.seen, queue, at, base, moved, self.asleep, self.first, self.bounds[-1],
-                    self._aside, self._events, rows.count, flat.most)
+                told = Told(self.seen, self._aside, self._events, rows.count)
+                at = self.loops.expand(rows.rows, rows.table, self.lookup(self.memo), rows.ready, queue, at,
+                                       self.level(base, moved), told, flat.most)
                 aside, events = self._aside[:rows.count[ASIDE]].copy(), self._events[:rows.count[EVENTS]]
                 rows.count[ASIDE] = rows.count[EVENTS] = 0
             left.append(aside[:, :2])
@@ -208,6 +210,14 @@ class CompiledExplorer(Explorer):
             more = np.zeros(2 * len(known.payload) - len(self.seen), np.uint8)
             self.seen = np.concatenate([self.seen, more])
             self._events = np.zeros(len(self.seen), np.int64)      # each payload is told once
+
+    def lookup(self, memo: Memo) -> Lookup:
+        """What the loops look steps up in, one of them with *memo*."""
+        return Lookup(self.known.flat.trees, self.rows.room, self.rows.places, self.of, memo.looks, memo.entries)
+
+    def level(self, base: int, moved: Array) -> Level:
+        """The level that is explored now; *moved*: of rows from *base* on."""
+        return Level(self.first, self.bounds[-1], self.asleep, base, moved)
 
     def keep_up(self, memos: Sequence[Memo]) -> None:
         """Have room in `asleep` for as many rows as there may be, and *memos* that are right."""
@@ -247,19 +257,25 @@ class CompiledExplorer(Explorer):
         rows.must_fit(len(rows))
         ends = np.zeros(len(rows), np.uint8)
 
-        def clear(lo: int, hi: int) -> int:
-            return int(self.loops.clear(rows.rows, rows.table, self.known.flat.trees, rows.room, rows.places, self.of, lo,
-                                        hi, ends))
+        def alone(lo: int, hi: int, work: Callable[[int, int, Memo], int]) -> list[int]:
+            return [work(lo, hi, self.memo)]
 
-        cleared = 1
-        while cleared:
+        share = alone if self.threads is None else self.threads.share
+
+        def through(loop: Any) -> int | None:
             cleared = 0
             for hi in range(len(rows), 0, -STRETCH):
                 if self.ending():
                     return None
                 lo = max(0, hi - STRETCH)
-                cleared += clear(lo, hi) if self.threads is None else sum(self.threads.share(lo, hi, clear))
-        return np.flatnonzero(ends == 0)
+                cleared += sum(share(lo, hi, lambda lo, hi, memo: int(
+                    loop(rows.rows, rows.table, self.lookup(memo), lo, hi, ends))))
+            return cleared
+
+        cleared = through(self.loops.walk_to_ends)
+        while cleared:
+            cleared = through(self.loops.clear)
+        return None if cleared is None else np.flatnonzero(ends != 1)
 
     # -- what was found --------------------------------------------------------------------------------------------------
 

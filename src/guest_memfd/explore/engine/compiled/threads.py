@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from guest_memfd.explore.engine.compiled.encoding import ASIDE, BATCH, COUNTERS, EVENTS, MET, ROWS, TRANSITIONS
+from guest_memfd.explore.engine.compiled.encoding import (
+    ASIDE,
+    BATCH,
+    COUNTERS,
+    EVENTS,
+    MET,
+    ROWS,
+    TRANSITIONS,
+    Level,
+    Lookup,
+    Made,
+    Scratch,
+    Told,
+)
 from guest_memfd.explore.engine.compiled.flat import Array
 from guest_memfd.explore.engine.compiled.load import threaded
 from guest_memfd.explore.engine.compiled.memo import Memo
@@ -31,15 +44,13 @@ class Threads:
     def __init__(self, explorer: CompiledExplorer, number: int) -> None:
         self.explorer, self.number, self.loops = explorer, number, threaded()
         self._pool = ThreadPoolExecutor(number - 1)
-        self._made = np.zeros((0, 0), np.uint64)
-        self._hashes, self._by, self._slots = np.zeros(0, np.uint64), np.zeros((0, 2), np.int64), np.zeros(0, np.int64)
-        self._aside = [np.zeros((0, 3), np.int64)] * number
-        self._events = [np.zeros(0, np.int64)] * number
-        self._count = np.zeros((number, COUNTERS + 1), np.int64)
         self._memos = [Memo(explorer.loops.MEMO, len(explorer.programs)) for _ in range(number)]
-        self._batch = np.zeros((number, 0), np.uint64), np.zeros((number, 0, 2), np.int64)
-        self._leaves = np.zeros((number, len(explorer.programs), 2), np.int64)
-        self._met = np.zeros((number, 0, 2), np.int64)
+        self._count = np.zeros((number, COUNTERS), np.int64)
+        self._events = [np.zeros(0, np.int64)] * number
+        # Of all threads, one after the other.
+        self._rows, self._hashes, self._by = np.zeros((0, 0), np.uint64), np.zeros(0, np.uint64), np.zeros((0, 2), np.int64)
+        self._slots, self._met, self._aside = (np.zeros(0, np.int64),) * 3
+        self._scratch: list[Scratch] = []
         explorer.rows.rehash = self.rehash
 
     def __enter__(self) -> Threads:
@@ -56,37 +67,34 @@ class Threads:
         mine = work(self.number - 1)
         return [*(other.result() for other in others), mine]
 
-    def share(self, lo: int, hi: int, work: Callable[[int, int], T]) -> list[T]:
-        """What *work* returns for the part of [lo, hi) that each thread has."""
+    def share(self, lo: int, hi: int, work: Callable[[int, int, Memo], T]) -> list[T]:
+        """What *work* returns for the part of [lo, hi) that each thread has, with its memo."""
         parts = self._parts(lo, hi)
-        return self.all(lambda t: work(parts[t], parts[t + 1]))
+        return self.all(lambda t: work(parts[t], parts[t + 1], self._memos[t]))
 
     def expand(self, queue: Array, base: int, moved: Array) -> tuple[Array, Array, Array]:
         """Take every step that *queue* asks for: what was put aside, what was told, and the entries that have to wait.
 
-        base, moved: as `loops_numba.expand` has them.
+        base, moved: as `encoding.Level` has them.
         """
-        explorer, rows, trees = self.explorer, self.explorer.rows, self.explorer.known.flat.trees
+        explorer, rows = self.explorer, self.explorer.rows
         each = self._make_ready()
-        parts = self._parts(0, len(queue))
-        most = explorer.known.flat.most
-        same, hashes, by = (trees, rows.room, rows.places), *self._batch
-        sleep = explorer.asleep, explorer.first, explorer.bounds[-1]
+        parts, level, most = self._parts(0, len(queue)), explorer.level(base, moved), explorer.known.flat.most
+        lookups = [explorer.lookup(memo) for memo in self._memos]
+        told = [Told(explorer.seen, *lists) for lists in zip(self._aside, self._events, self._count, strict=True)]
 
         def spread(t: int) -> int:
-            mine, count, memo = slice(t * each, (t + 1) * each), self._count[t], self._memos[t]
+            mine = slice(t * each, (t + 1) * each)
+            made = Made(self._hashes[mine], self._by[mine], self._met[t])
             # What is put aside when new rows are judged has room as well.
             return int(explorer.loops.spread(
-                rows.rows, self._made[mine], MADE, False, self._hashes[mine], self._by[mine], hashes[t], by[t],
-                self._leaves[t], rows.table, *same, memo.looks, memo.entries, explorer.of, rows.ready, explorer.seen, queue,
-                parts[t], parts[t + 1], base, moved, *sleep, self._met[t], self._aside[t], len(self._aside[t]) - each,
-                self._events[t], count, most))
+                rows.rows, self._rows[mine], MADE, False, made, self._scratch[t], rows.table, lookups[t], rows.ready, queue,
+                parts[t], parts[t + 1], level, told[t], len(self._aside[t]) - each, most))
 
         come = self.all(spread)
         for met, n in zip(self._met, self._count[:, MET].tolist(), strict=True):
-            self.loops.wake(explorer.asleep, explorer.first, met, n)
-        many = self._count[:, ROWS].copy()
-        self._enter(many, each)
+            self.loops.wake(level, met, n)
+        self._enter(self._count[:, ROWS].copy(), each, lookups, level, told)
         rows.count[TRANSITIONS] += self._count[:, TRANSITIONS].sum()
         aside = np.concatenate([self._aside[t][:n] for t, n in enumerate(self._count[:, ASIDE])])
         events = np.concatenate([self._events[t][:n] for t, n in enumerate(self._count[:, EVENTS])])
@@ -107,29 +115,26 @@ class Threads:
                     self.explorer.loops.enter_again(rows, i, table)
 
     # Enters the rows that were made, *many* of each thread, and lets them be rows.
-    def _enter(self, many: Array, each: int) -> None:
+    def _enter(
+        self, many: Array, each: int, lookups: Sequence[Lookup], level: Level, told: Sequence[Told]
+    ) -> None:
         rows, start = self.explorer.rows, len(self.explorer.rows)
         parts = self._parts(0, len(rows.table))
         left = np.zeros((self.number, int(many.sum())), np.int64)
 
         def enter(t: int) -> Array:
-            n = self.loops.enter(self._made, self._hashes, self._by, many, each, start, rows.table, parts[t], parts[t + 1],
+            n = self.loops.enter(self._rows, self._hashes, self._by, many, each, start, rows.table, parts[t], parts[t + 1],
                                  self._slots, left[t], np.zeros(BATCH, np.int64))
             return left[t, :n]
 
-        self.loops.enter_left(self._made, self._hashes, self._by, np.concatenate(self.all(enter)), start, rows.table, self._slots)
+        self.loops.enter_left(self._rows, self._hashes, self._by, np.concatenate(self.all(enter)), start, rows.table,
+                              self._slots)
         mine = [slice(t * each, t * each + n) for t, n in enumerate(many.tolist())]
         fresh = [int(np.count_nonzero(self._slots[made] >= 0)) for made in mine]
         first = np.cumsum([start, *fresh])
-
-        def settle(t: int) -> None:
-            self.loops.settle(
-                self._made, self._by, self._slots, mine[t].start, mine[t].stop, first[t], rows.rows, rows.table,
-                self.explorer.known.flat.trees, rows.room, self._memos[t].looks, self._memos[t].entries,
-                len(self.explorer.programs), self.explorer.seen, self.explorer.asleep, self.explorer.first,
-                self._aside[t], self._events[t], self._count[t])
-
-        self.all(settle)
+        self.all(lambda t: self.loops.settle(
+            self._rows, self._by, self._slots, mine[t].start, mine[t].stop, first[t], rows.rows, rows.table, lookups[t],
+            level, told[t]))
         rows.count[ROWS] = first[-1]
 
     # Where in [lo, hi) the part of each thread begins, and the end.
@@ -139,18 +144,18 @@ class Threads:
     # Room for all that the threads may write; how many rows each can make.
     def _make_ready(self) -> int:
         explorer, rows, flat = self.explorer, self.explorer.rows, self.explorer.known.flat
-        each = MADE + 2 * (BATCH + len(explorer.programs) * flat.most)
+        batch = BATCH + len(explorer.programs) * flat.most
+        each = MADE + 2 * batch
         rows.grow(self.number * each + 1)
         explorer.keep_up(self._memos)
         shape = self.number * each, rows.rows.shape[1]
-        if self._made.shape != shape:
-            self._made = np.zeros(shape, np.uint64)
+        if self._rows.shape != shape:
+            self._rows, self._slots = np.zeros(shape, np.uint64), np.zeros(shape[0], np.int64)
             self._hashes, self._by = np.zeros(shape[0], np.uint64), np.zeros((shape[0], 2), np.int64)
             self._met = np.zeros((self.number, each, 2), np.int64)
-            self._slots = np.zeros(shape[0], np.int64)
-            batch = self.number, BATCH + len(explorer.programs) * flat.most
-            self._batch = np.zeros(batch, np.uint64), np.zeros((*batch, 2), np.int64)
-            self._aside = [np.zeros((8 * each, 3), np.int64) for _ in range(self.number)]
+            self._aside = np.zeros((self.number, 8 * each, 3), np.int64)
+            self._scratch = [Scratch(np.zeros(batch + 1, np.uint64), np.zeros((batch, 2), np.int64),
+                                     np.zeros((len(explorer.programs), 2), np.int64)) for _ in range(self.number)]
         if len(self._events[0]) < len(explorer.seen):
             self._events = [np.zeros(len(explorer.seen), np.int64) for _ in range(self.number)]
         return each
