@@ -433,6 +433,25 @@ def test_the_first_use_says_that_it_compiles_and_the_second_does_not(tmp_path: P
     assert fresh(NUMBA_CACHE_DIR=str(tmp_path)) == [states, []]
 
 
+SEEN = """
+from guest_memfd import check
+from guest_memfd.explore.engine.compiled import search
+search.FEW = 1
+for parties in ["vcpu2", "vmm2", "pfn-cache"], ["vcpu", "patient-vcpu", "vmm2"]:
+    print([check("library", "pkvm", parties=parties, engine="compiled", jobs=jobs).states for jobs in (1, 2)])
+"""
+
+
+@pytest.mark.long
+def test_no_loop_reaches_over_the_end_of_an_array(tmp_path: Path) -> None:
+    """Compiled so that it is told; else memory of something else would be written."""
+    checked = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    ran = [subprocess.run([sys.executable, "-W", "ignore", "-c", SEEN], env={**os.environ, **more}, capture_output=True,
+                          text=True, check=True, timeout=600) for more in (checked, {})]
+    assert ran[0].stdout == ran[1].stdout
+    assert ran[0].stdout
+
+
 @pytest.mark.long
 def test_nowhere_to_keep_it_is_said_each_time(tmp_path: Path) -> None:
     locked = tmp_path / "locked"
