@@ -333,10 +333,17 @@ def test_compare_has_a_dash_where_nothing_is_promised(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(("asked", "said"), [
     (("--designs", "2025"), "unknown set of designs '2025'; did you mean '2026'?"),
     (("none", "--designs", "2026"), "either designs or a set of them, not both (none and '2026')"),
+    (("--designs", "2026", "--designs", "huge"), "one set of designs at a time, not '2026' and 'huge'"),
     (("none", "--law", "no-direct-map"), "design 'none' does not promise no-direct-map, and is not judged by it"),
 ])
 def test_compare_of_what_is_no_set(capsys: pytest.CaptureFixture[str], asked: tuple[str, ...], said: str) -> None:
     assert said in refused(capsys, "compare", *asked)
+
+
+@pytest.mark.parametrize("verb", [("cost",), ("draw", "library")])
+def test_where_one_hypervisor_is_asked_for(capsys: pytest.CaptureFixture[str], verb: tuple[str, ...]) -> None:
+    assert "--hypervisor takes one name here, not 'kvm,pkvm'" in refused(capsys, *verb, "--hypervisor", "kvm,pkvm")
+    assert "unknown hypervisor 'kvn'; did you mean 'kvm'?" in refused(capsys, *verb, "--hypervisor", "kvn")
 
 
 def test_a_set_is_compared_only_if_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

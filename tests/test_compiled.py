@@ -425,6 +425,14 @@ def fresh(**environment: str) -> Any:
     return json.loads(out.stdout)
 
 
+def test_a_numba_that_compiles_nothing_is_told() -> None:
+    asked = ["check", "library", "--hypervisor", "pkvm", "--parties", "vcpu", "--engine", "compiled", "-j", "1"]
+    out = subprocess.run([sys.executable, "-m", "guest_memfd", *asked], env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
+                         capture_output=True, text=True, check=False)
+    assert out.returncode == 5
+    assert "NUMBA_DISABLE_JIT is set, and numba compiles nothing" in out.stderr
+
+
 @pytest.mark.long
 def test_the_first_use_says_that_it_compiles_and_the_second_does_not(tmp_path: Path) -> None:
     states, (said,) = fresh(NUMBA_CACHE_DIR=str(tmp_path))

@@ -37,7 +37,7 @@ Folios = tuple[dict[tuple[str, str], FolioCost | None] | None, str]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this verb."""
     parser.add_argument("designs", metavar="DESIGN", nargs="*", help="which designs (names, or FILE.py:NAME; default: all)")
-    parser.add_argument("--designs", metavar="SET", dest="set",
+    parser.add_argument("--designs", metavar="SET", dest="sets", action="append",
                         help=f"a set of designs in place of names: {', '.join(SETS)} (what is argued about then)")
     add_load(parser)
     add_scope(parser)
@@ -55,9 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Explore all, print the table."""
     began = time.perf_counter()
     load_all(arguments)
-    chosen = _set_of(arguments) or designs_of(arguments, arguments.designs)
+    of = _set_of(arguments)
+    chosen = SETS[of] if of is not None else designs_of(arguments, arguments.designs)
     scope = scope_of(arguments, full=arguments.full)
-    pairs = _pairs(chosen or _usual(), scope, chosen=bool(chosen) and arguments.set is None, of=arguments.set)
+    pairs = _pairs(chosen or _usual(), scope, chosen=bool(chosen) and of is None, of=of)
     stop = Gently()
     with ExitStack() as stack:
         out, (page,) = opened(stack, arguments, "html")
@@ -87,14 +88,17 @@ def _usual() -> list[str]:
     return [name for name in DESIGNS if not any(name in names for names in SETS.values())]
 
 
-def _set_of(arguments: argparse.Namespace) -> list[str]:
-    if arguments.set is None:
-        return []
+def _set_of(arguments: argparse.Namespace) -> str | None:
+    if arguments.sets is None:
+        return None
+    if len(arguments.sets) > 1:
+        raise BadInput(f"one set of designs at a time, not {' and '.join(map(repr, arguments.sets))}")
+    (name,) = arguments.sets
     if arguments.designs:
-        raise BadInput(f"either designs or a set of them, not both ({', '.join(arguments.designs)} and {arguments.set!r})")
-    if arguments.set not in SETS:
-        raise UnknownName("set of designs", arguments.set, SETS)
-    return list(SETS[arguments.set])
+        raise BadInput(f"either designs or a set of them, not both ({', '.join(arguments.designs)} and {name!r})")
+    if name not in SETS:
+        raise UnknownName("set of designs", name, SETS)
+    return str(name)
 
 
 # Asked for by name, a design that was not posted for the hypervisor is a mistake; otherwise it is left out. *of*: the set

@@ -11,10 +11,10 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from guest_memfd.cli.load import add_load, designs_of, load_all
-from guest_memfd.cli.options import seconds
+from guest_memfd.cli.options import one_hypervisor, seconds
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
-from guest_memfd.errors import BadInput, GuestMemfdError, UnknownName
+from guest_memfd.errors import BadInput, GuestMemfdError
 from guest_memfd.explore.world.cost import DesignCost, cost
 from guest_memfd.hypervisors import HYPERVISORS
 from guest_memfd.report import price
@@ -61,9 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.seconds <= MOST_SECONDS:
         raise BadInput(f"--seconds is more than 0 and at most {MOST_SECONDS}, not {arguments.seconds:g}")
     load_all(arguments)
-    if arguments.hypervisor not in HYPERVISORS:
-        raise UnknownName("hypervisor", arguments.hypervisor, HYPERVISORS)
-    counted = _counted(designs_of(arguments, arguments.designs), arguments.hypervisor)
+    counted = _counted(designs_of(arguments, arguments.designs), one_hypervisor(arguments.hypervisor))
     with Output(arguments.output) as out:
         found = _measured(arguments.seconds)
         unit = None if isinstance(found, str) else price.units(found.spreads)

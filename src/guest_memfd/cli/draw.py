@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from guest_memfd.cli.load import add_load, designs_of, load_all
+from guest_memfd.cli.options import one_hypervisor
 from guest_memfd.cli.output import Output
 from guest_memfd.designs import DESIGNS
 from guest_memfd.errors import BadInput
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     load_all(arguments)
     (design,) = designs_of(arguments, [arguments.design])
-    hypervisor = arguments.hypervisor or (DESIGNS[design].hypervisors or ("pkvm",))[0]
+    hypervisor = one_hypervisor(arguments.hypervisor or (DESIGNS[design].hypervisors or ("pkvm",))[0])
     title = f"The life of a page: {design} on {hypervisor} ({HYPERVISORS[hypervisor].title})"
     with Output(arguments.output) as out:
         found = life(design, hypervisor=hypervisor)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from guest_memfd.cli.gently import Gently
 from guest_memfd.cli.stop import Stopped
 from guest_memfd.designs import DESIGNS
-from guest_memfd.errors import BadInput
+from guest_memfd.errors import BadInput, UnknownName
 from guest_memfd.explore.suite.check import compare
 from guest_memfd.explore.suite.plan import FEW, NAMED, PARTNER, QUICK, QUICK_PARTNERS, QUICK_WITHOUT, TRIPLES, WHOLE
 from guest_memfd.explore.suite.verdict import Limits, Report
@@ -197,6 +197,15 @@ def hypervisors_of(design: str, asked: Sequence[str] | None) -> tuple[str, ...]:
     """
     posted = asked or DESIGNS[design].hypervisors
     return tuple(posted or (name for name in HYPERVISORS if DESIGNS[design].large or not HYPERVISORS[name].encrypts))
+
+
+def one_hypervisor(given: str) -> str:
+    """The name of a hypervisor, where there can be one only; raises BadInput, or UnknownName."""
+    if given not in HYPERVISORS:
+        if "," in given:
+            raise BadInput(f"--hypervisor takes one name here, not {given!r}")
+        raise UnknownName("hypervisor", given, HYPERVISORS)
+    return given
 
 
 def names_of(given: Sequence[str] | None, option: str) -> tuple[str, ...] | None:

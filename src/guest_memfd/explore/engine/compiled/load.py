@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from guest_memfd.errors import EngineNotice
+from guest_memfd.errors import EngineNotice, HostUnavailable
 from guest_memfd.explore.engine.compiled.encoding import COUNTERS, Level, Lookup, Told
 from guest_memfd.explore.engine.compiled.flat import Flat
 from guest_memfd.explore.engine.compiled.memo import Memo
@@ -37,8 +37,12 @@ def threaded() -> Any:
 
 
 def _ready(name: str, compile_: Callable[[Any], Any], done: str) -> Any:
+    from numba import config
+
     from guest_memfd.explore.engine.compiled.jit import folder
 
+    if config.DISABLE_JIT:
+        raise HostUnavailable("NUMBA_DISABLE_JIT is set, and numba compiles nothing")
     began, kept = time.perf_counter(), folder()
     with _alone(kept):
         module = import_module(f"guest_memfd.explore.engine.compiled.{name}")

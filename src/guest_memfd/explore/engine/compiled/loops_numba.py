@@ -3,6 +3,8 @@
 Theory of operation. A product state is a row, and a step an exclusive-or of it (loops_trees.py). `rows` holds all that were
 seen, in the order in which they were found, so a level of the search is a range of it and no list.
 
+A step that commutes with others is made once: see "asleep" in docs/explorer.md, which also says why nothing is lost.
+
 The loops never call Python. What no one knows yet (a step that was never worked out, a state that no law has judged, a part
 that has no room in the rows) is put aside, and the loop goes on. Who comes first to such a place marks it as asked for;
 those who come later only wait. Python works out what was asked for, and calls again with what was put aside as the queue. A
@@ -281,13 +283,13 @@ def step(
             level.moved[i - level.base] = enc.MOVED
             told.count[enc.TRANSITIONS] += last - first
             leaves[q, 0], leaves[q, 1] = first, last
-    before = asleep
+    moved = asleep
     for q in range(lo, hi):
         first, last = leaves[q, 0], leaves[q, 1]
         if first < last and not asleep >> q & 1:
-            sleepers = sleepers_after(first, before, leaves, hi, trees)
+            sleepers = sleepers_after(first, moved, leaves, hi, trees)
             if q < enc.SLEEPERS:
-                before |= 1 << q
+                moved |= 1 << q
             for way in range(first, last):
                 n = told.count[enc.ROWS] + size
                 take(rows, i, into, n, way, q, trees, lookup.room, places)
@@ -299,12 +301,12 @@ def step(
 
 
 @inlined
-def sleepers_after(first: Any, before: Any, leaves: Any, parties: Any, trees: Any) -> Any:
-    """Those parties of *before* whose steps have nothing to do with the leaf that begins with way *first*."""
+def sleepers_after(first: Any, moved: Any, leaves: Any, parties: Any, trees: Any) -> Any:
+    """Of parties that have *moved*, those whose steps have nothing to do with the leaf that begins with way *first*."""
     sleepers = I(0)
-    if before:
+    if moved:
         for q in range(parties):
-            if before >> q & 1 and leaves[q, 0] < leaves[q, 1] and apart(first, leaves[q, 0], trees):
+            if moved >> q & 1 and leaves[q, 0] < leaves[q, 1] and apart(first, leaves[q, 0], trees):
                 sleepers |= 1 << q
     return sleepers
 
