@@ -48,7 +48,7 @@ from guest_memfd.explore.engine.compiled.loops_trees import (
 
 __all__ = [
     "CHUNK", "MEMO", "SPARE", "THREADED", "before", "breaking", "clear", "enter_again", "expand", "find", "move_apart",
-    "put", "rehash", "rehash_part", "run_down", "spread", "unpack", "walk_to_ends",
+    "put", "rehash", "rehash_part", "run_down", "spread", "touch", "unpack", "walk_to_ends",
 ]
 
 THREADED = True

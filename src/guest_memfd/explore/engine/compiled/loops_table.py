@@ -59,7 +59,8 @@ def touch(rows: Any, table: Any, hashes: Any, size: Any) -> None:
         touched ^= table[hashes[j] & mask]
     for j in range(size):
         e = table[hashes[j] & mask]
-        if e >> S32 == hashes[j] >> S32:
+        # An empty entry looks like one of a hash whose upper half is zero, and has no row.
+        if e != ZERO and e >> S32 == hashes[j] >> S32:
             touched ^= rows[(e & LOW) - ONE, 0]
     hashes[len(hashes) - 1] = touched
 
