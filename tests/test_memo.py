@@ -15,7 +15,7 @@ pytest.importorskip("numba", reason="pip install 'guest-memfd[fast]'")
 import numpy as np
 
 from guest_memfd.explore.engine.compiled import loops_numba, loops_trees, memo
-from guest_memfd.explore.engine.compiled.encoding import Lookup
+from guest_memfd.explore.engine.compiled.encoding import StepTables
 from guest_memfd.explore.engine.compiled.flat import Flat, FlatWay
 from guest_memfd.explore.engine.compiled.memo import Memo
 from guest_memfd.explore.engine.compiled.rows import Rows
@@ -65,7 +65,7 @@ class Tree:
     def wrong(self) -> list[int]:
         """The rows of which the memo says something else than a walk does, or than the path that they are on."""
         rows, flat = self.rows, self.flat
-        lookup = Lookup(flat.trees, rows.room, rows.places, np.zeros(1, np.int64), self.memo.looks, self.memo.entries)
+        lookup = StepTables(flat.trees, rows.room, rows.places, np.zeros(1, np.int64), self.memo.looks, self.memo.entries)
         found = []
         for i, state in enumerate(rows.states(rows.rows[:len(rows)]).tolist()):
             d, _ = loops_trees.leaf(0, self.number, 0, rows.rows, i, lookup)

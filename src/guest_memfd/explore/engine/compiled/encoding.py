@@ -70,7 +70,7 @@ MIX = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xFF51AFD7ED558CCD
 """Odd numbers that a hash multiplies by: the first word of a row, each further one, and the end."""
 
 
-class Lookup(NamedTuple):
+class StepTables(NamedTuple):
     """What a step of a row is looked up in.
 
     trees: flat.Trees. room, places: where each part, and the place of each party, lies in a row. of: the tree of each party.
@@ -99,7 +99,7 @@ class Level(NamedTuple):
     moved: Any
 
 
-class Told(NamedTuple):
+class LoopNotes(NamedTuple):
     """What a loop tells: what was put *aside*, payloads that break a law (*events*; *seen*: which were told), and counts."""
 
     seen: Any

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from guest_memfd.errors import EngineNotice, HostUnavailable
-from guest_memfd.explore.engine.compiled.encoding import COUNTERS, Level, Lookup, Told
+from guest_memfd.explore.engine.compiled.encoding import COUNTERS, Level, LoopNotes, StepTables
 from guest_memfd.explore.engine.compiled.flat import Flat
 from guest_memfd.explore.engine.compiled.memo import Memo
 from guest_memfd.explore.engine.compiled.rows import Rows
@@ -91,13 +91,13 @@ def _compile_threaded(module: Any) -> Any:
 
 
 # Rows of one party, where a byte has two values.
-def _small(module: Any) -> tuple[Rows, Lookup, Level, Told]:
+def _small(module: Any) -> tuple[Rows, StepTables, Level, LoopNotes]:
     flat = Flat(b"\0", module)
     flat.learn([(0, 1)])
     flat.make_room()
     flat.add(0, 0, [(0, 1)], ())
     flat.put()
     rows, memo, bytes_ = Rows(flat, 1, module), Memo(0, 1), np.zeros(1, np.uint8)
-    lookup = Lookup(flat.trees, rows.room, rows.places, np.zeros(1, np.int64), memo.looks, memo.entries)
-    told = Told(bytes_, np.zeros((0, 3), np.int64), np.zeros(1, np.int64), np.zeros(COUNTERS, np.int64))
+    lookup = StepTables(flat.trees, rows.room, rows.places, np.zeros(1, np.int64), memo.looks, memo.entries)
+    told = LoopNotes(bytes_, np.zeros((0, 3), np.int64), np.zeros(1, np.int64), np.zeros(COUNTERS, np.int64))
     return rows, lookup, Level(0, 0, np.zeros(0, np.uint16), 0, bytes_), told

@@ -237,8 +237,8 @@ def rehash(rows: Array, n: int, table: Array) -> None:
 
 
 def expand(
-    rows: Array, table: Array, lookup: enc.Lookup, ready: Array, queue: Array, lo: int, level: enc.Level, told: enc.Told,
-    most: int,
+    rows: Array, table: Array, lookup: enc.StepTables, ready: Array, queue: Array, lo: int, level: enc.Level,
+    told: enc.LoopNotes, most: int,
 ) -> int:
     """Take every step that queue[lo:] asks for; returns how far it has come."""
     at, of, parties = _Map(*lookup[:3]), lookup.of, len(lookup.of)
@@ -360,12 +360,12 @@ def _find(rows: Array, sought: Array, table: Array) -> Array:
     return found
 
 
-def walk_to_ends(_rows: Array, _table: Array, _lookup: enc.Lookup, lo: int, hi: int, _ends: Array) -> int:
+def walk_to_ends(_rows: Array, _table: Array, _lookup: enc.StepTables, lo: int, hi: int, _ends: Array) -> int:
     """Nothing: `clear` takes all rows at once. Returns how many rows [lo, hi) are."""
     return hi - lo
 
 
-def clear(rows: Array, table: Array, lookup: enc.Lookup, lo: int, hi: int, ends: Array) -> int:
+def clear(rows: Array, table: Array, lookup: enc.StepTables, lo: int, hi: int, ends: Array) -> int:
     """Set ends[i] of those rows [lo, hi) from which a step leads to a row with it, or none; how many it was."""
     at, good, moves = _Map(*lookup[:3]), np.zeros(hi - lo, bool), np.zeros(hi - lo, bool)
     for i, _, _, after in _all_steps(rows, at, lookup.of, lo, hi):

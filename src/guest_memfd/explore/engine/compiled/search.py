@@ -29,8 +29,8 @@ from guest_memfd.explore.engine.compiled.encoding import (
     MISSING,
     TRANSITIONS,
     Level,
-    Lookup,
-    Told,
+    LoopNotes,
+    StepTables,
 )
 from guest_memfd.explore.engine.compiled.flat import Array, TooWide
 from guest_memfd.explore.engine.compiled.known import Broken, Known, changes
@@ -188,7 +188,7 @@ class CompiledExplorer(Explorer):
                 at = len(queue)
                 left.append(not_yet)
             else:
-                told = Told(self.seen, self._aside, self._events, rows.count)
+                told = LoopNotes(self.seen, self._aside, self._events, rows.count)
                 at = self.loops.expand(rows.rows, rows.table, self.lookup(self.memo), rows.ready, queue, at,
                                        self.level(base, moved), told, flat.most)
                 aside, events = self._aside[:rows.count[ASIDE]].copy(), self._events[:rows.count[EVENTS]]
@@ -211,9 +211,9 @@ class CompiledExplorer(Explorer):
             self.seen = np.concatenate([self.seen, more])
             self._events = np.zeros(len(self.seen), np.int64)      # each payload is told once
 
-    def lookup(self, memo: Memo) -> Lookup:
+    def lookup(self, memo: Memo) -> StepTables:
         """What the loops look steps up in, one of them with *memo*."""
-        return Lookup(self.known.flat.trees, self.rows.room, self.rows.places, self.of, memo.looks, memo.entries)
+        return StepTables(self.known.flat.trees, self.rows.room, self.rows.places, self.of, memo.looks, memo.entries)
 
     def level(self, base: int, moved: Array) -> Level:
         """The level that is explored now; *moved*: of rows from *base* on."""

@@ -17,10 +17,10 @@ from guest_memfd.explore.engine.compiled.encoding import (
     ROWS,
     TRANSITIONS,
     Level,
-    Lookup,
+    LoopNotes,
     Made,
     Scratch,
-    Told,
+    StepTables,
 )
 from guest_memfd.explore.engine.compiled.flat import Array
 from guest_memfd.explore.engine.compiled.load import threaded
@@ -81,7 +81,7 @@ class Threads:
         each = self._make_ready()
         parts, level, most = self._parts(0, len(queue)), explorer.level(base, moved), explorer.known.flat.most
         lookups = [explorer.lookup(memo) for memo in self._memos]
-        told = [Told(explorer.seen, *lists) for lists in zip(self._aside, self._events, self._count, strict=True)]
+        told = [LoopNotes(explorer.seen, *lists) for lists in zip(self._aside, self._events, self._count, strict=True)]
 
         def spread(t: int) -> int:
             mine = slice(t * each, (t + 1) * each)
@@ -116,7 +116,7 @@ class Threads:
 
     # Enters the rows that were made, *many* of each thread, and lets them be rows.
     def _enter(
-        self, many: Array, each: int, lookups: Sequence[Lookup], level: Level, told: Sequence[Told]
+        self, many: Array, each: int, lookups: Sequence[StepTables], level: Level, told: Sequence[LoopNotes]
     ) -> None:
         rows, start = self.explorer.rows, len(self.explorer.rows)
         parts = self._parts(0, len(rows.table))
