@@ -52,7 +52,7 @@ SHOWN = commands(PAGE)
 # Addresses and paces are not the same everywhere.
 def masked(line: str) -> str:
     line = re.sub(r"[\d,]+ instructions, [\d,]+ a second", "N instructions, N a second", line)
-    line = re.sub(r"^\d exits", "N exits", line)                # how often the clock interrupts a loop
+    line = re.sub(r"^\d+ exits", "N exits", line)               # the clock interrupts a guest, too
     line = re.sub(r"\bpfn\d+|\b\d{6,}\b|entry 0x[0-9a-f]{16}", "FRAME", line)
     return re.sub(r"(?<![0-9a-f])(0x)?ffff[0-9a-f]{12}", "ADDRESS", line)
 
