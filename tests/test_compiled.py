@@ -444,12 +444,15 @@ def test_the_first_use_says_that_it_compiles_and_the_second_does_not(tmp_path: P
 SEEN = """
 import numpy as np
 from guest_memfd import check
-from guest_memfd.explore.engine.compiled import load, search
+from guest_memfd.explore.engine.compiled import load, memo, search
 search.FEW = 1
 # What one probe in four billion comes to: nothing is there, and the upper half of the hash is zero.
 load.loops("numba").touch(np.zeros((1, 1), np.uint64), np.zeros(8, np.uint64), np.full(3, 5, np.uint64), 2)
 for parties in ["vcpu2", "vmm2", "pfn-cache"], ["vcpu", "patient-vcpu", "vmm2"]:
     print([check("library", "pkvm", parties=parties, engine="compiled", jobs=jobs).states for jobs in (1, 2)])
+# The last levels are small, so one of two threads takes them, and parts get room there; then both look for the ends.
+memo.FEW, search.FEW = 0, 1000
+print(check("library", "pkvm", parties=["patient-vcpu", "vmm"], engine="compiled", jobs=2).states)
 """
 
 

@@ -54,14 +54,14 @@ BATCH = 128
 FULL = 0.6
 """How full the hash table may be."""
 
-MEMO = 2
+MEMO_HEAD = 2
 """Words of an entry of the memo before those of a row: whose walk, and the leaf."""
 
 TOUCHED = 3
 """Words in which the bytes that a leaf looks at have a bit each, and those that it changes; of many bytes two share one."""
 
 SLEEPERS = 16
-"""Parties that can be asleep; those after them never are."""
+"""Parties that can be asleep, a bit each of 16; those after them never are."""
 
 MOST_STEPS = 1000
 """Steps of a teardown; one that takes more does not end."""

@@ -18,7 +18,8 @@ import numba
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SOURCES = ("encoding.py", "loops_trees.py", "loops_table.py", "loops_ends.py", "loops_numba.py", "loops_threads.py")
+SOURCES = (
+    "jit.py", "encoding.py", "loops_trees.py", "loops_table.py", "loops_ends.py", "loops_numba.py", "loops_threads.py")
 
 
 @cache

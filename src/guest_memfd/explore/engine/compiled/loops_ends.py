@@ -6,7 +6,8 @@ end. Where a party goes round, a row of the last rounds leads to the end by way 
 going through all rows once for each way back takes longer than exploring. So walkers go first (`walk_to_ends`): from a row
 that has no 1 a walker takes any step, and the next, until it comes to a 1; then all of its path gets one. It does not step
 to where a walker has been (2); where no step is left, it goes back one. What it gives up is left to `clear`, so nothing
-hangs on where walkers go. There are many, and they step together: each step waits for memory, and so they wait together.
+hangs on where walkers go, nor on whether a 2 of one thread comes over a 1 of another. There are many walkers, and they step
+together: each step waits for memory, and so they wait together.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from guest_memfd.explore.engine.compiled.loops_trees import I, hash_of, leaf, pl
 
 WALKERS = 64
 """Walkers of a thread."""
+
+MOST = 16
+"""Steps, for each row that walkers are to start from; then who has asked for them may want to stop."""
 
 LONGEST = 256
 """Rows of a path; at its end a walker goes back."""
@@ -46,7 +50,7 @@ def go(
     hashes: Any, who: Any,
 ) -> None:
     """`walk_to_ends`. path, length: of each walker. tried: of each row on it, how many of its steps. The rest is scratch."""
-    i, walking = hi - 1, True
+    i, walking, steps = hi - 1, True, 0
     while walking:
         size = 0
         for k in range(len(length)):
@@ -57,8 +61,8 @@ def go(
                 i -= 1
             if length[k] > 0:
                 at = length[k] - 1
-                p, way, steps = nth_step(rows, path[k, at], tried[k, at], lookup)
-                if steps == 0:
+                p, way, any_ = nth_step(rows, path[k, at], tried[k, at], lookup)
+                if any_ == 0:
                     arrive(path, length, k, ends)
                 elif p < 0:
                     length[k] -= 1
@@ -76,7 +80,8 @@ def go(
                 ends[r] = 2
                 path[k, length[k]], tried[k, length[k]] = r, 0
                 length[k] += 1
-        walking = i >= lo or length.any()
+        steps += len(length)
+        walking = (i >= lo or length.any()) and steps < MOST * (hi - lo) + LONGEST * len(length)
 
 
 @inlined

@@ -1,4 +1,4 @@
-"""The inner loops, compiled by numba. loops_numpy.py has the same functions without a compiler.
+"""The inner loops, compiled by numba. loops_numpy.py does the same without a compiler, a memo, or anybody asleep.
 
 Theory of operation. A product state is a row, and a step an exclusive-or of it (loops_trees.py). `rows` holds all that were
 seen, in the order in which they were found, so a level of the search is a range of it and no list.
@@ -214,7 +214,7 @@ def spread(
     batch = enc.BATCH + parties * most
     few, few_met = most_aside - 2 * batch - 1, len(made.met) - batch
     size, k, full = 0, lo, False
-    while (k < hi or size) and not full:
+    while k < hi and not full:
         full = count[enc.ROWS] > last_row or count[enc.ASIDE] > few or (not alone and count[enc.MET] > few_met)
         while k < hi and size < enc.BATCH and not full:
             i, p = queue[k, 0], queue[k, 1]
@@ -286,10 +286,10 @@ def step(
     moved = asleep
     for q in range(lo, hi):
         first, last = leaves[q, 0], leaves[q, 1]
-        if first < last and not asleep >> q & 1:
+        if first < last and not is_in(q, asleep):
             sleepers = sleepers_after(first, moved, leaves, hi, trees)
             if q < enc.SLEEPERS:
-                moved |= 1 << q
+                moved |= I(1) << q
             for way in range(first, last):
                 n = told.count[enc.ROWS] + size
                 take(rows, i, into, n, way, q, trees, lookup.room, places)
@@ -306,9 +306,15 @@ def sleepers_after(first: Any, moved: Any, leaves: Any, parties: Any, trees: Any
     sleepers = I(0)
     if moved:
         for q in range(parties):
-            if moved >> q & 1 and leaves[q, 0] < leaves[q, 1] and apart(first, leaves[q, 0], trees):
-                sleepers |= 1 << q
+            if is_in(q, moved) and leaves[q, 0] < leaves[q, 1] and apart(first, leaves[q, 0], trees):
+                sleepers |= I(1) << q
     return sleepers
+
+
+@inlined
+def is_in(q: Any, parties: Any) -> Any:
+    """Whether party *q* has its bit in *parties*."""
+    return q < enc.SLEEPERS and (parties >> q) & 1 == 1
 
 
 @allocating

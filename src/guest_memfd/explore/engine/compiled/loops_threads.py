@@ -4,8 +4,8 @@ Theory of operation. What a level costs is waiting for memory and walking down t
 at once, if none writes where another one reads. So a stretch of a queue is taken in three loops, and between two of them
 all threads wait for the slowest:
 
-    spread  each has a part of the queue, takes its steps into rows of its own, and drops what the table has: three of four
-            successors, as a rule. The table is only read (loops_numba.py).
+    spread  each has a part of the queue, takes its steps into rows of its own, and drops what the table has. The table is
+            only read (loops_numba.py).
     enter   each has a part of the *table*, goes through what all have made, and enters what belongs there. Of equal rows the
             first stays, in the order of the queue. Probing that would run over the end of a part is left for later.
     settle  each copies those of its rows that were new to where they stay, under numbers that follow one another in the

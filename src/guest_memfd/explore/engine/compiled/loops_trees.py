@@ -103,7 +103,7 @@ def leaf(who: Any, tree: Any, place: Any, rows: Any, i: Any, lookup: Any) -> Any
         h = (h ^ (h >> S32)) & U(len(memo) - 1)
         differ = memo[h, 0] ^ key
         for w in range(rows.shape[1]):
-            differ |= memo[h, enc.MEMO + w] ^ (rows[i, w] & looks[who, place, w])
+            differ |= memo[h, enc.MEMO_HEAD + w] ^ (rows[i, w] & looks[who, place, w])
         d = memo[h, 1]
     if differ != ZERO:
         d, child = walk(tree, place, rows, i, lookup.trees, lookup.room)
@@ -123,7 +123,7 @@ def remember(who: Any, tree: Any, place: Any, rows: Any, i: Any, lookup: Any, at
         d = lookup.trees.child[(d >> BASE) + read(rows, i, where)]
     memo[at, 0], memo[at, 1] = key, leaf_
     for w in range(rows.shape[1]):
-        memo[at, enc.MEMO + w] = rows[i, w] & looks[who, place, w]
+        memo[at, enc.MEMO_HEAD + w] = rows[i, w] & looks[who, place, w]
 
 
 @compiled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from guest_memfd.explore.engine.compiled.encoding import MEMO
+from guest_memfd.explore.engine.compiled.encoding import MEMO_HEAD
 from guest_memfd.explore.engine.compiled.rows import Rows
 
 FEW = 1 << 12
@@ -29,4 +29,4 @@ class Memo:
         if now != self._made_for:
             self._made_for = now
             self.looks = np.zeros((self.parties + 1, places, words), np.uint64)
-            self.entries = np.zeros((self.size, MEMO + words), np.uint64)
+            self.entries = np.zeros((self.size, MEMO_HEAD + words), np.uint64)

@@ -73,7 +73,7 @@ class CompiledExplorer(Explorer):
         self.rows = Rows(self.known.flat, len(programs), loops)
         self.memo = Memo(loops.MEMO, len(programs))
         self.first = 0                                  # row of this level
-        self.asleep = np.zeros(1, np.uint16)            # of the rows from there on: who need not move
+        self.asleep = np.zeros(1, np.uint16)            # of the rows from there on: who of SLEEPERS need not move
         self.bounds = [0]                               # of the levels: the first row of each, and one past the last
         self.idle: list[Array] = []                     # per level: the rows in which no one moves
         self.stopped = 0                                # and rows in which the machine has stopped
@@ -223,7 +223,8 @@ class CompiledExplorer(Explorer):
         """Have room in `asleep` for as many rows as there may be, and *memos* that are right."""
         missing = len(self.rows.rows) - self.first - len(self.asleep)
         if missing > 0:
-            self.asleep = np.concatenate([self.asleep, np.zeros(missing, np.uint16)])
+            self.rows.must_fit((len(self.asleep) + missing) * self.asleep.itemsize)
+            self.asleep = np.concatenate([self.asleep, np.zeros(missing, self.asleep.dtype)])
         for memo in memos:
             memo.keep_up(self.rows)
 
@@ -258,6 +259,7 @@ class CompiledExplorer(Explorer):
         ends = np.zeros(len(rows), np.uint8)
 
         def alone(lo: int, hi: int, work: Callable[[int, int, Memo], int]) -> list[int]:
+            self.keep_up([self.memo])
             return [work(lo, hi, self.memo)]
 
         share = alone if self.threads is None else self.threads.share

@@ -69,6 +69,8 @@ class Threads:
 
     def share(self, lo: int, hi: int, work: Callable[[int, int, Memo], T]) -> list[T]:
         """What *work* returns for the part of [lo, hi) that each thread has, with its memo."""
+        # The last levels may have been taken by one thread, with a memo of its own.
+        self.explorer.keep_up(self._memos)
         parts = self._parts(lo, hi)
         return self.all(lambda t: work(parts[t], parts[t + 1], self._memos[t]))
 
