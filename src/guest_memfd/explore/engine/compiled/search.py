@@ -223,7 +223,6 @@ class CompiledExplorer(Explorer):
         """Have room in `asleep` for as many rows as there may be, and *memos* that are right."""
         missing = len(self.rows.rows) - self.first - len(self.asleep)
         if missing > 0:
-            self.rows.must_fit((len(self.asleep) + missing) * self.asleep.itemsize)
             self.asleep = np.concatenate([self.asleep, np.zeros(missing, self.asleep.dtype)])
         for memo in memos:
             memo.keep_up(self.rows)
