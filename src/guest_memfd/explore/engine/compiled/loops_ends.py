@@ -61,8 +61,8 @@ def go(
                 i -= 1
             if length[k] > 0:
                 at = length[k] - 1
-                p, way, any_ = nth_step(rows, path[k, at], tried[k, at], lookup)
-                if any_ == 0:
+                p, way = nth_step(rows, path[k, at], tried[k, at], lookup)
+                if p < 0 and tried[k, at] == 0:
                     arrive(path, length, k, ends)
                 elif p < 0:
                     length[k] -= 1
@@ -94,18 +94,19 @@ def arrive(path: Any, length: Any, k: Any, ends: Any) -> None:
 
 @inlined
 def nth_step(rows: Any, i: Any, n: Any, lookup: Any) -> Any:
-    """(party, way, 1) of step *n* from row *i*; party -1 if there are not so many, and 0 at the end if there is none."""
-    p, way, steps = I(-1), I(-1), I(0)
+    """(party, way) of step *n* from row *i*; (-1, -1) if there are not so many."""
+    p, way = I(-1), I(-1)
     d, _ = walk(enc.HALTS, 0, rows, i, lookup.trees, lookup.room)
     first, last = ways_of(d)
     if first == last:
         for q in range(len(lookup.of)):
             d, _ = leaf(q, lookup.of[q], place_of(rows, i, lookup.places, q), rows, i, lookup)
             first, last = ways_of(d)
-            if p < 0 and n - steps < last - first:
-                p, way = q, first + n - steps
-            steps += last - first
-    return p, way, min(steps, 1)
+            if n < last - first:
+                p, way = q, first + n
+                break
+            n -= last - first
+    return p, way
 
 
 @allocating
@@ -119,15 +120,17 @@ def clear_part(rows: Any, table: Any, lookup: Any, lo: Any, hi: Any, ends: Any, 
     """`clear`. made: room for a row."""
     cleared = 0
     for i in range(hi - 1, lo - 1, -1):
-        n, more = 0, ends[i] != 1
-        while more:
-            p, way, steps = nth_step(rows, i, n, lookup)
-            more = p >= 0
-            if more:
+        n = 0
+        while ends[i] != 1:
+            p, way = nth_step(rows, i, n, lookup)
+            if p >= 0:
                 take(rows, i, made, 0, way, p, lookup.trees, lookup.room, lookup.places)
-            if steps == 0 or (more and ends[find(rows, made, 0, hash_of(made, 0), table)] == 1):
+                if ends[find(rows, made, 0, hash_of(made, 0), table)] == 1:
+                    ends[i] = 1
+            elif n == 0:
                 ends[i] = 1
-                cleared += 1
-                more = False
+            else:
+                break
+            cleared += ends[i] == 1
             n += 1
     return cleared

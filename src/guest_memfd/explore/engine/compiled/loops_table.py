@@ -54,15 +54,22 @@ def touch(rows: Any, table: Any, hashes: Any, size: Any) -> None:
 
     The last of *hashes* is none: something is kept there, or the compiler would leave the looking out.
     """
-    mask, touched = U(len(table) - 1), ZERO
-    for j in range(size):
-        touched ^= table[hashes[j] & mask]
+    mask, touched = U(len(table) - 1), touch_entries(table, hashes, size)
     for j in range(size):
         e = table[hashes[j] & mask]
         # An empty entry looks like one of a hash whose upper half is zero, and has no row.
         if e != ZERO and e >> S32 == hashes[j] >> S32:
             touched ^= rows[(e & LOW) - ONE, 0]
     hashes[len(hashes) - 1] = touched
+
+
+@inlined
+def touch_entries(table: Any, hashes: Any, size: Any) -> Any:
+    """Look at the entries that *size* rows with these *hashes* come to first; what is returned has to be kept."""
+    mask, touched = U(len(table) - 1), ZERO
+    for j in range(size):
+        touched ^= table[hashes[j] & mask]
+    return touched
 
 
 @allocating
@@ -82,11 +89,10 @@ def rehash_part(rows: Any, n: Any, table: Any, lo: Any, hi: Any, left: Any, hash
     """
     mask, k = U(len(table) - 1), 0
     for base in range(0, n, len(hashes)):
-        size, touched = min(len(hashes), n - base), ZERO
+        size = min(len(hashes), n - base)
         for j in range(size):
             hashes[j] = hash_of(rows, base + j)
-        for j in range(size):
-            touched ^= table[hashes[j] & mask]
+        touched = touch_entries(table, hashes, size)
         for j in range(size):
             h = hashes[j]
             at = I(h & mask)
