@@ -22,7 +22,7 @@ pytest.importorskip("numba", reason="pip install 'guest-memfd[fast]'")
 
 import numpy as np
 
-from guest_memfd.explore.engine.compiled import flat, load, rows, teardown
+from guest_memfd.explore.engine.compiled import flat, load, rows, space, teardown
 from guest_memfd.explore.engine.compiled.encoding import ROWS
 
 ENGINES = ("python", "compiled", "numpy")
@@ -202,3 +202,41 @@ def test_what_a_scenario_was_explored_with_goes_with_it(engine: str, threads: in
         assert [ref() for ref in gone] == [None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("engine", "threads"), [("compiled", 1), ("compiled", 2), ("numpy", 1)])
+def test_the_next_scenario_has_the_memory_of_the_last(engine: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not clean, and nobody notices: larger, smaller, with other parties, every one is as on memory of its own."""
+    monkeypatch.setattr(rows, "FEW", 16)
+    built = world("none", "pkvm", engine=engine)
+    kept, spaces = built.tables.empty(), set()
+    for names in (["vcpu", "vmm", "device"], ["vcpu", "zeropad"], ["vmm2", "stop"], ["vcpu", "vmm", "device"]):
+        explorer: Any = built.explorer(names, kept, threads)
+        spaces.add(id(explorer.rows.space))
+        again, fresh = explorer.run(), built.explorer(names, built.tables.empty(), threads).run()
+        assert (again.states, again.transitions, again.depth, again.findings) == (
+            fresh.states, fresh.transitions, fresh.depth, fresh.findings), names
+    assert len(spaces) == 1
+
+
+def test_two_explorers_at_a_time_have_memory_of_their_own() -> None:
+    built = world("none", "pkvm", engine="compiled")
+    tables = built.tables.empty()
+    built.explorer(["vcpu", "vmm"], tables).run()
+    one: Any = built.explorer(["vcpu", "zeropad"], tables)
+    two: Any = built.explorer(["vcpu", "zeropad"], tables)
+    assert one.rows.space is not two.rows.space
+    assert one.run().states == two.run().states
+
+
+def test_memory_that_was_written_to_is_not_counted_again() -> None:
+    used = space.Space()
+    used.rows(100, 2)
+    assert (used.missing(200, 0), used.missing(300, 200)) == (1600, 800)
+    used.leave(150)
+    assert (used.missing(200, 0), used.missing(200, 180), used.missing(100, 0)) == (400, 160, 0)
+    table = used.table(64)
+    table[:] = 7
+    assert (used.missing_of_table(64), used.missing_of_table(128)) == (0, 512)
+    assert not used.table(32).any()
+    assert not used.table(64)[:32].any()

@@ -12,6 +12,7 @@ from weakref import proxy
 
 from guest_memfd.explore.engine.compiled.encoding import BREAKS, BREAKS_AT_END, FACT, FAILED, HALTS
 from guest_memfd.explore.engine.compiled.flat import Flat, FlatWay, Path
+from guest_memfd.explore.engine.compiled.space import Space
 from guest_memfd.explore.engine.footprint import Remembered, path_of
 from guest_memfd.explore.engine.program import Program
 from guest_memfd.explore.engine.tables import Tables, Way
@@ -34,6 +35,7 @@ class Known:
         # They have this one, and who explores collects no cycles (suite/pool.py): it would keep them for ever.
         tables = proxy(tables)
         self.tables, self.flat = tables, Flat(initial, loops)
+        self.spare: Space | None = None                 # memory of a scenario that is over
         self.payloads: dict[Broken, list[int]] = {}     # those that break it
         self._trees: dict[Program, int] = {}
         self._new: dict[tuple[int, int, Path], Any] = {}        # of several threads that ask the same, one is answered

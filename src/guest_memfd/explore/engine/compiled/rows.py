@@ -19,6 +19,7 @@ from guest_memfd.explore.engine.compiled.encoding import (
     WORD_MASK,
 )
 from guest_memfd.explore.engine.compiled.flat import Array, Flat, TooWide
+from guest_memfd.explore.engine.compiled.space import Space
 from guest_memfd.explore.engine.memory import Full, used
 
 WORD = 64
@@ -35,18 +36,19 @@ MOST = 1 << 32
 class Rows:
     """Rows of *parties* parties. A part gets room when it first changes; until then it is zero in every row."""
 
-    def __init__(self, flat: Flat, parties: int, loops: Any) -> None:
-        self.flat, self.loops = flat, loops
+    def __init__(self, flat: Flat, parties: int, loops: Any, space: Space | None = None) -> None:
+        self.flat, self.loops, self.space = flat, loops, space or Space()
         self.max_bytes: int | None = None               # memory that the process may have
         self.used = [0]                                 # bits of each word
-        self.rows = np.zeros((FEW, -(-parties * PLACE_BITS // WORD)), np.uint64)
+        self.rows = self.space.rows(FEW, -(-parties * PLACE_BITS // WORD))
+        self.rows[0] = 0
         self.placed: list[int] = []                     # the parts of bytes that have room
         self.room = np.zeros(1 << 8, np.uint64)
         self.places = np.zeros((parties, 2), np.uint64)
         for p in range(parties):
             self.places[p, 0] = self._take(PLACE_BITS)
         self.ready = np.zeros(1 << 8, np.uint8)
-        self.table = np.zeros(2 * FEW, np.uint64)
+        self.table = self.space.table(2 * FEW)
         self.count = np.zeros(COUNTERS, np.int64)
         self.count[ROWS] = 1                            # the first is all zeros
         self.rehash = loops.rehash                      # threads have another way
@@ -91,8 +93,8 @@ class Rows:
     # together at the beginning of the memory, and is moved apart from the end.
     def _widen(self) -> None:
         n, words = self.rows.shape
-        self.must_fit(n * self.rows.itemsize)
-        self.rows.resize((n, words + 1), refcheck=False)
+        self.must_fit(self.space.missing(n * (words + 1), n * words))
+        self.rows = self.space.rows(n, words + 1)
         self.loops.move_apart(self.rows, len(self), words)
 
     def widened(self, rows: Array) -> Array:
@@ -113,18 +115,22 @@ class Rows:
         if n > len(self.rows):
             # What is mapped is moved by the kernel without being copied, so small steps cost nothing where there is much.
             more = n + n // (2 if n < MANY else 8)
-            self.must_fit((more - len(self)) * self.rows.itemsize * self.rows.shape[1])
-            # In place, where realloc() can: a copy would need the memory of
-            # all states twice. No one keeps a view over a call.
-            self.rows.resize((more, self.rows.shape[1]), refcheck=False)
+            words = self.rows.shape[1]
+            self.must_fit(self.space.missing(more * words, len(self) * words))
+            self.rows = self.space.rows(more, words)
         if n > len(self.table) * FULL:
             size = len(self.table)
             while n > size * FULL:
                 size *= 2
-            self.must_fit((size - len(self.table)) * self.table.itemsize)
-            self.table = np.zeros(0, np.uint64)         # the old one goes before the new one comes
-            self.table = np.zeros(size, np.uint64)
+            self.must_fit(self.space.missing_of_table(size))
+            self.table = np.zeros(0, np.uint64)
+            self.table = self.space.table(size)
             self.rehash(self.rows, len(self), self.table)
+
+    def leave(self) -> Space:
+        """The space, for another scenario; when that begins, these rows are gone."""
+        self.space.leave(len(self) * self.rows.shape[1])
+        return self.space
 
     def must_fit(self, more: int) -> None:
         """Raises Full where *more* bytes are more than there may be."""

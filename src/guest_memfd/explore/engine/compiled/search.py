@@ -70,7 +70,8 @@ class CompiledExplorer(Explorer):
         self.threads: Threads | None = None
         self.known: Known = tables.flat.get(initial) or Known(tables, initial, loops)
         self.of = np.array([self.known.tree(program) for program in programs], np.int64)
-        self.rows = Rows(self.known.flat, len(programs), loops)
+        space, self.known.spare = self.known.spare, None        # of two explorers at a time each has its own
+        self.rows = Rows(self.known.flat, len(programs), loops, space)
         self.memo = Memo(loops.MEMO, len(programs))
         self.first = 0                                  # row of this level
         self.asleep = np.zeros(1, np.uint16)            # of the rows from there on: who of SLEEPERS need not move
@@ -96,7 +97,7 @@ class CompiledExplorer(Explorer):
             self.rows.max_bytes = max_bytes
             with self._threads() as self.threads:
                 result = super().run(max_states, max_seconds, max_steps, max_bytes, stopped)
-            self.tables.flat[self.initial] = self.known
+            self.tables.flat[self.initial], self.known.spare = self.known, self.rows.leave()
             return result
         except (BadInput, TooWide) as error:
             # Of several states that raise, the other engine comes to its own first. So it tells, on tables of its own.
