@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from guest_memfd import check
+from guest_memfd import check, compare
 from guest_memfd.cli.main import main
 from guest_memfd.errors import BadInput
 from guest_memfd.explore.engine import explorer, memory
 from guest_memfd.explore.engine.finding import Result
 from guest_memfd.explore.suite.verdict import Limits
-from guest_memfd.explore.suite.work import Bench, Task
+from guest_memfd.explore.suite.work import Answer, Bench, Task
 from guest_memfd.explore.world.scenario import World, world
 
 pytest.importorskip("numba", reason="pip install 'guest-memfd[fast]'")
@@ -130,6 +130,30 @@ def test_all_processes_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.share(None, 2) is None
 
 
+@pytest.mark.parametrize("enough", [True, False])
+def test_what_is_too_large_for_a_share_has_all_memory_afterwards(enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, alone = Bench.do, []
+
+    def do(self: Bench, task: Task) -> Answer:
+        whole = self.max_bytes is not None and self.max_bytes >= 1 << 40
+        if task.parties == ("vcpu", "vmm2") and not task.apart:
+            alone.extend([(self.max_bytes, self.threads)] * whole)
+            if not (whole and enough):
+                return Answer(7, 7, 0.1, "memory")
+        return right(self, task)
+
+    whole = compare([("library", "kvm")], size=2, jobs=1)[0]
+    monkeypatch.setattr(Bench, "do", do)
+    (report,) = compare([("library", "kvm")], size=2, jobs=2, limits=Limits(memory=1 << 40))
+    assert alone == [(1 << 40, 2)]
+    if enough:
+        assert (report.verdict, report.states, report.limits) == ("holds", whole.states, ())
+    else:
+        assert report.verdict == "undetermined"
+        assert "(1 of " in report.limits[0]
+        assert report.unfinished[0].parties == ("vcpu", "vmm2")
+
+
 def test_what_is_used_is_known_here() -> None:
     before = memory.used()
     some = bytes(range(256)) * (1 << 18)
@@ -210,7 +234,7 @@ def test_the_next_scenario_has_the_memory_of_the_last(engine: str, threads: int,
     monkeypatch.setattr(rows, "FEW", 16)
     built = world("none", "pkvm", engine=engine)
     kept, spaces = built.tables.empty(), set()
-    for names in (["vcpu", "vmm", "device"], ["vcpu", "zeropad"], ["vmm2", "stop"], ["vcpu", "vmm", "device"]):
+    for names in (["vcpu", "vmm2"], ["vcpu", "zeropad"], ["vmm2", "stop"], ["vcpu", "vmm2"]):
         explorer: Any = built.explorer(names, kept, threads)
         spaces.add(id(explorer.rows.space))
         again, fresh = explorer.run(), built.explorer(names, built.tables.empty(), threads).run()

@@ -129,8 +129,8 @@ def compare(
         left = [task for task in tasks if task not in known]
         if len(left) >= MANY:
             choice.prepare(engine)
-        crew = stack.enter_context(
-            Pool(bench, jobs) if cluster is None else _workers_of(cluster, bench, limits, judged, reduce=reduce))
+        crew = stack.enter_context(Pool(bench, jobs, limits.memory) if cluster is None else
+                                   _workers_of(cluster, bench, limits, judged, reduce=reduce))
         # Who waits for one large scenario wants to know for how long, too.
         worth = len(left) > 1 or (progress is not None and any(len(task.parties) >= LARGE for task in left))
         weights = _weigh(crew, left, of, known) if worth else dict.fromkeys(left, 1.0)

@@ -100,7 +100,7 @@ class Crew(ABC):
         """
         answers: dict[Task, Answer] = {}
         failed: dict[Task, Failed] = {}
-        for task, answer in self.attempt(schedule):
+        for task, answer in self._all(schedule):
             if isinstance(answer, Failed):
                 if answer.for_memory:
                     raise HostUnavailable(f"there was no memory left to explore {', '.join(task.parties)}; {LESS}")
@@ -115,6 +115,19 @@ class Crew(ABC):
             first = min(failed, key=lambda task: task.order)
             self._again(first, failed[first])
         return answers
+
+    def _all(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
+        large: dict[Task, Answer] = {}
+        for task, answer in self.attempt(schedule):
+            if isinstance(answer, Answer) and answer.limit == "memory":
+                large[task] = answer
+            else:
+                yield task, answer
+        yield from self.with_more_memory(large)
+
+    def with_more_memory(self, large: Mapping[Task, Answer]) -> Iterator[tuple[Task, Answer | Failed]]:
+        """Do these tasks again, which have ended for want of memory, if there is a way to have more; else as they were."""
+        yield from large.items()
 
     # On new tables and in this process, so that the error has its class and cause, and the trace in it is the same
     # however the work was split.

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -24,6 +24,7 @@ from typing import Any
 
 from guest_memfd.compat import override
 from guest_memfd.errors import BadInput, HostUnavailable, InternalError
+from guest_memfd.explore.engine.memory import share
 from guest_memfd.explore.suite.crew import LESS, Crew, Failed, Schedule, tried
 from guest_memfd.explore.suite.work import Answer, Bench, Task, nothing
 
@@ -40,10 +41,14 @@ _ENDING = (*_TERMINALS, signal.SIGTERM)
 
 
 class Pool(Crew):
-    """*jobs* processes at *bench*; one: this one. A context manager: the processes end with it, whatever happens."""
+    """*jobs* processes at *bench*; one: this one. A context manager: the processes end with it, whatever happens.
 
-    def __init__(self, bench: Bench, jobs: int) -> None:
+    memory: bytes that all of them may have together, None for nearly all that there is.
+    """
+
+    def __init__(self, bench: Bench, jobs: int, memory: int | None = None) -> None:
         super().__init__(bench)
+        self.memory = memory
         self.jobs = jobs if "fork" in multiprocessing.get_all_start_methods() else 1
         self._workers: dict[Connection, BaseProcess] = {}
 
@@ -77,6 +82,9 @@ class Pool(Crew):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for process in self._workers.values():
             # All of them first, and only then wait: they end at the same time.
             process.terminate()
@@ -96,6 +104,19 @@ class Pool(Crew):
             while not self.bench.stopped() and (task := schedule.next(last)) is not None:
                 last = task.world
                 yield task, tried(self.bench, task)
+
+    @override
+    def with_more_memory(self, large: Mapping[Task, Answer]) -> Iterator[tuple[Task, Answer | Failed]]:
+        """Do these tasks again, one after the other: what was the share of a process is then all that there is."""
+        if not large or not self._workers:
+            yield from large.items()
+            return
+        bench, threads = self.bench, len(self._workers)
+        self._end()
+        bench.max_bytes, bench.threads = share(self.memory, 1), threads
+        with _without_gc():
+            for task, answer in large.items():
+                yield task, answer if bench.stopped() else tried(bench, task)
 
     def _spread(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
         busy: dict[Connection, Task] = {}
