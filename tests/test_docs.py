@@ -365,5 +365,17 @@ def _said_elsewhere(node: ast.ClassDef | ast.FunctionDef) -> bool:
     return setter or (isinstance(body, ast.Expr) and isinstance(body.value, ast.Constant) and body.value.value is ...)
 
 
+def test_every_schema_is_told() -> None:
+    """Also those that are put together: `guest-memfd-` and one of several strings that look like a name and a version."""
+    told = set(re.findall(r"`guest-memfd-([a-z-]+/\d+)`", (DOCS / "json.md").read_text()))
+    strings = {
+        node.value.removeprefix("guest-memfd-")
+        for path in SOURCE.rglob("*.py") if "guest-memfd-" in (text := path.read_text())
+        for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert told == {each for each in strings if re.fullmatch(r"[a-z-]+/\d+", each)}
+
+
+
 def test_every_public_name_has_a_docstring() -> None:
     assert [*chain.from_iterable(map(undocumented, sorted(SOURCE.rglob("*.py"))))] == []
