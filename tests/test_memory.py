@@ -243,6 +243,20 @@ def test_the_next_scenario_has_the_memory_of_the_last(engine: str, threads: int,
     assert len(spaces) == 1
 
 
+def test_a_table_begins_as_long_as_the_last_one_had_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "FEW", 16)
+    built = world("none", "pkvm", engine="compiled")
+    tables, begun = built.tables.empty(), []
+    for names in (["vcpu", "vmm2"], ["vcpu"], ["vcpu", "vmm2"], ["vcpu", "vmm2"]):
+        explorer: Any = built.explorer(names, tables)
+        begun.append(len(explorer.rows.table))
+        explorer.run()
+    states = len(explorer.rows)
+    assert begun[0] == 32
+    assert 0.3 * begun[1] < states < 0.6 * begun[1] == 0.6 * begun[3]
+    assert begun[2] < begun[1]
+
+
 def test_two_explorers_at_a_time_have_memory_of_their_own() -> None:
     built = world("none", "pkvm", engine="compiled")
     tables = built.tables.empty()
@@ -257,7 +271,7 @@ def test_memory_that_was_written_to_is_not_counted_again() -> None:
     used = space.Space()
     used.rows(100, 2)
     assert (used.missing(200, 0), used.missing(300, 200)) == (1600, 800)
-    used.leave(150)
+    used.leave(150, 64)
     assert (used.missing(200, 0), used.missing(200, 180), used.missing(100, 0)) == (400, 160, 0)
     table = used.table(64)
     table[:] = 7

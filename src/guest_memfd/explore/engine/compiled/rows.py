@@ -48,7 +48,8 @@ class Rows:
         for p in range(parties):
             self.places[p, 0] = self._take(PLACE_BITS)
         self.ready = np.zeros(1 << 8, np.uint8)
-        self.table = self.space.table(2 * FEW)
+        # Scenarios that follow one another are of a size, and a table that is long enough need not be made again.
+        self.table = self.space.table(max(2 * FEW, self.space.last))
         self.count = np.zeros(COUNTERS, np.int64)
         self.count[ROWS] = 1                            # the first is all zeros
         self.rehash = loops.rehash                      # threads have another way
@@ -119,9 +120,7 @@ class Rows:
             self.must_fit(self.space.missing(more * words, len(self) * words))
             self.rows = self.space.rows(more, words)
         if n > len(self.table) * FULL:
-            size = len(self.table)
-            while n > size * FULL:
-                size *= 2
+            size = _entries(n)
             self.must_fit(self.space.missing_of_table(size))
             self.table = np.zeros(0, np.uint64)
             self.table = self.space.table(size)
@@ -129,7 +128,7 @@ class Rows:
 
     def leave(self) -> Space:
         """The space, for another scenario; when that begins, these rows are gone."""
-        self.space.leave(len(self) * self.rows.shape[1])
+        self.space.leave(len(self) * self.rows.shape[1], _entries(len(self)))
         return self.space
 
     def must_fit(self, more: int) -> None:
@@ -156,6 +155,14 @@ class Rows:
             for where in self.places[p].tolist():
                 bits[where & WORD_MASK] |= np.uint64((where >> MASK_SHIFT) << (where >> SHIFT_SHIFT & SHIFT_MASK))
         return bits
+
+
+# Of a table for *n* rows.
+def _entries(n: int) -> int:
+    size = 2 * FEW
+    while n > size * FULL:
+        size *= 2
+    return size
 
 
 def _read(rows: Array, where: int) -> Array:

@@ -21,6 +21,7 @@ class Space:
         self._words = np.zeros(0, np.uint64)
         self._entries = np.zeros(0, np.uint64)
         self._written = 0                               # words that have been, by scenarios before this one
+        self.last = 0                                   # entries of the table that the last one came to
 
     def rows(self, n: int, words: int) -> Array:
         """Room for *n* rows of *words* words. What is at its beginning stays; what follows is anything.
@@ -49,6 +50,6 @@ class Space:
         """The same of a table of *size* entries."""
         return max(0, size - len(self._entries)) * WORD
 
-    def leave(self, words: int) -> None:
-        """The scenario is over, and has written *words* words of rows."""
-        self._written = max(self._written, words)
+    def leave(self, words: int, entries: int) -> None:
+        """The scenario is over, has written *words* words of rows, and came to a table of *entries* entries."""
+        self._written, self.last = max(self._written, words), entries
