@@ -376,6 +376,5 @@ def test_every_schema_is_told() -> None:
     assert told == {each for each in strings if re.fullmatch(r"[a-z-]+/\d+", each)}
 
 
-
 def test_every_public_name_has_a_docstring() -> None:
     assert [*chain.from_iterable(map(undocumented, sorted(SOURCE.rglob("*.py"))))] == []

@@ -116,6 +116,7 @@ class Crew(ABC):
             self._again(first, failed[first])
         return answers
 
+    # All tasks, and once more those that somebody with more memory can do.
     def _all(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
         large: dict[Task, Answer] = {}
         for task, answer in self.attempt(schedule):
@@ -126,7 +127,7 @@ class Crew(ABC):
         yield from self.with_more_memory(large)
 
     def with_more_memory(self, large: Mapping[Task, Answer]) -> Iterator[tuple[Task, Answer | Failed]]:
-        """Do these tasks again, which have ended for want of memory, if there is a way to have more; else as they were."""
+        """Do the tasks again that there was too little memory for, where more can be had; the others are as they were."""
         yield from large.items()
 
     # On new tables and in this process, so that the error has its class and cause, and the trace in it is the same

@@ -107,16 +107,17 @@ class Pool(Crew):
 
     @override
     def with_more_memory(self, large: Mapping[Task, Answer]) -> Iterator[tuple[Task, Answer | Failed]]:
-        """Do these tasks again, one after the other: what was the share of a process is then all that there is."""
-        if not large or not self._workers:
-            yield from large.items()
-            return
-        bench, threads = self.bench, len(self._workers)
-        self._end()
-        bench.max_bytes, bench.threads = share(self.memory, 1), threads
-        with _without_gc():
-            for task, answer in large.items():
-                yield task, answer if bench.stopped() else tried(bench, task)
+        """Do these tasks again when all others are done, here: with the memory of all processes, and as many threads."""
+        left = dict(large)
+        if large and self._workers:
+            threads = len(self._workers)
+            self._end()
+            # Without workers `attempt` does them here.
+            self.bench.max_bytes, self.bench.threads = share(self.memory, 1), threads
+            for task, answer in self.attempt(Schedule([*large], dict.fromkeys(large, 1.0))):
+                del left[task]
+                yield task, answer
+        yield from super().with_more_memory(left)
 
     def _spread(self, schedule: Schedule) -> Iterator[tuple[Task, Answer | Failed]]:
         busy: dict[Connection, Task] = {}

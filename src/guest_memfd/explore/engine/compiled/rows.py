@@ -122,7 +122,7 @@ class Rows:
         if n > len(self.table) * FULL:
             size = _entries(n)
             self.must_fit(self.space.missing_of_table(size))
-            self.table = np.zeros(0, np.uint64)
+            self.table = np.zeros(0, np.uint64)         # lets the old one go
             self.table = self.space.table(size)
             self.rehash(self.rows, len(self), self.table)
 

@@ -1,7 +1,7 @@
 """Memory for rows and for the table that finds them, kept from scenario to scenario.
 
-Memory that is new costs as much as much of the exploring does: the kernel zeroes each page when it is first written to, and
-where Linux is a guest itself its host may have to find one as well. Of scenarios of ten million states that is a fifth.
+New memory takes time: the kernel finds and zeroes each page when it is first written to, and where Linux is a guest itself,
+its host may have to find one as well. Of a scenario of ten million states that was a fifth.
 """
 
 from __future__ import annotations
